@@ -1,0 +1,103 @@
+"""Argument checks in one message style: ``<name> must be <what>, got <value>``.
+
+Imports nothing heavy, so that every module can use it. Tensors and arrays are handled by the
+methods that torch and numpy share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+
+def fail(name: str, requirement: str, value: object) -> NoReturn:
+    """Raise the package's one kind of ``ValueError``."""
+    raise ValueError(f"{name} must be {requirement}, got {value!r}")
+
+
+def real(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
+         low_open: bool = False, high_open: bool = False) -> float:
+    """``value`` as a finite float in the interval from ``low`` to ``high``.
+
+    >>> real("noise_std", 0.5, low=0)
+    0.5
+    >>> real("noise_std", -1.0, low=0)
+    Traceback (most recent call last):
+    ValueError: noise_std must be a finite number >= 0, got -1.0
+    """
+    interval = [f"{'>' if low_open else '>='} {low:g}"] if low > -math.inf else []
+    interval += [f"{'<' if high_open else '<='} {high:g}"] if high < math.inf else []
+    requirement = " ".join(["a finite number", " and ".join(interval)]).strip()
+    if isinstance(value, (bool, str)):
+        fail(name, requirement, value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        fail(name, requirement, value)
+    inside = (number > low if low_open else number >= low) and (
+        number < high if high_open else number <= high)
+    if not (math.isfinite(number) and inside):
+        fail(name, requirement, value)
+    return number
+
+
+def positive(name: str, value: Any) -> float:
+    """``value`` as a finite float above zero."""
+    return real(name, value, low=0, low_open=True)
+
+
+def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> int:
+    """``value`` as an integer in ``[low, high]``; 8.0 is accepted, 8.5 and True are not.
+
+    >>> integer("rank", 8.5)
+    Traceback (most recent call last):
+    ValueError: rank must be an integer >= 1, got 8.5
+    """
+    requirement = f"an integer >= {low}" + (f" and <= {high:g}" if high < math.inf else "")
+    if isinstance(value, (bool, str)):
+        fail(name, requirement, value)
+    try:
+        number = int(value)
+        exact = number == value
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        fail(name, requirement, value)
+    if not (exact and low <= number <= high):
+        fail(name, requirement, value)
+    return number
+
+
+def choice(name: str, value: Any, options: Iterable[str]) -> str:
+    """``value`` if it is one of ``options``; the error names the nearest one.
+
+    >>> choice("scheme", "optmal", ["none", "optimal"])
+    Traceback (most recent call last):
+    ValueError: scheme must be one of none, optimal, got 'optmal' (did you mean 'optimal'?)
+    """
+    options = list(options)
+    if value in options:
+        return value
+    near = difflib.get_close_matches(str(value), options, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
+
+
+def floating(name: str, value: Any, *, min_ndim: int = 0) -> Any:
+    """``value`` if it is a float32 or float64 tensor with finite entries and enough axes."""
+    if not hasattr(value, "is_floating_point"):
+        fail(name, "a torch tensor", type(value).__name__)
+    if str(value.dtype) not in ("torch.float32", "torch.float64"):
+        fail(name, "a float32 or float64 tensor", str(value.dtype))
+    if value.ndim < min_ndim:
+        fail(name, f"a tensor with at least {min_ndim} axes", f"shape {tuple(value.shape)}")
+    if value.numel() == 0:
+        fail(name, "a non-empty tensor", f"shape {tuple(value.shape)}")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must have finite entries, got NaN or infinity")
+    return value
+
+
+def matrix(name: str, value: Any) -> Any:
+    """A finite float32 or float64 tensor of shape (..., m, n)."""
+    return floating(name, value, min_ndim=2)
