@@ -83,7 +83,7 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
     raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
 
 
-def floating(name: str, value: Any, *, min_ndim: int = 0) -> Any:
+def floating(name: str, value: Any, *, min_ndim: int = 0, check_finite: bool = True) -> Any:
     """``value`` if it is a float32 or float64 tensor with finite entries and enough axes."""
     if not hasattr(value, "is_floating_point"):
         fail(name, "a torch tensor", type(value).__name__)
@@ -93,11 +93,27 @@ def floating(name: str, value: Any, *, min_ndim: int = 0) -> Any:
         fail(name, f"a tensor with at least {min_ndim} axes", f"shape {tuple(value.shape)}")
     if value.numel() == 0:
         fail(name, "a non-empty tensor", f"shape {tuple(value.shape)}")
-    if not bool(value.isfinite().all()):
+    if check_finite and not bool(value.isfinite().all()):
         raise ValueError(f"{name} must have finite entries, got NaN or infinity")
     return value
 
 
-def matrix(name: str, value: Any) -> Any:
+def matrix(name: str, value: Any, *, check_finite: bool = True) -> Any:
     """A finite float32 or float64 tensor of shape (..., m, n)."""
-    return floating(name, value, min_ndim=2)
+    return floating(name, value, min_ndim=2, check_finite=check_finite)
+
+
+def clip_bound(name: str, value: Any) -> float:
+    """``value`` as a number above zero; infinity, which clips nothing, is accepted.
+
+    >>> clip_bound("max_grad_norm", 0)
+    Traceback (most recent call last):
+    ValueError: max_grad_norm must be a number > 0 (inf clips nothing), got 0
+    """
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not number > 0:
+        fail(name, "a number > 0 (inf clips nothing)", value)
+    return number

@@ -1,0 +1,145 @@
+"""Examples to token rows, token rows to padded batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import _validate
+from ._examples import Example
+
+IGNORE = -100                 # the label that torch's cross-entropy leaves out
+SEPARATOR = "\n"              # between the source and the target of a generation example
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, *, kind: str,
+           max_length: int | None = None, with_target: bool = True) -> list[dict[str, Any]]:
+    """Token rows, one an example, in order: ``input_ids``, ``labels``, ``token_type_ids`` if used.
+
+    Classification and regression: the text or the pair with the tokenizer's special tokens; what
+    exceeds ``max_length`` is cut from the longer text of a pair. Generation: source, a line break,
+    target, end of sequence; the labels are -100 on everything before the target, and what exceeds
+    ``max_length`` is cut from the end of the source, never from the target. ``with_target=False``
+    gives the prompts alone, to generate from.
+
+    Without ``max_length`` nothing is cut: a text longer than the model's context is an error, as is
+    a target that leaves no room for its source, each named by its id.
+    """
+    _validate.choice("kind", kind, ("classification", "regression", "generation"))
+    if not examples:
+        _validate.fail("examples", "non-empty", examples)
+    context = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
+    if max_length is not None:
+        max_length = _validate.integer("max_length", max_length, high=context or math.inf)
+    build = _encode_generation if kind == "generation" else _encode_classification
+    rows = build(examples, tokenizer, max_length, with_target)
+    for example, row in zip(examples, rows, strict=True):
+        if context and len(row["input_ids"]) > context:
+            raise ValueError(f"{example.id} has {len(row['input_ids'])} tokens, more than the "
+                             f"model's context of {context}; give a max_length to cut it")
+    return rows
+
+
+def _encode_classification(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
+                           with_target: bool) -> list[dict[str, Any]]:
+    pairs = [e.text_pair for e in examples if e.text_pair is not None]
+    if pairs and len(pairs) < len(examples):
+        raise ValueError("examples must all have a text_pair, or none")
+    encoded = tokenizer([e.text for e in examples], pairs or None, max_length=max_length,
+                        truncation=max_length is not None, verbose=False)
+    # a blank text under a tokenizer without special tokens still needs one position to read
+    blank = [tokenizer.eos_token_id]
+    rows: list[dict[str, Any]] = [{"input_ids": ids or blank} for ids in encoded["input_ids"]]
+    for i, kinds in enumerate(encoded.get("token_type_ids", ())):
+        rows[i]["token_type_ids"] = kinds or [0]
+    if with_target:
+        for example, row in zip(examples, rows, strict=True):
+            if example.label is None:
+                raise ValueError(f"{example.id} must have a label")
+            row["labels"] = example.label
+    return rows
+
+
+def _encode_generation(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
+                       with_target: bool) -> list[dict[str, Any]]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an end-of-sequence token to generate text")
+
+    def tokens(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    # parts are tokenised apart, so that the prompt is the same with and without its target
+    opening = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
+    separator = tokens([SEPARATOR])[0]
+    sources = tokens([e.text for e in examples])
+    targets: list[list[int]] = [[] for _ in examples]
+    if with_target:
+        if missing := [e.id for e in examples if e.target is None]:
+            raise ValueError(f"{missing[0]} must have a target")
+        targets = [[*ids, tokenizer.eos_token_id]
+                   for ids in tokens([e.target or "" for e in examples])]
+    rows = []
+    for example, source, target in zip(examples, sources, targets, strict=True):
+        if max_length is not None:
+            room = max_length - len(opening) - len(separator) - len(target)
+            if room < min(1, len(source)):
+                raise ValueError(f"{example.id} has a target of {len(target)} tokens, which leaves "
+                                 f"no room for its source in a max_length of {max_length}")
+            source = source[:room]
+        prompt = [*opening, *source, *separator]
+        row = {"input_ids": prompt + target}
+        if with_target:
+            row["labels"] = [IGNORE] * len(prompt) + target
+        rows.append(row)
+    return rows
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *,
+            side: str = "right") -> dict[str, torch.Tensor]:
+    """One batch, padded to its longest row: (B, T) ``input_ids`` and ``attention_mask``.
+
+    ``token_type_ids`` (B, T) if the rows have them; ``labels`` (B,) int64 classes or float32 scores
+    or, for generation, (B, T) with -100 on padding. ``side="left"`` is for generating.
+    """
+    _validate.choice("side", side, ("right", "left"))
+    if not rows:
+        _validate.fail("rows", "non-empty", rows)
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError("rows must all have the same keys")
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(sequences: Iterable[Sequence[int]], fill: int) -> torch.Tensor:
+        padding = [[fill] * length] * len(rows)
+        return torch.tensor([
+            [*ids, *empty[len(ids):]] if side == "right" else [*empty[len(ids):], *ids]
+            for ids, empty in zip(sequences, padding, strict=True)])
+
+    batch = {"input_ids": padded((row["input_ids"] for row in rows), pad_token_id),
+             "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0)}
+    if "token_type_ids" in rows[0]:
+        batch["token_type_ids"] = padded((row["token_type_ids"] for row in rows), 0)
+    if "labels" in rows[0]:
+        labels = [row["labels"] for row in rows]
+        if isinstance(labels[0], Sequence):
+            batch["labels"] = padded(labels, IGNORE)
+        else:
+            score = any(isinstance(label, float) for label in labels)
+            batch["labels"] = torch.tensor(labels, dtype=torch.float32 if score else torch.int64)
+    return batch
+
+
+def micro_batches(rows: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int, *,
+                  side: str = "right") -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """``(indices, batch)`` over all rows, of similar length within a batch; ``indices[j]`` is the
+    position in ``rows`` of the batch's row ``j``. No rows give no batch.
+
+    The longest come first, so that a batch too large for the memory fails at once.
+    """
+    batch_size = _validate.integer("batch_size", batch_size)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start:start + batch_size]
+        yield indices, collate([rows[i] for i in indices], pad_token_id, side=side)

@@ -1,0 +1,172 @@
+"""Records, and how rows of JSON Lines or of a hub data set become them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_LINE_BYTES = 1 << 20      # no example of these tasks comes near; a longer line is not one
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One record: a text or a pair with a label, or a source text with a reference to generate."""
+
+    id: str                             # "sst2/train/17": task, split, row
+    text: str
+    text_pair: str | None = None
+    label: int | float | None = None
+    target: str | None = None
+    group: str = ""                     # what shares one source record; the id itself for GLUE
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the normalised texts, in hexadecimal.
+
+        Unicode form, case and white space don't count, nor does the label: a copy of a text under
+        another label still tells that the text was there.
+        """
+        texts = [None if text is None else _normalised(text)
+                 for text in (self.text, self.text_pair, self.target)]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a task lies and how its columns are read."""
+
+    folder: str                        # inside a local data folder
+    hub_id: str
+    config: str | None
+    text: str                          # column names
+    pair: str | None = None
+    target: str | None = None
+    labels: tuple[str, ...] = ()       # their number bounds the label; () with no target: a score
+    score_range: tuple[float, float] = (-math.inf, math.inf)
+    metrics: tuple[str, ...] = ("accuracy",)
+    # split -> file name locally and split name on the hub
+    splits: tuple[tuple[str, str], ...] = (("train", "train"), ("validation", "validation"))
+    revision: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the columns make it."""
+        return "generation" if self.target else "classification" if self.labels else "regression"
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a JSON Lines file with "file line n"; a ``ValueError`` names both."""
+    number, where = 0, str(path)
+    try:
+        with (gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as lines:
+            while line := lines.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                where = f"{path} line {number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes")
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
+                yield where, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: unreadable after line {number} ({error})") from None
+
+
+def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: str,
+              spec: Spec) -> tuple[Example, ...]:
+    examples: list[Example] = []
+    seen: set[str] = set()
+    for number, (where, row) in enumerate(rows):
+        index = row.get("idx", number)
+        if type(index) is not int or index < 0:
+            _bad(where, "idx", "an integer >= 0", index)
+        base = f"{task}/{split}/{index}"
+        if base in seen:
+            raise ValueError(f"{where}: idx {index} occurs twice")
+        seen.add(base)
+        if spec.text == "tripleset":
+            examples += _dart_examples(where, row, task, base)
+            continue
+        text = _text(where, row, spec.text)
+        if spec.target:
+            examples.append(Example(base, text, target=_text(where, row, spec.target),
+                                    group=record_group(task, text)))
+            continue
+        pair = _text(where, row, spec.pair) if spec.pair else None
+        examples.append(Example(base, text, pair, _label(where, row, spec), group=base))
+    return tuple(examples)
+
+
+def _dart_examples(where: str, row: dict[str, Any], task: str, base: str) -> list[Example]:
+    """One example a reference: ``subject : predicate : object | ...`` to its text."""
+    triples = _column(where, row, "tripleset")
+    if not isinstance(triples, list) or not triples or not all(
+            isinstance(t, list) and len(t) == 3 and all(isinstance(p, str) for p in t)
+            for t in triples):
+        _bad(where, "tripleset", "a list of [subject, predicate, object]", triples)
+    notes = _column(where, row, "annotations")
+    texts = notes.get("text") if isinstance(notes, dict) else None
+    if not isinstance(texts, list) or not texts:
+        _bad(where, "annotations", "an object with a list 'text'", notes)
+    source = _clean(where, "tripleset", " | ".join(" : ".join(triple) for triple in triples))
+    group = record_group(task, source)
+    return [Example(f"{base}-{i}", source, target=_text(where, {"text": text}, "text"),
+                    group=group) for i, text in enumerate(texts)]
+
+
+def _label(where: str, row: dict[str, Any], spec: Spec) -> int | float:
+    value = _column(where, row, "label")
+    if spec.labels:
+        if type(value) is not int or not 0 <= value < len(spec.labels):
+            _bad(where, "label", f"an integer from 0 to {len(spec.labels) - 1}", value)
+        return value
+    low, high = spec.score_range
+    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+        _bad(where, "label", "a finite number" + (
+            f" from {low:g} to {high:g}" if low > -math.inf else ""), value)
+    return float(value)
+
+
+def _text(where: str, row: dict[str, Any], column: str) -> str:
+    value = _column(where, row, column)
+    if not isinstance(value, str):
+        _bad(where, column, "a string", value)
+    return _clean(where, column, value)
+
+
+def _clean(where: str, column: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON escapes can spell half a surrogate pair
+        raise ValueError(f"{where}: column {column!r} must be valid Unicode") from None
+    return value
+
+
+def _column(where: str, row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise ValueError(f"{where}: column {column!r} is missing (there are {', '.join(row)})")
+    return row[column]
+
+
+def _bad(where: str, column: str, requirement: str, value: object) -> NoReturn:
+    raise ValueError(f"{where}: column {column!r} must be {requirement}, got {value!r:.80}")
+
+
+def _normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def record_group(task: str, source: str) -> str:
+    """An id for everything made from one source record, which doesn't reveal the record."""
+    return f"{task}/record/{hashlib.sha256(_normalised(source).encode()).hexdigest()[:16]}"

@@ -1,0 +1,223 @@
+"""The only module that writes: results, tables, figures and arrays, each with its provenance.
+
+A result is one frozen dataclass. ``save_result`` splits it into ``NAME.json`` (config, provenance,
+scalars) and ``NAME.npz`` (arrays). Every file is written beside its final name and renamed, so a
+reader never meets half of one. Nothing is pickled, and nothing that was pickled is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, get_type_hints
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import lowrank_dp
+from lowrank_dp import _validate
+
+R = TypeVar("R")
+SCHEMA_VERSION = 1
+NON_PRIVATE = "NON-PRIVATE: computed from clean gradients, which no mechanism protects"
+NO_RECORDS = "no private records: computed from formulas, or from generated or public data only"
+_VERSIONS = ("torch", "numpy", "scipy", "transformers", "peft", "opacus", "dp-accounting")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the name ``path`` only when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def provenance(*, seed: int | None = None, device: str = "cpu") -> dict[str, Any]:
+    """Where and with what a result was computed: versions, machine, commit, command, time (UTC)."""
+    versions = {name: metadata.version(name) for name in _VERSIONS if _installed(name)}
+    return {
+        "lowrank_dp": lowrank_dp.__version__, "git_commit": _git_commit(), "versions": versions,
+        "python": platform.python_version(), "machine": platform.machine(),
+        "cpus": os.cpu_count(), "device": device, "seed": seed, "command": _command(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git_commit() -> str:
+    """Commit of the checkout the package runs from, "+changes" if it differs, else "unknown"."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True,
+                                text=True, check=True, timeout=10).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--", "."], cwd=folder,
+                                 capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return commit + ("+changes" if changed else "")
+
+
+def _command() -> str:
+    """The command line, without the folders of the machine it ran on."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = module.name.removesuffix(".__main__") if module and module.name else None
+    program = f"python -m {name}" if name else Path(sys.argv[0]).name
+    return " ".join([program, *(Path(word).name if os.path.isabs(word) else word
+                                for word in sys.argv[1:])])
+
+
+def save_result(result: Any, folder: str | Path, name: str) -> Path:
+    """Write a frozen dataclass as ``NAME.npz`` (its arrays) and ``NAME.json`` (all the rest).
+
+    Returns the path of the JSON file. Raises ``OSError`` if the folder can't be written; what was
+    there before is then intact.
+    """
+    if not dataclasses.is_dataclass(result) or isinstance(result, type):
+        _validate.fail("result", "a dataclass instance", type(result).__name__)
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    arrays = {key: value for key, value in fields.items() if isinstance(value, np.ndarray)}
+    rest = {key: _plain(value) for key, value in fields.items() if key not in arrays}
+    document = {"schema_version": SCHEMA_VERSION, "kind": type(result).__name__,
+                "arrays": sorted(arrays), **rest}
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    path = Path(folder) / f"{name}.json"
+    with atomic_write(path.with_suffix(".npz")) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types for dataclasses, tuples, mappings, paths and numpy scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
+
+
+def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
+    """Read what :func:`save_result` wrote, as an instance of the dataclass ``kind``.
+
+    Raises:
+        FileNotFoundError: if there is no such result.
+        ValueError: if a file is truncated, of another kind or schema, or lacks a field.
+    """
+    path = Path(folder) / f"{name}.json"
+    try:
+        document = json.loads(path.read_bytes())
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except FileNotFoundError as error:
+        message = f"no result {path.name} in {path.parent}; compute it first"
+        raise FileNotFoundError(message) from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"result {path} cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"result {path} must have schema_version {SCHEMA_VERSION}; recompute it")
+    if document.get("kind") != kind.__name__:
+        raise ValueError(f"result {path} must be a {kind.__name__}, got {document.get('kind')!r}")
+    fields = {**document, **arrays}
+    hints = get_type_hints(kind)
+    values = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in fields:
+            raise ValueError(f"result {path} lacks the field {field.name!r}; recompute it")
+        values[field.name] = _rebuild(fields[field.name], hints[field.name])
+    return kind(**values)
+
+
+def _rebuild(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(hint, type):
+        inner = get_type_hints(hint)
+        return hint(**{key: _rebuild(item, inner.get(key)) for key, item in value.items()})
+    return tuple(_rebuild(item, None) for item in value) if isinstance(value, list) else value
+
+
+def save_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], folder: str | Path,
+               name: str, *, caption: str) -> list[Path]:
+    """Write a table as ``NAME.csv``, ``NAME.md`` and ``NAME.tex``; ``caption`` heads the last two.
+
+    Cells are written as given: format numbers beforehand.
+    """
+    if any(len(row) != len(columns) for row in rows):
+        raise ValueError(f"rows must each have {len(columns)} cells, one for each column")
+    cells = [[str(cell) for cell in row] for row in rows]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *cells])
+    lines = [caption, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    body = [" & ".join(map(_latex, row)) + r" \\" for row in cells]
+    tex = [r"\begin{table}", rf"\caption{{{_latex(caption)}}}",
+           rf"\begin{{tabular}}{{{'l' * len(columns)}}}", r"\hline",
+           " & ".join(map(_latex, columns)) + r" \\", r"\hline", *body, r"\hline",
+           r"\end{tabular}", r"\end{table}"]
+    paths = []
+    for suffix, content in ((".csv", text.getvalue()), (".md", "\n".join(lines) + "\n"),
+                            (".tex", "\n".join(tex) + "\n")):
+        path = Path(folder) / f"{name}{suffix}"
+        with atomic_write(path) as file:
+            file.write(content.encode())
+        paths.append(path)
+    return paths
+
+
+_LATEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+                        "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}})
+
+
+def _latex(text: str) -> str:
+    return text.translate(_LATEX)
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
+    """Write ``NAME.png`` (200 dpi) and ``NAME.pdf`` (vector, fonts embedded)."""
+    paths = []
+    for suffix, options in ((".png", {"dpi": 200}), (".pdf", {"metadata": {"CreationDate": None}})):
+        path = Path(folder) / f"{name}{suffix}"
+        with atomic_write(path) as file:
+            figure.savefig(file, format=suffix[1:], **options)
+        paths.append(path)
+    return paths

@@ -1,0 +1,157 @@
+"""Clean gradients of a real model on a real task: what the experiments measure against.
+
+NON-PRIVATE throughout: a warm-up without noise, and sums before noise is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dp import _validate
+from lowrank_dp.data import encode, load_task, micro_batches
+from lowrank_dp.grads import clipped_sum_over
+from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """Which gradients are measured.
+
+    Attributes:
+        model: backbone for ``models.load_model``; "" takes ``models.default_model()``.
+        task: for ``data.load_task``.
+        max_grad_norm: C, over all trained parameters of one example.
+        warm_loss: train until the running mean of the training loss is at or below it; None
+            measures the model as it was loaded (cold).
+        max_warm_steps: give up then; the loss that was reached is part of every result.
+        warm_learning_rate, warm_batch_size: of the warm-up's AdamW.
+        max_length: tokens a text is cut to.
+        micro_batch_size: examples in memory at a time.
+        seed: of head, warm-up and sampling.
+        device: "cpu" or "cuda".
+    """
+
+    model: str = ""
+    task: str = "sst2"
+    max_grad_norm: float = 1.0
+    warm_loss: float | None = 0.36
+    max_warm_steps: int = 300
+    warm_learning_rate: float = 1e-4
+    warm_batch_size: int = 32
+    max_length: int = 128
+    micro_batch_size: int = 64
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model at a known training loss, and the training set its gradients are taken on."""
+
+    model: nn.Module
+    rows: list[dict[str, Any]]
+    pad_token_id: int
+    matrices: list[str]  # names of the trainable matrices
+    description: str  # model and data, in words
+    loss: float  # training loss at the end of the warm-up, or of the cold model
+    warm_steps: int
+    config: GradientConfig
+
+    def clean_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """NON-PRIVATE sum of the clipped gradients of ``rows[i]``, for every trainable matrix."""
+        rows = [self.rows[i] for i in indices]
+        batches = micro_batches(rows, self.config.micro_batch_size, self.pad_token_id)
+        sums, _ = clipped_sum_over(self.model, (self._place(batch) for _, batch in batches),
+                                   self.config.max_grad_norm)
+        return {name: sums[name] for name in self.matrices}
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> list[int]:
+        """``batch_size`` distinct positions in ``rows``, uniformly."""
+        _validate.integer("batch_size", batch_size, high=len(self.rows))
+        return torch.randperm(len(self.rows), generator=generator)[:batch_size].tolist()
+
+    def _place(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.config.device) for key, value in batch.items()}
+
+
+def prepare(config: GradientConfig) -> Source:
+    """Load model and task, and warm the model up if ``config.warm_loss`` says so.
+
+    The model ends in eval mode: measured gradients have no dropout in them.
+    """
+    _validate.positive("max_grad_norm", config.max_grad_norm)
+    task = load_task(config.task, seed=config.seed)
+    model, tokenizer = load_model(config.model or default_model(), task=task,
+                                  device=config.device, seed=config.seed)
+    matrices = matrix_parameters(model)
+    if not matrices:
+        raise ValueError(f"model {config.model!r} must have a trainable Linear layer, got none")
+    rows = encode(task.train, tokenizer, kind=task.kind, max_length=config.max_length)
+    source = Source(model, rows, tokenizer.pad_token_id, matrices,
+                    f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
+                    float("nan"), 0, config)
+    loss, steps = _warm_up(source)
+    return Source(model, rows, tokenizer.pad_token_id, matrices, source.description, loss, steps,
+                  config)
+
+
+def _warm_up(source: Source) -> tuple[float, int]:
+    """Train without privacy to the wanted loss; returns the loss and the number of steps."""
+    config, model = source.config, source.model
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.warm_loss is None:
+        indices = source.sample(min(len(source.rows), 512), generator)
+        return _mean_loss(source, indices), 0
+    _validate.positive("warm_loss", config.warm_loss)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.warm_learning_rate)
+    loss, step = float("nan"), 0
+    model.train()
+    cuda = [torch.cuda.current_device()] if config.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(config.seed)  # dropout's masks
+        for step, batch in enumerate(_bucketed(source, generator), 1):
+            value = model(**source._place(batch)).loss
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = value.item() if step == 1 else 0.95 * loss + 0.05 * value.item()
+            if loss <= config.warm_loss or step == config.max_warm_steps:
+                break
+    model.eval()
+    return loss, step
+
+
+def _bucketed(source: Source, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Random batches without end; within 16 batches, texts of one length go together."""
+    size = source.config.warm_batch_size
+    while True:
+        chosen = source.sample(min(16 * size, len(source.rows)), generator)
+        batches = list(micro_batches([source.rows[i] for i in chosen], size, source.pad_token_id))
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i][1]
+
+
+@torch.no_grad()
+def _mean_loss(source: Source, indices: Iterable[int]) -> float:
+    rows = [source.rows[i] for i in indices]
+    total = 0.0
+    for part, batch in micro_batches(rows, source.config.micro_batch_size, source.pad_token_id):
+        total += source.model(**source._place(batch)).loss.item() * len(part)
+    return total / len(rows)
+
+
+def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str, Tensor]:
+    """Clean sums plus N(0, noise_std^2), from a stated seed (so the noise is not secret)."""
+    noisy = {}
+    for offset, (name, matrix) in enumerate(clean.items()):
+        generator = torch.Generator(matrix.device).manual_seed(1_000_003 * seed + offset)
+        noise = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype,
+                            device=matrix.device)
+        noisy[name] = matrix + noise_std * noise
+    return noisy

@@ -1,0 +1,319 @@
+"""Restore the singular values of a noisy gradient: post-processing, at no privacy cost.
+
+:func:`restore` applies a scheme of :mod:`lowrank_dp.restore.schemes` to a matrix;
+:class:`LowPass` keeps the running mean of noisy gradients, whose noise is smaller and known, to be
+restored in its place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+from lowrank_dp.restore.krylov import MIN_SIDE, leading_triplets
+from lowrank_dp.restore.low_pass import LowPass, momentum
+from lowrank_dp.restore.schemes import EDGE_SCHEMES, NON_PRIVATE_SCHEMES, SCHEMES, truncate
+from lowrank_dp.spectrum import random_matrix as rmt
+
+__all__ = [
+    "EDGE_SCHEMES", "NON_PRIVATE_SCHEMES", "SCHEMES", "LowPass", "Report", "momentum",
+    "oracle_values", "project", "restore", "restore_gradients", "restore_with_report",
+]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to one matrix; computed from the noisy matrix and public values alone.
+
+    ``action`` is "restored", "kept" or "zeroed" (nothing above the edge), or "passed" (scheme
+    none). ``top`` and ``num_above_edge`` are None where no singular value was needed; on the fast
+    path they come from Ritz values, which reach the singular values from below.
+    """
+
+    scheme: str
+    shape: tuple[int, int]
+    noise_std: float
+    edge: float
+    top: float | None
+    num_above_edge: int | None
+    action: str
+    norm_before: float
+    norm_after: float
+
+
+def restore(noisy: Tensor, noise_std: float, scheme: str = "optimal", *, method: str = "fast",
+            below: str = "keep", false_spike_rate: float | None = None,
+            **options: Any) -> Tensor:
+    """Noisy gradient with its singular values restored by ``scheme``.
+
+    Args:
+        noisy: (..., m, n), float32 or float64, any device; never mutated. Leading axes are a
+            batch of matrices.
+        noise_std: standard deviation of each entry's noise, absolute, in ``noisy``'s own units
+            (for a DP-SGD sum: ``noise_multiplier * max_grad_norm``). Above 0 for the schemes that
+            read it (``EDGE_SCHEMES``), otherwise >= 0.
+        scheme: a name in ``SCHEMES``.
+        method: "fast" finds the leading singular triplets by block Krylov (odd powers: matrix
+            products); "exact" takes the full SVD. Their alignments with the clean gradient agree
+            to a per cent. Small matrices, and schemes that need every singular value (oracle,
+            partial with another target than "rmt", other powers), take the SVD in both.
+        below: what the schemes of ``EDGE_SCHEMES`` do with a matrix that has nothing above the
+            edge: "keep" returns it unchanged, "zero" returns zeros.
+        false_spike_rate: None (the asymptotic edge), or the probability with which pure noise may
+            count as a spike; values up to that higher level are then treated as noise.
+        options: the scheme's own: hard and soft ``threshold``; truncate ``k``; optimal ``loss``;
+            denoise ``kappa``, ``norm_correction``; partial ``alpha``, ``target``; power ``p``;
+            oracle ``values``.
+
+    Raises:
+        ValueError: naming the argument, on bad shapes or types, NaN or infinite entries, unknown
+            names, or an all-zero matrix that is said to hold noise.
+
+    >>> noisy = torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0]))
+    >>> [round(s, 4) for s in restore(noisy, 1.0).diagonal().tolist()]
+    [8.0623, 0.0, 0.0, 0.0]
+    """
+    plan = _plan(noisy, noise_std, scheme, method, below, false_spike_rate, options)
+    return _run(plan, noisy)[0]
+
+
+def restore_with_report(noisy: Tensor, noise_std: float, scheme: str = "optimal", *,
+                        method: str = "fast", below: str = "keep",
+                        false_spike_rate: float | None = None,
+                        **options: Any) -> tuple[Tensor, list[Report]]:
+    """:func:`restore`, and a :class:`Report` for each matrix of the batch in row-major order."""
+    plan = _plan(noisy, noise_std, scheme, method, below, false_spike_rate, options)
+    restored, values = _run(plan, noisy)
+    before = plan.norm.flatten().tolist()
+    after = torch.linalg.matrix_norm(restored).flatten().tolist()
+    reports = []
+    for s, norm_before, norm_after in zip(values, before, after, strict=True):
+        top = None if s is None else float(s[0])
+        above = None if s is None else int((s > plan.edge).sum())
+        action = "passed" if scheme == "none" else "restored"
+        if top is not None and scheme in EDGE_SCHEMES and top <= plan.trigger:
+            action = "kept" if below == "keep" else "zeroed"
+        reports.append(Report(scheme, plan.shape, plan.noise_std, plan.edge, top, above, action,
+                              norm_before, norm_after))
+    return restored, reports
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Checked arguments of :func:`restore`, completed with defaults and derived levels."""
+
+    scheme: str
+    shape: tuple[int, int]
+    noise_std: float
+    method: str
+    below: str
+    norm: Tensor  # (...,) Frobenius norms of the noisy matrices
+    options: dict[str, Any]
+    edge: float  # values at or below it are treated as noise
+    trigger: float  # the top value must exceed it for the scheme to act on a matrix
+    tail: float  # what the scheme multiplies values up to the edge by
+
+
+def _plan(noisy: Tensor, noise_std: float, scheme: str, method: str, below: str,
+          false_spike_rate: float | None, options: Mapping[str, Any]) -> _Plan:
+    _validate.choice("scheme", scheme, SCHEMES)
+    _validate.choice("method", method, ["fast", "exact"])
+    _validate.choice("below", below, ["keep", "zero"])
+    full_options = _complete(scheme, options)
+    noise_std = _validate.real("noise_std", noise_std, low=0, low_open=scheme in EDGE_SCHEMES)
+    norm = _finite_norm(noisy)
+    if noise_std > 0 and bool((norm == 0).any()):
+        raise ValueError(f"noisy must have a nonzero entry, got all zeros: noise of noise_std = "
+                         f"{noise_std:g} was not added to it")
+    shape = (noisy.shape[-2], noisy.shape[-1])
+    edge = rmt.bulk_edge(shape, noise_std, false_spike_rate=false_spike_rate)
+    trigger = max(edge, full_options.get("kappa", 1.0) * rmt.bulk_edge(shape, noise_std))
+    tail = 1.0 - full_options["alpha"] if scheme == "partial" else 0.0
+    return _Plan(scheme, shape, noise_std, method, below, norm, full_options, edge, trigger, tail)
+
+
+def _complete(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with the scheme's defaults filled in; unknown or missing ones are refused."""
+    parameters = {name: parameter for name, parameter
+                  in inspect.signature(SCHEMES[scheme]).parameters.items()
+                  if parameter.kind is parameter.KEYWORD_ONLY and name != "norm"}
+    for name in options:
+        if not parameters:
+            raise ValueError(f"scheme {scheme!r} takes no options, got {name!r}")
+        _validate.choice(f"option of scheme {scheme!r}", name, parameters)
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ValueError(f"{name} must be given for scheme {scheme!r}")
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return defaults | dict(options)
+
+
+def _finite_norm(noisy: Tensor) -> Tensor:
+    """Frobenius norms (...,) of checked matrices: one pass where looking for NaN would take two."""
+    _validate.matrix("noisy", noisy, check_finite=False)
+    norm = torch.linalg.matrix_norm(noisy.detach())
+    if bool(norm.isfinite().all()):
+        return norm
+    _validate.matrix("noisy", noisy)  # raises, unless the norm merely overflowed
+    raise ValueError(f"noisy must have a Frobenius norm that {noisy.dtype} can hold, got infinity")
+
+
+def _run(plan: _Plan, noisy: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """Restored matrices, and the singular values found for each (None where none were needed)."""
+    stack, norms = noisy.detach().reshape(-1, *plan.shape), plan.norm.reshape(-1)
+    # on a CPU one by one, each done as soon as it has settled; elsewhere as one batch
+    size = 1 if noisy.device.type == "cpu" else len(stack)
+    parts = [_apply(plan, *part) for part in zip(stack.split(size), norms.split(size), strict=True)]
+    restored = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
+    values = [row for part, s in parts for row in ([None] * len(part) if s is None else s)]
+    return restored.reshape(noisy.shape), values
+
+
+def _apply(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Restored matrices (L, m, n) and their singular values (L, k) for a batch (L, m, n)."""
+    if plan.scheme == "none":
+        return noisy.clone(), None
+    if plan.method == "fast" and plan.scheme == "power" and plan.options["p"] in (1, 3, 5, 7):
+        return _odd_power(noisy, norm, int(plan.options["p"])), None
+    restored, s = _fast(plan, noisy, norm) or _exact(plan, noisy, norm)
+    if plan.scheme in EDGE_SCHEMES:
+        empty = s[:, 0] <= plan.trigger
+        if bool(empty.any()):
+            other = noisy if plan.below == "keep" else torch.zeros_like(noisy)
+            restored = torch.where(empty[:, None, None], other, restored)
+    return restored, s
+
+
+def _new_values(plan: _Plan, s: Tensor, norm: Tensor) -> Tensor:
+    """The scheme's values for ``s`` (L, k), which may be the leading ones only."""
+    extra = {"norm": norm} if plan.scheme == "denoise" else {}
+    new = SCHEMES[plan.scheme](s, plan.shape, plan.noise_std, **plan.options, **extra)
+    if plan.scheme in EDGE_SCHEMES and not _needs_every_value(plan):
+        new = torch.where(s > plan.edge, new, plan.tail * s)
+    return new
+
+
+def _needs_every_value(plan: _Plan) -> bool:
+    if plan.scheme == "partial":
+        return isinstance(plan.options["target"], Tensor) or plan.options["target"] != "rmt"
+    return plan.scheme in ("power", "oracle")
+
+
+def _exact(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
+    return (u * _new_values(plan, s, norm).unsqueeze(-2)) @ vh, s
+
+
+def _fast(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | None:
+    """By leading triplets; None where the exact path is as good or the only one."""
+    if plan.method == "exact" or min(plan.shape) < MIN_SIDE or _needs_every_value(plan):
+        return None
+    aspect, scale = rmt.aspect_and_scale(plan.shape, plan.noise_std)
+    if plan.scheme == "truncate":
+        if plan.options["k"] > min(plan.shape) // 8:
+            return None
+
+        def weight(s: Tensor) -> Tensor:
+            return truncate(s, plan.shape, plan.noise_std, k=plan.options["k"]) ** 2
+    else:
+
+        def weight(s: Tensor) -> Tensor:
+            return rmt.shrink_frobenius(s / scale, aspect) ** 2
+
+    tall = plan.shape[0] > plan.shape[1]
+    lead = leading_triplets(noisy.mT if tall else noisy, weight,
+                            level=None if plan.scheme == "truncate" else plan.edge)
+    if lead is None:
+        return None
+    # on top of tail * noisy, the leading values are moved to where the scheme wants them
+    change = _new_values(plan, lead.s, norm) - plan.tail * lead.s
+    count = int((change != 0).sum(-1).max())
+    if count == 0:
+        return (noisy * plan.tail if plan.below == "zero" else noisy.clone()), lead.s
+    restored = lead.combine((change / lead.s)[:, :count], transpose=tall)
+    return (restored.add_(noisy, alpha=plan.tail) if plan.tail else restored), lead.s
+
+
+def _odd_power(noisy: Tensor, norm: Tensor, p: int) -> Tensor:
+    """``u s^p v^T`` at the norm of ``noisy``: the matrix times powers of its Gram matrix."""
+    unit = noisy / norm.clamp(min=1e-30)[:, None, None]
+    tall = unit.shape[-2] > unit.shape[-1]
+    gram = unit.mT @ unit if tall else unit @ unit.mT
+    result = unit
+    for _ in range(p // 2):
+        result = result @ gram if tall else gram @ result
+        result = result / torch.linalg.matrix_norm(result, keepdim=True).clamp(min=1e-30)
+    return result * norm[:, None, None]
+
+
+def restore_gradients(noisy: Mapping[str, Tensor], noise_std: float, scheme: str = "optimal",
+                      **arguments: Any) -> tuple[dict[str, Tensor], dict[str, Report]]:
+    """:func:`restore` on every matrix of a model's noisy gradient; other tensors pass unchanged.
+
+    Args:
+        noisy: parameter name -> tensor. 2-D tensors with both sides above 1 are restored,
+            in one batch for each shape where that pays (on a GPU).
+        noise_std: absolute, the same for every entry: isotropic noise, as DP-SGD adds.
+        scheme: a name in ``SCHEMES``.
+        arguments: of :func:`restore`.
+
+    Returns:
+        The gradients under the same names in the same order, and a report for each matrix.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for name, tensor in noisy.items():
+        if tensor.ndim == 2 and min(tensor.shape) > 1:
+            alone = tensor.device.type == "cpu"
+            key = (name,) if alone else (tensor.shape, tensor.dtype, tensor.device)
+            groups.setdefault(key, []).append(name)
+    restored = dict(noisy)
+    reports: dict[str, Report] = {}
+    for names in groups.values():
+        try:
+            batch = (torch.stack([noisy[name] for name in names]) if len(names) > 1
+                     else noisy[names[0]].unsqueeze(0))
+            batch, report = restore_with_report(batch, noise_std, scheme, **arguments)
+        except ValueError as error:
+            raise ValueError(f"gradient of {', '.join(names)}: {error}") from error
+        restored.update(zip(names, batch, strict=True))
+        reports.update(zip(names, report, strict=True))
+    return restored, {name: reports[name] for name in noisy if name in reports}
+
+
+def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor:
+    """NON-PRIVATE: the ``values`` that scheme "oracle" takes, from the clean gradient.
+
+    Args:
+        noisy, clean: (..., m, n).
+        kind: "weights" gives ``diag(u^T clean v)`` in the noisy singular vectors, the best any
+            scheme can do; "profile" gives the clean singular values.
+
+    Returns:
+        (..., min(m, n)).
+    """
+    if clean.shape != noisy.shape:
+        _validate.fail("clean", f"a tensor of shape {tuple(noisy.shape)}", tuple(clean.shape))
+    if _validate.choice("kind", kind, ["weights", "profile"]) == "profile":
+        return torch.linalg.svdvals(_validate.matrix("clean", clean))
+    u, _, vh = torch.linalg.svd(_validate.matrix("noisy", noisy), full_matrices=False)
+    return ((u.mT @ clean) * vh).sum(-1)
+
+
+def project(noisy: Tensor, basis: Tensor) -> Tensor:
+    """``basis basis^T noisy``: keep a subspace chosen beforehand, as GaLore does.
+
+    ``basis`` (..., m, k) has orthonormal columns and must come from public data or from gradients
+    already released (Zhao et al., arXiv 2403.03507; for DP-SGD with a public subspace see GEP, Yu
+    et al., arXiv 2102.12677, which also changes what is clipped). Noise and signal outside go.
+    """
+    _validate.matrix("noisy", noisy)
+    _validate.matrix("basis", basis)
+    if basis.shape[-2] != noisy.shape[-2]:
+        _validate.fail("basis", f"a tensor with {noisy.shape[-2]} rows", tuple(basis.shape))
+    return basis @ (basis.mT @ noisy)

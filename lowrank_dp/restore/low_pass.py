@@ -1,0 +1,75 @@
+"""Running means of noisy gradients, with their noise known: state for restoring the momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+
+
+@dataclass(frozen=True)
+class LowPass:
+    """Linear filter over a sequence of noisy gradients, bias-corrected, with its noise known.
+
+    ``m_t = sum_i b_i g_(t-i) - sum_i a_i m_(t-i)``, divided by its response to a constant sequence.
+    It reads released gradients only, so it is post-processing. :func:`momentum` is the first-order
+    case; higher orders are the filters of DOPPLER (Zhang et al., arXiv 2408.13460).
+
+    Attributes:
+        b, a: coefficients on the last inputs (the newest first) and on the last outputs.
+        inputs, outputs: those tensors, the newest first, as far back as the coefficients reach.
+        weights: for each kept output, the weight (t,) of every input so far in it, oldest first.
+        noise_stds: (t,) each input's noise, absolute.
+
+    >>> state = momentum(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
+    >>> state.mean[0, 0].item(), round(state.noise_std, 4)
+    (1.0, 0.7454)
+    """
+
+    b: tuple[float, ...]
+    a: tuple[float, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    weights: tuple[np.ndarray, ...] = ()
+    noise_stds: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def update(self, noisy: Tensor, noise_std: float) -> LowPass:
+        """The state after one more noisy gradient, whose noise has ``noise_std``, absolute."""
+        noise_std = _validate.real("noise_std", noise_std, low=0)
+        if self.outputs and noisy.shape != self.outputs[0].shape:
+            _validate.fail("noisy", f"of shape {tuple(self.outputs[0].shape)}", tuple(noisy.shape))
+        steps = len(self.noise_stds) + 1
+        inputs = (noisy.detach().clone(), *self.inputs)[: len(self.b)]
+        weight = np.zeros(steps)
+        output = torch.zeros_like(noisy)
+        for i, (b, tensor) in enumerate(zip(self.b, inputs, strict=False)):
+            output, weight[steps - 1 - i] = output.add(tensor, alpha=b), b
+        for a, tensor, past in zip(self.a, self.outputs, self.weights, strict=False):
+            output = output.sub(tensor, alpha=a)
+            weight[: len(past)] -= a * past
+        keep = max(len(self.a), 1)
+        return replace(self, inputs=inputs[: len(self.b) - 1],
+                       outputs=(output, *self.outputs)[:keep],
+                       weights=(weight, *self.weights)[:keep],
+                       noise_stds=np.append(self.noise_stds, noise_std))
+
+    @property
+    def mean(self) -> Tensor:
+        """Weighted mean of the gradients so far (weights sum to one)."""
+        return self.outputs[0] / float(self.weights[0].sum())
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of one entry's noise in ``mean``: sqrt(sum (w_i noise_std_i)^2)."""
+        weight = self.weights[0] / self.weights[0].sum()
+        return float(np.linalg.norm(weight * self.noise_stds))
+
+
+def momentum(beta: float) -> LowPass:
+    """Running mean ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
+    beta = _validate.real("beta", beta, low=0, high=1, high_open=True)
+    return LowPass(b=(1 - beta,), a=(-beta,))

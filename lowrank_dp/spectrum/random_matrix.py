@@ -1,0 +1,144 @@
+"""Random-matrix facts about one matrix of i.i.d. noise plus a low-rank signal.
+
+Setting, here and in :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`:
+``N = G + noise_std * Z`` of shape (m, n), Z i.i.d. N(0, 1). With ``aspect = min(m, n) /
+max(m, n)`` (called beta in the literature) and ``scale = noise_std * sqrt(max(m, n))``, singular
+values are measured as ``y = s / scale`` (noisy) and ``theta`` (clean). Sources:
+
+* Benaych-Georges & Nadakuditi, J. Multivariate Anal. 111 (2012): the visible spikes and overlaps.
+* Gavish & Donoho, IEEE Trans. Inf. Theory 60 (2014) and 63 (2017): thresholds and shrinkers.
+* Johnstone, Ann. Statist. 29 (2001); Chiani, J. Multivariate Anal. 129 (2014): the edge's
+  fluctuation and a gamma approximation of the Tracy-Widom law.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy.integrate import cumulative_simpson
+from scipy.stats import gamma
+from torch import Tensor
+
+from lowrank_dp import _validate
+
+# Gamma approximation of Tracy-Widom beta=1, matching its first three moments (Chiani 2014, Table 1)
+_TW_SHAPE, _TW_SCALE, _TW_SHIFT = 46.446, 0.186054, 9.84801
+
+
+def aspect_and_scale(shape: tuple[int, ...], noise_std: float) -> tuple[float, float]:
+    """``(aspect, scale)`` of a matrix of ``shape`` (..., m, n): see the module's setting."""
+    short, long = sorted(shape[-2:])
+    return short / long, noise_std * math.sqrt(long)
+
+
+def bulk_edge(shape: tuple[int, ...], noise_std: float, *,
+              false_spike_rate: float | None = None) -> float:
+    """Level above which a singular value is more than noise.
+
+    Args:
+        shape: (..., m, n).
+        noise_std: standard deviation of one entry's noise, absolute, >= 0.
+        false_spike_rate: None gives the asymptotic edge ``noise_std * (sqrt(m) + sqrt(n))``,
+            which the top value of pure noise exceeds in about one draw in eight. A rate in
+            (0, 1) gives the level that pure noise exceeds with that probability
+            (Tracy-Widom fluctuation, relative order ``min(m, n) ** (-2/3)``).
+
+    >>> bulk_edge((100, 400), 0.5)
+    15.0
+    """
+    m, n = (_validate.integer("shape", side) for side in shape[-2:])
+    noise_std = _validate.real("noise_std", noise_std, low=0)
+    if false_spike_rate is None:
+        return noise_std * (math.sqrt(m) + math.sqrt(n))
+    rate = _validate.real("false_spike_rate", false_spike_rate, low=0, high=1,
+                          low_open=True, high_open=True)
+    a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
+    quantile = gamma.isf(rate, _TW_SHAPE, scale=_TW_SCALE) - _TW_SHIFT
+    top_eigenvalue = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * quantile
+    return noise_std * math.sqrt(max(top_eigenvalue, 0.0))
+
+
+def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
+    """Density of the ``min(m, n)`` singular values of pure noise, at ``s`` (absolute units).
+
+    Integrates to one over ``s``; zero outside the bulk.
+    """
+    aspect, scale = aspect_and_scale(shape, _validate.positive("noise_std", noise_std))
+    x = np.asarray(s, dtype=np.float64) / scale
+    low, high = 1 - math.sqrt(aspect), 1 + math.sqrt(aspect)
+    root = np.sqrt(np.clip((high**2 - x**2) * (x**2 - low**2), 0, None))
+    return np.divide(root, math.pi * aspect * x * scale, out=np.zeros_like(x), where=x > 0)
+
+
+def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
+    """``count`` singular values, descending, as the bulk law places them (mid-point quantiles)."""
+    count = _validate.integer("count", count)
+    aspect, scale = aspect_and_scale(shape, _validate.positive("noise_std", noise_std))
+    # the angle substitution removes the square-root ends of the density
+    angle = np.linspace(0, math.pi, 4097)
+    x = 1 - math.sqrt(aspect) * np.cos(angle)
+    weight = marchenko_pastur_pdf(x * scale, shape, noise_std) * np.sin(angle)
+    cdf = cumulative_simpson(weight, x=angle, initial=0)
+    levels = 1 - (np.arange(count) + 0.5) / count
+    return scale * np.interp(levels, cdf / cdf[-1], x)
+
+
+def visible_value(theta: Tensor, aspect: float) -> Tensor:
+    """Noisy singular value y at which a clean value theta >= 0 shows: the bulk edge if invisible.
+
+    ``y^2 = (theta + 1/theta)(theta + aspect/theta)`` for ``theta > aspect ** 0.25``.
+    """
+    critical = aspect**0.25
+    t = theta.clamp(min=critical)
+    return torch.sqrt((t + 1 / t) * (t + aspect / t))
+
+
+def clean_value(y: Tensor, aspect: float) -> Tensor:
+    """Clean singular value theta that shows at y; 0 at or below the edge (inverse of the above)."""
+    above = y > 1 + math.sqrt(aspect)
+    t = torch.where(above, y * y - aspect - 1, 2 * math.sqrt(aspect))
+    theta = torch.sqrt((t + torch.sqrt((t * t - 4 * aspect).clamp(min=0))) / 2)
+    return torch.where(above, theta, torch.zeros_like(y))
+
+
+def overlaps(theta: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
+    """Squared cosines between noisy and clean singular vectors: ``(short side, long side)``.
+
+    The short side (min(m, n) entries) is the better estimated one. Zero for an invisible theta.
+    """
+    t2 = theta.clamp(min=aspect**0.25) ** 2
+    signal = t2 * t2 - aspect
+    return signal / (t2 * (t2 + aspect)), signal / (t2 * (t2 + 1))
+
+
+def shrink_frobenius(y: Tensor, aspect: float) -> Tensor:
+    """Optimal shrinker for squared error: theta times both overlaps' cosines; 0 below the edge."""
+    above = y > 1 + math.sqrt(aspect)
+    t = torch.where(above, y * y - aspect - 1, 2 * math.sqrt(aspect))
+    safe = torch.where(above, y, torch.ones_like(y))
+    return torch.sqrt((t * t - 4 * aspect).clamp(min=0)) / safe * above
+
+
+def shrink_operator(y: Tensor, aspect: float) -> Tensor:
+    """Optimal shrinker for the operator norm: the clean value itself."""
+    return clean_value(y, aspect)
+
+
+def shrink_nuclear(y: Tensor, aspect: float) -> Tensor:
+    """Optimal shrinker for the nuclear norm (Gavish & Donoho 2017, eq. 7's third case)."""
+    theta = clean_value(y, aspect)
+    safe = torch.where(theta > 0, theta, torch.ones_like(y))
+    value = (theta**4 - aspect - math.sqrt(aspect) * theta * y) / (safe**2 * y.clamp(min=1e-30))
+    return torch.where(theta > 0, value.clamp(min=0), torch.zeros_like(y))
+
+
+def hard_threshold(aspect: float) -> float:
+    """Optimal hard threshold in units of ``scale`` for known noise (Gavish & Donoho 2014).
+
+    >>> round(hard_threshold(1.0), 6) == round(4 / 3**0.5, 6)
+    True
+    """
+    root = math.sqrt(aspect**2 + 14 * aspect + 1)
+    return math.sqrt(2 * (aspect + 1) + 8 * aspect / (aspect + 1 + root))

@@ -1,0 +1,82 @@
+"""Arguments of the theory functions: numbers or arrays in, a float or a float64 array out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lowrank_dp._validate import choice, fail
+
+Array = NDArray[np.float64]
+FloatOrArray = float | Array
+REFERENCES = ("matched", "paper")
+
+
+def reals(name: str, value: ArrayLike, *, low: float = -np.inf, high: float = np.inf,
+          low_open: bool = False) -> Array:
+    """``value`` as a float64 array with every entry finite and in the interval.
+
+    >>> reals("beta2", [0.5, 1.5], low=0, high=1)
+    Traceback (most recent call last):
+    ValueError: beta2 must be a finite number >= 0 and <= 1, got 1.5
+    """
+    bounds = [f"{'>' if low_open else '>='} {low:g}"] if low > -np.inf else []
+    bounds += [f"<= {high:.6g}"] if high < np.inf else []
+    requirement = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    array = _numbers(name, value, requirement)
+    inside = (array > low if low_open else array >= low) & (array <= high) & np.isfinite(array)
+    return _all_good(name, requirement, value, array, inside)
+
+
+def integers(name: str, value: ArrayLike, *, low: int = 1) -> Array:
+    """``value`` as a float64 array of integers; 8.0 is accepted, 8.5 and True are not.
+
+    >>> integers("rank", [4, 0])
+    Traceback (most recent call last):
+    ValueError: rank must be an integer >= 1, got 0
+    """
+    requirement = f"an integer >= {low}"
+    array = _numbers(name, value, requirement)
+    whole = np.isfinite(array) & (np.floor(array) == array) & (array >= low)
+    return _all_good(name, requirement, value, array, whole)
+
+
+def squared_cosine(n: ArrayLike, beta2: ArrayLike | None) -> Array:
+    """beta2 = q_j^2 / |q|^2, by default that of a flat q, 1/n; broadcast against ``n``."""
+    n = integers("n", n)
+    if beta2 is None:
+        return 1 / n
+    return np.broadcast_arrays(reals("beta2", beta2, low=0, high=1), n)[0]
+
+
+def reference_variance(reference: str, beta2: FloatOrArray) -> FloatOrArray:
+    """Variance of the reference Gaussian of one coordinate, in units of |q|^2 / rank."""
+    matched = choice("reference", reference, REFERENCES) == "matched"
+    return 1 + beta2 if matched else np.ones_like(beta2)
+
+
+def unwrap(array: Any) -> FloatOrArray:
+    """A Python float for a scalar, the array itself otherwise."""
+    array = np.asarray(array, dtype=np.float64)
+    return float(array) if array.ndim == 0 else array
+
+
+def _numbers(name: str, value: ArrayLike, requirement: str) -> Array:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        fail(name, requirement, value)
+    if array.dtype.kind not in "iuf" and array.size:
+        fail(name, requirement, value)
+    return array.astype(np.float64)
+
+
+def _all_good(name: str, requirement: str, value: ArrayLike, array: Array,
+              good: NDArray[np.bool_]) -> Array:
+    if not good.all():
+        # of a scalar the value as it was given, of an array its first bad entry
+        entry = value if array.ndim == 0 else np.asarray(value)[~good].flat[0].item()
+        fail(name, requirement, entry)
+    return array

