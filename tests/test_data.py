@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dp import _tiny, data
+from lowrank_dp import data
 from lowrank_dp.data import Example, collate, encode, load_task, micro_batches
+from lowrank_dp.models import tiny
 
 needs_data = pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"),
                                 reason="LOWRANK_DP_DATA is not set")
@@ -29,7 +30,7 @@ def no_local_data(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return {name: _tiny.tokenizer(name) for name in _tiny.NAMES}
+    return {name: tiny.tokenizer(name) for name in tiny.NAMES}
 
 
 def write(path, lines):
@@ -358,15 +359,15 @@ def test_the_target_is_never_cut(tokenizers, max_length):
 
 
 def test_texts_beyond_the_context_are_refused_unless_cut(tokenizers):
-    long = "the film " * _tiny.CONTEXT
+    long = "the film " * tiny.CONTEXT
     for name, kind in (("tiny", "classification"), ("tiny-llama", "generation")):
         example = Example("sst2/train/9", long, label=1, target="fine")
         with pytest.raises(ValueError, match=r"sst2/train/9 has \d+ tokens.*context of 256"):
             encode([example], tokenizers[name], kind=kind)
-        row, = encode([example], tokenizers[name], kind=kind, max_length=_tiny.CONTEXT)
-        assert len(row["input_ids"]) == _tiny.CONTEXT
+        row, = encode([example], tokenizers[name], kind=kind, max_length=tiny.CONTEXT)
+        assert len(row["input_ids"]) == tiny.CONTEXT
         with pytest.raises(ValueError, match="max_length must be"):
-            encode([example], tokenizers[name], kind=kind, max_length=_tiny.CONTEXT + 1)
+            encode([example], tokenizers[name], kind=kind, max_length=tiny.CONTEXT + 1)
 
 
 def test_blank_texts(tokenizers):

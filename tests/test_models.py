@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from lowrank_dp import _tiny, models
+from lowrank_dp import models
 from lowrank_dp.data import Example, collate, encode, load_task
-from lowrank_dp.models import describe, load_model, matrix_parameters
+from lowrank_dp.models import describe, load_model, matrix_parameters, tiny
 
 SHAPE = dict(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=48, max_position_embeddings=64, pad_token_id=0, eos_token_id=2)
@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
         torch.manual_seed(0)
         auto = transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModel
         auto.from_config(config(**shape)).save_pretrained(root / name)
-        tokenizer = _tiny.tokenizer("tiny-llama" if name in CAUSAL else "tiny")
+        tokenizer = tiny.tokenizer("tiny-llama" if name in CAUSAL else "tiny")
         if name != "bert":      # GPT-2 and Llama know one kind of token; they don't pad either
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if name in CAUSAL:
@@ -370,12 +370,12 @@ def test_tiny_learns_the_generated_sentiment():
     assert right.float().mean() > 0.68
 
 
-@pytest.mark.parametrize("name", _tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_pretraining_is_the_same_each_time(monkeypatch, name):
-    monkeypatch.setattr(_tiny, "_STEPS", dict.fromkeys(_tiny.NAMES, 4))
+    monkeypatch.setattr(tiny, "_STEPS", dict.fromkeys(tiny.NAMES, 4))
     torch.manual_seed(5)
     before = torch.get_rng_state(), torch.get_num_threads()
-    first, second = (_tiny._pretrained.__wrapped__(name) for _ in range(2))
+    first, second = (tiny._pretrained.__wrapped__(name) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == torch.get_num_threads()

@@ -84,7 +84,7 @@ def joint_tv_lower_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
     # the eta in (0, 1) that is best to first order
     eta = (4 / across * np.sqrt(np.pi / r)) ** (1 / 3)
     usable = np.minimum(eta, 0.999)
-    bound = 1 - 2 / (across * usable**2) - np.sqrt(r / (4 * np.pi)) * np.arctanh(usable)
+    bound = 1 - 2 / (across * usable**2) - np.sqrt(r / (4 * np.pi)) * 2 * np.arctanh(usable)
     return unwrap(np.where(eta < 1, np.maximum(bound, 0.0), 0.0))
 
 

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import _generated, _validate
-from ._batches import IGNORE, SEPARATOR, collate, encode, micro_batches
-from ._examples import Example, Spec, read_jsonl, record_group, to_examples
+from lowrank_dp import _validate
+from lowrank_dp.data import generated
+from lowrank_dp.data.batches import IGNORE, SEPARATOR, collate, encode, micro_batches
+from lowrank_dp.data.examples import Example, Spec, read_jsonl, record_group, to_examples
 
 __all__ = [
     "IGNORE", "SEPARATOR", "TASKS", "Example", "Task", "collate", "encode", "generated_corpus",
@@ -215,7 +216,7 @@ def _files(folder: Path, spec: Spec) -> dict[str, Path]:
 def _local_task(name: str, spec: Spec, folder: Path) -> Task:
     splits = {split: to_examples(read_jsonl(path), name, split, spec)
               for split, path in _files(folder, spec).items()}
-    return _task(name, spec, splits, f"local folder {folder}")
+    return _task(name, spec, splits, f"local folder {spec.folder}")
 
 
 def _own_task(path: Path) -> Task:
@@ -293,13 +294,13 @@ def _generated_task(name: str, seed: int) -> Task:
         splits = {split: tuple(Example(f"{name}/{split}/{i}", text, label=label,
                                        group=f"{name}/{split}/{i}")
                                for i, (text, label) in enumerate(rows))
-                  for split, rows in _generated.sentiment(seed).items()}
+                  for split, rows in generated.sentiment(seed).items()}
         return Task(name, "classification", 2, ("negative", "positive"), ("accuracy",), splits,
                     f"generated (seed {seed})")
     splits = {split: tuple(Example(f"{name}/{split}/{i}", table, target=reference,
                                    group=record_group(name, table))
                            for i, (table, reference) in enumerate(rows))
-              for split, rows in _generated.tables(seed).items()}
+              for split, rows in generated.tables(seed).items()}
     return Task(name, "generation", 0, (), ("bleu", "rouge_l"), splits, f"generated (seed {seed})")
 
 
@@ -309,7 +310,7 @@ def generated_corpus(num_texts: int, seed: int = 0) -> list[str]:
     Every sentence and every table belongs to the public or to the private side by its hash, so
     that no seed can bring one across.
     """
-    return _generated.corpus(_validate.integer("num_texts", num_texts), seed)
+    return generated.corpus(_validate.integer("num_texts", num_texts), seed)
 
 
 def _task(name: str, spec: Spec, splits: dict[str, tuple[Example, ...]], source: str) -> Task:

@@ -85,6 +85,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: str,
               spec: Spec) -> tuple[Example, ...]:
+    """Checked examples from the rows of one split; errors name the file and line."""
     examples: list[Example] = []
     seen: set[str] = set()
     for number, (where, row) in enumerate(rows):

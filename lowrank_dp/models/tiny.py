@@ -15,10 +15,10 @@ import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
-from . import _generated
-from ._batches import IGNORE, SEPARATOR, collate, encode
-from ._cli import progress
-from ._examples import Example
+from lowrank_dp._cli import progress
+from lowrank_dp.data import generated
+from lowrank_dp.data.batches import IGNORE, SEPARATOR, collate, encode
+from lowrank_dp.data.examples import Example
 
 NAMES = ("tiny", "tiny-llama")
 CONTEXT = 256
@@ -75,7 +75,7 @@ def _config(name: str, **head: Any) -> Any:
 
 @functools.cache
 def _corpus() -> list[str]:
-    return _generated.corpus(_TEXTS, seed=0)
+    return generated.corpus(_TEXTS, seed=0)
 
 
 @functools.cache

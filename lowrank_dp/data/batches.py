@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import _validate
-from ._examples import Example
+from lowrank_dp import _validate
+from lowrank_dp.data.examples import Example
 
 IGNORE = -100                 # the label that torch's cross-entropy leaves out
 SEPARATOR = "\n"              # between the source and the target of a generation example

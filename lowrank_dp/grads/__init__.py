@@ -4,7 +4,7 @@ Book-keeping (Bu et al. 2022, arXiv 2210.00038): hooks keep each trained layer's
 gradient, from which the norm of every example's gradient follows (Li et al. 2021, arXiv
 2110.05679) and then, in one matrix product a layer, the sum of the clipped gradients. The trained
 weights do not require gradients inside their own layers meanwhile, so autograd never computes the
-unclipped sum that would be thrown away. The algebra of each layer is in ``_layers``.
+unclipped sum that would be thrown away. The algebra of each layer is in ``layers``.
 
 The model is left as it was found: mode, ``.grad``, ``requires_grad`` and hooks.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_dp import _validate
-from lowrank_dp._layers import (
+from lowrank_dp.grads.layers import (
     check_leading_axis,
     recording,
     refuse,

