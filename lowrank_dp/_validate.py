@@ -76,7 +76,7 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
     ValueError: scheme must be one of none, optimal, got 'optmal' (did you mean 'optimal'?)
     """
     options = list(options)
-    if value in options:
+    if isinstance(value, str) and value in options:
         return value
     near = difflib.get_close_matches(str(value), options, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -17,13 +17,13 @@ import platform
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, get_type_hints
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -99,8 +99,15 @@ def _command() -> str:
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = module.name.removesuffix(".__main__") if module and module.name else None
     program = f"python -m {name}" if name else Path(sys.argv[0]).name
-    return " ".join([program, *(Path(word).name if os.path.isabs(word) else word
-                                for word in sys.argv[1:])])
+    return " ".join([program, *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    """``/folder/name`` as ``name``, also in ``--option=/folder/name``."""
+    option, equals, value = word.partition("=")
+    if equals and os.path.isabs(value):
+        return option + equals + Path(value).name
+    return Path(word).name if os.path.isabs(word) else word
 
 
 def save_result(result: Any, folder: str | Path, name: str) -> Path:
@@ -113,6 +120,12 @@ def save_result(result: Any, folder: str | Path, name: str) -> Path:
         _validate.fail("result", "a dataclass instance", type(result).__name__)
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     arrays = {key: value for key, value in fields.items() if isinstance(value, np.ndarray)}
+    for key, value in arrays.items():
+        if value.dtype.hasobject:
+            _validate.fail(key, "an array of numbers or text", "objects, which would be pickled")
+    for key in ("schema_version", "kind", "arrays"):
+        if key in fields:
+            _validate.fail("result", f"without a field {key!r}, which names its file's own", key)
     rest = {key: _plain(value) for key, value in fields.items() if key not in arrays}
     document = {"schema_version": SCHEMA_VERSION, "kind": type(result).__name__,
                 "arrays": sorted(arrays), **rest}
@@ -153,8 +166,9 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     except FileNotFoundError as error:
         message = f"no result {path.name} in {path.parent}; compute it first"
         raise FileNotFoundError(message) from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"result {path} cannot be read: {error}") from error
+    except Exception as error:  # what a damaged zip, array header or JSON raises is open-ended
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"result {path} cannot be read: {reason}") from error
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"result {path} must have schema_version {SCHEMA_VERSION}; recompute it")
     if document.get("kind") != kind.__name__:
@@ -172,6 +186,8 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
 def _rebuild(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(hint, type):
         inner = get_type_hints(hint)
+        if unknown := value.keys() - inner.keys():
+            _validate.fail(hint.__name__, f"one with fields {', '.join(inner)}", sorted(unknown))
         return hint(**{key: _rebuild(item, inner.get(key)) for key, item in value.items()})
     return tuple(_rebuild(item, None) for item in value) if isinstance(value, list) else value
 
@@ -187,8 +203,9 @@ def save_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], folder: st
     cells = [[str(cell) for cell in row] for row in rows]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *cells])
-    lines = [caption, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    head, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+                   for row in (columns, *cells)]
+    lines = [caption, "", head, "|" + "---|" * len(columns), *rest]
     body = [" & ".join(map(_latex, row)) + r" \\" for row in cells]
     tex = [r"\begin{table}", rf"\caption{{{_latex(caption)}}}",
            rf"\begin{{tabular}}{{{'l' * len(columns)}}}", r"\hline",
@@ -218,6 +235,7 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     for suffix, options in ((".png", {"dpi": 200}), (".pdf", {"metadata": {"CreationDate": None}})):
         path = Path(folder) / f"{name}{suffix}"
         with atomic_write(path) as file:
-            figure.savefig(file, format=suffix[1:], **options)
+            with mpl.rc_context({"pdf.fonttype": 42}):  # read when saving, not when drawing
+                figure.savefig(file, format=suffix[1:], **options)
         paths.append(path)
     return paths

@@ -12,6 +12,7 @@ approximation is offered: it under-reports epsilon.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -27,10 +28,8 @@ from lowrank_dp import _validate
 
 NEIGHBOURS = "add or remove one"
 _PLD_INTERVAL = 1e-3
-_ACCOUNTANTS = {
-    "pld": lambda: pld.PLDAccountant(value_discretization_interval=_PLD_INTERVAL),
-    "rdp": rdp.RdpAccountant,
-}
+_PLD_CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
+_ACCOUNTANTS = ("pld", "rdp")
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,9 @@ class GaussianMechanism:
         """
         noisy = {}
         for name, total in clipped_sums.items():
+            if not isinstance(total, Tensor) or not total.is_floating_point():
+                kind = getattr(total, "dtype", type(total).__name__)
+                _validate.fail(f"clipped_sums[{name!r}]", "a floating-point tensor", str(kind))
             total = total if total.dtype == torch.float64 else total.float()
             if generator is None:
                 generator = os_seeded_generator(total.device)
@@ -147,7 +149,8 @@ class GaussianMechanism:
         return (f"({by_pld:.4g}, {delta:g})-DP after {steps} steps; neighbours: {NEIGHBOURS} "
                 f"{self.unit}; Poisson sampling at rate {self.sample_rate:.4g}; Gaussian noise, "
                 f"noise_multiplier {self.noise_multiplier:.4g} relative to max_grad_norm "
-                f"{self.max_grad_norm:g}; accountant: PLD, interval {_PLD_INTERVAL:g} "
+                f"{self.max_grad_norm:g}; accountant: PLD, interval "
+                f"{max(_PLD_INTERVAL, by_rdp / _PLD_CELLS):.3g} "
                 f"(RDP cross-check: epsilon {by_rdp:.4g})")
 
 
@@ -162,7 +165,19 @@ def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: flo
     if sample_rate < 1:
         step = dp_accounting.PoissonSampledDpEvent(sample_rate, step)
     # composed once with a count: step by step costs a convolution each
-    return float(_ACCOUNTANTS[accountant]().compose(step, steps).get_epsilon(delta))
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # RDP warns of each order that it leaves out, which is sound
+    try:
+        by_rdp = float(rdp.RdpAccountant().compose(step, steps).get_epsilon(delta))
+        if accountant == "rdp" or not math.isfinite(by_rdp):
+            return by_rdp
+        # an upper bound at any interval
+        chosen = pld.PLDAccountant(
+            value_discretization_interval=max(_PLD_INTERVAL, by_rdp / _PLD_CELLS))
+        return float(chosen.compose(step, steps).get_epsilon(delta))
+    finally:
+        log.setLevel(level)
 
 
 def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:

@@ -79,13 +79,15 @@ class Source:
         return {key: value.to(self.config.device) for key, value in batch.items()}
 
 
-def prepare(config: GradientConfig) -> Source:
+def prepare(config: GradientConfig, batch_size: int = 1) -> Source:
     """Load model and task, and warm the model up if ``config.warm_loss`` says so.
 
-    The model ends in eval mode: measured gradients have no dropout in them.
+    The model ends in eval mode: measured gradients have no dropout in them. A training set smaller
+    than ``batch_size`` is refused before the warm-up.
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
     task = load_task(config.task, seed=config.seed)
+    _validate.integer("batch_size", batch_size, high=len(task.train))
     model, tokenizer = load_model(config.model or default_model(), task=task,
                                   device=config.device, seed=config.seed)
     matrices = matrix_parameters(model)

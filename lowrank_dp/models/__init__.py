@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -391,10 +392,14 @@ def _quiet() -> Iterator[None]:
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL)
+    hidden = contextlib.ExitStack()
     if not sys.stderr.isatty():
         log.disable_progress_bar()
+        # the GGUF reader's bar asks nobody; errors are raised, so they are not lost here
+        hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
     try:
-        yield
+        with hidden:
+            yield
     finally:
         log.set_verbosity(level)
         if bars:

@@ -132,6 +132,9 @@ def _plan(noisy: Tensor, noise_std: float, scheme: str, method: str, below: str,
         raise ValueError(f"noisy must have a nonzero entry, got all zeros: noise of noise_std = "
                          f"{noise_std:g} was not added to it")
     shape = (noisy.shape[-2], noisy.shape[-1])
+    # a trial on some spectrum refuses bad options before any work is done
+    trial = torch.ones(*noisy.shape[:-2] if scheme == "oracle" else (), min(shape))
+    SCHEMES[scheme](trial, shape, 1.0, **full_options)
     edge = rmt.bulk_edge(shape, noise_std, false_spike_rate=false_spike_rate)
     trigger = max(edge, full_options.get("kappa", 1.0) * rmt.bulk_edge(shape, noise_std))
     tail = 1.0 - full_options["alpha"] if scheme == "partial" else 0.0
@@ -168,7 +171,8 @@ def _run(plan: _Plan, noisy: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """Restored matrices, and the singular values found for each (None where none were needed)."""
     stack, norms = noisy.detach().reshape(-1, *plan.shape), plan.norm.reshape(-1)
     # on a CPU one by one, each done as soon as it has settled; elsewhere as one batch
-    size = 1 if noisy.device.type == "cpu" else len(stack)
+    # (and for the oracle, whose values are those of the whole batch)
+    size = 1 if noisy.device.type == "cpu" and plan.scheme != "oracle" else len(stack)
     parts = [_apply(plan, *part) for part in zip(stack.split(size), norms.split(size), strict=True)]
     restored = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
     values = [row for part, s in parts for row in ([None] * len(part) if s is None else s)]
@@ -193,10 +197,11 @@ def _apply(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | N
 def _new_values(plan: _Plan, s: Tensor, norm: Tensor) -> Tensor:
     """The scheme's values for ``s`` (L, k), which may be the leading ones only."""
     extra = {"norm": norm} if plan.scheme == "denoise" else {}
-    new = SCHEMES[plan.scheme](s, plan.shape, plan.noise_std, **plan.options, **extra)
-    if plan.scheme in EDGE_SCHEMES and not _needs_every_value(plan):
-        new = torch.where(s > plan.edge, new, plan.tail * s)
-    return new
+    cut = plan.scheme in EDGE_SCHEMES and not _needs_every_value(plan)
+    above = s > plan.edge
+    new = SCHEMES[plan.scheme](torch.where(above, s, 0.0) if cut else s, plan.shape,
+                               plan.noise_std, **plan.options, **extra)
+    return torch.where(above, new, plan.tail * s) if cut else new
 
 
 def _needs_every_value(plan: _Plan) -> bool:
@@ -214,7 +219,6 @@ def _fast(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | N
     """By leading triplets; None where the exact path is as good or the only one."""
     if plan.method == "exact" or min(plan.shape) < MIN_SIDE or _needs_every_value(plan):
         return None
-    aspect, scale = rmt.aspect_and_scale(plan.shape, plan.noise_std)
     if plan.scheme == "truncate":
         if plan.options["k"] > min(plan.shape) // 8:
             return None
@@ -222,6 +226,7 @@ def _fast(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | N
         def weight(s: Tensor) -> Tensor:
             return truncate(s, plan.shape, plan.noise_std, k=plan.options["k"]) ** 2
     else:
+        aspect, scale = rmt.aspect_and_scale(plan.shape, plan.noise_std)
 
         def weight(s: Tensor) -> Tensor:
             return rmt.shrink_frobenius(s / scale, aspect) ** 2
@@ -235,8 +240,9 @@ def _fast(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | N
     change = _new_values(plan, lead.s, norm) - plan.tail * lead.s
     count = int((change != 0).sum(-1).max())
     if count == 0:
-        return (noisy * plan.tail if plan.below == "zero" else noisy.clone()), lead.s
-    restored = lead.combine((change / lead.s)[:, :count], transpose=tall)
+        return noisy * plan.tail, lead.s
+    gains = change / torch.where(lead.s > 0, lead.s, 1.0)
+    restored = lead.combine(gains[:, :count], transpose=tall)
     return (restored.add_(noisy, alpha=plan.tail) if plan.tail else restored), lead.s
 
 
@@ -268,6 +274,8 @@ def restore_gradients(noisy: Mapping[str, Tensor], noise_std: float, scheme: str
     """
     groups: dict[tuple, list[str]] = {}
     for name, tensor in noisy.items():
+        if not isinstance(tensor, Tensor):
+            _validate.fail(f"gradient of {name}", "a torch tensor", type(tensor).__name__)
         if tensor.ndim == 2 and min(tensor.shape) > 1:
             alone = tensor.device.type == "cpu"
             key = (name,) if alone else (tensor.shape, tensor.dtype, tensor.device)
@@ -297,11 +305,12 @@ def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor
     Returns:
         (..., min(m, n)).
     """
-    if clean.shape != noisy.shape:
+    _validate.matrix("noisy", noisy)
+    if _validate.matrix("clean", clean).shape != noisy.shape:
         _validate.fail("clean", f"a tensor of shape {tuple(noisy.shape)}", tuple(clean.shape))
     if _validate.choice("kind", kind, ["weights", "profile"]) == "profile":
-        return torch.linalg.svdvals(_validate.matrix("clean", clean))
-    u, _, vh = torch.linalg.svd(_validate.matrix("noisy", noisy), full_matrices=False)
+        return torch.linalg.svdvals(clean)
+    u, _, vh = torch.linalg.svd(noisy, full_matrices=False)
     return ((u.mT @ clean) * vh).sum(-1)
 
 

@@ -37,9 +37,17 @@ class LowPass:
     weights: tuple[np.ndarray, ...] = ()
     noise_stds: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
+    def __post_init__(self) -> None:
+        for name, coefficients in (("b", self.b), ("a", self.a)):
+            for value in coefficients:
+                _validate.real(name, value)
+        if not self.b or sum(self.b) == 0:
+            _validate.fail("b", "coefficients whose sum is not zero", self.b)
+
     def update(self, noisy: Tensor, noise_std: float) -> LowPass:
         """The state after one more noisy gradient, whose noise has ``noise_std``, absolute."""
         noise_std = _validate.real("noise_std", noise_std, low=0)
+        _validate.floating("noisy", noisy)
         if self.outputs and noisy.shape != self.outputs[0].shape:
             _validate.fail("noisy", f"of shape {tuple(self.outputs[0].shape)}", tuple(noisy.shape))
         steps = len(self.noise_stds) + 1
@@ -60,13 +68,19 @@ class LowPass:
     @property
     def mean(self) -> Tensor:
         """Weighted mean of the gradients so far (weights sum to one)."""
+        self._require_input()
         return self.outputs[0] / float(self.weights[0].sum())
 
     @property
     def noise_std(self) -> float:
         """Standard deviation of one entry's noise in ``mean``: sqrt(sum (w_i noise_std_i)^2)."""
+        self._require_input()
         weight = self.weights[0] / self.weights[0].sum()
         return float(np.linalg.norm(weight * self.noise_stds))
+
+    def _require_input(self) -> None:
+        if not self.outputs:
+            raise ValueError("LowPass must have seen a gradient first: call update")
 
 
 def momentum(beta: float) -> LowPass:

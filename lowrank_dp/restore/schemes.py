@@ -86,7 +86,10 @@ def partial(s: Tensor, shape: Shape, noise_std: float, *, alpha: float = 0.5,
     """
     alpha = _validate.real("alpha", alpha, low=0, high=1)
     clean = optimal(s, shape, noise_std, loss="operator")
-    if isinstance(target, Tensor):
+    if not isinstance(target, str):
+        _validate.floating("target", target)
+        if not bool((target >= 0).all() and (target > 0).any()):
+            raise ValueError("target must be nonnegative and not all zero")
         if target.shape != s.shape[-1:]:
             expected = f"a tensor of shape {tuple(s.shape[-1:])}"
             _validate.fail("target", expected, tuple(target.shape))
@@ -102,9 +105,10 @@ def partial(s: Tensor, shape: Shape, noise_std: float, *, alpha: float = 0.5,
 def power(s: Tensor, shape: Shape, noise_std: float, *, p: float = 3) -> Tensor:
     """``s ** p``, rescaled to the noisy matrix's Frobenius norm; p > 0."""
     p = _validate.positive("p", p)
-    sharpened = (s / s[..., :1]) ** p
-    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    return sharpened * (norm / torch.linalg.vector_norm(sharpened, dim=-1, keepdim=True))
+    top = s[..., :1]
+    sharpened = (s / torch.where(top > 0, top, 1.0)) ** p
+    norm, now = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (s, sharpened))
+    return sharpened * (norm / torch.where(now > 0, now, 1.0))
 
 
 def oracle(s: Tensor, shape: Shape, noise_std: float, *, values: Tensor) -> Tensor:
@@ -113,9 +117,10 @@ def oracle(s: Tensor, shape: Shape, noise_std: float, *, values: Tensor) -> Tens
     Give the clean gradient's singular values ("profile"), or ``diag(u^T clean v)``, the best
     diagonal there is: see :func:`oracle_values`. For diagnosis only.
     """
-    if values.shape != s.shape:
+    _validate.floating("values", values)
+    if values.numel() != s.numel() or values.shape[-1] != s.shape[-1]:
         _validate.fail("values", f"a tensor of shape {tuple(s.shape)}", tuple(values.shape))
-    return values.to(s)
+    return values.to(s).reshape(s.shape)
 
 
 SCHEMES: dict[str, Callable[..., Tensor]] = {

@@ -99,7 +99,9 @@ def decompose(matrix: Tensor, noise_std: float) -> Spectrum:
 
 
 def alignment(a: Tensor, b: Tensor) -> float:
-    """Cosine between two tensors of one shape; raises ``ValueError`` if either is all zero."""
+    """Cosine between two tensors of one shape; ``ValueError`` if one is all zero or not finite."""
+    _validate.floating("a", a)
+    _validate.floating("b", b)
     if a.shape != b.shape:
         _validate.fail("b.shape", f"{tuple(a.shape)}", tuple(b.shape))
     a, b = a.double().flatten(), b.double().flatten()

@@ -29,8 +29,15 @@ _TW_SHAPE, _TW_SCALE, _TW_SHIFT = 46.446, 0.186054, 9.84801
 
 def aspect_and_scale(shape: tuple[int, ...], noise_std: float) -> tuple[float, float]:
     """``(aspect, scale)`` of a matrix of ``shape`` (..., m, n): see the module's setting."""
-    short, long = sorted(shape[-2:])
-    return short / long, noise_std * math.sqrt(long)
+    short, long = sorted(_sides(shape))
+    return short / long, _validate.positive("noise_std", noise_std) * math.sqrt(long)
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(m, n), checked."""
+    if not isinstance(shape, tuple | list) or len(shape) < 2:
+        _validate.fail("shape", "(..., m, n)", shape)
+    return _validate.integer("shape", shape[-2]), _validate.integer("shape", shape[-1])
 
 
 def bulk_edge(shape: tuple[int, ...], noise_std: float, *,
@@ -48,7 +55,7 @@ def bulk_edge(shape: tuple[int, ...], noise_std: float, *,
     >>> bulk_edge((100, 400), 0.5)
     15.0
     """
-    m, n = (_validate.integer("shape", side) for side in shape[-2:])
+    m, n = _sides(shape)
     noise_std = _validate.real("noise_std", noise_std, low=0)
     if false_spike_rate is None:
         return noise_std * (math.sqrt(m) + math.sqrt(n))
@@ -65,7 +72,7 @@ def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float
 
     Integrates to one over ``s``; zero outside the bulk.
     """
-    aspect, scale = aspect_and_scale(shape, _validate.positive("noise_std", noise_std))
+    aspect, scale = aspect_and_scale(shape, noise_std)
     x = np.asarray(s, dtype=np.float64) / scale
     low, high = 1 - math.sqrt(aspect), 1 + math.sqrt(aspect)
     root = np.sqrt(np.clip((high**2 - x**2) * (x**2 - low**2), 0, None))
@@ -75,7 +82,7 @@ def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float
 def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
     """``count`` singular values, descending, as the bulk law places them (mid-point quantiles)."""
     count = _validate.integer("count", count)
-    aspect, scale = aspect_and_scale(shape, _validate.positive("noise_std", noise_std))
+    aspect, scale = aspect_and_scale(shape, noise_std)
     # the angle substitution removes the square-root ends of the density
     angle = np.linspace(0, math.pi, 4097)
     x = 1 - math.sqrt(aspect) * np.cos(angle)
@@ -97,10 +104,19 @@ def visible_value(theta: Tensor, aspect: float) -> Tensor:
 
 def clean_value(y: Tensor, aspect: float) -> Tensor:
     """Clean singular value theta that shows at y; 0 at or below the edge (inverse of the above)."""
-    above = y > 1 + math.sqrt(aspect)
-    t = torch.where(above, y * y - aspect - 1, 2 * math.sqrt(aspect))
-    theta = torch.sqrt((t + torch.sqrt((t * t - 4 * aspect).clamp(min=0))) / 2)
-    return torch.where(above, theta, torch.zeros_like(y))
+    to_high, to_low = _edge_distances(y, aspect)
+    return torch.where(to_high > 0, (to_high + to_low) / 2, 0.0)
+
+
+def _edge_distances(y: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
+    """``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the bulk's two ends; 0 inside.
+
+    Their product is ``sqrt((y^2 - aspect - 1)^2 - 4 aspect)``. As factors they neither overflow at
+    a large y nor cancel next to the edge.
+    """
+    high, low = 1 + math.sqrt(aspect), 1 - math.sqrt(aspect)
+    to_high, to_low = ((y - end).clamp(min=0).sqrt() * (y + end).sqrt() for end in (high, low))
+    return to_high, to_low
 
 
 def overlaps(theta: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
@@ -108,17 +124,15 @@ def overlaps(theta: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
 
     The short side (min(m, n) entries) is the better estimated one. Zero for an invisible theta.
     """
-    t2 = theta.clamp(min=aspect**0.25) ** 2
-    signal = t2 * t2 - aspect
-    return signal / (t2 * (t2 + aspect)), signal / (t2 * (t2 + 1))
+    inverse = theta.clamp(min=aspect**0.25) ** -2  # goes to 0, not to overflow, for a large theta
+    signal = torch.where(theta > aspect**0.25, (1 - aspect * inverse**2).clamp(min=0), 0.0)
+    return signal / (1 + aspect * inverse), signal / (1 + inverse)
 
 
 def shrink_frobenius(y: Tensor, aspect: float) -> Tensor:
     """Optimal shrinker for squared error: theta times both overlaps' cosines; 0 below the edge."""
-    above = y > 1 + math.sqrt(aspect)
-    t = torch.where(above, y * y - aspect - 1, 2 * math.sqrt(aspect))
-    safe = torch.where(above, y, torch.ones_like(y))
-    return torch.sqrt((t * t - 4 * aspect).clamp(min=0)) / safe * above
+    to_high, to_low = _edge_distances(y, aspect)
+    return to_high * (to_low / y.clamp(min=1))
 
 
 def shrink_operator(y: Tensor, aspect: float) -> Tensor:
@@ -129,9 +143,10 @@ def shrink_operator(y: Tensor, aspect: float) -> Tensor:
 def shrink_nuclear(y: Tensor, aspect: float) -> Tensor:
     """Optimal shrinker for the nuclear norm (Gavish & Donoho 2017, eq. 7's third case)."""
     theta = clean_value(y, aspect)
-    safe = torch.where(theta > 0, theta, torch.ones_like(y))
-    value = (theta**4 - aspect - math.sqrt(aspect) * theta * y) / (safe**2 * y.clamp(min=1e-30))
-    return torch.where(theta > 0, value.clamp(min=0), torch.zeros_like(y))
+    t, y = theta.clamp(min=aspect**0.25), y.clamp(min=1)
+    # (t^4 - aspect - sqrt(aspect) t y) / (t^2 y), without the fourth power
+    value = t * (t / y) - aspect / t / t / y - math.sqrt(aspect) / t
+    return torch.where(theta > 0, value.clamp(min=0), 0.0)
 
 
 def hard_threshold(aspect: float) -> float:

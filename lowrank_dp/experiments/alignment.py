@@ -1,0 +1,135 @@
+"""How near each scheme brings the noisy gradient to the clean one, by batch size and noise.
+
+Alignment is the cosine with the clean clipped sum, by layer. Cosine ignores scale, so there is
+error too: the Frobenius distance to the clean sum over all layers together, relative to its norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_dp import artifacts
+from lowrank_dp._cli import progress
+from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
+from lowrank_dp.restore import oracle_values, restore
+from lowrank_dp.spectrum import alignment
+
+# label -> scheme and options; the two oracles are NON-PRIVATE ceilings
+SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "noisy": ("none", {}),
+    "truncate(8)": ("truncate", {"k": 8}),
+    "power(3)": ("power", {}),
+    "hard": ("hard", {}),
+    "soft": ("soft", {}),
+    "partial(0.5)": ("partial", {}),
+    "denoise": ("denoise", {}),
+    "optimal": ("optimal", {}),
+    "optimal, zeroed": ("optimal", {"below": "zero"}),
+    "oracle profile": ("oracle", {"values": "profile"}),
+    "oracle weights": ("oracle", {"values": "weights"}),
+}
+CAPTION = (
+    "Mean over layers of the cosine between the clean clipped gradient sum and what each scheme "
+    "makes of the noisy one, by batch size and by noise multiplier; bars are 95% t-intervals over "
+    "noise draws. c: distance to the clean gradient over all layers. Layers with nothing above the "
+    "bulk edge are left unchanged, or zeroed where it says so. The oracles use the clean "
+    "gradient. NON-PRIVATE: a diagnosis.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Batch sizes at the first noise multiplier, then the other multipliers at the largest batch.
+
+    Batches are nested: the smaller are prefixes of the largest.
+    """
+
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    batch_sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4000)
+    noise_multipliers: tuple[float, ...] = (0.6, 0.3, 1.0, 2.0)
+    noise_seeds: int = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """``alignment`` is (settings, schemes, noise seeds, layers), ``error`` without the layers."""
+
+    config: Config
+    provenance: dict[str, Any]
+    privacy: str
+    description: str
+    loss: float
+    schemes: tuple[str, ...]
+    layers: tuple[str, ...]
+    batch_size: np.ndarray  # (settings,)
+    noise_multiplier: np.ndarray  # (settings,)
+    alignment: np.ndarray
+    error: np.ndarray
+    num_above_edge: np.ndarray  # (settings, noise seeds): layers with a value above the edge
+
+
+def run(config: Config, source: Source | None = None) -> Result:
+    """Measure every scheme at every setting (on ``source``, if it was prepared already)."""
+    source = source or prepare(config.gradients, max(config.batch_sizes))
+    sizes = sorted(config.batch_sizes)
+    generator = torch.Generator().manual_seed(config.gradients.seed + 1)
+    chosen = source.sample(sizes[-1], generator)
+    sums: dict[int, dict[str, Tensor]] = {}
+    total: dict[str, Tensor] = {}
+    for start, stop in progress(list(zip([0, *sizes], sizes, strict=False)), "clean gradients"):
+        part = source.clean_sum(chosen[start:stop])
+        total = {name: total[name] + part[name] if total else part[name] for name in part}
+        sums[stop] = total
+    first, *others = config.noise_multipliers
+    settings = [(size, first) for size in sizes] + [(sizes[-1], sigma) for sigma in others]
+    shape = (len(settings), len(SCHEMES), config.noise_seeds, len(source.matrices))
+    cosines, errors = np.zeros(shape), np.zeros(shape)  # errors by layer: squared distances
+    above = np.zeros((len(settings), config.noise_seeds), dtype=int)
+    cells = [(i, seed) for i in range(len(settings)) for seed in range(config.noise_seeds)]
+    for i, seed in progress(cells, "schemes"):
+        size, sigma = settings[i]
+        noise_std = sigma * config.gradients.max_grad_norm
+        noisy = add_noise(sums[size], noise_std, config.gradients.seed + seed)
+        for layer, name in enumerate(source.matrices):
+            clean = sums[size][name]
+            for j, made in enumerate(_each_scheme(noisy[name], clean, noise_std)):
+                # a hard threshold can leave nothing at all: no direction, no alignment
+                cosines[i, j, seed, layer] = alignment(made, clean) if bool(made.any()) else 0.0
+                errors[i, j, seed, layer] = float((made - clean).norm()) ** 2
+            above[i, seed] += not torch.equal(restore(noisy[name], noise_std), noisy[name])
+    norms = [sum(float(matrix.norm()) ** 2 for matrix in sums[size].values())
+             for size, _ in settings]
+    return Result(
+        config=config,
+        provenance=artifacts.provenance(seed=config.gradients.seed,
+                                        device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE, description=source.description, loss=source.loss,
+        schemes=tuple(SCHEMES), layers=tuple(source.matrices),
+        batch_size=np.array([size for size, _ in settings]),
+        noise_multiplier=np.array([sigma for _, sigma in settings]),
+        alignment=cosines,
+        error=np.sqrt(errors.sum(-1) / np.reshape(norms, (-1, 1, 1))), num_above_edge=above)
+
+
+def headline(result: Result) -> dict[str, str]:
+    """Mean alignment of each scheme at the largest batch and the first noise multiplier."""
+    best = np.flatnonzero((result.batch_size == result.batch_size.max())
+                          & (result.noise_multiplier == result.noise_multiplier[0]))[0]
+    return {f"mean alignment, {scheme}": f"{result.alignment[best, j].mean():.3f}"
+            for j, scheme in enumerate(result.schemes)}
+
+
+def _each_scheme(noisy: Tensor, clean: Tensor, noise_std: float) -> list[Tensor]:
+    made = []
+    for scheme, options in SCHEMES.values():
+        options = dict(options)
+        if scheme == "oracle":
+            options["values"] = oracle_values(noisy, clean, options["values"])
+        elif scheme == "truncate":
+            options["k"] = min(options["k"], *noisy.shape)
+        made.append(restore(noisy, noise_std, scheme, **options))
+    return made

@@ -1,0 +1,133 @@
+"""The gradient experiments on the embedded default, their artifacts and figures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_dp import artifacts, figures
+from lowrank_dp.data import collate
+from lowrank_dp.experiments import alignment, gradients, momentum, spectra
+from lowrank_dp.grads import clipped_sum
+
+pytestmark = pytest.mark.slow
+GRADIENTS = gradients.GradientConfig(model="tiny", task="generated", warm_loss=0.66,
+                                     max_warm_steps=300, warm_learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return gradients.prepare(GRADIENTS)
+
+
+def test_the_warm_up_reaches_its_loss_and_leaves_eval_mode(source):
+    assert source.loss <= 0.66 and 1 < source.warm_steps < 300
+    assert not source.model.training
+    cold = gradients.prepare(dataclasses.replace(GRADIENTS, warm_loss=None))
+    assert cold.warm_steps == 0 and 0.6 < cold.loss < 1.2  # near log 2: it knows nothing yet
+
+
+def test_clean_sum_does_not_depend_on_the_micro_batches(source):
+    indices = list(range(40))
+    total = source.clean_sum(indices)
+    batch = collate([source.rows[i] for i in indices], source.pad_token_id)
+    whole, norms = clipped_sum(source.model, batch, 1.0, backend="loop")
+    assert len(norms) == 40 and set(total) == set(source.matrices)
+    for name, matrix in total.items():
+        torch.testing.assert_close(matrix, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_prepare_refuses_a_batch_larger_than_the_data_before_any_work():
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1 and <= 4000"):
+        gradients.prepare(GRADIENTS, 4001)
+
+
+def test_noise_has_the_stated_deviation_and_seed(source):
+    clean = source.clean_sum(range(8))
+    once, again = (gradients.add_noise(clean, 0.5, 3) for _ in range(2))
+    other = gradients.add_noise(clean, 0.5, 4)
+    noise = torch.cat([(once[n] - clean[n]).flatten() for n in clean]).double()
+    # about 70,000 entries: a standard error of 0.3%, so 2% is beyond six of them
+    assert noise.std().item() == pytest.approx(0.5, rel=0.02)
+    assert all(torch.equal(once[n], again[n]) for n in clean)
+    assert not any(torch.equal(once[n], other[n]) for n in clean)
+
+
+def test_spectra(source, tmp_path):
+    config = spectra.Config(GRADIENTS, batch_size=256, noise_multiplier=0.5)
+    result = spectra.run(config, source)
+    assert result.privacy.startswith("NON-PRIVATE")
+    m, n = result.shapes[0]
+    assert result.edges[0] == pytest.approx(0.5 * (np.sqrt(m) + np.sqrt(n)))
+    top = result.noisy[:, 0] > result.clean[:, 0] - 0.5 * 3  # noise inflates, up to its own size
+    assert top.all()
+    assert (result.effective_rank_noisy[:-1] > result.effective_rank_clean[:-1]).all()
+    kept = np.array([action == "kept" for action in result.actions])
+    np.testing.assert_allclose(result.alignment_restored[kept], result.alignment_noisy[kept])
+    assert result.alignment_restored.mean() > 1.2 * result.alignment_noisy.mean()
+    artifacts.save_result(result, tmp_path, "spectra")
+    again = artifacts.load_result(tmp_path, "spectra", spectra.Result)
+    assert again.config == config and again.layers == result.layers
+    np.testing.assert_array_equal(again.noisy, result.noisy)
+
+
+def test_alignment_orders_the_schemes(source):
+    config = alignment.Config(GRADIENTS, batch_sizes=(128, 512), noise_multipliers=(0.5, 1.5),
+                              noise_seeds=2)
+    result = alignment.run(config, source)
+    assert result.alignment.shape == (3, len(alignment.SCHEMES), 2, len(source.matrices))
+    by = dict(zip(result.schemes, result.alignment.mean((2, 3)).T, strict=True))
+    assert (by["oracle weights"] >= by["optimal"] - 1e-6).all()  # nothing beats the ceiling
+    assert (by["optimal"] > by["noisy"]).all()
+    np.testing.assert_array_less(by["noisy"][[0, 2]], by["noisy"][1])  # more data, less noise
+    np.testing.assert_array_less(result.error[:, result.schemes.index("optimal")],
+                                 result.error[:, result.schemes.index("noisy")])
+
+
+def test_momentum_starts_where_it_must_and_lifts_the_signal():
+    config = momentum.Config(dataclasses.replace(GRADIENTS, warm_loss=None), steps=4,
+                             batch_size=256, seeds=1, betas=(0.0, 0.9))
+    source = gradients.prepare(config.gradients)
+    before = {name: p.clone() for name, p in source.model.named_parameters()}
+    result = momentum.run(config, source)
+    # after one step every running mean is that step's gradient
+    np.testing.assert_allclose(result.noisy[0, 0, 0], result.noisy[0, 0, 1], rtol=1e-5)
+    assert result.restored[0, -1, 1] > result.noisy[0, -1, 1]
+    assert "add or remove one example" in result.statement
+    for name, p in source.model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
+    config = spectra.Config(GRADIENTS, batch_size=64)
+    sources = {}
+    artifacts.save_result(figures.compute("spectra", config, sources), tmp_path, "spectra")
+    assert list(sources) == [GRADIENTS]
+    monkeypatch.setattr(spectra, "run", None)
+    result, figure = figures.show("spectra", artifact_folder=tmp_path)
+    assert result.config == config
+    for path in artifacts.save_figure(figure, tmp_path, "spectra"):
+        assert path.stat().st_size > 1000, path
+    with pytest.raises(FileNotFoundError, match="no result momentum"):
+        figures.show("momentum", artifact_folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_has_both_scales_a_caption_and_takes_the_options(name):
+    recipe = figures.FIGURES[name]
+    assert recipe.experiment.CAPTION and recipe.experiment.headline
+    for config in (recipe.small, recipe.full):
+        changed = figures.configure(config, model="m", task="t", seed=7, device="cuda")
+        assert type(changed) is type(config)
+        assert "7" in str(changed) and config == figures.configure(config)
+
+
+def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    assert figures.default_task() == "generated"
+    monkeypatch.setenv("LOWRANK_DP_DATA", str(tmp_path))
+    assert figures.default_task() == "generated"
+    (tmp_path / "glue/sst2").mkdir(parents=True)
+    (tmp_path / "glue/sst2/train.jsonl.gz").touch()
+    assert figures.default_task() == "sst2"

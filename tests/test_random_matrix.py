@@ -1,0 +1,290 @@
+"""Random-matrix facts: against integrals, brute force, and simulated noise and spiked matrices."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate, optimize, stats
+
+from lowrank_dp.spectrum import random_matrix as rmt
+
+ASPECTS = st.floats(1e-3, 1.0)
+SHAPES = [(40, 100), (100, 40), (50, 50), (1, 30), (7, 3000)]
+
+
+def t64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# --- the bulk ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape, noise_std, edge", [
+    ((100, 400), 0.5, 15.0), ((400, 100), 0.5, 15.0), ((9, 9), 2.0, 12.0), ((1, 1), 1.0, 2.0),
+    ((3, 4, 25, 36), 1.0, 11.0), ((100, 400), 0.0, 0.0)])
+def test_edge(shape, noise_std, edge):
+    assert rmt.bulk_edge(shape, noise_std) == pytest.approx(edge, rel=1e-15)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("noise_std", [0.01, 3.0])
+def test_density_integrates_to_one(shape, noise_std):
+    edge = rmt.bulk_edge(shape, noise_std)
+    low = noise_std * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
+    total, _ = integrate.quad(lambda s: float(rmt.marchenko_pastur_pdf(s, shape, noise_std)),
+                              low, edge, limit=200)
+    assert total == pytest.approx(1, abs=1e-6)
+    outside = rmt.marchenko_pastur_pdf(np.array([0, low * 0.999, edge * 1.001]), shape, noise_std)
+    assert (outside == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(300, 800), (800, 300), (400, 400)])
+def test_bulk_matches_simulated_noise(shape):
+    noise = 0.7 * np.random.default_rng(0).standard_normal(shape)
+    s = np.linalg.svd(noise, compute_uv=False)
+    grid = np.linspace(0, rmt.bulk_edge(shape, 0.7), 20001)
+    density = rmt.marchenko_pastur_pdf(grid, shape, 0.7)
+    cdf = integrate.cumulative_trapezoid(density, grid, initial=0)
+    distance = stats.kstest(s, lambda x: np.interp(x, grid, cdf)).statistic
+    assert distance < 5 / min(shape)  # singular values are rigid: far closer than i.i.d. draws
+    quantiles = rmt.marchenko_pastur_quantiles(min(shape), shape, 0.7)
+    assert (np.diff(quantiles) < 0).all()
+    np.testing.assert_allclose(quantiles, s, atol=0.02 * s[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_quantiles_invert_the_density(shape):
+    quantiles = rmt.marchenko_pastur_quantiles(5, shape, 2.0)
+    for value, level in zip(quantiles, (0.9, 0.7, 0.5, 0.3, 0.1), strict=True):
+        low = 2 * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
+        below, _ = integrate.quad(lambda s: float(rmt.marchenko_pastur_pdf(s, shape, 2.0)),
+                                  low, value, limit=200)
+        assert below == pytest.approx(level, abs=1e-5)
+
+
+@functools.cache
+def top_values(shape, count):
+    rng = np.random.default_rng(list(shape))
+    return np.array([np.linalg.norm(rng.standard_normal(shape), 2) for _ in range(count)])
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (150, 50)])
+@pytest.mark.parametrize("rate", [0.2, 0.05, 0.01])
+def test_false_spike_rate(shape, rate):
+    """Observed share of pure-noise draws above the level, within 4 standard errors."""
+    count = 1500
+    above = (top_values(shape, count) > rmt.bulk_edge(shape, 1.0, false_spike_rate=rate)).mean()
+    # the gamma approximation and finite size allow a tenth of the rate besides
+    assert abs(above - rate) < 4 * math.sqrt(rate * (1 - rate) / count) + 0.1 * rate
+
+
+def test_asymptotic_edge_is_exceeded_one_time_in_eight():
+    above = (top_values((64, 96), 1500) > rmt.bulk_edge((64, 96), 1.0)).mean()
+    assert 0.08 < above < 0.18
+    assert rmt.bulk_edge((64, 96), 1.0, false_spike_rate=0.01) > rmt.bulk_edge((64, 96), 1.0)
+    levels = [rmt.bulk_edge((64, 96), 2.0, false_spike_rate=r) for r in (0.3, 0.1, 0.01, 1e-4)]
+    assert levels == sorted(levels)
+    assert levels[0] == pytest.approx(rmt.bulk_edge((96, 64), 2.0, false_spike_rate=0.3), rel=1e-12)
+
+
+def test_tracy_widom_quantiles():
+    """Upper quantiles of the Tracy-Widom law (Bejan 2005): 0.9793 at 5%, 2.0234 at 1%."""
+    m, n = 400, 900
+    a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
+    for rate, value in ((0.05, 0.9793), (0.01, 2.0234), (0.1, 0.4501)):
+        squared = rmt.bulk_edge((m, n), 1.0, false_spike_rate=rate) ** 2
+        quantile = (squared - (a + b) ** 2) / ((a + b) * (1 / a + 1 / b) ** (1 / 3))
+        assert quantile == pytest.approx(value, abs=0.01)
+
+
+# --- spikes -----------------------------------------------------------------------------------
+
+@given(ASPECTS, st.floats(1.0 + 1e-6, 1e4))
+def test_spike_map_round_trip(aspect, factor):
+    theta = aspect**0.25 * factor
+    y = rmt.visible_value(t64(theta), aspect)
+    want = math.sqrt((theta + 1 / theta) * (theta + aspect / theta))
+    assert float(y) == pytest.approx(want, rel=1e-12)
+    # next to the edge y moves with the square of theta's distance: half the digits are lost
+    rel = 3e-8 + 1e-14 / (factor - 1)
+    assert float(rmt.clean_value(y, aspect)) == pytest.approx(theta, rel=rel)
+
+
+@given(ASPECTS, st.floats(0, 1))
+def test_invisible_spikes(aspect, factor):
+    theta = t64(aspect**0.25 * factor)
+    edge = 1 + math.sqrt(aspect)
+    assert float(rmt.visible_value(theta, aspect)) == pytest.approx(edge, rel=1e-12)
+    assert [float(c) for c in rmt.overlaps(theta, aspect)] == [0, 0]
+    for shrink in (rmt.clean_value, *SHRINKERS.values()):
+        assert float(shrink(t64(edge * factor), aspect)) == 0
+
+
+SHRINKERS = {"frobenius": rmt.shrink_frobenius, "operator": rmt.shrink_operator,
+             "nuclear": rmt.shrink_nuclear}
+
+
+@given(ASPECTS, st.floats(1.0 + 1e-6, 1e4))
+def test_formulas_of_the_literature(aspect, factor):
+    """Inverse map and Frobenius shrinker as printed, in 50 digits (they cancel in doubles)."""
+    import mpmath as mp
+    with mp.workdps(50):
+        b = mp.mpf(aspect)
+        y = float((1 + mp.sqrt(b)) * factor)
+        root = mp.sqrt((mp.mpf(y) ** 2 - b - 1) ** 2 - 4 * b)
+        theta = mp.sqrt((mp.mpf(y) ** 2 - b - 1 + root) / 2)
+        nuclear = max((theta**4 - b - mp.sqrt(b) * theta * y) / (theta**2 * y), 0)
+        signal = theta**4 - b
+        short, long = signal / (theta**4 + b * theta**2), signal / (theta**4 + theta**2)
+        want = [float(v) for v in (theta, root / y, nuclear)]
+    got = [float(f(t64(y), aspect)) for f in (rmt.clean_value, rmt.shrink_frobenius,
+                                              rmt.shrink_nuclear)]
+    assert got == pytest.approx(want, rel=1e-9, abs=1e-12 * y)
+    measured = [float(c) for c in rmt.overlaps(t64(float(theta)), aspect)]
+    assert measured == pytest.approx([float(short), float(long)], rel=1e-9, abs=1e-12)
+    # the Frobenius shrinker is theta times both cosines
+    assert got[1] == pytest.approx(float(theta * mp.sqrt(short * long)), rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("aspect", [1.0, 0.3, 1e-3])
+def test_single_precision_near_and_far(aspect):
+    """float32 agrees with float64 at the same y: next to the edge, and without overflow."""
+    edge = 1 + math.sqrt(aspect)
+    y = torch.tensor([0.0, 1e-30, edge * 0.99, edge * 1.001, edge * 1.1,
+                      50.0, 1e5, 1e12, 1e20, 1e30])
+    for shrink in (rmt.clean_value, *SHRINKERS.values()):
+        got, want = shrink(y, aspect), shrink(y.double(), aspect)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=3e-4, atol=1e-6)
+        assert torch.isfinite(got).all()
+        assert (got <= y * (1 + 1e-6)).all() and (got >= 0).all()
+    for got in rmt.overlaps(y, aspect):
+        assert torch.isfinite(got).all() and ((got >= 0) & (got <= 1)).all()
+        assert float(got[-1]) == 1
+
+
+@functools.cache
+def spiked(shape, theta, rounds=6):
+    """Mean top value (units of scale) and squared cosines (left, right) of one-spike matrices."""
+    rng = np.random.default_rng([*shape, int(theta * 1000)])
+    scale = 0.3 * math.sqrt(max(shape))
+    rows = []
+    for _ in range(rounds):
+        u, v = (x / np.linalg.norm(x) for x in map(rng.standard_normal, shape))
+        noisy = theta * scale * np.outer(u, v) + 0.3 * rng.standard_normal(shape)
+        left, s, right = np.linalg.svd(noisy, full_matrices=False)
+        rows.append((s[0] / scale, (left[:, 0] @ u) ** 2, (right[0] @ v) ** 2))
+    return np.mean(rows, axis=0)
+
+
+@pytest.mark.parametrize("shape", [(150, 900), (900, 150), (400, 400)])
+@pytest.mark.parametrize("theta", [1.15, 1.5, 3.0])
+def test_visible_value_and_overlaps_by_simulation(shape, theta):
+    aspect = min(shape) / max(shape)
+    y, left, right = spiked(shape, theta)
+    assert float(rmt.visible_value(t64(theta), aspect)) == pytest.approx(y, rel=0.02)
+    short, long = (float(c) for c in rmt.overlaps(t64(theta), aspect))
+    if shape[0] > shape[1]:
+        left, right = right, left
+    assert (short, long) == pytest.approx((left, right), abs=0.05 if theta > 1.2 else 0.15)
+    if shape[0] != shape[1]:
+        assert short > long + 0.02  # the side with fewer entries is the better estimated one
+        assert left > right + 0.02
+
+
+# --- shrinkers ----------------------------------------------------------------------------------
+
+def asymptotic_loss(eta, theta, aspect, loss):
+    """Loss of estimating a clean spike by eta along the noisy vectors: a 2 x 2 problem."""
+    short, long = (float(c) for c in rmt.overlaps(t64(theta), aspect))
+    c, d = math.sqrt(short), math.sqrt(long)
+    clean = np.array([[theta, 0], [0, 0]])
+    outer = np.outer([c, math.sqrt(1 - short)], [d, math.sqrt(1 - long)])
+    s = np.linalg.svd(clean - eta * outer, compute_uv=False)
+    return {"frobenius": (s**2).sum(), "operator": s[0], "nuclear": s.sum()}[loss]
+
+
+@pytest.mark.parametrize("aspect", [1.0, 0.4, 0.05])
+@pytest.mark.parametrize("factor", [1.05, 1.3, 2.0, 6.0])
+@pytest.mark.parametrize("loss", SHRINKERS)
+def test_shrinkers_minimise_their_asymptotic_loss(aspect, factor, loss):
+    theta = factor * aspect**0.25
+    y = rmt.visible_value(t64(theta), aspect)
+    eta = float(SHRINKERS[loss](y, aspect))
+    if loss == "operator" and aspect < 1:  # theta minimises it for a square matrix only
+        assert eta == pytest.approx(theta, rel=1e-6)
+        return
+    grid = np.linspace(0, 1.5 * theta + 1, 400)
+    start = grid[np.argmin([asymptotic_loss(e, theta, aspect, loss) for e in grid])]
+    step = grid[1] - grid[0]
+    best = optimize.minimize_scalar(lambda e: asymptotic_loss(e, theta, aspect, loss),
+                                    bounds=(max(start - step, 0), start + step), method="bounded",
+                                    options={"xatol": 1e-10})
+    lowest = min(best.fun, asymptotic_loss(0.0, theta, aspect, loss))
+    assert asymptotic_loss(eta, theta, aspect, loss) <= lowest + 1e-7 * theta
+    assert eta == pytest.approx(best.x if best.fun <= lowest else 0, abs=2e-4 * theta)
+
+
+@functools.cache
+def losses_by_simulation(shape):
+    """loss name -> shrinker name -> mean loss of the shrunk spiked matrices."""
+    rng = np.random.default_rng(5)
+    aspect, scale = rmt.aspect_and_scale(shape, 1.0)
+    totals = {loss: dict.fromkeys(SHRINKERS, 0.0) for loss in SHRINKERS}
+    for _ in range(4):
+        u, v = (np.linalg.qr(rng.standard_normal((side, 3)))[0] for side in shape)
+        clean = (u * np.array([1.35, 1.6, 2.0]) * aspect**0.25 * scale) @ v.T
+        left, s, right = np.linalg.svd(clean + rng.standard_normal(shape), full_matrices=False)
+        for name, shrink in SHRINKERS.items():
+            # the top value only: noise fluctuates above the edge now and then
+            new = scale * shrink(torch.from_numpy(s[:3] / scale), aspect).numpy()
+            error = np.linalg.svd((left[:, :3] * new) @ right[:3] - clean, compute_uv=False)
+            totals["frobenius"][name] += (error**2).sum()
+            totals["operator"][name] += error[0]
+            totals["nuclear"][name] += error.sum()
+    return totals
+
+
+@pytest.mark.parametrize("shape", [(200, 400), (400, 200)])
+@pytest.mark.parametrize("loss", SHRINKERS)
+def test_each_shrinker_wins_at_its_own_loss(shape, loss):
+    totals = losses_by_simulation(shape)[loss]
+    assert min(totals, key=totals.get) == loss, totals
+
+
+@pytest.mark.parametrize("aspect", [1.0, 0.5, 0.1, 1e-3])
+def test_hard_threshold(aspect):
+    """lambda*: where keeping and killing a spike cost the same (Gavish & Donoho 2014)."""
+    if aspect == 1:
+        assert rmt.hard_threshold(1.0) == pytest.approx(4 / math.sqrt(3), rel=1e-15)
+    level = rmt.hard_threshold(aspect)
+    theta = float(rmt.clean_value(t64(level), aspect))
+    assert asymptotic_loss(level, theta, aspect, "frobenius") == pytest.approx(theta**2, rel=1e-9)
+    assert level == pytest.approx(math.sqrt(2 * (aspect + 1) + 8 * aspect / (
+        aspect + 1 + math.sqrt(aspect**2 + 14 * aspect + 1))), rel=1e-15)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("call, name", [
+    (lambda: rmt.bulk_edge((5,), 1.0), "shape"),
+    (lambda: rmt.bulk_edge(5, 1.0), "shape"),
+    (lambda: rmt.bulk_edge((0, 5), 1.0), "shape"),
+    (lambda: rmt.bulk_edge((2.5, 5), 1.0), "shape"),
+    (lambda: rmt.bulk_edge((4, 5), -1.0), "noise_std"),
+    (lambda: rmt.bulk_edge((4, 5), math.nan), "noise_std"),
+    (lambda: rmt.bulk_edge((4, 5), "1"), "noise_std"),
+    (lambda: rmt.bulk_edge((4, 5), 1.0, false_spike_rate=0), "false_spike_rate"),
+    (lambda: rmt.bulk_edge((4, 5), 1.0, false_spike_rate=1), "false_spike_rate"),
+    (lambda: rmt.aspect_and_scale((4, 5), 0.0), "noise_std"),
+    (lambda: rmt.marchenko_pastur_pdf(1.0, (4, 5), 0.0), "noise_std"),
+    (lambda: rmt.marchenko_pastur_pdf(1.0, (0, 5), 1.0), "shape"),
+    (lambda: rmt.marchenko_pastur_quantiles(0, (4, 5), 1.0), "count"),
+    (lambda: rmt.marchenko_pastur_quantiles(3, (4, 5), -1.0), "noise_std"),
+])
+def test_bad_input(call, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        call()
