@@ -8,6 +8,7 @@ LOWRANK_DP_DATA holds it, else the generated task, and the packaged MiniLM, else
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import time
@@ -23,8 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_dp import _cli, _validate, artifacts
-from lowrank_dp.experiments import alignment, gradients, momentum, spectra
+from lowrank_dp.experiments import (
+    alignment,
+    dynamics,
+    gradients,
+    lora_noise,
+    momentum,
+    projection_privacy,
+    spectra,
+    total_variation,
+)
 from lowrank_dp.plots import gradients as gradient_plots
+from lowrank_dp.plots import lora as lora_plots
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,15 @@ FIGURES = {
     "momentum": Recipe(
         momentum, momentum.Config(seeds=2, steps=8, betas=(0.0, 0.7, 0.9)), momentum.Config(),
         gradient_plots.plot_momentum),
+    "lora_noise": Recipe(
+        lora_noise, lora_noise.SMALL, lora_noise.Config(), lora_plots.plot_lora_noise),
+    "total_variation": Recipe(
+        total_variation, total_variation.SMALL, total_variation.Config(),
+        lora_plots.plot_total_variation),
+    "projection_privacy": Recipe(
+        projection_privacy, projection_privacy.SMALL, projection_privacy.Config(),
+        lora_plots.plot_projection_privacy),
+    "dynamics": Recipe(dynamics, dynamics.SMALL, dynamics.Config(), lora_plots.plot_dynamics),
 }
 
 
@@ -73,7 +93,7 @@ def configure(config: Any, **changes: Any) -> Any:
 def compute(name: str, config: Any, sources: dict[Any, Any] | None = None) -> Any:
     """The result of a figure's experiment; ``sources`` keeps the model that several measure."""
     recipe = FIGURES[_validate.choice("figure", name, FIGURES)]
-    if not isinstance(getattr(config, "gradients", None), gradients.GradientConfig):
+    if "source" not in inspect.signature(recipe.experiment.run).parameters:
         return recipe.experiment.run(config)
     sources = {} if sources is None else sources
     if config.gradients not in sources:

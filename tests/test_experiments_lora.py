@@ -1,0 +1,126 @@
+"""The experiments on LoRA's noise: tiny configurations run, reload, plot, and say what is true."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from lowrank_dp import artifacts, theory
+from lowrank_dp.experiments import dynamics, lora_noise, projection_privacy, total_variation
+from lowrank_dp.experiments.gradients import GradientConfig
+from lowrank_dp.plots import lora as plots
+
+TINY = GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32)
+CONFIGS = {
+    "lora_noise": (lora_noise, replace(
+        lora_noise.SMALL, gradients=TINY, batch_size=8, ranks=(1, 8), num_draws=60,
+        vector_size=32, vector_draws=400, more_models=("no-such-model",))),
+    "total_variation": (total_variation, replace(
+        total_variation.SMALL, ranks=(1, 8), widths=(2, 4096), joint_ranks=(4, 256))),
+    "projection_privacy": (projection_privacy, replace(
+        projection_privacy.SMALL, gradients=TINY, epsilons=(0.0, 1.0), num_trials=150,
+        rank_grid=(1, 16, 256), widths=(768,), batch_size=8)),
+    "dynamics": (dynamics, replace(
+        dynamics.SMALL, gradients=TINY, ranks=(2, 16), num_seeds=2, num_steps=6)),
+}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {name: module.run(config) for name, (module, config) in CONFIGS.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_result_reloads_and_plots(name, results, tmp_path):
+    module, _ = CONFIGS[name]
+    artifacts.save_result(results[name], tmp_path, name)
+    loaded = artifacts.load_result(tmp_path, name, module.Result)
+    assert loaded.config == results[name].config
+    for key, value in vars(results[name]).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(getattr(loaded, key), value)
+    assert isinstance(getattr(plots, f"plot_{name}")(loaded), Figure)
+    assert module.headline(loaded) == module.headline(results[name])
+    assert "2409.17538" in module.CAPTION
+    expected = artifacts.NO_RECORDS if name == "total_variation" else artifacts.NON_PRIVATE
+    assert loaded.privacy == expected
+
+
+def test_measured_noise_agrees_with_the_formula(results):
+    result = results["lora_noise"]
+    # 95 % half-widths doubled: 4 sources x 2 ranks at 1e-4 each
+    gap = np.abs(result.variance - result.variance_exact)
+    assert (gap < 2 * result.variance_ci).all()
+    gap = np.abs(result.one_hot_variance - result.one_hot_variance_exact)
+    assert (gap < 2 * result.one_hot_variance_ci).all()
+    np.testing.assert_allclose(result.one_hot_variance_exact, [[2, 2 / 8], [0.8, 0.8 / 8]])
+    step = np.diff(result.density_x)[0]
+    np.testing.assert_allclose(result.density[1:].sum(axis=1) * step, 1, atol=5e-3)
+
+
+def test_a_model_that_is_missing_is_left_out_and_named(results):
+    assert len(results["lora_noise"].skipped) == 1
+    assert "no-such-model" in results["lora_noise"].skipped[0]
+
+
+def test_total_variation_lies_between_its_bounds_and_does_not_vanish_with_width(results):
+    result = results["total_variation"]
+    assert (result.lower <= result.exact).all() and (result.exact <= result.upper).all()
+    np.testing.assert_allclose(
+        result.by_width_exact[:, -1],
+        theory.tv_exact(np.array(result.config.fixed_ranks), 10**6), rtol=0.2)
+    assert np.nanmax(np.abs(result.joint[1] - result.joint_limit)) < 0.01
+
+
+def test_two_rows_give_the_candidate_away_and_one_does_not(results):
+    result = results["projection_privacy"]
+    assert result.auc[1, 0, 0] > 0.99 and result.auc[2, 0, 0] > 0.99
+    assert result.real_auc[1, 0, 0] > 0.99
+    assert result.auc[0, 0, 1] < 0.605 < result.auc[0, 0, 2]        # the exact test's AUC
+    assert np.isnan(result.auc[0, 1:]).all()
+    assert (result.profile >= result.profile_gaussian)[:3].all()    # rank << n
+    assert result.by_rank[0, 1] < min(result.by_rank[0, [0, 2]])    # not monotone in the rank
+
+
+def test_auc_interval_matches_simulation_and_covers_the_ends():
+    rng = np.random.default_rng(0)
+    member = np.arange(400) < 200
+    inside = 0
+    for _ in range(200):
+        _, low, high = projection_privacy.auc_with_interval(rng.normal(size=400) + member, member)
+        inside += low < 0.760250 < high         # Phi(1 / sqrt 2)
+    assert 180 <= inside <= 199                 # 95 % of 200, beyond 3 sigma on both sides
+    assert projection_privacy.auc_with_interval(member * 1.0, member) == (
+        1.0, pytest.approx(0.025 ** (1 / 200)), 1.0)
+
+
+def test_every_arm_starts_like_full_fine_tuning_and_ends_elsewhere(results):
+    result = results["dynamics"]
+    start = np.broadcast_to(result.reference_loss[:, 0], result.loss[..., 0].shape)
+    np.testing.assert_allclose(result.loss[..., 0], start, rtol=1e-5)
+    assert (result.distance[..., 0] == 0).all() and (result.distance[..., 1:] > 0).all()
+    # a frozen and a trained A take the same first step: B = 0 leaves A's gradient at zero
+    np.testing.assert_allclose(result.distance[0, ..., 1], result.distance[1, ..., 1], rtol=1e-4)
+    assert not np.allclose(result.distance[0, ..., -1], result.distance[1, ..., -1], rtol=1e-6)
+    first = np.sqrt((dynamics.relative_distance(result)[..., 0] ** 2).mean(axis=(0, 2)))
+    np.testing.assert_allclose(first, result.one_step_distance, rtol=0.35)
+
+
+def test_dynamics_leave_the_global_generator_alone_and_repeat():
+    config = replace(CONFIGS["dynamics"][1], ranks=(2,), num_steps=2)
+    state = torch.random.get_rng_state()
+    first, again = dynamics.run(config), dynamics.run(config)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    np.testing.assert_array_equal(first.distance, again.distance)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_steps": 10**6}, "num_steps"), ({"num_seeds": 1}, "num_seeds"),
+    ({"learning_rate": 0.0}, "learning_rate"), ({"ranks": (0,)}, "rank"),
+])
+def test_bad_dynamics_config_is_one_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dynamics.run(replace(CONFIGS["dynamics"][1], **changes))
