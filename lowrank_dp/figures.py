@@ -56,7 +56,7 @@ FIGURES = {
         alignment.Config(batch_sizes=(512, 1024, 2048), noise_multipliers=(0.6, 0.3, 1.0)),
         alignment.Config(), gradient_plots.plot_alignment),
     "momentum": Recipe(
-        momentum, momentum.Config(seeds=2, steps=8, betas=(0.0, 0.7, 0.9)), momentum.Config(),
+        momentum, momentum.Config(seeds=2, steps=7, betas=(0.0, 0.7, 0.9)), momentum.Config(),
         gradient_plots.plot_momentum),
     "lora_noise": Recipe(
         lora_noise, lora_noise.SMALL, lora_noise.Config(), lora_plots.plot_lora_noise),

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_dp import artifacts
 from lowrank_dp._cli import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
-from lowrank_dp.restore import oracle_values, restore
+from lowrank_dp.restore import restore
 from lowrank_dp.spectrum import alignment
 
 # label -> scheme and options; the two oracles are NON-PRIVATE ceilings
@@ -84,6 +84,8 @@ def run(config: Config, source: Source | None = None) -> Result:
         part = source.clean_sum(chosen[start:stop])
         total = {name: total[name] + part[name] if total else part[name] for name in part}
         sums[stop] = total
+    profiles = {(size, name): torch.linalg.svdvals(matrix)
+                for size, matrices in sums.items() for name, matrix in matrices.items()}
     first, *others = config.noise_multipliers
     settings = [(size, first) for size in sizes] + [(sizes[-1], sigma) for sigma in others]
     shape = (len(settings), len(SCHEMES), config.noise_seeds, len(source.matrices))
@@ -96,7 +98,8 @@ def run(config: Config, source: Source | None = None) -> Result:
         noisy = add_noise(sums[size], noise_std, config.gradients.seed + seed)
         for layer, name in enumerate(source.matrices):
             clean = sums[size][name]
-            for j, made in enumerate(_each_scheme(noisy[name], clean, noise_std)):
+            each = _each_scheme(noisy[name], clean, profiles[size, name], noise_std)
+            for j, made in enumerate(each):
                 # a hard threshold can leave nothing at all: no direction, no alignment
                 cosines[i, j, seed, layer] = alignment(made, clean) if bool(made.any()) else 0.0
                 errors[i, j, seed, layer] = float((made - clean).norm()) ** 2
@@ -123,13 +126,14 @@ def headline(result: Result) -> dict[str, str]:
             for j, scheme in enumerate(result.schemes)}
 
 
-def _each_scheme(noisy: Tensor, clean: Tensor, noise_std: float) -> list[Tensor]:
+def _each_scheme(noisy: Tensor, clean: Tensor, profile: Tensor, noise_std: float) -> list[Tensor]:
+    """What each scheme makes of ``noisy``; ``profile`` holds the clean singular values."""
+    u, _, vh = torch.linalg.svd(noisy, full_matrices=False)  # one for both oracles
+    oracles = {"profile": profile, "weights": ((u.mT @ clean) * vh).sum(-1)}
     made = []
     for scheme, options in SCHEMES.values():
-        options = dict(options)
         if scheme == "oracle":
-            options["values"] = oracle_values(noisy, clean, options["values"])
-        elif scheme == "truncate":
-            options["k"] = min(options["k"], *noisy.shape)
-        made.append(restore(noisy, noise_std, scheme, **options))
+            made.append((u * oracles[options["values"]]) @ vh)
+        else:
+            made.append(restore(noisy, noise_std, scheme, **options))
     return made

@@ -36,6 +36,6 @@ def new_figure(rows: int, columns: int, *, width: float = FULL, height: float = 
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def letter(axes: Axes, text: str) -> None:
+def letter(axes: Axes, text: str, size: float = 8) -> None:
     """Put a panel's letter above its upper left corner."""
-    axes.set_title(text, loc="left", fontweight="bold", fontsize=8)
+    axes.set_title(text, loc="left", fontweight="bold", fontsize=size)

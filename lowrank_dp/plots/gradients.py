@@ -46,17 +46,19 @@ def plot_spectra(result: spectra.Result) -> Figure:
     for panel, (axis, layer) in enumerate(zip(axes.flat, _spread(result, 4), strict=False)):
         edge, (m, n) = result.edges[layer], result.shapes[layer]
         for values, label, colour, style in (
-                (result.noisy, "noisy", GREY, "-"), (result.restored, "restored", RED, ".-"),
+                (result.noisy, "noisy", GREY, "-"), (result.restored, "restored", RED, "-"),
                 (result.clean, "clean (non-private)", BLACK, "--")):
             row = values[layer][~np.isnan(values[layer])] / edge
             row = row[row > 1e-4]  # what is restored to zero has no place on a log axis
-            axis.plot(np.arange(1, len(row) + 1), row, style, color=colour, label=label)
+            # a dot where a handful of values is all there is
+            axis.plot(np.arange(1, len(row) + 1), row, style, color=colour, label=label,
+                      marker="." if len(row) < 20 else None)
         bulk = marchenko_pastur_quantiles(min(m, n), (m, n), result.noise_std) / edge
         axis.plot(np.arange(1, len(bulk) + 1), bulk, ":", color=BLUE, label="pure noise (MP law)")
         axis.axhline(1, color=GREEN, linewidth=0.8, label="bulk edge")
         axis.set(xscale="log", yscale="log", xlabel="index", ylim=(1e-2, None))
         axis.set_ylabel("singular value / edge")
-        letter(axis, f"{'abcd'[panel]}  {_short(result.layers[layer])} {m}×{n}")
+        letter(axis, f"{'abcd'[panel]}  {_short(result.layers[layer])} {m}×{n}", size=7)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     order = np.arange(len(result.layers))
     for axis, clean, noisy, name in (

@@ -43,8 +43,11 @@ def soft(s: Tensor, shape: Shape, noise_std: float, *, threshold: str = "edge") 
 
 
 def truncate(s: Tensor, shape: Shape, noise_std: float, *, k: int) -> Tensor:
-    """Keep the k largest values whatever the noise: the rank-k limit that DP-LoRA imposes."""
-    k = _validate.integer("k", k, high=min(shape[-2:]))
+    """Keep the k largest values whatever the noise: the rank-k limit that DP-LoRA imposes.
+
+    A matrix with a side of k or less keeps all of them.
+    """
+    k = _validate.integer("k", k)
     return torch.where(torch.arange(s.shape[-1], device=s.device) < k, s, 0.0)
 
 

@@ -1,0 +1,479 @@
+"""The adapter against hand-restored gradients, Opacus's own noise, and its accountant."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from opacus import PrivacyEngine
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
+from opacus.schedulers import ExponentialNoise
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from safetensors.torch import load, save
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import lowrank_dp.optim as optim
+from lowrank_dp.optim import attach_restoration
+from lowrank_dp.restore import momentum, restore
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Secure RNG turned off:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Optimal order:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Expected.*empty batches:UserWarning"),
+]
+MODES = ["hooks", "functorch", "ew", "ghost"]
+SIGMA, BOUND, EXAMPLES, BATCH = 1.5, 0.8, 120, 30
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(EXAMPLES, 12, generator=generator)
+    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+
+
+def private(mode="hooks", inner=torch.optim.SGD, learning_rate=0.5, wrap=True, **arguments):
+    """Model, optimizer, loader, loss and engine, all seeded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
+    engine = PrivacyEngine()
+    arguments = {"noise_multiplier": SIGMA, "max_grad_norm": BOUND} | arguments
+    loss = nn.CrossEntropyLoss()
+    wrapped, optimizer, *loss, loader = engine.make_private(
+        module=model, optimizer=inner(model.parameters(), lr=learning_rate), criterion=loss,
+        data_loader=DataLoader(data(), batch_size=BATCH), grad_sample_mode=mode,
+        noise_generator=torch.Generator().manual_seed(1), wrap_model=wrap, **arguments)
+    loss = loss[0] if loss else cross_entropy
+    return wrapped if wrap else model, optimizer, loader, loss, engine
+
+
+def record(optimizer, kept):
+    """Keep a copy of every gradient as the inner optimizer would see it at this point."""
+    def hook(inner, args, kwargs):
+        kept.append([p.grad.clone() for group in inner.param_groups for p in group["params"]])
+    return optimizer.original_optimizer.register_step_pre_hook(hook)
+
+
+def epoch(model, optimizer, loader, loss):
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def is_matrix(tensor):
+    return tensor.ndim == 2 and min(tensor.shape) > 1
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_restoring_by_hand_in_every_mode(mode, wrap):
+    if mode == "ew" and not wrap:
+        pytest.skip("Opacus's expanded weights only come wrapped")
+    model, optimizer, loader, loss, engine = private(mode, wrap=wrap)
+    before, noisy, restored = weights(model), [], []
+    record(optimizer, noisy)
+    handle = attach_restoration(optimizer, "soft")
+    record(optimizer, restored)
+    epoch(model, optimizer, loader, loss)
+    std = SIGMA * BOUND / optimizer.expected_batch_size
+    want = before
+    for old, new in zip(noisy, restored, strict=True):
+        by_hand = [restore(g, std, "soft") if is_matrix(g) else g for g in old]
+        torch.testing.assert_close(new, by_hand, rtol=1e-5, atol=1e-7)
+        want = [w - 0.5 * g for w, g in zip(want, by_hand, strict=True)]
+    torch.testing.assert_close(weights(model), want, rtol=1e-4, atol=1e-6)
+    assert len(noisy) == len(loader) == len(engine_steps(engine))
+    assert sorted(handle.reports) == ["0", "2"]
+    assert handle.reports["0"].noise_std == pytest.approx(std)
+
+
+def engine_steps(engine):
+    return [step for *_, count in engine.accountant.history for step in range(count)]
+
+
+def test_epsilon_and_noise_are_those_of_stock_opacus():
+    plain, with_one_line = private(), private()
+    gradients = [], []
+    handle = attach_restoration(with_one_line[1])
+    handle.remove()
+    for (model, optimizer, loader, loss, _), kept in zip((plain, with_one_line), gradients,
+                                                         strict=True):
+        record(optimizer, kept)
+        torch.manual_seed(5)
+        if kept is gradients[1]:
+            attach_restoration(optimizer, below="zero")
+        epoch(model, optimizer, loader, loss)
+    assert plain[4].get_epsilon(1e-5) == with_one_line[4].get_epsilon(1e-5) > 0
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=0, atol=0)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(plain[0]), weights(with_one_line[0]),
+                                                     strict=True))
+
+
+def test_scheme_none_changes_nothing():
+    plain, passed = private(), private()
+    attach_restoration(passed[1], "none")
+    for model, optimizer, loader, loss, _ in (plain, passed):
+        torch.manual_seed(5)
+        epoch(model, optimizer, loader, loss)
+    torch.testing.assert_close(weights(plain[0]), weights(passed[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_once_per_logical_step_under_the_batch_memory_manager(mode):
+    model, optimizer, loader, loss, engine = private(mode)
+    attached = []
+    attach_restoration(optimizer)
+    record(optimizer, attached)
+    micro = 0
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=8,
+                            optimizer=optimizer) as small:
+        for x, y in small:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+            micro += 1
+    assert len(attached) == len(loader) == len(engine_steps(engine)) < micro
+
+
+def test_accumulated_batches_lower_the_noise():
+    model, optimizer, loader, loss, _ = private(poisson_sampling=False)
+    handle, steps = attach_restoration(optimizer), 0
+    for index, (x, y) in enumerate(loader):
+        loss(model(x), y).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            std = SIGMA * BOUND / (BATCH * 2)
+            assert handle.reports["0"].noise_std == pytest.approx(std)
+    assert steps == 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_noise_level_against_what_opacus_draws(reduction):
+    """Zero per-sample gradients leave the noise alone: 6 standard errors of its deviation."""
+    weight = nn.Parameter(torch.zeros(200, 150))
+    optimizer = DPOptimizer(
+        torch.optim.SGD([weight], lr=1.0), noise_multiplier=SIGMA, max_grad_norm=BOUND,
+        expected_batch_size=32, loss_reduction=reduction,
+        generator=torch.Generator().manual_seed(0))
+    schedule = ExponentialNoise(optimizer, gamma=0.5)
+    noisy, handle = [], attach_restoration(optimizer)
+    record(optimizer, noisy)
+    for _ in range(3):
+        weight.grad_sample = torch.zeros(4, 200, 150)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        measured, error = float(noisy[-1][0].std()), 1 / (2 * weight.numel()) ** 0.5
+        assert handle.reports["0"].noise_std == pytest.approx(measured, rel=6 * error)
+        assert handle.reports["0"].action == "kept"
+
+
+def test_adaclip_moves_its_bound_after_the_noise():
+    weight = nn.Parameter(torch.zeros(200, 150))
+    optimizer = AdaClipDPOptimizer(
+        torch.optim.SGD([weight], lr=1.0), noise_multiplier=SIGMA, max_grad_norm=BOUND,
+        expected_batch_size=32, generator=torch.Generator().manual_seed(0),
+        target_unclipped_quantile=0.0, clipbound_learning_rate=1.0, max_clipbound=10.0,
+        min_clipbound=0.01, unclipped_num_std=1.0)
+    noisy, bounds, handle = [], [], attach_restoration(optimizer)
+    record(optimizer, noisy)
+    for _ in range(3):
+        weight.grad_sample = torch.zeros(50, 200, 150)
+        bounds.append(float(optimizer.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        measured, error = float(noisy[-1][0].std()), 1 / (2 * weight.numel()) ** 0.5
+        assert handle.reports["0"].noise_std == pytest.approx(measured, rel=6 * error)
+    assert bounds[2] < 0.5 * bounds[1] < 0.25 * bounds[0]
+
+
+def test_ddp_averages_the_noise_over_workers():
+    weight = nn.Parameter(torch.zeros(20, 10))
+    optimizer = DPOptimizer(torch.optim.SGD([weight], lr=1.0), noise_multiplier=SIGMA,
+                            max_grad_norm=BOUND, expected_batch_size=16)
+    optimizer.world_size = 4  # as DistributedDPOptimizer has it
+    handle = attach_restoration(optimizer, mean_noise_std=None)
+    weight.grad_sample = torch.zeros(4, 20, 10)
+    assert optimizer.pre_step()
+    weight.grad /= optimizer.world_size  # as its reduce_gradients does
+    optimizer.original_optimizer.step()
+    assert handle.reports["0"].noise_std == pytest.approx(SIGMA * BOUND / 64)
+
+
+def noisy_problem(inner=torch.optim.SGD, dtype=torch.float32, **settings):
+    """Parameters (matrix, bias, kernel, frozen, unused) in two groups, and noisy gradients."""
+    torch.manual_seed(0)
+    shapes = [(20, 12), (20,), (4, 3, 2, 2), (6, 6), (5, 5)]
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    parameters[3].requires_grad_(False)
+    signal = torch.randn(20, 1) @ torch.randn(1, 12)
+    steps = []
+    for _ in range(6):
+        grads = [torch.randn(shape) * 0.1 for shape in shapes[:3]]
+        grads[0] += signal * 0.3
+        steps.append([g.to(dtype) for g in grads])
+    optimizer = inner([{"params": parameters[:2]}, {"params": parameters[2:]}], **settings)
+    return parameters, optimizer, steps
+
+
+def run(parameters, optimizer, steps):
+    for grads in steps:
+        for parameter, grad in zip(parameters, grads, strict=False):
+            parameter.grad = grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("inner", "settings"), [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5}), (torch.optim.Adam, {"lr": 0.1}),
+    (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1})])
+def test_any_torch_optimizer(inner, settings):
+    parameters, optimizer, steps = noisy_problem(inner, **settings)
+    attach_restoration(optimizer, mean_noise_std=0.1)
+    run(parameters, optimizer, steps)
+    by_hand, other, _ = noisy_problem(inner, **settings)
+    run(by_hand, other, [[restore(g, 0.1) if g.ndim == 2 else g for g in grads]
+                         for grads in steps])
+    torch.testing.assert_close(parameters, by_hand, rtol=0, atol=0)
+
+
+def test_bfloat16_is_restored_in_float32():
+    parameters, optimizer, steps = noisy_problem(dtype=torch.bfloat16, lr=1.0)
+    attach_restoration(optimizer, mean_noise_std=0.1)
+    run(parameters, optimizer, steps[:1])
+    want = -restore(steps[0][0].float(), 0.1).bfloat16()
+    assert torch.equal(parameters[0], want)
+
+
+def test_momentum_restores_the_running_mean_at_its_own_noise():
+    parameters, optimizer, steps = noisy_problem(lr=1.0)
+    handle = attach_restoration(optimizer, mean_noise_std=0.1, momentum_beta=0.8)
+    states = [momentum(0.8) for _ in range(3)]
+    want = [torch.zeros_like(p) for p in parameters[:3]]
+    for grads in steps:
+        run(parameters, optimizer, [grads])
+        states = [s.update(g, 0.1) for s, g in zip(states, grads, strict=True)]
+        means = [restore(states[0].mean, states[0].noise_std), states[1].mean, states[2].mean]
+        want = [w - mean for w, mean in zip(want, means, strict=True)]
+        torch.testing.assert_close(parameters[:3], want)
+        assert handle.reports["0"].noise_std == pytest.approx(states[0].noise_std)
+    assert handle.reports["0"].noise_std < 0.05
+
+
+def test_means_of_unequal_age_keep_their_own_noise():
+    parameters, optimizer, steps = noisy_problem(lr=1.0)
+    handle = attach_restoration(optimizer, mean_noise_std=0.1, momentum_beta=0.8)
+    run(parameters, optimizer, steps[:3])
+    parameters[4].grad = torch.randn(5, 5) * 0.1
+    run(parameters, optimizer, steps[3:4])
+    assert handle.reports["4"].noise_std == pytest.approx(0.1) != handle.reports["0"].noise_std
+
+
+@pytest.mark.parametrize("through", ["torch", "safetensors"])
+def test_state_dict_continues_identically(through, tmp_path):
+    parameters, optimizer, steps = noisy_problem(lr=1.0)
+    handle = attach_restoration(optimizer, mean_noise_std=0.1, momentum_beta=0.8)
+    run(parameters, optimizer, steps[:3])
+    state = handle.state_dict()
+    if through == "torch":
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    else:
+        state = load(save(state))
+    resumed, second, _ = noisy_problem(lr=1.0)
+    with torch.no_grad():
+        for new, old in zip(resumed, parameters, strict=True):
+            new.copy_(old)
+    attach_restoration(second, mean_noise_std=0.1, momentum_beta=0.8).load_state_dict(state)
+    run(parameters, optimizer, steps[3:])
+    run(resumed, second, steps[3:])
+    torch.testing.assert_close(resumed, parameters, rtol=0, atol=0)
+
+
+def test_state_dict_must_fit():
+    _, optimizer, _ = noisy_problem(lr=1.0)
+    handle = attach_restoration(optimizer, mean_noise_std=0.1)
+    assert handle.state_dict() == {}
+    handle.load_state_dict({})
+    parameters, optimizer, steps = noisy_problem(lr=1.0)
+    other = attach_restoration(optimizer, mean_noise_std=0.1, momentum_beta=0.8)
+    run(parameters, optimizer, steps[:1])
+    state = other.state_dict()
+    with pytest.raises(ValueError, match=r"momentum_beta .* must be None"):
+        handle.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"parameter 0 must be of shape \(20, 12\)"):
+        other.load_state_dict(state | {"0.output": torch.ones(2, 2)})
+    for wrong in ({"99.output": torch.ones(2)}, {"unknown": torch.ones(2)}):
+        with pytest.raises(ValueError, match="state must fit"):
+            other.load_state_dict(state | wrong)
+
+
+def test_remove_really_removes():
+    parameters, optimizer, steps = noisy_problem(lr=1.0)
+    handle = attach_restoration(optimizer, mean_noise_std=0.1)
+    with pytest.raises(ValueError, match="attached yet"):
+        attach_restoration(optimizer, mean_noise_std=0.1)
+    handle.remove()
+    handle.remove()
+    run(parameters, optimizer, steps[:1])
+    assert torch.equal(parameters[0], -steps[0][0])
+    attach_restoration(optimizer, mean_noise_std=0.1)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"scheme": "oracle", "values": torch.ones(12)}, "diagnosis only"),
+    ({"scheme": "optmal"}, "did you mean 'optimal'"),
+    ({"mean_noise_std": None}, "mean_noise_std must be"),
+    ({"mean_noise_std": 0.0}, "mean_noise_std must be"),
+    ({"momentum_beta": 1.0}, "beta must be"),
+    ({"scheme": "truncate"}, "k must be given"),
+    ({"scheme": "truncate", "k": 13}, "k must be an integer >= 1 and <= "),
+    ({"kappa": 2.0}, "kappa"), ({"below": "drop"}, "below must be one of")])
+def test_bad_arguments_are_refused_before_training(arguments, message):
+    _, optimizer, _ = noisy_problem(lr=1.0)
+    with pytest.raises(ValueError, match=message):
+        attach_restoration(optimizer, **({"mean_noise_std": 0.1} | arguments))
+    attach_restoration(optimizer, mean_noise_std=0.1)  # the refusal left nothing attached
+
+
+def test_not_an_optimizer():
+    with pytest.raises(ValueError, match="optimizer must be an Opacus DPOptimizer or a torch"):
+        attach_restoration(nn.Linear(2, 2), mean_noise_std=0.1)
+
+
+def test_opacus_without_noise_or_with_a_stated_one_is_refused():
+    _, optimizer, *_ = private()
+    with pytest.raises(ValueError, match="read from the optimizer"):
+        attach_restoration(optimizer, mean_noise_std=0.1)
+    optimizer.noise_multiplier = 0.0
+    with pytest.raises(ValueError, match=r"noise_multiplier .* must be > 0"):
+        attach_restoration(optimizer)
+
+
+@pytest.mark.parametrize("grad", [0.001 * torch.ones(20, 12), torch.zeros(20, 12)])
+def test_gradients_without_the_stated_noise_are_refused(grad):
+    parameters, optimizer, _ = noisy_problem(lr=1.0)
+    attach_restoration(optimizer, mean_noise_std=0.1)
+    parameters[0].grad = grad
+    with pytest.raises(ValueError, match=r"parameter 0 \(20, 12\) must hold noise"):
+        optimizer.step()
+    assert torch.equal(parameters[0], torch.zeros(20, 12))
+    parameters[0].grad = torch.full((20, 12), torch.nan)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        optimizer.step()
+
+
+def test_the_floor_on_the_norm_is_never_crossed_by_noise():
+    generator = torch.Generator().manual_seed(0)
+    for entries in (4, 16, 100, 2500):
+        norms = torch.randn(20_000, entries, generator=generator).norm(dim=1)
+        assert optim._least_norm(entries) < float(norms.min())
+    assert optim._least_norm(10**8) == pytest.approx(0.9e4, rel=1e-3)
+
+
+def test_a_closure_is_refused():
+    _, optimizer, _ = noisy_problem(lr=1.0)
+    attach_restoration(optimizer, mean_noise_std=0.1)
+    optimizer.step(None)
+    for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
+        with pytest.raises(ValueError, match="without a closure"):
+            call()
+
+
+def test_shards_and_sparse_gradients_are_refused():
+    from torch.distributed.tensor import DTensor  # no process group: any subclass's marker does
+    assert hasattr(DTensor, "full_tensor")
+    parameters, optimizer, steps = noisy_problem(lr=1.0)
+    parameters[0].full_tensor = lambda: None
+    with pytest.raises(ValueError, match="parameter 0 must be one dense tensor"):
+        attach_restoration(optimizer, mean_noise_std=0.1)
+    del parameters[0].full_tensor
+    attach_restoration(optimizer, mean_noise_std=0.1)
+    parameters[0].grad = steps[0][0].to_sparse()
+    with pytest.raises(ValueError, match="parameter 0 must be one dense tensor"):
+        optimizer.step()
+
+
+def trainer(tmp_path, callback, **settings):
+    from transformers import Trainer, TrainingArguments
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(12, 10)
+
+        def forward(self, x, labels):
+            return {"loss": cross_entropy(self.layer(x), labels)}
+
+    class NoisyTrainer(Trainer):  # stands for one that also clips each example
+        generator = torch.Generator().manual_seed(3)
+        noisy = ()
+
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            for p in model.parameters():
+                p.grad += 0.2 * torch.randn(p.shape, generator=self.generator)
+            self.noisy = [*self.noisy, model.layer.weight.grad.clone()]
+            return loss
+
+    x, labels = data().tensors
+    rows = [{"x": a, "labels": b} for a, b in zip(x, labels, strict=True)]
+    model = Model()
+    settings = {"max_grad_norm": 0.0} | settings
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=20, report_to=[],
+        save_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=0.5, **settings)
+    return NoisyTrainer(model=model, args=args, train_dataset=rows, callbacks=[callback],
+                        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5),
+                                    None))
+
+
+def test_hugging_face_callback(tmp_path):
+    callback = optim.RestorationCallback("soft", mean_noise_std=0.2)
+    run = trainer(tmp_path, callback, lr_scheduler_type="constant")
+    want = run.model.layer.weight.detach().clone()
+    run.train()
+    for grad in run.noisy:
+        want -= 0.5 * restore(grad, 0.2, "soft")
+    assert len(run.noisy) == 4
+    torch.testing.assert_close(run.model.layer.weight.detach(), want)
+    first = callback.handle
+    run.train()  # attaches anew
+    assert callback.handle is not first
+    assert not optim._unwrap(run.optimizer)._optimizer_step_pre_hooks
+
+
+def test_hugging_face_clipping_is_refused(tmp_path):
+    run = trainer(tmp_path, optim.RestorationCallback(mean_noise_std=0.2), max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="max_grad_norm of TrainingArguments must be 0"):
+        run.train()
+
+
+def test_importing_stays_light():
+    code = ("import sys, lowrank_dp.optim; "
+            "assert not {'opacus', 'transformers'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_the_example_runs():
+    example = Path(__file__).parent.parent / "examples" / "opacus_restoration.py"
+    done = subprocess.run([sys.executable, str(example)], check=True, capture_output=True,
+                          text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    epsilons = [line.split("epsilon")[1] for line in lines]
+    losses = [float(line.split("loss")[1].split()[0]) for line in lines]
+    assert len(lines) == 2
+    assert epsilons[0] == epsilons[1]
+    assert max(losses) < 1.3  # of 1.386 = log 4 untrained; the example claims no order
