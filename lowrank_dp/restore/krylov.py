@@ -39,7 +39,7 @@ class Leading:
 
 
 def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
-                     level: float | None, tolerance: float = 0.03) -> Leading | None:
+                     level: float | None, tolerance: float = 0.02) -> Leading | None:
     """Triplets of ``matrix`` (..., m, n), m <= n, until the sum of ``weight(s)`` has settled.
 
     Args:
