@@ -413,8 +413,6 @@ SPIKES = {"none": [], "one": [3.0], "one near the edge": [1.05],
 @pytest.mark.parametrize("shape", BIG)
 def test_fast_alignment(shape, spikes):
     """Alignment with the clean matrix at least 0.99 of the exact path's, for each such scheme."""
-    if shape == (768, 3072) and spikes not in ("8", "40 weak"):
-        pytest.skip("two of the cases at this size")
     noisy, clean = spiked(shape, SPIKES[spikes] or [0.01], dtype=torch.float32, seed=3)
     cases = [("optimal", {}), ("denoise", {}), ("partial", {}), ("optimal", {"loss": "nuclear"})]
     u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
@@ -501,8 +499,8 @@ def test_bad_matrix(matrix, words, scheme):
     ({"scheme": "oracle", "values": torch.full((4,), math.nan)}, "^values must have finite")])
 @pytest.mark.parametrize("size", [4, 200])
 def test_bad_arguments(arguments, words, size):
-    if size == 200 and ("<= 4" in words or arguments.get("k") == 5 or "target" in arguments):
-        pytest.skip("valid, or the same, at this size")
+    if isinstance(arguments.get("target"), torch.Tensor) and arguments["target"].shape == (4,):
+        size = 4  # a right shape, so that it is the entries that are refused
     matrix = 10 * torch.randn(size, size, generator=generator(0))
     with pytest.raises(ValueError, match=words):
         restore(matrix, **{"noise_std": 1.0, **arguments})

@@ -47,14 +47,16 @@ class Spectrum:
     @property
     def entropy(self) -> float | Tensor:
         """Shannon entropy, in nats, of the singular values normalised to sum to one."""
-        p = self.s / self.s.sum(-1, keepdim=True)
-        return _plain(-torch.xlogy(p, p).sum(-1))
+        return _plain(self._entropy())
 
     @property
     def effective_rank(self) -> float | Tensor:
         """exp(entropy), between 1 and min(m, n) (Roy & Vetterli 2007)."""
+        return _plain(self._entropy().exp())
+
+    def _entropy(self) -> Tensor:
         p = self.s / self.s.sum(-1, keepdim=True)
-        return _plain(torch.exp(-torch.xlogy(p, p).sum(-1)))
+        return -torch.xlogy(p, p).sum(-1)
 
     @property
     def stable_rank(self) -> float | Tensor:

@@ -48,7 +48,7 @@ def bulk_edge(shape: tuple[int, ...], noise_std: float, *,
         shape: (..., m, n).
         noise_std: standard deviation of one entry's noise, absolute, >= 0.
         false_spike_rate: None gives the asymptotic edge ``noise_std * (sqrt(m) + sqrt(n))``,
-            which the top value of pure noise exceeds in about one draw in eight. A rate in
+            which the top value of pure noise exceeds in about one draw in seven. A rate in
             (0, 1) gives the level that pure noise exceeds with that probability
             (Tracy-Widom fluctuation, relative order ``min(m, n) ** (-2/3)``).
 
