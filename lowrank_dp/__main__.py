@@ -11,6 +11,7 @@ COMMANDS = {
     "spectrum": ("lowrank_dp.spectrum.__main__", "measure the spectra of a model's gradients"),
     "restore": ("lowrank_dp.restore.__main__", "restore noisy gradients in a file"),
     "lora": ("lowrank_dp.lora.__main__", "measure LoRA's implicit noise on real layers"),
+    "train": ("lowrank_dp.train.__main__", "differentially private fine-tuning"),
     "figures": ("lowrank_dp.figures", "draw the papers' figures"),
 }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -40,6 +41,20 @@ def report(message: str) -> int:
     """Print ``message`` as one line on stderr and give the exit code of bad input."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
+
+
+def options(pairs: Iterable[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs, each value as JSON where it is some (a number, true), else as text."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option must be NAME=VALUE, got {pair!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

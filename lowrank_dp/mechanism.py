@@ -64,6 +64,14 @@ class GaussianMechanism:
         """Standard deviation of the noise on each entry of the clipped *sum*, absolute."""
         return self.noise_multiplier * self.max_grad_norm
 
+    def sample(self, num_units: int, generator: torch.Generator) -> Tensor:
+        """Indices of a Poisson sample: each of ``num_units`` with probability ``sample_rate``.
+
+        Drawn in float64, whose grid of 2^-53 leaves the rate as stated. May be empty.
+        """
+        draws = torch.rand(num_units, generator=generator, dtype=torch.float64)
+        return (draws < self.sample_rate).nonzero().flatten()
+
     def add_noise(self, clipped_sums: Mapping[str, Tensor],
                   generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Noisy copies of clipped sums: each entry plus N(0, noise_std^2), in float32 or better.

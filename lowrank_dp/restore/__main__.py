@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import safetensors
 import typer
@@ -39,7 +39,7 @@ def main(
     except safetensors.SafetensorError as error:
         raise ValueError(f"--input must be a safetensors file, got {input.name}: {error}") from None
     restored, reports = restore_gradients(noisy, noise_std, scheme, method=method, below=below,
-                                          **dict(map(_parse, option or [])))
+                                          **_cli.options(option or []))
     with artifacts.atomic_write(output) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in restored.items()}))
     if as_json:
@@ -53,17 +53,6 @@ def main(
                       "" if report.num_above_edge is None else str(report.num_above_edge),
                       report.action, f"{report.norm_before:.3g}", f"{report.norm_after:.3g}")
     Console().print(table)
-
-
-def _parse(option: str) -> tuple[str, Any]:
-    """``NAME=VALUE``, the value as JSON where it is some (a number, true), else as text."""
-    name, equals, value = option.partition("=")
-    if not equals:
-        raise ValueError(f"--option must be NAME=VALUE, got {option!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 if __name__ == "__main__":

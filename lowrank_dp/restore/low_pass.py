@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -77,6 +78,27 @@ class LowPass:
         self._require_input()
         weight = self.weights[0] / self.weights[0].sum()
         return float(np.linalg.norm(weight * self.noise_stds))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as tensors under flat names, fit for safetensors; coefficients not included."""
+        numbered = [("input", self.inputs), ("output", self.outputs),
+                    ("weights", tuple(map(torch.from_numpy, self.weights)))]
+        state = {f"{kind}{i}": tensor for kind, tensors in numbered
+                 for i, tensor in enumerate(tensors)}
+        return state | {"noise_stds": torch.from_numpy(self.noise_stds)}
+
+    def with_tensors(self, state: Mapping[str, Tensor],
+                     device: torch.device | str = "cpu") -> LowPass:
+        """This filter in the state that :meth:`tensors` gave; a copy, on ``device``."""
+        def numbered(kind: str) -> list[Tensor]:
+            names = [name for name in state if name.rstrip("0123456789") == kind]
+            return [state[f"{kind}{i}"].detach() for i in range(len(names))]
+
+        return replace(
+            self, inputs=tuple(t.to(device, copy=True) for t in numbered("input")),
+            outputs=tuple(t.to(device, copy=True) for t in numbered("output")),
+            weights=tuple(t.cpu().numpy().copy() for t in numbered("weights")),
+            noise_stds=state["noise_stds"].cpu().numpy().copy())
 
     def _require_input(self) -> None:
         if not self.outputs:

@@ -2,7 +2,8 @@
 
 A result is one frozen dataclass. ``save_result`` splits it into ``NAME.json`` (config, provenance,
 scalars) and ``NAME.npz`` (arrays). Every file is written beside its final name and renamed, so a
-reader never meets half of one. Nothing is pickled, and nothing that was pickled is read.
+reader never meets half of one. Nothing is pickled, and nothing that was pickled is read. ``runs``
+holds what a training run writes: its ledger, snapshots and checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -56,7 +57,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode mask; reading it is setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -83,7 +85,7 @@ def _installed(name: str) -> bool:
 
 def _git_commit() -> str:
     """Commit of the checkout the package runs from, "+changes" if it differs, else "unknown"."""
-    folder = Path(__file__).parent
+    folder = Path(lowrank_dp.__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True,
                                 text=True, check=True, timeout=10).stdout.strip()
@@ -126,7 +128,7 @@ def save_result(result: Any, folder: str | Path, name: str) -> Path:
     for key in ("schema_version", "kind", "arrays"):
         if key in fields:
             _validate.fail("result", f"without a field {key!r}, which names its file's own", key)
-    rest = {key: _plain(value) for key, value in fields.items() if key not in arrays}
+    rest = {key: plain(value) for key, value in fields.items() if key not in arrays}
     document = {"schema_version": SCHEMA_VERSION, "kind": type(result).__name__,
                 "arrays": sorted(arrays), **rest}
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
@@ -138,14 +140,14 @@ def save_result(result: Any, folder: str | Path, name: str) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
-    """JSON's own types for dataclasses, tuples, mappings, paths and numpy scalars."""
+def plain(value: Any) -> Any:
+    """``value`` in JSON's own types: dataclasses, tuples, mappings, paths and numpy scalars."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
     return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,321 @@
+"""Differentially private fine-tuning with restored gradients, read top to bottom.
+
+One step, in :func:`train`: a Poisson sample; its clipped gradient sum, in micro-batches; Gaussian
+noise; the singular values of each noisy matrix, or of its running mean, restored; an ordinary torch
+optimizer. Everything after the noise is post-processing. A killed run resumes from its last
+snapshot with the same draws.
+
+    config  what is asked, checked          setup   data, model, mechanism, optimizer
+    guards  what stops a run                state   what a snapshot holds
+    membership  who is trained on, and the manifest of it
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank_dp import artifacts, evaluation
+from lowrank_dp._cli import progress
+from lowrank_dp.artifacts import runs
+from lowrank_dp.data import SEPARATOR, micro_batches
+from lowrank_dp.grads import clipped_sum_over
+from lowrank_dp.models.backbones import quiet
+from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
+from lowrank_dp.train import guards
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.membership import manifest
+from lowrank_dp.train.setup import Setup, draw_seed, majority, prepare
+from lowrank_dp.train.state import State, environment, fresh_generators, new_stream, pack, unpack
+
+__all__ = ["Setup", "TrainConfig", "TrainResult", "load_result", "train"]
+MOVEMENT_STEPS = 3  # after so many steps every weight with a gradient must have moved
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What ``training.json`` holds.
+
+    Attributes:
+        epsilon: spent at ``delta``, by the PLD accountant; None where nothing is claimed.
+        releases: distinct noisy gradients that may have been drawn: ``steps``, and those of
+            broken-off attempts that could not be replayed alike.
+        privacy: the whole statement.
+        noise_multiplier, sample_rate: of the mechanism; sigma relative to C.
+        curve: evaluations on the validation split: step, loss, the task's metrics, seconds and
+            restore_seconds spent in steps until then (evaluation excluded).
+        train_loss: NON-PRIVATE, the loss on at most ``eval_examples`` of the members.
+        majority: accuracy of always answering the most frequent validation label, or None.
+    """
+
+    config: TrainConfig
+    epsilon: float | None
+    delta: float
+    releases: int
+    privacy: str
+    noise_multiplier: float
+    sample_rate: float
+    curve: tuple[Mapping[str, float], ...]
+    seconds: float
+    restore_seconds: float
+    train_loss: float
+    majority: float | None
+    description: str
+    provenance: Mapping[str, Any]
+    schema_version: int = artifacts.SCHEMA_VERSION
+
+
+def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
+          keep_model: bool = True,
+          announce: Callable[[Setup, int], None] | None = None) -> TrainResult:
+    """Fine-tune, and leave a checkpoint in ``output``.
+
+    Args:
+        config: what to do.
+        output: a new or empty folder. When finished, a Hugging Face folder (safetensors; a PEFT
+            adapter for LoRA) with ``training.json``, ``membership.json`` and, for a classifier,
+            the head before the first step in ``initial_head.safetensors``.
+        resume: go on from the last snapshot in ``output``; starts afresh in an empty folder, and
+            returns the result of a finished run.
+        keep_model: False leaves ``training.json`` only, for sweeps.
+        announce: called before the first step, with the :class:`Setup` and the number of releases
+            that the run will have made at its end.
+
+    Raises:
+        ValueError: in one line, on bad input, or when a guard stops the run: the snapshots stay.
+        OSError: if the folder can't be written; the last snapshot is intact.
+    """
+    with runs.open_run(output, resume=resume) as folder, _own_random_numbers(config):
+        if folder.finished:
+            result = load_result(output)
+            _require_same(config, result.config)
+            return result
+        setup, state = _begin_or_resume(config, folder)
+        if announce is not None:
+            announce(setup, _releases_at_the_end(config, state, folder))
+        try:
+            _steps(setup, state, folder)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"the device ran out of memory with micro_batch_size "
+                             f"{config.micro_batch_size}: lower it (the result stays the same), "
+                             "or max_length") from error
+        result = _result(setup, state, folder)
+        _save(setup, result, folder, keep_model)
+        return result
+
+
+def _steps(setup: Setup, state: State, folder: runs.RunFolder) -> None:
+    """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along."""
+    config, model, mechanism = setup.config, setup.model, setup.mechanism
+    bound = float("inf") if config.non_private else mechanism.max_grad_norm
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    first_step, movement = state.step, guards.MovementCheck(setup.trained)
+    for step in progress(range(state.step, config.steps), f"training {config.task}"):
+        started = _clock(config)
+        model.train(config.dropout)
+        folder.begin_release(state.stream, step)
+        clean, _ = clipped_sum_over(model, _sample(setup, state.sampler), bound,
+                                    autocast_dtype=autocast)
+        guards.check_covered(model, setup.optimizer, clean)
+        noisy = clean if config.non_private else mechanism.add_noise(clean, state.noise)
+        last = step + 1 == config.steps
+        evaluating = last or (step + 1) % config.eval_every == 0
+        if (evaluating or step == first_step) and not config.non_private:
+            guards.check_noise(clean, noisy, mechanism.noise_std)
+
+        restoring = _clock(config)
+        gradient = _restored(setup, state, noisy, clean)
+        restored = _clock(config)
+
+        for name, parameter in setup.trained.items():
+            parameter.grad = (gradient[name] / config.batch_size).to(parameter.dtype)
+        for group in setup.optimizer.param_groups:
+            group["lr"] = setup.learning_rate(step)
+        setup.optimizer.step()
+        state.step = step + 1
+        state.seconds += _clock(config) - started
+        state.restore_seconds += restored - restoring
+
+        if step - first_step < MOVEMENT_STEPS:
+            movement.note()
+        if step - first_step == MOVEMENT_STEPS - 1:
+            movement.check(MOVEMENT_STEPS)
+        setup.optimizer.zero_grad()
+        if evaluating:
+            _evaluate(setup, state, generate=last and config.generate)
+        if last or state.step % config.snapshot_every == 0:
+            folder.save_snapshot(state.step, *pack(setup, state))
+
+
+def _sample(setup: Setup, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of one Poisson sample of units; a unit of several rows takes part with one."""
+    taken = setup.mechanism.sample(len(setup.unit_rows), generator)
+    rows = [setup.unit_rows[unit] for unit in taken.tolist()]
+    if setup.config.unit == "group":
+        picks = torch.rand(len(rows), generator=generator, dtype=torch.float64).tolist()
+        chosen = [unit[int(pick * len(unit))] for unit, pick in zip(rows, picks, strict=True)]
+    else:
+        chosen = [row for unit in rows for row in unit]
+    batches = micro_batches([setup.rows[row] for row in chosen], setup.config.micro_batch_size,
+                            setup.tokenizer.pad_token_id)
+    for _, batch in batches:
+        yield {key: value.to(setup.config.device) for key, value in batch.items()}
+
+
+def _restored(setup: Setup, state: State, noisy: Mapping[str, Tensor],
+              clean: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The gradient sum that the optimizer gets: from ``noisy`` alone, except with an oracle."""
+    config, noise_std = setup.config, setup.mechanism.noise_std
+    start = config.low_pass
+    if start is not None:
+        state.low_passes = {name: state.low_passes.get(name, start).update(total, noise_std)
+                            for name, total in noisy.items()}
+        noisy = {name: low_pass.mean for name, low_pass in state.low_passes.items()}
+        noise_std = next(iter(state.low_passes.values())).noise_std
+    if config.scheme == "none":
+        return noisy
+    if config.scheme == "oracle":
+        return {name: _oracle(total, clean[name], noise_std) for name, total in noisy.items()}
+    return restore_gradients(noisy, noise_std, config.scheme, **config.restoration)[0]
+
+
+def _oracle(noisy: Tensor, clean: Tensor, noise_std: float) -> Tensor:
+    """NON-PRIVATE."""
+    if noisy.ndim != 2:
+        return noisy
+    return restore_with_report(noisy, noise_std, "oracle", values=oracle_values(noisy, clean))[0]
+
+
+def _evaluate(setup: Setup, state: State, *, generate: bool = False) -> None:
+    """Add an entry to the curve, and stop a run that has diverged."""
+    entry = {"step": state.step, **_scores(setup, generate=generate), "seconds": state.seconds,
+             "restore_seconds": state.restore_seconds}
+    state.curve.append(entry)
+    guards.check_loss(entry["loss"], state.curve[0]["loss"], state.step)
+
+
+def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
+            ) -> dict[str, float]:
+    config = setup.config
+    return evaluation.evaluate(
+        setup.model, setup.tokenizer, setup.task, split, max_length=config.max_length,
+        batch_size=config.micro_batch_size, max_examples=config.eval_examples,
+        generate=generate and setup.task.kind == "generation", num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens)
+
+
+def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
+    """A run at its last snapshot, or at its beginning; then that snapshot is there."""
+    found = folder.load_snapshot()
+    if found is None:
+        seed = config.seed if config.seed is not None else draw_seed(None, "run")
+        setup, stream = prepare(config, seed), new_stream(config, 0)
+        torch.manual_seed(seed)
+        state = State(0, stream, *fresh_generators(config, stream))
+        _evaluate(setup, state)
+        folder.save_snapshot(0, *pack(setup, state))
+    else:
+        document, tensors = found
+        _require_same(config, TrainConfig.from_json(document["config"]))
+        setup = prepare(config, document["seed"])
+        state = unpack(setup, document, tensors)
+    releases = _releases_at_the_end(config, state, folder)
+    spent = setup.epsilon(releases)
+    if config.epsilon is not None and spent is not None and spent > config.epsilon:
+        raise ValueError(
+            f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
+            f"{releases - config.steps} steps would be drawn anew, since the snapshot was made "
+            f"with {document['environment']} and this is {environment(config.device)}; resume "
+            "there, or start afresh in another folder")
+    return setup, state
+
+
+def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFolder) -> int:
+    return folder.num_releases(state.stream, range(state.step, config.steps))
+
+
+def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
+    if differences := asked.differences(begun):
+        raise ValueError("resume must be given the configuration that the run began with; asked "
+                         f"and begun differ in {'; '.join(differences)}")
+
+
+def _result(setup: Setup, state: State, folder: runs.RunFolder) -> TrainResult:
+    releases = folder.num_releases()
+    members = {example.id for unit, member in zip(setup.units, setup.members, strict=True)
+               if member for example in unit}
+    trained_on = replace(setup, task=setup.task.restrict(members))
+    return TrainResult(
+        config=setup.config, epsilon=setup.epsilon(releases), delta=setup.delta,
+        releases=releases, privacy=setup.statement(releases),
+        noise_multiplier=setup.mechanism.noise_multiplier,
+        sample_rate=setup.mechanism.sample_rate, curve=tuple(state.curve), seconds=state.seconds,
+        restore_seconds=state.restore_seconds, train_loss=_scores(trained_on, "train")["loss"],
+        majority=majority(setup.task), description=setup.description,
+        provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device))
+
+
+def _save(setup: Setup, result: TrainResult, folder: runs.RunFolder, keep_model: bool) -> None:
+    """The checkpoint, or ``training.json`` alone."""
+    documents = {runs.TRAINING: artifacts.plain(result)}
+    if keep_model:
+        config, task = setup.config, setup.task
+        documents[runs.MEMBERSHIP] = manifest(
+            setup.units, setup.members, membership=config.membership, coin_seed=setup.seed,
+            task=task.name, split="train", source=task.source, kind=task.kind, unit=config.unit,
+            template={"separator": SEPARATOR} if task.kind == "generation" else None,
+            max_length=config.max_length, base={"model": config.model, "seed": setup.seed},
+            recipe=config.as_json(), seed=config.seed, privacy=result.privacy,
+            train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
+
+    def write(aside: Path) -> None:
+        if not keep_model:
+            return
+        is_adapter = hasattr(setup.model, "get_base_model")
+        # "auto" would ask the hub for the base model's vocabulary
+        options = {"save_embedding_layers": False} if is_adapter else {}
+        with quiet():
+            setup.model.save_pretrained(aside, **options)
+            setup.tokenizer.save_pretrained(aside)
+        if setup.initial_head:
+            save_file(setup.initial_head, aside / runs.INITIAL_HEAD)
+
+    folder.save_checkpoint(write, documents)
+
+
+def load_result(folder: str | Path) -> TrainResult:
+    """What :func:`train` left in a folder; ``ValueError`` if it is no finished run."""
+    path = Path(folder) / runs.TRAINING
+    try:
+        document = runs.read_json(path)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} must hold a finished run, found no {path.name}") from None
+    names = {field.name for field in fields(TrainResult)}
+    if document.get("schema_version") != artifacts.SCHEMA_VERSION or names != set(document):
+        raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION} and the "
+                         "fields of TrainResult; train again")
+    return TrainResult(**{**document, "config": TrainConfig.from_json(document["config"]),
+                          "curve": tuple(document["curve"])})
+
+
+@contextmanager
+def _own_random_numbers(config: TrainConfig) -> Iterator[None]:
+    """The global generators, which dropout draws from, are as they were afterwards."""
+    cuda = config.device.startswith("cuda") and torch.cuda.is_available()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
+        yield
+
+
+def _clock(config: TrainConfig) -> float:
+    """Wall-clock seconds, once the device has done what it was given."""
+    if config.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()

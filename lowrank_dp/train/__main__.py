@@ -1,0 +1,164 @@
+"""``python -m lowrank_dp.train``: differentially private fine-tuning from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_dp import _cli, artifacts
+from lowrank_dp.models import METHODS
+from lowrank_dp.restore import SCHEMES
+from lowrank_dp.train import Setup, TrainConfig, TrainResult, train
+from lowrank_dp.train.config import OPTIMIZERS, PRECISIONS, SCHEDULES
+from lowrank_dp.train.membership import MEMBERSHIPS
+
+app = _cli.new_app("Differentially private fine-tuning, with restored gradients.")
+DEFAULT = TrainConfig(non_private=True)
+
+
+def one_of(names: Any) -> str:
+    """For a help text."""
+    return f"{', '.join(names)}."
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="New or empty folder for the checkpoint.")],
+    model: Annotated[str, typer.Option(
+        help="Hub id, folder, or minilm, smollm2, tiny, tiny-llama.")] = DEFAULT.model,
+    task: Annotated[str, typer.Option(
+        help="Task name, or a folder with train.jsonl.gz.")] = DEFAULT.task,
+    method: Annotated[str, typer.Option(help=one_of(METHODS))] = DEFAULT.method,
+    epsilon: Annotated[float | None, typer.Option(
+        help="Privacy budget; the noise is calibrated to it.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Default: N^-1.1.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(
+        help="Noise relative to --max-grad-norm, in place of --epsilon.")] = None,
+    non_private: Annotated[bool, typer.Option(
+        "--non-private", help="No clipping, no noise, no guarantee.")] = False,
+    max_grad_norm: Annotated[float, typer.Option(
+        help="Clipping norm of one unit of privacy.")] = DEFAULT.max_grad_norm,
+    unit: Annotated[str, typer.Option(
+        help="Unit of privacy: example, or group (a source record with all its rows).")
+    ] = DEFAULT.unit,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULT.steps,
+    batch_size: Annotated[int, typer.Option(
+        help="Expected units in a step (Poisson sampling).")] = DEFAULT.batch_size,
+    optimizer: Annotated[str, typer.Option(help=one_of(OPTIMIZERS))] = DEFAULT.optimizer,
+    learning_rate: Annotated[float, typer.Option()] = DEFAULT.learning_rate,
+    beta1: Annotated[float | None, typer.Option(
+        help="Adam's beta1 or SGD's momentum. Default: 0.9 (Adam); 0 with SGD or a running mean.")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option()] = DEFAULT.weight_decay,
+    schedule: Annotated[str, typer.Option(help=one_of(SCHEDULES))] = DEFAULT.schedule,
+    warmup_steps: Annotated[int, typer.Option()] = DEFAULT.warmup_steps,
+    scheme: Annotated[str, typer.Option(
+        help=f"How gradients are restored: {one_of(SCHEMES)}")] = DEFAULT.scheme,
+    option: Annotated[list[str] | None, typer.Option(
+        help="Option of the scheme as NAME=VALUE, such as k=8; may be repeated.")] = None,
+    below: Annotated[str, typer.Option(
+        help="Matrices with nothing above the noise: keep or zero.")] = DEFAULT.below,
+    momentum_beta: Annotated[float | None, typer.Option(
+        help="Restore the running mean of noisy gradients instead, such as 0.9.")] = None,
+    filter_b: Annotated[list[float] | None, typer.Option(
+        help="Low-pass filter, coefficients on gradients; may be repeated.")] = None,
+    filter_a: Annotated[list[float] | None, typer.Option(
+        help="Low-pass filter, coefficients on past outputs; may be repeated.")] = None,
+    diagnostic: Annotated[bool, typer.Option(
+        "--diagnostic", help="Allow the oracle scheme; marks the run NON-PRIVATE.")] = False,
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = DEFAULT.rank,
+    lora_alpha: Annotated[float | None, typer.Option(help="Default: the rank.")] = None,
+    lora_init: Annotated[str, typer.Option(help="peft or gaussian.")] = DEFAULT.lora_init,
+    target_modules: Annotated[list[str] | None, typer.Option(
+        help="Layer that LoRA adapts; may be repeated. Default: all linear ones.")] = None,
+    train_embeddings: Annotated[bool, typer.Option("--train-embeddings")] = False,
+    train_layers: Annotated[str | None, typer.Option(
+        help="Train the last k blocks, or parameters that match this expression.")] = None,
+    dropout: Annotated[bool, typer.Option("--dropout", help="Train with dropout.")] = False,
+    max_examples: Annotated[int | None, typer.Option(
+        help="Use a random subset of each split.")] = None,
+    max_length: Annotated[int, typer.Option(
+        help="Tokens a text is cut to; 0 cuts nothing.")] = DEFAULT.max_length or 0,
+    membership: Annotated[str, typer.Option(
+        help=f"Who is trained on: {one_of(MEMBERSHIPS)}")] = DEFAULT.membership,
+    micro_batch_size: Annotated[int, typer.Option(
+        help="Rows in memory at a time.")] = DEFAULT.micro_batch_size,
+    precision: Annotated[str, typer.Option(help=one_of(PRECISIONS))] = DEFAULT.precision,
+    eval_every: Annotated[int, typer.Option()] = DEFAULT.eval_every,
+    eval_examples: Annotated[int, typer.Option(
+        help="Most validation examples to evaluate on.")] = DEFAULT.eval_examples,
+    generate: Annotated[bool, typer.Option(
+        "--generate/--no-generate", help="Write text at the end (BLEU, ROUGE-L).")] = True,
+    num_beams: Annotated[int, typer.Option(help="1 is greedy.")] = DEFAULT.num_beams,
+    max_new_tokens: Annotated[int, typer.Option()] = DEFAULT.max_new_tokens,
+    snapshot_every: Annotated[int, typer.Option()] = DEFAULT.snapshot_every,
+    seed: Annotated[int | None, typer.Option(
+        help="Reproduces everything, the noise included: then it is not secret.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT.device,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from a killed run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Fine-tune a classifier or a causal language model; leave a Hugging Face checkpoint."""
+    warnings.showwarning = _one_line
+    config = TrainConfig(
+        model=model, task=task, method=method, epsilon=epsilon, delta=delta,
+        noise_multiplier=noise_multiplier, non_private=non_private, max_grad_norm=max_grad_norm,
+        unit=unit, steps=steps, batch_size=batch_size, optimizer=optimizer,
+        learning_rate=learning_rate, beta1=beta1, weight_decay=weight_decay, schedule=schedule,
+        warmup_steps=warmup_steps, scheme=scheme, scheme_options=_cli.options(option or []),
+        below=below, momentum_beta=momentum_beta, filter_b=tuple(filter_b or ()),
+        filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
+        lora_init=lora_init, target_modules=tuple(target_modules or ()),
+        train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
+        max_examples=max_examples, max_length=max_length or None, membership=membership,
+        micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
+        eval_examples=eval_examples, generate=generate, num_beams=num_beams,
+        max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed, device=device)
+    console = Console(stderr=as_json)
+
+    def announce(setup: Setup, releases: int) -> None:
+        console.print(f"trains: {setup.description}", highlight=False, soft_wrap=True)
+        console.print(f"privacy: {setup.statement(releases)}", highlight=False, soft_wrap=True)
+
+    result = train(config, output, resume=resume, announce=announce)
+    if as_json:
+        print(json.dumps(artifacts.plain(result), indent=1, allow_nan=False))
+    else:
+        _print(console, result, output)
+
+
+def _print(console: Console, result: TrainResult, output: Path) -> None:
+    columns = [name for name in result.curve[-1] if name not in ("seconds", "restore_seconds")]
+    table = Table(*columns, "seconds")
+    for entry in result.curve:
+        table.add_row(*(f"{entry[name]:.4g}" if name in entry else "" for name in columns),
+                      f"{entry['seconds']:.0f}")
+    console.print(table)
+    share = result.restore_seconds / result.seconds
+    lines = [f"restoring: {share:.1%} of the time of the steps",
+             f"loss on members: {result.train_loss:.4g} (NON-PRIVATE)",
+             f"privacy spent: {result.privacy}", f"checkpoint: {output}"]
+    if result.majority is not None:
+        lines.insert(0, f"majority class: {result.majority:.4g}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _layers(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdigit() else value
+
+
+def _one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    _cli.run(app)

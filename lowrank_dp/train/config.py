@@ -1,0 +1,210 @@
+"""What a training run is asked to do, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from lowrank_dp import _validate, artifacts
+from lowrank_dp.models import METHODS
+from lowrank_dp.restore import NON_PRIVATE_SCHEMES, SCHEMES, LowPass, momentum, restore
+from lowrank_dp.train.membership import MEMBERSHIPS
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+PRECISIONS = ("float32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of (differentially private) fine-tuning.
+
+    Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` says what the privacy is.
+
+    Attributes:
+        model, task, method, rank, lora_alpha, lora_init, target_modules, train_embeddings,
+            train_layers: as in ``models.load_model`` and ``data.load_task``.
+        epsilon: target; the noise multiplier is calibrated to it.
+        delta: None takes N^-1.1 for N units.
+        noise_multiplier: sigma relative to ``max_grad_norm``; > 0.
+        non_private: no clipping, no noise, no guarantee.
+        max_grad_norm: C, the bound on one unit's contribution to a step.
+        unit: the unit of privacy. "example": one row. "group": one source record with all its
+            rows (an E2E meaning representation and its references); a sampled group takes part
+            with one of its rows, drawn at random.
+        steps, batch_size: optimizer steps, and the *expected* number of units in one (Poisson).
+        optimizer, learning_rate, beta1, weight_decay: torch's. ``beta1`` is Adam's, or SGD's
+            momentum; None takes 0.9 for Adam and 0 for SGD, and 0 wherever a running mean of
+            gradients (``momentum_beta`` or a filter) stands in for it.
+        schedule, warmup_steps: of the learning rate, by ``transformers.get_scheduler``.
+        scheme, scheme_options, below, restore_method: as ``lowrank_dp.restore.restore`` takes
+            them; "none" is plain DP-SGD.
+        momentum_beta: restore the running mean of the noisy gradients in place of each one.
+        filter_b, filter_a: the same with a low-pass filter of higher order (DOPPLER, arXiv
+            2408.13460): coefficients as in ``restore.LowPass``.
+        diagnostic: allow schemes that read clean gradients; the whole run is then NON-PRIVATE.
+        dropout: train with the model's dropout; off by default, as is usual with DP.
+        max_examples: of each split, drawn at random from ``seed``.
+        max_length: tokens a text is cut to; None cuts nothing.
+        membership: who is trained on: "all", "bernoulli" (a fair coin a unit) or "half".
+        micro_batch_size: rows in memory at a time; the result does not depend on it.
+        precision: "bf16" runs forward and backward under autocast; clipped sums, noise and
+            restoration stay in float32.
+        eval_every, eval_examples: how often, and on how many validation examples at most.
+        generate, num_beams, max_new_tokens: whether the last evaluation of a generation task
+            writes text (BLEU, ROUGE-L), and how.
+        snapshot_every: steps between snapshots, from which a killed run resumes.
+        seed: makes everything reproducible, the noise included (which is then not secret). None
+            draws from the operating system.
+        device: "cpu" or "cuda".
+    """
+
+    model: str = "minilm"
+    task: str = "sst2"
+    method: str = "full"
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    non_private: bool = False
+    max_grad_norm: float = 1.0
+    unit: str = "example"
+    steps: int = 50
+    batch_size: int = 512
+    optimizer: str = "adam"
+    learning_rate: float = 1e-4
+    beta1: float | None = None
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    scheme: str = "none"
+    scheme_options: Mapping[str, Any] = field(default_factory=dict)
+    below: str = "keep"
+    restore_method: str = "fast"
+    momentum_beta: float | None = None
+    filter_b: tuple[float, ...] = ()
+    filter_a: tuple[float, ...] = ()
+    diagnostic: bool = False
+    rank: int = 8
+    lora_alpha: float | None = None
+    lora_init: str = "peft"
+    target_modules: tuple[str, ...] = ()
+    train_embeddings: bool = False
+    train_layers: int | str | None = None
+    dropout: bool = False
+    max_examples: int | None = None
+    max_length: int | None = 128
+    membership: str = "all"
+    micro_batch_size: int = 64
+    precision: str = "float32"
+    eval_every: int = 10
+    eval_examples: int = 1000
+    generate: bool = True
+    num_beams: int = 1
+    max_new_tokens: int = 64
+    snapshot_every: int = 10
+    seed: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, options in (("method", METHODS), ("unit", ("example", "group")),
+                              ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
+                              ("scheme", SCHEMES), ("below", ("keep", "zero")),
+                              ("restore_method", ("fast", "exact")),
+                              ("membership", MEMBERSHIPS), ("precision", PRECISIONS)):
+            _validate.choice(name, getattr(self, name), options)
+        for name in ("steps", "batch_size", "rank", "micro_batch_size", "eval_every",
+                     "eval_examples", "num_beams", "max_new_tokens", "snapshot_every"):
+            _validate.integer(name, getattr(self, name))
+        for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                _validate.integer(name, getattr(self, name), low=low)
+        _validate.integer("warmup_steps", self.warmup_steps, low=0, high=self.steps)
+        if self.warmup_steps and self.schedule == "constant":
+            raise ValueError("warmup_steps must be 0 with schedule 'constant'; use "
+                             "'constant_with_warmup', 'linear' or 'cosine'")
+        _validate.positive("learning_rate", self.learning_rate)
+        _validate.real("weight_decay", self.weight_decay, low=0)
+        if self.beta1 is not None:
+            _validate.real("beta1", self.beta1, low=0, high=1, high_open=True)
+        self._check_privacy()
+        self._check_restoration()
+
+    def _check_privacy(self) -> None:
+        given = [name for name, value in (("epsilon", self.epsilon), ("noise_multiplier",
+                 self.noise_multiplier), ("non_private", self.non_private or None))
+                 if value is not None]
+        if len(given) != 1:
+            raise ValueError("exactly one of epsilon, noise_multiplier and non_private must be "
+                             f"given, got {' and '.join(given) or 'none of them'}")
+        if self.epsilon is not None:
+            _validate.positive("epsilon", self.epsilon)
+        if self.noise_multiplier is not None:
+            _validate.positive("noise_multiplier", self.noise_multiplier)
+        if self.delta is not None:
+            _validate.real("delta", self.delta, low=0, high=1, low_open=True, high_open=True)
+        _validate.positive("max_grad_norm", self.max_grad_norm)
+
+    def _check_restoration(self) -> None:
+        if self.scheme in NON_PRIVATE_SCHEMES and not self.diagnostic:
+            raise ValueError(f"scheme {self.scheme!r} reads clean gradients, so the run would not "
+                             "be private: choose another, or mark the run with diagnostic")
+        if self.diagnostic and self.scheme not in NON_PRIVATE_SCHEMES:
+            raise ValueError("diagnostic must go with a scheme that reads clean gradients "
+                             f"({', '.join(NON_PRIVATE_SCHEMES)}), got {self.scheme!r}")
+        if self.non_private and self.scheme != "none":
+            raise ValueError(f"scheme must be 'none' without noise, got {self.scheme!r}: there is "
+                             "nothing to restore")
+        if self.scheme == "none" and self.scheme_options:
+            raise ValueError("scheme 'none' takes no options, got "
+                             f"{', '.join(self.scheme_options)}")
+        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):  # a trial refuses bad options
+            restore(torch.ones(2, 2), 1.0, self.scheme, **self.restoration)
+        if self.momentum_beta is not None and self.filter_b:
+            raise ValueError("momentum_beta and filter_b must not both be given")
+        if self.filter_a and not self.filter_b:
+            raise ValueError("filter_a must come with filter_b")
+        averaged = self.low_pass is not None  # which checks its coefficients
+        if averaged and self.beta1:
+            raise ValueError(f"beta1 must be 0 or left out beside a running mean of gradients, "
+                             f"got {self.beta1:g}")
+
+    @property
+    def low_pass(self) -> LowPass | None:
+        """The running mean that takes the place of each noisy gradient, before its first input."""
+        if self.momentum_beta is not None:
+            return momentum(self.momentum_beta)
+        return LowPass(b=self.filter_b, a=self.filter_a) if self.filter_b else None
+
+    @property
+    def restoration(self) -> dict[str, Any]:
+        """Keyword arguments of ``restore.restore``."""
+        return {"method": self.restore_method, "below": self.below, **self.scheme_options}
+
+    @property
+    def averaging(self) -> float:
+        """Adam's beta1, or SGD's momentum."""
+        if self.beta1 is not None:
+            return self.beta1
+        return 0.0 if self.low_pass is not None or self.optimizer == "sgd" else 0.9
+
+    def as_json(self) -> dict[str, Any]:
+        """The configuration in JSON's own types."""
+        return artifacts.plain(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
+        """What :meth:`as_json` gave; unknown fields are refused."""
+        for name in document:
+            _validate.choice("field of the configuration", name, [f.name for f in fields(cls)])
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                                  for name, value in document.items()}
+        return cls(**values)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """``field: here / there`` for each field that differs."""
+        mine, theirs = self.as_json(), other.as_json()
+        return [f"{name}: {mine[name]!r} / {theirs[name]!r}" for name in mine
+                if mine[name] != theirs[name]]

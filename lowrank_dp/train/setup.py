@@ -1,0 +1,180 @@
+"""Everything a run needs before its first step: data, model, mechanism, optimizer."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dp.data import Example, Task, encode, load_task
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.models import describe, load_model
+from lowrank_dp.models.trainable import head_modules
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.membership import draw_members, fingerprint, group_units
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before its first step.
+
+    Attributes:
+        units, members: every unit of privacy of the train split, and whether it is trained on.
+        rows: encoded rows of the members; unit_rows: positions in it, by member unit.
+        trained: the parameters that train, by name.
+        initial_head: a classifier's head before training, under its state-dict names.
+        seed: of everything that is not secret: head, LoRA's A, coins, subsets.
+    """
+
+    config: TrainConfig
+    task: Task
+    units: list[list[Example]]
+    members: list[bool]
+    rows: list[dict[str, Any]]
+    unit_rows: list[list[int]]
+    model: Any
+    tokenizer: Any
+    trained: dict[str, torch.nn.Parameter]
+    initial_head: dict[str, Tensor]
+    mechanism: GaussianMechanism
+    delta: float
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    seed: int
+    data_fingerprint: str
+
+    @property
+    def description(self) -> str:
+        """What runs on what, in words."""
+        return (f"{describe(self.model)}; {self.task.name} from {self.task.source}, "
+                f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on")
+
+    def statement(self, releases: int) -> str:
+        """The privacy claim after ``releases`` releases, and what weakens it."""
+        if self.config.non_private:
+            return "NON-PRIVATE: no clipping and no noise"
+        claim = self.mechanism.statement(releases, self.delta)
+        if self.config.diagnostic:
+            return (f"NON-PRIVATE: scheme {self.config.scheme!r} reads clean gradients, for "
+                    "diagnosis only")
+        if self.config.seed is not None:
+            claim += (f"; noise drawn from seed {self.config.seed}: reproducible, and not secret")
+        return claim
+
+    def epsilon(self, releases: int) -> float | None:
+        """Epsilon after ``releases`` releases; None where nothing is claimed."""
+        if self.config.non_private or self.config.diagnostic:
+            return None
+        return self.mechanism.epsilon(releases, self.delta)
+
+
+def prepare(config: TrainConfig, seed: int) -> Setup:
+    """Load and check everything; raises ``ValueError`` in one line on what can't be trained.
+
+    ``seed`` is ``config.seed``, or what was drawn in its place.
+    """
+    task = load_task(config.task, max_examples=config.max_examples, seed=seed)
+    units = group_units(task.train, config.unit)
+    members = draw_members(units, config.membership, seed)
+    trained_on = [unit for unit, member in zip(units, members, strict=True) if member]
+    _check_data(config, task, trained_on)
+    model, tokenizer = load_model(
+        config.model, task=task, method=config.method, rank=config.rank,
+        lora_alpha=config.lora_alpha, lora_init=config.lora_init,
+        target_modules=list(config.target_modules) or None,
+        train_embeddings=config.train_embeddings, train_layers=config.train_layers,
+        device=config.device, seed=seed)
+    examples = [example for unit in trained_on for example in unit]
+    rows = encode(examples, tokenizer, kind=task.kind, max_length=config.max_length)
+    positions = iter(range(len(rows)))
+    unit_rows = [[next(positions) for _ in unit] for unit in trained_on]
+    mechanism, delta = _mechanism(config, len(trained_on))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = _optimizer(config, list(trained.values()))
+    return Setup(
+        config=config, task=task, units=units, members=members, rows=rows, unit_rows=unit_rows,
+        model=model, tokenizer=tokenizer, trained=trained, initial_head=_head_state(model),
+        mechanism=mechanism, delta=delta, optimizer=optimizer,
+        learning_rate=_schedule(config, optimizer), seed=seed,
+        data_fingerprint=fingerprint(examples))
+
+
+def _check_data(config: TrainConfig, task: Task, trained_on: list[list[Example]]) -> None:
+    if config.batch_size > len(trained_on):
+        raise ValueError(f"batch_size must be at most the {len(trained_on):,} {config.unit}s that "
+                         f"are trained on, got {config.batch_size:,}")
+    if task.kind == "classification":
+        labels = {example.label for unit in trained_on for example in unit}
+        if len(labels) < 2:
+            raise ValueError(f"{task.name} must have training examples of two classes or more, all "
+                             f"have label {labels.pop()}")
+    task.split("validation")
+
+
+def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
+    sample_rate = config.batch_size / num_units
+    delta = num_units ** -1.1 if config.delta is None else config.delta
+    if delta >= 1 / num_units and not config.non_private:
+        warnings.warn(f"delta {delta:g} is not below 1/N = {1 / num_units:.3g}: it allows "
+                      "publishing a whole record", stacklevel=3)
+    if config.epsilon is not None:
+        return GaussianMechanism.calibrate(config.epsilon, delta, config.steps, sample_rate,
+                                           config.max_grad_norm, unit=config.unit), delta
+    return GaussianMechanism(config.noise_multiplier or 0.0, config.max_grad_norm, sample_rate,
+                             config.unit), delta
+
+
+def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=config.averaging, weight_decay=decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(parameters, lr=rate, betas=(config.averaging, 0.999), weight_decay=decay)
+
+
+def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+    """The learning rate as a function of the step, which needs no state to resume."""
+    import transformers
+
+    scheduler: Any = transformers.get_scheduler(
+        config.schedule, optimizer, num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.steps)
+    # a warm-up that counts from 0 would waste a step's privacy on a rate of zero
+    shift = 1 if config.warmup_steps else 0
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: config.learning_rate * factor(step + shift if step < config.warmup_steps
+                                                      else step)
+
+
+def _head_state(model: Any) -> dict[str, Tensor]:
+    """The classifier's head as it is now, without PEFT's prefixes: {"classifier.weight": ...}."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state = {}
+    for head, module in head_modules(base).items():
+        trained = getattr(module, "modules_to_save", None)
+        module = trained["default"] if trained is not None else module
+        for name, tensor in module.state_dict().items():
+            state[f"{head}.{name}"] = tensor.detach().cpu().clone()
+    return state
+
+
+def draw_seed(seed: int | None, purpose: str) -> int:
+    """63 bits for one purpose: derived from ``seed``, or from the operating system if None."""
+    if seed is None:
+        return int.from_bytes(os.urandom(8), "little") >> 1
+    return random.Random(f"lowrank_dp {purpose} {seed}").getrandbits(63)
+
+
+def majority(task: Task) -> float | None:
+    """Accuracy of always answering the most frequent validation label; None without classes."""
+    if task.kind != "classification":
+        return None
+    labels = [example.label for example in task.validation]
+    return max(map(labels.count, set(labels))) / len(labels) if labels else math.nan

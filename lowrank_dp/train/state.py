@@ -1,0 +1,120 @@
+"""What a run carries from step to step, and how a snapshot holds it: tensors and plain JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dp.restore import LowPass
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.setup import Setup, draw_seed
+
+
+@dataclass
+class State:
+    """The mutable part of a run.
+
+    Attributes:
+        step: steps taken.
+        stream: name of the unbroken sequence of random draws that sampler and noise belong to.
+        sampler, noise: generators of the Poisson samples (CPU) and of the DP noise (model's
+            device).
+        low_passes: running mean of each parameter's noisy gradients; empty without one.
+        curve: evaluations so far. seconds, restore_seconds: spent in steps, and of it restoring.
+    """
+
+    step: int
+    stream: str
+    sampler: torch.Generator
+    noise: torch.Generator
+    low_passes: dict[str, LowPass] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    restore_seconds: float = 0.0
+
+
+def environment(device: str) -> dict[str, str]:
+    """What decides the sequence that a generator gives from a state."""
+    return {"torch": torch.__version__, "device": torch.device(device).type}
+
+
+def fresh_generators(config: TrainConfig, stream: str) -> tuple[torch.Generator, torch.Generator]:
+    """Sampler and noise generator of a new stream."""
+    return (torch.Generator().manual_seed(draw_seed(config.seed, f"sampler {stream}")),
+            torch.Generator(config.device).manual_seed(draw_seed(config.seed, f"noise {stream}")))
+
+
+def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """JSON and tensors of a snapshot."""
+    tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
+    for index, entry in setup.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()
+                    if isinstance(value, Tensor)}
+    for name, low_pass in state.low_passes.items():
+        tensors |= {f"low_pass.{name}.{key}": value for key, value in low_pass.tensors().items()}
+    tensors |= {"generator.sampler": state.sampler.get_state(),
+                "generator.noise": state.noise.get_state(),
+                "generator.dropout": torch.get_rng_state()}
+    if setup.config.device.startswith("cuda"):
+        tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
+    document = {
+        "config": setup.config.as_json(), "seed": setup.seed, "data": setup.data_fingerprint,
+        "environment": environment(setup.config.device), "stream": state.stream,
+        "curve": state.curve, "seconds": state.seconds, "restore_seconds": state.restore_seconds}
+    return document, tensors
+
+
+def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
+    """Put a snapshot's weights and optimizer state into ``setup``, and give its :class:`State`.
+
+    Where the generators of this machine would go on otherwise than those of the snapshot, a new
+    stream is begun: its releases count beside the old ones.
+    """
+    if document["data"] != setup.data_fingerprint:
+        raise ValueError(f"training records of {setup.task.name} are not those that the run began "
+                         "with: give it the same data, or start afresh in another folder")
+    with torch.no_grad():
+        for name, p in setup.trained.items():
+            p.copy_(tensors[f"parameter.{name}"])
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, entry = key.split(".", 2)
+            entries.setdefault(int(index), {})[entry] = tensor
+    groups = setup.optimizer.state_dict()["param_groups"]
+    setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    state = State(document["step"], document["stream"], torch.Generator(),
+                  torch.Generator(setup.config.device), _low_passes(setup, tensors),
+                  list(document["curve"]), document["seconds"], document["restore_seconds"])
+    if document["environment"] == environment(setup.config.device):
+        state.sampler.set_state(tensors["generator.sampler"])
+        state.noise.set_state(tensors["generator.noise"])
+        torch.set_rng_state(tensors["generator.dropout"])
+        if "generator.dropout_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
+    else:
+        state.stream = new_stream(setup.config, state.step)
+        state.sampler, state.noise = fresh_generators(setup.config, state.stream)
+    return state
+
+
+def new_stream(config: TrainConfig, step: int) -> str:
+    """A name for the draws that begin at ``step``: no two different sequences share one."""
+    if config.seed is None:
+        return f"{draw_seed(None, 'stream'):016x}"
+    return f"seed {config.seed} from step {step} on {environment(config.device)}"
+
+
+def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPass]:
+    start, found = setup.config.low_pass, {}
+    for name, p in setup.trained.items():
+        prefix = f"low_pass.{name}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()
+               if key.startswith(prefix)}
+        if own and start is not None:
+            found[name] = start.with_tensors(own, p.device)
+    return found
