@@ -74,7 +74,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
-          keep_model: bool = True,
+          keep_model: bool = True, show_progress: bool = True,
           announce: Callable[[Setup, int], None] | None = None) -> TrainResult:
     """Fine-tune, and leave a checkpoint in ``output``.
 
@@ -86,6 +86,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
         resume: go on from the last snapshot in ``output``; starts afresh in an empty folder, and
             returns the result of a finished run.
         keep_model: False leaves ``training.json`` only, for sweeps.
+        show_progress: a bar on stderr, if that is a terminal.
         announce: called before the first step, with the :class:`Setup` and the number of releases
             that the run will have made at its end.
 
@@ -102,7 +103,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
         if announce is not None:
             announce(setup, _releases_at_the_end(config, state, folder))
         try:
-            _steps(setup, state, folder)
+            _steps(setup, state, folder, show_progress)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"the device ran out of memory with micro_batch_size "
                              f"{config.micro_batch_size}: lower it (the result stays the same), "
@@ -112,13 +113,14 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
         return result
 
 
-def _steps(setup: Setup, state: State, folder: runs.RunFolder) -> None:
+def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bool) -> None:
     """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along."""
     config, model, mechanism = setup.config, setup.model, setup.mechanism
     bound = float("inf") if config.non_private else mechanism.max_grad_norm
     autocast = torch.bfloat16 if config.precision == "bf16" else None
     first_step, movement = state.step, guards.MovementCheck(setup.trained)
-    for step in progress(range(state.step, config.steps), f"training {config.task}"):
+    left = range(state.step, config.steps)
+    for step in progress(left, f"training {config.task}") if show_progress else left:
         started = _clock(config)
         model.train(config.dropout)
         folder.begin_release(state.stream, step)

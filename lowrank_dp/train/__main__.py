@@ -86,6 +86,8 @@ def main(
         help="Use a random subset of each split.")] = None,
     max_length: Annotated[int, typer.Option(
         help="Tokens a text is cut to; 0 cuts nothing.")] = DEFAULT.max_length or 0,
+    holdout: Annotated[int, typer.Option(
+        help="Evaluate on so many units taken out of the train split: for tuning.")] = 0,
     membership: Annotated[str, typer.Option(
         help=f"Who is trained on: {one_of(MEMBERSHIPS)}")] = DEFAULT.membership,
     micro_batch_size: Annotated[int, typer.Option(
@@ -117,7 +119,8 @@ def main(
         filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
         lora_init=lora_init, target_modules=tuple(target_modules or ()),
         train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
-        max_examples=max_examples, max_length=max_length or None, membership=membership,
+        max_examples=max_examples, max_length=max_length or None, holdout=holdout,
+        membership=membership,
         micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
         eval_examples=eval_examples, generate=generate, num_beams=num_beams,
         max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed, device=device)

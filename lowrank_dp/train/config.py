@@ -49,6 +49,8 @@ class TrainConfig:
         dropout: train with the model's dropout; off by default, as is usual with DP.
         max_examples: of each split, drawn at random from ``seed``.
         max_length: tokens a text is cut to; None cuts nothing.
+        holdout: so many units of the train split, the same for every seed, are set aside, and
+            evaluated on in place of the validation split: for tuning. 0 for none.
         membership: who is trained on: "all", "bernoulli" (a fair coin a unit) or "half".
         micro_batch_size: rows in memory at a time; the result does not depend on it.
         precision: "bf16" runs forward and backward under autocast; clipped sums, noise and
@@ -96,6 +98,7 @@ class TrainConfig:
     dropout: bool = False
     max_examples: int | None = None
     max_length: int | None = 128
+    holdout: int = 0
     membership: str = "all"
     micro_batch_size: int = 64
     precision: str = "float32"
@@ -121,6 +124,7 @@ class TrainConfig:
         for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 _validate.integer(name, getattr(self, name), low=low)
+        _validate.integer("holdout", self.holdout, low=0)
         _validate.integer("warmup_steps", self.warmup_steps, low=0, high=self.steps)
         if self.warmup_steps and self.schedule == "constant":
             raise ValueError("warmup_steps must be 0 with schedule 'constant'; use "

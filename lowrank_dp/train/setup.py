@@ -7,7 +7,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     ``seed`` is ``config.seed``, or what was drawn in its place.
     """
     task = load_task(config.task, max_examples=config.max_examples, seed=seed)
+    task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
     members = draw_members(units, config.membership, seed)
     trained_on = [unit for unit, member in zip(units, members, strict=True) if member]
@@ -104,6 +105,22 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         mechanism=mechanism, delta=delta, optimizer=optimizer,
         learning_rate=_schedule(config, optimizer), seed=seed,
         data_fingerprint=fingerprint(examples))
+
+
+def set_aside(task: Task, count: int, unit: str) -> Task:
+    """The task with ``count`` units of its train split in place of the validation split.
+
+    Always the same ones. With unit "example" the other rows of their records go too.
+    """
+    units = group_units(task.train, unit)
+    if not count < len(units):
+        raise ValueError(f"holdout must be below the {len(units):,} {unit}s of {task.name}'s train "
+                         f"split, got {count:,}")
+    chosen = random.Random("lowrank_dp holdout").sample(units, count)
+    held_out = tuple(example for members in chosen for example in members)
+    groups = {example.group for example in held_out}
+    rest = tuple(example for example in task.train if example.group not in groups)
+    return replace(task, splits={"train": rest, "validation": held_out})
 
 
 def _check_data(config: TrainConfig, task: Task, trained_on: list[list[Example]]) -> None:

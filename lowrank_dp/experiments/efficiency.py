@@ -1,0 +1,260 @@
+"""Claim: restoring singular values makes DP-SGD need fewer steps (2510.01137), at no privacy cost.
+
+Every arm trains with the same data, sampling rate, clipping norm, noise and number of steps, so at
+the same (epsilon, delta). Its learning rate comes from one grid, by one seed that is not reported,
+on training examples set aside; then every seed that is reported runs on the validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from lowrank_dp import _validate, artifacts
+from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.sweep import Outcome, sweep
+from lowrank_dp.train import TrainConfig
+
+CAPTION = (
+    "Score on the validation split over steps of DP training, mean over seeds with 95% "
+    "t-intervals, every arm at the same epsilon and delta and at the learning rate that did best "
+    "for it, by one seed that is not shown, on training examples set aside. Dashed, 90% of plain "
+    "DP-SGD's best gain over the model before training.")
+
+# arm -> what differs from the base configuration
+ARMS: dict[str, dict[str, Any]] = {
+    "DP-SGD": {},
+    "optimal": {"scheme": "optimal"},
+    "denoise": {"scheme": "denoise"},
+    "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},  # of DOPPLER's kind
+    "momentum + optimal": {"scheme": "optimal", "momentum_beta": 0.9},
+    "DP-LoRA": {"method": "lora"},
+    "DP-LoRA, frozen A": {"method": "lora-frozen-a"},
+    "DP-LoRA, momentum + optimal": {"method": "lora", "scheme": "optimal", "momentum_beta": 0.9},
+}
+BASELINE = "DP-SGD"
+SHARES = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained.
+
+    Attributes:
+        base: shared by all arms; its seed and learning rate are replaced.
+        arms: names in ``ARMS``.
+        learning_rates: the grid, the same for every arm.
+        num_seeds: reported, from 0; tuning_seed is not one of them.
+        tuning_holdout: training units set aside, on which the learning rate is chosen.
+        score: metric of the curves.
+        num_workers: runs at a time.
+    """
+
+    base: TrainConfig
+    arms: tuple[str, ...] = tuple(ARMS)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    num_seeds: int = 3
+    tuning_seed: int = 1000
+    tuning_holdout: int = 1000
+    score: str = "accuracy"
+    num_workers: int | None = None
+
+
+SST2 = Config(base=TrainConfig(
+    model="minilm", task="sst2", noise_multiplier=0.7, delta=1e-5, batch_size=1024, steps=50,
+    train_layers=2, max_length=64, eval_every=5, snapshot_every=10))
+
+
+@dataclass(frozen=True)
+class Result:
+    """``score``, ``loss`` and ``seconds`` are (arms, seeds, evaluations); NaN after a run stopped.
+
+    ``tuning`` (arms, learning rates) is the mean score over the tuning run's curve, NaN where it
+    stopped; ``learning_rate`` (arms,) is what it chose. ``restore_share`` (arms, seeds) is the
+    share of the steps' time spent restoring; ``failures`` says why runs stopped.
+    """
+
+    config: Config
+    provenance: dict[str, Any]
+    privacy: str
+    epsilon: float
+    delta: float
+    description: str
+    arms: tuple[str, ...]
+    failures: tuple[str, ...]
+    final: dict[str, dict[str, list[float]]]  # arm -> metric -> one value a seed, at the last step
+    steps: np.ndarray  # (evaluations,)
+    score: np.ndarray
+    loss: np.ndarray
+    seconds: np.ndarray
+    restore_share: np.ndarray
+    learning_rate: np.ndarray
+    tuning: np.ndarray
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of ``score``."""
+        return HIGHER_IS_BETTER[self.config.score]
+
+    @property
+    def start(self) -> float:
+        """Score before training, mean over the baseline's seeds."""
+        return float(np.nanmean(self.score[self.arms.index(BASELINE), :, 0]))
+
+    @property
+    def best(self) -> float:
+        """The baseline's best point of its mean curve."""
+        curve = np.nanmean(self.score[self.arms.index(BASELINE)], axis=0)
+        return float(curve.max() if self.higher_is_better else curve.min())
+
+    def band(self, arm: int, values: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over seeds of an arm's curve and half-width of its 95% t-interval."""
+        return mean_and_interval((self.score if values is None else values)[arm])
+
+
+def run(config: Config, folder: str | Path = Path("runs") / "efficiency") -> Result:
+    """Tune and train every arm; what is finished in ``folder`` is not repeated."""
+    for arm in config.arms:
+        _validate.choice("arm", arm, ARMS)
+    if BASELINE not in config.arms:
+        raise ValueError(f"arms must include the baseline {BASELINE!r}")
+    _validate.choice("score", config.score, HIGHER_IS_BETTER)
+    if config.tuning_seed < _validate.integer("num_seeds", config.num_seeds, low=2):
+        raise ValueError(f"tuning_seed must not be one of the {config.num_seeds} reported seeds")
+    sign = 1.0 if HIGHER_IS_BETTER[config.score] else -1.0
+
+    grid = [_arm_config(config, arm, rate, config.tuning_seed, config.tuning_holdout)
+            for arm in config.arms for rate in config.learning_rates]
+    tuned = sweep(grid, folder, num_workers=config.num_workers)
+    tuning = np.array([_curve(outcome, config.score).mean() for outcome in tuned])
+    tuning = tuning.reshape(len(config.arms), -1)
+    if np.isnan(tuning).all(axis=1).any():
+        raise ValueError("every learning rate of some arm failed: "
+                         f"{next(outcome.error for outcome in tuned if outcome.error)}")
+    chosen = np.array(config.learning_rates)[np.nanargmax(sign * tuning, axis=1)]
+
+    wanted = [_arm_config(config, arm, rate, seed)
+              for arm, rate in zip(config.arms, chosen.tolist(), strict=True)
+              for seed in range(config.num_seeds)]
+    outcomes = sweep(wanted, folder, num_workers=config.num_workers)
+    return _collect(config, tuning, chosen, tuned, outcomes)
+
+
+def _arm_config(config: Config, arm: str, learning_rate: float, seed: int,
+                holdout: int = 0) -> TrainConfig:
+    return replace(config.base, **ARMS[arm], learning_rate=learning_rate, seed=seed,
+                   holdout=holdout)
+
+
+def _curve(outcome: Outcome, metric: str) -> np.ndarray:
+    """One value an evaluation, NaN where the run was stopped."""
+    steps, every = outcome.config.steps, outcome.config.eval_every
+    count = -(-steps // every) + 1
+    if outcome.result is None:
+        return np.full(count, np.nan)
+    return np.array([entry[metric] for entry in outcome.result.curve])
+
+
+def _collect(config: Config, tuning: np.ndarray, chosen: np.ndarray, tuned: list[Outcome],
+             outcomes: list[Outcome]) -> Result:
+    shape = len(config.arms), config.num_seeds, -1
+    done = [outcome.result for outcome in outcomes if outcome.result is not None]
+    if not done:
+        raise ValueError(f"every run failed: {outcomes[0].error}")
+    final: dict[str, dict[str, list[float]]] = {}
+    for i, arm in enumerate(config.arms):
+        results = [o.result for o in outcomes[i * config.num_seeds:(i + 1) * config.num_seeds]]
+        last = [result.curve[-1] for result in results if result is not None]
+        final[arm] = {name: [entry[name] for entry in last] for name in (last[0] if last else ())
+                      if name in HIGHER_IS_BETTER}
+
+    def stack(metric: str) -> np.ndarray:
+        return np.stack([_curve(outcome, metric) for outcome in outcomes]).reshape(shape)
+
+    seconds, restoring = stack("seconds"), stack("restore_seconds")
+    return Result(
+        config=config, provenance=artifacts.provenance(seed=0, device=config.base.device),
+        privacy=done[0].privacy, epsilon=float(done[0].epsilon or np.inf), delta=done[0].delta,
+        description=done[0].description, arms=config.arms,
+        failures=tuple(f"{_name(o.config)}: {o.error}" for o in (*tuned, *outcomes) if o.error),
+        final=final, steps=np.array([entry["step"] for entry in done[0].curve]),
+        score=stack(config.score), loss=stack("loss"), seconds=seconds,
+        restore_share=restoring[..., -1] / seconds[..., -1], learning_rate=chosen, tuning=tuning)
+
+
+def _name(config: TrainConfig) -> str:
+    return (f"{config.method}, scheme {config.scheme}, momentum {config.momentum_beta}, learning "
+            f"rate {config.learning_rate:g}, seed {config.seed}")
+
+
+def steps_to(result: Result, share: float) -> np.ndarray:
+    """(arms, seeds): step of the first evaluation with ``share`` of the baseline's best gain.
+
+    The gain is over the model before training; infinity where a seed never gets there.
+    """
+    target = result.start + share * (result.best - result.start)
+    sign = 1.0 if result.higher_is_better else -1.0
+    reached = sign * result.score >= sign * target
+    first = np.where(reached.any(axis=-1), reached.argmax(axis=-1), -1)
+    return np.where(first >= 0, result.steps[first], np.inf)
+
+
+def seconds_to(result: Result, share: float) -> np.ndarray:
+    """(arms, seeds): the same in seconds of steps on the machine that ran them."""
+    steps = steps_to(result, share)
+    index = np.searchsorted(result.steps, np.where(np.isinf(steps), 0, steps))
+    found = np.take_along_axis(result.seconds, index[..., None], axis=-1)[..., 0]
+    return np.where(np.isinf(steps), np.inf, found)
+
+
+def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the first axis and half-width of its 95% t-interval."""
+    count = len(values)
+    half = stats.t.ppf(0.975, count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
+    return values.mean(axis=0), half
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, an arm each: the numbers that the protocol asks for."""
+    columns = ["arm", "learning rate", f"final {result.config.score}",
+               f"mean {result.config.score} over the run",
+               *(f"steps to {share:.0%} of the baseline's best gain" for share in SHARES),
+               "seconds to 90%", "restoring, share of step time"]
+    rows = []
+    for i, arm in enumerate(result.arms):
+        cells = [arm, f"{result.learning_rate[i]:g}",
+                 _with_interval(result.score[i, :, -1]),
+                 _with_interval(result.score[i].mean(axis=-1)),
+                 *(_each(steps_to(result, share)[i]) for share in SHARES),
+                 _each(seconds_to(result, SHARES[0])[i]),
+                 f"{np.nanmean(result.restore_share[i]):.1%}"]
+        rows.append(cells)
+    return columns, rows
+
+
+def headline(result: Result) -> Mapping[str, str]:
+    """What the figure shows, in a few lines."""
+    lines = {"epsilon of every arm": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
+             f"{result.config.score} before training": f"{result.start:.4g}",
+             f"best {result.config.score} of {BASELINE}": f"{result.best:.4g}"}
+    for i, arm in enumerate(result.arms):
+        lines[f"{arm}: final {result.config.score}; steps to 90% of {BASELINE}'s best gain"] = (
+            f"{_with_interval(result.score[i, :, -1])}; {_each(steps_to(result, 0.9)[i])}")
+    return lines
+
+
+def _with_interval(values: np.ndarray) -> str:
+    if np.isnan(values).any():
+        return f"{int(np.isnan(values).sum())} of {len(values)} runs stopped"
+    mean, half = mean_and_interval(values)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def _each(values: np.ndarray) -> str:
+    """One value a seed: a mean would hide the runs that never got there."""
+    return ", ".join("not reached" if np.isinf(v) else f"{v:.0f}" for v in values)
