@@ -180,7 +180,20 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
             shutil.rmtree(folder.snapshots, ignore_errors=True)  # killed just before it could
         else:
             folder.snapshots.mkdir(exist_ok=True)
-        yield folder
+        try:
+            yield folder
+        finally:
+            _leave_nothing_empty(path)
+
+
+def _leave_nothing_empty(path: Path) -> None:
+    """A run that was refused before its first snapshot leaves no trace in the way of the next."""
+    with contextlib.suppress(OSError):
+        (path / "snapshots").rmdir()  # only succeeds where it is empty
+    if [item.name for item in path.iterdir()] == [".lock"]:
+        (path / ".lock").unlink()
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def write_json(path: str | Path, document: Any) -> None:

@@ -29,13 +29,16 @@ CAPTION = (
 # arm -> what differs from the base configuration
 ARMS: dict[str, dict[str, Any]] = {
     "DP-SGD": {},
-    "optimal": {"scheme": "optimal"},
     "denoise": {"scheme": "denoise"},
-    "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},  # of DOPPLER's kind
+    "optimal, zeroed": {"scheme": "optimal", "below": "zero"},
+    # of DOPPLER's kind: one pole at beta, a zero at the highest frequency, restored by nothing
+    "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},
     "momentum + optimal": {"scheme": "optimal", "momentum_beta": 0.9},
+    "momentum + optimal, zeroed": {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9},
     "DP-LoRA": {"method": "lora"},
     "DP-LoRA, frozen A": {"method": "lora-frozen-a"},
-    "DP-LoRA, momentum + optimal": {"method": "lora", "scheme": "optimal", "momentum_beta": 0.9},
+    "DP-LoRA, momentum + optimal, zeroed": {
+        "method": "lora", "scheme": "optimal", "below": "zero", "momentum_beta": 0.9},
 }
 BASELINE = "DP-SGD"
 SHARES = (0.9, 0.95)

@@ -208,7 +208,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
             ) -> dict[str, float]:
     config = setup.config
     return evaluation.evaluate(
-        setup.model, setup.tokenizer, setup.task, split, max_length=config.max_length,
+        setup.model, setup.tokenizer, setup.task, split, max_length=setup.max_length,
         batch_size=config.micro_batch_size, max_examples=config.eval_examples,
         generate=generate and setup.task.kind == "generation", num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens)
@@ -274,7 +274,7 @@ def _save(setup: Setup, result: TrainResult, folder: runs.RunFolder, keep_model:
             setup.units, setup.members, membership=config.membership, coin_seed=setup.seed,
             task=task.name, split="train", source=task.source, kind=task.kind, unit=config.unit,
             template={"separator": SEPARATOR} if task.kind == "generation" else None,
-            max_length=config.max_length, base={"model": config.model, "seed": setup.seed},
+            max_length=setup.max_length, base={"model": config.model, "seed": setup.seed},
             recipe=config.as_json(), seed=config.seed, privacy=result.privacy,
             train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
 

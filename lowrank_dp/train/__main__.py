@@ -84,8 +84,8 @@ def main(
     dropout: Annotated[bool, typer.Option("--dropout", help="Train with dropout.")] = False,
     max_examples: Annotated[int | None, typer.Option(
         help="Use a random subset of each split.")] = None,
-    max_length: Annotated[int, typer.Option(
-        help="Tokens a text is cut to; 0 cuts nothing.")] = DEFAULT.max_length or 0,
+    max_length: Annotated[int | None, typer.Option(
+        help="Tokens a text is cut to. Default: 128 with labels, uncut for generation.")] = None,
     holdout: Annotated[int, typer.Option(
         help="Evaluate on so many units taken out of the train split: for tuning.")] = 0,
     membership: Annotated[str, typer.Option(
@@ -119,7 +119,7 @@ def main(
         filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
         lora_init=lora_init, target_modules=tuple(target_modules or ()),
         train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
-        max_examples=max_examples, max_length=max_length or None, holdout=holdout,
+        max_examples=max_examples, max_length=max_length, holdout=holdout,
         membership=membership,
         micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
         eval_examples=eval_examples, generate=generate, num_beams=num_beams,

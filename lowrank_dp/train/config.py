@@ -48,7 +48,8 @@ class TrainConfig:
         diagnostic: allow schemes that read clean gradients; the whole run is then NON-PRIVATE.
         dropout: train with the model's dropout; off by default, as is usual with DP.
         max_examples: of each split, drawn at random from ``seed``.
-        max_length: tokens a text is cut to; None cuts nothing.
+        max_length: tokens a text is cut to. None takes 128 for labels (less if the model has
+            less), and for generation cuts nothing: a text beyond the model's context is refused.
         holdout: so many units of the train split, the same for every seed, are set aside, and
             evaluated on in place of the validation split: for tuning. 0 for none.
         membership: who is trained on: "all", "bernoulli" (a fair coin a unit) or "half".
@@ -97,7 +98,7 @@ class TrainConfig:
     train_layers: int | str | None = None
     dropout: bool = False
     max_examples: int | None = None
-    max_length: int | None = 128
+    max_length: int | None = None
     holdout: int = 0
     membership: str = "all"
     micro_batch_size: int = 64

@@ -20,6 +20,8 @@ from lowrank_dp.models.trainable import head_modules
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.membership import draw_members, fingerprint, group_units
 
+LABELLED_LENGTH = 128  # tokens that a text with a label is cut to, unless told otherwise
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -28,6 +30,7 @@ class Setup:
     Attributes:
         units, members: every unit of privacy of the train split, and whether it is trained on.
         rows: encoded rows of the members; unit_rows: positions in it, by member unit.
+        max_length: tokens that texts are cut to, or None.
         trained: the parameters that train, by name.
         initial_head: a classifier's head before training, under its state-dict names.
         seed: of everything that is not secret: head, LoRA's A, coins, subsets.
@@ -39,6 +42,7 @@ class Setup:
     members: list[bool]
     rows: list[dict[str, Any]]
     unit_rows: list[list[int]]
+    max_length: int | None
     model: Any
     tokenizer: Any
     trained: dict[str, torch.nn.Parameter]
@@ -93,7 +97,10 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         train_embeddings=config.train_embeddings, train_layers=config.train_layers,
         device=config.device, seed=seed)
     examples = [example for unit in trained_on for example in unit]
-    rows = encode(examples, tokenizer, kind=task.kind, max_length=config.max_length)
+    max_length = config.max_length
+    if max_length is None and task.kind != "generation":
+        max_length = min(LABELLED_LENGTH, tokenizer.model_max_length)
+    rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     positions = iter(range(len(rows)))
     unit_rows = [[next(positions) for _ in unit] for unit in trained_on]
     mechanism, delta = _mechanism(config, len(trained_on))
@@ -101,8 +108,8 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     optimizer = _optimizer(config, list(trained.values()))
     return Setup(
         config=config, task=task, units=units, members=members, rows=rows, unit_rows=unit_rows,
-        model=model, tokenizer=tokenizer, trained=trained, initial_head=_head_state(model),
-        mechanism=mechanism, delta=delta, optimizer=optimizer,
+        max_length=max_length, model=model, tokenizer=tokenizer, trained=trained,
+        initial_head=_head_state(model), mechanism=mechanism, delta=delta, optimizer=optimizer,
         learning_rate=_schedule(config, optimizer), seed=seed,
         data_fingerprint=fingerprint(examples))
 
