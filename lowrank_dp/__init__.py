@@ -10,8 +10,8 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "artifacts", "data", "experiments", "figures", "grads", "lora", "mechanism", "models",
-    "optim", "plots", "restore", "spectrum", "theory",
+    "artifacts", "data", "evaluation", "experiments", "figures", "grads", "lora", "mechanism",
+    "models", "optim", "plots", "restore", "spectrum", "theory", "train",
 )
 
 

@@ -27,6 +27,7 @@ from lowrank_dp import _cli, _validate, artifacts
 from lowrank_dp.experiments import (
     alignment,
     dynamics,
+    efficiency,
     gradients,
     lora_noise,
     momentum,
@@ -36,14 +37,19 @@ from lowrank_dp.experiments import (
 )
 from lowrank_dp.plots import gradients as gradient_plots
 from lowrank_dp.plots import lora as lora_plots
+from lowrank_dp.plots import training as training_plots
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment, what it runs on at each scale, and how its result is drawn."""
+    """An experiment, what it runs on at each scale, and how its result is drawn.
+
+    ``small`` is None where even the small scale takes hours: that figure is redrawn from its saved
+    result, unless ``--scale full`` asks for it.
+    """
 
     experiment: ModuleType
-    small: Any
+    small: Any | None
     full: Any
     plot: Callable[[Any], Figure]
 
@@ -67,6 +73,8 @@ FIGURES = {
         projection_privacy, projection_privacy.SMALL, projection_privacy.Config(),
         lora_plots.plot_projection_privacy),
     "dynamics": Recipe(dynamics, dynamics.SMALL, dynamics.Config(), lora_plots.plot_dynamics),
+    "efficiency": Recipe(efficiency, None, efficiency.SST2, training_plots.plot_efficiency),
+    "efficiency_e2e": Recipe(efficiency, None, efficiency.E2E, training_plots.plot_efficiency),
 }
 
 
@@ -111,7 +119,10 @@ def show(name: str, *, artifact_folder: str | Path = "paper_artifacts", recomput
     recipe = FIGURES[_validate.choice("figure", name, FIGURES)]
     _validate.choice("scale", scale, ["small", "full"])
     if recompute:
-        result = compute(name, configure(getattr(recipe, scale), task=default_task()))
+        config = getattr(recipe, scale)
+        if config is None:
+            raise ValueError(f"figure {name} takes hours at any scale: use scale='full'")
+        result = compute(name, configure(config, task=default_task()))
     else:
         result = artifacts.load_result(artifact_folder, name, recipe.experiment.Result)
     return result, recipe.plot(result)
@@ -143,18 +154,21 @@ def main(
     names = [_validate.choice("--only", name, FIGURES) for name in only or FIGURES]
     for folder in (output, artifact_folder):
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable place fails now, not at the end
-    changes = {"task": task or default_task(), "device": device, "seed": seed}
-    if model:
-        changes["model"] = model
+    changes = {"device": device, "seed": seed} | ({"task": task} if task else {}) | (
+        {"model": model} if model else {})
     console = Console(stderr=True)
     summary: list[dict[str, Any]] = []
     sources: dict[Any, Any] = {}
     for name in names:
         started = time.perf_counter()
+        preset = None if redraw else getattr(FIGURES[name], scale)
         if console.is_terminal:
-            console.print(f"{name}: {'redrawing' if redraw else 'computing'} ...", highlight=False)
-        if not redraw:
-            config = configure(getattr(FIGURES[name], scale), **changes)
+            console.print(f"{name}: {'redrawing' if preset is None else 'computing'} ...",
+                          highlight=False)
+        if preset is not None:
+            # an experiment of hours has a task of its own; the others take what is at hand
+            own = {} if FIGURES[name].small is None else {"task": default_task()}
+            config = configure(preset, **(own | changes))
             artifacts.save_result(compute(name, config, sources), artifact_folder, name)
         result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
         artifacts.save_figure(figure, output, name)

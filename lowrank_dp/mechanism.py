@@ -184,6 +184,8 @@ def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: flo
         chosen = pld.PLDAccountant(
             value_discretization_interval=max(_PLD_INTERVAL, by_rdp / _PLD_CELLS))
         return float(chosen.compose(step, steps).get_epsilon(delta))
+    except ArithmeticError:  # noise so small that dp-accounting's exponentials overflow
+        return math.inf
     finally:
         log.setLevel(level)
 

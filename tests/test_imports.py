@@ -12,7 +12,8 @@ import lowrank_dp
 ROOT = Path(lowrank_dp.__file__).parent
 # a module imports only from those before it, and from its own package's inner modules
 ORDER = ("_validate", "_cli", "artifacts", "theory", "data", "models", "grads", "mechanism", "lora",
-         "spectrum", "restore", "optim", "train", "sweep", "mia", "plots", "experiments", "figures")
+         "spectrum", "restore", "optim", "evaluation", "train", "sweep", "mia", "plots",
+         "experiments", "figures")
 
 
 def type_checking_nodes(tree):

@@ -30,7 +30,8 @@ from lowrank_dp.data.examples import Example, Spec, read_jsonl, record_group, to
 
 __all__ = [
     "IGNORE", "SEPARATOR", "TASKS", "Example", "Task", "collate", "encode", "generated_corpus",
-    "hub_reachable", "load_task", "micro_batches", "offline_requested", "train_on_validation",
+    "hub_reachable", "load_task", "micro_batches", "offline_requested", "subset",
+    "train_on_validation",
 ]
 
 
@@ -162,7 +163,7 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
         _validate.choice("task", str(name), TASKS)
     if max_examples is None:
         return task
-    return replace(task, splits={split: _subset(examples, max_examples, f"{seed}/{split}")
+    return replace(task, splits={split: subset(examples, max_examples, f"{seed}/{split}")
                                  for split, examples in task.splits.items()})
 
 
@@ -345,8 +346,11 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
-def _subset(examples: tuple[Example, ...], size: int, seed: str) -> tuple[Example, ...]:
-    """At most ``size`` examples in their own order: whole groups, in random order, that fit."""
+def subset(examples: tuple[Example, ...], size: int, seed: str) -> tuple[Example, ...]:
+    """At most ``size`` examples in their own order: whole groups, in random order, that fit.
+
+    ``seed`` alone decides which. Raises ``ValueError`` if no group is so small.
+    """
     if len(examples) <= size:
         return examples
     members: dict[str, list[int]] = {}

@@ -68,9 +68,19 @@ class Config:
     num_workers: int | None = None
 
 
-SST2 = Config(base=TrainConfig(
-    model="minilm", task="sst2", noise_multiplier=0.7, delta=1e-5, batch_size=1024, steps=50,
-    train_layers=2, max_length=64, eval_every=5, snapshot_every=10))
+SST2 = Config(
+    base=TrainConfig(model="minilm", task="sst2", epsilon=8.0, delta=1e-5, batch_size=1024,
+                     steps=30, train_layers=1, max_length=64, eval_every=3),
+    arms=("DP-SGD", "denoise", "optimal, zeroed", "low-pass filter", "momentum + optimal, zeroed",
+          "DP-LoRA", "DP-LoRA, frozen A"),
+    learning_rates=(3e-4, 1e-3, 3e-3))
+
+E2E = Config(
+    base=TrainConfig(model="tiny-llama", task="e2e", epsilon=8.0, delta=1e-5, batch_size=1024,
+                     steps=40, eval_every=4, eval_examples=500),
+    arms=("DP-SGD", "denoise", "optimal, zeroed", "low-pass filter", "momentum + optimal, zeroed",
+          "DP-LoRA", "DP-LoRA, frozen A"),
+    learning_rates=(1e-3, 3e-3, 1e-2), score="loss")
 
 
 @dataclass(frozen=True)

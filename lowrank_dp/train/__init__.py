@@ -216,7 +216,11 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
 
 def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
     """A run at its last snapshot, or at its beginning; then that snapshot is there."""
-    found = folder.load_snapshot()
+    found, made = folder.load_snapshot(), folder.num_releases()
+    if found is None and made:
+        raise ValueError(f"{folder.snapshots} holds no whole snapshot, though {made} releases were "
+                         "made: start afresh in another folder, and add what they spent to what "
+                         "that run will spend")
     if found is None:
         seed = config.seed if config.seed is not None else draw_seed(None, "run")
         setup, stream = prepare(config, seed), new_stream(config, 0)
@@ -227,11 +231,15 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     else:
         document, tensors = found
         _require_same(config, TrainConfig.from_json(document["config"]))
+        if made < document["step"]:
+            raise ValueError(f"{folder.snapshots} holds a ledger of {made} releases, and its "
+                             f"snapshot is of step {document['step']}: the privacy spent is "
+                             "unknown, so start afresh in another folder")
         setup = prepare(config, document["seed"])
         state = unpack(setup, document, tensors)
     releases = _releases_at_the_end(config, state, folder)
     spent = setup.epsilon(releases)
-    if config.epsilon is not None and spent is not None and spent > config.epsilon:
+    if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
         raise ValueError(
             f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
             f"{releases - config.steps} steps would be drawn anew, since the snapshot was made "

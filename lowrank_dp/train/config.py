@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -122,9 +123,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "rank", "micro_batch_size", "eval_every",
                      "eval_examples", "num_beams", "max_new_tokens", "snapshot_every"):
             _validate.integer(name, getattr(self, name))
-        for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
+        for name, low, high in (("max_examples", 2, math.inf), ("max_length", 1, math.inf),
+                                ("seed", 0, 2**63 - 1)):  # the largest that torch takes
             if getattr(self, name) is not None:
-                _validate.integer(name, getattr(self, name), low=low)
+                _validate.integer(name, getattr(self, name), low=low, high=high)
         _validate.integer("holdout", self.holdout, low=0)
         _validate.integer("warmup_steps", self.warmup_steps, low=0, high=self.steps)
         if self.warmup_steps and self.schedule == "constant":
@@ -162,9 +164,12 @@ class TrainConfig:
         if self.non_private and self.scheme != "none":
             raise ValueError(f"scheme must be 'none' without noise, got {self.scheme!r}: there is "
                              "nothing to restore")
-        if self.scheme == "none" and self.scheme_options:
-            raise ValueError("scheme 'none' takes no options, got "
+        if self.scheme in ("none", *NON_PRIVATE_SCHEMES) and self.scheme_options:
+            raise ValueError(f"scheme {self.scheme!r} takes no options, got "
                              f"{', '.join(self.scheme_options)}")
+        for name in ("noisy", "noise_std", "scheme", "method", "below"):
+            if name in self.scheme_options:
+                raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
         if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):  # a trial refuses bad options
             restore(torch.ones(2, 2), 1.0, self.scheme, **self.restoration)
         if self.momentum_beta is not None and self.filter_b:

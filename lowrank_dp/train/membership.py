@@ -39,10 +39,10 @@ def group_units(examples: Sequence[Example], unit: str) -> list[list[Example]]:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over ids and contents: the same records in the same order."""
+    """SHA-256 over ids and contents to the letter: the same records in the same order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{example.id} {example.content_hash} {example.label}\n".encode())
+        digest.update(repr(example).encode())
     return digest.hexdigest()
 
 

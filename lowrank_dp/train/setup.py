@@ -101,6 +101,8 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     if max_length is None and task.kind != "generation":
         max_length = min(LABELLED_LENGTH, tokenizer.model_max_length)
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+    if task.kind == "generation" and config.generate:
+        _check_room(config, task, tokenizer, max_length)
     positions = iter(range(len(rows)))
     unit_rows = [[next(positions) for _ in unit] for unit in trained_on]
     mechanism, delta = _mechanism(config, len(trained_on))
@@ -142,6 +144,18 @@ def _check_data(config: TrainConfig, task: Task, trained_on: list[list[Example]]
     task.split("validation")
 
 
+def _check_room(config: TrainConfig, task: Task, tokenizer: Any, max_length: int | None) -> None:
+    """Refuse now what the last evaluation could not write, when the privacy would be spent."""
+    prompts = encode(task.validation, tokenizer, kind=task.kind, max_length=max_length,
+                     with_target=False)
+    room = tokenizer.model_max_length - max(len(prompt["input_ids"]) for prompt in prompts)
+    if config.max_new_tokens > room:
+        raise ValueError(f"max_new_tokens must be <= {room}, what the longest prompt of "
+                         f"{task.name}'s validation split leaves of the model's context of "
+                         f"{tokenizer.model_max_length}, got {config.max_new_tokens}; or cut the "
+                         "prompts by a max_length, or leave generate out")
+
+
 def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
     sample_rate = config.batch_size / num_units
     delta = num_units ** -1.1 if config.delta is None else config.delta
@@ -151,8 +165,12 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
     if config.epsilon is not None:
         return GaussianMechanism.calibrate(config.epsilon, delta, config.steps, sample_rate,
                                            config.max_grad_norm, unit=config.unit), delta
-    return GaussianMechanism(config.noise_multiplier or 0.0, config.max_grad_norm, sample_rate,
-                             config.unit), delta
+    mechanism = GaussianMechanism(config.noise_multiplier or 0.0, config.max_grad_norm,
+                                  sample_rate, config.unit)
+    if not config.non_private and math.isinf(mechanism.epsilon(config.steps, delta)):
+        raise ValueError(f"noise_multiplier {config.noise_multiplier:g} protects nothing, epsilon "
+                         "is beyond any number: give a larger one, or say non_private")
+    return mechanism, delta
 
 
 def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
