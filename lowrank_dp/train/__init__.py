@@ -36,7 +36,7 @@ from lowrank_dp.train.membership import manifest
 from lowrank_dp.train.setup import Setup, draw_seed, majority, prepare
 from lowrank_dp.train.state import State, environment, fresh_generators, new_stream, pack, unpack
 
-__all__ = ["Setup", "TrainConfig", "TrainResult", "load_result", "train"]
+__all__ = ["Setup", "TrainConfig", "TrainResult", "load_result", "take_step", "train"]
 MOVEMENT_STEPS = 3  # after so many steps every weight with a gradient must have moved
 
 
@@ -115,37 +115,17 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
 
 def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bool) -> None:
     """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along."""
-    config, model, mechanism = setup.config, setup.model, setup.mechanism
-    bound = float("inf") if config.non_private else mechanism.max_grad_norm
-    autocast = torch.bfloat16 if config.precision == "bf16" else None
-    first_step, movement = state.step, guards.MovementCheck(setup.trained)
+    config, first_step = setup.config, state.step
+    movement = guards.MovementCheck(setup.trained)
     left = range(state.step, config.steps)
     for step in progress(left, f"training {config.task}") if show_progress else left:
-        started = _clock(config)
-        model.train(config.dropout)
         folder.begin_release(state.stream, step)
-        clean, _ = clipped_sum_over(model, _sample(setup, state.sampler), bound,
-                                    autocast_dtype=autocast)
-        guards.check_covered(model, setup.optimizer, clean)
-        noisy = clean if config.non_private else mechanism.add_noise(clean, state.noise)
-        last = step + 1 == config.steps
-        evaluating = last or (step + 1) % config.eval_every == 0
-        if (evaluating or step == first_step) and not config.non_private:
-            guards.check_noise(clean, noisy, mechanism.noise_std)
+        clean, noisy = take_step(setup, state)
 
-        restoring = _clock(config)
-        gradient = _restored(setup, state, noisy, clean)
-        restored = _clock(config)
-
-        for name, parameter in setup.trained.items():
-            parameter.grad = (gradient[name] / config.batch_size).to(parameter.dtype)
-        for group in setup.optimizer.param_groups:
-            group["lr"] = setup.learning_rate(step)
-        setup.optimizer.step()
-        state.step = step + 1
-        state.seconds += _clock(config) - started
-        state.restore_seconds += restored - restoring
-
+        last = state.step == config.steps
+        evaluating = last or state.step % config.eval_every == 0
+        if not config.non_private and (evaluating or step == first_step):
+            guards.check_noise(clean, noisy, setup.mechanism.noise_std)
         if step - first_step < MOVEMENT_STEPS:
             movement.note()
         if step - first_step == MOVEMENT_STEPS - 1:
@@ -155,6 +135,36 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bo
             _evaluate(setup, state, generate=last and config.generate)
         if last or state.step % config.snapshot_every == 0:
             folder.save_snapshot(state.step, *pack(setup, state))
+
+
+def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """One step of DP training; ``(clean, noisy)`` sums, of which the first is NON-PRIVATE.
+
+    The optimizer's gradients are left in ``.grad``.
+    """
+    config, mechanism = setup.config, setup.mechanism
+    started = _clock(config)
+    setup.model.train(config.dropout)
+    bound = float("inf") if config.non_private else mechanism.max_grad_norm
+    clean, _ = clipped_sum_over(
+        setup.model, _sample(setup, state.sampler), bound,
+        autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None)
+    guards.check_covered(setup.model, setup.optimizer, clean)
+    noisy = clean if config.non_private else mechanism.add_noise(clean, state.noise)
+
+    restoring = _clock(config)
+    gradient = _restored(setup, state, noisy, clean)  # post-processing of noisy, but for an oracle
+    restored = _clock(config)
+
+    for name, parameter in setup.trained.items():
+        parameter.grad = (gradient[name] / config.batch_size).to(parameter.dtype)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = setup.learning_rate(state.step)
+    setup.optimizer.step()
+    state.step += 1
+    state.seconds += _clock(config) - started
+    state.restore_seconds += restored - restoring
+    return clean, noisy
 
 
 def _sample(setup: Setup, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
