@@ -86,6 +86,8 @@ def main(
         help="Use a random subset of each split.")] = None,
     max_length: Annotated[int | None, typer.Option(
         help="Tokens a text is cut to. Default: 128 with labels, uncut for generation.")] = None,
+    data_seed: Annotated[int, typer.Option(
+        help="Of that subset, and of a generated task.")] = DEFAULT.data_seed,
     holdout: Annotated[int, typer.Option(
         help="Evaluate on so many units taken out of the train split: for tuning.")] = 0,
     membership: Annotated[str, typer.Option(
@@ -119,7 +121,7 @@ def main(
         filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
         lora_init=lora_init, target_modules=tuple(target_modules or ()),
         train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
-        max_examples=max_examples, max_length=max_length, holdout=holdout,
+        max_examples=max_examples, data_seed=data_seed, max_length=max_length, holdout=holdout,
         membership=membership,
         micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
         eval_examples=eval_examples, generate=generate, num_beams=num_beams,

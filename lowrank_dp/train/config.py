@@ -48,7 +48,9 @@ class TrainConfig:
             2408.13460): coefficients as in ``restore.LowPass``.
         diagnostic: allow schemes that read clean gradients; the whole run is then NON-PRIVATE.
         dropout: train with the model's dropout; off by default, as is usual with DP.
-        max_examples: of each split, drawn at random from ``seed``.
+        max_examples: of each split, drawn at random from ``data_seed``.
+        data_seed: of that subset, and of a generated task: not ``seed``, so that runs which differ
+            in their seed share their records.
         max_length: tokens a text is cut to. None takes 128 for labels (less if the model has
             less), and for generation cuts nothing: a text beyond the model's context is refused.
         holdout: so many units of the train split, the same for every seed, are set aside, and
@@ -99,6 +101,7 @@ class TrainConfig:
     train_layers: int | str | None = None
     dropout: bool = False
     max_examples: int | None = None
+    data_seed: int = 0
     max_length: int | None = None
     holdout: int = 0
     membership: str = "all"
@@ -127,6 +130,7 @@ class TrainConfig:
                                 ("seed", 0, 2**63 - 1)):  # the largest that torch takes
             if getattr(self, name) is not None:
                 _validate.integer(name, getattr(self, name), low=low, high=high)
+        _validate.integer("data_seed", self.data_seed, low=0)
         _validate.integer("holdout", self.holdout, low=0)
         _validate.integer("warmup_steps", self.warmup_steps, low=0, high=self.steps)
         if self.warmup_steps and self.schedule == "constant":

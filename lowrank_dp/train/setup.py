@@ -33,7 +33,7 @@ class Setup:
         max_length: tokens that texts are cut to, or None.
         trained: the parameters that train, by name.
         initial_head: a classifier's head before training, under its state-dict names.
-        seed: of everything that is not secret: head, LoRA's A, coins, subsets.
+        seed: of everything that is not secret: head, LoRA's A, coins.
     """
 
     config: TrainConfig
@@ -84,7 +84,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
 
     ``seed`` is ``config.seed``, or what was drawn in its place.
     """
-    task = load_task(config.task, max_examples=config.max_examples, seed=seed)
+    task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed)
     task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
     members = draw_members(units, config.membership, seed)
