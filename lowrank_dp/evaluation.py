@@ -29,7 +29,8 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "loss": False, "perplexity": False, "accuracy": True, "f1": True, "matthews": True,
     "pearson": True, "spearman": True, "bleu": True, "rouge_l": True}
 
-_LOSS_OF_KIND = {"classification": "single_label_classification", "regression": "regression",
+# the name in grads.LOSSES of each kind of task's loss
+LOSS_OF_KIND = {"classification": "single_label_classification", "regression": "regression",
                  "generation": "next_token"}
 # A checkpoint may bring its own way of decoding (chat models sample); these settings undo it.
 _PLAIN_DECODING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
@@ -264,7 +265,7 @@ def _forward(model: Any, task: Task, examples: Sequence[Example],
         finite = logits.flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             _not_finite(examples[indices[int(finite.logical_not().nonzero()[0])]].id)
-        loss, count = LOSSES[_LOSS_OF_KIND[task.kind]](logits, labels)
+        loss, count = LOSSES[LOSS_OF_KIND[task.kind]](logits, labels)
         losses[indices], counts[indices] = loss.double().cpu(), count.double().cpu()
         if task.num_labels:
             kept[indices] = logits.cpu()

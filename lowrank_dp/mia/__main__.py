@@ -1,0 +1,100 @@
+"""``python -m lowrank_dp.mia``: how much a checkpoint tells about who was trained on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lowrank_dp import _cli
+from lowrank_dp.mia import compare, report
+from lowrank_dp.mia.attack import ATTACKS, Options, attack, open_target
+from lowrank_dp.mia.plan import plan
+
+app = _cli.new_app("Membership inference from a checkpoint: NON-PRIVATE, it reads who was in.")
+CONTRADICTION = 3
+
+
+@app.command()
+def main(
+    model: Annotated[Path, typer.Option(help="Checkpoint folder, full or PEFT.")],
+    attacks: Annotated[str, typer.Option(
+        help=f"auto, or names with commas between: {', '.join(ATTACKS)}.")] = "auto",
+    primary: Annotated[str, typer.Option(
+        help="Attack that the verdict rests on. Default: lira-offline, base or loss.")] = "",
+    shadows: Annotated[int, typer.Option(
+        help="Train so many shadow models by the checkpoint's own recipe.")] = 0,
+    shadow_dir: Annotated[Path | None, typer.Option(
+        help="Folder of shadows trained before.")] = None,
+    members: Annotated[Path | None, typer.Option(
+        help="JSON Lines of members, for a checkpoint without membership.json.")] = None,
+    nonmembers: Annotated[Path | None, typer.Option(help="JSON Lines of others.")] = None,
+    base: Annotated[str, typer.Option(help="Backbone it was fine-tuned from.")] = "",
+    fpr: Annotated[str, typer.Option(
+        help="False-positive rates, with commas between.")] = "0.01,0.001",
+    delta: Annotated[float | None, typer.Option(
+        help="Of the lower bound. Default: the accountant's.")] = None,
+    guesses: Annotated[int, typer.Option(
+        help="Of the one-run audit, fixed beforehand; 0 for none.")] = 0,
+    white_box: Annotated[bool, typer.Option(
+        "--white-box", help="Also the gradient's norm.")] = False,
+    compare_with: Annotated[list[Path] | None, typer.Option(
+        "--compare", help="Another checkpoint on the same records; may be repeated.")] = None,
+    max_records: Annotated[int | None, typer.Option(help="Attack a random subset.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Records in memory at a time.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of shadows, halves and subsets.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    num_workers: Annotated[int | None, typer.Option(
+        help="Shadows trained at a time. Default: one a core.")] = None,
+    output: Annotated[Path | None, typer.Option(
+        help="Folder of the report. Default: mia/ in the checkpoint.")] = None,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Print what would be done, and how long it takes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Attack a checkpoint, and say what it leaks. Exit 3: more than its accountant claims."""
+    options = Options(
+        attacks=() if attacks == "auto" else tuple(attacks.split(",")), primary=primary,
+        num_shadows=shadows, shadow_dir=shadow_dir, members=members, nonmembers=nonmembers,
+        base=base, fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
+        max_records=max_records, batch_size=batch_size, seed=seed, device=device,
+        num_workers=num_workers)
+    folder = output or model / "mia"
+    targets = [open_target(path, options) for path in (model, *(compare_with or []))]
+    console = Console(stderr=as_json)
+    for line in plan(targets, options):
+        console.print(line, highlight=False, soft_wrap=True)
+    if dry_run:
+        return
+    reports = [attack(target, options, folder / "cache") for target in targets]
+    report.save(reports[0], folder)
+    for one in reports:
+        report.show(one, console)
+    comparison = None
+    if len(reports) > 1:
+        comparison = compare.compare(targets, reports)
+        compare.save(comparison, folder)
+        compare.show(comparison, console)
+    console.print(f"files: {folder}", highlight=False, soft_wrap=True)
+    if as_json:
+        document = report.as_json(reports[0])
+        if comparison is not None:
+            document["comparison"] = compare.as_json(comparison)
+        print(json.dumps(document, indent=1, allow_nan=False))
+    if any(one.contradiction for one in reports):
+        sys.exit(CONTRADICTION)
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        raise ValueError(f"--fpr must be numbers with commas between, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    _cli.run(app)

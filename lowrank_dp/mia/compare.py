@@ -1,0 +1,170 @@
+"""Several checkpoints on the same records: as they are, and at matched loss or utility.
+
+A method that learns less leaks less, so AUCs at equal steps compare two things at once. Where a
+method is there at several numbers of steps, its AUC is interpolated over the training loss, and
+over the held-out metric, and read off where all methods have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_dp import artifacts
+from lowrank_dp.artifacts import runs
+from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.mia import metrics
+from lowrank_dp.mia.attack import Report, Target
+from lowrank_dp.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Point:
+    """One checkpoint: what it learned and what it leaks."""
+
+    name: str
+    method: str
+    steps: int
+    train_loss: float
+    utility: float
+    auc: metrics.Auc
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Points in the order given; paired differences of AUC against the first.
+
+    ``at_loss`` and ``at_utility`` give each method's interpolated AUC at one common value, or None
+    where the methods' ranges do not overlap; ``utility_name`` is the task's first metric.
+    """
+
+    attack: str
+    utility_name: str
+    points: tuple[Point, ...]
+    paired: tuple[metrics.AucDifference, ...]
+    at_loss: tuple[float, Mapping[str, float]] | None
+    at_utility: tuple[float, Mapping[str, float]] | None
+
+
+def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
+    """Compare reports on the same records by their common primary attack."""
+    first = reports[0]
+    for target, report in zip(targets, reports, strict=True):
+        if report.ids != first.ids or not np.array_equal(report.is_member, first.is_member):
+            raise ValueError(f"{target.folder} must have the records and coins of "
+                             f"{targets[0].folder} to be compared: train both with one --seed")
+        if report.primary != first.primary:
+            raise ValueError(f"{target.folder} has the primary attack {report.primary}, and "
+                             f"{targets[0].folder} {first.primary}: name one with --primary")
+    points = tuple(_point(target, report) for target, report in zip(targets, reports, strict=True))
+    paired = tuple(metrics.paired_auc_difference(
+        report.scores[report.primary], first.scores[first.primary], first.is_member)
+        for report in reports[1:])
+    return Comparison(first.primary, utility_metric(targets[0]), points, paired,
+                      matched(points, "train_loss"), matched(points, "utility"))
+
+
+def method_name(config: TrainConfig) -> str:
+    """What the configuration is, apart from its length: "lora r=8, sigma 0.6, optimal"."""
+    words = [config.method if config.method == "full" else f"{config.method} r={config.rank}"]
+    if not config.non_private:
+        noise = (f"epsilon {config.epsilon:g}" if config.epsilon is not None
+                 else f"sigma {config.noise_multiplier:g}")
+        words.append(f"DP, {noise}")
+    if config.scheme != "none" or config.low_pass is not None:
+        words.append(("running mean + " if config.low_pass is not None else "") + config.scheme)
+    return ", ".join(words)
+
+
+def utility_metric(target: Target) -> str:
+    """The task's first metric that the learning curve has, else the loss."""
+    last = target.trained.curve[-1]
+    return next((name for name in target.records.task.metrics if name in last), "loss")
+
+
+def _point(target: Target, report: Report) -> Point:
+    name, result = utility_metric(target), target.trained
+    auc = next(attack.auc for attack in report.attacks if attack.name == report.primary)
+    return Point(target.folder.name, method_name(result.config), result.config.steps,
+                 result.train_loss, float(result.curve[-1][name]), auc)
+
+
+def matched(points: Sequence[Point], by: str) -> tuple[float, dict[str, float]] | None:
+    """Each method's AUC at one value of ``by`` that all have passed; None if there is none.
+
+    The value is the middle of the overlap of the methods' ranges; between a method's points the
+    AUC is interpolated linearly, and never extrapolated.
+    """
+    methods: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        methods.setdefault(point.method, []).append((getattr(point, by), point.auc.value))
+    if len(methods) < 2:
+        return None
+    low = max(min(value for value, _ in found) for found in methods.values())
+    high = min(max(value for value, _ in found) for found in methods.values())
+    if low > high:
+        return None
+    middle = (low + high) / 2
+    read = {}
+    for name, found in methods.items():
+        values, aucs = zip(*sorted(found), strict=True)
+        read[name] = float(np.interp(middle, values, aucs))
+    return middle, read
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print it."""
+    columns, rows = table(comparison)
+    drawn = Table(*columns)
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+    for line in notes(comparison):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def save(comparison: Comparison, folder: Path) -> None:
+    """``compare.json`` and the table as CSV, Markdown and LaTeX."""
+    runs.write_json(folder / "compare.json", as_json(comparison))
+    columns, rows = table(comparison)
+    artifacts.save_table(columns, rows, folder, "compare", caption=" ".join(notes(comparison)))
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, a checkpoint each."""
+    name = comparison.utility_name
+    direction = "higher is better" if HIGHER_IS_BETTER[name] else "lower is better"
+    columns = ["checkpoint", "method", "steps", "train loss", f"{name} ({direction})",
+               f"AUC of {comparison.attack} [95%]", "difference from the first (p)",
+               "AUC at matched train loss", f"AUC at matched {name}"]
+    rows = []
+    for i, point in enumerate(comparison.points):
+        paired = comparison.paired[i - 1] if i else None
+        rows.append([
+            point.name, point.method, str(point.steps), f"{point.train_loss:.3g}",
+            f"{point.utility:.3g}",
+            f"{point.auc.value:.3f} [{point.auc.ci[0]:.3f}, {point.auc.ci[1]:.3f}]",
+            "" if paired is None else f"{paired.difference:+.3f} ({paired.p_value:.2g})",
+            *(f"{found[1][point.method]:.3f} at {found[0]:.3g}" if found else "no overlap"
+              for found in (comparison.at_loss, comparison.at_utility))])
+    return columns, rows
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What the table does not say by itself."""
+    lines = [f"Attack {comparison.attack}; single run of each, not a ranking. NON-PRIVATE."]
+    if comparison.at_loss is None or comparison.at_utility is None:
+        lines.append("No overlap: give each method at several --steps, so that their ranges of "
+                     "training loss and of the metric meet.")
+    return lines
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """In JSON's own types."""
+    return artifacts.plain(comparison)

@@ -1,0 +1,49 @@
+"""What an attack will do and how long it will take, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_dp.mia.attack import Options, Target
+from lowrank_dp.mia.shadows import find_shadows, shadow_configs
+
+FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: backward is twice forward
+
+
+def plan(targets: Sequence[Target], options: Options) -> list[str]:
+    """A line for each thing to be done; times from how long the checkpoint's own training took.
+
+    Checks what can be checked beforehand: shadows need a recipe with coins, or the same recipe.
+    """
+    lines = []
+    for target in targets:
+        count = len(target.records.examples) + len(target.population)
+        passes = f"{count:,} records through the model"
+        if target.base is not None:
+            passes += " and the model before fine-tuning"
+        lines.append(f"plan     {target.folder.name}: {passes}{_scoring_time(target, count)}")
+        if options.shadow_dir is not None:
+            lines.append(f"plan     {len(find_shadows(target.recipe, options.shadow_dir))} shadows "
+                         f"found in {options.shadow_dir.name}")
+        elif options.num_shadows:
+            configs = shadow_configs(target.recipe, options.num_shadows, options.seed)
+            seconds = target.result.seconds * len(configs) if target.result else 0.0
+            lines.append(f"plan     {len(configs)} shadows of {target.recipe.steps} steps each, "
+                         f"about {_duration(seconds)} on one core or device; what is there is not "
+                         "redone")
+    return lines
+
+
+def _scoring_time(target: Target, count: int) -> str:
+    if target.result is None:
+        return ""
+    result = target.result
+    a_record = result.seconds / (result.config.steps * result.config.batch_size)
+    passes = 2 if target.base is not None else 1
+    return f", about {_duration(FORWARD_SHARE * a_record * count * passes)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

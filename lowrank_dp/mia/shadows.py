@@ -1,0 +1,112 @@
+"""Shadow models: the checkpoint's own recipe, trained again on records drawn by fresh coins.
+
+The only module of the attack that trains. Method, rank, frozen A, noise, restoration, steps and
+batch are the target's; each shadow has its own seed and so its own coins, head and noise. They are
+content-addressed: a second attack reads what the first one trained.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_dp import _validate
+from lowrank_dp._cli import progress
+from lowrank_dp.artifacts import runs
+from lowrank_dp.data import Example, Task
+from lowrank_dp.mia import signals
+from lowrank_dp.mia.records import read_manifest
+from lowrank_dp.mia.signals import Array
+from lowrank_dp.models import load_model
+from lowrank_dp.sweep import run_folder, sweep
+from lowrank_dp.train import TrainConfig, load_result
+
+# what may differ between a target and its shadows: nothing that shapes the weights' law
+INCIDENTAL = ("seed", "device", "micro_batch_size", "eval_every", "eval_examples", "generate",
+              "num_beams", "max_new_tokens", "snapshot_every")
+
+
+@dataclass(frozen=True)
+class Shadows:
+    """``loss``, ``phi`` and ``is_member`` are (K, N); ``population_loss`` is (K, Z)."""
+
+    loss: Array
+    phi: Array
+    is_member: np.ndarray
+    population_loss: Array
+
+
+def shadow_configs(recipe: TrainConfig, count: int, seed: int) -> list[TrainConfig]:
+    """The recipe ``count`` times, each with its own seed, none of which is the target's."""
+    if recipe.membership == "all":
+        raise ValueError("shadows need a checkpoint trained with --membership bernoulli or half: "
+                         "this one was trained on every record, so none is left to compare with")
+    rng = random.Random(f"lowrank_dp shadows {seed}")
+    seeds: dict[int, None] = {}
+    while len(seeds) < _validate.integer("shadows", count):
+        drawn = rng.getrandbits(31)
+        if drawn != recipe.seed:
+            seeds[drawn] = None
+    return [replace(recipe, seed=drawn, generate=False) for drawn in seeds]
+
+
+def train_shadows(recipe: TrainConfig, count: int, folder: Path, *, seed: int = 0,
+                  num_workers: int | None = None) -> list[Path]:
+    """Train what is missing of ``count`` shadows; their checkpoints' folders."""
+    configs = shadow_configs(recipe, count, seed)
+    outcomes = sweep(configs, folder, num_workers=num_workers, keep_model=True)
+    failed = [outcome.error for outcome in outcomes if outcome.result is None]
+    if failed:
+        raise ValueError(f"{len(failed)} of {count} shadows could not be trained: {failed[0]}; "
+                         "what was trained is kept, so the attack can be repeated")
+    return [run_folder(config, folder) for config in configs]
+
+
+def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
+    """Checkpoints in ``folder`` that were trained by the target's recipe; others are refused."""
+    found = sorted(path.parent for path in folder.glob(f"*/{runs.MEMBERSHIP}"))
+    if not found:
+        raise ValueError(f"--shadow-dir {folder} must hold checkpoints in subfolders, found none")
+    for path in found:
+        other = load_result(path).config
+        same = replace(other, **{name: getattr(recipe, name) for name in INCIDENTAL})
+        if differences := recipe.differences(same):
+            raise ValueError(f"shadow {path.name} must be trained as the target was; target and "
+                             f"shadow differ in {'; '.join(differences)}")
+        if other.seed == recipe.seed and other.seed is not None:
+            raise ValueError(f"shadow {path.name} has the target's seed {other.seed}: it is the "
+                             "target")
+    return found
+
+
+def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Example],
+                    population: Sequence[Example], *, max_length: int | None, batch_size: int,
+                    device: str, cache: Path) -> Shadows:
+    """Signals of every shadow on the attacked records and on the population."""
+    together = [*examples, *population]
+    losses, phis, members = [], [], []
+    for path in progress(paths, "shadows' losses"):
+        manifest = read_manifest(path / runs.MEMBERSHIP)
+        truth = dict(zip(manifest.ids, manifest.is_member, strict=True))
+        missing = [example.id for example in examples if example.id not in truth]
+        if missing:
+            raise ValueError(f"shadow {path.name} must have drawn a coin for every attacked record,"
+                             f" {len(missing)} are not in its pool, such as {missing[0]}")
+        members.append([truth[example.id] for example in examples])
+
+        def measure(path: Path = path) -> signals.Signals:
+            model, tokenizer = load_model(str(path), task=task, device=device)
+            return signals.measure(model, tokenizer, task, together, max_length=max_length,
+                                   batch_size=batch_size)
+
+        found = signals.cached(cache, signals.key(path, together, max_length), measure)
+        losses.append(found.loss)
+        phis.append(found.phi)
+    loss, phi = np.stack(losses), np.stack(phis)
+    count = len(examples)
+    return Shadows(loss[:, :count], phi[:, :count], np.array(members, dtype=bool),
+                   loss[:, count:])
