@@ -76,11 +76,11 @@ SST2 = Config(
     learning_rates=(1e-3, 3e-3, 1e-2))
 
 E2E = Config(
-    base=TrainConfig(model="tiny-llama", task="e2e", epsilon=8.0, delta=1e-5, batch_size=1024,
-                     steps=40, eval_every=4, eval_examples=500),
-    arms=("DP-SGD", "denoise", "optimal, zeroed", "low-pass filter", "momentum + optimal, zeroed",
-          "DP-LoRA", "DP-LoRA, frozen A"),
-    learning_rates=(1e-3, 3e-3, 1e-2), score="loss")
+    base=TrainConfig(model="tiny-llama", task="e2e", epsilon=8.0, delta=1e-5, batch_size=512,
+                     steps=24, eval_every=3, eval_examples=300),
+    arms=("DP-SGD", "denoise", "low-pass filter", "momentum + optimal, zeroed", "DP-LoRA",
+          "DP-LoRA, frozen A"),
+    learning_rates=(3e-3, 1e-2, 3e-2), score="loss", tuning_holdout=300)
 
 
 @dataclass(frozen=True)

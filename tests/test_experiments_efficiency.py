@@ -1,0 +1,95 @@
+"""The sample-efficiency table against hand-made curves, and one real small sweep."""
+
+import numpy as np
+import pytest
+
+from lowrank_dp import artifacts
+from lowrank_dp.experiments import efficiency
+from lowrank_dp.plots.training import ARM_STYLE, plot_efficiency
+from lowrank_dp.train import TrainConfig, load_result
+
+BASE = TrainConfig(model="tiny", task="generated", noise_multiplier=0.5, batch_size=64, steps=4,
+                   eval_every=2, eval_examples=100, max_examples=300)
+ARMS = ("DP-SGD", "momentum + optimal, zeroed")
+
+
+def made(score, metric="accuracy"):
+    """A result with the given scores (arms, seeds, evaluations); step 10 k at evaluation k."""
+    score = np.asarray(score, dtype=float)
+    steps = 10 * np.arange(score.shape[-1])
+    seconds = np.broadcast_to(2.0 * steps, score.shape)
+    return efficiency.Result(
+        config=efficiency.Config(BASE, ARMS, score=metric), provenance={}, privacy="", epsilon=8.0,
+        delta=1e-5, description="", arms=ARMS, failures=(), final={}, steps=steps, score=score,
+        loss=score, seconds=seconds, restore_share=np.full(score.shape[:2], 0.02),
+        learning_rate=np.array([1e-3, 1e-3]), tuning=np.zeros((2, 1)))
+
+
+def test_steps_to_a_share_of_the_baselines_best_gain():
+    result = made([[[0.5, 0.6, 0.9], [0.5, 0.7, 0.9]],      # best 0.9, gain 0.4
+                   [[0.5, 0.87, 0.8], [0.5, 0.6, 0.7]]])
+    assert result.start == 0.5 and result.best == pytest.approx(0.9)
+    # 90% of the gain is 0.5 + 0.9 * 0.4 = 0.86
+    np.testing.assert_array_equal(efficiency.steps_to(result, 0.9), [[20, 20], [10, np.inf]])
+    np.testing.assert_array_equal(efficiency.seconds_to(result, 0.9), [[40, 40], [20, np.inf]])
+    np.testing.assert_array_equal(efficiency.steps_to(result, 0.95), [[20, 20], [np.inf, np.inf]])
+
+
+def test_a_loss_counts_downwards():
+    result = made([[[8.0, 4.0, 2.0], [8.0, 3.0, 2.0]], [[8.0, 2.1, 3.0], [8.0, 7.0, 6.0]]], "loss")
+    assert result.best == 2.0                                # target 8 - 0.9 * 6 = 2.6
+    np.testing.assert_array_equal(efficiency.steps_to(result, 0.9), [[20, 20], [10, np.inf]])
+
+
+def test_a_run_that_stopped_reaches_nothing_and_is_said():
+    result = made([[[0.5, 0.6, 0.9]] * 2, [[0.5, 0.9, 0.9], [np.nan] * 3]])
+    assert efficiency.steps_to(result, 0.9)[1].tolist() == [10, np.inf]
+    columns, rows = efficiency.table(result)
+    assert rows[1][columns.index("final accuracy")] == "1 of 2 runs stopped"
+
+
+def test_interval_against_scipy():
+    from scipy import stats
+
+    values = np.array([0.7, 0.8, 0.75])
+    mean, half = efficiency.mean_and_interval(values)
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"arms": ("DP-SGD", "optmal")}, "arm must be one of"),
+    ({"arms": ("denoise",)}, "baseline"),
+    ({"score": "acuracy"}, "did you mean 'accuracy'"),
+    ({"num_seeds": 1}, "num_seeds"),
+    ({"tuning_seed": 0}, "tuning_seed must not be one of the 3 reported seeds")])
+def test_bad_configurations(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        efficiency.run(efficiency.Config(BASE, **changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_small_sweep_tunes_on_other_data_and_other_seeds(tmp_path):
+    config = efficiency.Config(BASE, ARMS, learning_rates=(1e-3, 1e-2), num_seeds=2,
+                               tuning_holdout=50, num_workers=1)
+    result = efficiency.run(config, tmp_path / "runs")
+    assert result.score.shape == (2, 2, 3) and result.steps.tolist() == [0, 2, 4]
+    runs = [load_result(path) for path in (tmp_path / "runs").iterdir()]
+    assert len(runs) == 2 * 2 + 2 * 2
+    tuning = [run for run in runs if run.config.holdout]
+    assert {run.config.seed for run in tuning} == {1000} and len(tuning) == 4
+    for i, arm in enumerate(ARMS):
+        of_arm = [r for r in tuning if (r.config.scheme != "none") == (i == 1)]
+        mean = {r.config.learning_rate: np.mean([e["accuracy"] for e in r.curve]) for r in of_arm}
+        assert mean[result.learning_rate[i]] == max(mean.values()), arm
+    path = artifacts.save_result(result, tmp_path, "efficiency")
+    again = artifacts.load_result(tmp_path, path.stem, efficiency.Result)
+    np.testing.assert_array_equal(again.score, result.score)
+    assert again.config == result.config
+    assert efficiency.headline(again) == efficiency.headline(result)
+    assert plot_efficiency(again).axes
+
+
+def test_every_arm_has_a_style():
+    assert set(ARM_STYLE) == set(efficiency.ARMS)
