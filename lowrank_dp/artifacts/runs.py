@@ -93,10 +93,11 @@ class RunFolder:
 
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         name = f"step-{step:06d}"
-        with atomic_write(self.snapshots / f"{name}.safetensors") as file:
-            file.write(data)
-        write_json(self.snapshots / f"{name}.json",
-                   {**state, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
+        with _explained(f"snapshot of step {step} in {self.path}"):
+            with atomic_write(self.snapshots / f"{name}.safetensors") as file:
+                file.write(data)
+            write_json(self.snapshots / f"{name}.json",
+                       {**state, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
         for old in self._steps()[:-KEPT_SNAPSHOTS]:
             for suffix in (".json", ".safetensors"):
                 (self.snapshots / f"step-{old:06d}{suffix}").unlink(missing_ok=True)
@@ -132,11 +133,8 @@ class RunFolder:
         """
         aside = Path(tempfile.mkdtemp(dir=self.path, prefix=".checkpoint-"))
         try:
-            try:
+            with _explained(f"checkpoint in {self.path}"):
                 write(aside)
-            except Exception as error:  # what the model libraries raise on a full disk varies
-                raise OSError(f"checkpoint could not be written to {self.path}: "
-                              f"{str(error).splitlines()[0] if str(error) else error!r}") from error
             for item in sorted(aside.iterdir()):
                 if item.is_file():
                     item.chmod(0o666 & ~umask())  # safetensors keeps its files to their owner
@@ -146,6 +144,17 @@ class RunFolder:
         for name in sorted(documents, key=lambda name: name == TRAINING):
             write_json(self.path / name, documents[name])
         shutil.rmtree(self.snapshots, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """A failed write as an ``OSError`` that says what it was, and how to go on."""
+    try:
+        yield
+    except Exception as error:  # what the model libraries raise on a full disk varies
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise OSError(f"{what} could not be written ({reason}): free some space, then go on with "
+                      "--resume; the last snapshot is intact") from error
 
 
 @contextlib.contextmanager

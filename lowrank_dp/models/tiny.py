@@ -58,6 +58,11 @@ def model(name: str, auto: Any, head: dict[str, Any]) -> Any:
     if lost:
         raise RuntimeError(f"pretraining of {name} left out {lost[0]}")
     built.load_state_dict(found, strict=False)
+    # masked LM trains no pooler; were it drawn with the head, an adapter would not fit its base
+    generator = torch.Generator().manual_seed(0)
+    for key, p in built.named_parameters():
+        if "pooler" in key and p.ndim == 2:
+            torch.nn.init.normal_(p, std=built.config.initializer_range, generator=generator)
     return built
 
 

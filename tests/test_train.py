@@ -1,0 +1,857 @@
+"""The training loop against one-by-one autograd, its privacy against dp-accounting, its guards."""
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import dp_accounting
+import numpy as np
+import pytest
+import torch
+import transformers
+from dp_accounting import pld
+from scipy import stats
+from torch import nn
+
+import lowrank_dp.train as train_module
+from lowrank_dp.data import collate, encode, load_task
+from lowrank_dp.evaluation import evaluate
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.models import load_model, load_tokenizer
+from lowrank_dp.train import TrainConfig, guards, load_result, train
+from lowrank_dp.train import setup as preparation
+from lowrank_dp.train.membership import draw_members, fingerprint, group_units
+from lowrank_dp.train.setup import prepare
+from lowrank_dp.train.state import fresh_generators, new_stream
+
+SIGMA, BOUND, BATCH, STEPS, RATE = 0.8, 0.5, 20, 4, 1e-2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Sums of a few numbers gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(**changes):
+    base = {"model": "tiny", "task": "generated", "noise_multiplier": SIGMA,
+            "max_grad_norm": BOUND, "steps": STEPS, "batch_size": BATCH, "learning_rate": RATE,
+            "optimizer": "sgd", "max_examples": 80, "eval_examples": 30, "micro_batch_size": 16,
+            "eval_every": 2, "seed": 3}
+    return TrainConfig(**base | changes)
+
+
+def tables(**changes):
+    return small(**{"model": "tiny-llama", "task": "generated-table", "max_examples": 60,
+                    "batch_size": 8, "eval_examples": 12, "generate": False, **changes})
+
+
+# The oracle: everything that the loop does, written out one example and one matrix at a time.
+
+def one_by_one(config, *, restore=None, beta=None, seed=3):
+    """Weights by name after training, those before, and how many matrices were restored."""
+    task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed)
+    model, tokenizer = load_model(
+        config.model, task=task, method=config.method, rank=config.rank, seed=seed,
+        lora_init=config.lora_init, train_layers=config.train_layers)
+    rows = encode(task.train, tokenizer, kind=task.kind, max_length=128 if task.num_labels else
+                  None)
+    units = [[i] for i in range(len(rows))]
+    if config.unit == "group":
+        groups = {}
+        for i, example in enumerate(task.train):
+            groups.setdefault(example.group, []).append(i)
+        units = list(groups.values())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    beta1 = config.beta1 if config.beta1 is not None else (
+        0.0 if config.optimizer == "sgd" or beta is not None else 0.9)
+    optimizer = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=1.0, momentum=beta1,
+                                         weight_decay=config.weight_decay),
+        "adam": lambda p: torch.optim.Adam(p, lr=1.0, betas=(beta1, 0.999),
+                                           weight_decay=config.weight_decay),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1.0, betas=(beta1, 0.999),
+                                             weight_decay=config.weight_decay),
+    }[config.optimizer](list(trained.values()))
+    sampler, noise = fresh_generators(config, new_stream(config, 0))
+    std = 0.0 if config.non_private else SIGMA_OF[config.noise_multiplier] * config.max_grad_norm
+    means = {name: torch.zeros_like(p) for name, p in trained.items()}
+    restored = kept = 0
+    for step in range(config.steps):
+        draws = torch.rand(len(units), generator=sampler, dtype=torch.float64)
+        chosen = [unit for unit, draw in zip(units, draws.tolist(), strict=True)
+                  if draw < config.batch_size / len(units)]
+        if config.unit == "group":
+            picks = torch.rand(len(chosen), generator=sampler, dtype=torch.float64).tolist()
+            chosen = [[unit[math.floor(pick * len(unit))]]
+                      for unit, pick in zip(chosen, picks, strict=True)]
+        total = {name: torch.zeros_like(p) for name, p in trained.items()}
+        for (row,) in chosen:
+            model.zero_grad()
+            model(**collate([rows[row]], tokenizer.pad_token_id)).loss.backward()
+            gradients = {name: p.grad for name, p in trained.items()}
+            norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+            factor = 1.0 if config.non_private else min(1.0, config.max_grad_norm / norm)
+            for name, gradient in gradients.items():
+                total[name] += factor * gradient
+        for name in total:
+            if not config.non_private:
+                total[name] += std * torch.randn(total[name].shape, generator=noise)
+        level = std
+        if beta is not None:
+            for name in total:
+                means[name] = beta * means[name] + (1 - beta) * total[name]
+            total = {name: mean / (1 - beta ** (step + 1)) for name, mean in means.items()}
+            weights = (1 - beta) * beta ** np.arange(step + 1) / (1 - beta ** (step + 1))
+            level = std * math.sqrt(float((weights ** 2).sum()))
+        for name, gradient in total.items():
+            if restore and gradient.ndim == 2 and min(gradient.shape) > 1:
+                total[name], acted = restore(gradient, level)
+                restored, kept = restored + acted, kept + (not acted)
+        for name, p in trained.items():
+            p.grad = total[name] / config.batch_size
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * SCHEDULES[config.schedule][step]
+        optimizer.step()
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return after, before, (restored, kept)
+
+
+SIGMA_OF = {None: 0.0, 0.8: 0.8, 0.05: 0.05}
+SCHEDULES = {"constant": [1, 1, 1, 1], "linear": [1, 0.75, 0.5, 0.25],
+             "constant_with_warmup": [1 / 2, 1, 1, 1],
+             "cosine": [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]}
+
+
+def shrink(matrix, std):
+    """Gavish & Donoho 2017, Frobenius loss; a matrix with nothing above the edge stays."""
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    short, long = sorted(matrix.shape)
+    aspect, scale = short / long, std * math.sqrt(long)
+    values = []
+    for y in (s / scale).tolist():
+        above = y > 1 + math.sqrt(aspect)
+        values.append(math.sqrt((y * y - aspect - 1) ** 2 - 4 * aspect) / y * scale if above
+                      else 0.0)
+    if not any(values):
+        return matrix, False
+    return (u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ vh).to(matrix), True
+
+
+def weights_of(folder, config):
+    task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed)
+    model, _ = load_model(str(folder), task=task, seed=config.seed)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def assert_same_weights(got, want, before, trained, tolerance):
+    """To ``tolerance`` of the farthest that an entry of the parameter moved."""
+    assert got.keys() == want.keys()
+    for name in want:
+        difference = float((got[name] - want[name]).abs().max())
+        moved = float((want[name] - before[name]).abs().max())
+        assert difference <= tolerance * max(moved, 1e-2), (name, difference, moved)
+        if not trained(name):
+            assert torch.equal(got[name], before[name]), name
+    assert max(float((want[name] - before[name]).abs().max()) for name in want) > 1e-3
+
+
+def always(name):
+    return True
+
+
+def full(name):
+    return "embeddings" not in name or "LayerNorm" in name
+
+
+def lora(name):
+    return "lora_" in name or "modules_to_save" in name
+
+
+def lora_b(name):
+    return lora(name) and "lora_A" not in name
+
+
+@pytest.mark.parametrize(("changes", "trained"), [
+    ({}, full),
+    ({"optimizer": "adam"}, full),
+    ({"method": "lora"}, lora),
+    ({"method": "lora", "optimizer": "adam", "lora_init": "gaussian"}, lora),
+    ({"method": "lora-frozen-a", "optimizer": "adam"}, lora_b),
+    ({"method": "lora-frozen-a", "beta1": 0.9, "schedule": "linear"}, lora_b),
+    ({"beta1": 0.5, "weight_decay": 0.1, "schedule": "constant_with_warmup", "warmup_steps": 2},
+     full),
+    ({"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "train_layers": 1}, always),
+    ({"noise_multiplier": None, "non_private": True, "learning_rate": 0.1}, full),
+    ({"noise_multiplier": None, "non_private": True, "optimizer": "adam", "method": "lora"}, lora),
+])
+def test_equals_training_one_example_at_a_time(changes, trained, tmp_path):
+    config = small(**changes)
+    result = train(config, tmp_path)
+    want, before, _ = one_by_one(config)
+    # Adam divides by a gradient's own size, rounding included, where no noise covers it
+    tolerance = 1e-3 if config.non_private else 1e-4
+    assert_same_weights(weights_of(tmp_path, config), want, before, trained, tolerance)
+    assert result.releases == STEPS and load_result(tmp_path) == result
+
+
+def test_equals_it_for_groups_of_rows(tmp_path):
+    config = tables(unit="group", optimizer="adam", learning_rate=1e-3)
+    result = train(config, tmp_path)
+    want, before, _ = one_by_one(config)
+    assert_same_weights(weights_of(tmp_path, config), want, before, always, 1e-4)
+    task = load_task("generated-table", max_examples=60, seed=0)
+    groups = len({example.group for example in task.train})
+    assert groups < len(task.train)
+    assert result.sample_rate == 8 / groups and result.delta == pytest.approx(groups ** -1.1)
+    assert "one group" in result.privacy
+
+
+@pytest.mark.parametrize("changes", [
+    {"learning_rate": 1.0}, {"optimizer": "adam", "method": "lora"},
+    {"optimizer": "adam", "momentum_beta": 0.9}])
+def test_equals_restoring_every_matrix_by_hand(changes, tmp_path):
+    """At little noise, so that some matrices stand above the edge and some do not."""
+    config = small(noise_multiplier=0.05, scheme="optimal", restore_method="exact", **changes)
+    train(config, tmp_path)
+    want, before, (restored, kept) = one_by_one(config, restore=shrink,
+                                                beta=config.momentum_beta)
+    assert restored >= 4 and kept >= (4 if config.method == "lora" else 0)
+    assert_same_weights(weights_of(tmp_path, config), want, before, always, 1e-3)
+
+
+def test_equals_a_running_mean_by_hand(tmp_path):
+    config = small(optimizer="adam", momentum_beta=0.7)
+    train(config, tmp_path)
+    want, before, _ = one_by_one(config, beta=0.7)
+    assert_same_weights(weights_of(tmp_path, config), want, before, full, 1e-4)
+    # the bias correction and Adam's beta1 = 0 both matter: an oracle without them is far off
+    other, *_ = one_by_one(small(optimizer="adam", beta1=0.7))
+    name = "classifier.weight"
+    assert float((other[name] - want[name]).abs().max()) > 1e-3
+
+
+def test_a_filter_of_one_pole_is_the_running_mean(tmp_path):
+    by_filter = small(optimizer="adam", filter_b=(0.3,), filter_a=(-0.7,))
+    train(by_filter, tmp_path / "filter")
+    train(small(optimizer="adam", momentum_beta=0.7), tmp_path / "momentum")
+    first, second = (weights_of(tmp_path / name, by_filter) for name in ("filter", "momentum"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_the_result_does_not_depend_on_the_micro_batch_size(tmp_path):
+    runs = {}
+    for size in (1, 5, 64):
+        config = small(micro_batch_size=size, optimizer="adam", steps=3)
+        train(config, tmp_path / str(size))
+        runs[size] = weights_of(tmp_path / str(size), config)
+    for name, p in runs[64].items():
+        for size in (1, 5):
+            assert float((p - runs[size][name]).abs().max()) < 1e-5, (name, size)
+
+
+def test_same_seed_same_bits_and_another_seed_another_run(tmp_path):
+    model = str(backbone(tmp_path))
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        before = torch.get_rng_state()
+        train(small(seed=seed, steps=2, model=model, dropout=True), tmp_path / name)
+        assert torch.equal(torch.get_rng_state(), before)  # dropout drew from its own stream
+    first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert first == again != other
+
+
+def backbone(folder, dropout=0.1):
+    """A BERT of two layers with dropout, at random weights."""
+    path = folder / "backbone"
+    if not path.exists():
+        tokenizer = load_tokenizer("tiny")
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(transformers.BertConfig(
+            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=48, max_position_embeddings=64, pad_token_id=0,
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+            num_labels=2)).save_pretrained(path)
+        tokenizer.model_max_length = 64
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def test_dropout_only_where_it_is_asked_for(tmp_path):
+    """Without it, training is that of the same weights under a configuration with none."""
+    weights = {}
+    for name, rate, dropout in (("off", 0.3, False), ("none", 0.0, True), ("on", 0.3, True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = backbone(folder, rate)
+        train(small(model=str(model), dropout=dropout, steps=2), folder / "run")
+        weights[name] = (folder / "run" / "model.safetensors").read_bytes()
+    assert weights["off"] == weights["none"] != weights["on"]
+
+
+# Poisson sampling
+
+def test_an_empty_sample_is_a_release_of_noise(tmp_path):
+    """Weights move by the noise alone."""
+    seed = next(seed for seed in range(100) if not (torch.rand(
+        80, generator=fresh_generators(config := small(seed=seed), new_stream(config, 0))[0],
+        dtype=torch.float64) < 1 / 80).any())
+    config = small(seed=seed, steps=1, batch_size=1, learning_rate=0.5)
+    result = train(config, tmp_path)
+    assert result.releases == 1 and result.sample_rate == 1 / 80
+    _, noise = fresh_generators(config, new_stream(config, 0))
+    task = load_task("generated", max_examples=80, seed=config.data_seed)
+    model, _ = load_model("tiny", task=task, seed=seed)
+    got = weights_of(tmp_path, config)
+    for name, p in model.named_parameters():
+        step = torch.zeros_like(p)
+        if p.requires_grad:
+            step = 0.5 * SIGMA * BOUND * torch.randn(p.shape, generator=noise)
+            assert float(step.abs().max()) > 0.1
+        torch.testing.assert_close(got[name], p - step, rtol=0, atol=1e-6)
+    assert result.epsilon == pytest.approx(
+        GaussianMechanism(SIGMA, BOUND, 1 / 80).epsilon(1, result.delta))
+
+
+def test_a_sampled_group_takes_part_with_one_of_its_rows():
+    """Over 400 draws: one row a group, each row of a group equally often (false alarm 1e-6)."""
+    setup = prepare(tables(unit="group"), 3)
+    group_of = {tuple(row["input_ids"]): unit for unit, positions in enumerate(setup.unit_rows)
+                for row in [setup.rows[i] for i in positions]}
+    assert max(map(len, setup.unit_rows)) == 3
+    seen = dict.fromkeys(group_of, 0)
+    per_group = [0] * len(setup.unit_rows)
+    sampler, again = (torch.Generator().manual_seed(0) for _ in range(2))
+    for _ in range(400):
+        rows = []
+        for batch in train_module._sample(setup, sampler):
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                rows.append(tuple(ids[mask.bool()].tolist()))
+        groups = [group_of[row] for row in rows]
+        drawn = torch.rand(len(per_group), generator=again, dtype=torch.float64)
+        taken = (drawn < setup.mechanism.sample_rate).nonzero().flatten().tolist()
+        torch.rand(len(taken), generator=again, dtype=torch.float64)
+        assert sorted(groups) == taken
+        for row, group in zip(rows, groups, strict=True):
+            seen[row] += 1
+            per_group[group] += 1
+    alarms = 1e-6 / (len(seen) + 1)
+    for row, group in group_of.items():
+        size = len(setup.unit_rows[group])
+        if size > 1:
+            assert stats.binomtest(seen[row], per_group[group], 1 / size).pvalue > alarms
+    expected = 8 / len(per_group)
+    assert stats.binomtest(sum(per_group), 400 * len(per_group), expected).pvalue > alarms
+
+
+# Privacy
+
+def by_dp_accounting(sigma, rate, steps, delta):
+    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
+    accountant = pld.PLDAccountant(value_discretization_interval=5e-4)
+    return accountant.compose(event, steps).get_epsilon(delta)
+
+
+def test_epsilon_is_that_of_dp_accounting(tmp_path):
+    result = train(small(), tmp_path / "plain", keep_model=False)
+    document = json.loads((tmp_path / "plain" / "training.json").read_text())
+    assert document["epsilon"] == result.epsilon
+    assert document["delta"] == result.delta == pytest.approx(80 ** -1.1)
+    exact = by_dp_accounting(SIGMA, BATCH / 80, STEPS, document["delta"])
+    assert exact - 1e-9 <= document["epsilon"] <= exact * 1.001 + 1e-3
+    for words in (f"({result.epsilon:.4g}, {result.delta:g})-DP after 4 steps", "PLD",
+                  "Poisson sampling at rate 0.25", "add or remove one example", "RDP cross-check",
+                  "noise_multiplier 0.8", "max_grad_norm 0.5", "seed 3", "not secret"):
+        assert words in result.privacy, words
+    restored = train(small(scheme="optimal", momentum_beta=0.9), tmp_path / "restored",
+                     keep_model=False)
+    assert restored.epsilon == result.epsilon and restored.privacy == result.privacy
+    unseeded = train(small(seed=None), tmp_path / "unseeded", keep_model=False)
+    assert unseeded.epsilon == result.epsilon and "secret" not in unseeded.privacy
+
+
+def test_a_target_epsilon_is_met(tmp_path):
+    config = small(noise_multiplier=None, epsilon=3.0, delta=1e-4, steps=3)
+    result = train(config, tmp_path, keep_model=False)
+    assert result.epsilon <= 3.0 and result.delta == 1e-4
+    exact = by_dp_accounting(result.noise_multiplier, BATCH / 80, 3, 1e-4)
+    assert 2.98 < exact <= 3.0
+    assert by_dp_accounting(result.noise_multiplier - 1e-3, BATCH / 80, 3, 1e-4) > exact
+
+
+def test_large_delta_is_warned_of():
+    with pytest.warns(UserWarning, match=r"delta 0.0125 is not below 1/N = 0.0125"):
+        prepare(small(delta=1 / 80), 3)
+
+
+def test_nothing_is_claimed_where_nothing_holds(tmp_path):
+    plain = train(small(noise_multiplier=None, non_private=True, steps=1), tmp_path / "plain",
+                  keep_model=False)
+    oracle = train(small(scheme="oracle", diagnostic=True, steps=1), tmp_path / "oracle",
+                   keep_model=False)
+    for name, result in (("plain", plain), ("oracle", oracle)):
+        document = json.loads((tmp_path / name / "training.json").read_text())
+        assert result.epsilon is document["epsilon"] is None
+        assert document["privacy"].startswith("NON-PRIVATE") and "-DP" not in document["privacy"]
+
+
+def test_the_oracle_puts_the_best_diagonal_in_place(tmp_path):
+    """diag(u^T clean v) in the noisy singular vectors; vectors keep their noise."""
+    config = small(scheme="oracle", diagnostic=True, steps=1)
+    setup = prepare(config, 3)
+    before = {name: p.detach().clone() for name, p in setup.trained.items()}
+    sampler, noise = fresh_generators(config, new_stream(config, 0))
+    clean, _ = train_module.clipped_sum_over(
+        setup.model, train_module._sample(setup, sampler), BOUND)
+    train(config, tmp_path)
+    got = weights_of(tmp_path, config)
+    for name, total in clean.items():
+        noisy = total + SIGMA * BOUND * torch.randn(total.shape, generator=noise)
+        if noisy.ndim == 2:
+            u, _, vh = torch.linalg.svd(noisy.double(), full_matrices=False)
+            noisy = u @ torch.diag(torch.diagonal(u.T @ total.double() @ vh.T)) @ vh
+        want = before[name] - RATE * noisy.float() / BATCH
+        torch.testing.assert_close(got[name], want, rtol=0, atol=1e-6)
+
+
+# Guards
+
+def test_a_parameter_outside_the_mechanism_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    sums = [name for name, _ in model.named_parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    guards.check_covered(model, optimizer, sums)
+    guards.check_covered(model, torch.optim.SGD(model[1].parameters(), lr=1.0), sums)
+    with pytest.raises(ValueError, match=r"^1.bias would be trained but is neither clipped"):
+        guards.check_covered(model, optimizer, sums[:-1])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(ValueError, match=r"^a parameter outside the model would be trained"):
+        guards.check_covered(model, optimizer, sums)
+
+
+def test_an_optimizer_on_other_tensors_stops_the_run(tmp_path, monkeypatch):
+    original = preparation._optimizer
+
+    def on_copies(config, parameters):
+        return original(config, [nn.Parameter(p.detach().clone()) for p in parameters])
+
+    monkeypatch.setattr(preparation, "_optimizer", on_copies)
+    with pytest.raises(ValueError, match="outside the model"):
+        train(small(), tmp_path)
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_weights_that_do_not_move_stop_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"has not moved in 3 steps .* too small for float32"):
+        train(small(learning_rate=1e-12), tmp_path)
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_movement_is_asked_only_of_weights_with_gradients():
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in ("moved", "idle", "stuck")}
+    check = guards.MovementCheck(parameters)
+    for name, p in parameters.items():
+        p.grad = torch.full((2,), 0.0 if name == "idle" else 1.0)
+    check.note()
+    parameters["moved"].data[0] = 2.0
+    with pytest.raises(ValueError, match=r"^stuck \(one of 1\) has not moved in 5 steps"):
+        check.check(5)
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 1e4}, {"learning_rate": 1e30},
+                                     {"optimizer": "adam", "learning_rate": 1e6}])
+def test_a_run_that_diverges_is_stopped_in_one_line(changes, tmp_path):
+    with pytest.raises(ValueError, match=r"learning rate|not finite") as error:
+        train(small(**changes), tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "training.json").exists()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 50.0])
+def test_loss_guard(loss):
+    with pytest.raises(ValueError, match=r"after 7 steps .*lower the learning rate"):
+        guards.check_loss(loss, 0.7, 7)
+    guards.check_loss(1.9, 0.01, 7)  # a small first loss is no reason to stop at an ordinary one
+    guards.check_loss(13.9, 0.7, 7)
+
+
+SHAPES = {"full": {"w": (64, 64), "b": (64,), "head": (2, 64)},
+          "lora": {"a": (8, 384), "b": (384, 8), "head": (2, 384)},
+          "frozen": {"b": (128, 4)}, "wide": {"up": (256, 64)}, "vectors": {"norm": (300,)}}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_right_noise_passes(shapes):
+    """300 draws a model, at false alarms of 2e-8 each; from noise far above to far below sums."""
+    generator = torch.Generator().manual_seed(0)
+    for draw in range(300):
+        std = 10.0 ** (draw % 6 - 3)
+        clean = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        noisy = GaussianMechanism(std, 1.0, 0.5).add_noise(clean, generator)
+        guards.check_noise(clean, noisy, std)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.9, 1.1, 2.0])
+@pytest.mark.parametrize("shapes", [SHAPES["full"], SHAPES["lora"]], ids=["full", "lora"])
+def test_noise_of_another_size_is_refused(shapes, factor):
+    clean = {name: torch.randn(shape) for name, shape in shapes.items()}
+    noisy = GaussianMechanism(0.7 * factor, 1.0, 0.5).add_noise(
+        clean, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"noise has standard deviation .* must have 0.7 within"):
+        guards.check_noise(clean, noisy, 0.7)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (8, 384), (384, 8), (256, 64)])
+def test_correlated_noise_of_the_right_size_is_refused(shape):
+    """Rank one; and every row the same."""
+    generator = torch.Generator().manual_seed(0)
+    m, n = shape
+    rank_one = torch.outer(torch.randn(m, generator=generator), torch.randn(n, generator=generator))
+    for noise in (rank_one, torch.randn(1, n, generator=generator).expand(m, n)):
+        noise = noise / noise.square().mean().sqrt()
+        clean = {"w": torch.randn(shape, generator=generator)}
+        with pytest.raises(ValueError, match=r"noise of w has a singular value .* correlated"):
+            guards.check_noise(clean, {"w": clean["w"] + 0.5 * noise}, 0.5)
+
+
+def test_noise_that_is_off_stops_the_run(tmp_path, monkeypatch):
+    right = GaussianMechanism.add_noise
+
+    def weaker(self, sums, generator=None):
+        noisy = right(self, sums, generator)
+        return {name: 0.9 * noisy[name] + 0.1 * sums[name] for name in sums}
+
+    monkeypatch.setattr(GaussianMechanism, "add_noise", weaker)
+    with pytest.raises(ValueError, match="the privacy stated would not hold"):
+        train(small(), tmp_path)
+    assert not (tmp_path / "training.json").exists()
+
+
+# Membership
+
+def units(count):
+    task = load_task("generated")
+    return [[example] for example in task.train[:count]]
+
+
+def test_coins_are_independent_and_fair():
+    """200 coins under 300 seeds, against binomial laws; false alarm 1e-6 in all."""
+    records = units(200)
+    coins = np.array([draw_members(records, "bernoulli", seed) for seed in range(300)])
+    alarm = 1e-6 / 1000
+    assert stats.binomtest(int(coins.sum()), coins.size, 0.5).pvalue > alarm
+    for column in coins.T:
+        assert stats.binomtest(int(column.sum()), 300, 0.5).pvalue > alarm
+    agree = (coins[:, :-1] == coins[:, 1:]).sum(axis=0)  # neighbours in the list
+    assert all(stats.binomtest(int(count), 300, 0.5).pvalue > alarm for count in agree)
+    agree = (coins[:-1] == coins[1:]).sum(axis=1)  # neighbouring seeds
+    assert all(stats.binomtest(int(count), 200, 0.5).pvalue > alarm for count in agree)
+    # the number of heads varies as a binomial's, unlike that of a fixed half: variance 50
+    assert 50 * stats.chi2.ppf(1e-7, 299) / 299 < coins.sum(axis=1).var(ddof=1) < (
+        50 * stats.chi2.isf(1e-7, 299) / 299)
+    assert draw_members(records, "bernoulli", 5) == coins[5].tolist()
+
+
+def test_half_and_all():
+    records = units(81)
+    halves = np.array([draw_members(records, "half", seed) for seed in range(300)])
+    assert set(halves.sum(axis=1)) == {40}
+    for column in halves.T:
+        assert stats.binomtest(int(column.sum()), 300, 40 / 81).pvalue > 1e-8
+    assert draw_members(records, "half", 5) == halves[5].tolist()
+    assert draw_members(records, "all", 5) == [True] * 81
+    with pytest.raises(ValueError, match="did you mean 'bernoulli'"):
+        draw_members(records, "bernouli", 5)
+
+
+SENTENCES = 60
+
+
+def own_data(folder, *, change=None):
+    """A user's own task: SST-2's columns; ``change`` replaces the text of one training record."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True)
+    for split, count in (("train", SENTENCES), ("validation", 20)):
+        rows = []
+        for i in range(count):
+            label = rng.randrange(2)
+            words = ["the", rng.choice(["film", "plot", "cast", "score"]), "is",
+                     rng.choice(["fresh", "warm"] if label else ["dull", "flat"]), f"number {i}"]
+            rows.append({"idx": i, "sentence": " ".join(words), "label": label})
+        if split == "train" and change is not None:
+            rows[change]["sentence"] = "an entirely different story about something else"
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_only_members_are_trained_on(tmp_path):
+    """Another text in a non-member's place leaves every bit; in a member's place it does not."""
+    heads = sum(draw_members([[i] for i in range(SENTENCES)], "bernoulli", 3))
+    config = small(model=str(backbone(tmp_path)), task=str(own_data(tmp_path / "a" / "data")),
+                   membership="bernoulli", max_examples=None, batch_size=heads, steps=2)
+    assert 20 < heads < 40
+    train(config, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "membership.json").read_text())
+    member = manifest["is_member"].index(1)
+    outsider = manifest["is_member"].index(0)
+    files = {}
+    for name, change in (("outsider", outsider), ("member", member)):
+        data = own_data(tmp_path / name / "data", change=change)
+        train(replace(config, task=str(data)), tmp_path / name / "run")
+        files[name] = (tmp_path / name / "run" / "model.safetensors").read_bytes()
+    reference = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert files["outsider"] == reference != files["member"]
+
+
+def test_the_manifest_says_who_without_saying_what(tmp_path):
+    config = small(model=str(backbone(tmp_path)), task=str(own_data(tmp_path / "data")),
+                   membership="half", max_examples=None, batch_size=10, steps=1)
+    train(config, tmp_path / "run")
+    task = load_task(str(tmp_path / "data"))
+    document = json.loads((tmp_path / "run" / "membership.json").read_text())
+    assert document["ids"] == [example.id for example in task.train]
+    assert document["content_hashes"] == [example.content_hash for example in task.train]
+    assert document["is_member"] == [
+        int(coin) for coin in draw_members([[e] for e in task.train], "half", 3)]
+    assert document["num_members"] == SENTENCES // 2 == sum(document["is_member"])
+    assert document["num_records"] == SENTENCES
+    assert document["coins"] == {"scheme": "fixed", "probability": 0.5, "seed": 3}
+    assert document["schema_version"] == 1 and document["recipe"] == config.as_json()
+    for name in ("membership.json", "training.json"):
+        written = (tmp_path / "run" / name).read_text()
+        for example in (*task.train, *task.validation):
+            assert example.text not in written and f"number {example.text.split()[-1]}" not in (
+                written)
+
+
+def test_groups_are_members_as_one(tmp_path):
+    train(tables(unit="group", membership="bernoulli", steps=1, batch_size=4), tmp_path)
+    document = json.loads((tmp_path / "membership.json").read_text())
+    coins = {}
+    for group, coin in zip(document["groups"], document["is_member"], strict=True):
+        coins.setdefault(group, set()).add(coin)
+    assert all(len(values) == 1 for values in coins.values())
+    assert {0, 1} == set.union(*coins.values()) and len(coins) < len(document["groups"])
+    assert document["coins"]["scheme"] == "bernoulli" and document["unit"] == "group"
+    assert document["template"] == {"separator": "\n"}
+
+
+@pytest.mark.parametrize("unit", ["example", "group"])
+def test_a_holdout_shares_no_record_with_what_is_trained_on(unit):
+    config = tables(unit=unit, holdout=10, max_examples=None)
+    setup = prepare(config, 3)
+    trained_on = {example.group for example in setup.task.train}
+    held_out = {example.group for example in setup.task.validation}
+    assert not trained_on & held_out
+    everything = load_task("generated-table", seed=0).train
+    assert held_out <= {example.group for example in everything}
+    if unit == "group":
+        assert len(held_out) == 10 and trained_on | held_out == {e.group for e in everything}
+    else:
+        assert len(setup.task.validation) == 10
+    assert prepare(config, 3).task.validation == setup.task.validation
+    with pytest.raises(ValueError, match=r"^holdout must be below the"):
+        prepare(tables(unit=unit, holdout=10_000), 3)
+
+
+def test_fingerprint_sees_content_label_and_order():
+    records = [unit[0] for unit in units(5)]
+    same = fingerprint(records)
+    assert fingerprint(list(records)) == same
+    others = [[replace(records[0], label=1 - records[0].label), *records[1:]],
+              [replace(records[0], text=records[0].text.upper()), *records[1:]],
+              [replace(records[0], id="another"), *records[1:]], records[::-1], records[:-1]]
+    assert len({same, *map(fingerprint, others)}) == 6
+    assert group_units(records, "example") == [[record] for record in records]
+
+
+# Configuration
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"method": "lorra"}, "did you mean 'lora'"),
+    ({"optimizer": "adagrad"}, "optimizer must be one of sgd, adam, adamw"),
+    ({"noise_multiplier": None}, "exactly one of epsilon, noise_multiplier and non_private"),
+    ({"epsilon": 1.0}, "got epsilon and noise_multiplier"),
+    ({"non_private": True}, "got noise_multiplier and non_private"),
+    ({"noise_multiplier": 0.0}, "noise_multiplier must be a finite number > 0"),
+    ({"noise_multiplier": math.inf}, "noise_multiplier"),
+    ({"delta": 1.0}, "delta must be"), ({"delta": 0.0}, "delta must be"),
+    ({"max_grad_norm": math.inf}, "max_grad_norm"),
+    ({"steps": 0}, "steps must be an integer >= 1"), ({"steps": 2.5}, "steps"),
+    ({"batch_size": True}, "batch_size"), ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"),
+    ({"warmup_steps": 1}, "warmup_steps must be 0 with schedule 'constant'"),
+    ({"schedule": "linear", "warmup_steps": 5}, "warmup_steps must be an integer >= 0 and <= 4"),
+    ({"scheme": "oracle"}, "diagnostic"), ({"diagnostic": True}, "diagnostic must go with"),
+    ({"noise_multiplier": None, "non_private": True, "scheme": "optimal"}, "nothing to restore"),
+    ({"scheme": "truncate"}, "k must be given"),
+    ({"scheme": "denoise", "scheme_options": {"kapa": 1}}, "did you mean 'kappa'"),
+    ({"scheme_options": {"k": 1}}, "scheme 'none' takes no options"),
+    ({"scheme": "optimal", "scheme_options": {"noise_std": 3}}, "noise_std"),
+    ({"scheme": "optimal", "scheme_options": {"noisy": 3}}, "noisy"),
+    ({"scheme": "optimal", "scheme_options": {"scheme": "soft"}}, "scheme"),
+    ({"scheme": "oracle", "diagnostic": True, "scheme_options": {"foo": 1}}, "foo"),
+    ({"momentum_beta": 1.0}, "beta must be"), ({"momentum_beta": "0.9"}, "beta must be"),
+    ({"momentum_beta": 0.9, "filter_b": (1.0,)}, "must not both be given"),
+    ({"filter_a": (0.5,)}, "filter_a must come with filter_b"),
+    ({"filter_b": (1.0, -1.0)}, "b must be"), ({"filter_b": ("x",)}, "b must be"),
+    ({"momentum_beta": 0.9, "beta1": 0.9}, "beta1 must be 0 or left out"),
+    ({"filter_b": (1.0,), "beta1": 0.9}, "beta1 must be 0 or left out"),
+    ({"beta1": 1.0}, "beta1 must be"),
+])
+def test_a_bad_configuration_is_refused_before_anything_is_loaded(changes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        small(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_survives_json():
+    for config in (small(), small(
+            noise_multiplier=None, epsilon=2.0, scheme="truncate", scheme_options={"k": 3},
+            filter_b=(0.5, 0.5), target_modules=("query", "value"), train_layers="layer.1")):
+        document = json.loads(json.dumps(config.as_json()))
+        assert TrainConfig.from_json(document) == config
+        assert config.differences(TrainConfig.from_json(document)) == []
+    assert small().differences(small(steps=3, rank=2)) == ["steps: 4 / 3", "rank: 8 / 2"]
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        TrainConfig.from_json({"step": 3})
+
+
+# Checkpoint and evaluation
+
+def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
+    config = small(steps=2)
+    result = train(config, tmp_path)
+    task = load_task("generated", max_examples=80, seed=0)
+    ours, tokenizer = load_model(str(tmp_path), task=task)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = [example.text for example in task.validation[:10]]
+    assert reader(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    batch = reader(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, ours(**batch).logits)
+    assert plain.config.id2label == {0: "negative", 1: "positive"}
+    check_files(tmp_path, {"model.safetensors", "config.json", "tokenizer.json"})
+
+    # the curve's last entry is what the checkpoint scores, by the package and by hand
+    last = result.curve[-1]
+    scores = evaluate(ours, tokenizer, task, max_examples=30, max_length=128)
+    assert {name: last[name] for name in scores} == pytest.approx(scores, rel=1e-5)
+    again = evaluate(ours, tokenizer, task, max_length=128)  # all 80 of them
+    hits, losses = 0, []
+    with torch.no_grad():
+        for example in task.validation:
+            logits = plain(**reader(example.text, return_tensors="pt")).logits[0]
+            hits += int(logits.argmax()) == example.label
+            losses.append(float(nn.functional.cross_entropy(logits, torch.tensor(example.label))))
+    assert again["accuracy"] == pytest.approx(hits / 80)
+    assert again["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert [entry["step"] for entry in result.curve] == [0, 2]
+    assert result.majority == max(np.bincount([e.label for e in task.validation])) / 80
+    members = evaluate(ours, tokenizer, task, "train", max_examples=30, max_length=128)
+    assert result.train_loss == pytest.approx(members["loss"], rel=1e-5)
+
+
+def check_files(folder, expected):
+    names = {path.name for path in folder.iterdir()}
+    assert expected | {"training.json", "membership.json"} <= names
+    assert "snapshots" not in names
+    for path in folder.rglob("*"):
+        assert not path.name.startswith(".checkpoint-")
+        assert not path.name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))
+        assert path.name.startswith(".lock") or not path.name.startswith(".")  # half-written
+        assert path.stat().st_mode & 0o444 == 0o444, path
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_head_before_training_is_kept(method, tmp_path):
+    from safetensors.torch import load_file
+
+    config = small(method=method, steps=2)
+    train(config, tmp_path)
+    task = load_task("generated", max_examples=80, seed=0)
+    untrained, _ = load_model("tiny", task=task, seed=3)
+    head = load_file(tmp_path / "initial_head.safetensors")
+    assert head.keys() == {"classifier.weight", "classifier.bias"}
+    for name, tensor in head.items():
+        assert torch.equal(tensor, untrained.state_dict()[name])
+    after = {name: p for name, p in weights_of(tmp_path, config).items() if "classifier" in name
+             and "original_module" not in name and name.endswith("weight")}
+    assert after and all(not torch.equal(p, head["classifier.weight"]) for p in after.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-frozen-a"])
+def test_an_adapter_loads_with_plain_peft(method, tmp_path):
+    import peft
+
+    config = small(method=method, steps=2, seed=0)
+    result = train(config, tmp_path)
+    task = load_task("generated", max_examples=80, seed=0)
+    ours, tokenizer = load_model(str(tmp_path), task=task)
+    base, _ = load_model("tiny", task=task)
+    with torch.no_grad():
+        base.classifier.weight.zero_()  # the adapter brings its own
+    plain = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    batch = tokenizer([e.text for e in task.validation[:10]], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, ours(**batch).logits)
+    loss = evaluate(ours, tokenizer, task, max_examples=30, max_length=128)["loss"]
+    assert loss == pytest.approx(result.curve[-1]["loss"], rel=1e-5)
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "tiny" and adapter["r"] == 8
+    check_files(tmp_path, {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"})
+
+
+def test_an_adapter_on_tiny_loads_whatever_the_seed(tmp_path):
+    result = train(small(method="lora", steps=1, seed=3), tmp_path)
+    task = load_task("generated", max_examples=80, seed=0)
+    model, tokenizer = load_model(str(tmp_path), task=task)
+    loss = evaluate(model, tokenizer, task, max_examples=30, max_length=128)["loss"]
+    assert loss == pytest.approx(result.curve[-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_language_model_loads_and_generates(method, tmp_path):
+    import peft
+
+    config = tables(method=method, steps=2, generate=True, max_new_tokens=8, max_examples=40)
+    result = train(config, tmp_path)
+    assert {"loss", "perplexity", "bleu", "rouge_l"} <= result.curve[-1].keys()
+    assert not {"bleu", "rouge_l"} & result.curve[0].keys()
+    assert result.majority is None
+    assert not (tmp_path / "initial_head.safetensors").exists()
+    task = load_task("generated-table", max_examples=40, seed=0)
+    ours, tokenizer = load_model(str(tmp_path), task=task)
+    if method == "full":
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    else:
+        base, _ = load_model("tiny-llama", task=task)
+        plain = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompt = reader(task.validation[0].text + "\n", return_tensors="pt")
+    assert prompt["input_ids"].tolist() == tokenizer(
+        task.validation[0].text + "\n", return_tensors="pt")["input_ids"].tolist()
+    with torch.no_grad():
+        assert torch.equal(plain(**prompt).logits, ours(**prompt).logits)
+    written = plain.generate(**prompt, max_new_tokens=12, do_sample=False,
+                             pad_token_id=reader.pad_token_id)
+    assert prompt["input_ids"].shape[1] < written.shape[1]
+
+
+def test_without_a_model_only_the_result_is_left(tmp_path):
+    result = train(small(steps=1), tmp_path, keep_model=False)
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"training.json"}
+    assert load_result(tmp_path) == result
+    with pytest.raises(ValueError, match=r"must hold a finished run, found no training.json"):
+        load_result(tmp_path / "nowhere")
+
+
+def test_what_could_never_be_generated_is_refused_before_the_first_step(tmp_path):
+    """Not after the last one, when the privacy is spent."""
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        train(tables(generate=True, max_new_tokens=256, steps=1, max_examples=20), tmp_path)
+    assert not list(tmp_path.rglob("releases.jsonl"))

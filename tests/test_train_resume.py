@@ -1,0 +1,633 @@
+"""Runs that are broken off: exceptions, kill -9, full disks, damage; and what they then claim."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import lowrank_dp.train as train_module
+from lowrank_dp.artifacts import runs
+from lowrank_dp.artifacts.runs import RunFolder, open_run
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.models import load_tokenizer
+from lowrank_dp.train import TrainConfig, load_result, train
+from lowrank_dp.train import state as state_module
+
+STEPS = 7
+LORA = {"method": "lora", "optimizer": "adam", "momentum_beta": 0.9, "scheme": "optimal",
+        "dropout": True, "noise_multiplier": 0.05, "rank": 4}
+FULL = {"method": "full", "optimizer": "sgd", "beta1": 0.9, "schedule": "linear"}
+FILTER = {"method": "lora-frozen-a", "filter_b": (0.2, 0.1), "filter_a": (-0.5, -0.2)}
+
+
+class Stop(Exception):
+    """What breaks a run off."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A BERT of two layers with dropout, at random weights, and a task of sentences with labels."""
+    folder = tmp_path_factory.mktemp("places")
+    tokenizer = load_tokenizer("tiny")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(transformers.BertConfig(
+            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=48, max_position_embeddings=64, pad_token_id=0,
+            hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+            num_labels=2)).save_pretrained(folder / "model")
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder / "model")
+    write_data(folder / "data")
+    return folder
+
+
+def write_data(folder, change=lambda rows: rows):
+    folder.mkdir(exist_ok=True)
+    for split, count in (("train", 40), ("validation", 12)):
+        rows = [{"idx": i, "sentence": f"The film number {i} is {('dull', 'fresh')[i % 2]} .",
+                 "label": i % 2} for i in range(count)]
+        rows = change(rows) if split == "train" else rows
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def config(places):
+    return make_config(places)
+
+
+def make_config(places, **changes):
+    base = {"model": str(places / "model"), "task": str(places / "data"), "steps": STEPS,
+            "batch_size": 10, "noise_multiplier": 0.6, "learning_rate": 1e-2, "eval_every": 2,
+            "snapshot_every": 3, "micro_batch_size": 8, "seed": 5}
+    return TrainConfig(**base | changes)
+
+
+def weights(folder):
+    file, = [path for path in folder.glob("*model.safetensors")]
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(places, tmp_path_factory):
+    """Weights of runs that nothing broke off, by configuration."""
+    known = {}
+
+    def find(config):
+        key = json.dumps(config.as_json())
+        if key not in known:
+            folder = tmp_path_factory.mktemp("reference")
+            train(config, folder)
+            known[key] = weights(folder)
+        return known[key]
+
+    return find
+
+
+def break_off(monkeypatch, owner, name, count, *, after=False):
+    """Let the call number ``count`` of a function raise, before or after it has done its work."""
+    original, calls = getattr(owner, name), []
+
+    def breaking(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == count and not after:
+            raise Stop
+        result = original(*args, **kwargs)
+        if len(calls) == count:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(owner, name, breaking)
+
+
+def interrupt(monkeypatch, config, folder, owner, name, count, *, after=False, resume=False):
+    with monkeypatch.context() as patch:
+        break_off(patch, owner, name, count, after=after)
+        with pytest.raises(Stop):
+            train(config, folder, resume=resume)
+    assert not (folder / "training.json").exists()
+
+
+def assert_finished(config, folder, result, reference):
+    """As if nothing had happened: the weights to the bit, and one release a step."""
+    assert weights(folder) == reference
+    assert result.releases == config.steps
+    assert result.epsilon == GaussianMechanism(
+        config.noise_multiplier, 1.0, 10 / 40).epsilon(config.steps, result.delta)
+    assert [entry["step"] for entry in result.curve] == [0, 2, 4, 6, 7]
+    assert load_result(folder) == result
+    left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert left <= {".lock"} and not (folder / "snapshots").exists()
+
+
+PLACES = {
+    "before a release is noted": (RunFolder, "begin_release", 5, False),
+    "after the first is noted": (RunFolder, "begin_release", 1, True),
+    "after a release is noted": (RunFolder, "begin_release", 6, True),
+    "after the noise": (GaussianMechanism, "add_noise", 4, True),
+    "before restoring": (train_module, "_restored", 6, False),
+    "after restoring": (train_module, "_restored", 2, True),
+    "in the first evaluation": (train_module, "_evaluate", 1, False),
+    "in an evaluation": (train_module, "_evaluate", 4, True),
+    "in the last evaluation": (train_module, "_evaluate", 5, True),
+    "before a snapshot": (RunFolder, "save_snapshot", 3, False),
+    "between a snapshot's two files": (runs, "write_json", 3, False),
+    "after a snapshot": (RunFolder, "save_snapshot", 2, True),
+    "after the last snapshot": (RunFolder, "save_snapshot", 4, True),
+    "before the checkpoint": (RunFolder, "save_checkpoint", 1, False),
+    "writing the checkpoint": (train_module, "save_file", 1, False),
+    "between model and manifest": (runs, "write_json", 5, False),
+    "between manifest and result": (runs, "write_json", 6, False),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("changes", [LORA, FULL], ids=["lora", "full"])
+def test_resuming_gives_the_weights_of_the_uninterrupted_run(
+        place, changes, places, uninterrupted, tmp_path, monkeypatch):
+    config = make_config(places, **changes)
+    owner, name, count, after = PLACES[place]
+    reference = uninterrupted(config)
+    with monkeypatch.context() as patch:
+        break_off(patch, owner, name, count, after=after)
+        expected = OSError if place == "writing the checkpoint" else Stop  # named on the way up
+        with pytest.raises(expected):
+            train(config, tmp_path)
+    assert not (tmp_path / "training.json").exists()
+    result = train(config, tmp_path, resume=True)
+    assert_finished(config, tmp_path, result, reference)
+
+
+def test_several_interruptions_in_a_row(places, uninterrupted, tmp_path, monkeypatch):
+    config = make_config(places, **FILTER)
+    reference = uninterrupted(config)
+    for count, resume in ((3, False), (3, True), (2, True), (1, True), (4, True)):
+        interrupt(monkeypatch, config, tmp_path, train_module, "_restored", count, resume=resume,
+                  after=True)
+    result = train(config, tmp_path, resume=True)
+    assert_finished(config, tmp_path, result, reference)
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_a_replayed_step_makes_the_same_release(seed, places, tmp_path, monkeypatch):
+    """Without a seed too: the noisy sums are the same to the bit, so that a pair counts once."""
+    config = make_config(places, **LORA | {"seed": seed})
+    original, made = GaussianMechanism.add_noise, []
+
+    def recording(self, sums, generator=None):
+        noisy = original(self, sums, generator)
+        made.append({name: total.clone() for name, total in noisy.items()})
+        return noisy
+
+    monkeypatch.setattr(GaussianMechanism, "add_noise", recording)
+    interrupt(monkeypatch, config, tmp_path, train_module, "_restored", 6)
+    assert len(made) == 6
+    result = train(config, tmp_path, resume=True)
+    replayed = made[6:]  # from step 3 on
+    assert len(replayed) == 4 and result.releases == STEPS
+    for first, again in zip(made[3:6], replayed, strict=False):
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    name = next(iter(made[0]))
+    assert len({tuple(sums[name].flatten().tolist()) for sums in made}) == STEPS
+    assert ("not secret" in result.privacy) == (seed is not None)
+
+
+def test_without_a_seed_every_run_is_another(places, tmp_path):
+    config = make_config(places, steps=2, seed=None)
+    for name in "ab":
+        train(config, tmp_path / name)
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
+
+
+# A stream of draws that can't go on
+
+def elsewhere(device):
+    return {"torch": "99.0", "device": "cpu"}
+
+
+def go_elsewhere(patch):
+    patch.setattr(state_module, "environment", elsewhere)
+    patch.setattr(train_module, "environment", elsewhere)
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_steps_drawn_anew_count_again(seed, places, tmp_path, monkeypatch):
+    """Six releases here, then steps 3 to 6 elsewhere; then, killed there as well, still those."""
+    config = make_config(places, **FULL | {"seed": seed})
+    interrupt(monkeypatch, config, tmp_path, train_module, "_restored", 6)
+    with monkeypatch.context() as patch:
+        go_elsewhere(patch)
+        interrupt(monkeypatch, config, tmp_path, train_module, "_restored", 4, resume=True)
+        seen = []
+        result = train(config, tmp_path, resume=True, announce=lambda _, count: seen.append(count))
+    # without a seed the second attempt elsewhere draws anew once more from step 6's snapshot, or
+    # goes on with the stream of that snapshot: which was made there, so the latter
+    assert seen == [result.releases] == [6 + 4]
+    mechanism = GaussianMechanism(0.6, 1.0, 0.25)
+    assert result.epsilon == mechanism.epsilon(10, result.delta) > mechanism.epsilon(
+        STEPS, result.delta)
+    assert "after 10 steps" in result.privacy
+
+
+def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp_path,
+                                                      monkeypatch):
+    config = make_config(places, noise_multiplier=None, epsilon=4.0, steps=5)
+    interrupt(monkeypatch, config, tmp_path, train_module, "_restored", 5)
+    before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "snapshots").iterdir())
+    with monkeypatch.context() as patch:
+        go_elsewhere(patch)
+        with pytest.raises(ValueError, match=r"resuming would spend epsilon .*, more than 4: "
+                           r"2 steps would be drawn anew, .*99\.0") as error:
+            train(config, tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+    after = sorted((path.name, path.read_bytes()) for path in (tmp_path / "snapshots").iterdir())
+    assert before == after
+    result = train(config, tmp_path, resume=True)  # here it goes on
+    assert result.releases == 5 and result.epsilon <= 4.0
+    assert weights(tmp_path) == uninterrupted(config)
+
+
+# Damage
+
+def half_done(monkeypatch, config, folder):
+    """Broken off in step 7; snapshots of steps 3 and 6."""
+    interrupt(monkeypatch, config, folder, train_module, "_restored", 7)
+    names = {path.name for path in (folder / "snapshots").iterdir()}
+    assert names == {"releases.jsonl", "step-000003.json", "step-000003.safetensors",
+                     "step-000006.json", "step-000006.safetensors"}
+
+
+def test_a_torn_last_line_of_the_ledger_was_no_release(config, uninterrupted, tmp_path,
+                                                       monkeypatch):
+    half_done(monkeypatch, config, tmp_path)
+    with (tmp_path / "snapshots" / "releases.jsonl").open("ab") as ledger:
+        ledger.write(b'{"stream": "another", "st')
+    result = train(config, tmp_path, resume=True)
+    assert_finished(config, tmp_path, result, uninterrupted(config))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text.replace(b'"step": 2', b'"st'), lambda text: b"\0" * len(text) + b"\n",
+    lambda text: text + b"[3]\n", lambda text: text + b'{"stream": "x"}\n',
+    lambda text: text + b"\n", lambda text: b"\xff" + text])
+def test_a_damaged_ledger_is_refused(damage, config, tmp_path, monkeypatch):
+    half_done(monkeypatch, config, tmp_path)
+    ledger = tmp_path / "snapshots" / "releases.jsonl"
+    ledger.write_bytes(damage(ledger.read_bytes()))
+    with pytest.raises(ValueError, match=r"releases.jsonl is damaged, .* another folder") as error:
+        train(config, tmp_path, resume=True)
+    assert "\n" not in str(error.value) and not (tmp_path / "training.json").exists()
+
+
+@pytest.mark.parametrize("kept", [None, 0, 5])
+def test_a_ledger_that_lost_lines_is_refused(kept, config, tmp_path, monkeypatch):
+    """It would understate what was spent: six steps make six releases at least."""
+    half_done(monkeypatch, config, tmp_path)
+    ledger = tmp_path / "snapshots" / "releases.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    if kept is None:
+        ledger.unlink()
+    else:
+        ledger.write_bytes(b"".join(lines[:kept]))
+    with pytest.raises(ValueError, match="the privacy spent is unknown"):
+        train(config, tmp_path, resume=True)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+def other_json(path):
+    path.write_text("[1, 2]")
+
+
+DAMAGE = [(truncate, ".safetensors"), (flip, ".safetensors"), (empty, ".safetensors"),
+          (remove, ".safetensors"), (truncate, ".json"), (empty, ".json"), (remove, ".json"),
+          (other_json, ".json")]
+
+
+@pytest.mark.parametrize(("damage", "suffix"), DAMAGE)
+def test_a_damaged_snapshot_is_passed_over_for_the_one_before(
+        damage, suffix, places, uninterrupted, tmp_path, monkeypatch):
+    config = make_config(places, **LORA)
+    half_done(monkeypatch, config, tmp_path)
+    damage(tmp_path / "snapshots" / f"step-000006{suffix}")
+    result = train(config, tmp_path, resume=True)
+    assert_finished(config, tmp_path, result, uninterrupted(config))
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_without_a_whole_snapshot_the_releases_made_are_not_forgotten(seed, places, tmp_path,
+                                                                      monkeypatch):
+    """What they spent depends on a configuration that nobody remembers."""
+    config = make_config(places, seed=seed)
+    half_done(monkeypatch, config, tmp_path)
+    for path in (tmp_path / "snapshots").glob("*.safetensors"):
+        flip(path)
+    with pytest.raises(ValueError, match="no whole snapshot, though 7 releases were made"):
+        train(config, tmp_path, resume=True)
+
+
+# Another run than the one that was begun
+
+def test_another_configuration_is_refused(config, places, tmp_path, monkeypatch):
+    half_done(monkeypatch, config, tmp_path)
+    other = make_config(places, learning_rate=2e-2, snapshot_every=4)
+    with pytest.raises(ValueError, match=r"differ in learning_rate: 0.02 / 0.01; "
+                       r"snapshot_every: 4 / 3$"):
+        train(other, tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"must be empty, found snapshots: .*--resume"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda rows: [{**row, "sentence": row["sentence"].upper()} if row["idx"] == 7 else row
+                  for row in rows],
+    lambda rows: [{**row, "label": 1 - row["label"]} if row["idx"] == 7 else row for row in rows],
+    lambda rows: rows[:-1], lambda rows: rows[::-1],
+], ids=["text", "label", "fewer", "order"])
+def test_other_data_is_refused(change, places, tmp_path, monkeypatch):
+    write_data(tmp_path / "data")
+    config = make_config(places, task=str(tmp_path / "data"))
+    half_done(monkeypatch, config, tmp_path / "run")
+    write_data(tmp_path / "data", change)
+    with pytest.raises(ValueError, match="not those that the run began with"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_finished_run_is_not_repeated(config, places, tmp_path, monkeypatch):
+    result = train(config, tmp_path, resume=True)  # in an empty folder it starts afresh
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    break_off(monkeypatch, train_module, "prepare", 1)
+    assert train(config, tmp_path, resume=True) == result
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match="differ in steps: 3 / 7"):
+        train(make_config(places, steps=3), tmp_path, resume=True)
+    with pytest.raises(ValueError, match="must be empty, found"):
+        train(config, tmp_path)
+    (tmp_path / "training.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"training.json must have schema_version 1"):
+        train(config, tmp_path, resume=True)
+
+
+def test_snapshots_that_outlived_their_run_are_removed(config, tmp_path):
+    """Killed just after the result was written: their generators could undo the noise."""
+    train(config, tmp_path)
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "step-000006.json").write_text("{}")
+    (tmp_path / ".checkpoint-abc").mkdir()
+    train(config, tmp_path, resume=True)
+    assert not (tmp_path / "snapshots").exists() and not (tmp_path / ".checkpoint-abc").exists()
+
+
+def test_folders_that_are_not_a_runs(config, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=r"must be empty.*found thesis.tex"):
+            train(config, tmp_path / "other", resume=resume)
+    assert [path.name for path in (tmp_path / "other").iterdir() if path.name != ".lock"] == [
+        "thesis.tex"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="output must be a folder"):
+        train(config, tmp_path / "file")
+    for place in (tmp_path / "file" / "below", "/proc/lowrank_dp"):
+        with pytest.raises(OSError):
+            train(config, place)
+
+
+def test_a_refused_run_leaves_nothing_in_the_way(places, tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'generated'"):
+        train(make_config(places, task="generatd"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    train(make_config(places, steps=1), tmp_path / "new")
+
+
+# Ledger and lock by themselves
+
+def test_the_ledger_counts_pairs_once(tmp_path):
+    with open_run(tmp_path / "run") as folder:
+        for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2)):
+            folder.begin_release(stream, step)
+        assert folder.num_releases() == 4
+        assert folder.num_releases("b", range(1, 5)) == 6  # b's 3 and 4 are still to come
+        assert folder.num_releases("c", range(1, 5)) == 8
+        lines = (folder.snapshots / "releases.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"stream": stream, "step": step}
+        for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2))]
+
+
+def test_two_snapshots_are_kept(tmp_path):
+    with open_run(tmp_path / "run") as folder:
+        for step in (0, 5, 10, 15):
+            folder.save_snapshot(step, {"x": step}, {"t": torch.full((3,), float(step))})
+        names = {path.name for path in folder.snapshots.iterdir()}
+        assert names == {f"step-{step:06d}.{suffix}" for step in (10, 15)
+                         for suffix in ("json", "safetensors")}
+        document, tensors = folder.load_snapshot()
+        assert (document["step"], document["x"]) == (15, 15)
+        assert torch.equal(tensors["t"], torch.full((3,), 15.0))
+
+
+HOLD = """
+import sys, time
+from lowrank_dp.artifacts.runs import open_run
+with open_run(sys.argv[1]) as folder:
+    folder.begin_release("x", 0)
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_belongs_to_one_process_and_is_free_when_it_dies(places, tmp_path):
+    config = make_config(places, steps=1)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")],
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        for resume in (True, False):
+            with pytest.raises(ValueError, match="in use by another run: wait for it"):
+                train(config, tmp_path / "run", resume=resume)
+        assert not list(tmp_path.rglob("step-*"))
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(60)
+        holder.stdout.close()
+    with open_run(tmp_path / "run", resume=True) as folder:
+        assert folder.num_releases() == 1
+        with pytest.raises(ValueError, match="in use"), open_run(tmp_path / "run", resume=True):
+            pass
+
+
+# Full disks, in processes whose files may not grow beyond a size
+
+LIMITED = """
+import json, os, resource, sys
+import torch
+from lowrank_dp.__main__ import main
+from lowrank_dp.models import load_model
+torch.set_num_threads(1)
+load_model(sys.argv[3])  # so that its libraries are imported once
+codes = []
+for number, (limit, arguments) in enumerate(json.loads(sys.argv[1])):
+    if (child := os.fork()) == 0:
+        sys.stderr = open(f"{sys.argv[2]}/{number}.err", "w")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        code = 99
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+def arguments(config, folder):
+    words = ["train", "--output", str(folder)]
+    for name, value in config.as_json().items():
+        if value != TrainConfig(non_private=True).as_json()[name] and name != "non_private":
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}={item}" for item in values]
+    return words
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_nothing_that_was_done(places, tmp_path, monkeypatch):
+    """While a snapshot is written; and the checkpoint. Afterwards the run goes on."""
+    growing = make_config(places, optimizer="adam")  # whose state appears after the first step
+    narrow = make_config(places, optimizer="adam", train_layers="pooler")
+    sizes = []
+    original = RunFolder.save_snapshot
+
+    def measuring(self, step, *rest):
+        original(self, step, *rest)
+        sizes.append((self.snapshots / f"step-{step:06d}.safetensors").stat().st_size)
+
+    references = []
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_snapshot", measuring)
+        for config in (growing, narrow):
+            train(config, tmp_path / f"whole {len(references)}")
+            references.append(weights(tmp_path / f"whole {len(references)}"))
+    first, later, *_, small = sizes
+    assert later > 1.5 * first and len(references[1]) > 1.5 * small
+    limits = (first + later) // 2, (small + len(references[1])) // 2
+    jobs = [(limit, arguments(config, tmp_path / name)) for limit, config, name in zip(
+        limits, (growing, narrow), ("snapshot", "checkpoint"), strict=True)]
+    done = subprocess.run([sys.executable, "-c", LIMITED, json.dumps(jobs), str(tmp_path),
+                           growing.model], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, 2]
+    for number, (config, name, step) in enumerate(((growing, "snapshot", 0),
+                                                   (narrow, "checkpoint", STEPS))):
+        said = (tmp_path / f"{number}.err").read_text()
+        assert said.startswith("error: ") and said.count("\n") == 1, said
+        assert name in said and "too large" in said.lower() and "--resume" in said, said
+        folder = tmp_path / name
+        assert not (folder / "training.json").exists()
+        assert RunFolder(folder).load_snapshot()[0]["step"] == step
+        names = [path.name for path in folder.rglob(".*")]
+        assert names == [".lock"], names  # nothing half-written
+        result = train(config, folder, resume=True)
+        assert_finished(config, folder, result, references[number])
+
+
+# kill -9
+
+KILL = """
+import json, os, random, signal, sys, time
+import torch
+from lowrank_dp.evaluation import evaluate
+from lowrank_dp.train import TrainConfig, train
+from lowrank_dp.train.setup import prepare
+torch.set_num_threads(1)
+kills, documents = int(sys.argv[1]), json.loads(sys.argv[2])
+for document in documents.values():  # so that libraries are imported once
+    setup = prepare(TrainConfig.from_json(document), 0)
+    evaluate(setup.model, setup.tokenizer, setup.task)
+
+def begin(config, folder):
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            train(config, folder, resume=True, show_progress=False)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+def code_of(child, options=0):
+    found, status = os.waitpid(child, options)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+for name, document in documents.items():
+    config, rng, left = TrainConfig.from_json(document), random.Random(name), kills
+    started = time.monotonic()
+    assert code_of(begin(config, f"{sys.argv[3]}/{name} whole")) == 0
+    whole, progress = time.monotonic() - started, []
+    while True:
+        child, limit = begin(config, f"{sys.argv[3]}/{name}"), rng.uniform(0.3, 0.95) * whole
+        until = time.monotonic() + limit if left else float("inf")
+        while (code := code_of(child, os.WNOHANG)) is None and time.monotonic() < until:
+            time.sleep(0.005)
+        if code is not None:
+            break
+        os.kill(child, signal.SIGKILL)
+        assert code_of(child) == -signal.SIGKILL
+        left -= 1
+        ledger = f"{sys.argv[3]}/{name}/snapshots/releases.jsonl"
+        progress.append(open(ledger).read().count("\\n") if os.path.exists(ledger) else 0)
+    assert code == 0
+    print(json.dumps([name, progress]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_times_changes_nothing(places, tmp_path):
+    """Killed up to six times at times that a seed chooses, then let finish; the same bits."""
+    configs = {"lora": make_config(places, **LORA, steps=24),
+               "full": make_config(places, **FULL, steps=24),
+               "unseeded": make_config(places, **LORA | {"seed": None}, steps=24)}
+    documents = {name: config.as_json() for name, config in configs.items()}
+    done = subprocess.run([sys.executable, "-c", KILL, "6", json.dumps(documents), str(tmp_path)],
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        name, progress = json.loads(line)
+        assert len([lines for lines in progress if lines]) >= 2, progress  # killed among its steps
+        folder = tmp_path / name
+        assert load_result(folder).releases == 24
+        assert (weights(folder) == weights(tmp_path / f"{name} whole")) == (name != "unseeded")
+        assert not (folder / "snapshots").exists()
+        assert {path.name for path in folder.iterdir() if path.name.startswith(".")} <= {".lock"}
