@@ -1,5 +1,7 @@
 """The sample-efficiency table against hand-made curves, and one real small sweep."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ def made(score, metric="accuracy"):
         config=efficiency.Config(BASE, ARMS, score=metric), provenance={}, privacy="", epsilon=8.0,
         delta=1e-5, description="", arms=ARMS, failures=(), final={}, steps=steps, score=score,
         loss=score, seconds=seconds, restore_share=np.full(score.shape[:2], 0.02),
-        learning_rate=np.array([1e-3, 1e-3]), tuning=np.zeros((2, 1)))
+        learning_rate=np.array([1e-3, 1e-3]), tuning=np.zeros((2, 3, score.shape[-1])))
 
 
 def test_steps_to_a_share_of_the_baselines_best_gain():
@@ -33,6 +35,14 @@ def test_steps_to_a_share_of_the_baselines_best_gain():
     np.testing.assert_array_equal(efficiency.steps_to(result, 0.9), [[20, 20], [10, np.inf]])
     np.testing.assert_array_equal(efficiency.seconds_to(result, 0.9), [[40, 40], [20, np.inf]])
     np.testing.assert_array_equal(efficiency.steps_to(result, 0.95), [[20, 20], [np.inf, np.inf]])
+
+
+def test_steps_of_the_tuning_runs_at_each_learning_rate():
+    tuning = np.array([[[0.5, 0.5, 0.9], [0.5, 0.88, 0.8], [0.5, 0.5, 0.5]],
+                       [[0.5, 0.9, 0.9], [0.5, 0.6, 0.87], [0.5, np.nan, np.nan]]])
+    result = replace(made(np.full((2, 2, 3), 0.7)), tuning=tuning)
+    np.testing.assert_array_equal(efficiency.tuning_steps_to(result, 0.9),
+                                  [[20, 10, np.inf], [10, 20, np.inf]])
 
 
 def test_a_loss_counts_downwards():
