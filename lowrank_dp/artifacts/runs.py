@@ -59,7 +59,8 @@ class RunFolder:
         states repeats its line, and the pair counts once.
         """
         line = json.dumps({"stream": stream, "step": step}) + "\n"
-        with (self.snapshots / "releases.jsonl").open("ab") as file:
+        with (_explained(f"ledger in {self.snapshots}"),
+              (self.snapshots / "releases.jsonl").open("ab") as file):
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -141,8 +142,9 @@ class RunFolder:
                 os.replace(item, self.path / item.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        for name in sorted(documents, key=lambda name: name == TRAINING):
-            write_json(self.path / name, documents[name])
+        with _explained(f"checkpoint in {self.path}"):
+            for name in sorted(documents, key=lambda name: name == TRAINING):
+                write_json(self.path / name, documents[name])
         shutil.rmtree(self.snapshots, ignore_errors=True)
 
 

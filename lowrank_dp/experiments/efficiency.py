@@ -87,9 +87,10 @@ E2E = Config(
 class Result:
     """``score``, ``loss`` and ``seconds`` are (arms, seeds, evaluations); NaN after a run stopped.
 
-    ``tuning`` (arms, learning rates, evaluations) are the tuning runs' scores, NaN where one stopped;
-    ``learning_rate`` (arms,) is that of the highest mean over them. ``restore_share`` (arms, seeds) is the
-    share of the steps' time spent restoring; ``failures`` says why runs stopped.
+    ``tuning`` (arms, learning rates, evaluations) are the tuning runs' scores, NaN where one
+    stopped; ``learning_rate`` (arms,) is that of the highest mean over them. ``restore_share``
+    (arms, seeds) is the share of the steps' time spent restoring; ``failures`` says why runs
+    stopped.
     """
 
     config: Config

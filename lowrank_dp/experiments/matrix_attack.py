@@ -211,7 +211,7 @@ def row_logpdf(y: Array, q: Array, rank: int, noise_std: float) -> Array:
     s = |A q|^2 / |q|^2 (chi^2_rank / rank), y is Gaussian: along q with mean s |q| and variance
     noise_std^2, in each direction across q with mean 0 and variance s |q|^2 / rank + noise_std^2.
     What remains is one integral over s, taken in t = ln s by the trapezoidal rule on the part of
-    the axis that holds all but e^-40 of it, and so exact to about 1e-9.
+    the axis that holds all but e^-40 of it, and so exact to about 1e-7.
     """
     if noise_std == 0:
         return np.asarray(theory.projection_logpdf(y, q, rank))

@@ -98,6 +98,10 @@ class Result:
     untuned: np.ndarray
     noise_variance: np.ndarray
 
+    def band(self, values: np.ndarray, arm: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over seeds at each number of steps, and half-width of its 95% t-interval."""
+        return mean_and_interval(values[arm])
+
     def at(self, by: str) -> np.ndarray | None:
         """(arms, seeds) AUC at one value of "train_loss" or "utility", see `at_matched`."""
         return at_matched(self, by)

@@ -34,6 +34,8 @@ def main(
         help="JSON Lines of members, for a checkpoint without membership.json.")] = None,
     nonmembers: Annotated[Path | None, typer.Option(help="JSON Lines of others.")] = None,
     base: Annotated[str, typer.Option(help="Backbone it was fine-tuned from.")] = "",
+    data_dir: Annotated[Path | None, typer.Option(
+        help="Folder of the task's data, in place of LOWRANK_DP_DATA.")] = None,
     fpr: Annotated[str, typer.Option(
         help="False-positive rates, with commas between.")] = "0.01,0.001",
     delta: Annotated[float | None, typer.Option(
@@ -60,7 +62,7 @@ def main(
     options = Options(
         attacks=() if attacks == "auto" else tuple(attacks.split(",")), primary=primary,
         num_shadows=shadows, shadow_dir=shadow_dir, members=members, nonmembers=nonmembers,
-        base=base, fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
+        base=base, data_dir=data_dir, fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
         max_records=max_records, batch_size=batch_size, seed=seed, device=device,
         num_workers=num_workers)
     folder = output or model / "mia"

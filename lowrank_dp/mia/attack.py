@@ -47,7 +47,8 @@ class Options:
             with shadows, else "base", else "loss".
         num_shadows, shadow_dir: train so many, or use those found there.
         members, nonmembers: JSON Lines files, for a checkpoint without membership.json.
-        base: backbone that the checkpoint was fine-tuned from, where no manifest says it.
+        base: backbone that the checkpoint was fine-tuned from, in place of the manifest's word.
+        data_dir: of the task, as in ``data.load_task``.
         fpr: false-positive rates at which the true-positive rate is reported.
         guesses: of the one-run audit; 0 for none. Needs independent coins.
         white_box: also the gradient's norm.
@@ -61,6 +62,7 @@ class Options:
     members: Path | None = None
     nonmembers: Path | None = None
     base: str = ""
+    data_dir: Path | None = None
     fpr: tuple[float, ...] = (0.01, 0.001)
     delta: float | None = None
     guesses: int = 0
@@ -172,13 +174,14 @@ def open_target(folder: str | Path, options: Options) -> Target:
     if not folder.is_dir():
         _validate.fail("model", "a checkpoint's folder", str(folder))
     records = load_records(folder, members=options.members, nonmembers=options.nonmembers,
+                           data_dir=options.data_dir, base=options.base or None,
                            max_records=options.max_records, seed=options.seed)
     result = load_result(folder) if (folder / runs.TRAINING).is_file() else None
     base, max_length = None, result.config.max_length if result else None
     if (folder / runs.MEMBERSHIP).is_file():
-        manifest = read_manifest(folder / runs.MEMBERSHIP)
+        manifest = read_manifest(folder / runs.MEMBERSHIP, base=options.base or None)
         base, max_length = manifest.base, manifest.max_length
-    if options.base:
+    elif options.base:
         base = {"model": options.base, "seed": 0}
     population = tuple(records.task.splits.get("validation", ()))[:POPULATION]
     return Target(folder, records, result, base, max_length, population)
@@ -193,7 +196,7 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
                                   **_trained_part(target))
     adapter = hasattr(model, "disable_adapter")
     reference = None
-    if target.base is not None and (task.kind == "generation" or not options.base):
+    if target.base is not None:
         reference = (model if adapter and task.kind == "generation" else
                      signals.load_reference(target.folder, target.base, task,
                                             device=options.device))

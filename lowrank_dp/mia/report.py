@@ -17,7 +17,7 @@ from rich.table import Table
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.mia.attack import ATTACKS, Attack, Report
-from lowrank_dp.plots.membership import plot_roc
+from lowrank_dp.plots.attacks import plot_roc
 
 LABEL = "NON-PRIVATE: computed from membership bits"
 
