@@ -173,8 +173,9 @@ def main(
         result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
         artifacts.save_figure(figure, output, name)
         experiment = FIGURES[name].experiment
-        artifacts.save_table(["quantity", "value"], list(experiment.headline(result).items()),
-                             artifact_folder, name, caption=experiment.CAPTION)
+        columns, rows = (experiment.table(result) if hasattr(experiment, "table") else
+                         (["quantity", "value"], list(experiment.headline(result).items())))
+        artifacts.save_table(columns, rows, artifact_folder, name, caption=experiment.CAPTION)
         summary.append({
             "figure": name, "seconds": round(time.perf_counter() - started, 1),
             "headline": FIGURES[name].experiment.headline(result), "privacy": result.privacy,

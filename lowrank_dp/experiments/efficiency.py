@@ -87,9 +87,10 @@ E2E = Config(
 class Result:
     """``score``, ``loss`` and ``seconds`` are (arms, seeds, evaluations); NaN after a run stopped.
 
-    ``tuning`` (arms, learning rates) is the mean score over the tuning run's curve, NaN where it
-    stopped; ``learning_rate`` (arms,) is what it chose. ``restore_share`` (arms, seeds) is the
-    share of the steps' time spent restoring; ``failures`` says why runs stopped.
+    ``tuning`` (arms, learning rates, evaluations) are the tuning runs' scores, NaN where one
+    stopped; ``learning_rate`` (arms,) is that of the highest mean over them. ``restore_share``
+    (arms, seeds) is the share of the steps' time spent restoring; ``failures`` says why runs
+    stopped.
     """
 
     config: Config
@@ -144,12 +145,13 @@ def run(config: Config, folder: str | Path = Path("runs") / "efficiency") -> Res
     grid = [_arm_config(config, arm, rate, config.tuning_seed, config.tuning_holdout)
             for arm in config.arms for rate in config.learning_rates]
     tuned = sweep(grid, folder, num_workers=config.num_workers)
-    tuning = np.array([_curve(outcome, config.score).mean() for outcome in tuned])
-    tuning = tuning.reshape(len(config.arms), -1)
-    if np.isnan(tuning).all(axis=1).any():
+    tuning = np.stack([_curve(outcome, config.score) for outcome in tuned]).reshape(
+        len(config.arms), len(config.learning_rates), -1)
+    means = tuning.mean(axis=-1)
+    if np.isnan(means).all(axis=1).any():
         raise ValueError("every learning rate of some arm failed: "
                          f"{next(outcome.error for outcome in tuned if outcome.error)}")
-    chosen = np.array(config.learning_rates)[np.nanargmax(sign * tuning, axis=1)]
+    chosen = np.array(config.learning_rates)[np.nanargmax(sign * means, axis=1)]
 
     wanted = [_arm_config(config, arm, rate, seed)
               for arm, rate in zip(config.arms, chosen.tolist(), strict=True)
@@ -210,9 +212,24 @@ def steps_to(result: Result, share: float) -> np.ndarray:
 
     The gain is over the model before training; infinity where a seed never gets there.
     """
-    target = result.start + share * (result.best - result.start)
+    return _first_step(result, result.score, result.start, result.best, share)
+
+
+def tuning_steps_to(result: Result, share: float) -> np.ndarray:
+    """(arms, learning rates): the same for the tuning runs, one seed each, on the held-out units.
+
+    The baseline's best is there its best at any learning rate of the grid.
+    """
+    baseline = result.tuning[result.arms.index(BASELINE)]
+    best = np.nanmax(baseline) if result.higher_is_better else np.nanmin(baseline)
+    return _first_step(result, result.tuning, float(np.nanmean(baseline[:, 0])), float(best), share)
+
+
+def _first_step(result: Result, scores: np.ndarray, start: float, best: float,
+                share: float) -> np.ndarray:
+    target = start + share * (best - start)
     sign = 1.0 if result.higher_is_better else -1.0
-    reached = sign * result.score >= sign * target
+    reached = sign * scores >= sign * target
     first = np.where(reached.any(axis=-1), reached.argmax(axis=-1), -1)
     return np.where(first >= 0, result.steps[first], np.inf)
 
@@ -237,7 +254,9 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
     columns = ["arm", "learning rate", f"final {result.config.score}",
                f"mean {result.config.score} over the run",
                *(f"steps to {share:.0%} of the baseline's best gain" for share in SHARES),
-               "seconds to 90%", "restoring, share of step time"]
+               "seconds to 90%", "restoring, share of step time",
+               *(f"steps to 90% at learning rate {rate:g} (tuning run)"
+                 for rate in result.config.learning_rates)]
     rows = []
     for i, arm in enumerate(result.arms):
         cells = [arm, f"{result.learning_rate[i]:g}",
@@ -245,7 +264,9 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
                  _with_interval(result.score[i].mean(axis=-1)),
                  *(_each(steps_to(result, share)[i]) for share in SHARES),
                  _each(seconds_to(result, SHARES[0])[i]),
-                 f"{np.nanmean(result.restore_share[i]):.1%}"]
+                 f"{np.nanmean(result.restore_share[i]):.1%}",
+                 *(_each(tuning_steps_to(result, SHARES[0])[i, j:j + 1])
+                   for j in range(len(result.config.learning_rates)))]
         rows.append(cells)
     return columns, rows
 
