@@ -23,8 +23,9 @@ from lowrank_dp.train import TrainConfig
 CAPTION = (
     "Score on the validation split over steps of DP training, mean over seeds with 95% "
     "t-intervals, every arm at the same epsilon and delta and at the learning rate that did best "
-    "for it, by one seed that is not shown, on training examples set aside. Dashed, 90% of plain "
-    "DP-SGD's best gain over the model before training.")
+    "for it, by one seed that is not shown, on training examples set aside (a, b). Dashed, 90% of "
+    "plain DP-SGD's best gain over the model before training. (c) The tuning runs: steps to that "
+    "share of DP-SGD's best there, at every learning rate of the grid.")
 
 # arm -> what differs from the base configuration
 ARMS: dict[str, dict[str, Any]] = {
@@ -125,6 +126,11 @@ class Result:
         """The baseline's best point of its mean curve."""
         curve = np.nanmean(self.score[self.arms.index(BASELINE)], axis=0)
         return float(curve.max() if self.higher_is_better else curve.min())
+
+    @property
+    def tuning_steps(self) -> np.ndarray:
+        """(arms, learning rates): steps to 90% of the baseline's best gain in the tuning runs."""
+        return tuning_steps_to(self, 0.9)
 
     def band(self, arm: int, values: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean over seeds of an arm's curve and half-width of its 95% t-interval."""

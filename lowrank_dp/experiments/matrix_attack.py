@@ -30,8 +30,8 @@ from lowrank_dp.mia.metrics import auc
 Array = NDArray[np.float64]
 
 CAPTION = (
-    "Rows of G A^T A from a real layer: can an adversary tell whether one record's clipped gradient "
-    "is in the batch's sum G? Measured AUC with 95% intervals (DeLong; Clopper-Pearson at 0 and "
+    "Rows of G A^T A from a real layer: can an adversary tell whether one record's clipped "
+    "gradient is in the batch's sum G? Measured AUC with 95% intervals (DeLong; Clopper-Pearson at 0 and "
     "1) against Gaussian noise added to the release, its standard deviation in units of the "
     "clipping norm C. One row: exact likelihood ratio; 2 and 8 rows that share A: symmetry score "
     "T0 - T1. Hollow markers: the AUC that the reading of the projection as independent Gaussian "

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lowrank_dp import _cli
+from lowrank_dp import _cli, artifacts
 from lowrank_dp.mia import compare, report
 from lowrank_dp.mia.attack import ATTACKS, Options, attack, open_target
 from lowrank_dp.mia.plan import plan
+from lowrank_dp.plots.attacks import plot_roc
 
 app = _cli.new_app("Membership inference from a checkpoint: NON-PRIVATE, it reads who was in.")
 CONTRADICTION = 3
@@ -62,7 +63,8 @@ def main(
     options = Options(
         attacks=() if attacks == "auto" else tuple(attacks.split(",")), primary=primary,
         num_shadows=shadows, shadow_dir=shadow_dir, members=members, nonmembers=nonmembers,
-        base=base, data_dir=data_dir, fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
+        base=base, data_dir=data_dir,
+        fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
         max_records=max_records, batch_size=batch_size, seed=seed, device=device,
         num_workers=num_workers)
     folder = output or model / "mia"
@@ -74,6 +76,7 @@ def main(
         return
     reports = [attack(target, options, folder / "cache") for target in targets]
     report.save(reports[0], folder)
+    artifacts.save_figure(plot_roc(reports[0]), folder, "roc")
     for one in reports:
         report.show(one, console)
     comparison = None

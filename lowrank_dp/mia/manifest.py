@@ -247,7 +247,7 @@ class _Object:
         parts = re.split(r"[/\\]", value := self.text(name))
         if not parts[0] or parts[0][0] == "~" or ":" in parts[0] or ".." in parts or (
                 len(parts) > 1 and not folders):
-            fix = ("a hub id or a name, and no path elsewhere, which only the user can give, as --base"
+            fix = ("a hub id or a name, and no path elsewhere, which only the user gives, as --base"
                    if folders else "a plain name and no path")
             self.fail(name, fix, value)
         return value

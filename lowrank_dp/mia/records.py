@@ -119,7 +119,9 @@ def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) 
 
 def _load_pool(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> Task:
     if manifest.task in TASKS:
-        return load_task(manifest.task, data_dir=data_dir, seed=manifest.base["seed"])
+        data_seed = manifest.recipe.get("data_seed", 0)  # which decides a generated task
+        return load_task(manifest.task, data_dir=data_dir, seed=_validate.integer(
+            f"data_seed in the recipe of {runs.MEMBERSHIP}", data_seed, low=0))
     if data_dir is None or not Path(data_dir).expanduser().exists():
         raise ValueError(f"data_dir must be the folder or file {manifest.task!r} that the model "
                          f"was trained on: paths are not taken from {runs.MEMBERSHIP}")

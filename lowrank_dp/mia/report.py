@@ -1,4 +1,4 @@
-"""A report on the terminal and in files: report.json, scores.csv, summary.md and the ROC curves.
+"""A report on the terminal and in files: report.json, scores.csv and summary.md.
 
 Every one says that it is NON-PRIVATE: it is computed from membership bits.
 """
@@ -17,13 +17,12 @@ from rich.table import Table
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.mia.attack import ATTACKS, Attack, Report
-from lowrank_dp.plots.attacks import plot_roc
 
 LABEL = "NON-PRIVATE: computed from membership bits"
 
 
-def save(report: Report, folder: Path) -> list[Path]:
-    """Write the four files, each atomically."""
+def save(report: Report, folder: Path) -> None:
+    """Write the three files, each atomically."""
     runs.write_json(folder / "report.json", as_json(report))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -37,9 +36,7 @@ def save(report: Report, folder: Path) -> list[Path]:
              "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
              *("| " + " | ".join(row) + " |" for row in rows), "", *footer(report), "", LABEL]
     with artifacts.atomic_write(folder / "summary.md") as file:
-        file.write(("\n\n".join(part for part in ["\n".join(lines)]) + "\n").encode())
-    figures = artifacts.save_figure(plot_roc(report), folder, "roc")
-    return [folder / "report.json", folder / "scores.csv", folder / "summary.md", *figures]
+        file.write(("\n".join(lines) + "\n").encode())
 
 
 def show(report: Report, console: Console) -> None:

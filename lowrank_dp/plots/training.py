@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_dp.plots import (
@@ -37,29 +38,42 @@ ARM_STYLE = {
 
 @styled
 def plot_efficiency(result: efficiency.Result) -> Figure:
-    """Score and loss over steps, and score against the time spent in steps."""
+    """Score and loss over steps at the chosen rates; steps to the target at every rate."""
     figure, axes = new_figure(1, 3, width=FULL, height=2.9)
-    seconds = result.seconds.mean(axis=1)
-    panels = ((axes[0, 0], result.score, None, result.config.score, "step"),
-              (axes[0, 1], result.loss, None, "validation loss", "step"),
-              (axes[0, 2], result.score, seconds, result.config.score, "seconds in steps"))
-    for panel, (axis, values, x, name, below) in zip("abc", panels, strict=True):
+    panels = ((axes[0, 0], result.score, result.config.score),
+              (axes[0, 1], result.loss, "validation loss"))
+    for panel, (axis, values, name) in zip("ab", panels, strict=True):
         for i, arm in enumerate(result.arms):
             colour, marker, line = ARM_STYLE[arm]
             mean, half = result.band(i, values)
-            where = result.steps if x is None else x[i]
-            axis.plot(where, mean, line, color=colour, marker=marker, markersize=3, label=arm)
-            axis.fill_between(where, mean - half, mean + half, color=colour, alpha=0.12,
+            axis.plot(result.steps, mean, line, color=colour, marker=marker, markersize=3,
+                      label=arm)
+            axis.fill_between(result.steps, mean - half, mean + half, color=colour, alpha=0.12,
                               linewidth=0)
-        axis.set(xlabel=below, ylabel=name)
-        letter(axis, panel)
+        axis.set(xlabel="step", ylabel=name)
+        _limit(axis, values)
+        letter(axis, f"{panel}  each at its own rate")
     target = result.start + 0.9 * (result.best - result.start)
-    for axis in (axes[0, 0], axes[0, 2]):
-        axis.axhline(target, color=BLACK, linewidth=0.8, linestyle="--")
-        _limit(axis, result.score)
-    _limit(axes[0, 1], result.loss)
+    axes[0, 0].axhline(target, color=BLACK, linewidth=0.8, linestyle="--")
+    _plot_rates(result, axes[0, 2])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
+    """Steps to 90% against the learning rate, one tuning run each; the top row never got there."""
+    steps, rates = result.tuning_steps, np.arange(len(result.config.learning_rates))
+    never = 1.15 * float(result.steps[-1])
+    shift = np.linspace(-0.25, 0.25, len(result.arms))  # or equal values would hide each other
+    for i, arm in enumerate(result.arms):
+        colour, marker, line = ARM_STYLE[arm]
+        axis.plot(rates + shift[i], np.where(np.isinf(steps[i]), never, steps[i]), line,
+                  color=colour, marker=marker, markersize=4, linewidth=0.6)
+    axis.set_xticks(rates, [f"{rate:g}" for rate in result.config.learning_rates])
+    ticks = [step for step in axis.get_yticks() if 0 <= step <= result.steps[-1]]
+    axis.set_yticks([*ticks, never], [*(f"{step:.0f}" for step in ticks), "never"])
+    axis.set(xlabel="learning rate", ylabel="steps to 90% (tuning run)", ylim=(0, 1.05 * never))
+    letter(axis, "c  every rate, one seed")
 
 
 def _limit(axis: object, values: np.ndarray) -> None:
