@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _SUBMODULES = (
     "artifacts", "data", "evaluation", "experiments", "figures", "grads", "lora", "mechanism",
-    "models", "optim", "plots", "restore", "spectrum", "theory", "train",
+    "mia", "models", "optim", "plots", "restore", "spectrum", "sweep", "theory", "train",
 )
 
 

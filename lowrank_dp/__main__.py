@@ -12,6 +12,7 @@ COMMANDS = {
     "restore": ("lowrank_dp.restore.__main__", "restore noisy gradients in a file"),
     "lora": ("lowrank_dp.lora.__main__", "measure LoRA's implicit noise on real layers"),
     "train": ("lowrank_dp.train.__main__", "differentially private fine-tuning"),
+    "mia": ("lowrank_dp.mia.__main__", "membership inference from a checkpoint"),
     "figures": ("lowrank_dp.figures", "draw the papers' figures"),
 }
 

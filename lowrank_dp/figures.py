@@ -30,6 +30,7 @@ from lowrank_dp.experiments import (
     efficiency,
     gradients,
     lora_noise,
+    matrix_attack,
     momentum,
     projection_privacy,
     spectra,
@@ -37,6 +38,7 @@ from lowrank_dp.experiments import (
 )
 from lowrank_dp.plots import gradients as gradient_plots
 from lowrank_dp.plots import lora as lora_plots
+from lowrank_dp.plots import membership as membership_plots
 from lowrank_dp.plots import training as training_plots
 
 
@@ -72,6 +74,9 @@ FIGURES = {
     "projection_privacy": Recipe(
         projection_privacy, projection_privacy.SMALL, projection_privacy.Config(),
         lora_plots.plot_projection_privacy),
+    "matrix_attack": Recipe(
+        matrix_attack, matrix_attack.SMALL, matrix_attack.Config(),
+        membership_plots.plot_matrix_attack),
     "dynamics": Recipe(dynamics, dynamics.SMALL, dynamics.Config(), lora_plots.plot_dynamics),
     "efficiency": Recipe(efficiency, None, efficiency.SST2, training_plots.plot_efficiency),
     "efficiency_e2e": Recipe(efficiency, None, efficiency.E2E, training_plots.plot_efficiency),

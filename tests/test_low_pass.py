@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from scipy import signal
 
 from lowrank_dp.restore import LowPass, momentum, restore
@@ -115,6 +116,37 @@ def test_momentum_lifts_a_signal_over_the_edge():
         return float((matrix * clean).sum() / matrix.norm().clamp(min=1e-30) / clean.norm())
 
     assert cosine(restored) > 0.8 > 0.5 > cosine(restore(noisy, 1.0))
+
+
+@pytest.mark.parametrize("seen", [0, 1, 2, 6])
+@pytest.mark.parametrize("name", [*FILTERS, "many poles"])
+def test_a_state_survives_as_tensors(name, seen):
+    """Through safetensors and back it goes on as if never stored, to the bit."""
+    b, a = (tuple(0.1 * i for i in range(1, 13)), (-0.05,) * 12) if name == "many poles" else (
+        FILTERS[name])
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(seen + 13, 3, 5, generator=generator)
+    stds = [0.5 + 0.1 * i for i in range(seen + 13)]
+    state = feed(LowPass(b=b, a=a), inputs[:seen], stds[:seen])
+    stored = load(save(state.tensors()))
+    again = LowPass(b=b, a=a).with_tensors(stored)
+    for value, std in zip(inputs[seen:], stds[seen:], strict=True):
+        state, again = state.update(value, std), again.update(value, std)
+        assert torch.equal(state.mean, again.mean) and state.noise_std == again.noise_std
+    assert (len(again.inputs), len(again.outputs), len(again.weights)) == (
+        len(state.inputs), len(state.outputs), len(state.weights))
+
+
+def test_a_stored_state_is_a_copy():
+    state = LowPass(b=(0.5, 0.5)).update(torch.ones(2, 2), 1.0)
+    stored = state.tensors()
+    again = LowPass(b=(0.5, 0.5)).with_tensors(stored)
+    want = state.update(torch.ones(2, 2), 1.0)
+    for tensor in stored.values():
+        tensor.fill_(77.0)
+    got = again.update(torch.ones(2, 2), 1.0)
+    assert torch.equal(got.mean, want.mean) and got.noise_std == want.noise_std
+    assert all(tensor.dtype in (torch.float32, torch.float64) for tensor in stored.values())
 
 
 @pytest.mark.parametrize("call, words", [

@@ -138,6 +138,48 @@ def test_noise_from_the_operating_system():
     assert len({os_seeded_generator().initial_seed() for _ in range(5)}) == 5
 
 
+@pytest.mark.parametrize("rate", [1 / 3, 0.01, 0.97])
+def test_sample_takes_each_unit_with_the_stated_probability(rate):
+    """400 samples of 500 units: in all, unit by unit and as pairs; false alarm 1e-6 in all."""
+    generator = torch.Generator().manual_seed(0)
+    sampled = [GaussianMechanism(1.0, 1.0, rate).sample(500, generator) for _ in range(400)]
+    taken = np.zeros((400, 500), dtype=int)
+    for row, indices in zip(taken, sampled, strict=True):
+        assert indices.dtype == torch.int64 and indices.unique().numel() == indices.numel()
+        row[indices.numpy()] = 1
+    alarm = 1e-6 / (1 + 500 + 499 + 399 + 2)
+    assert stats.binomtest(int(taken.sum()), taken.size, rate).pvalue > alarm
+    for column in taken.T:
+        assert stats.binomtest(int(column.sum()), 400, rate).pvalue > alarm
+    neighbours, successive = taken[:, 1:] * taken[:, :-1], taken[1:] * taken[:-1]
+    for pairs in (*neighbours.T, *successive):  # independent within each
+        assert stats.binomtest(int(pairs.sum()), len(pairs), rate**2).pvalue > alarm
+    # the sizes are binomial: neither fixed nor spread wider
+    spread = 399 * taken.sum(axis=1).var(ddof=1) / (500 * rate * (1 - rate))
+    assert stats.chi2.ppf(alarm, 399) < spread < stats.chi2.isf(alarm, 399)
+
+
+def test_sample_may_be_empty_or_whole_and_follows_its_generator():
+    def draw(rate, seed, count=4):
+        return GaussianMechanism(1.0, 1.0, rate).sample(count, torch.Generator().manual_seed(seed))
+
+    assert draw(1.0, 0).tolist() == [0, 1, 2, 3]
+    empty = sum(draw(0.25, seed).numel() == 0 for seed in range(500))
+    assert stats.binomtest(empty, 500, 0.75**4).pvalue > 1e-6
+    assert draw(1e-12, 0, 1000).numel() == 0 and draw(0.5, 0, 0).numel() == 0
+    assert torch.equal(draw(0.5, 1, 100), draw(0.5, 1, 100))
+    assert not torch.equal(draw(0.5, 1, 100), draw(0.5, 2, 100))
+    state = torch.get_rng_state()
+    draw(0.5, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_too_small_for_any_epsilon_has_an_infinite_one():
+    """Where the accountant's own arithmetic overflows."""
+    assert epsilon(0.25, 1e-6, 4, 1e-3) == math.inf == epsilon(1.0, 1e-6, 4, 1e-3)
+    assert math.isfinite(epsilon(0.25, 1e-3, 4, 1e-3))
+
+
 def test_no_noise():
     sums = {"a": torch.ones(3)}
     noisy = GaussianMechanism(0.0, 1.0, 0.1).add_noise(sums)

@@ -465,7 +465,7 @@ def test_movement_is_asked_only_of_weights_with_gradients():
 @pytest.mark.parametrize("changes", [{"learning_rate": 1e4}, {"learning_rate": 1e30},
                                      {"optimizer": "adam", "learning_rate": 1e6}])
 def test_a_run_that_diverges_is_stopped_in_one_line(changes, tmp_path):
-    with pytest.raises(ValueError, match=r"learning rate|not finite") as error:
+    with pytest.raises(ValueError, match=r"lower (the )?learning rate") as error:
         train(small(**changes), tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "training.json").exists()

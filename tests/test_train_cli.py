@@ -1,135 +1,287 @@
-"""``python -m lowrank_dp.train`` as a user runs it: what it prints, leaves behind and refuses."""
+"""``lowrank-dp train`` as a user runs it: results, exit codes, one line on bad input."""
 
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
+import peft
 import pytest
-from typer.testing import CliRunner
+import torch
+import transformers
 
-from lowrank_dp import _cli
-from lowrank_dp.train import load_result
-from lowrank_dp.train.__main__ import app
-
-SMALL = {"--model": "tiny", "--task": "generated", "--batch-size": "32", "--steps": "3",
-         "--max-examples": "120", "--eval-examples": "40", "--eval-every": "2"}
-
-
-def command(output, *extra, **changes):
-    options = SMALL | {"--output": str(output)} | {
-        f"--{name.replace('_', '-')}": str(value) for name, value in changes.items()}
-    return [word for pair in options.items() for word in pair] + list(extra)
+from lowrank_dp.__main__ import main
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.models import load_model, load_tokenizer
+from lowrank_dp.train import TrainConfig, load_result
 
 
-def run(capsys, arguments):
-    """(exit code, stdout, stderr) of the command, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        _cli.run(app, arguments)
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sentences(count, change=lambda rows: rows):
+    rows = [{"idx": i, "sentence": f"the film number {i} is {('dull', 'fresh')[i % 2]} .",
+             "label": i % 2} for i in range(count)]
+    return "".join(json.dumps(row) + "\n" for row in change(rows))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A BERT of two layers at random weights, and a task of sentences with labels."""
+    folder = tmp_path_factory.mktemp("places")
+    tokenizer = load_tokenizer("tiny")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(transformers.BertConfig(
+            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=48, max_position_embeddings=64, pad_token_id=0, num_labels=2)
+        ).save_pretrained(folder / "model")
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder / "model")
+    write_task(folder / "data", sentences(40), sentences(12))
+    return folder
+
+
+def write_task(folder, train, validation):
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(train)
+    (folder / "validation.jsonl").write_text(validation)
+
+
+def words(places, output, changes):
+    """A command line; an option with None is left out, with True is a flag."""
+    options = {"--model": str(places / "model"), "--task": str(places / "data"),
+               "--noise-multiplier": "0.8", "--batch-size": "10", "--steps": "2", "--seed": "1",
+               "--output": str(output)} | changes
+    return [word for name, value in options.items() if value is not None
+            for word in ([name] if value is True else [name, value])]
+
+
+@pytest.fixture
+def call(places, tmp_path, capsys):
+    """Run the command in this process: exit code, stdout, stderr."""
+    def run(changes=(), output=None):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *words(places, output or tmp_path / "out", dict(changes))])
+        return stop.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_contracts_command_in_a_process_of_its_own(tmp_path):
-    arguments = command(tmp_path / "out", epsilon=8, scheme="optimal", momentum_beta=0.9,
-                        membership="bernoulli", method="lora", rank=4, batch_size=16)
-    done = subprocess.run([sys.executable, "-m", "lowrank_dp.train", *arguments],
+def test_the_command_of_the_readme(places, tmp_path):
+    """Every option of the contract, in a process of its own; JSON alone on stdout."""
+    options = {
+        "--method": "lora", "--rank": "4", "--scheme": "optimal", "--momentum-beta": "0.9",
+        "--noise-multiplier": None, "--epsilon": "8", "--delta": "1e-3", "--batch-size": "6",
+        "--steps": "3", "--learning-rate": "1e-3", "--max-grad-norm": "0.5",
+        "--micro-batch-size": "4", "--max-examples": "30", "--membership": "bernoulli",
+        "--device": "cpu", "--resume": True, "--json": True}
+    done = subprocess.run([sys.executable, "-m", "lowrank_dp.train",
+                           *words(places, tmp_path / "out", options)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    before, after = done.stdout.split("accuracy", 1)
-    result = load_result(tmp_path / "out")
-    for words in ("neighbours: add or remove one example", "Poisson sampling",
-                  "accountant: PLD", "RDP cross-check"):
-        assert words in " ".join(before.split()), "the statement comes before the training"
-    assert "majority class" in after and result.epsilon <= 8
-    assert {"adapter_model.safetensors", "membership.json", "training.json",
-            "initial_head.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
-    # a finished run does nothing more
-    again = subprocess.run([sys.executable, "-m", "lowrank_dp.train", *arguments, "--resume"],
-                           capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert load_result(tmp_path / "out") == result
+    document = json.loads(done.stdout)
+    assert document == json.loads((tmp_path / "out" / "training.json").read_text())
+    said = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in said] == ["trains", "privacy"], said
+    assert "(local folder), BertForSequenceClassification, LoRA of rank 4" in said[0]
+    assert f"privacy: {document['privacy']}" == said[1]
+
+    config = load_result(tmp_path / "out").config
+    assert (config.method, config.rank, config.momentum_beta, config.epsilon, config.delta,
+            config.max_examples, config.membership, config.seed) == (
+        "lora", 4, 0.9, 8.0, 1e-3, 30, "bernoulli", 1)
+    members = json.loads((tmp_path / "out" / "membership.json").read_text())
+    assert members["num_records"] == 30 and 6 <= members["num_members"] < 30
+    rate = 6 / members["num_members"]
+    assert document["epsilon"] == GaussianMechanism(
+        document["noise_multiplier"], 0.5, rate).epsilon(3, 1e-3) <= 8
+    assert "--output out" in document["provenance"]["command"]
+
+    ours, tokenizer = load_model(str(tmp_path / "out"))
+    plain = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    batch = tokenizer(["the film is fresh .", "dull"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, ours(**batch).logits)
 
 
-def test_json_is_all_there_is_on_stdout(tmp_path, capsys):
-    code, out, err = run(capsys, command(tmp_path / "out", "--json", noise_multiplier=1))
-    document = json.loads(out)
-    assert code == 0 and "privacy:" in err
-    assert document["epsilon"] == load_result(tmp_path / "out").epsilon > 0
-    assert document["curve"][-1]["step"] == 3
+def test_what_is_printed_for_people(call, tmp_path):
+    """Also where a folder's name looks like rich's markup; the second time it is only read."""
+    output = tmp_path / "run [/b] [red]"
+    code, out, err = call({"--delta": "0.1", "--eval-every": "1"}, output)
+    assert code == 0 and err.startswith("warning: delta 0.1 is not below 1/N = 0.025")
+    assert err.count("\n") == 1
+    lines = out.splitlines()
+    assert lines[0].startswith("trains: ") and "40 of 40 examples trained on" in lines[0]
+    assert lines[1].startswith("privacy: (") and "noise drawn from seed 1" in lines[1]
+    for text in ("accuracy", "majority class: 0.5", "loss on members", "(NON-PRIVATE)",
+                 "restoring: ", f"checkpoint: {output}", "privacy spent: ("):
+        assert text in out, text
+    code, again, _ = call({"--delta": "0.1", "--eval-every": "1", "--resume": True}, output)
+    assert code == 0 and again == "\n".join(lines[2:]) + "\n"
+    code, out, err = call({"--delta": "0.1", "--eval-every": "1", "--resume": True,
+                           "--json": True}, output)
+    assert code == 0 and not err
+    assert json.loads(out) == json.loads((output / "training.json").read_text())
 
 
-@pytest.mark.parametrize(("changes", "extra", "words"), [
-    ({"model": "minilmm"}, ["--non-private"], ["minilm"]),
-    ({"task": "sst3"}, ["--non-private"], ["did you mean 'sst2'"]),
-    ({"scheme": "optmal", "noise_multiplier": 1}, [], ["did you mean 'optimal'"]),
-    ({"method": "lorra"}, ["--non-private"], ["did you mean 'lora'"]),
-    ({}, [], ["exactly one of epsilon, noise_multiplier and non_private"]),
-    ({"epsilon": 1, "noise_multiplier": 1}, [], ["epsilon and noise_multiplier"]),
-    ({"epsilon": 1e-9, "delta": 1e-15}, [], ["cannot be met"]),
-    ({"epsilon": -1}, [], ["epsilon", "> 0"]),
-    ({"batch_size": 4096, "noise_multiplier": 1}, [], ["batch_size", "120", "4,096"]),
-    ({"max_length": 100_000}, ["--non-private"], ["max_length", "256"]),
-    ({"scheme": "oracle", "noise_multiplier": 1}, [], ["diagnostic"]),
-    ({"scheme": "optimal"}, ["--non-private"], ["nothing to restore"]),
-    ({"scheme": "denoise", "option": "kapa=1", "noise_multiplier": 1}, [], ["'kappa'"]),
-    ({"scheme": "denoise", "option": "kappa", "noise_multiplier": 1}, [], ["NAME=VALUE"]),
-    ({"momentum_beta": 0.9, "beta1": 0.9, "noise_multiplier": 1}, [], ["beta1"]),
-    ({"steps": 0}, ["--non-private"], ["steps"]),
-    ({"learning_rate": "nan"}, ["--non-private"], ["learning_rate"]),
-    ({"device": "toaster"}, ["--non-private"], ["device"]),
-    ({"train_layers": "nothing_like_it"}, ["--non-private"], ["train_layers"]),
-    ({"nonsense": 1}, ["--non-private"], ["--nonsense"]),
-])
-def test_bad_input_is_one_line_and_leaves_nothing(changes, extra, words, tmp_path, capsys):
-    code, out, err = run(capsys, command(tmp_path / "out", *extra, **changes))
-    assert code == 2, (out, err)
-    said = [line for line in err.splitlines() if not line.startswith("warning: ")]
-    assert len(said) == 1 and said[0].startswith("error: "), err
-    assert all(word in said[0] for word in words), said[0]
-    assert "Traceback" not in out + err and not (tmp_path / "out").exists()
+def test_a_run_without_privacy_says_so(call):
+    code, out, _ = call({"--noise-multiplier": None, "--non-private": True, "--steps": "1"})
+    assert code == 0 and "privacy: NON-PRIVATE: no clipping and no noise" in out
+    assert "-DP" not in out
 
 
-@pytest.mark.parametrize(("rows", "words"), [
-    ([{"sentence": f"text {i}", "label": 1} for i in range(40)], ["two classes"]),
-    ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": -1}], ["line 2", "label"]),
-    ([{"sentence": "a", "label": 0}, {"sentence": 7, "label": 1}], ["line 2", "sentence"]),
-    ([], ["rows", "empty", "hold"]),
-])
-def test_bad_data_is_named(rows, words, tmp_path, capsys):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split in ("train", "validation"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, err = run(capsys, command(tmp_path / "out", "--non-private", task=folder,
-                                       batch_size=4))
-    assert code == 2 and err.count("\n") == 1, err
-    assert any(word in err for word in words), err
+def test_options_reach_the_configuration(call, tmp_path):
+    code, *_ = call({"--scheme": "denoise", "--option": "kappa=1.5", "--below": "zero",
+                     "--filter-b": "0.5", "--train-layers": "1", "--optimizer": "adamw",
+                     "--weight-decay": "0.01", "--schedule": "linear", "--warmup-steps": "1",
+                     "--unit": "group", "--dropout": True, "--no-generate": True,
+                     "--snapshot-every": "1", "--steps": "1", "--max-length": "20"})
+    config = load_result(tmp_path / "out").config
+    assert code == 0
+    assert config.restoration == {"method": "fast", "below": "zero", "kappa": 1.5}
+    assert config.filter_b == (0.5,) and config.train_layers == 1 and config.unit == "group"
+    assert config.dropout and not config.generate and config.max_length == 20
 
 
-def test_a_folder_that_is_not_empty_and_a_file(tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    code, _, err = run(capsys, command(tmp_path / "out", "--non-private"))
-    assert code == 2 and "must be empty, found thesis.tex" in err and "--resume" in err
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "x"
+def refused(done, *expected):
+    code, out, err = done
+    assert code == 2 and not out, (code, out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in expected), err
+
+
+BAD = {
+    "unknown model": ({"--model": "minilmm"}, ["did you mean 'minilm'"]),
+    "unknown task": ({"--task": "sst3"}, ["did you mean 'sst2'"]),
+    "missing folder": ({"--task": "no/such/folder"}, ["task must be", "no/such/folder"]),
+    "unknown scheme": ({"--scheme": "optmal"}, ["did you mean 'optimal'"]),
+    "unknown method": ({"--method": "lorra"}, ["did you mean 'lora'"]),
+    "unknown membership": ({"--membership": "bernouli"}, ["did you mean 'bernoulli'"]),
+    "no privacy": ({"--noise-multiplier": None}, ["exactly one of", "non_private"]),
+    "two privacies": ({"--epsilon": "8"}, ["exactly one of", "epsilon and noise_multiplier"]),
+    "private and not": ({"--non-private": True}, ["exactly one of"]),
+    "epsilon out of reach": ({"--noise-multiplier": None, "--epsilon": "1e-9", "--delta": "1e-12"},
+                             ["epsilon = 1e-09", "cannot be met"]),
+    "no protection": ({"--noise-multiplier": "1e-9"}, ["protects nothing", "larger"]),
+    "delta": ({"--delta": "1"}, ["delta must be"]),
+    "epsilon": ({"--noise-multiplier": None, "--epsilon": "-1"}, ["epsilon", "> 0"]),
+    "nan": ({"--learning-rate": "nan"}, ["learning_rate must be a finite number"]),
+    "nothing to restore": ({"--noise-multiplier": None, "--non-private": True,
+                            "--scheme": "optimal"}, ["scheme must be 'none' without noise"]),
+    "batch": ({"--batch-size": "41"}, ["batch_size must be at most the 40 examples"]),
+    "batch of members": ({"--batch-size": "21", "--membership": "half"}, ["the 20 examples"]),
+    "no batch": ({"--batch-size": "0"}, ["batch_size must be an integer >= 1"]),
+    "not a number": ({"--steps": "many"}, ["--steps", "integer"]),
+    "unknown option": ({"--stepz": "3"}, ["--stepz"]),
+    "no output": ({"--output": None}, ["--output"]),
+    "context": ({"--max-length": "65"}, ["max_length must be", "<= 64"]),
+    "holdout": ({"--holdout": "40"}, ["holdout must be below the 40 examples"]),
+    "oracle": ({"--scheme": "oracle"}, ["clean gradients", "diagnostic"]),
+    "scheme option": ({"--scheme": "denoise", "--option": "kapa=1"}, ["did you mean 'kappa'"]),
+    "scheme option's form": ({"--scheme": "truncate", "--option": "k"}, ["NAME=VALUE"]),
+    "the run's own": ({"--scheme": "optimal", "--option": "noise_std=3"}, ["noise_std"]),
+    "two averages": ({"--momentum-beta": "0.9", "--beta1": "0.9"}, ["beta1 must be 0"]),
+    "device": ({"--device": "toaster"}, ["device must be", "toaster"]),
+    "layers": ({"--train-layers": "["}, ["train_layers must be a regular expression"]),
+    "no such layer": ({"--train-layers": "nothing_like_it"}, ["matches no trainable parameter"]),
+    "too many layers": ({"--train-layers": "3"}, ["train_layers", "3"]),
+    "no such module": ({"--method": "lora", "--target-modules": "nonsense"},
+                       ["target_modules must be", "query"]),
+    "encoder": ({"--task": "generated-table"}, ["causal language model", "tiny-llama"]),
+    "seed": ({"--seed": "99999999999999999999"}, ["seed must be"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(case, call, tmp_path):
+    changes, expected = BAD[case]
+    refused(call(changes), *expected)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("steps", ["1", "3"])
+def test_a_run_that_diverges_ends_in_one_line(steps, call, tmp_path):
+    """In its evaluation, or in the step after."""
+    code, out, err = call({"--learning-rate": "1e12", "--optimizer": "sgd", "--steps": steps})
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert "lower the learning rate" in err or "with a lower learning rate" in err
+    assert [line.split(":")[0] for line in out.splitlines()] == ["trains", "privacy"]
+    assert not (tmp_path / "out" / "training.json").exists()
+
+
+def test_cuda_is_refused_where_there_is_none(call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(call({"--device": "cuda"}), "device must be cpu")
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda rows: [{**row, "label": 1} for row in rows],
+     ["two classes or more", "all have label 1"]),
+    (lambda rows: [{**row, "label": -1 if row["idx"] == 6 else 1} for row in rows],
+     ["train.jsonl line 7", "'label' must be an integer from 0 to 1, got -1"]),
+    (lambda rows: [{**row, "label": "good"} if row["idx"] == 6 else row for row in rows],
+     ["train.jsonl line 7", "'label'", "good"]),
+    (lambda rows: [{key: row[key] for key in ("idx", "label")} if row["idx"] == 6 else row
+                   for row in rows], ["train.jsonl line 7", "'sentence' is missing"]),
+    (lambda rows: [{**row, "sentence": 7} if row["idx"] == 6 else row for row in rows],
+     ["train.jsonl line 7", "'sentence' must be a string, got 7"]),
+    (lambda rows: [{**row, "idx": 0} for row in rows], ["line 2", "idx 0 occurs twice"]),
+    (lambda rows: [], ["train"]),
+], ids=["one class", "negative label", "text as label", "no text", "number as text", "idx twice",
+        "empty"])
+def test_bad_records_are_refused_by_file_and_line(change, expected, call, tmp_path):
+    write_task(tmp_path / "own", sentences(40, change), sentences(12))
+    refused(call({"--task": str(tmp_path / "own")}), *expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_a_known_task_does_not_have(call, tmp_path, monkeypatch):
+    def three_classes(rows):
+        return [{**row, "label": 2} if row["idx"] == 4 else row for row in rows]
+
+    write_task(tmp_path / "glue" / "sst2", sentences(40, three_classes), sentences(12))
+    monkeypatch.setenv("LOWRANK_DP_DATA", str(tmp_path))
+    refused(call({"--task": "sst2"}), "sst2/train.jsonl line 5", "from 0 to 1, got 2")
+
+
+def test_a_task_without_validation_is_refused(call, tmp_path):
+    write_task(tmp_path / "own", sentences(40), "")
+    (tmp_path / "own" / "validation.jsonl").unlink()
+    refused(call({"--task": str(tmp_path / "own")}), "has no validation split")
+    code, *_ = call({"--task": str(tmp_path / "own"), "--holdout": "10", "--steps": "1"})
+    assert code == 0  # unless one is set aside
+
+
+def test_places_that_cannot_be_written(call, tmp_path):
     (tmp_path / "file").write_text("x")
-    code, _, err = run(capsys, command(tmp_path / "file", "--non-private"))
-    assert code == 2 and "a folder" in err
+    refused(call(output=tmp_path / "file"), "output must be a folder")
+    refused(call(output=tmp_path / "file" / "below"), "file")
+    refused(call(output="/proc/lowrank_dp"), "/proc/lowrank_dp")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    refused(call(output=tmp_path / "full"), "must be empty, found thesis.tex")
+    refused(call({"--resume": True}, output=tmp_path / "full"), "found thesis.tex")
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
 
 
-def test_a_large_delta_is_a_warning(tmp_path, capsys):
-    code, _, err = run(capsys, command(tmp_path / "out", noise_multiplier=1, delta=0.1))
-    assert code == 0 and err.startswith("warning: delta 0.1 is not below 1/N")
-
-
-def test_help_lists_every_field_of_the_configuration():
-    from dataclasses import fields
-
-    from lowrank_dp.train import TrainConfig
-
-    text = CliRunner().invoke(app, ["--help"]).stdout
-    other_names = {"scheme_options": "--option", "restore_method": None}
-    for field in fields(TrainConfig):
-        option = other_names.get(field.name, "--" + field.name.replace("_", "-"))
-        assert option is None or option in text, option
+def test_help_lists_everything(capsys):
+    other_names = {"scheme_options": "--option", "restore_method": ""}
+    options = [other_names.get(field.name, "--" + field.name.replace("_", "-"))
+               for field in fields(TrainConfig)]
+    for arguments, expected in (
+            (["--help"], ["train", "differentially private fine-tuning"]),
+            (["train", "--help"], [*options, "--output", "--resume", "--json", "optimal",
+                                   "lora-frozen-a", "bernoulli"])):
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            assert stop.code == 0
+        out, err = capsys.readouterr()
+        assert not err and all(word in out for word in expected)

@@ -31,17 +31,19 @@ Array = NDArray[np.float64]
 
 CAPTION = (
     "Rows of G A^T A from a real layer: can an adversary tell whether one record's clipped "
-    "gradient is in the batch's sum G? Measured AUC with 95% intervals (DeLong; Clopper-Pearson at 0 and "
-    "1) against Gaussian noise added to the release, its standard deviation in units of the "
-    "clipping norm C. One row: exact likelihood ratio; 2 and 8 rows that share A: symmetry score "
-    "T0 - T1. Hollow markers: the AUC that the reading of the projection as independent Gaussian "
-    "noise (2409.17538) promises without added noise. Dotted: the noise is as large as the "
-    "release's entries. Each trial has a record, an A and noise of its own; batch, layer and rows "
-    "are fixed, and the noise levels and numbers of rows of a trial share its draws. Limits: the "
-    "adversary knows all other records and the weights, so G0 and G1; under noise the symmetry "
-    "score is not the best attack, so its AUC is a lower bound on what leaks; noise of standard "
-    "deviation 0.5 C is the level of DP-SGD but no guarantee here, for A^T A lengthens a row by "
-    "about sqrt(1 + n/r). NON-PRIVATE: the gradients are clean.")
+    "gradient is in the batch's sum G? Measured AUC with 95% intervals (DeLong; Clopper-Pearson at "
+    "0 and 1) against Gaussian noise added to the release, its standard deviation in units of the "
+    "clipping norm C. One row: exact likelihood ratio; 2 and 8 rows that share A: symmetry "
+    "score T0 - T1. Hollow markers: the AUC that the reading of the projection as independent "
+    "Gaussian noise (2409.17538) promises without added noise. Dotted: the noise is as large as "
+    "the release's entries. Each trial has a record, an A and noise of its own; batch, layer and "
+    "rows are fixed. The noise levels and numbers of rows of a trial share its draws, so where an "
+    "interval misses by chance, as one in 20 does, its neighbours do too. Limits: the adversary "
+    "knows all other records and the weights, so G0 and G1; under noise the symmetry score is not "
+    "the best attack (where it falls below one row's curve the adversary would use that row), so "
+    "its AUC does not bound what leaks; 0.5 C is the level of DP-SGD's noise but no guarantee "
+    "here, for A^T A lengthens a row by about sqrt(1 + n/r). NON-PRIVATE: the gradients are "
+    "clean.")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,11 @@ def real_rows(source: Source, config: Config, generator: torch.Generator,
     (m, n) and the records are (N, m, n) for N = 2 num_trials; float64 on the CPU, clipped, as
     summed in training.
     """
-    chosen = source.sample(config.batch_size + 2 * config.num_trials, generator)
+    needed = config.batch_size + 2 * config.num_trials
+    if needed > len(source.rows):
+        _validate.fail("batch_size and num_trials", "such that batch_size + 2 num_trials <= "
+                       f"{len(source.rows)} records", needed)
+    chosen = source.sample(needed, generator)
     rest = source.clean_sum(chosen[:config.batch_size])
     name = spread_layers(rest, 1)[0]
     matrix = rest[name]

@@ -23,6 +23,7 @@ def plot_matrix_attack(result: matrix_attack.Result) -> Figure:
     figure, axes = new_figure(1, len(config.ranks), height=2.7, sharey=True)
     noise = np.array(config.noise_multipliers)
     position, ticks, labels = _decades(noise)
+    bottom = min(0.4, float(result.auc.min())) - 0.04
     for k, (axis, rank) in enumerate(zip(axes[0], config.ranks, strict=True)):
         for i, rows in enumerate(config.rows):
             colour, marker, line = _ROW_STYLES[i % len(_ROW_STYLES)]
@@ -38,22 +39,23 @@ def plot_matrix_attack(result: matrix_attack.Result) -> Figure:
         axis.axvline(np.log10(rms), color=GREY, linestyle=":", linewidth=1)
         axis.axhline(0.5, color=GREY, linewidth=0.8)
         axis.set_xticks(ticks, labels)
-        axis.set(xlabel="added noise, std / C", ylim=(0.4, 1.03))
+        axis.set(xlabel="added noise, std / C", ylim=(bottom, 1.03))
         letter(axis, f"{chr(ord('a') + k)}  rank {rank}")
     axes[0, 0].set_ylabel("AUC")
-    axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white",
-                    label="Gaussian reading, no noise")
-    axes[0, 0].plot([], [], ":", color=GREY, linewidth=1, label="rms entry of the release")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    curves, names = axes[0, 0].get_legend_handles_labels()
+    marks = [*axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white"),
+             *axes[0, 0].plot([], [], ":", color=GREY, linewidth=1)]
+    figure.legend([*curves, *marks],
+                  [*names, "Gaussian reading, no noise", "rms entry of the release"],
+                  loc="outside lower center", ncols=3)
     return figure
 
 
 def _decades(levels: np.ndarray) -> tuple[np.ndarray, list[float], list[str]]:
-    """Positions log10(level), with 0 a step left of the smallest; ticks at 0 and at decades."""
-    positive = levels[levels > 0]
-    logs = np.log10(positive) if len(positive) else np.zeros(1)
-    zero = np.floor(logs.min()) - 1.0
-    position = np.where(levels > 0, np.log10(np.where(levels > 0, levels, 1)), zero)
-    decades = range(int(np.floor(logs.min())), int(np.ceil(logs.max())) + 1, 2)
-    return (position, [float(zero), *map(float, decades)],
-            ["0", *(f"$10^{{{d}}}$" for d in decades)])
+    """Positions log10(level), with 0 left of the smallest; ticks at 0, decades and the largest."""
+    logs = np.log10(levels[levels > 0]) if levels.any() else np.zeros(1)
+    first, last = float(np.floor(logs.min())), float(logs.max())
+    position = np.where(levels > 0, np.log10(np.where(levels > 0, levels, 1)), first - 1)
+    decades = np.arange(first, last - 0.9, 2)
+    return (position, [first - 1, *decades, last],
+            ["0", *(f"$10^{{{d:.0f}}}$" for d in decades), f"{10 ** last:.2g}"])

@@ -146,9 +146,10 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     started = _clock(config)
     setup.model.train(config.dropout)
     bound = float("inf") if config.non_private else mechanism.max_grad_norm
-    clean, _ = clipped_sum_over(
-        setup.model, _sample(setup, state.sampler), bound,
-        autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None)
+    with guards.diverging(state.step):
+        clean, _ = clipped_sum_over(
+            setup.model, _sample(setup, state.sampler), bound,
+            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None)
     guards.check_covered(setup.model, setup.optimizer, clean)
     noisy = clean if config.non_private else mechanism.add_noise(clean, state.noise)
 

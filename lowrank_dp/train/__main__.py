@@ -129,8 +129,8 @@ def main(
     console = Console(stderr=as_json)
 
     def announce(setup: Setup, releases: int) -> None:
-        console.print(f"trains: {setup.description}", highlight=False, soft_wrap=True)
-        console.print(f"privacy: {setup.statement(releases)}", highlight=False, soft_wrap=True)
+        _say(console, f"trains: {setup.description}")
+        _say(console, f"privacy: {setup.statement(releases)}")
 
     result = train(config, output, resume=resume, announce=announce)
     if as_json:
@@ -153,7 +153,12 @@ def _print(console: Console, result: TrainResult, output: Path) -> None:
     if result.majority is not None:
         lines.insert(0, f"majority class: {result.majority:.4g}")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        _say(console, line)
+
+
+def _say(console: Console, line: str) -> None:
+    """As it is: a folder may well be called [red]."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _layers(value: str | None) -> int | str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,18 @@ def check_loss(loss: float, first: float, step: int) -> None:
     if not math.isfinite(loss) or loss > EXPLODED * max(first, 0.1):
         raise ValueError(f"loss on the validation split is {loss:.4g} after {step} steps ("
                          f"{first:.4g} before the first): lower the learning rate or the noise")
+
+
+@contextmanager
+def diverging(step: int) -> Iterator[None]:
+    """What a gradient that is not finite means, and what to do about it."""
+    try:
+        yield
+    except ValueError as error:
+        if "not finite" not in str(error):
+            raise
+        raise ValueError(f"{error}, in step {step + 1}: lower the learning rate or the noise"
+                         ) from error
 
 
 def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_std: float) -> None:

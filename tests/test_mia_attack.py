@@ -1,0 +1,207 @@
+"""An attack from a checkpoint, end to end: what it finds, what it writes, what it refuses."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_dp import _cli
+from lowrank_dp.mia import compare, signals
+from lowrank_dp.mia.__main__ import app
+from lowrank_dp.mia.attack import Options, attack, open_target
+from lowrank_dp.mia.shadows import shadow_configs
+from lowrank_dp.models import load_model
+from lowrank_dp.train import TrainConfig, train
+
+# a small pool, many steps: the checkpoint remembers its members
+OVERFIT = TrainConfig(model="tiny", task="generated", non_private=True, batch_size=40, steps=60,
+                      learning_rate=3e-3, max_examples=160, membership="bernoulli", seed=5,
+                      delta=1e-3, eval_every=60, snapshot_every=60, eval_examples=100)
+TABLES = TrainConfig(model="tiny-llama", task="generated-table", method="lora", rank=8,
+                     non_private=True, batch_size=30, steps=25, learning_rate=2e-2,
+                     max_examples=120, membership="half", seed=5, eval_every=25,
+                     snapshot_every=25, eval_examples=40, generate=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    train(OVERFIT, folder / "overfit")
+    train(TABLES, folder / "tables")
+    return folder
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        _cli.run(app, [str(word) for word in arguments])
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_signals_against_one_record_at_a_time(checkpoints):
+    """Loss, phi and the reference's loss by hand, from logits in float64."""
+    target = open_target(checkpoints / "overfit", Options())
+    task, examples = target.records.task, target.records.examples[:7]
+    model, tokenizer = load_model(str(target.folder), task=task)
+    reference = signals.load_reference(target.folder, target.base, task)
+    found = signals.measure(model, tokenizer, task, examples, max_length=128, batch_size=3,
+                            reference=reference)
+    for i, example in enumerate(examples):
+        batch = tokenizer([example.text], return_tensors="pt")
+        with torch.no_grad():
+            for net, loss in ((model, found.loss), (reference, found.reference_loss)):
+                p = net(**batch).logits.double().softmax(-1)[0, example.label]
+                assert loss[i] == pytest.approx(-float(p.log()), rel=1e-4)
+            p = model(**batch).logits.double().softmax(-1)[0, example.label]
+            assert found.phi[i] == pytest.approx(float((p / (1 - p)).log()), rel=1e-3, abs=1e-4)
+
+
+def test_signals_of_texts_token_by_token(checkpoints):
+    target = open_target(checkpoints / "tables", Options())
+    task, examples = target.records.task, target.records.examples[:5]
+    model, tokenizer = load_model(str(target.folder), task=task)
+    found = signals.measure(model, tokenizer, task, examples, batch_size=2, reference=model)
+    for i, example in enumerate(examples):
+        prompt = tokenizer(example.text, add_special_tokens=False)["input_ids"] + tokenizer(
+            "\n", add_special_tokens=False)["input_ids"]
+        answer = [*tokenizer(example.target, add_special_tokens=False)["input_ids"],
+                  tokenizer.eos_token_id]
+        logs = []
+        with torch.no_grad():
+            for t in range(len(answer)):
+                ids = torch.tensor([prompt + answer[:t]])
+                logs.append(float(model(ids).logits[0, -1].double().log_softmax(-1)[answer[t]]))
+        assert found.loss[i] == pytest.approx(-np.mean(logs), rel=1e-4)
+        worst = sorted(logs)[:max(1, int(0.2 * len(logs)))]
+        assert found.min_k[i] == pytest.approx(np.mean(worst), rel=1e-4)
+    with model.disable_adapter():
+        base = signals.measure(model, tokenizer, task, examples, batch_size=5)
+    np.testing.assert_allclose(found.reference_loss, base.loss, rtol=1e-4)
+    assert len(base.error_zone) == 0 and len(found.error_zone) == len(examples)
+
+
+def test_gradient_norms_against_autograd(checkpoints):
+    target = open_target(checkpoints / "overfit", Options())
+    task, examples = target.records.task, target.records.examples[:4]
+    model, tokenizer = load_model(str(target.folder), task=task)
+    found = signals.gradient_norms(model, tokenizer, task, examples, batch_size=3)
+    for i, example in enumerate(examples):
+        model.zero_grad()
+        batch = tokenizer([example.text], return_tensors="pt")
+        model(**batch, labels=torch.tensor([example.label])).loss.backward()
+        norm = sum(float(p.grad.square().sum()) for p in model.parameters()
+                   if p.requires_grad and p.grad is not None) ** 0.5
+        assert found[i] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, tmp_path, capsys):
+    code, out, err = run(capsys, "--model", checkpoints / "overfit", "--output", tmp_path / "a",
+                         "--white-box", "--json")
+    document = json.loads(out)
+    assert code == 0 and document["verdict"] == "LEAKS" and "NON-PRIVATE" in document["label"]
+    by_name = {one["name"]: one for one in document["attacks"]}
+    assert document["primary"] == "base" and by_name["base"]["auc"]["ci"][0] > 0.55
+    assert by_name["gradient"]["auc"]["value"] > 0.5 and "single run" in err
+    assert by_name["base"]["tpr"]["0.001"] is None, "too few non-members for that rate"
+    assert {p.name for p in (tmp_path / "a").iterdir()} >= {
+        "report.json", "scores.csv", "summary.md", "roc.png", "roc.pdf"}
+    rows = list(csv.DictReader((tmp_path / "a" / "scores.csv").open()))
+    assert [row["id"] for row in rows] == document["ids"]
+    inside = np.array([float(r["base"]) for r in rows if r["is_member"] == "1"])
+    outside = np.array([float(r["base"]) for r in rows if r["is_member"] == "0"])
+    pairs = (inside[:, None] > outside).mean() + (inside[:, None] == outside).mean() / 2
+    assert by_name["base"]["auc"]["value"] == pytest.approx(pairs)
+
+    private = TrainConfig(**{**OVERFIT.as_json(), "non_private": False, "epsilon": 2.0,
+                             "target_modules": (), "filter_a": (), "filter_b": ()})
+    train(private, tmp_path / "private")
+    report = attack(open_target(tmp_path / "private", Options()), Options(), tmp_path / "cache")
+    low, high = next(one.auc.ci for one in report.attacks if one.name == "base")
+    assert low < 0.5 < high and not report.contradiction
+
+
+@pytest.mark.slow
+def test_shadows_follow_the_recipe_and_are_trained_once(checkpoints, tmp_path, monkeypatch):
+    options = Options(num_shadows=4, num_workers=1, primary="lira-offline")
+    target = open_target(checkpoints / "overfit", options)
+    report = attack(target, options, tmp_path)
+    assert report.num_shadows == 4 and "rmia-offline" in {one.name for one in report.attacks}
+    lira = next(one for one in report.attacks if one.name == "lira-offline")
+    assert lira.auc.value > 0.5
+    seeds = [config.seed for config in shadow_configs(target.recipe, 4, options.seed)]
+    assert len(set(seeds)) == 4 and target.recipe.seed not in seeds
+    monkeypatch.setattr("lowrank_dp.train.prepare", None)  # nothing is trained again
+    again = attack(target, Options(shadow_dir=tmp_path / "shadows", primary="lira-offline"),
+                   tmp_path / "other")
+    np.testing.assert_allclose(np.sort(again.scores["lira-offline"]),
+                               np.sort(report.scores["lira-offline"]), rtol=1e-6)
+    other = TrainConfig(**{**target.recipe.as_json(), "learning_rate": 0.5, "target_modules": (),
+                           "filter_a": (), "filter_b": ()})
+    with pytest.raises(ValueError, match=r"differ in learning_rate: 0.5 / 0.003"):
+        from lowrank_dp.mia.shadows import find_shadows
+        find_shadows(other, tmp_path / "shadows")
+
+
+def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "overfit", tmp_path / "lying")
+    document = json.loads((tmp_path / "lying" / "training.json").read_text())
+    document["epsilon"] = -1.0  # below any bound, which is never negative
+    (tmp_path / "lying" / "training.json").write_text(json.dumps(document))
+    code, out, _ = run(capsys, "--model", tmp_path / "lying")
+    assert code == 3 and "CONTRADICTION" in out
+
+
+def test_matched_reads_off_where_all_methods_have_been():
+    def point(method, loss, auc):
+        return compare.Point("", method, 1, loss, 1 - loss,
+                             compare.metrics.Auc(auc, 0.0, (auc, auc)))
+
+    points = [point("full", 0.6, 0.5), point("full", 0.2, 0.9), point("lora", 0.5, 0.55),
+              point("lora", 0.3, 0.65)]
+    value, read = compare.matched(points, "train_loss")
+    assert value == pytest.approx(0.4)
+    assert read == {"full": pytest.approx(0.7), "lora": pytest.approx(0.6)}
+    assert compare.matched([point("full", 0.2, 0.9), point("lora", 0.5, 0.6)], "train_loss") is None
+    assert compare.matched(points[:2], "train_loss") is None
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--attacks", "losss"], ["did you mean 'loss'"]),
+    (["--attacks", "lira"], ["'lira'", "--shadows"]),
+    (["--fpr", "a"], ["--fpr must be numbers"]),
+    (["--fpr", "2"], ["fpr"]),
+    (["--shadows", "4", "--shadow-dir", "."], ["must not both"]),
+    (["--max-records", "3"], ["max_records"]),
+    (["--members", "nowhere.jsonl"], ["nonmembers"])])
+def test_bad_input_is_one_line(arguments, words, checkpoints, tmp_path, capsys):
+    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--output", tmp_path / "out",
+                       *arguments)
+    assert code == 2 and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_missing_and_pickled_checkpoints(tmp_path, capsys):
+    code, _, err = run(capsys, "--model", tmp_path / "nowhere")
+    assert code == 2 and "folder" in err and err.count("\n") == 1
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(capsys, "--model", tmp_path / "empty")
+    assert code == 2 and "membership.json" in err and "--nonmembers" in err
+
+
+def test_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
+    code, out, _ = run(capsys, "--model", checkpoints / "overfit", "--shadows", "8", "--dry-run",
+                       "--output", tmp_path / "out")
+    assert code == 0 and "8 shadows of 60 steps each" in out and not (tmp_path / "out").exists()
