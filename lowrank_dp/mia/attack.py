@@ -288,7 +288,7 @@ def _judge(target: Target, options: Options, made: Mapping[str, Array], primary:
     delta = options.delta if options.delta is not None else result.delta if result else 0.0
     attacks = tuple(_measure(name, values, truth, options, delta) for name, values in made.items())
     blind = guards.blind_baseline(examples, truth, seed=options.seed)
-    untuned = None if before is None else metrics.auc(-before, truth, confidence=0.99)
+    untuned = None if before is None else guards.unit_auc(-before, examples, truth)
     shift = guards.shift_verdict(blind, untuned)
     one_run = None
     if options.guesses:
