@@ -23,8 +23,8 @@ from lowrank_dp.train import TrainConfig
 CAPTION = (
     "Score on the validation split over steps of DP training, mean over seeds with 95% "
     "t-intervals, every arm at the same epsilon and delta and at the learning rate that did best "
-    "for it, by one seed that is not shown, on training examples set aside (a, b). Dashed, 90% of "
-    "plain DP-SGD's best gain over the model before training. (c) The tuning runs: steps to that "
+    "for it, by one seed that is not shown, on training examples set aside. Dashed, 90% of plain "
+    "DP-SGD's best gain over the model before training. Last panel, the tuning runs: steps to that "
     "share of DP-SGD's best there, at every learning rate of the grid.")
 
 # arm -> what differs from the base configuration

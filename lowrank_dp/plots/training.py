@@ -39,10 +39,9 @@ ARM_STYLE = {
 @styled
 def plot_efficiency(result: efficiency.Result) -> Figure:
     """Score and loss over steps at the chosen rates; steps to the target at every rate."""
-    figure, axes = new_figure(1, 3, width=FULL, height=2.9)
-    panels = ((axes[0, 0], result.score, result.config.score),
-              (axes[0, 1], result.loss, "validation loss"))
-    for panel, (axis, values, name) in zip("ab", panels, strict=True):
+    curves = {result.config.score: result.score, "loss": result.loss}  # one, if the score is it
+    figure, axes = new_figure(1, len(curves) + 1, width=FULL, height=2.9)
+    for panel, axis, (name, values) in zip("ab", axes[0, :-1], curves.items(), strict=False):
         for i, arm in enumerate(result.arms):
             colour, marker, line = ARM_STYLE[arm]
             mean, half = result.band(i, values)
@@ -50,12 +49,13 @@ def plot_efficiency(result: efficiency.Result) -> Figure:
                       label=arm)
             axis.fill_between(result.steps, mean - half, mean + half, color=colour, alpha=0.12,
                               linewidth=0)
-        axis.set(xlabel="step", ylabel=name)
+        axis.set(xlabel="step", ylabel=f"validation {name}")
         _limit(axis, values)
         letter(axis, f"{panel}  each at its own rate")
     target = result.start + 0.9 * (result.best - result.start)
     axes[0, 0].axhline(target, color=BLACK, linewidth=0.8, linestyle="--")
-    _plot_rates(result, axes[0, 2])
+    _plot_rates(result, axes[0, -1])
+    letter(axes[0, -1], f"{'abc'[len(curves)]}  every rate, one seed")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -69,11 +69,11 @@ def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
         colour, marker, line = ARM_STYLE[arm]
         axis.plot(rates + shift[i], np.where(np.isinf(steps[i]), never, steps[i]), line,
                   color=colour, marker=marker, markersize=4, linewidth=0.6)
+    axis.set_ylim(0, 1.05 * never)
     axis.set_xticks(rates, [f"{rate:g}" for rate in result.config.learning_rates])
     ticks = [step for step in axis.get_yticks() if 0 <= step <= result.steps[-1]]
     axis.set_yticks([*ticks, never], [*(f"{step:.0f}" for step in ticks), "never"])
-    axis.set(xlabel="learning rate", ylabel="steps to 90% (tuning run)", ylim=(0, 1.05 * never))
-    letter(axis, "c  every rate, one seed")
+    axis.set(xlabel="learning rate", ylabel="steps to 90% (tuning run)")
 
 
 def _limit(axis: object, values: np.ndarray) -> None:
