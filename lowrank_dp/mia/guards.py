@@ -203,10 +203,7 @@ def near_duplicates(examples: Sequence[Example], is_member: ArrayLike, *,
     copied = {pair.nonmember for pair in overlap(examples, truth)}
     members = np.flatnonzero(truth)
     others = np.flatnonzero(~truth & [example.id not in copied for example in examples])
-    grams: sparse.csr_array = sparse.csr_array(HashingVectorizer(
-        analyzer="char", ngram_range=(NGRAM, NGRAM), n_features=2**22, binary=True, norm=None,
-        strip_accents="unicode", alternate_sign=False, dtype=np.float32,
-    ).transform(map(_whole, examples)))
+    grams = _grams(examples)
     rare, size = _rarest(grams, threshold), np.diff(grams.indptr)
     in_members = rare[members].T.tocsr()
     pairs: list[Pair] = []
@@ -223,6 +220,17 @@ def near_duplicates(examples: Sequence[Example], is_member: ArrayLike, *,
         pairs += [Pair(examples[int(right[at])].id, examples[int(left[at])].id, float(alike[at]))
                   for at in order[best]]
     return tuple(pairs)
+
+
+def _grams(examples: Sequence[Example]) -> sparse.csr_array:
+    """Which n-grams each record has, as ones, (N, G) for G n-grams in all."""
+    hashed = HashingVectorizer(
+        analyzer="char", ngram_range=(NGRAM, NGRAM), n_features=2**31 - 1, binary=True, norm=None,
+        strip_accents="unicode", alternate_sign=False, dtype=np.float32,
+    ).transform(map(_whole, examples))
+    found, columns = np.unique(hashed.indices, return_inverse=True)
+    return sparse.csr_array((hashed.data, columns.astype(np.int32), hashed.indptr),
+                            shape=(len(examples), len(found)))
 
 
 def _rarest(grams: sparse.csr_array, threshold: float) -> sparse.csr_array:

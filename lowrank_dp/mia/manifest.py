@@ -38,7 +38,7 @@ class Manifest:
         unit: of privacy and of the coins, "example" or "group".
         template: {"separator": text between source and target} for generation, else None.
         max_length: tokens that a text is cut to, or None.
-        base: {"model": hub id or name, "seed": of head, LoRA's A, subsets and generated data}.
+        base: {"model": hub id or name, "seed": of head, LoRA's A and coins}.
         recipe: the run's configuration in JSON's types; its ``task`` is as the user gave it, so
             for their own files it is a path, which must not be followed.
         seed: the user's, or None.
@@ -88,7 +88,7 @@ def read_manifest(path: str | os.PathLike[str], *, base: str | None = None) -> M
     ids = top.column("ids", count, "a line of printable text", _is_text)
     if len(set(ids)) < count:
         twice, times = Counter(ids).most_common(1)[0]
-        top.fail("ids", "distinct", f"{twice[:80]!r} {times} times")
+        top.fail("ids", f"distinct ({times} are the same)", twice)
     groups = top.column("groups", count, "a line of printable text", _is_text)
     hashes = top.column("content_hashes", count, "64 hexadecimal digits", _is_hash)
     bits = top.column("is_member", count, "0 or 1", lambda bit: type(bit) is int and bit in (0, 1))
@@ -161,7 +161,7 @@ def _check_coins(top: _Object, scheme: str, units: list[str], is_member: NDArray
     coin: dict[str, bool] = {}
     for unit, bit in zip(units, is_member.tolist(), strict=True):
         if coin.setdefault(unit, bit) != bit:
-            top.fail("is_member", "the same for all records of a group", f"both for {unit[:80]!r}")
+            top.fail("is_member", f"the same for all records of group {unit[:80]!r}", "both")
     heads = sum(coin.values())
     expected = {"all": len(coin), "fixed": len(coin) // 2}.get(scheme, heads)
     if heads != expected:
@@ -189,8 +189,9 @@ def _recipe(top: _Object, backbone: _Object, unit: str, scheme: str) -> Mapping[
                         recipe.get(name))
     for name, value in recipe.values.items():
         if not _is_flat(value, 3):
-            top.fail("recipe", "flat: numbers, texts, and short lists or objects of them",
-                     f"a deeper one in {name[:80]!r}")
+            recipe.fail(_shown(name), "a number, a text, or a flat list or object of them", value)
+    if "data_seed" in recipe.values:
+        recipe.integer("data_seed")
     if top.get("task") in TASKS:
         recipe.name("task", folders=True)
     return recipe.values

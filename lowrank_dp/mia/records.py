@@ -119,9 +119,8 @@ def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) 
 
 def _load_pool(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> Task:
     if manifest.task in TASKS:
-        data_seed = manifest.recipe.get("data_seed", 0)  # which decides a generated task
-        return load_task(manifest.task, data_dir=data_dir, seed=_validate.integer(
-            f"data_seed in the recipe of {runs.MEMBERSHIP}", data_seed, low=0))
+        return load_task(manifest.task, data_dir=data_dir,
+                         seed=manifest.recipe.get("data_seed", 0))  # it makes generated data
     if data_dir is None or not Path(data_dir).expanduser().exists():
         raise ValueError(f"data_dir must be the folder or file {manifest.task!r} that the model "
                          f"was trained on: paths are not taken from {runs.MEMBERSHIP}")
@@ -140,7 +139,7 @@ def _refuse_any(what: str, ids: list[str], manifest: Manifest) -> None:
 
 
 def _two_files(members: Path, nonmembers: Path) -> Records:
-    task, inside = _read_file(members, "members", members.name)
+    task, inside = _read_file(members, "members")
     blank = Records(task, task.kind, "example", inside, np.ones(len(inside), np.bool_),
                     members.name, None)
     return _with_nonmembers(blank, nonmembers)
@@ -166,15 +165,19 @@ def _with_nonmembers(records: Records, path: Path) -> Records:
                    f"{records.source} and {path.name}", None)
 
 
-def _read_file(path: Path, side: str, name: str) -> tuple[Task, tuple[Example, ...]]:
-    """A user's file: ids start with ``side``, and groups agree with those of task ``name``."""
+def _read_file(path: Path, side: str, name: str = "") -> tuple[Task, tuple[Example, ...]]:
+    """A user's file: ids start with ``side``, and groups agree with those of task ``name``.
+
+    By default the name is the file's own.
+    """
     if not path.expanduser().is_file():
         _validate.fail(side, "an existing JSON Lines file", str(path))
     task = load_task(str(path.expanduser().absolute()))
     examples = []
     for example in task.train:
         unique = f"{side}/{example.id.rsplit('/', 1)[1]}"
-        group = record_group(name, example.text) if task.kind == "generation" else unique
+        group = (record_group(name or task.name, example.text) if task.kind == "generation"
+                 else unique)
         examples.append(replace(example, id=unique, group=group))
     return task, tuple(examples)
 
