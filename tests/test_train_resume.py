@@ -406,8 +406,10 @@ def test_snapshots_that_outlived_their_run_are_removed(config, tmp_path):
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "step-000006.json").write_text("{}")
     (tmp_path / ".checkpoint-abc").mkdir()
+    (tmp_path / ".membership.json.abc").write_text("{")
     train(config, tmp_path, resume=True)
-    assert not (tmp_path / "snapshots").exists() and not (tmp_path / ".checkpoint-abc").exists()
+    assert not (tmp_path / "snapshots").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_folders_that_are_not_a_runs(config, tmp_path):

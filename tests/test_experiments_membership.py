@@ -1,0 +1,52 @@
+"""Membership over ranks: a whole small sweep, and its reading at matched loss."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lowrank_dp import artifacts
+from lowrank_dp.experiments import membership
+from lowrank_dp.plots.attacks import plot_membership
+from lowrank_dp.theory import noise_variance
+from lowrank_dp.train import TrainConfig
+
+BASE = TrainConfig(model="tiny", task="generated", non_private=True, delta=1e-3, batch_size=20,
+                   max_examples=100, membership="bernoulli", eval_every=100, snapshot_every=100,
+                   eval_examples=30)
+CONFIG = membership.Config(base=BASE, ranks=(1, 2), frozen_ranks=(1,), steps=(2,), num_seeds=2,
+                           num_workers=1)
+
+
+@pytest.mark.slow
+def test_a_small_sweep(tmp_path):
+    result = membership.run(CONFIG, tmp_path / "runs")
+    assert result.arms == ("full", "LoRA r=1", "LoRA r=2", "frozen A r=1", "full, DP",
+                           "full, DP restored")
+    assert result.auc.shape == (6, 2, 1) and np.all((result.auc >= 0) & (result.auc <= 1))
+    assert np.isinf(result.epsilon[:4]).all() and (result.epsilon[4:] <= 8).all()
+    assert result.noise_variance.tolist() == [noise_variance(rank, 64) for rank in (1, 2)]
+    assert "NON-PRIVATE" in result.privacy
+    path = artifacts.save_result(result, tmp_path, "membership")
+    again = artifacts.load_result(tmp_path, path.stem, membership.Result)
+    assert membership.headline(again) == membership.headline(result)
+    columns, rows = membership.table(again)
+    assert len(rows) == 6 and rows[0][columns.index("epsilon")] == "none"
+    assert plot_membership(again).axes
+
+
+def test_matched_loss_is_read_within_seeds_and_never_beyond():
+    shape = (3, 2, 2)
+    loss = np.array([[[0.7, 0.3]] * 2, [[0.6, 0.4]] * 2, [[0.7, 0.65]] * 2])
+    auc = np.array([[[0.5, 0.9]] * 2, [[0.5, 0.7]] * 2, [[0.5, 0.5]] * 2])
+    empty = np.zeros(shape)
+    result = membership.Result(
+        config=CONFIG, provenance={}, privacy="", description="",
+        arms=("full", "LoRA r=1", "full, DP"), utility_name="accuracy", shift=(),
+        epsilon=np.full(3, np.inf), auc=auc, tpr=empty, train_loss=loss, utility=empty,
+        untuned=empty, noise_variance=np.ones(2))
+    read = result.at("train_loss")     # both ordinary arms have passed 0.4 to 0.6: read at 0.5
+    np.testing.assert_allclose(read[:2], [[0.7, 0.7], [0.6, 0.6]])
+    assert np.isnan(read[2]).all()     # the private arm never got there
+    apart = replace(result, train_loss=loss + np.array([0.0, 1.0, 0.0])[:, None, None])
+    assert apart.at("train_loss") is None
