@@ -187,6 +187,9 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
                              f"{sorted(found)[0]}")
         for aside in path.glob(".checkpoint-*"):
             shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was killed
+        for name in (TRAINING, MEMBERSHIP):
+            for torn in path.glob(f".{name}.*"):
+                torn.unlink(missing_ok=True)
         if folder.finished:
             shutil.rmtree(folder.snapshots, ignore_errors=True)  # killed just before it could
         else:
