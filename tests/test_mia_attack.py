@@ -155,6 +155,19 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
         attack(target, replace(options, num_shadows=1), tmp_path)
 
 
+def test_rows_that_share_a_coin_count_once(tmp_path):
+    grouped = replace(TABLES, unit="group", method="full", steps=1, batch_size=10)
+    train(grouped, tmp_path / "grouped")
+    target = open_target(tmp_path / "grouped", Options())
+    report = attack(target, Options(), tmp_path / "cache")
+    groups = {(e.group, bool(m)) for e, m in zip(target.records.examples,
+                                                 target.records.is_member, strict=True)}
+    assert len(groups) < len(report.is_member)
+    counts = report.attacks[0].epsilon
+    assert counts.num_members + counts.num_nonmembers == sum(
+        (n + 1) // 2 for n in np.bincount([m for _, m in groups]))
+
+
 def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):
     shutil.copytree(checkpoints / "overfit", tmp_path / "lying")
     document = json.loads((tmp_path / "lying" / "training.json").read_text())

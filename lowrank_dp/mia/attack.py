@@ -241,7 +241,7 @@ def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows |
     return shadows.measure_shadows(
         paths, target.records.task, target.records.examples, target.population,
         max_length=target.max_length, batch_size=options.batch_size, device=options.device,
-        cache=cache)
+        cache=cache, base=options.base)
 
 
 def _scores(target: Target, found: Signals, shadow: shadows.Shadows | None
@@ -286,7 +286,10 @@ def _judge(target: Target, options: Options, made: Mapping[str, Array], primary:
     records, result = target.records, target.result
     truth, examples = records.is_member, records.examples
     delta = options.delta if options.delta is not None else result.delta if result else 0.0
-    attacks = tuple(_measure(name, values, truth, options, delta) for name, values in made.items())
+    # rows that share a coin count once: one by one they would make every interval too short
+    counted = {name: guards.unit_scores(values, examples, truth) if records.unit == "group"
+               else (values, truth) for name, values in made.items()}
+    attacks = tuple(_measure(name, *one, options, delta) for name, one in counted.items())
     blind = guards.blind_baseline(examples, truth, seed=options.seed)
     untuned = None if before is None else guards.unit_auc(-before, examples, truth)
     shift = guards.shift_verdict(blind, untuned)
@@ -295,9 +298,10 @@ def _judge(target: Target, options: Options, made: Mapping[str, Array], primary:
         if records.coins != "bernoulli" or options.max_records is not None:
             raise ValueError("guesses of the one-run audit need every record of a checkpoint "
                              "trained with --membership bernoulli, independent fair coins")
-        correct = metrics.one_run_correct(made[primary], truth, options.guesses,
+        values, coins = counted[primary]
+        correct = metrics.one_run_correct(values, coins, options.guesses,
                                           np.random.default_rng(options.seed))
-        one_run = metrics.one_run_epsilon(len(truth), options.guesses, correct, delta=delta)
+        one_run = metrics.one_run_epsilon(len(coins), options.guesses, correct, delta=delta)
     best = next(one for one in attacks if one.name == primary)
     return Report(
         model=str(target.folder),

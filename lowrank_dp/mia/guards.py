@@ -99,9 +99,14 @@ def unit_auc(scores: ArrayLike, examples: Sequence[Example], is_member: ArrayLik
     Rows that share a source record share its coin and have like scores: counted one by one, they
     would make the interval of AUC too short. Where all groups are single records it is the same.
     """
+    return auc(*unit_scores(scores, examples, is_member), confidence=confidence)
+
+
+def unit_scores(scores: ArrayLike, examples: Sequence[Example], is_member: ArrayLike
+                ) -> tuple[Array, Mask]:
+    """Mean score of each group's members and of its non-members, and which of both it is."""
     values = real_array("scores", scores, shape=(len(examples),))
-    return auc(*_by_unit(values, _truth(examples, is_member), _units(examples)),
-               confidence=confidence)
+    return _by_unit(values, _truth(examples, is_member), _units(examples))
 
 
 def shift_verdict(blind: Auc, base: Auc | None) -> str:

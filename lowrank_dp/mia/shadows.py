@@ -85,17 +85,20 @@ def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
 
 def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Example],
                     population: Sequence[Example], *, max_length: int | None, batch_size: int,
-                    device: str, cache: Path) -> Shadows:
+                    device: str, cache: Path, base: str = "") -> Shadows:
     """Signals of every shadow on the attacked records and on the population."""
     together = [*examples, *population]
     losses, phis, members = [], [], []
     for path in progress(paths, "shadows' losses"):
-        manifest = read_manifest(path / runs.MEMBERSHIP)
+        manifest = read_manifest(path / runs.MEMBERSHIP, base=base or None)
+        contents = dict(zip(manifest.ids, manifest.content_hashes, strict=True))
         truth = dict(zip(manifest.ids, manifest.is_member, strict=True))
-        missing = [example.id for example in examples if example.id not in truth]
+        missing = [example.id for example in examples
+                   if contents.get(example.id) != example.content_hash]
         if missing:
             raise ValueError(f"shadow {path.name} must have drawn a coin for every attacked record,"
-                             f" {len(missing)} are not in its pool, such as {missing[0]}")
+                             f" {len(missing)} are not in its pool with the same text, such as "
+                             f"{missing[0]}")
         members.append([truth[example.id] for example in examples])
 
         def measure(path: Path = path) -> signals.Signals:
