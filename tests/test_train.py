@@ -236,6 +236,31 @@ def test_equals_a_running_mean_by_hand(tmp_path):
     assert float((other[name] - want[name]).abs().max()) > 1e-3
 
 
+def test_equals_it_for_scores_and_on_a_decoder(tmp_path):
+    """Regression on pairs of texts; and a Llama that classifies."""
+    (tmp_path / "pairs").mkdir()
+    for split, count in (("train", 40), ("validation", 10)):
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(
+            {"sentence1": f"film {i}", "sentence2": f"plot {i % 7}", "label": i % 5 / 2}) + "\n"
+            for i in range(count)))
+    for name, changes in (("scores", {"task": str(tmp_path / "pairs"), "max_examples": None}),
+                          ("decoder", {"model": "tiny-llama", "max_examples": 40})):
+        config = small(optimizer="adam", **changes)
+        result = train(config, tmp_path / name)
+        want, before, _ = one_by_one(config)
+        assert_same_weights(weights_of(tmp_path / name, config), want, before, always, 1e-4)
+        assert {"pearson", "spearman"} <= result.curve[-1].keys() or name == "decoder"
+
+
+def test_mixed_precision_stays_near(tmp_path):
+    """bf16 keeps 8 bits of a gradient, which noise covers."""
+    for precision in ("float32", "bf16"):
+        train(small(precision=precision), tmp_path / precision)
+    one, other = (weights_of(tmp_path / name, small()) for name in ("float32", "bf16"))
+    largest = max(float((one[name] - other[name]).abs().max()) for name in one)
+    assert 0 < largest < 1e-2 * RATE
+
+
 def test_a_filter_of_one_pole_is_the_running_mean(tmp_path):
     by_filter = small(optimizer="adam", filter_b=(0.3,), filter_a=(-0.7,))
     train(by_filter, tmp_path / "filter")
