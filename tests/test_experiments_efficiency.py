@@ -7,6 +7,7 @@ import pytest
 
 from lowrank_dp import artifacts
 from lowrank_dp.experiments import efficiency
+from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.plots.training import ARM_STYLE, plot_efficiency
 from lowrank_dp.train import TrainConfig, load_result
 
@@ -62,7 +63,7 @@ def test_interval_against_scipy():
     from scipy import stats
 
     values = np.array([0.7, 0.8, 0.75])
-    mean, half = efficiency.mean_and_interval(values)
+    mean, half = mean_and_interval(values)
     low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high))
 

@@ -28,12 +28,7 @@ TABLES = TrainConfig(model="tiny-llama", task="generated-table", method="lora", 
                      snapshot_every=25, eval_examples=40, generate=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +148,27 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
         find_shadows(replace(target.recipe, learning_rate=0.5), tmp_path / "shadows")
     with pytest.raises(ValueError, match=r"'lira-offline' can't be made.*train more shadows"):
         attack(target, replace(options, num_shadows=1), tmp_path)
+
+
+@pytest.mark.slow
+def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys):
+    train(replace(OVERFIT, steps=20), tmp_path / "shorter")
+    train(replace(OVERFIT, method="lora", steps=20, seed=OVERFIT.seed), tmp_path / "lora")
+    code, out, _ = run(capsys, "--model", checkpoints / "overfit", "--compare",
+                       tmp_path / "shorter", "--compare", tmp_path / "lora", "--output",
+                       tmp_path / "out", "--json")
+    comparison = json.loads(out)["comparison"]
+    assert code == 0 and [p["steps"] for p in comparison["points"]] == [60, 20, 20]
+    aucs = [p["auc"]["value"] for p in comparison["points"]]
+    for paired, value in zip(comparison["paired"], aucs[1:], strict=True):
+        assert paired["difference"] == pytest.approx(value - aucs[0])
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {
+        "compare.json", "compare.csv", "compare.md", "compare.tex", "report.json"}
+
+    train(replace(OVERFIT, steps=1, seed=4), tmp_path / "other")
+    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--compare", tmp_path / "other",
+                       "--output", tmp_path / "no")
+    assert code == 2 and "train both with one --seed" in err and err.count("\n") == 1
 
 
 def test_rows_that_share_a_coin_count_once(tmp_path):

@@ -12,13 +12,7 @@ from lowrank_dp.models import load_tokenizer
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

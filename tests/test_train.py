@@ -28,13 +28,7 @@ from lowrank_dp.train.state import fresh_generators, new_stream
 SIGMA, BOUND, BATCH, STEPS, RATE = 0.8, 0.5, 20, 4, 1e-2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums of a few numbers gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**changes):

@@ -15,13 +15,7 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import load_model, load_tokenizer
 from lowrank_dp.train import TrainConfig, load_result
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sentences(count, change=lambda rows: rows):

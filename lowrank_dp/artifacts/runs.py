@@ -193,7 +193,7 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
         if folder.finished:
             shutil.rmtree(folder.snapshots, ignore_errors=True)  # killed just before it could
         else:
-            folder.snapshots.mkdir(exist_ok=True)
+            folder.snapshots.mkdir(mode=0o700, exist_ok=True)  # they tell the noise
         try:
             yield folder
         finally:

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from lowrank_dp import _validate, artifacts, lora
 from lowrank_dp._cli import progress
 from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.experiments.gradients import GradientConfig
+from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 from lowrank_dp.models.trainable import head_modules
 
@@ -85,13 +85,13 @@ class Result:
     @property
     def distance_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Geometric mean over seeds of `relative_distance`, and the ends of its 95% interval."""
-        mean, half = mean_and_interval(np.log(relative_distance(self)))
+        mean, half = mean_and_interval(np.log(relative_distance(self)), axis=-2)
         return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
 
     @property
     def loss_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean over seeds of `loss_difference`, and the ends of its 95% interval."""
-        mean, half = mean_and_interval(loss_difference(self))
+        mean, half = mean_and_interval(loss_difference(self), axis=-2)
         return mean, mean - half, mean + half
 
 
@@ -162,13 +162,6 @@ def relative_distance(result: Result) -> np.ndarray:
 def loss_difference(result: Result) -> np.ndarray:
     """(arms, ranks, seeds, T): |loss - full fine-tuning's loss| on the same batch."""
     return np.abs(result.loss - result.reference_loss)
-
-
-def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds, the axis before the last, and half-width of its 95 % t interval."""
-    count = values.shape[-2]
-    half = stats.t.ppf(0.975, count - 1) * values.std(axis=-2, ddof=1) / np.sqrt(count)
-    return values.mean(axis=-2), half
 
 
 def headline(result: Result) -> dict[str, str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from lowrank_dp import _validate, artifacts
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 
@@ -246,13 +246,6 @@ def seconds_to(result: Result, share: float) -> np.ndarray:
     index = np.searchsorted(result.steps, np.where(np.isinf(steps), 0, steps))
     found = np.take_along_axis(result.seconds, index[..., None], axis=-1)[..., 0]
     return np.where(np.isinf(steps), np.inf, found)
-
-
-def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis and half-width of its 95% t-interval."""
-    count = len(values)
-    half = stats.t.ppf(0.975, count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
-    return values.mean(axis=0), half
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lowrank_dp import _validate, artifacts
 from lowrank_dp._cli import progress
-from lowrank_dp.experiments.efficiency import mean_and_interval
+from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.mia.attack import Options, attack, open_target
 from lowrank_dp.mia.compare import utility_metric
 from lowrank_dp.sweep import run_folder, sweep

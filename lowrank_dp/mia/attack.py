@@ -202,8 +202,8 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
                                             device=options.device))
     together = (*examples, *target.population)
     found = signals.cached(
-        cache, signals.key(target.folder, together, target.max_length, "with reference"
-                           if reference is not None else ""),
+        cache, signals.key(target.folder, together, target.max_length,
+                           str(target.base) if reference is not None else ""),
         lambda: signals.measure(model, tokenizer, task, together, reference=reference,
                                 **arguments))
     shadow = _shadows(target, options, cache)

@@ -53,8 +53,8 @@ class Signals:
 
 
 def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *,
-            max_length: int | None = None, batch_size: int = 64, reference: Any = None,
-            on_batch: Callable[[int], None] = lambda rows: None) -> Signals:
+            max_length: int | None = None, batch_size: int = 64, reference: Any = None
+            ) -> Signals:
     """Signals of ``examples`` in their order, from one forward pass of ``model``.
 
     ``reference`` is the model before fine-tuning, run on the same batches, or ``model`` itself if
@@ -78,7 +78,6 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
                     other, labels)[0].cpu().numpy()
             for name, values in _SIGNALS[task.kind](logits, labels, other).items():
                 found[name][indices] = values
-            on_batch(len(indices))
     bad = ~np.isfinite(found["loss"])
     if reference is not None:
         bad |= ~np.isfinite(found["reference_loss"])

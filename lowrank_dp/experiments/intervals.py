@@ -1,0 +1,13 @@
+"""Means over seeds with their uncertainty."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+
+def mean_and_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds, which lie along ``axis``, and half-width of its 95% t-interval."""
+    count = values.shape[axis]
+    half = stats.t.ppf(0.975, count - 1) * values.std(axis=axis, ddof=1) / np.sqrt(count)
+    return values.mean(axis=axis), half
