@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from lowrank_dp import _cli
-from lowrank_dp.mia import compare, signals
+from lowrank_dp.mia import compare, projection, quantile, signals
 from lowrank_dp.mia.__main__ import app
 from lowrank_dp.mia.attack import Options, attack, open_target
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
@@ -182,6 +183,89 @@ def test_rows_that_share_a_coin_count_once(tmp_path):
     counts = report.attacks[0].epsilon
     assert counts.num_members + counts.num_nonmembers == sum(
         (n + 1) // 2 for n in np.bincount([m for _, m in groups]))
+
+
+@pytest.mark.slow
+def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
+    """arXiv 2601.21719 from a checkpoint: B A is symmetric with the true gradient sum alone."""
+    recipe = replace(OVERFIT, method="lora-frozen-a", rank=2, optimizer="sgd", steps=1,
+                     membership="half", max_examples=60, batch_size=30, learning_rate=0.1)
+    train(recipe, tmp_path / "step")
+    options = Options(attacks=("projection",), primary="projection")
+    target = open_target(tmp_path / "step", options)
+    report = attack(target, options, tmp_path / "cache")
+    assert report.attacks[0].auc.value == 1.0
+
+    task, examples = target.records.task, target.records.examples
+    model = signals.load_reference(target.folder, target.base, task)
+    _, tokenizer = load_model("tiny", task=task)
+    layer, released = projection._released(target.folder / "adapter_model.safetensors")
+    weight = model.get_parameter(f"{layer}.weight")
+    loss = sum(model(**tokenizer([e.text], return_tensors="pt"),
+                     labels=torch.tensor([e.label])).loss
+               for e, member in zip(examples, target.records.is_member, strict=True) if member)
+    truth = torch.autograd.grad(loss, weight)[0].double().numpy()
+    product = released @ truth.T
+    assert np.linalg.norm(product - product.T) < 1e-5 * np.linalg.norm(product)
+
+    code, _, err = run(capsys, "--model", tmp_path / "step", "--attacks", "projection",
+                       "--max-records", "40", "--output", tmp_path / "out")
+    assert code == 2 and "every record" in err and err.count("\n") == 1
+
+
+def test_the_projection_attack_names_what_its_recipe_lacks(checkpoints):
+    options = Options(attacks=("projection",))
+    target = open_target(checkpoints / "overfit", options)
+    with pytest.raises(ValueError, match=r"method 'lora-frozen-a', optimizer 'sgd', steps 1.*"
+                                         r"batch_size the number of members"):
+        attack(target, options, checkpoints / "cache")
+
+
+def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys):
+    """Least-squares theory is no oracle here; the share of non-members below the quantile is."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (4000, 1))
+    phi = 2 * x[:, 0] + rng.standard_normal(4000)
+    found = quantile.predicted_quantile(x[:2000], phi[:2000], x[2000:])
+    assert np.mean(phi[2000:] < found) == pytest.approx(quantile.QUANTILE, abs=0.03)
+    right = 2 * x[2000:, 0] + stats.norm.ppf(quantile.QUANTILE)
+    assert np.abs(found - right).mean() < 0.3
+
+    target = open_target(checkpoints / "overfit", Options())
+    report = attack(target, Options(), tmp_path / "cache")
+    by_name = {one.name: one for one in report.attacks}
+    assert by_name["quantile"].auc.value > 0.5, "members are more confident than predicted"
+
+    members = target.records.examples
+    lines = [json.dumps({"text": f"one more text, number {i}", "label": i % 2}) for i in range(120)]
+    (tmp_path / "public.jsonl").write_text("\n".join(lines))
+    given = open_target(checkpoints / "overfit", Options(population=tmp_path / "public.jsonl"))
+    assert len(given.population) == 120
+    (tmp_path / "few.jsonl").write_text("\n".join(lines[:99]))
+    few = Options(population=tmp_path / "few.jsonl", attacks=("quantile",))
+    with pytest.raises(ValueError, match="at least 100 records for the quantile attack, got 99"):
+        attack(open_target(checkpoints / "overfit", few), few, tmp_path / "cache")
+    (tmp_path / "both.jsonl").write_text(json.dumps(
+        {"text": members[3].text, "label": members[3].label}) + "\n" + lines[0])
+    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--population",
+                       tmp_path / "both.jsonl")
+    assert code == 2 and "none of the attacked records, 1 are in" in err and err.count("\n") == 1
+
+
+def test_shuffled_coins_read_a_half(checkpoints, tmp_path):
+    report = attack(open_target(checkpoints / "overfit", Options()), Options(), tmp_path)
+    low, high = report.control.ci
+    assert low < 0.5 < high
+    assert next(a for a in report.attacks if a.name == "base").auc.ci[0] > high - 0.1
+
+
+def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "overfit", tmp_path / "mixed")
+    document = json.loads((tmp_path / "mixed" / "training.json").read_text())
+    document["config"]["learning_rate"] = 0.5
+    (tmp_path / "mixed" / "training.json").write_text(json.dumps(document))
+    code, _, err = run(capsys, "--model", tmp_path / "mixed")
+    assert code == 2 and "of one run, they differ in learning_rate" in err
 
 
 def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):

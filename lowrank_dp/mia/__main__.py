@@ -34,6 +34,8 @@ def main(
     members: Annotated[Path | None, typer.Option(
         help="JSON Lines of members, for a checkpoint without membership.json.")] = None,
     nonmembers: Annotated[Path | None, typer.Option(help="JSON Lines of others.")] = None,
+    population: Annotated[Path | None, typer.Option(
+        help="JSON Lines of records in no model. Default: the validation split.")] = None,
     base: Annotated[str, typer.Option(help="Backbone it was fine-tuned from.")] = "",
     data_dir: Annotated[Path | None, typer.Option(
         help="Folder of the task's data, in place of LOWRANK_DP_DATA.")] = None,
@@ -44,7 +46,7 @@ def main(
     guesses: Annotated[int, typer.Option(
         help="Of the one-run audit, fixed beforehand; 0 for none.")] = 0,
     white_box: Annotated[bool, typer.Option(
-        "--white-box", help="Also the gradient's norm.")] = False,
+        "--white-box", help="Also the gradient's norm, and the projection attack.")] = False,
     compare_with: Annotated[list[Path] | None, typer.Option(
         "--compare", help="Another checkpoint on the same records; may be repeated.")] = None,
     max_records: Annotated[int | None, typer.Option(help="Attack a random subset.")] = None,
@@ -63,7 +65,7 @@ def main(
     options = Options(
         attacks=() if attacks == "auto" else tuple(attacks.split(",")), primary=primary,
         num_shadows=shadows, shadow_dir=shadow_dir, members=members, nonmembers=nonmembers,
-        base=base, data_dir=data_dir,
+        population=population, base=base, data_dir=data_dir,
         fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
         max_records=max_records, batch_size=batch_size, seed=seed, device=device,
         num_workers=num_workers)

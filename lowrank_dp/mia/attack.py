@@ -13,8 +13,8 @@ import numpy as np
 from lowrank_dp import _validate, artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example
-from lowrank_dp.mia import guards, metrics, scores, shadows, signals
-from lowrank_dp.mia.records import Records, load_records, read_manifest
+from lowrank_dp.mia import guards, metrics, projection, quantile, scores, shadows, signals
+from lowrank_dp.mia.records import Records, load_records, read_manifest, read_population
 from lowrank_dp.mia.signals import Array, Signals
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
@@ -27,12 +27,16 @@ ATTACKS = {
     "min-k": "mean of the least likely 20% of tokens",
     "min-k++": "the same, standardised over the vocabulary",
     "ez": "error zone: where tokens were wrong, gains over losses against the base",
+    "quantile": "confidence over the non-members' quantile that its features predict",
     "gradient": "-norm of the loss gradient (white-box)",
+    "projection": "symmetry of B A against the gradient sum with the record, over that without "
+                  "(white-box; one step with a frozen A, all other records known)",
     "lira": "likelihood ratio against shadows with and without the record",
     "lira-offline": "z-score against shadows without the record",
     "rmia": "share of population records whose likelihood ratio is beaten",
     "rmia-offline": "the same, from shadows without the record",
 }
+WHITE_BOX = ("gradient", "projection")
 SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
 POPULATION = 1000  # at most so many validation records, which are in no model
 
@@ -47,11 +51,13 @@ class Options:
             with shadows, else "base", else "loss".
         num_shadows, shadow_dir: train so many, or use those found there.
         members, nonmembers: JSON Lines files, for a checkpoint without membership.json.
+        population: JSON Lines of records that are in no model, for RMIA and the quantile attack;
+            None takes up to 1,000 of the validation split.
         base: backbone that the checkpoint was fine-tuned from, in place of the manifest's word.
         data_dir: of the task, as in ``data.load_task``.
         fpr: false-positive rates at which the true-positive rate is reported.
         guesses: of the one-run audit; 0 for none. Needs independent coins.
-        white_box: also the gradient's norm.
+        white_box: also the gradient's norm, and the projection attack where the recipe allows it.
         max_records, batch_size, seed, device, num_workers: of the computation.
     """
 
@@ -61,6 +67,7 @@ class Options:
     shadow_dir: Path | None = None
     members: Path | None = None
     nonmembers: Path | None = None
+    population: Path | None = None
     base: str = ""
     data_dir: Path | None = None
     fpr: tuple[float, ...] = (0.01, 0.001)
@@ -98,7 +105,8 @@ class Attack:
 class Report:
     """What an attack found; NON-PRIVATE, since it is computed from membership bits.
 
-    ``scores`` has (N,) for each attack; ``accountant_epsilon`` is None where none is claimed;
+    ``scores`` has (N,) for each attack; ``control`` is the primary one's AUC against the same coins
+    dealt out anew, 1/2 but for chance (99%); ``accountant_epsilon`` is None where none is claimed;
     ``one_run_epsilon`` is None where it was not asked for.
     """
 
@@ -113,6 +121,7 @@ class Report:
     unavailable: Mapping[str, str]
     num_shadows: int
     coins: str
+    control: metrics.Auc
     blind: metrics.Auc
     untuned: metrics.Auc | None
     shift: str
@@ -181,10 +190,26 @@ def open_target(folder: str | Path, options: Options) -> Target:
     if (folder / runs.MEMBERSHIP).is_file():
         manifest = read_manifest(folder / runs.MEMBERSHIP, base=options.base or None)
         base, max_length = manifest.base, manifest.max_length
+        told = result.config.as_json() if result else {}
+        if wrong := [name for name, value in told.items() if manifest.recipe.get(name) != value]:
+            raise ValueError(f"{folder} must hold training.json and membership.json of one run, "
+                             f"they differ in {', '.join(wrong)}")
     elif options.base:
         base = {"model": options.base, "seed": 0}
-    population = tuple(records.task.splits.get("validation", ()))[:POPULATION]
-    return Target(folder, records, result, base, max_length, population)
+    return Target(folder, records, result, base, max_length, _population(records, options))
+
+
+def _population(records: Records, options: Options) -> tuple[Example, ...]:
+    """Records that are in no model: none that is under attack, by its text."""
+    attacked = {example.content_hash for example in records.examples}
+    if options.population is None:
+        validation = records.task.splits.get("validation", ())
+        return tuple(e for e in validation if e.content_hash not in attacked)[:POPULATION]
+    given = read_population(options.population, records)
+    if both := [example.id for example in given if example.content_hash in attacked]:
+        raise ValueError(f"population must hold none of the attacked records, {len(both)} are in "
+                         f"{options.population}, such as {both[0]}")
+    return given
 
 
 def attack(target: Target, options: Options, cache: Path) -> Report:
@@ -207,9 +232,18 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
         lambda: signals.measure(model, tokenizer, task, together, reference=reference,
                                 **arguments))
     shadow = _shadows(target, options, cache)
-    made, unavailable = _scores(target, found, shadow)
-    if options.white_box or "gradient" in options.attacks:
+    made, unavailable = _scores(target, options, found, shadow)
+    asked = {name for name in WHITE_BOX if options.white_box or name in (
+        *options.attacks, options.primary)}
+    if "gradient" in asked:
         made["gradient"] = -signals.gradient_norms(model, tokenizer, task, examples, **arguments)
+    if "projection" in asked:
+        if reason := _why_no_projection(target, options):
+            unavailable["projection"] = reason
+        else:
+            made["projection"] = projection.projection_scores(
+                target.folder, target.base or {}, task, examples, records.is_member,
+                max_length=target.max_length, device=options.device)
     wanted = options.attacks or tuple(made)
     for name in (*wanted, *filter(None, [options.primary])):
         if name not in made:
@@ -220,6 +254,12 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
     made = {name: made[name] for name in made if name in {*wanted, primary}}
     before = found.reference_loss[:len(examples)] if len(found.reference_loss) else None
     return _judge(target, options, made, primary, unavailable, before, shadow)
+
+
+def _why_no_projection(target: Target, options: Options) -> str:
+    if target.base is None or target.records.source != runs.MEMBERSHIP or options.max_records:
+        return "it needs every record of membership.json, and the base"
+    return projection.why_not(target.result)
 
 
 def _trained_part(target: Target) -> dict[str, Any]:
@@ -244,7 +284,7 @@ def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows |
         cache=cache, base=options.base)
 
 
-def _scores(target: Target, found: Signals, shadow: shadows.Shadows | None
+def _scores(target: Target, options: Options, found: Signals, shadow: shadows.Shadows | None
             ) -> tuple[dict[str, Array], dict[str, str]]:
     """Every score that can be made, (N,) each, and why the others can't."""
     examples = target.records.examples
@@ -262,6 +302,13 @@ def _scores(target: Target, found: Signals, shadow: shadows.Shadows | None
         made["min-k"], made["min-k++"] = found.min_k[:count], found.min_k_plus_plus[:count]
         if len(found.error_zone):
             made["ez"] = found.error_zone[:count]
+    population_phi = found.phi[count:]
+    try:
+        known = quantile.features((*examples, *target.population), found.reference_loss)
+        made["quantile"] = scores.quantile_score(phi, quantile.predicted_quantile(
+            known[count:], population_phi, known[:count], seed=options.seed))
+    except ValueError as error:
+        unavailable["quantile"] = str(error)
     if shadow is None:
         return made, unavailable | dict.fromkeys(SHADOW_ATTACKS, "it needs --shadows")
     population = found.loss[count:]
@@ -290,6 +337,9 @@ def _judge(target: Target, options: Options, made: Mapping[str, Array], primary:
     counted = {name: guards.unit_scores(values, examples, truth) if records.unit == "group"
                else (values, truth) for name, values in made.items()}
     attacks = tuple(_measure(name, *one, options, delta) for name, one in counted.items())
+    values, coins = counted[primary]
+    control = metrics.auc(values, np.random.default_rng(options.seed).permutation(coins),
+                          confidence=guards.CONFIDENCE)
     blind = guards.blind_baseline(examples, truth, seed=options.seed)
     untuned = None if before is None else guards.unit_auc(-before, examples, truth)
     shift = guards.shift_verdict(blind, untuned)
@@ -298,7 +348,6 @@ def _judge(target: Target, options: Options, made: Mapping[str, Array], primary:
         if records.coins != "bernoulli" or options.max_records is not None:
             raise ValueError("guesses of the one-run audit need every record of a checkpoint "
                              "trained with --membership bernoulli, independent fair coins")
-        values, coins = counted[primary]
         correct = metrics.one_run_correct(values, coins, options.guesses,
                                           np.random.default_rng(options.seed))
         one_run = metrics.one_run_epsilon(len(coins), options.guesses, correct, delta=delta)
@@ -310,7 +359,8 @@ def _judge(target: Target, options: Options, made: Mapping[str, Array], primary:
         ids=tuple(example.id for example in examples), is_member=truth, scores=made,
         attacks=attacks, primary=primary, unavailable=unavailable,
         num_shadows=0 if shadow is None else len(shadow.loss), coins=records.coins or "given files",
-        blind=blind, untuned=untuned, shift=shift, overlap=tuple(guards.overlap(examples, truth)),
+        control=control, blind=blind, untuned=untuned, shift=shift,
+        overlap=tuple(guards.overlap(examples, truth)),
         near_duplicates=tuple(guards.near_duplicates(examples, truth)),
         train_loss=result.train_loss if result else None,
         eval_loss=result.curve[-1]["loss"] if result else None,

@@ -19,7 +19,7 @@ from rich.table import Table
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
-from lowrank_dp.mia import metrics
+from lowrank_dp.mia import guards, metrics
 from lowrank_dp.mia.attack import Report, Target
 from lowrank_dp.train import TrainConfig
 
@@ -63,11 +63,19 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
             raise ValueError(f"{target.folder} has the primary attack {report.primary}, and "
                              f"{targets[0].folder} {first.primary}: name one with --primary")
     points = tuple(_point(target, report) for target, report in zip(targets, reports, strict=True))
-    paired = tuple(metrics.paired_auc_difference(
-        report.scores[report.primary], first.scores[first.primary], first.is_member)
-        for report in reports[1:])
+    counted = [_counted(target, report) for target, report in zip(targets, reports, strict=True)]
+    paired = tuple(metrics.paired_auc_difference(values, counted[0][0], coins)
+                   for values, coins in counted[1:])
     return Comparison(first.primary, utility_metric(targets[0]), points, paired,
                       matched(points, "train_loss"), matched(points, "utility"))
+
+
+def _counted(target: Target, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    """Primary scores and truth, rows that share a coin counted once."""
+    values = report.scores[report.primary]
+    if target.records.unit != "group":
+        return values, report.is_member
+    return guards.unit_scores(values, target.records.examples, report.is_member)
 
 
 def method_name(config: TrainConfig) -> str:

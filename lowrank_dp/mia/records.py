@@ -19,7 +19,8 @@ from lowrank_dp.data import TASKS, Example, Task, load_task, subset
 from lowrank_dp.data.examples import record_group
 from lowrank_dp.mia.manifest import Manifest, read_manifest
 
-__all__ = ["MIN_RECORDS", "Manifest", "Records", "load_records", "read_manifest"]
+__all__ = ["MIN_RECORDS", "Manifest", "Records", "load_records", "read_manifest",
+           "read_population"]
 MIN_RECORDS = 20                    # of either side: below, no interval says anything
 
 
@@ -149,11 +150,8 @@ def _with_nonmembers(records: Records, path: Path) -> Records:
     """The members of ``records`` and the rows of a file, which must be of the same form."""
     inside = tuple(e for e, bit in zip(records.examples, records.is_member, strict=True) if bit)
     task, outside = _read_file(path, "nonmembers", records.task.name)
-    if inside and (task.kind, outside[0].text_pair is None) != (
-            records.kind, inside[0].text_pair is None):
-        raise ValueError(f"{path} must have the columns of {records.task.name} ({records.kind}, "
-                         f"{'one text' if inside[0].text_pair is None else 'two texts'}), got "
-                         f"{task.kind}")
+    if inside:
+        _require_same_form(path, task, outside[0], records, inside[0])
     known = records.task
     if known.kind == "classification" and task.num_labels > known.num_labels:
         if records.coins is not None:
@@ -163,6 +161,24 @@ def _with_nonmembers(records: Records, path: Path) -> Records:
     truth = np.arange(len(inside) + len(outside)) < len(inside)
     return Records(known, records.kind, records.unit, inside + outside, truth,
                    f"{records.source} and {path.name}", None)
+
+
+def read_population(path: str | os.PathLike[str], records: Records) -> tuple[Example, ...]:
+    """A user's file of records that are in no model, of the same form as ``records``."""
+    task, examples = _read_file(Path(path), "population", records.task.name)
+    _require_same_form(Path(path), task, examples[0], records, records.examples[0])
+    if records.kind == "classification" and task.num_labels > records.task.num_labels:
+        raise ValueError(f"{path}: labels must be below {records.task.num_labels}, as in "
+                         f"{records.task.name}, got {task.num_labels - 1}")
+    return examples
+
+
+def _require_same_form(path: Path, task: Task, theirs: Example, records: Records, ours: Example
+                       ) -> None:
+    if (task.kind, theirs.text_pair is None) != (records.kind, ours.text_pair is None):
+        raise ValueError(f"{path} must have the columns of {records.task.name} ({records.kind}, "
+                         f"{'one text' if ours.text_pair is None else 'two texts'}), got "
+                         f"{task.kind}")
 
 
 def _read_file(path: Path, side: str, name: str = "") -> tuple[Task, tuple[Example, ...]]:

@@ -64,6 +64,8 @@ def header(report: Report) -> list[str]:
         f"records  {members:,} in / {len(report.is_member) - members:,} out, coins {report.coins}, "
         f"overlap {len(report.overlap)}, near-duplicates across {len(report.near_duplicates)}",
         f"shift    {report.shift}: blind AUC {_interval(report.blind)}, {untuned} (99%)",
+        f"control  {report.primary} against the coins dealt out anew: AUC "
+        f"{_interval(report.control)} (99%)",
     ]
 
 

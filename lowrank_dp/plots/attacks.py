@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from lowrank_dp.mia.attack import Report
 
 ATTACK_COLOUR = {"loss": GREY, "base": RED, "zlib": YELLOW, "min-k": SKY, "min-k++": BLUE,
-                 "ez": GREEN, "gradient": ORANGE, "lira": BLACK, "lira-offline": PINK,
-                 "rmia": BLUE, "rmia-offline": SKY}
+                 "ez": GREEN, "quantile": PINK, "gradient": ORANGE, "projection": GREEN,
+                 "lira": BLACK, "lira-offline": PINK, "rmia": BLUE, "rmia-offline": SKY}
 # kind of method -> colour, marker
 METHOD_STYLE = {"full": (BLACK, "s"), "LoRA": (BLUE, "o"), "frozen A": (ORANGE, "^"),
                 "full, DP": (GREY, "D"), "full, DP restored": (RED, "*")}
