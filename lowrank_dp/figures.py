@@ -31,11 +31,13 @@ from lowrank_dp.experiments import (
     gradients,
     lora_noise,
     matrix_attack,
+    membership,
     momentum,
     projection_privacy,
     spectra,
     total_variation,
 )
+from lowrank_dp.plots import attacks as attack_plots
 from lowrank_dp.plots import gradients as gradient_plots
 from lowrank_dp.plots import lora as lora_plots
 from lowrank_dp.plots import membership as membership_plots
@@ -80,6 +82,8 @@ FIGURES = {
     "dynamics": Recipe(dynamics, dynamics.SMALL, dynamics.Config(), lora_plots.plot_dynamics),
     "efficiency": Recipe(efficiency, None, efficiency.SST2, training_plots.plot_efficiency),
     "efficiency_e2e": Recipe(efficiency, None, efficiency.E2E, training_plots.plot_efficiency),
+    "membership": Recipe(membership, None, membership.SST2, attack_plots.plot_membership),
+    "membership_e2e": Recipe(membership, None, membership.E2E, attack_plots.plot_membership),
 }
 
 

@@ -53,7 +53,9 @@ class Config:
         ranks, frozen_ranks: of LoRA, and of LoRA with a frozen A.
         steps: numbers of steps, each a run of its own (with a constant rate, the longer ones pass
             through the shorter ones' states).
-        full_learning_rate, lora_learning_rate: of full fine-tuning and of LoRA.
+        full_learning_rate, lora_learning_rate, frozen_learning_rate: of full fine-tuning, LoRA,
+            and LoRA with a frozen A; by a run with another seed, so that the methods' ranges of
+            training loss meet.
         num_seeds: from 0, each with its own coins.
         attack: the primary one.
     """
@@ -61,17 +63,26 @@ class Config:
     base: TrainConfig
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
     frozen_ranks: tuple[int, ...] = (1, 8, 64)
-    steps: tuple[int, ...] = (20, 40, 80)
-    full_learning_rate: float = 2e-4
+    steps: tuple[int, ...] = (20, 40, 120)
+    full_learning_rate: float = 1e-4
     lora_learning_rate: float = 2e-3
+    frozen_learning_rate: float = 5e-3
     num_seeds: int = 3
     attack: str = "base"
     num_workers: int | None = None
 
 
 SST2 = Config(base=TrainConfig(
-    model="minilm", task="sst2", non_private=True, delta=1e-3, batch_size=64, max_examples=1000,
+    model="minilm", task="sst2", non_private=True, delta=1e-3, batch_size=32, max_examples=1000,
     membership="bernoulli", max_length=64, eval_every=1000, snapshot_every=1000))
+
+E2E = Config(
+    base=TrainConfig(
+        model="tiny-llama", task="e2e", non_private=True, delta=1e-3, batch_size=64, unit="group",
+        max_examples=2000, membership="bernoulli", generate=False, eval_every=1000,
+        snapshot_every=1000),
+    steps=(30, 60, 120, 240), full_learning_rate=3e-3, lora_learning_rate=1e-2,
+    frozen_learning_rate=2e-2)
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Result:
         """Mean over seeds at each number of steps, and half-width of its 95% t-interval."""
         return mean_and_interval(values[arm])
 
-    def at(self, by: str) -> np.ndarray | None:
+    def at(self, by: str) -> np.ndarray:
         """(arms, seeds) AUC at one value of "train_loss" or "utility", see `at_matched`."""
         return at_matched(self, by)
 
@@ -148,9 +159,10 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
 
 
 def _arm_config(config: Config, changes: Mapping[str, Any], steps: int, seed: int) -> TrainConfig:
-    rate = (config.lora_learning_rate if changes.get("method", "full") != "full"
-            else config.full_learning_rate)
-    return replace(config.base, learning_rate=rate, steps=steps, seed=seed, **changes)
+    rates = {"full": config.full_learning_rate, "lora": config.lora_learning_rate,
+             "lora-frozen-a": config.frozen_learning_rate}
+    return replace(config.base, learning_rate=rates[changes.get("method", "full")], steps=steps,
+                   seed=seed, **changes)
 
 
 def _width(config: Config) -> int:
@@ -161,25 +173,24 @@ def _width(config: Config) -> int:
     return int(model.config.hidden_size)
 
 
-def at_matched(result: Result, by: str) -> np.ndarray | None:
-    """(arms, seeds) AUC at one value of ``by`` that all non-private arms have passed on average.
+def at_matched(result: Result, by: str) -> np.ndarray:
+    """(arms, seeds) AUC at the one value of ``by`` that most non-private arms pass on average.
 
-    Interpolated within each seed, never extrapolated: NaN for a seed that has not passed it. None
-    where the arms' ranges do not overlap.
+    Of several such values the lowest. Interpolated within each seed over its numbers of steps,
+    never extrapolated: NaN for a seed that has not passed the value.
     """
     values = result.train_loss if by == "train_loss" else result.utility
-    ordinary = [i for i, arm in enumerate(result.arms) if "DP" not in arm]
-    low = max(values[i].mean(axis=0).min() for i in ordinary)
-    high = min(values[i].mean(axis=0).max() for i in ordinary)
-    if low > high:
-        return None
-    middle = (low + high) / 2
+    means = values[["DP" not in arm for arm in result.arms]].mean(axis=1)  # (arms, steps)
+    low, high = means.min(axis=1)[:, None], means.max(axis=1)[:, None]
+    ends = np.unique([low, high])
+    middles = (ends[1:] + ends[:-1]) / 2
+    value = middles[((low <= middles) & (middles <= high)).sum(axis=0).argmax()]
     read = np.full(result.auc.shape[:2], np.nan)
     for i, seed in np.ndindex(*read.shape):
         order = np.argsort(values[i, seed])
         x = values[i, seed][order]
-        if x[0] <= middle <= x[-1]:
-            read[i, seed] = np.interp(middle, x, result.auc[i, seed][order])
+        if x[0] <= value <= x[-1]:
+            read[i, seed] = np.interp(value, x, result.auc[i, seed][order])
     return read
 
 
@@ -195,19 +206,16 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
             arm, "none" if np.isinf(result.epsilon[i]) else f"{result.epsilon[i]:.3g}",
             *(_pm(values[i, :, -1]) for values in (result.auc, result.tpr, result.train_loss,
                                                    result.utility)),
-            *("no overlap" if read is None else _pm(read[i]) for read in (by_loss, by_utility))])
+            *(_pm(read[i]) for read in (by_loss, by_utility))])
     return columns, rows
 
 
 def headline(result: Result) -> Mapping[str, str]:
     """AUC of each method at equal steps and at matched loss."""
     by_loss = result.at("train_loss")
-    lines = {}
-    for i, arm in enumerate(result.arms):
-        matched_loss = "no overlap" if by_loss is None else _pm(by_loss[i])
-        lines[f"AUC, {arm}: at {result.config.steps[-1]} steps; at matched train loss"] = (
-            f"{_pm(result.auc[i, :, -1])}; {matched_loss}")
-    return lines
+    return {f"AUC, {arm}: at {result.config.steps[-1]} steps; at matched train loss":
+            f"{_pm(result.auc[i, :, -1])}; {_pm(by_loss[i])}"
+            for i, arm in enumerate(result.arms)}
 
 
 def _pm(values: np.ndarray) -> str:
