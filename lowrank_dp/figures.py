@@ -35,6 +35,7 @@ from lowrank_dp.experiments import (
     momentum,
     projection_privacy,
     spectra,
+    tasks,
     total_variation,
 )
 from lowrank_dp.plots import attacks as attack_plots
@@ -65,6 +66,7 @@ FIGURES = {
         alignment,
         alignment.Config(batch_sizes=(512, 1024, 2048), noise_multipliers=(0.6, 0.3, 1.0)),
         alignment.Config(), gradient_plots.plot_alignment),
+    "tasks": Recipe(tasks, None, tasks.Config(), gradient_plots.plot_tasks),
     "momentum": Recipe(
         momentum, momentum.Config(seeds=2, steps=7, betas=(0.0, 0.7, 0.9)), momentum.Config(),
         gradient_plots.plot_momentum),

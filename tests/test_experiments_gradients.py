@@ -8,7 +8,7 @@ import torch
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.data import collate
-from lowrank_dp.experiments import alignment, gradients, momentum, spectra
+from lowrank_dp.experiments import alignment, gradients, momentum, spectra, tasks
 from lowrank_dp.grads import clipped_sum
 
 pytestmark = pytest.mark.slow
@@ -97,6 +97,32 @@ def test_momentum_starts_where_it_must_and_lifts_the_signal():
     assert "add or remove one example" in result.statement
     for name, p in source.model.named_parameters():
         assert torch.equal(p, before[name])
+
+
+def test_tasks_measure_each_case_as_the_exact_path_would(tmp_path):
+    config = tasks.Config(cases=(("tiny", "generated", "train", 256, 0.0),
+                                 ("tiny-llama", "generated-table", "validation", 30, 0.0)),
+                          noise_multiplier=0.5, num_draws=2)
+    result = tasks.run(config)
+    source = gradients.prepare(dataclasses.replace(GRADIENTS, warm_loss=None, max_length=128))
+    clean = source.clean_sum(source.sample(256, torch.Generator().manual_seed(1)))
+    assert result.num_layers[0] == len(clean)
+    for draw in range(2):
+        noisy = gradients.add_noise(clean, 0.5, draw)
+        tops = {name: np.linalg.svd(m.double().numpy(), compute_uv=False)[0]
+                for name, m in noisy.items()}
+        assert result.above[0, draw] == sum(
+            top > 0.5 * (np.sqrt(m.shape[0]) + np.sqrt(m.shape[1]))
+            for top, m in zip(tops.values(), noisy.values(), strict=True))
+        cosines = [float((m * clean[n]).sum() / m.norm() / clean[n].norm())
+                   for n, m in noisy.items()]
+        assert result.noisy[0, draw] == pytest.approx(np.mean(cosines), abs=1e-4)
+    assert (result.restored.mean(axis=1) >= result.noisy.mean(axis=1) - 0.01).all()
+    assert (result.effective_rank[:, 0] < result.effective_rank[:, 1]).all()
+    artifacts.save_result(result, tmp_path, "tasks")
+    again = artifacts.load_result(tmp_path, "tasks", tasks.Result)
+    assert tasks.table(again) == tasks.table(result) and "B=30" in again.label(1)
+    assert figures.FIGURES["tasks"].plot(again).axes
 
 
 def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ class GradientConfig:
 
     Attributes:
         model: backbone for ``models.load_model``; "" takes ``models.default_model()``.
-        task: for ``data.load_task``.
+        task, split: for ``data.load_task``; the split whose gradients are measured.
         max_grad_norm: C, over all trained parameters of one example.
         warm_loss: train until the running mean of the training loss is at or below it; None
             measures the model as it was loaded (cold).
@@ -38,6 +38,7 @@ class GradientConfig:
 
     model: str = ""
     task: str = "sst2"
+    split: str = "train"
     max_grad_norm: float = 1.0
     warm_loss: float | None = 0.36
     max_warm_steps: int = 300
@@ -87,13 +88,14 @@ def prepare(config: GradientConfig, batch_size: int = 1) -> Source:
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
     task = load_task(config.task, seed=config.seed)
-    _validate.integer("batch_size", batch_size, high=len(task.train))
+    examples = task.split(config.split)
+    _validate.integer("batch_size", batch_size, high=len(examples))
     model, tokenizer = load_model(config.model or default_model(), task=task,
                                   device=config.device, seed=config.seed)
     matrices = matrix_parameters(model)
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trainable Linear layer, got none")
-    rows = encode(task.train, tokenizer, kind=task.kind, max_length=config.max_length)
+    rows = encode(examples, tokenizer, kind=task.kind, max_length=config.max_length)
     source = Source(model, rows, tokenizer.pad_token_id, matrices,
                     f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
                     float("nan"), 0, config)

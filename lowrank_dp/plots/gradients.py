@@ -27,7 +27,7 @@ from lowrank_dp.plots import (
 from lowrank_dp.spectrum.random_matrix import marchenko_pastur_quantiles
 
 if TYPE_CHECKING:
-    from lowrank_dp.experiments import alignment, momentum, spectra
+    from lowrank_dp.experiments import alignment, momentum, spectra, tasks
 
 # scheme -> colour, marker, line: the same in every figure
 SCHEME_STYLE = {
@@ -162,4 +162,30 @@ def plot_momentum(result: momentum.Result) -> Figure:
     side.set(xlabel="step", ylabel="cosine with the step before",
              ylim=(min(0, result.consecutive.min()), 1))
     letter(side, "b  consecutive clean gradients")
+    return figure
+
+
+@styled
+def plot_tasks(result: tasks.Result) -> Figure:
+    """A row for each model, task and moment: layers above the edge, alignment, effective rank."""
+    figure, axes = new_figure(1, 3, width=FULL, height=0.6 + 0.24 * len(result.loss), sharey=True)
+    above, cosine, rank = axes[0]
+    rows = np.arange(len(result.loss))[::-1]
+    above.barh(rows, result.above.mean(axis=1) / result.num_layers, color=SKY, height=0.6)
+    above.set(xlim=(0, 1), xlabel="layers above the edge")
+    above.set_yticks(rows, [result.label(i) for i in range(len(rows))])
+    for values, name in ((result.noisy, "noisy"), (result.restored, "optimal")):
+        colour, marker, _ = SCHEME_STYLE[name]
+        mean, half = result.band(values)
+        cosine.errorbar(mean, rows, xerr=half, color=colour, marker=marker, linestyle="none",
+                        label=name)
+    cosine.set(xlim=(0, None), xlabel="cosine with the clean gradient")
+    for column, colour, marker, name in ((0, BLACK, "o", "clean (non-private)"),
+                                         (1, GREY, "x", "noisy")):
+        rank.plot(result.effective_rank[:, column], rows, marker, color=colour, label=name)
+    rank.set(xlim=(0, 1), xlabel="effective rank / largest")
+    for axis, mark in zip(axes[0], "abc", strict=True):
+        letter(axis, mark)
+        if axis is not above:
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
