@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ from lowrank_dp.models import load_model, load_tokenizer
 from lowrank_dp.train import TrainConfig, load_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"
 
 
 def sentences(count, change=lambda rows: rows):
@@ -142,6 +144,36 @@ def test_options_reach_the_configuration(call, tmp_path):
     assert config.restoration == {"method": "fast", "below": "zero", "kappa": 1.5}
     assert config.filter_b == (0.5,) and config.train_layers == 1 and config.unit == "group"
     assert config.dropout and not config.generate and config.max_length == 20
+
+
+def test_a_configuration_file_gives_the_defaults(call, tmp_path):
+    """What is given beside the file wins over it."""
+    document = {"steps": 7, "learning_rate": 0.25, "scheme": "denoise",
+                "scheme_options": {"kappa": 1.5}, "train_layers": 1, "filter_b": [0.5],
+                "non_private": False, "noise_multiplier": 1.0}
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    code, *_ = call({"--config": str(tmp_path / "run.json"), "--noise-multiplier": None,
+                     "--steps": "1"})
+    config = load_result(tmp_path / "out").config
+    assert code == 0 and (config.steps, config.learning_rate) == (1, 0.25)
+    assert config.scheme_options == {"kappa": 1.5} and config.train_layers == 1
+    assert config.filter_b == (0.5,)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("{", "must be JSON"), ("[]", "one JSON object"),
+    ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
+    ('{"steps": "many", "non_private": true}', "steps must be an integer"),
+    ('{"steps": 3}', "exactly one of epsilon")])
+def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
+    (tmp_path / "bad.json").write_text(text)
+    refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_configurations_of_larger_runs_are_valid(path):
+    config = TrainConfig.from_json(json.loads(path.read_text()))
+    assert config.epsilon == 8 and config.device == "cuda"
 
 
 def refused(done, *expected):

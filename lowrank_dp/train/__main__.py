@@ -28,9 +28,31 @@ def one_of(names: Any) -> str:
     return f"{', '.join(names)}."
 
 
+def _read_config(context: typer.Context, path: Path | None) -> None:
+    """Make the values in a configuration file the defaults of the other options."""
+    if path is None:
+        return
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--config {path} must be JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"--config {path} must hold one JSON object")
+    try:
+        TrainConfig.from_json(document)  # names and values, before any option is read
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    options = document.pop("scheme_options", {})
+    context.default_map = document | {
+        "option": [f"{name}={json.dumps(value)}" for name, value in options.items()]}
+
+
 @app.command()
 def main(
     output: Annotated[Path, typer.Option(help="New or empty folder for the checkpoint.")],
+    config_file: Annotated[Path | None, typer.Option(
+        "--config", callback=_read_config, is_eager=True, expose_value=False,
+        help="JSON file of a TrainConfig's fields; options given beside it win.")] = None,
     model: Annotated[str, typer.Option(
         help="Hub id, folder, or minilm, smollm2, tiny, tiny-llama.")] = DEFAULT.model,
     task: Annotated[str, typer.Option(
