@@ -18,7 +18,7 @@ from lowrank_dp.train import TrainConfig
 FOLDER = Path(__file__).parent.parent / "paper_artifacts" / "configs"
 PEAK, SHARE = 989e12, 0.25  # H100, dense bf16; assumed share
 OVERHEAD = {"full": 1.25, "lora": 1.05, "lora-frozen-a": 1.05}  # benchmarks/engine.py, on a CPU
-TOKENS = {"sst2": 13, "mnli": 40, "e2e": 59, "dart": 79}  # of a mean row, as MiniLM or SmolLM2 cut it
+TOKENS = {"sst2": 13, "mnli": 40, "e2e": 59, "dart": 79}  # of a mean row, in MiniLM or SmolLM2
 # blocks, width, inner width, width of keys and values, of queries, matrices in the MLP, vocabulary
 SHAPES = {
     "FacebookAI/roberta-base": (12, 768, 3072, 768, 768, 2, 50265),
