@@ -25,6 +25,7 @@ from rich.table import Table
 
 from lowrank_dp import _cli, _validate, artifacts
 from lowrank_dp.experiments import (
+    ablation,
     alignment,
     dynamics,
     efficiency,
@@ -63,6 +64,8 @@ FIGURES = {
         alignment,
         alignment.Config(batch_sizes=(512, 1024, 2048), noise_multipliers=(0.6, 0.3, 1.0)),
         alignment.Config(), gradient_plots.plot_alignment),
+    "ablation": Recipe(
+        ablation, ablation.SMALL, ablation.Config(), gradient_plots.plot_ablation),
     "momentum": Recipe(
         momentum, momentum.Config(seeds=2, steps=7, betas=(0.0, 0.7, 0.9)), momentum.Config(),
         gradient_plots.plot_momentum),
