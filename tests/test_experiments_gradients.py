@@ -106,10 +106,10 @@ def test_ablation_agrees_with_the_formulas(source, tmp_path):
     result = ablation.run(config, source)
     assert result.privacy.startswith("NON-PRIVATE")
     assert result.alignment.shape == (2, len(ablation.VARIANTS) + 6, 2)
-    wanted = {"noisy": lambda x: x, "optimal": lambda x: by_svd(x, 0.5),
-              "optimal, kept": lambda x: by_svd(x, 0.5, keep=True),
-              "hard, edge": lambda x: by_svd(x, 0.5, threshold=1.0),
-              "norm-corrected": lambda x: by_svd(x, 0.5, correct=True),
+    wanted = {"noisy": lambda x: x, "optimal, zeroed": lambda x: by_svd(x, 0.5),
+              "optimal": lambda x: by_svd(x, 0.5, keep=True),
+              "hard(edge), zeroed": lambda x: by_svd(x, 0.5, threshold=1.0),
+              "denoise, zeroed": lambda x: by_svd(x, 0.5, correct=True),
               "denoise, kappa 1.5, norm correction on":
                   lambda x: by_svd(x, 0.5, kappa=1.5, correct=True, keep=True),
               "denoise, kappa 1.5, norm correction off":
@@ -130,7 +130,7 @@ def test_ablation_agrees_with_the_formulas(source, tmp_path):
             np.testing.assert_allclose(got, [np.mean(cosines), overall, error], rtol=0.01)
     by_kappa = result.by_kappa(result.error)
     np.testing.assert_allclose(by_kappa[:, 1, 0], result.error[
-        :, result.variants.index("optimal, kept")])  # without the correction it is `optimal`
+        :, result.variants.index("optimal")])  # without the correction it is `optimal`
     np.testing.assert_allclose(by_kappa[:, :, 2], np.repeat(
         result.error[:, [0]], 2, axis=1))  # acts on no layer
     edges = [0.5 * sum(np.sqrt(matrix.shape)) for matrix in noisy.values()]

@@ -21,18 +21,18 @@ from lowrank_dp.restore import restore_with_report
 
 Array = NDArray[np.float64]
 
-# label -> scheme and options; without "kept", a layer with nothing above the edge is zeroed
+# label -> scheme and options; a layer with nothing above the edge is kept, or zeroed if it says so
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "noisy": ("none", {}),
-    "hard, edge": ("hard", {"threshold": "edge", "below": "zero"}),
-    "hard, optimal threshold": ("hard", {"below": "zero"}),
-    "soft, edge": ("soft", {"below": "zero"}),
-    "soft, optimal threshold": ("soft", {"threshold": "optimal", "below": "zero"}),
-    "optimal": ("optimal", {"below": "zero"}),
-    "optimal, 1% false spikes": ("optimal", {"below": "zero", "false_spike_rate": 0.01}),
-    "optimal, kept": ("optimal", {}),
-    "norm-corrected": ("denoise", {"below": "zero"}),
-    "norm-corrected, kept": ("denoise", {}),
+    "hard(edge), zeroed": ("hard", {"threshold": "edge", "below": "zero"}),
+    "hard, zeroed": ("hard", {"below": "zero"}),
+    "soft, zeroed": ("soft", {"below": "zero"}),
+    "soft(optimal), zeroed": ("soft", {"threshold": "optimal", "below": "zero"}),
+    "optimal, zeroed": ("optimal", {"below": "zero"}),
+    "the same, 1% false spikes": ("optimal", {"below": "zero", "false_spike_rate": 0.01}),
+    "optimal": ("optimal", {}),
+    "denoise, zeroed": ("denoise", {"below": "zero"}),
+    "denoise": ("denoise", {}),
 }
 CAPTION = (
     "Parts of restoring, varied one at a time; means over noise draws with 95% t-intervals. (a, b) "
@@ -40,10 +40,10 @@ CAPTION = (
     "edge is restored, the others are kept as they are. (a) Mean over layers of the cosine with "
     "the clean gradient; rescaling a layer does not change it. (b) Distance to the clean gradient "
     "over all layers, with the rescaling to the noisy norm and without. (c, d) At the largest "
-    "batch, threshold and shrinker with layers below the edge zeroed (their cosine counts as 0), "
-    "then kept, then norm-corrected. (c) Cosine, mean over layers (filled) and of all layers as "
-    "one vector (hollow). (d) Distance; dotted, that of no gradient at all. NON-PRIVATE: a "
-    "diagnosis.")
+    "batch, thresholds and shrinkers; layers with nothing above the edge are zeroed (their cosine "
+    "counts as 0) or kept, and denoise is `optimal` with norm correction. (c) Cosine, mean over "
+    "layers (filled) and of all layers as one vector (hollow). (d) Distance; dotted, that of no "
+    "gradient at all. NON-PRIVATE: a diagnosis.")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def headline(result: Result) -> dict[str, str]:
                f"{aligned[0, k]:.3f}" for k in (0, len(kappas) - 1)}
     numbers[f"error at kappa {kappas[0]:g}, norm correction on; off"] = (
         f"{error[0, 0]:.2f}; {error[1, 0]:.2f}")
-    for variant in ("optimal, kept", "optimal"):
+    for variant in ("denoise", "optimal", "optimal, zeroed"):
         j = result.variants.index(variant)
         numbers[f"{variant}: alignment of all layers as one; error"] = (
             f"{result.overall[-1, j].mean():.3f}; {result.error[-1, j].mean():.2f}")

@@ -172,7 +172,7 @@ def plot_ablation(result: ablation.Result) -> Figure:
         axes[1, 0].errorbar(mean, y, xerr=half, color=RED, marker="o", markerfacecolor=fill,
                             linestyle="none", elinewidth=0.8, label=label)
     axes[1, 0].set(xlabel="alignment with clean gradient", xlim=(0, 1))
-    axes[1, 0].legend(loc="upper right")
+    axes[1, 0].legend(loc="lower left")
     mean, half = _interval(result.error[-1, :len(names)])
     axes[1, 1].barh(y, mean, xerr=half, color=SKY, height=0.7, error_kw={"elinewidth": 0.8})
     axes[1, 1].axvline(1, color=GREY, linewidth=0.8, linestyle=":")  # as bad as no gradient
@@ -180,7 +180,7 @@ def plot_ablation(result: ablation.Result) -> Figure:
     axes[1, 0].set_yticks(y, names)
     axes[1, 1].set_yticks(y, [])
     for axis, mark in zip(axes[1], "cd", strict=True):
-        axis.invert_yaxis()
+        axis.set_ylim(len(names) - 0.4, -0.6)
         letter(axis, f"{mark}  batch {sizes[-1]}, noise {result.config.noise_multiplier:g}")
     return figure
 
