@@ -94,6 +94,11 @@ def default_task() -> str:
     return "generated"
 
 
+def _at_hand(recipe: Recipe) -> dict[str, str]:
+    """An experiment of hours has a task of its own; the others take what is at hand."""
+    return {} if recipe.small is None else {"task": default_task()}
+
+
 def configure(config: Any, **changes: Any) -> Any:
     """``config`` with ``changes`` put into the fields of that name, nested configs included."""
     known = {}
@@ -130,7 +135,7 @@ def show(name: str, *, artifact_folder: str | Path = "paper_artifacts", recomput
         config = getattr(recipe, scale)
         if config is None:
             raise ValueError(f"figure {name} takes hours at any scale: use scale='full'")
-        result = compute(name, configure(config, task=default_task()))
+        result = compute(name, configure(config, **_at_hand(recipe)))
     else:
         result = artifacts.load_result(artifact_folder, name, recipe.experiment.Result)
     return result, recipe.plot(result)
@@ -174,9 +179,7 @@ def main(
             console.print(f"{name}: {'redrawing' if preset is None else 'computing'} ...",
                           highlight=False)
         if preset is not None:
-            # an experiment of hours has a task of its own; the others take what is at hand
-            own = {} if FIGURES[name].small is None else {"task": default_task()}
-            config = configure(preset, **(own | changes))
+            config = configure(preset, **(_at_hand(FIGURES[name]) | changes))
             artifacts.save_result(compute(name, config, sources), artifact_folder, name)
         result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
         artifacts.save_figure(figure, output, name)

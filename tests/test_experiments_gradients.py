@@ -180,6 +180,19 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
         figures.show("momentum", artifact_folder=tmp_path)
 
 
+@pytest.mark.parametrize("name, scale, task", [
+    ("efficiency_e2e", "full", "e2e"), ("spectra", "small", "generated")])
+def test_recomputing_keeps_the_task_of_an_experiment_of_hours(monkeypatch, name, scale, task):
+    seen = []
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    monkeypatch.setattr(figures, "compute", lambda name, config: seen.append(config))
+    monkeypatch.setattr(figures, "FIGURES", {name: dataclasses.replace(
+        figures.FIGURES[name], plot=lambda result: None)})
+    figures.show(name, recompute=True, scale=scale)
+    config = seen[0]
+    assert (config.base if name == "efficiency_e2e" else config.gradients).task == task
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options(name):
     recipe = figures.FIGURES[name]
