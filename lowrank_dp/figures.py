@@ -25,6 +25,7 @@ from rich.table import Table
 
 from lowrank_dp import _cli, _validate, artifacts
 from lowrank_dp.experiments import (
+    ablation,
     alignment,
     dynamics,
     efficiency,
@@ -67,6 +68,8 @@ FIGURES = {
         alignment.Config(batch_sizes=(512, 1024, 2048), noise_multipliers=(0.6, 0.3, 1.0)),
         alignment.Config(), gradient_plots.plot_alignment),
     "tasks": Recipe(tasks, None, tasks.Config(), gradient_plots.plot_tasks),
+    "ablation": Recipe(
+        ablation, ablation.SMALL, ablation.Config(), gradient_plots.plot_ablation),
     "momentum": Recipe(
         momentum, momentum.Config(seeds=2, steps=7, betas=(0.0, 0.7, 0.9)), momentum.Config(),
         gradient_plots.plot_momentum),
@@ -95,6 +98,11 @@ def default_task() -> str:
     if folder and (Path(folder) / "glue" / "sst2" / "train.jsonl.gz").is_file():
         return "sst2"
     return "generated"
+
+
+def _at_hand(recipe: Recipe) -> dict[str, str]:
+    """An experiment of hours has a task of its own; the others take what is at hand."""
+    return {} if recipe.small is None else {"task": default_task()}
 
 
 def configure(config: Any, **changes: Any) -> Any:
@@ -133,7 +141,7 @@ def show(name: str, *, artifact_folder: str | Path = "paper_artifacts", recomput
         config = getattr(recipe, scale)
         if config is None:
             raise ValueError(f"figure {name} takes hours at any scale: use scale='full'")
-        result = compute(name, configure(config, task=default_task()))
+        result = compute(name, configure(config, **_at_hand(recipe)))
     else:
         result = artifacts.load_result(artifact_folder, name, recipe.experiment.Result)
     return result, recipe.plot(result)
@@ -177,9 +185,7 @@ def main(
             console.print(f"{name}: {'redrawing' if preset is None else 'computing'} ...",
                           highlight=False)
         if preset is not None:
-            # an experiment of hours has a task of its own; the others take what is at hand
-            own = {} if FIGURES[name].small is None else {"task": default_task()}
-            config = configure(preset, **(own | changes))
+            config = configure(preset, **(_at_hand(FIGURES[name]) | changes))
             artifacts.save_result(compute(name, config, sources), artifact_folder, name)
         result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
         artifacts.save_figure(figure, output, name)

@@ -8,7 +8,7 @@ import torch
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.data import collate
-from lowrank_dp.experiments import alignment, gradients, momentum, spectra, tasks
+from lowrank_dp.experiments import ablation, alignment, gradients, momentum, spectra, tasks
 from lowrank_dp.grads import clipped_sum
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,73 @@ def test_alignment_orders_the_schemes(source):
                                  result.error[:, result.schemes.index("noisy")])
 
 
+def by_svd(noisy, std, kappa=1.0, threshold=None, correct=False, keep=False):
+    """What denoise, optimal or (with ``threshold``) hard make, by the formulas as written."""
+    u, s, vt = np.linalg.svd(noisy, full_matrices=False)
+    m, n = sorted(noisy.shape)
+    b, y = m / n, s / (std * np.sqrt(n))
+    if s[0] <= kappa * std * (np.sqrt(m) + np.sqrt(n)):
+        return noisy if keep else np.zeros_like(noisy)
+    inner = np.maximum((y**2 - b - 1)**2 - 4 * b, 0.0)
+    new = np.where(y > 1 + np.sqrt(b), np.sqrt(inner) / y * std * np.sqrt(n), 0.0)
+    if threshold:
+        new = np.where(s > threshold * (std * (np.sqrt(m) + np.sqrt(n))), s, 0.0)
+    made = (u * new) @ vt
+    return made * np.linalg.norm(noisy) / np.linalg.norm(made) if correct else made
+
+
+def test_ablation_agrees_with_the_formulas(source, tmp_path):
+    config = ablation.Config(GRADIENTS, batch_sizes=(512, 96), noise_multiplier=0.5,
+                             kappas=(1.0, 1.5, 1e6), noise_seeds=2)
+    result = ablation.run(config, source)
+    assert result.privacy.startswith("NON-PRIVATE")
+    assert result.alignment.shape == (2, len(ablation.VARIANTS) + 6, 2)
+    wanted = {"noisy": lambda x: x, "optimal, zeroed": lambda x: by_svd(x, 0.5),
+              "optimal": lambda x: by_svd(x, 0.5, keep=True),
+              "hard(edge), zeroed": lambda x: by_svd(x, 0.5, threshold=1.0),
+              "denoise, zeroed": lambda x: by_svd(x, 0.5, correct=True),
+              "denoise, kappa 1.5, norm correction on":
+                  lambda x: by_svd(x, 0.5, kappa=1.5, correct=True, keep=True),
+              "denoise, kappa 1.5, norm correction off":
+                  lambda x: by_svd(x, 0.5, kappa=1.5, keep=True)}
+    for i, size in enumerate((96, 512)):
+        clean = source.clean_sum(source.sample(512, torch.Generator().manual_seed(1))[:size])
+        noisy = gradients.add_noise(clean, 0.5, 1)  # the second draw
+        for variant, make in wanted.items():
+            made = [make(noisy[name].double().numpy()) for name in clean]
+            truth = [matrix.double().numpy() for matrix in clean.values()]
+            cosines = [(a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() else 0.0
+                       for a, b in zip(made, truth, strict=True)]
+            a, b = (np.concatenate([matrix.ravel() for matrix in x]) for x in (made, truth))
+            overall = a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() else 0.0
+            error = np.linalg.norm(a - b) / np.linalg.norm(b)
+            j = result.variants.index(variant)
+            got = [values[i, j, 1] for values in (result.alignment, result.overall, result.error)]
+            np.testing.assert_allclose(got, [np.mean(cosines), overall, error], rtol=0.01)
+    by_kappa = result.by_kappa(result.error)
+    np.testing.assert_allclose(by_kappa[:, 1, 0], result.error[
+        :, result.variants.index("optimal")])  # without the correction it is `optimal`
+    np.testing.assert_allclose(by_kappa[:, :, 2], np.repeat(
+        result.error[:, [0]], 2, axis=1))  # acts on no layer
+    edges = [0.5 * sum(np.sqrt(matrix.shape)) for matrix in noisy.values()]
+    tops = [np.linalg.svd(matrix.numpy(), compute_uv=False)[0] for matrix in noisy.values()]
+    assert result.by_kappa(result.restored)[1, 0, :, 1].tolist() == [
+        int((np.array(tops) > kappa * np.array(edges)).sum()) for kappa in config.kappas]
+    artifacts.save_result(result, tmp_path, "ablation")
+    again, figure = figures.show("ablation", artifact_folder=tmp_path)
+    columns, rows = ablation.table(again)
+    assert len(figure.axes) == 4 and len(rows) == len(result.variants)
+    assert all(len(row) == len(columns) for row in rows)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"noise_seeds": 1}, "noise_seeds must be an integer >= 2"),
+    ({"kappas": (0.5,)}, "kappas must be a finite number >= 1")])
+def test_ablation_refuses_what_it_cannot_measure(change, message):
+    with pytest.raises(ValueError, match=message):
+        ablation.run(dataclasses.replace(ablation.SMALL, **change))
+
+
 def test_momentum_starts_where_it_must_and_lifts_the_signal():
     config = momentum.Config(dataclasses.replace(GRADIENTS, warm_loss=None), steps=4,
                              batch_size=256, seeds=1, betas=(0.0, 0.9))
@@ -137,6 +204,19 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
         assert path.stat().st_size > 1000, path
     with pytest.raises(FileNotFoundError, match="no result momentum"):
         figures.show("momentum", artifact_folder=tmp_path)
+
+
+@pytest.mark.parametrize("name, scale, task", [
+    ("efficiency_e2e", "full", "e2e"), ("spectra", "small", "generated")])
+def test_recomputing_keeps_the_task_of_an_experiment_of_hours(monkeypatch, name, scale, task):
+    seen = []
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    monkeypatch.setattr(figures, "compute", lambda name, config: seen.append(config))
+    monkeypatch.setattr(figures, "FIGURES", {name: dataclasses.replace(
+        figures.FIGURES[name], plot=lambda result: None)})
+    figures.show(name, recompute=True, scale=scale)
+    config = seen[0]
+    assert (config.base if name == "efficiency_e2e" else config.gradients).task == task
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -205,22 +205,33 @@ def save_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], folder: st
     cells = [[str(cell) for cell in row] for row in rows]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *cells])
-    head, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-                   for row in (columns, *cells)]
-    lines = [caption, "", head, "|" + "---|" * len(columns), *rest]
     body = [" & ".join(map(_latex, row)) + r" \\" for row in cells]
     tex = [r"\begin{table}", rf"\caption{{{_latex(caption)}}}",
            rf"\begin{{tabular}}{{{'l' * len(columns)}}}", r"\hline",
            " & ".join(map(_latex, columns)) + r" \\", r"\hline", *body, r"\hline",
            r"\end{tabular}", r"\end{table}"]
     paths = []
-    for suffix, content in ((".csv", text.getvalue()), (".md", "\n".join(lines) + "\n"),
+    for suffix, content in ((".csv", text.getvalue()),
+                            (".md", f"{caption}\n\n{markdown_table(columns, rows)}\n"),
                             (".tex", "\n".join(tex) + "\n")):
         path = Path(folder) / f"{name}{suffix}"
         with atomic_write(path) as file:
             file.write(content.encode())
         paths.append(path)
     return paths
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows under ``columns`` as a Markdown table; cells are written as given.
+
+    >>> print(markdown_table(["rank", "AUC"], [(1, "0.873")]))
+    | rank | AUC |
+    |---|---|
+    | 1 | 0.873 |
+    """
+    head, *rest = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+                   for row in (columns, *rows)]
+    return "\n".join([head, "|" + "---|" * len(columns), *rest])
 
 
 _LATEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",

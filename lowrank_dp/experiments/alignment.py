@@ -76,14 +76,7 @@ def run(config: Config, source: Source | None = None) -> Result:
     """Measure every scheme at every setting (on ``source``, if it was prepared already)."""
     source = source or prepare(config.gradients, max(config.batch_sizes))
     sizes = sorted(config.batch_sizes)
-    generator = torch.Generator().manual_seed(config.gradients.seed + 1)
-    chosen = source.sample(sizes[-1], generator)
-    sums: dict[int, dict[str, Tensor]] = {}
-    total: dict[str, Tensor] = {}
-    for start, stop in progress(list(zip([0, *sizes], sizes, strict=False)), "clean gradients"):
-        part = source.clean_sum(chosen[start:stop])
-        total = {name: total[name] + part[name] if total else part[name] for name in part}
-        sums[stop] = total
+    sums = source.nested_sums(sizes)
     profiles = {(size, name): torch.linalg.svdvals(matrix)
                 for size, matrices in sums.items() for name, matrix in matrices.items()}
     first, *others = config.noise_multipliers

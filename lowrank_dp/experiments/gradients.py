@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp import _validate
+from lowrank_dp._cli import progress
 from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.grads import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
@@ -70,6 +71,22 @@ class Source:
         sums, _ = clipped_sum_over(self.model, (self._place(batch) for _, batch in batches),
                                    self.config.max_grad_norm)
         return {name: sums[name] for name in self.matrices}
+
+    def nested_sums(self, batch_sizes: Iterable[int]) -> dict[int, dict[str, Tensor]]:
+        """NON-PRIVATE ``clean_sum`` by batch size, rising; the smaller are prefixes of the largest.
+
+        The batch is the same in every experiment of one seed.
+        """
+        sizes = sorted(batch_sizes)
+        chosen = self.sample(sizes[-1], torch.Generator().manual_seed(self.config.seed + 1))
+        sums: dict[int, dict[str, Tensor]] = {}
+        total: dict[str, Tensor] = {}
+        for start, stop in progress(list(zip([0, *sizes], sizes, strict=False)),
+                                    "clean gradients"):
+            part = self.clean_sum(chosen[start:stop])
+            total = {name: total[name] + part[name] if total else part[name] for name in part}
+            sums[stop] = total
+        return sums
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[int]:
         """``batch_size`` distinct positions in ``rows``, uniformly."""

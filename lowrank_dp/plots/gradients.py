@@ -27,7 +27,7 @@ from lowrank_dp.plots import (
 from lowrank_dp.spectrum.random_matrix import marchenko_pastur_quantiles
 
 if TYPE_CHECKING:
-    from lowrank_dp.experiments import alignment, momentum, spectra, tasks
+    from lowrank_dp.experiments import ablation, alignment, momentum, spectra, tasks
 
 # scheme -> colour, marker, line: the same in every figure
 SCHEME_STYLE = {
@@ -135,6 +135,54 @@ def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return values.mean(-1), np.zeros(values.shape[:-1])
     half = stats.t.ppf(0.975, count - 1) * values.std(-1, ddof=1) / np.sqrt(count)
     return values.mean(-1), half
+
+
+@styled
+def plot_ablation(result: ablation.Result) -> Figure:
+    """Alignment and error against kappa; then of every threshold, at the largest batch."""
+    figure, axes = new_figure(2, 2, width=FULL, height=4.6, height_ratios=(4, 5))
+    sizes, kappas = sorted(result.config.batch_sizes), np.array(result.config.kappas)
+    noisy, colours = result.variants.index("noisy"), (SKY, BLUE, GREEN, PINK)[:len(sizes)]
+    for axis, values in ((axes[0, 0], result.alignment), (axes[0, 1], result.error)):
+        mean, half = _interval(result.by_kappa(values))
+        for i, colour in enumerate(colours):
+            for k, line in enumerate(("-", "--")):  # in (a) one: rescaling turns no layer
+                axis.errorbar(kappas, mean[i, k], half[i, k], color=colour, marker="X",
+                              linestyle=line, elinewidth=0.8, markersize=4)
+            axis.axhline(values[i, noisy].mean(), color=colour, linestyle=":", linewidth=1)
+        axis.set(xlabel="kappa", xscale="log", ylim=(0, None))
+        axis.set_xticks(kappas, [f"{kappa:g}" for kappa in kappas])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("alignment, mean over layers")
+    axes[0, 1].set_ylabel("error / norm of clean gradient")
+    handles = [Line2D([], [], color=colour, marker="X", label=f"batch {size}")
+               for size, colour in zip(sizes, colours, strict=False)]
+    handles += [Line2D([], [], color=BLACK, label="norm correction"),
+                Line2D([], [], color=BLACK, linestyle="--", label="without"),
+                Line2D([], [], color=BLACK, linestyle=":", label="noisy")]
+    axes[0, 1].legend(handles=handles, ncols=2)
+    letter(axes[0, 0], "a  kappa of denoise")
+    letter(axes[0, 1], "b  and norm correction")
+
+    names = result.variants[:-2 * len(kappas)]
+    y = np.arange(len(names))
+    for values, fill, label in ((result.alignment, RED, "mean over layers"),
+                                (result.overall, "white", "all layers as one")):
+        mean, half = _interval(values[-1, :len(names)])
+        axes[1, 0].errorbar(mean, y, xerr=half, color=RED, marker="o", markerfacecolor=fill,
+                            linestyle="none", elinewidth=0.8, label=label)
+    axes[1, 0].set(xlabel="alignment with clean gradient", xlim=(0, 1))
+    axes[1, 0].legend(loc="lower left")
+    mean, half = _interval(result.error[-1, :len(names)])
+    axes[1, 1].barh(y, mean, xerr=half, color=SKY, height=0.7, error_kw={"elinewidth": 0.8})
+    axes[1, 1].axvline(1, color=GREY, linewidth=0.8, linestyle=":")  # as bad as no gradient
+    axes[1, 1].set(xlabel="error / norm of clean gradient", xlim=(0, None))
+    axes[1, 0].set_yticks(y, names)
+    axes[1, 1].set_yticks(y, [])
+    for axis, mark in zip(axes[1], "cd", strict=True):
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        letter(axis, f"{mark}  batch {sizes[-1]}, noise {result.config.noise_multiplier:g}")
+    return figure
 
 
 @styled

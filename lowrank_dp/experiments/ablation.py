@@ -1,0 +1,171 @@
+"""What each part of restoring is worth: kappa, norm correction, the threshold, what is zeroed.
+
+``denoise``, the first version of 2510.01137, (A) leaves a layer alone whose top value is not above
+kappa times the bulk edge, (B) shrinks, (C) rescales to the noisy norm. Each part is varied alone,
+on the same noisy gradients as in ``alignment``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowrank_dp import _validate, artifacts
+from lowrank_dp._cli import progress
+from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
+from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.restore import restore_with_report
+
+Array = NDArray[np.float64]
+
+# label -> scheme and options; a layer with nothing above the edge is kept, or zeroed if it says so
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "noisy": ("none", {}),
+    "hard(edge), zeroed": ("hard", {"threshold": "edge", "below": "zero"}),
+    "hard, zeroed": ("hard", {"below": "zero"}),
+    "soft, zeroed": ("soft", {"below": "zero"}),
+    "soft(optimal), zeroed": ("soft", {"threshold": "optimal", "below": "zero"}),
+    "optimal, zeroed": ("optimal", {"below": "zero"}),
+    "the same, 1% false spikes": ("optimal", {"below": "zero", "false_spike_rate": 0.01}),
+    "optimal": ("optimal", {}),
+    "denoise, zeroed": ("denoise", {"below": "zero"}),
+    "denoise": ("denoise", {}),
+}
+CAPTION = (
+    "Parts of restoring, varied one at a time; means over noise draws with 95% t-intervals. (a, b) "
+    "denoise (2510.01137) against kappa: only a layer whose top value exceeds kappa times the bulk "
+    "edge is restored, the others are kept as they are. (a) Mean over layers of the cosine with "
+    "the clean gradient; rescaling a layer does not change it. (b) Distance to the clean gradient "
+    "over all layers, with the rescaling to the noisy norm and without. (c, d) At the largest "
+    "batch, thresholds and shrinkers; layers with nothing above the edge are zeroed (their cosine "
+    "counts as 0) or kept, and denoise is `optimal` with norm correction. (c) Cosine, mean over "
+    "layers (filled) and of all layers as one vector (hollow). (d) Distance; dotted, that of no "
+    "gradient at all. NON-PRIVATE: a diagnosis.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Batches as in ``alignment``: prefixes of the largest, one noise multiplier."""
+
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    batch_sizes: tuple[int, ...] = (512, 1024, 2048, 4000)
+    noise_multiplier: float = 0.6
+    kappas: tuple[float, ...] = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+    noise_seeds: int = 5
+
+
+SMALL = Config(batch_sizes=(512, 2048), kappas=(1.0, 1.25, 1.5, 2.0, 3.0, 5.0), noise_seeds=3)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Arrays are (batch sizes, variants, noise seeds), batch sizes rising.
+
+    ``alignment`` is a mean over layers (0 for a layer that was zeroed), ``overall`` the cosine of
+    all layers as one vector, ``error`` relative to the clean norm, ``restored`` the number of
+    layers that were neither kept nor zeroed. The last variants are denoise at every kappa, with
+    norm correction and then without: see ``by_kappa``.
+    """
+
+    config: Config
+    provenance: dict[str, Any]
+    privacy: str
+    description: str
+    loss: float
+    variants: tuple[str, ...]
+    layers: tuple[str, ...]
+    alignment: Array
+    overall: Array
+    error: Array
+    restored: NDArray[np.int64]
+
+    def by_kappa(self, values: np.ndarray) -> np.ndarray:
+        """(batch sizes, norm correction on and off, kappas, noise seeds) of an array above."""
+        count = len(self.config.kappas)
+        return values[:, -2 * count:].reshape(len(values), 2, count, -1)
+
+
+def run(config: Config, source: Source | None = None) -> Result:
+    """Measure every variant (on ``source``, if it was prepared already)."""
+    _validate.integer("noise_seeds", config.noise_seeds, low=2)
+    kappas = [_validate.real("kappas", kappa, low=1) for kappa in config.kappas]
+    source = source or prepare(config.gradients, max(config.batch_sizes))
+    sums = source.nested_sums(config.batch_sizes)
+    noise_std = config.noise_multiplier * config.gradients.max_grad_norm
+    variants = VARIANTS | {
+        f"denoise, kappa {kappa:g}, norm correction {'on' if correct else 'off'}":
+        ("denoise", {"kappa": kappa, "norm_correction": correct})
+        for correct in (True, False) for kappa in kappas}
+    shape = len(sums), len(variants), config.noise_seeds
+    measured, restored = np.zeros((3, *shape)), np.zeros(shape, dtype=int)
+    cells = [(i, seed) for i in range(len(sums)) for seed in range(config.noise_seeds)]
+    for i, seed in progress(cells, "variants"):
+        clean = sums[sorted(sums)[i]]
+        noisy = add_noise(clean, noise_std, config.gradients.seed + seed)
+        products = np.zeros((len(variants), len(clean), 3))
+        for layer, (name, target) in enumerate(clean.items()):
+            truth = target.double()
+            for j, (scheme, options) in enumerate(variants.values()):
+                made, (report,) = restore_with_report(noisy[name], noise_std, scheme, **options)
+                made = made.double()
+                products[j, layer] = [float((a * b).sum()) for a, b in (
+                    (made, made), (made, truth), (truth, truth))]
+                restored[i, j, seed] += report.action == "restored"
+        measured[:, i, :, seed] = measures(products)
+    return Result(
+        config=config,
+        provenance=artifacts.provenance(seed=config.gradients.seed,
+                                        device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE, description=source.description, loss=source.loss,
+        variants=tuple(variants), layers=tuple(source.matrices), alignment=measured[0],
+        overall=measured[1], error=measured[2], restored=restored)
+
+
+def measures(products: Array) -> tuple[Array, Array, Array]:
+    """``(alignment, overall, error)`` (variants,) of inner products (variants, layers, 3).
+
+    They are of what was made with itself, with the clean gradient, and of that with itself. All
+    zeros have no direction: cosine 0.
+    """
+    def cosine(made2: Array, dot: Array, clean2: Array) -> Array:
+        return dot / np.sqrt(np.where(made2 > 0, made2 * clean2, 1.0))
+
+    made2, dot, clean2 = totals = products.sum(-2).T
+    return (cosine(*np.moveaxis(products, -1, 0)).mean(-1), cosine(*totals),
+            np.sqrt((made2 - 2 * dot + clean2) / clean2))
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """A variant each: what is measured, at every batch size."""
+    sizes = sorted(result.config.batch_sizes)
+    columns = ["variant"] + [f"{what}, batch {size}" for size in sizes for what in (
+        "alignment, mean over layers", "alignment, all layers as one", "error")]
+    rows = [[variant, *(_pm(values[i, j]) for i in range(len(sizes)) for values in (
+        result.alignment, result.overall, result.error))]
+        for j, variant in enumerate(result.variants)]
+    return columns, rows
+
+
+def headline(result: Result) -> dict[str, str]:
+    """At the largest batch: the parts in a few numbers."""
+    aligned, error, restored = (result.by_kappa(values)[-1].mean(-1) for values in (
+        result.alignment, result.error, result.restored))
+    kappas = result.config.kappas
+    numbers = {f"kappa {kappas[k]:g}: layers restored; mean alignment":
+               f"{restored[0, k]:.1f} of {len(result.layers)}; "
+               f"{aligned[0, k]:.3f}" for k in (0, len(kappas) - 1)}
+    numbers[f"error at kappa {kappas[0]:g}, norm correction on; off"] = (
+        f"{error[0, 0]:.2f}; {error[1, 0]:.2f}")
+    for variant in ("denoise", "optimal", "optimal, zeroed"):
+        j = result.variants.index(variant)
+        numbers[f"{variant}: alignment of all layers as one; error"] = (
+            f"{result.overall[-1, j].mean():.3f}; {result.error[-1, j].mean():.2f}")
+    return numbers
+
+
+def _pm(values: Array) -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:.3f} ± {half:.3f}"
