@@ -121,7 +121,7 @@ def _measure(config: Config, case: Case) -> dict[str, Any]:
 
 
 def _effective_share(matrix: torch.Tensor) -> float:
-    return decompose(matrix, 0.0).effective_rank / min(matrix.shape)
+    return float(decompose(matrix, 0.0).effective_rank) / min(matrix.shape)
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -49,8 +49,10 @@ def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
         tolerance: largest relative change of the total weight in the last step.
 
     Returns:
-        The triplets, or None if there are too many values above ``level`` for the subspace:
-        then the matrix is not "few spikes and a bulk", and an exact SVD should be taken.
+        The triplets; where nothing is above ``level`` only their values, with the identity for a
+        rotation, since there is nothing to combine. None if there are too many values above
+        ``level`` for the subspace: then the matrix is not "few spikes and a bulk", and an exact
+        SVD should be taken.
     """
     m, n = matrix.shape[-2:]
     width = min(_BLOCK, m // 16)
@@ -70,7 +72,9 @@ def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
         gram = torch.cat([torch.cat([gram, new[..., :-width, :]], -1), new.mT], -2)
 
         s = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
-        last_total, total, last_top, top = total, weight(s).sum(-1), top, s[..., 0]
+        last_total, last_top, top = total, top, s[..., 0]
+        empty = level is not None and bool((top <= level).all())
+        total = torch.zeros_like(top) if empty else weight(s).sum(-1)
         settled = (total - last_total).abs() <= tolerance * total
         if level is not None:
             # Ritz values rise towards the singular values in shrinking steps: when one more step
@@ -84,6 +88,8 @@ def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
         most = s.shape[-1] // 2 if full else s.shape[-1] - 1
         if bool(((s > level).sum(-1) > most).any()):
             return None
+    if empty:
+        return Leading(basis, image, torch.eye(s.shape[-1]).to(matrix).expand_as(gram), s)
     # once more in float64: a float32 Gram matrix loses values 1e-4 times the largest
     exact = image.double()
     squares, rotation = torch.linalg.eigh(exact @ exact.mT)
