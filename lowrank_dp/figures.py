@@ -186,6 +186,9 @@ def main(
                           highlight=False)
         if preset is not None:
             config = configure(preset, **(_at_hand(FIGURES[name]) | changes))
+            if hasattr(FIGURES[name].experiment, "plan"):
+                console.print(f"plan: {FIGURES[name].experiment.plan(config)}", highlight=False,
+                              soft_wrap=True)
             artifacts.save_result(compute(name, config, sources), artifact_folder, name)
         result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
         artifacts.save_figure(figure, output, name)

@@ -18,6 +18,11 @@ CONFIG = membership.Config(base=BASE, ranks=(1, 2), frozen_ranks=(1,), steps=(2,
                            num_workers=1)
 
 
+def test_the_plan_counts_runs_and_steps():
+    text = membership.plan(replace(CONFIG, steps=(2, 5), num_seeds=3))
+    assert "6 methods x 3 seeds" in text and "36 runs" in text and "126 training steps" in text
+
+
 @pytest.mark.slow
 def test_a_small_sweep(tmp_path):
     result = membership.run(CONFIG, tmp_path / "runs")

@@ -158,6 +158,16 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
         noise_variance=np.array([noise_variance(rank, width) for rank in config.ranks]))
 
 
+def plan(config: Config) -> str:
+    """What :func:`run` will do, before it starts."""
+    names = arms(config.ranks, config.frozen_ranks)
+    runs = len(names) * config.num_seeds * len(config.steps)
+    return (f"{len(names)} methods x {config.num_seeds} seeds x steps {config.steps}: {runs} runs, "
+            f"{runs // len(config.steps) * sum(config.steps):,} training steps of batch "
+            f"{config.base.batch_size}; attack {config.attack!r}, calibrated by the base model: "
+            "shadows would take this once more for each of them; what is there is not repeated")
+
+
 def _arm_config(config: Config, changes: Mapping[str, Any], steps: int, seed: int) -> TrainConfig:
     rates = {"full": config.full_learning_rate, "lora": config.lora_learning_rate,
              "lora-frozen-a": config.frozen_learning_rate}

@@ -1,0 +1,112 @@
+"""Restoration on a GPU: `python benchmarks/gpu.py [--quick] [--json FILE]`.
+
+NOT YET RUN on a GPU. Matrices of the shapes of RoBERTa-base and of a 4B model, eight spikes in unit
+noise. Each row: the fast path over all same-shaped layers as one batch, beside one SVD and rebuild
+a layer; the same with TF32 products, with the distance of the two results; and both precisions'
+alignment with the exact path. Times are medians over rounds in which the two take turns, between
+synchronisations. ``--device cpu`` runs the same code on small shapes, to try it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dp.restore import restore
+from lowrank_dp.spectrum import alignment
+
+# (m, n) -> layers of that shape
+SHAPES = {(768, 768): 48, (768, 3072): 24, (2560, 4096): 36, (2560, 9728): 12}
+SMALL = {(256, 384): 4}
+SPIKES = (6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.2)  # in units of the transition
+
+
+def layers(shape: tuple[int, int], count: int, device: str) -> Tensor:
+    """(count, m, n): signal of rank 8 in unit noise."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    u, v = (torch.linalg.qr(draw(count, side, len(SPIKES)))[0] for side in shape)
+    s = torch.tensor(SPIKES, device=device) * math.prod(shape) ** 0.25
+    return (u * s) @ v.mT + draw(count, *shape)
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def precision(tf32: bool) -> None:
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def fast(noisy: Tensor, tf32: bool = False) -> Tensor:
+    precision(tf32)
+    try:
+        return restore(noisy, 1.0)
+    finally:
+        precision(False)
+
+
+def exact(noisy: Tensor) -> Tensor:
+    return torch.stack([restore(matrix, 1.0, method="exact") for matrix in noisy])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        print("not run: benchmarks/gpu.py needs CUDA")
+        return 0
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
+    print(f"torch {torch.__version__}, {name}")
+    rows = []
+    for shape, count in (SMALL if device == "cpu" else SHAPES).items():
+        noisy = layers(shape, count, device)
+        truth, found, rough = exact(noisy), fast(noisy), fast(noisy, tf32=True)
+        times = [[seconds(function, device) for function in (
+            lambda: exact(noisy), lambda: fast(noisy), lambda: fast(noisy, tf32=True))]
+            for _ in range(3 if arguments.quick else 9)]
+        slow, quick, quicker = (statistics.median(column) for column in zip(*times, strict=True))
+        aligned = [min(alignment(a, b) for a, b in zip(one, truth, strict=True))
+                   for one in (found, rough)]
+        rows.append({
+            "shape": list(shape), "layers": count, "svd_seconds": slow, "fast_seconds": quick,
+            "tf32_seconds": quicker, "svd_over_fast": slow / quick, "fast_over_tf32":
+            quick / quicker, "tf32_relative_error": float((rough - found).norm() / found.norm()),
+            "least_alignment": aligned[0], "least_alignment_tf32": aligned[1]})
+        print(f"{count} layers of {shape[0]} x {shape[1]}: SVD {slow:.4f} s, fast {quick:.4f} s "
+              f"({slow / quick:.1f}x), TF32 {quicker:.4f} s ({quick / quicker:.2f}x, relative "
+              f"error {rows[-1]['tf32_relative_error']:.1e}); least alignment with exact "
+              f"{aligned[0]:.4f}, TF32 {aligned[1]:.4f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"torch": torch.__version__, "device": name,
+                                              "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
