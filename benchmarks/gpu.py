@@ -43,14 +43,14 @@ def layers(shape: tuple[int, int], count: int, device: str) -> Tensor:
     return (u * s) @ v.mT + draw(count, *shape)
 
 
-def seconds(function: Callable[[], Any], device: str) -> float:
+def seconds(function: Callable[[Tensor], Any], noisy: Tensor, device: str) -> float:
     def wait() -> None:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 
     wait()
     start = time.perf_counter()
-    function()
+    function(noisy)
     wait()
     return time.perf_counter() - start
 
@@ -65,6 +65,10 @@ def fast(noisy: Tensor, tf32: bool = False) -> Tensor:
         return restore(noisy, 1.0)
     finally:
         precision(False)
+
+
+def fast_tf32(noisy: Tensor) -> Tensor:
+    return fast(noisy, tf32=True)
 
 
 def exact(noisy: Tensor) -> Tensor:
@@ -86,10 +90,10 @@ def main() -> int:
     rows = []
     for shape, count in (SMALL if device == "cpu" else SHAPES).items():
         noisy = layers(shape, count, device)
-        truth, found, rough = exact(noisy), fast(noisy), fast(noisy, tf32=True)
-        times = [[seconds(function, device) for function in (
-            lambda: exact(noisy), lambda: fast(noisy), lambda: fast(noisy, tf32=True))]
-            for _ in range(3 if arguments.quick else 9)]
+        ways = exact, fast, fast_tf32
+        truth, found, rough = (way(noisy) for way in ways)
+        times = [[seconds(way, noisy, device) for way in ways]
+                 for _ in range(3 if arguments.quick else 9)]
         slow, quick, quicker = (statistics.median(column) for column in zip(*times, strict=True))
         aligned = [min(alignment(a, b) for a, b in zip(one, truth, strict=True))
                    for one in (found, rough)]
