@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def estimate(config: TrainConfig) -> tuple[float, float, float, float]:
-    """Parameters in all and trained, in billions; hours; GiB."""
+    """Parameters in all and trained, in billions; minutes; GiB."""
     blocks, width, inner, kv, q, mlp, vocabulary = SHAPES[config.model]
     matrices = [(q, width), (kv, width), (kv, width), (width, q), *[(inner, width)] * mlp]
     body = blocks * sum(m * n for m, n in matrices)
@@ -41,20 +41,20 @@ def estimate(config: TrainConfig) -> tuple[float, float, float, float]:
     tokens = TOKENS[config.task] * config.batch_size * config.steps
     generates = config.task in ("e2e", "dart")
     operations = (6 if config.method == "full" else 4) * (body + generates * vocabulary * width)
-    hours = operations * tokens * OVERHEAD[config.method] / (PEAK * SHARE) / 3600
+    minutes = operations * tokens * OVERHEAD[config.method] / (PEAK * SHARE) / 60
     rows = config.micro_batch_size * TOKENS[config.task] * 1.5  # padding
     kept = rows * blocks * (2 * (4 * width + 2 * q + 2 * kv + mlp * inner))
     logits = rows * vocabulary * 4 * 2 if generates else 0
-    return (total / 1e9, trained / 1e9, hours, (4 * total + 20 * trained + kept + logits) / 2**30)
+    return (total / 1e9, trained / 1e9, minutes, (4 * total + 20 * trained + kept + logits) / 2**30)
 
 
 def main() -> None:
-    print("| configuration | parameters, trained | H100 hours (estimate) | GiB (estimate) |")
+    print("| configuration | parameters, trained | H100 minutes (estimate) | GiB (estimate) |")
     print("|---|---|---|---|")
     for path in sorted(FOLDER.glob("*.json")):
-        total, trained, hours, memory = estimate(TrainConfig.from_json(json.loads(
+        total, trained, minutes, memory = estimate(TrainConfig.from_json(json.loads(
             path.read_text())))
-        print(f"| `{path.name}` | {total:.2f} B, {trained:.3f} B | {hours:.2f} | {memory:.0f} |")
+        print(f"| `{path.name}` | {total:.2f} B, {trained:.3f} B | {minutes:.1f} | {memory:.0f} |")
 
 
 if __name__ == "__main__":
