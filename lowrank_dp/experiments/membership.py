@@ -81,8 +81,8 @@ E2E = Config(
         model="tiny-llama", task="e2e", non_private=True, delta=1e-3, batch_size=64, unit="group",
         max_examples=2000, membership="bernoulli", generate=False, eval_every=1000,
         snapshot_every=1000),
-    steps=(30, 60, 120, 240), full_learning_rate=3e-3, lora_learning_rate=1e-2,
-    frozen_learning_rate=2e-2)
+    steps=(10, 40, 120), full_learning_rate=1e-3, lora_learning_rate=1e-2,
+    frozen_learning_rate=5e-2)
 
 
 @dataclass(frozen=True)
