@@ -8,8 +8,9 @@ process-CPU seconds, so other load matters little; an exchange (the sum to the f
 the noisy sum back) is the least wall time of several, over loopback. The model of a step with N
 processes, fitted to one process and to exchanges of other sizes, and checked against two:
 
-    clip      a * rows / N              exchange   latency + bytes / bandwidth
+    clip      a * rows / N              exchange   latency + 2 bytes / bandwidth
     restore   k * the longest share of the cost of the matrices, as ``parallel.owners`` splits them
+    hand out  N latencies + bytes / bandwidth, which splitting the restoration costs
 
 The cost of one matrix is m n or m n min(m, n), whichever fits restorations of single matrices.
 Tables of more devices are extrapolations: the first from what was measured here, a core taken as a
@@ -39,7 +40,7 @@ from lowrank_dp.train import TrainConfig, parallel, take_step
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, fresh_generators
 
-BATCHES, SIGMA = (192, 384), 0.6
+BATCHES, SIGMA = (64, 128), 0.6
 SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (1024, 2560), (2560, 2560)]
 COSTS = {"m n": lambda m, n: m * n, "m n min(m, n)": lambda m, n: m * n * min(m, n)}
 DEVICES = (1, 2, 8, 32, 128, 512)
@@ -92,17 +93,23 @@ def measure(folder, rounds):
         found["tokens"] = statistics.mean(len(row["input_ids"]) for row in setup.rows)
         for size in (10**3, 10**5, 10**6, 4 * 10**6, 10**7):
             found["exchanges"][size] = exchange(torch.ones(size))
-        found["exchanges"]["model"] = exchange(
-            torch.ones(sum(p.numel() for p in setup.trained.values())))
+        sums = {name: p.detach().clone() for name, p in setup.trained.items()}
+        found["exchanges"]["model"] = exchange(torch.cat([t.flatten() for t in sums.values()]))
+        found["hand out"] = least(lambda: parallel.spread(lambda some: some, sums))
         rank = parallel.rank()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
 def exchange(tensor):
+    return least(lambda: parallel.broadcast(parallel.summed({"sum": tensor})))
+
+
+def least(call):
+    """Wall seconds of the fastest of several calls."""
     times = []
     for _ in range(7):
         started = time.perf_counter()
-        parallel.broadcast(parallel.summed({"sum": tensor}))
+        call()
         times.append(time.perf_counter() - started)
     return min(times)
 
@@ -141,25 +148,29 @@ def longest_share(shapes, count, cost):
     return max(loads)
 
 
-def table(title, clip, transfer, restoring, shapes, cost):
-    """A line for each number of devices: parts of a step, and restoring if it were not split."""
-    print(f"\n{title}\n{'devices':>9}{'clip':>10}{'exchange':>10}{'restore':>10}{'unsplit':>10}"
-          f"{'step':>10}{'split buys':>12}   longest part")
+def table(title, clip, latency, transfer, restoring, shapes, cost):
+    """A line for each number of devices: parts of a step, and restoring if it were not split.
+
+    ``clip`` and ``restoring`` are seconds on one device; ``transfer`` is of all sums, one way.
+    """
+    print(f"\n{title}\n{'devices':>9}{'clip':>10}{'exchange':>10}{'restore':>10}{'hand out':>10}"
+          f"{'step':>10}{'unsplit restore':>17}{'split buys':>12}   longest part, and unsplit")
     for count in DEVICES:
-        moved = transfer if count > 1 else 0.0
-        parts = {"clip": clip / count, "exchange": moved,
-                 "restore": restoring * longest_share(shapes, count, cost)}
-        unsplit = restoring * longest_share(shapes, 1, cost)
+        several = count > 1
+        parts = {"clip": clip / count, "exchange": several * (latency + 2 * transfer),
+                 "restore": restoring * longest_share(shapes, count, cost),
+                 "hand out": several * (count * latency + transfer)}
+        whole = restoring * longest_share(shapes, 1, cost)
         step = sum(parts.values())
-        before = clip / count + moved + unsplit
-        print(f"{count:9}" + "".join(f"{value:10.3g}" for value in (*parts.values(), unsplit, step))
-              + f"{before / step:11.2f}x   {max(parts, key=parts.get)}"
-              + ("; unsplit: restore" if unsplit > max(clip / count, moved) else ""))
+        unsplit = {**parts, "restore": whole, "hand out": 0.0}
+        print(f"{count:9}" + "".join(f"{value:10.3g}" for value in (*parts.values(), step))
+              + f"{whole:17.3g}{sum(unsplit.values()) / step:11.2f}x   "
+              + f"{max(parts, key=parts.get)}, {max(unsplit, key=unsplit.get)}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7")
+    parser.add_argument("--quick", action="store_true", help="2 rounds instead of 7")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -168,7 +179,7 @@ def main():
     if arguments.worker:
         measure(arguments.worker[0], int(arguments.worker[1]))
         return
-    rounds = 3 if arguments.quick else 7
+    rounds = 2 if arguments.quick else 7
     one, = launch(1, rounds)
     two = launch(2, rounds)
     shapes = {name: tuple(shape) for name, shape in one["shapes"].items()}
@@ -188,31 +199,32 @@ def main():
     factor = restored / longest_share(shapes, 1, cost)
     sizes = {int(size): two[0]["exchanges"][size] for size in two[0]["exchanges"]
              if size != "model"}
-    slope = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6)
+    per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
     latency = sizes[10**3]
     count = sum(int(np.prod(shape)) for shape in shapes.values())
+    transfer = 4 * count * per_byte
     batch = str(BATCHES[-1])
     rows = [
         ("clip, 1 process", per_row * BATCHES[-1], one["steps"][batch][0]),
         ("clip, 2 processes", per_row * BATCHES[-1] / 2, max(r["steps"][batch][0] for r in two)),
         ("restore, 2 processes", factor * longest_share(shapes, 2, cost),
          max(statistics.median(s[1] for s in r["steps"].values()) for r in two)),
-        (f"exchange of {count:,} floats", latency + 4 * count * slope,
-         two[0]["exchanges"]["model"]),
+        (f"exchange of {count:,} floats", latency + 2 * transfer, two[0]["exchanges"]["model"]),
+        ("hand out", 2 * latency + transfer, two[0]["hand out"]),
     ]
     print(f"\nseconds a step, batch {batch}{'':17}{'model':>10}{'measured':>10}{'ratio':>8}")
     for label, model, measured in rows:
         print(f"{label:40}{model:10.3f}{measured:10.3f}{measured / model:8.2f}")
 
     table(f"MiniLM, batch {batch}: EXTRAPOLATED from the above", per_row * BATCHES[-1],
-          latency + 4 * count * slope, factor, shapes, cost)
+          latency, transfer, factor, shapes, cost)
     parameters = sum(m * n for m, n in LARGE.values())
     flops = 6 * parameters * TOKENS * LARGE_BATCH
     # what a unit of cost takes here, in the FLOP that training does here meanwhile
     weights = sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
     work = fits[law][1] / (per_row / (6 * weights * one["tokens"]))
     table(f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
-          f"GPU {GPU}", flops / GPU["train"], GPU["latency"] + 4 * parameters / GPU["bandwidth"],
+          f"GPU {GPU}", flops / GPU["train"], GPU["latency"], 4 * parameters / GPU["bandwidth"],
           work / GPU["restore"], LARGE, cost)
     uneven = 512 * longest_share(LARGE, 512, cost) / longest_share(LARGE, 1, cost)
     print(f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
