@@ -3,11 +3,14 @@
 One step, in :func:`train`: a Poisson sample; its clipped gradient sum, in micro-batches; Gaussian
 noise; the singular values of each noisy matrix, or of its running mean, restored; an ordinary torch
 optimizer. Everything after the noise is post-processing. A killed run resumes from its last
-snapshot with the same draws.
+snapshot with the same draws. Started by torchrun, its processes share the work at one run::
+
+    torchrun --nproc-per-node 2 -m lowrank_dp.train --model tiny --task generated ...
 
     config  what is asked, checked          setup   data, model, mechanism, optimizer
     guards  what stops a run                state   what a snapshot holds
     membership  who is trained on, and the manifest of it
+    parallel  several processes
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from lowrank_dp.data import SEPARATOR, micro_batches
 from lowrank_dp.grads import clipped_sum_over
 from lowrank_dp.models.backbones import quiet
 from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
-from lowrank_dp.train import guards
+from lowrank_dp.train import guards, parallel
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.membership import manifest
 from lowrank_dp.train.setup import Setup, draw_seed, majority, prepare
@@ -94,43 +97,66 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
         ValueError: in one line, on bad input, or when a guard stops the run: the snapshots stay.
         OSError: if the folder can't be written; the last snapshot is intact.
     """
-    with runs.open_run(output, resume=resume) as folder, _own_random_numbers(config):
-        if folder.finished:
-            result = load_result(output)
-            _require_same(config, result.config)
+    with (parallel.processes(config.device), _own_random_numbers(config),
+          guards.memory(config.micro_batch_size)):
+        if parallel.rank() > 0:
+            return _follow(config)
+        with runs.open_run(output, resume=resume) as folder:
+            if folder.finished:
+                result = load_result(output)
+                _require_same(config, result.config)
+            else:
+                setup, state = _begin_or_resume(config, folder)
+                if announce is not None:
+                    announce(setup, _releases_at_the_end(config, state, folder))
+                parallel.from_first(*pack(setup, state))
+                _steps(setup, state, folder, show_progress)
+                result = _result(setup, state, folder)
+                _save(setup, result, folder, keep_model)
+            parallel.from_first({"result": artifacts.plain(result)})
             return result
-        setup, state = _begin_or_resume(config, folder)
-        if announce is not None:
-            announce(setup, _releases_at_the_end(config, state, folder))
-        try:
-            _steps(setup, state, folder, show_progress)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"the device ran out of memory with micro_batch_size "
-                             f"{config.micro_batch_size}: lower it (the result stays the same), "
-                             "or max_length") from error
-        result = _result(setup, state, folder)
-        _save(setup, result, folder, keep_model)
-        return result
 
 
-def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bool) -> None:
-    """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along."""
+def _follow(config: TrainConfig) -> TrainResult:
+    """What every process but the first does: the same steps from the same state."""
+    found, _ = parallel.from_first()
+    if "result" not in found:
+        differences = config.differences(TrainConfig.from_json(found["config"]))
+        if (here := environment(config.device)) != found["environment"]:
+            differences.append(f"environment: {here} / {found['environment']}")
+        if differences:
+            raise ValueError(f"every process must be given the same; process {parallel.rank()} and "
+                             f"the first differ in {'; '.join(differences)}")
+        setup = prepare(config, found["seed"])
+        _steps(setup, unpack(setup, *parallel.from_first()), None, False)
+        found, _ = parallel.from_first()
+    return _result_from(found["result"])
+
+
+def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progress: bool) -> None:
+    """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along.
+
+    Without a folder nothing is written or evaluated: another process does.
+    """
     config, first_step = setup.config, state.step
     movement = guards.MovementCheck(setup.trained)
     left = range(state.step, config.steps)
     for step in progress(left, f"training {config.task}") if show_progress else left:
-        folder.begin_release(state.stream, step)
+        if folder is not None:
+            folder.begin_release(state.stream, step)
         clean, noisy = take_step(setup, state)
 
-        last = state.step == config.steps
-        evaluating = last or state.step % config.eval_every == 0
-        if not config.non_private and (evaluating or step == first_step):
-            guards.check_noise(clean, noisy, setup.mechanism.noise_std)
         if step - first_step < MOVEMENT_STEPS:
             movement.note()
         if step - first_step == MOVEMENT_STEPS - 1:
             movement.check(MOVEMENT_STEPS)
         setup.optimizer.zero_grad()
+        if folder is None:
+            continue
+        last = state.step == config.steps
+        evaluating = last or state.step % config.eval_every == 0
+        if not config.non_private and (evaluating or step == first_step):
+            guards.check_noise(clean, noisy, setup.mechanism.noise_std)
         if evaluating:
             _evaluate(setup, state, generate=last and config.generate)
         if last or state.step % config.snapshot_every == 0:
@@ -140,18 +166,27 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bo
 def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """One step of DP training; ``(clean, noisy)`` sums, of which the first is NON-PRIVATE.
 
-    The optimizer's gradients are left in ``.grad``.
+    The optimizer's gradients are left in ``.grad``. With several processes, ``clean`` has a meaning
+    on the first only.
     """
     config, mechanism = setup.config, setup.mechanism
     started = _clock(config)
     setup.model.train(config.dropout)
     bound = float("inf") if config.non_private else mechanism.max_grad_norm
+    if config.dropout and parallel.rank() > 0:  # snapshots hold the first process's generator only
+        torch.manual_seed(draw_seed(
+            setup.seed, f"dropout {state.stream} {state.step} {parallel.rank()}"))
     with guards.diverging(state.step):
         clean, _ = clipped_sum_over(
             setup.model, _sample(setup, state.sampler), bound,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None)
     guards.check_covered(setup.model, setup.optimizer, clean)
-    noisy = clean if config.non_private else mechanism.add_noise(clean, state.noise)
+    clean = parallel.summed(clean)
+    # The first process draws the noise for all: it is added once, after its release is in the
+    # ledger, and all get the same bits, which equal generators on unlike devices would not give.
+    noisy = (clean if config.non_private or parallel.rank() > 0
+             else mechanism.add_noise(clean, state.noise))
+    noisy = parallel.broadcast(noisy)
 
     restoring = _clock(config)
     gradient = _restored(setup, state, noisy, clean)  # post-processing of noisy, but for an oracle
@@ -177,6 +212,7 @@ def _sample(setup: Setup, generator: torch.Generator) -> Iterator[dict[str, Tens
         chosen = [unit[int(pick * len(unit))] for unit, pick in zip(rows, picks, strict=True)]
     else:
         chosen = [row for unit in rows for row in unit]
+    chosen = chosen[parallel.rank()::parallel.world_size()]  # the same sample on every process
     batches = micro_batches([setup.rows[row] for row in chosen], setup.config.micro_batch_size,
                             setup.tokenizer.pad_token_id)
     for _, batch in batches:
@@ -196,8 +232,11 @@ def _restored(setup: Setup, state: State, noisy: Mapping[str, Tensor],
     if config.scheme == "none":
         return noisy
     if config.scheme == "oracle":
-        return {name: _oracle(total, clean[name], noise_std) for name, total in noisy.items()}
-    return restore_gradients(noisy, noise_std, config.scheme, **config.restoration)[0]
+        clean = parallel.broadcast(clean)
+        return parallel.spread(lambda some: {name: _oracle(total, clean[name], noise_std)
+                                             for name, total in some.items()}, noisy)
+    return parallel.spread(lambda some: restore_gradients(some, noise_std, config.scheme,
+                                                          **config.restoration)[0], noisy)
 
 
 def _oracle(noisy: Tensor, clean: Tensor, noise_std: float) -> Tensor:
@@ -234,7 +273,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
                          "that run will spend")
     if found is None:
         seed = config.seed if config.seed is not None else draw_seed(None, "run")
-        setup, stream = prepare(config, seed), new_stream(config, 0)
+        setup, stream = _prepare(config, seed), new_stream(config, 0)
         torch.manual_seed(seed)
         state = State(0, stream, *fresh_generators(config, stream))
         _evaluate(setup, state)
@@ -246,7 +285,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
             raise ValueError(f"{folder.snapshots} holds a ledger of {made} releases, and its "
                              f"snapshot is of step {document['step']}: the privacy spent is "
                              "unknown, so start afresh in another folder")
-        setup = prepare(config, document["seed"])
+        setup = _prepare(config, document["seed"])
         state = unpack(setup, document, tensors)
     releases = _releases_at_the_end(config, state, folder)
     spent = setup.epsilon(releases)
@@ -257,6 +296,13 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
             f"with {document['environment']} and this is {environment(config.device)}; resume "
             "there, or start afresh in another folder")
     return setup, state
+
+
+def _prepare(config: TrainConfig, seed: int) -> Setup:
+    """On the first process, once it is known what the others are to load."""
+    parallel.from_first({"seed": seed, "config": config.as_json(),
+                         "environment": environment(config.device)})
+    return prepare(config, seed)
 
 
 def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFolder) -> int:
@@ -323,6 +369,10 @@ def load_result(folder: str | Path) -> TrainResult:
     if document.get("schema_version") != artifacts.SCHEMA_VERSION or names != set(document):
         raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION} and the "
                          "fields of TrainResult; train again")
+    return _result_from(document)
+
+
+def _result_from(document: Mapping[str, Any]) -> TrainResult:
     return TrainResult(**{**document, "config": TrainConfig.from_json(document["config"]),
                           "curve": tuple(document["curve"])})
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from lowrank_dp import _cli, artifacts
 from lowrank_dp.models import METHODS
 from lowrank_dp.restore import SCHEMES
-from lowrank_dp.train import Setup, TrainConfig, TrainResult, train
+from lowrank_dp.train import Setup, TrainConfig, TrainResult, parallel, train
 from lowrank_dp.train.config import OPTIMIZERS, PRECISIONS, SCHEDULES
 from lowrank_dp.train.membership import MEMBERSHIPS
 
@@ -133,32 +133,35 @@ def main(
 ) -> None:
     """Fine-tune a classifier or a causal language model; leave a Hugging Face checkpoint."""
     warnings.showwarning = _one_line
-    config = TrainConfig(
-        model=model, task=task, method=method, epsilon=epsilon, delta=delta,
-        noise_multiplier=noise_multiplier, non_private=non_private, max_grad_norm=max_grad_norm,
-        unit=unit, steps=steps, batch_size=batch_size, optimizer=optimizer,
-        learning_rate=learning_rate, beta1=beta1, weight_decay=weight_decay, schedule=schedule,
-        warmup_steps=warmup_steps, scheme=scheme, scheme_options=_cli.options(option or []),
-        below=below, momentum_beta=momentum_beta, filter_b=tuple(filter_b or ()),
-        filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
-        lora_init=lora_init, target_modules=tuple(target_modules or ()),
-        train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
-        max_examples=max_examples, data_seed=data_seed, max_length=max_length, holdout=holdout,
-        membership=membership,
-        micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
-        eval_examples=eval_examples, generate=generate, num_beams=num_beams,
-        max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed, device=device)
-    console = Console(stderr=as_json)
+    with parallel.processes(device):
+        config = TrainConfig(
+            model=model, task=task, method=method, epsilon=epsilon, delta=delta,
+            noise_multiplier=noise_multiplier, non_private=non_private, max_grad_norm=max_grad_norm,
+            unit=unit, steps=steps, batch_size=batch_size, optimizer=optimizer,
+            learning_rate=learning_rate, beta1=beta1, weight_decay=weight_decay, schedule=schedule,
+            warmup_steps=warmup_steps, scheme=scheme, scheme_options=_cli.options(option or []),
+            below=below, momentum_beta=momentum_beta, filter_b=tuple(filter_b or ()),
+            filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
+            lora_init=lora_init, target_modules=tuple(target_modules or ()),
+            train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
+            max_examples=max_examples, data_seed=data_seed, max_length=max_length, holdout=holdout,
+            membership=membership,
+            micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
+            eval_examples=eval_examples, generate=generate, num_beams=num_beams,
+            max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed, device=device)
+        console = Console(stderr=as_json)
 
-    def announce(setup: Setup, releases: int) -> None:
-        _say(console, f"trains: {setup.description}")
-        _say(console, f"privacy: {setup.statement(releases)}")
+        def announce(setup: Setup, releases: int) -> None:
+            _say(console, f"trains: {setup.description}")
+            _say(console, f"privacy: {setup.statement(releases)}")
 
-    result = train(config, output, resume=resume, announce=announce)
-    if as_json:
-        print(json.dumps(artifacts.plain(result), indent=1, allow_nan=False))
-    else:
-        _print(console, result, output)
+        result = train(config, output, resume=resume, announce=announce)
+        if parallel.rank() > 0:
+            return
+        if as_json:
+            print(json.dumps(artifacts.plain(result), indent=1, allow_nan=False))
+        else:
+            _print(console, result, output)
 
 
 def _print(console: Console, result: TrainResult, output: Path) -> None:
@@ -188,7 +191,7 @@ def _layers(value: str | None) -> int | str | None:
 
 
 def _one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and parallel.rank() == 0:
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

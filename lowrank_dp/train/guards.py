@@ -47,6 +47,16 @@ def diverging(step: int) -> Iterator[None]:
                          ) from error
 
 
+@contextmanager
+def memory(micro_batch_size: int) -> Iterator[None]:
+    """What to do about a device that is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the device ran out of memory with micro_batch_size {micro_batch_size}: "
+                         "lower it (the result stays the same), or max_length") from error
+
+
 def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_std: float) -> None:
     """Refuse noise whose size or spectrum is not that of independent N(0, noise_std^2) entries.
 

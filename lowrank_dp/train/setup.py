@@ -19,6 +19,7 @@ from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.trainable import head_modules
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.membership import draw_members, fingerprint, group_units
+from lowrank_dp.train.parallel import world_size
 
 LABELLED_LENGTH = 128  # tokens that a text with a label is cut to, unless told otherwise
 
@@ -57,8 +58,10 @@ class Setup:
     @property
     def description(self) -> str:
         """What runs on what, in words."""
+        several = f", by {world_size()} processes" if world_size() > 1 else ""
         return (f"{describe(self.model)}; {self.task.name} from {self.task.source}, "
-                f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on")
+                f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on"
+                f"{several}")
 
     def statement(self, releases: int) -> str:
         """The privacy claim after ``releases`` releases, and what weakens it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_dp.restore import LowPass
 from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.parallel import world_size
 from lowrank_dp.train.setup import Setup, draw_seed
 
 
@@ -38,8 +39,13 @@ class State:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What decides the sequence that a generator gives from a state."""
-    return {"torch": torch.__version__, "device": torch.device(device).type}
+    """What decides the sequence that a generator gives from a state, and the bits of a sum.
+
+    The number of processes changes how a clean sum is rounded. Under the same noise that would be
+    a second release of which the first tells the noise: hence a new stream.
+    """
+    several = {"processes": str(world_size())} if world_size() > 1 else {}
+    return {"torch": torch.__version__, "device": torch.device(device).type, **several}
 
 
 def fresh_generators(config: TrainConfig, stream: str) -> tuple[torch.Generator, torch.Generator]:
@@ -63,7 +69,7 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
         tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
     document = {
         "config": setup.config.as_json(), "seed": setup.seed, "data": setup.data_fingerprint,
-        "environment": environment(setup.config.device), "stream": state.stream,
+        "environment": environment(setup.config.device), "stream": state.stream, "step": state.step,
         "curve": state.curve, "seconds": state.seconds, "restore_seconds": state.restore_seconds}
     return document, tensors
 
@@ -99,6 +105,7 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     else:
         state.stream = new_stream(setup.config, state.step)
         state.sampler, state.noise = fresh_generators(setup.config, state.stream)
+        torch.manual_seed(draw_seed(setup.config.seed, f"dropout {state.stream}"))
     return state
 
 

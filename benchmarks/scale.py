@@ -1,0 +1,239 @@
+"""Time of a DP training step over several processes: measured with 1 and 2, modelled, extrapolated.
+
+    python benchmarks/scale.py [--quick] [--json FILE]
+
+Packaged MiniLM, full fine-tuning, SST-2 where LOWRANK_DP_DATA holds it, else the generated task;
+micro-batches of 64, sigma 0.6, scheme optimal, one thread a process. Clipping and restoring are in
+process-CPU seconds, so other load matters little; an exchange (the sum to the first process and
+the noisy sum back) is the least wall time of several, over loopback. The model of a step with N
+processes, fitted to one process and to exchanges of other sizes, and checked against two:
+
+    clip      a * rows / N              exchange   latency + 2 bytes / bandwidth
+    restore   k * the longest share of the cost of the matrices, as ``parallel.owners`` splits them
+    hand out  N latencies + bytes / bandwidth, which splitting the restoration costs
+
+The cost of one matrix is m n or m n min(m, n), whichever fits restorations of single matrices.
+Tables of more devices are extrapolations: the first from what was measured here, a core taken as a
+device; the second from numbers of a GPU that are ASSUMED, and printed with it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+
+from lowrank_dp import train
+from lowrank_dp.figures import default_task
+from lowrank_dp.restore import restore
+from lowrank_dp.train import TrainConfig, parallel, take_step
+from lowrank_dp.train.setup import prepare
+from lowrank_dp.train.state import State, fresh_generators
+
+BATCHES, SIGMA = (64, 128), 0.6
+SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (1024, 2560), (2560, 2560)]
+COSTS = {"m n": lambda m, n: m * n, "m n min(m, n)": lambda m, n: m * n * min(m, n)}
+DEVICES = (1, 2, 8, 32, 128, 512)
+# a 4B-parameter decoder: 36 blocks, width 2560, 32 query and 8 key heads of 128, 9728 inside
+BLOCK = [(4096, 2560), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560),
+         (2560, 9728)]
+LARGE = {f"{block}.{i}": shape for block in range(36) for i, shape in enumerate(BLOCK)}
+TOKENS, LARGE_BATCH = 512, 4096
+# ASSUMED: FLOP/s reached in training and in products of a restoration, link in bytes/s, latency
+GPU = {"train": 3e14, "restore": 3e13, "bandwidth": 5e10, "latency": 1e-4}
+
+
+def timed(name, spent):
+    """Add the CPU time of a function that ``train`` calls to ``spent[name]``."""
+    function = getattr(train, name)
+
+    def call(*args, **kwargs):
+        started = time.process_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.process_time() - started
+
+    setattr(train, name, call)
+
+
+def measure(folder, rounds):
+    """In each process: seconds a step of each part by batch, and of exchanges by size."""
+    found = {"steps": {}, "exchanges": {}}
+    spent = {}
+    for name in ("clipped_sum_over", "restore_gradients"):
+        timed(name, spent)
+    with parallel.processes("cpu"):
+        for batch in BATCHES:
+            config = TrainConfig(task=default_task(), noise_multiplier=SIGMA, batch_size=batch,
+                                 scheme="optimal", seed=0, max_examples=5000)
+            setup = prepare(config, 0)
+            state = State(0, "benchmark", *fresh_generators(config, "benchmark"))
+            values = []
+            for _ in range(rounds + 1):
+                spent.clear()
+                # the sample's size is random: the time is one of the expected size's
+                drawn = setup.mechanism.sample(len(setup.unit_rows),
+                                               state.sampler.clone_state()).numel()
+                take_step(setup, state)
+                values.append([spent["clipped_sum_over"] * batch / drawn,
+                               spent["restore_gradients"]])
+            found["steps"][batch] = np.median(values[1:], axis=0).tolist()
+        found["shapes"] = {name: list(p.shape) for name, p in setup.trained.items()}
+        found["tokens"] = statistics.mean(len(row["input_ids"]) for row in setup.rows)
+        for size in (10**3, 10**5, 10**6, 4 * 10**6, 10**7):
+            found["exchanges"][size] = exchange(torch.ones(size))
+        sums = {name: p.detach().clone() for name, p in setup.trained.items()}
+        found["exchanges"]["model"] = exchange(torch.cat([t.flatten() for t in sums.values()]))
+        found["hand out"] = least(lambda: parallel.spread(lambda some: some, sums))
+        rank = parallel.rank()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+
+
+def exchange(tensor):
+    return least(lambda: parallel.broadcast(parallel.summed({"sum": tensor})))
+
+
+def least(call):
+    """Wall seconds of the fastest of several calls."""
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def launch(processes, rounds):
+    """What each of so many processes measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(processes), __file__, "--worker", folder, str(rounds)], check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+def single_matrices(rounds):
+    """CPU seconds of restoring one matrix with eight spikes, by shape."""
+    generator, seconds = torch.Generator().manual_seed(0), []
+    for m, n in SHAPES:
+        spikes = torch.randn(m, 8, generator=generator) @ torch.randn(8, n, generator=generator)
+        noisy = spikes + torch.randn(m, n, generator=generator)
+        times = []
+        for _ in range(rounds + 1):
+            started = time.process_time()
+            restore(noisy, 1.0)
+            times.append(time.process_time() - started)
+        seconds.append(statistics.median(times[1:]))
+    return np.array(seconds)
+
+
+def longest_share(shapes, count, cost):
+    """Of the matrices' total cost, what the busiest of ``count`` processes has."""
+    owner = parallel.owners(shapes, count)
+    loads = [0.0] * count
+    for name, rank in owner.items():
+        loads[rank] += cost(*shapes[name])
+    return max(loads)
+
+
+def table(title, clip, latency, transfer, restoring, shapes, cost):
+    """A line for each number of devices: parts of a step, and restoring if it were not split.
+
+    ``clip`` and ``restoring`` are seconds on one device; ``transfer`` is of all sums, one way.
+    """
+    print(f"\n{title}\n{'devices':>9}{'clip':>10}{'exchange':>10}{'restore':>10}{'hand out':>10}"
+          f"{'step':>10}{'unsplit restore':>17}{'split buys':>12}   longest part, and unsplit")
+    for count in DEVICES:
+        several = count > 1
+        parts = {"clip": clip / count, "exchange": several * (latency + 2 * transfer),
+                 "restore": restoring * longest_share(shapes, count, cost),
+                 "hand out": several * (count * latency + transfer)}
+        whole = restoring * longest_share(shapes, 1, cost)
+        step = sum(parts.values())
+        unsplit = {**parts, "restore": whole, "hand out": 0.0}
+        print(f"{count:9}" + "".join(f"{value:10.3g}" for value in (*parts.values(), step))
+              + f"{whole:17.3g}{sum(unsplit.values()) / step:11.2f}x   "
+              + f"{max(parts, key=parts.get)}, {max(unsplit, key=unsplit.get)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2 rounds instead of 7")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if arguments.worker:
+        measure(arguments.worker[0], int(arguments.worker[1]))
+        return
+    rounds = 2 if arguments.quick else 7
+    one, = launch(1, rounds)
+    two = launch(2, rounds)
+    shapes = {name: tuple(shape) for name, shape in one["shapes"].items()}
+
+    singles, fits = single_matrices(rounds), {}
+    for name, cost in COSTS.items():
+        costs = np.array([cost(*shape) for shape in SHAPES], dtype=float)
+        factor = float(np.exp(np.mean(np.log(singles / costs))))
+        fits[name] = float(np.exp(np.abs(np.log(singles / costs / factor)).max())), factor
+    law = min(fits, key=fits.get)
+    cost = COSTS[law]
+    print("restoring single matrices: " + "; ".join(
+        f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items()))
+
+    per_row = float(np.mean([seconds[0] / int(b) for b, seconds in one["steps"].items()]))
+    restored = float(np.median([seconds[1] for seconds in one["steps"].values()]))
+    factor = restored / longest_share(shapes, 1, cost)
+    sizes = {int(size): two[0]["exchanges"][size] for size in two[0]["exchanges"]
+             if size != "model"}
+    per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
+    latency = sizes[10**3]
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    transfer = 4 * count * per_byte
+    batch = str(BATCHES[-1])
+    rows = [
+        ("clip, 1 process", per_row * BATCHES[-1], one["steps"][batch][0]),
+        ("clip, 2 processes", per_row * BATCHES[-1] / 2, max(r["steps"][batch][0] for r in two)),
+        ("restore, 2 processes", factor * longest_share(shapes, 2, cost),
+         max(statistics.median(s[1] for s in r["steps"].values()) for r in two)),
+        (f"exchange of {count:,} floats", latency + 2 * transfer, two[0]["exchanges"]["model"]),
+        ("hand out", 2 * latency + transfer, two[0]["hand out"]),
+    ]
+    print(f"\nseconds a step, batch {batch}{'':17}{'model':>10}{'measured':>10}{'ratio':>8}")
+    for label, model, measured in rows:
+        print(f"{label:40}{model:10.3f}{measured:10.3f}{measured / model:8.2f}")
+
+    table(f"MiniLM, batch {batch}: EXTRAPOLATED from the above", per_row * BATCHES[-1],
+          latency, transfer, factor, shapes, cost)
+    parameters = sum(m * n for m, n in LARGE.values())
+    flops = 6 * parameters * TOKENS * LARGE_BATCH
+    # what a unit of cost takes here, in the FLOP that training does here meanwhile
+    weights = sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
+    work = fits[law][1] / (per_row / (6 * weights * one["tokens"]))
+    table(f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
+          f"GPU {GPU}", flops / GPU["train"], GPU["latency"], 4 * parameters / GPU["bandwidth"],
+          work / GPU["restore"], LARGE, cost)
+    uneven = 512 * longest_share(LARGE, 512, cost) / longest_share(LARGE, 1, cost)
+    print(f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
+          "even one, since a matrix is not divided")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(
+            [dict(zip(("figure", "model", "measured"), row, strict=True)) for row in rows],
+            indent=1))
+
+
+if __name__ == "__main__":
+    main()

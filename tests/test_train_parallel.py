@@ -1,0 +1,378 @@
+"""Several processes at one run: against one process, against dp-accounting, and dying ones."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from scipy import stats
+
+import lowrank_dp
+import lowrank_dp.train as train_module
+from lowrank_dp.artifacts.runs import RunFolder
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.models import load_tokenizer
+from lowrank_dp.train import TrainConfig, load_result, parallel, take_step, train
+from lowrank_dp.train.setup import prepare
+from lowrank_dp.train.state import State, environment, fresh_generators
+
+SIGMA, BOUND, STEPS, TRAIN = 0.3, 0.5, 5, 60
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+               "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A BERT of two layers with dropout, at random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = load_tokenizer("tiny")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(transformers.BertConfig(
+            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=48, max_position_embeddings=64, pad_token_id=0,
+            num_labels=2)).save_pretrained(folder)
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_config(model, **changes):
+    base = {"model": model, "task": "generated", "max_examples": TRAIN, "noise_multiplier": SIGMA,
+            "max_grad_norm": BOUND, "steps": STEPS, "batch_size": 13, "learning_rate": 1e-2,
+            "optimizer": "sgd", "micro_batch_size": 4, "eval_every": 100, "snapshot_every": 2,
+            "eval_examples": 20, "seed": 5}
+    return TrainConfig(**base | changes)
+
+
+RUNS = {
+    "restored": {"scheme": "optimal", "momentum_beta": 0.9, "restore_method": "exact"},
+    "groups": {"unit": "group", "method": "lora", "optimizer": "adam"},
+    "oracle": {"scheme": "oracle", "diagnostic": True},
+    "non-private": {"noise_multiplier": None, "non_private": True},
+    "one at most": {"batch_size": 1},  # most shares of a sample are empty
+    "dropout": {"dropout": True, "scheme": "soft"},
+    "unseeded": {"seed": None},
+}
+
+# In each process: all runs with every step looked at; a restoration spread and not; runs that fail
+TOGETHER = """
+import hashlib, json, os, sys
+import torch
+from safetensors.torch import save_file
+import lowrank_dp.train as module
+from lowrank_dp.__main__ import main
+from lowrank_dp.artifacts.runs import RunFolder
+from lowrank_dp.restore import restore_gradients
+from lowrank_dp.train import TrainConfig, parallel, train
+torch.set_num_threads(1)
+folder, rank = sys.argv[2], int(os.environ["RANK"])
+configs = {name: TrainConfig.from_json(document)
+           for name, document in json.loads(sys.argv[1]).items()}
+report = {"steps": {}, "failed": {}}
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors.values())
+                          ).hexdigest()
+
+original = module.take_step
+def looking(setup, state):
+    clean, noisy = original(setup, state)
+    gradients = {n: p.grad for n, p in setup.trained.items()}
+    report["steps"].setdefault(name, []).append(
+        [digest(noisy), digest(setup.trained), digest(gradients), state.stream])
+    if rank == 0:
+        for kind, tensors in (("clean", clean), ("noisy", noisy), ("weights", setup.trained)):
+            save_file({n: t.detach() for n, t in tensors.items()},
+                      f"{folder}/{name}-{kind}-{state.step}.safetensors")
+    return clean, noisy
+
+module.take_step = looking
+for name, config in configs.items():
+    result = train(config, f"{folder}/{name}", show_progress=False)
+    report[name] = [result.epsilon, result.releases, result.privacy]
+module.take_step = original
+
+generator = torch.Generator().manual_seed(0)
+sums = {f"m{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(
+    [(30, 40), (40, 30), (64, 64), (64, 8), (5,), (1, 40), (90, 20), (64, 64)])}
+sums["m2"][0] += 100
+done = []
+def work(some):
+    done.extend(some)
+    return restore_gradients(some, 1.0, "optimal")[0]
+with parallel.processes("cpu"):
+    spread = parallel.spread(work, sums)
+report["spread"] = [done, digest(spread), digest(restore_gradients(sums, 1.0, "optimal")[0])]
+
+def failing(owner, what, at, error, count):
+    function, calls = getattr(owner, what), []
+    def called(*args, **kwargs):
+        calls.append(0)
+        if rank == at and len(calls) == count:
+            raise error
+        return function(*args, **kwargs)
+    setattr(owner, what, called)
+    return lambda: setattr(owner, what, function)
+
+config, last = configs["dropout"], f"{folder}/failing"
+for case, arguments in {
+        "disk": (RunFolder, "begin_release", 0, OSError("ledger could not be written"), 3),
+        "gradient": (module, "clipped_sum_over", 1, ValueError("row 3 is not finite"), 2),
+        "evaluation": (module, "_evaluate", 0, KeyError("a bug"), 1),
+        "memory": (module, "restore_gradients", 1, torch.OutOfMemoryError("too large"), 1),
+        "other": None}.items():
+    restore = failing(*arguments) if arguments else lambda: None
+    try:
+        if case == "other" and rank == 1:
+            config = TrainConfig.from_json({**config.as_json(), "learning_rate": 0.5})
+        train(config, last, resume=case != "disk", show_progress=False)
+    except BaseException as error:
+        report["failed"][case] = [type(error).__name__, str(error), repr(error.__cause__)]
+    restore()
+train(configs["dropout"], last, resume=True, show_progress=False)
+report["codes"] = []
+for words in json.loads(sys.argv[3]):
+    try:
+        main(words)
+    except SystemExit as stop:
+        report["codes"].append(stop.code)
+json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
+"""
+
+
+def words(config, folder):
+    default = TrainConfig(non_private=True).as_json()
+    values = {name: value for name, value in config.as_json().items()
+              if value != default[name] and name != "non_private"}
+    return ["train", "--output", str(folder), "--resume",
+            *(f"--{name.replace('_', '-')}" if value is True
+              else f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
+
+
+@pytest.fixture(scope="module")
+def together(model, tmp_path_factory):
+    """What two processes saw: the configurations, the folder, a report from each."""
+    folder = tmp_path_factory.mktemp("together")
+    configs = {name: make_config(model, **changes) for name, changes in RUNS.items()}
+    (folder / "worker.py").write_text(TOGETHER)
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.tex").write_text("x")
+    good = words(make_config(model), folder / "full")
+    bad = [word.replace(f"multiplier={SIGMA}", "multiplier=-1") for word in good]
+    done = subprocess.run(
+        [*TORCHRUN, "2", str(folder / "worker.py"),
+         json.dumps({name: config.as_json() for name, config in configs.items()}), str(folder),
+         json.dumps([bad, good])],
+        capture_output=True, text=True, timeout=400, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stderr)
+    return configs, folder, [json.loads((folder / f"rank-{rank}.json").read_text())
+                             for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_and_gradients_are_the_same_to_the_bit_on_every_process(name, together):
+    _, _, reports = together
+    first, second = (report["steps"][name] for report in reports)
+    assert len(first) == STEPS and first == second
+    assert len({weights for _, weights, *_ in first}) == STEPS  # and they do move
+    assert reports[0][name] == reports[1][name]
+
+
+@pytest.mark.parametrize("name", list(RUNS)[:-2])
+def test_two_processes_train_as_one_does(name, together):
+    """The same draws in this process: sums before and after the noise, and weights."""
+    configs, folder, reports = together
+    setup = prepare(configs[name], 5)
+    start = {n: p.detach().clone() for n, p in setup.trained.items()}
+    stream = reports[0]["steps"][name][0][-1]
+    state = State(0, stream, *fresh_generators(configs[name], stream))
+    for step in range(1, STEPS + 1):
+        clean, noisy = take_step(setup, state)
+        for kind, want in (("clean", clean), ("noisy", noisy)):
+            got = load_file(folder / f"{name}-{kind}-{step}.safetensors")
+            largest = max(float(total.abs().max()) for total in want.values())
+            assert got.keys() == want.keys()
+            for n in want:  # weights that differ in their last bits give such gradients
+                assert float((got[n] - want[n]).abs().max()) <= 1e-5 * max(largest, 0.1), (step, n)
+    got = load_file(folder / f"{name}-weights-{STEPS}.safetensors")
+    for n, p in setup.trained.items():
+        moved = max(float((p.detach() - start[n]).abs().max()), 1e-3)
+        assert float((got[n] - p.detach()).abs().max()) <= 1e-4 * moved, n
+
+
+def test_noise_is_added_once(together):
+    """Its variance over all entries and steps, chi-squared: false alarm in 10^6 runs."""
+    _, folder, _ = together
+    noise = np.concatenate([
+        (load_file(folder / f"restored-noisy-{step}.safetensors")[name].double() - total.double())
+        .flatten().numpy() for step in range(1, STEPS + 1)
+        for name, total in load_file(folder / f"restored-clean-{step}.safetensors").items()])
+    total = float(np.sum((noise / (SIGMA * BOUND)) ** 2))
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], noise.size)
+    assert noise.size > 50_000 and low < total < high
+    half = noise.size // STEPS  # and each step's is its own
+    assert abs(np.corrcoef(noise[:half], noise[half:2 * half])[0, 1]) < 5 / math.sqrt(half)
+
+
+def test_epsilon_is_that_of_one_process(together):
+    configs, _, reports = together
+    for name in ("restored", "one at most", "unseeded"):
+        mechanism = GaussianMechanism(SIGMA, BOUND, configs[name].batch_size / TRAIN)
+        epsilon, releases, privacy = reports[1][name]
+        assert releases == STEPS and epsilon == mechanism.epsilon(STEPS, TRAIN ** -1.1)
+        assert f"Poisson sampling at rate {mechanism.sample_rate:.4g};" in privacy
+    assert reports[0]["oracle"][0] is reports[0]["non-private"][0] is None
+
+
+def test_spread_restoration_is_restoration(together):
+    _, _, reports = together
+    (done, result, want), (others, *same) = (report["spread"] for report in reports)
+    assert result == want and same == [result, want]
+    assert not set(done) & set(others)
+    assert set(done) | set(others) == {"m0", "m1", "m2", "m3", "m5", "m6", "m7"}
+    assert ("m2" in done) != ("m7" in done)  # the two that cost most
+
+
+def test_one_that_fails_stops_all_in_one_voice(together):
+    """An error is raised where it arose, and elsewhere nothing is said; then the run goes on."""
+    _, folder, reports = together
+    for case, rank, kind, text in (
+            ("disk", 0, "OSError", "ledger could not be written"),
+            ("gradient", 1, "ValueError", "row 3 is not finite"),
+            ("evaluation", 0, "KeyError", "a bug"),
+            ("memory", 1, "ValueError", "ran out of memory with micro_batch_size 4: lower it"),
+            ("other", 1, "ValueError", "differ in learning_rate: 0.5 / 0.01")):
+        mine, others = reports[rank]["failed"][case], reports[1 - rank]["failed"][case]
+        assert mine[0] == kind and text in mine[1], (case, mine)
+        assert others[0] == "SystemExit" and others[1] == "2", (case, others)
+        assert "another process of this run has stopped" in others[2], (case, others)
+    result = load_result(folder / "failing")
+    assert result.releases == STEPS  # replayed alike, dropout included: each counts once
+    assert ((folder / "failing" / "model.safetensors").read_bytes()
+            == (folder / "dropout" / "model.safetensors").read_bytes())
+
+
+def test_bad_input_is_one_line(together):
+    """What every process finds, and what only the first finds."""
+    _, folder, reports = together
+    lines = [line for line in (folder / "said").read_text().splitlines() if "error:" in line]
+    assert len(lines) == 2 and [report["codes"] for report in reports] == [[2, 2], [2, 2]], lines
+    assert lines[0].startswith("error: noise_multiplier must be") and "thesis.tex" in lines[1]
+
+
+# Processes that are killed, and other numbers of them
+
+def ledger(folder):
+    path = folder / "snapshots" / "releases.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [tuple(json.loads(line).values()) for line in text.splitlines()]
+
+
+class Stop(BaseException):
+    """What breaks a run off here."""
+
+
+KILLED = """
+import os, signal, sys
+from lowrank_dp.__main__ import main
+from lowrank_dp.artifacts.runs import RunFolder
+original, calls = RunFolder.begin_release, []
+def dying(self, *release):
+    original(self, *release)
+    calls.append(release)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunFolder.begin_release = dying
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_by_another_number_of_processes(model, tmp_path, monkeypatch):
+    """One process, then three, with no agent to stop two when the first is killed; then one."""
+    config = make_config(model, steps=9, dropout=True)
+    original = train_module.take_step
+
+    def breaking(setup, state):
+        if state.step == 3:
+            raise Stop
+        return original(setup, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "take_step", breaking)
+        with pytest.raises(Stop):
+            train(config, tmp_path)
+    assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    three = [subprocess.Popen(
+        [sys.executable, "-c", KILLED, *words(config, tmp_path)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**ENVIRONMENT, **address, "WORLD_SIZE": "3", "RANK": str(rank)}) for rank in range(3)]
+    said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
+    assert [process.returncode for process in three] == [-signal.SIGKILL, 2, 2]
+    for out, err in said[1:]:
+        assert err.count("\n") == 1 and not out and err.startswith(
+            "error: another process of this run has stopped or can't be reached ("), err
+    assert said[0][0].startswith("trains: ") and ", by 3 processes\n" in said[0][0]
+    assert not said[0][1]
+    assert not (tmp_path / "training.json").exists()
+
+    snapshot, _ = RunFolder(tmp_path).load_snapshot()
+    assert snapshot["step"] == 6
+    assert snapshot["environment"] == {**environment("cpu"), "processes": "3"}
+    result = train(config, tmp_path, resume=True)
+    # three streams: steps 0 to 3, 2 to 6, and what this one process draws anew, 6 to 8
+    assert result.releases == 4 + 5 + 3
+    mechanism = GaussianMechanism(SIGMA, BOUND, 13 / TRAIN)
+    assert result.epsilon == mechanism.epsilon(12, result.delta)
+
+
+# Without any process
+
+def test_owners():
+    shapes = {"embedding": (768, 32), "bias": (32,), "stack": (3, 4, 4),
+              **{f"layer {i}": (32, 32) for i in range(7)}, "wide": (32, 96)}
+    cost = {name: math.prod(shape) * min(shape) for name, shape in shapes.items()
+            if len(shape) == 2}
+    for count in (1, 2, 3, 20):
+        owner = parallel.owners(shapes, count)
+        assert owner.keys() == cost.keys() and set(owner.values()) <= set(range(count))
+        loads = [sum(cost[n] for n in owner if owner[n] == rank) for rank in range(count)]
+        best = max(sum(cost.values()) / count, max(cost.values()))  # no division does better
+        assert max(loads) <= 4 / 3 * best
+    assert parallel.owners(dict(reversed(shapes.items())), 3) == parallel.owners(shapes, 3)
+
+
+def test_alone_nothing_is_connected(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with parallel.processes("cpu"):
+        assert not torch.distributed.is_initialized()
+        assert (parallel.rank(), parallel.world_size()) == (0, 1)
+        assert parallel.from_first({"a": 1}, {"t": torch.ones(2)})[0] == {"a": 1}
+    assert "processes" not in environment("cpu")
+
+
+def test_a_process_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for local, device in (("1", "cuda"), ("0", "cuda:0")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with (pytest.raises(ValueError, match="device must be cpu, or cuda with a GPU for each"),
+              parallel.processes(device)):
+            pass
