@@ -11,6 +11,7 @@ Whatever stops a process closes its connections, and that stops the others at th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,14 +163,13 @@ def _flat(exchange: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> d
 def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
     """For each matrix the process that restores it, of ``count``; tensors of other ranks have none.
 
-    The largest first, each to the process with the least to do, by ``m n min(m, n)``: at most 4/3
-    of the best possible longest share (Graham, 1969).
+    The largest first, each to the process with the least to do, by ``m n``, which the fast path's
+    time grows with: at most 4/3 of the best possible longest share (Graham, 1969).
 
     >>> owners({"a": (4, 4), "b": (3, 4), "c": (3, 3), "bias": (4,)}, 2)
     {'a': 0, 'b': 1, 'c': 1}
     """
-    costs = {name: shape[0] * shape[1] * min(shape) for name, shape in shapes.items()
-             if len(shape) == 2}
+    costs = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     loads, owner = [0] * count, {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         owner[name] = loads.index(min(loads))
