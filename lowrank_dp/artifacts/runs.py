@@ -34,6 +34,10 @@ TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
 
 
+class InUse(ValueError):
+    """Another process works in the folder."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder; open it with :func:`open_run`, which holds its lock."""
@@ -163,8 +167,8 @@ def _explained(what: str) -> Iterator[None]:
 def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
     """A run's folder, made if need be, locked until the block ends or the process dies.
 
-    Raises ``ValueError`` if another process holds it, or if it is not empty and ``resume`` is
-    False, or holds something other than a run; ``OSError`` if it can't be written.
+    Raises :class:`InUse` if another process holds it; ``ValueError`` if it is not empty and
+    ``resume`` is False, or holds something other than a run; ``OSError`` if it can't be written.
     """
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
@@ -175,8 +179,8 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"output {path} is in use by another run: wait for it, or choose "
-                             "another folder") from None
+            raise InUse(f"output {path} is in use by another run: wait for it, or choose another "
+                        "folder") from None
         found = [item.name for item in path.iterdir() if item.name != ".lock"
                  and not item.name.startswith(".checkpoint-")]
         if found and not resume:
