@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dp import artifacts, evaluation
-from lowrank_dp._cli import progress
+from lowrank_dp._cli import Stopped, held_signals, progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import SEPARATOR, micro_batches
 from lowrank_dp.grads import clipped_sum_over
@@ -93,6 +93,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
     Raises:
         ValueError: in one line, on bad input, or when a guard stops the run: the snapshots stay.
         OSError: if the folder can't be written; the last snapshot is intact.
+        SystemExit: with 130 or 143 after SIGINT or SIGTERM, once the step is done and saved.
     """
     with runs.open_run(output, resume=resume) as folder, _own_random_numbers(config):
         if folder.finished:
@@ -103,7 +104,8 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
         if announce is not None:
             announce(setup, _releases_at_the_end(config, state, folder))
         try:
-            _steps(setup, state, folder, show_progress)
+            with held_signals() as asked_to_stop:
+                _steps(setup, state, folder, show_progress, asked_to_stop)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"the device ran out of memory with micro_batch_size "
                              f"{config.micro_batch_size}: lower it (the result stays the same), "
@@ -113,7 +115,8 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
         return result
 
 
-def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bool) -> None:
+def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bool,
+           asked_to_stop: list[int]) -> None:
     """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along."""
     config, first_step = setup.config, state.step
     movement = guards.MovementCheck(setup.trained)
@@ -133,8 +136,12 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bo
         setup.optimizer.zero_grad()
         if evaluating:
             _evaluate(setup, state, generate=last and config.generate)
-        if last or state.step % config.snapshot_every == 0:
+        stopping = asked_to_stop[:1]  # looked at once: a signal may come at any line
+        if last or stopping or state.step % config.snapshot_every == 0:
             folder.save_snapshot(state.step, *pack(setup, state))
+        if stopping:
+            raise Stopped(*stopping, f"step {state.step} of {config.steps} is saved; to go on, "
+                          "repeat the command, training with --resume")
 
 
 def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
