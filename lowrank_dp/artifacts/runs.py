@@ -30,6 +30,7 @@ from lowrank_dp import _validate
 from lowrank_dp.artifacts import atomic_write, umask
 
 KEPT_SNAPSHOTS = 2
+MAX_JSON_BYTES = 64 << 20  # a run's own are a thousandth of that
 TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
 
@@ -222,7 +223,9 @@ def write_json(path: str | Path, document: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object; ``ValueError`` naming the file if it holds anything else."""
+    """A JSON object; ``ValueError`` naming the file if it is over 64 MiB or holds anything else."""
+    if (size := Path(path).stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got {size:,}")
     try:
         document = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:

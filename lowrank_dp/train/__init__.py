@@ -28,6 +28,7 @@ from lowrank_dp._cli import Stopped, held_signals, progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import SEPARATOR, micro_batches
 from lowrank_dp.grads import clipped_sum_over
+from lowrank_dp.mechanism import Generator, uniform
 from lowrank_dp.models.backbones import quiet
 from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
 from lowrank_dp.train import guards
@@ -175,12 +176,12 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     return clean, noisy
 
 
-def _sample(setup: Setup, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+def _sample(setup: Setup, generator: Generator) -> Iterator[dict[str, Tensor]]:
     """Micro-batches of one Poisson sample of units; a unit of several rows takes part with one."""
     taken = setup.mechanism.sample(len(setup.unit_rows), generator)
     rows = [setup.unit_rows[unit] for unit in taken.tolist()]
     if setup.config.unit == "group":
-        picks = torch.rand(len(rows), generator=generator, dtype=torch.float64).tolist()
+        picks = uniform(len(rows), generator).tolist()
         chosen = [unit[int(pick * len(unit))] for unit, pick in zip(rows, picks, strict=True)]
     else:
         chosen = [row for unit in rows for row in unit]
@@ -258,11 +259,13 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     releases = _releases_at_the_end(config, state, folder)
     spent = setup.epsilon(releases)
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
+        why = ("a secure generator can't be replayed; " if config.secure_rng else
+               f"the snapshot was made with {document['environment']} and this is "
+               f"{environment(config.device)}; resume there, or ")
         raise ValueError(
             f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
-            f"{releases - config.steps} steps would be drawn anew, since the snapshot was made "
-            f"with {document['environment']} and this is {environment(config.device)}; resume "
-            "there, or start afresh in another folder")
+            f"{releases - config.steps} steps would be drawn anew, since {why}start afresh in "
+            "another folder")
     return setup, state
 
 
@@ -330,8 +333,7 @@ def load_result(folder: str | Path) -> TrainResult:
     if document.get("schema_version") != artifacts.SCHEMA_VERSION or names != set(document):
         raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION} and the "
                          "fields of TrainResult; train again")
-    return TrainResult(**{**document, "config": TrainConfig.from_json(document["config"]),
-                          "curve": tuple(document["curve"])})
+    return artifacts.typed(str(path), document, TrainResult)
 
 
 @contextmanager
