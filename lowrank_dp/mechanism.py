@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import dp_accounting
+import numpy as np
 import torch
 from dp_accounting import pld, rdp
+from scipy.special import ndtri
 from torch import Tensor
 
 from lowrank_dp import _validate
@@ -30,6 +32,39 @@ NEIGHBOURS = "add or remove one"
 _PLD_INTERVAL = 1e-3
 _PLD_CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
 _ACCOUNTANTS = ("pld", "rdp")
+SUMMANDS = 4  # Gaussians in one entry of a secure draw
+
+
+class SecureRandom:
+    """Draws from the operating system's cryptographic generator; there is no seed and no state.
+
+    An entry is the sum of four Gaussians over 2, each by inversion of a uniform number of 52 bits:
+    so the low bits of a release, which betray a single floating-point Gaussian (Mironov 2012), no
+    longer tell which draw it was (Holohan & Braghin 2021). The sum stays in float64 until it is
+    rounded with the gradient; no claim is made beyond that.
+    """
+
+    def uniform(self, size: int) -> Tensor:
+        """(size,) float64 on the CPU, in (0, 1): odd multiples of 2^-53, all of them exact."""
+        bits = np.frombuffer(os.urandom(8 * size), dtype=np.uint64) >> np.uint64(12)
+        return torch.from_numpy((bits + 0.5) * 2.0**-52)
+
+    def normal(self, size: int) -> Tensor:
+        """(size,) standard normal, float64, on the CPU."""
+        total = np.zeros(size)
+        for _ in range(SUMMANDS):
+            total += ndtri(self.uniform(size).numpy())
+        return torch.from_numpy(total / math.sqrt(SUMMANDS))
+
+
+Generator = torch.Generator | SecureRandom
+
+
+def uniform(size: int, generator: Generator) -> Tensor:
+    """(size,) uniform numbers in float64, whose grid is fine enough to leave a rate as stated."""
+    if isinstance(generator, SecureRandom):
+        return generator.uniform(size)
+    return torch.rand(size, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -64,22 +99,22 @@ class GaussianMechanism:
         """Standard deviation of the noise on each entry of the clipped *sum*, absolute."""
         return self.noise_multiplier * self.max_grad_norm
 
-    def sample(self, num_units: int, generator: torch.Generator) -> Tensor:
+    def sample(self, num_units: int, generator: Generator) -> Tensor:
         """Indices of a Poisson sample: each of ``num_units`` with probability ``sample_rate``.
 
-        Drawn in float64, whose grid of 2^-53 leaves the rate as stated. May be empty.
+        May be empty.
         """
-        draws = torch.rand(num_units, generator=generator, dtype=torch.float64)
-        return (draws < self.sample_rate).nonzero().flatten()
+        return (uniform(num_units, generator) < self.sample_rate).nonzero().flatten()
 
     def add_noise(self, clipped_sums: Mapping[str, Tensor],
-                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
+                  generator: Generator | None = None) -> dict[str, Tensor]:
         """Noisy copies of clipped sums: each entry plus N(0, noise_std^2), in float32 or better.
 
         Args:
             clipped_sums: parameter name -> sum of clipped gradients; not mutated.
             generator: source of the noise, on the sums' device; None seeds a new one from the
-                operating system. torch's generators are not cryptographically secure.
+                operating system. torch's generators are not cryptographically secure, a
+                :class:`SecureRandom` is.
         """
         noisy = {}
         for name, total in clipped_sums.items():
@@ -87,6 +122,10 @@ class GaussianMechanism:
                 kind = getattr(total, "dtype", type(total).__name__)
                 _validate.fail(f"clipped_sums[{name!r}]", "a floating-point tensor", str(kind))
             total = total if total.dtype == torch.float64 else total.float()
+            if isinstance(generator, SecureRandom):
+                drawn = generator.normal(total.numel()).reshape(total.shape).to(total.device)
+                noisy[name] = drawn.mul_(self.noise_std).add_(total).to(total.dtype)
+                continue
             if generator is None:
                 generator = os_seeded_generator(total.device)
             noise = torch.randn(total.shape, generator=generator, dtype=total.dtype,

@@ -1,7 +1,13 @@
 """What several test files share."""
 
+import json
+
 import pytest
 import torch
+import transformers
+
+from lowrank_dp.models import load_tokenizer
+from lowrank_dp.train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -11,3 +17,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A configuration that takes a moment: a BERT of one layer, forty sentences, two steps."""
+    folder = tmp_path_factory.mktemp("places")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(transformers.BertConfig(
+            vocab_size=768, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=64, pad_token_id=0, num_labels=2)
+        ).save_pretrained(folder / "model")
+    load_tokenizer("tiny").save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    for split, count in (("train", 40), ("validation", 12)):
+        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(
+            {"sentence": f"film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2}) + "\n"
+            for i in range(count)))
+    return TrainConfig(model=str(folder / "model"), task=str(folder / "data"), steps=2,
+                       batch_size=10, noise_multiplier=0.8, learning_rate=1e-3, seed=0)

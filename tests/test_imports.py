@@ -12,7 +12,7 @@ import lowrank_dp
 ROOT = Path(lowrank_dp.__file__).parent
 # a module imports only from those before it, and from its own package's inner modules
 ORDER = ("_validate", "_cli", "artifacts", "theory", "data", "models", "grads", "mechanism", "lora",
-         "spectrum", "restore", "optim", "evaluation", "train", "sweep", "mia", "plots",
+         "spectrum", "restore", "optim", "evaluation", "train", "engines", "sweep", "mia", "plots",
          "experiments", "figures")
 
 

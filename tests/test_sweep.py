@@ -1,38 +1,21 @@
 """Sweeps: order, each configuration once, nothing repeated, failures kept apart."""
 
+import importlib.util
 import json
+import os
+import signal
+import threading
 from dataclasses import fields, replace
 
 import pytest
-import torch
-import transformers
 
 import lowrank_dp.sweep as sweep_module
-from lowrank_dp.models import load_tokenizer
+from lowrank_dp import engines
+from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A configuration that takes a moment: a BERT of one layer, forty sentences, two steps."""
-    folder = tmp_path_factory.mktemp("places")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(transformers.BertConfig(
-            vocab_size=768, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=16, max_position_embeddings=64, pad_token_id=0, num_labels=2)
-        ).save_pretrained(folder / "model")
-    load_tokenizer("tiny").save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    for split, count in (("train", 40), ("validation", 12)):
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(
-            {"sentence": f"film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2}) + "\n"
-            for i in range(count)))
-    return TrainConfig(model=str(folder / "model"), task=str(folder / "data"), steps=2,
-                       batch_size=10, noise_multiplier=0.8, learning_rate=1e-3, seed=0)
 
 
 def counting(monkeypatch):
@@ -155,7 +138,8 @@ def test_every_field_is_part_of_a_folders_name(base):
         "diagnostic": {"scheme": "oracle", "diagnostic": True},
         "noise_multiplier": {"epsilon": None, "noise_multiplier": 0.9},
         "non_private": {"epsilon": None, "non_private": True}}
-    assert {*changes, *others} == {field.name for field in fields(TrainConfig)}
+    unseeded = {"secure_rng"}  # never in a sweep
+    assert {*changes, *others} == {field.name for field in fields(TrainConfig)} - unseeded
     configs = [base, *(replace(base, **{name: value}) for name, value in changes.items()),
                *(replace(base, **several) for several in others.values()),
                replace(base, scheme="truncate", scheme_options={"k": 3})]
@@ -165,16 +149,118 @@ def test_every_field_is_part_of_a_folders_name(base):
         assert run_folder(again, "runs") == run_folder(config, "runs")
 
 
+def test_an_engine_that_is_not_installed_is_named(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for engine in ("ray", "dask"):
+        with pytest.raises(ValueError, match=rf"^engine '{engine}' is not installed: "
+                           r"pip install 'lowrank_dp\[distributed\]'$"):
+            sweep([base], tmp_path / "runs", engine=engine)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_another_process_holds_is_waited_for(base, tmp_path, monkeypatch):
+    holding = runs.open_run(run_folder(base, tmp_path))
+    holding.__enter__()
+    release = threading.Timer(0.5, holding.__exit__, (None, None, None))
+    release.start()
+    outcome, = sweep([base], tmp_path, engine="sequential")
+    release.join()
+    assert outcome.result.releases == 2
+    monkeypatch.setattr(sweep_module, "PATIENCE", -1)
+    with runs.open_run(run_folder(base, tmp_path), resume=True):
+        outcome, = sweep([base], tmp_path, engine="sequential")
+    assert outcome.result is None and "in use by another run" in outcome.error
+
+
+# Engines, with the runs one after the other in this process as the oracle
+
+def dying(deaths, folder):
+    """``sweep._run``, killed as by kill -9 in its second step, so often by the run's seed."""
+    run = sweep_module._run
+
+    def run_or_die(job, **options):
+        seed = job[1].seed
+        before = len(list(folder.glob(f"{seed} *")))
+        if before < deaths.get(seed, 0):
+            (folder / f"{seed} {before}").touch()
+
+            def begin_release(self, stream, step, begin=runs.RunFolder.begin_release):
+                begin(self, stream, step)
+                if step == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            runs.RunFolder.begin_release = begin_release
+        return run(job, **options)
+
+    return run_or_die  # not importable, and so pickled with all it needs
+
+
+@pytest.fixture
+def cluster(request):
+    """The name of an engine; for Ray and Dask a cluster of two workers is there meanwhile."""
+    name = request.param
+    if name == "loky":
+        yield name
+    elif name == "ray":
+        cluster_utils = pytest.importorskip("ray.cluster_utils")
+        small = {"num_cpus": 1, "object_store_memory": 80 << 20}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            started = cluster_utils.Cluster(initialize_head=True, head_node_args=small)
+            started.add_node(**small)
+            patch.setenv("RAY_ADDRESS", started.address)
+            yield name
+            started.shutdown()
+    else:
+        dask = pytest.importorskip("dask")
+        distributed = pytest.importorskip("distributed")
+        with (dask.config.set({"distributed.scheduler.allowed-failures": 0}),  # a quicker test
+              distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None
+                                       ) as started,
+              dask.config.set({"scheduler-address": started.scheduler_address})):
+            yield name
+
+
 @pytest.mark.slow
-def test_in_parallel_as_in_this_process(base, tmp_path):
-    """Two workers; a failing run among them; curves to rounding of sums in another order."""
-    configs = [replace(base, seed=2), replace(base, task="sst3"), replace(base, seed=1),
-               replace(base, seed=2)]
-    parallel = sweep(configs, tmp_path / "parallel", num_workers=2)
+@pytest.mark.parametrize("cluster", ["loky", "ray", "dask"], indirect=True)
+def test_an_engine_gives_what_this_process_gives_though_workers_die(
+        cluster, base, tmp_path, monkeypatch):
+    """One run's worker is killed once, another's each time: that one fails, and alone."""
+    (tmp_path / "deaths").mkdir()
+    configs = [replace(base, seed=seed, steps=3, snapshot_every=1) for seed in (1, 2, 3, 4, 1)]
+    configs.insert(2, replace(base, task="sst3"))
     alone = sweep(configs, tmp_path / "alone", engine="sequential")
-    assert [outcome.config for outcome in parallel] == configs
-    assert parallel[1].error == alone[1].error and parallel[1].result is None
-    for one, other in ((0, 0), (2, 2), (3, 0)):
-        for here, there in zip(parallel[one].result.curve, alone[other].result.curve, strict=True):
-            assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
-    assert sweep(configs, tmp_path / "parallel", engine="sequential") == parallel
+    monkeypatch.setattr(sweep_module, "_run", dying({2: 1, 3: 1000}, tmp_path / "deaths"))
+    found = sweep(configs, tmp_path / "runs", num_workers=2, engine=cluster)
+    assert [outcome.config for outcome in found] == configs
+    for here, there in zip(found, alone, strict=True):
+        if here.config.seed == 3:
+            assert here.result is None and "its worker died 3 times" in here.error
+            continue
+        assert here.error == there.error
+        if there.result is None:
+            continue
+        assert here.result.releases == there.result.releases == 3
+        assert here.result.epsilon == there.result.epsilon
+        for mine, other in zip(here.result.curve, there.result.curve, strict=True):
+            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    deaths = {seed: len(list((tmp_path / "deaths").glob(f"{seed} *"))) for seed in (2, 3)}
+    assert deaths[2] == 1 and deaths[3] >= 3
+    # the worker no longer dies: the run goes on, the others are only read
+    monkeypatch.undo()
+    again = sweep(configs, tmp_path / "runs", engine="sequential")
+    assert again[3].result.releases == 3
+    assert again[:3] + again[4:] == found[:3] + found[4:]
+
+
+@pytest.mark.slow
+def test_a_single_worker_may_die_too(base, tmp_path):
+    here = os.getpid()
+
+    def job(number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid() != here
+
+    found = dict(engines.run(job, [0, 1, 2], "loky", 1))
+    assert found == {0: True, 1: None, 2: True}

@@ -720,6 +720,7 @@ def test_fingerprint_sees_content_label_and_order():
     ({"momentum_beta": 0.9, "beta1": 0.9}, "beta1 must be 0 or left out"),
     ({"filter_b": (1.0,), "beta1": 0.9}, "beta1 must be 0 or left out"),
     ({"beta1": 1.0}, "beta1 must be"),
+    ({"secure_rng": True}, "secure_rng must go without a seed"),
 ])
 def test_a_bad_configuration_is_refused_before_anything_is_loaded(changes, words):
     with pytest.raises(ValueError, match=words) as error:

@@ -258,6 +258,22 @@ def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp
     assert weights(tmp_path) == uninterrupted(config)
 
 
+def test_secure_draws_cannot_be_replayed_and_count_again(places, tmp_path, monkeypatch):
+    """Six releases of which three are lost with the process; then four more."""
+    config = make_config(places, seed=None, secure_rng=True)
+    interrupt(monkeypatch, config, tmp_path, train_module, "_restored", 6)
+    snapshot = RunFolder(tmp_path).load_snapshot()[1]
+    assert not {"generator.noise", "generator.sampler"} & snapshot.keys()
+    result = train(config, tmp_path, resume=True)
+    assert result.releases == 6 + 4
+    assert "after 10 steps" in result.privacy and "cryptographic generator" in result.privacy
+    target = make_config(places, seed=None, secure_rng=True, noise_multiplier=None, epsilon=4.0)
+    interrupt(monkeypatch, target, tmp_path / "target", train_module, "_restored", 6)
+    with pytest.raises(ValueError, match=r"more than 4: 3 steps would be drawn anew, since a "
+                       "secure generator can't be replayed; start afresh"):
+        train(target, tmp_path / "target", resume=True)
+
+
 # Damage
 
 def half_done(monkeypatch, config, folder):

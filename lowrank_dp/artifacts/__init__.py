@@ -18,6 +18,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+import types
+import typing
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,6 +36,7 @@ from lowrank_dp import _validate
 
 R = TypeVar("R")
 SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 30  # of a result's JSON, and of its arrays unpacked: a small .npz can hold any
 NON_PRIVATE = "NON-PRIVATE: computed from clean gradients, which no mechanism protects"
 NO_RECORDS = "no private records: computed from formulas, or from generated or public data only"
 _VERSIONS = ("torch", "numpy", "scipy", "transformers", "peft", "opacus", "dp-accounting")
@@ -162,7 +166,11 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     """
     path = Path(folder) / f"{name}.json"
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
+        with zipfile.ZipFile(path.with_suffix(".npz")) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if document is None or unpacked > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError as error:
@@ -176,22 +184,58 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     if document.get("kind") != kind.__name__:
         raise ValueError(f"result {path} must be a {kind.__name__}, got {document.get('kind')!r}")
     fields = {**document, **arrays}
-    hints = get_type_hints(kind)
-    values = {}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name not in fields:
-            raise ValueError(f"result {path} lacks the field {field.name!r}; recompute it")
-        values[field.name] = _rebuild(fields[field.name], hints[field.name])
-    return kind(**values)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in names:
+        if name not in fields:
+            raise ValueError(f"result {path} lacks the field {name!r}; recompute it")
+    return typed(f"result {path}", {name: fields[name] for name in names}, kind)
 
 
-def _rebuild(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(hint, type):
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """A value read from JSON as the annotation ``hint`` says; ``ValueError`` if it does not fit.
+
+    Lists become tuples and objects dataclasses; where ``hint`` says nothing, anything passes.
+    """
+    try:
+        return _typed(name, value, hint)
+    except RecursionError:
+        raise ValueError(f"{name} must not be nested so deeply") from None
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         inner = get_type_hints(hint)
         if unknown := value.keys() - inner.keys():
             _validate.fail(hint.__name__, f"one with fields {', '.join(inner)}", sorted(unknown))
-        return hint(**{key: _rebuild(item, inner.get(key)) for key, item in value.items()})
-    return tuple(_rebuild(item, None) for item in value) if isinstance(value, list) else value
+        values = {key: _typed(f"{name}: {key}", item, inner[key]) for key, item in value.items()}
+        try:
+            return hint(**values)
+        except TypeError as error:  # a field is missing
+            raise ValueError(f"{name} must be a whole {hint.__name__} ({error})") from None
+    origin, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in inside:
+            with contextlib.suppress(ValueError):
+                return _typed(name, value, option)
+    elif origin is tuple and isinstance(value, list):
+        hints = inside if inside and inside[-1] is not ... else inside[:1] * len(value)
+        if len(hints or value) == len(value):
+            return tuple(_typed(name, item, one) for item, one in
+                         zip(value, hints or [Any] * len(value), strict=True))
+    elif origin in (dict, Mapping) and isinstance(value, dict):
+        return {key: _typed(name, item, (*inside, Any, Any)[1]) for key, item in value.items()}
+    elif origin in (Any, object):
+        if isinstance(value, list):
+            return tuple(_typed(name, item, Any) for item in value)
+        return value
+    elif type(value) in ((int, float) if origin is float else (origin,)) or (
+            value is None and origin is types.NoneType):
+        return value
+    _validate.fail(name, f"of the type {getattr(hint, '__name__', hint)}", _short(value))
+
+
+def _short(value: object) -> object:
+    return value if isinstance(value, int | float | None) else type(value).__name__
 
 
 def save_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], folder: str | Path,

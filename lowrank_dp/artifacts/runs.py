@@ -30,8 +30,13 @@ from lowrank_dp import _validate
 from lowrank_dp.artifacts import atomic_write, umask
 
 KEPT_SNAPSHOTS = 2
+MAX_JSON_BYTES = 64 << 20  # a run's own are a thousandth of that
 TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
+
+
+class InUse(ValueError):
+    """Another process works in the folder."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +168,8 @@ def _explained(what: str) -> Iterator[None]:
 def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
     """A run's folder, made if need be, locked until the block ends or the process dies.
 
-    Raises ``ValueError`` if another process holds it, or if it is not empty and ``resume`` is
-    False, or holds something other than a run; ``OSError`` if it can't be written.
+    Raises :class:`InUse` if another process holds it; ``ValueError`` if it is not empty and
+    ``resume`` is False, or holds something other than a run; ``OSError`` if it can't be written.
     """
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
@@ -175,8 +180,8 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"output {path} is in use by another run: wait for it, or choose "
-                             "another folder") from None
+            raise InUse(f"output {path} is in use by another run: wait for it, or choose another "
+                        "folder") from None
         found = [item.name for item in path.iterdir() if item.name != ".lock"
                  and not item.name.startswith(".checkpoint-")]
         if found and not resume:
@@ -218,7 +223,9 @@ def write_json(path: str | Path, document: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object; ``ValueError`` naming the file if it holds anything else."""
+    """A JSON object; ``ValueError`` naming the file if it is over 64 MiB or holds anything else."""
+    if (size := Path(path).stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got {size:,}")
     try:
         document = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:

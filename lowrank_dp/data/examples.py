@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MAX_LINE_BYTES = 1 << 20      # no example of these tasks comes near; a longer line is not one
+MAX_FILE_BYTES = 1 << 30      # unpacked: a small .gz can hold any amount
+MAX_ROWS = 5_000_000          # MNLI has 393 thousand
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +66,18 @@ class Spec:
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a JSON Lines file with "file line n"; a ``ValueError`` names both."""
-    number, where = 0, str(path)
+    number, size, where = 0, 0, str(path)
     try:
         with (gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as lines:
             while line := lines.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 where = f"{path} line {number}"
+                size += len(line)
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes")
+                if size > MAX_FILE_BYTES or number > MAX_ROWS:
+                    raise ValueError(f"{where}: a file must have at most {MAX_FILE_BYTES:,} bytes "
+                                     f"(unpacked) and {MAX_ROWS:,} rows: split it")
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:

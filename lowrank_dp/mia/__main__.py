@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lowrank_dp import _cli, artifacts
+from lowrank_dp.engines import ENGINES
 from lowrank_dp.mia import compare, report
 from lowrank_dp.mia.attack import ATTACKS, Options, attack, open_target
 from lowrank_dp.mia.plan import plan
@@ -55,6 +56,8 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     num_workers: Annotated[int | None, typer.Option(
         help="Shadows trained at a time. Default: one a core.")] = None,
+    engine: Annotated[str, typer.Option(
+        help=f"Where shadows are trained: {', '.join(ENGINES)}.")] = "loky",
     output: Annotated[Path | None, typer.Option(
         help="Folder of the report. Default: mia/ in the checkpoint.")] = None,
     dry_run: Annotated[bool, typer.Option(
@@ -68,7 +71,7 @@ def main(
         population=population, base=base, data_dir=data_dir,
         fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
         max_records=max_records, batch_size=batch_size, seed=seed, device=device,
-        num_workers=num_workers)
+        num_workers=num_workers, engine=engine)
     folder = output or model / "mia"
     targets = [open_target(path, options) for path in (model, *(compare_with or []))]
     console = Console(stderr=as_json)

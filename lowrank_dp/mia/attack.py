@@ -13,6 +13,7 @@ import numpy as np
 from lowrank_dp import _validate, artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example
+from lowrank_dp.engines import check_engine
 from lowrank_dp.mia import guards, metrics, projection, quantile, scores, shadows, signals
 from lowrank_dp.mia.records import Records, load_records, read_manifest, read_population
 from lowrank_dp.mia.signals import Array, Signals
@@ -58,7 +59,8 @@ class Options:
         fpr: false-positive rates at which the true-positive rate is reported.
         guesses: of the one-run audit; 0 for none. Needs independent coins.
         white_box: also the gradient's norm, and the projection attack where the recipe allows it.
-        max_records, batch_size, seed, device, num_workers: of the computation.
+        max_records, batch_size, seed, device: of the computation.
+        num_workers, engine: shadows trained at a time, and where, as in ``sweep``.
     """
 
     attacks: tuple[str, ...] = ()
@@ -79,8 +81,10 @@ class Options:
     seed: int = 0
     device: str = "cpu"
     num_workers: int | None = None
+    engine: str = "loky"
 
     def __post_init__(self) -> None:
+        check_engine(self.engine)
         for name in (*self.attacks, *filter(None, [self.primary])):
             _validate.choice("attack", name, ATTACKS)
         for rate in self.fpr:
@@ -275,7 +279,8 @@ def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows |
         paths = shadows.find_shadows(target.recipe, options.shadow_dir)
     elif options.num_shadows:
         paths = shadows.train_shadows(target.recipe, options.num_shadows, cache / "shadows",
-                                      seed=options.seed, num_workers=options.num_workers)
+                                      seed=options.seed, num_workers=options.num_workers,
+                                      engine=options.engine)
     else:
         return None
     return shadows.measure_shadows(

@@ -55,10 +55,10 @@ def shadow_configs(recipe: TrainConfig, count: int, seed: int) -> list[TrainConf
 
 
 def train_shadows(recipe: TrainConfig, count: int, folder: Path, *, seed: int = 0,
-                  num_workers: int | None = None) -> list[Path]:
+                  num_workers: int | None = None, engine: str = "loky") -> list[Path]:
     """Train what is missing of ``count`` shadows; their checkpoints' folders."""
     configs = shadow_configs(recipe, count, seed)
-    outcomes = sweep(configs, folder, num_workers=num_workers, keep_model=True)
+    outcomes = sweep(configs, folder, num_workers=num_workers, engine=engine, keep_model=True)
     failed = [outcome.error for outcome in outcomes if outcome.result is None]
     if failed:
         raise ValueError(f"{len(failed)} of {count} shadows could not be trained: {failed[0]}; "

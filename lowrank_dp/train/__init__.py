@@ -16,7 +16,7 @@ snapshot with the same draws. Started by torchrun, its processes share the work 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dp import artifacts, evaluation
-from lowrank_dp._cli import progress
+from lowrank_dp._cli import Stopped, held_signals, progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import SEPARATOR, micro_batches
 from lowrank_dp.grads import clipped_sum_over
+from lowrank_dp.mechanism import Generator, uniform
 from lowrank_dp.models.backbones import quiet
 from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
 from lowrank_dp.train import guards, parallel
@@ -96,6 +97,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
     Raises:
         ValueError: in one line, on bad input, or when a guard stops the run: the snapshots stay.
         OSError: if the folder can't be written; the last snapshot is intact.
+        SystemExit: with 130 or 143 after SIGINT or SIGTERM, once the step is done and saved.
     """
     with (parallel.processes(config.device), _own_random_numbers(config),
           guards.memory(config.micro_batch_size)):
@@ -110,7 +112,8 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
                 if announce is not None:
                     announce(setup, _releases_at_the_end(config, state, folder))
                 parallel.from_first(*pack(setup, state))
-                _steps(setup, state, folder, show_progress)
+                with held_signals() as asked_to_stop:
+                    _steps(setup, state, folder, show_progress, asked_to_stop)
                 result = _result(setup, state, folder)
                 _save(setup, result, folder, keep_model)
             parallel.from_first({"result": artifacts.plain(result)})
@@ -128,12 +131,14 @@ def _follow(config: TrainConfig) -> TrainResult:
             raise ValueError(f"every process must be given the same; process {parallel.rank()} and "
                              f"the first differ in {'; '.join(differences)}")
         setup = prepare(config, found["seed"])
-        _steps(setup, unpack(setup, *parallel.from_first()), None, False)
+        with held_signals():  # the first process, which has the folder, obeys for all
+            _steps(setup, unpack(setup, *parallel.from_first()), None, False, ())
         found, _ = parallel.from_first()
-    return _result_from(found["result"])
+    return artifacts.typed("result", found["result"], TrainResult)
 
 
-def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progress: bool) -> None:
+def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progress: bool,
+           asked_to_stop: Sequence[int]) -> None:
     """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along.
 
     Without a folder nothing is written or evaluated: another process does.
@@ -159,8 +164,12 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
             guards.check_noise(clean, noisy, setup.mechanism.noise_std)
         if evaluating:
             _evaluate(setup, state, generate=last and config.generate)
-        if last or state.step % config.snapshot_every == 0:
+        stopping = asked_to_stop[:1]  # looked at once: a signal may come at any line
+        if last or stopping or state.step % config.snapshot_every == 0:
             folder.save_snapshot(state.step, *pack(setup, state))
+        if stopping:
+            raise Stopped(*stopping, f"step {state.step} of {config.steps} is saved; to go on, "
+                          "repeat the command, training with --resume")
 
 
 def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -203,20 +212,25 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     return clean, noisy
 
 
-def _sample(setup: Setup, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Micro-batches of one Poisson sample of units; a unit of several rows takes part with one."""
-    taken = setup.mechanism.sample(len(setup.unit_rows), generator)
-    rows = [setup.unit_rows[unit] for unit in taken.tolist()]
-    if setup.config.unit == "group":
-        picks = torch.rand(len(rows), generator=generator, dtype=torch.float64).tolist()
-        chosen = [unit[int(pick * len(unit))] for unit, pick in zip(rows, picks, strict=True)]
-    else:
-        chosen = [row for unit in rows for row in unit]
-    chosen = chosen[parallel.rank()::parallel.world_size()]  # the same sample on every process
+def _sample(setup: Setup, generator: Generator) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of this process's share of one Poisson sample."""
+    # the first draws for all: what comes from the operating system can't be drawn alike twice
+    chosen, _ = parallel.from_first(_draw(setup, generator) if parallel.rank() == 0 else None)
+    chosen = chosen[parallel.rank()::parallel.world_size()]
     batches = micro_batches([setup.rows[row] for row in chosen], setup.config.micro_batch_size,
                             setup.tokenizer.pad_token_id)
     for _, batch in batches:
         yield {key: value.to(setup.config.device) for key, value in batch.items()}
+
+
+def _draw(setup: Setup, generator: Generator) -> list[int]:
+    """Rows of one Poisson sample of units; a unit of several rows takes part with one."""
+    taken = setup.mechanism.sample(len(setup.unit_rows), generator)
+    rows = [setup.unit_rows[unit] for unit in taken.tolist()]
+    if setup.config.unit == "group":
+        picks = uniform(len(rows), generator).tolist()
+        return [unit[int(pick * len(unit))] for unit, pick in zip(rows, picks, strict=True)]
+    return [row for unit in rows for row in unit]
 
 
 def _restored(setup: Setup, state: State, noisy: Mapping[str, Tensor],
@@ -290,11 +304,13 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     releases = _releases_at_the_end(config, state, folder)
     spent = setup.epsilon(releases)
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
+        why = ("a secure generator can't be replayed; " if config.secure_rng else
+               f"the snapshot was made with {document['environment']} and this is "
+               f"{environment(config.device)}; resume there, or ")
         raise ValueError(
             f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
-            f"{releases - config.steps} steps would be drawn anew, since the snapshot was made "
-            f"with {document['environment']} and this is {environment(config.device)}; resume "
-            "there, or start afresh in another folder")
+            f"{releases - config.steps} steps would be drawn anew, since {why}start afresh in "
+            "another folder")
     return setup, state
 
 
@@ -369,12 +385,7 @@ def load_result(folder: str | Path) -> TrainResult:
     if document.get("schema_version") != artifacts.SCHEMA_VERSION or names != set(document):
         raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION} and the "
                          "fields of TrainResult; train again")
-    return _result_from(document)
-
-
-def _result_from(document: Mapping[str, Any]) -> TrainResult:
-    return TrainResult(**{**document, "config": TrainConfig.from_json(document["config"]),
-                          "curve": tuple(document["curve"])})
+    return artifacts.typed(str(path), document, TrainResult)
 
 
 @contextmanager

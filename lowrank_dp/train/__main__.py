@@ -127,6 +127,8 @@ def main(
     snapshot_every: Annotated[int, typer.Option()] = DEFAULT.snapshot_every,
     seed: Annotated[int | None, typer.Option(
         help="Reproduces everything, the noise included: then it is not secret.")] = None,
+    secure_rng: Annotated[bool, typer.Option(
+        "--secure-rng", help="Noise and samples from a cryptographic generator; slower.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT.device,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a killed run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -148,7 +150,8 @@ def main(
             membership=membership,
             micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
             eval_examples=eval_examples, generate=generate, num_beams=num_beams,
-            max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed, device=device)
+            max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed,
+            secure_rng=secure_rng, device=device)
         console = Console(stderr=as_json)
 
         def announce(setup: Setup, releases: int) -> None:

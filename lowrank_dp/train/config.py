@@ -65,6 +65,8 @@ class TrainConfig:
         snapshot_every: steps between snapshots, from which a killed run resumes.
         seed: makes everything reproducible, the noise included (which is then not secret). None
             draws from the operating system.
+        secure_rng: samples and noise from ``mechanism.SecureRandom``, not from torch. Slower; not
+            to be replayed, so that steps lost with a killed run are drawn, and counted, again.
         device: "cpu" or "cuda".
     """
 
@@ -114,6 +116,7 @@ class TrainConfig:
     max_new_tokens: int = 64
     snapshot_every: int = 10
     seed: int | None = None
+    secure_rng: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -157,6 +160,10 @@ class TrainConfig:
         if self.delta is not None:
             _validate.real("delta", self.delta, low=0, high=1, low_open=True, high_open=True)
         _validate.positive("max_grad_norm", self.max_grad_norm)
+
+        if self.secure_rng and (self.seed is not None or self.non_private):
+            raise ValueError("secure_rng must go without a seed, which would make the noise "
+                             "reproducible, and without non_private, which draws none")
 
     def _check_restoration(self) -> None:
         if self.scheme in NON_PRIVATE_SCHEMES and not self.diagnostic:
@@ -210,12 +217,12 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
-        """What :meth:`as_json` gave; unknown fields are refused."""
+        """What :meth:`as_json` gave; ``ValueError`` on unknown fields and on other types."""
+        if not isinstance(document, Mapping):
+            _validate.fail("configuration", "a JSON object", type(document).__name__)
         for name in document:
             _validate.choice("field of the configuration", name, [f.name for f in fields(cls)])
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                                  for name, value in document.items()}
-        return cls(**values)
+        return artifacts.typed("configuration", dict(document), cls)
 
     def differences(self, other: TrainConfig) -> list[str]:
         """``field: here / there`` for each field that differs."""

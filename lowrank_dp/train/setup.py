@@ -73,6 +73,8 @@ class Setup:
                     "diagnosis only")
         if self.config.seed is not None:
             claim += (f"; noise drawn from seed {self.config.seed}: reproducible, and not secret")
+        if self.config.secure_rng:
+            claim += "; noise and samples from the operating system's cryptographic generator"
         return claim
 
     def epsilon(self, releases: int) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dp.mechanism import Generator, SecureRandom
 from lowrank_dp.restore import LowPass
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.parallel import world_size
@@ -23,15 +24,15 @@ class State:
         step: steps taken.
         stream: name of the unbroken sequence of random draws that sampler and noise belong to.
         sampler, noise: generators of the Poisson samples (CPU) and of the DP noise (model's
-            device).
+            device); one :class:`SecureRandom`, which has no state, where that was asked for.
         low_passes: running mean of each parameter's noisy gradients; empty without one.
         curve: evaluations so far. seconds, restore_seconds: spent in steps, and of it restoring.
     """
 
     step: int
     stream: str
-    sampler: torch.Generator
-    noise: torch.Generator
+    sampler: Generator
+    noise: Generator
     low_passes: dict[str, LowPass] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
@@ -48,8 +49,10 @@ def environment(device: str) -> dict[str, str]:
     return {"torch": torch.__version__, "device": torch.device(device).type, **several}
 
 
-def fresh_generators(config: TrainConfig, stream: str) -> tuple[torch.Generator, torch.Generator]:
+def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Generator]:
     """Sampler and noise generator of a new stream."""
+    if config.secure_rng:
+        return SecureRandom(), SecureRandom()
     return (torch.Generator().manual_seed(draw_seed(config.seed, f"sampler {stream}")),
             torch.Generator(config.device).manual_seed(draw_seed(config.seed, f"noise {stream}")))
 
@@ -62,9 +65,10 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
                     if isinstance(value, Tensor)}
     for name, low_pass in state.low_passes.items():
         tensors |= {f"low_pass.{name}.{key}": value for key, value in low_pass.tensors().items()}
-    tensors |= {"generator.sampler": state.sampler.get_state(),
-                "generator.noise": state.noise.get_state(),
-                "generator.dropout": torch.get_rng_state()}
+    tensors["generator.dropout"] = torch.get_rng_state()
+    for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
+        if isinstance(generator, torch.Generator):
+            tensors[f"generator.{name}"] = generator.get_state()
     if setup.config.device.startswith("cuda"):
         tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
     document = {
@@ -77,8 +81,8 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
 def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
     """Put a snapshot's weights and optimizer state into ``setup``, and give its :class:`State`.
 
-    Where the generators of this machine would go on otherwise than those of the snapshot, a new
-    stream is begun: its releases count beside the old ones.
+    Where the generators of this machine would go on otherwise than those of the snapshot, or have
+    no state to go on from, a new stream is begun: its releases count beside the old ones.
     """
     if document["data"] != setup.data_fingerprint:
         raise ValueError(f"training records of {setup.task.name} are not those that the run began "
@@ -93,12 +97,14 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
             entries.setdefault(int(index), {})[entry] = tensor
     groups = setup.optimizer.state_dict()["param_groups"]
     setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    state = State(document["step"], document["stream"], torch.Generator(),
-                  torch.Generator(setup.config.device), _low_passes(setup, tensors),
-                  list(document["curve"]), document["seconds"], document["restore_seconds"])
-    if document["environment"] == environment(setup.config.device):
-        state.sampler.set_state(tensors["generator.sampler"])
-        state.noise.set_state(tensors["generator.noise"])
+    sampler, noise = torch.Generator(), torch.Generator(setup.config.device)
+    state = State(document["step"], document["stream"], sampler, noise,
+                  _low_passes(setup, tensors), list(document["curve"]), document["seconds"],
+                  document["restore_seconds"])
+    if document["environment"] == environment(setup.config.device) and (
+            not setup.config.secure_rng):
+        sampler.set_state(tensors["generator.sampler"])
+        noise.set_state(tensors["generator.noise"])
         torch.set_rng_state(tensors["generator.dropout"])
         if "generator.dropout_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])

@@ -1,0 +1,282 @@
+"""Faults at any moment, over every command that writes: what is left is whole and what is claimed
+holds. Runs broken off at chosen lines, damaged snapshots and ledgers are in test_train_resume.
+"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lowrank_dp.sweep import run_folder, sweep
+from lowrank_dp.train import load_result, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# A process that imports once and then forks, for each job, a child that is killed or limited.
+JOBS = """
+import json, os, random, resource, signal, sys, time
+from pathlib import Path
+import torch
+from lowrank_dp import figures  # imported once, with all that the jobs need
+from lowrank_dp.__main__ import main
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.mia import __main__, attack
+from lowrank_dp.models import load_model
+from lowrank_dp.sweep import sweep
+from lowrank_dp.train import TrainConfig, train
+torch.set_num_threads(1)
+what, folder, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+configs = [TrainConfig.from_json(document) for document in arguments["configs"]]
+load_model(configs[0].model)
+
+def work():
+    # every noisy sum that was drawn, noted by another hand than the ledger's
+    draw = GaussianMechanism.add_noise
+    def add_noise(self, *sums):
+        noisy = draw(self, *sums)
+        with open(f"{folder}.draws", "a") as file:
+            file.write(f"{float(next(iter(noisy.values())).double().sum())!r}\\n")
+        return noisy
+    GaussianMechanism.add_noise = add_noise
+    if what == "train":
+        train(configs[0], folder, resume=True, show_progress=False)
+    elif what == "sweep":
+        assert all(outcome.result for outcome in sweep(configs, folder, engine="sequential"))
+    else:
+        main(arguments["words"])
+
+def start(limit=None):
+    if (child := os.fork()) == 0:
+        code = 99
+        try:
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            sys.stderr = open(f"{folder}.err", "w")
+            work()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+            sys.stderr.write("" if what != "train" or not code else f"{stop}\\n")
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+
+KILLED = JOBS + """
+rng, killed = random.Random(f"{what} {arguments['seed']}"), 0
+while killed < arguments["kills"]:
+    child = start()
+    time.sleep(rng.uniform(0, arguments["seconds"]))
+    os.kill(child, signal.SIGKILL)
+    code = end(child)
+    assert code in (0, -signal.SIGKILL), code
+    if code == 0:     # it was faster
+        break
+    killed += 1
+code = end(start())
+print(json.dumps([killed, code]))
+"""
+
+LIMITED = JOBS + """
+print(json.dumps([end(start(limit)) for limit in (*arguments["limits"], None)]))
+"""
+
+SIGNALLED = JOBS + """
+ledger, codes, said = folder / "snapshots" / "releases.jsonl", [], []
+for number, after in arguments["signals"]:
+    child = start()
+    while not ledger.exists() or ledger.read_text().count("\\n") < after:
+        time.sleep(0.001)
+    os.kill(child, number)
+    codes.append(end(child))
+    said.append(Path(f"{folder}.err").read_text())
+print(json.dumps([codes, said, end(start())]))
+"""
+
+
+def run(script, what, folder, configs, **arguments):
+    arguments["configs"] = [config.as_json() for config in configs]
+    done = subprocess.run([sys.executable, "-c", script, what, str(folder), json.dumps(arguments)],
+                          capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def curve(result):
+    return [{name: value for name, value in entry.items() if "seconds" not in name}
+            for entry in result.curve]
+
+
+def assert_whole(folder):
+    """Every file that has its final name can be read, and nothing else is left."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                assert all(len(file[name].tobytes()) >= 0 for name in file.files)
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".pdf":
+            assert path.read_bytes().rstrip().endswith(b"%%EOF")
+        assert path.is_dir() or not path.name.startswith(".") or path.name == ".lock", path
+
+
+def spent_at_most(folder, result):
+    """Distinct noisy sums that were drawn are all counted; and only those."""
+    drawn = set(folder.with_name(f"{folder.name}.draws").read_text().split())
+    return len(drawn) <= result.releases
+
+
+@pytest.fixture(scope="module")
+def target(base, tmp_path_factory):
+    """A checkpoint to attack, of fair coins on eighty sentences."""
+    folder = tmp_path_factory.mktemp("target")
+    (folder / "data").mkdir()
+    for split, count in (("train", 80), ("validation", 12)):
+        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(
+            {"sentence": f"film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2}) + "\n"
+            for i in range(count)))
+    config = replace(base, task=str(folder / "data"), membership="half", delta=1e-3)
+    train(config, folder / "model")
+    return config, folder
+
+
+def words(what, target, folder):
+    if what == "figures":
+        return ["figures", "--only", "total_variation", "--output", str(folder / "figures"),
+                "--artifacts", str(folder / "artifacts")]
+    config, place = target
+    return ["mia", "--model", str(place / "model"), "--data-dir", config.task, "--base",
+            config.model, "--shadows", "2", "--engine", "sequential", "--output", str(folder)]
+
+
+SECONDS = {"train": 1.5, "sweep": 2.5, "attack": 5.0, "figures": 5.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.long)])
+@pytest.mark.parametrize("what", SECONDS)
+def test_kill_9_leaves_nothing_half_done(what, kills, base, target, tmp_path):
+    """Then the same command ends as if nothing had happened."""
+    folder = tmp_path / what
+    configs = [replace(base, steps=30, snapshot_every=4, seed=seed) for seed in (1, 2)]
+    done, attempt = 0, 0
+    while done < kills:  # a command that ends before it is killed starts anew elsewhere
+        place = folder / str(attempt) if what != "train" else tmp_path / f"train {attempt}"
+        place.parent.mkdir(exist_ok=True)
+        killed, code = run(KILLED, what, place, configs, kills=kills - done, seed=attempt,
+                           seconds=SECONDS[what], words=words(what, target, place))
+        assert code == 0, place.with_name(f"{place.name}.err").read_text()
+        done, attempt = done + killed, attempt + 1
+        assert_whole(place)
+    if what == "train":
+        result = load_result(place)
+        assert result.releases == 30 and spent_at_most(place, result)
+        assert curve(result) == curve(train(configs[0], tmp_path / "alone"))
+        assert not (place / "snapshots").exists()
+    elif what == "sweep":
+        assert {path.name for path in place.iterdir()} == {
+            run_folder(config, place).name for config in configs}
+        alone = sweep(configs, tmp_path / "alone", engine="sequential")
+        for config, other in zip(configs, alone, strict=True):
+            result = load_result(run_folder(config, place))
+            assert result.releases == 30 and curve(result) == curve(other.result)
+    elif what == "attack":
+        shadows = list((place / "cache" / "shadows").iterdir())
+        assert len(shadows) == 2 and all(load_result(path).releases == 2 for path in shadows)
+    else:
+        names = {path.name for path in (place / "figures").iterdir()}
+        assert names == {"total_variation.png", "total_variation.pdf"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["attack", "figures"])
+def test_a_full_disk_is_one_line_and_costs_nothing(what, target, base, tmp_path):
+    """Files may not grow beyond a size; then they may."""
+    place = tmp_path / what
+    codes = run(LIMITED, what, place, [base], limits=[600, 6000], words=words(what, target, place))
+    assert codes == [2, 2, 0]
+    assert_whole(place)
+
+
+@pytest.mark.parametrize("what", ["attack", "figures"])
+def test_a_place_that_cannot_be_written_is_one_line(what, target, tmp_path, capsys):
+    """Below a file, since root may write to folders that are read-only."""
+    from lowrank_dp.__main__ import main
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main(words(what, target, tmp_path / "file" / "below"))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+@pytest.mark.slow
+def test_signals_wait_for_the_end_of_the_step(base, tmp_path):
+    """SIGINT, then SIGTERM, each with a snapshot of the step; then on to the same end."""
+    config = replace(base, steps=40, snapshot_every=1000, seed=3)
+    asked = [(int(signal.SIGINT), 3), (int(signal.SIGTERM), 9)]
+    codes, said, last = run(SIGNALLED, "train", tmp_path / "run", [config], signals=asked)
+    assert codes == [130, 143] and last == 0
+    for line, (number, after) in zip(said, asked, strict=True):
+        assert line.startswith(f"stopped by {signal.Signals(number).name}: step "), line
+        assert line.count("\n") == 1 and "--resume" in line
+        assert int(line.split("step ")[1].split()[0]) >= after
+    result = load_result(tmp_path / "run")
+    drawn = (tmp_path / "run.draws").read_text().split()
+    assert len(drawn) == len(set(drawn)) == result.releases == 40  # no step was drawn twice
+    assert curve(result) == curve(train(config, tmp_path / "alone"))
+
+
+def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
+    import os
+
+    from lowrank_dp import _cli
+    from lowrank_dp.train import __main__ as command
+
+    def interrupted(config, output, **options):
+        def step(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return take_step(*args)
+
+        from lowrank_dp.train import take_step
+        with monkeypatch.context() as patch:
+            patch.setattr("lowrank_dp.train.take_step", step)
+            return train(config, output, **options)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command, "train", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        _cli.run(command.app, ["--model", base.model, "--task", base.task, "--steps", "2",
+                               "--batch-size", "10", "--noise-multiplier", "0.8", "--seed", "0",
+                               "--learning-rate", "1e-3", "--output", str(tmp_path / "run")])
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err == ("stopped by SIGTERM: step 1 of 2 is saved; to go on, repeat "
+                                       "the command, training with --resume\n")
+    assert train(base, tmp_path / "run", resume=True).releases == 2
+
+
+def test_a_clock_that_jumps_back_changes_nothing(base, tmp_path, monkeypatch):
+    now = [time.time()]
+
+    def backwards():
+        now[0] -= 3600
+        return now[0]
+
+    monkeypatch.setattr(time, "time", backwards)
+    monkeypatch.setattr(time, "time_ns", lambda: int(backwards() * 1e9))
+    result = train(base, tmp_path / "run")
+    assert result.releases == 2 and result.seconds >= result.restore_seconds >= 0
+    assert all(math.isfinite(entry["seconds"]) and entry["seconds"] >= 0 for entry in result.curve)
