@@ -197,18 +197,21 @@ def at_matched(result: Result, by: str) -> np.ndarray:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """An arm each: AUC at equal steps, at matched loss and at matched utility."""
-    columns = ["method", "epsilon", f"AUC at {result.config.steps[-1]} steps", "TPR@1% FPR",
-               "train loss", result.utility_name, "AUC at matched train loss",
-               f"AUC at matched {result.utility_name}"]
-    by_loss, by_utility = result.at("train_loss"), result.at("utility")
+    """An arm each: AUC at equal steps, at matched loss and at matched utility.
+
+    The differences from full fine-tuning are within seeds, which share records and coins.
+    """
+    columns = ["method", "epsilon", f"AUC at {result.config.steps[-1]} steps", "less full's",
+               "TPR@1% FPR", "train loss", result.utility_name, "AUC at matched train loss",
+               "less full's", f"AUC at matched {result.utility_name}"]
+    last, by_loss, by_utility = result.auc[..., -1], result.at("train_loss"), result.at("utility")
     rows = []
     for i, arm in enumerate(result.arms):
         rows.append([
             arm, "none" if np.isinf(result.epsilon[i]) else f"{result.epsilon[i]:.3g}",
-            *(_pm(values[i, :, -1]) for values in (result.auc, result.tpr, result.train_loss,
-                                                   result.utility)),
-            *(_pm(read[i]) for read in (by_loss, by_utility))])
+            _pm(last[i]), _pm(last[i] - last[0]) if i else "",
+            *(_pm(values[i, :, -1]) for values in (result.tpr, result.train_loss, result.utility)),
+            _pm(by_loss[i]), _pm(by_loss[i] - by_loss[0]) if i else "", _pm(by_utility[i])])
     return columns, rows
 
 
