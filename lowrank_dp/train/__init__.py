@@ -141,7 +141,7 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder, show_progress: bo
         if last or stopping or state.step % config.snapshot_every == 0:
             folder.save_snapshot(state.step, *pack(setup, state))
         if stopping:
-            raise Stopped(*stopping, f"step {state.step} of {config.steps} is saved; to go on, "
+            raise Stopped(stopping[0], f"step {state.step} of {config.steps} is saved; to go on, "
                           "repeat the command, training with --resume")
 
 
