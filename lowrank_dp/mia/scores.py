@@ -27,7 +27,7 @@ Mask = NDArray[np.bool_]
 # A spread below this is rounding, not information: one shadow a group, or all of them equal.
 _MIN_STD = 1e-12
 # Where the square of Min-K%++'s sigma underflows.
-_MIN_SIGMA = float(np.sqrt(np.finfo(np.float64).tiny))
+MIN_SIGMA = float(np.sqrt(np.finfo(np.float64).tiny))
 # Numbers handled at a time: 256 KiB in float64, which stays in the cache.
 _CHUNK = 2**15
 
@@ -140,7 +140,7 @@ def min_k_plus_plus(token_logits: ArrayLike, token_ids: ArrayLike, *,
     logits = np.where(p > 0, logits, 0.0)                       # 0 ln 0 = 0
     mean = (p * logits).sum(axis=1)
     variance = (p * (logits - mean[:, None]) ** 2).sum(axis=1)
-    sigma = np.maximum(np.sqrt(variance), _MIN_SIGMA)
+    sigma = np.maximum(np.sqrt(variance), MIN_SIGMA)
     return _mean_of_lowest((own - mean) / sigma, fraction)
 
 
@@ -161,7 +161,11 @@ def error_zone(token_logits: ArrayLike, reference_token_logits: ArrayLike,
              f"shape {reference.shape}")
     log_p, log_reference = (true - np.log(np.exp(row).sum(axis=1))
                             for true, row in ((own, logits), (own_reference, reference)))
-    change = (log_p - log_reference)[own < 0]                   # where another token is likelier
+    return upward_share((log_p - log_reference)[own < 0])       # where another token is likelier
+
+
+def upward_share(change: Array) -> float:
+    """Share of the changes (T,) that is upward, as in `error_zone`; 0.5 if nothing changes."""
     up, total = np.maximum(change, 0).sum(), np.abs(change).sum()
     return float(up / total) if total > 0 else 0.5
 

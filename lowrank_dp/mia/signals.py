@@ -23,12 +23,12 @@ from torch import Tensor
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import IGNORE, Example, Task, encode, micro_batches
-from lowrank_dp.evaluation import LOSS_OF_KIND
 from lowrank_dp.grads import LOSSES, clipped_sum_over
 from lowrank_dp.mia import scores
 from lowrank_dp.models import load_model
 
 Array = NDArray[np.float64]
+LOGITS_AT_A_TIME = 2**24  # in float64: 128 MiB, and a few times that on the way
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
             other = None
             if reference is not None:
                 with switched_off(reference, model) as base:
-                    other = base(**batch).logits.double()
-                found["reference_loss"][indices] = LOSSES[LOSS_OF_KIND[task.kind]](
-                    other, labels)[0].cpu().numpy()
+                    other = base(**batch).logits.float()
             for name, values in _SIGNALS[task.kind](logits, labels, other).items():
                 found[name][indices] = values
     bad = ~np.isfinite(found["loss"])
@@ -107,36 +105,62 @@ def gradient_norms(model: Any, tokenizer: Any, task: Task, examples: Sequence[Ex
 
 def _classification(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
     z, y = logits.double().cpu().numpy(), labels.cpu().numpy()
-    loss, _ = LOSSES["single_label_classification"](logits.double(), labels)
-    return {"loss": loss.cpu().numpy(),
-            "phi": scores.logit_confidence_from_logits(z, y) if np.isfinite(z).all() else np.nan}
+    phi = scores.logit_confidence_from_logits(z, y) if np.isfinite(z).all() else np.nan
+    return {"phi": phi, **_losses("single_label_classification", logits, labels, other)}
 
 
 def _regression(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
-    loss, _ = LOSSES["regression"](logits.double(), labels)
-    return {"loss": loss.cpu().numpy(), "phi": -loss.cpu().numpy()}
+    found = _losses("regression", logits, labels, other)
+    return {"phi": -found["loss"], **found}
+
+
+def _losses(kind: str, logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
+    both = {"loss": logits} | ({} if other is None else {"reference_loss": other})
+    return {name: LOSSES[kind](values.double(), labels)[0].cpu().numpy()
+            for name, values in both.items()}
 
 
 def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
-    """Token by token: position t is scored by the logits at t - 1."""
+    """The targets' tokens of all rows at once, in parts that fit the memory, then row by row.
+
+    Position t is scored by the logits at t - 1.
+    """
+    rows, places = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    size = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+    parts = [_tokens(logits[r, t], labels[r, t + 1], None if other is None else other[r, t])
+             for r, t in zip(rows.split(size), places.split(size), strict=True)]
+    tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+    ends = np.cumsum(np.bincount(rows.cpu().numpy(), minlength=len(logits)))[:-1]
     found: dict[str, list[float]] = {}
-    for row in range(len(logits)):
-        wanted = labels[row, 1:] != IGNORE
-        tokens = labels[row, 1:][wanted].cpu().numpy()
-        z = logits[row, :-1][wanted].double()
-        log_probs = z.log_softmax(-1).cpu().numpy()[np.arange(len(tokens)), tokens]
-        z_array = z.cpu().numpy()
-        loss = -log_probs.mean()
-        one = {"loss": loss}
+    for row in zip(*(np.split(values, ends) for values in tokens.values()), strict=True):
+        one = dict(zip(tokens, row, strict=True))
+        loss = -one["log_p"].mean()
+        values = {"loss": loss}
         if np.isfinite(loss):
-            one |= {"phi": float(scores.logit_confidence([loss])[0]),
-                    "min_k": scores.min_k(log_probs),
-                    "min_k_plus_plus": scores.min_k_plus_plus(z_array, tokens)}
-            if other is not None:
-                reference = other[row, :-1][wanted].cpu().numpy()
-                one["error_zone"] = scores.error_zone(z_array, reference, tokens)
-        for name, value in one.items():
-            found.setdefault(name, [np.nan] * len(logits))[row] = value
+            values |= {"phi": float(scores.logit_confidence([loss])[0]),
+                       "min_k": scores.min_k(one["log_p"]),
+                       "min_k_plus_plus": scores.min_k(one["standardised"])}
+        if other is not None:
+            values["reference_loss"] = -one["reference"].mean()
+            if np.isfinite(loss):
+                values["error_zone"] = scores.upward_share(
+                    (one["log_p"] - one["reference"])[one["errs"]])
+        for field in fields(Signals):
+            found.setdefault(field.name, []).append(values.get(field.name, np.nan))
+    return found
+
+
+def _tokens(logits: Tensor, ids: Tensor, other: Tensor | None) -> dict[str, Tensor]:
+    """Of tokens ``ids`` (T,) under ``logits`` (T, V), what the scores need; (T,) each."""
+    log_p = logits.double().log_softmax(-1)
+    own = log_p.gather(1, ids[:, None])[:, 0]
+    p = log_p.exp()
+    known = log_p.masked_fill(p == 0, 0.0)  # 0 ln 0 = 0
+    mean = (p * known).sum(-1)
+    sigma = (p * (known - mean[:, None]).square()).sum(-1).sqrt().clamp(min=scores.MIN_SIGMA)
+    found = {"log_p": own, "standardised": (own - mean) / sigma, "errs": own < log_p.amax(-1)}
+    if other is not None:
+        found["reference"] = other.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
     return found
 
 
