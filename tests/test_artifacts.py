@@ -257,3 +257,15 @@ def test_figures(tmp_path):
 
 def test_markers():
     assert "NON-PRIVATE" in artifacts.NON_PRIVATE and "no private records" in artifacts.NO_RECORDS
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    abandoned, other = tmp_path / ".a[1].json.x9_2abcd", tmp_path / ".b.json.x9_2abcd"
+    for path in (abandoned, other):
+        path.write_text("half")
+    with artifacts.atomic_write(tmp_path / "a[1].json") as first:
+        first.write(b"1")
+        with artifacts.atomic_write(tmp_path / "a[1].json") as second:  # at work at the same time
+            second.write(b"2")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", other.name}
+    assert (tmp_path / "a[1].json").read_text() == "1"

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import fcntl
+import glob
 import io
 import json
 import os
@@ -47,18 +49,29 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name ``path`` only when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o666 & ~umask())
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what writers of ``path`` that were killed left: files that nobody holds locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def umask() -> int:
