@@ -163,7 +163,7 @@ def test_a_configuration_file_gives_the_defaults(call, tmp_path):
 @pytest.mark.parametrize(("text", "expected"), [
     ("{", "must be JSON"), ("[]", "one JSON object"),
     ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
-    ('{"steps": "many", "non_private": true}', "steps must be an integer"),
+    ('{"steps": "many", "non_private": true}', "steps must be of the type int"),
     ('{"steps": 3}', "exactly one of epsilon")])
 def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)

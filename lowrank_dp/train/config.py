@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -139,6 +140,8 @@ class TrainConfig:
         if self.warmup_steps and self.schedule == "constant":
             raise ValueError("warmup_steps must be 0 with schedule 'constant'; use "
                              "'constant_with_warmup', 'linear' or 'cosine'")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            _validate.fail("device", "cpu, cuda or cuda:N", self.device)
         _validate.positive("learning_rate", self.learning_rate)
         _validate.real("weight_decay", self.weight_decay, low=0)
         if self.beta1 is not None:
