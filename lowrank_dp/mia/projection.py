@@ -47,8 +47,8 @@ def projection_scores(folder: str | Path, base: Mapping[str, Any], task: Task,
     """Symmetry score without each record less that with it, (N,); the true one is near 0.
 
     ``examples`` must be all records of the run with their truth ``is_member`` (N,), which stands
-    for the adversary's knowledge of the others. Takes two backward passes a record, on the last
-    layer that the adapter changes.
+    for the adversary's knowledge of the others. Takes two backward passes a record, on one layer:
+    of those that the adapter changes, the last by name.
     """
     layer, released = _released(Path(folder) / "adapter_model.safetensors")
     model = load_reference(folder, base, task, device=device)
@@ -67,7 +67,7 @@ def projection_scores(folder: str | Path, base: Mapping[str, Any], task: Task,
 
 
 def _released(file: Path) -> tuple[str, Array]:
-    """Name of the last adapted layer, and its B A in float64."""
+    """The adapted layer that is last by name, and its B A in float64."""
     with safe_open(file, framework="pt") as tensors:
         name = max(key for key in tensors.keys() if key.endswith(_A))
         a = tensors.get_tensor(name).double().numpy()
