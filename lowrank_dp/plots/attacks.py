@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
@@ -61,40 +62,49 @@ def plot_roc(report: Report) -> Figure:
 
 @styled
 def plot_membership(result: membership.Result) -> Figure:
-    """AUC against rank, against training loss and against utility."""
-    figure, axes = new_figure(1, 3, width=FULL, height=2.9)
-    by_rank, by_loss, by_utility = axes[0]
-    for family in ("LoRA", "frozen A"):
-        chosen = [i for i, arm in enumerate(result.arms) if arm.startswith(family)]
-        ranks = [int(result.arms[i].split("=")[1]) for i in chosen]
-        bands = [result.band(result.auc, i) for i in chosen]
-        colour, marker = METHOD_STYLE[family]
-        by_rank.errorbar(ranks, [mean[-1] for mean, _ in bands], [half[-1] for _, half in bands],
-                         color=colour, marker=marker, label=family, elinewidth=0.8, capsize=2)
-    for arm in ("full", "full, DP", "full, DP restored"):
-        mean, half = result.band(result.auc, result.arms.index(arm))
-        colour, _ = METHOD_STYLE[arm]
-        by_rank.axhline(mean[-1], color=colour, linewidth=1, label=arm)
-        by_rank.axhspan(mean[-1] - half[-1], mean[-1] + half[-1], color=colour, alpha=0.08)
-    by_rank.set(xscale="log", xlabel="rank", ylabel=f"AUC, {result.config.attack}")
-    by_rank.set_xticks(result.config.ranks, result.config.ranks)
-    by_rank.xaxis.set_minor_formatter(NullFormatter())
-    variance = by_rank.twinx()
+    """AUC and TPR against rank; AUC against training loss and against utility."""
+    figure, axes = new_figure(2, 2, width=FULL, height=4.8)
+    steps = result.config.steps[-1]
+    _against_rank(axes[0, 0], result, result.auc)
+    axes[0, 0].set_ylabel(f"AUC, {result.config.attack}")
+    letter(axes[0, 0], f"a  {steps} steps")
+    variance = axes[0, 0].twinx()
     variance.plot(result.config.ranks, result.noise_variance, "--", color=GREEN, linewidth=1)
     variance.set(yscale="log")
     variance.set_ylabel("variance of the projection noise", color=GREEN)
     variance.grid(False)
-    letter(by_rank, f"a  {result.config.steps[-1]} steps")
-    for axis, values, name, mark in ((by_loss, result.train_loss, "training loss", "b"),
-                                     (by_utility, result.utility, result.utility_name, "c")):
+    _against_rank(axes[0, 1], result, result.tpr)
+    axes[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
+    axes[0, 1].set(ylabel="TPR at 1% FPR", ylim=(0, None))
+    letter(axes[0, 1], f"b  {steps} steps")
+    for axis, values, name, mark in ((axes[1, 0], result.train_loss, "training loss", "c"),
+                                     (axes[1, 1], result.utility, result.utility_name, "d")):
         for i, arm in enumerate(result.arms):
-            family = arm.split(" r=")[0]
-            colour, marker = METHOD_STYLE[family]
+            colour, marker = METHOD_STYLE[arm.split(" r=")[0]]
             axis.plot(values[i].mean(0), result.auc[i].mean(0), "-", color=colour, marker=marker,
                       markersize=3, linewidth=0.8, alpha=0.8)
         axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
         axis.set(xlabel=name, ylabel=f"AUC, {result.config.attack}")
         letter(axis, mark)
-    by_loss.xaxis.set_major_formatter(ScalarFormatter())
-    figure.legend(*by_rank.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    axes[1, 0].xaxis.set_major_formatter(ScalarFormatter())
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
+
+
+def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> None:
+    """``values`` (arms, seeds, steps) at the last number of steps."""
+    for family in ("LoRA", "frozen A"):
+        chosen = [i for i, arm in enumerate(result.arms) if arm.startswith(family)]
+        ranks = [int(result.arms[i].split("=")[1]) for i in chosen]
+        bands = [result.band(values, i) for i in chosen]
+        colour, marker = METHOD_STYLE[family]
+        axis.errorbar(ranks, [mean[-1] for mean, _ in bands], [half[-1] for _, half in bands],
+                      color=colour, marker=marker, label=family, elinewidth=0.8, capsize=2)
+    for arm in ("full", "full, DP", "full, DP restored"):
+        mean, half = result.band(values, result.arms.index(arm))
+        colour, _ = METHOD_STYLE[arm]
+        axis.axhline(mean[-1], color=colour, linewidth=1, label=arm)
+        axis.axhspan(mean[-1] - half[-1], mean[-1] + half[-1], color=colour, alpha=0.08)
+    axis.set(xscale="log", xlabel="rank")
+    axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
