@@ -8,7 +8,7 @@ process-CPU seconds, so other load matters little; an exchange (the sum to the f
 the noisy sum back) is the least wall time of several, over loopback. The model of a step with N
 processes, fitted to one process and to exchanges of other sizes, and checked against two:
 
-    clip      a * rows / N              exchange   latency + 2 bytes / bandwidth
+    clip      c + a * rows / N          exchange   latency + 2 bytes / bandwidth
     restore   k * the longest share of the cost of the matrices, as ``parallel.owners`` splits them
     hand out  N latencies + bytes / bandwidth, which splitting the restoration costs
 
@@ -40,7 +40,7 @@ from lowrank_dp.train import TrainConfig, parallel, take_step
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, fresh_generators
 
-BATCHES, SIGMA = (64, 128), 0.6
+BATCHES, SIGMA = (32, 64, 128), 0.6
 SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (1024, 2560), (2560, 2560)]
 COSTS = {"m n": lambda m, n: m * n, "m n min(m, n)": lambda m, n: m * n * min(m, n)}
 DEVICES = (1, 2, 8, 32, 128, 512)
@@ -151,13 +151,14 @@ def longest_share(shapes, count, cost):
 def table(title, clip, latency, transfer, restoring, shapes, cost):
     """A line for each number of devices: parts of a step, and restoring if it were not split.
 
-    ``clip`` and ``restoring`` are seconds on one device; ``transfer`` is of all sums, one way.
+    ``clip`` is the seconds that do not shrink with devices, and those that do; ``restoring`` is
+    on one device; ``transfer`` is of all sums, one way.
     """
     print(f"\n{title}\n{'devices':>9}{'clip':>10}{'exchange':>10}{'restore':>10}{'hand out':>10}"
           f"{'step':>10}{'unsplit restore':>17}{'split buys':>12}   longest part, and unsplit")
     for count in DEVICES:
         several = count > 1
-        parts = {"clip": clip / count, "exchange": several * (latency + 2 * transfer),
+        parts = {"clip": clip[0] + clip[1] / count, "exchange": several * (latency + 2 * transfer),
                  "restore": restoring * longest_share(shapes, count, cost),
                  "hand out": several * (count * latency + transfer)}
         whole = restoring * longest_share(shapes, 1, cost)
@@ -194,7 +195,8 @@ def main():
     print("restoring single matrices: " + "; ".join(
         f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items()))
 
-    per_row = float(np.mean([seconds[0] / int(b) for b, seconds in one["steps"].items()]))
+    per_row, fixed = np.polyfit([int(b) for b in one["steps"]],
+                                [seconds[0] for seconds in one["steps"].values()], 1).tolist()
     restored = float(np.median([seconds[1] for seconds in one["steps"].values()]))
     factor = restored / longest_share(shapes, 1, cost)
     sizes = {int(size): two[0]["exchanges"][size] for size in two[0]["exchanges"]
@@ -205,8 +207,9 @@ def main():
     transfer = 4 * count * per_byte
     batch = str(BATCHES[-1])
     rows = [
-        ("clip, 1 process", per_row * BATCHES[-1], one["steps"][batch][0]),
-        ("clip, 2 processes", per_row * BATCHES[-1] / 2, max(r["steps"][batch][0] for r in two)),
+        ("clip, 1 process", fixed + per_row * BATCHES[-1], one["steps"][batch][0]),
+        ("clip, 2 processes", fixed + per_row * BATCHES[-1] / 2,
+         max(r["steps"][batch][0] for r in two)),
         ("restore, 2 processes", factor * longest_share(shapes, 2, cost),
          max(statistics.median(s[1] for s in r["steps"].values()) for r in two)),
         (f"exchange of {count:,} floats", latency + 2 * transfer, two[0]["exchanges"]["model"]),
@@ -216,16 +219,16 @@ def main():
     for label, model, measured in rows:
         print(f"{label:40}{model:10.3f}{measured:10.3f}{measured / model:8.2f}")
 
-    table(f"MiniLM, batch {batch}: EXTRAPOLATED from the above", per_row * BATCHES[-1],
-          latency, transfer, factor, shapes, cost)
+    table(f"MiniLM, batch {batch}: EXTRAPOLATED from the above",
+          (fixed, per_row * BATCHES[-1]), latency, transfer, factor, shapes, cost)
     parameters = sum(m * n for m, n in LARGE.values())
     flops = 6 * parameters * TOKENS * LARGE_BATCH
     # what a unit of cost takes here, in the FLOP that training does here meanwhile
     weights = sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
     work = fits[law][1] / (per_row / (6 * weights * one["tokens"]))
     table(f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
-          f"GPU {GPU}", flops / GPU["train"], GPU["latency"], 4 * parameters / GPU["bandwidth"],
-          work / GPU["restore"], LARGE, cost)
+          f"GPU {GPU}", (0.0, flops / GPU["train"]), GPU["latency"],
+          4 * parameters / GPU["bandwidth"], work / GPU["restore"], LARGE, cost)
     uneven = 512 * longest_share(LARGE, 512, cost) / longest_share(LARGE, 1, cost)
     print(f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
           "even one, since a matrix is not divided")

@@ -37,15 +37,13 @@ class Outcome:
 
 
 def run_folder(config: TrainConfig, folder: str | Path) -> Path:
-    """Where a configuration's run lies: a folder named after the hash of its fields.
+    """Where a configuration's run lies: a folder named after the hash of all its fields.
 
     A configuration without a seed draws anew each time, and so is refused: it names no result.
     """
     if config.seed is None:
         raise ValueError("seed must be given for a sweep: without one a run can't be found again")
-    # of all fields but the one that goes without a seed only, so that it is False here
-    known = {name: value for name, value in config.as_json().items() if name != "secure_rng"}
-    text = json.dumps(known, sort_keys=True)
+    text = json.dumps(config.as_json(), sort_keys=True)
     return Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -19,17 +19,31 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def save_bert(folder, **sizes):
+    """A BERT with dropout at random weights, for texts of up to 64 tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(transformers.BertConfig(
+            vocab_size=768, num_attention_heads=2, max_position_embeddings=64, pad_token_id=0,
+            num_labels=2, **sizes)).save_pretrained(folder)
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def small_bert(tmp_path_factory):
+    """Folder of a BERT of two layers; to be read only."""
+    folder = tmp_path_factory.mktemp("small_bert")
+    save_bert(folder, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A configuration that takes a moment: a BERT of one layer, forty sentences, two steps."""
     folder = tmp_path_factory.mktemp("places")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(transformers.BertConfig(
-            vocab_size=768, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=16, max_position_embeddings=64, pad_token_id=0, num_labels=2)
-        ).save_pretrained(folder / "model")
-    load_tokenizer("tiny").save_pretrained(folder / "model")
+    save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     (folder / "data").mkdir()
     for split, count in (("train", 40), ("validation", 12)):
         (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(

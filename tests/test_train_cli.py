@@ -1,6 +1,7 @@
 """``lowrank-dp train`` as a user runs it: results, exit codes, one line on bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,11 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import transformers
 
 from lowrank_dp.__main__ import main
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.models import load_model, load_tokenizer
+from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, load_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,18 +27,10 @@ def sentences(count, change=lambda rows: rows):
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def places(small_bert, tmp_path_factory):
     """A BERT of two layers at random weights, and a task of sentences with labels."""
     folder = tmp_path_factory.mktemp("places")
-    tokenizer = load_tokenizer("tiny")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(transformers.BertConfig(
-            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=48, max_position_embeddings=64, pad_token_id=0, num_labels=2)
-        ).save_pretrained(folder / "model")
-    tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(folder / "model")
+    shutil.copytree(small_bert, folder / "model")
     write_task(folder / "data", sentences(40), sentences(12))
     return folder
 

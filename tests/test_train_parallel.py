@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -20,7 +19,6 @@ import lowrank_dp
 import lowrank_dp.train as train_module
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.models import load_tokenizer
 from lowrank_dp.train import TrainConfig, load_result, parallel, take_step, train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, environment, fresh_generators
@@ -34,19 +32,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A BERT of two layers with dropout, at random weights."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = load_tokenizer("tiny")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(transformers.BertConfig(
-            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=48, max_position_embeddings=64, pad_token_id=0,
-            num_labels=2)).save_pretrained(folder)
-    tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def model(small_bert):
+    return str(small_bert)
 
 
 def make_config(model, **changes):
@@ -65,6 +52,7 @@ RUNS = {
     "one at most": {"batch_size": 1},  # most shares of a sample are empty
     "dropout": {"dropout": True, "scheme": "soft"},
     "unseeded": {"seed": None},
+    "secure": {"seed": None, "secure_rng": True},  # nothing that two processes could draw alike
 }
 
 # In each process: all runs with every step looked at; a restoration spread and not; runs that fail
@@ -81,7 +69,7 @@ torch.set_num_threads(1)
 folder, rank = sys.argv[2], int(os.environ["RANK"])
 configs = {name: TrainConfig.from_json(document)
            for name, document in json.loads(sys.argv[1]).items()}
-report = {"steps": {}, "failed": {}}
+report = {"steps": {}, "failed": {}, "drawn": {}, "taken": {}}
 
 def digest(tensors):
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors.values())
@@ -99,11 +87,21 @@ def looking(setup, state):
                       f"{folder}/{name}-{kind}-{state.step}.safetensors")
     return clean, noisy
 
-module.take_step = looking
+draw, batches = module._draw, module.micro_batches
+def drawing(setup, generator):
+    chosen = draw(setup, generator)
+    report["drawn"].setdefault(name, []).append([setup.rows[row]["input_ids"] for row in chosen])
+    return chosen
+
+def taking(rows, *others):
+    report["taken"].setdefault(name, []).append([row["input_ids"] for row in rows])
+    return batches(rows, *others)
+
+module.take_step, module._draw, module.micro_batches = looking, drawing, taking
 for name, config in configs.items():
     result = train(config, f"{folder}/{name}", show_progress=False)
     report[name] = [result.epsilon, result.releases, result.privacy]
-module.take_step = original
+module.take_step, module._draw, module.micro_batches = original, draw, batches
 
 generator = torch.Generator().manual_seed(0)
 sums = {f"m{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(
@@ -192,7 +190,19 @@ def test_weights_and_gradients_are_the_same_to_the_bit_on_every_process(name, to
     assert reports[0][name] == reports[1][name]
 
 
-@pytest.mark.parametrize("name", list(RUNS)[:-2])
+@pytest.mark.parametrize("name", RUNS)
+def test_the_processes_share_out_one_sample(name, together):
+    """Each row that the first process drew is clipped once, by one of the two."""
+    _, _, reports = together
+    assert name not in reports[1]["drawn"]
+    drawn, *taken = reports[0]["drawn"][name], *(report["taken"][name] for report in reports)
+    assert len(drawn) == STEPS and any(drawn)
+    for whole, first, second in zip(drawn, *taken, strict=True):
+        assert sorted(first + second) == sorted(whole)
+        assert len(first) - len(second) in (0, 1)
+
+
+@pytest.mark.parametrize("name", list(RUNS)[:-3])
 def test_two_processes_train_as_one_does(name, together):
     """The same draws in this process: sums before and after the noise, and weights."""
     configs, folder, reports = together
@@ -230,7 +240,7 @@ def test_noise_is_added_once(together):
 
 def test_epsilon_is_that_of_one_process(together):
     configs, _, reports = together
-    for name in ("restored", "one at most", "unseeded"):
+    for name in ("restored", "one at most", "unseeded", "secure"):
         mechanism = GaussianMechanism(SIGMA, BOUND, configs[name].batch_size / TRAIN)
         epsilon, releases, privacy = reports[1][name]
         assert releases == STEPS and epsilon == mechanism.epsilon(STEPS, TRAIN ** -1.1)

@@ -1,19 +1,18 @@
 """Runs that are broken off: exceptions, kill -9, full disks, damage; and what they then claim."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-import transformers
 
 import lowrank_dp.train as train_module
 from lowrank_dp.artifacts import runs
 from lowrank_dp.artifacts.runs import RunFolder, open_run
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.models import load_tokenizer
 from lowrank_dp.train import TrainConfig, load_result, train
 from lowrank_dp.train import state as state_module
 
@@ -32,19 +31,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def places(small_bert, tmp_path_factory):
     """A BERT of two layers with dropout, at random weights, and a task of sentences with labels."""
     folder = tmp_path_factory.mktemp("places")
-    tokenizer = load_tokenizer("tiny")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(transformers.BertConfig(
-            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=48, max_position_embeddings=64, pad_token_id=0,
-            hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-            num_labels=2)).save_pretrained(folder / "model")
-    tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(folder / "model")
+    shutil.copytree(small_bert, folder / "model")
     write_data(folder / "data")
     return folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,28 +191,29 @@ def open_target(folder: str | Path, options: Options) -> Target:
                            max_records=options.max_records, seed=options.seed)
     result = load_result(folder) if (folder / runs.TRAINING).is_file() else None
     base, max_length = None, result.config.max_length if result else None
+    known: tuple[str, ...] = ()
     if (folder / runs.MEMBERSHIP).is_file():
         manifest = read_manifest(folder / runs.MEMBERSHIP, base=options.base or None)
-        base, max_length = manifest.base, manifest.max_length
+        base, max_length, known = manifest.base, manifest.max_length, manifest.content_hashes
         told = result.config.as_json() if result else {}
         if wrong := [name for name, value in told.items() if manifest.recipe.get(name) != value]:
             raise ValueError(f"{folder} must hold training.json and membership.json of one run, "
                              f"they differ in {', '.join(wrong)}")
     elif options.base:
         base = {"model": options.base, "seed": 0}
-    return Target(folder, records, result, base, max_length, _population(records, options))
+    return Target(folder, records, result, base, max_length, _population(records, options, known))
 
 
-def _population(records: Records, options: Options) -> tuple[Example, ...]:
-    """Records that are in no model: none that is under attack, by its text."""
-    attacked = {example.content_hash for example in records.examples}
+def _population(records: Records, options: Options, known: Iterable[str]) -> tuple[Example, ...]:
+    """Records that are in no model: none under attack, and none of the run's (content hashes)."""
+    attacked = {*known, *(example.content_hash for example in records.examples)}
     if options.population is None:
         validation = records.task.splits.get("validation", ())
         return tuple(e for e in validation if e.content_hash not in attacked)[:POPULATION]
     given = read_population(options.population, records)
     if both := [example.id for example in given if example.content_hash in attacked]:
-        raise ValueError(f"population must hold none of the attacked records, {len(both)} are in "
-                         f"{options.population}, such as {both[0]}")
+        raise ValueError("population must hold no record of the run's or under attack, "
+                         f"{len(both)} are in {options.population}, such as {both[0]}")
     return given
 
 
@@ -307,13 +308,13 @@ def _scores(target: Target, options: Options, found: Signals, shadow: shadows.Sh
         made["min-k"], made["min-k++"] = found.min_k[:count], found.min_k_plus_plus[:count]
         if len(found.error_zone):
             made["ez"] = found.error_zone[:count]
-    population_phi = found.phi[count:]
-    try:
+    if len(target.population) < quantile.MIN_POPULATION:
+        unavailable["quantile"] = (f"it needs {quantile.MIN_POPULATION} records in no model, got "
+                                   f"{len(target.population)}: give --population")
+    else:
         known = quantile.features((*examples, *target.population), found.reference_loss)
         made["quantile"] = scores.quantile_score(phi, quantile.predicted_quantile(
-            known[count:], population_phi, known[:count], seed=options.seed))
-    except ValueError as error:
-        unavailable["quantile"] = str(error)
+            known[count:], found.phi[count:], known[:count], seed=options.seed))
     if shadow is None:
         return made, unavailable | dict.fromkeys(SHADOW_ATTACKS, "it needs --shadows")
     population = found.loss[count:]

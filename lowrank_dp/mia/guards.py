@@ -24,8 +24,8 @@ from sklearn.metrics import roc_auc_score
 from lowrank_dp import _validate
 from lowrank_dp._cli import progress
 from lowrank_dp.data import Example
+from lowrank_dp.mia._arrays import Array, Mask, membership, real_array
 from lowrank_dp.mia.metrics import Auc, auc
-from lowrank_dp.mia.scores import Array, Mask, membership, real_array
 
 CONFIDENCE = 0.99                   # of the shift check: a false alarm in one of a hundred audits
 OK, INVALID = "ok", "INVALID (shift)"

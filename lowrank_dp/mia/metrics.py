@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize, special, stats
 
 from lowrank_dp._validate import fail, integer, real
-from lowrank_dp.mia.scores import Array, Mask, membership, real_array
+from lowrank_dp.mia._arrays import Array, Mask, membership, real_array
 
 Interval = tuple[float, float]
 

@@ -20,9 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lowrank_dp._validate import choice, fail, positive, real
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
+from lowrank_dp.mia._arrays import Array, Mask, membership, real_array
 
 # A spread below this is rounding, not information: one shadow a group, or all of them equal.
 _MIN_STD = 1e-12
@@ -306,49 +304,6 @@ def _share_beaten(ratio_x: Array, ratio_z: Array, gamma: float) -> Array:
 
 
 # --- arguments -------------------------------------------------------------------------------
-
-
-def real_array(name: str, value: ArrayLike, *, ndim: int = 1, shape: tuple[int, ...] | None = None,
-               low: float = -np.inf, finite: bool = True) -> Array:
-    """``value`` as a non-empty float64 array of numbers >= ``low``, of ``ndim`` axes or ``shape``.
-
-    NaN is always refused, infinities unless ``finite`` is False; the error says how many and where.
-
-    >>> real_array("loss", [0.5, float("nan")])
-    Traceback (most recent call last):
-    ValueError: loss must be finite, got 1 bad of 2, first at index 1: nan
-    """
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):
-        fail(name, "an array of numbers", type(value).__name__)
-    if array.dtype.kind not in "iuf":
-        fail(name, "an array of numbers", f"dtype {array.dtype}")
-    if array.shape != shape if shape is not None else array.ndim != ndim:
-        fail(name, f"of shape {shape}" if shape is not None else f"an array with {ndim} axes",
-             f"shape {array.shape}")
-    if array.size == 0:
-        fail(name, "non-empty", f"shape {array.shape}")
-    array = array.astype(np.float64, copy=False)
-    good = (np.isfinite(array) if finite else ~np.isnan(array)) & (array >= low)
-    if not good.all():
-        first = np.unravel_index(np.argmin(good), array.shape)
-        where = int(first[0]) if array.ndim == 1 else tuple(map(int, first))
-        kind = ("finite" if finite else "a number") + (f" and >= {low:g}" if low > -np.inf else "")
-        raise ValueError(f"{name} must be {kind}, got {(~good).sum()} bad of {array.size}, "
-                         f"first at index {where}: {array[first]}")
-    return array
-
-
-def membership(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Mask:
-    """``value`` as a boolean array of ``shape``; 0 and 1 are accepted."""
-    array = np.asarray(value)
-    if array.shape != shape:
-        fail(name, f"of shape {shape}", f"shape {array.shape}")
-    if array.dtype != np.bool_ and (array.dtype.kind not in "iuf"
-                                    or not np.isin(array, (0, 1)).all()):
-        fail(name, "True and False, or 1 and 0", f"dtype {array.dtype}")
-    return array.astype(np.bool_, copy=False)
 
 
 def _shadows(name: str, target: ArrayLike, shadow: ArrayLike, is_member: ArrayLike

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,9 +24,9 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.data import IGNORE, Example, Task, encode, micro_batches
 from lowrank_dp.grads import LOSSES, clipped_sum_over
 from lowrank_dp.mia import scores
+from lowrank_dp.mia._arrays import Array
 from lowrank_dp.models import load_model
 
-Array = NDArray[np.float64]
 LOGITS_AT_A_TIME = 2**24  # in float64: 128 MiB, and a few times that on the way
 
 
@@ -219,17 +218,10 @@ def key(folder: str | Path, examples: Sequence[Example], max_length: int | None,
 
 def cached(folder: Path, key: str, compute: Callable[[], Signals]) -> Signals:
     """``compute()``, or what it gave before under the same ``key``; a damaged file is redone."""
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return Signals(**{field.name: file[field.name] for field in fields(Signals)})
-    except FileNotFoundError:
-        pass
-    except Exception:  # what a damaged zip raises is open-ended, and nothing is lost
-        path.unlink(missing_ok=True)
-    signals = compute()
-    with artifacts.atomic_write(path) as file:
-        np.savez_compressed(file, allow_pickle=False,
-                            **{field.name: getattr(signals, field.name)
-                               for field in fields(Signals)})
-    return signals
+        return artifacts.load_result(folder, name, Signals)
+    except (FileNotFoundError, ValueError):
+        signals = compute()
+        artifacts.save_result(signals, folder, name)
+        return signals

@@ -10,7 +10,7 @@ snapshot with the same draws. Started by torchrun, its processes share the work 
     config  what is asked, checked          setup   data, model, mechanism, optimizer
     guards  what stops a run                state   what a snapshot holds
     membership  who is trained on, and the manifest of it
-    parallel  several processes
+    parallel  several processes     result  what training.json holds
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,44 +36,12 @@ from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_re
 from lowrank_dp.train import guards, parallel
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.membership import manifest
+from lowrank_dp.train.result import TrainResult, load_result
 from lowrank_dp.train.setup import Setup, draw_seed, majority, prepare
 from lowrank_dp.train.state import State, environment, fresh_generators, new_stream, pack, unpack
 
 __all__ = ["Setup", "TrainConfig", "TrainResult", "load_result", "take_step", "train"]
 MOVEMENT_STEPS = 3  # after so many steps every weight with a gradient must have moved
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What ``training.json`` holds.
-
-    Attributes:
-        epsilon: spent at ``delta``, by the PLD accountant; None where nothing is claimed.
-        releases: distinct noisy gradients that may have been drawn: ``steps``, and those of
-            broken-off attempts that could not be replayed alike.
-        privacy: the whole statement.
-        noise_multiplier, sample_rate: of the mechanism; sigma relative to C.
-        curve: evaluations on the validation split: step, loss, the task's metrics, seconds and
-            restore_seconds spent in steps until then (evaluation excluded).
-        train_loss: NON-PRIVATE, the loss on at most ``eval_examples`` of the members.
-        majority: accuracy of always answering the most frequent validation label, or None.
-    """
-
-    config: TrainConfig
-    epsilon: float | None
-    delta: float
-    releases: int
-    privacy: str
-    noise_multiplier: float
-    sample_rate: float
-    curve: tuple[Mapping[str, float], ...]
-    seconds: float
-    restore_seconds: float
-    train_loss: float
-    majority: float | None
-    description: str
-    provenance: Mapping[str, Any]
-    schema_version: int = artifacts.SCHEMA_VERSION
 
 
 def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
@@ -131,8 +98,11 @@ def _follow(config: TrainConfig) -> TrainResult:
             raise ValueError(f"every process must be given the same; process {parallel.rank()} and "
                              f"the first differ in {'; '.join(differences)}")
         setup = prepare(config, found["seed"])
+        document, tensors = parallel.from_first()
+        state = unpack(setup, document, tensors)
+        state.stream = document["stream"]  # where there is no generator's state it begins its own
         with held_signals():  # the first process, which has the folder, obeys for all
-            _steps(setup, unpack(setup, *parallel.from_first()), None, False, ())
+            _steps(setup, state, None, False, ())
         found, _ = parallel.from_first()
     return artifacts.typed("result", found["result"], TrainResult)
 
@@ -372,20 +342,6 @@ def _save(setup: Setup, result: TrainResult, folder: runs.RunFolder, keep_model:
             save_file(setup.initial_head, aside / runs.INITIAL_HEAD)
 
     folder.save_checkpoint(write, documents)
-
-
-def load_result(folder: str | Path) -> TrainResult:
-    """What :func:`train` left in a folder; ``ValueError`` if it is no finished run."""
-    path = Path(folder) / runs.TRAINING
-    try:
-        document = runs.read_json(path)
-    except FileNotFoundError:
-        raise ValueError(f"{folder} must hold a finished run, found no {path.name}") from None
-    names = {field.name for field in fields(TrainResult)}
-    if document.get("schema_version") != artifacts.SCHEMA_VERSION or names != set(document):
-        raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION} and the "
-                         "fields of TrainResult; train again")
-    return artifacts.typed(str(path), document, TrainResult)
 
 
 @contextmanager
