@@ -88,6 +88,7 @@ FIGURES = {
     "efficiency": Recipe(efficiency, None, efficiency.SST2, training_plots.plot_efficiency),
     "efficiency_e2e": Recipe(efficiency, None, efficiency.E2E, training_plots.plot_efficiency),
     "membership": Recipe(membership, None, membership.SST2, attack_plots.plot_membership),
+    "membership_e2e": Recipe(membership, None, membership.E2E, attack_plots.plot_membership),
 }
 
 

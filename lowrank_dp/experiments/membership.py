@@ -77,6 +77,14 @@ SST2 = Config(base=TrainConfig(
     model="minilm", task="sst2", non_private=True, delta=1e-3, batch_size=32, max_examples=1000,
     membership="bernoulli", max_length=64, eval_every=1000, snapshot_every=1000))
 
+E2E = Config(
+    base=TrainConfig(
+        model="tiny-llama", task="e2e", non_private=True, delta=1e-3, unit="group", batch_size=64,
+        max_examples=2000, membership="bernoulli", eval_every=1000, snapshot_every=1000,
+        generate=False),
+    steps=(10, 40, 120), full_learning_rate=1e-3, lora_learning_rate=1e-2,
+    frozen_learning_rate=5e-2)
+
 
 @dataclass(frozen=True)
 class Result:
