@@ -32,6 +32,7 @@ NEIGHBOURS = "add or remove one"
 _PLD_INTERVAL = 1e-3
 _PLD_CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
 _ACCOUNTANTS = ("pld", "rdp")
+_TWISTER_WORDS = 624  # of the Mersenne Twister's state, which is torch's CPU generator
 SUMMANDS = 4  # Gaussians in one entry of a secure draw
 
 
@@ -112,10 +113,10 @@ class GaussianMechanism:
 
         Args:
             clipped_sums: parameter name -> sum of clipped gradients; not mutated.
-            generator: source of the noise, on the sums' device; None seeds a new one from the
-                operating system. torch's generators are not cryptographically secure, a
-                :class:`SecureRandom` is.
+            generator: source of the noise; a torch generator must be on the sums' device, and is
+                not cryptographically secure; None takes a :class:`SecureRandom`, which is.
         """
+        generator = SecureRandom() if generator is None else generator
         noisy = {}
         for name, total in clipped_sums.items():
             if not isinstance(total, Tensor) or not total.is_floating_point():
@@ -126,8 +127,6 @@ class GaussianMechanism:
                 drawn = generator.normal(total.numel()).reshape(total.shape).to(total.device)
                 noisy[name] = drawn.mul_(self.noise_std).add_(total).to(total.dtype)
                 continue
-            if generator is None:
-                generator = os_seeded_generator(total.device)
             noise = torch.randn(total.shape, generator=generator, dtype=total.dtype,
                                 device=total.device)
             noisy[name] = noise.mul_(self.noise_std).add_(total)
@@ -230,6 +229,16 @@ def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: flo
 
 
 def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator seeded with 63 bits from the operating system."""
-    seed = int.from_bytes(os.urandom(8), "little") >> 1
-    return torch.Generator(device).manual_seed(seed)
+    """A torch generator that starts from the operating system's random bits.
+
+    Of a CPU generator they are its whole state: ``manual_seed`` keeps 32 bits of a seed there, so
+    few that all noises could be tried. A GPU's keeps the 63 that it is given.
+    """
+    generator = torch.Generator(device)
+    if generator.device.type != "cpu":
+        return generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    state = generator.manual_seed(0).get_state()
+    words = state[24:24 + 8 * _TWISTER_WORDS].view(torch.int64)  # of 32 bits, after the counters
+    drawn = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), dtype=np.uint32)
+    words.copy_(torch.from_numpy(drawn.astype(np.int64)))
+    return generator.set_state(state)

@@ -136,7 +136,24 @@ def test_noise_from_the_operating_system():
                      for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first["a"], second["a"]) and not torch.equal(first["a"], first["b"])
-    assert len({os_seeded_generator().initial_seed() for _ in range(5)}) == 5
+
+
+def test_a_generator_from_the_operating_system_is_not_one_of_2_to_the_32(monkeypatch):
+    """torch's CPU generator keeps 32 bits of a seed; with the whole state drawn, all of it counts.
+
+    numpy's Mersenne Twister, given the same words, must give the same numbers.
+    """
+    short, long = (torch.Generator().manual_seed(seed) for seed in (7, 7 + 2**32))
+    assert torch.equal(torch.randn(9, generator=short), torch.randn(9, generator=long))
+    words = np.random.default_rng(0).integers(0, 2**32, 624, dtype=np.uint32)
+    monkeypatch.setattr("os.urandom", lambda size: words.tobytes()[:size])
+    ours = torch.randint(2**16, (2000,), generator=os_seeded_generator())
+    numpys = np.random.RandomState()
+    numpys.set_state(("MT19937", words, 624))
+    theirs = numpys.randint(0, 2**32, 2000, dtype=np.uint32) % 2**16
+    np.testing.assert_array_equal(ours, theirs)
+    monkeypatch.undo()
+    assert len({float(torch.rand((), generator=os_seeded_generator())) for _ in range(5)}) == 5
 
 
 @pytest.mark.parametrize("rate", [1 / 3, 0.01, 0.97])

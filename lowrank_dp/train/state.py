@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.mechanism import Generator, SecureRandom
+from lowrank_dp.mechanism import Generator, SecureRandom, os_seeded_generator
 from lowrank_dp.restore import LowPass
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.parallel import world_size
@@ -53,6 +53,8 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
     """Sampler and noise generator of a new stream."""
     if config.secure_rng:
         return SecureRandom(), SecureRandom()
+    if config.seed is None:
+        return os_seeded_generator(), os_seeded_generator(config.device)
     return (torch.Generator().manual_seed(draw_seed(config.seed, f"sampler {stream}")),
             torch.Generator(config.device).manual_seed(draw_seed(config.seed, f"noise {stream}")))
 
