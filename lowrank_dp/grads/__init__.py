@@ -34,6 +34,8 @@ from lowrank_dp.grads.layers import (
 
 Batch = Mapping[str, Any]
 Sums = dict[str, Tensor]
+SumOf = Callable[[str], Tensor | None]
+Reduce = Callable[[str, Tensor], Tensor]
 IGNORED = -100  # the label that transformers leaves out of a loss
 
 
@@ -80,14 +82,19 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
                             backend=backend)
 
 
-def clipped_sum_over(model: nn.Module, batches: Iterable[Batch], max_grad_norm: float, *,
-                     autocast_dtype: torch.dtype | None = None,
-                     backend: str = "bookkeeping") -> tuple[Sums, Tensor]:
+def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad_norm: float, *,
+                     autocast_dtype: torch.dtype | None = None, backend: str = "bookkeeping",
+                     reduce: Reduce | None = None) -> tuple[Sums, Tensor]:
     """``clipped_sum`` of a logical batch that arrives in micro-batches, one in memory at a time.
 
     The micro-batches may differ in size and padding. No micro-batch at all, which Poisson sampling
     can draw, gives sums of zeros and no norms. Arguments, results and errors are those of
     ``clipped_sum``; rows in messages are counted from the first micro-batch.
+
+    A model that is sharded over processes (FSDP2's ``fully_shard``, with ``reshard_after_forward``)
+    needs book-keeping, as many micro-batches on every process (:class:`Idle` ones where rows run
+    out) and ``reduce(name, part)``: called for every parameter in the same order on each process
+    with this process's sum over a micro-batch, whole; what it returns is added up in its stead.
     """
     bound = _validate.clip_bound("max_grad_norm", max_grad_norm)
     run = BACKENDS[_validate.choice("backend", backend, BACKENDS)]
@@ -102,23 +109,45 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch], max_grad_norm: 
             raise ValueError(f"model must keep examples apart, got {name!r}: batch normalisation "
                              "in training mode (use .eval() on it, or another norm layer)")
     first = next(iter(trained.values()))
+    if hasattr(first, "full_tensor") and (reduce is None or backend != "bookkeeping"):
+        raise ValueError("model is sharded over processes: it needs backend 'bookkeeping', got "
+                         f"{backend!r}, and reduce to add up the processes' sums")
     autocast = (torch.autocast(first.device.type, autocast_dtype) if autocast_dtype
                 else nullcontext())
     totals: Sums = {}
     norms = [torch.zeros(0, dtype=_wide_dtype(first), device=first.device)]
+
+    def add(sum_of: SumOf) -> None:
+        for name, p in trained.items():
+            part = sum_of(name)
+            if part is None:  # the loss does not depend on it
+                part = torch.zeros(p.shape, dtype=_wide_dtype(p), device=p.device)
+            part = reduce(name, part) if reduce else part
+            totals[name] = totals[name].add_(part) if name in totals else part
+
     for batch in batches:
+        idle = isinstance(batch, Idle)
+        batch = batch.batch if isinstance(batch, Idle) else batch
         rows, before = _num_rows(batch), [*map(len, norms)]
-        work = _Work(model, trained, batch, rows, sum(before), rows > 1 >= max(before), bound,
+        # processes that share a model look at the same time, whatever their rows
+        unseen = not totals if reduce else rows > 1 >= max(before)
+        work = _Work(model, trained, batch, rows, sum(before), unseen, 0.0 if idle else bound,
                      autocast)
         with torch.enable_grad(), _kept_gradients(trained):
-            part_norms, sums = run(work)
-        norms.append(part_norms)
-        for name, part in sums.items():
-            totals[name] = totals[name].add_(part) if name in totals else part
-    for name, p in trained.items():
-        if name not in totals:
-            totals[name] = torch.zeros(p.shape, dtype=_wide_dtype(p), device=p.device)
-    return {name: totals[name] for name in trained}, torch.cat(norms)
+            part_norms, sum_of = run(work)
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            add(sum_of)
+        norms += [] if idle else [part_norms]
+    if not totals:
+        add(lambda name: None)
+    return totals, torch.cat(norms)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A micro-batch whose rows do not count: run only because other processes have one more."""
+
+    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -143,7 +172,7 @@ class _Work:
         start = torch.zeros(self.num_rows, device=first.device, dtype=_wide_dtype(first))
         norms = sum((part.to(start) for part in squared), start).sqrt()
         self.require(norms.isfinite(), "has a gradient that is not finite")
-        return norms, (self.bound / norms).clamp(max=1)
+        return norms, (self.bound / norms).clamp(max=1) if self.bound else torch.zeros_like(norms)
 
     def require(self, good: Tensor, problem: str) -> None:
         """Refuse the first row that is not ``good`` (B,)."""
@@ -152,9 +181,10 @@ class _Work:
             raise ValueError(f"batch row {row} {problem}")
 
 
-# Backends: one micro-batch to per-example norms (B,) and the clipped sums of used parameters.
+# Backends: one micro-batch to per-example norms (B,) and a function that gives the clipped sum of
+# one parameter, once, or None if the loss does not depend on it: so none needs all in memory.
 
-def _bookkeeping(work: _Work) -> tuple[Tensor, Sums]:
+def _bookkeeping(work: _Work) -> tuple[Tensor, SumOf]:
     if work.unseen:
         def forward_one() -> None:
             with work.autocast:
@@ -171,11 +201,11 @@ def _bookkeeping(work: _Work) -> tuple[Tensor, Sums]:
     with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
         tape.close_all()
         norms, weights = work.clip(tape.squared.values())
-        return norms, {name: weighted_sum(tape.factors.pop(name), weights, work.trained[name].shape)
-                       for name in tape.squared}
+    return norms, lambda name: None if name not in tape.squared else weighted_sum(
+        tape.factors.pop(name), weights, work.trained[name].shape)
 
 
-def _opacus(work: _Work) -> tuple[Tensor, Sums]:
+def _opacus(work: _Work) -> tuple[Tensor, SumOf]:
     from opacus.grad_sample import GradSampleHooks
 
     class Hooks(GradSampleHooks):
@@ -215,8 +245,8 @@ def _opacus(work: _Work) -> tuple[Tensor, Sums]:
                 delattr(module, attribute)
     with torch.no_grad():
         norms, weights = work.clip(squared_norms([s]) for s in samples.values())
-        return norms, {name: weighted_sum([s], weights, s.shape[1:])
-                       for name, s in samples.items()}
+    return norms, lambda name: None if name not in samples else weighted_sum(
+        [samples[name]], weights, samples[name].shape[1:])
 
 
 def _adds_up(sample: Tensor, gradient: Tensor, largest: float, half: bool) -> bool:
@@ -225,7 +255,7 @@ def _adds_up(sample: Tensor, gradient: Tensor, largest: float, half: bool) -> bo
     return bool(((sample.sum(0) - gradient).abs() <= allowed).all())
 
 
-def _loop(work: _Work) -> tuple[Tensor, Sums]:
+def _loop(work: _Work) -> tuple[Tensor, SumOf]:
     sums: Sums = {}
     norms = []
     for row in range(work.num_rows):
@@ -244,10 +274,10 @@ def _loop(work: _Work) -> tuple[Tensor, Sums]:
             part = g * weight.to(g.dtype)
             sums[name] = sums[name].add_(part) if name in sums else part
             work.trained[name].grad = None
-    return torch.cat(norms), sums
+    return torch.cat(norms), sums.get
 
 
-BACKENDS: dict[str, Callable[[_Work], tuple[Tensor, Sums]]] = {
+BACKENDS: dict[str, Callable[[_Work], tuple[Tensor, SumOf]]] = {
     "bookkeeping": _bookkeeping, "opacus": _opacus, "loop": _loop}
 
 

@@ -316,15 +316,16 @@ def _hooks(module: nn.Module, own: dict[str, str], num_rows: int, tape: Tape
            ) -> tuple[Callable, Callable]:
     """The hooks of one layer: one before its forward, one after."""
     rules = rules_for(module)
-    parameters = [module.get_parameter(key) for key in own]
+
+    def require_grad(required: bool) -> None:
+        for key in own:  # looked up each time: while a sharded layer runs, it has other tensors
+            module.get_parameter(key).requires_grad_(required)
 
     def before(module: nn.Module, args: Any) -> None:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        require_grad(False)
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        require_grad(True)
         if not torch.is_grad_enabled():
             return output
         x = _input(args, kwargs).detach()

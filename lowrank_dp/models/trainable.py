@@ -46,7 +46,7 @@ def _narrow(model: nn.Module, names: list[str], train_layers: int | str | None) 
             raise ValueError(f"train_layers {train_layers!r} matches no trainable parameter, such "
                              f"as {names[0]}")
         return kept
-    prefix, count = _blocks(model)
+    prefix, count = blocks(model)
     first = count - _validate.integer("train_layers", train_layers, high=count)
     everything = [name for name, _ in model.named_parameters()]
     start = next(i for i, name in enumerate(everything) if name.startswith(f"{prefix}.{first}."))
@@ -58,7 +58,7 @@ def add_lora(model: Any, rank: int, alpha: float, init: str, target_modules: lis
     """The model with LoRA pairs; its head, if it has one, trains in full."""
     import peft
 
-    prefix, _ = _blocks(model)
+    prefix, _ = blocks(model)
     head = list(head_modules(model))
     linear = {name: m for name, m in model.named_modules()
               if isinstance(m, (nn.Linear, Conv1D)) and name.split(".")[0] not in head}
@@ -102,7 +102,7 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
             if name in ("classifier", "score")}
 
 
-def _blocks(model: Any) -> tuple[str, int]:
+def blocks(model: Any) -> tuple[str, int]:
     """The name and the length of the list of transformer blocks."""
     depth = model.config.num_hidden_layers
     for name, module in model.named_modules():

@@ -10,11 +10,13 @@ snapshot with the same draws. Started by torchrun, its processes share the work 
     config  what is asked, checked          setup   data, model, mechanism, optimizer
     guards  what stops a run                state   what a snapshot holds
     membership  who is trained on, and the manifest of it
-    parallel  several processes     result  what training.json holds
+    parallel  several processes     layout  copies or shards on them
+    result  what training.json holds
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from lowrank_dp import artifacts, evaluation
 from lowrank_dp._cli import Stopped, held_signals, progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import SEPARATOR, micro_batches
-from lowrank_dp.grads import clipped_sum_over
+from lowrank_dp.grads import Batch, Idle, clipped_sum_over
 from lowrank_dp.mechanism import Generator, uniform
 from lowrank_dp.models.backbones import quiet
 from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
@@ -38,7 +40,15 @@ from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.membership import manifest
 from lowrank_dp.train.result import TrainResult, load_result
 from lowrank_dp.train.setup import Setup, draw_seed, majority, prepare
-from lowrank_dp.train.state import State, environment, fresh_generators, new_stream, pack, unpack
+from lowrank_dp.train.state import (
+    State,
+    environment,
+    fresh_generators,
+    new_stream,
+    pack,
+    summary,
+    unpack,
+)
 
 __all__ = ["Setup", "TrainConfig", "TrainResult", "load_result", "take_step", "train"]
 MOVEMENT_STEPS = 3  # after so many steps every weight with a gradient must have moved
@@ -69,7 +79,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
     with (parallel.processes(config.device), _own_random_numbers(config),
           guards.memory(config.micro_batch_size)):
         if parallel.rank() > 0:
-            return _follow(config)
+            return _follow(config, keep_model)
         with runs.open_run(output, resume=resume) as folder:
             if folder.finished:
                 result = load_result(output)
@@ -78,16 +88,15 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
                 setup, state = _begin_or_resume(config, folder)
                 if announce is not None:
                     announce(setup, _releases_at_the_end(config, state, folder))
-                parallel.from_first(*pack(setup, state))
                 with held_signals() as asked_to_stop:
                     _steps(setup, state, folder, show_progress, asked_to_stop)
-                result = _result(setup, state, folder)
-                _save(setup, result, folder, keep_model)
+                result = _result(setup, state, folder, _loss_on_members(setup))
+                _save(setup, result, folder, _weights(setup) if keep_model else None)
             parallel.from_first({"result": artifacts.plain(result)})
             return result
 
 
-def _follow(config: TrainConfig) -> TrainResult:
+def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
     """What every process but the first does: the same steps from the same state."""
     found, _ = parallel.from_first()
     if "result" not in found:
@@ -100,9 +109,13 @@ def _follow(config: TrainConfig) -> TrainResult:
         setup = prepare(config, found["seed"])
         document, tensors = parallel.from_first()
         state = unpack(setup, document, tensors)
-        state.stream = document["stream"]  # where there is no generator's state it begins its own
+        state.stream = document["stream"]  # that of the first, which draws
         with held_signals():  # the first process, which has the folder, obeys for all
-            _steps(setup, state, None, False, ())
+            _steps(setup, state, None, False, [])
+        if setup.layout.all_work:
+            _loss_on_members(setup)
+            if keep_model:
+                _weights(setup)
         found, _ = parallel.from_first()
     return artifacts.typed("result", found["result"], TrainResult)
 
@@ -111,9 +124,12 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
            asked_to_stop: Sequence[int]) -> None:
     """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along.
 
-    Without a folder nothing is written or evaluated: another process does.
+    Without a folder nothing is written: another process does, and evaluates unless all must.
     """
-    config, first_step = setup.config, state.step
+    config, layout, first_step = setup.config, setup.layout, state.step
+    if not state.curve and (folder is not None or layout.all_work):
+        _evaluate(setup, state)
+        _snapshot(setup, state, folder)
     movement = guards.MovementCheck(setup.trained)
     left = range(state.step, config.steps)
     for step in progress(left, f"training {config.task}") if show_progress else left:
@@ -126,7 +142,7 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
         if step - first_step == MOVEMENT_STEPS - 1:
             movement.check(MOVEMENT_STEPS)
         setup.optimizer.zero_grad()
-        if folder is None:
+        if folder is None and not layout.all_work:
             continue
         last = state.step == config.steps
         evaluating = last or state.step % config.eval_every == 0
@@ -134,21 +150,28 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
             guards.check_noise(clean, noisy, setup.mechanism.noise_std)
         if evaluating:
             _evaluate(setup, state, generate=last and config.generate)
-        stopping = asked_to_stop[:1]  # looked at once: a signal may come at any line
+        # looked at once: a signal may come at any line
+        stopping = layout.agreed([*asked_to_stop[:1]])
         if last or stopping or state.step % config.snapshot_every == 0:
-            folder.save_snapshot(state.step, *pack(setup, state))
+            _snapshot(setup, state, folder)
         if stopping:
             raise Stopped(stopping[0], f"step {state.step} of {config.steps} is saved; to go on, "
                           "repeat the command, training with --resume")
+
+
+def _snapshot(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
+    packed = pack(setup, state)
+    if folder is not None:
+        folder.save_snapshot(state.step, *packed)
 
 
 def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """One step of DP training; ``(clean, noisy)`` sums, of which the first is NON-PRIVATE.
 
     The optimizer's gradients are left in ``.grad``. With several processes, ``clean`` has a meaning
-    on the first only.
+    on the first only; of a sharded model each has the sums that it owns.
     """
-    config, mechanism = setup.config, setup.mechanism
+    config, mechanism, layout = setup.config, setup.mechanism, setup.layout
     started = _clock(config)
     setup.model.train(config.dropout)
     bound = float("inf") if config.non_private else mechanism.max_grad_norm
@@ -156,23 +179,20 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
         torch.manual_seed(draw_seed(
             setup.seed, f"dropout {state.stream} {state.step} {parallel.rank()}"))
     with guards.diverging(state.step):
-        clean, _ = clipped_sum_over(
+        sums, _ = clipped_sum_over(
             setup.model, _sample(setup, state.sampler), bound,
-            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None)
-    guards.check_covered(setup.model, setup.optimizer, clean)
-    clean = parallel.summed(clean)
-    # The first process draws the noise for all: it is added once, after its release is in the
-    # ledger, and all get the same bits, which equal generators on unlike devices would not give.
-    noisy = (clean if config.non_private or parallel.rank() > 0
-             else mechanism.add_noise(clean, state.noise))
-    noisy = parallel.broadcast(noisy)
+            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+            reduce=layout.reduce)
+    guards.check_covered(setup.model, setup.optimizer, sums)
+    clean, noisy = layout.noised(sums, None if config.non_private else (
+        lambda sums: mechanism.add_noise(sums, state.noise)))
 
     restoring = _clock(config)
     gradient = _restored(setup, state, noisy, clean)  # post-processing of noisy, but for an oracle
     restored = _clock(config)
 
-    for name, parameter in setup.trained.items():
-        parameter.grad = (gradient[name] / config.batch_size).to(parameter.dtype)
+    layout.assign(setup.trained, {name: total / config.batch_size
+                                  for name, total in gradient.items()})
     for group in setup.optimizer.param_groups:
         group["lr"] = setup.learning_rate(state.step)
     setup.optimizer.step()
@@ -182,15 +202,25 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     return clean, noisy
 
 
-def _sample(setup: Setup, generator: Generator) -> Iterator[dict[str, Tensor]]:
-    """Micro-batches of this process's share of one Poisson sample."""
+def _sample(setup: Setup, generator: Generator) -> Iterator[Batch | Idle]:
+    """Micro-batches of this process's share of one Poisson sample.
+
+    Where processes share the model each has as many as the first, whose share is the largest.
+    """
     # the first draws for all: what comes from the operating system can't be drawn alike twice
     chosen, _ = parallel.from_first(_draw(setup, generator) if parallel.rank() == 0 else None)
-    chosen = chosen[parallel.rank()::parallel.world_size()]
-    batches = micro_batches([setup.rows[row] for row in chosen], setup.config.micro_batch_size,
-                            setup.tokenizer.pad_token_id)
-    for _, batch in batches:
-        yield {key: value.to(setup.config.device) for key, value in batch.items()}
+    world, size = parallel.world_size(), setup.config.micro_batch_size
+
+    def batches(chosen: list[int]) -> Iterator[Batch]:
+        rows = [setup.rows[row] for row in chosen]
+        for _, batch in micro_batches(rows, size, setup.tokenizer.pad_token_id):
+            yield {key: value.to(setup.config.device) for key, value in batch.items()}
+
+    mine = chosen[parallel.rank()::world]
+    yield from batches(mine)
+    if setup.layout.all_work:
+        missing = math.ceil(len(chosen[::world]) / size) - math.ceil(len(mine) / size)
+        yield from map(Idle, batches(chosen[:1] * missing))
 
 
 def _draw(setup: Setup, generator: Generator) -> list[int]:
@@ -208,7 +238,7 @@ def _restored(setup: Setup, state: State, noisy: Mapping[str, Tensor],
     """The gradient sum that the optimizer gets: from ``noisy`` alone, except with an oracle."""
     config, noise_std = setup.config, setup.mechanism.noise_std
     start = config.low_pass
-    if start is not None:
+    if start is not None and noisy:
         state.low_passes = {name: state.low_passes.get(name, start).update(total, noise_std)
                             for name, total in noisy.items()}
         noisy = {name: low_pass.mean for name, low_pass in state.low_passes.items()}
@@ -216,11 +246,11 @@ def _restored(setup: Setup, state: State, noisy: Mapping[str, Tensor],
     if config.scheme == "none":
         return noisy
     if config.scheme == "oracle":
-        clean = parallel.broadcast(clean)
-        return parallel.spread(lambda some: {name: _oracle(total, clean[name], noise_std)
-                                             for name, total in some.items()}, noisy)
-    return parallel.spread(lambda some: restore_gradients(some, noise_std, config.scheme,
-                                                          **config.restoration)[0], noisy)
+        clean = setup.layout.known(clean)
+        return setup.layout.restored(lambda some: {
+            name: _oracle(total, clean[name], noise_std) for name, total in some.items()}, noisy)
+    return setup.layout.restored(lambda some: restore_gradients(
+        some, noise_std, config.scheme, **config.restoration)[0], noisy)
 
 
 def _oracle(noisy: Tensor, clean: Tensor, noise_std: float) -> Tensor:
@@ -249,8 +279,9 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
 
 
 def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
-    """A run at its last snapshot, or at its beginning; then that snapshot is there."""
+    """A run at its last snapshot, or at its beginning; every process has been told of it."""
     found, made = folder.load_snapshot(), folder.num_releases()
+    tensors: dict[str, Tensor] = {}
     if found is None and made:
         raise ValueError(f"{folder.snapshots} holds no whole snapshot, though {made} releases were "
                          "made: start afresh in another folder, and add what they spent to what "
@@ -260,8 +291,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
         setup, stream = _prepare(config, seed), new_stream(config, 0)
         torch.manual_seed(seed)
         state = State(0, stream, *fresh_generators(config, stream))
-        _evaluate(setup, state)
-        folder.save_snapshot(0, *pack(setup, state))
+        document = summary(setup, state)
     else:
         document, tensors = found
         _require_same(config, TrainConfig.from_json(document["config"]))
@@ -271,6 +301,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
                              "unknown, so start afresh in another folder")
         setup = _prepare(config, document["seed"])
         state = unpack(setup, document, tensors)
+    parallel.from_first({**document, "stream": state.stream}, tensors)
     releases = _releases_at_the_end(config, state, folder)
     spent = setup.epsilon(releases)
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
@@ -301,25 +332,35 @@ def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
                          f"and begun differ in {'; '.join(differences)}")
 
 
-def _result(setup: Setup, state: State, folder: runs.RunFolder) -> TrainResult:
-    releases = folder.num_releases()
+def _loss_on_members(setup: Setup) -> float:
+    """NON-PRIVATE."""
     members = {example.id for unit, member in zip(setup.units, setup.members, strict=True)
                if member for example in unit}
-    trained_on = replace(setup, task=setup.task.restrict(members))
+    return _scores(replace(setup, task=setup.task.restrict(members)), "train")["loss"]
+
+
+def _weights(setup: Setup) -> dict[str, Tensor]:
+    """The state dict as one process would have it."""
+    return setup.layout.whole(setup.model.state_dict())
+
+
+def _result(setup: Setup, state: State, folder: runs.RunFolder, train_loss: float) -> TrainResult:
+    releases = folder.num_releases()
     return TrainResult(
         config=setup.config, epsilon=setup.epsilon(releases), delta=setup.delta,
         releases=releases, privacy=setup.statement(releases),
         noise_multiplier=setup.mechanism.noise_multiplier,
         sample_rate=setup.mechanism.sample_rate, curve=tuple(state.curve), seconds=state.seconds,
-        restore_seconds=state.restore_seconds, train_loss=_scores(trained_on, "train")["loss"],
+        restore_seconds=state.restore_seconds, train_loss=train_loss,
         majority=majority(setup.task), description=setup.description,
         provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device))
 
 
-def _save(setup: Setup, result: TrainResult, folder: runs.RunFolder, keep_model: bool) -> None:
-    """The checkpoint, or ``training.json`` alone."""
+def _save(setup: Setup, result: TrainResult, folder: runs.RunFolder,
+          weights: dict[str, Tensor] | None) -> None:
+    """The checkpoint, or without weights ``training.json`` alone."""
     documents = {runs.TRAINING: artifacts.plain(result)}
-    if keep_model:
+    if weights is not None:
         config, task = setup.config, setup.task
         documents[runs.MEMBERSHIP] = manifest(
             setup.units, setup.members, membership=config.membership, coin_seed=setup.seed,
@@ -330,13 +371,13 @@ def _save(setup: Setup, result: TrainResult, folder: runs.RunFolder, keep_model:
             train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
 
     def write(aside: Path) -> None:
-        if not keep_model:
+        if weights is None:
             return
         is_adapter = hasattr(setup.model, "get_base_model")
         # "auto" would ask the hub for the base model's vocabulary
         options = {"save_embedding_layers": False} if is_adapter else {}
         with quiet():
-            setup.model.save_pretrained(aside, **options)
+            setup.model.save_pretrained(aside, state_dict=weights, **options)
             setup.tokenizer.save_pretrained(aside)
         if setup.initial_head:
             save_file(setup.initial_head, aside / runs.INITIAL_HEAD)

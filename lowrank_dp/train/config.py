@@ -68,6 +68,8 @@ class TrainConfig:
             draws from the operating system.
         secure_rng: samples and noise from ``mechanism.SecureRandom``, not from torch. Slower; not
             to be replayed, so that steps lost with a killed run are drawn, and counted, again.
+        shard: split weights, optimizer state and sums over the processes (FSDP2), for a model that
+            one device can't hold; under torchrun only.
         device: "cpu" or "cuda".
     """
 
@@ -118,6 +120,7 @@ class TrainConfig:
     snapshot_every: int = 10
     seed: int | None = None
     secure_rng: bool = False
+    shard: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:

@@ -68,6 +68,8 @@ def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_
     def added(name: str) -> Tensor:
         return noisy[name].double() - clean[name].double()
 
+    if not clean:  # of shards, there may be fewer than processes
+        return
     count = sum(total.numel() for total in clean.values())
     std = math.sqrt(sum(float(added(name).square().sum()) for name in clean) / count)
     # float32 sums are exact to about 1e-6 of their largest entry
@@ -99,21 +101,26 @@ class MovementCheck:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self._start = {name: p.detach().clone() for name, p in parameters.items()}
+        self._start = {name: _here(p.detach()).clone() for name, p in parameters.items()}
         self._pushed: set[str] = set()
 
     def note(self) -> None:
         """Remember which parameters have a gradient that is not zero."""
         self._pushed |= {name for name, p in self._parameters.items()
-                         if p.grad is not None and bool((p.grad != 0).any())}
+                         if p.grad is not None and bool((_here(p.grad) != 0).any())}
 
     def check(self, steps: int) -> None:
         """Raise if a parameter that was pushed has not moved; then forget the start."""
         still = [name for name in self._parameters if name in self._pushed
-                 and torch.equal(self._parameters[name], self._start[name])]
+                 and torch.equal(_here(self._parameters[name].detach()), self._start[name])]
         self._start.clear()
         if still:
             raise ValueError(f"{still[0]} (one of {len(still)}) has not moved in {steps} steps "
                              "though it has gradients: the optimizer holds other tensors than the "
                              "model (moved or wrapped after it was made?), or the learning rate is "
                              "too small for float32")
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

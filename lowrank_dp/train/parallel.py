@@ -69,8 +69,9 @@ def processes(device: str) -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store,
                                 rank=number, world_size=world, timeout=TIMEOUT)
     try:
-        yield
-        _meet()  # or one would close its connections before another has read from them
+        with _explained():
+            yield
+            _meet()  # or one would close its connections before another has read from them
     except Exception as error:
         if not _first_to_say(store) and isinstance(error, (ValueError, OSError)):
             raise SystemExit(_cli.BAD_INPUT) from error
@@ -94,7 +95,9 @@ def _explained() -> Iterator[None]:
     """A failed exchange as one line."""
     try:
         yield
-    except RuntimeError as error:  # gloo raises no narrower one
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise  # gloo has no error of its own, but names the file that it comes from
         reason = str(error).splitlines()[0].split(". ")[0].split("] ", 1)[-1]
         raise ConnectionError(
             f"another process of this run has stopped or can't be reached ({reason}): go on with "
@@ -104,8 +107,7 @@ def _explained() -> Iterator[None]:
 
 def _meet() -> None:
     """Wait for all processes, by gloo."""
-    with _explained():
-        dist.all_reduce(torch.zeros(1))
+    dist.all_reduce(torch.zeros(1))
 
 
 def from_first(document: Any = None, tensors: Mapping[str, Tensor] | None = None
@@ -122,12 +124,28 @@ def from_first(document: Any = None, tensors: Mapping[str, Tensor] | None = None
 
 def _bytes(data: bytes) -> bytes:
     size = torch.tensor(len(data))
-    with _explained():
-        dist.broadcast(size, 0)
-        buffer = (torch.frombuffer(bytearray(data), dtype=torch.uint8) if rank() == 0
-                  else torch.empty(int(size), dtype=torch.uint8))
-        dist.broadcast(buffer, 0)
+    dist.broadcast(size, 0)
+    buffer = (torch.frombuffer(bytearray(data), dtype=torch.uint8) if rank() == 0
+              else torch.empty(int(size), dtype=torch.uint8))
+    dist.broadcast(buffer, 0)
     return buffer.numpy().tobytes()
+
+
+def to_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the first process, the tensors of all under their names, on the CPU; elsewhere nothing."""
+    found = {name: tensor.cpu() for name, tensor in tensors.items()} if rank() == 0 else {}
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    for source in range(1, world_size()):
+        if rank() == source:
+            dist.send(torch.tensor(len(data)), 0)
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0)
+        elif rank() == 0:
+            size = torch.tensor(0)
+            dist.recv(size, source)
+            buffer = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(buffer, source)
+            found |= load(buffer.numpy().tobytes())
+    return found
 
 
 def summed(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,23 +171,22 @@ def _flat(exchange: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> d
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     if flat.is_cuda:
         _meet()  # gloo notices a process that has died, NCCL would wait for it
-    with _explained():
-        exchange(flat)
+    exchange(flat)
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape).to(tensor.dtype)
             for part, (name, tensor) in zip(parts, tensors.items(), strict=True)}
 
 
 def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
-    """For each matrix the process that restores it, of ``count``; tensors of other ranks have none.
+    """For each tensor the process, of ``count``, that restores it.
 
     The largest first, each to the process with the least to do, by ``m n``, which the fast path's
     time grows with: at most 4/3 of the best possible longest share (Graham, 1969).
 
-    >>> owners({"a": (4, 4), "b": (3, 4), "c": (3, 3), "bias": (4,)}, 2)
+    >>> owners({"a": (4, 4), "b": (3, 4), "c": (3, 3)}, 2)
     {'a': 0, 'b': 1, 'c': 1}
     """
-    costs = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    costs = {name: math.prod(shape) for name, shape in shapes.items()}
     loads, owner = [0] * count, {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         owner[name] = loads.index(min(loads))
@@ -185,7 +202,8 @@ def spread(work: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     """
     if world_size() == 1:
         return dict(work(tensors))
-    owner = owners({name: tuple(t.shape) for name, t in tensors.items()}, world_size())
+    owner = owners({name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2},
+                   world_size())
     done = dict(tensors)
     done.update(work({name: tensors[name] for name in owner if owner[name] == rank()}))
     for source in sorted(set(owner.values())):

@@ -18,6 +18,7 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.trainable import head_modules
 from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.layout import Copies, Shards, equalise, shard
 from lowrank_dp.train.membership import draw_members, fingerprint, group_units
 from lowrank_dp.train.parallel import world_size
 
@@ -35,6 +36,7 @@ class Setup:
         trained: the parameters that train, by name.
         initial_head: a classifier's head before training, under its state-dict names.
         seed: of everything that is not secret: head, LoRA's A, coins.
+        layout: where tensors are when several processes share the run.
     """
 
     config: TrainConfig
@@ -54,11 +56,13 @@ class Setup:
     learning_rate: Callable[[int], float]
     seed: int
     data_fingerprint: str
+    layout: Copies
 
     @property
     def description(self) -> str:
         """What runs on what, in words."""
-        several = f", by {world_size()} processes" if world_size() > 1 else ""
+        how = ", which share the model" if self.config.shard else ""
+        several = f", by {world_size()} processes{how}" if world_size() > 1 else ""
         return (f"{describe(self.model)}; {self.task.name} from {self.task.source}, "
                 f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on"
                 f"{several}")
@@ -89,6 +93,9 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
 
     ``seed`` is ``config.seed``, or what was drawn in its place.
     """
+    if config.shard and world_size() == 1:
+        raise ValueError("shard must go with several processes: start them by torchrun "
+                         "--nproc-per-node N -m lowrank_dp.train ...")
     task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed)
     task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
@@ -100,7 +107,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         lora_alpha=config.lora_alpha, lora_init=config.lora_init,
         target_modules=list(config.target_modules) or None,
         train_embeddings=config.train_embeddings, train_layers=config.train_layers,
-        device=config.device, seed=seed)
+        device="cpu" if config.shard else config.device, seed=seed)
     examples = [example for unit in trained_on for example in unit]
     max_length = config.max_length
     if max_length is None and task.kind != "generation":
@@ -111,14 +118,19 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     positions = iter(range(len(rows)))
     unit_rows = [[next(positions) for _ in unit] for unit in trained_on]
     mechanism, delta = _mechanism(config, len(trained_on))
+    equalise(model)
+    initial_head = _head_state(model)
+    if config.shard:
+        shard(model, config.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(config, list(trained.values()))
     return Setup(
         config=config, task=task, units=units, members=members, rows=rows, unit_rows=unit_rows,
         max_length=max_length, model=model, tokenizer=tokenizer, trained=trained,
-        initial_head=_head_state(model), mechanism=mechanism, delta=delta, optimizer=optimizer,
+        initial_head=initial_head, mechanism=mechanism, delta=delta, optimizer=optimizer,
         learning_rate=_schedule(config, optimizer), seed=seed,
-        data_fingerprint=fingerprint(examples))
+        data_fingerprint=fingerprint(examples),
+        layout=Shards(trained) if config.shard else Copies())
 
 
 def set_aside(task: Task, count: int, unit: str) -> Task:

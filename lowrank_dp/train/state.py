@@ -60,29 +60,35 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
 
 
 def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """JSON and tensors of a snapshot."""
+    """JSON and tensors of a snapshot; of shards on the first process, and all must ask for it."""
     tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
     for index, entry in setup.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()
                     if isinstance(value, Tensor)}
-    for name, low_pass in state.low_passes.items():
-        tensors |= {f"low_pass.{name}.{key}": value for key, value in low_pass.tensors().items()}
+    tensors = setup.layout.whole(tensors) | setup.layout.gathered(
+        {f"low_pass.{name}.{key}": value for name, low_pass in state.low_passes.items()
+         for key, value in low_pass.tensors().items()})
     tensors["generator.dropout"] = torch.get_rng_state()
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
         if isinstance(generator, torch.Generator):
             tensors[f"generator.{name}"] = generator.get_state()
     if setup.config.device.startswith("cuda"):
         tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
-    document = {
+    return summary(setup, state), tensors
+
+
+def summary(setup: Setup, state: State) -> dict[str, Any]:
+    """JSON of a snapshot."""
+    return {
         "config": setup.config.as_json(), "seed": setup.seed, "data": setup.data_fingerprint,
         "environment": environment(setup.config.device), "stream": state.stream, "step": state.step,
         "curve": state.curve, "seconds": state.seconds, "restore_seconds": state.restore_seconds}
-    return document, tensors
 
 
 def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
     """Put a snapshot's weights and optimizer state into ``setup``, and give its :class:`State`.
 
+    No tensors at all are those of a run that has not begun: ``setup`` stays as it is.
     Where the generators of this machine would go on otherwise than those of the snapshot, or have
     no state to go on from, a new stream is begun: its releases count beside the old ones.
     """
@@ -90,20 +96,22 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         raise ValueError(f"training records of {setup.task.name} are not those that the run began "
                          "with: give it the same data, or start afresh in another folder")
     with torch.no_grad():
-        for name, p in setup.trained.items():
-            p.copy_(tensors[f"parameter.{name}"])
+        for name, p in setup.trained.items() if tensors else ():
+            p.copy_(setup.layout.placed(tensors[f"parameter.{name}"], p))
+    parameters = [*setup.trained.values()]  # in the optimizer's order
     entries: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, index, entry = key.split(".", 2)
-            entries.setdefault(int(index), {})[entry] = tensor
+            entries.setdefault(int(index), {})[entry] = setup.layout.placed(
+                tensor, parameters[int(index)])
     groups = setup.optimizer.state_dict()["param_groups"]
     setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     sampler, noise = torch.Generator(), torch.Generator(setup.config.device)
     state = State(document["step"], document["stream"], sampler, noise,
                   _low_passes(setup, tensors), list(document["curve"]), document["seconds"],
                   document["restore_seconds"])
-    if document["environment"] == environment(setup.config.device) and (
+    if tensors and document["environment"] == environment(setup.config.device) and (
             not setup.config.secure_rng):
         sampler.set_state(tensors["generator.sampler"])
         noise.set_state(tensors["generator.noise"])
@@ -130,6 +138,6 @@ def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPas
         prefix = f"low_pass.{name}."
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()
                if key.startswith(prefix)}
-        if own and start is not None:
+        if own and start is not None and setup.layout.owns(name):
             found[name] = start.with_tensors(own, p.device)
     return found
