@@ -242,7 +242,7 @@ def _is_matrix(tensor: Tensor) -> bool:
 def _require_whole(index: str, tensor: Tensor) -> None:
     if hasattr(tensor, "full_tensor") or tensor.layout != torch.strided:
         _validate.fail(f"parameter {index}", "one dense tensor (a shard's singular values are not "
-                       "the matrix's: use DDP, not FSDP)", type(tensor).__name__)
+                       "the matrix's: use DDP, or train --shard)", type(tensor).__name__)
 
 
 def _require_noise(index: str, grad: Tensor, noise_std: float) -> None:
