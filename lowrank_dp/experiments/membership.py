@@ -211,8 +211,9 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
     The differences from full fine-tuning are within seeds, which share records and coins.
     """
     columns = ["method", "epsilon", f"AUC at {result.config.steps[-1]} steps", "less full's",
-               "TPR@1% FPR", "train loss", result.utility_name, "AUC at matched train loss",
-               "less full's", f"AUC at matched {result.utility_name}"]
+               "TPR@1% FPR", "train loss", f"held-out {result.utility_name}",
+               "AUC at matched train loss", "less full's",
+               f"AUC at matched held-out {result.utility_name}"]
     last, by_loss, by_utility = result.auc[..., -1], result.at("train_loss"), result.at("utility")
     rows = []
     for i, arm in enumerate(result.arms):

@@ -77,8 +77,9 @@ def plot_membership(result: membership.Result) -> Figure:
     axes[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
     axes[0, 1].set(ylabel="TPR at 1% FPR", ylim=(0, None))
     letter(axes[0, 1], f"b  {steps} steps")
-    for axis, values, name, mark in ((axes[1, 0], result.train_loss, "training loss", "c"),
-                                     (axes[1, 1], result.utility, result.utility_name, "d")):
+    for axis, values, name, mark in (
+            (axes[1, 0], result.train_loss, "training loss", "c"),
+            (axes[1, 1], result.utility, f"held-out {result.utility_name}", "d")):
         for i, arm in enumerate(result.arms):
             colour, marker = METHOD_STYLE[arm.split(" r=")[0]]
             axis.plot(values[i].mean(0), result.auc[i].mean(0), "-", color=colour, marker=marker,
