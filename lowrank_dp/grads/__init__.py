@@ -23,10 +23,13 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_dp import _validate
+from lowrank_dp.grads.compiled import Graph, calls_of, graphs_of
 from lowrank_dp.grads.layers import (
+    Tape,
     check_leading_axis,
     recording,
     refuse,
+    sites_of,
     squared_norms,
     weighted_sum,
     wide,
@@ -55,7 +58,9 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
             multiplied by ``min(1, C / norm)``; ``inf`` gives the plain sum.
         micro_batch_size: rows that are in memory at a time; the result does not depend on it.
         autocast_dtype: ``torch.bfloat16`` for mixed precision; accumulation stays in float32.
-        backend: ``"bookkeeping"``; ``"opacus"``, per-example gradients by Opacus's hooks, for
+        backend: ``"bookkeeping"``; ``"compiled"``, the same on a graph of ``torch.compile``, which
+            the first micro-batch of a model makes, in a minute, and checks against book-keeping;
+            ``"opacus"``, per-example gradients by Opacus's hooks, for
             layers without a rule here; ``"loop"``, one example at a time, for any model.
 
     Returns:
@@ -205,6 +210,44 @@ def _bookkeeping(work: _Work) -> tuple[Tensor, SumOf]:
         tape.factors.pop(name), weights, work.trained[name].shape)
 
 
+def _compiled(work: _Work) -> tuple[Tensor, SumOf]:
+    graphs = graphs_of(work.model)
+    # autocast and the mode decide the types and layers of a graph, and its hooks the trained names
+    key = (tuple(work.trained), work.model.training, isinstance(work.autocast, nullcontext))
+    known = graphs.get(key)
+    if work.model.training and any(isinstance(m, nn.Dropout) and m.p for m in work.model.modules()):
+        raise ValueError("model must be without dropout to be compiled: call .eval(), or use "
+                         'backend="bookkeeping"')
+    if known is None:  # every refusal of book-keeping, and the norms to be found again
+        expected, _ = _bookkeeping(work)
+        with work.autocast:
+            calls, output = calls_of(work.model, sites_of(work.model, work.trained), work.batch)
+        known = Graph(calls), _losses(work, output.loss, output.logits)[0]
+    (graph, kind), tape = known, Tape()
+    try:
+        with work.autocast:
+            logits, fill = graph.run(work.model, work.batch, work.num_rows)
+        total = _row_losses(work, kind, wide(logits))[0].sum()
+        with torch.autocast(total.device.type, enabled=False):
+            fill(total, tape)
+        with torch.no_grad(), torch.autocast(total.device.type, enabled=False):
+            tape.close_all()
+            norms, weights = work.clip(tape.squared.values())
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model could not be compiled ({reason}): use "
+                         'backend="bookkeeping"') from error
+    if key not in graphs:
+        tolerance = 1e-3 if key[-1] else 5e-2
+        if not torch.allclose(norms, expected, rtol=tolerance, atol=1e-6 * float(expected.max())):
+            raise ValueError("model must compute the same when compiled, and gives gradients of "
+                             f"norm {norms[0]:.6g} in place of {expected[0]:.6g}: use "
+                             'backend="bookkeeping"')
+        graphs[key] = known
+    return norms, lambda name: None if name not in tape.squared else weighted_sum(
+        tape.factors.pop(name), weights, work.trained[name].shape)
+
+
 def _opacus(work: _Work) -> tuple[Tensor, SumOf]:
     from opacus.grad_sample import GradSampleHooks
 
@@ -278,7 +321,7 @@ def _loop(work: _Work) -> tuple[Tensor, SumOf]:
 
 
 BACKENDS: dict[str, Callable[[_Work], tuple[Tensor, SumOf]]] = {
-    "bookkeeping": _bookkeeping, "opacus": _opacus, "loop": _loop}
+    "bookkeeping": _bookkeeping, "compiled": _compiled, "opacus": _opacus, "loop": _loop}
 
 
 # Losses: the model's own, one value an example.
@@ -322,28 +365,27 @@ LOSS_OF_CLASS = {
 
 def _forward_losses(work: _Work) -> Tensor:
     """The model's loss on each row alone (B,), from one forward, checked against its own loss."""
-    labels = work.batch.get("labels")
-    if not isinstance(labels, Tensor):
-        raise ValueError("batch must hold a tensor 'labels' for this backend, "
-                         f"got {', '.join(map(str, work.batch))}")
+    _labels(work)
     with work.autocast:
         output = work.model(**work.batch)
-    own, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+    return _losses(work, getattr(output, "loss", None), getattr(output, "logits", None))[1]
+
+
+def _losses(work: _Work, own: Any, logits: Any) -> tuple[str, Tensor]:
+    """The kind of loss whose mean is the model's ``own``, and each row's (B,)."""
     if own is None:
         _no_loss()
     if not isinstance(logits, Tensor):
         raise ValueError("model must return .logits beside .loss, from which the loss of each "
                          'example follows; backend="loop" needs only .loss')
-    logits, labels = wide(logits), labels.to(logits.device)
+    logits, labels = wide(logits), _labels(work).to(logits.device)
     matching = []
     for kind in _loss_kinds(work.model, logits, labels):
-        losses, weights = LOSSES[kind](logits, labels)
-        work.require(weights > 0, f"has no target: every label is {IGNORED}")
-        work.require(losses.detach().isfinite(), "has a loss that is not finite")
+        losses, weights = _row_losses(work, kind, logits)
         mean = float((losses.detach() * weights).sum() / weights.sum())
         tolerance = 2e-2 if own.dtype in (torch.bfloat16, torch.float16) else 2e-5
         if math.isclose(mean, float(own.detach()), rel_tol=tolerance, abs_tol=1e-6):
-            matching.append(losses)
+            matching.append((kind, losses))
     if len(matching) != 1:
         found = "fits several" if matching else "is another"
         raise ValueError(
@@ -351,6 +393,22 @@ def _forward_losses(work: _Work) -> Tensor:
             f"term an example or token; its loss on this batch, {float(own.detach()):.6g}, {found} "
             f'({", ".join(LOSSES)}): switch off what it adds, or use backend="loop"')
     return matching[0]
+
+
+def _row_losses(work: _Work, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and weights (B,), of one kind; refuses rows without a target or a finite loss."""
+    losses, weights = LOSSES[kind](logits, _labels(work).to(logits.device))
+    work.require(weights > 0, f"has no target: every label is {IGNORED}")
+    work.require(losses.detach().isfinite(), "has a loss that is not finite")
+    return losses, weights
+
+
+def _labels(work: _Work) -> Tensor:
+    labels = work.batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ValueError("batch must hold a tensor 'labels' for this backend, "
+                         f"got {', '.join(map(str, work.batch))}")
+    return labels
 
 
 def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:

@@ -245,7 +245,7 @@ class Tape:
 Sites = list[tuple[nn.Module, dict[str, str]]]
 
 
-def _sites(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sites:
+def sites_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sites:
     """Layers with trained parameters, each with those parameters: attribute to full name."""
     names = {id(p): name for name, p in trained.items()}
     sites = []
@@ -271,9 +271,9 @@ def check_leading_axis(model: nn.Module, trained: Mapping[str, nn.Parameter],
     device = next(iter(trained.values())).device
     handles = []
     try:
-        for module, own in _sites(model, trained):
+        for module, own in sites_of(model, trained):
             def look(module: nn.Module, args: Any, kwargs: Any, own: dict[str, str] = own) -> None:
-                shape = tuple(_input(args, kwargs).shape)
+                shape = tuple(layer_input(args, kwargs).shape)
                 if shape[0] != 1:
                     refuse(own.values(), f"see an input of shape {shape} for one example, whose "
                            "leading axis is not the batch")
@@ -285,7 +285,8 @@ def check_leading_axis(model: nn.Module, trained: Mapping[str, nn.Parameter],
             handle.remove()
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -297,7 +298,7 @@ def recording(model: nn.Module, trained: Mapping[str, nn.Parameter], num_rows: i
     A trained parameter does not require gradients while its own layer's forward runs, so autograd
     skips its gradient; a use elsewhere still reaches its ``.grad``, which gives it away.
     """
-    sites = _sites(model, trained)
+    sites = sites_of(model, trained)
     tape, handles = Tape(), []
     try:
         for module, own in sites:
@@ -328,7 +329,7 @@ def _hooks(module: nn.Module, own: dict[str, str], num_rows: int, tape: Tape
         require_grad(True)
         if not torch.is_grad_enabled():
             return output
-        x = _input(args, kwargs).detach()
+        x = layer_input(args, kwargs).detach()
         version = x._version
         if type(module) not in RULES and not is_rms_norm(module, x, output.detach()):
             refuse(own.values(), f"are in a {type(module).__name__} that is no RMSNorm")

@@ -182,7 +182,7 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
         sums, _ = clipped_sum_over(
             setup.model, _sample(setup, state.sampler), bound,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            reduce=layout.reduce)
+            backend="compiled" if config.compile else "bookkeeping", reduce=layout.reduce)
     guards.check_covered(setup.model, setup.optimizer, sums)
     clean, noisy = layout.noised(sums, None if config.non_private else (
         lambda sums: mechanism.add_noise(sums, state.noise)))
@@ -306,6 +306,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     spent = setup.epsilon(releases)
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
         why = ("a secure generator can't be replayed; " if config.secure_rng else
+               "a compiled step can't be replayed to the bit; " if config.compile else
                f"the snapshot was made with {document['environment']} and this is "
                f"{environment(config.device)}; resume there, or ")
         raise ValueError(

@@ -129,6 +129,8 @@ def main(
         help="Reproduces everything, the noise included: then it is not secret.")] = None,
     secure_rng: Annotated[bool, typer.Option(
         "--secure-rng", help="Noise and samples from a cryptographic generator; slower.")] = False,
+    compile: Annotated[bool, typer.Option(
+        "--compile", help="By torch.compile: slow to start, then faster.")] = False,
     shard: Annotated[bool, typer.Option(
         "--shard", help="Under torchrun: split the model over the processes (FSDP2).")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT.device,
@@ -153,7 +155,7 @@ def main(
             micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
             eval_examples=eval_examples, generate=generate, num_beams=num_beams,
             max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed,
-            secure_rng=secure_rng, shard=shard, device=device)
+            secure_rng=secure_rng, compile=compile, shard=shard, device=device)
         console = Console(stderr=as_json)
 
         def announce(setup: Setup, releases: int) -> None:

@@ -1,0 +1,132 @@
+"""A model's forward and backward as one graph of ``torch.compile`` that book-keeping can read.
+
+Hooks would break the graph at every layer. Instead a zero is added to the output of each trained
+layer: the gradient of the loss in it is the output's. The layer's input is returned beside the
+logits; the loss on them is taken outside. No weight requires a gradient meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dp.grads.layers import Sites, Tape, layer_input, refuse, rules_for
+
+Batch = Mapping[str, Any]
+
+
+class Call(NamedTuple):
+    """One call of a trained layer, with the axes, last size and type of its output."""
+
+    module: nn.Module
+    own: dict[str, str]
+    axes: int
+    width: int
+    dtype: torch.dtype
+
+
+class Graph:
+    """The graph of one model in one mode: the trained layers that it calls, and its forward."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self._calls = calls
+        self._inputs: list[Tensor] = []
+        self._zeros: list[Tensor] = []
+        # the same objects each time, since the graph is guarded by what they are
+        self._forwards = {module: self._with_zero(module.forward)
+                          for module in dict.fromkeys(call.module for call in calls)}
+
+        def forward(model: nn.Module, zeros: list[Tensor], batch: dict[str, Any]
+                    ) -> tuple[Tensor, list[Tensor]]:
+            self._inputs, self._zeros = [], zeros
+            return model(**batch).logits, self._inputs
+
+        self._compiled = torch.compile(forward, dynamic=True, fullgraph=True)
+
+    def _with_zero(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def changed(*args: Any, **kwargs: Any) -> Tensor:
+            output = forward(*args, **kwargs)
+            zero = self._zeros[len(self._inputs)]
+            self._inputs.append(layer_input(args, kwargs).detach())
+            return output.expand(zero.shape) + zero  # position ids are shared by all rows
+
+        return changed
+
+    def run(self, model: nn.Module, batch: Batch, num_rows: int
+            ) -> tuple[Tensor, Callable[[Tensor, Tape], None]]:
+        """The model's logits, and ``fill(total, tape)`` for the gradients of a total loss."""
+        length = batch["input_ids"].shape[1]
+        device = batch["input_ids"].device
+        zeros = [torch.zeros((), dtype=call.dtype, device=device).expand(
+            (num_rows, length, call.width) if call.axes == 3 else (num_rows, call.width)
+        ).requires_grad_() for call in self._calls]
+        with self._replaced():
+            logits, inputs = self._compiled(
+                model, zeros, {name: value for name, value in batch.items() if name != "labels"})
+
+        @torch.no_grad()
+        def fill(total: Tensor, tape: Tape) -> None:
+            gradients = torch.autograd.grad(total, zeros, allow_unused=True)
+            seen = [(call, x, b) for call, x, b in zip(self._calls, inputs, gradients, strict=True)
+                    if b is not None]
+            for call, _, _ in seen:
+                tape.pending.update(call.own.values())
+            for call, x, b in seen:
+                rules = rules_for(call.module)
+                x = x.expand(num_rows, *x.shape[1:])
+                for key, name in call.own.items():
+                    tape.add(name, rules[key](call.module, x, b))
+
+        return logits, fill
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        parameters = [p for module in self._forwards for p in module.parameters(recurse=False)
+                      if p.requires_grad]
+        try:
+            for module, forward in self._forwards.items():
+                module.forward = forward
+            for p in parameters:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for module in self._forwards:
+                vars(module).pop("forward", None)
+            for p in parameters:
+                p.requires_grad_(True)
+
+
+def calls_of(model: nn.Module, sites: Sites, batch: Batch) -> tuple[list[Call], Any]:
+    """What an ordinary forward calls, and its output; a layer's must be (B, T, d) or (B, d).
+
+    Raises ``ValueError`` for one of another shape.
+    """
+    calls, handles = [], []
+    try:
+        for module, own in sites:
+            def look(module: nn.Module, args: Any, output: Tensor,
+                     own: dict[str, str] = own) -> None:
+                if output.ndim not in (2, 3):
+                    refuse(own.values(), f"give an output of shape {tuple(output.shape)}, which "
+                           "compiling knows nothing of", ("bookkeeping",))
+                calls.append(Call(module, own, output.ndim, output.shape[-1], output.dtype))
+            handles.append(module.register_forward_hook(look))
+        with torch.no_grad():
+            output = model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output
+
+
+_GRAPHS: WeakKeyDictionary[nn.Module, dict[Any, tuple[Graph, str]]] = WeakKeyDictionary()
+
+
+def graphs_of(model: nn.Module) -> dict[Any, tuple[Graph, str]]:
+    """The graphs that were made of a model, and its kind of loss, by what else they depend on."""
+    return _GRAPHS.setdefault(model, {})
