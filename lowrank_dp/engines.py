@@ -25,7 +25,10 @@ R = TypeVar("R")
 
 
 def check_engine(engine: str) -> None:
-    """Raise ``ValueError`` if there is no such engine, or it is not installed."""
+    """Raise ``ValueError`` if there is no such engine, it is not installed, or torchrun is here."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("sweeps and attacks must be started as one process, not by torchrun "
+                         "(WORLD_SIZE is set): use --engine to share them out")
     _validate.choice("engine", engine, ENGINES)
     module = {"ray": "ray", "dask": "distributed"}.get(engine)
     if module and importlib.util.find_spec(module) is None:

@@ -254,6 +254,16 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
     assert again[:3] + again[4:] == found[:3] + found[4:]
 
 
+def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
+    """Each process would do all of it, into the same folders."""
+    from lowrank_dp.mia.attack import Options
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for begin in (lambda: sweep([base], tmp_path, engine="sequential"), Options):
+        with pytest.raises(ValueError, match=r"as one process, not by torchrun .*use --engine"):
+            begin()
+
+
 @pytest.mark.slow
 def test_a_single_worker_may_die_too(base, tmp_path):
     here = os.getpid()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +352,32 @@ def test_killed_and_resumed_by_another_number_of_processes(model, tmp_path, monk
     assert result.releases == 4 + 5 + 3
     mechanism = GaussianMechanism(SIGMA, BOUND, 13 / TRAIN)
     assert result.epsilon == mechanism.epsilon(12, result.delta)
+
+
+@pytest.mark.parametrize("layout", ["copies", "shards"])
+def test_signals_stop_all_after_one_step(layout, model, tmp_path):
+    """As torchrun passes SIGTERM on to all: the step is saved, and one process says so."""
+    config = make_config(model, steps=100_000, snapshot_every=100_000, eval_every=100_000,
+                         shard=layout == "shards")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    two = [subprocess.Popen(
+        [sys.executable, "-m", "lowrank_dp", *words(config, tmp_path)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**ENVIRONMENT, **address, "WORLD_SIZE": "2", "RANK": str(rank)}) for rank in range(2)]
+    end = time.monotonic() + 120
+    while len(ledger(tmp_path)) < 3 and time.monotonic() < end:
+        time.sleep(0.1)
+    for process in two:
+        process.send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120) for process in two]
+    assert [process.returncode for process in two] == [143, 143], said
+    snapshot, _ = RunFolder(tmp_path).load_snapshot()
+    step = len(ledger(tmp_path))
+    assert snapshot["step"] == step >= 3
+    assert said[0][1].startswith(f"stopped by SIGTERM: step {step} of 100000 is saved;"), said
+    assert said[0][1].count("\n") == 1 and not said[1][0] and not said[1][1]
 
 
 # Without any process

@@ -142,21 +142,21 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
         if step - first_step == MOVEMENT_STEPS - 1:
             movement.check(MOVEMENT_STEPS)
         setup.optimizer.zero_grad()
-        if folder is None and not layout.all_work:
-            continue
-        last = state.step == config.steps
-        evaluating = last or state.step % config.eval_every == 0
-        if not config.non_private and (evaluating or step == first_step):
-            guards.check_noise(clean, noisy, setup.mechanism.noise_std)
-        if evaluating:
-            _evaluate(setup, state, generate=last and config.generate)
         # looked at once: a signal may come at any line
-        stopping = layout.agreed([*asked_to_stop[:1]])
-        if last or stopping or state.step % config.snapshot_every == 0:
-            _snapshot(setup, state, folder)
+        stopping, _ = parallel.from_first([*asked_to_stop[:1]])
+        if folder is not None or layout.all_work:
+            last = state.step == config.steps
+            evaluating = last or state.step % config.eval_every == 0
+            if not config.non_private and (evaluating or step == first_step):
+                guards.check_noise(clean, noisy, setup.mechanism.noise_std)
+            if evaluating:
+                _evaluate(setup, state, generate=last and config.generate)
+            if last or stopping or state.step % config.snapshot_every == 0:
+                _snapshot(setup, state, folder)
         if stopping:
-            raise Stopped(stopping[0], f"step {state.step} of {config.steps} is saved; to go on, "
-                          "repeat the command, training with --resume")
+            stop = Stopped(stopping[0], f"step {state.step} of {config.steps} is saved; to go on, "
+                           "repeat the command, training with --resume")
+            raise stop if folder is not None else SystemExit(stop.code)  # one process says it
 
 
 def _snapshot(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:

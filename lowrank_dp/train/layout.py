@@ -58,10 +58,6 @@ class Copies:
         for name, p in trained.items():
             p.grad = gradient[name].to(p.dtype)
 
-    def agreed(self, asked: list[int]) -> list[int]:
-        """What the first process was asked, where more than one must know."""
-        return asked
-
     def whole(self, tensors: Tensors) -> dict[str, Tensor]:
         """Tensors in the model's layout, as one process would have them."""
         return dict(tensors)
@@ -135,10 +131,6 @@ class Shards(Copies):
             whole = (gradient[name].to(p.dtype) if self.owns(name)
                      else torch.empty(p.shape, dtype=p.dtype, device=p.device))
             p.grad = self.placed(whole, p, source=self._owner[name])
-
-    def agreed(self, asked: list[int]) -> list[int]:
-        """What the first process was asked."""
-        return parallel.from_first(asked)[0]
 
     def whole(self, tensors: Tensors) -> dict[str, Tensor]:
         """On the CPU; of the other processes, which must ask too, none keeps a tensor."""
