@@ -1,6 +1,6 @@
 """Time of a DP training step over several processes: measured with 1 and 2, modelled, extrapolated.
 
-    python benchmarks/scale.py [--quick] [--json FILE]
+    python benchmarks/scale.py [--quick] [--json FILE] [--figure FILE]
 
 Packaged MiniLM, full fine-tuning, SST-2 where LOWRANK_DP_DATA holds it, else the generated task;
 micro-batches of 64, sigma 0.6, scheme optimal, one thread a process. Clipping and restoring are in
@@ -14,11 +14,13 @@ processes, fitted to one process and to exchanges of other sizes, and checked ag
 
 The cost of one matrix is m n or m n min(m, n), whichever fits restorations of single matrices.
 Tables of more devices are extrapolations: the first from what was measured here, a core taken as a
-device; the second from numbers of a GPU that are ASSUMED, and printed with it.
+device; the second from numbers of a GPU that are ASSUMED, and printed with it. ``scale.json`` and
+``figures/scaling.png`` are what it once gave.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,8 +35,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 
-from lowrank_dp import train
+from lowrank_dp import artifacts, train
 from lowrank_dp.figures import default_task
+from lowrank_dp.plots import BLACK, BLUE, FULL, GREY, RED, letter, new_figure, styled
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig, parallel, take_step
 from lowrank_dp.train.setup import prepare
@@ -44,6 +47,7 @@ BATCHES, SIGMA = (32, 64, 128), 0.6
 SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (1024, 2560), (2560, 2560)]
 COSTS = {"m n": lambda m, n: m * n, "m n min(m, n)": lambda m, n: m * n * min(m, n)}
 DEVICES = (1, 2, 8, 32, 128, 512)
+PARTS = ("clip", "exchange", "restore", "hand out")
 # a 4B-parameter decoder: 36 blocks, width 2560, 32 query and 8 key heads of 128, 9728 inside
 BLOCK = [(4096, 2560), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560),
          (2560, 9728)]
@@ -148,31 +152,68 @@ def longest_share(shapes, count, cost):
     return max(loads)
 
 
-def table(title, clip, latency, transfer, restoring, shapes, cost):
-    """A line for each number of devices: parts of a step, and restoring if it were not split.
+def extrapolate(clip, latency, transfer, restoring, shapes, cost):
+    """Seconds of a step's parts for each number of devices, and of restoring unsplit.
 
     ``clip`` is the seconds that do not shrink with devices, and those that do; ``restoring`` is
-    on one device; ``transfer`` is of all sums, one way.
+    that of a unit of cost; ``transfer`` is of all sums, one way.
     """
-    print(f"\n{title}\n{'devices':>9}{'clip':>10}{'exchange':>10}{'restore':>10}{'hand out':>10}"
-          f"{'step':>10}{'unsplit restore':>17}{'split buys':>12}   longest part, and unsplit")
+    lines = []
     for count in DEVICES:
         several = count > 1
-        parts = {"clip": clip[0] + clip[1] / count, "exchange": several * (latency + 2 * transfer),
-                 "restore": restoring * longest_share(shapes, count, cost),
-                 "hand out": several * (count * latency + transfer)}
-        whole = restoring * longest_share(shapes, 1, cost)
+        lines.append({
+            "devices": count, "clip": clip[0] + clip[1] / count,
+            "exchange": several * (latency + 2 * transfer),
+            "restore": restoring * longest_share(shapes, count, cost),
+            "hand out": several * (count * latency + transfer),
+            "unsplit restore": restoring * longest_share(shapes, 1, cost)})
+    return lines
+
+
+def show(title, lines):
+    """The table; "split buys" is the step's time with all restoring everything, over the split."""
+    print(f"\n{title}\n{'devices':>9}" + "".join(f"{part:>11}" for part in PARTS)
+          + f"{'step':>11}{'unsplit restore':>17}{'split buys':>12}   longest part, and unsplit")
+    for line in lines:
+        parts = {part: line[part] for part in PARTS}
+        unsplit = {**parts, "restore": line["unsplit restore"], "hand out": 0.0}
         step = sum(parts.values())
-        unsplit = {**parts, "restore": whole, "hand out": 0.0}
-        print(f"{count:9}" + "".join(f"{value:10.3g}" for value in (*parts.values(), step))
-              + f"{whole:17.3g}{sum(unsplit.values()) / step:11.2f}x   "
+        print(f"{line['devices']:9}" + "".join(f"{v:11.3g}" for v in (*parts.values(), step))
+              + f"{line['unsplit restore']:17.3g}{sum(unsplit.values()) / step:11.2f}x   "
               + f"{max(parts, key=parts.get)}, {max(unsplit, key=unsplit.get)}")
+
+
+@styled
+def draw(document):
+    """Parts of a step against devices: what was measured here, and the assumed GPU."""
+    figure, axes = new_figure(1, 2, width=FULL, height=2.8)
+    for axis, key, mark in ((axes[0, 0], "here", "a"), (axes[0, 1], "assumed", "b")):
+        lines = document[key]["lines"]
+        devices = [line["devices"] for line in lines]
+        for part, colour, style in (("clip", BLACK, "-"), ("exchange", GREY, "-"),
+                                    ("restore", RED, "-"), ("unsplit restore", RED, "--"),
+                                    ("hand out", BLUE, "-")):
+            shown = [(d, line[part]) for d, line in zip(devices, lines, strict=True) if line[part]]
+            axis.plot(*zip(*shown, strict=True), style, color=colour, label=part)
+        axis.set(xscale="log", yscale="log", xlabel="devices")
+        axis.set_xticks(devices, [str(count) for count in devices])
+        axis.minorticks_off()
+        letter(axis, f"{mark}  {document[key]['title']}")
+    axes[0, 0].set_ylabel("seconds of a step")
+    measured = {row["figure"]: row["measured"] for row in document["rows"]}
+    for count, name, colour in ((1, "clip, 1 process", BLACK), (2, "clip, 2 processes", BLACK),
+                                (2, "restore, 2 processes", RED), (2, "hand out", BLUE)):
+        axes[0, 0].plot(count, measured[name], "o", color=colour)
+    axes[0, 0].plot([], [], "o", color=BLACK, label="measured")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 rounds instead of 7")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--figure", type=Path, help="also draw them into this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -183,7 +224,8 @@ def main():
     rounds = 2 if arguments.quick else 7
     one, = launch(1, rounds)
     two = launch(2, rounds)
-    shapes = {name: tuple(shape) for name, shape in one["shapes"].items()}
+    count = sum(math.prod(shape) for shape in one["shapes"].values())
+    shapes = {name: tuple(shape) for name, shape in one["shapes"].items() if len(shape) == 2}
 
     singles, fits = single_matrices(rounds), {}
     for name, cost in COSTS.items():
@@ -203,13 +245,13 @@ def main():
              if size != "model"}
     per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
     latency = sizes[10**3]
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
     transfer = 4 * count * per_byte
     batch = str(BATCHES[-1])
     rows = [
         ("clip, 1 process", fixed + per_row * BATCHES[-1], one["steps"][batch][0]),
         ("clip, 2 processes", fixed + per_row * BATCHES[-1] / 2,
          max(r["steps"][batch][0] for r in two)),
+        ("restore, 1 process", factor * longest_share(shapes, 1, cost), one["steps"][batch][1]),
         ("restore, 2 processes", factor * longest_share(shapes, 2, cost),
          max(statistics.median(s[1] for s in r["steps"].values()) for r in two)),
         (f"exchange of {count:,} floats", latency + 2 * transfer, two[0]["exchanges"]["model"]),
@@ -219,23 +261,30 @@ def main():
     for label, model, measured in rows:
         print(f"{label:40}{model:10.3f}{measured:10.3f}{measured / model:8.2f}")
 
-    table(f"MiniLM, batch {batch}: EXTRAPOLATED from the above",
-          (fixed, per_row * BATCHES[-1]), latency, transfer, factor, shapes, cost)
+    here = extrapolate((fixed, per_row * BATCHES[-1]), latency, transfer, factor, shapes, cost)
+    show(f"MiniLM, batch {batch}: EXTRAPOLATED from the above", here)
     parameters = sum(m * n for m, n in LARGE.values())
     flops = 6 * parameters * TOKENS * LARGE_BATCH
     # what a unit of cost takes here, in the FLOP that training does here meanwhile
-    weights = sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
+    weights = sum(math.prod(shape) for shape in shapes.values())
     work = fits[law][1] / (per_row / (6 * weights * one["tokens"]))
-    table(f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
-          f"GPU {GPU}", (0.0, flops / GPU["train"]), GPU["latency"],
-          4 * parameters / GPU["bandwidth"], work / GPU["restore"], LARGE, cost)
+    assumed = extrapolate((0.0, flops / GPU["train"]), GPU["latency"],
+                          4 * parameters / GPU["bandwidth"], work / GPU["restore"], LARGE, cost)
+    show(f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
+         f"GPU {GPU}", assumed)
     uneven = 512 * longest_share(LARGE, 512, cost) / longest_share(LARGE, 1, cost)
     print(f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
           "even one, since a matrix is not divided")
+    document = {
+        "rows": [dict(zip(("figure", "model", "measured"), row, strict=True)) for row in rows],
+        "here": {"title": f"MiniLM, batch {batch}, CPU cores", "lines": here},
+        "assumed": {"title": f"{parameters / 1e9:.1f}B parameters, ASSUMED GPUs", "gpu": GPU,
+                    "batch": LARGE_BATCH, "tokens": TOKENS, "lines": assumed},
+        "rounds": rounds, "law": law, "provenance": artifacts.provenance(seed=0, device="cpu")}
     if arguments.json:
-        arguments.json.write_text(json.dumps(
-            [dict(zip(("figure", "model", "measured"), row, strict=True)) for row in rows],
-            indent=1))
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    if arguments.figure:
+        draw(document).savefig(arguments.figure, dpi=200)
 
 
 if __name__ == "__main__":
