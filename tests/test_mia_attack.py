@@ -274,6 +274,16 @@ def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
     assert code == 2 and "of one run, they differ in learning_rate" in err
 
 
+def test_a_checkpoint_from_before_a_field_was_there(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "overfit", tmp_path / "old")
+    for name, config in (("training.json", "config"), ("membership.json", "recipe")):
+        path = tmp_path / "old" / name
+        document = json.loads(path.read_text())
+        del document[config]["shard"], document[config]["compile"]
+        path.write_text(json.dumps(document))
+    assert open_target(tmp_path / "old", Options()).trained.config.shard is False
+
+
 def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):
     shutil.copytree(checkpoints / "overfit", tmp_path / "lying")
     document = json.loads((tmp_path / "lying" / "training.json").read_text())

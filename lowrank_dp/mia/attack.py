@@ -196,7 +196,9 @@ def open_target(folder: str | Path, options: Options) -> Target:
         manifest = read_manifest(folder / runs.MEMBERSHIP, base=options.base or None)
         base, max_length, known = manifest.base, manifest.max_length, manifest.content_hashes
         told = result.config.as_json() if result else {}
-        if wrong := [name for name, value in told.items() if manifest.recipe.get(name) != value]:
+        # a field that the manifest lacks is younger than that
+        if wrong := [name for name, value in told.items()
+                     if manifest.recipe.get(name, value) != value]:
             raise ValueError(f"{folder} must hold training.json and membership.json of one run, "
                              f"they differ in {', '.join(wrong)}")
     elif options.base:
