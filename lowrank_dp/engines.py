@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -104,6 +105,9 @@ def _connected(engine: str, num_workers: int
 def _loky(stack: contextlib.ExitStack, num_workers: int) -> Any:
     from concurrent.futures.process import BrokenProcessPool
 
+    # loky replaces a worker whose memory has grown, between two jobs, and warns of it
+    stack.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs")
     return lambda: "loky", (BrokenProcessPool,)
 
 
