@@ -21,26 +21,28 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
         passes = f"{count:,} records through the model"
         if target.base is not None:
             passes += " and the model before fine-tuning"
-        lines.append(f"plan     {target.folder.name}: {passes}{_scoring_time(target, count)}")
+        scoring = _scoring_seconds(target, count)
+        passes += f", about {_duration(scoring)}" if target.result else ""
+        lines.append(f"plan     {target.folder.name}: {passes}")
         if options.shadow_dir is not None:
             lines.append(f"plan     {len(find_shadows(target.recipe, options.shadow_dir))} shadows "
                          f"found in {options.shadow_dir.name}")
         elif options.num_shadows:
             configs = shadow_configs(target.recipe, options.num_shadows, options.seed)
-            seconds = target.result.seconds * len(configs) if target.result else 0.0
+            seconds = target.result.seconds + scoring if target.result else 0.0
             lines.append(f"plan     {len(configs)} shadows of {target.recipe.steps} steps each, "
-                         f"about {_duration(seconds)} on one core or device; what is there is not "
-                         "redone")
+                         f"about {_duration(seconds * len(configs))} at the speed of the "
+                         "checkpoint's own training; what is there is not redone")
     return lines
 
 
-def _scoring_time(target: Target, count: int) -> str:
+def _scoring_seconds(target: Target, count: int) -> float:
+    """Of passes over ``count`` records, through each of the target's models; 0 if not known."""
     if target.result is None:
-        return ""
+        return 0.0
     result = target.result
     a_record = result.seconds / (result.config.steps * result.config.batch_size)
-    passes = 2 if target.base is not None else 1
-    return f", about {_duration(FORWARD_SHARE * a_record * count * passes)}"
+    return FORWARD_SHARE * a_record * count * (2 if target.base is not None else 1)
 
 
 def _duration(seconds: float) -> str:

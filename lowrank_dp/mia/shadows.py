@@ -28,6 +28,7 @@ from lowrank_dp.train import TrainConfig, load_result
 # what may differ between a target and its shadows: nothing that shapes the weights' law
 INCIDENTAL = ("seed", "device", "micro_batch_size", "eval_every", "eval_examples", "generate",
               "num_beams", "max_new_tokens", "snapshot_every", "secure_rng", "compile", "shard")
+EVALUATED = 100  # examples, at a shadow's beginning and end: enough to see that it diverged
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def shadow_configs(recipe: TrainConfig, count: int, seed: int) -> list[TrainConf
         drawn = rng.getrandbits(31)
         if drawn != recipe.seed:
             seeds[drawn] = None
-    return [replace(recipe, seed=drawn, generate=False, secure_rng=False, compile=False,
-                    shard=False) for drawn in seeds]
+    return [replace(recipe, seed=drawn, generate=False, eval_every=recipe.steps,
+                    eval_examples=min(recipe.eval_examples, EVALUATED), secure_rng=False,
+                    compile=False, shard=False) for drawn in seeds]
 
 
 def train_shadows(recipe: TrainConfig, count: int, folder: Path, *, seed: int = 0,
