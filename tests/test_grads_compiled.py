@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -147,8 +148,9 @@ def test_bf16(graphs):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor():
-    """The real compiler, which needs one for C++ on this machine."""
+    """The real compiler."""
     torch._dynamo.reset()
     model = make("bert")
     parts = [batch_of(model, 3, 7), batch_of(model, 4, 5, 1)]

@@ -39,6 +39,7 @@ Batch = Mapping[str, Any]
 Sums = dict[str, Tensor]
 SumOf = Callable[[str], Tensor | None]
 Reduce = Callable[[str, Tensor], Tensor]
+PLAIN = 'backend="bookkeeping" (training: no --compile)'
 IGNORED = -100  # the label that transformers leaves out of a loss
 
 
@@ -217,7 +218,7 @@ def _compiled(work: _Work) -> tuple[Tensor, SumOf]:
     known = graphs.get(key)
     if work.model.training and any(isinstance(m, nn.Dropout) and m.p for m in work.model.modules()):
         raise ValueError("model must be without dropout to be compiled: call .eval(), or use "
-                         'backend="bookkeeping"')
+                         f"{PLAIN}")
     if known is None:  # every refusal of book-keeping, and the norms to be found again
         expected, _ = _bookkeeping(work)
         with work.autocast:
@@ -235,14 +236,12 @@ def _compiled(work: _Work) -> tuple[Tensor, SumOf]:
             norms, weights = work.clip(tape.squared.values())
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model could not be compiled ({reason}): use "
-                         'backend="bookkeeping"') from error
+        raise ValueError(f"model could not be compiled ({reason}): use {PLAIN}") from error
     if key not in graphs:
         tolerance = 1e-3 if key[-1] else 5e-2
         if not torch.allclose(norms, expected, rtol=tolerance, atol=1e-6 * float(expected.max())):
             raise ValueError("model must compute the same when compiled, and gives gradients of "
-                             f"norm {norms[0]:.6g} in place of {expected[0]:.6g}: use "
-                             'backend="bookkeeping"')
+                             f"norm {norms[0]:.6g} in place of {expected[0]:.6g}: use {PLAIN}")
         graphs[key] = known
     return norms, lambda name: None if name not in tape.squared else weighted_sum(
         tape.factors.pop(name), weights, work.trained[name].shape)
