@@ -162,6 +162,10 @@ def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
     refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
 
 
+def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):
+    refused(call({"--config": str(tmp_path / "gone.json")}), "--config", "gone.json can't be read")
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_configurations_of_larger_runs_are_valid(path):
     config = TrainConfig.from_json(json.loads(path.read_text()))

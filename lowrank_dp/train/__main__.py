@@ -34,6 +34,8 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
         return
     try:
         document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"--config {path} must be JSON: {error}") from None
     if not isinstance(document, dict):
