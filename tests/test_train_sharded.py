@@ -10,10 +10,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from scipy import stats
 from torch import nn
 
 import lowrank_dp
@@ -46,6 +48,7 @@ RUNS = {
     "one at most": {"batch_size": 1},  # one process has no row, or both have none
     "classifier": {"model": "BERT", "task": "generated", "method": "lora"},
     "bf16": {"precision": "bf16"},
+    "secure": {"seed": None, "secure_rng": True},
 }
 
 WORKER = """
@@ -107,7 +110,7 @@ def alone(config, stream):
     return [take_step(setup, state) for _ in range(STEPS)], setup, start
 
 
-@pytest.mark.parametrize("name", list(RUNS)[:-1])
+@pytest.mark.parametrize("name", list(RUNS)[:-2])
 def test_shards_train_as_one_process_does(name, sharded):
     """Each sum on one process, the same noise to the bit, and the same weights at the end."""
     configs, folder, reports = sharded
@@ -134,6 +137,17 @@ def test_shards_train_as_one_process_does(name, sharded):
         moved = max(float((p.detach() - start[n]).abs().max()), 1e-3)
         stored = n.replace(".default", "").replace("modules_to_save.", "")
         assert float((saved[stored] - p.detach()).abs().max()) <= 2e-4 * moved, n
+
+
+def test_secure_noise_is_added_once(sharded):
+    """Its variance over all entries and steps, chi-squared: false alarm in 10^6 runs."""
+    _, folder, _ = sharded
+    noise = np.concatenate([
+        (load_file(folder / f"secure-noisy-{step}-{rank}.safetensors")[name].double()
+         - total.double()).flatten().numpy() for step in range(1, STEPS + 1) for rank in range(2)
+        for name, total in load_file(folder / f"secure-clean-{step}-{rank}.safetensors").items()])
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], noise.size)
+    assert noise.size > 200_000 and low < float(np.sum((noise / (SIGMA * BOUND)) ** 2)) < high
 
 
 def test_each_process_holds_its_share(sharded):

@@ -7,9 +7,9 @@ clipped sum, who adds the noise, who restores, and how weights get their gradien
   hands the noisy sum to all; each matrix is restored by one process and handed round.
 - :class:`Shards` (FSDP2): every process holds some rows of each weight and of its optimizer state,
   and the whole weights of one block while that runs. Each parameter has an owner, to which its sum
-  is reduced as soon as a micro-batch has it, which adds the noise that the first process drew for
-  it, restores it, and hands out its rows: a process holds its share of the sums, and for a moment
-  one whole matrix.
+  is reduced as soon as a micro-batch has it, which has the first process add the noise, restores
+  the noisy sum, and hands out its rows: a process holds its share of the sums, and for a moment one
+  whole matrix.
 """
 
 from __future__ import annotations
@@ -97,24 +97,25 @@ class Shards(Copies):
     def noised(self, clean: Tensors, add_noise: Work | None) -> tuple[Tensors, Tensors]:
         """``(clean, noisy)`` totals of what this process owns.
 
-        The first process draws all noise, a parameter at a time, for whoever owns it.
+        The first process adds all noise, a parameter at a time, as it does to copies.
         """
         clean = {name: total for name, total in clean.items() if self.owns(name)}
         if add_noise is None:
             return clean, clean
-        noisy = dict(clean)
+        noisy, here = dict(clean), parallel.rank()
         for name, p in self._trained.items():
-            noise = torch.zeros(p.shape, dtype=torch.promote_types(torch.float32, p.dtype),
-                                device=p.device)
-            if parallel.rank() == 0:
-                noise = add_noise({name: noise})[name]
-            if self._owner[name] != 0:
-                if parallel.rank() == 0:
-                    dist.send(noise, self._owner[name])
-                elif self.owns(name):
-                    dist.recv(noise, 0)
-            if self.owns(name):
-                noisy[name] = clean[name] + noise
+            owner = self._owner[name]
+            if here == owner == 0:
+                noisy[name] = add_noise({name: clean[name]})[name]
+            elif here == owner:
+                dist.send(clean[name], 0)
+                noisy[name] = torch.empty_like(clean[name])
+                dist.recv(noisy[name], 0)
+            elif here == 0:
+                total = torch.empty(p.shape, dtype=torch.promote_types(torch.float32, p.dtype),
+                                    device=p.device)
+                dist.recv(total, owner)
+                dist.send(add_noise({name: total})[name], owner)
         return clean, noisy
 
     def restored(self, work: Work, noisy: Tensors) -> Tensors:
