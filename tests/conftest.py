@@ -1,13 +1,51 @@
 """What several test files share."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import lowrank_dp
 from lowrank_dp.models import load_tokenizer
 from lowrank_dp.train import TrainConfig
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+               "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1])}
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """``torchrun(count, script, *arguments)``: what so many processes did, all of them well."""
+    def run(count, *arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(count), *arguments],
+            capture_output=True, text=True, timeout=400, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start():
+    """``start(count, *arguments)`` of python: so many connected processes, which no agent stops."""
+    def begin(count, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        return [subprocess.Popen(
+            [sys.executable, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                 "WORLD_SIZE": str(count), "RANK": str(rank)}) for rank in range(count)]
+
+    return begin
 
 
 @pytest.fixture(scope="module")

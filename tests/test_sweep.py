@@ -75,7 +75,7 @@ def test_a_run_that_was_broken_off_goes_on(base, tmp_path, monkeypatch):
 
     config = replace(base, steps=3, snapshot_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_dp.train._result", stop)
+        patch.setattr("lowrank_dp.train.result_of", stop)
         with pytest.raises(Stop):
             sweep([config], tmp_path, engine="sequential")
     monkeypatch.setattr("lowrank_dp.train.take_step", stop)  # all its steps are done
@@ -245,8 +245,8 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
         for mine, other in zip(here.result.curve, there.result.curve, strict=True):
             assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     deaths = {seed: len(list((tmp_path / "deaths").glob(f"{seed} *"))) for seed in (2, 3)}
-    # a worker's death may take another's job with it before that has begun: but never the last try
-    assert deaths[2] == 1 and deaths[3] >= 1
+    # where workers share a pool, one's death takes another's job with it, which may not have begun
+    assert deaths[2] == 1 and deaths[3] >= (1 if cluster == "loky" else 3)
     # the worker no longer dies: the run goes on, the others are only read
     monkeypatch.undo()
     again = sweep(configs, tmp_path / "runs", engine="sequential")

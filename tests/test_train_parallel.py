@@ -2,13 +2,8 @@
 
 import json
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-import lowrank_dp
 import lowrank_dp.train as train_module
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.mechanism import GaussianMechanism
@@ -27,9 +21,6 @@ from lowrank_dp.train.state import State, environment, fresh_generators
 SIGMA, BOUND, STEPS, TRAIN = 0.3, 0.5, 5, 60
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-               "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1])}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +153,7 @@ def words(config, folder):
 
 
 @pytest.fixture(scope="module")
-def together(model, tmp_path_factory):
+def together(model, torchrun, tmp_path_factory):
     """What two processes saw: the configurations, the folder, a report from each."""
     folder = tmp_path_factory.mktemp("together")
     configs = {name: make_config(model, **changes) for name, changes in RUNS.items()}
@@ -171,12 +162,10 @@ def together(model, tmp_path_factory):
     (folder / "full" / "thesis.tex").write_text("x")
     good = words(make_config(model), folder / "full")
     bad = [word.replace(f"multiplier={SIGMA}", "multiplier=-1") for word in good]
-    done = subprocess.run(
-        [*TORCHRUN, "2", str(folder / "worker.py"),
-         json.dumps({name: config.as_json() for name, config in configs.items()}), str(folder),
-         json.dumps([bad, good])],
-        capture_output=True, text=True, timeout=400, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(
+        2, str(folder / "worker.py"),
+        json.dumps({name: config.as_json() for name, config in configs.items()}), str(folder),
+        json.dumps([bad, good]))
     (folder / "said").write_text(done.stderr)
     return configs, folder, [json.loads((folder / f"rank-{rank}.json").read_text())
                              for rank in range(2)]
@@ -312,7 +301,8 @@ main(sys.argv[1:])
 """
 
 
-def test_killed_and_resumed_by_another_number_of_processes(model, tmp_path, monkeypatch):
+def test_killed_and_resumed_by_another_number_of_processes(
+        model, start, tmp_path, monkeypatch):
     """One process, then three, with no agent to stop two when the first is killed; then one."""
     config = make_config(model, steps=9, dropout=True)
     original = train_module.take_step
@@ -328,13 +318,7 @@ def test_killed_and_resumed_by_another_number_of_processes(model, tmp_path, monk
             train(config, tmp_path)
     assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    three = [subprocess.Popen(
-        [sys.executable, "-c", KILLED, *words(config, tmp_path)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**ENVIRONMENT, **address, "WORLD_SIZE": "3", "RANK": str(rank)}) for rank in range(3)]
+    three = start(3, "-c", KILLED, *words(config, tmp_path))
     said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
     assert [process.returncode for process in three] == [-signal.SIGKILL, 2, 2]
     for out, err in said[1:]:
@@ -355,17 +339,11 @@ def test_killed_and_resumed_by_another_number_of_processes(model, tmp_path, monk
 
 
 @pytest.mark.parametrize("layout", ["copies", "shards"])
-def test_signals_stop_all_after_one_step(layout, model, tmp_path):
+def test_signals_stop_all_after_one_step(layout, model, start, tmp_path):
     """As torchrun passes SIGTERM on to all: the step is saved, and one process says so."""
     config = make_config(model, steps=100_000, snapshot_every=100_000, eval_every=100_000,
                          shard=layout == "shards")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    two = [subprocess.Popen(
-        [sys.executable, "-m", "lowrank_dp", *words(config, tmp_path)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**ENVIRONMENT, **address, "WORLD_SIZE": "2", "RANK": str(rank)}) for rank in range(2)]
+    two = start(2, "-m", "lowrank_dp", *words(config, tmp_path))
     end = time.monotonic() + 120
     while len(ledger(tmp_path)) < 3 and time.monotonic() < end:
         time.sleep(0.1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lowrank_dp.train as train_module
+import lowrank_dp.train.result as result_module
 from lowrank_dp.artifacts import runs
 from lowrank_dp.artifacts.runs import RunFolder, open_run
 from lowrank_dp.mechanism import GaussianMechanism
@@ -132,7 +133,7 @@ PLACES = {
     "after a snapshot": (RunFolder, "save_snapshot", 2, True),
     "after the last snapshot": (RunFolder, "save_snapshot", 4, True),
     "before the checkpoint": (RunFolder, "save_checkpoint", 1, False),
-    "writing the checkpoint": (train_module, "save_file", 1, False),
+    "writing the checkpoint": (result_module, "save_file", 1, False),
     "between model and manifest": (runs, "write_json", 5, False),
     "between manifest and result": (runs, "write_json", 6, False),
 }

@@ -11,7 +11,7 @@ snapshot with the same draws. Started by torchrun, its processes share the work 
     guards  what stops a run                state   what a snapshot holds
     membership  who is trained on, and the manifest of it
     parallel  several processes     layout  copies or shards on them
-    result  what training.json holds
+    result  what a finished run leaves
 """
 
 from __future__ import annotations
@@ -24,22 +24,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dp import artifacts, evaluation
 from lowrank_dp._cli import Stopped, held_signals, progress
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import SEPARATOR, micro_batches
+from lowrank_dp.data import micro_batches
 from lowrank_dp.grads import Batch, Idle, clipped_sum_over
 from lowrank_dp.mechanism import Generator, uniform
-from lowrank_dp.models.backbones import quiet
 from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
 from lowrank_dp.train import guards, parallel
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.membership import manifest
-from lowrank_dp.train.result import TrainResult, load_result
-from lowrank_dp.train.setup import Setup, draw_seed, majority, prepare
+from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
+from lowrank_dp.train.setup import Setup, draw_seed, prepare
 from lowrank_dp.train.state import (
     State,
     environment,
@@ -88,10 +85,11 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
                 setup, state = _begin_or_resume(config, folder)
                 if announce is not None:
                     announce(setup, _releases_at_the_end(config, state, folder))
+                _before_the_first(setup, state, folder)
                 with held_signals() as asked_to_stop:
                     _steps(setup, state, folder, show_progress, asked_to_stop)
-                result = _result(setup, state, folder, _loss_on_members(setup))
-                _save(setup, result, folder, _weights(setup) if keep_model else None)
+                result = result_of(setup, state, folder.num_releases(), _loss_on_members(setup))
+                save_run(setup, result, folder, _weights(setup) if keep_model else None)
             parallel.from_first({"result": artifacts.plain(result)})
             return result
 
@@ -110,6 +108,7 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
         document, tensors = parallel.from_first()
         state = unpack(setup, document, tensors)
         state.stream = document["stream"]  # that of the first, which draws
+        _before_the_first(setup, state, None)
         with held_signals():  # the first process, which has the folder, obeys for all
             _steps(setup, state, None, False, [])
         if setup.layout.all_work:
@@ -120,6 +119,13 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
     return artifacts.typed("result", found["result"], TrainResult)
 
 
+def _before_the_first(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
+    """Evaluate what is not yet trained, and keep that."""
+    if not state.curve and (folder is not None or setup.layout.all_work):
+        _evaluate(setup, state)
+        _snapshot(setup, state, folder)
+
+
 def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progress: bool,
            asked_to_stop: Sequence[int]) -> None:
     """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along.
@@ -127,9 +133,6 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
     Without a folder nothing is written: another process does, and evaluates unless all must.
     """
     config, layout, first_step = setup.config, setup.layout, state.step
-    if not state.curve and (folder is not None or layout.all_work):
-        _evaluate(setup, state)
-        _snapshot(setup, state, folder)
     movement = guards.MovementCheck(setup.trained)
     left = range(state.step, config.steps)
     for step in progress(left, f"training {config.task}") if show_progress else left:
@@ -218,9 +221,9 @@ def _sample(setup: Setup, generator: Generator) -> Iterator[Batch | Idle]:
 
     mine = chosen[parallel.rank()::world]
     yield from batches(mine)
-    if setup.layout.all_work:
-        missing = math.ceil(len(chosen[::world]) / size) - math.ceil(len(mine) / size)
-        yield from map(Idle, batches(chosen[:1] * missing))
+    missing = math.ceil(len(chosen[::world]) / size) - math.ceil(len(mine) / size)  # 0 or 1
+    if setup.layout.all_work and missing:
+        yield from map(Idle, batches(chosen[:1]))
 
 
 def _draw(setup: Setup, generator: Generator) -> list[int]:
@@ -343,47 +346,6 @@ def _loss_on_members(setup: Setup) -> float:
 def _weights(setup: Setup) -> dict[str, Tensor]:
     """The state dict as one process would have it."""
     return setup.layout.whole(setup.model.state_dict())
-
-
-def _result(setup: Setup, state: State, folder: runs.RunFolder, train_loss: float) -> TrainResult:
-    releases = folder.num_releases()
-    return TrainResult(
-        config=setup.config, epsilon=setup.epsilon(releases), delta=setup.delta,
-        releases=releases, privacy=setup.statement(releases),
-        noise_multiplier=setup.mechanism.noise_multiplier,
-        sample_rate=setup.mechanism.sample_rate, curve=tuple(state.curve), seconds=state.seconds,
-        restore_seconds=state.restore_seconds, train_loss=train_loss,
-        majority=majority(setup.task), description=setup.description,
-        provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device))
-
-
-def _save(setup: Setup, result: TrainResult, folder: runs.RunFolder,
-          weights: dict[str, Tensor] | None) -> None:
-    """The checkpoint, or without weights ``training.json`` alone."""
-    documents = {runs.TRAINING: artifacts.plain(result)}
-    if weights is not None:
-        config, task = setup.config, setup.task
-        documents[runs.MEMBERSHIP] = manifest(
-            setup.units, setup.members, membership=config.membership, coin_seed=setup.seed,
-            task=task.name, split="train", source=task.source, kind=task.kind, unit=config.unit,
-            template={"separator": SEPARATOR} if task.kind == "generation" else None,
-            max_length=setup.max_length, base={"model": config.model, "seed": setup.seed},
-            recipe=config.as_json(), seed=config.seed, privacy=result.privacy,
-            train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
-
-    def write(aside: Path) -> None:
-        if weights is None:
-            return
-        is_adapter = hasattr(setup.model, "get_base_model")
-        # "auto" would ask the hub for the base model's vocabulary
-        options = {"save_embedding_layers": False} if is_adapter else {}
-        with quiet():
-            setup.model.save_pretrained(aside, state_dict=weights, **options)
-            setup.tokenizer.save_pretrained(aside)
-        if setup.initial_head:
-            save_file(setup.initial_head, aside / runs.INITIAL_HEAD)
-
-    folder.save_checkpoint(write, documents)
 
 
 @contextmanager

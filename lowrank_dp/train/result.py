@@ -1,4 +1,4 @@
-"""What a finished run leaves in ``training.json``."""
+"""What a finished run leaves: ``training.json``, ``membership.json`` and the checkpoint."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
+from lowrank_dp.data import SEPARATOR
+from lowrank_dp.models.backbones import quiet
 from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.membership import manifest
+from lowrank_dp.train.setup import Setup, majority
+from lowrank_dp.train.state import State
 
 
 @dataclass(frozen=True)
@@ -57,3 +65,44 @@ def load_result(folder: str | Path) -> TrainResult:
         raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION} and the "
                          "fields of TrainResult; train again")
     return artifacts.typed(str(path), document, TrainResult)
+
+
+def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> TrainResult:
+    """The result of a run that has made so many releases in all."""
+    return TrainResult(
+        config=setup.config, epsilon=setup.epsilon(releases), delta=setup.delta,
+        releases=releases, privacy=setup.statement(releases),
+        noise_multiplier=setup.mechanism.noise_multiplier,
+        sample_rate=setup.mechanism.sample_rate, curve=tuple(state.curve), seconds=state.seconds,
+        restore_seconds=state.restore_seconds, train_loss=train_loss,
+        majority=majority(setup.task), description=setup.description,
+        provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device))
+
+
+def save_run(setup: Setup, result: TrainResult, folder: runs.RunFolder,
+             weights: dict[str, Tensor] | None) -> None:
+    """Put the checkpoint in place, or without weights ``training.json`` alone."""
+    documents = {runs.TRAINING: artifacts.plain(result)}
+    if weights is not None:
+        config, task = setup.config, setup.task
+        documents[runs.MEMBERSHIP] = manifest(
+            setup.units, setup.members, membership=config.membership, coin_seed=setup.seed,
+            task=task.name, split="train", source=task.source, kind=task.kind, unit=config.unit,
+            template={"separator": SEPARATOR} if task.kind == "generation" else None,
+            max_length=setup.max_length, base={"model": config.model, "seed": setup.seed},
+            recipe=config.as_json(), seed=config.seed, privacy=result.privacy,
+            train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
+
+    def write(aside: Path) -> None:
+        if weights is None:
+            return
+        is_adapter = hasattr(setup.model, "get_base_model")
+        # "auto" would ask the hub for the base model's vocabulary
+        options = {"save_embedding_layers": False} if is_adapter else {}
+        with quiet():
+            setup.model.save_pretrained(aside, state_dict=weights, **options)
+            setup.tokenizer.save_pretrained(aside)
+        if setup.initial_head:
+            save_file(setup.initial_head, aside / runs.INITIAL_HEAD)
+
+    folder.save_checkpoint(write, documents)

@@ -1,0 +1,168 @@
+"""Backends: one micro-batch to per-example norms and clipped sums.
+
+Each gives the norms (B,), and a function that gives the clipped sum of one parameter, once, or None
+if the loss does not depend on it: so none needs all sums in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dp.grads.compiled import Graph, calls_of, graphs_of
+from lowrank_dp.grads.layers import (
+    Tape,
+    check_leading_axis,
+    recording,
+    refuse,
+    sites_of,
+    squared_norms,
+    weighted_sum,
+    wide,
+)
+from lowrank_dp.grads.losses import forward_losses, losses_of, no_loss, row_losses
+from lowrank_dp.grads.work import Work, rows_of
+
+SumOf = Callable[[str], Tensor | None]
+PLAIN = 'backend="bookkeeping" (training: no --compile)'
+
+
+def _bookkeeping(work: Work) -> tuple[Tensor, SumOf]:
+    if work.unseen:
+        def forward_one() -> None:
+            with work.autocast:
+                work.model(**rows_of(work.batch, 0, 1))
+
+        check_leading_axis(work.model, work.trained, forward_one)
+    with recording(work.model, work.trained, work.num_rows) as tape:
+        losses = forward_losses(work)
+        if losses.requires_grad:
+            losses.sum().backward()
+    outside = [name for name, p in work.trained.items() if p.grad is not None]
+    if outside:
+        refuse(outside, "are used outside of their own layer's forward")
+    return _clipped(work, tape)
+
+
+def _clipped(work: Work, tape: Tape) -> tuple[Tensor, SumOf]:
+    """What a tape gives when forward and backward are over."""
+    with torch.no_grad(), torch.autocast(work.device.type, enabled=False):
+        tape.close_all()
+        norms, weights = work.clip(tape.squared.values())
+    return norms, lambda name: None if name not in tape.squared else weighted_sum(
+        tape.factors.pop(name), weights, work.trained[name].shape)
+
+
+def _compiled(work: Work) -> tuple[Tensor, SumOf]:
+    if not isinstance(work.batch.get("input_ids"), Tensor):
+        raise ValueError("batch must hold a tensor 'input_ids' to be compiled for, got "
+                         f"{', '.join(map(str, work.batch))}: use {PLAIN}")
+    if work.model.training and any(isinstance(m, nn.Dropout) and m.p for m in work.model.modules()):
+        raise ValueError("model must be without dropout to be compiled: call .eval(), or use "
+                         f"{PLAIN}")
+    graphs, plain = graphs_of(work.model), isinstance(work.autocast, nullcontext)
+    # the mode and autocast decide the layers and types of a graph, trained names where it is read
+    key = tuple(work.trained), work.model.training, plain
+    known, expected = graphs.get(key), None
+    if known is None:  # every refusal of book-keeping, and the norms to be found again
+        expected, _ = _bookkeeping(work)
+        with work.autocast:
+            calls, output = calls_of(work.model, sites_of(work.model, work.trained), work.batch)
+        known = Graph(calls), losses_of(work, output.loss, output.logits)[0]
+    (graph, kind), tape = known, Tape()
+    try:
+        with work.autocast:
+            logits, fill = graph.run(work.model, work.batch, work.num_rows)
+        total = row_losses(work, kind, wide(logits))[0].sum()
+        with torch.autocast(work.device.type, enabled=False):
+            fill(total, tape)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model could not be compiled ({reason}): use {PLAIN}") from error
+    norms, sum_of = _clipped(work, tape)
+    if expected is not None and not torch.allclose(
+            norms, expected, rtol=1e-3 if plain else 5e-2, atol=1e-6 * float(expected.max())):
+        raise ValueError("model must compute the same when compiled, and gives gradients of norm "
+                         f"{norms[0]:.6g} in place of {expected[0]:.6g}: use {PLAIN}")
+    graphs[key] = known
+    return norms, sum_of
+
+
+def _opacus(work: Work) -> tuple[Tensor, SumOf]:
+    from opacus.grad_sample import GradSampleHooks
+
+    class Hooks(GradSampleHooks):
+        def capture_activations_hook(self, module, forward_input, forward_output):
+            # Opacus ignores layers in eval mode; by now the forward is over, so this changes
+            # nothing that was computed (dropout stays as the model's mode has it).
+            mode, module.training = module.training, True
+            try:
+                super().capture_activations_hook(module, forward_input, forward_output)
+            finally:
+                module.training = mode
+
+    device = next(iter(work.trained.values())).device.type
+    half = (torch.is_autocast_enabled(device) or not isinstance(work.autocast, nullcontext)
+            or any(p.dtype == torch.bfloat16 for p in work.model.parameters()))
+    clean = {id(module): set(vars(module)) for module in work.model.modules()}
+    hooks = Hooks(work.model, loss_reduction="sum", strict=False)
+    try:
+        losses = forward_losses(work)
+        if losses.requires_grad:
+            losses.sum().backward()
+        samples = {}
+        largest = max((p.grad.abs().max().item() for p in work.trained.values()
+                       if p.grad is not None), default=0.0)
+        for name, p in work.trained.items():
+            sample = p.grad_sample  # type: ignore[attr-defined]
+            if sample is None and p.grad is None:
+                continue
+            if (sample is None or p.grad is None or len(sample) != work.num_rows
+                    or not _adds_up(wide(sample), p.grad, largest, half)):
+                refuse([name], "have no exact per-example gradients in Opacus", ("loop",))
+            samples[name] = wide(sample)
+    finally:
+        hooks.cleanup()
+        for module in work.model.modules():
+            for attribute in set(vars(module)) - clean[id(module)]:
+                delattr(module, attribute)
+    with torch.no_grad():
+        norms, weights = work.clip(squared_norms([s]) for s in samples.values())
+    return norms, lambda name: None if name not in samples else weighted_sum(
+        [samples[name]], weights, samples[name].shape[1:])
+
+
+def _adds_up(sample: Tensor, gradient: Tensor, largest: float, half: bool) -> bool:
+    """Whether per-example gradients sum to autograd's: no use of the parameter was missed."""
+    allowed = (3e-2 if half else 1e-3) * float(gradient.abs().max()) + 1e-6 * largest
+    return bool(((sample.sum(0) - gradient).abs() <= allowed).all())
+
+
+def _loop(work: Work) -> tuple[Tensor, SumOf]:
+    sums: dict[str, Tensor] = {}
+    norms = []
+    for row in range(work.num_rows):
+        with work.autocast:
+            loss = getattr(work.model(**rows_of(work.batch, row, row + 1)), "loss", None)
+        if loss is None:
+            no_loss()
+        one = replace(work, num_rows=1, first_row=work.first_row + row)
+        one.require(loss.detach().isfinite().view(1), "has a loss that is not finite")
+        if loss.requires_grad:
+            loss.backward()
+        grads = {name: wide(p.grad) for name, p in work.trained.items() if p.grad is not None}
+        norm, weight = one.clip(g.square().sum() for g in grads.values())
+        norms.append(norm)
+        for name, g in grads.items():
+            part = g * weight.to(g.dtype)
+            sums[name] = sums[name].add_(part) if name in sums else part
+            work.trained[name].grad = None
+    return torch.cat(norms), sums.get
+
+
+BACKENDS: dict[str, Callable[[Work], tuple[Tensor, SumOf]]] = {
+    "bookkeeping": _bookkeeping, "compiled": _compiled, "opacus": _opacus, "loop": _loop}

@@ -1,0 +1,77 @@
+"""One micro-batch and what a backend is to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dp import _validate
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One micro-batch and what to do with it.
+
+    ``first_row`` counts rows for messages; ``unseen`` marks one whose layout is to be checked.
+    ``bound`` is C; 0 for rows that do not count.
+    """
+
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+    batch: Batch
+    num_rows: int
+    first_row: int
+    unseen: bool
+    bound: float
+    autocast: AbstractContextManager
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(iter(self.trained.values())).device
+
+    def clip(self, squared: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Norms (B,) and clip factors ``min(1, C / norm)`` from squared norms of each parameter."""
+        first = next(iter(self.trained.values()))
+        start = torch.zeros(self.num_rows, device=first.device, dtype=wide_dtype(first))
+        norms = sum((part.to(start) for part in squared), start).sqrt()
+        self.require(norms.isfinite(), "has a gradient that is not finite")
+        return norms, (self.bound / norms).clamp(max=1) if self.bound else torch.zeros_like(norms)
+
+    def require(self, good: Tensor, problem: str) -> None:
+        """Refuse the first row that is not ``good`` (B,)."""
+        if not bool(good.all()):
+            row = self.first_row + int(good.logical_not().nonzero()[0])
+            raise ValueError(f"batch row {row} {problem}")
+
+
+def num_rows_of(batch: Batch) -> int:
+    """The number of examples in ``batch``, whose tensors must agree on it."""
+    if not isinstance(batch, Mapping):
+        _validate.fail("batch", "the dict that model(**batch) takes", type(batch).__name__)
+    sizes = {name: value.shape[0] if value.ndim else 0
+             for name, value in batch.items() if isinstance(value, Tensor)}
+    if not sizes or 0 in sizes.values():
+        _validate.fail("batch", "tensors with one example a row and at least one row",
+                       {n: tuple(v.shape) for n, v in batch.items() if isinstance(v, Tensor)})
+    if len(set(sizes.values())) > 1:
+        _validate.fail("batch", "tensors with equally many rows", sizes)
+    return next(iter(sizes.values()))
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> dict[str, Any]:
+    """Some rows of every tensor, and the other values as they are."""
+    return {name: value[start:stop].detach() if isinstance(value, Tensor) else value
+            for name, value in batch.items()}
+
+
+def wide_dtype(parameter: Tensor) -> torch.dtype:
+    """Of sums and norms: float32, or the parameter's own if that is wider."""
+    return torch.promote_types(torch.float32, parameter.dtype)
