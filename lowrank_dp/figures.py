@@ -87,6 +87,8 @@ FIGURES = {
     "dynamics": Recipe(dynamics, dynamics.SMALL, dynamics.Config(), lora_plots.plot_dynamics),
     "efficiency": Recipe(efficiency, None, efficiency.SST2, training_plots.plot_efficiency),
     "efficiency_e2e": Recipe(efficiency, None, efficiency.E2E, training_plots.plot_efficiency),
+    "efficiency_smollm2": Recipe(
+        efficiency, None, efficiency.SMOLLM2, training_plots.plot_efficiency),
     "membership": Recipe(membership, None, membership.SST2, attack_plots.plot_membership),
     "membership_e2e": Recipe(membership, None, membership.E2E, attack_plots.plot_membership),
 }
