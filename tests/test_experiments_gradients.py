@@ -1,6 +1,8 @@
 """The gradient experiments on the embedded default, their artifacts and figures."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,7 +209,8 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, scale, task", [
-    ("efficiency_e2e", "full", "e2e"), ("spectra", "small", "generated")])
+    ("efficiency_e2e", "full", "e2e"), ("efficiency_e2e", "small", "generated-table"),
+    ("spectra", "small", "generated")])
 def test_recomputing_keeps_the_task_of_an_experiment_of_hours(monkeypatch, name, scale, task):
     seen = []
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
@@ -223,10 +226,39 @@ def test_recomputing_keeps_the_task_of_an_experiment_of_hours(monkeypatch, name,
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options(name):
     recipe = figures.FIGURES[name]
     assert recipe.experiment.CAPTION and recipe.experiment.headline
-    for config in filter(None, (recipe.small, recipe.full)):  # some take hours at any scale
+    for config in (recipe.small, recipe.full):
         changed = figures.configure(config, model="m", task="t", seed=7, device="cuda")
         assert type(changed) is type(config)
         assert "7" in str(changed) and config == figures.configure(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("tasks",), ("efficiency",), ("membership",),
+                                   ("efficiency_e2e", "efficiency_smollm2"), ("membership_e2e",)],
+                         ids=lambda names: names[0])
+def test_what_takes_hours_can_be_tried_small(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the runs of one figure are not repeated for the next
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    for name in names:
+        recipe = figures.FIGURES[name]
+        assert recipe.hours
+        result, figure = figures.show(name, recompute=True)
+        assert result.config == recipe.small and figure.axes
+        assert "generated" in result.description
+        assert recipe.experiment.headline(result)
+
+
+def test_the_small_scale_never_replaces_a_result_of_hours(monkeypatch, tmp_path, capsys):
+    folder = Path(__file__).parent.parent / "paper_artifacts"
+    shutil.copytree(folder, tmp_path / "kept")
+    monkeypatch.setattr(figures, "compute", None)
+    hours = [name for name, recipe in figures.FIGURES.items() if recipe.hours]
+    figures.main(only=hours, scale="small", output=tmp_path / "figures",
+                 artifact_folder=tmp_path / "kept")
+    for name in hours:
+        for path in folder.glob(f"{name}.*"):
+            assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert f"{name}: drawn from the saved result" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):

@@ -774,6 +774,11 @@ def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     assert result.majority == max(np.bincount([e.label for e in task.validation])) / 80
     members = evaluate(ours, tokenizer, task, "train", max_examples=30, max_length=128)
     assert result.train_loss == pytest.approx(members["loss"], rel=1e-5)
+    saved = json.loads((tmp_path / "training.json").read_text())
+    assert saved["sensitive"].startswith("train_loss: NON-PRIVATE")
+    del saved["sensitive"]  # earlier runs did not write it
+    (tmp_path / "training.json").write_text(json.dumps(saved))
+    assert load_result(tmp_path) == result
 
 
 def check_files(folder, expected):

@@ -91,6 +91,17 @@ SMOLLM2 = Config(
           "DP-LoRA, momentum + optimal, zeroed"),
     learning_rates=(1e-3, 3e-3, 1e-2, 3e-2), score="loss", tuning_holdout=64)
 
+# to try in a minute, on generated text with models that are always at hand
+SMALL = Config(
+    base=TrainConfig(model="tiny", task="generated", epsilon=8.0, delta=1e-5, batch_size=512,
+                     steps=24, eval_every=3),
+    arms=("DP-SGD", "momentum + optimal, zeroed", "DP-LoRA"), learning_rates=(3e-3, 1e-2),
+    num_seeds=2, tuning_holdout=300)
+SMALL_TABLES = replace(
+    SMALL, base=TrainConfig(model="tiny-llama", task="generated-table", epsilon=8.0, delta=1e-5,
+                            batch_size=128, steps=12, eval_every=3, eval_examples=60),
+    score="loss", tuning_holdout=100)
+
 
 @dataclass(frozen=True)
 class Result:

@@ -48,6 +48,12 @@ class Config:
     seed: int = 0
 
 
+# to try in a minute, on generated text with models that are always at hand
+SMALL = Config(cases=(
+    ("tiny", "generated", "train", 1024, 0.0), ("tiny", "generated", "train", 1024, 0.6),
+    ("tiny-llama", "generated-table", "train", 256, 0.0)))
+
+
 @dataclass(frozen=True)
 class Result:
     """K cases. ``above``: layers with a value above the edge, of ``num_layers``.

@@ -34,6 +34,7 @@ class TrainResult:
             restore_seconds spent in steps until then (evaluation excluded).
         train_loss: NON-PRIVATE, the loss on at most ``eval_examples`` of the members.
         majority: accuracy of always answering the most frequent validation label, or None.
+        sensitive: what in here no mechanism protects, said in the file itself.
     """
 
     config: TrainConfig
@@ -50,6 +51,7 @@ class TrainResult:
     majority: float | None
     description: str
     provenance: Mapping[str, Any]
+    sensitive: str = "train_loss: NON-PRIVATE, computed from the members without noise"
     schema_version: int = artifacts.SCHEMA_VERSION
 
 
@@ -61,7 +63,9 @@ def load_result(folder: str | Path) -> TrainResult:
     except FileNotFoundError:
         raise ValueError(f"{folder} must hold a finished run, found no {path.name}") from None
     names = {field.name for field in fields(TrainResult)}
-    if document.get("schema_version") != artifacts.SCHEMA_VERSION or names != set(document):
+    missing = names - set(document) - {"sensitive"}  # which earlier runs did not write
+    if (document.get("schema_version") != artifacts.SCHEMA_VERSION or missing
+            or not names.issuperset(document)):
         raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION} and the "
                          "fields of TrainResult; train again")
     return artifacts.typed(str(path), document, TrainResult)
