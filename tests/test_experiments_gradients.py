@@ -255,10 +255,11 @@ def test_the_small_scale_never_replaces_a_result_of_hours(monkeypatch, tmp_path,
     hours = [name for name, recipe in figures.FIGURES.items() if recipe.hours]
     figures.main(only=hours, scale="small", output=tmp_path / "figures",
                  artifact_folder=tmp_path / "kept")
+    said = " ".join(capsys.readouterr().err.split())
     for name in hours:
         for path in folder.glob(f"{name}.*"):
             assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
-        assert f"{name}: drawn from the saved result" in " ".join(capsys.readouterr().err.split())
+        assert f"{name}: drawn from the saved result" in said
 
 
 def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):
