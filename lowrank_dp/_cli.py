@@ -109,6 +109,6 @@ def options(pairs: Iterable[str]) -> dict[str, Any]:
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on stderr; silent when stderr is not a terminal."""
-    console = Console(stderr=True)
-    yield from track(items, description, total=total, console=console,
-                     disable=not console.is_terminal, transient=True)
+    # not Console.is_terminal, which believes FORCE_COLOR: a notebook's workers inherit that
+    yield from track(items, description, total=total, console=Console(stderr=True),
+                     disable=not sys.stderr.isatty(), transient=True)

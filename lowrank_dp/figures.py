@@ -190,8 +190,8 @@ def main(
         started = time.perf_counter()
         redrawn = redraw or (FIGURES[name].hours and scale == "small")
         if redrawn and not redraw:
-            console.print(f"{name}: drawn from the saved result; --scale full computes it, in "
-                          "hours", highlight=False, soft_wrap=True)
+            console.print(f"{name}: drawn from the saved result; --scale full computes it, which "
+                          "can take hours", highlight=False, soft_wrap=True)
         elif console.is_terminal:
             console.print(f"{name}: {'redrawing' if redrawn else 'computing'} ...",
                           highlight=False)

@@ -1,6 +1,7 @@
 """Command lines as a user runs them: results, exit codes, one line on bad input."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -100,3 +101,11 @@ def test_the_console_script_lists_its_commands():
     for command in ("spectrum", "restore", "lora", "train", "mia", "figures"):
         assert command in done.stdout
     assert run("lowrank_dp", "--version").stdout.strip() == "0.1.0"
+
+
+def test_progress_is_silent_without_a_terminal_whatever_the_environment_says():
+    """A notebook sets FORCE_COLOR, and its workers would fill the cell with bars."""
+    code = "from lowrank_dp._cli import progress; print(list(progress(range(3), 'counting')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "FORCE_COLOR": "1"})
+    assert done.stdout == "[0, 1, 2]\n" and done.stderr == ""

@@ -37,7 +37,10 @@ def test_a_small_sweep(tmp_path):
     assert membership.headline(again) == membership.headline(result)
     columns, rows = membership.table(again)
     assert len(rows) == 6 and rows[0][columns.index("epsilon")] == "none"
-    assert plot_membership(again).axes
+    assert np.isnan(again.tpr).all()  # of fewer than 100 non-members there is no TPR at 1% FPR
+    figure = plot_membership(again)
+    figure.canvas.draw()
+    assert "too few non-members" in [text.get_text() for text in figure.axes[1].texts]
 
 
 def test_matched_loss_is_read_within_seeds_and_never_beyond():

@@ -83,6 +83,7 @@ E2E = Config(
           "DP-LoRA, frozen A"),
     learning_rates=(3e-3, 1e-2, 3e-2), score="loss", tuning_holdout=300)
 
+# eight rows at a time: each token has logits for 49,152 words
 SMOLLM2 = Config(
     base=TrainConfig(model="smollm2", task="e2e", epsilon=8.0, delta=1e-5, batch_size=128,
                      steps=8, train_layers=2, eval_every=2, eval_examples=64, generate=False,

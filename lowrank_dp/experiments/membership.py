@@ -88,10 +88,11 @@ E2E = Config(
 # to try in a minute, on generated text with models that are always at hand
 SMALL = Config(
     base=replace(SST2.base, model="tiny", task="generated", max_examples=400, max_length=None),
-    ranks=(1, 8), frozen_ranks=(8,), steps=(15, 45), full_learning_rate=1e-3,
-    lora_learning_rate=1e-2, frozen_learning_rate=2e-2, num_seeds=2)
-SMALL_TABLES = replace(SMALL, base=replace(
-    E2E.base, task="generated-table", max_examples=400, batch_size=32), steps=(10, 30))
+    ranks=(1, 8), frozen_ranks=(), steps=(15, 45), full_learning_rate=1e-3,
+    lora_learning_rate=1e-2, num_seeds=2)
+SMALL_TABLES = replace(
+    SMALL, base=replace(E2E.base, task="generated-table", max_examples=400, batch_size=32),
+    ranks=(8,), steps=(10, 30))
 
 
 @dataclass(frozen=True)

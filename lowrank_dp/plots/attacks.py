@@ -73,8 +73,12 @@ def plot_membership(result: membership.Result) -> Figure:
     variance.set(yscale="log")
     variance.set_ylabel("variance of the projection noise", color=GREEN)
     variance.grid(False)
-    _against_rank(axes[0, 1], result, result.tpr)
-    axes[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
+    if np.isnan(result.tpr).all():  # such a rate needs 100 non-members
+        axes[0, 1].text(0.5, 0.5, "too few non-members", ha="center", va="center",
+                        transform=axes[0, 1].transAxes)
+    else:
+        _against_rank(axes[0, 1], result, result.tpr)
+        axes[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
     axes[0, 1].set(ylabel="TPR at 1% FPR", ylim=(0, None))
     letter(axes[0, 1], f"b  {steps} steps")
     for axis, values, name, mark in (
@@ -96,6 +100,8 @@ def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> 
     """``values`` (arms, seeds, steps) at the last number of steps."""
     for family in ("LoRA", "frozen A"):
         chosen = [i for i, arm in enumerate(result.arms) if arm.startswith(family)]
+        if not chosen:
+            continue
         ranks = [int(result.arms[i].split("=")[1]) for i in chosen]
         bands = [result.band(values, i) for i in chosen]
         colour, marker = METHOD_STYLE[family]
