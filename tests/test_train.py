@@ -144,11 +144,15 @@ def weights_of(folder, config):
 
 
 def assert_same_weights(got, want, before, trained, tolerance):
-    """To ``tolerance`` of the farthest that an entry of the parameter moved."""
+    """To ``tolerance`` of the distance that the parameter moved, in Frobenius norm.
+
+    Not entry by entry: Adam divides by an entry's own gradient, so where that is nearly zero the
+    rounding of one processor against another moves it by a part of the learning rate.
+    """
     assert got.keys() == want.keys()
     for name in want:
-        difference = float((got[name] - want[name]).abs().max())
-        moved = float((want[name] - before[name]).abs().max())
+        difference = float((got[name] - want[name]).norm())
+        moved = float((want[name] - before[name]).norm())
         assert difference <= tolerance * max(moved, 1e-2), (name, difference, moved)
         if not trained(name):
             assert torch.equal(got[name], before[name]), name
