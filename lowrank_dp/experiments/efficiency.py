@@ -74,7 +74,7 @@ SST2 = Config(
                      steps=30, train_layers=1, max_length=64, eval_every=3),
     arms=("DP-SGD", "denoise", "optimal, zeroed", "low-pass filter", "momentum + optimal, zeroed",
           "DP-LoRA", "DP-LoRA, frozen A"),
-    learning_rates=(1e-3, 3e-3, 1e-2))
+    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2))
 
 E2E = Config(
     base=TrainConfig(model="tiny-llama", task="e2e", epsilon=8.0, delta=1e-5, batch_size=512,
