@@ -1,11 +1,16 @@
 """``paper_artifacts/README.md``: every claim has a verdict, and an artifact that is there."""
 
+import json
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "paper_artifacts" / "README.md").read_text()
 VERDICTS = ("reproduced", "reproduced within limits", "not reproduced", "refuted", "holds")
+INTERVAL = r"\d+\.\d+ ± \d+\.\d+"  # signs are said in words, too
 
 
 def claims():
@@ -24,6 +29,24 @@ def test_every_claim_has_a_verdict_and_its_artifact():
         for name in re.findall(r"`([^`]+)`", artifact):
             path = ROOT / name if "/" in name else ROOT / "paper_artifacts" / f"{name}.json"
             assert path.is_file(), f"{claim}: {name}"
+
+
+def test_every_interval_in_words_stands_in_a_table():
+    """README, this index and the notebooks are written by hand; the tables are not."""
+    folder = ROOT / "paper_artifacts"
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "paper_artifacts/*.md"], cwd=ROOT,
+                      check=False).returncode:
+        pytest.skip("not a clean checkout: the tables may be of figures that were made again")
+    tables = "\n".join(path.read_text() for path in folder.glob("*.md") if path.stem != "README")
+    known = set(re.findall(INTERVAL, tables))
+    texts = {path: path.read_text() for path in (ROOT / "README.md", folder / "README.md")}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts[path] = "\n".join(
+            "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert sum(len(re.findall(INTERVAL, text)) for text in texts.values()) > 100
+    for path, text in texts.items():
+        assert set(re.findall(INTERVAL, text)) <= known, path
 
 
 def test_every_artifact_is_listed_with_its_command():

@@ -86,6 +86,16 @@ def test_alignment_orders_the_schemes(source):
     np.testing.assert_array_less(by["noisy"][[0, 2]], by["noisy"][1])  # more data, less noise
     np.testing.assert_array_less(result.error[:, result.schemes.index("optimal")],
                                  result.error[:, result.schemes.index("noisy")])
+    columns, rows = alignment.table(result)
+    size, sigma, scheme, aligned, error = rows[-1]
+    assert (size, sigma, scheme) == ("512", "1.5", "oracle weights") and len(columns) == 5
+    for text, two in ((aligned, result.alignment[2, -1].mean(-1)), (error, result.error[2, -1])):
+        middle, half = map(float, text.split(" ± "))
+        assert middle == pytest.approx(two.mean(), abs=5.1e-4)
+        # t with one degree of freedom: tan(0.475 pi) times half the distance of two draws
+        assert half == pytest.approx(12.7062 * abs(two[0] - two[1]) / 2, abs=5.1e-4)
+    with pytest.raises(ValueError, match="noise_seeds must be an integer >= 2"):
+        alignment.run(dataclasses.replace(config, noise_seeds=1), source)
 
 
 def by_svd(noisy, std, kappa=1.0, threshold=None, correct=False, keep=False):

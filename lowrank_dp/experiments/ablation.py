@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lowrank_dp import _validate, artifacts
 from lowrank_dp._cli import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
-from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.restore import restore_with_report
 
 Array = NDArray[np.float64]
@@ -143,7 +143,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
     sizes = sorted(result.config.batch_sizes)
     columns = ["variant"] + [f"{what}, batch {size}" for size in sizes for what in (
         "alignment, mean over layers", "alignment, all layers as one", "error")]
-    rows = [[variant, *(_pm(values[i, j]) for i in range(len(sizes)) for values in (
+    rows = [[variant, *(with_interval(values[i, j]) for i in range(len(sizes)) for values in (
         result.alignment, result.overall, result.error))]
         for j, variant in enumerate(result.variants)]
     return columns, rows
@@ -164,8 +164,3 @@ def headline(result: Result) -> dict[str, str]:
         numbers[f"{variant}: alignment of all layers as one; error"] = (
             f"{result.overall[-1, j].mean():.3f}; {result.error[-1, j].mean():.2f}")
     return numbers
-
-
-def _pm(values: Array) -> str:
-    mean, half = mean_and_interval(values)
-    return f"{mean:.3f} ± {half:.3f}"

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_dp import artifacts
+from lowrank_dp import _validate, artifacts
 from lowrank_dp._cli import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
+from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.restore import restore
 from lowrank_dp.spectrum import alignment
 
@@ -74,6 +75,7 @@ class Result:
 
 def run(config: Config, source: Source | None = None) -> Result:
     """Measure every scheme at every setting (on ``source``, if it was prepared already)."""
+    _validate.integer("noise_seeds", config.noise_seeds, low=2)
     source = source or prepare(config.gradients, max(config.batch_sizes))
     sizes = sorted(config.batch_sizes)
     sums = source.nested_sums(sizes)
@@ -117,6 +119,16 @@ def headline(result: Result) -> dict[str, str]:
                           & (result.noise_multiplier == result.noise_multiplier[0]))[0]
     return {f"mean alignment, {scheme}": f"{result.alignment[best, j].mean():.3f}"
             for j, scheme in enumerate(result.schemes)}
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """A setting and scheme each, with 95% t-intervals over noise draws."""
+    settings = zip(result.batch_size, result.noise_multiplier, strict=True)
+    rows = [[str(size), f"{sigma:g}", scheme, with_interval(result.alignment[i, j].mean(-1)),
+             with_interval(result.error[i, j])]
+            for i, (size, sigma) in enumerate(settings) for j, scheme in enumerate(result.schemes)]
+    return ["batch size", "noise multiplier", "scheme", "alignment, mean over layers",
+            "error"], rows
 
 
 def _each_scheme(noisy: Tensor, clean: Tensor, profile: Tensor, noise_std: float) -> list[Tensor]:

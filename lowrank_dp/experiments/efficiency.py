@@ -16,7 +16,7 @@ import numpy as np
 
 from lowrank_dp import _validate, artifacts
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
-from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 
@@ -279,8 +279,8 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for i, arm in enumerate(result.arms):
         cells = [arm, f"{result.learning_rate[i]:g}",
-                 _with_interval(result.score[i, :, -1]),
-                 _with_interval(result.score[i].mean(axis=-1)),
+                 _unless_stopped(result.score[i, :, -1]),
+                 _unless_stopped(result.score[i].mean(axis=-1)),
                  *(_each(steps_to(result, share)[i]) for share in SHARES),
                  _each(seconds_to(result, SHARES[0])[i]),
                  f"{np.nanmean(result.restore_share[i]):.1%}",
@@ -297,15 +297,14 @@ def headline(result: Result) -> Mapping[str, str]:
              f"best {result.config.score} of {BASELINE}": f"{result.best:.4g}"}
     for i, arm in enumerate(result.arms):
         lines[f"{arm}: final {result.config.score}; steps to 90% of {BASELINE}'s best gain"] = (
-            f"{_with_interval(result.score[i, :, -1])}; {_each(steps_to(result, 0.9)[i])}")
+            f"{_unless_stopped(result.score[i, :, -1])}; {_each(steps_to(result, 0.9)[i])}")
     return lines
 
 
-def _with_interval(values: np.ndarray) -> str:
+def _unless_stopped(values: np.ndarray) -> str:
     if np.isnan(values).any():
         return f"{int(np.isnan(values).sum())} of {len(values)} runs stopped"
-    mean, half = mean_and_interval(values)
-    return f"{mean:.3f} ± {half:.3f}"
+    return with_interval(values)
 
 
 def _each(values: np.ndarray) -> str:

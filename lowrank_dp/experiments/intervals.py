@@ -11,3 +11,9 @@ def mean_and_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np
     count = values.shape[axis]
     half = stats.t.ppf(0.975, count - 1) * values.std(axis=axis, ddof=1) / np.sqrt(count)
     return values.mean(axis=axis), half
+
+
+def with_interval(values: np.ndarray) -> str:
+    """"mean ± half-width" of ``values`` (seeds,), to three decimals, as the tables have it."""
+    mean, half = mean_and_interval(values)
+    return f"{mean:.3f} ± {half:.3f}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from lowrank_dp import _validate, artifacts
 from lowrank_dp._cli import progress
-from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.mia.attack import Options, attack, open_target
 from lowrank_dp.mia.compare import utility_metric
 from lowrank_dp.sweep import run_folder, sweep
@@ -245,5 +245,4 @@ def headline(result: Result) -> Mapping[str, str]:
 def _pm(values: np.ndarray) -> str:
     if np.isnan(values).any():
         return f"not reached by {int(np.isnan(values).sum())} of {len(values)}"
-    mean, half = mean_and_interval(values)
-    return f"{mean:.3f} ± {half:.3f}"
+    return with_interval(values)
