@@ -141,15 +141,17 @@ def compute(name: str, config: Any, sources: dict[Any, Any] | None = None) -> An
 
 
 def show(name: str, *, artifact_folder: str | Path = "paper_artifacts", recompute: bool = False,
-         scale: str = "small") -> tuple[Any, Figure]:
+         scale: str = "small",
+         sources: dict[Any, Any] | None = None) -> tuple[Any, Figure]:
     """``(result, figure)`` from the saved artifact, or computed afresh; saves nothing.
 
-    For notebooks. Raises ``FileNotFoundError`` if there is no artifact to draw from.
+    For notebooks. ``sources``: an empty dict, given to several calls, keeps the prepared model from
+    one to the next. Raises ``FileNotFoundError`` if there is no artifact to draw from.
     """
     recipe = FIGURES[_validate.choice("figure", name, FIGURES)]
     _validate.choice("scale", scale, ["small", "full"])
     if recompute:
-        result = compute(name, configure(getattr(recipe, scale), **_at_hand(recipe)))
+        result = compute(name, configure(getattr(recipe, scale), **_at_hand(recipe)), sources)
     else:
         result = artifacts.load_result(artifact_folder, name, recipe.experiment.Result)
     return result, recipe.plot(result)

@@ -225,12 +225,27 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
 def test_recomputing_keeps_the_task_of_an_experiment_of_hours(monkeypatch, name, scale, task):
     seen = []
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
-    monkeypatch.setattr(figures, "compute", lambda name, config: seen.append(config))
+    monkeypatch.setattr(figures, "compute", lambda name, config, sources: seen.append(config))
     monkeypatch.setattr(figures, "FIGURES", {name: dataclasses.replace(
         figures.FIGURES[name], plot=lambda result: None)})
     figures.show(name, recompute=True, scale=scale)
     config = seen[0]
     assert (config.base if name == "efficiency_e2e" else config.gradients).task == task
+
+
+def test_figures_of_one_model_can_share_it(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(figures.gradients, "prepare",
+                        lambda config: prepared.append(config) or object())
+    for name in ("alignment", "ablation"):
+        monkeypatch.setattr(figures.FIGURES[name].experiment, "run", lambda config, source: source)
+        monkeypatch.setitem(figures.FIGURES, name, dataclasses.replace(
+            figures.FIGURES[name], plot=lambda result: None))
+    sources = {}
+    first, second = (figures.show(name, recompute=True, sources=sources)[0]
+                     for name in ("alignment", "ablation"))
+    assert first is second and len(prepared) == 1
+    assert figures.show("ablation", recompute=True)[0] is not first
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
