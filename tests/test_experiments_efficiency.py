@@ -46,6 +46,23 @@ def test_steps_of_the_tuning_runs_at_each_learning_rate():
                                   [[20, 10, np.inf], [10, 20, np.inf]])
 
 
+def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, tmp_path):
+    """Two arms of one scheme, as DP-SGD and the low-pass filter are, must not look alike."""
+    real, arms = efficiency.sweep, ("DP-SGD", "low-pass filter")
+
+    def broken(configs, folder, **options):
+        return [replace(outcome, result=None, error="loss is 20") if outcome.config.filter_b
+                and outcome.config.learning_rate == 0.01 else outcome
+                for outcome in real(configs, folder, **options)]
+
+    monkeypatch.setattr(efficiency, "sweep", broken)
+    result = efficiency.run(efficiency.Config(
+        replace(BASE, steps=2), arms, learning_rates=(1e-3, 1e-2), num_seeds=2,
+        tuning_holdout=50), tmp_path)
+    assert result.failures == ("low-pass filter, learning rate 0.01, seed 1000: loss is 20",)
+    assert np.isnan(result.tuning[1, 1]).all() and result.learning_rate[1] == 1e-3
+
+
 def test_a_loss_counts_downwards():
     result = made([[[8.0, 4.0, 2.0], [8.0, 3.0, 2.0]], [[8.0, 2.1, 3.0], [8.0, 7.0, 6.0]]], "loss")
     assert result.best == 2.0                                # target 8 - 0.9 * 6 = 2.6

@@ -222,15 +222,18 @@ def _collect(config: Config, tuning: np.ndarray, chosen: np.ndarray, tuned: list
         config=config, provenance=artifacts.provenance(seed=0, device=config.base.device),
         privacy=done[0].privacy, epsilon=float(done[0].epsilon or np.inf), delta=done[0].delta,
         description=done[0].description, arms=config.arms,
-        failures=tuple(f"{_name(o.config)}: {o.error}" for o in (*tuned, *outcomes) if o.error),
+        failures=tuple(_failures(config.arms, tuned) + _failures(config.arms, outcomes)),
         final=final, steps=np.array([entry["step"] for entry in done[0].curve]),
         score=stack(config.score), loss=stack("loss"), seconds=seconds,
         restore_share=restoring[..., -1] / seconds[..., -1], learning_rate=chosen, tuning=tuning)
 
 
-def _name(config: TrainConfig) -> str:
-    return (f"{config.method}, scheme {config.scheme}, momentum {config.momentum_beta}, learning "
-            f"rate {config.learning_rate:g}, seed {config.seed}")
+def _failures(arms: tuple[str, ...], outcomes: list[Outcome]) -> list[str]:
+    """A line for each run that stopped; ``outcomes`` has as many of each arm, arm by arm."""
+    each = len(outcomes) // len(arms)
+    return [f"{arms[i // each]}, learning rate {outcome.config.learning_rate:g}, seed "
+            f"{outcome.config.seed}: {outcome.error}"
+            for i, outcome in enumerate(outcomes) if outcome.error]
 
 
 def steps_to(result: Result, share: float) -> np.ndarray:

@@ -14,6 +14,6 @@ def mean_and_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np
 
 
 def with_interval(values: np.ndarray) -> str:
-    """"mean ± half-width" of ``values`` (seeds,), to three decimals, as the tables have it."""
+    """``mean ± half-width`` of ``values`` (seeds,) to three decimals, as the tables have it."""
     mean, half = mean_and_interval(values)
     return f"{mean:.3f} ± {half:.3f}"
