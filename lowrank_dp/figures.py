@@ -89,6 +89,8 @@ FIGURES = {
     "dynamics": Recipe(dynamics, dynamics.SMALL, dynamics.Config(), lora_plots.plot_dynamics),
     "efficiency": Recipe(
         efficiency, efficiency.SMALL, efficiency.SST2, training_plots.plot_efficiency, hours=True),
+    "efficiency_mnli": Recipe(
+        efficiency, efficiency.SMALL, efficiency.MNLI, training_plots.plot_efficiency, hours=True),
     "efficiency_e2e": Recipe(
         efficiency, efficiency.SMALL_TABLES, efficiency.E2E, training_plots.plot_efficiency,
         hours=True),

@@ -76,6 +76,12 @@ SST2 = Config(
           "DP-LoRA", "DP-LoRA, frozen A"),
     learning_rates=(1e-3, 3e-3, 1e-2, 3e-2))
 
+MNLI = Config(
+    base=TrainConfig(model="minilm", task="mnli", epsilon=8.0, delta=1e-5, batch_size=1024,
+                     steps=21, train_layers=1, max_length=64, eval_every=3),
+    arms=("DP-SGD", "denoise", "momentum + optimal, zeroed", "DP-LoRA"),
+    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2))
+
 E2E = Config(
     base=TrainConfig(model="tiny-llama", task="e2e", epsilon=8.0, delta=1e-5, batch_size=512,
                      steps=24, eval_every=3, eval_examples=300),
