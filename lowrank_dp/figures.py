@@ -50,15 +50,16 @@ from lowrank_dp.plots import training as training_plots
 class Recipe:
     """An experiment, what it runs on at each scale, and how its result is drawn.
 
-    ``hours``: what the figure shows takes hours. Its saved result is that of the full scale, which
-    the small one never replaces; that is a trial on generated text, for :func:`show`.
+    ``lengthy``: what the figure shows takes from many minutes to hours. Its saved result is that of
+    the full scale, which the small one never replaces; that is a trial on generated text, for
+    :func:`show`.
     """
 
     experiment: ModuleType
     small: Any
     full: Any
     plot: Callable[[Any], Figure]
-    hours: bool = False
+    lengthy: bool = False
 
 
 FIGURES = {
@@ -69,12 +70,11 @@ FIGURES = {
         alignment.Config(batch_sizes=(512, 1024, 2048), noise_multipliers=(0.6, 0.3, 1.0)),
         alignment.Config(), gradient_plots.plot_alignment),
     "tasks": Recipe(
-        tasks, tasks.SMALL, tasks.Config(), gradient_plots.plot_tasks, hours=True),
+        tasks, tasks.SMALL, tasks.Config(), gradient_plots.plot_tasks, lengthy=True),
     "ablation": Recipe(
         ablation, ablation.SMALL, ablation.Config(), gradient_plots.plot_ablation),
     "momentum": Recipe(
-        momentum, momentum.Config(seeds=2, steps=7, betas=(0.0, 0.7, 0.9)), momentum.Config(),
-        gradient_plots.plot_momentum),
+        momentum, momentum.SMALL, momentum.Config(), gradient_plots.plot_momentum, lengthy=True),
     "lora_noise": Recipe(
         lora_noise, lora_noise.SMALL, lora_noise.Config(), lora_plots.plot_lora_noise),
     "total_variation": Recipe(
@@ -88,20 +88,22 @@ FIGURES = {
         membership_plots.plot_matrix_attack),
     "dynamics": Recipe(dynamics, dynamics.SMALL, dynamics.Config(), lora_plots.plot_dynamics),
     "efficiency": Recipe(
-        efficiency, efficiency.SMALL, efficiency.SST2, training_plots.plot_efficiency, hours=True),
+        efficiency, efficiency.SMALL, efficiency.SST2, training_plots.plot_efficiency,
+        lengthy=True),
     "efficiency_mnli": Recipe(
-        efficiency, efficiency.SMALL, efficiency.MNLI, training_plots.plot_efficiency, hours=True),
+        efficiency, efficiency.SMALL, efficiency.MNLI, training_plots.plot_efficiency,
+        lengthy=True),
     "efficiency_e2e": Recipe(
         efficiency, efficiency.SMALL_TABLES, efficiency.E2E, training_plots.plot_efficiency,
-        hours=True),
+        lengthy=True),
     "efficiency_smollm2": Recipe(
         efficiency, efficiency.SMALL_TABLES, efficiency.SMOLLM2, training_plots.plot_efficiency,
-        hours=True),
+        lengthy=True),
     "membership": Recipe(
-        membership, membership.SMALL, membership.SST2, attack_plots.plot_membership, hours=True),
+        membership, membership.SMALL, membership.SST2, attack_plots.plot_membership, lengthy=True),
     "membership_e2e": Recipe(
         membership, membership.SMALL_TABLES, membership.E2E, attack_plots.plot_membership,
-        hours=True),
+        lengthy=True),
 }
 
 
@@ -114,8 +116,8 @@ def default_task() -> str:
 
 
 def _at_hand(recipe: Recipe) -> dict[str, str]:
-    """An experiment of hours has a task of its own; the others take what is at hand."""
-    return {} if recipe.hours else {"task": default_task()}
+    """A lengthy experiment has a task of its own; the others take what is at hand."""
+    return {} if recipe.lengthy else {"task": default_task()}
 
 
 def configure(config: Any, **changes: Any) -> Any:
@@ -192,10 +194,10 @@ def main(
     sources: dict[Any, Any] = {}
     for name in names:
         started = time.perf_counter()
-        redrawn = redraw or (FIGURES[name].hours and scale == "small")
+        redrawn = redraw or (FIGURES[name].lengthy and scale == "small")
         if redrawn and not redraw:
             console.print(f"{name}: drawn from the saved result; --scale full computes it, which "
-                          "can take hours", highlight=False, soft_wrap=True)
+                          "takes minutes to hours", highlight=False, soft_wrap=True)
         elif console.is_terminal:
             console.print(f"{name}: {'redrawing' if redrawn else 'computing'} ...",
                           highlight=False)

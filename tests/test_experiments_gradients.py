@@ -11,8 +11,17 @@ import torch
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.data import collate
-from lowrank_dp.experiments import ablation, alignment, gradients, momentum, spectra, tasks
+from lowrank_dp.experiments import (
+    ablation,
+    alignment,
+    comparison,
+    gradients,
+    momentum,
+    spectra,
+    tasks,
+)
 from lowrank_dp.grads import clipped_sum
+from lowrank_dp.restore import restore
 
 pytestmark = pytest.mark.slow
 GRADIENTS = gradients.GradientConfig(model="tiny", task="generated", warm_loss=0.66,
@@ -73,6 +82,46 @@ def test_spectra(source, tmp_path):
     again = artifacts.load_result(tmp_path, "spectra", spectra.Result)
     assert again.config == config and again.layers == result.layers
     np.testing.assert_array_equal(again.noisy, result.noisy)
+
+
+def test_one_decomposition_measures_what_restoring_makes(source):
+    """Every scheme of ``alignment`` and ``ablation``, against the matrices themselves."""
+    batch = source.nested_sums([128])[128]
+    schemes = {**alignment.SCHEMES, **ablation.VARIANTS}
+    for noise_std in (0.3, 2.0):  # most layers above the edge, none above it
+        noisy = gradients.add_noise(batch, noise_std, 3)
+        for name, clean in batch.items():
+            truth, x = clean.double().numpy(), noisy[name]
+            u, _, vh = np.linalg.svd(x.double().numpy(), full_matrices=False)
+            values = {"profile": torch.linalg.svdvals(clean.double()),
+                      "weights": torch.from_numpy(((u.T @ truth) * vh).sum(1))}
+            products, acted = comparison.compare(x, clean, noise_std, schemes.values(),
+                                                 values["profile"].float())
+            for (scheme, options), product, did in zip(schemes.values(), products, acted,
+                                                       strict=True):
+                if scheme == "oracle":
+                    options = {"values": values[options["values"]]}
+                made = restore(x.double(), noise_std, scheme, method="exact", **options).numpy()
+                expected = ((made * truth).sum() / np.linalg.norm(made) / np.linalg.norm(truth)
+                            if made.any() else 0.0)
+                assert comparison.cosine(product) == pytest.approx(expected, abs=1e-4)
+                assert comparison.distance(product) == pytest.approx(
+                    np.linalg.norm(made - truth) / np.linalg.norm(truth), rel=1e-4, abs=1e-4)
+                assert did == (made.any() and not np.allclose(made, x.double().numpy()))
+
+
+def test_clean_sums_are_taken_once_and_nest(source, monkeypatch):
+    fresh = dataclasses.replace(source, sums={0: {}})
+    chosen = source.sample(1100, torch.Generator().manual_seed(GRADIENTS.seed + 1))
+    taken, real = [], gradients.Source.clean_sum
+    monkeypatch.setattr(gradients.Source, "clean_sum", lambda self, indices: taken.append(
+        len(indices)) or real(self, indices))
+    first = fresh.nested_sums([1100, 512])
+    again = fresh.nested_sums([1024, 1100])
+    assert taken == [512, 512, 76, 512] and list(again) == [1024, 1100]
+    for size, sums in {**first, **again}.items():
+        for name, matrix in real(source, chosen[:size]).items():
+            torch.testing.assert_close(sums[name], matrix, rtol=1e-4, atol=1e-4)
 
 
 def test_alignment_orders_the_schemes(source):
@@ -167,16 +216,26 @@ def test_ablation_refuses_what_it_cannot_measure(change, message):
 
 def test_momentum_starts_where_it_must_and_lifts_the_signal():
     config = momentum.Config(dataclasses.replace(GRADIENTS, warm_loss=None), steps=4,
-                             batch_size=256, seeds=1, betas=(0.0, 0.9))
+                             batch_size=256, seeds=2, betas=(0.0, 0.9))
     source = gradients.prepare(config.gradients)
     before = {name: p.clone() for name, p in source.model.named_parameters()}
     result = momentum.run(config, source)
     # after one step every running mean is that step's gradient
     np.testing.assert_allclose(result.noisy[0, 0, 0], result.noisy[0, 0, 1], rtol=1e-5)
-    assert result.restored[0, -1, 1] > result.noisy[0, -1, 1]
+    assert (result.restored[:, -1, 1] > result.noisy[:, -1, 1]).all()
+    columns, rows = momentum.table(result)
+    assert columns[1:] == ["noisy, step 4", "restored, step 4"] and rows[1][0] == "0.9"
+    for text, two in zip(rows[1][1:], (result.noisy[:, -1, 1], result.restored[:, -1, 1]),
+                         strict=True):
+        middle, half = map(float, text.split(" ± "))
+        assert middle == pytest.approx(two.mean(), abs=5.1e-4)
+        # t with one degree of freedom: tan(0.475 pi) times half the distance of two seeds
+        assert half == pytest.approx(12.7062 * abs(two[0] - two[1]) / 2, abs=5.1e-4)
     assert "add or remove one example" in result.statement
     for name, p in source.model.named_parameters():
         assert torch.equal(p, before[name])
+    with pytest.raises(ValueError, match="seeds must be an integer >= 2"):
+        momentum.run(dataclasses.replace(config, seeds=1), source)
 
 
 def test_tasks_measure_each_case_as_the_exact_path_would(tmp_path):
@@ -222,7 +281,7 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, scale, task", [
     ("efficiency_e2e", "full", "e2e"), ("efficiency_e2e", "small", "generated-table"),
     ("spectra", "small", "generated")])
-def test_recomputing_keeps_the_task_of_an_experiment_of_hours(monkeypatch, name, scale, task):
+def test_recomputing_keeps_the_task_of_a_lengthy_experiment(monkeypatch, name, scale, task):
     seen = []
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
     monkeypatch.setattr(figures, "compute", lambda name, config, sources: seen.append(config))
@@ -258,17 +317,17 @@ def test_every_figure_has_both_scales_a_caption_and_takes_the_options(name):
         assert "7" in str(changed) and config == figures.configure(config)
 
 
-TRIALS = [("tasks",), ("efficiency", "efficiency_mnli"), ("membership",),
+TRIALS = [("tasks",), ("momentum",), ("efficiency", "efficiency_mnli"), ("membership",),
           ("efficiency_e2e", "efficiency_smollm2"), ("membership_e2e",)]
 
 
-def test_every_figure_of_hours_has_a_trial():
-    hours = [name for name, recipe in figures.FIGURES.items() if recipe.hours]
-    assert sorted(sum(TRIALS, ())) == sorted(hours)
+def test_every_lengthy_figure_has_a_trial():
+    lengthy = [name for name, recipe in figures.FIGURES.items() if recipe.lengthy]
+    assert sorted(sum(TRIALS, ())) == sorted(lengthy)
 
 
 @pytest.mark.parametrize("names", TRIALS, ids=lambda names: names[0])
-def test_what_takes_hours_can_be_tried_small(names, tmp_path, monkeypatch):
+def test_what_is_lengthy_can_be_tried_small(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the runs of one figure are not repeated for the next
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
     for name in names:
@@ -282,15 +341,15 @@ def test_what_takes_hours_can_be_tried_small(names, tmp_path, monkeypatch):
         assert figures.FIGURES[name].experiment.headline(result)
 
 
-def test_the_small_scale_never_replaces_a_result_of_hours(monkeypatch, tmp_path, capsys):
+def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, capsys):
     folder = Path(__file__).parent.parent / "paper_artifacts"
     shutil.copytree(folder, tmp_path / "kept")
     monkeypatch.setattr(figures, "compute", None)
-    hours = [name for name, recipe in figures.FIGURES.items() if recipe.hours]
-    figures.main(only=hours, scale="small", output=tmp_path / "figures",
+    lengthy = [name for name, recipe in figures.FIGURES.items() if recipe.lengthy]
+    figures.main(only=lengthy, scale="small", output=tmp_path / "figures",
                  artifact_folder=tmp_path / "kept")
     said = " ".join(capsys.readouterr().err.split())
-    for name in hours:
+    for name in lengthy:
         for path in folder.glob(f"{name}.*"):
             assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
         assert f"{name}: drawn from the saved result" in said

@@ -17,6 +17,7 @@ from lowrank_dp.restore import (
     restore,
     restore_gradients,
     restore_with_report,
+    restored_values,
 )
 
 SHAPES = [(60, 90), (90, 60), (70, 70), (8, 384), (384, 8), (1, 50), (50, 1)]
@@ -121,6 +122,19 @@ def test_scheme_by_its_formula(name, options, shape, method):
         single = restore(noisy.float(), 0.7, name, method=method, **options)
         assert single.dtype == torch.float32
         np.testing.assert_allclose(single, want, atol=2e-4 * float(noisy.norm()))
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=IDS)
+@pytest.mark.parametrize("below", ["keep", "zero"])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+def test_values_are_those_of_the_formula(name, options, below, shape):
+    both = [spiked(shape, factors)[0] for factors in ([4.0, 2.0, 1.3], [0.5])]
+    s = torch.linalg.svdvals(torch.stack(both))
+    got = restored_values(s, shape, 0.7, name, below=below, **options)
+    for noisy, new in zip(both, got, strict=True):
+        want = naive(noisy, 0.7, name, below=below, **options)
+        u, _, vh = np.linalg.svd(noisy.numpy(), full_matrices=False)
+        np.testing.assert_allclose((u * new.numpy()) @ vh, want, atol=1e-9 * float(noisy.norm()))
 
 
 @pytest.mark.parametrize("name, options", CASES, ids=IDS)
@@ -512,6 +526,14 @@ def test_bad_arguments(arguments, words, size):
     (lambda: oracle_values(None, GOOD), "^noisy must be a torch tensor"),
     (lambda: oracle_values(GOOD, GOOD, kind="weight"), "^kind must .*'weights'"),
     (lambda: project(GOOD, np.eye(4)), "^basis must be a torch tensor"),
+    (lambda: restored_values(torch.ones(4), (3, 4), 1.0), r"^singular_values must .*\(3, 4\)"),
+    (lambda: restored_values(torch.ones(3), (2, 3, 4), 1.0), "^singular_values must be"),
+    (lambda: restored_values(torch.tensor([1.0, 2.0]), (2, 4), 1.0), "^singular_values .*descend"),
+    (lambda: restored_values(torch.tensor([1.0, -1.0]), (2, 4), 1.0), "^singular_values .*nonneg"),
+    (lambda: restored_values(torch.tensor([math.nan, 1.0]), (2, 4), 1.0), "^singular_values must"),
+    (lambda: restored_values(torch.ones(2), (2, 4), 0.0), "^noise_std must"),
+    (lambda: restored_values(torch.ones(2), (2, 4), 1.0, "best"), "^scheme must"),
+    (lambda: restored_values(torch.ones(2), (2, 4), 1.0, k=3), "option of scheme 'optimal'"),
     (lambda: SCHEMES["optimal"](torch.ones(3), (3, 4), 0.0), "^noise_std must"),
     (lambda: SCHEMES["hard"](torch.ones(3), (3, 4), -1.0), "^noise_std must")])
 def test_bad_input_of_the_rest(call, words):

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 
 from lowrank_dp import _validate, artifacts
 from lowrank_dp._cli import progress
+from lowrank_dp.experiments.comparison import Array, Scheme, compare, cosine, distance
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
-from lowrank_dp.restore import restore_with_report
-
-Array = NDArray[np.float64]
 
 # label -> scheme and options; a layer with nothing above the edge is kept, or zeroed if it says so
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+VARIANTS: dict[str, Scheme] = {
     "noisy": ("none", {}),
     "hard(edge), zeroed": ("hard", {"threshold": "edge", "below": "zero"}),
     "hard, zeroed": ("hard", {"below": "zero"}),
@@ -100,42 +98,24 @@ def run(config: Config, source: Source | None = None) -> Result:
         ("denoise", {"kappa": kappa, "norm_correction": correct})
         for correct in (True, False) for kappa in kappas}
     shape = len(sums), len(variants), config.noise_seeds
-    measured, restored = np.zeros((3, *shape)), np.zeros(shape, dtype=int)
+    products = np.zeros((*shape, len(source.matrices), 3))
+    restored = np.zeros(shape, dtype=int)
     cells = [(i, seed) for i in range(len(sums)) for seed in range(config.noise_seeds)]
     for i, seed in progress(cells, "variants"):
         clean = sums[sorted(sums)[i]]
         noisy = add_noise(clean, noise_std, config.gradients.seed + seed)
-        products = np.zeros((len(variants), len(clean), 3))
         for layer, (name, target) in enumerate(clean.items()):
-            truth = target.double()
-            for j, (scheme, options) in enumerate(variants.values()):
-                made, (report,) = restore_with_report(noisy[name], noise_std, scheme, **options)
-                made = made.double()
-                products[j, layer] = [float((a * b).sum()) for a, b in (
-                    (made, made), (made, truth), (truth, truth))]
-                restored[i, j, seed] += report.action == "restored"
-        measured[:, i, :, seed] = measures(products)
+            products[i, :, seed, layer], acted = compare(
+                noisy[name], target, noise_std, variants.values())
+            restored[i, :, seed] += acted
     return Result(
         config=config,
         provenance=artifacts.provenance(seed=config.gradients.seed,
                                         device=config.gradients.device),
         privacy=artifacts.NON_PRIVATE, description=source.description, loss=source.loss,
-        variants=tuple(variants), layers=tuple(source.matrices), alignment=measured[0],
-        overall=measured[1], error=measured[2], restored=restored)
-
-
-def measures(products: Array) -> tuple[Array, Array, Array]:
-    """``(alignment, overall, error)`` (variants,) of inner products (variants, layers, 3).
-
-    They are of what was made with itself, with the clean gradient, and of that with itself. All
-    zeros have no direction: cosine 0.
-    """
-    def cosine(made2: Array, dot: Array, clean2: Array) -> Array:
-        return dot / np.sqrt(np.where(made2 > 0, made2 * clean2, 1.0))
-
-    made2, dot, clean2 = totals = products.sum(-2).T
-    return (cosine(*np.moveaxis(products, -1, 0)).mean(-1), cosine(*totals),
-            np.sqrt((made2 - 2 * dot + clean2) / clean2))
+        variants=tuple(variants), layers=tuple(source.matrices),
+        alignment=cosine(products).mean(-1), overall=cosine(products.sum(-2)),
+        error=distance(products.sum(-2)), restored=restored)
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:

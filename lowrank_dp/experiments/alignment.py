@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lowrank_dp import _validate, artifacts
 from lowrank_dp._cli import progress
+from lowrank_dp.experiments.comparison import Scheme, compare, cosine, distance
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
-from lowrank_dp.restore import restore
-from lowrank_dp.spectrum import alignment
 
 # label -> scheme and options; the two oracles are NON-PRIVATE ceilings
-SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+SCHEMES: dict[str, Scheme] = {
     "noisy": ("none", {}),
     "truncate(8)": ("truncate", {"k": 8}),
     "power(3)": ("power", {}),
@@ -83,8 +81,7 @@ def run(config: Config, source: Source | None = None) -> Result:
                 for size, matrices in sums.items() for name, matrix in matrices.items()}
     first, *others = config.noise_multipliers
     settings = [(size, first) for size in sizes] + [(sizes[-1], sigma) for sigma in others]
-    shape = (len(settings), len(SCHEMES), config.noise_seeds, len(source.matrices))
-    cosines, errors = np.zeros(shape), np.zeros(shape)  # errors by layer: squared distances
+    products = np.zeros((len(settings), len(SCHEMES), config.noise_seeds, len(source.matrices), 3))
     above = np.zeros((len(settings), config.noise_seeds), dtype=int)
     cells = [(i, seed) for i in range(len(settings)) for seed in range(config.noise_seeds)]
     for i, seed in progress(cells, "schemes"):
@@ -92,15 +89,9 @@ def run(config: Config, source: Source | None = None) -> Result:
         noise_std = sigma * config.gradients.max_grad_norm
         noisy = add_noise(sums[size], noise_std, config.gradients.seed + seed)
         for layer, name in enumerate(source.matrices):
-            clean = sums[size][name]
-            each = _each_scheme(noisy[name], clean, profiles[size, name], noise_std)
-            for j, made in enumerate(each):
-                # a hard threshold can leave nothing at all: no direction, no alignment
-                cosines[i, j, seed, layer] = alignment(made, clean) if bool(made.any()) else 0.0
-                errors[i, j, seed, layer] = float((made - clean).norm()) ** 2
-            above[i, seed] += not torch.equal(restore(noisy[name], noise_std), noisy[name])
-    norms = [sum(float(matrix.norm()) ** 2 for matrix in sums[size].values())
-             for size, _ in settings]
+            products[i, :, seed, layer], acted = compare(
+                noisy[name], sums[size][name], noise_std, SCHEMES.values(), profiles[size, name])
+            above[i, seed] += acted[list(SCHEMES).index("optimal")]
     return Result(
         config=config,
         provenance=artifacts.provenance(seed=config.gradients.seed,
@@ -109,8 +100,7 @@ def run(config: Config, source: Source | None = None) -> Result:
         schemes=tuple(SCHEMES), layers=tuple(source.matrices),
         batch_size=np.array([size for size, _ in settings]),
         noise_multiplier=np.array([sigma for _, sigma in settings]),
-        alignment=cosines,
-        error=np.sqrt(errors.sum(-1) / np.reshape(norms, (-1, 1, 1))), num_above_edge=above)
+        alignment=cosine(products), error=distance(products.sum(-2)), num_above_edge=above)
 
 
 def headline(result: Result) -> dict[str, str]:
@@ -129,16 +119,3 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
             for i, (size, sigma) in enumerate(settings) for j, scheme in enumerate(result.schemes)]
     return ["batch size", "noise multiplier", "scheme", "alignment, mean over layers",
             "error"], rows
-
-
-def _each_scheme(noisy: Tensor, clean: Tensor, profile: Tensor, noise_std: float) -> list[Tensor]:
-    """What each scheme makes of ``noisy``; ``profile`` holds the clean singular values."""
-    u, _, vh = torch.linalg.svd(noisy, full_matrices=False)  # one for both oracles
-    oracles = {"profile": profile, "weights": ((u.mT @ clean) * vh).sum(-1)}
-    made = []
-    for scheme, options in SCHEMES.values():
-        if scheme == "oracle":
-            made.append((u * oracles[options["values"]]) @ vh)
-        else:
-            made.append(restore(noisy, noise_std, scheme, **options))
-    return made

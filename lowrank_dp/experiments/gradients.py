@@ -5,8 +5,9 @@ NON-PRIVATE throughout: a warm-up without noise, and sums before noise is added.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from lowrank_dp._cli import progress
 from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.grads import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
+
+PART = 512  # examples; sums are added up in these, so that no size's rounding hangs on the others
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Source:
     loss: float  # training loss at the end of the warm-up, or of the cold model
     warm_steps: int
     config: GradientConfig
+    # batch size -> clean sum, for the next figure: it takes longer than what is made of it
+    sums: dict[int, dict[str, Tensor]] = field(default_factory=lambda: {0: {}}, repr=False)
 
     def clean_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """NON-PRIVATE sum of the clipped gradients of ``rows[i]``, for every trainable matrix."""
@@ -77,16 +82,16 @@ class Source:
 
         The batch is the same in every experiment of one seed.
         """
-        sizes = sorted(batch_sizes)
+        sizes = sorted(set(batch_sizes))
         chosen = self.sample(sizes[-1], torch.Generator().manual_seed(self.config.seed + 1))
-        sums: dict[int, dict[str, Tensor]] = {}
-        total: dict[str, Tensor] = {}
-        for start, stop in progress(list(zip([0, *sizes], sizes, strict=False)),
-                                    "clean gradients"):
-            part = self.clean_sum(chosen[start:stop])
-            total = {name: total[name] + part[name] if total else part[name] for name in part}
-            sums[stop] = total
-        return sums
+        for size in progress([size for size in sizes if size not in self.sums], "clean gradients"):
+            done = max(smaller for smaller in self.sums if smaller < size)
+            total = self.sums[done]
+            for start, stop in itertools.pairwise([*range(done, size, PART), size]):
+                part = self.clean_sum(chosen[start:stop])
+                total = {name: total[name] + part[name] if total else part[name] for name in part}
+            self.sums[size] = total
+        return {size: self.sums[size] for size in sizes}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[int]:
         """``batch_size`` distinct positions in ``rows``, uniformly."""

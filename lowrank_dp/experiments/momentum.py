@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_dp import artifacts
+from lowrank_dp import _validate, artifacts
 from lowrank_dp._cli import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
+from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import LowPass, momentum, restore
 from lowrank_dp.spectrum import alignment
@@ -40,6 +41,11 @@ class Config:
     seeds: int = 3
 
 
+# to try in a minute, on generated text with a model that is always at hand
+SMALL = Config(GradientConfig(model="tiny", task="generated", warm_loss=None), steps=7,
+               batch_size=512, seeds=2)
+
+
 @dataclass(frozen=True)
 class Result:
     """``noisy`` and ``restored`` are (seeds, steps, betas): alignment, mean over layers."""
@@ -57,9 +63,10 @@ class Result:
 
 def run(config: Config, source: Source | None = None) -> Result:
     """Take the steps, seed by seed, each from the same model, which ends as it began."""
+    _validate.integer("seeds", config.seeds, low=2)
     shape = (config.seeds, config.steps, len(config.betas))
     noisy_cosine, restored_cosine = np.zeros(shape), np.zeros(shape)
-    consecutive = np.zeros((config.seeds, max(config.steps - 1, 0)))
+    consecutive = np.zeros((config.seeds, config.steps - 1))
     source = source or prepare(config.gradients)
     start = {name: p.detach().clone() for name, p in source.model.named_parameters()}
     rate = min(1.0, config.batch_size / len(source.rows))
@@ -104,11 +111,20 @@ def run(config: Config, source: Source | None = None) -> Result:
 
 
 def headline(result: Result) -> dict[str, str]:
-    """Alignment at the last step, mean over seeds, for each running mean."""
+    """Alignment at the last step, with 95% t-intervals over seeds, for each running mean."""
     return {f"alignment at step {result.config.steps}, momentum {beta:g}":
-            f"{result.noisy[:, -1, j].mean():.3f} noisy, "
-            f"{result.restored[:, -1, j].mean():.3f} restored"
+            f"{with_interval(result.noisy[:, -1, j])} noisy, "
+            f"{with_interval(result.restored[:, -1, j])} restored"
             for j, beta in enumerate(result.config.betas)}
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """A running mean each, at the last step, with 95% t-intervals over seeds."""
+    columns = ["beta (0: single step)", f"noisy, step {result.config.steps}",
+               f"restored, step {result.config.steps}"]
+    return columns, [[f"{beta:g}", with_interval(result.noisy[:, -1, j]),
+                      with_interval(result.restored[:, -1, j])]
+                     for j, beta in enumerate(result.config.betas)]
 
 
 @torch.no_grad()

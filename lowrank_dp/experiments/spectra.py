@@ -68,8 +68,7 @@ def run(config: Config, source: Source | None = None) -> Result:
     """
     source = source or prepare(config.gradients, config.batch_size)
     noise_std = config.noise_multiplier * config.gradients.max_grad_norm
-    generator = torch.Generator().manual_seed(config.gradients.seed + 1)
-    clean = source.clean_sum(source.sample(config.batch_size, generator))
+    clean = source.nested_sums([config.batch_size])[config.batch_size]
     noisy = add_noise(clean, noise_std, config.gradients.seed)
     rows: list[dict[str, Any]] = []
     for name in progress(list(clean), "singular values"):

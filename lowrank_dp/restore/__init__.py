@@ -24,6 +24,7 @@ from lowrank_dp.spectrum import random_matrix as rmt
 __all__ = [
     "EDGE_SCHEMES", "NON_PRIVATE_SCHEMES", "SCHEMES", "LowPass", "Report", "momentum",
     "oracle_values", "project", "restore", "restore_gradients", "restore_with_report",
+    "restored_values",
 ]
 
 
@@ -79,7 +80,8 @@ def restore(noisy: Tensor, noise_std: float, scheme: str = "optimal", *, method:
     >>> [round(s, 4) for s in restore(noisy, 1.0).diagonal().tolist()]
     [8.0623, 0.0, 0.0, 0.0]
     """
-    plan = _plan(noisy, noise_std, scheme, method, below, false_spike_rate, options)
+    norm = _finite_norm(noisy)
+    plan = _plan(norm, noisy.shape, noise_std, scheme, method, below, false_spike_rate, options)
     return _run(plan, noisy)[0]
 
 
@@ -88,7 +90,8 @@ def restore_with_report(noisy: Tensor, noise_std: float, scheme: str = "optimal"
                         false_spike_rate: float | None = None,
                         **options: Any) -> tuple[Tensor, list[Report]]:
     """:func:`restore`, and a :class:`Report` for each matrix of the batch in row-major order."""
-    plan = _plan(noisy, noise_std, scheme, method, below, false_spike_rate, options)
+    norm = _finite_norm(noisy)
+    plan = _plan(norm, noisy.shape, noise_std, scheme, method, below, false_spike_rate, options)
     restored, values = _run(plan, noisy)
     before = plan.norm.flatten().tolist()
     after = torch.linalg.matrix_norm(restored).flatten().tolist()
@@ -102,6 +105,39 @@ def restore_with_report(noisy: Tensor, noise_std: float, scheme: str = "optimal"
         reports.append(Report(scheme, plan.shape, plan.noise_std, plan.edge, top, above, action,
                               norm_before, norm_after))
     return restored, reports
+
+
+def restored_values(singular_values: Tensor, shape: tuple[int, int], noise_std: float,
+                    scheme: str = "optimal", *, below: str = "keep",
+                    false_spike_rate: float | None = None, **options: Any) -> Tensor:
+    """What :func:`restore` with method "exact" puts in the place of a matrix's singular values.
+
+    For when the decomposition is at hand, to compare schemes on it.
+
+    Args:
+        singular_values: (..., min(m, n)), all of the noisy matrix, descending, >= 0.
+        shape: (m, n) of the matrix.
+        noise_std, scheme, below, false_spike_rate, options: of :func:`restore`.
+
+    Returns:
+        New values, in the shape and order of ``singular_values``.
+
+    Raises:
+        ValueError: as :func:`restore`; and on values that are not a spectrum of that shape.
+    """
+    s = _validate.floating("singular_values", singular_values)
+    if len(shape) != 2 or s.shape[-1:] != (min(shape),):
+        _validate.fail("singular_values", f"(..., min(m, n)) for a matrix of shape {tuple(shape)}",
+                       tuple(s.shape))
+    if not bool((s >= 0).all() and (s.diff(dim=-1) <= 0).all()):
+        raise ValueError("singular_values must be nonnegative and descending")
+    norm = torch.linalg.vector_norm(s, dim=-1)
+    plan = _plan(norm, (*s.shape[:-1], *shape), noise_std, scheme, "exact", below,
+                 false_spike_rate, options)
+    new = _new_values(plan, s, norm)
+    if scheme not in EDGE_SCHEMES:
+        return new
+    return torch.where(s[..., :1] > plan.trigger, new, s if below == "keep" else 0.0)
 
 
 @dataclass(frozen=True)
@@ -120,25 +156,25 @@ class _Plan:
     tail: float  # what the scheme multiplies values up to the edge by
 
 
-def _plan(noisy: Tensor, noise_std: float, scheme: str, method: str, below: str,
-          false_spike_rate: float | None, options: Mapping[str, Any]) -> _Plan:
+def _plan(norm: Tensor, shape: tuple[int, ...], noise_std: float, scheme: str, method: str,
+          below: str, false_spike_rate: float | None, options: Mapping[str, Any]) -> _Plan:
+    """``shape`` (..., m, n) is that of the noisy matrices, ``norm`` (...,) their norms."""
     _validate.choice("scheme", scheme, SCHEMES)
     _validate.choice("method", method, ["fast", "exact"])
     _validate.choice("below", below, ["keep", "zero"])
     full_options = _complete(scheme, options)
     noise_std = _validate.real("noise_std", noise_std, low=0, low_open=scheme in EDGE_SCHEMES)
-    norm = _finite_norm(noisy)
     if noise_std > 0 and bool((norm == 0).any()):
         raise ValueError(f"noisy must have a nonzero entry, got all zeros: noise of noise_std = "
                          f"{noise_std:g} was not added to it")
-    shape = (noisy.shape[-2], noisy.shape[-1])
+    matrix = (shape[-2], shape[-1])
     # a trial on some spectrum refuses bad options before any work is done
-    trial = torch.ones(*noisy.shape[:-2] if scheme == "oracle" else (), min(shape))
-    SCHEMES[scheme](trial, shape, 1.0, **full_options)
-    edge = rmt.bulk_edge(shape, noise_std, false_spike_rate=false_spike_rate)
-    trigger = max(edge, full_options.get("kappa", 1.0) * rmt.bulk_edge(shape, noise_std))
+    trial = torch.ones(*shape[:-2] if scheme == "oracle" else (), min(matrix))
+    SCHEMES[scheme](trial, matrix, 1.0, **full_options)
+    edge = rmt.bulk_edge(matrix, noise_std, false_spike_rate=false_spike_rate)
+    trigger = max(edge, full_options.get("kappa", 1.0) * rmt.bulk_edge(matrix, noise_std))
     tail = 1.0 - full_options["alpha"] if scheme == "partial" else 0.0
-    return _Plan(scheme, shape, noise_std, method, below, norm, full_options, edge, trigger, tail)
+    return _Plan(scheme, matrix, noise_std, method, below, norm, full_options, edge, trigger, tail)
 
 
 def _complete(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
