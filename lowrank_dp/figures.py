@@ -93,9 +93,6 @@ FIGURES = {
     "efficiency_mnli": Recipe(
         efficiency, efficiency.SMALL, efficiency.MNLI, training_plots.plot_efficiency,
         lengthy=True),
-    "efficiency_cola": Recipe(
-        efficiency, efficiency.SMALL, efficiency.COLA, training_plots.plot_efficiency,
-        lengthy=True),
     "efficiency_e2e": Recipe(
         efficiency, efficiency.SMALL_TABLES, efficiency.E2E, training_plots.plot_efficiency,
         lengthy=True),

@@ -82,12 +82,6 @@ MNLI = Config(
     arms=("DP-SGD", "denoise", "momentum + optimal, zeroed", "DP-LoRA"),
     learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
 
-COLA = Config(
-    base=TrainConfig(model="minilm", task="cola", epsilon=8.0, delta=1e-5, batch_size=1024,
-                     steps=21, train_layers=1, max_length=64, eval_every=3),
-    arms=("DP-SGD", "denoise", "momentum + optimal, zeroed"),
-    learning_rates=(1e-3, 3e-3, 1e-2), score="matthews")
-
 E2E = Config(
     base=TrainConfig(model="tiny-llama", task="e2e", epsilon=8.0, delta=1e-5, batch_size=512,
                      steps=24, eval_every=3, eval_examples=300),
