@@ -50,8 +50,8 @@ from lowrank_dp.plots import training as training_plots
 class Recipe:
     """An experiment, what it runs on at each scale, and how its result is drawn.
 
-    ``lengthy``: what the figure shows takes from many minutes to hours. Its saved result is that of
-    the full scale, which the small one never replaces; that is a trial on generated text, for
+    ``lengthy``: what the figure shows takes from minutes to hours. Its saved result is that of the
+    full scale, which the small one never replaces; that is a trial on generated text, for
     :func:`show`.
     """
 

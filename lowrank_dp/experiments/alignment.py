@@ -2,6 +2,7 @@
 
 Alignment is the cosine with the clean clipped sum, by layer. Cosine ignores scale, so there is
 error too: the Frobenius distance to the clean sum over all layers together, relative to its norm.
+Schemes act on the exact decomposition; ``spectra`` and training take the fast path.
 """
 
 from __future__ import annotations
