@@ -1,7 +1,9 @@
 """A checkpoint holds what was trained, or it is not loaded: by this package and by others."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
@@ -9,9 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lowrank_dp.data import Example, Task
+from lowrank_dp.data import Example, Task, load_task
+from lowrank_dp.evaluation import evaluate
 from lowrank_dp.models import describe, load_model, load_tokenizer, save_model, tiny
-from lowrank_dp.models.heads import final_layer, head_modules, head_state
+from lowrank_dp.models.heads import final_layer, head_state, label_rows, own_label_names
+from lowrank_dp.train import train
 
 SEQUENCE = transformers.AutoModelForSequenceClassification
 SHAPE = dict(vocab_size=800, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -56,6 +60,14 @@ def configuration(name, **changes):
         if name == shared:
             known = {key: known[key] for key in ("vocab_size", "pad_token_id") if key in known}
     return kind(**known | FAMILIES[name] | changes)
+
+
+@pytest.fixture(autouse=True)
+def quietly():
+    """transformers reports on every load."""
+    transformers.utils.logging.set_verbosity_error()
+    yield
+    transformers.utils.logging.set_verbosity_warning()
 
 
 def save_base(folder, name, auto=None, seed=0, **changes):
@@ -120,7 +132,7 @@ def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
         save_model(model, tokenizer, saved)
         torch.manual_seed(100 + number)
         again, _ = load_model(saved, task=TASK, new_head=False, seed=7)
-        assert torch.equal(logits(again), expected), name
+        torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
         assert "head new" not in describe(again)
         torch.manual_seed(200 + number)
         if method == "full":
@@ -128,7 +140,8 @@ def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
         else:
             plain = peft.PeftModel.from_pretrained(
                 SEQUENCE.from_pretrained(base, num_labels=3), saved)
-        assert torch.equal(logits(plain), expected), name
+        # a Longformer's last bits differ from call to call
+        torch.testing.assert_close(logits(plain), expected, rtol=1e-5, atol=1e-5)
         assert plain.config.id2label[0] in ("entailment", "LABEL_0")
         with pytest.raises(ValueError, match="has no weights for .* drawn at random"):
             load_model(base, task=TASK, new_head=False)
@@ -151,10 +164,9 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
 def test_last_blocks_of_every_family(tmp_path):
     """The last block, of each list if there are several; encoders come before decoders."""
     first = {"bert": r"\.layer\.0\.", "distilbert": r"\.layer\.0\.", "xlm": r"\.0\.",
-             "bart": r"encoder\.l|decoder\.layers\.0\.|layernorm_embedding",
+             "bart": r"encoder\.l|decoder\.layers\.0\.",
              "t5": r"encoder\.|decoder\.block\.0\.", "gpt_neox": r"\.layers\.0\.",
              "gpt2": r"\.h\.0\."}
-    import re
     for name, pattern in first.items():
         base = save_base(tmp_path / name, name)
         def names(**options):
@@ -199,9 +211,6 @@ def test_weights_that_are_not_on_disk_are_refused_by_name(tmp_path):
         shutil.copy(base / "model.safetensors", headless)
         load_model(headless, kind="classification", num_labels=5)
     assert "\n" not in str(caught.value)
-    for name in tiny.NAMES:
-        with pytest.raises(ValueError, match="drawn at random"):
-            load_model(name, kind="classification", num_labels=2, new_head=False)
 
 
 def test_a_pooler_that_an_earlier_version_did_not_save_is_refused(tmp_path):
@@ -244,3 +253,262 @@ def test_initial_head_holds_the_new_pooler_too(tmp_path):
     own = save_base(tmp_path / "own", "bert", SEQUENCE, num_labels=3)
     reference = load_reference(folder, {"model": str(own), "seed": 9}, TASK)
     assert torch.equal(logits(reference), logits(SEQUENCE.from_pretrained(own)))
+
+
+def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
+    """The checkpoint evaluates as the run did, its reference as the run did before step 1."""
+    from lowrank_dp.mia.signals import load_reference
+    folder = save_base(tmp_path / "bert", "bert")
+    task = load_task(base.task)
+    for method in ("full", "lora"):
+        config = replace(base, model=str(folder), method=method, learning_rate=0.02)
+        result = train(config, tmp_path / method)
+        assert "; head new: bert.pooler.dense.bias, bert.pooler.dense.w" in result.description
+        manifest = json.loads((tmp_path / method / "membership.json").read_text())
+        torch.manual_seed(77)
+        model, tokenizer = load_model(tmp_path / method, task=task, new_head=False)
+        reference = load_reference(tmp_path / method, manifest["base"], task)
+        losses = [evaluate(one, tokenizer, task, max_length=40)["loss"]
+                  for one in (reference, model)]
+        assert losses == pytest.approx([entry["loss"] for entry in result.curve], rel=1e-4)
+        assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+# --- the order of the labels -----------------------------------------------------------------
+
+OTHER = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
+
+
+def save_classifier(folder, name, id2label=OTHER, **changes):
+    """A classifier with labels of its own, and a head as large as a trained one's."""
+    save_base(folder, name, SEQUENCE, num_labels=3, initializer_range=0.5, **changes)
+    edit_json(folder / "config.json", id2label={str(i): n for i, n in enumerate(id2label)},
+              label2id={n: i for i, n in enumerate(id2label)})
+    return folder
+
+
+def test_labels_are_mapped_by_name(tmp_path):
+    for name in ("bert", "roberta", "distilbert", "bart", "t5", "xlnet", "xlm", "gpt2"):
+        folder = save_classifier(tmp_path / name, name)
+        plain = logits(SEQUENCE.from_pretrained(folder))
+        model, tokenizer = load_model(folder, task=TASK)
+        assert torch.equal(logits(model), plain[:, [2, 1, 0]]), name
+        assert model.config.id2label == dict(enumerate(LABELS))
+        assert torch.equal(logits(load_model(folder)[0]), plain)  # no task, no order
+        save_model(model, tokenizer, tmp_path / "saved")
+        again, _ = load_model(tmp_path / "saved", task=TASK, new_head=False)
+        assert torch.equal(logits(again), plain[:, [2, 1, 0]]), name
+
+
+def test_names_of_labels(tmp_path):
+    """Which names are the same, and which are none."""
+    assert label_rows(["Not-Entailment", "entailed"], ["entailment", "not_entailment"], "m") == [
+        1, 0]
+    assert label_rows(["POS", "neg"], ["negative", "positive"], "m") == [1, 0]
+    assert label_rows(["LABEL_1", "LABEL_0"], ["negative", "positive"], "m") == [1, 0]
+    assert label_rows(["yes", "no"], ["0", "1"], "m") is None  # a task whose labels are numbers
+    assert label_rows(["no", "yes"], ["yes", "no"], "m") == [1, 0]
+    for own, task in ((["a", "b"], ["a", "c"]), (["a", "A"], ["a", "b"]), (["b"], ["a", "b"])):
+        with pytest.raises(ValueError, match=f"must be the task's {', '.join(task)} in any order, "
+                                             f"got {', '.join(own)}"):
+            label_rows(own, task, "m")
+    assert own_label_names({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "f") is None
+    assert own_label_names({"id2label": {"1": "a", "0": "b"}}, "f") == ["b", "a"]
+    assert own_label_names({"label2id": {"a": 1, "b": 0}}, "f") == ["b", "a"]
+    for bad, message in (({"id2label": ["a"]}, "JSON object"), ({"id2label": {"0": 1}}, "labels 0"),
+                         ({"id2label": {"1": "a", "2": "b"}}, "must name the labels 0 to 1"),
+                         ({"id2label": {"x": "a"}}, "must name the labels 0 to 0"),
+                         ({"label2id": {"a": [0]}}, "label2id"),
+                         ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}},
+                          "must have one order")):
+        with pytest.raises(ValueError, match=f"f: .*{message}"):
+            own_label_names(bad, "f")
+    folder = save_classifier(tmp_path / "bert", "bert", ("sad", "so-so", "glad"))
+    with pytest.raises(ValueError, match="entailment, neutral, contradiction in any order, got sad,"
+                                         " so-so, glad"):
+        load_model(folder, task=TASK)
+    numbers = replace(TASK, label_names=("0", "1", "2"))
+    assert load_model(folder, task=numbers)[0].config.id2label[2] == "glad"
+
+
+def test_the_problem_must_be_the_head_s(tmp_path):
+    folder = save_classifier(tmp_path / "bert", "bert", LABELS)
+    for problem, options in (("regression", dict(task=TASK)), ("multi_label_classification", {}),
+                             ("single_label_classification", dict(kind="regression",
+                                                                  num_labels=3))):
+        edit_json(folder / "config.json", problem_type=problem)
+        with pytest.raises(ValueError, match=f"problem_type of .* got {problem}"):
+            load_model(folder, **options)
+    score = save_base(tmp_path / "score", "bert", SEQUENCE, num_labels=1)
+    assert load_model(score)[0].config.problem_type == "regression"
+
+
+def adapt(base, folder, tokens=0, seed=1, **options):
+    """A plain PEFT adapter that some other program has trained."""
+    model = SEQUENCE.from_pretrained(base, num_labels=3)
+    if tokens:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+    perturb(adapted, seed)
+    adapted.save_pretrained(folder, save_embedding_layers=bool(tokens))
+    return logits(adapted)
+
+
+def test_labels_of_adapters_are_mapped_too(tmp_path):
+    base = save_classifier(tmp_path / "bert", "bert")
+    for number, options in enumerate((
+            dict(task_type="SEQ_CLS", target_modules=["query"]),
+            dict(target_modules=["query"]), dict(target_modules=["query", "classifier"]),
+            dict(target_modules=["query", "classifier"], use_dora=True))):
+        plain = adapt(base, tmp_path / f"{number}", **options)
+        model, _ = load_model(tmp_path / f"{number}", task=TASK, new_head=False)
+        torch.testing.assert_close(logits(model), plain[:, [2, 1, 0]])
+        assert torch.equal(logits(load_model(tmp_path / f"{number}")[0]), plain)
+    trained, tokenizer = load_model(base, task=TASK, method="lora", rank=2)
+    perturb(trained)
+    save_model(trained, tokenizer, tmp_path / "ours")
+    again, _ = load_model(tmp_path / "ours", task=TASK, new_head=False)
+    assert torch.equal(logits(again), logits(trained))
+    plain = peft.PeftModel.from_pretrained(SEQUENCE.from_pretrained(base), tmp_path / "ours")
+    assert torch.equal(logits(plain), logits(trained))
+
+
+# --- adapters --------------------------------------------------------------------------------
+
+def test_an_adapter_on_part_of_the_head(tmp_path):
+    base = save_classifier(tmp_path / "roberta", "roberta", LABELS)
+    plain = adapt(base, tmp_path / "adapter", target_modules=["classifier.dense"])
+    model, _ = load_model(tmp_path / "adapter", new_head=False)
+    assert model.config.num_labels == 3
+    assert torch.equal(logits(model), plain)
+    headless = save_base(tmp_path / "headless", "roberta")
+    with pytest.raises(ValueError, match="have no weights for classifier.dense.bias, .* at random"):
+        load_model(tmp_path / "adapter", kind="classification", num_labels=3, base=str(headless))
+
+
+def test_an_adapter_whose_base_lacks_layers_is_refused(tmp_path):
+    base = save_classifier(tmp_path / "bert", "bert", LABELS)
+    expected = adapt(base, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
+    assert torch.equal(logits(load_model(tmp_path / "adapter", task=TASK)[0]), expected)
+    moved = tmp_path / "moved"
+    shutil.move(base, moved)
+    with pytest.raises(ValueError, match="base of adapter .*or give another as base"):
+        load_model(tmp_path / "adapter", task=TASK)
+    model, _ = load_model(tmp_path / "adapter", task=TASK, base=str(moved))
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="must be a full model, got the adapter"):
+        load_model(tmp_path / "adapter", task=TASK, base=str(tmp_path / "adapter"))
+    shorter = tmp_path / "shorter"
+    shutil.copytree(moved, shorter)
+    lost = "bert.encoder.layer.1.output.dense.weight"
+    drop(shorter, lost)
+    with pytest.raises(ValueError, match=f"base {re.escape(str(shorter))} have no weights for "
+                                         f"{lost}: it would be drawn at random"):
+        load_model(tmp_path / "adapter", task=TASK, base=str(shorter))
+    file = "adapter_model.safetensors"
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    weights = load_file(tmp_path / "adapter" / file)
+    for change, message in (({key: None}, f"no weights for {key}: they would be drawn"),
+                            ({"base_model.model.more.weight": torch.ones(2)}, "does not have"),
+                            ({key: torch.ones(3, 16)}, r"of shape \(3, 16\), and the model has")):
+        save_file({k: v for k, v in (weights | change).items() if v is not None},
+                  tmp_path / "adapter" / file)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path / "adapter", task=TASK, base=str(moved))
+
+
+def test_an_adapter_with_two_added_tokens(tmp_path):
+    base = save_classifier(tmp_path / "bert", "bert", LABELS, vocab_size=768)
+    folder = tmp_path / "adapter"
+    expected = adapt(base, folder, tokens=770, task_type="SEQ_CLS", target_modules=["query"])
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_model(folder, task=TASK, new_head=False)
+    assert torch.equal(logits(model), expected) and len(tokenizer) == 770
+    ids = tokenizer("<two> <one>")["input_ids"]
+    assert {768, 769} <= set(ids) and load_tokenizer(str(folder)).get_vocab()["<two>"] == 769
+    save_model(model, tokenizer, tmp_path / "again")
+    again, _ = load_model(tmp_path / "again", task=TASK)
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    drop(folder, "base_model.model.bert.embeddings.word_embeddings.weight",
+         file="adapter_model.safetensors")
+    with pytest.raises(ValueError, match="has 2 added tokens for which the model has no embedding"):
+        load_model(folder, task=TASK)
+
+
+# --- damaged and missing files ---------------------------------------------------------------
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    """transformers makes one to which every word is unknown."""
+    for name in ("bert", "roberta", "gpt2", "t5"):
+        folder = save_classifier(tmp_path / name, name, LABELS)
+        kept = {file.name: file.read_bytes() for file in folder.glob("tokenizer*")}
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": f"{transformers.CONFIG_MAPPING[name].__name__[:-6]}Tokenizer"}))
+        for call in (load_model, load_tokenizer):
+            with pytest.raises(ValueError, match="tokenizer"):
+                call(str(folder))
+        (folder / "tokenizer_config.json").unlink()
+        for call in (load_model, load_tokenizer):
+            with pytest.raises(ValueError, match=f"folder {re.escape(str(folder))} holds no "
+                                                 "tokenizer: save .* by tokenizer.save_pretrained"):
+                call(str(folder))
+        for file, content in kept.items():
+            (folder / file).write_bytes(content)
+        for damage in (b"", b"{", b"[]", b"{}", kept["tokenizer.json"][:400],
+                       b"\xff" + kept["tokenizer.json"]):
+            (folder / "tokenizer.json").write_bytes(damage)
+            with pytest.raises(ValueError, match="tokenizer") as caught:
+                load_model(str(folder))
+            assert "\n" not in str(caught.value)
+    base = save_classifier(tmp_path / "base", "bert", LABELS)
+    adapt(base, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
+    assert load_tokenizer(str(tmp_path / "adapter"))("film")["input_ids"] == load_tokenizer(
+        str(base))("film")["input_ids"]
+    with pytest.raises(ValueError, match="could|hold|must"):
+        load_tokenizer(str(tmp_path / "adapter"), base=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
+    """Or loaded, where the field means nothing."""
+    base = save_classifier(tmp_path / "bert", "bert", LABELS)
+    folder = base
+    if file.startswith("adapter"):
+        folder = tmp_path / "adapter"
+        adapt(base, folder, task_type="SEQ_CLS", target_modules=["query"])
+    good = (folder / file).read_text()
+    refused = set()
+    for key in json.loads(good):
+        for value in (None, "x", [1], {"a": "b"}, -1, 2.5, True):
+            (folder / file).write_text(json.dumps(json.loads(good) | {key: value}))
+            try:
+                load_model(folder, task=TASK, new_head=False)
+            except ValueError as error:
+                refused.add(key)
+                assert "\n" not in str(error) and str(tmp_path) in str(error), (key, value)
+    expected = {"config.json": {"architectures", "id2label", "num_hidden_layers", "model_type"},
+                "adapter_config.json": {"r", "target_modules", "base_model_name_or_path"}}
+    assert expected[file] <= refused
+    for text in ("[]", "3", "{", "", "\x00"):
+        (folder / file).write_text(text)
+        with pytest.raises(ValueError, match=f"{file} must"):
+            load_model(folder, task=TASK)
+
+
+def test_damaged_weights_are_named(tmp_path):
+    base = save_classifier(tmp_path / "bert", "bert", LABELS)
+    adapt(base, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
+    for file in (base / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors"):
+        good = file.read_bytes()
+        for damage in (b"", b"broken", good[:300], good[:-5], b"\xff" * 64):
+            file.write_bytes(damage)
+            with pytest.raises(ValueError, match=f"{file.name} could not be loaded") as caught:
+                load_model(file.parent, task=TASK)
+            assert "\n" not in str(caught.value)
+        file.write_bytes(good)
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
+    with pytest.raises(ValueError, match="must hold part.safetensors, which model.safetensors.ind"):
+        load_model(base, task=TASK)

@@ -355,7 +355,10 @@ def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
 @pytest.mark.slow
 def test_tiny_learns_the_generated_sentiment():
     task = load_task("generated")
+    with pytest.raises(ValueError, match="tiny has no weights for classifier.*drawn at random"):
+        load_model("tiny", task=task, new_head=False)
     model, tokenizer = load_model("tiny", task=task)
+    assert describe(model).endswith("head new: classifier.bias, classifier.weight")
     rows = encode(task.train, tokenizer, kind=task.kind)
     held_out = batch_of(task.validation[:300], tokenizer, task.kind)
     generator = torch.Generator().manual_seed(0)
