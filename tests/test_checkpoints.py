@@ -170,7 +170,8 @@ def test_last_blocks_of_every_family(tmp_path):
     for name, pattern in first.items():
         base = save_base(tmp_path / name, name)
         def names(**options):
-            model, _ = load_model(base, kind="classification", num_labels=2, **options)  # noqa: B023
+            model, _ = load_model(base, kind="classification", num_labels=2,  # noqa: B023
+                                  **options)
             return {n for n, p in model.named_parameters() if p.requires_grad}
         everything, last = names(), names(train_layers=1)
         dropped = everything - last
@@ -200,6 +201,13 @@ def test_weights_that_are_not_on_disk_are_refused_by_name(tmp_path):
         for new_head in (True, False):  # half a layer is no new layer
             with pytest.raises(ValueError, match=f"no weights for {key}: it would be drawn"):
                 load_model(broken, new_head=new_head)
+    deeper = tmp_path / "deeper"
+    for layers in (1, 0):  # and what the configuration leaves out is not left out silently
+        shutil.rmtree(deeper, ignore_errors=True)
+        shutil.copytree(base, deeper)
+        edit_json(deeper / "config.json", num_hidden_layers=layers)
+        with pytest.raises(ValueError, match=f"holds bert.encoder.layer.{layers}.*has no block"):
+            load_model(deeper)
     headless = tmp_path / "headless"
     shutil.copytree(base, headless)
     drop(headless, "classifier.weight", "classifier.bias")
@@ -418,16 +426,18 @@ def test_an_adapter_whose_base_lacks_layers_is_refused(tmp_path):
 
 
 def test_an_adapter_with_two_added_tokens(tmp_path):
-    base = save_classifier(tmp_path / "bert", "bert", LABELS, vocab_size=768)
+    size = len(tiny.tokenizer("tiny"))
+    base = save_classifier(tmp_path / "bert", "bert", LABELS, vocab_size=size)
     folder = tmp_path / "adapter"
-    expected = adapt(base, folder, tokens=770, task_type="SEQ_CLS", target_modules=["query"])
+    expected = adapt(base, folder, tokens=size + 2, task_type="SEQ_CLS", target_modules=["query"])
     tokenizer = load_tokenizer(str(base))
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(folder)
     model, tokenizer = load_model(folder, task=TASK, new_head=False)
-    assert torch.equal(logits(model), expected) and len(tokenizer) == 770
+    assert torch.equal(logits(model), expected) and len(tokenizer) == size + 2
     ids = tokenizer("<two> <one>")["input_ids"]
-    assert {768, 769} <= set(ids) and load_tokenizer(str(folder)).get_vocab()["<two>"] == 769
+    assert {size, size + 1} <= set(ids)
+    assert load_tokenizer(str(folder)).get_vocab()["<two>"] == size + 1
     save_model(model, tokenizer, tmp_path / "again")
     again, _ = load_model(tmp_path / "again", task=TASK)
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)

@@ -57,7 +57,7 @@ def load_adapter(backbone: Backbone, base: str | None, kind: str | None, num_lab
         num_labels = _label_count(given, own)
     model, missing = load_base(found, kind, num_labels, dtype)
     layer = final_layer(model)
-    if layer and not is_missing(layer, missing):
+    if layer and not is_missing(layer, missing) and f"{_PREFIX}{layer}.weight" not in given:
         order_labels(model, found.config, label_names, found.name)
     _resize(model, given)
     with quiet(), one_line(f"adapter {folder}"), warnings.catch_warnings():
@@ -136,7 +136,7 @@ def _embedding(model: Any) -> str:
         table = model.get_input_embeddings().weight
     except (NotImplementedError, AttributeError):
         return ""
-    return next(name for name, p in model.named_parameters() if p is table)
+    return next((name for name, p in model.named_parameters() if p is table), "")
 
 
 def _bare(key: str) -> str:

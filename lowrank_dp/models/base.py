@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +125,22 @@ def _from_files(backbone: Backbone, auto: Any, head: dict[str, Any],
                 raise ValueError(f"its configuration and task ask for other shapes than those on "
                                  f"disk: {listed(wrong)}") from None
             raise
+    if left_out := _left_out(model, report["unexpected_keys"]):
+        raise ValueError(f"model {backbone.name} holds {listed(left_out)}, for which its "
+                         "configuration has no block")
     missing = sorted(report["missing_keys"])
     if not missing and not torch.equal(before, torch.get_rng_state()):
         raise ValueError(f"model {backbone.name} draws a buffer at random, which no checkpoint "
                          "would hold")
     return model, missing
+
+
+def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Weights on disk of blocks that the configuration leaves out, as by fewer layers."""
+    known = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
+    numbered = {key for key in known if "#" in key}
+    return [key for key in sorted(unexpected) if (kind := re.sub(r"\.\d+\.", ".#.", key)) != key
+            and (not numbered or any(kind == one or one.endswith(f".{kind}") for one in numbered))]
 
 
 def _other_shapes(folder: Path, auto: Any, head: dict[str, Any]) -> list[str]:

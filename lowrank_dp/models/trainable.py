@@ -86,8 +86,9 @@ def add_lora(model: Any, rank: int, alpha: float, init: str, target_modules: lis
     targets = [name.removesuffix(".weight") for name in kept]
     if len({isinstance(linear[name], Conv1D) for name in targets}) > 1:
         _validate.fail("target_modules", "layers that store their weights one way round", targets)
+    kind: Any = "SEQ_CLS" if head else "CAUSAL_LM"
     config = peft.LoraConfig(
-        task_type="SEQ_CLS" if head else "CAUSAL_LM", r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
+        task_type=kind, r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=targets, modules_to_save=head or None,
         fan_in_fan_out=isinstance(linear[targets[0]], Conv1D))
     note = model.lowrank_dp_note
