@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lowrank_dp.models.backbones import (
     Backbone,
-    adapter_file,
     check_config,
     find_base,
     one_line,
