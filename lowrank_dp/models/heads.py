@@ -114,7 +114,7 @@ def own_label_names(config: Mapping[str, Any], where: str) -> list[str] | None:
     others = None
     if by_name:
         _check_map(by_name, f"{where}: label2id")
-        others = _in_order({v: k for k, v in by_name.items()}, f"{where}: label2id")
+        others = _in_order({str(i): name for name, i in by_name.items()}, f"{where}: label2id")
     found = [one for one in (names, others) if one is not None and not _is_default(one)]
     if len(found) == 2 and list(map(_fold, found[0])) != list(map(_fold, found[1])):
         raise ValueError(f"{where}: id2label ({', '.join(found[0])}) and label2id "
