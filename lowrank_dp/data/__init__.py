@@ -29,10 +29,22 @@ from lowrank_dp.data.batches import IGNORE, SEPARATOR, collate, encode, micro_ba
 from lowrank_dp.data.examples import Example, Spec, read_jsonl, record_group, to_examples
 
 __all__ = [
-    "IGNORE", "SEPARATOR", "TASKS", "Example", "Task", "collate", "encode", "generated_corpus",
+    "IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode", "generated_corpus",
     "hub_reachable", "load_task", "micro_batches", "offline_requested", "subset",
     "train_on_validation",
 ]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a user's own file; None is found by the columns' own names."""
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    target: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,7 @@ _OWN_COLUMNS = (
 def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
               revision: str | None = None, offline: bool | None = None,
               max_examples: int | None = None, seed: int = 0,
-              hub_id: str | None = None) -> Task:
+              hub_id: str | None = None, columns: Columns | None = None) -> Task:
     """A task by name, or the user's own files by path.
 
     A name is looked for in ``data_dir`` (``glue/sst2/train.jsonl.gz``, ``e2e/...``), else in the
@@ -156,7 +168,7 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
     if key in known:
         task = _named_task(known[key], data_dir, revision, offline, seed, hub_id)
     elif Path(name).expanduser().exists():
-        task = _own_task(Path(name).expanduser())
+        task = _own_task(Path(name).expanduser(), columns or Columns())
     elif os.sep in str(name) or str(name).endswith((".jsonl", ".jsonl.gz")):
         _validate.fail("task", "a known name, or an existing folder or JSON Lines file", str(name))
     else:
@@ -220,7 +232,7 @@ def _local_task(name: str, spec: Spec, folder: Path) -> Task:
     return _task(name, spec, splits, f"local folder {spec.folder}")
 
 
-def _own_task(path: Path) -> Task:
+def _own_task(path: Path, named: Columns) -> Task:
     """A user's own folder or file: kind and labels are read off the columns."""
     blank = Spec("", "", None, "", splits=_WITH_TEST)
     files = {"train": path} if path.is_file() else _files(path, blank)
@@ -228,7 +240,14 @@ def _own_task(path: Path) -> Task:
     everything = [row for split in rows.values() for _, row in split]
     if not everything:
         _validate.fail("task", "a folder with train.jsonl.gz or validation.jsonl.gz", str(path))
-    columns = next((c for c in _OWN_COLUMNS if {*filter(None, c)} <= everything[0].keys()), None)
+    columns: Any = next((c for c in _OWN_COLUMNS if {*filter(None, c)} <= everything[0].keys()),
+                        None)
+    if named.text or named.prompt:
+        columns = named.prompt or named.text, named.pair, named.target
+    if named.label:
+        rows = {split: [(where, row | {"label": row.get(named.label)}) for where, row in found]
+                for split, found in rows.items()}
+        everything = [row for split in rows.values() for _, row in split]
     if columns is None:
         raise ValueError(f"{rows[next(iter(rows))][0][0]}: columns must be like GLUE's (sentence "
                          "or text, sentence1 and sentence2, ..., with label) or source and target, "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def load_model(name: str, *, task: Task | None = None, kind: str | None = None,
                target_modules: list[str] | None = None, train_embeddings: bool = False,
                train_layers: int | str | None = None, dtype: torch.dtype = torch.float32,
                device: str | torch.device = "cpu", seed: int = 0,
-               revision: str | None = None) -> tuple[Any, Any]:
+               revision: str | None = None, new_head: bool = True,
+               base: str | None = None) -> tuple[Any, Any]:
     """A model in eval mode with ``requires_grad`` set by ``method``, and its tokenizer.
 
     ``task``, or ``kind`` with ``num_labels``, says what head it gets; a checkpoint that already is
@@ -99,12 +101,13 @@ def load_model(name: str, *, task: Task | None = None, kind: str | None = None,
     backbone = find_backbone(name, revision)
     if (adapter := Path(backbone.path) / "adapter_config.json").is_file():
         model, tokenizer = _load_adapter(backbone, adapter, task, kind, num_labels, method, dtype,
-                                         seed)
+                                         seed, new_head, base)
         return model.to(device).eval(), tokenizer
     tokenizer = _load_tokenizer(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_validate.integer("seed", seed, low=0))
         model = _load_backbone(backbone, tokenizer, task, kind, num_labels, dtype)
+        _refuse_new(backbone.name, model.lowrank_dp_new if not new_head else ())
         if method == "full":
             choose_trainable(model, train_embeddings, train_layers)
         else:
@@ -144,6 +147,10 @@ def _load_tokenizer(backbone: Backbone) -> Any:
     if backbone.name in tiny.NAMES:
         return tiny.tokenizer(backbone.name)
     load = {k: v for k, v in backbone.load.items() if k != "use_safetensors"}
+    if (folder := Path(backbone.path)).is_dir() and "gguf_file" not in load and not any(
+            (folder / name).is_file() for name in (
+                "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")):
+        raise ValueError(f"folder {folder} holds no tokenizer: copy the base's")
     with quiet(), one_line(f"tokenizer of {backbone.name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.path, **load)
     if tokenizer.pad_token_id is None:      # GPT-2, Llama: padding is masked, so any token will do
@@ -166,11 +173,14 @@ def _load_backbone(backbone: Backbone, tokenizer: Any, task: Task | None, kind: 
                  else transformers.AutoModelForSequenceClassification)
     if backbone.name in tiny.NAMES:
         model = tiny.model(backbone.name, auto, head).to(dtype)
+        missing = [key for key in model.state_dict() if key.startswith(("classifier", "score"))]
     else:
         with quiet(), one_line(f"model {backbone.name}"):
             model, report = auto.from_pretrained(backbone.path, dtype=dtype, **head,
                                                  **backbone.load, output_loading_info=True)
         _check_weights(backbone, model, report)
+        missing = sorted(report["missing_keys"])
+    model.lowrank_dp_new = missing
     if "gguf_file" in backbone.load:    # the weights are plain floats by now: let them be saved
         model.hf_quantizer.remove_quantization_config(model)
     if task is not None and task.label_names:
@@ -185,11 +195,17 @@ def _load_backbone(backbone: Backbone, tokenizer: Any, task: Task | None, kind: 
     return model
 
 
+def _refuse_new(name: str, missing: Sequence[str]) -> None:
+    if missing:
+        raise ValueError(f"model {name} has no weights for {', '.join(missing[:3])}: they would be "
+                         "drawn at random")
+
+
 def _head(backbone: Backbone, kind: str | None,
           num_labels: int | None) -> tuple[str, int | None]:
     """The kind of head and its size, from what was asked or else from the checkpoint itself."""
     config = backbone.config
-    architecture = next(iter(config.get("architectures") or [""]))
+    architecture = str(next(iter(config.get("architectures") or [""])))
     is_classifier = architecture.endswith("ForSequenceClassification")
     causal = "gguf_file" in backbone.load or backbone.name == "tiny-llama" or (
         architecture.endswith(("ForCausalLM", "LMHeadModel")))
@@ -235,13 +251,13 @@ def _check_weights(backbone: Backbone, model: Any, report: dict[str, Any]) -> No
 
 def _load_adapter(backbone: Backbone, file: Path, task: Task | None, kind: str | None,
                   num_labels: int | None, method: str, dtype: torch.dtype,
-                  seed: int) -> tuple[Any, Any]:
+                  seed: int, new_head: bool, base: str | None) -> tuple[Any, Any]:
     """A PEFT adapter on its base, which its configuration names."""
     import peft
     from safetensors import safe_open
 
     config = read_json(file)
-    base = config.get("base_model_name_or_path")
+    base = base or config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise ValueError(f"{file} must name its base model, got {base!r}")
     if kind is None:
@@ -250,6 +266,7 @@ def _load_adapter(backbone: Backbone, file: Path, task: Task | None, kind: str |
           safe_open(file.parent / "adapter_model.safetensors", framework="pt") as weights):
         heads = [weights.get_slice(key).get_shape()[0] for key in weights.keys()
                  if re.search(r"\.(classifier|score)\b.*weight$", key)]
+        given = {key.removeprefix("base_model.model.") for key in weights.keys()}
     if kind != "generation" and num_labels is None and heads:
         num_labels = heads[-1]
     found = find_backbone(base)
@@ -257,6 +274,8 @@ def _load_adapter(backbone: Backbone, file: Path, task: Task | None, kind: str |
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _load_backbone(found, tokenizer, task, kind, num_labels, dtype)
+        if not new_head:
+            _refuse_new(backbone.name, [key for key in model.lowrank_dp_new if key not in given])
         with quiet(), one_line(f"adapter {backbone.name}"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             loaded: Any = peft.PeftModel.from_pretrained(model, file.parent, is_trainable=True)
