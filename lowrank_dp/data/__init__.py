@@ -29,9 +29,9 @@ from lowrank_dp.data.batches import IGNORE, SEPARATOR, collate, encode, micro_ba
 from lowrank_dp.data.examples import Example, Spec, read_jsonl, record_group, to_examples
 
 __all__ = [
-    "IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode", "generated_corpus",
-    "hub_reachable", "load_task", "micro_batches", "offline_requested", "subset",
-    "train_on_validation",
+    "IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode",
+    "generated_corpus", "hub_reachable", "load_task", "micro_batches", "offline_requested",
+    "subset", "train_on_validation",
 ]
 
 
