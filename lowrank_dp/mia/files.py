@@ -121,8 +121,8 @@ def _numbered(given: Given, known: Sequence[str], count: int | None, whose: str
         used = {numbers[int(e.label or 0)] for e in given.examples}
         if min(used) < 0 or (count is not None and max(used) >= count):
             wrong = max(used) if min(used) >= 0 else min(used)
-            raise ValueError(f"{given.path}: labels must be below {count} and not negative, as in "
-                             f"{whose}, got {wrong}")
+            raise ValueError(f"{given.path}: labels must be below {count}, as in {whose}, got "
+                             f"{wrong}")
     else:
         raise ValueError(f"{given.path}: labels must be among {', '.join(known)}, those of "
                          f"{whose}, got {', '.join(names)}")
