@@ -240,7 +240,7 @@ def test_an_adapter_comes_back_on_its_base(folders, tmp_path, name, kind):
     frozen, _ = load_model(tmp_path, method="lora-frozen-a")
     assert not any("lora_A" in n for n in trained(frozen))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"adapter .* could not be loaded"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors could not be loaded"):
         load_model(tmp_path)
 
 
@@ -261,11 +261,11 @@ def test_broken_folders_fail_in_one_line(folders, tmp_path):
     for file in (folders / "gpt2").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json must be readable JSON"):
+    with pytest.raises(ValueError, match=r"config.json must be JSON"):
         load_model(tmp_path)
     wrong = json.loads((folders / "gpt2/config.json").read_text()) | {"n_layer": 3}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match=r"lacks .* weights of its architecture, such as"):
+    with pytest.raises(ValueError, match="has no weights for transformer.h.2.* drawn at random"):
         load_model(tmp_path)     # a block without weights is not silently drawn at random
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match="could not be loaded") as caught:

@@ -23,7 +23,7 @@ from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.experiments.gradients import GradientConfig
 from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
-from lowrank_dp.models.trainable import head_modules
+from lowrank_dp.models.heads import head_modules
 
 CAPTION = (
     "Plain SGD from one start on the same batches, measured; every curve is against noiseless full "

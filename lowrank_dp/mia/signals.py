@@ -26,6 +26,7 @@ from lowrank_dp.grads import LOSSES, clipped_sum_over
 from lowrank_dp.mia import scores
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.models import load_model
+from lowrank_dp.models.backbones import one_line
 
 LOGITS_AT_A_TIME = 2**24  # in float64: 128 MiB, and a few times that on the way
 
@@ -188,17 +189,29 @@ def switched_off(reference: Any, model: Any) -> Iterator[Any]:
 
 def load_reference(folder: str | Path, base: Mapping[str, Any], task: Task, *,
                    device: str = "cpu") -> Any:
-    """The model before fine-tuning: the manifest's base, with the head that training kept."""
-    model, _ = load_model(base["model"], task=task, seed=base["seed"], device=device)
-    head = Path(folder) / runs.INITIAL_HEAD
-    if task.kind != "generation":
-        if not head.is_file():
-            raise ValueError(f"{folder} must hold {head.name}, the classifier's head before "
-                             "training: without it nothing can be calibrated; leave out the "
-                             "attack 'base'")
-        _, unexpected = model.load_state_dict(load_file(head), strict=False)
-        if unexpected:
-            raise ValueError(f"{head} must fit the base model, got {unexpected[0]}")
+    """The model before fine-tuning: the manifest's base, with the head that training kept.
+
+    A checkpoint without ``initial_head.safetensors`` was not trained here: its reference is a base
+    that brings a head of its own. Raises ``ValueError`` if the reference would have a weight that
+    was drawn at random.
+    """
+    file = Path(folder) / runs.INITIAL_HEAD
+    with one_line(str(file)):
+        head = load_file(file) if file.is_file() else {}
+    try:
+        model, _ = load_model(base["model"], task=task, seed=base["seed"], device=device,
+                              new_head=bool(head))
+    except ValueError as error:
+        raise ValueError(f"base: {error}; without a base nothing can be calibrated: give another, "
+                         "or leave out the attack 'base'") from None
+    if lost := sorted(set(getattr(model, "lowrank_dp_new", ())) - head.keys()):
+        raise ValueError(f"{file} must hold what the base {base['model']} lacks, {', '.join(lost)}:"
+                         " they would be drawn at random; train again, or leave out the attack "
+                         "'base'")
+    with one_line(str(file)):
+        _, unexpected = model.load_state_dict(head, strict=False)
+    if unexpected:
+        raise ValueError(f"{file} must fit the base model, got {unexpected[0]}")
     return model.eval()
 
 

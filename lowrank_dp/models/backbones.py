@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import re
 import sys
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 
 from lowrank_dp import _validate
+from lowrank_dp.artifacts import runs
 from lowrank_dp.data import hub_reachable, offline_requested
 from lowrank_dp.models import tiny
 
@@ -87,7 +88,9 @@ def _find_folder(name: str, folder: Path) -> Backbone:
             f"model folder {folder} must hold safetensors" + (
                 f"; {pickled[0]} is a pickle and can run code: re-save it with "
                 "save_pretrained(..., safe_serialization=True)" if pickled else ", found none"))
+    check_safetensors(folder)
     config = {} if adapter else read_json(folder / "config.json")
+    check_config(config, folder / "config.json")
     return Backbone(name, str(folder), {"use_safetensors": True, "local_files_only": True},
                      config, f"{name} ({'packaged' if name in PACKAGED else 'local folder'})")
 
@@ -104,6 +107,7 @@ def _find_on_hub(name: str, revision: str | None) -> Backbone:
             f"model {name!r} is not cached and the hub is unreachable{near}; {_INSTEAD}"
             if offline else f"model {name!r} could not be had from the hub{near}: "
             f"{first_line(error)}") from None
+    check_config(config, f"config.json of {name}")
     return Backbone(name, name, load | {"use_safetensors": True}, config,
                      f"{name} (hub, revision {load['revision']})")
 
@@ -118,11 +122,60 @@ def _nearest(name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; ``ValueError`` naming it if it is none."""
+    """A JSON object; ``ValueError`` naming the file if it is none."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be readable JSON ({first_line(error)})") from None
+        return runs.read_json(path)
+    except OSError as error:
+        raise ValueError(f"{path} must be readable JSON ({error.strerror})") from None
+
+
+def adapter_file(backbone: Backbone) -> Path | None:
+    """The configuration of a PEFT adapter, where the backbone is the folder of one."""
+    file = Path(backbone.path) / "adapter_config.json"
+    return file if file.is_file() else None
+
+
+def find_base(adapter: Backbone, base: str | None = None) -> Backbone:
+    """The model that an adapter was trained on; ``base`` replaces the path that it gives."""
+    file = Path(adapter.path) / "adapter_config.json"
+    told = read_json(file).get("base_model_name_or_path") if base is None else base
+    if not isinstance(told, str) or not told:
+        raise ValueError(f"{file} must name its base model, got {told!r}; give it as base")
+    try:
+        found = find_backbone(told)
+    except ValueError as error:
+        raise ValueError(f"base of adapter {adapter.name}: {error}; or give another as "
+                         "base") from None
+    if adapter_file(found):
+        raise ValueError(f"base of adapter {adapter.name} must be a full model, got the adapter "
+                         f"{told}")
+    return found
+
+
+def check_safetensors(folder: Path) -> None:
+    """Open every safetensors file of a folder; ``ValueError`` naming one that is damaged."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with one_line(str(path)), safe_open(path, framework="pt"):
+            pass
+    for path in folder.glob("*.safetensors.index.json"):
+        parts = read_json(path).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(p, str) for p in parts.values()):
+            raise ValueError(f"{path} must have a weight_map from weights to files")
+        for part in sorted(set(parts.values())):
+            if not (folder / part).is_file():
+                raise ValueError(f"model folder {folder} must hold {part}, which {path.name} names")
+
+
+def check_config(config: dict[str, Any], path: str | Path) -> None:
+    """Types of what is read off a model's configuration; ``ValueError`` naming the file."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ValueError(f"{path}: architectures must be a list of names, got {architectures!r}")
+    for name, kind in (("model_type", str), ("problem_type", str), ("id2label", dict),
+                       ("label2id", dict), ("num_labels", int), ("is_decoder", bool)):
+        if not isinstance(config.get(name), (kind, type(None))):
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got "
+                             f"{config[name]!r}")
 
 
 @contextlib.contextmanager
@@ -150,10 +203,15 @@ def one_line(what: str) -> Iterator[None]:
     """What Hugging Face libraries raise on bad files, as one line."""
     try:
         yield
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says first, or its name if it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -45,8 +45,10 @@ def tokenizer(name: str) -> Any:
         model_input_names=[i for i in inputs if name == "tiny" or i != "token_type_ids"])
 
 
-def model(name: str, auto: Any, head: dict[str, Any]) -> Any:
-    """The pretrained backbone under the architecture that ``auto`` gives, with a fresh head."""
+def model(name: str, auto: Any, head: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The pretrained backbone under the architecture that ``auto`` gives, and the weights of its
+    head, which are drawn anew.
+    """
     built = auto.from_config(_config(name, **head))
     prefix = built.base_model_prefix + "."
     weights = _pretrained(name)
@@ -63,7 +65,7 @@ def model(name: str, auto: Any, head: dict[str, Any]) -> Any:
     for key, p in built.named_parameters():
         if "pooler" in key and p.ndim == 2:
             torch.nn.init.normal_(p, std=built.config.initializer_range, generator=generator)
-    return built
+    return built, [key for key in wanted if not key.startswith(prefix) and key not in found]
 
 
 def _config(name: str, **head: Any) -> Any:

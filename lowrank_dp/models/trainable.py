@@ -1,22 +1,26 @@
-"""Which parameters of a model train: all of some layers, or LoRA pairs beside them."""
+"""Which parameters of a model train: all of some layers, or LoRA pairs beside them; the head."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp import _validate
+from lowrank_dp.models.heads import head_modules
 
 
 def choose_trainable(model: nn.Module, train_embeddings: bool,
                      train_layers: int | str | None) -> None:
     """Set ``requires_grad``: linear layers and norms, narrowed by ``train_layers``, and the head.
 
-    A weight shared with an embedding counts as embedding.
+    The whole head trains, whatever ``train_layers`` is. A weight shared with an embedding counts
+    as embedding.
     """
     tables = {id(p) for p in embeddings(model)}
     head = {id(p) for module in head_modules(model).values() for p in module.parameters()}
@@ -46,32 +50,42 @@ def _narrow(model: nn.Module, names: list[str], train_layers: int | str | None) 
             raise ValueError(f"train_layers {train_layers!r} matches no trainable parameter, such "
                              f"as {names[0]}")
         return kept
-    prefix, count = blocks(model)
-    first = count - _validate.integer("train_layers", train_layers, high=count)
+    found = blocks(model)
+    first = len(found) - _validate.integer("train_layers", train_layers, high=len(found))
     everything = [name for name, _ in model.named_parameters()]
-    start = next(i for i, name in enumerate(everything) if name.startswith(f"{prefix}.{first}."))
-    return [name for name in names if name in set(everything[start:])]
+    start = next(i for i, name in enumerate(everything) if _inside(name, found[first]))
+    before = [module for block in found[:first] for module in block]
+    kept = {name for name in everything[start:] if not _inside(name, before)}
+    return [name for name in names if name in kept]
 
 
 def add_lora(model: Any, rank: int, alpha: float, init: str, target_modules: list[str] | None,
              train_layers: int | str | None) -> Any:
-    """The model with LoRA pairs; its head, if it has one, trains in full."""
+    """The model with LoRA pairs beside the linear layers of its blocks.
+
+    The head trains in full, as PEFT's ``modules_to_save``, with which it is also saved. Raises
+    ``ValueError`` if the blocks have no linear layer, as SqueezeBERT's, which are convolutions.
+    """
     import peft
 
-    prefix, _ = blocks(model)
     head = list(head_modules(model))
     linear = {name: m for name, m in model.named_modules()
-              if isinstance(m, (nn.Linear, Conv1D)) and name.split(".")[0] not in head}
-    inside = [name for name in linear if name.startswith(f"{prefix}.")]
+              if isinstance(m, (nn.Linear, Conv1D)) and not _inside(name, head)}
+    inside = [name for name in linear if _inside(name, itertools.chain(*blocks(model)))]
     if target_modules is not None:
         inside = [name for name in linear if any(
             name == target or name.endswith(f".{target}") for target in target_modules)]
-        if not inside:
+        if linear and not inside:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             _validate.fail("target_modules", f"names of linear layers such as {', '.join(known)}",
                            target_modules)
+    if not inside:
+        raise ValueError(f"method must be full for {type(model).__name__}: its blocks have no "
+                         "linear layer that LoRA could be added to")
     kept = _narrow(model, [f"{name}.weight" for name in inside], train_layers)
     targets = [name.removesuffix(".weight") for name in kept]
+    if len({isinstance(linear[name], Conv1D) for name in targets}) > 1:
+        _validate.fail("target_modules", "layers that store their weights one way round", targets)
     config = peft.LoraConfig(
         task_type="SEQ_CLS" if head else "CAUSAL_LM", r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=targets, modules_to_save=head or None,
@@ -96,19 +110,32 @@ def freeze_a(model: Any) -> None:
     model.lowrank_dp_note = f"{model.lowrank_dp_note}, A frozen"
 
 
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """A sequence classifier's head by its name: ``classifier`` or ``score``; none for an LM."""
-    return {name: module for name, module in model.named_children()
-            if name in ("classifier", "score")}
+def blocks(model: Any) -> list[list[str]]:
+    """The transformer blocks in the model's order: for each the names of the modules it is of.
 
-
-def blocks(model: Any) -> tuple[str, int]:
-    """The name and the length of the list of transformer blocks."""
-    depth = model.config.num_hidden_layers
+    Blocks are the entries of the outermost ``nn.ModuleList`` of layers or norms, those of an
+    encoder before those of a decoder. A model such as XLM keeps one list for each part of a block
+    (attentions, norms, ...); lists with one parent and one length are taken together.
+    """
+    head = list(head_modules(model))
+    lists: dict[tuple[str, int], list[str]] = {}
+    seen: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, depth
-    raise ValueError(f"model must have a list of {depth} transformer blocks, found none")
+        if isinstance(module, nn.ModuleList) and not _inside(name, [*seen, *head]) and any(
+                isinstance(m, (nn.Linear, Conv1D, nn.Conv1d)) or _is_norm(m)
+                for m in module.modules()):
+            seen.append(name)
+            lists.setdefault((name.rpartition(".")[0], len(module)), []).append(name)
+    if not lists:
+        raise ValueError(f"model must have a list of transformer blocks, found none in "
+                         f"{type(model).__name__}")
+    return [[f"{name}.{i}" for name in names]
+            for (_, length), names in lists.items() for i in range(length)]
+
+
+def _inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of ``modules``, or in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def embeddings(model: nn.Module) -> list[nn.Parameter]:

@@ -173,8 +173,8 @@ def shard(model: Any, device: str) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(torch.device(device).type, (parallel.world_size(),))
-    name, _ = blocks(model)
-    for module in (*model.get_submodule(name), model):
+    parts = [model.get_submodule(name) for block in blocks(model) for name in block]
+    for module in (*parts, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if hasattr(model, "get_base_model"):  # whose generate() calls the model inside
         register_fsdp_forward_method(model, "generate")

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import SEPARATOR
-from lowrank_dp.models.backbones import quiet
+from lowrank_dp.models import save_model
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.membership import manifest
 from lowrank_dp.train.setup import Setup, majority
@@ -96,12 +96,7 @@ def save_run(setup: Setup, result: TrainResult, folder: runs.RunFolder,
     def write(aside: Path) -> None:
         if weights is None:
             return
-        is_adapter = hasattr(setup.model, "get_base_model")
-        # "auto" would ask the hub for the base model's vocabulary
-        options = {"save_embedding_layers": False} if is_adapter else {}
-        with quiet():
-            setup.model.save_pretrained(aside, state_dict=weights, **options)
-            setup.tokenizer.save_pretrained(aside)
+        save_model(setup.model, setup.tokenizer, aside, weights)
         if setup.initial_head:
             save_file(setup.initial_head, aside / runs.INITIAL_HEAD)
 

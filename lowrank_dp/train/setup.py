@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_dp.data import Example, Task, encode, load_task
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import describe, load_model
-from lowrank_dp.models.trainable import head_modules
+from lowrank_dp.models.heads import head_state
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.layout import Copies, Shards, equalise, shard
 from lowrank_dp.train.membership import draw_members, fingerprint, group_units
@@ -119,7 +119,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     unit_rows = [[next(positions) for _ in unit] for unit in trained_on]
     mechanism, delta = _mechanism(config, len(trained_on))
     equalise(model)
-    initial_head = _head_state(model)
+    initial_head = head_state(model)
     if config.shard:
         shard(model, config.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -210,18 +210,6 @@ def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable
     factor = scheduler.lr_lambdas[0]
     return lambda step: config.learning_rate * factor(step + shift if step < config.warmup_steps
                                                       else step)
-
-
-def _head_state(model: Any) -> dict[str, Tensor]:
-    """The classifier's head as it is now, without PEFT's prefixes: {"classifier.weight": ...}."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    state = {}
-    for head, module in head_modules(base).items():
-        trained = getattr(module, "modules_to_save", None)
-        module = trained["default"] if trained is not None else module
-        for name, tensor in module.state_dict().items():
-            state[f"{head}.{name}"] = tensor.detach().cpu().clone()
-    return state
 
 
 def draw_seed(seed: int | None, purpose: str) -> int:

@@ -1,0 +1,187 @@
+"""A PEFT adapter on its base: what neither of them has is refused, never drawn at random."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowrank_dp.models.backbones import (
+    Backbone,
+    adapter_file,
+    check_config,
+    find_base,
+    one_line,
+    quiet,
+    read_json,
+)
+from lowrank_dp.models.base import label_count, load_base
+from lowrank_dp.models.heads import (
+    final_layer,
+    is_missing,
+    label_rows,
+    listed,
+    name_labels,
+    order_labels,
+    own_label_names,
+    permute_rows,
+)
+
+_PREFIX = "base_model.model."
+
+
+def load_adapter(backbone: Backbone, base: str | None, kind: str | None, num_labels: int | None,
+                 label_names: tuple[str, ...], dtype: torch.dtype) -> Any:
+    """The PEFT model in ``backbone.path`` on its base, its logits in the order ``label_names``.
+
+    Raises ``ValueError``: the base cannot be found; a weight is neither in the base nor in the
+    adapter; the adapter holds a weight that the model does not have, or has in another shape; the
+    labels of the adapter are not the task's.
+    """
+    import peft
+
+    folder = Path(backbone.path)
+    config = _adapter_config(folder)
+    found = find_base(backbone, base)
+    with one_line(str(folder / "adapter_model.safetensors")):
+        given = load_file(folder / "adapter_model.safetensors")
+    own = _own_config(folder, found)
+    if kind is None:
+        kind = _kind(config, own, given)
+    if kind == "classification" and num_labels is None:
+        num_labels = _label_count(given, own)
+    model, missing = load_base(found, kind, num_labels, dtype)
+    layer = final_layer(model)
+    if layer and not is_missing(layer, missing):
+        order_labels(model, found.config, label_names, found.name)
+    _resize(model, given)
+    with quiet(), one_line(f"adapter {folder}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: Any = peft.PeftModel.from_pretrained(
+            model, folder, is_trainable=True, ignore_mismatched_sizes=True)
+        state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    _check_loaded(loaded, state, given, backbone.name)
+    if absent := [key for key in missing if _PREFIX + key not in given]:
+        raise ValueError(f"adapter {backbone.name} and its base {found.name} have no weights for "
+                         f"{listed(absent)}: {'it' if len(absent) == 1 else 'they'} would be drawn "
+                         "at random")
+    if layer:
+        _order_loaded(model, state, layer, own, label_names, backbone.name)
+    loaded.lowrank_dp_embeddings = _embedding(model) in map(_bare, given)
+    loaded.lowrank_dp_note = f"{backbone.name} (adapter) on {model.lowrank_dp_note}"
+    return loaded
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"adapter {folder} must hold adapter_model.safetensors, found none")
+    import peft
+
+    config = read_json(file)
+    with one_line(str(file)):
+        peft.PeftConfig.from_pretrained(str(folder))
+    for name, kinds in (("task_type", str), ("modules_to_save", list), ("r", int),
+                        ("target_modules", (str, list))):
+        if not isinstance(config.get(name), (kinds, type(None))):
+            raise ValueError(f"{file}: {name} is of the wrong type, got {config[name]!r}")
+    return config
+
+
+def _own_config(folder: Path, base: Backbone) -> dict[str, Any]:
+    """What says the adapter's labels: its own config.json, or else its base's configuration.
+
+    A run of an earlier version wrote no config.json and trained in the order of its task.
+    """
+    if (file := folder / "config.json").is_file():
+        config = read_json(file)
+        check_config(config, file)
+        return config
+    if (folder / "training.json").is_file():
+        return {name: value for name, value in base.config.items()
+                if name not in ("id2label", "label2id")}
+    return base.config
+
+
+def _kind(config: dict[str, Any], own: dict[str, Any], given: dict[str, Tensor]) -> str | None:
+    """The kind of head that the adapter was trained with; None leaves it to the base."""
+    if config.get("task_type") == "CAUSAL_LM":
+        return "generation"
+    if config.get("task_type") != "SEQ_CLS" and not _head_rows(given):
+        return None
+    return "regression" if own.get("problem_type") == "regression" else "classification"
+
+
+def _label_count(given: dict[str, Tensor], own: dict[str, Any]) -> int:
+    """The size of the head that the adapter brings, or else what its configuration says."""
+    rows = _head_rows(given)
+    return rows[-1] if rows else label_count(own)
+
+
+def _head_rows(given: dict[str, Tensor]) -> list[int]:
+    """Rows of the adapter's own linear layers with which a classifier may end."""
+    return [tensor.shape[0] for key, tensor in given.items() if tensor.ndim == 2
+            and re.search(r"\.(classifier|score|out_proj|logits_proj|summary|linear_out)\.weight$",
+                          key) and not re.search(r"\.lora_|\.\d+\.", key)]
+
+
+def _embedding(model: Any) -> str:
+    """The name of the input embedding's weight; "" if the model has no such table."""
+    try:
+        table = model.get_input_embeddings().weight
+    except (NotImplementedError, AttributeError):
+        return ""
+    return next(name for name, p in model.named_parameters() if p is table)
+
+
+def _bare(key: str) -> str:
+    """A name in an adapter's file as the base has it."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _resize(model: Any, given: dict[str, Tensor]) -> None:
+    """Make room for the tokens that the adapter has added, whose rows it holds."""
+    name = _embedding(model)
+    rows = [tensor.shape[0] for key, tensor in given.items() if name and _bare(key) == name]
+    if rows and rows[0] != model.get_input_embeddings().weight.shape[0]:
+        with quiet():
+            model.resize_token_embeddings(rows[0], mean_resizing=False)
+
+
+def _check_loaded(loaded: Any, state: dict[str, Tensor], given: dict[str, Tensor],
+                  name: str) -> None:
+    """Everything in the file is in the model, and everything of the adapter is in the file."""
+    if lost := sorted(state.keys() - given.keys()):
+        raise ValueError(f"adapter {name} has no weights for {listed(lost)}: they would be drawn "
+                         "at random")
+    base = {_PREFIX + key: p for key, p in loaded.get_base_model().state_dict().items()}
+    for key, tensor in given.items():
+        value = state.get(key, base.get(key))
+        if value is None:
+            raise ValueError(f"adapter {name} holds {key}, which the model does not have")
+        if value.shape != tensor.shape:
+            raise ValueError(f"adapter {name} has {key} of shape {tuple(tensor.shape)}, and the "
+                             f"model has {tuple(value.shape)}")
+        if not torch.equal(value.to(tensor), tensor) and bool(tensor.isfinite().all()):
+            raise ValueError(f"adapter {name} holds {key}, which PEFT does not restore: name it in "
+                             "modules_to_save")
+
+
+def _order_loaded(model: Any, state: dict[str, Tensor], layer: str, own: dict[str, Any],
+                  label_names: tuple[str, ...], name: str) -> None:
+    """Bring those rows of the head's last layer that the adapter has brought into order."""
+    names = own_label_names(own, f"config.json of {name}")
+    rows = label_rows(names, label_names, name)
+    tensors = {key: p for key, p in state.items() if key.startswith(f"{_PREFIX}{layer}.")
+               and "lora_A" not in key}
+    if rows is not None and any(tensor.shape[0] != len(rows) for tensor in tensors.values()):
+        raise ValueError(f"labels of {name} can't be brought into the task's order: the adapter "
+                         f"changes the head by {listed(sorted(tensors))}")
+    if rows is not None:
+        permute_rows(list(tensors.values()), rows)
+    name_labels(model, names, label_names)

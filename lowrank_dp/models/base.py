@@ -1,0 +1,164 @@
+"""A model with its head from disk or the hub, and what of it was drawn at random."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.models.auto import modeling_auto
+
+from lowrank_dp import _validate
+from lowrank_dp.models import tiny
+from lowrank_dp.models.backbones import Backbone, one_line, quiet
+from lowrank_dp.models.heads import listed
+
+KINDS = ("classification", "regression", "generation")
+_PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+
+
+def load_base(backbone: Backbone, kind: str | None, num_labels: int | None,
+              dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """The model on the CPU, and the names of the weights that are not on disk.
+
+    Those are drawn from torch's global generator. Raises ``ValueError`` if the files do not fit
+    the architecture, or a weight on disk has another shape, which it names.
+    """
+    kind, num_labels = kind_and_labels(backbone, kind, num_labels)
+    head: dict[str, Any] = {}
+    if kind != "generation":
+        head = {"num_labels": num_labels, "problem_type": _PROBLEMS[kind]}
+    auto: Any = (transformers.AutoModelForCausalLM if kind == "generation"
+                 else transformers.AutoModelForSequenceClassification)
+    if backbone.name in tiny.NAMES:
+        model, missing = tiny.model(backbone.name, auto, head)
+        model = model.to(dtype)
+    else:
+        model, missing = _from_files(backbone, auto, head, dtype)
+    if "gguf_file" in backbone.load:    # the weights are plain floats by now: let them be saved
+        model.hf_quantizer.remove_quantization_config(model)
+    model.name_or_path = backbone.name         # what PEFT writes down as the base of an adapter
+    model.lowrank_dp_note = f"{backbone.note}, {type(model).__name__}"
+    return model, missing
+
+
+def fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
+    """Agree on the padding token and the longest text; ``ValueError`` on tokens without a row."""
+    rows = model.get_input_embeddings().weight.shape[0] if _has_table(model) else sys.maxsize
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokenizer of {name} has {len(tokenizer) - rows} added tokens for which "
+                         f"the model has no embedding ({len(tokenizer):,} tokens, {rows:,} rows): "
+                         "resize the embeddings and train and save them")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _context(model))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def kind_and_labels(backbone: Backbone, kind: str | None,
+                    num_labels: int | None) -> tuple[str, int | None]:
+    """The kind of head and its size, from what was asked or else from the checkpoint itself."""
+    config = backbone.config
+    architecture = next(iter(config.get("architectures") or [""]))
+    is_classifier = architecture.endswith("ForSequenceClassification")
+    causal = "gguf_file" in backbone.load or backbone.name == "tiny-llama" or (
+        architecture.endswith(("ForCausalLM", "LMHeadModel")))
+    labels = label_count(config)
+    problem = config.get("problem_type")
+    if kind is None and num_labels is not None:
+        kind = "regression" if num_labels == 1 and problem == "regression" else "classification"
+    elif kind is None and is_classifier:
+        kind = "regression" if problem == "regression" or (
+            problem is None and labels == 1) else "classification"
+    elif kind is None and causal:
+        kind = "generation"
+    elif kind is None:
+        raise ValueError(f"task or kind must be given: {backbone.name} has no head of its own")
+    _validate.choice("kind", kind, KINDS)
+    if kind == "generation":
+        encoders = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+        if backbone.name == "tiny" or (
+                config.get("model_type") in encoders and not config.get("is_decoder")):
+            raise ValueError(f"model must be a causal language model to generate text, and "
+                             f"{backbone.name} is an encoder; use smollm2 or tiny-llama")
+        return kind, None
+    if is_classifier and problem not in (None, _PROBLEMS[kind]):
+        raise ValueError(f"problem_type of {backbone.name} must be {_PROBLEMS[kind]} for "
+                         f"{kind}, got {problem}")
+    if num_labels is None:
+        num_labels = 1 if kind == "regression" else labels if is_classifier else None
+    if num_labels is None:
+        raise ValueError("num_labels must be given for classification")
+    low = 2 if kind == "classification" else 1
+    num_labels = _validate.integer("num_labels", num_labels, low=low)
+    if is_classifier and labels != num_labels:
+        raise ValueError(f"num_labels must be {labels} for the head of {backbone.name}, "
+                         f"got {num_labels}")
+    return kind, num_labels
+
+
+def label_count(config: dict[str, Any]) -> int:
+    """How many labels a configuration has; 2, transformers' default, if it does not say."""
+    if config.get("id2label") is not None:
+        return len(config["id2label"])
+    return config.get("num_labels") or 2
+
+
+def _from_files(backbone: Backbone, auto: Any, head: dict[str, Any],
+                dtype: torch.dtype) -> tuple[Any, list[str]]:
+    folder = Path(backbone.path)
+    if folder.is_dir() and "gguf_file" not in backbone.load:
+        with quiet(), one_line(str(folder / "config.json")):
+            transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **head)
+    before = torch.get_rng_state()
+    with quiet(), one_line(f"model {backbone.name}"):
+        try:
+            model, report = auto.from_pretrained(backbone.path, dtype=dtype, **head,
+                                                 **backbone.load, output_loading_info=True)
+        except RuntimeError as error:
+            if "mismatch" in str(error) and (wrong := _other_shapes(folder, auto, head)):
+                raise ValueError(f"its configuration and task ask for other shapes than those on "
+                                 f"disk: {listed(wrong)}") from None
+            raise
+    missing = sorted(report["missing_keys"])
+    if not missing and not torch.equal(before, torch.get_rng_state()):
+        raise ValueError(f"model {backbone.name} draws a buffer at random, which no checkpoint "
+                         "would hold")
+    return model, missing
+
+
+def _other_shapes(folder: Path, auto: Any, head: dict[str, Any]) -> list[str]:
+    """Weights whose shape on disk is not that of the architecture, where their names agree."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **head)
+    with torch.device("meta"):
+        state = auto.from_config(config).state_dict()
+    wrong = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for key in sorted(set(tensors.keys()) & state.keys()):
+                shape = tuple(tensors.get_slice(key).get_shape())
+                if shape != tuple(state[key].shape):
+                    wrong.append(f"{key} is {shape}, not {tuple(state[key].shape)}")
+    return wrong
+
+
+def _has_table(model: Any) -> bool:
+    try:
+        return hasattr(model.get_input_embeddings(), "weight")
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def _context(model: Any) -> int:
+    """How many tokens the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:   # XLNet says -1: it has no limit
+        return sys.maxsize
+    # RoBERTa and its kin count positions from the padding index on
+    offsets = [module.padding_idx + 1 for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+               and name.endswith("position_embeddings")]
+    return positions - max(offsets, default=0)

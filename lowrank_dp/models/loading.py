@@ -1,0 +1,149 @@
+"""Loading a backbone with its head, and choosing which of its parameters train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_dp import _validate
+from lowrank_dp.data import Task
+from lowrank_dp.models.adapters import load_adapter
+from lowrank_dp.models.backbones import Backbone, adapter_file, find_backbone, find_base
+from lowrank_dp.models.base import KINDS, fit_tokenizer, load_base
+from lowrank_dp.models.heads import (
+    final_layer,
+    is_missing,
+    mark_new,
+    name_labels,
+    order_labels,
+)
+from lowrank_dp.models.tokenizers import has_tokenizer, tokenizer_of
+from lowrank_dp.models.trainable import add_lora, choose_trainable, embeddings, freeze_a
+
+__all__ = ["KINDS", "METHODS", "describe", "load_model", "matrix_parameters"]
+METHODS = ("full", "lora", "lora-frozen-a")
+
+
+def load_model(name: str, *, task: Task | None = None, kind: str | None = None,
+               num_labels: int | None = None, method: str = "full", rank: int = 8,
+               lora_alpha: float | None = None, lora_init: str = "peft",
+               target_modules: list[str] | None = None, train_embeddings: bool = False,
+               train_layers: int | str | None = None, dtype: torch.dtype = torch.float32,
+               device: str | torch.device = "cpu", seed: int = 0,
+               revision: str | None = None, new_head: bool = True,
+               base: str | None = None) -> tuple[Any, Any]:
+    """A model in eval mode with ``requires_grad`` set by ``method``, and its tokenizer.
+
+    ``task``, or ``kind`` with ``num_labels``, says what head it gets; a checkpoint that already is
+    a classifier or a causal LM needs neither. Everything else must be on disk. The head is what the
+    classifier has beside its backbone, and a pooler that the backbone lacks. A new head, and LoRA's
+    A, are drawn from ``seed`` and leave the global generator as it was; ``describe`` names what is
+    new. ``new_head=False`` refuses a new head too, for a checkpoint that has been trained.
+
+    The logits of a checkpoint that names its labels are brought into the order of the task's
+    ``label_names``, by reordering the rows of the head's last layer.
+
+    What trains:
+
+    - ``full``: the weights and biases of linear layers (GPT-2's Conv1D included) and of layer and
+      RMS norms, and the head. Embeddings only with ``train_embeddings``; an output layer that
+      shares its weight with the embedding counts as embedding.
+    - ``lora``: a pair B A of ``rank`` beside every linear layer of the transformer blocks
+      (``target_modules`` replaces the list), and the head of a classifier. The update is scaled by
+      ``lora_alpha / rank``; ``lora_alpha`` defaults to ``rank``, so that it is B A itself.
+      ``lora_init="peft"`` draws A as PEFT does (Kaiming uniform); ``"gaussian"`` draws it from
+      N(0, 1/rank), for which E[A^T A] = I, as the theory has it (PEFT's own option of that name
+      has standard deviation 1/rank).
+    - ``lora-frozen-a``: the same with A fixed.
+
+    ``train_layers`` narrows this: an integer k to the last k blocks and what follows them, a string
+    to the parameters whose name it matches (``re.search``); the head always trains, all of it.
+
+    A folder with ``adapter_config.json`` is loaded with its base; there ``full`` means "what the
+    adapter trains", and ``lora-frozen-a`` also freezes A. ``base`` replaces the path of the base
+    that an adapter gives; a full model has no use for it. The adapter's own tokenizer is taken
+    where its folder has one.
+
+    Raises ``ValueError`` in one line: unknown or unreachable model, pickled weights, damaged files,
+    an encoder asked to generate, a weight that is not on disk and is not a new head's, labels that
+    are not the task's, a ``train_layers`` or ``target_modules`` that matches nothing.
+    """
+    _validate.choice("method", method, METHODS)
+    _validate.choice("lora_init", lora_init, ("peft", "gaussian"))
+    rank = _validate.integer("rank", rank)
+    scale = _validate.positive("lora_alpha", rank if lora_alpha is None else lora_alpha)
+    seed = _validate.integer("seed", seed, low=0)
+    device = _device(device)
+    labels: tuple[str, ...] = ()
+    if task is not None:
+        kind, num_labels, labels = task.kind, task.num_labels or None, tuple(task.label_names)
+    backbone = find_backbone(name, revision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if adapter_file(backbone):
+            own = has_tokenizer(Path(backbone.path))
+            tokenizer = tokenizer_of(backbone if own else find_base(backbone, base))
+            model = load_adapter(backbone, base, kind, num_labels, labels, dtype)
+            fit_tokenizer(model, tokenizer, backbone.name)
+        else:
+            tokenizer = tokenizer_of(backbone)
+            model = _load_full(backbone, tokenizer, kind, num_labels, labels, dtype, new_head)
+            if method == "full":
+                choose_trainable(model, train_embeddings, train_layers)
+            else:
+                if train_embeddings:
+                    raise ValueError("train_embeddings must be False with LoRA, got True")
+                model = add_lora(model, rank, scale, lora_init, target_modules, train_layers)
+    if method == "lora-frozen-a":
+        freeze_a(model)
+    return model.to(device).eval(), tokenizer
+
+
+def describe(model: Any) -> str:
+    """One line on what is about to run: the backbone, its source, sizes, what of it is new."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    note = getattr(model, "lowrank_dp_note", type(model).__name__)
+    new = ", ".join(getattr(model, "lowrank_dp_new", ()))
+    return f"{note}: {total:,} parameters, {trained:,} trained" + (
+        f"; head new: {new}" if new else "")
+
+
+def matrix_parameters(model: nn.Module) -> list[str]:
+    """Names of the trainable 2-D weights of linear layers, in the model's order.
+
+    LoRA's A and B are among them, and a classifier's head; embeddings and norms are not. Stored as
+    (out_features, in_features), except GPT-2's Conv1D, which is the other way round.
+    """
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linear -= {id(p) for p in embeddings(model)}
+    return [name for name, p in model.named_parameters()
+            if p.requires_grad and p.ndim == 2 and id(p) in linear]
+
+
+def _load_full(backbone: Backbone, tokenizer: Any, kind: str | None, num_labels: int | None,
+               labels: tuple[str, ...], dtype: torch.dtype, new_head: bool) -> Any:
+    """A full model; its head is its own, in the task's order, or new."""
+    model, missing = load_base(backbone, kind, num_labels, dtype)
+    mark_new(model, backbone.name, missing, new_head=new_head)
+    last = final_layer(model)
+    if last and is_missing(last, missing):
+        name_labels(model, None, labels)
+    elif last:
+        order_labels(model, backbone.config, labels, backbone.name)
+    fit_tokenizer(model, tokenizer, backbone.name)
+    return model
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        _validate.fail("device", "a torch device such as cpu or cuda", str(device))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        _validate.fail("device", "cpu: this torch finds no CUDA device", str(device))
+    return chosen

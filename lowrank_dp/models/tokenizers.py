@@ -1,0 +1,72 @@
+"""The tokenizer of a backbone, which must be on disk: transformers would make an empty one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from lowrank_dp.models import tiny
+from lowrank_dp.models.backbones import (
+    Backbone,
+    adapter_file,
+    find_backbone,
+    find_base,
+    one_line,
+    quiet,
+)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, base: str | None = None) -> Any:
+    """The tokenizer of a backbone, with a padding token.
+
+    An adapter's own tokenizer is taken if its folder has one, else that of its base (``base``
+    replaces the path that the adapter gives). Raises ``ValueError`` in one line if the folder holds
+    no tokenizer, or one that does not load, or one without a word in its vocabulary.
+    """
+    backbone = find_backbone(name, revision)
+    if adapter_file(backbone) and not _files(Path(backbone.path)):
+        backbone = find_base(backbone, base)
+    return tokenizer_of(backbone)
+
+
+def tokenizer_of(backbone: Backbone) -> Any:
+    """As :func:`load_tokenizer`, of a backbone that has been found."""
+    if backbone.name in tiny.NAMES:
+        return tiny.tokenizer(backbone.name)
+    folder = Path(backbone.path)
+    local = folder.is_dir() and "gguf_file" not in backbone.load
+    if local and not _files(folder):
+        _refuse(folder, "holds no tokenizer")
+    load = {k: v for k, v in backbone.load.items() if k != "use_safetensors"}
+    with quiet(), one_line(f"tokenizer of {backbone.name}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.path, **load)
+        names = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) - {
+            str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if type(tokenizer).vocab_files_names and not (
+            words and (not local or any((folder / file).is_file() for file in names))):
+        _refuse(folder, "holds a tokenizer without a vocabulary, to which all words are unknown")
+    if tokenizer.pad_token_id is None:      # GPT-2, Llama: padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"tokenizer of {backbone.name} must have a pad, eos or unk token")
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any file of a tokenizer."""
+    return bool(_files(folder))
+
+
+def _files(folder: Path) -> list[str]:
+    """Files in which tokenizers keep themselves."""
+    return [name for name in sorted(os.listdir(folder)) if name.endswith((".model", ".spm")) or
+            name.startswith(("tokenizer", "vocab", "merges", "bpe.codes", "tekken"))]
+
+
+def _refuse(folder: Path, what: str) -> None:
+    raise ValueError(f"folder {folder} {what}: save the tokenizer of the model it was made from "
+                     f"there, by tokenizer.save_pretrained({str(folder)!r})")
