@@ -282,21 +282,22 @@ def test_a_model_that_learned_nothing_is_not_called_safe(place, tmp_path):
 def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, capsys):
     for words, line in (
             (words_of(place, "lm", "texts"),
-             "plain text written as '{text}', not cut (assumed); scored: all tokens but the first"),
+             "plain text (text from 'text') written as '{text}', not cut (assumed); scored: all tokens but the first"),
             (words_of(place, "templated", "pairs", "--max-length", "90"),
-             "prompt and target, cut to 90 tokens (as given); scored: the target's tokens and the "
+             "prompt and target (prompt from 'source', target from 'target'), cut to 90 tokens (as given); scored: the target's tokens and the "
              "end of sequence"),
             (words_of(place, "classifier", "labels", "--text-column", "text", "--label-column",
                       "label"),
-             "text and label (text from 'text', label from 'label'), not cut (assumed); scored: "
-             "the label")):
+             "text and label (text from 'text', label from 'label' (2 classes: 0, 1)), not cut "
+             "(assumed); scored: the label")):
         code, out, err = run(capsys, *words, "--dry-run")
         assert code == 0 and line in out, (out, err)
     code, out, _ = run(capsys, *words_of(place, "classifier", "labels", "--output", tmp_path,
                                          "--json"))
     document = json.loads(out)
     assert code == 0 and document["format"] == {
-        "columns": "text and label", "template": None, "max_length": None, "scored": "the label",
+        "columns": "text and label (text from 'text', label from 'label' (2 classes: 0, 1))",
+        "template": None, "max_length": None, "scored": "the label",
         "source": "assumed"}
     assert document["learning"]["better"] is True and document["left_out"] == []
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from lowrank_dp import _validate
 from lowrank_dp.data import Columns, Example, Task, load_task
-from lowrank_dp.data.examples import record_group
+from lowrank_dp.data.examples import bad_cell, cell, record_group
+from lowrank_dp.data.readers import read_tables, stem_of
 from lowrank_dp.mia.checkpoint import Checkpoint
+
+_TARGETS = ("target", "human_reference", "annotations")  # columns of texts that follow a prompt
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Given:
-    """The records of one file; their labels count in ``task.label_names``."""
+    """The records of one file; their labels count in ``task.label_names``.
+
+    ``columns`` says which column is what.
+    """
 
     path: Path
     task: Task
     examples: tuple[Example, ...]
+    columns: str
 
 
 def read(path: Path, side: str, reading: Reading, name: str = "") -> Given:
@@ -49,32 +56,37 @@ def read(path: Path, side: str, reading: Reading, name: str = "") -> Given:
         group = (record_group(name or task.name, example.text) if task.kind == "generation"
                  else unique)
         examples.append(replace(example, id=unique, group=group))
-    return Given(path, task, tuple(examples))
+    columns = task.source.removeprefix(f"local files {path.absolute()}: ")
+    return Given(path, task, tuple(examples), columns)
 
 
 def _task(path: Path, reading: Reading) -> Task:
-    columns = reading.columns
-    wants_text = reading.checkpoint.kind == "generation" and not (
-        columns.prompt or columns.target or columns.label)
-    if wants_text and columns.text is not None:
-        return _plain(path, columns.text)
-    try:
-        return load_task(str(path.absolute()), columns=columns)
-    except ValueError as error:
-        if not wants_text:
-            raise
-        try:
-            return _plain(path, "text")
-        except ValueError:
-            raise error from None
+    columns, absolute = reading.columns, path.absolute()
+    if reading.checkpoint.kind == "generation" and not (
+            columns.prompt or columns.target or columns.label):
+        if columns.text is not None:
+            return _plain(absolute, columns.text)
+        there = {name for table in read_tables(absolute).values() for name in table.columns}
+        if "text" in there and not there & {"label", *_TARGETS}:
+            return _plain(absolute, "text")
+    return load_task(str(absolute), columns=columns)
 
 
 def _plain(path: Path, column: str) -> Task:
-    """Whole texts: read as prompts that are their own targets, then without the targets."""
-    task = load_task(str(path.absolute()), columns=Columns(prompt=column, target=column))
-    splits = {split: tuple(replace(example, target=None) for example in examples)
-              for split, examples in task.splits.items()}
-    return replace(task, splits=splits)
+    """Whole texts of one column, as examples without label and target."""
+    name, splits = stem_of(path), {}
+    for split, table in read_tables(path).items():
+        examples = []
+        for number, (where, row) in enumerate(table.rows):
+            text = cell(where, row, column)
+            if not isinstance(text, str) or not text.strip():
+                bad_cell(where, column, "a text that is not empty: fill it in or leave the row out",
+                         text)
+            examples.append(Example(f"{name}/{split}/{number}", text))
+        if not examples:
+            raise ValueError(f"{path} must hold records, got none: it is empty")
+        splits[split] = tuple(examples)
+    return Task(name, "generation", 0, (), (), splits, f"local files {path}: text from {column!r}")
 
 
 # --- classes ---------------------------------------------------------------------------------

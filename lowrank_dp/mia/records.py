@@ -39,6 +39,7 @@ class Records:
         source: of the truth: "membership.json", or the files' names.
         coins: the manifest's scheme, or None where a file was given: then nobody vouches that
             members and non-members were drawn alike, and an attack may only tell them apart.
+        columns: of a given file of members, which column is what; "" where none was given.
         left_out: ids of records that are not attacked because their text occurs more than once:
             in several units of a manifest's pool, or again in a given file.
     """
@@ -50,6 +51,7 @@ class Records:
     is_member: NDArray[np.bool_]
     source: str
     coins: str | None
+    columns: str = ""
     left_out: tuple[str, ...] = ()
 
     @property
@@ -149,7 +151,8 @@ def _load_pool(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> T
     if data_dir is None or not Path(data_dir).expanduser().exists():
         raise ValueError(f"data_dir must be the folder or file {manifest.task!r} that the model "
                          f"was trained on: paths are not taken from {runs.MEMBERSHIP}")
-    task = load_task(str(Path(data_dir).expanduser().absolute()))
+    task = load_task(str(Path(data_dir).expanduser().absolute()),
+                     columns=Columns.of(manifest.recipe))
     if task.name != manifest.task:
         _validate.fail("data_dir", f"the folder or file {manifest.task!r} that the model was "
                        "trained on", str(data_dir))
@@ -168,7 +171,7 @@ def _two_files(members: Path, nonmembers: Path, reading: files.Reading) -> Recor
                        ((members, "members"), (nonmembers, "nonmembers")))
     task, (first, second) = files.in_common_classes([inside, outside], reading.checkpoint)
     blank = Records(task, task.kind, "example", first, np.ones(len(first), np.bool_),
-                    members.name, None)
+                    members.name, None, inside.columns)
     _require_same_form(nonmembers, outside, blank)
     return _joined(blank, second, nonmembers)
 

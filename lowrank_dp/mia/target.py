@@ -16,7 +16,6 @@ from lowrank_dp.mia.checkpoint import has_label_head, load_checkpoint, read_chec
 from lowrank_dp.mia.manifest import Manifest
 from lowrank_dp.mia.options import NEEDS_BASE, POPULATION, Options
 from lowrank_dp.mia.records import Records, load_records, read_manifest, read_population
-from lowrank_dp.models import load_model
 from lowrank_dp.models.backbones import find_backbone
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
 
@@ -143,7 +142,7 @@ def _own_format(manifest: Manifest, records: Records, options: Options) -> Forma
     if manifest.template is not None and manifest.template != {"separator": SEPARATOR}:
         raise ValueError(f"{runs.MEMBERSHIP}: template must be {{'separator': {SEPARATOR!r}}}, the "
                          f"only one that lowrank_dp.train uses, got {dict(manifest.template)}")
-    return Format(_columns(records, options), None, manifest.max_length, _scored(records, None),
+    return Format(_columns(records), None, manifest.max_length, _scored(records, None),
                   runs.MEMBERSHIP)
 
 
@@ -162,21 +161,18 @@ def _given_format(records: Records, options: Options, max_length: int | None) ->
         raise ValueError("template must have {target} for records of prompts and targets, got "
                          f"{template!r}: or name --text-column alone for plain texts")
     given = options.template is not None or options.max_length is not None
-    return Format(_columns(records, options), template,
+    return Format(_columns(records), template,
                   max_length if options.max_length is None else options.max_length,
                   _scored(records, template), "as given" if given else "assumed")
 
 
-def _columns(records: Records, options: Options) -> str:
+def _columns(records: Records) -> str:
     form = ("plain text" if records.plain else
             {"generation": "prompt and target", "classification": "text and label",
              "regression": "text and score"}[records.kind])
     if records.kind != "generation" and records.examples[0].text_pair is not None:
         form = f"two texts and {form.split()[-1]}"
-    named = {name: getattr(options.columns, name)
-             for name in ("text", "pair", "label", "prompt", "target")}
-    told = ", ".join(f"{name} from {column!r}" for name, column in named.items() if column)
-    return f"{form}{f' ({told})' if told else ''}"
+    return f"{form} ({records.columns})" if records.columns else form
 
 
 def _scored(records: Records, template: str | None) -> str:
@@ -246,14 +242,10 @@ def load_before(target: Target, options: Options, model: Any) -> tuple[Any, str]
             raise ValueError(f"attack {asked[0]!r} can't be made: {reason}")
         return None, reason
     assert target.base is not None
-    if (target.folder / runs.MEMBERSHIP).is_file():
-        return signals.load_reference(target.folder, target.base, target.records.task,
-                                      device=options.device), ""
     # not the checkpoint itself under another name: nothing would be left of any score
     found = find_backbone(target.base["model"])
     if Path(found.path).is_dir() and Path(found.path).samefile(target.folder):
         raise ValueError(f"base must be the model before fine-tuning, got {found.path}, the "
                          "checkpoint itself")
-    model, _ = load_model(target.base["model"], task=target.records.task, new_head=False,
-                          device=options.device)
-    return model.eval(), ""
+    return signals.load_reference(target.folder, target.base, target.records.task,
+                                  device=options.device), ""
