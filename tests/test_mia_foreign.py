@@ -282,10 +282,11 @@ def test_a_model_that_learned_nothing_is_not_called_safe(place, tmp_path):
 def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, capsys):
     for words, line in (
             (words_of(place, "lm", "texts"),
-             "plain text (text from 'text') written as '{text}', not cut (assumed); scored: all tokens but the first"),
+             "plain text (text from 'text') written as '{text}', not cut (assumed); scored: all "
+             "tokens but the first"),
             (words_of(place, "templated", "pairs", "--max-length", "90"),
-             "prompt and target (prompt from 'source', target from 'target'), cut to 90 tokens (as given); scored: the target's tokens and the "
-             "end of sequence"),
+             "prompt and target (prompt from 'source', target from 'target'), cut to 90 tokens (as "
+             "given); scored: the target's tokens and the end of sequence"),
             (words_of(place, "classifier", "labels", "--text-column", "text", "--label-column",
                       "label"),
              "text and label (text from 'text', label from 'label' (2 classes: 0, 1)), not cut "

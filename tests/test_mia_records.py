@@ -516,7 +516,7 @@ def test_files_of_another_form_are_refused(tmp_path, data, sst2):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="members must come with nonmembers"):
         load_records(tmp_path, members=pairs)
-    few = write(tmp_path / "few.jsonl", sentences(19))
+    few = write(tmp_path / "few.jsonl", sentences(19, "other"))
     with pytest.raises(ValueError, match=r"few.jsonl must give at least 20 .*, got 120 and 19|"
                                          r"few.jsonl must give at least 20 .*, got \d+ and 19"):
         load_records(tmp_path, data_dir=data, nonmembers=few)

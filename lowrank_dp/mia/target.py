@@ -109,7 +109,7 @@ def open_target(folder: str | Path, options: Options) -> Target:
             if head.kind == "generation" else
             f"{folder} is a classifier, and the records have no labels: give records of texts with "
             "labels, or a causal language model")
-    result = load_result(folder) if (folder / runs.TRAINING).is_file() else None
+    result = _result(folder)
     if not (folder / runs.MEMBERSHIP).is_file():
         base = {"model": options.base, "seed": 0} if options.base else None
         form = _given_format(records, options, result.config.max_length if result else None)
@@ -124,6 +124,21 @@ def open_target(folder: str | Path, options: Options) -> Target:
     form = _own_format(manifest, records, options)
     population = _population(records, options, manifest.content_hashes)
     return Target(folder, records, result, manifest.base, form, population)
+
+
+def _result(folder: Path) -> TrainResult | None:
+    """What training.json says, if it is there, with the numbers that a report builds on checked."""
+    if not (folder / runs.TRAINING).is_file():
+        return None
+    result = load_result(folder)
+    last = result.curve[-1] if result.curve else {}
+    numbers = {"delta": result.delta, "train_loss": result.train_loss, "seconds": result.seconds,
+               "sample_rate": result.sample_rate, "curve: loss": last.get("loss"),
+               "epsilon": 0.0 if result.epsilon is None else result.epsilon}
+    for name, value in numbers.items():
+        _validate.real(f"{folder / runs.TRAINING}: {name}", value)
+    _validate.real(f"{folder / runs.TRAINING}: delta", result.delta, low=0, high=1, high_open=True)
+    return result
 
 
 def _own_format(manifest: Manifest, records: Records, options: Options) -> Format:
