@@ -58,13 +58,14 @@ def table(folder, name, rows):
 def place(tmp_path_factory):
     """Classifiers, causal language models and adapters, each with its base; members and others.
 
-    Labels are coins, so that only memory tells them.
+    Labels are coins, so that only memory tells them: a classifier that is sure of itself is right
+    about half of the non-members, and the best AUC is 3/4 and what its confidence adds.
     """
     root = tmp_path_factory.mktemp("foreign")
     rng = np.random.default_rng(1)
     texts = [example.text for example in load_task("generated").train[:2 * SIDE]]
     labels = rng.integers(0, 2, 2 * SIDE).tolist()
-    pairs = [(e.text, e.target) for e in load_task("generated-table").train[:3 * SIDE:1]]
+    pairs = [(e.text, e.target) for e in load_task("generated-table").train[:3 * SIDE]]
     rng.shuffle(pairs)
     for side, part in (("in", slice(0, SIDE)), ("out", slice(SIDE, 2 * SIDE))):
         table(root, f"labels-{side}.jsonl", [{"text": t, "label": y} for t, y in
@@ -175,7 +176,7 @@ def test_a_template_is_what_the_model_was_trained_with(place, tmp_path):
 def test_a_base_with_its_own_head_is_the_reference(place, tmp_path, capsys):
     report = found(place, tmp_path, "classifier", **files(place, "labels"),
                    base=str(place / "classifier-base"))
-    assert report.primary == "base" and auc(report, "base") > 0.9 and report.verdict == "LEAKS"
+    assert report.primary == "base" and auc(report, "base") > 0.75 and report.verdict == "LEAKS"
     before, after = (transformers.BertForSequenceClassification.from_pretrained(place / name)
                      for name in ("classifier-base", "classifier"))
     tokenizer = load_tokenizer(str(place / "classifier"))

@@ -15,6 +15,7 @@ from lowrank_dp.mia.options import ATTACKS, SHADOW_ATTACKS, WHITE_BOX, Options
 from lowrank_dp.mia.report import Attack, Report, judge, why_no_one_run
 from lowrank_dp.mia.signals import Array, Signals
 from lowrank_dp.mia.target import Target, load_before, load_target, open_target
+from lowrank_dp.models.backbones import find_backbone
 
 __all__ = ["ATTACKS", "Attack", "Loaded", "Options", "Report", "Target", "attack", "load",
            "open_target"]
@@ -69,10 +70,9 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
     task, examples = records.task, records.examples
     arguments: dict[str, Any] = {"batch_size": options.batch_size, **target.encoding}
     together = (*examples, *target.population)
-    before = ("" if loaded.before is None else "itself without its adapter"
-              if loaded.before is loaded.model else str(target.base))
     found = signals.cached(
-        cache, signals.key(target.folder, together, target.encoding, before),
+        cache, signals.key(target.folder, together, target.encoding,
+                           *_identity(target, options, loaded)),
         lambda: signals.measure(loaded.model, loaded.tokenizer, task, together,
                                 reference=loaded.before, **arguments))
     shadow = _shadows(target, options, cache)
@@ -104,6 +104,15 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
     untuned = found.reference_loss[:len(examples)] if len(found.reference_loss) else None
     return judge(target, options, made, primary, unavailable, untuned, learned,
                  0 if shadow is None else len(shadow.loss))
+
+
+def _identity(target: Target, options: Options, loaded: Loaded) -> list[str]:
+    """What decides the signals beside the checkpoint: its base, by name and weights."""
+    used = target.base is not None and loaded.before is not None
+    named = {options.base, target.base["model"] if used and target.base else ""} - {""}
+    folders = [Path(find_backbone(name).path) for name in sorted(named)]
+    return [str(target.base), str(loaded.before is None), str(loaded.before is loaded.model),
+            *(signals.weight_hash(folder) for folder in folders if folder.is_dir())]
 
 
 def _why_no_projection(target: Target, options: Options) -> str:

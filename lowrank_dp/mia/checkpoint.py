@@ -7,7 +7,7 @@ None. Whether the weights fit the configuration is for ``models.load_model`` to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,24 @@ class Checkpoint:
     is_adapter: bool = False
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """The head that ``folder`` declares; ``ValueError`` for a configuration that is damaged."""
+def read_checkpoint(folder: Path, base: str = "") -> Checkpoint:
+    """The head that ``folder`` declares; ``ValueError`` for a configuration that is damaged.
+
+    An adapter that does not say what it is for has the head of its base: ``base``, or the one that
+    the adapter names.
+    """
     if (file := folder / "adapter_config.json").is_file():
         kinds = {"CAUSAL_LM": "generation", "SEQ_CLS": "classification"}
-        task_type = _object(file).get("task_type")
-        return Checkpoint(kinds.get(task_type) if isinstance(task_type, str) else None,
-                          is_adapter=True)
+        document = _object(file)
+        task_type = document.get("task_type")
+        if isinstance(task_type, str) and task_type in kinds:
+            return Checkpoint(kinds[task_type], is_adapter=True)
+        try:
+            backbone = find_backbone(base or str(document.get("base_model_name_or_path")))
+        except ValueError:  # the loader says what is wrong with it
+            return Checkpoint(is_adapter=True)
+        return replace(_head(Path(backbone.path) / "config.json", backbone.config),
+                       is_adapter=True)
     if (file := folder / "config.json").is_file():
         return _head(file, _object(file))
     return Checkpoint()

@@ -167,8 +167,8 @@ def _refuse_any(what: str, ids: list[str], manifest: Manifest) -> None:
 
 
 def _two_files(members: Path, nonmembers: Path, reading: files.Reading) -> Records:
-    inside, outside = (files.read(path, side, reading) for path, side in
-                       ((members, "members"), (nonmembers, "nonmembers")))
+    inside = files.read(members, "members", reading)
+    outside = files.read(nonmembers, "nonmembers", reading, inside.task.name)
     task, (first, second) = files.in_common_classes([inside, outside], reading.checkpoint)
     blank = Records(task, task.kind, "example", first, np.ones(len(first), np.bool_),
                     members.name, None, inside.columns)

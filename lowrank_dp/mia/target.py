@@ -97,7 +97,7 @@ def open_target(folder: str | Path, options: Options) -> Target:
     folder = Path(folder)
     if not folder.is_dir():
         _validate.fail("model", "a checkpoint's folder", str(folder))
-    head = read_checkpoint(folder)
+    head = read_checkpoint(folder, options.base)
     records = load_records(folder, members=options.members, nonmembers=options.nonmembers,
                            data_dir=options.data_dir, base=options.base or None,
                            max_records=options.max_records, seed=options.seed,
