@@ -57,7 +57,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
             the prompts to generate from.
         batch_size: examples in memory at a time; results don't depend on it beyond rounding.
         max_examples: evaluate a random subset of at most so many examples, drawn from ``seed`` in
-            whole groups as ``data.load_task`` does.
+            whole groups by ``data.subset``.
         generate: for a generation task, also write a text for each source and score it.
         num_beams: 1 is greedy.
         max_new_tokens: where a text is cut off that hasn't ended by itself.

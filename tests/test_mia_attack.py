@@ -1,7 +1,9 @@
 """An attack from a checkpoint, end to end: what it finds, what it writes, what it refuses."""
 
 import csv
+import functools
 import json
+import random
 import shutil
 from dataclasses import replace
 
@@ -12,12 +14,15 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from lowrank_dp import _cli
-from lowrank_dp.mia import compare, projection, quantile, signals
+from lowrank_dp.data import load_task
+from lowrank_dp.mia import compare, projection, quantile, records, signals
 from lowrank_dp.mia.__main__ import app
 from lowrank_dp.mia.attack import Options, attack, open_target
+from lowrank_dp.mia.manifest import read_manifest
+from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
 from lowrank_dp.models import load_model
-from lowrank_dp.train import TrainConfig, train
+from lowrank_dp.train import TrainConfig, membership, train
 
 # A small pool, many steps: the checkpoint remembers its members. By this seed the coins fall evenly
 # on both labels; else even a private model's preference for one label tells a little.
@@ -335,3 +340,137 @@ def test_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
     code, out, _ = run(capsys, "--model", checkpoints / "overfit", "--shadows", "8", "--dry-run",
                        "--output", tmp_path / "out")
     assert code == 0 and "8 shadows of 60 steps each" in out and not (tmp_path / "out").exists()
+
+
+# --- damaged files -----------------------------------------------------------------------------
+
+ODD = (None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\u0000", [], [1], {},
+       {"a": 1}, [[]], "../x", "\ud800")
+
+
+def mutated(text, rng):
+    """A document with one place changed, or a file with some bytes changed."""
+    if rng.random() < 0.3:
+        data = bytearray(text.encode())
+        start = rng.randrange(len(data))
+        data[start:start + rng.choice((0, 1, 5, len(data)))] = rng.randbytes(rng.randrange(4))
+        return bytes(data)
+    place = document = json.loads(text)
+    while True:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        name = rng.choice(keys)
+        if isinstance(place[name], dict | list) and place[name] and rng.random() < 0.7:
+            place = place[name]
+        else:
+            break
+    if isinstance(place, dict) and rng.random() < 0.3:
+        del place[name]
+    elif isinstance(place, dict) and rng.random() < 0.1:
+        place[name + "2"] = place.pop(name)
+    else:
+        place[name] = rng.choice(ODD)
+    return json.dumps(document).encode()
+
+
+def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_path, monkeypatch):
+    """400 mutations of membership.json and training.json, also as those of a shadow."""
+    monkeypatch.setattr(records, "load_task", functools.cache(records.load_task))
+    recipe = open_target(checkpoints / "overfit", Options()).recipe
+    for name in ("overfit", "shadows/one"):
+        shutil.copytree(checkpoints / "overfit", tmp_path / name)
+    rng, refused = random.Random(0), 0
+    for number in range(400):
+        folder = tmp_path / ("overfit" if number % 4 else "shadows/one")
+        path = folder / ("membership.json", "training.json")[number % 2]
+        text = path.read_text()
+        path.write_bytes(mutated(text, rng))
+        try:
+            if number % 4:
+                options = Options(num_shadows=2)
+                target = open_target(folder, options)
+                plan([target], options)
+                assert target.trained.curve[-1]["loss"] is not None
+            else:
+                find_shadows(replace(recipe, seed=3), tmp_path / "shadows")
+                read_manifest(folder / "membership.json")
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 600, (number, str(error))
+            str(error).encode()
+        finally:
+            path.write_text(text)
+    assert refused > 200
+
+
+def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
+    """One line that names the file, exit 2, and nothing written."""
+    for name in ("initial_head.safetensors", "config.json", "model.safetensors", "tokenizer.json"):
+        data = (checkpoints / "overfit" / name).read_bytes()
+        damages = [b"", b"{}", data[:len(data) // 2], b"\xff" * 100]
+        if name == "config.json":
+            damages += [json.dumps(json.loads(data) | change).encode() for change in (
+                {"architectures": [1]}, {"architectures": 3}, {"id2label": [1]}, {"id2label": {}},
+                {"id2label": {"a": "b"}})] + [b"[]", b"3"]
+        for number, damage in enumerate(damages):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            shutil.copytree(checkpoints / "overfit", tmp_path / "run")
+            (tmp_path / "run" / name).write_bytes(damage)
+            code, _, err = run(capsys, "--model", tmp_path / "run", "--dry-run")
+            case = (name, number, err)
+            assert code == 2 and err.count("\n") == 1, case
+            assert name in err or "run" in err, case
+    (tmp_path / "run" / "tokenizer.json").write_bytes(data)
+    (tmp_path / "run" / "initial_head.safetensors").unlink()
+    code, _, err = run(capsys, "--model", tmp_path / "run", "--attacks", "base")
+    assert code == 2 and "holds no initial_head.safetensors" in err
+    code, out, _ = run(capsys, "--model", tmp_path / "run", "--output", tmp_path / "out")
+    assert code == 0 and "not made: base" in out
+
+
+def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
+    for option, value in (("--max-length", "7"), ("--template", "{source} {target}")):
+        code, _, err = run(capsys, "--model", checkpoints / "tables", option, value)
+        assert code == 2 and "must be left out: membership.json says" in err, option
+    target = open_target(checkpoints / "overfit", Options(max_length=128))
+    assert target.max_length == 128 and target.format.source == "membership.json"
+    path = shutil.copytree(checkpoints / "tables", tmp_path / "other") / "membership.json"
+    path.write_text(path.read_text().replace('"separator": "\\n"', '"separator": " = "'))
+    code, _, err = run(capsys, "--model", tmp_path / "other")
+    assert code == 2 and "template must be {'separator'" in err
+
+
+def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys):
+    """Members that are given as non-members, from two files without an overlap."""
+    found = open_target(checkpoints / "overfit", Options()).records
+    inside = [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit]
+    for name, part in (("a", inside[:30]), ("b", inside[30:60])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(
+            {"text": e.text, "label": e.label}) + "\n" for e in part))
+    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--members",
+                       tmp_path / "a.jsonl", "--nonmembers", tmp_path / "b.jsonl")
+    assert code == 2 and "30 given records are on the other side in membership.json" in err
+    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--nonmembers",
+                       tmp_path / "b.jsonl")
+    assert code == 2 and "30 of 30 non-members have the text of a member" in err
+
+
+def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
+    """So the coins of the others stay fair and independent."""
+    lines = [{"text": f"text {i} of a pool", "label": i % 2} for i in range(80)]
+    lines += [{"text": f"TEXT {i} of a  pool", "label": 1} for i in range(12)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    pool = load_task(str(tmp_path / "pool.jsonl")).train
+    coins = np.random.default_rng(0).integers(0, 2, 92).astype(bool).tolist()
+    units = membership.group_units(pool, "example")
+    config = TrainConfig(model="tiny", task="pool", non_private=True, membership="bernoulli",
+                         steps=1, seed=3)
+    document = membership.manifest(
+        units, coins, membership="bernoulli", coin_seed=3, task="pool", split="train",
+        source="local", kind="classification", unit="example", template=None, max_length=128,
+        base={"model": "tiny", "seed": 3}, recipe=config.as_json(), seed=3, privacy="none",
+        train_loss=0.25, eval_loss=1)
+    (tmp_path / "membership.json").write_text(json.dumps(document))
+    found = records.load_records(tmp_path, data_dir=tmp_path / "pool.jsonl")
+    assert [e.text for e in found.examples] == [row["text"] for row in lines[12:80]]
+    assert found.is_member.tolist() == coins[12:80]
+    assert found.left_out == tuple(pool[i].id for i in (*range(12), *range(80, 92)))

@@ -59,9 +59,9 @@ def sentences(count, word="word"):
     return [{"sentence": f"{word} {i} of a review", "label": i % 2, "idx": i} for i in range(count)]
 
 
-def tables(count, rows_each=3):
+def tables(count, rows_each=3, word="version"):
     return [{"meaning_representation": f"name[Place {i}], food[Soup]",
-             "human_reference": f"Place {i} serves soup, version {j}."}
+             "human_reference": f"Place {i} serves soup, {word} {j}."}
             for i in range(count) for j in range(rows_each)]
 
 
@@ -467,7 +467,7 @@ def test_two_files(tmp_path):
 
 def test_groups_of_two_files_agree(tmp_path):
     inside = write(tmp_path / "in.jsonl", tables(10))
-    outside = write(tmp_path / "out.jsonl", tables(12, 2))
+    outside = write(tmp_path / "out.jsonl", tables(12, 2, "another"))
     records = load_records(tmp_path, members=inside, nonmembers=outside)
     assert records.kind == "generation"
     assert records.examples[0].group == records.examples[30].group != records.examples[3].group
@@ -491,7 +491,7 @@ def test_nonmembers_beside_a_manifest(tmp_path, data, sst2, e2e):
     # references of one table are of one group, wherever they lie
     save(tmp_path, document(e2e, task="e2e", kind="generation", coins="all"))
     records = load_records(tmp_path, data_dir=data,
-                           nonmembers=write(tmp_path / "e.jsonl", tables(20, 2)))
+                           nonmembers=write(tmp_path / "e.jsonl", tables(20, 2, "another")))
     assert records.examples[120].group == records.examples[0].group == e2e[0].group
 
 
@@ -508,15 +508,15 @@ def test_files_of_another_form_are_refused(tmp_path, data, sst2):
             (floats, "must have the columns of sst2 .*, got regression"),
             (many, "labels must be below 2, as in sst2, got 29"),
             (write(tmp_path / "generation.jsonl", tables(30)), "got generation"),
-            (tmp_path / "none.jsonl", "nonmembers must be an existing JSON Lines file"),
-            (tmp_path, "nonmembers must be an existing JSON Lines file"),
+            (tmp_path / "none.jsonl", "nonmembers must be an existing file of records"),
+            (tmp_path, "folder"),
             (write(tmp_path / "empty.jsonl", []), "empty")):
         with pytest.raises(ValueError, match=message) as caught:
             load_records(tmp_path, data_dir=data, nonmembers=path)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="members must come with nonmembers"):
         load_records(tmp_path, members=pairs)
-    few = write(tmp_path / "few.jsonl", sentences(19))
+    few = write(tmp_path / "few.jsonl", sentences(19, "other"))
     with pytest.raises(ValueError, match=r"few.jsonl must give at least 20 .*, got 120 and 19|"
                                          r"few.jsonl must give at least 20 .*, got \d+ and 19"):
         load_records(tmp_path, data_dir=data, nonmembers=few)

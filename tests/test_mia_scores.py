@@ -614,3 +614,38 @@ def test_import_loads_no_torch():
             "import lowrank_dp.mia.scores, lowrank_dp.mia.metrics\n"
             "sys.exit(any(n in sys.modules for n in ('torch', 'sklearn', 'transformers')))")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_functions_of_one_value_an_entry_take_any_shape():
+    """Each entry is what it is alone, for (num_shadows, N) losses and for more axes."""
+    rng = np.random.default_rng(0)
+    for shape in ((32, 2400), (3, 4, 5), (1, 1), (7,)):
+        loss, other = rng.gamma(1.0, 2.0, (2, *shape))
+        logits = rng.normal(0, 3, (*shape, 4))
+        labels = rng.integers(0, 4, shape)
+        found = {
+            "loss_score": (scores.loss_score(loss), -loss),
+            "logit_confidence": (
+                scores.logit_confidence(loss),
+                [scores.logit_confidence([one])[0] for one in loss.ravel()[:500]]),
+            "calibrated_score": (scores.calibrated_score(loss, other), other - loss),
+            "quantile_score": (scores.quantile_score(loss, other), loss - other),
+            "logit_confidence_from_logits": (
+                scores.logit_confidence_from_logits(logits, labels),
+                [scores.logit_confidence_from_logits([row], [label])[0] for row, label in
+                 zip(logits.reshape(-1, 4)[:500], labels.ravel()[:500], strict=True)])}
+        for name, (values, right) in found.items():
+            assert values.shape == shape, name
+            right = np.ravel(right)
+            np.testing.assert_allclose(values.ravel()[:right.size], right, rtol=1e-12, err_msg=name)
+    # p = e^-l against the logit of the probability itself, in the tail too
+    assert scores.logit_confidence([[2.0, 50.0]]) == pytest.approx(
+        np.array([[np.log(np.exp(-2) / (1 - np.exp(-2))), -50.0]]), rel=1e-12)
+    for call, message in (
+            (lambda: scores.calibrated_score(np.ones((2, 3)), np.ones((3, 2))),
+             r"reference_loss must be of shape \(2, 3\), got 'shape \(3, 2\)'"),
+            (lambda: scores.logit_confidence([[1.0], [-1.0]]), r"first at index \(1, 0\): -1.0"),
+            (lambda: scores.logit_confidence_from_logits(np.ones((2, 3, 4)), [0, 1]),
+             r"labels must be integers of shape \(2, 3\)")):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +15,67 @@ from lowrank_dp.data.examples import Example
 
 IGNORE = -100                 # the label that torch's cross-entropy leaves out
 SEPARATOR = "\n"              # between the source and the target of a generation example
+_FIELDS = {"source": "source", "prompt": "source", "text": "source",
+           "target": "target", "response": "target"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text that a generation example is written into, around its source and its target.
+
+    The written text is ``before + source + between + target + after``. A template of plain text
+    has no target: ``between`` and ``after`` are empty and ``plain`` is True. A template without a
+    source has an empty ``before``.
+    """
+
+    before: str
+    between: str
+    after: str
+    has_source: bool = True
+    plain: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Template:
+        r"""The template that ``text`` spells.
+
+        ``{source}`` or ``{prompt}`` stands for the source, ``{target}`` or ``{response}`` for the
+        target, and ``{text}`` alone for a plain text. ``\n``, ``\t`` and ``\\`` are read as in a
+        Python string, because a shell passes them on as two characters.
+
+        Raises ``ValueError`` for a field that is unknown, twice there, or in another order.
+
+        >>> Template.parse("Q: {prompt} A: {target}").between
+        ' A: '
+        """
+        if not isinstance(text, str):
+            _validate.fail("template", "a text with {source} and {target}, or with {text}", text)
+        plain = re.sub(r"\\(.)", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}.get(
+            found[1], found[0]), text)
+        pieces = re.split(r"\{(\w*)\}", plain)
+        fields = pieces[1::2]
+        roles = [_FIELDS.get(field) for field in fields]
+        if fields == ["text"]:
+            return cls(pieces[0], "", pieces[2], plain=True)
+        if roles == ["source", "target"] and fields[0] != "text":
+            return cls(pieces[0], pieces[2], pieces[4])
+        if roles == ["target"]:
+            return cls("", pieces[0], pieces[2], has_source=False)
+        return _validate.fail("template", "a text with {source} (or {prompt}) and then {target} "
+                              "(or {response}), once each, or with {text} alone", text)
+
+    def parts(self, example: Example) -> tuple[str, str, str, str]:
+        """The written text of ``example`` in four parts: before, source, between, the scored."""
+        if self.plain:
+            return "", "", "", self.before + example.text + self.after
+        if example.target is None:
+            raise ValueError(f"{example.id} must have a target for a template with {{target}}")
+        source = example.text if self.has_source else ""
+        return self.before, source, self.between, example.target + self.after
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, *, kind: str,
-           max_length: int | None = None, with_target: bool = True) -> list[dict[str, Any]]:
+           max_length: int | None = None, with_target: bool = True,
+           template: str | None = None) -> list[dict[str, Any]]:
     """Token rows, one an example, in order: ``input_ids``, ``labels``, ``token_type_ids`` if used.
 
     Classification and regression: the text or the pair with the tokenizer's special tokens; what
@@ -24,6 +83,13 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, kind: str,
     target, end of sequence; the labels are -100 on everything before the target, and what exceeds
     ``max_length`` is cut from the end of the source, never from the target. ``with_target=False``
     gives the prompts alone, to generate from.
+
+    ``template`` is for causal language models that were trained elsewhere; its form is that of
+    :meth:`Template.parse`. The whole written text is then tokenised at once, with the tokenizer's
+    own special tokens. With ``{target}``, the tokens of the target and of what the template writes
+    after the target are labelled, and an end of sequence is added. With ``{text}``, all tokens but
+    the first are labelled, no end of sequence is added, and what exceeds ``max_length`` is cut
+    from the end.
 
     Without ``max_length`` nothing is cut: a text longer than the model's context is an error, as is
     a target that leaves no room for its source, each named by its id.
@@ -34,8 +100,16 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, kind: str,
     context = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
     if max_length is not None:
         max_length = _validate.integer("max_length", max_length, high=context or math.inf)
-    build = _encode_generation if kind == "generation" else _encode_classification
-    rows = build(examples, tokenizer, max_length, with_target)
+    if template is not None:
+        if kind != "generation" or not with_target:
+            _validate.fail("template", "None but for texts that a causal language model scores",
+                           template)
+        form = Template.parse(template)
+        rows = _encode_plain(examples, tokenizer, max_length, form) if form.plain else (
+            _encode_template(examples, tokenizer, max_length, form))
+    else:
+        build = _encode_generation if kind == "generation" else _encode_classification
+        rows = build(examples, tokenizer, max_length, with_target)
     for example, row in zip(examples, rows, strict=True):
         if context and len(row["input_ids"]) > context:
             raise ValueError(f"{example.id} has {len(row['input_ids'])} tokens, more than the "
@@ -65,8 +139,7 @@ def _encode_classification(examples: Sequence[Example], tokenizer: Any, max_leng
 
 def _encode_generation(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
                        with_target: bool) -> list[dict[str, Any]]:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an end-of-sequence token to generate text")
+    _require_eos(tokenizer)
 
     def tokens(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -83,18 +156,73 @@ def _encode_generation(examples: Sequence[Example], tokenizer: Any, max_length: 
                    for ids in tokens([e.target or "" for e in examples])]
     rows = []
     for example, source, target in zip(examples, sources, targets, strict=True):
-        if max_length is not None:
-            room = max_length - len(opening) - len(separator) - len(target)
-            if room < min(1, len(source)):
-                raise ValueError(f"{example.id} has a target of {len(target)} tokens, which leaves "
-                                 f"no room for its source in a max_length of {max_length}")
-            source = source[:room]
+        source = _cut(example, source, len(opening) + len(separator), len(target), max_length)
         prompt = [*opening, *source, *separator]
         row = {"input_ids": prompt + target}
         if with_target:
             row["labels"] = [IGNORE] * len(prompt) + target
         rows.append(row)
     return rows
+
+
+def _cut(example: Example, source: list[int], others: int, target: int, max_length: int | None
+         ) -> list[int]:
+    """The source's tokens that fit beside the target's and ``others``."""
+    if max_length is None:
+        return source
+    room = max_length - others - target
+    if room < min(1, len(source)):
+        raise ValueError(f"{example.id} has a target of {target} tokens, which leaves no room for "
+                         f"its source in a max_length of {max_length}")
+    return source[:room]
+
+
+def _encode_template(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
+                     template: Template) -> list[dict[str, Any]]:
+    """Rows of written texts, whose target is found by the characters that each token covers."""
+    _require_eos(tokenizer)
+    if not tokenizer.is_fast:
+        raise ValueError("template needs a tokenizer that tells which characters a token covers: "
+                         "save the checkpoint with its fast tokenizer (tokenizer.json)")
+    parts = [template.parts(example) for example in examples]
+    encoded = tokenizer(["".join(four) for four in parts], return_offsets_mapping=True,
+                        verbose=False)
+    rows = []
+    for example, four, ids, spans in zip(examples, parts, encoded["input_ids"],
+                                         encoded["offset_mapping"], strict=True):
+        begin, end, scored = (sum(map(len, four[:count])) for count in (1, 2, 3))
+        # a token that covers a space of the template and the target's first word is the target's
+        first = next((i for i, (left, right) in enumerate(spans) if right > max(scored, left)),
+                     len(ids))
+        inside = [i for i, (left, right) in enumerate(spans[:first])
+                  if begin <= left < right <= end]
+        start, stop = (inside[0], inside[-1] + 1) if inside else (first, first)
+        target = ids[first:]
+        if target[-1:] != [tokenizer.eos_token_id]:
+            target = [*target, tokenizer.eos_token_id]
+        source = _cut(example, ids[start:stop], first - (stop - start), len(target), max_length)
+        prompt = [*ids[:start], *source, *ids[stop:first]]
+        rows.append({"input_ids": prompt + target, "labels": [IGNORE] * len(prompt) + target})
+    return rows
+
+
+def _encode_plain(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
+                  template: Template) -> list[dict[str, Any]]:
+    """Rows of whole texts; the first token has none before it that could predict it."""
+    encoded = tokenizer([template.parts(example)[3] for example in examples], verbose=False,
+                        max_length=max_length, truncation=max_length is not None)
+    rows = []
+    for example, ids in zip(examples, encoded["input_ids"], strict=True):
+        if len(ids) < 2:
+            raise ValueError(f"{example.id} has {len(ids)} tokens, and a text must have 2 for one "
+                             "of them to be scored: leave it out, or give a larger max_length")
+        rows.append({"input_ids": ids, "labels": [IGNORE, *ids[1:]]})
+    return rows
+
+
+def _require_eos(tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an end-of-sequence token to generate text")
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *,

@@ -8,7 +8,8 @@ import json
 import math
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ class Example:
     text_pair: str | None = None
     label: int | float | None = None
     target: str | None = None
-    group: str = ""                     # what shares one source record; the id itself for GLUE
+    group: str = ""       # of a source record or of a group column's value; else the id itself
 
     @property
     def content_hash(self) -> str:
@@ -51,6 +52,8 @@ class Spec:
     text: str                          # column names
     pair: str | None = None
     target: str | None = None
+    label: str = "label"
+    group: str | None = None           # of rows that belong to one person or the like
     labels: tuple[str, ...] = ()       # their number bounds the label; () with no target: a score
     score_range: tuple[float, float] = (-math.inf, math.inf)
     metrics: tuple[str, ...] = ("accuracy",)
@@ -65,7 +68,10 @@ class Spec:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a JSON Lines file with "file line n"; a ``ValueError`` names both."""
+    """Each row of a JSON Lines file with "file line n"; a ``ValueError`` names both.
+
+    Blank lines are skipped.
+    """
     number, size, where = 0, 0, str(path)
     try:
         with (gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as lines:
@@ -78,8 +84,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if size > MAX_FILE_BYTES or number > MAX_ROWS:
                     raise ValueError(f"{where}: a file must have at most {MAX_FILE_BYTES:,} bytes "
                                      f"(unpacked) and {MAX_ROWS:,} rows: split it")
+                if not line.strip():
+                    continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=without_repeats)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
@@ -87,6 +95,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, row
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: unreadable after line {number} ({error})") from None
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of ``pairs``, for ``object_pairs_hook``; ``ValueError`` on a name twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice[:80]!r} occurs twice")
+    return found
 
 
 def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: str,
@@ -97,58 +113,59 @@ def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: st
     for number, (where, row) in enumerate(rows):
         index = row.get("idx", number)
         if type(index) is not int or index < 0:
-            _bad(where, "idx", "an integer >= 0", index)
+            bad_cell(where, "idx", "an integer >= 0", index)
         base = f"{task}/{split}/{index}"
         if base in seen:
             raise ValueError(f"{where}: idx {index} occurs twice")
         seen.add(base)
+        group = column_group(task, where, row, spec.group) if spec.group else None
         if spec.text == "tripleset":
-            examples += _dart_examples(where, row, task, base)
+            examples += _dart_examples(where, row, task, base, group)
             continue
         text = _text(where, row, spec.text)
         if spec.target:
             examples.append(Example(base, text, target=_text(where, row, spec.target),
-                                    group=record_group(task, text)))
+                                    group=group or record_group(task, text)))
             continue
         pair = _text(where, row, spec.pair) if spec.pair else None
-        examples.append(Example(base, text, pair, _label(where, row, spec), group=base))
+        examples.append(Example(base, text, pair, _label(where, row, spec), group=group or base))
     return tuple(examples)
 
 
-def _dart_examples(where: str, row: dict[str, Any], task: str, base: str) -> list[Example]:
+def _dart_examples(where: str, row: dict[str, Any], task: str, base: str, group: str | None
+                   ) -> list[Example]:
     """One example a reference: ``subject : predicate : object | ...`` to its text."""
-    triples = _column(where, row, "tripleset")
+    triples = cell(where, row, "tripleset")
     if not isinstance(triples, list) or not triples or not all(
             isinstance(t, list) and len(t) == 3 and all(isinstance(p, str) for p in t)
             for t in triples):
-        _bad(where, "tripleset", "a list of [subject, predicate, object]", triples)
-    notes = _column(where, row, "annotations")
+        bad_cell(where, "tripleset", "a list of [subject, predicate, object]", triples)
+    notes = cell(where, row, "annotations")
     texts = notes.get("text") if isinstance(notes, dict) else None
     if not isinstance(texts, list) or not texts:
-        _bad(where, "annotations", "an object with a list 'text'", notes)
+        bad_cell(where, "annotations", "an object with a list 'text'", notes)
     source = _clean(where, "tripleset", " | ".join(" : ".join(triple) for triple in triples))
-    group = record_group(task, source)
     return [Example(f"{base}-{i}", source, target=_text(where, {"text": text}, "text"),
-                    group=group) for i, text in enumerate(texts)]
+                    group=group or record_group(task, source)) for i, text in enumerate(texts)]
 
 
 def _label(where: str, row: dict[str, Any], spec: Spec) -> int | float:
-    value = _column(where, row, "label")
+    value = cell(where, row, spec.label)
     if spec.labels:
         if type(value) is not int or not 0 <= value < len(spec.labels):
-            _bad(where, "label", f"an integer from 0 to {len(spec.labels) - 1}", value)
+            bad_cell(where, spec.label, f"an integer from 0 to {len(spec.labels) - 1}", value)
         return value
     low, high = spec.score_range
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-        _bad(where, "label", "a finite number" + (
+        bad_cell(where, spec.label, "a finite number" + (
             f" from {low:g} to {high:g}" if low > -math.inf else ""), value)
     return float(value)
 
 
 def _text(where: str, row: dict[str, Any], column: str) -> str:
-    value = _column(where, row, column)
+    value = cell(where, row, column)
     if not isinstance(value, str):
-        _bad(where, column, "a string", value)
+        bad_cell(where, column, "a string", value)
     return _clean(where, column, value)
 
 
@@ -160,13 +177,13 @@ def _clean(where: str, column: str, value: str) -> str:
     return value
 
 
-def _column(where: str, row: dict[str, Any], column: str) -> Any:
+def cell(where: str, row: dict[str, Any], column: str) -> Any:
     if column not in row:
         raise ValueError(f"{where}: column {column!r} is missing (there are {', '.join(row)})")
     return row[column]
 
 
-def _bad(where: str, column: str, requirement: str, value: object) -> NoReturn:
+def bad_cell(where: str, column: str, requirement: str, value: object) -> NoReturn:
     raise ValueError(f"{where}: column {column!r} must be {requirement}, got {value!r:.80}")
 
 
@@ -177,3 +194,17 @@ def _normalised(text: str) -> str:
 def record_group(task: str, source: str) -> str:
     """An id for everything made from one source record, which doesn't reveal the record."""
     return f"{task}/record/{hashlib.sha256(_normalised(source).encode()).hexdigest()[:16]}"
+
+
+def column_group(task: str, where: str, row: Mapping[str, Any], column: str) -> str:
+    """An id for all rows with one value in a group column, which doesn't spell the value.
+
+    The value is a string or an integer; 7, 7.0 and "7" are the same group.
+    """
+    value = row.get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) not in (str, int) or not str(value).strip():
+        bad_cell(where, column, "a string or an integer that names the row's group", value)
+    digest = hashlib.sha256(_clean(where, column, str(value)).encode()).hexdigest()
+    return f"{task}/group/{digest[:16]}"

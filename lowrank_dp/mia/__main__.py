@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 
 from lowrank_dp import _cli, artifacts
+from lowrank_dp.data import Columns
 from lowrank_dp.engines import ENGINES
-from lowrank_dp.mia import compare, report
-from lowrank_dp.mia.attack import ATTACKS, Options, attack, open_target
+from lowrank_dp.mia import compare, rendering
+from lowrank_dp.mia.attack import ATTACKS, Options, attack, load, open_target
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.plots.attacks import plot_roc
 
@@ -33,11 +34,31 @@ def main(
     shadow_dir: Annotated[Path | None, typer.Option(
         help="Folder of shadows trained before.")] = None,
     members: Annotated[Path | None, typer.Option(
-        help="JSON Lines of members, for a checkpoint without membership.json.")] = None,
-    nonmembers: Annotated[Path | None, typer.Option(help="JSON Lines of others.")] = None,
+        help="File of records that were trained on, for a checkpoint without membership.json: "
+             "JSON Lines or another table.")] = None,
+    nonmembers: Annotated[Path | None, typer.Option(
+        help="File of records that were not trained on.")] = None,
     population: Annotated[Path | None, typer.Option(
-        help="JSON Lines of records in no model. Default: the validation split.")] = None,
-    base: Annotated[str, typer.Option(help="Backbone it was fine-tuned from.")] = "",
+        help="File of records in no model. Default: the validation split.")] = None,
+    text_column: Annotated[str | None, typer.Option(
+        help="Column of the texts; for a causal language model, of plain texts that are scored "
+             "whole.")] = None,
+    pair_column: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(
+        help="Column of the prompts of a causal language model.")] = None,
+    target_column: Annotated[str | None, typer.Option(
+        help="Column of the texts that follow the prompts, which are scored.")] = None,
+    template: Annotated[str | None, typer.Option(
+        help="How a causal language model that was trained elsewhere was shown its records, such "
+             "as '### Input: {prompt}\\n### Response: {target}', or '{text}' for plain texts.")]
+        = None,
+    max_length: Annotated[int | None, typer.Option(
+        help="Tokens that each text is cut to, for a checkpoint that was trained elsewhere.")]
+        = None,
+    base: Annotated[str, typer.Option(
+        help="Model that the checkpoint was fine-tuned from, in place of the one that its "
+             "manifest or its adapter names.")] = "",
     data_dir: Annotated[Path | None, typer.Option(
         help="Folder of the task's data, in place of LOWRANK_DP_DATA.")] = None,
     fpr: Annotated[str, typer.Option(
@@ -71,19 +92,23 @@ def main(
         population=population, base=base, data_dir=data_dir,
         fpr=_rates(fpr), delta=delta, guesses=guesses, white_box=white_box,
         max_records=max_records, batch_size=batch_size, seed=seed, device=device,
-        num_workers=num_workers, engine=engine)
+        num_workers=num_workers, engine=engine, template=template, max_length=max_length,
+        columns=Columns(text=text_column, pair=pair_column, label=label_column,
+                        prompt=prompt_column, target=target_column))
     folder = output or model / "mia"
     targets = [open_target(path, options) for path in (model, *(compare_with or []))]
     console = Console(stderr=as_json)
     for line in plan(targets, options):
         console.print(line, highlight=False, soft_wrap=True)
     if dry_run:
+        for target in targets:
+            load(target, options)  # refuses what an attack would refuse
         return
     reports = [attack(target, options, folder / "cache") for target in targets]
-    report.save(reports[0], folder)
+    rendering.save(reports[0], folder)
     artifacts.save_figure(plot_roc(reports[0]), folder, "roc")
     for one in reports:
-        report.show(one, console)
+        rendering.show(one, console)
     comparison = None
     if len(reports) > 1:
         comparison = compare.compare(targets, reports)
@@ -91,7 +116,7 @@ def main(
         compare.show(comparison, console)
     console.print(f"files: {folder}", highlight=False, soft_wrap=True)
     if as_json:
-        document = report.as_json(reports[0])
+        document = rendering.as_json(reports[0])
         if comparison is not None:
             document["comparison"] = compare.as_json(comparison)
         print(json.dumps(document, indent=1, allow_nan=False))

@@ -11,9 +11,12 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
-def real_array(name: str, value: ArrayLike, *, ndim: int = 1, shape: tuple[int, ...] | None = None,
-               low: float = -np.inf, finite: bool = True) -> Array:
+def real_array(name: str, value: ArrayLike, *, ndim: int = 1, or_more: bool = False,
+               shape: tuple[int, ...] | None = None, low: float = -np.inf, finite: bool = True
+               ) -> Array:
     """``value`` as a non-empty float64 array of numbers >= ``low``, of ``ndim`` axes or ``shape``.
+
+    With ``or_more``, an array of more than ``ndim`` axes is accepted as well.
 
     NaN is always refused, infinities unless ``finite`` is False; the error says how many and where.
 
@@ -27,9 +30,10 @@ def real_array(name: str, value: ArrayLike, *, ndim: int = 1, shape: tuple[int, 
         fail(name, "an array of numbers", type(value).__name__)
     if array.dtype.kind not in "iuf":
         fail(name, "an array of numbers", f"dtype {array.dtype}")
-    if array.shape != shape if shape is not None else array.ndim != ndim:
-        fail(name, f"of shape {shape}" if shape is not None else f"an array with {ndim} axes",
-             f"shape {array.shape}")
+    enough = array.ndim >= ndim if or_more else array.ndim == ndim
+    if array.shape != shape if shape is not None else not enough:
+        fail(name, f"of shape {shape}" if shape is not None else
+             f"an array with {ndim} axes{' or more' if or_more else ''}", f"shape {array.shape}")
     if array.size == 0:
         fail(name, "non-empty", f"shape {array.shape}")
     array = array.astype(np.float64, copy=False)

@@ -20,7 +20,8 @@ from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.mia import guards, metrics
-from lowrank_dp.mia.attack import Report, Target
+from lowrank_dp.mia.report import Report
+from lowrank_dp.mia.target import Target
 from lowrank_dp.train import TrainConfig
 
 

@@ -12,14 +12,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_dp.data import TASKS
+from lowrank_dp.data import TASKS, Columns
 
 SCHEMA_VERSION = 1                  # that of lowrank_dp.train.membership, as a test makes sure
 MAX_BYTES = 256 << 20
@@ -190,6 +190,10 @@ def _recipe(top: _Object, backbone: _Object, unit: str, scheme: str) -> Mapping[
     for name, value in recipe.values.items():
         if not _is_flat(value, 3):
             recipe.fail(_shown(name), "a number, a text, or a flat list or object of them", value)
+    for field in fields(Columns):
+        column = recipe.values.get(f"{field.name}_column")
+        if column is not None and not _is_text(column):
+            recipe.fail(f"{field.name}_column", "the name of a column, or null", column)
     if "data_seed" in recipe.values:
         recipe.integer("data_seed")
     if top.get("task") in TASKS:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_dp.mia.attack import Options, Target
+from lowrank_dp.mia.options import Options
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
+from lowrank_dp.mia.target import Target
 
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: backward is twice forward
 
@@ -24,6 +25,7 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
         scoring = _scoring_seconds(target, count)
         passes += f", about {_duration(scoring)}" if target.result else ""
         lines.append(f"plan     {target.folder.name}: {passes}")
+        lines.append(f"format   {target.format.description}")
         if options.shadow_dir is not None:
             lines.append(f"plan     {len(find_shadows(target.recipe, options.shadow_dir))} shadows "
                          f"found in {options.shadow_dir.name}")

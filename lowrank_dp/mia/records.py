@@ -1,12 +1,14 @@
 """Who was trained on and who was not: the manifest of a run, joined to the texts of its task.
 
 ``membership.json`` holds ids and hashes and never a text, so the texts come from the task itself
-and are compared with the hashes. In its place the user can give two files.
+and are compared with the hashes. In its place the user can give two files. Either way, no text is
+on both sides: the membership of a text that is on both says nothing.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from numpy.typing import NDArray
 
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import TASKS, Example, Task, load_task, subset
-from lowrank_dp.data.examples import record_group
+from lowrank_dp.data import TASKS, Columns, Example, Task, load_task, subset
+from lowrank_dp.mia import files, guards
+from lowrank_dp.mia.checkpoint import Checkpoint
 from lowrank_dp.mia.manifest import Manifest, read_manifest
 
 __all__ = ["MIN_RECORDS", "Manifest", "Records", "load_records", "read_manifest",
@@ -36,6 +39,9 @@ class Records:
         source: of the truth: "membership.json", or the files' names.
         coins: the manifest's scheme, or None where a file was given: then nobody vouches that
             members and non-members were drawn alike, and an attack may only tell them apart.
+        columns: of a given file of members, which column is what; "" where none was given.
+        left_out: ids of records that are not attacked because their text occurs more than once:
+            in several units of a manifest's pool, or again in a given file.
     """
 
     task: Task
@@ -45,6 +51,13 @@ class Records:
     is_member: NDArray[np.bool_]
     source: str
     coins: str | None
+    columns: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the records are whole texts, without prompt, target or label."""
+        return self.kind == "generation" and self.examples[0].target is None
 
     @property
     def shift_check_mandatory(self) -> bool:
@@ -56,33 +69,46 @@ def load_records(folder: str | os.PathLike[str], *,
                  data_dir: str | os.PathLike[str] | None = None,
                  members: str | os.PathLike[str] | None = None,
                  nonmembers: str | os.PathLike[str] | None = None, base: str | None = None,
-                 max_records: int | None = None, seed: int = 0) -> Records:
+                 max_records: int | None = None, seed: int = 0, columns: Columns | None = None,
+                 checkpoint: Checkpoint | None = None) -> Records:
     """The records that a checkpoint was, and was not, trained on.
 
     Args:
         folder: the checkpoint, with ``membership.json``; not read if both files are given.
         data_dir: as in ``data.load_task``. For a run on the user's own files, that folder or file:
             the manifest's word for it is not taken.
-        members, nonmembers: JSON Lines in the columns that ``data.load_task`` takes.
-            ``nonmembers`` alone replaces those of the manifest.
+        members, nonmembers: files in any format that ``data.load_task`` reads. ``nonmembers``
+            alone replaces those of the manifest.
         base: as in :func:`read_manifest`.
         max_records: keeps a random subset drawn from ``seed``, half of it members as far as there
             are enough; whole groups where the coins were thrown for groups.
+        columns: names of the files' columns; None finds them by their names.
+        checkpoint: the head under attack: it decides whether a file of texts is read as plain
+            texts, and its classes' names decide the number of each label.
+
+    A text that occurs in several units of a manifest's pool is left out with all its copies,
+    whatever their coins were, so that the coins of the others stay independent. In given files, a
+    text that occurs again on the same side counts once.
 
     Raises ``ValueError`` in one line: a broken manifest or file, records that the task does not
-    have or whose texts differ from those trained on, fewer than 20 of either side.
+    have or whose texts differ from those trained on, a text that is given on both sides or on the
+    side that the manifest contradicts, fewer than 20 of either side.
     """
+    reading = files.Reading(columns or Columns(), checkpoint or Checkpoint())
     if members is not None and nonmembers is None:
         raise ValueError("members must come with nonmembers: pass both files, or nonmembers alone "
                          "beside membership.json")
     if max_records is not None:
         max_records = _validate.integer("max_records", max_records, low=2 * MIN_RECORDS)
     if members is not None and nonmembers is not None:
-        records = _two_files(Path(members), Path(nonmembers))
+        records = _two_files(Path(members), Path(nonmembers), reading)
+        _check_against_manifest(Path(folder) / runs.MEMBERSHIP, records, base)
     else:
         records = _from_manifest(read_manifest(Path(folder) / runs.MEMBERSHIP, base=base), data_dir)
         if nonmembers is not None:
-            records = _with_nonmembers(records, Path(nonmembers))
+            records = _with_nonmembers(records, Path(nonmembers), reading)
+        else:
+            records = _without_copies(records)
     counts = np.bincount(records.is_member, minlength=2).tolist()
     for count, all_are in zip(counts, ("every record is a member", "no record is a member"),
                               strict=True):
@@ -125,7 +151,8 @@ def _load_pool(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> T
     if data_dir is None or not Path(data_dir).expanduser().exists():
         raise ValueError(f"data_dir must be the folder or file {manifest.task!r} that the model "
                          f"was trained on: paths are not taken from {runs.MEMBERSHIP}")
-    task = load_task(str(Path(data_dir).expanduser().absolute()))
+    task = load_task(str(Path(data_dir).expanduser().absolute()),
+                     columns=Columns.of(manifest.recipe))
     if task.name != manifest.task:
         _validate.fail("data_dir", f"the folder or file {manifest.task!r} that the model was "
                        "trained on", str(data_dir))
@@ -139,63 +166,91 @@ def _refuse_any(what: str, ids: list[str], manifest: Manifest) -> None:
                          "(LOWRANK_DP_DATA or data_dir)")
 
 
-def _two_files(members: Path, nonmembers: Path) -> Records:
-    task, inside = _read_file(members, "members")
-    blank = Records(task, task.kind, "example", inside, np.ones(len(inside), np.bool_),
-                    members.name, None)
-    return _with_nonmembers(blank, nonmembers)
+def _two_files(members: Path, nonmembers: Path, reading: files.Reading) -> Records:
+    inside = files.read(members, "members", reading)
+    outside = files.read(nonmembers, "nonmembers", reading, inside.task.name)
+    task, (first, second) = files.in_common_classes([inside, outside], reading.checkpoint)
+    blank = Records(task, task.kind, "example", first, np.ones(len(first), np.bool_),
+                    members.name, None, inside.columns)
+    _require_same_form(nonmembers, outside, blank)
+    return _joined(blank, second, nonmembers)
 
 
-def _with_nonmembers(records: Records, path: Path) -> Records:
+def _with_nonmembers(records: Records, path: Path, reading: files.Reading) -> Records:
     """The members of ``records`` and the rows of a file, which must be of the same form."""
-    inside = tuple(e for e, bit in zip(records.examples, records.is_member, strict=True) if bit)
-    task, outside = _read_file(path, "nonmembers", records.task.name)
-    if inside:
-        _require_same_form(path, task, outside[0], records, inside[0])
-    known = records.task
-    if known.kind == "classification" and task.num_labels > known.num_labels:
-        if records.coins is not None:
-            raise ValueError(f"{path}: labels must be below {known.num_labels}, as in {known.name},"
-                             f" got {task.num_labels - 1}")
-        known = replace(known, num_labels=task.num_labels, label_names=task.label_names)
-    truth = np.arange(len(inside) + len(outside)) < len(inside)
-    return Records(known, records.kind, records.unit, inside + outside, truth,
-                   f"{records.source} and {path.name}", None)
+    given = files.read(path, "nonmembers", reading, records.task.name)
+    _require_same_form(path, given, records)
+    inside = replace(records, examples=tuple(e for e, bit in zip(
+        records.examples, records.is_member, strict=True) if bit))
+    return _joined(inside, files.in_classes_of(given, records.task), path)
 
 
-def read_population(path: str | os.PathLike[str], records: Records) -> tuple[Example, ...]:
+def _joined(inside: Records, outside: Sequence[Example], path: Path) -> Records:
+    """Members and non-members, each text once; ``ValueError`` if one is on both sides."""
+    everything = (*inside.examples, *outside)
+    truth = np.arange(len(everything)) < len(inside.examples)
+    if 0 < truth.sum() < len(truth) and (both := guards.overlap(everything, truth)):
+        raise ValueError(f"{path}: {len(both)} of {len(outside)} non-members have the text of a "
+                         f"member, first {', '.join(pair.nonmember for pair in both[:3])}: give "
+                         "records that were not trained on")
+    first: dict[str, str] = {}
+    kept = [first.setdefault(e.content_hash, e.id) == e.id for e in everything]
+    left_out = tuple(e.id for e, keep in zip(everything, kept, strict=True) if not keep)
+    return replace(inside, examples=tuple(e for e, keep in zip(everything, kept, strict=True)
+                                          if keep),
+                   is_member=truth[np.array(kept, np.bool_)],
+                   source=f"{inside.source} and {path.name}", coins=None, left_out=left_out)
+
+
+def _check_against_manifest(path: Path, records: Records, base: str | None) -> None:
+    """Refuse given files that the checkpoint's own manifest, where there is one, contradicts."""
+    if not path.is_file():
+        return
+    manifest = read_manifest(path, base=base)
+    truth = dict(zip(manifest.content_hashes, manifest.is_member.tolist(), strict=True))
+    trained = {content for content, bit in zip(manifest.content_hashes, manifest.is_member,
+                                               strict=True) if bit}
+    wrong = [example.id for example, bit in zip(records.examples, records.is_member, strict=True)
+             if example.content_hash in truth and bit != (example.content_hash in trained)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} given records are on the other side in {path.name}, first "
+                         f"{', '.join(wrong[:3])}: leave out --members and --nonmembers, or give "
+                         "files that agree with it")
+
+
+def _without_copies(records: Records) -> Records:
+    """The records whose text is of one unit alone."""
+    units: dict[str, set[str]] = {}
+    for e in records.examples:
+        units.setdefault(e.content_hash, set()).add(
+            e.group if records.unit == "group" else e.id)
+    kept = np.array([len(units[e.content_hash]) == 1 for e in records.examples], np.bool_)
+    if kept.all():
+        return records
+    return replace(
+        records, is_member=records.is_member[kept],
+        examples=tuple(e for e, keep in zip(records.examples, kept, strict=True) if keep),
+        left_out=tuple(e.id for e, keep in zip(records.examples, kept, strict=True) if not keep))
+
+
+def read_population(path: str | os.PathLike[str], records: Records, *,
+                    columns: Columns | None = None) -> tuple[Example, ...]:
     """A user's file of records that are in no model, of the same form as ``records``."""
-    task, examples = _read_file(Path(path), "population", records.task.name)
-    _require_same_form(Path(path), task, examples[0], records, records.examples[0])
-    if records.kind == "classification" and task.num_labels > records.task.num_labels:
-        raise ValueError(f"{path}: labels must be below {records.task.num_labels}, as in "
-                         f"{records.task.name}, got {task.num_labels - 1}")
-    return examples
+    head = Checkpoint(records.kind)
+    given = files.read(Path(path), "population", files.Reading(columns or Columns(), head),
+                       records.task.name)
+    _require_same_form(Path(path), given, records)
+    return files.in_classes_of(given, records.task)
 
 
-def _require_same_form(path: Path, task: Task, theirs: Example, records: Records, ours: Example
-                       ) -> None:
-    if (task.kind, theirs.text_pair is None) != (records.kind, ours.text_pair is None):
+def _require_same_form(path: Path, given: files.Given, records: Records) -> None:
+    theirs, ours = given.examples[0], records.examples[0]
+    if (given.task.kind, theirs.text_pair is None, theirs.target is None) != (
+            records.kind, ours.text_pair is None, ours.target is None):
+        form = ("plain text" if records.plain else
+                "one text" if ours.text_pair is None else "two texts")
         raise ValueError(f"{path} must have the columns of {records.task.name} ({records.kind}, "
-                         f"{'one text' if ours.text_pair is None else 'two texts'}), got "
-                         f"{task.kind}")
-
-
-def _read_file(path: Path, side: str, name: str = "") -> tuple[Task, tuple[Example, ...]]:
-    """A user's file: ids start with ``side``, and groups agree with those of task ``name``.
-
-    By default the name is the file's own.
-    """
-    if not path.expanduser().is_file():
-        _validate.fail(side, "an existing JSON Lines file", str(path))
-    task = load_task(str(path.expanduser().absolute()))
-    examples = []
-    for example in task.train:
-        unique = f"{side}/{example.id.rsplit('/', 1)[1]}"
-        group = (record_group(name or task.name, example.text) if task.kind == "generation"
-                 else unique)
-        examples.append(replace(example, id=unique, group=group))
-    return task, tuple(examples)
+                         f"{form}), got {given.task.kind}")
 
 
 def _sample(records: Records, size: int, seed: int) -> Records:

@@ -1,130 +1,192 @@
-"""A report on the terminal and in files: report.json, scores.csv and summary.md.
-
-Every one says that it is NON-PRIVATE: it is computed from membership bits.
-"""
+"""What an attack found and what it says: the numbers of each score, the guards, the verdict."""
 
 from __future__ import annotations
 
-import csv
-import io
-from pathlib import Path
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from scipy import special
 
 from lowrank_dp import artifacts
-from lowrank_dp.artifacts import runs
-from lowrank_dp.mia.attack import ATTACKS, Attack, Report
+from lowrank_dp.mia import guards, metrics
+from lowrank_dp.mia.learning import Learning
+from lowrank_dp.mia.options import Options
+from lowrank_dp.mia.signals import Array
+from lowrank_dp.mia.target import Format, Target
 
-LABEL = "NON-PRIVATE: computed from membership bits"
-
-
-def save(report: Report, folder: Path) -> None:
-    """Write the three files, each atomically."""
-    runs.write_json(folder / "report.json", as_json(report))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "is_member", *report.scores])
-    for row in zip(report.ids, report.is_member.astype(int), *report.scores.values(), strict=True):
-        writer.writerow([*row[:2], *(repr(float(value)) for value in row[2:])])
-    with artifacts.atomic_write(folder / "scores.csv") as file:
-        file.write(text.getvalue().encode())
-    columns, rows = table(report)
-    lines = [f"# Membership inference on {Path(report.model).name}", "", *header(report), "",
-             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
-             *("| " + " | ".join(row) + " |" for row in rows), "", *footer(report), "", LABEL]
-    with artifacts.atomic_write(folder / "summary.md") as file:
-        file.write(("\n".join(lines) + "\n").encode())
+POWER = 0.8        # with which the attack would have found an AUC of Report.detectable_auc
+NEAR_SHARE = 0.2   # of given non-members that may be nearly members' texts
 
 
-def show(report: Report, console: Console) -> None:
-    """Print it."""
-    for line in header(report):
-        console.print(line, highlight=False, soft_wrap=True)
-    columns, rows = table(report)
-    drawn = Table(*columns)
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-    for line in (*footer(report), LABEL):
-        console.print(line, highlight=False, soft_wrap=True)
+@dataclass(frozen=True)
+class Attack:
+    """One attack's numbers. ``tpr`` has None where the non-members are too few for that rate."""
+
+    name: str
+    auc: metrics.Auc
+    tpr: Mapping[str, metrics.TprAtFpr | None]
+    epsilon: metrics.SplitEpsilon
 
 
-def header(report: Report) -> list[str]:
-    """What was attacked, and the guards."""
-    members = int(report.is_member.sum())
-    losses = (f"; train loss {report.train_loss:.3g} / eval {report.eval_loss:.3g}"
-              if report.train_loss is not None else "")
-    untuned = ("untuned base: not known" if report.untuned is None else
-               f"untuned base AUC {_interval(report.untuned)}")
-    return [
-        f"model    {Path(report.model).name}: {report.description}{losses}",
-        f"records  {members:,} in / {len(report.is_member) - members:,} out, coins {report.coins}, "
-        f"overlap {len(report.overlap)}, near-duplicates across {len(report.near_duplicates)}",
-        f"shift    {report.shift}: blind AUC {_interval(report.blind)}, {untuned} (99%)",
-        f"control  {report.primary} against the coins dealt out anew: AUC "
-        f"{_interval(report.control)} (99%)",
-    ]
+@dataclass(frozen=True)
+class Report:
+    """What an attack found; NON-PRIVATE, since it is computed from membership bits.
+
+    ``scores`` has (N,) for each attack; ``control`` is the primary one's AUC against the same coins
+    dealt out anew, 1/2 but for chance (99%); ``left_out`` has the ids of records whose text occurs
+    more than once; ``learning`` compares the members' losses with chance; ``detectable_auc`` is the
+    AUC that the primary attack finds in ``POWER`` of audits of so many records;
+    ``accountant_epsilon`` is None where none is claimed; ``one_run_epsilon`` is None where it was
+    not asked for.
+    """
+
+    model: str
+    description: str
+    privacy: str
+    format: Format
+    ids: tuple[str, ...]
+    is_member: np.ndarray
+    scores: Mapping[str, Array]
+    attacks: tuple[Attack, ...]
+    primary: str
+    unavailable: Mapping[str, str]
+    num_shadows: int
+    coins: str
+    control: metrics.Auc
+    blind: metrics.Auc
+    untuned: metrics.Auc | None
+    shift: str
+    left_out: tuple[str, ...]
+    near_duplicates: tuple[Any, ...]
+    learning: Learning
+    detectable_auc: float
+    train_loss: float | None
+    eval_loss: float | None
+    accountant_epsilon: float | None
+    delta: float
+    one_run_epsilon: float | None
+    verdict: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def contradiction(self) -> bool:
+        """Whether some lower bound on epsilon exceeds what the accountant claims."""
+        if self.accountant_epsilon is None:
+            return False
+        return self.lower_bound > self.accountant_epsilon
+
+    @property
+    def lower_bound(self) -> float:
+        """Of epsilon: the primary attack's, or the one-run audit's if that is higher.
+
+        Only attacks named beforehand count: the best of many would need a correction.
+        """
+        primary = next(attack for attack in self.attacks if attack.name == self.primary)
+        return max(primary.epsilon.epsilon, self.one_run_epsilon or 0.0)
 
 
-def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, an attack each; the primary is starred."""
-    rates = list(report.attacks[0].tpr)
-    columns = ["attack", "AUC [95%]"]
-    for rate in rates:
-        columns += [f"TPR@{float(rate):.3g} [95%]", "FPR got"]
-    columns.append("epsilon >=")
-    rows = []
-    for attack in report.attacks:
-        shadows = f" ({report.num_shadows})" if attack.name in ("lira", "lira-offline", "rmia",
-                                                               "rmia-offline") else ""
-        star = "*" if attack.name == report.primary else ""
-        cells = [f"{attack.name}{star}{shadows}", _interval(attack.auc)]
-        for rate in rates:
-            cells += _tpr(attack, rate)
-        rows.append([*cells, f"{attack.epsilon.epsilon:.3g}"])
-    return columns, rows
+def judge(target: Target, options: Options, made: Mapping[str, Array], primary: str,
+          unavailable: Mapping[str, str], untuned_loss: Array | None, learning: Learning,
+          num_shadows: int) -> Report:
+    """The report on scores ``made``, (N,) each; ``untuned_loss`` (N,) is of the model before."""
+    records, result = target.records, target.result
+    truth, examples = records.is_member, records.examples
+    delta = options.delta if options.delta is not None else result.delta if result else 0.0
+    # rows that share a coin count once: one by one they would make every interval too short
+    counted = {name: guards.unit_scores(values, examples, truth) if records.unit == "group"
+               else (values, truth) for name, values in made.items()}
+    attacks = tuple(_measure(name, *one, options, delta) for name, one in counted.items())
+    values, coins = counted[primary]
+    control = metrics.auc(values, np.random.default_rng(options.seed).permutation(coins),
+                          confidence=guards.CONFIDENCE)
+    blind = guards.blind_baseline(examples, truth, seed=options.seed)
+    untuned = None if untuned_loss is None else guards.unit_auc(-untuned_loss, examples, truth)
+    shift = guards.shift_verdict(blind, untuned)
+    near = guards.near_duplicates(examples, truth)
+    detectable = _detectable_auc(coins)
+    best = next(one for one in attacks if one.name == primary)
+    return Report(
+        model=str(target.folder),
+        description=result.description if result else f"{records.task.name}, given records",
+        privacy=result.privacy if result else "not known: no training.json",
+        format=target.format,
+        ids=tuple(example.id for example in examples), is_member=truth, scores=made,
+        attacks=attacks, primary=primary, unavailable=unavailable, num_shadows=num_shadows,
+        coins=records.coins or "given files", control=control, blind=blind, untuned=untuned,
+        shift=shift, left_out=records.left_out, near_duplicates=near, learning=learning,
+        detectable_auc=detectable, train_loss=result.train_loss if result else None,
+        eval_loss=result.curve[-1]["loss"] if result else None,
+        accountant_epsilon=result.epsilon if result else None, delta=delta,
+        one_run_epsilon=_one_run(target, options, values, coins, delta),
+        verdict=_verdict(best, shift, learning, detectable, records.coins, len(near),
+                         int((~truth).sum())),
+        provenance=artifacts.provenance(seed=options.seed, device=options.device))
 
 
-def footer(report: Report) -> list[str]:
-    """The verdict, the bound beside the accountant, and what the numbers do not say."""
-    claimed = ("none" if report.accountant_epsilon is None
-               else f"{report.accountant_epsilon:.4g} at delta {report.delta:.3g}")
-    one_run = ("" if report.one_run_epsilon is None
-               else f"; one-run audit {report.one_run_epsilon:.3g}")
-    lines = [
-        f"epsilon >= {report.lower_bound:.3g} (95%, {report.primary}, split threshold, delta "
-        f"{report.delta:.3g}{one_run}); accountant: {claimed}. Evidence, never a certificate.",
-        "single run, not a ranking: compare methods over at least 3 seeds",
-        f"verdict  {report.verdict}"]
-    if report.contradiction:
-        lines.append(f"CONTRADICTION: the lower bound {report.lower_bound:.3g} exceeds the "
-                     f"accountant's epsilon {report.accountant_epsilon:.4g}")
-    if report.unavailable:
-        lines.insert(0, "not made: " + "; ".join(f"{name} ({why})" for name, why
-                                                 in report.unavailable.items()))
-    return lines
+def _one_run(target: Target, options: Options, values: Array, coins: np.ndarray, delta: float
+             ) -> float | None:
+    if not options.guesses:
+        return None
+    if reason := why_no_one_run(target, options):
+        raise ValueError(reason)
+    correct = metrics.one_run_correct(values, coins, options.guesses,
+                                      np.random.default_rng(options.seed))
+    return metrics.one_run_epsilon(len(coins), options.guesses, correct, delta=delta)
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """Everything but the scores, in JSON's own types."""
-    document = artifacts.plain(report)
-    document.pop("scores")
-    document["is_member"] = report.is_member.astype(int).tolist()
-    document["label"] = LABEL
-    document["contradiction"], document["lower_bound"] = report.contradiction, report.lower_bound
-    document["meaning"] = {attack.name: ATTACKS[attack.name] for attack in report.attacks}
-    return document
+def why_no_one_run(target: Target, options: Options) -> str:
+    """What stands in the way of the one-run audit; "" if nothing does."""
+    if target.records.coins == "bernoulli" and options.max_records is None:
+        return ""
+    return ("guesses of the one-run audit need every record of a checkpoint trained with "
+            "--membership bernoulli, independent fair coins")
 
 
-def _interval(auc: Any) -> str:
-    return f"{auc.value:.3f} [{auc.ci[0]:.3f}, {auc.ci[1]:.3f}]"
+def _measure(name: str, values: Array, truth: np.ndarray, options: Options, delta: float
+             ) -> Attack:
+    enough = {rate: math.floor(rate * int((~truth).sum()) + 1e-9) >= 1 for rate in options.fpr}
+    return Attack(
+        name, metrics.auc(values, truth),
+        {f"{rate:g}": metrics.tpr_at_fpr(values, truth, rate) if enough[rate] else None
+         for rate in options.fpr},
+        metrics.split_epsilon(values, truth, np.random.default_rng(options.seed), delta=delta))
 
 
-def _tpr(attack: Attack, rate: str) -> list[str]:
-    found = attack.tpr[rate]
-    if found is None:
-        return [f"n/a (needs {int(np.ceil(1 / float(rate))):,} out)", ""]
-    return [f"{found.tpr:.3f} [{found.ci[0]:.3f}, {found.ci[1]:.3f}]", f"{found.fpr:.4f}"]
+def _detectable_auc(truth: np.ndarray) -> float:
+    """The AUC whose 95% interval is above 1/2 in ``POWER`` of audits with so many records.
+
+    By the normal law, with the standard error of the Mann-Whitney statistic at 1/2.
+    """
+    n1, n0 = int(truth.sum()), int((~truth).sum())
+    se = math.sqrt((n0 + n1 + 1) / (12 * n0 * n1))
+    return min(1.0, 0.5 + float(special.ndtri(0.975) + special.ndtri(POWER)) * se)
+
+
+def _verdict(primary: Attack, shift: str, learning: Learning, detectable: float,
+             coins: str | None, near: int, nonmembers: int) -> str:
+    low, high = primary.auc.ci
+    nothing = (f"NOTHING LEARNED: on its own members the model is no better than chance "
+               f"({learning.description}), so it has learned nothing that could leak, or it was "
+               "loaded or shown its records wrongly (tokenizer, order of labels, template, "
+               f"maximal length); that {primary.name} found nothing says nothing")
+    if shift != guards.OK:
+        return shift
+    if low > 0.5:
+        return "LEAKS"
+    if high < 0.5:
+        return ("BELOW CHANCE: members score lower; look for a shift or a bug, nothing is flipped"
+                + ("" if learning.better else f". {nothing}"))
+    if not learning.better:
+        return nothing
+    alike = f"{near:,} of {nonmembers:,} non-members are nearly a member's text"
+    if coins is None and near > NEAR_SHARE * nonmembers:
+        return (f"INVALID (near-duplicates): {alike}, which hides a leak; give non-members that "
+                "are no copies")
+    weak = " (weak attack: calibrate it or give --shadows)" if primary.name == "loss" else ""
+    return (f"no leak found by {primary.name}{weak}. Power: with so many records this attack finds "
+            f"an AUC of {detectable:.3f} in {POWER:.0%} of audits; an AUC above {high:.3f} is "
+            "excluded (97.5%), a smaller leak or a stronger attack is not"
+            + (f"; {alike}" if near else ""))

@@ -4,6 +4,9 @@ Notation: ``loss`` is the cross-entropy of the true class, or the mean token neg
 log-likelihood; ``phi`` is the logit confidence ln(p / (1 - p)) of p = exp(-loss). Shapes:
 ``loss`` and ``phi`` are (N,), ``shadow_*`` are (num_shadows, N), ``shadow_is_member[s, i]`` says
 whether shadow s was trained on record i, ``population_*`` are over Z records that are in no model.
+Functions of one value a record (`loss_score`, `logit_confidence`,
+`logit_confidence_from_logits`, `calibrated_score`, `quantile_score`) work entry by entry: they also
+take arrays with more axes, such as the (num_shadows, N) losses of shadows, and return that shape.
 For one record: ``token_logits`` (T, V) with row t scoring ``token_ids[t]``, so already shifted.
 
 Everything is computed in logs. Standard deviations divide by the count (ddof 0). Input that is
@@ -34,62 +37,66 @@ _CHUNK = 2**15
 
 
 def loss_score(loss: ArrayLike) -> Array:
-    """-loss, shape (N,) (Yeom et al. 2018, arXiv 1709.01604).
+    """-loss, of the shape of ``loss``, (N,) or more axes (Yeom et al. 2018, arXiv 1709.01604).
 
     >>> loss_score([0.5, 2.0])
     array([-0.5, -2. ])
     """
-    return -real_array("loss", loss)
+    return -real_array("loss", loss, or_more=True)
 
 
 def logit_confidence(loss: ArrayLike) -> Array:
-    """The logit ln(p / (1 - p)) of p = exp(-loss), (N,) (Carlini et al. 2022, arXiv 2112.03570).
+    """The logit ln(p / (1 - p)) of p = exp(-loss) (Carlini et al. 2022, arXiv 2112.03570).
 
-    ``loss`` >= 0. A loss rounded to exactly 0 no longer tells its confidence: it gets the largest
-    phi of all, 708.4. `logit_confidence_from_logits` keeps what rounding lost.
+    ``loss`` >= 0 is (N,) or has more axes; the result has its shape. A loss
+    rounded to exactly 0 no longer tells its confidence: it gets the largest phi of all, 708.4.
+    `logit_confidence_from_logits` keeps what rounding lost.
 
     >>> logit_confidence([1e4])
     array([-10000.])
     """
-    loss = np.maximum(real_array("loss", loss, low=0), np.finfo(np.float64).tiny)
+    loss = np.maximum(real_array("loss", loss, low=0, or_more=True), np.finfo(np.float64).tiny)
     return -loss - np.log(-np.expm1(-loss))
 
 
 def logit_confidence_from_logits(logits: ArrayLike, labels: ArrayLike) -> Array:
     """The same from logits, z_y - ln sum_{j != y} exp z_j: exact however large they are.
 
-    ``logits`` is (N, C) with C >= 2, ``labels`` (N,) integers in [0, C); the result is (N,).
+    ``logits`` is (N, C) with C >= 2, ``labels`` (N,) integers in [0, C); the result is (N,). With
+    more axes, the classes are on the last axis of ``logits``, and ``labels`` has the others.
 
     >>> logit_confidence_from_logits([[1e4, -1e4], [1e4, 0.0]], [0, 1])
     array([ 20000., -10000.])
     """
-    others = real_array("logits", logits, ndim=2).copy()
-    if others.shape[1] < 2:
-        fail("logits", "an array of shape (N, C) with at least 2 classes", others.shape)
-    rows = np.arange(len(others)), _indices("labels", labels, others.shape)
-    own = others[rows]
-    others[rows] = -np.inf
-    top = others.max(axis=1)
-    return (own - top) - np.log(np.exp(others - top[:, None]).sum(axis=1))
+    z = real_array("logits", logits, ndim=2, or_more=True)
+    if z.shape[-1] < 2:
+        fail("logits", "an array of shape (N, C) with at least 2 classes", z.shape)
+    own = _indices("labels", labels, z.shape)[..., None]
+    true = np.take_along_axis(z, own, axis=-1)
+    others = z.copy()
+    np.put_along_axis(others, own, -np.inf, axis=-1)
+    top = others.max(axis=-1, keepdims=True)
+    return ((true - top) - np.log(np.exp(others - top).sum(axis=-1, keepdims=True)))[..., 0]
 
 
 def calibrated_score(loss: ArrayLike, reference_loss: ArrayLike) -> Array:
-    """reference_loss - loss, shape (N,) (Watson et al. 2022, arXiv 2111.08440).
+    """reference_loss - loss, of their shape (Watson et al. 2022, arXiv 2111.08440).
 
-    ``reference_loss`` (N,) is the loss of the base model, or the mean over shadows without the
-    record.
+    Both are (N,), or of one shape with more axes. ``reference_loss`` is the
+    loss of the base model, or the mean over shadows without the record.
     """
-    loss = real_array("loss", loss)
+    loss = real_array("loss", loss, or_more=True)
     return real_array("reference_loss", reference_loss, shape=loss.shape) - loss
 
 
 def quantile_score(phi: ArrayLike, predicted_quantile: ArrayLike) -> Array:
-    """The excess phi - q(x), shape (N,) (Bertran et al. 2023, arXiv 2307.03694).
+    """The excess phi - q(x), of their shape (Bertran et al. 2023, arXiv 2307.03694).
 
-    ``predicted_quantile`` (N,) is the non-members' quantile of phi that a regression on public
-    records predicts from each record's features.
+    Both are (N,), or of one shape with more axes. ``predicted_quantile`` is
+    the non-members' quantile of phi that a regression on public records predicts from each
+    record's features.
     """
-    phi = real_array("phi", phi)
+    phi = real_array("phi", phi, or_more=True)
     return phi - real_array("predicted_quantile", predicted_quantile, shape=phi.shape)
 
 
@@ -334,10 +341,10 @@ def _chunks(values: Array) -> Iterator[slice]:
 
 
 def _indices(name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.intp]:
-    """``value`` as integers in [0, shape[1]), one for each of shape[0] rows."""
-    array, (rows, top) = np.asarray(value), shape
-    if array.dtype.kind not in "iu" or array.shape != (rows,):
-        fail(name, f"integers of shape ({rows},)", f"{array.dtype} of shape {array.shape}")
+    """``value`` as integers in [0, shape[-1]), of shape ``shape[:-1]``."""
+    array, (*entries, top) = np.asarray(value), shape
+    if array.dtype.kind not in "iu" or array.shape != tuple(entries):
+        fail(name, f"integers of shape {tuple(entries)}", f"{array.dtype} of shape {array.shape}")
     if array.min() < 0 or array.max() >= top:
         fail(name, f"integers in [0, {top})", f"some from {array.min()} to {array.max()}")
     return array.astype(np.intp)

@@ -8,9 +8,10 @@ content-addressed: a second attack reads what the first one trained.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,9 @@ from lowrank_dp._cli import progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example, Task
 from lowrank_dp.mia import signals
+from lowrank_dp.mia.checkpoint import load_checkpoint
 from lowrank_dp.mia.records import read_manifest
 from lowrank_dp.mia.signals import Array
-from lowrank_dp.models import load_model
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 
@@ -87,9 +88,12 @@ def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
 
 
 def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Example],
-                    population: Sequence[Example], *, max_length: int | None, batch_size: int,
-                    device: str, cache: Path, base: str = "") -> Shadows:
-    """Signals of every shadow on the attacked records and on the population."""
+                    population: Sequence[Example], *, encoding: Mapping[str, Any],
+                    batch_size: int, device: str, cache: Path, base: str = "") -> Shadows:
+    """Signals of every shadow on the attacked records and on the population.
+
+    ``encoding`` has the arguments of ``signals.measure`` that say how a record becomes tokens.
+    """
     together = [*examples, *population]
     losses, phis, members = [], [], []
     for path in progress(paths, "shadows' losses"):
@@ -105,11 +109,11 @@ def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Exampl
         members.append([truth[example.id] for example in examples])
 
         def measure(path: Path = path) -> signals.Signals:
-            model, tokenizer = load_model(str(path), task=task, device=device)
-            return signals.measure(model, tokenizer, task, together, max_length=max_length,
-                                   batch_size=batch_size)
+            model, tokenizer = load_checkpoint(path, base, task=task, device=device)
+            return signals.measure(model, tokenizer, task, together, batch_size=batch_size,
+                                   **encoding)
 
-        found = signals.cached(cache, signals.key(path, together, max_length), measure)
+        found = signals.cached(cache, signals.key(path, together, encoding), measure)
         losses.append(found.loss)
         phis.append(found.phi)
     loss, phi = np.stack(losses), np.stack(phis)

@@ -38,6 +38,7 @@ class Signals:
     Attributes:
         loss: of the model, in nats: cross-entropy of the label, squared error, or the mean over
             the target's own tokens.
+        correct: 1 where the label has the largest logit of all, else 0 (classification).
         phi: logit confidence: of the label; for texts of exp(-loss); for scores -loss.
         min_k, min_k_plus_plus: of the target's tokens (causal language models).
         error_zone: against the reference's logits (causal language models with a reference).
@@ -46,6 +47,7 @@ class Signals:
 
     loss: Array
     reference_loss: Array
+    correct: Array
     phi: Array
     min_k: Array
     min_k_plus_plus: Array
@@ -53,15 +55,16 @@ class Signals:
 
 
 def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *,
-            max_length: int | None = None, batch_size: int = 64, reference: Any = None
-            ) -> Signals:
+            max_length: int | None = None, batch_size: int = 64, reference: Any = None,
+            template: str | None = None) -> Signals:
     """Signals of ``examples`` in their order, from one forward pass of ``model``.
 
     ``reference`` is the model before fine-tuning, run on the same batches, or ``model`` itself if
-    it is a PEFT model whose head did not train: its adapter is then switched off. Every loss that
+    it is a PEFT model whose head did not train: its adapter is then switched off. ``template`` is
+    that of ``data.encode``. Every loss that
     is not finite is an error that lists the records' ids; none is dropped.
     """
-    rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+    rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
     found = {field.name: np.full(len(rows), np.nan) for field in fields(Signals)}
     model.eval()
@@ -90,9 +93,10 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
 
 
 def gradient_norms(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *,
-                   max_length: int | None = None, batch_size: int = 64) -> Array:
+                   max_length: int | None = None, batch_size: int = 64,
+                   template: str | None = None) -> Array:
     """Norm (N,) of each record's loss gradient over the trainable parameters: white-box."""
-    rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+    rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
     batches = list(micro_batches(rows, batch_size, tokenizer.pad_token_id))
     model.eval()
@@ -106,7 +110,10 @@ def gradient_norms(model: Any, tokenizer: Any, task: Task, examples: Sequence[Ex
 def _classification(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
     z, y = logits.double().cpu().numpy(), labels.cpu().numpy()
     phi = scores.logit_confidence_from_logits(z, y) if np.isfinite(z).all() else np.nan
-    return {"phi": phi, **_losses("single_label_classification", logits, labels, other)}
+    own = np.take_along_axis(z, y[:, None], axis=1)
+    correct = (z < own).sum(axis=1) == z.shape[1] - 1  # a tie is no answer
+    return {"phi": phi, "correct": correct,
+            **_losses("single_label_classification", logits, labels, other)}
 
 
 def _regression(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
@@ -208,11 +215,16 @@ def load_reference(folder: str | Path, base: Mapping[str, Any], task: Task, *,
     return model.eval()
 
 
+# what decides, beside the weights, which numbers a checkpoint gives
+_DECIDE = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+           "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json")
+
+
 def weight_hash(folder: str | Path) -> str:
-    """SHA-256 over the safetensors and configurations of a checkpoint."""
+    """SHA-256 over the safetensors, the configurations and the tokenizer of a checkpoint."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*")):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
+        if path.suffix == ".safetensors" or path.name in _DECIDE:
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
@@ -220,13 +232,17 @@ def weight_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def key(folder: str | Path, examples: Sequence[Example], max_length: int | None,
+def key(folder: str | Path, examples: Sequence[Example], encoding: Mapping[str, Any],
         *context: str) -> str:
-    """What decides a checkpoint's signals: its weights, the records in their order, their cut."""
+    """What decides a checkpoint's signals: its weights, the records in their order, their form.
+
+    ``encoding`` has the arguments of `measure` that say how a record becomes tokens.
+    """
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.id} {example.content_hash} {example.label}\n".encode())
-    return " ".join([weight_hash(folder), digest.hexdigest(), str(max_length), *context])
+    return " ".join([weight_hash(folder), digest.hexdigest(), repr(sorted(encoding.items())),
+                     *context])
 
 
 def cached(folder: Path, key: str, compute: Callable[[], Signals]) -> Signals:

@@ -28,7 +28,7 @@ from lowrank_dp.plots import (
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import membership
-    from lowrank_dp.mia.attack import Report
+    from lowrank_dp.mia.report import Report
 
 ATTACK_COLOUR = {"loss": GREY, "base": RED, "zlib": YELLOW, "min-k": SKY, "min-k++": BLUE,
                  "ez": GREEN, "quantile": PINK, "gradient": ORANGE, "projection": GREEN,

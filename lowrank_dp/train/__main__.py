@@ -58,7 +58,21 @@ def main(
     model: Annotated[str, typer.Option(
         help="Hub id, folder, or minilm, smollm2, tiny, tiny-llama.")] = DEFAULT.model,
     task: Annotated[str, typer.Option(
-        help="Task name, or a folder with train.jsonl.gz.")] = DEFAULT.task,
+        help="Task name, or own data: a file (CSV, TSV, JSON Lines, JSON, Parquet), a folder with "
+             "a train and a validation file, or a folder saved by datasets.")] = DEFAULT.task,
+    text_column: Annotated[str | None, typer.Option(
+        help="Column of own data with the text of a labelled record.")] = None,
+    pair_column: Annotated[str | None, typer.Option(
+        help="Column of own data with the second text of a labelled record.")] = None,
+    label_column: Annotated[str | None, typer.Option(
+        help="Column of own data with classes (strings, integers) or scores (floats).")] = None,
+    prompt_column: Annotated[str | None, typer.Option(
+        help="Column of own data with the source that a text is generated from.")] = None,
+    target_column: Annotated[str | None, typer.Option(
+        help="Column of own data with the text to generate.")] = None,
+    group_column: Annotated[str | None, typer.Option(
+        help="Column of own data that rows of one person share: the groups of --unit group.")
+    ] = None,
     method: Annotated[str, typer.Option(help=one_of(METHODS))] = DEFAULT.method,
     epsilon: Annotated[float | None, typer.Option(
         help="Privacy budget; the noise is calibrated to it.")] = None,
@@ -70,7 +84,8 @@ def main(
     max_grad_norm: Annotated[float, typer.Option(
         help="Clipping norm of one unit of privacy.")] = DEFAULT.max_grad_norm,
     unit: Annotated[str, typer.Option(
-        help="Unit of privacy: example, or group (a source record with all its rows).")
+        help="Unit of privacy: example, or group (all rows of a --group-column's value, or of a "
+             "source record).")
     ] = DEFAULT.unit,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(
@@ -107,13 +122,13 @@ def main(
         help="Train the last k blocks, or parameters that match this expression.")] = None,
     dropout: Annotated[bool, typer.Option("--dropout", help="Train with dropout.")] = False,
     max_examples: Annotated[int | None, typer.Option(
-        help="Use a random subset of each split.")] = None,
+        help="Use a random subset of each split; its size is an expectation.")] = None,
     max_length: Annotated[int | None, typer.Option(
         help="Tokens a text is cut to. Default: 128 with labels, uncut for generation.")] = None,
     data_seed: Annotated[int, typer.Option(
         help="Of that subset, and of a generated task.")] = DEFAULT.data_seed,
     holdout: Annotated[int, typer.Option(
-        help="Evaluate on so many units taken out of the train split: for tuning.")] = 0,
+        help="Evaluate on about so many units taken out of the train split: for tuning.")] = 0,
     membership: Annotated[str, typer.Option(
         help=f"Who is trained on: {one_of(MEMBERSHIPS)}")] = DEFAULT.membership,
     micro_batch_size: Annotated[int, typer.Option(
@@ -145,7 +160,9 @@ def main(
         config = TrainConfig(
             model=model, task=task, method=method, epsilon=epsilon, delta=delta,
             noise_multiplier=noise_multiplier, non_private=non_private, max_grad_norm=max_grad_norm,
-            unit=unit, steps=steps, batch_size=batch_size, optimizer=optimizer,
+            unit=unit, text_column=text_column, pair_column=pair_column,
+            label_column=label_column, prompt_column=prompt_column, target_column=target_column,
+            group_column=group_column, steps=steps, batch_size=batch_size, optimizer=optimizer,
             learning_rate=learning_rate, beta1=beta1, weight_decay=weight_decay, schedule=schedule,
             warmup_steps=warmup_steps, scheme=scheme, scheme_options=_cli.options(option or []),
             below=below, momentum_beta=momentum_beta, filter_b=tuple(filter_b or ()),

@@ -34,9 +34,12 @@ class TrainConfig:
         noise_multiplier: sigma relative to ``max_grad_norm``; > 0.
         non_private: no clipping, no noise, no guarantee.
         max_grad_norm: C, the bound on one unit's contribution to a step.
-        unit: the unit of privacy. "example": one row. "group": one source record with all its
-            rows (an E2E meaning representation and its references); a sampled group takes part
-            with one of its rows, drawn at random.
+        unit: the unit of privacy. "example": one row. "group": all rows with one value in
+            ``group_column``, or, for generation, one source record with all its rows (an E2E
+            meaning representation and its references); a sampled group takes part with one of its
+            rows, drawn at random.
+        text_column, pair_column, label_column, prompt_column, target_column, group_column: the
+            columns of the user's own data, as in ``data.Columns``.
         steps, batch_size: optimizer steps, and the *expected* number of units in one (Poisson).
         optimizer, learning_rate, beta1, weight_decay: torch's. ``beta1`` is Adam's, or SGD's
             momentum; None takes 0.9 for Adam and 0 for SGD, and 0 wherever a running mean of
@@ -49,14 +52,18 @@ class TrainConfig:
             2408.13460): coefficients as in ``restore.LowPass``.
         diagnostic: allow schemes that read clean gradients; the whole run is then NON-PRIVATE.
         dropout: train with the model's dropout; off by default, as is usual with DP.
-        max_examples: of each split, drawn at random from ``data_seed``.
+        max_examples: expected number of examples of each split that are kept, each chosen alone
+            by a hash keyed with ``data_seed``, in whole groups.
         data_seed: of that subset, and of a generated task: not ``seed``, so that runs which differ
             in their seed share their records.
         max_length: tokens a text is cut to. None takes 128 for labels (less if the model has
             less), and for generation cuts nothing: a text beyond the model's context is refused.
-        holdout: so many units of the train split, the same for every seed, are set aside, and
-            evaluated on in place of the validation split: for tuning. 0 for none.
-        membership: who is trained on: "all", "bernoulli" (a fair coin a unit) or "half".
+        holdout: expected number of units of the train split that are set aside, the same for
+            every seed, and evaluated on in place of the validation split: for tuning. The rows of
+            a held-out group go with it. 0 for none.
+        membership: who is trained on: "all", "bernoulli" (a fair coin per unit, which no other
+            unit changes) or "half" (a half of fixed size: the guarantee is then for neighbouring
+            sets of members).
         micro_batch_size: rows in memory at a time; the result does not depend on it.
         precision: "bf16" runs forward and backward under autocast; clipped sums, noise and
             restoration stay in float32.
@@ -85,6 +92,12 @@ class TrainConfig:
     non_private: bool = False
     max_grad_norm: float = 1.0
     unit: str = "example"
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    prompt_column: str | None = None
+    target_column: str | None = None
+    group_column: str | None = None
     steps: int = 50
     batch_size: int = 512
     optimizer: str = "adam"

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank_dp import _validate
-from lowrank_dp.data import Example
+from lowrank_dp.data import Example, group_units
+from lowrank_dp.data.selection import draw, unit_content
 
+__all__ = ["MEMBERSHIPS", "draw_members", "fingerprint", "group_units", "manifest"]
 MEMBERSHIPS = ("all", "bernoulli", "half")
 SCHEMA_VERSION = 1
 
@@ -18,24 +20,19 @@ def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int
                  ) -> list[bool]:
     """For each unit of privacy, whether it is trained on.
 
-    "bernoulli" throws an independent fair coin for each unit; "half" takes a uniformly random
-    half (rounded down); "all" takes all.
+    "all" takes all. "bernoulli" gives each unit an independent fair coin: a hash of the unit's
+    content, keyed by ``seed`` (:func:`lowrank_dp.data.selection.draw`), so that a unit more in the
+    data changes no other unit's coin. "half" takes a uniformly random half (rounded down). A half
+    of fixed size depends on all units at once: a unit more may change every bit. The privacy
+    guarantee of a run with "half" is therefore one for neighbouring sets of members.
     """
-    rng = random.Random(f"lowrank_dp membership {seed}")
     if _validate.choice("membership", membership, MEMBERSHIPS) == "all":
         return [True] * len(units)
     if membership == "bernoulli":
-        return [rng.random() < 0.5 for _ in units]
+        return draw(map(unit_content, units), 0.5, "membership", seed, copies="apart")
+    rng = random.Random(f"lowrank_dp membership {seed}")
     chosen = set(rng.sample(range(len(units)), len(units) // 2))
     return [i in chosen for i in range(len(units))]
-
-
-def group_units(examples: Sequence[Example], unit: str) -> list[list[Example]]:
-    """The examples by unit of privacy, in order of first appearance."""
-    units: dict[str, list[Example]] = {}
-    for example in examples:
-        units.setdefault(example.group if unit == "group" else example.id, []).append(example)
-    return list(units.values())
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.data import Example, Task, encode, load_task
+from lowrank_dp.data import Columns, Example, Task, encode, load_task
+from lowrank_dp.data.selection import has_group, partition, threshold
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
@@ -75,6 +76,12 @@ class Setup:
         if self.config.diagnostic:
             return (f"NON-PRIVATE: scheme {self.config.scheme!r} reads clean gradients, for "
                     "diagnosis only")
+        claim += f"; the number of {self.config.unit}s ({sum(self.members):,}) is public"
+        if self.config.membership == "half":
+            claim += (f"; membership 'half': neighbours are sets of members, for one more "
+                      f"{self.config.unit} in the data may change the whole half")
+        if self.config.holdout:
+            claim += (f"; {self.config.unit}s set aside by holdout are evaluated on, not protected")
         if self.config.seed is not None:
             claim += (f"; noise drawn from seed {self.config.seed}: reproducible, and not secret")
         if self.config.secure_rng:
@@ -96,7 +103,9 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     if config.shard and world_size() == 1:
         raise ValueError("shard must go with several processes: start them by torchrun "
                          "--nproc-per-node N -m lowrank_dp.train ...")
-    task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed)
+    task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed,
+                     columns=Columns.of(config))
+    _check_unit(config, task)
     task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
     members = draw_members(units, config.membership, seed)
@@ -134,19 +143,37 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
 
 
 def set_aside(task: Task, count: int, unit: str) -> Task:
-    """The task with ``count`` units of its train split in place of the validation split.
+    """The task with about ``count`` units of its train split in place of the validation split.
 
-    Always the same ones. With unit "example" the other rows of their records go too.
+    The held-out units are the same for every seed. Each group is held out alone, with all its
+    rows, by a keyed hash against a threshold (``data.selection``): a unit more in the train split
+    changes that unit's side only, and the number of held-out units is an expectation.
     """
-    units = group_units(task.train, unit)
-    if not count < len(units):
-        raise ValueError(f"holdout must be below the {len(units):,} {unit}s of {task.name}'s train "
+    units = len(group_units(task.train, unit))
+    if not count < units:
+        raise ValueError(f"holdout must be below the {units:,} {unit}s of {task.name}'s train "
                          f"split, got {count:,}")
-    chosen = random.Random("lowrank_dp holdout").sample(units, count)
-    held_out = tuple(example for members in chosen for example in members)
-    groups = {example.group for example in held_out}
-    rest = tuple(example for example in task.train if example.group not in groups)
+    held_out, rest = partition(task.train, threshold(count, units), "holdout", "")
+    if not held_out or not rest:
+        raise ValueError(f"holdout {count:,} chose {'all' if held_out else 'none'} of the "
+                         f"{units:,} {unit}s of {task.name}'s train split (their number is "
+                         f"random): give a {'smaller' if held_out else 'larger'} one")
     return replace(task, splits={"train": rest, "validation": held_out})
+
+
+def _check_unit(config: TrainConfig, task: Task) -> None:
+    """Refuse groups where none are known, and warn where they are single rows."""
+    if config.unit != "group":
+        return
+    if not any(map(has_group, task.train)):
+        could = ", ".join(map(repr, task.unused[:10]))
+        fix = (f"name their column by group_column (not read so far: {could})" if could else
+               "name their column by group_column, or use unit 'example'")
+        raise ValueError(f"unit 'group' must come with groups of rows, {task.name} has none that "
+                         f"are known: {fix}")
+    if len(group_units(task.train, "group")) == len(task.train) > 1:
+        warnings.warn(f"each of the {len(task.train):,} groups of {task.name} is a single row: "
+                      "unit 'group' protects no more than unit 'example'", stacklevel=3)
 
 
 def _check_data(config: TrainConfig, task: Task, trained_on: list[list[Example]]) -> None:

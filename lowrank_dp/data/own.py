@@ -1,0 +1,262 @@
+"""A user's own data as a task: which column is what, and which classes the labels are."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lowrank_dp.data.examples import Spec, bad_cell, cell, to_examples
+from lowrank_dp.data.readers import Row, Table, read_tables, stem_of
+from lowrank_dp.data.task import Task, build_task
+
+MAX_CLASSES = 1000
+_SHOWN = 10             # classes that a line names
+# columns that are known without being named: text, pair, target
+_KNOWN = (
+    ("meaning_representation", None, "human_reference"), ("tripleset", None, "annotations"),
+    ("source", None, "target"), ("prompt", None, "target"), ("sentence1", "sentence2", None),
+    ("question1", "question2", None), ("premise", "hypothesis", None),
+    ("question", "sentence", None), ("sentence", None, None), ("text", None, None),
+)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a user's own data; None is found by the column's own name.
+
+    Attributes:
+        text, pair: the text of a labelled record, and its second text if there are two.
+        label: its class (a string, a truth value or an integer >= 0) or its score (a float).
+        prompt, target: the source text and the reference of a record to generate.
+        group: what the records of one person, or of one source, have in common: the unit of
+            privacy with ``unit="group"``. None: the source text of a record to generate.
+    """
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    target: str | None = None
+    group: str | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Columns:
+        """The fields ``text_column``, ... of a configuration or of its JSON object."""
+        found = config if isinstance(config, Mapping) else vars(config)
+        return cls(**{f.name: found.get(f"{f.name}_column") for f in fields(cls)})
+
+    def __bool__(self) -> bool:
+        return any(asdict(self).values())
+
+
+def own_task(path: Path, columns: Columns) -> Task:
+    """The task in a user's own file or folder.
+
+    Raises ``ValueError`` in one line that names file, row and column. One ``UserWarning`` names
+    the columns that are not read.
+    """
+    tables = read_tables(path)
+    if not any(table.rows for table in tables.values()):
+        raise ValueError(f"{path} must hold records, all its files are empty")
+    available = tuple(dict.fromkeys(name for table in tables.values() for name in table.columns))
+    first = next(row for table in tables.values() for row in table.rows)
+    roles = _roles(columns, available, path, first[0])
+    ignored = [name for name in available if name not in {*asdict(roles).values(), "idx"}]
+    unread = [f"column {name!r}" for name in ignored]
+    if roles.label and "test" in tables and roles.label not in tables["test"].columns:
+        del tables["test"]                      # as published for competitions: without its answers
+        unread.append(f"the test split, which has no column {roles.label!r}")
+    if unread:
+        warnings.warn(f"{path}: not read: {', '.join(unread[:20])}; name a column by an option "
+                      "such as --text-column or --group-column to read it", stacklevel=4)
+    return _build(path, roles, tables, tuple(ignored))
+
+
+def with_label_names(task: Task, names: Sequence[str], where: str) -> Task:
+    """``task`` with its classes renumbered as in ``names``, so that two files agree.
+
+    A class is found by its name. Classes that are only numbers are positions in ``names``, where
+    these are other words. Raises ``ValueError``, which begins with ``where``, on an unknown class.
+    """
+    numbers = [int(name) if name.isascii() and name.isdigit() else -1
+               for name in task.label_names]
+    if {*task.label_names} <= {*names}:
+        places = [list(names).index(name) for name in task.label_names]
+    elif all(0 <= number < len(names) for number in numbers):
+        places = numbers
+    else:
+        unknown = [name for name in task.label_names if name not in names]
+        raise ValueError(f"{where}: labels must be among {_named(names)}, got "
+                         f"{_named(unknown)}")
+    splits = {split: tuple(replace(e, label=places[int(e.label or 0)]) for e in examples)
+              for split, examples in task.splits.items()}
+    return replace(task, num_labels=len(names), label_names=tuple(names), splits=splits)
+
+
+def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tuple[str, ...]
+           ) -> Task:
+    texts = [name for name in (roles.text, roles.pair, roles.prompt, roles.target)
+             if name and name not in ("tripleset", "annotations")]
+    rows = {split: [_checked(row, texts) for row in table.rows] for split, table in tables.items()}
+    names: tuple[str, ...] = ()
+    said = ""
+    if roles.label:
+        names, values = _labels(roles.label, tables, path)
+        rows = {split: [(where, row | {roles.label: values[row[roles.label]]})
+                        for where, row in found] for split, found in rows.items()}
+        said = f" ({len(names)} classes: {_named(names)})" if names else " (a score)"
+    spec = Spec("", "", None, roles.prompt or roles.text or "", roles.pair, roles.target,
+                label=roles.label or "label", group=roles.group, labels=names,
+                metrics=("bleu", "rouge_l") if roles.target else ("accuracy",) if names else
+                ("pearson", "spearman"))
+    source = ", ".join(f"{role} from {name!r}{said if role == 'label' else ''}"
+                       for role, name in asdict(roles).items() if name)
+    name = stem_of(path.absolute()) if path.is_file() else path.resolve().name
+    return build_task(name, spec, {split: to_examples(found, name, split, spec)
+                                   for split, found in rows.items()},
+                      f"local files {path}: {source}", ignored)
+
+
+def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -> Columns:
+    """Every column that is read, by its role; ``ValueError`` if there is no complete reading."""
+    shown = ", ".join(map(repr, available))
+    for role, name in asdict(given).items():
+        if name is not None and name not in available:
+            near = difflib.get_close_matches(name, available, n=1)
+            raise ValueError(f"{role}_column must be a column of {path} ({shown}), got {name!r}" +
+                             (f" (did you mean {near[0]!r}?)" if near else ""))
+    generates, labelled = given.prompt or given.target, given.text or given.pair or given.label
+    if generates and labelled:
+        raise ValueError("prompt_column and target_column must go without text_column, "
+                         "pair_column and label_column: a record is to generate, or has a label")
+    for role, other in (("pair", "text"), ("prompt", "target"), ("target", "prompt")):
+        if getattr(given, role) and not getattr(given, other):
+            raise ValueError(f"{role}_column must come with {other}_column, which names one of "
+                             f"{shown}")
+    found = given
+    if not (given.text or given.prompt):
+        known = next((c for c in _KNOWN if {*filter(None, c)} <= {*available}
+                      and not (c[2] and labelled)), None)
+        if known is None:
+            raise ValueError(f"{first}: columns must be like GLUE's (sentence or text, sentence1 "
+                             "and sentence2, ..., with label) or source and target, or be named "
+                             f"by text_column, label_column and the like, got {shown}")
+        text, pair, target = known
+        found = replace(given, prompt=text, target=target) if target else replace(
+            given, text=text, pair=pair)
+    if found.text and not found.label:
+        if "label" not in available:
+            raise ValueError(f"{path}: label_column must name the column with the labels, there is "
+                             f"none called 'label' among {shown}")
+        found = replace(found, label="label")
+    used = [name for name in asdict(found).values() if name]
+    if twice := next((name for name in used if used.count(name) > 1), None):
+        raise ValueError(f"column {twice!r} of {path} must have one role, it was given several")
+    return found
+
+
+def _checked(row: Row, texts: Iterable[str]) -> Row:
+    """The row, if no text is empty, with an ``idx`` as an integer."""
+    where, cells = row
+    for column in texts:
+        value = cell(where, cells, column)
+        if value is None or value != value or isinstance(value, str) and not value.strip():
+            bad_cell(where, column, "a text that is not empty: fill it in or leave the row out",
+                     value)
+    index = cells.get("idx")
+    if isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 19 or (
+            isinstance(index, float) and index.is_integer()):
+        return where, cells | {"idx": int(index)}
+    return row
+
+
+def _labels(column: str, tables: Mapping[str, Table], path: Path
+            ) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
+    """Class names, none for scores, and the class or score of each value in a column of all splits.
+
+    Strings and truth values are classes in sorted order. Integers >= 0 are classes in numeric
+    order, whether or not they start at 0. Floats are classes too if all are whole numbers, and
+    scores if one is not. A column that holds such numbers as strings is read like the numbers. The
+    classes of a ``datasets.ClassLabel`` keep their order.
+    """
+    found = [(where, cell(where, row, column)) for table in tables.values()
+             for where, row in table.rows]
+    declared = {table.class_names[column] for table in tables.values()
+                if column in table.class_names}
+    if declared:
+        return _declared_classes(column, path, declared, found)
+    for where, value in found:
+        _check_label(where, column, value, found[0][1])
+    read = {value: _number(value) if isinstance(value, str) else value for _, value in found}
+    numbers = [number for number in read.values() if not isinstance(number, str)]
+    if isinstance(found[0][1], str) and len(numbers) < len(read):
+        for where, value in found if numbers else ():
+            if isinstance(read[value], str) and not value.isdigit():
+                bad_cell(where, column, "a number like other labels in this column: fill it in, or "
+                         "write every label as a word", value)
+        read = {value: value for value in read}
+    elif any(isinstance(number, float) and not number.is_integer() for number in numbers):
+        return (), {value: float(number) for value, number in read.items()}
+    else:
+        for where, value in found:
+            if not 0 <= read[value] < 2**63:
+                bad_cell(where, column, "a class: an integer >= 0, or a name (-1 often stands for "
+                         "a missing label)", value)
+    classes = sorted(set(read.values()))
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{path}: column {column!r} must hold at most {MAX_CLASSES:,} classes, or "
+                         f"floats that are not all whole, got {len(classes):,} different values")
+    places = {value: place for place, value in enumerate(classes)}
+    return (tuple(str(int(c)) if isinstance(c, float) else str(c) for c in classes),
+            {value: places[number] for value, number in read.items()})
+
+
+def _declared_classes(column: str, path: Path, declared: set[tuple[str, ...]],
+                      found: Sequence[tuple[str, Any]]
+                      ) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
+    """The classes of a ``datasets.ClassLabel``."""
+    if len(declared) > 1:
+        raise ValueError(f"{path}: column {column!r} must have the same class names in every split")
+    names = next(iter(declared))
+    for where, value in found:
+        if type(value) is not int or not 0 <= value < len(names):
+            bad_cell(where, column, f"a class from 0 to {len(names) - 1} ({_named(names)})", value)
+    return names, {place: place for place in range(len(names))}
+
+
+def _check_label(where: str, column: str, value: Any, first: Any) -> None:
+    """Refuse an empty or non-finite label, and one of another type than the first row's."""
+    if value is None or value != value or isinstance(value, str) and not value.strip():
+        bad_cell(where, column, "a label that is not empty: fill it in or leave the row out", value)
+    if type(value) not in (str, int, float, bool):
+        bad_cell(where, column, "a class (a string, a truth value or an integer) or a score "
+                 "(a float)", value)
+    if isinstance(value, float) and not math.isfinite(value):
+        bad_cell(where, column, "a finite number", value)
+    kind = type(first) if isinstance(first, (str, bool)) else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool) != isinstance(first, bool):
+        bad_cell(where, column, f"of one type in all rows, like {first!r:.40} in the first row",
+                 value)
+
+
+def _number(text: str) -> Any:
+    """The number that a string spells in its one usual way, else the string."""
+    if re.fullmatch(r"0|-?[1-9]\d{0,17}", text):
+        return int(text)
+    if _NUMBER.fullmatch(text) and math.isfinite(number := float(text)) and re.search(
+            r"[.eE]", text):
+        return number
+    return text
+
+
+def _named(names: Sequence[str]) -> str:
+    """Class names for a line, as far as they can be printed."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
+    return ", ".join([*(name[:40] for name in shown), *(["..."] if len(names) > _SHOWN else [])])

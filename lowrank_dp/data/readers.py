@@ -1,0 +1,253 @@
+"""A user's own files as rows: CSV, TSV, JSON Lines, JSON arrays, Parquet, folders of `datasets`.
+
+Every reader gives the same rows for the same table, up to the types that the format has: a cell of
+a CSV file is always a string. Nothing that a file holds is run, and nothing is copied to a cache.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank_dp.data import examples
+from lowrank_dp.data.examples import read_jsonl
+
+SUFFIXES = tuple(f".{name}{zipped}" for name in ("csv", "tsv", "jsonl", "ndjson", "json")
+                 for zipped in ("", ".gz")) + (".parquet",)
+FORMATS = "CSV, TSV, JSON Lines, JSON or Parquet (.csv .tsv .jsonl .json, also with .gz, .parquet)"
+_NAMES = {"train": "train", "training": "train", "validation": "validation",
+          "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+Row = tuple[str, dict[str, Any]]        # where the row stands, and its cells by column
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split, in order.
+
+    Attributes:
+        rows: each with "file line n" (JSON Lines) or "file row n" (from 1, without the header).
+        columns: the names of all columns, in order.
+        class_names: of each column that is a ``datasets.ClassLabel``, the names of its classes.
+    """
+
+    rows: list[Row]
+    columns: tuple[str, ...]
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def read_tables(path: Path) -> dict[str, Table]:
+    """The splits of a user's own file or folder.
+
+    A file is the train split. A folder was saved by ``datasets.save_to_disk``, or has one file per
+    split: train, validation (or valid, val, dev) and test, in any format; a split may be cut into
+    ``train-00000-of-00002.parquet`` and so on. Raises ``ValueError`` in one line that names the
+    file, and the row where the fault has one.
+    """
+    if path.is_file():
+        return {"train": read_table(path)}
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _saved_folder(path)
+    found: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        stem = re.sub(r"-\d+-of-\d+$", "", stem_of(file))
+        if file.is_file() and stem in _NAMES and file.name != stem_of(file):
+            found.setdefault(_NAMES[stem], []).append(file)
+    if not found:
+        raise ValueError(f"{path} must hold train and validation files in {FORMATS}, or be a "
+                         "folder that datasets saved; found none")
+    return {split: _joined(split, found[split]) for split in dict.fromkeys(_NAMES.values())
+            if split in found}
+
+
+def stem_of(path: Path) -> str:
+    """The file's name without the ending of a known format: the same name in every format."""
+    name = path.name
+    ending = next((s for s in sorted(SUFFIXES, key=len, reverse=True)
+                   if name.lower().endswith(s)), "")
+    return name[:len(name) - len(ending)] or name
+
+
+def read_table(path: Path) -> Table:
+    """One file in the format that its ending names."""
+    ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if not path.name.lower().endswith(SUFFIXES):
+        raise ValueError(f"{path} must be {FORMATS}, or a folder that datasets saved; save it as "
+                         "one of them")
+    if ending == "parquet":
+        return _parquet(path)
+    if ending in ("csv", "tsv"):
+        return _csv(path, "," if ending == "csv" else "\t")
+    if ending == "json" and (data := _content(path)).lstrip()[:1] == b"[":
+        return _json_array(path, data)
+    return _table(read_jsonl(path))
+
+
+def _joined(split: str, files: list[Path]) -> Table:
+    """One table of a split's files: a single one, or all parts of ``name-i-of-n``."""
+    parts = [re.search(r"-(\d+)-of-(\d+)$", stem_of(file)) for file in files]
+    whole = [int(part[2]) for part in parts if part]
+    complete = len(whole) == len(files) and set(whole) == {len(files)}
+    if len(files) > 1 and not complete or whole and not complete:
+        raise ValueError(f"{files[0].parent} must hold one file of the {split} split, or all its "
+                         f"parts name-i-of-n, found {', '.join(file.name for file in files[:5])}")
+    tables = [read_table(file) for file in files]
+    return Table([row for table in tables for row in table.rows],
+                 tuple(dict.fromkeys(name for table in tables for name in table.columns)),
+                 tables[0].class_names)
+
+
+def _table(rows: Iterable[Row]) -> Table:
+    rows = list(rows)
+    return Table(rows, tuple(dict.fromkeys(name for _, row in rows for name in row)))
+
+
+def _content(path: Path) -> bytes:
+    """The unpacked bytes of a file; at most ``examples.MAX_FILE_BYTES``."""
+    try:
+        with (gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")) as file:
+            data = file.read(examples.MAX_FILE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from None
+    if len(data) > examples.MAX_FILE_BYTES:
+        raise ValueError(f"{path}: a file must have at most {examples.MAX_FILE_BYTES:,} bytes "
+                         "(unpacked): split it")
+    return data
+
+
+def _csv(path: Path, separator: str) -> Table:
+    """Cells as strings, as they stand: "NA" is a text, and an empty cell the empty string."""
+    import pandas
+
+    data = _content(path)
+    quoting = csv.QUOTE_MINIMAL
+    if separator == "\t" and _has_bare_quotes(data):
+        quoting = csv.QUOTE_NONE
+    try:
+        frame = pandas.read_csv(
+            io.BytesIO(data), sep=separator, header=None, dtype=str, keep_default_na=False,
+            encoding="utf-8-sig", quoting=quoting, on_bad_lines="error", low_memory=False)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8 text ({error.reason} at byte {error.start}): save "
+                         "it as UTF-8") from None
+    except (ValueError, OverflowError, MemoryError) as error:  # pandas' parser errors among them
+        reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. ")
+        raise ValueError(f"{path}: not a table ({reason}); every row must have as many cells as "
+                         "the header") from None
+    header, *cells = frame.itertuples(index=False, name=None)
+    names = [str(name) for name in header]
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"{path}: column {twice[0]!r} occurs twice in the header; rename one")
+    if len(cells) > examples.MAX_ROWS:
+        raise ValueError(f"{path}: a file must have at most {examples.MAX_ROWS:,} rows: split it")
+    kept = tuple(name for name in names if name.strip())  # pandas' index has no name
+    return Table([(f"{path} row {number}", {
+        name: cell for name, cell in zip(names, row, strict=True) if name.strip()})
+        for number, row in enumerate(cells, 1)], kept)
+
+
+def _has_bare_quotes(data: bytes) -> bool:
+    """Whether a quote opens a cell that no quote closes, as in files that are not quoted at all."""
+    cells = re.findall(rb'(?:^|\t)("[^\t\r\n]*)', data, re.MULTILINE)
+    return any(not re.fullmatch(rb'"(?:[^"]|"")*"', cell) for cell in cells)
+
+
+def _json_array(path: Path, data: bytes) -> Table:
+    if data.count(b"{") > examples.MAX_ROWS:
+        raise ValueError(f"{path}: a file must have at most {examples.MAX_ROWS:,} rows: split it")
+    try:
+        rows = json.loads(data, object_pairs_hook=examples.without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} row {number}: must be a JSON object, got "
+                             f"{type(row).__name__}")
+    return _table((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            size = sum(file.metadata.row_group(i).total_byte_size
+                       for i in range(file.metadata.num_row_groups))
+            _check_size(path, size, file.metadata.num_rows)
+            rows = list(_arrow_rows(path, file.iter_batches(batch_size=256)))
+            return _arrow_table(rows, file.schema_arrow)
+    except _TooLarge as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # whatever Arrow raises on a damaged file, said in one line
+        raise _unreadable(path, error) from None
+
+
+def _saved_folder(path: Path) -> dict[str, Table]:
+    """A Dataset or DatasetDict that was saved: Arrow files, whose cells are not decoded."""
+    import datasets
+
+    try:
+        loaded: Any = datasets.load_from_disk(str(path))
+        parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+        tables = {}
+        for name, part in parts.items():
+            if name in _NAMES:
+                where = path / name if isinstance(loaded, datasets.DatasetDict) else path
+                _check_size(where, 0, part.num_rows)
+                batches = part.with_format("arrow").iter(batch_size=256)
+                rows = list(_arrow_rows(where, batches))
+                tables[_NAMES[name]] = _arrow_table(rows, part.features.arrow_schema)
+    except _TooLarge as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # whatever `datasets` raises on a damaged folder, said in one line
+        raise _unreadable(path, error) from None
+    if not tables:
+        raise ValueError(f"{path} must have a split train, validation or test, has "
+                         f"{', '.join(map(repr, parts))}")
+    return tables
+
+
+class _TooLarge(Exception):
+    """A table beyond the limits, which no wrapper of a library's errors may swallow."""
+
+
+def _check_size(where: Path, size: int, num_rows: int) -> None:
+    if size > examples.MAX_FILE_BYTES or num_rows > examples.MAX_ROWS:
+        raise _TooLarge(f"{where}: a file must have at most {examples.MAX_FILE_BYTES:,} bytes "
+                        f"(unpacked) and {examples.MAX_ROWS:,} rows: split it")
+
+
+def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
+    number = size = 0
+    for batch in batches:
+        size += batch.nbytes
+        _check_size(path, size, number)
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path} row {number}", row
+
+
+def _arrow_table(rows: list[Row], schema: Any) -> Table:
+    import datasets
+
+    try:
+        features = datasets.Features.from_arrow_schema(schema)
+    except Exception:  # a column of a type that `datasets` lacks: it has no class names either
+        features = datasets.Features()
+    names = {name: tuple(feature.names) for name, feature in features.items()
+             if isinstance(feature, datasets.ClassLabel) and feature.names}
+    columns = tuple(name for name in schema.names if not name.startswith("__index_level_"))
+    return Table(rows, columns, names)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return ValueError(f"{path}: unreadable, damaged or cut off ({reason})")

@@ -1,0 +1,118 @@
+"""What a checkpoint's folder says of its head, without its weights.
+
+The configuration may have come from anywhere: what is read here is checked, and what is missing is
+None. Whether the weights fit the configuration is for ``models.load_model`` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowrank_dp import _validate
+from lowrank_dp.models import load_model
+from lowrank_dp.models.backbones import find_backbone, read_json
+
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+              "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The head of a checkpoint.
+
+    Attributes:
+        kind: "classification", "regression", "generation", or None where the folder does not say.
+        num_labels: number of classes, or None where the folder does not say.
+        label_names: the classes' own names in the model's order, or () for LABEL_0, LABEL_1, ...
+        is_adapter: whether the folder holds a PEFT adapter and no whole model.
+    """
+
+    kind: str | None = None
+    num_labels: int | None = None
+    label_names: tuple[str, ...] = ()
+    is_adapter: bool = False
+
+
+def read_checkpoint(folder: Path, base: str = "") -> Checkpoint:
+    """The head that ``folder`` declares; ``ValueError`` for a configuration that is damaged.
+
+    An adapter that does not say what it is for has the head of its base: ``base``, or the one that
+    the adapter names.
+    """
+    if (file := folder / "adapter_config.json").is_file():
+        kinds = {"CAUSAL_LM": "generation", "SEQ_CLS": "classification"}
+        document = _object(file)
+        task_type = document.get("task_type")
+        if isinstance(task_type, str) and task_type in kinds:
+            return Checkpoint(kinds[task_type], is_adapter=True)
+        try:
+            backbone = find_backbone(base or str(document.get("base_model_name_or_path")))
+        except ValueError:  # the loader says what is wrong with it
+            return Checkpoint(is_adapter=True)
+        return replace(_head(Path(backbone.path) / "config.json", backbone.config),
+                       is_adapter=True)
+    if (file := folder / "config.json").is_file():
+        return _head(file, _object(file))
+    return Checkpoint()
+
+
+def has_label_head(model: str) -> bool:
+    """Whether ``model`` (a name, hub id or folder) is a classifier by its own configuration."""
+    backbone = find_backbone(model)
+    return _head(Path(backbone.path) / "config.json", backbone.config).kind in (
+        "classification", "regression")
+
+
+def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of ``folder``, of which nothing may be drawn at random.
+
+    ``base`` stands in for the base model that an adapter names; "" takes the adapter's.
+    ``arguments`` go to ``models.load_model``. A folder without a tokenizer is an error, which says
+    if the folder above has one, as a trainer's ``checkpoint-500`` often does.
+    """
+    if base and (folder / "adapter_config.json").is_file():
+        arguments["base"] = base
+    try:
+        return load_model(str(folder), new_head=False, **arguments)
+    except ValueError as error:
+        above = folder.absolute().parent
+        if "tokenizer" in str(error) and _has_tokenizer(above) and not _has_tokenizer(folder):
+            raise ValueError(f"{folder} holds no tokenizer, and its parent folder {above.name} "
+                             "does: copy the tokenizer's files from there into the checkpoint"
+                             ) from None
+        raise
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER)
+
+
+def _object(file: Path) -> Mapping[str, Any]:
+    document: Any = read_json(file)
+    if not isinstance(document, dict):
+        _validate.fail(str(file), "a JSON object", type(document).__name__)
+    return document
+
+
+def _head(file: Path, config: Mapping[str, Any]) -> Checkpoint:
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: architectures must be a list of class names, got {names!r:.80}")
+    architecture = next(iter(names), "")
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return Checkpoint("generation")
+    if not architecture.endswith("ForSequenceClassification"):
+        return Checkpoint()
+    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})   # transformers' default
+    if not isinstance(labels, dict) or not labels or sorted(labels) != sorted(
+            map(str, range(len(labels)))) or not all(isinstance(v, str) for v in labels.values()):
+        raise ValueError(f"{file}: id2label must be an object that gives each class number from 0 "
+                         f"its name, got {labels!r:.80}")
+    own = tuple(labels[str(i)] for i in range(len(labels)))
+    regression = config.get("problem_type") == "regression" or len(own) == 1
+    unnamed = own == tuple(f"LABEL_{i}" for i in range(len(own)))
+    return Checkpoint("regression" if regression else "classification", len(own),
+                      () if unnamed else own)

@@ -1,0 +1,134 @@
+"""A report on the terminal and in files: report.json, scores.csv and summary.md.
+
+Every one says that it is NON-PRIVATE: it is computed from membership bits.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_dp import artifacts
+from lowrank_dp.artifacts import runs
+from lowrank_dp.mia.options import ATTACKS, SHADOW_ATTACKS
+from lowrank_dp.mia.report import Attack, Report
+
+LABEL = "NON-PRIVATE: computed from membership bits"
+
+
+def save(report: Report, folder: Path) -> None:
+    """Write the three files, each atomically."""
+    runs.write_json(folder / "report.json", as_json(report))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "is_member", *report.scores])
+    for row in zip(report.ids, report.is_member.astype(int), *report.scores.values(), strict=True):
+        writer.writerow([*row[:2], *(repr(float(value)) for value in row[2:])])
+    with artifacts.atomic_write(folder / "scores.csv") as file:
+        file.write(text.getvalue().encode())
+    columns, rows = table(report)
+    lines = [f"# Membership inference on {Path(report.model).name}", "", *header(report), "",
+             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+             *("| " + " | ".join(row) + " |" for row in rows), "", *footer(report), "", LABEL]
+    with artifacts.atomic_write(folder / "summary.md") as file:
+        file.write(("\n".join(lines) + "\n").encode())
+
+
+def show(report: Report, console: Console) -> None:
+    """Print it."""
+    for line in header(report):
+        console.print(line, highlight=False, soft_wrap=True)
+    columns, rows = table(report)
+    drawn = Table(*columns)
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+    for line in (*footer(report), LABEL):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def header(report: Report) -> list[str]:
+    """What was attacked, and the guards."""
+    members = int(report.is_member.sum())
+    losses = (f"; train loss {report.train_loss:.3g} / eval {report.eval_loss:.3g}"
+              if report.train_loss is not None else "")
+    untuned = ("untuned base: not known" if report.untuned is None else
+               f"untuned base AUC {_interval(report.untuned)}")
+    return [
+        f"model    {Path(report.model).name}: {report.description}{losses}",
+        f"records  {members:,} in / {len(report.is_member) - members:,} out, coins {report.coins}, "
+        f"overlap 0, copies left out {len(report.left_out):,}, near-duplicates across "
+        f"{len(report.near_duplicates):,}",
+        f"format   {report.format.description}",
+        f"learned  {report.learning.description}: "
+        f"{'better' if report.learning.better else 'NO better'} than chance (99%)",
+        f"shift    {report.shift}: blind AUC {_interval(report.blind)}, {untuned} (99%)",
+        f"control  {report.primary} against the coins dealt out anew: AUC "
+        f"{_interval(report.control)} (99%)",
+    ]
+
+
+def table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, an attack each; the primary is starred."""
+    rates = list(report.attacks[0].tpr)
+    columns = ["attack", "AUC [95%]"]
+    for rate in rates:
+        columns += [f"TPR@{float(rate):.3g} [95%]", "FPR got"]
+    columns.append("epsilon >=")
+    rows = []
+    for attack in report.attacks:
+        shadows = f" ({report.num_shadows})" if attack.name in SHADOW_ATTACKS else ""
+        star = "*" if attack.name == report.primary else ""
+        cells = [f"{attack.name}{star}{shadows}", _interval(attack.auc)]
+        for rate in rates:
+            cells += _tpr(attack, rate)
+        rows.append([*cells, f"{attack.epsilon.epsilon:.3g}"])
+    return columns, rows
+
+
+def footer(report: Report) -> list[str]:
+    """The verdict, the bound beside the accountant, and what the numbers do not say."""
+    claimed = ("none" if report.accountant_epsilon is None
+               else f"{report.accountant_epsilon:.4g} at delta {report.delta:.3g}")
+    one_run = ("" if report.one_run_epsilon is None
+               else f"; one-run audit {report.one_run_epsilon:.3g}")
+    lines = [
+        f"epsilon >= {report.lower_bound:.3g} (95%, {report.primary}, split threshold, delta "
+        f"{report.delta:.3g}{one_run}); accountant: {claimed}. Evidence, never a certificate.",
+        "single run, not a ranking: compare methods over at least 3 seeds",
+        f"verdict  {report.verdict}"]
+    if report.contradiction:
+        lines.append(f"CONTRADICTION: the lower bound {report.lower_bound:.3g} exceeds the "
+                     f"accountant's epsilon {report.accountant_epsilon:.4g}")
+    if report.unavailable:
+        lines.insert(0, "not made: " + "; ".join(f"{name} ({why})" for name, why
+                                                 in report.unavailable.items()))
+    return lines
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Everything but the scores, in JSON's own types."""
+    document = artifacts.plain(report)
+    document.pop("scores")
+    document["is_member"] = report.is_member.astype(int).tolist()
+    document["label"] = LABEL
+    document["contradiction"], document["lower_bound"] = report.contradiction, report.lower_bound
+    document["meaning"] = {attack.name: ATTACKS[attack.name] for attack in report.attacks}
+    return document
+
+
+def _interval(auc: Any) -> str:
+    return f"{auc.value:.3f} [{auc.ci[0]:.3f}, {auc.ci[1]:.3f}]"
+
+
+def _tpr(attack: Attack, rate: str) -> list[str]:
+    found = attack.tpr[rate]
+    if found is None:
+        return [f"n/a (needs {int(np.ceil(1 / float(rate))):,} out)", ""]
+    return [f"{found.tpr:.3f} [{found.ci[0]:.3f}, {found.ci[1]:.3f}]", f"{found.fpr:.4f}"]
