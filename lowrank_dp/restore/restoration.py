@@ -86,7 +86,7 @@ def restore_with_report(noisy: Tensor, noise_std: float, scheme: str = "optimal"
     plan = _plan(norm, noisy.shape, noise_std, scheme, method, below, false_spike_rate, options)
     restored, values = _run(plan, noisy)
     before = plan.norm.flatten().tolist()
-    after = torch.linalg.matrix_norm(restored).flatten().tolist()
+    after = _norms(restored).flatten().tolist()
     reports = []
     for s, norm_before, norm_after in zip(values, before, after, strict=True):
         top = None if s is None else float(s[0])
@@ -188,15 +188,21 @@ def _complete(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _finite_norm(noisy: Tensor) -> Tensor:
     """Frobenius norms (...,) of checked matrices: one pass where looking for NaN would take two."""
     _validate.matrix("noisy", noisy, check_finite=False)
-    norm = torch.linalg.matrix_norm(noisy.detach())
+    norm = _norms(noisy.detach())
+    if not bool(norm.isfinite().all()):
+        _validate.matrix("noisy", noisy)  # raises, unless the norm merely overflowed
+        raise ValueError(f"noisy must have a Frobenius norm that {noisy.dtype} can hold, got "
+                         "infinity")
+    return norm
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    """Frobenius norms (...,), also where an entry's square would vanish or overflow."""
+    norm = torch.linalg.matrix_norm(matrices)
     if bool(((norm > 1 / _ORDINARY) & (norm < _ORDINARY)).all()):
         return norm
-    _validate.matrix("noisy", noisy)
-    unit, scale = to_unit(noisy.detach())  # the squares may have vanished, or overflowed
-    norm = torch.linalg.matrix_norm(unit) * scale.squeeze(-1)
-    if bool(norm.isfinite().all()):
-        return norm
-    raise ValueError(f"noisy must have a Frobenius norm that {noisy.dtype} can hold, got infinity")
+    unit, scale = to_unit(matrices)
+    return torch.linalg.matrix_norm(unit) * scale.squeeze(-1)
 
 
 def _run(plan: _Plan, noisy: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -228,17 +234,17 @@ def _apply_to_unit(plan: _Plan, index: int, noisy: Tensor) -> tuple[Tensor, Tens
     """
     unit, scale = to_unit(noisy)
     size = float(scale)
-    level = plan.noise_std / size
-    if level > 0:  # beyond either end, more makes no difference
-        level = min(max(level, 1 / _ORDINARY), _ORDINARY)
-    to_level = level / plan.noise_std if plan.noise_std else 1.0
+    level = edge = trigger = 0.0
+    if plan.noise_std > 0:  # beyond either end, more makes no difference
+        level = min(max(plan.noise_std / size, 1 / _ORDINARY), _ORDINARY)
+        edge, trigger = (x / plan.noise_std * level for x in (plan.edge, plan.trigger))
     options = dict(plan.options)
     if plan.scheme == "oracle":
         options["values"] = options["values"].reshape(-1, min(plan.shape))[index] / size
     norm = torch.linalg.matrix_norm(unit)
     restored, s = _apply(
-        replace(plan, noise_std=level, edge=plan.edge * to_level, trigger=plan.trigger * to_level,
-                norm=norm, options=options), unit, norm)
+        replace(plan, noise_std=level, edge=edge, trigger=trigger, norm=norm, options=options),
+        unit, norm)
     return restored * size, None if s is None else s * size
 
 
