@@ -124,13 +124,13 @@ class Restoration:
                  for shape, (index, device) in shapes.items()}
         restore_gradients(trial, 1.0, scheme, **options)  # refuses bad options before training
         self._hook = self._inner.register_step_pre_hook(self._before_step)
-        self._inner.__getstate__ = _refuse_copy  # which copy, deepcopy and pickle call
+        vars(self._inner)["__getstate__"] = _refuse_copy  # copy, deepcopy and pickle call it
         _attached.add(self._inner)
 
     def remove(self) -> None:
         """Detach: later steps get their gradients as they are. The state stays readable."""
         self._hook.remove()
-        self._inner.__dict__.pop("__getstate__", None)
+        vars(self._inner).pop("__getstate__", None)
         _attached.discard(self._inner)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -223,9 +223,9 @@ class Restoration:
 
 
 def _refuse_copy() -> NoReturn:
-    raise ValueError("an optimizer with a restoration attached must not be copied or pickled: torch "
-                     "drops the hook, so the copy would step without restoration; remove() it, "
-                     "copy, and attach to each (optimizer.state_dict() can be saved as it is)")
+    raise ValueError("an optimizer with a restoration attached must not be copied or pickled: "
+                     "torch drops the hook, so the copy would step without restoration; remove() "
+                     "it, copy, and attach to each (optimizer.state_dict() can be saved as it is)")
 
 
 def _unwrap(optimizer: Any) -> Any:

@@ -16,7 +16,6 @@ from lowrank_dp.restore.schemes import EDGE_SCHEMES, SCHEMES, truncate
 from lowrank_dp.spectrum import random_matrix as rmt
 from lowrank_dp.spectrum.decomposition import to_unit
 
-
 _ORDINARY = 1e12  # a float32 holds its square and the inverse of that
 
 
