@@ -184,15 +184,12 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     if config.dropout and parallel.rank() > 0:  # snapshots hold the first process's generator only
         torch.manual_seed(draw_seed(
             setup.seed, f"dropout {state.stream} {state.step} {parallel.rank()}"))
-    chosen = _sample(setup, state.sampler)
-    if state.checks:
-        state.checks.sampled(chosen, state.sampler)
     with guards.diverging(state.step):
-        sums, norms = _clipped(setup, _micro_batches(setup, chosen), bound)
+        sums, norms = _clipped(setup, _sample(setup, state.sampler, state.checks), bound)
     if state.checks:
         state.checks.clipped(sums, norms)
-        if chosen and state.checks.closely(state.step):
-            state.checks.row_by_row(next(_batches(setup, chosen[:2])), lambda batch, bound:
+        if rows := state.checks.rows_to_compare(state.step):
+            state.checks.row_by_row(next(_batches(setup, rows)), lambda batch, bound:
                                     _clipped(setup, iter([batch]), bound)[0])
     guards.check_covered(setup.model, setup.optimizer, sums)
     clean, noisy = layout.noised(sums, None if config.non_private else (
@@ -227,26 +224,24 @@ def _clipped(setup: Setup, batches: Iterator[Batch | Idle], bound: float
         backend="compiled" if config.compile else "bookkeeping", reduce=setup.layout.reduce)
 
 
-def _sample(setup: Setup, generator: Generator) -> list[int]:
-    """Rows of one Poisson sample, the same on every process."""
-    # the first draws for all: what comes from the operating system can't be drawn alike twice
-    chosen, _ = parallel.from_first(_draw(setup, generator) if parallel.rank() == 0 else None)
-    return chosen
-
-
 def _batches(setup: Setup, chosen: Sequence[int]) -> Iterator[Batch]:
-    """Micro-batches of the chosen rows, on the device."""
+    """Micro-batches of some rows, on the device."""
     rows = [setup.rows[row] for row in chosen]
     for _, batch in micro_batches(rows, setup.config.micro_batch_size,
                                   setup.tokenizer.pad_token_id):
         yield {key: value.to(setup.config.device) for key, value in batch.items()}
 
 
-def _micro_batches(setup: Setup, chosen: Sequence[int]) -> Iterator[Batch | Idle]:
-    """Those of this process's share of the sample.
+def _sample(setup: Setup, generator: Generator, checks: StepChecks | None = None
+            ) -> Iterator[Batch | Idle]:
+    """Micro-batches of this process's share of one Poisson sample.
 
     Where processes share the model each has as many as the first, whose share is the largest.
     """
+    # the first draws for all: what comes from the operating system can't be drawn alike twice
+    chosen, _ = parallel.from_first(_draw(setup, generator) if parallel.rank() == 0 else None)
+    if checks:
+        checks.sampled(chosen, generator)
     world, size = parallel.world_size(), setup.config.micro_batch_size
     mine = chosen[parallel.rank()::world]
     yield from _batches(setup, mine)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from lowrank_dp.mechanism import Generator
@@ -22,7 +23,6 @@ from lowrank_dp.train.sampling_checks import SamplingCheck
 from lowrank_dp.train.setup import Setup
 
 _ROWS = 2  # of a step, whose gradients are compared with autograd's
-_TOLERANCE = {"float32": 0.01, "bf16": 0.1}  # of the bound: rounding of one row's gradient
 
 
 class StepChecks:
@@ -41,42 +41,46 @@ class StepChecks:
         self._sampling = SamplingCheck(setup.unit_rows, mechanism.sample_rate, config.steps)
         self._draws_noise = GeneratorCheck("noise", noise)
         self._draws_samples = GeneratorCheck("samples", sampler)
-        self._num_rows = 0
+        self._rows: list[int] = []
 
     def sampled(self, rows: Sequence[int], sampler: Generator) -> None:
         """The rows of the step's sample, over all processes."""
         if parallel.rank() == 0:
             self._draws_samples.check(sampler)
             self._sampling.check(rows, one_each=self._setup.config.unit == "group")
-        self._num_rows = len(rows)
+        self._rows = list(rows)
 
     def clipped(self, sums: Mapping[str, Tensor], norms: Tensor) -> None:
         """This process's clipped sums, and its rows' norms before."""
         bound = self._setup.mechanism.max_grad_norm
         if parallel.world_size() == 1:
-            if len(norms) != self._num_rows:
+            if len(norms) != len(self._rows):
                 raise ValueError("the step's sum is not over the rows of its sample: a row was "
                                  "left out, or counts twice, and the privacy stated would not hold")
             guards.check_sum(sums, float(norms.clamp(max=bound).sum()))
         else:
-            guards.check_sum(sums, self._num_rows * bound)
+            guards.check_sum(sums, len(self._rows) * bound)
 
     def closely(self, step: int) -> bool:
         """Whether this is the first step that is seen, or one that ends with an evaluation."""
         config = self._setup.config
         return self._first or step + 1 == config.steps or (step + 1) % config.eval_every == 0
 
+    def rows_to_compare(self, step: int) -> list[int]:
+        """Rows of the sample for :meth:`row_by_row`; none in most steps."""
+        config = self._setup.config
+        if not self.closely(step) or config.compile or self._setup.layout.all_work:
+            return []  # another graph would be compiled; all processes would have to take part
+        return self._rows[:_ROWS]
+
     def row_by_row(self, batch: Mapping[str, Tensor],
                    clip: Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]) -> None:
-        """The first rows of ``batch``, clipped as the step does it, against autograd."""
+        """Rows in ``batch``, clipped as the step does it, against autograd."""
         config, model = self._setup.config, self._setup.model
-        if config.compile or self._setup.layout.all_work:
-            return  # another graph would be compiled; all processes would have to take part
-        some = {key: value[:_ROWS] for key, value in batch.items()}
         training = model.training
         model.eval()
-        guards.check_clipping(model, some, self._setup.mechanism.max_grad_norm, clip,
-                              _TOLERANCE[config.precision])
+        guards.check_clipping(model, batch, self._setup.mechanism.max_grad_norm, clip,
+                              torch.bfloat16 if config.precision == "bf16" else None)
         model.train(training)
 
     def noised(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise: Generator,
@@ -84,9 +88,7 @@ class StepChecks:
         """The sums before and after the noise."""
         if parallel.rank() == 0:
             self._draws_noise.check(noise)
-        if self.closely(step):
-            self._noise.check_spectrum(clean, noisy)
-        self._noise.check(clean, noisy)
+        self._noise.check(clean, noisy, spectrum=self.closely(step))
 
     def assigned(self, noisy: Mapping[str, Tensor], step: int) -> None:
         """The gradients in ``.grad``: released sums, or one of them restored once more."""

@@ -55,18 +55,28 @@ class NoiseCheck:
         self._products = np.zeros((0, 0))
         self._seen = 0
 
-    def check(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor]) -> None:
-        """Look at one step; raise ``ValueError`` if its noise, or the run's, is not as stated."""
+    def check(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], *,
+              spectrum: bool = False) -> None:
+        """Look at one step; raise ``ValueError`` if its noise, or the run's, is not as stated.
+
+        ``spectrum``: look at one matrix's top singular value as well, which takes longer.
+        """
         names = [name for name, total in clean.items() if total.numel()]
         if not names:  # of shards, there may be fewer than processes
             return
         names.sort(key=lambda name: -clean[name].numel())
-        moments = np.array(torch.stack(
-            [self._moments(clean[name], noisy[name]) for name in names]).cpu())
-        prints = [np.array(torch.stack([_print(tensors[name]) for name in names]).cpu())
+        moments = torch.stack(
+            [self._moments(clean[name], noisy[name]) for name in names]).cpu().numpy()
+        prints = [torch.stack([_print(tensors[name]) for name in names]).cpu().numpy()
                   for tensors in (clean, noisy)]
         self._seen += 1
-        self._check_moments(names, [clean[name] for name in names], moments)
+        totals = [clean[name] for name in names]
+        entries = np.array([total.numel() for total in totals], dtype=float)
+        rounding = 2 * _EPS * (moments[:, 4] + np.sqrt(entries))  # norm of all entries' rounding
+        self._check_size(names, entries, rounding, moments[:, 0])
+        if spectrum:
+            self._check_spectrum(clean, noisy)
+        self._check_means(names, totals, rounding, moments)
         sizes = np.array([min(clean[name].numel(), _PRINT) for name in names])
         noise = (prints[1] - prints[0]) / self._std
         self._check_distribution(noise, prints[1] / self._std,
@@ -101,15 +111,20 @@ class NoiseCheck:
             self._watches[name] = Watch(kind, streams, self._steps, self._share)
         return self._watches[name]
 
-    def _check_moments(self, names: list[str], clean: list[Tensor], moments: np.ndarray) -> None:
-        entries = np.array([total.numel() for total in clean], dtype=float)
-        rounding = 2 * _EPS * (moments[:, 4] + np.sqrt(entries))  # norm of all entries' rounding
-        found = self._watch("size", evidence.squares, len(names)).add(
-            moments[:, 0], entries, mean=1.0,
-            slack=2 * rounding * np.sqrt(moments[:, 0]) + rounding**2 + 1e-6 * entries)
+    def _check_size(self, names: list[str], entries: np.ndarray, rounding: np.ndarray,
+                    squares: np.ndarray) -> None:
+        slack = 2 * rounding * np.sqrt(squares) + rounding**2 + 1e-6 * entries
+        found = self._watch("size", evidence.squares, len(names) + 1).add(
+            *(np.append(x, x.sum()) for x in (squares, entries)), mean=1.0,
+            slack=np.append(slack, slack.sum()))
         if found is not None:
-            self._refuse(f"noise has standard deviation that is too far from what is stated in "
-                         f"{names[found]}, and must have {self._std:.4g} within what chance allows")
+            where = names[found] if found < len(names) else "all tensors together"
+            self._refuse(f"noise has standard deviation that is not as stated in {where}, and "
+                         f"must have {self._std:.4g} within what chance allows")
+
+    def _check_means(self, names: list[str], clean: list[Tensor], rounding: np.ndarray,
+                     moments: np.ndarray) -> None:
+        entries = np.array([total.numel() for total in clean], dtype=float)
         found = self._watch("mean", evidence.normal, len(names)).add(
             moments[:, 1] / np.sqrt(entries), np.ones(len(names)), slack=rounding)
         if found is not None:
@@ -181,8 +196,8 @@ class NoiseCheck:
                 self._refuse(f"noise repeats that of {_ago(len(self._kept) - int(steps[-1]))}")
         self._kept.append(kept)
 
-    def check_spectrum(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor]) -> None:
-        """Refuse a top singular value that independent noise does not reach, in one matrix.
+    def _check_spectrum(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor]) -> None:
+        """Refuse a top singular value that independent noise does not reach, of one matrix.
 
         The level is ``noise_std * (sqrt(m) + sqrt(n) + t)``, which independent noise exceeds with a
         probability of exp(-t^2/2) at most (Gordon's bound with Gaussian concentration).
