@@ -81,7 +81,8 @@ def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
         new = image @ image[..., -width:, :].mT
         gram = torch.cat([torch.cat([gram, new[..., :-width, :]], -1), new.mT], -2)
 
-        s = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
+        # in float64: of a matrix of low rank, float32 leaves denormals, on which LAPACK may fail
+        s = torch.linalg.eigvalsh(gram.double()).flip(-1).clamp(min=0).sqrt().to(matrix.dtype)
         last_total, last_top, top = total, top, s[..., 0]
         empty = level is not None and bool((top <= level).all())
         total = torch.zeros_like(top) if empty else weight(s).sum(-1)
