@@ -1,5 +1,8 @@
 """The adapter against hand-restored gradients, Opacus's own noise, and its accountant."""
 
+import copy
+import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path

@@ -95,7 +95,7 @@ def test_every_scheme_on_every_structure():
             options = dict(OPTIONS.get(scheme, {}))
             if scheme == "oracle":
                 options["values"] = torch.linalg.svdvals(noisy) / 2
-            if scheme == "truncate" and any(word in name for word in ("equal", "block", "multiple")):
+            if scheme == "truncate" and any(w in name for w in ("equal", "block", "multiple")):
                 continue  # which three of equal values are kept is not determined
             for extra in ({}, {"below": "zero"}, {"false_spike_rate": 0.01}):
                 fast, exact = (restore(noisy, 1.0, scheme, method=method, **options, **extra)
@@ -126,7 +126,8 @@ def test_a_batch_with_such_matrices_among_ordinary_ones():
     """As one batch, the way a GPU takes it, and one by one."""
     ordinary = low_rank((300, 200), [200.0, 90.0]) + torch.randn(
         300, 200, generator=torch.Generator().manual_seed(0))
-    batch = torch.stack([ordinary, one_entry(), one_row(300, 200), low_rank((300, 200), [300.] * 30),
+    thirty = low_rank((300, 200), [300.0] * 30)
+    batch = torch.stack([ordinary, one_entry(), one_row(300, 200), thirty,
                          ordinary.flip(0)])
     want = torch.stack([by_numpy(noisy, 1.0) for noisy in batch])
     norms = torch.linalg.matrix_norm(batch)
