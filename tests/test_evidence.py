@@ -23,7 +23,8 @@ SHAPES = {"matrix": (48, 32), "bias": (48,), "head": (2, 32), "head.bias": (2,),
 
 def test_evidence_has_expectation_one_under_the_null():
     for count in (1, 3, 10, 200):
-        x = np.linspace(-60, 60, 240_001) * math.sqrt(count)
+        most = 16 * count + 20 * math.sqrt(count)  # the largest t moves the mass by 16 a draw
+        x = np.linspace(-most, most, 400_001)
         mass = np.exp(evidence.normal(x, np.full(x.shape, count)) + stats.norm.logpdf(
             x, scale=math.sqrt(count)))
         assert np.trapezoid(mass, x) == pytest.approx(1, abs=2e-3)
@@ -52,12 +53,12 @@ def test_evidence_is_within_the_tail_that_scipy_gives():
     level = 24.0
     x = np.linspace(0, 20, 20_001)
     first = x[np.argmax(evidence.normal(x, np.ones(x.shape)) >= level)]
-    assert 2 * stats.norm.sf(first) <= math.exp(-level) and first < 7.6
+    assert 2 * stats.norm.sf(first) <= math.exp(-level) and first < 8
     x = np.linspace(0, 3000, 300_001)
     found = evidence.squares(x, np.full(x.shape, 1000)) >= level
     low, high = x[found & (x < 1000)].max(), x[found & (x > 1000)].min()
     assert stats.chi2.cdf(low, 1000) + stats.chi2.sf(high, 1000) <= math.exp(-level)
-    assert 0.7 < low / 1000 and high / 1000 < 1.4
+    assert 0.6 < low / 1000 and high / 1000 < 1.5
 
 
 # Honest runs
