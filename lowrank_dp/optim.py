@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -61,7 +61,9 @@ def attach_restoration(optimizer: Any, scheme: str = "optimal", *,
             ``false_spike_rate``, and the scheme's own.
 
     Returns:
-        A handle, with ``remove()``, ``state_dict()`` and ``load_state_dict()``.
+        A handle, with ``remove()``, ``state_dict()`` and ``load_state_dict()``. While the
+        restoration is attached, the optimizer refuses to be copied or pickled. A new optimizer
+        that loads this one's ``state_dict()`` needs an attachment of its own.
 
     Raises:
         ValueError: here, on a bad argument, no noise, sharded parameters, or a second attachment;
@@ -122,11 +124,13 @@ class Restoration:
                  for shape, (index, device) in shapes.items()}
         restore_gradients(trial, 1.0, scheme, **options)  # refuses bad options before training
         self._hook = self._inner.register_step_pre_hook(self._before_step)
+        vars(self._inner)["__getstate__"] = _refuse_copy  # copy, deepcopy and pickle call it
         _attached.add(self._inner)
 
     def remove(self) -> None:
         """Detach: later steps get their gradients as they are. The state stays readable."""
         self._hook.remove()
+        vars(self._inner).pop("__getstate__", None)
         _attached.discard(self._inner)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -216,6 +220,12 @@ class Restoration:
                 parameters[index].grad = grad.to(parameters[index].grad.dtype)  # type: ignore
         self.reports = reports
         self._states.update(states)
+
+
+def _refuse_copy() -> NoReturn:
+    raise ValueError("an optimizer with a restoration attached must not be copied or pickled: "
+                     "torch drops the hook, so the copy would step without restoration; remove() "
+                     "it, copy, and attach to each (optimizer.state_dict() can be saved as it is)")
 
 
 def _unwrap(optimizer: Any) -> Any:

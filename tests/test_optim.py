@@ -1,5 +1,8 @@
 """The adapter against hand-restored gradients, Opacus's own noise, and its accountant."""
 
+import copy
+import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -476,3 +479,37 @@ def test_the_example_runs():
     assert len(lines) == 2
     assert epsilons[0] == epsilons[1]
     assert max(losses) < 1.3  # of 1.386 = log 4 untrained; the example claims no order
+
+
+def test_an_optimizer_with_a_restoration_refuses_to_be_copied():
+    """A copy would lose torch's hooks, and step without restoration."""
+    def pickled(optimizer):
+        return pickle.loads(pickle.dumps(optimizer))
+
+    def saved(optimizer):
+        torch.save(optimizer, io.BytesIO())
+        return copy.deepcopy(optimizer)
+
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        weight = torch.nn.Parameter(torch.zeros(4, 4))
+        optimizer = kind([weight], lr=1.0)
+        handle = attach_restoration(optimizer, mean_noise_std=1.0)
+        for copied in (copy.copy, copy.deepcopy, pickled, saved):
+            for thing in (optimizer, {"in": [optimizer]}, handle):
+                if copied is copy.copy and thing is not optimizer:
+                    continue  # which shares the optimizer
+                with pytest.raises(ValueError, match=r"^an optimizer with a restoration attached "
+                                   r"must not be copied .*remove\(\) it"):
+                    copied(thing)
+        state = copy.deepcopy(optimizer.state_dict())
+        handle.remove()
+        handle.remove()
+        for copied in (copy.copy, copy.deepcopy, pickled, saved):
+            other = copied(optimizer)
+            other.load_state_dict(state)
+            again = attach_restoration(other, mean_noise_std=1.0)
+            parameter = other.param_groups[0]["params"][0]
+            parameter.grad = torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0]))
+            other.step()
+            assert parameter.grad[0, 0] == pytest.approx(65**0.5) and not parameter.grad[1:].any()
+            again.remove()

@@ -9,6 +9,7 @@ snapshot with the same draws. Started by torchrun, its processes share the work 
 
     config  what is asked, checked          setup   data, model, mechanism, optimizer
     guards  what stops a run                state   what a snapshot holds
+    checks  the guards of privacy, by step  noise_checks, sampling_checks, evidence  what they test
     membership  who is trained on, and the manifest of it
     parallel  several processes     layout  copies or shards on them
     result  what a finished run leaves
@@ -34,6 +35,7 @@ from lowrank_dp.grads import Batch, Idle, clipped_sum_over
 from lowrank_dp.mechanism import Generator, uniform
 from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
 from lowrank_dp.train import guards, parallel
+from lowrank_dp.train.checks import StepChecks
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
 from lowrank_dp.train.setup import Setup, draw_seed, prepare
@@ -88,6 +90,7 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
                 _before_the_first(setup, state, folder)
                 with held_signals() as asked_to_stop:
                     _steps(setup, state, folder, show_progress, asked_to_stop)
+                guards.check_releases(folder.num_releases(), state.step)
                 result = result_of(setup, state, folder.num_releases(), _loss_on_members(setup))
                 save_run(setup, result, folder, _weights(setup) if keep_model else None)
             parallel.from_first({"result": artifacts.plain(result)})
@@ -134,11 +137,13 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
     """
     config, layout, first_step = setup.config, setup.layout, state.step
     movement = guards.MovementCheck(setup.trained)
+    if not config.non_private and (folder is not None or layout.all_work):
+        state.checks = StepChecks(setup, state.sampler, state.noise)
     left = range(state.step, config.steps)
     for step in progress(left, f"training {config.task}") if show_progress else left:
         if folder is not None:
             folder.begin_release(state.stream, step)
-        clean, noisy = take_step(setup, state)
+        take_step(setup, state)
 
         if step - first_step < MOVEMENT_STEPS:
             movement.note()
@@ -150,8 +155,6 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
         if folder is not None or layout.all_work:
             last = state.step == config.steps
             evaluating = last or state.step % config.eval_every == 0
-            if not config.non_private and (evaluating or step == first_step):
-                guards.check_noise(clean, noisy, setup.mechanism.noise_std)
             if evaluating:
                 _evaluate(setup, state, generate=last and config.generate)
             if last or stopping or state.step % config.snapshot_every == 0:
@@ -182,13 +185,17 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
         torch.manual_seed(draw_seed(
             setup.seed, f"dropout {state.stream} {state.step} {parallel.rank()}"))
     with guards.diverging(state.step):
-        sums, _ = clipped_sum_over(
-            setup.model, _sample(setup, state.sampler), bound,
-            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            backend="compiled" if config.compile else "bookkeeping", reduce=layout.reduce)
+        sums, norms = _clipped(setup, _sample(setup, state.sampler, state.checks), bound)
+    if state.checks:
+        state.checks.clipped(sums, norms)
+        if rows := state.checks.rows_to_compare(state.step):
+            state.checks.row_by_row(next(_batches(setup, rows)), lambda batch, bound:
+                                    _clipped(setup, iter([batch]), bound)[0])
     guards.check_covered(setup.model, setup.optimizer, sums)
     clean, noisy = layout.noised(sums, None if config.non_private else (
         lambda sums: mechanism.add_noise(sums, state.noise)))
+    if state.checks:
+        state.checks.noised(clean, noisy, state.noise, state.step)
 
     restoring = _clock(config)
     gradient = _restored(setup, state, noisy, clean)  # post-processing of noisy, but for an oracle
@@ -196,6 +203,8 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
 
     layout.assign(setup.trained, {name: total / config.batch_size
                                   for name, total in gradient.items()})
+    if state.checks:
+        state.checks.assigned(noisy, state.step)
     for group in setup.optimizer.param_groups:
         group["lr"] = setup.learning_rate(state.step)
     setup.optimizer.step()
@@ -205,25 +214,40 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     return clean, noisy
 
 
-def _sample(setup: Setup, generator: Generator) -> Iterator[Batch | Idle]:
+def _clipped(setup: Setup, batches: Iterator[Batch | Idle], bound: float
+             ) -> tuple[dict[str, Tensor], Tensor]:
+    """This process's clipped sums, and its rows' norms before."""
+    config = setup.config
+    return clipped_sum_over(
+        setup.model, batches, bound,
+        autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        backend="compiled" if config.compile else "bookkeeping", reduce=setup.layout.reduce)
+
+
+def _batches(setup: Setup, chosen: Sequence[int]) -> Iterator[Batch]:
+    """Micro-batches of some rows, on the device."""
+    rows = [setup.rows[row] for row in chosen]
+    for _, batch in micro_batches(rows, setup.config.micro_batch_size,
+                                  setup.tokenizer.pad_token_id):
+        yield {key: value.to(setup.config.device) for key, value in batch.items()}
+
+
+def _sample(setup: Setup, generator: Generator, checks: StepChecks | None = None
+            ) -> Iterator[Batch | Idle]:
     """Micro-batches of this process's share of one Poisson sample.
 
     Where processes share the model each has as many as the first, whose share is the largest.
     """
     # the first draws for all: what comes from the operating system can't be drawn alike twice
     chosen, _ = parallel.from_first(_draw(setup, generator) if parallel.rank() == 0 else None)
+    if checks:
+        checks.sampled(chosen, generator)
     world, size = parallel.world_size(), setup.config.micro_batch_size
-
-    def batches(chosen: list[int]) -> Iterator[Batch]:
-        rows = [setup.rows[row] for row in chosen]
-        for _, batch in micro_batches(rows, size, setup.tokenizer.pad_token_id):
-            yield {key: value.to(setup.config.device) for key, value in batch.items()}
-
     mine = chosen[parallel.rank()::world]
-    yield from batches(mine)
+    yield from _batches(setup, mine)
     missing = math.ceil(len(chosen[::world]) / size) - math.ceil(len(mine) / size)  # 0 or 1
     if setup.layout.all_work and missing:
-        yield from map(Idle, batches(chosen[:1]))
+        yield from map(Idle, _batches(setup, chosen[:1]))
 
 
 def _draw(setup: Setup, generator: Generator) -> list[int]:

@@ -1,18 +1,26 @@
-"""Checks that stop a run whose numbers would mean nothing: each names what it saw and the fix."""
+"""Checks that stop a run whose numbers would mean nothing: each names what it saw and the fix.
+
+``checks`` calls those of privacy in each step. They read clean gradients, in the training process
+only, and a message says nothing of their values.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_dp.spectrum.random_matrix import bulk_edge
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.restore import NON_PRIVATE_SCHEMES
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.noise_checks import NoiseCheck
 
 EXPLODED = 20.0  # times the loss before the first step
-DEVIATIONS = 6.0  # a false alarm of either noise check: at most 1 in 10^8
+ROUNDING = 1.01  # times the longest a sum may be: clip factors in bfloat16 are off by less
+SOME = 128  # entries of each gradient that are compared
 
 
 def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer,
@@ -58,39 +66,96 @@ def memory(micro_batch_size: int) -> Iterator[None]:
 
 
 def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_std: float) -> None:
-    """Refuse noise whose size or spectrum is not that of independent N(0, noise_std^2) entries.
+    """Refuse noise of one step that is not independent N(0, noise_std^2) in every entry."""
+    NoiseCheck(noise_std, steps=1).check(clean, noisy, spectrum=True)
 
-    What was added must have the nominal standard deviation over all entries (chi-squared), and in
-    one matrix a top singular value at the bulk edge: at most ``noise_std *
-    (sqrt(m) + sqrt(n) + t)`` but for a probability of exp(-t^2/2) (Gordon's bound with Gaussian
-    concentration), which correlated noise of the right size exceeds.
+
+def check_sum(clean: Mapping[str, Tensor], max_norm: float) -> None:
+    """Refuse a clipped sum that is longer, over all parameters, than its rows may make it."""
+    norms = torch.stack([torch.linalg.vector_norm(total).double().cpu() for total in clean.values()]
+                        or [torch.zeros(())])
+    if not float(torch.linalg.vector_norm(norms)) <= ROUNDING * max_norm:
+        raise ValueError("the clipped sum of a step is longer than the bound max_grad_norm for "
+                         "each of its rows allows: gradients are not clipped, or a row counts more "
+                         "than once, and the privacy stated would not hold")
+
+
+def check_clipping(model: nn.Module, batch: Mapping[str, Tensor], max_grad_norm: float,
+                   clip: Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]],
+                   autocast_dtype: torch.dtype | None = None) -> None:
+    """Compare ``clip(batch, bound)`` with gradients that autograd takes row by row.
+
+    The bound is ``max_grad_norm``, or less where it would not clip every row of ``batch``. The
+    difference may be a hundredth of the bound for each row, and a fifth under autocast.
     """
-    def added(name: str) -> Tensor:
-        return noisy[name].double() - clean[name].double()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    first = next(iter(trained.values()))
+    rows = max(len(value) for value in batch.values())
+    gradients = []
+    for row in range(rows):
+        alone = {key: value[row:row + 1] for key, value in batch.items()}
+        with torch.enable_grad(), torch.autocast(
+                first.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            found = torch.autograd.grad(model(**alone).loss, [*trained.values()], allow_unused=True)
+        gradients.append({name: torch.zeros_like(p) if grad is None else grad.detach()
+                          for (name, p), grad in zip(trained.items(), found, strict=True)})
+    norms = [math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+             for gradient in gradients]
+    if not all(0 < norm < math.inf for norm in norms):
+        return  # nothing to clip, or a loss that the step itself refuses
+    bound = min(max_grad_norm, min(norms) / 2)
+    error = 0.0
+    for name, total in clip(batch, bound).items():
+        want = sum(g[name].double() * (bound / norm)
+                   for g, norm in zip(gradients, norms, strict=True))
+        error += float((total.double() - want).square().sum())
+    tolerance = 0.01 if autocast_dtype is None else 0.2
+    if not math.sqrt(error) <= tolerance * bound * rows:
+        raise ValueError("clipped gradients of single rows are not those that autograd gives, each "
+                         "clipped over all parameters together to max_grad_norm: the privacy "
+                         "stated would not hold")
 
-    if not clean:  # of shards, there may be fewer than processes
-        return
-    count = sum(total.numel() for total in clean.values())
-    std = math.sqrt(sum(float(added(name).square().sum()) for name in clean) / count)
-    # float32 sums are exact to about 1e-6 of their largest entry
-    rounding = 1e-6 * max(float(total.abs().max()) for total in clean.values()) / noise_std
-    allowed = DEVIATIONS / math.sqrt(2 * count) + rounding
-    if not abs(std / noise_std - 1) <= allowed:
-        raise ValueError(f"noise has standard deviation {std:.4g} over {count:,} entries, and must "
-                         f"have {noise_std:.4g} within {allowed:.2%}: the privacy stated would not "
-                         "hold")
-    matrices = [name for name, total in clean.items() if total.ndim == 2]
-    if not matrices:
-        return
-    # the smallest of those large enough for the edge to be sharp
-    name = max(matrices, key=lambda name: (min(*clean[name].shape, 256), -clean[name].numel()))
-    noise = added(name)
-    short = noise if noise.shape[0] <= noise.shape[1] else noise.mT
-    top = math.sqrt(float(torch.linalg.eigvalsh(short @ short.mT)[-1]))
-    most = bulk_edge((noise.shape[0], noise.shape[1]), noise_std) + DEVIATIONS * noise_std
-    if top > most * (1 + rounding):
-        raise ValueError(f"noise of {name} has a singular value of {top:.4g}, and independent "
-                         f"noise stays below {most:.4g}: its entries are correlated")
+
+def check_gradient(parameters: Mapping[str, Tensor], expected: Mapping[str, Tensor],
+                   noise_std: float) -> None:
+    """Refuse gradients in ``.grad`` that are not ``expected``, by some entries of each."""
+    for name, want in expected.items():
+        grad = parameters[name].grad
+        some = want.flatten()[:SOME].double()
+        found = torch.full_like(some, math.nan) if grad is None else grad.flatten()[:SOME].double()
+        if not bool(((found - some).abs() <= 0.02 * (some.abs() + noise_std)).all()):
+            raise ValueError(f"the optimizer's gradient of {name} is not what the mechanism "
+                             "released: it may hold clean gradients, and the privacy stated would "
+                             "not hold")
+
+
+def check_mechanism(config: TrainConfig, mechanism: GaussianMechanism, num_units: int,
+                    delta: float) -> None:
+    """Refuse a mechanism, or a scheme, other than the configuration asks for."""
+    if config.scheme in NON_PRIVATE_SCHEMES and not config.diagnostic:
+        raise ValueError(f"scheme {config.scheme!r} reads clean gradients, so the run would not be "
+                         "private: choose another, or mark the run with diagnostic")
+    for name, found, asked in (
+            ("sample_rate", mechanism.sample_rate, config.batch_size / num_units),
+            ("max_grad_norm", mechanism.max_grad_norm, config.max_grad_norm),
+            ("noise_multiplier", mechanism.noise_multiplier,
+             mechanism.noise_multiplier if config.noise_multiplier is None
+             else config.noise_multiplier)):
+        if not math.isclose(found, asked, rel_tol=1e-9):
+            raise ValueError(f"{name} of the mechanism is {found:g}, and the configuration gives "
+                             f"{asked:g}: the privacy stated would not hold")
+    if config.epsilon is not None:
+        spent = mechanism.epsilon(config.steps, delta)
+        if not spent <= config.epsilon * (1 + 1e-6):
+            raise ValueError(f"noise_multiplier of the mechanism gives epsilon {spent:.6g} after "
+                             f"{config.steps} steps, more than {config.epsilon:g}")
+
+
+def check_releases(releases: int, steps: int) -> None:
+    """Refuse a ledger with fewer releases than steps were made."""
+    if releases < steps:
+        raise ValueError(f"the ledger holds {releases} releases, and {steps} steps were made: "
+                         "epsilon would be too small; start afresh in another folder")
 
 
 class MovementCheck:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from lowrank_dp.restore import LowPass
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.parallel import world_size
 from lowrank_dp.train.setup import Setup, draw_seed
+
+if TYPE_CHECKING:
+    from lowrank_dp.train.checks import StepChecks
 
 
 @dataclass
@@ -27,6 +30,7 @@ class State:
             device); one :class:`SecureRandom`, which has no state, where that was asked for.
         low_passes: running mean of each parameter's noisy gradients; empty without one.
         curve: evaluations so far. seconds, restore_seconds: spent in steps, and of it restoring.
+        checks: of the steps that this process makes, or None; not in a snapshot.
     """
 
     step: int
@@ -37,6 +41,7 @@ class State:
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     restore_seconds: float = 0.0
+    checks: StepChecks | None = None
 
 
 def environment(device: str) -> dict[str, str]:

@@ -1,0 +1,44 @@
+"""What a restoration is compared with: the clean gradient, or a subspace chosen beforehand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+from lowrank_dp.spectrum.decomposition import to_unit
+
+
+def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor:
+    """NON-PRIVATE: the ``values`` that scheme "oracle" takes, from the clean gradient.
+
+    Args:
+        noisy, clean: (..., m, n).
+        kind: "weights" gives ``diag(u^T clean v)`` in the noisy singular vectors, the best any
+            scheme can do; "profile" gives the clean singular values.
+
+    Returns:
+        (..., min(m, n)).
+    """
+    _validate.matrix("noisy", noisy)
+    if _validate.matrix("clean", clean).shape != noisy.shape:
+        _validate.fail("clean", f"a tensor of shape {tuple(noisy.shape)}", tuple(clean.shape))
+    if _validate.choice("kind", kind, ["weights", "profile"]) == "profile":
+        unit, scale = to_unit(clean)
+        return torch.linalg.svdvals(unit) * scale
+    u, _, vh = torch.linalg.svd(to_unit(noisy)[0], full_matrices=False)
+    return ((u.mT @ clean) * vh).sum(-1)
+
+
+def project(noisy: Tensor, basis: Tensor) -> Tensor:
+    """``basis basis^T noisy``: keep a subspace chosen beforehand, as GaLore does.
+
+    ``basis`` (..., m, k) has orthonormal columns and must come from public data or from gradients
+    already released (Zhao et al., arXiv 2403.03507; for DP-SGD with a public subspace see GEP, Yu
+    et al., arXiv 2102.12677, which also changes what is clipped). Noise and signal outside go.
+    """
+    _validate.matrix("noisy", noisy)
+    _validate.matrix("basis", basis)
+    if basis.shape[-2] != noisy.shape[-2]:
+        _validate.fail("basis", f"a tensor with {noisy.shape[-2]} rows", tuple(basis.shape))
+    return basis @ (basis.mT @ noisy)

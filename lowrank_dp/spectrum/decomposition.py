@@ -1,0 +1,132 @@
+"""Singular values of a matrix against its noise level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+from lowrank_dp.spectrum.random_matrix import bulk_edge
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular value decomposition of ``matrix`` (..., m, n) and the noise it was measured under.
+
+    Attributes:
+        u: (..., m, k) left singular vectors, k = min(m, n).
+        s: (..., k) singular values, descending.
+        vh: (..., k, n) right singular vectors, as rows.
+        noise_std: standard deviation of each entry's noise, absolute; 0 for a clean matrix.
+
+    The summaries below are floats for one matrix and tensors of the batch shape for several.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    noise_std: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the matrix."""
+        return self.u.shape[-2], self.vh.shape[-1]
+
+    @property
+    def edge(self) -> float:
+        """Bulk edge ``noise_std * (sqrt(m) + sqrt(n))``: pure noise stays below it."""
+        return bulk_edge(self.shape, self.noise_std)
+
+    @property
+    def num_above_edge(self) -> int | Tensor:
+        """How many singular values stand above the bulk edge."""
+        return _plain((self.s > self.edge).sum(-1))
+
+    @property
+    def entropy(self) -> float | Tensor:
+        """Shannon entropy, in nats, of the singular values normalised to sum to one."""
+        return _plain(self._entropy())
+
+    @property
+    def effective_rank(self) -> float | Tensor:
+        """exp(entropy), between 1 and min(m, n) (Roy & Vetterli 2007)."""
+        return _plain(self._entropy().exp())
+
+    def _entropy(self) -> Tensor:
+        p = self.s / self.s[..., :1]  # whose sum is at most min(m, n)
+        p = p / p.sum(-1, keepdim=True)
+        return -torch.xlogy(p, p).sum(-1)
+
+    @property
+    def stable_rank(self) -> float | Tensor:
+        """Squared Frobenius over squared operator norm, between 1 and min(m, n)."""
+        return _plain(((self.s / self.s[..., :1]) ** 2).sum(-1))
+
+    def overlap(self, clean: Spectrum) -> tuple[Tensor, Tensor]:
+        """Squared cosines between this spectrum's and ``clean``'s singular vectors, pair by pair.
+
+        Returns ``(left, right)``, each (..., k). NON-PRIVATE when ``clean`` comes from clean
+        gradients. Pairs are matched by index, so equal singular values blur them.
+        """
+        if clean.shape != self.shape:
+            _validate.fail("clean.shape", f"{self.shape}", clean.shape)
+        left = (self.u * clean.u).sum(-2) ** 2
+        right = (self.vh * clean.vh).sum(-1) ** 2
+        return left, right
+
+
+def _plain(value: Tensor):
+    return value.item() if value.ndim == 0 else value
+
+
+def decompose(matrix: Tensor, noise_std: float) -> Spectrum:
+    """Exact thin SVD of ``matrix`` (..., m, n), batched over leading axes, on its own device.
+
+    Args:
+        matrix: float32 or float64, finite, not all zero.
+        noise_std: standard deviation of each entry's noise, absolute (for a DP-SGD sum:
+            ``noise_multiplier * max_grad_norm``); 0 for a clean matrix.
+
+    Raises:
+        ValueError: on another shape or type, NaN or infinity, negative noise, or an all-zero
+            matrix, which has no spectrum.
+    """
+    _validate.matrix("matrix", matrix)
+    noise_std = _validate.real("noise_std", noise_std, low=0)
+    unit, scale = to_unit(matrix.detach())
+    if bool((unit == 0).all(-1).all(-1).any()):
+        raise ValueError("matrix must have a nonzero entry, got all zeros (no gradient reached it)")
+    u, s, vh = torch.linalg.svd(unit, full_matrices=False)
+    s = s * scale
+    if not bool(s.isfinite().all()):
+        raise ValueError(f"matrix must have singular values that {matrix.dtype} can hold, got "
+                         "infinity")
+    return Spectrum(u, s, vh, noise_std)
+
+
+def to_unit(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices (..., m, n) over powers of two (..., 1), which bring the largest entries to [1, 2).
+
+    What is squared afterwards neither overflows nor vanishes, and nothing is rounded. A matrix of
+    zeros stays as it is.
+    """
+    largest = matrices.abs().amax((-2, -1)).double()
+    exponent = torch.frexp(largest).exponent - 1
+    scale = torch.where(largest > 0, torch.exp2(exponent.double()), 1.0).to(matrices.dtype)
+    return matrices / scale[..., None, None], scale.unsqueeze(-1)
+
+
+def alignment(a: Tensor, b: Tensor) -> float:
+    """Cosine between two tensors of one shape; ``ValueError`` if one is all zero or not finite."""
+    _validate.floating("a", a)
+    _validate.floating("b", b)
+    if a.shape != b.shape:
+        _validate.fail("b.shape", f"{tuple(a.shape)}", tuple(b.shape))
+    a, b = (to_unit(x.double().reshape(1, -1))[0].flatten() for x in (a, b))
+    norms = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b))
+    for name, norm in zip("ab", norms, strict=True):
+        if norm == 0:
+            raise ValueError(f"{name} must have a nonzero entry: no angle to an all-zero matrix")
+    return float(a @ b) / (norms[0] * norms[1])

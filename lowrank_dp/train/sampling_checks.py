@@ -1,0 +1,79 @@
+"""Is each step's sample the Poisson sample that the accounting assumes? Looked at in every step.
+
+What a message says is the kind of fault, and of no unit whether it was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+
+from lowrank_dp.train import evidence
+from lowrank_dp.train.evidence import Watch
+
+FALSE_ALARMS = 5e-7  # of a run's samples; as much again is for its noise
+_FAMILIES = 4
+
+
+class SamplingCheck:
+    """Refuse samples in which units do not take part independently with the stated probability.
+
+    No unit may be in a sample twice. The number of units is compared with its binomial
+    distribution, its spread with that of one, the units common to two samples in a row with the
+    number expected, and each unit's share of the samples with the rate.
+
+    Args:
+        unit_rows: rows of each unit.
+        rate: probability with which a unit takes part.
+        steps: most steps of the run.
+    """
+
+    def __init__(self, unit_rows: Sequence[Sequence[int]], rate: float, steps: int) -> None:
+        self._unit_of = {row: unit for unit, rows in enumerate(unit_rows) for row in rows}
+        self._rows_of = [len(rows) for rows in unit_rows]
+        self._units, self._rate = len(unit_rows), rate
+        self._drawn = np.zeros(self._units)
+        self._steps, self._last = 0, np.zeros(0, dtype=int)
+        share = FALSE_ALARMS / _FAMILIES
+        if rate < 1:
+            by_rate = evidence.successes(rate)
+            self._count, self._common = (Watch(by_rate, 1, steps, share) for _ in range(2))
+            self._even = Watch(evidence.too_even(self._units, rate), 1, steps, share)
+            self._each, self._level = by_rate, np.log(self._units / share)
+
+    def check(self, rows: Sequence[int], *, one_each: bool) -> None:
+        """Look at one step's sample; raise ``ValueError`` if it, or the run's, is not as stated.
+
+        ``one_each``: a unit takes part with one of its rows, not with all of them.
+        """
+        units = np.array([self._unit_of[row] for row in rows], dtype=int)
+        most = np.ones(self._units) if one_each else np.array(self._rows_of)
+        times = np.bincount(units, minlength=self._units)
+        if len(set(rows)) < len(rows) or bool((times > most).any()):
+            self._refuse("has a unit twice")
+        units = np.unique(units)
+        self._steps += 1
+        self._drawn[units] += 1
+        size = np.array([float(len(units))])
+        if self._rate == 1:
+            if len(units) < self._units:
+                self._refuse("lacks a unit though the rate is 1")
+            return
+        if self._count.add(size, np.array([self._units]), mean=self._rate) is not None:
+            self._refuse(f"has another size than a rate of {self._rate:.4g} gives")
+        common = np.array([float(len(np.intersect1d(units, self._last, assume_unique=True)))])
+        if self._common.add(common, np.array([len(self._last)]), mean=self._rate) is not None:
+            self._refuse("depends on the sample of the step before")
+        self._last = units
+        spread = evidence.spread(size, self._units, self._rate)
+        if self._even.add(spread, np.ones(1)) is not None:
+            self._refuse("is of a fixed size, not a Poisson sample")
+        ends = np.array([self._drawn.min(), self._drawn.max()])
+        if bool((self._each(ends, np.full(2, self._steps)) >= self._level).any()):
+            self._refuse("takes a unit more or less often than the others")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"the sample {what}: units must take part independently, each with the "
+                         "same probability, and the privacy stated would not hold")
