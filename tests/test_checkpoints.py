@@ -211,7 +211,7 @@ def test_weights_that_are_not_on_disk_are_refused_by_name(tmp_path):
     headless = tmp_path / "headless"
     shutil.copytree(base, headless)
     drop(headless, "classifier.weight", "classifier.bias")
-    with pytest.raises(ValueError, match=r"no weights for classifier.bias, classifier.weight: they"):
+    with pytest.raises(ValueError, match=r"no weights for classifier.bias, classifier.weight: th"):
         load_model(headless, new_head=False)
     assert "head new: classifier.bias, classifier.weight" in describe(load_model(headless)[0])
     with pytest.raises(ValueError, match=r"classifier.bias is \(3,\), not \(5,\)") as caught:
@@ -390,7 +390,7 @@ def test_an_adapter_on_part_of_the_head(tmp_path):
     assert model.config.num_labels == 3
     assert torch.equal(logits(model), plain)
     headless = save_base(tmp_path / "headless", "roberta")
-    with pytest.raises(ValueError, match=r"have no weights for classifier.dense.bias, .* at random"):
+    with pytest.raises(ValueError, match=r"have no weights for classifier.dense.bias, .*at random"):
         load_model(tmp_path / "adapter", kind="classification", num_labels=3, base=str(headless))
 
 
@@ -522,5 +522,5 @@ def test_damaged_weights_are_named(tmp_path):
             assert "\n" not in str(caught.value)
         file.write_bytes(good)
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
-    with pytest.raises(ValueError, match=r"must hold part.safetensors, which model.safetensors.ind"):
+    with pytest.raises(ValueError, match=r"must hold part.safetensors, which model.safetensors"):
         load_model(base, task=TASK)
