@@ -143,7 +143,7 @@ def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
         # a Longformer's last bits differ from call to call
         torch.testing.assert_close(logits(plain), expected, rtol=1e-5, atol=1e-5)
         assert plain.config.id2label[0] in ("entailment", "LABEL_0")
-        with pytest.raises(ValueError, match="has no weights for .* drawn at random"):
+        with pytest.raises(ValueError, match=r"has no weights for .* drawn at random"):
             load_model(base, task=TASK, new_head=False)
 
 
@@ -152,7 +152,7 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
     for name in FAMILIES:
         base = save_base(tmp_path / name, name)
         _, report = SEQUENCE.from_pretrained(base, num_labels=3, output_loading_info=True)
-        pattern = r"(norm|ln_|in_proj|q_lin).*weight"
+        pattern = r"weight$" if name == "mobilebert" else r"([nN]orm|ln_|in_proj|q_lin).*weight"
         model, _ = load_model(base, kind="classification", num_labels=3, train_layers=pattern)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         head = set(head_state(model))
@@ -211,7 +211,7 @@ def test_weights_that_are_not_on_disk_are_refused_by_name(tmp_path):
     headless = tmp_path / "headless"
     shutil.copytree(base, headless)
     drop(headless, "classifier.weight", "classifier.bias")
-    with pytest.raises(ValueError, match="no weights for classifier.bias, classifier.weight: they"):
+    with pytest.raises(ValueError, match=r"no weights for classifier.bias, classifier.weight: th"):
         load_model(headless, new_head=False)
     assert "head new: classifier.bias, classifier.weight" in describe(load_model(headless)[0])
     with pytest.raises(ValueError, match=r"classifier.bias is \(3,\), not \(5,\)") as caught:
@@ -229,8 +229,8 @@ def test_a_pooler_that_an_earlier_version_did_not_save_is_refused(tmp_path):
     drop(tmp_path / "run", *(f"base_model.model.bert.pooler.dense.{n}" for n in ("weight", "bias")),
          file="adapter_model.safetensors")
     edit_json(tmp_path / "run" / "adapter_config.json", modules_to_save=["classifier"])
-    with pytest.raises(ValueError, match="have no weights for bert.pooler.dense.bias, "
-                                         "bert.pooler.dense.weight: they would be drawn"):
+    with pytest.raises(ValueError, match=r"have no weights for bert.pooler.dense.bias, "
+                                         r"bert.pooler.dense.weight: they would be drawn"):
         load_model(tmp_path / "run", task=TASK)
 
 
@@ -250,13 +250,13 @@ def test_initial_head_holds_the_new_pooler_too(tmp_path):
         assert torch.equal(logits(reference), expected)
     save_file({k: v for k, v in state.items() if "pooler" not in k},
               folder / "initial_head.safetensors")
-    with pytest.raises(ValueError, match="must hold what the base .* lacks, bert.pooler.dense"):
+    with pytest.raises(ValueError, match=r"must hold what the base .* lacks, bert.pooler.dense"):
         load_reference(folder, {"model": str(base), "seed": 9}, TASK)
     (folder / "initial_head.safetensors").write_bytes(b"\xff" * 40)
-    with pytest.raises(ValueError, match="initial_head.safetensors could not be loaded"):
+    with pytest.raises(ValueError, match=r"initial_head.safetensors could not be loaded"):
         load_reference(folder, {"model": str(base), "seed": 9}, TASK)
     (folder / "initial_head.safetensors").unlink()
-    with pytest.raises(ValueError, match="base: model .* has no weights for .*leave out the att"):
+    with pytest.raises(ValueError, match=r"base: model .* has no weights for .*leave out the att"):
         load_reference(folder, {"model": str(base), "seed": 9}, TASK)
     own = save_base(tmp_path / "own", "bert", SEQUENCE, num_labels=3)
     reference = load_reference(folder, {"model": str(own), "seed": 9}, TASK)
@@ -390,7 +390,7 @@ def test_an_adapter_on_part_of_the_head(tmp_path):
     assert model.config.num_labels == 3
     assert torch.equal(logits(model), plain)
     headless = save_base(tmp_path / "headless", "roberta")
-    with pytest.raises(ValueError, match="have no weights for classifier.dense.bias, .* at random"):
+    with pytest.raises(ValueError, match=r"have no weights for classifier.dense.bias, .*at random"):
         load_model(tmp_path / "adapter", kind="classification", num_labels=3, base=str(headless))
 
 
@@ -400,7 +400,7 @@ def test_an_adapter_whose_base_lacks_layers_is_refused(tmp_path):
     assert torch.equal(logits(load_model(tmp_path / "adapter", task=TASK)[0]), expected)
     moved = tmp_path / "moved"
     shutil.move(base, moved)
-    with pytest.raises(ValueError, match="base of adapter .*or give another as base"):
+    with pytest.raises(ValueError, match=r"base of adapter .*or give another as base"):
         load_model(tmp_path / "adapter", task=TASK)
     model, _ = load_model(tmp_path / "adapter", task=TASK, base=str(moved))
     assert torch.equal(logits(model), expected)
@@ -477,7 +477,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
     adapt(base, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
     assert load_tokenizer(str(tmp_path / "adapter"))("film")["input_ids"] == load_tokenizer(
         str(base))("film")["input_ids"]
-    with pytest.raises(ValueError, match="could|hold|must"):
+    with pytest.raises(ValueError, match=r"could|hold|must"):
         load_tokenizer(str(tmp_path / "adapter"), base=str(tmp_path / "nowhere"))
 
 
@@ -522,5 +522,5 @@ def test_damaged_weights_are_named(tmp_path):
             assert "\n" not in str(caught.value)
         file.write_bytes(good)
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
-    with pytest.raises(ValueError, match="must hold part.safetensors, which model.safetensors.ind"):
+    with pytest.raises(ValueError, match=r"must hold part.safetensors, which model.safetensors"):
         load_model(base, task=TASK)

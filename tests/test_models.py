@@ -265,7 +265,7 @@ def test_broken_folders_fail_in_one_line(folders, tmp_path):
         load_model(tmp_path)
     wrong = json.loads((folders / "gpt2/config.json").read_text()) | {"n_layer": 3}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match="has no weights for transformer.h.2.* drawn at random"):
+    with pytest.raises(ValueError, match=r"has no weights for transformer.h.2.* drawn at random"):
         load_model(tmp_path)     # a block without weights is not silently drawn at random
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match="could not be loaded") as caught:
@@ -355,7 +355,7 @@ def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
 @pytest.mark.slow
 def test_tiny_learns_the_generated_sentiment():
     task = load_task("generated")
-    with pytest.raises(ValueError, match="tiny has no weights for classifier.*drawn at random"):
+    with pytest.raises(ValueError, match=r"tiny has no weights for classifier.*drawn at random"):
         load_model("tiny", task=task, new_head=False)
     model, tokenizer = load_model("tiny", task=task)
     assert describe(model).endswith("head new: classifier.bias, classifier.weight")

@@ -199,7 +199,7 @@ def _fold(name: str) -> str:
 
 
 def _number(name: str) -> int | None:
-    """k of ``LABEL_k`` and of ``k``."""
+    """The k of ``LABEL_k`` and of ``k``."""
     found = re.fullmatch(r"(?:label_)?(\d{1,4})", _fold(name))
     return int(found[1]) if found else None
 

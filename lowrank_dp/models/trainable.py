@@ -55,8 +55,8 @@ def _narrow(model: nn.Module, names: list[str], train_layers: int | str | None) 
     everything = [name for name, _ in model.named_parameters()]
     start = next(i for i, name in enumerate(everything) if _inside(name, found[first]))
     before = [module for block in found[:first] for module in block]
-    kept = {name for name in everything[start:] if not _inside(name, before)}
-    return [name for name in names if name in kept]
+    after = {name for name in everything[start:] if not _inside(name, before)}
+    return [name for name in names if name in after]
 
 
 def add_lora(model: Any, rank: int, alpha: float, init: str, target_modules: list[str] | None,
