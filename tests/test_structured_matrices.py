@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dp.restore import SCHEMES, oracle_values, restore, restore_with_report, restoration
+from lowrank_dp.restore import SCHEMES, oracle_values, restoration, restore, restore_with_report
 from lowrank_dp.spectrum import alignment, decompose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,5 +189,5 @@ def test_a_batch_of_unlike_units():
 
 def test_singular_values_that_the_type_cannot_hold_are_refused():
     for function in (decompose, restore):
-        with pytest.raises(ValueError, match="that torch.float32 can hold, got infinity"):
+        with pytest.raises(ValueError, match=r"that torch\.float32 can hold, got infinity"):
             function(torch.full((200, 300), 3e38), 1.0)

@@ -81,8 +81,7 @@ def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
         new = image @ image[..., -width:, :].mT
         gram = torch.cat([torch.cat([gram, new[..., :-width, :]], -1), new.mT], -2)
 
-        # in float64: of a matrix of low rank, float32 leaves denormals, on which LAPACK may fail
-        s = torch.linalg.eigvalsh(gram.double()).flip(-1).clamp(min=0).sqrt().to(matrix.dtype)
+        s = _eigenvalues(gram).flip(-1).clamp(min=0).sqrt()
         last_total, last_top, top = total, top, s[..., 0]
         empty = level is not None and bool((top <= level).all())
         total = torch.zeros_like(top) if empty else weight(s).sum(-1)
@@ -109,6 +108,14 @@ def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
     squares, rotation = torch.linalg.eigh(exact @ exact.mT)
     s = squares.flip(-1).clamp(min=0).sqrt()
     return Leading(basis, image, rotation.flip(-1).to(matrix.dtype), s.to(matrix.dtype))
+
+
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """Ascending; of a matrix of low rank, float32 leaves denormals, on which LAPACK may fail."""
+    try:
+        return torch.linalg.eigvalsh(gram)
+    except torch.linalg.LinAlgError:
+        return torch.linalg.eigvalsh(gram.double()).to(gram.dtype)
 
 
 def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator
