@@ -152,10 +152,8 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
                        - math.log(noise_multiplier * math.sqrt(2 * math.pi) / interval))
         power = order * loss
         growth = np.maximum(power, 0) + np.log(-np.expm1(-np.abs(power)) + 1e-300)
-        with np.errstate(all="ignore"):  # what overflows is not finite, and so left out
-            moment, sign = special.logsumexp(log_density + growth, b=np.sign(power),
-                                             return_sign=True)
-        found[i] = max(float(np.logaddexp(0, moment)) if sign > 0 else 0.0, 0.0) / (order - 1)
+        moment = _log_sum(log_density + growth, np.sign(power))
+        found[i] = float(np.logaddexp(0, moment)) / (order - 1)
     return found
 
 
@@ -200,7 +198,7 @@ def _composed_epsilon(one: Any, steps: int, delta: float) -> float:
         log_one = np.log(np.maximum(one._probs, 0.0))
     tilt = _tilt(log_one, interval, one._lower_loss, steps, delta)
     log_tilted = log_one + tilt * interval * (one._lower_loss + np.arange(len(log_one)))
-    log_mass = float(special.logsumexp(log_tilted))
+    log_mass = _log_sum(log_tilted)
     tilted = np.exp(log_tilted - log_mass)
     lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
@@ -225,7 +223,7 @@ def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: 
 
     def chernoff(log_theta: float) -> float:
         theta = math.exp(log_theta)
-        log_mass = float(special.logsumexp(log_blocks + theta * losses))
+        log_mass = _log_sum(log_blocks + theta * losses)
         return (steps * log_mass - math.log(delta)) / theta
 
     grid = np.linspace(math.log(1e-3), math.log(1e9), 56)
@@ -251,6 +249,13 @@ def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: fl
         return math.inf
     share = (goal - at[j + 1]) / (at[j] - at[j + 1])
     return max(0.0, float(losses[j + 1]) + math.log1p(-share * shrink))
+
+
+def _log_sum(logs: np.ndarray, signs: np.ndarray | float = 1.0) -> float:
+    """log of the sum of ``signs * exp(logs)``; -inf where that is not positive."""
+    largest = float(logs.max())
+    total = float((signs * np.exp(logs - largest)).sum())
+    return largest + math.log(total) if total > 0 else -math.inf
 
 
 @contextmanager
