@@ -6,8 +6,9 @@ a Poisson sample of rate q; neighbours differ by adding or removing one unit. Th
 - *exact*: without sampling (q = 1), T steps are one Gaussian mechanism of noise multiplier
   sigma / sqrt(T), whose privacy profile is known (Balle & Wang 2018, theorem 8). It also bounds
   every q < 1.
-- *PLD*: dp-accounting's discretised privacy-loss distribution of one step (connect the dots,
-  Doroshenko et al. 2022), which is pessimistic at every interval, composed by a Fourier transform.
+- *PLD*: the discretised privacy-loss distribution of one step (connect the dots, Doroshenko et al.
+  2022), which is pessimistic at every interval, composed by a Fourier transform. It is
+  dp-accounting's distribution, which that package computes point by point in Python.
 - *RDP*: Renyi DP (Mironov, Talwar & Zhang 2019), with the conversion of Canonne, Kamath & Steinke
   2020.
 
@@ -19,22 +20,17 @@ is then relative to delta.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from dp_accounting.pld import common, privacy_loss_distribution
+from dp_accounting.pld import common
 from dp_accounting.rdp import rdp_privacy_accountant
 from scipy import fft, optimize, signal, special
 
 INTERVAL = 1e-3  # of the discretised privacy loss, at most, for an epsilon up to 200
 _CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
-_OF_ONE_STEP = 0.1  # interval, in standard deviations of one step's loss
 _ORDERS = np.array([1.02, 1.035, 1.05, 1.075, *(1 + x / 10 for x in range(1, 20)),
                     *(3 + x / 2 for x in range(18)), *range(12, 64),
                     *(64 * 1.18**k for k in range(60))])
@@ -68,7 +64,8 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
     if sample_rate == 1 or not 0 < found.epsilon < math.inf:
         return found
     interval = math.inf
-    while (finer := _interval(noise_multiplier, sample_rate, found.epsilon)) < 0.7 * interval:
+    while (finer := _interval(noise_multiplier, sample_rate, steps, delta,
+                              found.epsilon)) < 0.7 * interval:
         interval = finer
         by_pld = loss_epsilon(noise_multiplier, sample_rate, steps, delta, interval)
         if not by_pld <= found.epsilon:
@@ -165,45 +162,81 @@ def loss_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
 
     Losses whose probability over all steps is below a thousandth of delta count as infinite.
     """
-    with _quiet():
-        try:
-            distribution: Any = privacy_loss_distribution.from_gaussian_mechanism(
-                noise_multiplier, sampling_prob=sample_rate,
-                value_discretization_interval=interval,
-                log_mass_truncation_bound=math.log(delta / steps) - 7)
-        except (ArithmeticError, ValueError):  # noise so small that its exponentials overflow
-            return math.inf
-    # its own composition has no tilt, so that the distributions of one step are taken out
-    return max(_composed_epsilon(one.to_dense_pmf(), steps, delta)
-               for one in (distribution._pmf_remove, distribution._pmf_add))
+    reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
+    return max(_composed_epsilon(*_one_step(noise_multiplier, sample_rate, interval, reach, sign),
+                                 interval, steps, delta) for sign in (1, -1))
 
 
-def _interval(noise_multiplier: float, sample_rate: float, epsilon: float) -> float:
+def _interval(noise_multiplier: float, sample_rate: float, steps: int, delta: float,
+              epsilon: float) -> float:
     """The interval that leaves epsilon within a percent of its limit; larger past epsilon 200.
 
     A loss that lies between two points is moved to both, which adds about E|loss| * interval to
-    one step's variance.
+    one step's variance: little beside that variance, or too little to move epsilon.
     """
     spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
-    finest = max(epsilon / _CELLS, 1e-9)
-    return max(finest, min(INTERVAL, _OF_ONE_STEP * spread, epsilon / 50))
+    mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))
+    enough = max(0.1 * spread, 0.05 * epsilon**2 / (steps * mean * math.log(1 / delta)))
+    return max(epsilon / _CELLS, 1e-9, min(INTERVAL, enough, epsilon / 50))
 
 
-def _composed_epsilon(one: Any, steps: int, delta: float) -> float:
-    """Epsilon at ``delta`` of ``steps`` independent losses of the distribution ``one``."""
-    interval, lost = one._discretization, -math.expm1(steps * math.log1p(-one._infinity_mass))
+def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reach: float, sign: int
+              ) -> tuple[int, np.ndarray, float]:
+    """The loss of one step, for a removed unit (``sign`` 1) or an added one (-1).
+
+    Returns:
+        The lowest loss in intervals, the probabilities of it and those that follow, and that of an
+        infinite loss. The hockey-stick divergence delta(epsilon) is exact at every point, and
+        linear in exp(epsilon) between them, which is never below (Doroshenko et al. 2022).
+    """
+    def loss(x: float) -> float:
+        log_ratio = (x - 0.5) / noise_multiplier**2
+        return sign * float(np.logaddexp(math.log1p(-sample_rate),
+                                         math.log(sample_rate) + log_ratio))
+
+    # on each side as far as the noise of either neighbour reaches
+    ends = sorted([loss(-reach * noise_multiplier), loss(1 + reach * noise_multiplier)])
+    lowest, highest = math.floor(ends[0] / interval), math.ceil(ends[1] / interval)
+    epsilon = interval * np.arange(lowest, max(highest, lowest + 1) + 1)
+    growth = np.expm1(sign * epsilon) + sample_rate  # of exp(loss), over 1 - sample_rate
+    inside = growth > 0
+    x = noise_multiplier * np.log(growth[inside] / sample_rate) + 0.5 / noise_multiplier
+    weight = sign * (1.0 if sign > 0 else np.exp(epsilon[inside]))
+    above, below = np.zeros(len(epsilon)), np.zeros(len(epsilon))
+    above[inside] = weight * (sample_rate * special.ndtr(sign * (1 / noise_multiplier - x))
+                              - growth[inside] * special.ndtr(-sign * x))
+    below[inside] = weight * (growth[inside] * special.ndtr(sign * x)
+                              - sample_rate * special.ndtr(sign * (x - 1 / noise_multiplier)))
+    # delta is above, or 1 - exp(epsilon) + below: for losses < 0 the latter has no difference of
+    # numbers near 1, and the same bends, since 1 - exp(epsilon) is linear in exp(epsilon)
+    negative = epsilon < 0
+    delta = np.where(negative, below - np.expm1(epsilon), above)
+    rest = np.where(negative, below, above + np.expm1(epsilon))
+    scale = math.expm1(interval)
+    bends = [(np.diff(f)[1:] - np.diff(f)[:-1] * math.exp(interval)) / scale for f in (delta, rest)]
+    probabilities = np.concatenate([
+        [(rest[1] - rest[0]) / scale - rest[0]], np.where(negative[1:-1], bends[1], bends[0]),
+        [(delta[-1] - delta[-2]) / math.expm1(-interval)]])
+    return lowest, np.maximum(probabilities, 0.0), max(float(delta[-1]), 0.0)
+
+
+def _composed_epsilon(lowest: int, probabilities: np.ndarray, infinite: float, interval: float,
+                      steps: int, delta: float) -> float:
+    """Epsilon at ``delta`` of ``steps`` independent losses of one distribution."""
+    lost = -math.expm1(steps * math.log1p(-infinite))
     if lost >= delta:
         return math.inf
     with np.errstate(divide="ignore"):
-        log_one = np.log(np.maximum(one._probs, 0.0))
-    tilt = _tilt(log_one, interval, one._lower_loss, steps, delta)
-    log_tilted = log_one + tilt * interval * (one._lower_loss + np.arange(len(log_one)))
+        log_one = np.log(probabilities)
+    tilt = _tilt(log_one, interval, lowest, steps, delta)
+    log_tilted = log_one + tilt * interval * (lowest + np.arange(len(log_one)))
     log_mass = _log_sum(log_tilted)
     tilted = np.exp(log_tilted - log_mass)
-    lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
+    with np.errstate(over="ignore"):  # at orders that are then not the best
+        lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
     composed = np.roll(fft.irfft(fft.rfft(tilted, size)**steps, size), -lower)[:upper - lower + 1]
-    losses = interval * (steps * one._lower_loss + lower + np.arange(len(composed)))
+    losses = interval * (steps * lowest + lower + np.arange(len(composed)))
     centre = float(losses[np.argmax(composed)])
     kept = tilt * (losses - centre) > -600
     losses = losses[kept]
@@ -256,15 +289,3 @@ def _log_sum(logs: np.ndarray, signs: np.ndarray | float = 1.0) -> float:
     largest = float(logs.max())
     total = float((signs * np.exp(logs - largest)).sum())
     return largest + math.log(total) if total > 0 else -math.inf
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of dp-accounting's, whose limits the bounds here allow for."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
