@@ -285,7 +285,7 @@ def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: fl
 
 
 def _log_sum(logs: np.ndarray, signs: np.ndarray | float = 1.0) -> float:
-    """log of the sum of ``signs * exp(logs)``; -inf where that is not positive."""
+    """Logarithm of the sum of ``signs * exp(logs)``; -inf where that is not positive."""
     largest = float(logs.max())
     total = float((signs * np.exp(logs - largest)).sum())
     return largest + math.log(total) if total > 0 else -math.inf

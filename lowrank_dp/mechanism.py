@@ -173,7 +173,7 @@ class GaussianMechanism:
             return math.log(min(max(spent, 1e-300), 1e300) / epsilon)
 
         high = 1.0
-        while accounting.quick_bound(high, *setting).epsilon > epsilon:  # cheap, and never below bound
+        while accounting.quick_bound(high, *setting).epsilon > epsilon:  # cheap, never below
             high *= 2
             if high > _MOST_NOISE:
                 raise ValueError(f"epsilon = {epsilon:g} at delta = {delta:g} cannot be met in "

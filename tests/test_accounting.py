@@ -1,4 +1,4 @@
-"""Bounds on epsilon, against exact profiles (mpmath), dp-accounting's PLD and RDP, and themselves."""
+"""Bounds on epsilon, against exact profiles by mpmath and against dp-accounting."""
 
 import json
 import math

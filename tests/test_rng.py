@@ -1,4 +1,4 @@
-"""Random numbers: the secure generator's bits, laws and replay, and what an attacker can predict."""
+"""The secure generator's bits, laws and replay, and what an attacker can predict."""
 
 import copy
 import math
@@ -110,10 +110,10 @@ def test_no_two_generators_share_a_sequence():
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     for key in (b"short", "sixteen bytes ok", 5):
-        with pytest.raises(ValueError, match="^key must be 16 bytes"):
+        with pytest.raises(ValueError, match=r"^key must be 16 bytes"):
             SecureRandom(key)
     for state in (torch.zeros(31, dtype=torch.uint8), torch.zeros(32), torch.zeros(5056).byte()):
-        with pytest.raises(ValueError, match="^state must be 32 bytes"):
+        with pytest.raises(ValueError, match=r"^state must be 32 bytes"):
             SecureRandom.from_state(state)
 
 
@@ -244,7 +244,7 @@ def solved(rows, unknowns):
 
 
 def test_a_twister_can_be_predicted_from_its_draws_and_the_secure_generator_not():
-    """The noise of the next release, exactly; though all 624 words were the system's random bits."""
+    """The noise of the next release, exactly, though all 624 words were random bits."""
     mechanism = GaussianMechanism(1.0, 1.0, 0.1)
     generator = os_seeded_generator()
     shown = (torch.rand(WORDS + EXTRA, generator=generator) * 2**KNOWN).long()

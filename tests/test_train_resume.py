@@ -483,7 +483,7 @@ def test_files_of_an_earlier_version_are_named(config, tmp_path, monkeypatch):
     ledger = tmp_path / "snapshots" / "releases.jsonl"
     kept = ledger.read_bytes()
     ledger.write_text("".join(json.dumps({"stream": "x", "step": i}) + "\n" for i in range(7)))
-    with pytest.raises(ValueError, match="releases.jsonl was written by an earlier version"):
+    with pytest.raises(ValueError, match=r"releases.jsonl was written by an earlier version"):
         train(config, tmp_path, resume=True)
     ledger.write_bytes(kept)
     path = tmp_path / "snapshots" / "step-000006.json"

@@ -16,7 +16,7 @@ from lowrank_dp.data import Example, Task, encode, load_task
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.trainable import head_modules
-from lowrank_dp.rng import draw_seed
+from lowrank_dp.rng import draw_seed as draw_seed
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Copies, Shards, equalise, shard

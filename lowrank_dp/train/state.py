@@ -86,8 +86,8 @@ def summary(setup: Setup, state: State) -> dict[str, Any]:
     """JSON of a snapshot."""
     return {
         "config": setup.config.as_json(), "seed": setup.seed, "data": setup.data_fingerprint,
-        "identity": identity(setup), "stream": state.stream, "step": state.step, "curve": state.curve,
-        "seconds": state.seconds, "restore_seconds": state.restore_seconds}
+        "identity": identity(setup), "stream": state.stream, "step": state.step,
+        "curve": state.curve, "seconds": state.seconds, "restore_seconds": state.restore_seconds}
 
 
 def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
