@@ -239,8 +239,8 @@ class _Earlier(ValueError):
 
 def _earlier(path: Path) -> ValueError:
     return _Earlier(f"{path} was written by an earlier version of lowrank_dp, which did not "
-                    "protect it against damage: finish the run with that version, or start afresh in "
-                    "another folder, and add what was spent")
+                    "protect it against damage: finish the run with that version, or start afresh "
+                    "in another folder, and add what was spent")
 
 
 def _damaged(ledger: Path, reason: str) -> ValueError:

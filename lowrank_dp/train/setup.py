@@ -78,6 +78,9 @@ class Setup:
         if self.config.diagnostic:
             return (f"NON-PRIVATE: scheme {self.config.scheme!r} reads clean gradients, for "
                     "diagnosis only")
+        if self.delta * len(self.unit_rows) >= 1:
+            claim += (f"; delta is not below 1/N = {1 / len(self.unit_rows):.3g}: it allows "
+                      "publishing a whole record")
         return f"{claim}; {self.randomness}"
 
     @property
