@@ -153,7 +153,7 @@ def test_statements_say_where_noise_comes_from():
 # Here the attacker has 24 bits of each, as torch.rand shows; 8 bits a word are left to solve for.
 
 WORDS, MIDDLE, KNOWN, HIDDEN = 624, 397, 24, 8
-EXTRA = 230  # outputs beyond the state's words: for as many unknowns, and to be sure
+EXTRA = 700  # outputs beyond the state's words: for as many unknowns, and to be sure
 
 
 def untempered(y):
