@@ -88,8 +88,8 @@ class Setup:
         """Where noise and samples come from."""
         secure = "the cryptographic generator AES-128-CTR, keyed by the operating system"
         if self.config.seed is not None:
-            return (f"noise and samples drawn from seed {self.config.seed}: reproducible, and not "
-                    "secret")
+            return (f"noise drawn from seed {self.config.seed}, as the samples are: reproducible, "
+                    "and not secret")
         if torch.device(self.config.device).type == "cpu" or self.config.secure_rng:
             return f"noise and samples from {secure}"
         return (f"samples from {secure}; noise from torch's Philox generator on the GPU, seeded "
