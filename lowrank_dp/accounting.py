@@ -31,8 +31,8 @@ from scipy import fft, optimize, signal, special
 
 INTERVAL = 1e-3  # of the discretised privacy loss, at most, for an epsilon up to 200
 _CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
-_ORDERS = np.array([1.02, 1.035, 1.05, 1.075, *(1 + x / 10 for x in range(1, 20)),
-                    *(3 + x / 2 for x in range(18)), *range(12, 64),
+_ORDERS = np.array([1.02, 1.035, 1.05, 1.075, *(1 + x / 10 for x in range(1, 110)),
+                    *range(12, 64),
                     *(64 * 1.18**k for k in range(60))])
 _POINTS = 200_000  # of an integral, at most
 _MOST = 1e9  # a larger epsilon bounds nothing
@@ -79,6 +79,8 @@ def quick_bound(noise_multiplier: float, sample_rate: float, steps: int, delta: 
         return Bound(0.0, "exact", None, 0.0)
     if noise_multiplier == 0:
         return Bound(math.inf, "exact", None, math.inf)
+    if delta >= steps * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8)):
+        return Bound(0.0, "exact", None, 0.0)  # the total variation of all steps
     whole = _checked(gaussian_epsilon(math.sqrt(steps) / noise_multiplier, delta))
     by_rdp = _checked(renyi_epsilon(noise_multiplier, sample_rate, steps, delta))
     if by_rdp < whole:
@@ -162,6 +164,8 @@ def loss_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
     Losses whose probability over all steps is below a thousandth of delta count as infinite.
     """
     reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
+    if (reach + 0.5 / noise_multiplier) / noise_multiplier > 700:
+        return math.inf  # its exponential would overflow
     return max(_composed_epsilon(*_one_step(noise_multiplier, sample_rate, interval, reach, sign),
                                  interval, steps, delta) for sign in (1, -1))
 

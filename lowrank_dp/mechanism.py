@@ -154,7 +154,7 @@ class GaussianMechanism:
             max_grad_norm: > 0.
             unit: "example" or "group".
             tolerance: largest excess of the noise multiplier over the smallest that would do,
-                relative to the noise multiplier where that is above 1.
+                relative to a hundredth of the noise multiplier where that is above 100.
 
         Raises:
             ValueError: if a value is out of range, or no noise multiplier below 1e9 suffices.
@@ -181,7 +181,7 @@ class GaussianMechanism:
         low = high / 2
         while low > 0.01 and excess(math.log(low)) <= 0:
             high, low = low, low / 2
-        found, width = math.log(high), tolerance / min(1.0, high)
+        found, width = math.log(high), tolerance / min(high, 100.0)
         if low > 0.01:
             found = optimize.brentq(excess, math.log(low), found, xtol=width / 4) + width / 2
             while excess(found) > 0:
