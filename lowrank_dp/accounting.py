@@ -77,7 +77,7 @@ def quick_bound(noise_multiplier: float, sample_rate: float, steps: int, delta: 
     """As :func:`bound`, without the distribution: never smaller, and in milliseconds."""
     if steps == 0:
         return Bound(0.0, "exact", None, 0.0)
-    if noise_multiplier == 0:
+    if noise_multiplier < 1e-5:  # one sampled step has more than _MOST
         return Bound(math.inf, "exact", None, math.inf)
     if delta >= steps * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8)):
         return Bound(0.0, "exact", None, 0.0)  # the total variation of all steps
@@ -109,6 +109,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
     if delta >= float(special.erf(mu / math.sqrt(8))):  # the total variation
         return 0.0
+    if mu > 1e5:
+        return math.inf
     high = mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))  # by Chernoff's bound
     if high > _MOST:
         return math.inf
