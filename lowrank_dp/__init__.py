@@ -10,8 +10,9 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "artifacts", "data", "evaluation", "experiments", "figures", "grads", "lora", "mechanism",
-    "mia", "models", "optim", "plots", "restore", "spectrum", "sweep", "theory", "train",
+    "accounting", "artifacts", "data", "evaluation", "experiments", "figures", "grads", "lora",
+    "mechanism", "mia", "models", "optim", "plots", "restore", "rng", "spectrum", "sweep", "theory",
+    "train",
 )
 
 

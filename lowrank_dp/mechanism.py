@@ -5,67 +5,30 @@ clips each record's gradient to Euclidean norm ``max_grad_norm``, sums, and adds
 N(0, (noise_multiplier * max_grad_norm)^2) to every entry. Guarantees hold for neighbours that
 differ by adding or removing one unit of privacy. Restoration reads only what this releases.
 
-Epsilon comes from dp-accounting's privacy-loss distribution (PLD), discretised pessimistically, so
-it is an upper bound; Renyi DP (RDP) is a looser cross-check. No central-limit ("GDP")
-approximation is offered: it under-reports epsilon.
+Epsilon is the smallest of several upper bounds (:mod:`lowrank_dp.accounting`). No central-limit
+("GDP") approximation is offered: it under-reports epsilon.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
-import dp_accounting
-import numpy as np
 import torch
-from dp_accounting import pld, rdp
-from scipy.special import ndtri
+from scipy import optimize
 from torch import Tensor
 
-from lowrank_dp import _validate
+from lowrank_dp import _validate, accounting
+from lowrank_dp.rng import Generator, SecureRandom, os_seeded_generator, uniform
 
+__all__ = ["NEIGHBOURS", "GaussianMechanism", "Generator", "SecureRandom", "os_seeded_generator",
+           "uniform"]
 NEIGHBOURS = "add or remove one"
-_PLD_INTERVAL = 1e-3
-_PLD_CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
 _ACCOUNTANTS = ("pld", "rdp")
-_TWISTER_WORDS = 624  # of the Mersenne Twister's state, which is torch's CPU generator
-SUMMANDS = 4  # Gaussians in one entry of a secure draw
-
-
-class SecureRandom:
-    """Draws from the operating system's cryptographic generator; there is no seed and no state.
-
-    An entry is the sum of four Gaussians over 2, each by inversion of a uniform number of 52 bits:
-    so the low bits of a release, which betray a single floating-point Gaussian (Mironov 2012), no
-    longer tell which draw it was (Holohan & Braghin 2021). The sum stays in float64 until it is
-    rounded with the gradient; no claim is made beyond that.
-    """
-
-    def uniform(self, size: int) -> Tensor:
-        """(size,) float64 on the CPU, in (0, 1): odd multiples of 2^-53, all of them exact."""
-        bits = np.frombuffer(os.urandom(8 * size), dtype=np.uint64) >> np.uint64(12)
-        return torch.from_numpy((bits + 0.5) * 2.0**-52)
-
-    def normal(self, size: int) -> Tensor:
-        """(size,) standard normal, float64, on the CPU."""
-        total = np.zeros(size)
-        for _ in range(SUMMANDS):
-            total += ndtri(self.uniform(size).numpy())
-        return torch.from_numpy(total / math.sqrt(SUMMANDS))
-
-
-Generator = torch.Generator | SecureRandom
-
-
-def uniform(size: int, generator: Generator) -> Tensor:
-    """(size,) uniform numbers in float64, whose grid is fine enough to leave a rate as stated."""
-    if isinstance(generator, SecureRandom):
-        return generator.uniform(size)
-    return torch.rand(size, generator=generator, dtype=torch.float64)
+_CHUNK = 1 << 15  # entries that are drawn at once
+_GRID = 2.0**-24  # of a release, in standard deviations of its noise
+_MOST_NOISE = 1e9  # largest noise multiplier that is looked for
 
 
 @dataclass(frozen=True)
@@ -111,10 +74,21 @@ class GaussianMechanism:
                   generator: Generator | None = None) -> dict[str, Tensor]:
         """Noisy copies of clipped sums: each entry plus N(0, noise_std^2), in float32 or better.
 
+        From a :class:`SecureRandom`, an entry is drawn, scaled and added in float64; the sum is
+        rounded to a multiple of a power of two between 2^-25 and 2^-24 of ``noise_std``, then once
+        to its dtype. At least a thousand draws within 4 ``noise_std``, and millions where most
+        fall, lead to each value that can be released, so that its low bits do not tell the draw
+        or the sum (Mironov 2012). This holds for float32 and for float64 sums, and is a hardening:
+        a proof would need noise that is discrete by its law. From a torch generator an entry is
+        drawn in the sum's dtype, without any of this.
+
         Args:
             clipped_sums: parameter name -> sum of clipped gradients; not mutated.
             generator: source of the noise; a torch generator must be on the sums' device, and is
-                not cryptographically secure; None takes a :class:`SecureRandom`, which is.
+                not cryptographically secure; None takes a new :class:`SecureRandom`, which is.
+
+        Raises:
+            ValueError: if a sum is not a floating-point tensor.
         """
         generator = SecureRandom() if generator is None else generator
         noisy = {}
@@ -124,45 +98,66 @@ class GaussianMechanism:
                 _validate.fail(f"clipped_sums[{name!r}]", "a floating-point tensor", str(kind))
             total = total if total.dtype == torch.float64 else total.float()
             if isinstance(generator, SecureRandom):
-                drawn = generator.normal(total.numel()).reshape(total.shape).to(total.device)
-                noisy[name] = drawn.mul_(self.noise_std).add_(total).to(total.dtype)
+                noisy[name] = self._secure_release(total, generator)
                 continue
             noise = torch.randn(total.shape, generator=generator, dtype=total.dtype,
                                 device=total.device)
             noisy[name] = noise.mul_(self.noise_std).add_(total)
         return noisy
 
+    def _secure_release(self, total: Tensor, generator: SecureRandom) -> Tensor:
+        released = total.clone(memory_format=torch.contiguous_format)
+        if self.noise_std == 0:
+            return released
+        flat = released.view(-1)
+        # adding and taking away 1.5 * 2^52 times the grid rounds to it
+        shift = 1.5 * 2.0**52 * 2.0**math.floor(math.log2(self.noise_std * _GRID))
+        for part in flat.split(_CHUNK):
+            noise = generator.normal(len(part), self.noise_std).to(part.device)
+            part.copy_(noise.add_(part).add_(shift).sub_(shift))
+        return released
+
     def epsilon(self, steps: int, delta: float, *, accountant: str = "pld") -> float:
-        """Epsilon after ``steps`` adaptive steps at ``delta``; infinite without noise.
+        """An upper bound on epsilon after ``steps`` adaptive steps; infinite without noise.
 
         Args:
             steps: number of releases, >= 0 (a step with an empty sample counts).
-            delta: in (0, 1).
-            accountant: "pld" (default) or "rdp" (looser).
+            delta: in (0, 1); it should be below 1 / N for N units of privacy, which this class
+                does not know: ``train`` warns where it is not.
+            accountant: "pld" (default), the smallest bound of :mod:`lowrank_dp.accounting`, at
+                most some percent above the exact epsilon; "rdp", by Renyi DP alone, which is
+                looser where there is sampling.
+
+        Raises:
+            ValueError: if an argument is out of range.
         """
         steps = _validate.integer("steps", steps, low=0)
         delta = _validate.real("delta", delta, low=0, high=1, low_open=True, high_open=True)
         _validate.choice("accountant", accountant, _ACCOUNTANTS)
-        return _epsilon(float(self.noise_multiplier), float(self.sample_rate), steps, delta,
-                        accountant)
+        found = self._bound(steps, delta)
+        return found.rdp if accountant == "rdp" else found.epsilon
+
+    def _bound(self, steps: int, delta: float) -> accounting.Bound:
+        return accounting.bound(float(self.noise_multiplier), float(self.sample_rate), steps, delta)
 
     @classmethod
     def calibrate(cls, epsilon: float, delta: float, steps: int, sample_rate: float,
                   max_grad_norm: float = 1.0, *, unit: str = "example",
                   tolerance: float = 1e-4) -> GaussianMechanism:
-        """Mechanism with the smallest noise multiplier that meets ``(epsilon, delta)``, by PLD.
+        """Mechanism with the smallest noise multiplier that meets ``(epsilon, delta)``.
 
         Args:
-            epsilon: target, > 0.
-            delta: target, in (0, 1).
+            epsilon: target, > 0; :meth:`epsilon` of the mechanism is at most this.
+            delta: target, in (0, 1); see :meth:`epsilon`.
             steps: number of releases, >= 1.
             sample_rate: in (0, 1].
             max_grad_norm: > 0.
             unit: "example" or "group".
-            tolerance: largest excess of the noise multiplier over the smallest that would do.
+            tolerance: largest excess of the noise multiplier over the smallest that would do,
+                relative to a hundredth of the noise multiplier where that is above 100.
 
         Raises:
-            ValueError: if a value is out of range, or no noise multiplier below 1e5 suffices.
+            ValueError: if a value is out of range, or no noise multiplier below 1e9 suffices.
         """
         epsilon = _validate.positive("epsilon", epsilon)
         delta = _validate.real("delta", delta, low=0, high=1, low_open=True, high_open=True)
@@ -170,75 +165,41 @@ class GaussianMechanism:
         tolerance = _validate.positive("tolerance", tolerance)
         probe = cls(1.0, max_grad_norm, sample_rate, unit)  # checks the rest
 
-        def spent(noise_multiplier: float) -> float:
-            return _epsilon(noise_multiplier, float(probe.sample_rate), steps, delta, "pld")
+        setting = (float(probe.sample_rate), steps, delta)
+
+        def excess(log_noise_multiplier: float) -> float:
+            """Of the logarithm of epsilon, which is nearly linear in this one."""
+            spent = accounting.bound(math.exp(log_noise_multiplier), *setting).epsilon
+            return math.log(min(max(spent, 1e-300), 1e300) / epsilon)
 
         high = 1.0
-        while spent(high) > epsilon:
+        while accounting.quick_bound(high, *setting).epsilon > epsilon:  # cheap, never below
             high *= 2
-            if high > 1e5:
+            if high > _MOST_NOISE:
                 raise ValueError(f"epsilon = {epsilon:g} at delta = {delta:g} cannot be met in "
-                                 f"{steps} steps by any noise multiplier below 1e5")
+                                 f"{steps} steps by any noise multiplier below {_MOST_NOISE:g}")
         low = high / 2
-        while low > 0.02 and spent(low) <= epsilon:
+        while low > 0.01 and excess(math.log(low)) <= 0:
             high, low = low, low / 2
-        while high - low > tolerance:
-            middle = (low + high) / 2
-            low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
-        return cls(high, max_grad_norm, sample_rate, unit)
+        found, width = math.log(high), tolerance / min(high, 100.0)
+        if low > 0.01:
+            found = optimize.brentq(excess, math.log(low), found, xtol=width / 4) + width / 2
+            while excess(found) > 0:
+                found += width / 4
+        return cls(min(math.exp(found), high), max_grad_norm, sample_rate, unit)
 
     def statement(self, steps: int, delta: float) -> str:
-        """The whole privacy claim in words; print it with every epsilon."""
+        """The whole privacy claim in words; print it with every epsilon.
+
+        It does not say where the noise comes from, which only the caller knows.
+        """
         if self.noise_multiplier == 0:
             return "NOT private: noise_multiplier = 0"
-        by_pld, by_rdp = (self.epsilon(steps, delta, accountant=name) for name in ("pld", "rdp"))
-        return (f"({by_pld:.4g}, {delta:g})-DP after {steps} steps; neighbours: {NEIGHBOURS} "
-                f"{self.unit}; Poisson sampling at rate {self.sample_rate:.4g}; Gaussian noise, "
-                f"noise_multiplier {self.noise_multiplier:.4g} relative to max_grad_norm "
-                f"{self.max_grad_norm:g}; accountant: PLD, interval "
-                f"{max(_PLD_INTERVAL, by_rdp / _PLD_CELLS):.3g} "
-                f"(RDP cross-check: epsilon {by_rdp:.4g})")
-
-
-@lru_cache(maxsize=256)
-def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float,
-             accountant: str) -> float:
-    if steps == 0:
-        return 0.0
-    if noise_multiplier == 0:
-        return math.inf
-    step: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(noise_multiplier)
-    if sample_rate < 1:
-        step = dp_accounting.PoissonSampledDpEvent(sample_rate, step)
-    # composed once with a count: step by step costs a convolution each
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)  # RDP warns of each order that it leaves out, which is sound
-    try:
-        by_rdp = float(rdp.RdpAccountant().compose(step, steps).get_epsilon(delta))
-        if accountant == "rdp" or not math.isfinite(by_rdp):
-            return by_rdp
-        # an upper bound at any interval
-        chosen = pld.PLDAccountant(
-            value_discretization_interval=max(_PLD_INTERVAL, by_rdp / _PLD_CELLS))
-        return float(chosen.compose(step, steps).get_epsilon(delta))
-    except ArithmeticError:  # noise so small that dp-accounting's exponentials overflow
-        return math.inf
-    finally:
-        log.setLevel(level)
-
-
-def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator that starts from the operating system's random bits.
-
-    Of a CPU generator they are its whole state: ``manual_seed`` keeps 32 bits of a seed there, so
-    few that all noises could be tried. A GPU's keeps the 63 that it is given.
-    """
-    generator = torch.Generator(device)
-    if generator.device.type != "cpu":
-        return generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
-    state = generator.manual_seed(0).get_state()
-    words = state[24:24 + 8 * _TWISTER_WORDS].view(torch.int64)  # of 32 bits, after the counters
-    drawn = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), dtype=np.uint32)
-    words.copy_(torch.from_numpy(drawn.astype(np.int64)))
-    return generator.set_state(state)
+        found = self._bound(steps, delta)
+        how = {"exact": "exact, of the Gaussian mechanism", "RDP": "RDP",
+               "PLD": f"PLD, interval {found.interval or 0:.3g}"}[found.accountant]
+        return (f"({found.epsilon:.4g}, {delta:g})-DP after {steps} steps; neighbours: "
+                f"{NEIGHBOURS} {self.unit}; Poisson sampling at rate {self.sample_rate:.4g}; "
+                f"Gaussian noise, noise_multiplier {self.noise_multiplier:.4g} relative to "
+                f"max_grad_norm {self.max_grad_norm:g}; accountant: {how} "
+                f"(RDP cross-check: epsilon {found.rdp:.4g})")

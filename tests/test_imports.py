@@ -11,7 +11,8 @@ import lowrank_dp
 
 ROOT = Path(lowrank_dp.__file__).parent
 # a module imports only from those before it, and from its own package's inner modules
-ORDER = ("_validate", "_cli", "artifacts", "theory", "data", "models", "grads", "mechanism", "lora",
+ORDER = ("_validate", "_cli", "artifacts", "theory", "rng", "data", "models", "grads",
+         "accounting", "mechanism", "lora",
          "spectrum", "restore", "optim", "evaluation", "train", "engines", "sweep", "mia", "plots",
          "experiments", "figures")
 

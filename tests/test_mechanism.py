@@ -1,7 +1,6 @@
 """The Gaussian mechanism's noise and its accounting, against dp-accounting and Opacus directly."""
 
 import math
-import os
 
 import dp_accounting
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from opacus.accountants import RDPAccountant
 from scipy import optimize, stats
 
-from lowrank_dp.mechanism import GaussianMechanism, SecureRandom, os_seeded_generator
+from lowrank_dp.mechanism import GaussianMechanism, os_seeded_generator
 
 # sample rate, noise multiplier, steps, delta: epsilon by dp-accounting's RDP and PLD (1e-3, 1e-4)
 TABLE = [((0.0304, 0.8, 500, 1e-5), 8.036, 7.1318, 7.1317),
@@ -232,31 +231,3 @@ def mechanism(**changes):
 def test_bad_input(call, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         call()
-
-
-def test_secure_draws_follow_their_laws(monkeypatch):
-    """From bytes with a seed, here; against scipy's laws, and without a mirror of one another."""
-    monkeypatch.setattr(os, "urandom", np.random.default_rng(3).bytes)
-    secure = SecureRandom()
-    uniform, normal = secure.uniform(20_000).numpy(), secure.normal(20_000).numpy()
-    assert uniform.min() > 0 and uniform.max() < 1
-    assert stats.kstest(uniform, "uniform").pvalue > 1e-3
-    assert stats.kstest(normal, "norm").pvalue > 1e-3
-    assert abs(np.corrcoef(normal[:-1], normal[1:])[0, 1]) < 5 / math.sqrt(20_000)
-    mechanism = GaussianMechanism(0.5, 3.0, 0.2)
-    taken = mechanism.sample(20_000, secure)
-    assert stats.binomtest(len(taken), 20_000, 0.2).pvalue > 1e-3
-    sums = {"a": torch.full((100, 200), 7.0), "b": torch.zeros(3, dtype=torch.float64)}
-    noisy = mechanism.add_noise(sums, secure)
-    assert {name: (total.shape, total.dtype) for name, total in noisy.items()} == {
-        name: (total.shape, total.dtype) for name, total in sums.items()}
-    noise = (noisy["a"] - 7).flatten().numpy()
-    assert stats.kstest(noise / 1.5, "norm").pvalue > 1e-3
-    assert bool((sums["a"] == 7).all())
-
-
-@pytest.mark.parametrize("byte", [0, 255])
-def test_the_ends_of_a_secure_draw_are_finite(byte, monkeypatch):
-    monkeypatch.setattr(os, "urandom", lambda count: bytes([byte]) * count)
-    secure = SecureRandom()
-    assert 0 < float(secure.uniform(1)) < 1 and abs(float(secure.normal(1))) < 17

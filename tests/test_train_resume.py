@@ -1,6 +1,7 @@
 """Runs that are broken off: exceptions, kill -9, full disks, damage; and what they then claim."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -8,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lowrank_dp.train as train_module
 import lowrank_dp.train.result as result_module
 from lowrank_dp.artifacts import runs
 from lowrank_dp.artifacts.runs import RunFolder, open_run
-from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.mechanism import GaussianMechanism, SecureRandom
 from lowrank_dp.train import TrainConfig, load_result, train
 from lowrank_dp.train import state as state_module
 
@@ -249,20 +251,83 @@ def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp
     assert weights(tmp_path) == uninterrupted(config)
 
 
-def test_secure_draws_cannot_be_replayed_and_count_again(places, tmp_path, monkeypatch):
-    """Six releases of which three are lost with the process; then four more."""
-    config = make_config(places, seed=None, secure_rng=True)
+@pytest.mark.parametrize("changes", [{}, {"secure_rng": True}])
+def test_secure_draws_are_replayed_and_count_once(changes, places, tmp_path, monkeypatch):
+    """Six releases, of which three are lost with the process, come back to the bit."""
+    config = make_config(places, **FULL | {"seed": None} | changes)
+    original, made = GaussianMechanism.add_noise, []
+
+    def recording(self, sums, generator=None):
+        assert isinstance(generator, SecureRandom)
+        made.append(original(self, sums, generator))
+        return made[-1]
+
+    monkeypatch.setattr(GaussianMechanism, "add_noise", recording)
     interrupt(monkeypatch, config, tmp_path, train_module, "_restored", 6)
-    snapshot = RunFolder(tmp_path).load_snapshot()[1]
-    assert not {"generator.noise", "generator.sampler"} & snapshot.keys()
+    for path in (tmp_path / "snapshots").iterdir():  # they hold the key
+        assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
     result = train(config, tmp_path, resume=True)
-    assert result.releases == 6 + 4
-    assert "after 10 steps" in result.privacy and "cryptographic generator" in result.privacy
-    target = make_config(places, seed=None, secure_rng=True, noise_multiplier=None, epsilon=4.0)
-    interrupt(monkeypatch, target, tmp_path / "target", train_module, "_restored", 6)
-    with pytest.raises(ValueError, match=r"more than 4: 3 steps would be drawn anew, since a "
-                       "secure generator can't be replayed; start afresh"):
-        train(target, tmp_path / "target", resume=True)
+    assert result.releases == STEPS and "AES-128-CTR" in result.privacy
+    for first, again in zip(made[3:6], made[6:], strict=False):
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def change_word_embeddings(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "word_embeddings" in name)
+    tensors[name] *= 1.5
+    save_file(tensors, path, {"format": "pt"})
+
+
+def change_activation(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"gelu"', '"relu"'))
+
+
+def change_tokenizer(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 63}))
+
+
+@pytest.mark.parametrize("change, named", [
+    (change_word_embeddings, "weights"), (change_activation, "configuration"),
+    (change_tokenizer, "tokenizer")])
+def test_what_changes_the_sums_begins_new_noise_that_counts(change, named, places, tmp_path,
+                                                            monkeypatch):
+    """Between the kill and the resumption; and once more for another change, at the same step."""
+    shutil.copytree(places / "model", tmp_path / "model")
+    config = make_config(places, **LORA | {"model": str(tmp_path / "model")})
+    original, made = GaussianMechanism.add_noise, []
+
+    def recording(self, sums, generator=None):
+        noisy = original(self, sums, generator)
+        name = next(iter(sums))
+        made.append((noisy[name] - sums[name]).flatten()[:8].tolist())
+        return noisy
+
+    monkeypatch.setattr(GaussianMechanism, "add_noise", recording)
+    run = tmp_path / "run"
+    interrupt(monkeypatch, config, run, train_module, "_restored", 5)  # snapshot of step 3
+    change(tmp_path / "model")
+    with pytest.warns(UserWarning, match=f"resuming with new noise from step 3.*{named}: "):
+        interrupt(monkeypatch, config, run, train_module, "_restored", 2, resume=True)
+    change_word_embeddings(tmp_path / "model")
+    with pytest.warns(UserWarning, match="then / now: .*weights: "):
+        result = train(config, run, resume=True)
+    assert result.releases == 5 + 2 + 4 == len(made)
+    assert all(abs(a - b) > 1e-6 for i, one in enumerate(made) for other in made[:i]
+               for a, b in zip(one, other, strict=True))
+
+
+def test_a_copied_folder_makes_the_same_releases(places, tmp_path, monkeypatch):
+    """Two resumptions of one snapshot are one sequence, so that nothing is drawn for two sums."""
+    config = make_config(places, **FULL | {"seed": None})
+    interrupt(monkeypatch, config, tmp_path / "a", train_module, "_restored", 5)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in "ab":
+        assert train(config, tmp_path / name, resume=True).releases == STEPS
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 # Damage
@@ -346,6 +411,87 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before(
     damage(tmp_path / "snapshots" / f"step-000006{suffix}")
     result = train(config, tmp_path, resume=True)
     assert_finished(config, tmp_path, result, uninterrupted(config))
+
+
+def spoil(rng, content):
+    """One bit flipped, one byte removed, put in or overwritten; a cut; two lines exchanged."""
+    place, kind = rng.randrange(len(content)), rng.randrange(7)
+    if kind == 5:
+        lines = content.split(b"\n")
+        i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+        lines[i], lines[j] = lines[j], lines[i]
+        return b"\n".join(lines)
+    if kind == 6:  # a digit, which JSON would still take
+        digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
+        place = rng.choice(digits) if digits else place
+        return content[:place] + bytes([48 + rng.randrange(10)]) + content[place + 1:]
+    return {0: content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)])
+            + content[place + 1:],
+            1: content[:place] + content[place + 1:],
+            2: content[:place] + bytes([rng.randrange(256)]) + content[place:],
+            3: content[:place], 4: content[:place] + content[place + 3:]}[kind]
+
+
+def test_any_damage_is_refused_in_a_line_or_harmless(tmp_path):
+    """Four hundred damaged files: what is read is a snapshot that was written, or nothing is."""
+    rng = random.Random(0)
+    with open_run(tmp_path / "run") as folder:
+        written = {}
+        for step in range(9):
+            if step % 3 == 0:
+                state = {"config": {"a": step}, "seed": 5, "curve": [{"loss": 0.25 + step}]}
+                folder.save_snapshot(step, state, {"t": torch.full((3,), float(step))})
+                written[step] = state
+            folder.begin_release("stream", step)
+        files = {path: path.read_bytes() for path in sorted(folder.snapshots.iterdir())}
+        assert len(files) == 5
+        outcomes = {"refused": 0, "read": 0}
+        for number in range(400):
+            path = list(files)[number % len(files)]
+            spoiled = spoil(rng, files[path])
+            path.write_bytes(spoiled)
+            try:
+                found, tensors = folder.load_snapshot()
+                made = folder.num_releases("stream", range(found["step"], 9))
+            except ValueError as error:
+                assert "\n" not in str(error) and "start afresh" in str(error)
+                outcomes["refused"] += 1
+            else:
+                step = found["step"]
+                assert {name: found[name] for name in written[step]} == written[step]
+                assert torch.equal(tensors["t"], torch.full((3,), float(step))) and made == 9
+                outcomes["read"] += 1
+            for other, content in files.items():
+                other.write_bytes(content)
+        assert min(outcomes.values()) > 40
+        # nothing was written for what both are needed for
+        for path in files:
+            path.unlink()
+        assert folder.load_snapshot() is None
+
+
+def test_a_step_that_was_turned_back_is_not_believed(config, tmp_path, monkeypatch):
+    """In the snapshot's JSON, 6 -> 4 as a number: releases would be counted for fewer draws."""
+    half_done(monkeypatch, config, tmp_path)
+    path = tmp_path / "snapshots" / "step-000006.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 4}))
+    assert RunFolder(tmp_path).load_snapshot()[0]["step"] == 3
+
+
+def test_files_of_an_earlier_version_are_named(config, tmp_path, monkeypatch):
+    half_done(monkeypatch, config, tmp_path)
+    ledger = tmp_path / "snapshots" / "releases.jsonl"
+    kept = ledger.read_bytes()
+    ledger.write_text("".join(json.dumps({"stream": "x", "step": i}) + "\n" for i in range(7)))
+    with pytest.raises(ValueError, match=r"releases.jsonl was written by an earlier version"):
+        train(config, tmp_path, resume=True)
+    ledger.write_bytes(kept)
+    path = tmp_path / "snapshots" / "step-000006.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in document.items()
+                                if name not in ("digest", "format", "ledger")}))
+    with pytest.raises(ValueError, match=r"step-000006.json was written by an earlier version"):
+        train(config, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("seed", [5, None])
@@ -447,9 +593,11 @@ def test_the_ledger_counts_pairs_once(tmp_path):
         assert folder.num_releases("b", range(1, 5)) == 6  # b's 3 and 4 are still to come
         assert folder.num_releases("c", range(1, 5)) == 8
         lines = (folder.snapshots / "releases.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"stream": stream, "step": step}
-        for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2))]
+    found = [json.loads(line) for line in lines]
+    assert [entry["number"] for entry in found] == [1, 2, 3, 4, 5]
+    assert len({entry["chain"] for entry in found}) == 5
+    assert [(entry["stream"], entry["step"]) for entry in found] == [
+        (stream, step) for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2))]
 
 
 def test_two_snapshots_are_kept(tmp_path):

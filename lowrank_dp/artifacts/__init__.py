@@ -45,8 +45,11 @@ _VERSIONS = ("torch", "numpy", "scipy", "transformers", "peft", "opacus", "dp-ac
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the name ``path`` only when the block ends without an error."""
+def atomic_write(path: str | Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
+    """A binary file that takes the name ``path`` only when the block ends without an error.
+
+    Until then it is its owner's only; ``mode`` is what it becomes, None for the process's default.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
@@ -58,7 +61,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~umask())
+            os.chmod(temporary, 0o666 & ~umask() if mode is None else mode)
             os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

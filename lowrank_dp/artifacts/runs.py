@@ -8,8 +8,12 @@
             releases.jsonl  one line for each release, written before it is made
             step-000020.json, step-000020.safetensors
 
-A snapshot is valid once its JSON, which holds the SHA-256 of the tensors, has its name; a damaged
-one is passed over for the one before. Nothing is pickled.
+A snapshot is valid once its JSON has its name. The JSON holds the SHA-256 of itself and of the
+tensors, and the length and head of the ledger at that time; a damaged snapshot is passed over for
+the one before. Each line of the ledger holds the SHA-256 of all before it, so that a line that was
+changed, lost or moved is noticed, but for whole lines lost from the end since the last snapshot:
+their steps are drawn again, in the same way, and count once. The hashes find damage, not forgery.
+Snapshots are readable by their owner only. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import atomic_write, umask
 
 KEPT_SNAPSHOTS = 2
+FORMAT = 2  # of snapshots and ledger; the first had no hashes
+_LINE_BYTES = 4096  # no line of the ledger is longer
 MAX_JSON_BYTES = 64 << 20  # a run's own are a thousandth of that
 TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
@@ -63,10 +69,11 @@ class RunFolder:
         A stream is one unbroken sequence of random draws. Replaying a step from saved generator
         states repeats its line, and the pair counts once.
         """
-        line = json.dumps({"stream": stream, "step": step}) + "\n"
-        with (_explained(f"ledger in {self.snapshots}"),
-              (self.snapshots / "releases.jsonl").open("ab") as file):
-            file.write(line.encode())
+        with _explained(f"ledger in {self.snapshots}"), self._ledger.open("ab+") as file:
+            os.chmod(file.fileno(), 0o600)
+            number, head = self._end(file)
+            entry = {"number": number + 1, "stream": stream, "step": step}
+            file.write(_line(entry, head))
             file.flush()
             os.fsync(file.fileno())
 
@@ -74,18 +81,40 @@ class RunFolder:
         """Distinct releases that may have been made, those of broken-off attempts included.
 
         ``steps`` of ``stream`` are counted with them, as if they had been made.
+
+        Raises:
+            ValueError: if the ledger is damaged, or was written by an earlier version.
         """
-        ledger = self.snapshots / "releases.jsonl"
-        lines = ledger.read_bytes().split(b"\n") if ledger.is_file() else [b""]
-        if lines[-1]:  # killed while writing it: that release was not made
-            with atomic_write(ledger) as file:
+        entries, head = set[tuple[str, int]](), ""
+        for number, line in enumerate(self._lines(), 1):
+            entry = _entry(self._ledger, line)
+            if _line(entry, head) != line + b"\n" or entry["number"] != number:
+                raise _damaged(self._ledger, f"line {number} does not follow from those before")
+            head = entry["chain"]
+            entries.add((entry["stream"], entry["step"]))
+        return len(entries | {(stream, step) for step in steps})
+
+    @property
+    def _ledger(self) -> Path:
+        return self.snapshots / "releases.jsonl"
+
+    def _lines(self) -> list[bytes]:
+        """Whole lines; a last one that is not was being written when the process was killed."""
+        lines = self._ledger.read_bytes().split(b"\n") if self._ledger.is_file() else [b""]
+        if lines[-1]:  # before its release was made
+            with atomic_write(self._ledger, mode=0o600) as file:
                 file.write(b"".join(line + b"\n" for line in lines[:-1]))
-        try:
-            seen = {(entry["stream"], entry["step"]) for entry in map(json.loads, lines[:-1])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{ledger} is damaged, so the privacy spent is unknown: start afresh "
-                             f"in another folder ({type(error).__name__})") from None
-        return len(seen | {(stream, step) for step in steps})
+        return lines[:-1]
+
+    def _end(self, file: BinaryIO) -> tuple[int, str]:
+        """Number and hash of the last line of the open ledger; (0, "") where there is none."""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LINE_BYTES))
+        lines = file.read().splitlines()
+        if not lines:
+            return 0, ""
+        entry = _entry(self._ledger, lines[-1])
+        return entry["number"], entry["chain"]
 
     # snapshots -----------------------------------------------------------------------------
 
@@ -99,29 +128,58 @@ class RunFolder:
 
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         name = f"step-{step:06d}"
+        lines, head = 0, ""
+        if self._ledger.is_file():
+            with self._ledger.open("rb") as ledger:
+                lines, head = self._end(ledger)
+        document = {**state, "step": step, "format": FORMAT, "ledger": {"lines": lines,
+                    "head": head}, "sha256": hashlib.sha256(data).hexdigest()}
         with _explained(f"snapshot of step {step} in {self.path}"):
-            with atomic_write(self.snapshots / f"{name}.safetensors") as file:
+            with atomic_write(self.snapshots / f"{name}.safetensors", mode=0o600) as file:
                 file.write(data)
             write_json(self.snapshots / f"{name}.json",
-                       {**state, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
+                       {**document, "digest": _digest(document)}, mode=0o600)
         for old in self._steps()[:-KEPT_SNAPSHOTS]:
             for suffix in (".json", ".safetensors"):
                 (self.snapshots / f"step-{old:06d}{suffix}").unlink(missing_ok=True)
 
     def load_snapshot(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """State and tensors of the newest whole snapshot; None if there is none."""
+        """State and tensors of the newest whole snapshot; None where no step has been taken.
+
+        Raises:
+            ValueError: if what was spent or how to go on is not known: the ledger is damaged or
+                shorter than the snapshot's, releases were made but no snapshot is whole, or an
+                earlier version wrote them.
+        """
         from safetensors.torch import load
 
+        made = self.num_releases()
         for step in reversed(self._steps()):
             path = self.snapshots / f"step-{step:06d}.json"
             try:
-                state = read_json(path)
+                document = read_json(path)
                 data = path.with_suffix(".safetensors").read_bytes()
             except (ValueError, FileNotFoundError):
                 continue
-            if hashlib.sha256(data).hexdigest() == state.get("sha256"):
-                return state, load(data)
+            if "digest" not in document and "format" not in document and "sha256" in document:
+                raise _earlier(path)
+            if (document.pop("digest", None) == _digest(document) and document["step"] == step
+                    and document["sha256"] == hashlib.sha256(data).hexdigest()):
+                self._require_ledger(document["ledger"])
+                return document, load(data)
+        if made or any(step > 0 for step in self._steps()):
+            raise ValueError(f"{self.snapshots} holds no whole snapshot, though {made} releases "
+                             "were made: start afresh in another folder, and add what they spent "
+                             "to what that run will spend")
         return None
+
+    def _require_ledger(self, then: Mapping[str, Any]) -> None:
+        lines = self._lines()
+        count = then["lines"]
+        if count and (len(lines) < count
+                      or _entry(self._ledger, lines[count - 1])["chain"] != then["head"]):
+            raise _damaged(self._ledger, f"it had {count} lines when the last snapshot was made, "
+                                         f"and has {len(lines)} or others")
 
     def _steps(self) -> list[int]:
         if not self.snapshots.is_dir():
@@ -151,6 +209,48 @@ class RunFolder:
             for name in sorted(documents, key=lambda name: name == TRAINING):
                 write_json(self.path / name, documents[name])
         shutil.rmtree(self.snapshots, ignore_errors=True)
+
+
+def _line(entry: Mapping[str, Any], head: str) -> bytes:
+    """A line of the ledger, after one whose hash is ``head``."""
+    content = {name: entry[name] for name in ("number", "stream", "step")}
+    chain = hashlib.sha256(f"{head} {json.dumps(content)}".encode()).hexdigest()
+    return json.dumps({**content, "chain": chain}).encode() + b"\n"
+
+
+def _entry(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        if isinstance(entry, dict) and entry.keys() == {"stream", "step"}:
+            raise _earlier(path)
+        kinds = [type(entry[name]) for name in ("number", "stream", "step", "chain")]
+    except _Earlier:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, type(error).__name__) from None
+    if kinds != [int, str, int, str]:
+        raise _damaged(path, "it holds something other than releases")
+    return entry
+
+
+class _Earlier(ValueError):
+    pass
+
+
+def _earlier(path: Path) -> ValueError:
+    return _Earlier(f"{path} was written by an earlier version of lowrank_dp, which did not "
+                    "protect it against damage: finish the run with that version, or start afresh "
+                    "in another folder, and add what was spent")
+
+
+def _damaged(ledger: Path, reason: str) -> ValueError:
+    return ValueError(f"{ledger} is damaged, so the privacy spent is unknown: start afresh in "
+                      f"another folder ({reason})")
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON document's content."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -215,10 +315,10 @@ def _leave_nothing_empty(path: Path) -> None:
             path.rmdir()
 
 
-def write_json(path: str | Path, document: Any) -> None:
-    """A JSON file, atomically; NaN and infinity are refused."""
+def write_json(path: str | Path, document: Any, *, mode: int | None = None) -> None:
+    """A JSON file, atomically; NaN and infinity are refused. ``mode`` as in ``atomic_write``."""
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
-    with atomic_write(path) as file:
+    with atomic_write(path, mode=mode) as file:
         file.write(text.encode() + b"\n")
 
 

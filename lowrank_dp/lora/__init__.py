@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
-from lowrank_dp.mechanism import os_seeded_generator
+from lowrank_dp.rng import os_seeded_generator
 from lowrank_dp.theory import noise_kurtosis
 
 # Distribution of A's entries -> their kurtosis: all that the variance of the noise needs of it.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,13 +33,13 @@ from lowrank_dp._cli import Stopped, held_signals, progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import micro_batches
 from lowrank_dp.grads import Batch, Idle, clipped_sum_over
-from lowrank_dp.mechanism import Generator, uniform
 from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
+from lowrank_dp.rng import Generator, draw_seed, uniform
 from lowrank_dp.train import guards, parallel
 from lowrank_dp.train.checks import StepChecks
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
-from lowrank_dp.train.setup import Setup, draw_seed, prepare
+from lowrank_dp.train.setup import Setup, prepare
 from lowrank_dp.train.state import (
     State,
     environment,
@@ -307,12 +308,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
 
 def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
     """A run at its last snapshot, or at its beginning; every process has been told of it."""
-    found, made = folder.load_snapshot(), folder.num_releases()
-    tensors: dict[str, Tensor] = {}
-    if found is None and made:
-        raise ValueError(f"{folder.snapshots} holds no whole snapshot, though {made} releases were "
-                         "made: start afresh in another folder, and add what they spent to what "
-                         "that run will spend")
+    found, tensors = folder.load_snapshot(), dict[str, Tensor]()
     if found is None:
         seed = config.seed if config.seed is not None else draw_seed(None, "run")
         setup, stream = _prepare(config, seed), new_stream(config, 0)
@@ -322,24 +318,22 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     else:
         document, tensors = found
         _require_same(config, TrainConfig.from_json(document["config"]))
-        if made < document["step"]:
-            raise ValueError(f"{folder.snapshots} holds a ledger of {made} releases, and its "
-                             f"snapshot is of step {document['step']}: the privacy spent is "
-                             "unknown, so start afresh in another folder")
         setup = _prepare(config, document["seed"])
         state = unpack(setup, document, tensors)
-    parallel.from_first({**document, "stream": state.stream}, tensors)
+    parallel.from_first({**document, "stream": state.stream}, {
+        name: tensor for name, tensor in tensors.items() if not name.startswith("generator.")})
     releases = _releases_at_the_end(config, state, folder)
     spent = setup.epsilon(releases)
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
-        why = ("a secure generator can't be replayed; " if config.secure_rng else
-               "a compiled step can't be replayed to the bit; " if config.compile else
-               f"the snapshot was made with {document['environment']} and this is "
-               f"{environment(config.device)}; resume there, or ")
         raise ValueError(
             f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
-            f"{releases - config.steps} steps would be drawn anew, since {why}start afresh in "
-            "another folder")
+            f"{releases - config.steps} steps would be drawn anew, since the run goes on otherwise "
+            f"than it began (then / now: {state.restarted or 'more steps were lost before'}); "
+            "resume where nothing differs, or start afresh in another folder")
+    if state.restarted:
+        warnings.warn(f"resuming with new noise from step {state.step} on, and counting its "
+                      f"releases beside those made: the run goes on otherwise than it began (then "
+                      f"/ now: {state.restarted})", stacklevel=2)
     return setup, state
 
 

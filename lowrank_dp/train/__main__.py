@@ -145,7 +145,8 @@ def main(
     seed: Annotated[int | None, typer.Option(
         help="Reproduces everything, the noise included: then it is not secret.")] = None,
     secure_rng: Annotated[bool, typer.Option(
-        "--secure-rng", help="Noise and samples from a cryptographic generator; slower.")] = False,
+        "--secure-rng", help="Noise from a cryptographic generator on CUDA too; slower there. "
+        "On the CPU it is the default.")] = False,
     compile: Annotated[bool, typer.Option(
         "--compile", help="By torch.compile: slow to start, then faster.")] = False,
     shard: Annotated[bool, typer.Option(

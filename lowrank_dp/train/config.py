@@ -73,8 +73,9 @@ class TrainConfig:
         snapshot_every: steps between snapshots, from which a killed run resumes.
         seed: makes everything reproducible, the noise included (which is then not secret). None
             draws from the operating system.
-        secure_rng: samples and noise from ``mechanism.SecureRandom``, not from torch. Slower; not
-            to be replayed, so that steps lost with a killed run are drawn, and counted, again.
+        secure_rng: samples and noise from ``rng.SecureRandom``, a cryptographic generator. On the
+            CPU they come from it anyway, unless there is a seed; on CUDA the noise is then drawn on
+            the CPU and copied, which is slower than torch's generator there.
         compile: forward and backward as one graph of ``torch.compile``: a minute or more before the
             first step, and each step faster. Without dropout or shard. Another process's graph may
             round otherwise, so that steps lost with a killed run are drawn, and counted, again.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,9 @@ from lowrank_dp.data.selection import has_group, partition, threshold
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
+from lowrank_dp.rng import draw_seed as draw_seed
 from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Copies, Shards, equalise, shard
 from lowrank_dp.train.membership import draw_members, fingerprint, group_units
 from lowrank_dp.train.parallel import world_size
@@ -37,6 +38,7 @@ class Setup:
         trained: the parameters that train, by name.
         initial_head: a classifier's head before training, under its state-dict names.
         seed: of everything that is not secret: head, LoRA's A, coins.
+        digests: of model and data before the first step, by ``identity.digests``.
         layout: where tensors are when several processes share the run.
     """
 
@@ -57,6 +59,7 @@ class Setup:
     learning_rate: Callable[[int], float]
     seed: int
     data_fingerprint: str
+    digests: dict[str, str]
     layout: Copies
 
     @property
@@ -82,11 +85,22 @@ class Setup:
                       f"{self.config.unit} in the data may change the whole half")
         if self.config.holdout:
             claim += (f"; {self.config.unit}s set aside by holdout are evaluated on, not protected")
+        if self.delta * len(self.unit_rows) >= 1:
+            claim += (f"; delta is not below 1/N = {1 / len(self.unit_rows):.3g}: it allows "
+                      "publishing a whole record")
+        return f"{claim}; {self.randomness}"
+
+    @property
+    def randomness(self) -> str:
+        """Where noise and samples come from."""
+        secure = "the cryptographic generator AES-128-CTR, keyed by the operating system"
         if self.config.seed is not None:
-            claim += (f"; noise drawn from seed {self.config.seed}: reproducible, and not secret")
-        if self.config.secure_rng:
-            claim += "; noise and samples from the operating system's cryptographic generator"
-        return claim
+            return (f"noise drawn from seed {self.config.seed}, as the samples are: reproducible, "
+                    "and not secret")
+        if torch.device(self.config.device).type == "cpu" or self.config.secure_rng:
+            return f"noise and samples from {secure}"
+        return (f"samples from {secure}; noise from torch's Philox generator on the GPU, seeded "
+                "with 63 random bits of the operating system: not cryptographic")
 
     def epsilon(self, releases: int) -> float | None:
         """Epsilon after ``releases`` releases; None where nothing is claimed."""
@@ -129,6 +143,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     mechanism, delta = _mechanism(config, len(trained_on))
     equalise(model)
     initial_head = head_state(model)
+    identity = digests(model, tokenizer, rows)
     if config.shard:
         shard(model, config.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -138,7 +153,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         max_length=max_length, model=model, tokenizer=tokenizer, trained=trained,
         initial_head=initial_head, mechanism=mechanism, delta=delta, optimizer=optimizer,
         learning_rate=_schedule(config, optimizer), seed=seed,
-        data_fingerprint=fingerprint(examples),
+        data_fingerprint=fingerprint(examples), digests=identity,
         layout=Shards(trained) if config.shard else Copies())
 
 
@@ -239,11 +254,6 @@ def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable
                                                       else step)
 
 
-def draw_seed(seed: int | None, purpose: str) -> int:
-    """63 bits for one purpose: derived from ``seed``, or from the operating system if None."""
-    if seed is None:
-        return int.from_bytes(os.urandom(8), "little") >> 1
-    return random.Random(f"lowrank_dp {purpose} {seed}").getrandbits(63)
 
 
 def majority(task: Task) -> float | None:

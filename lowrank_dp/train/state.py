@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.mechanism import Generator, SecureRandom, os_seeded_generator
 from lowrank_dp.restore import LowPass
+from lowrank_dp.rng import Generator, SecureRandom, draw_seed, os_seeded_generator
 from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.identity import changed, versions_and_machine
 from lowrank_dp.train.parallel import world_size
-from lowrank_dp.train.setup import Setup, draw_seed
+from lowrank_dp.train.setup import Setup
 
 if TYPE_CHECKING:
     from lowrank_dp.train.checks import StepChecks
@@ -27,8 +29,9 @@ class State:
         step: steps taken.
         stream: name of the unbroken sequence of random draws that sampler and noise belong to.
         sampler, noise: generators of the Poisson samples (CPU) and of the DP noise (model's
-            device); one :class:`SecureRandom`, which has no state, where that was asked for.
+            device).
         low_passes: running mean of each parameter's noisy gradients; empty without one.
+        restarted: why ``stream`` is not the snapshot's, in words; empty if it is.
         curve: evaluations so far. seconds, restore_seconds: spent in steps, and of it restoring.
         checks: of the steps that this process makes, or None; not in a snapshot.
     """
@@ -41,25 +44,27 @@ class State:
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     restore_seconds: float = 0.0
+    restarted: str = ""
     checks: StepChecks | None = None
 
 
 def environment(device: str) -> dict[str, str]:
-    """What decides the sequence that a generator gives from a state, and the bits of a sum.
-
-    The number of processes changes how a clean sum is rounded. Under the same noise that would be
-    a second release of which the first tells the noise: hence a new stream.
-    """
+    """What decides the sequence that a generator gives from a state: part of a stream's name."""
     several = {"processes": str(world_size())} if world_size() > 1 else {}
     return {"torch": torch.__version__, "device": torch.device(device).type, **several}
 
 
+def identity(setup: Setup) -> dict[str, str]:
+    """All that the sums of a run, and the draws from a generator's state, depend on."""
+    device = setup.config.device
+    return {**setup.digests, **versions_and_machine(device), **environment(device)}
+
+
 def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Generator]:
     """Sampler and noise generator of a new stream."""
-    if config.secure_rng:
-        return SecureRandom(), SecureRandom()
     if config.seed is None:
-        return os_seeded_generator(), os_seeded_generator(config.device)
+        on_cpu = config.secure_rng or torch.device(config.device).type == "cpu"
+        return SecureRandom(), SecureRandom() if on_cpu else os_seeded_generator(config.device)
     return (torch.Generator().manual_seed(draw_seed(config.seed, f"sampler {stream}")),
             torch.Generator(config.device).manual_seed(draw_seed(config.seed, f"noise {stream}")))
 
@@ -75,8 +80,8 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
          for key, value in low_pass.tensors().items()})
     tensors["generator.dropout"] = torch.get_rng_state()
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
-        if isinstance(generator, torch.Generator):
-            tensors[f"generator.{name}"] = generator.get_state()
+        tensors[f"generator.{name}"] = (generator.state() if isinstance(generator, SecureRandom)
+                                        else generator.get_state())
     if setup.config.device.startswith("cuda"):
         tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
     return summary(setup, state), tensors
@@ -86,7 +91,7 @@ def summary(setup: Setup, state: State) -> dict[str, Any]:
     """JSON of a snapshot."""
     return {
         "config": setup.config.as_json(), "seed": setup.seed, "data": setup.data_fingerprint,
-        "environment": environment(setup.config.device), "stream": state.stream, "step": state.step,
+        "identity": identity(setup), "stream": state.stream, "step": state.step,
         "curve": state.curve, "seconds": state.seconds, "restore_seconds": state.restore_seconds}
 
 
@@ -94,8 +99,12 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     """Put a snapshot's weights and optimizer state into ``setup``, and give its :class:`State`.
 
     No tensors at all are those of a run that has not begun: ``setup`` stays as it is.
-    Where the generators of this machine would go on otherwise than those of the snapshot, or have
-    no state to go on from, a new stream is begun: its releases count beside the old ones.
+    ``setup`` is as it was loaded, before any step. Where its identity is not that of the snapshot,
+    a new stream is begun, whose releases count beside the old ones: the same noise on other sums,
+    or on sums that were rounded otherwise, would give away their difference.
+
+    Raises:
+        ValueError: if the training records are not those that the run began with.
     """
     if document["data"] != setup.data_fingerprint:
         raise ValueError(f"training records of {setup.task.name} are not those that the run began "
@@ -112,31 +121,50 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
                 tensor, parameters[int(index)])
     groups = setup.optimizer.state_dict()["param_groups"]
     setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    sampler, noise = torch.Generator(), torch.Generator(setup.config.device)
-    state = State(document["step"], document["stream"], sampler, noise,
+    generators = fresh_generators(setup.config, document["stream"])
+    state = State(document["step"], document["stream"], *generators,
                   _low_passes(setup, tensors), list(document["curve"]), document["seconds"],
                   document["restore_seconds"])
-    config = setup.config
-    # the same noise on a sum that was rounded otherwise would be a second release that tells it
-    replayable = not config.secure_rng and not config.compile
-    if tensors and replayable and document["environment"] == environment(config.device):
-        sampler.set_state(tensors["generator.sampler"])
-        noise.set_state(tensors["generator.noise"])
-        torch.set_rng_state(tensors["generator.dropout"])
-        if "generator.dropout_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
-    else:
-        state.stream = new_stream(setup.config, state.step)
+    if not tensors:
+        return state
+    here = identity(setup)
+    differences, attempt = changed(document["identity"], here), ""
+    if setup.config.compile:  # and so not twice under one name either
+        differences.append("a compiled step can't be replayed to the bit")
+        attempt = f"{draw_seed(None, 'attempt')}"
+    if differences:
+        state.restarted = "; ".join(differences)
+        state.stream = new_stream(setup.config, state.step, f"{document} {here} {attempt}")
         state.sampler, state.noise = fresh_generators(setup.config, state.stream)
         torch.manual_seed(draw_seed(setup.config.seed, f"dropout {state.stream}"))
+        return state
+    if "generator.noise" in tensors:  # on the first process, which draws
+        state.sampler = _restored(state.sampler, tensors["generator.sampler"])
+        state.noise = _restored(state.noise, tensors["generator.noise"])
+        torch.set_rng_state(tensors["generator.dropout"])
+    if "generator.dropout_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
     return state
 
 
-def new_stream(config: TrainConfig, step: int) -> str:
-    """A name for the draws that begin at ``step``: no two different sequences share one."""
+def _restored(generator: Generator, state: Tensor) -> Generator:
+    """A generator of the same kind that goes on from a state."""
+    if isinstance(generator, SecureRandom):
+        return SecureRandom.from_state(state)
+    return generator.set_state(state)
+
+
+def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
+    """A name for the draws that begin at ``step``: no two different sequences share one.
+
+    ``resumed`` is what tells one resumption from another, of which a seeded run's name has a hash.
+    """
     if config.seed is None:
         return f"{draw_seed(None, 'stream'):016x}"
-    return f"seed {config.seed} from step {step} on {environment(config.device)}"
+    name = f"seed {config.seed} from step {step} on {environment(config.device)}"
+    if not resumed:
+        return name
+    return f"{name}, resumed {hashlib.sha256(resumed.encode()).hexdigest()[:16]}"
 
 
 def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPass]:

@@ -1,0 +1,292 @@
+"""Upper bounds on the epsilon of composed Gaussian releases, of which the smallest is taken.
+
+A step releases a sum of contributions of norm at most 1, with N(0, noise_multiplier^2) added, over
+a Poisson sample of rate q; neighbours differ by adding or removing one unit. Three bounds:
+
+- *exact*: without sampling (q = 1), T steps are one Gaussian mechanism of noise multiplier
+  sigma / sqrt(T), whose privacy profile is known (Balle & Wang 2018, theorem 8). It also bounds
+  every q < 1.
+- *PLD*: the discretised privacy-loss distribution of one step (connect the dots, Doroshenko et al.
+  2022), which is pessimistic at every interval, composed by a Fourier transform. It is
+  dp-accounting's distribution, which that package computes point by point in Python.
+- *RDP*: Renyi DP (Mironov, Talwar & Zhang 2019), with the conversion of Canonne, Kamath & Steinke
+  2020.
+
+The transform of a plain distribution has an absolute error near 1e-13, which hides a delta below
+1e-10 or so and can put epsilon below the truth. The distribution is therefore multiplied by
+exp(theta * loss) first, with the theta of Chernoff's bound, and divided by it afterwards: the error
+is then relative to delta.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from dp_accounting.pld import common
+from dp_accounting.rdp import rdp_privacy_accountant
+from scipy import fft, optimize, signal, special
+
+INTERVAL = 1e-3  # of the discretised privacy loss, at most, for an epsilon up to 200
+_CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
+_ORDERS = np.array([1.02, 1.035, 1.05, 1.075, *(1 + x / 10 for x in range(1, 110)),
+                    *range(12, 64),
+                    *(64 * 1.18**k for k in range(60))])
+_POINTS = 200_000  # of an integral, at most
+_MOST = 1e9  # a larger epsilon bounds nothing
+_MARGIN = 1 + 1e-9  # for what floating point may take from an exact value
+_TRUNCATED = 1e-15  # of the tilted distribution
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound on epsilon.
+
+    Attributes:
+        epsilon: the bound; infinite where it would be above 1e9.
+        accountant: "exact", "PLD" or "RDP": what gave it.
+        interval: of the discretised privacy loss; None but for "PLD".
+        rdp: epsilon by RDP alone.
+    """
+
+    epsilon: float
+    accountant: str
+    interval: float | None
+    rdp: float
+
+
+@lru_cache(maxsize=256)
+def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
+    """The smallest of the bounds on epsilon after ``steps`` steps, at ``delta``."""
+    found = quick_bound(noise_multiplier, sample_rate, steps, delta)
+    if sample_rate == 1 or not 0 < found.epsilon < math.inf:
+        return found
+    interval = math.inf
+    while (finer := _interval(noise_multiplier, sample_rate, steps, delta,
+                              found.epsilon)) < 0.7 * interval:
+        interval = finer
+        by_pld = loss_epsilon(noise_multiplier, sample_rate, steps, delta, interval)
+        if by_pld <= found.epsilon:
+            found = Bound(by_pld, "PLD", interval, found.rdp)
+    return found
+
+
+def quick_bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
+    """As :func:`bound`, without the distribution: never smaller, and in milliseconds."""
+    if steps == 0:
+        return Bound(0.0, "exact", None, 0.0)
+    if noise_multiplier < 1e-5:  # one sampled step has more than _MOST
+        return Bound(math.inf, "exact", None, math.inf)
+    if delta >= steps * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8)):
+        return Bound(0.0, "exact", None, 0.0)  # the total variation of all steps
+    whole = _checked(gaussian_epsilon(math.sqrt(steps) / noise_multiplier, delta))
+    by_rdp = _checked(renyi_epsilon(noise_multiplier, sample_rate, steps, delta))
+    if by_rdp < whole:
+        return Bound(by_rdp, "RDP", None, by_rdp)
+    return Bound(whole, "exact", None, by_rdp)
+
+
+def _checked(epsilon: float) -> float:
+    return epsilon if epsilon <= _MOST else math.inf
+
+
+# Without sampling --------------------------------------------------------------------------------
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Epsilon at ``delta`` of one Gaussian mechanism whose sensitivity is ``mu`` > 0 times its std.
+
+    delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu). The ratio of the
+    two terms is one of Mills ratios, so that no tail underflows.
+    """
+    def excess(epsilon: float) -> float:
+        first, second = epsilon / mu - mu / 2, epsilon / mu + mu / 2
+        larger = float(special.log_ndtr(-first))
+        ratio = math.exp(epsilon + float(special.log_ndtr(-second)) - larger) if first < 5 else (
+            float(special.erfcx(second / math.sqrt(2)) / special.erfcx(first / math.sqrt(2))))
+        return larger + math.log1p(-min(ratio, 1 - 1e-16)) - math.log(delta)
+
+    if delta >= float(special.erf(mu / math.sqrt(8))):  # the total variation
+        return 0.0
+    if mu > 1e5:
+        return math.inf
+    high = mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))  # by Chernoff's bound
+    if high > _MOST:
+        return math.inf
+    return float(optimize.brentq(excess, 0.0, high, xtol=1e-14, rtol=1e-12)) * _MARGIN
+
+
+# Renyi -------------------------------------------------------------------------------------------
+
+def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """Epsilon by RDP, the best of about 150 orders from 1.02 to a million."""
+    divergences = steps * _divergences(noise_multiplier, sample_rate)
+    kept = np.isfinite(divergences)
+    if not kept.any():
+        return math.inf
+    epsilon, _ = rdp_privacy_accountant.compute_epsilon(_ORDERS[kept], divergences[kept], delta)
+    return float(epsilon) * _MARGIN
+
+
+@lru_cache(maxsize=256)
+def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
+    """Renyi divergences of one step, infinite where they are not computed.
+
+    log E (1 - q + q exp((2x - 1) / 2 sigma^2))^order over x ~ N(0, sigma^2), by the trapezoid rule,
+    which for so smooth an integrand is exact to rounding. Adding and removing a unit have the same
+    bound (Mironov, Talwar & Zhang 2019).
+    """
+    if sample_rate == 1:
+        return _ORDERS / 2 / noise_multiplier**2
+    interval = min(noise_multiplier / 4, noise_multiplier**2 / 4)
+    found = np.full(len(_ORDERS), math.inf)
+    for i, order in enumerate(_ORDERS):
+        low, high = -40 * noise_multiplier, order + 40 * noise_multiplier
+        if (high - low) / interval > _POINTS:
+            break
+        x = np.arange(low, high, interval)
+        loss = np.logaddexp(math.log1p(-sample_rate),
+                            math.log(sample_rate) + (x - 0.5) / noise_multiplier**2)
+        log_density = (-x**2 / 2 / noise_multiplier**2
+                       - math.log(noise_multiplier * math.sqrt(2 * math.pi) / interval))
+        power = order * loss
+        growth = np.maximum(power, 0) + np.log(-np.expm1(-np.abs(power)) + 1e-300)
+        moment = _log_sum(log_density + growth, np.sign(power))
+        found[i] = float(np.logaddexp(0, moment)) / (order - 1)
+    return found
+
+
+# The privacy-loss distribution -------------------------------------------------------------------
+
+def loss_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float,
+                 interval: float) -> float:
+    """Epsilon by the privacy loss of one step, discretised with ``interval`` and composed.
+
+    Losses whose probability over all steps is below a thousandth of delta count as infinite.
+    """
+    reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
+    if (reach + 0.5 / noise_multiplier) / noise_multiplier > 700:
+        return math.inf  # its exponential would overflow
+    return max(_composed_epsilon(*_one_step(noise_multiplier, sample_rate, interval, reach, sign),
+                                 interval, steps, delta) for sign in (1, -1))
+
+
+def _interval(noise_multiplier: float, sample_rate: float, steps: int, delta: float,
+              epsilon: float) -> float:
+    """The interval that leaves epsilon within a percent of its limit; larger past epsilon 200.
+
+    A loss that lies between two points is moved to both, which adds about E|loss| * interval to
+    one step's variance: little beside that variance, or too little to move epsilon.
+    """
+    spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
+    mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))
+    enough = max(0.1 * spread, 0.05 * epsilon**2 / (steps * mean * math.log(1 / delta)))
+    return max(epsilon / _CELLS, 1e-9, min(INTERVAL, enough, epsilon / 50))
+
+
+def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reach: float, sign: int
+              ) -> tuple[int, np.ndarray, float]:
+    """The loss of one step, for a removed unit (``sign`` 1) or an added one (-1).
+
+    Returns:
+        The lowest loss in intervals, the probabilities of it and those that follow, and that of an
+        infinite loss. The hockey-stick divergence delta(epsilon) is exact at every point, and
+        linear in exp(epsilon) between them, which is never below (Doroshenko et al. 2022).
+    """
+    def loss(x: float) -> float:
+        log_ratio = (x - 0.5) / noise_multiplier**2
+        return sign * float(np.logaddexp(math.log1p(-sample_rate),
+                                         math.log(sample_rate) + log_ratio))
+
+    # on each side as far as the noise of either neighbour reaches
+    ends = sorted([loss(-reach * noise_multiplier), loss(1 + reach * noise_multiplier)])
+    lowest, highest = math.floor(ends[0] / interval), math.ceil(ends[1] / interval)
+    epsilon = interval * np.arange(lowest, max(highest, lowest + 1) + 1)
+    growth = np.expm1(sign * epsilon) + sample_rate  # of exp(loss), over 1 - sample_rate
+    inside = growth > 0
+    x = noise_multiplier * np.log(growth[inside] / sample_rate) + 0.5 / noise_multiplier
+    weight = sign * (1.0 if sign > 0 else np.exp(epsilon[inside]))
+    above, below = np.zeros(len(epsilon)), np.zeros(len(epsilon))
+    above[inside] = weight * (sample_rate * special.ndtr(sign * (1 / noise_multiplier - x))
+                              - growth[inside] * special.ndtr(-sign * x))
+    below[inside] = weight * (growth[inside] * special.ndtr(sign * x)
+                              - sample_rate * special.ndtr(sign * (x - 1 / noise_multiplier)))
+    # delta is above, or 1 - exp(epsilon) + below: for losses < 0 the latter has no difference of
+    # numbers near 1, and the same bends, since 1 - exp(epsilon) is linear in exp(epsilon)
+    negative = epsilon < 0
+    delta = np.where(negative, below - np.expm1(epsilon), above)
+    rest = np.where(negative, below, above + np.expm1(epsilon))
+    scale = math.expm1(interval)
+    bends = [(np.diff(f)[1:] - np.diff(f)[:-1] * math.exp(interval)) / scale for f in (delta, rest)]
+    probabilities = np.concatenate([
+        [(rest[1] - rest[0]) / scale - rest[0]], np.where(negative[1:-1], bends[1], bends[0]),
+        [(delta[-1] - delta[-2]) / math.expm1(-interval)]])
+    return lowest, np.maximum(probabilities, 0.0), max(float(delta[-1]), 0.0)
+
+
+def _composed_epsilon(lowest: int, probabilities: np.ndarray, infinite: float, interval: float,
+                      steps: int, delta: float) -> float:
+    """Epsilon at ``delta`` of ``steps`` independent losses of one distribution."""
+    lost = -math.expm1(steps * math.log1p(-infinite))
+    if lost >= delta:
+        return math.inf
+    with np.errstate(divide="ignore"):
+        log_one = np.log(probabilities)
+    tilt = _tilt(log_one, interval, lowest, steps, delta)
+    log_tilted = log_one + tilt * interval * (lowest + np.arange(len(log_one)))
+    log_mass = _log_sum(log_tilted)
+    tilted = np.exp(log_tilted - log_mass)
+    with np.errstate(over="ignore"):  # at orders that are then not the best
+        lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
+    size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
+    composed = np.roll(fft.irfft(fft.rfft(tilted, size)**steps, size), -lower)[:upper - lower + 1]
+    losses = interval * (steps * lowest + lower + np.arange(len(composed)))
+    centre = float(losses[np.argmax(composed)])
+    kept = tilt * (losses - centre) > -600
+    losses = losses[kept]
+    weights = np.maximum(composed[kept], 0.0) * np.exp(-tilt * (losses - centre))
+    log_goal = math.log(delta - lost) - (steps * log_mass - tilt * centre)
+    return _crossing(losses, weights, math.exp(min(log_goal, 600.0)), interval)
+
+
+def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: float) -> float:
+    """The theta of Chernoff's bound, which puts the tilted distribution where delta is decided.
+
+    The bound is quasi-convex in theta. Any theta is right; near the best one rounding is smallest.
+    """
+    losses = interval * (lowest + np.arange(len(log_one)))
+
+    def chernoff(log_theta: float) -> float:
+        theta = math.exp(log_theta)
+        return (steps * _log_sum(log_one + theta * losses) - math.log(delta)) / theta
+
+    return math.exp(optimize.minimize_scalar(
+        chernoff, bounds=(math.log(1e-3), math.log(1e9)), method="bounded",
+        options={"xatol": 0.02}).x)
+
+
+def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: float) -> float:
+    """Where the sum of ``weights * (1 - exp(epsilon - loss))`` over losses above epsilon is goal.
+
+    Between two points it is linear in exp(epsilon).
+    """
+    above = np.cumsum(weights[::-1])[::-1]
+    shrink = -math.expm1(-interval)
+    # at[j - 1] = at[j] exp(-interval) + above[j] (1 - exp(-interval)), without a difference
+    at = signal.lfilter([0.0, shrink], [1.0, shrink - 1], above[::-1])[::-1]
+    over = np.flatnonzero(at > goal)
+    if not len(over):
+        return max(0.0, float(losses[0]))
+    j = int(over[-1])
+    if j + 1 == len(losses):
+        return math.inf
+    share = (goal - at[j + 1]) / (at[j] - at[j + 1])
+    return max(0.0, float(losses[j + 1]) + math.log1p(-share * shrink))
+
+
+def _log_sum(logs: np.ndarray, signs: np.ndarray | float = 1.0) -> float:
+    """Logarithm of the sum of ``signs * exp(logs)``; -inf where that is not positive."""
+    largest = float(logs.max())
+    total = float((signs * np.exp(logs - largest)).sum())
+    return largest + math.log(total) if total > 0 else -math.inf

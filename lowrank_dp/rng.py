@@ -1,0 +1,150 @@
+"""Random numbers: where the noise, the samples and the seeds of a run come from.
+
+Three sources, of which a run's privacy statement names the one that it used:
+
+- :class:`SecureRandom`, AES-128 in counter mode with a key from the operating system: the default
+  on the CPU. Without the key, its output can't be told from random bits by any known attack.
+- torch's generators from the operating system's random bits (:func:`os_seeded_generator`): on CUDA.
+- torch's generators from a user's seed: reproducible by everyone who knows the seed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import sys
+from typing import NoReturn
+
+import numpy as np
+import torch
+from randomgen import AESCounter
+from scipy.special import ndtri
+from torch import Tensor
+
+from lowrank_dp import _validate
+
+KEY_BYTES = 16
+_STATE_BYTES = KEY_BYTES + 16  # and the number of words that have been drawn
+_BLOCK_WORDS, _BLOCK_COUNTS = 8, 4  # 64-bit words that the generator makes at once, of counters
+_TAIL = 2**63 - 2**43  # the word of a normal number beyond which twice the bits are taken
+_TWISTER_WORDS = 624  # of the Mersenne Twister's state, which is torch's CPU generator
+
+
+class SecureRandom:
+    """Cryptographic random numbers on the CPU, which whoever has the key can replay.
+
+    The bits are AES-128 (ten rounds, the standard's key schedule) of a 128-bit counter that begins
+    at 0: two words of 64 bits for each count. The ``randomgen`` package computes them, by the
+    processor's AES instructions where there are any, else in software, which gives the same
+    numbers, but reads tables in an order that a process on the same machine might time.
+    The generator refuses to be copied, pickled, or used in a forked process, where two would draw
+    the same numbers for different sums.
+
+    Args:
+        key: 16 bytes; None takes them from the operating system.
+
+    Raises:
+        ValueError: if the key has another type or length.
+    """
+
+    def __init__(self, key: bytes | None = None) -> None:
+        key = os.urandom(KEY_BYTES) if key is None else key
+        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+            _validate.fail("key", f"{KEY_BYTES} bytes", type(key).__name__ if not isinstance(
+                key, bytes) else f"{len(key)} bytes")
+        self._start(key, 0)
+
+    def _start(self, key: bytes, position: int) -> None:
+        blocks, rest = divmod(position, _BLOCK_WORDS)
+        self._key, self._process = key, os.getpid()
+        self._bits = AESCounter(key=int.from_bytes(key, "little"), counter=blocks * _BLOCK_COUNTS)
+        self._bits.random_raw(rest, output=False)
+
+    def state(self) -> Tensor:
+        """Key and position, 32 bytes (uint8): SECRET, for :meth:`from_state` to go on from."""
+        inner = self._bits.state["s"]
+        counter = int(inner["counter"][0]) + (int(inner["counter"][1]) << 64)
+        position = (counter - _BLOCK_COUNTS) * 2 + int(inner["offset"]) // 8
+        return torch.frombuffer(bytearray(self._key + position.to_bytes(16, "little")),
+                                dtype=torch.uint8)
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> SecureRandom:
+        """A generator that goes on where another was when it gave ``state``.
+
+        Raises:
+            ValueError: if ``state`` is not 32 bytes in a uint8 tensor.
+        """
+        if state.dtype != torch.uint8 or state.shape != (_STATE_BYTES,):
+            _validate.fail("state", f"{_STATE_BYTES} bytes (uint8)",
+                           f"{tuple(state.shape)} of {state.dtype}")
+        data = state.numpy().tobytes()
+        generator = cls(data[:KEY_BYTES])
+        generator._start(data[:KEY_BYTES], int.from_bytes(data[KEY_BYTES:], "little"))
+        return generator
+
+    def words(self, size: int) -> np.ndarray:
+        """(size,) words of 64 random bits (uint64)."""
+        if os.getpid() != self._process:
+            raise ValueError("this SecureRandom was made by another process and would draw the "
+                             "same numbers here and there: make a new one after a fork")
+        return np.asarray(self._bits.random_raw(size))
+
+    def uniform(self, size: int) -> Tensor:
+        """(size,) float64 on the CPU, in (0, 1): odd multiples of 2^-53, all of them exact."""
+        return torch.from_numpy(((self.words(size) >> np.uint64(12)) + 0.5) * 2.0**-52)
+
+    def normal(self, size: int, std: float = 1.0) -> Tensor:
+        """(size,) normal numbers of standard deviation ``std``, float64, on the CPU.
+
+        By inversion of a signed uniform number x of 64 bits, z = sqrt(2) erfinv(x). Where |x| is
+        within 2^-20 of 1 (|z| > 4.9), where float64 rounds x coarsely, the number is the inverse of
+        1 - |x| taken to 52 bits more: so no tail is cut off or coarse.
+        """
+        drawn = self.words(size).view(np.int64)
+        normal = torch.from_numpy(drawn * 2.0**-63).erfinv_().mul_(math.sqrt(2) * std)
+        if size and (drawn.max() >= _TAIL or drawn.min() < -_TAIL):
+            rare = np.flatnonzero((drawn >= _TAIL) | (drawn < -_TAIL))
+            left = (2**63 - 1) - (drawn[rare] ^ (drawn[rare] >> 63))  # numbers up to the end
+            tail = -ndtri((left + self.uniform(len(rare)).numpy()) * 2.0**-64) * std
+            normal[torch.from_numpy(rare)] = torch.from_numpy(np.copysign(tail, drawn[rare]))
+        return normal
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a SecureRandom can't be copied or pickled, since the copies would draw "
+                        "the same noise for different sums: use state() and from_state()")
+
+
+Generator = torch.Generator | SecureRandom
+
+
+def uniform(size: int, generator: Generator) -> Tensor:
+    """(size,) uniform numbers in float64, whose grid is fine enough to leave a rate as stated."""
+    if isinstance(generator, SecureRandom):
+        return generator.uniform(size)
+    return torch.rand(size, generator=generator, dtype=torch.float64)
+
+
+def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator that starts from the operating system's random bits.
+
+    It is not cryptographic. Of a CPU generator, a Mersenne Twister, the bits are the whole state
+    (``manual_seed`` would keep 32 of a seed's), yet some thousands of its outputs give that state.
+    A GPU's is Philox 4x32-10 with a key of the 63 bits that it is given.
+    """
+    generator = torch.Generator(device)
+    if generator.device.type != "cpu":
+        return generator.manual_seed(int.from_bytes(os.urandom(8), sys.byteorder) >> 1)
+    state = generator.manual_seed(0).get_state()
+    words = state[24:24 + 8 * _TWISTER_WORDS].view(torch.int64)  # of 32 bits, after the counters
+    drawn = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), dtype=np.uint32)
+    words.copy_(torch.from_numpy(drawn.astype(np.int64)))
+    return generator.set_state(state)
+
+
+def draw_seed(seed: int | None, purpose: str) -> int:
+    """63 bits for one purpose: derived from ``seed``, or from the operating system if None."""
+    if seed is None:
+        return int.from_bytes(os.urandom(8), "little") >> 1
+    return random.Random(f"lowrank_dp {purpose} {seed}").getrandbits(63)

@@ -1,0 +1,106 @@
+"""What a run's sums depend on, in short: where it differs on resume, noise must not be used again.
+
+Two sums that differ, released with the same noise, give away their difference. A resumed run
+therefore goes on with its noise only where everything here is as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lowrank_dp
+from lowrank_dp.train.parallel import world_size
+
+_PATHS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
+
+
+def digests(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
+            ) -> dict[str, str]:
+    """SHA-256 of a run's model and data, before its first step and before anything is sharded.
+
+    Returns:
+        "weights": names, types, shapes and bytes of all parameters and buffers, frozen ones too.
+        "configuration": the model's and the adapter's, attention implementation included, without
+            the folders that they came from.
+        "tokenizer": its serialised form. "rows": the encoded rows that are trained on.
+    """
+    settings: list[Any] = [_settings(getattr(model, "config", None))]
+    settings += [_settings(config) for config in getattr(model, "peft_config", {}).values()]
+    settings.append(str(getattr(getattr(model, "config", None), "_attn_implementation", None)))
+    return {"weights": _of_tensors(chain(model.named_parameters(), model.named_buffers())),
+            "configuration": _of_text(settings), "tokenizer": _of_text(_vocabulary(tokenizer)),
+            "rows": _of_text(rows)}
+
+
+def versions_and_machine(device: str) -> dict[str, str]:
+    """What decides how a sum is rounded, beside what decides which sum it is.
+
+    The number of threads and the processor's instructions change the order of additions.
+    """
+    kind = torch.device(device).type
+    found = {name: metadata.version(name) for name in ("transformers", "peft")}
+    found |= {"lowrank_dp": f"{lowrank_dp.__version__} ({_source()[:12]})",
+              "threads": str(torch.get_num_threads()),
+              "instructions": torch.backends.cpu.get_cpu_capability(),
+              "processes": str(world_size())}
+    if kind == "cuda" and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
+    return found
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """``name: before / now`` of each part that differs, digests cut short."""
+    def short(value: object) -> str:
+        return str(value)[:12] if len(str(value)) == 64 else str(value)
+
+    return [f"{name}: {short(before.get(name))} / {short(now.get(name))}"
+            for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+
+def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _of_text(value: Any) -> str:
+    def plain(other: Any) -> Any:
+        return sorted(map(str, other)) if isinstance(other, (set, frozenset)) else str(other)
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    document = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {str(name): value for name, value in document.items() if name not in _PATHS}
+
+
+def _vocabulary(tokenizer: Any) -> list[Any]:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    whole = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
+    return [whole, str(tokenizer.special_tokens_map), tokenizer.padding_side,
+            tokenizer.model_max_length]
+
+
+@lru_cache(maxsize=1)
+def _source() -> str:
+    """SHA-256 of this package's source, since a working copy changes without its version."""
+    folder, digest = Path(lowrank_dp.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}{os.linesep}".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,262 @@
+"""The secure generator's bits, laws and replay, and what an attacker can predict."""
+
+import copy
+import math
+import os
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from randomgen import AESCounter
+from scipy import stats
+
+from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.rng import SecureRandom, os_seeded_generator, uniform
+from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.setup import Setup
+
+# --- the generator ------------------------------------------------------------------------------
+
+
+def test_bits_are_those_of_aes_128():
+    """FIPS-197, appendix C.1: the block 00112233..ff under the key 000102..0f; in software too."""
+    key, block = bytes(range(16)), bytes(0x11 * i for i in range(16))
+    cipher = bytes.fromhex("69c4e0d86a7b0430d8cdb78070b4c55a")
+    for hardware in {AESCounter().use_aesni, False}:
+        bits = AESCounter(key=int.from_bytes(key, "little"),
+                          counter=int.from_bytes(block, "little"))
+        before = bits.use_aesni
+        try:
+            bits.use_aesni = hardware
+            assert bits.random_raw(2).tobytes() == cipher
+            words = SecureRandom(key).words(1000)
+        finally:
+            bits.use_aesni = before
+        np.testing.assert_array_equal(words, SecureRandom(key).words(1000))
+
+
+def test_draws_follow_their_laws():
+    secure = SecureRandom(b"sixteen bytes ok")
+    numbers, normal = secure.uniform(200_000).numpy(), secure.normal(200_000, 3.0).numpy() / 3
+    assert 0 < numbers.min() and numbers.max() < 1
+    assert stats.kstest(numbers, "uniform").pvalue > 1e-3
+    assert stats.kstest(normal, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(normal[:-1], normal[1:])[0, 1]) < 5 / math.sqrt(200_000)
+    assert SecureRandom().normal(0).shape == SecureRandom().uniform(0).shape == (0,)
+
+
+def test_tails_are_neither_cut_nor_coarse(monkeypatch):
+    """Words near both ends, against mpmath's inverse of the normal distribution."""
+    import mpmath
+
+    ends = [2**63 - 1 - k for k in (0, 1, 5, 10**6, 2**42, 2**43, 2**44)]
+    words = np.array([*ends, *(-1 - end for end in ends)], dtype=np.int64)
+    monkeypatch.setattr(SecureRandom, "words", lambda self, size: (
+        words if size == len(words) else np.full(size, 2**63, dtype=np.uint64)).view(np.uint64))
+    normal = SecureRandom(bytes(16)).normal(len(words)).numpy()
+    assert np.array_equal(normal[:7], -normal[7:]) and np.isfinite(normal).all()
+    with mpmath.workdps(40):
+        for end, found in zip(ends, normal, strict=False):
+            tail = mpmath.mpf(2**63 - 1 - end + 0.5) / 2**64
+            exact = mpmath.findroot(lambda z, p=tail: mpmath.log(mpmath.ncdf(-z) / p), found)
+            assert found == pytest.approx(float(exact), rel=1e-9)
+    assert normal[0] > 9 and len(set(normal)) == len(normal)
+
+
+@pytest.mark.parametrize("byte", [0, 255])
+def test_the_ends_of_a_draw_are_finite(byte, monkeypatch):
+    monkeypatch.setattr(SecureRandom, "words", lambda self, size: np.frombuffer(
+        bytes([byte]) * (8 * size), dtype=np.uint64))
+    secure = SecureRandom()
+    assert 0 < float(secure.uniform(1)) < 1 and abs(float(secure.normal(1))) < 10
+
+
+def test_a_state_goes_on_where_it_was_exported():
+    for drawn in (0, 1, 7, 8, 9, 1000, 32769):
+        secure = SecureRandom()
+        secure.words(drawn)
+        again = SecureRandom.from_state(secure.state())
+        assert torch.equal(again.state(), secure.state())
+        assert torch.equal(secure.normal(40_000), again.normal(40_000))
+        assert torch.equal(uniform(9, secure), uniform(9, again))
+    far = torch.tensor([0] * 16 + [255] * 9 + [0] * 7, dtype=torch.uint8)  # past 2^64 counts
+    secure = SecureRandom.from_state(far)
+    assert torch.equal(secure.state(), far)
+    secure.words(1)
+    assert secure.state()[16:].tolist() == [0] * 9 + [1] + [0] * 6
+
+
+def test_keys_come_from_the_operating_system_and_no_two_are_alike(monkeypatch):
+    draws = {float(SecureRandom().uniform(1)) for _ in range(20)}
+    assert len(draws) == 20
+    monkeypatch.setattr(os, "urandom", lambda size: bytes(range(size)))
+    assert SecureRandom().state()[:16].tolist() == list(range(16))
+
+
+def test_no_two_generators_share_a_sequence():
+    """Neither by copying, nor by pickling, nor in a forked process."""
+    secure = SecureRandom()
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="can't be copied or pickled"):
+            attempt(secure)
+    child = os.fork()
+    if child == 0:
+        try:
+            secure.words(1)
+        except ValueError as error:
+            os._exit(7 if "made by another process" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    for key in (b"short", "sixteen bytes ok", 5):
+        with pytest.raises(ValueError, match=r"^key must be 16 bytes"):
+            SecureRandom(key)
+    for state in (torch.zeros(31, dtype=torch.uint8), torch.zeros(32), torch.zeros(5056).byte()):
+        with pytest.raises(ValueError, match=r"^state must be 32 bytes"):
+            SecureRandom.from_state(state)
+
+
+def test_noise_in_parts_is_the_noise_of_the_whole_law_and_on_a_fixed_grid():
+    mechanism = GaussianMechanism(0.6, 2.5, 0.1)  # noise_std 1.5: a grid of 2^-24
+    for dtype in (torch.float32, torch.float64):
+        sums = {"a": torch.full((300, 200), 4.1, dtype=dtype), "b": torch.zeros((), dtype=dtype)}
+        noisy = mechanism.add_noise(sums, SecureRandom(b"sixteen bytes ok"))
+        assert noisy["a"].dtype == dtype and noisy["b"].shape == ()
+        noise = (noisy["a"] - 4.1).double().flatten().numpy()
+        assert stats.kstest(noise / 1.5, "norm").pvalue > 1e-3
+        steps = noisy["a"].double() * 2.0**24
+        assert torch.equal(steps, steps.round())
+        assert float((sums["a"] - 4.1).abs().max()) < 1e-6
+        turned = {"a": torch.full((200, 300), 4.1, dtype=dtype).mT}  # not contiguous
+        again = mechanism.add_noise(turned, SecureRandom(b"sixteen bytes ok"))
+        assert torch.equal(again["a"], noisy["a"])
+    tiny = GaussianMechanism(1e-20, 1e-10, 0.1).add_noise({"a": torch.zeros(1000)}, SecureRandom())
+    assert float(tiny["a"].std()) == pytest.approx(1e-30, rel=0.2)
+
+
+def test_statements_say_where_noise_comes_from():
+    def said(**changes):
+        base = TrainConfig(noise_multiplier=1.0)
+        setup = object.__new__(Setup)
+        object.__setattr__(setup, "config", replace(base, **changes))
+        return setup.randomness
+
+    assert said() == said(secure_rng=True) and "AES-128-CTR" in said()
+    assert "not secret" in said(seed=3) and "AES" not in said(seed=3)
+    assert "Philox" in said(device="cuda") and "not cryptographic" in said(device="cuda")
+    assert said(device="cuda:1", secure_rng=True) == said()
+
+
+# --- the attack ---------------------------------------------------------------------------------
+# A torch generator's outputs are linear in its state over GF(2), so that known ones give it away.
+# Here the attacker has 24 bits of each, as torch.rand shows; 8 bits a word are left to solve for.
+
+WORDS, MIDDLE, KNOWN, HIDDEN = 624, 397, 24, 8
+EXTRA = 700  # outputs beyond the state's words: for as many unknowns, and to be sure
+
+
+def untempered(y):
+    y ^= y >> 18
+    y ^= y << 15 & 0xEFC60000
+    x = y
+    for _ in range(5):
+        x = y ^ (x << 7 & 0x9D2C5680)
+    y = x
+    for _ in range(3):
+        x = y ^ x >> 11
+    return x
+
+
+def right(rows, count):
+    return np.concatenate([rows[count:], np.zeros_like(rows[:count])])
+
+
+def left(rows, count, mask):
+    kept = np.array([mask >> i & 1 for i in range(32)], dtype=np.uint64)[:, None]
+    return np.concatenate([np.zeros_like(rows[:count]), rows[:-count]]) * kept
+
+
+def tempered(rows):
+    """Of a word whose 32 bits are rows: each the unknowns, and a constant, that are added up."""
+    rows = rows ^ right(rows, 11)
+    rows = rows ^ left(rows, 7, 0x9D2C5680)
+    rows = rows ^ left(rows, 15, 0xEFC60000)
+    return rows ^ right(rows, 18)
+
+
+def following(first, second, middle):
+    """The word that the twister makes of words k, k + 1 and k + 397."""
+    mixed = np.concatenate([second[:31], first[31:]])
+    odd = np.array([0x9908B0DF >> i & 1 for i in range(32)], dtype=np.uint64)[:, None] * mixed[:1]
+    return middle ^ right(mixed, 1) ^ odd
+
+
+def recovered_state(outputs):
+    """The 624 words behind outputs of which 24 low bits are known; None if there are none."""
+    unknowns = HIDDEN * WORDS
+    columns = unknowns // 64 + 1  # the constant is the last bit
+    inverse = np.array([[untempered(1 << j) >> i & 1 for j in range(32)] for i in range(32)],
+                       dtype=bool)
+    words = []
+    for k in range(WORDS):
+        bits = np.zeros((32, columns), dtype=np.uint64)
+        for j in range(32):
+            if j < KNOWN:
+                bits[j, -1] = int(outputs[k]) >> j & 1
+            else:
+                place = HIDDEN * k + j - KNOWN
+                bits[j, place // 64] = 1 << place % 64
+        words.append(np.stack([np.bitwise_xor.reduce(bits[row], axis=0) for row in inverse]))
+    equations = []
+    for k in range(EXTRA):
+        words.append(following(words[k], words[k + 1], words[k + MIDDLE]))
+        bits = tempered(words[-1])[:KNOWN]
+        bits[:, -1] ^= np.array([int(outputs[WORDS + k]) >> j & 1 for j in range(KNOWN)],
+                                dtype=np.uint64)
+        equations.append(bits)
+    solution = solved(np.concatenate(equations), unknowns)
+    if solution is None:
+        return None
+    return np.array([sum((int(np.bitwise_count(row[:-1] & solution).sum() + row[-1]) & 1) << i
+                         for i, row in enumerate(word)) for word in words[:WORDS]], dtype=np.uint32)
+
+
+def solved(rows, unknowns):
+    """Unknowns that make every row 0, in packed bits; None if no numbers do."""
+    rank, pivots = 0, []
+    for place in range(unknowns):
+        column, bit = place // 64, np.uint64(place % 64)
+        has = np.flatnonzero(rows[rank:, column] >> bit & np.uint64(1)) + rank
+        if not len(has):
+            continue
+        rows[[rank, has[0]]] = rows[[has[0], rank]]
+        rows[has[1:], column:] ^= rows[rank, column:]
+        pivots.append(place)
+        rank += 1
+    if rows[rank:, -1].any():
+        return None
+    solution = np.zeros(rows.shape[1] - 1, dtype=np.uint64)
+    for row, place in zip(rows[:rank][::-1], pivots[::-1], strict=True):
+        value = int(np.bitwise_count(row[:-1] & solution).sum() + row[-1]) & 1
+        solution[place // 64] |= np.uint64(value << place % 64)
+    return solution
+
+
+def test_a_twister_can_be_predicted_from_its_draws_and_the_secure_generator_not():
+    """The noise of the next release, exactly, though all 624 words were random bits."""
+    mechanism = GaussianMechanism(1.0, 1.0, 0.1)
+    generator = os_seeded_generator()
+    shown = (torch.rand(WORDS + EXTRA, generator=generator) * 2**KNOWN).long()
+    state = recovered_state(shown.numpy())
+    assert state is not None
+    secret = mechanism.add_noise({"w": torch.zeros(40, 50)}, generator)["w"]
+    attacker = torch.Generator().manual_seed(0)
+    whole = attacker.get_state()
+    whole[24:24 + 8 * WORDS].view(torch.int64).copy_(torch.from_numpy(state.astype(np.int64)))
+    attacker.set_state(whole)
+    assert torch.equal((torch.rand(EXTRA, generator=attacker) * 2**KNOWN).long(), shown[WORDS:])
+    assert torch.equal(torch.randn(40, 50, generator=attacker), secret)
+
+    secure = SecureRandom()
+    assert recovered_state(secure.words(WORDS + EXTRA) & np.uint64(2**KNOWN - 1)) is None
