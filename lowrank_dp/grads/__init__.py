@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_dp import _validate
 from lowrank_dp.grads import independence
-from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone
+from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone, require_compilable
 from lowrank_dp.grads.losses import LOSSES, check_labels
 from lowrank_dp.grads.work import Batch, Work, num_rows_of, rows_of, wide_dtype
 
@@ -155,6 +155,8 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
                              f"got {' and '.join(map(str, sorted(widths)))} positions")
         work = Work(model, trained, batch, rows, sum(before), 0.0 if idle else bound, autocast)
         with torch.enable_grad(), _kept_gradients(trained):
+            if backend == "compiled":
+                require_compilable(work)
             # processes that share a model look at the same time, whatever their rows
             looking = not totals if reduce else rows > 1 >= max(before)
             alone = first_alone(work, backend) if looking else None

@@ -42,12 +42,12 @@ def first_alone(work: Work, backend: str) -> Tensor | None:
         modules = [(module, own) for module in work.model.modules() if isinstance(
             module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)) and (
             own := [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names])]
-        others = ["loop"]
+        problem, others = "have no exact per-example gradients in Opacus: they ", ["loop"]
     else:
         modules = [(module, [*own.values()]) for module, own in sites_of(work.model, work.trained)]
-        others = ["opacus", "loop"]
+        problem, others = "", ["opacus", "loop"]
     one = replace(work, batch=copied(work.batch, [0]), num_rows=1)
-    with (requiring_one_row(modules, others), torch.no_grad(), torch.random.fork_rng(
+    with (requiring_one_row(modules, problem, others), torch.no_grad(), torch.random.fork_rng(
             [work.device] if work.device.type == "cuda" else [])):
         return getattr(forward(one), "loss", None)
 
@@ -85,13 +85,17 @@ def _settle_doubts(tape: Tape) -> None:
         tape.squares[name].squared[row] = careful_norm(tape.factors[name], row) ** 2
 
 
-def _compiled(work: Work) -> tuple[Tensor, SumOf]:
+def require_compilable(work: Work) -> None:
+    """Refuse a batch or a mode that no graph is made for."""
     if not isinstance(work.batch.get("input_ids"), Tensor):
         raise ValueError("batch must hold a tensor 'input_ids' to be compiled for, got "
                          f"{', '.join(map(str, work.batch))}: use {PLAIN}")
     if work.model.training and any(isinstance(m, nn.Dropout) and m.p for m in work.model.modules()):
         raise ValueError("model must be without dropout to be compiled: call .eval(), or use "
                          f"{PLAIN}")
+
+
+def _compiled(work: Work) -> tuple[Tensor, SumOf]:
     graphs, plain = graphs_of(work.model), isinstance(work.autocast, nullcontext)
     # the mode and autocast decide the layers and types of a graph, trained names where it is read
     key = tuple(work.trained), work.model.training, plain

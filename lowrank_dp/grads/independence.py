@@ -48,7 +48,8 @@ VANISHING = 1e-7  # a gradient norm of which nothing is asked
 FADING = 1e-3  # a loss below it has a gradient of differences, which rounding moves further
 
 SumOf = Callable[[str], Tensor | None]
-Backends = Mapping[str, Callable[[Work], tuple[Tensor, SumOf]]]
+Backend = Callable[[Work], tuple[Tensor, SumOf]]
+Backends = Mapping[str, Backend]
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,6 @@ def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool 
             gradient than the loop, naming parameters and the backends that give it; and for a
             model that minds padding, with the remedy.
     """
-    lengths = _own_lengths(work.model, work.batch)
-    chosen = _chosen(lengths)
-    # as many rows as positions, where that is what the batch has
-    order = [chosen[i % len(chosen)]
-             for i in range(work.num_rows if _square(work) else len(chosen))]
     work = replace(work, autocast=nullcontext(), alone=None)
     with _undisturbed(work.model, work.device):
         repeatable, quiet = _repeatable(work)
@@ -113,18 +109,54 @@ def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool 
             raise ValueError("model must give a row the same loss twice in eval mode, so that rows "
                              'can be compared: use backend="loop", which runs them apart')
         with quiet:
-            alone = _alone(work, order, lengths if padding == "longest" else None)
-            if alone is None:
-                return None
-            if backend != "loop":
-                _compare(work, alone, order, backend, backends)
-    return repeatable
+            try:
+                found = _agreeing(work, backend, backends, padding)
+            except ValueError as error:  # it may be rounding, as where a gradient cancels
+                with _in_float64(work.model):
+                    if backend == "compiled" or not _agree_in_float64(work, backend, backends,
+                                                                      padding):
+                        raise error from error.__cause__
+                found = True
+    return repeatable if found else None
 
 
-def _alone(work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] | None
-           ) -> Alone | None:
-    """Each row through autograd, and again at its own length, which must change nothing."""
-    losses, norms, bound = {}, {}, 0.0
+def _agree_in_float64(work: Work, backend: str, backends: Backends, padding: str) -> bool:
+    """Whether rows agree once the model computes in float64."""
+    batch = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point()
+             else value for name, value in work.batch.items()}
+    try:
+        return _agreeing(replace(work, batch=batch), backend, backends, padding)
+    except (RuntimeError, ValueError):
+        return False
+
+
+def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> bool:
+    """True if rows agree, False if a row has no finite loss or gradient; else ``ValueError``."""
+    lengths = _own_lengths(work.model, work.batch)
+    chosen = _chosen(lengths)
+    # as many rows as positions, where that is what the batch has
+    order = [chosen[i % len(chosen)]
+             for i in range(work.num_rows if _square(work) else len(chosen))]
+    try:
+        alone = _alone(work, order, lengths if padding == "longest" else None)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        _run(work, 1.0, order, backends[backend])  # which may say more about it
+        raise ValueError(f"model cannot be run on one row by itself ({first_line(error)}), which "
+                         "is how rows are compared") from error
+    if alone is not None and backend != "loop":
+        _compare(work, alone, order, backend, backends)
+    return alone is not None
+
+
+def _alone(work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] | None,
+           bound: float = 0.0) -> Alone | None:
+    """Each row through autograd, and again at its own length, which must change nothing.
+
+    Without a bound, one that clips the first row, and most likely the others, is taken.
+    """
+    losses, norms = {}, {}
     sums: dict[str, Tensor] = {}
     for row in dict.fromkeys(order):
         batch = copied(work.batch, [row])
@@ -134,7 +166,7 @@ def _alone(work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] 
             return None
         if lengths is not None and lengths[row] != (0, width(batch)):
             _require_own_length(work, row, lengths[row], loss, gradient)
-        bound = bound or 0.1 * norm  # clips the first row, and most likely the others
+        bound = bound or 0.1 * norm
         weight = min(1.0, bound / norm) * order.count(row) if norm else 0.0
         for name, g in gradient.items():
             sums[name] = sums[name].add_(g, alpha=weight) if name in sums else g.mul_(weight)
@@ -175,7 +207,9 @@ def _compare(work: Work, alone: Alone, order: Sequence[int], backend: str,
                              f"{work.first_row + row} is {alone.losses[row]:.6g} alone and "
                              f"{loss:.6g} beside other rows: {APART}")
     wrong = _differing(work, alone, order, backends[backend])
-    if wrong:
+    if wrong:  # by a wrong norm all of them may be: without clipping it is seen which
+        plain = _alone(work, order, None, math.inf)
+        wrong = plain and _differing(work, plain, order, backends[backend]) or wrong
         able = [name for name in ("bookkeeping", "opacus")
                 if name != backend and _gives(work, alone, order, backends[name])]
         refuse(wrong, f"get another gradient by backend {backend!r} than from autograd on each row",
@@ -183,7 +217,7 @@ def _compare(work: Work, alone: Alone, order: Sequence[int], backend: str,
 
 
 def _gives(work: Work, alone: Alone, order: Sequence[int],
-           run: Callable[[Work], tuple[Tensor, SumOf]]) -> bool:
+           run: Backend) -> bool:
     """Whether a backend is right about the model."""
     try:
         return not _differing(work, alone, order, run)
@@ -196,18 +230,9 @@ def _together(work: Work, order: Sequence[int]) -> Work:
 
 
 def _differing(work: Work, alone: Alone, order: Sequence[int],
-               run: Callable[[Work], tuple[Tensor, SumOf]]) -> list[str]:
+               run: Backend) -> list[str]:
     """The parameters whose clipped sum is not the loop's; all where only the norms differ."""
-    try:
-        norms, sum_of = run(replace(_together(work, order), bound=alone.bound))
-    except torch.OutOfMemoryError:
-        raise
-    except (IndexError, RuntimeError) as error:
-        raise ValueError(f"model cannot be run by this backend ({first_line(error)}): use "
-                         'backend="loop"') from error
-    finally:
-        for p in work.trained.values():
-            p.grad = None
+    norms, sum_of = _run(work, alone.bound, order, run)
     wrong, zero = [], torch.zeros((), device=work.device)
     # of all clipped rows: their norms, and what is rounding of them
     whole = sum(min(alone.norms[row], alone.bound) for row in order)
@@ -223,6 +248,20 @@ def _differing(work: Work, alone: Alone, order: Sequence[int],
         _allowed(work, alone.losses[row]) * alone.norms[row] + VANISHING)
         for norm, row in zip(norms.tolist(), order, strict=True))
     return wrong or (list(work.trained) if off else [])
+
+
+def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[Tensor, SumOf]:
+    """The backend on the rows together; ``ValueError`` where it fails."""
+    try:
+        return run(replace(_together(work, order), bound=bound))
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"model cannot be run by this backend ({first_line(error)}): use "
+                         'backend="loop"') from error
+    finally:
+        for p in work.trained.values():
+            p.grad = None
 
 
 def _gradient(work: Work, row: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -363,6 +402,20 @@ def _repeatable(work: Work) -> tuple[bool, Any]:
             return False, _WithoutDropout()
     work.model.eval()
     return False, nullcontext() if same() else None
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers in float64, and then what they were."""
+    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())
+            if tensor.is_floating_point()]
+    try:
+        for tensor, values in kept:
+            tensor.data = values.double()
+        yield
+    finally:
+        for tensor, values in kept:
+            tensor.data = values
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp.grads.factors import Factor, Outer, Squares, settle, squared_norms, wide
+from lowrank_dp.grads.work import UnsupportedParameters
 
 Rule = Callable[[Any, Tensor, Tensor], Factor]
 
@@ -159,12 +160,13 @@ def sites_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sites:
 
 @contextmanager
 def requiring_one_row(modules: Iterable[tuple[nn.Module, Iterable[str]]],
-                      backends: Iterable[str]) -> Iterator[None]:
+                      problem: str, backends: Iterable[str]) -> Iterator[None]:
     """Refuse layers whose leading axis is not the examples, while the model runs on one example.
 
     Every layer's input must then have a leading axis of one, though in a batch another axis may
     have the size of the batch: a table of relative positions (T, T), say, does not. ``modules``
-    are layers and the names of their trained parameters; ``backends`` are offered in the error.
+    are layers and the names of their trained parameters; ``problem`` begins the error, which
+    offers ``backends``.
     """
     handles = []
     try:
@@ -173,7 +175,7 @@ def requiring_one_row(modules: Iterable[tuple[nn.Module, Iterable[str]]],
                      names: Iterable[str] = names) -> None:
                 seen = layer_input(args, kwargs)
                 if isinstance(seen, Tensor) and seen.shape[:1] != (1,):
-                    refuse(names, f"see an input of shape {tuple(seen.shape)} for one example, "
+                    refuse(names, f"{problem}see an input of shape {tuple(seen.shape)} for one example, "
                            "whose leading axis is not the batch", backends)
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
         yield
@@ -264,4 +266,4 @@ def refuse(names: Iterable[str], problem: str,
     listed = [*dict.fromkeys(names)]
     shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
     offered = " or ".join(f'backend="{backend}"' for backend in backends)
-    raise ValueError(f"model parameters {shown} {problem}: freeze them or use {offered}")
+    raise UnsupportedParameters(f"model parameters {shown} {problem}: freeze them or use {offered}")

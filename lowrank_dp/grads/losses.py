@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_dp.grads.factors import wide
-from lowrank_dp.grads.work import Batch, Work, copied
+from lowrank_dp.grads.work import Batch, UnsupportedParameters, Work, copied
 
 IGNORED = -100  # the label that transformers leaves out of a loss
 APART = ("no clipping of rows bounds what a record does to such a model; use a model that handles "
@@ -70,7 +70,7 @@ def forward(work: Work) -> Any:
     with work.autocast:
         try:
             return work.model(**work.batch)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UnsupportedParameters):
             raise
         except (IndexError, RuntimeError, ValueError) as error:
             for row in range(work.num_rows):

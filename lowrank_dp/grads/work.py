@@ -55,6 +55,10 @@ class Work:
             raise ValueError(f"batch row {row} {problem}")
 
 
+class UnsupportedParameters(ValueError):
+    """Trained parameters that a backend cannot or must not take."""
+
+
 def num_rows_of(batch: Batch) -> int:
     """The number of examples in ``batch``, whose tensors must agree on it."""
     if not isinstance(batch, Mapping):
