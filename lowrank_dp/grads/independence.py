@@ -209,7 +209,7 @@ def _compare(work: Work, alone: Alone, order: Sequence[int], backend: str,
     wrong = _differing(work, alone, order, backends[backend])
     if wrong:  # by a wrong norm all of them may be: without clipping it is seen which
         plain = _alone(work, order, None, math.inf)
-        wrong = plain and _differing(work, plain, order, backends[backend]) or wrong
+        wrong = (_differing(work, plain, order, backends[backend]) if plain else []) or wrong
         able = [name for name in ("bookkeeping", "opacus")
                 if name != backend and _gives(work, alone, order, backends[name])]
         refuse(wrong, f"get another gradient by backend {backend!r} than from autograd on each row",

@@ -175,8 +175,8 @@ def requiring_one_row(modules: Iterable[tuple[nn.Module, Iterable[str]]],
                      names: Iterable[str] = names) -> None:
                 seen = layer_input(args, kwargs)
                 if isinstance(seen, Tensor) and seen.shape[:1] != (1,):
-                    refuse(names, f"{problem}see an input of shape {tuple(seen.shape)} for one example, "
-                           "whose leading axis is not the batch", backends)
+                    refuse(names, f"{problem}see an input of shape {tuple(seen.shape)} for one "
+                           "example, whose leading axis is not the batch", backends)
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
         yield
     finally:

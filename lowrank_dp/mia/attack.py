@@ -176,6 +176,12 @@ class Target:
         return self.result
 
     @property
+    def pad_to(self) -> int | None:
+        """The length that every row was padded to in training; None for the longest row's."""
+        padded = self.result is not None and self.result.config.padding == "max-length"
+        return self.max_length if padded else None
+
+    @property
     def recipe(self) -> TrainConfig:
         """How it was trained."""
         return self.trained.config
@@ -223,7 +229,8 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
     """Measure, score and judge one checkpoint. Shadows and signals are kept in ``cache``."""
     records = target.records
     task, examples = records.task, records.examples
-    arguments: dict[str, Any] = {"max_length": target.max_length, "batch_size": options.batch_size}
+    arguments: dict[str, Any] = {"max_length": target.max_length, "pad_to": target.pad_to,
+                                 "batch_size": options.batch_size}
     model, tokenizer = load_model(str(target.folder), task=task, device=options.device,
                                   **_trained_part(target))
     adapter = hasattr(model, "disable_adapter")
@@ -235,7 +242,8 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
     together = (*examples, *target.population)
     found = signals.cached(
         cache, signals.key(target.folder, together, target.max_length,
-                           str(target.base) if reference is not None else ""),
+                           str(target.base) if reference is not None else "",
+                           *([f"padded to {target.pad_to}"] if target.pad_to else [])),
         lambda: signals.measure(model, tokenizer, task, together, reference=reference,
                                 **arguments))
     shadow = _shadows(target, options, cache)
@@ -250,7 +258,7 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
         else:
             made["projection"] = projection.projection_scores(
                 target.folder, target.base or {}, task, examples, records.is_member,
-                max_length=target.max_length, device=options.device)
+                max_length=target.max_length, pad_to=target.pad_to, device=options.device)
     wanted = options.attacks or tuple(made)
     for name in (*wanted, *filter(None, [options.primary])):
         if name not in made:
@@ -288,8 +296,8 @@ def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows |
         return None
     return shadows.measure_shadows(
         paths, target.records.task, target.records.examples, target.population,
-        max_length=target.max_length, batch_size=options.batch_size, device=options.device,
-        cache=cache, base=options.base)
+        max_length=target.max_length, pad_to=target.pad_to, batch_size=options.batch_size,
+        device=options.device, cache=cache, base=options.base)
 
 
 def _scores(target: Target, options: Options, found: Signals, shadow: shadows.Shadows | None

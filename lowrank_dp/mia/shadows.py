@@ -87,8 +87,8 @@ def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
 
 
 def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Example],
-                    population: Sequence[Example], *, max_length: int | None, batch_size: int,
-                    device: str, cache: Path, base: str = "") -> Shadows:
+                    population: Sequence[Example], *, max_length: int | None, pad_to: int | None,
+                    batch_size: int, device: str, cache: Path, base: str = "") -> Shadows:
     """Signals of every shadow on the attacked records and on the population."""
     together = [*examples, *population]
     losses, phis, members = [], [], []
@@ -107,9 +107,10 @@ def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Exampl
         def measure(path: Path = path) -> signals.Signals:
             model, tokenizer = load_model(str(path), task=task, device=device)
             return signals.measure(model, tokenizer, task, together, max_length=max_length,
-                                   batch_size=batch_size)
+                                   pad_to=pad_to, batch_size=batch_size)
 
-        found = signals.cached(cache, signals.key(path, together, max_length), measure)
+        found = signals.cached(cache, signals.key(
+            path, together, max_length, *([f"padded to {pad_to}"] if pad_to else [])), measure)
         losses.append(found.loss)
         phis.append(found.phi)
     loss, phi = np.stack(losses), np.stack(phis)

@@ -269,6 +269,7 @@ def _load_adapter(backbone: Backbone, file: Path, task: Task | None, kind: str |
 def _context(config: Any) -> int:
     """How many tokens the model has positions for."""
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    positions = sys.maxsize if positions < 0 else positions  # XLNet's -1: relative positions
     # RoBERTa and its kin count positions from the padding index on
     offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
     return positions - offset
