@@ -67,13 +67,13 @@ def _clipped(work: Work, tape: Tape) -> tuple[Tensor, SumOf]:
     """What a tape gives when forward and backward are over."""
     with torch.no_grad(), torch.autocast(work.device.type, enabled=False):
         tape.close_all()
-        _settle_doubts(tape)
+        settle_doubts(tape)
         norms, weights = work.clip(squares.squared for squares in tape.squares.values())
     return norms, lambda name: None if name not in tape.squares else weighted_sum(
         tape.factors.pop(name), weights, work.trained[name].shape)
 
 
-def _settle_doubts(tape: Tape) -> None:
+def settle_doubts(tape: Tape) -> None:
     """Take again the norms that are in doubt, where a row's other parameters leave it open."""
     if not tape.squares:
         return
@@ -167,7 +167,7 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
     tape = Tape(squares={name: squared_norms([s]) for name, s in samples.items()})
     with torch.no_grad():
         tape.factors.update({name: [sample] for name, sample in samples.items()})
-        _settle_doubts(tape)
+        settle_doubts(tape)
         norms, weights = work.clip(squares.squared for squares in tape.squares.values())
     return norms, lambda name: None if name not in samples else weighted_sum(
         [samples[name]], weights, samples[name].shape[1:])

@@ -57,7 +57,9 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
     """Signals of ``examples`` in their order, from one forward pass of ``model``.
 
     Every row is padded to ``pad_to`` tokens, as the model was trained, or to the longest row of its
-    batch if that is None. ``reference`` is the model before fine-tuning, run on the same batches, or ``model`` itself if
+    batch if that is None.
+
+    ``reference`` is the model before fine-tuning, run on the same batches, or ``model`` itself if
     it is a PEFT model whose head did not train: its adapter is then switched off. Every loss that
     is not finite is an error that lists the records' ids; none is dropped.
     """
