@@ -40,7 +40,7 @@ Array = NDArray[np.float64]
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", *,
-             max_length: int | None = None, batch_size: int = 64,
+             max_length: int | None = None, pad_to: int | None = None, batch_size: int = 64,
              max_examples: int | None = None, generate: bool = False, num_beams: int = 1,
              max_new_tokens: int = 64, seed: int = 0) -> dict[str, float]:
     """Loss and metrics of ``model`` on one split of ``task``, by name.
@@ -55,6 +55,8 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
         split: a split that the task has.
         max_length: in tokens, as in ``data.encode``; it cuts the rows whose loss is computed and
             the prompts to generate from.
+        pad_to: in tokens: every row whose loss is computed is padded on the right to this length,
+            for models that were trained so; None pads each batch to its longest row.
         batch_size: examples in memory at a time; results don't depend on it beyond rounding.
         max_examples: evaluate a random subset of at most so many examples, drawn from ``seed`` in
             whole groups by ``data.subset``.
@@ -100,7 +102,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
         of_texts = text_metrics(texts, [[e.target or "" for e in group] for group in groups])
     with _evaluating(model):
         losses, counts, logits = _forward(model, task, examples, micro_batches(
-            rows, batch_size, tokenizer.pad_token_id))
+            rows, batch_size, tokenizer.pad_token_id, length=pad_to))
     found = {"loss": float(losses.mean())}
     if task.kind == "generation":
         found["perplexity"] = float(((losses * counts).sum() / counts.sum()).exp())

@@ -185,7 +185,8 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
         sums, _ = clipped_sum_over(
             setup.model, _sample(setup, state.sampler), bound,
             autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            backend="compiled" if config.compile else "bookkeeping", reduce=layout.reduce)
+            backend="compiled" if config.compile else "bookkeeping", padding=config.padding,
+            check_rows=False, reduce=layout.reduce)  # prepare has checked public rows
     guards.check_covered(setup.model, setup.optimizer, sums)
     clean, noisy = layout.noised(sums, None if config.non_private else (
         lambda sums: mechanism.add_noise(sums, state.noise)))
@@ -216,7 +217,8 @@ def _sample(setup: Setup, generator: Generator) -> Iterator[Batch | Idle]:
 
     def batches(chosen: list[int]) -> Iterator[Batch]:
         rows = [setup.rows[row] for row in chosen]
-        for _, batch in micro_batches(rows, size, setup.tokenizer.pad_token_id):
+        for _, batch in micro_batches(rows, size, setup.tokenizer.pad_token_id,
+                                      length=setup.pad_to):
             yield {key: value.to(setup.config.device) for key, value in batch.items()}
 
     mine = chosen[parallel.rank()::world]
@@ -276,7 +278,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
     config = setup.config
     return evaluation.evaluate(
         setup.model, setup.tokenizer, setup.task, split, max_length=setup.max_length,
-        batch_size=config.micro_batch_size, max_examples=config.eval_examples,
+        pad_to=setup.pad_to, batch_size=config.micro_batch_size, max_examples=config.eval_examples,
         generate=generate and setup.task.kind == "generation", num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens)
 
