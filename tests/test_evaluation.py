@@ -20,7 +20,7 @@ from sacrebleu import BLEU
 from sklearn import metrics as sklearn_metrics
 
 from lowrank_dp import evaluation
-from lowrank_dp.data import TASKS, Example, encode, load_task
+from lowrank_dp.data import TASKS, Example, encode, load_task, subset
 from lowrank_dp.evaluation import (
     HIGHER_IS_BETTER,
     evaluate,
@@ -525,14 +525,18 @@ def test_generated_texts_are_scored(llama):
     assert found["rouge_l"] == pytest.approx(want)
 
 
-def test_max_examples_keeps_whole_groups_as_load_task_does(llama):
+def test_max_examples_keeps_whole_groups(llama):
     model, _, tokenizer = llama
     full = load_task("generated-table")
-    want = evaluate(model, tokenizer, TABLES)
+    few = replace(full, splits={split: subset(examples, 40, f"0/{split}")
+                                for split, examples in full.splits.items()})
+    sizes, kept = (Counter(e.group for e in task.validation) for task in (full, few))
+    assert 37 < kept.total() <= 40 and all(sizes[group] == n for group, n in kept.items())
+    want = evaluate(model, tokenizer, few)
     assert evaluate(model, tokenizer, full, max_examples=40) == want
     assert evaluate(model, tokenizer, full, max_examples=40, seed=1) != want
     assert evaluate(model, tokenizer, full, "test", max_examples=40) == evaluate(
-        model, tokenizer, TABLES, "test")
+        model, tokenizer, few, "test")
 
 
 @needs_data

@@ -13,12 +13,14 @@ from scipy import stats
 
 import lowrank_dp.train as train_module
 from lowrank_dp.artifacts.runs import RunFolder
+from lowrank_dp.data import load_task
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.train import TrainConfig, load_result, parallel, take_step, train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, environment, fresh_generators
 
-SIGMA, BOUND, STEPS, TRAIN = 0.3, 0.5, 5, 60
+SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 5, 60
+TRAIN = len(load_task("generated", max_examples=ABOUT).train)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -29,7 +31,7 @@ def model(small_bert):
 
 
 def make_config(model, **changes):
-    base = {"model": model, "task": "generated", "max_examples": TRAIN, "noise_multiplier": SIGMA,
+    base = {"model": model, "task": "generated", "max_examples": ABOUT, "noise_multiplier": SIGMA,
             "max_grad_norm": BOUND, "steps": STEPS, "batch_size": 13, "learning_rate": 1e-2,
             "optimizer": "sgd", "micro_batch_size": 4, "eval_every": 100, "snapshot_every": 2,
             "eval_examples": 20, "seed": 5}

@@ -69,7 +69,7 @@ def own_task(path: Path, columns: Columns) -> Task:
     first = next(row for table in tables.values() for row in table.rows)
     roles = _roles(columns, available, path, first[0])
     ignored = [name for name in available if name not in {*asdict(roles).values(), "idx"}]
-    unread = [f"column {name!r}" for name in ignored]
+    unread = [f"column {name!r:.60}" for name in ignored]
     if roles.label and "test" in tables and roles.label not in tables["test"].columns:
         del tables["test"]                      # as published for competitions: without its answers
         unread.append(f"the test split, which has no column {roles.label!r}")
@@ -79,25 +79,29 @@ def own_task(path: Path, columns: Columns) -> Task:
     return _build(path, roles, tables, tuple(ignored))
 
 
-def with_label_names(task: Task, names: Sequence[str], where: str) -> Task:
-    """``task`` with its classes renumbered as in ``names``, so that two files agree.
+def with_label_names(task: Task, known: Task, where: str) -> Task:
+    """``task`` with its classes numbered as those of ``known``, so that two files agree.
 
-    A class is found by its name. Classes that are only numbers are positions in ``names``, where
-    these are other words. Raises ``ValueError``, which begins with ``where``, on an unknown class.
+    A class is found by its name. Where the classes of ``task`` are only numbers and those of
+    ``known`` are words, the numbers are positions. Raises ``ValueError``, which begins with
+    ``where``, on a class that ``known`` lacks.
     """
-    numbers = [int(name) if name.isascii() and name.isdigit() else -1
-               for name in task.label_names]
+    names = known.label_names
+    numbers = [int(name) if name.isascii() and name.isdigit() else -1 for name in task.label_names]
     if {*task.label_names} <= {*names}:
-        places = [list(names).index(name) for name in task.label_names]
-    elif all(0 <= number < len(names) for number in numbers):
-        places = numbers
-    else:
+        places = [names.index(name) for name in task.label_names]
+    elif min(numbers) < 0 or any(name.isdigit() for name in names):
         unknown = [name for name in task.label_names if name not in names]
-        raise ValueError(f"{where}: labels must be among {_named(names)}, got "
+        raise ValueError(f"{where}: labels must be among {_named(names)}, as in {known.name}, got "
                          f"{_named(unknown)}")
+    elif max(numbers) >= len(names):
+        raise ValueError(f"{where}: labels must be below {len(names)}, as in {known.name}, got "
+                         f"{max(numbers)}")
+    else:
+        places = numbers
     splits = {split: tuple(replace(e, label=places[int(e.label or 0)]) for e in examples)
               for split, examples in task.splits.items()}
-    return replace(task, num_labels=len(names), label_names=tuple(names), splits=splits)
+    return replace(task, num_labels=len(names), label_names=names, splits=splits)
 
 
 def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tuple[str, ...]
@@ -167,11 +171,11 @@ def _checked(row: Row, texts: Iterable[str]) -> Row:
     where, cells = row
     for column in texts:
         value = cell(where, cells, column)
-        if value is None or value != value or isinstance(value, str) and not value.strip():
+        if _is_empty(value):
             bad_cell(where, column, "a text that is not empty: fill it in or leave the row out",
                      value)
     index = cells.get("idx")
-    if isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 19 or (
+    if (isinstance(index, str) and re.fullmatch(r"\d{1,18}", index, re.ASCII)) or (
             isinstance(index, float) and index.is_integer()):
         return where, cells | {"idx": int(index)}
     return row
@@ -231,9 +235,14 @@ def _declared_classes(column: str, path: Path, declared: set[tuple[str, ...]],
     return names, {place: place for place in range(len(names))}
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a cell is null, NaN or blank."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def _check_label(where: str, column: str, value: Any, first: Any) -> None:
     """Refuse an empty or non-finite label, and one of another type than the first row's."""
-    if value is None or value != value or isinstance(value, str) and not value.strip():
+    if _is_empty(value):
         bad_cell(where, column, "a label that is not empty: fill it in or leave the row out", value)
     if type(value) not in (str, int, float, bool):
         bad_cell(where, column, "a class (a string, a truth value or an integer) or a score "

@@ -21,8 +21,8 @@ from typing import Any
 from lowrank_dp.data import examples
 from lowrank_dp.data.examples import read_jsonl
 
-SUFFIXES = tuple(f".{name}{zipped}" for name in ("csv", "tsv", "jsonl", "ndjson", "json")
-                 for zipped in ("", ".gz")) + (".parquet",)
+SUFFIXES = (*(f".{name}{zipped}" for name in ("csv", "tsv", "jsonl", "ndjson", "json")
+              for zipped in ("", ".gz")), ".parquet")
 FORMATS = "CSV, TSV, JSON Lines, JSON or Parquet (.csv .tsv .jsonl .json, also with .gz, .parquet)"
 _NAMES = {"train": "train", "training": "train", "validation": "validation",
           "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
@@ -96,7 +96,7 @@ def _joined(split: str, files: list[Path]) -> Table:
     parts = [re.search(r"-(\d+)-of-(\d+)$", stem_of(file)) for file in files]
     whole = [int(part[2]) for part in parts if part]
     complete = len(whole) == len(files) and set(whole) == {len(files)}
-    if len(files) > 1 and not complete or whole and not complete:
+    if (len(files) > 1 or whole) and not complete:
         raise ValueError(f"{files[0].parent} must hold one file of the {split} split, or all its "
                          f"parts name-i-of-n, found {', '.join(file.name for file in files[:5])}")
     tables = [read_table(file) for file in files]
@@ -155,7 +155,10 @@ def _csv(path: Path, separator: str) -> Table:
 
 
 def _has_bare_quotes(data: bytes) -> bool:
-    """Whether a quote opens a cell that no quote closes, as in files that are not quoted at all."""
+    """Whether the lines are rows as they stand, and a quote opens a cell that no quote closes."""
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    if len({line.count(b"\t") for line in lines}) != 1:
+        return False
     cells = re.findall(rb'(?:^|\t)("[^\t\r\n]*)', data, re.MULTILINE)
     return any(not re.fullmatch(rb'"(?:[^"]|"")*"', cell) for cell in cells)
 

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import TASKS, Example, Task, load_task, subset
+from lowrank_dp.data import (
+    TASKS,
+    Columns,
+    Example,
+    Task,
+    load_task,
+    subset,
+    with_label_names,
+)
 from lowrank_dp.data.examples import record_group
 from lowrank_dp.mia.manifest import Manifest, read_manifest
 
@@ -125,7 +133,8 @@ def _load_pool(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> T
     if data_dir is None or not Path(data_dir).expanduser().exists():
         raise ValueError(f"data_dir must be the folder or file {manifest.task!r} that the model "
                          f"was trained on: paths are not taken from {runs.MEMBERSHIP}")
-    task = load_task(str(Path(data_dir).expanduser().absolute()))
+    task = load_task(str(Path(data_dir).expanduser().absolute()),
+                     columns=Columns.of(manifest.recipe))
     if task.name != manifest.task:
         _validate.fail("data_dir", f"the folder or file {manifest.task!r} that the model was "
                        "trained on", str(data_dir))
@@ -153,23 +162,33 @@ def _with_nonmembers(records: Records, path: Path) -> Records:
     if inside:
         _require_same_form(path, task, outside[0], records, inside[0])
     known = records.task
-    if known.kind == "classification" and task.num_labels > known.num_labels:
-        if records.coins is not None:
-            raise ValueError(f"{path}: labels must be below {known.num_labels}, as in {known.name},"
-                             f" got {task.num_labels - 1}")
-        known = replace(known, num_labels=task.num_labels, label_names=task.label_names)
+    if known.kind == "classification":
+        if records.coins is None:       # no task is known but that of the members' file
+            known = _with_classes_of(known, task)
+            inside = with_label_names(replace(records.task, splits={"train": inside}), known,
+                                      str(path)).train
+        outside = with_label_names(replace(task, splits={"train": outside}), known,
+                                   str(path)).train
     truth = np.arange(len(inside) + len(outside)) < len(inside)
     return Records(known, records.kind, records.unit, inside + outside, truth,
                    f"{records.source} and {path.name}", None)
+
+
+def _with_classes_of(known: Task, task: Task) -> Task:
+    """``known`` with the classes of ``task`` as well; numbers in numeric order."""
+    names = {*known.label_names, *task.label_names}
+    ordered = tuple(sorted(names, key=int) if all(name.isdigit() for name in names) else
+                    sorted(names))
+    return replace(known, label_names=ordered, num_labels=len(ordered))
 
 
 def read_population(path: str | os.PathLike[str], records: Records) -> tuple[Example, ...]:
     """A user's file of records that are in no model, of the same form as ``records``."""
     task, examples = _read_file(Path(path), "population", records.task.name)
     _require_same_form(Path(path), task, examples[0], records, records.examples[0])
-    if records.kind == "classification" and task.num_labels > records.task.num_labels:
-        raise ValueError(f"{path}: labels must be below {records.task.num_labels}, as in "
-                         f"{records.task.name}, got {task.num_labels - 1}")
+    if records.kind == "classification":
+        return with_label_names(replace(task, splits={"train": examples}), records.task,
+                                str(path)).train
     return examples
 
 
