@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import random
 import warnings
+from collections import Counter
 from dataclasses import replace
 
 import pandas as pd
@@ -65,6 +67,12 @@ def test_one_table_in_every_format(tmp_path):
     assert [("bad", "good", "ok")[e.label] for e in found] == [row["stars"] for row in ROWS]
     assert len({e.group for e in found}) == 3
     assert all("u1" not in e.group and e.group != e.id for e in found)
+    numbered = [{**row, "idx": 2 * i} for i, row in enumerate(ROWS)]
+    for name in ("mine.csv", "mine.parquet", "mine.json"):
+        path = tmp_path / name
+        {"csv": frame(numbered).to_csv, "parquet": frame(numbered).to_parquet,
+         "json": lambda p: frame(numbered).to_json(p, orient="records")}[name[5:]](path)
+        assert [e.id for e in load(path).train] == [f"mine/train/{2 * i}" for i in range(12)]
     frame().to_csv(tmp_path / "mine.csv")          # with pandas' index, a column without a name
     assert load(tmp_path / "mine.csv").train == found
 
@@ -79,6 +87,10 @@ def test_folders_of_splits(tmp_path):
         task = load_task(str(tmp_path), columns=REVIEW)
     assert len(said) == 1 and [*task.splits] == ["train", "validation"]
     assert [e.text for e in task.train] == [e.text for e in task.validation]
+    frame()[["review", "stars"]].to_csv(tmp_path / "dev.csv")       # users of the train split only
+    (tmp_path / "dev.parquet").unlink()
+    (tmp_path / "test.jsonl").unlink()
+    assert load(tmp_path).validation[3].group == load(tmp_path).validation[3].id
     parts = tmp_path / "parts"
     parts.mkdir()
     frame()[:5].to_parquet(parts / "train-00000-of-00002.parquet")
@@ -113,7 +125,7 @@ def test_labels_of_every_kind(tmp_path):
             ([True, False, True], ("False", "True"), [1, 0, 1]),
             ([2.0, 1.0, 10.0], ("1", "2", "10"), [1, 0, 2]),            # floats, all whole
             (["3", "1", "10"], ("1", "3", "10"), [1, 0, 2]),
-            (["007", "7", "07"], ("007", "07", "7"), [0, 2, 1]),        # codes, which are no numbers
+            (["007", "7", "07"], ("007", "07", "7"), [0, 2, 1]),        # codes, no numbers
             ([10**12, 5], ("5", str(10**12)), [1, 0])):
         for ending in ("jsonl", "csv", "parquet"):
             assert labelled(tmp_path, labels, ending) == ("classification", names, expected), (
@@ -282,6 +294,34 @@ def test_what_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="and sst2's are known"):
         load("sst2", REVIEW)
+
+
+def test_damaged_files_of_every_format(tmp_path):
+    """1,350 files with bytes overwritten, removed or put in: a task, or one line."""
+    rng = random.Random(5)
+    paths = write_all(tmp_path, ROWS)
+    outcomes = Counter()
+    for name, path in paths.items():
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+        for _ in range(150):
+            file = rng.choice(files)
+            whole = content = file.read_bytes()
+            for _ in range(rng.randrange(1, 4)):
+                start = rng.randrange(len(content) + 1)
+                content = (content[:start] + rng.randbytes(rng.randrange(4))
+                           + content[start + rng.choice([0, 1, 2, 40, len(content)]):])
+            file.write_bytes(content)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    task = load_task(str(path), columns=REVIEW)
+                assert all(isinstance(e.text, str) and 0 <= e.label < task.num_labels
+                           for e in task.train)
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000, (name, content)
+                outcomes[name] += 1
+            file.write_bytes(whole)
+    assert outcomes.keys() == paths.keys() and min(outcomes.values()) > 20
 
 
 def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):

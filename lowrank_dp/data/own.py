@@ -123,9 +123,13 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tup
     source = ", ".join(f"{role} from {name!r}{said if role == 'label' else ''}"
                        for role, name in asdict(roles).items() if name)
     name = stem_of(path.absolute()) if path.is_file() else path.resolve().name
-    return build_task(name, spec, {split: to_examples(found, name, split, spec)
-                                   for split, found in rows.items()},
-                      f"local files {path}: {source}", ignored)
+    splits = {}
+    for split, found in rows.items():
+        # groups are units of privacy: a split that is not trained on needs none
+        needed = split == "train" or roles.group in tables[split].columns
+        splits[split] = to_examples(found, name, split,
+                                    spec if needed else replace(spec, group=None))
+    return build_task(name, spec, splits, f"local files {path}: {source}", ignored)
 
 
 def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -> Columns:

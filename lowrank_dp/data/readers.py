@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import re
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -200,9 +201,9 @@ def _saved_folder(path: Path) -> dict[str, Table]:
     try:
         loaded: Any = datasets.load_from_disk(str(path))
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-        tables = {}
+        tables: dict[str, Table] = {}
         for name, part in parts.items():
-            if name in _NAMES:
+            if name in _NAMES and _NAMES[name] not in tables:
                 where = path / name if isinstance(loaded, datasets.DatasetDict) else path
                 _check_size(where, 0, part.num_rows)
                 batches = part.with_format("arrow").iter(batch_size=256)
@@ -215,6 +216,9 @@ def _saved_folder(path: Path) -> dict[str, Table]:
     if not tables:
         raise ValueError(f"{path} must have a split train, validation or test, has "
                          f"{', '.join(map(repr, parts))}")
+    if len(parts) > len(tables):
+        warnings.warn(f"{path}: read as {', '.join(tables)}, out of the splits "
+                      f"{', '.join(map(repr, parts))}", stacklevel=5)
     return tables
 
 

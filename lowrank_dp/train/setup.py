@@ -168,7 +168,7 @@ def _check_unit(config: TrainConfig, task: Task) -> None:
     if not any(map(has_group, task.train)):
         could = ", ".join(map(repr, task.unused[:10]))
         fix = (f"name their column by group_column (not read so far: {could})" if could else
-               "name their column by group_column, or use unit 'example'")
+               "use unit 'example', or own data with a group_column")
         raise ValueError(f"unit 'group' must come with groups of rows, {task.name} has none that "
                          f"are known: {fix}")
     if len(group_units(task.train, "group")) == len(task.train) > 1:
