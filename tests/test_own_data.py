@@ -207,6 +207,8 @@ def test_blank_lines_and_the_order_of_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"text": "a", "label": 0}\n  \n{"text": "b", "label": 1}\n\n')
     assert [e.id for e in load(path, None).train] == ["a/train/0", "a/train/1"]
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"text": "a", "label": 0}]')
+    assert load(tmp_path / "a.json", None).train[0].text == "a"
     path.write_text('\n{"text": "a", "label": 0}\n\n{"text": "", "label": 1}\n')
     with pytest.raises(ValueError, match=r"a.jsonl line 4: column 'text' must be a text that is"):
         load(path, None)

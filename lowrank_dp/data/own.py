@@ -84,9 +84,11 @@ def with_label_names(task: Task, known: Task, where: str) -> Task:
 
     A class is found by its name. Where the classes of ``task`` are only numbers and those of
     ``known`` are words, the numbers are positions. Raises ``ValueError``, which begins with
-    ``where``, on a class that ``known`` lacks.
+    ``where``, on a class that ``known`` lacks. A task without classes stays as it is.
     """
     names = known.label_names
+    if task.kind != "classification":
+        return task
     numbers = [int(name) if name.isascii() and name.isdigit() else -1 for name in task.label_names]
     if {*task.label_names} <= {*names}:
         places = [names.index(name) for name in task.label_names]

@@ -6,6 +6,7 @@ a CSV file is always a string. Nothing that a file holds is run, and nothing is 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -87,7 +88,8 @@ def read_table(path: Path) -> Table:
         return _parquet(path)
     if ending in ("csv", "tsv"):
         return _csv(path, "," if ending == "csv" else "\t")
-    if ending == "json" and (data := _content(path)).lstrip()[:1] == b"[":
+    if ending == "json" and (
+            data := _content(path).removeprefix(codecs.BOM_UTF8)).lstrip()[:1] == b"[":
         return _json_array(path, data)
     return _table(read_jsonl(path))
 
