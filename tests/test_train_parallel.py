@@ -159,6 +159,11 @@ def together(model, torchrun, tmp_path_factory):
     """What two processes saw: the configurations, the folder, a report from each."""
     folder = tmp_path_factory.mktemp("together")
     configs = {name: make_config(model, **changes) for name, changes in RUNS.items()}
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text("text,label,who\n" + "".join(
+            f"the film {i} is {('dull', 'fresh')[i % 2]},{i % 2},{i % 30}\n" for i in range(60)))
+    configs["groups"] = replace(configs["groups"], task=str(folder), group_column="who",
+                                max_examples=None)
     (folder / "worker.py").write_text(TOGETHER)
     (folder / "full").mkdir()
     (folder / "full" / "thesis.tex").write_text("x")

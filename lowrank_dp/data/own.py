@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -59,8 +58,8 @@ class Columns:
 def own_task(path: Path, columns: Columns) -> Task:
     """The task in a user's own file or folder.
 
-    Raises ``ValueError`` in one line that names file, row and column. One ``UserWarning`` names
-    the columns that are not read.
+    The task's ``warning`` names the columns that are not read. Raises ``ValueError`` in one line
+    that names file, row and column.
     """
     tables = read_tables(path)
     if not any(table.rows for table in tables.values()):
@@ -73,10 +72,9 @@ def own_task(path: Path, columns: Columns) -> Task:
     if roles.label and "test" in tables and roles.label not in tables["test"].columns:
         del tables["test"]                      # as published for competitions: without its answers
         unread.append(f"the test split, which has no column {roles.label!r}")
-    if unread:
-        warnings.warn(f"{path}: not read: {', '.join(unread[:20])}; name a column by an option "
-                      "such as --text-column or --group-column to read it", stacklevel=4)
-    return _build(path, roles, tables, tuple(ignored))
+    warning = (f"{path}: not read: {', '.join(unread[:20])}; name a column by an option such as "
+               "--text-column or --group-column to read it") if unread else ""
+    return replace(_build(path, roles, tables), unused=tuple(ignored), warning=warning)
 
 
 def with_label_names(task: Task, known: Task, where: str) -> Task:
@@ -106,8 +104,7 @@ def with_label_names(task: Task, known: Task, where: str) -> Task:
     return replace(task, num_labels=len(names), label_names=names, splits=splits)
 
 
-def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tuple[str, ...]
-           ) -> Task:
+def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
     texts = [name for name in (roles.text, roles.pair, roles.prompt, roles.target)
              if name and name not in ("tripleset", "annotations")]
     rows = {split: [_checked(row, texts) for row in table.rows] for split, table in tables.items()}
@@ -117,7 +114,8 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tup
         names, values = _labels(roles.label, tables, path)
         rows = {split: [(where, row | {roles.label: values[row[roles.label]]})
                         for where, row in found] for split, found in rows.items()}
-        said = f" ({len(names)} classes: {_named(names)})" if names else " (a score)"
+        classes = f"{len(names)} class{'es' * (len(names) != 1)}: {_named(names)}"
+        said = f" ({classes})" if names else " (a score)"
     spec = Spec("", "", None, roles.prompt or roles.text or "", roles.pair, roles.target,
                 label=roles.label or "label", group=roles.group, labels=names,
                 metrics=("bleu", "rouge_l") if roles.target else ("accuracy",) if names else
@@ -131,7 +129,7 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tup
         needed = split == "train" or roles.group in tables[split].columns
         splits[split] = to_examples(found, name, split,
                                     spec if needed else replace(spec, group=None))
-    return build_task(name, spec, splits, f"local files {path}: {source}", ignored)
+    return build_task(name, spec, splits, f"local files {path}: {source}")
 
 
 def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -> Columns:

@@ -58,6 +58,8 @@ def read_tables(path: Path) -> dict[str, Table]:
         return {"train": read_table(path)}
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved_folder(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} must be a file or a folder")
     found: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
         stem = re.sub(r"-\d+-of-\d+$", "", stem_of(file))

@@ -104,7 +104,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         raise ValueError("shard must go with several processes: start them by torchrun "
                          "--nproc-per-node N -m lowrank_dp.train ...")
     task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed,
-                     columns=Columns.of(config))
+                     columns=Columns.of(config), warn=False)
     _check_unit(config, task)
     task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
@@ -129,6 +129,8 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     mechanism, delta = _mechanism(config, len(trained_on))
     equalise(model)
     initial_head = _head_state(model)
+    if task.warning:            # last, so that what is refused is one line
+        warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
