@@ -25,7 +25,8 @@ from lowrank_dp.train.state import State, fresh_generators
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 4, 60
-TRAIN = len(load_task("generated-table", max_examples=ABOUT).train)
+TRAIN = {name: len(load_task(name, max_examples=ABOUT).train)
+         for name in ("generated", "generated-table")}
 BASE = {"model": "tiny-llama", "task": "generated-table", "max_examples": ABOUT,
         "noise_multiplier": SIGMA, "max_grad_norm": BOUND, "steps": STEPS, "batch_size": 9,
         "learning_rate": 1e-2, "optimizer": "sgd", "micro_batch_size": 3, "eval_every": 100,
@@ -164,8 +165,9 @@ def test_epsilon_and_results_are_those_of_one_process(sharded):
         if name in ("oracle", "non-private"):
             assert epsilon is None
         elif config.unit == "example":
-            mechanism = GaussianMechanism(SIGMA, BOUND, config.batch_size / TRAIN)
-            assert epsilon == mechanism.epsilon(STEPS, TRAIN ** -1.1)
+            count = TRAIN[config.task]
+            mechanism = GaussianMechanism(SIGMA, BOUND, config.batch_size / count)
+            assert epsilon == mechanism.epsilon(STEPS, count ** -1.1)
 
 
 def test_the_checkpoint_is_a_plain_one(sharded):
