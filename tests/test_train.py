@@ -389,7 +389,8 @@ def test_epsilon_is_that_of_dp_accounting(tmp_path):
     exact = by_dp_accounting(SIGMA, BATCH / COUNT, STEPS, document["delta"])
     assert exact - 1e-9 <= document["epsilon"] <= exact * 1.001 + 1e-3
     for words in (f"({result.epsilon:.4g}, {result.delta:g})-DP after 4 steps", "PLD",
-                  f"Poisson sampling at rate {BATCH / COUNT:.4g}", "add or remove one example", "RDP cross-check",
+                  f"Poisson sampling at rate {BATCH / COUNT:.4g}", "add or remove one example",
+                  f"the number of examples ({COUNT}) is public", "RDP cross-check",
                   "noise_multiplier 0.8", "max_grad_norm 0.5", "seed 3", "not secret"):
         assert words in result.privacy, words
     restored = train(small(scheme="optimal", momentum_beta=0.9), tmp_path / "restored",

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lowrank_dp import _validate
 from lowrank_dp.data.examples import Spec, bad_cell, cell, to_examples
 from lowrank_dp.data.readers import Row, Table, read_tables, stem_of
 from lowrank_dp.data.task import Task, build_task
@@ -44,6 +45,11 @@ class Columns:
     prompt: str | None = None
     target: str | None = None
     group: str | None = None
+
+    def __post_init__(self) -> None:
+        for role, name in asdict(self).items():
+            if name is not None and not isinstance(name, str):
+                _validate.fail(f"{role}_column", "the name of a column", name)
 
     @classmethod
     def of(cls, config: Any) -> Columns:
