@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowrank_dp import _validate
 from lowrank_dp.data import Example, Task, encode, micro_batches, subset
+from lowrank_dp.data.examples import record_group
 from lowrank_dp.grads import LOSSES
 
 __all__ = ["HIGHER_IS_BETTER", "evaluate", "generate_texts", "label_metrics", "text_metrics"]
@@ -76,7 +77,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
         Generation: ``perplexity``, per token over the corpus, so that long texts count for more
         than in ``loss``: exp of the negative log-likelihood of all target tokens of all
         references, divided by their number. With ``generate`` also ``bleu`` and ``rouge_l``
-        (:func:`text_metrics`) of one text a distinct source (``Example.group``), against all
+        (:func:`text_metrics`) of one text per distinct source, against all
         references that the split has for it.
 
     Raises:
@@ -292,7 +293,7 @@ def _groups(examples: Iterable[Example]) -> list[list[Example]]:
     for example in examples:
         if not example.group:
             raise ValueError(f"{example.id} must have a group, which its references share")
-        groups.setdefault(example.group, []).append(example)
+        groups.setdefault(record_group("", example.text), []).append(example)
     return list(groups.values())
 
 

@@ -111,7 +111,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         raise ValueError("shard must go with several processes: start them by torchrun "
                          "--nproc-per-node N -m lowrank_dp.train ...")
     task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed,
-                     columns=Columns.of(config))
+                     columns=Columns.of(config), warn=False)
     _check_unit(config, task)
     task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
@@ -140,6 +140,8 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     equalise(model)
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
+    if task.warning:            # last, so that what is refused is one line
+        warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -179,7 +181,7 @@ def _check_unit(config: TrainConfig, task: Task) -> None:
     if not any(map(has_group, task.train)):
         could = ", ".join(map(repr, task.unused[:10]))
         fix = (f"name their column by group_column (not read so far: {could})" if could else
-               "name their column by group_column, or use unit 'example'")
+               "use unit 'example', or own data with a group_column")
         raise ValueError(f"unit 'group' must come with groups of rows, {task.name} has none that "
                          f"are known: {fix}")
     if len(group_units(task.train, "group")) == len(task.train) > 1:
