@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowrank_dp import _validate
 from lowrank_dp.data import Example, Task, encode, micro_batches, subset
+from lowrank_dp.data.examples import record_group
 from lowrank_dp.grads import LOSSES
 
 __all__ = ["HIGHER_IS_BETTER", "evaluate", "generate_texts", "label_metrics", "text_metrics"]
@@ -40,7 +41,7 @@ Array = NDArray[np.float64]
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", *,
-             max_length: int | None = None, batch_size: int = 64,
+             max_length: int | None = None, pad_to: int | None = None, batch_size: int = 64,
              max_examples: int | None = None, generate: bool = False, num_beams: int = 1,
              max_new_tokens: int = 64, seed: int = 0) -> dict[str, float]:
     """Loss and metrics of ``model`` on one split of ``task``, by name.
@@ -55,6 +56,8 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
         split: a split that the task has.
         max_length: in tokens, as in ``data.encode``; it cuts the rows whose loss is computed and
             the prompts to generate from.
+        pad_to: in tokens: every row whose loss is computed is padded on the right to this length,
+            for models that were trained so; None pads each batch to its longest row.
         batch_size: examples in memory at a time; results don't depend on it beyond rounding.
         max_examples: evaluate a random subset of at most so many examples, drawn from ``seed`` in
             whole groups by ``data.subset``.
@@ -74,7 +77,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
         Generation: ``perplexity``, per token over the corpus, so that long texts count for more
         than in ``loss``: exp of the negative log-likelihood of all target tokens of all
         references, divided by their number. With ``generate`` also ``bleu`` and ``rouge_l``
-        (:func:`text_metrics`) of one text a distinct source (``Example.group``), against all
+        (:func:`text_metrics`) of one text per distinct source, against all
         references that the split has for it.
 
     Raises:
@@ -100,7 +103,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
         of_texts = text_metrics(texts, [[e.target or "" for e in group] for group in groups])
     with _evaluating(model):
         losses, counts, logits = _forward(model, task, examples, micro_batches(
-            rows, batch_size, tokenizer.pad_token_id))
+            rows, batch_size, tokenizer.pad_token_id, length=pad_to))
     found = {"loss": float(losses.mean())}
     if task.kind == "generation":
         found["perplexity"] = float(((losses * counts).sum() / counts.sum()).exp())
@@ -290,7 +293,7 @@ def _groups(examples: Iterable[Example]) -> list[list[Example]]:
     for example in examples:
         if not example.group:
             raise ValueError(f"{example.id} must have a group, which its references share")
-        groups.setdefault(example.group, []).append(example)
+        groups.setdefault(record_group("", example.text), []).append(example)
     return list(groups.values())
 
 

@@ -171,9 +171,11 @@ def test_own_files(tmp_path):
     assert load_task(str(scores)).kind == "regression"
     pairs = write(tmp_path / "g.jsonl", [{"source": "a", "target": "b"}])
     assert load_task(str(pairs)).train[0].target == "b"
-    for label in (10**9, "1", None):
-        with pytest.raises(ValueError, match="must hold classes from 0 to 999, or floats"):
-            load_task(str(write(tmp_path / "c.jsonl", [{"text": "a", "label": label}])))
+    for label in (10**9, "1"):
+        assert load_task(str(write(tmp_path / "c.jsonl", [{"text": "a", "label": label}]))
+                         ).label_names == (str(label),)
+    with pytest.raises(ValueError, match=r"c.jsonl line 1: column 'label' must be a label that is"):
+        load_task(str(write(tmp_path / "c.jsonl", [{"text": "a", "label": None}])))
     odd = write(tmp_path / "odd.jsonl", [{"words": "a"}])
     with pytest.raises(ValueError, match=r"odd.jsonl line 1: columns must be"):
         load_task(str(odd))
@@ -259,12 +261,14 @@ def test_restrict_keeps_order_and_refuses_strangers():
 
 
 def test_max_examples_is_a_seeded_subset_of_whole_groups():
+    """Its size is random: about 100 rows of some 700 groups, within 5 standard deviations."""
     full, few = load_task("generated-table"), load_task("generated-table", max_examples=100)
     assert few == load_task("generated-table", max_examples=100)
-    assert set(few.train) < set(full.train) and 97 <= len(few.train) <= 100
+    assert set(few.train) < set(full.train) and 25 <= len(few.train) <= 175
     sizes, kept = (Counter(e.group for e in t.train) for t in (full, few))
     assert all(sizes[g] == n for g, n in kept.items())
-    assert len(load_task("generated", max_examples=77).train) == 77
+    assert 30 <= len(load_task("generated", max_examples=77).train) <= 124
+    assert load_task("generated", max_examples=4000).train == load_task("generated").train
     for bad in (0, 2.5, "3"):
         with pytest.raises(ValueError, match="max_examples"):
             load_task("generated", max_examples=bad)

@@ -20,7 +20,7 @@ from sacrebleu import BLEU
 from sklearn import metrics as sklearn_metrics
 
 from lowrank_dp import evaluation
-from lowrank_dp.data import TASKS, Example, encode, load_task
+from lowrank_dp.data import TASKS, Example, encode, load_task, subset
 from lowrank_dp.evaluation import (
     HIGHER_IS_BETTER,
     evaluate,
@@ -32,8 +32,17 @@ from lowrank_dp.models import load_model, tiny
 
 needs_data = pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"),
                                 reason="LOWRANK_DP_DATA is not set")
-TABLES = load_task("generated-table", max_examples=40)
-GREEN = load_task("generated", max_examples=37)
+
+
+def few(name, size):
+    """A task with at most ``size`` examples in each split."""
+    task = load_task(name)
+    return replace(task, splits={split: subset(examples, size, f"0/{split}")
+                                 for split, examples in task.splits.items()})
+
+
+TABLES = few("generated-table", 40)
+GREEN = few("generated", 37)
 # the same sentences under three classes, and under scores
 THREE = replace(GREEN, kind="classification", num_labels=3, metrics=("accuracy", "matthews"),
                 splits={"validation": tuple(replace(e, label=i % 3)
@@ -525,9 +534,11 @@ def test_generated_texts_are_scored(llama):
     assert found["rouge_l"] == pytest.approx(want)
 
 
-def test_max_examples_keeps_whole_groups_as_load_task_does(llama):
+def test_max_examples_keeps_whole_groups(llama):
     model, _, tokenizer = llama
     full = load_task("generated-table")
+    sizes, kept = (Counter(e.group for e in task.validation) for task in (full, TABLES))
+    assert 37 < kept.total() <= 40 and all(sizes[group] == n for group, n in kept.items())
     want = evaluate(model, tokenizer, TABLES)
     assert evaluate(model, tokenizer, full, max_examples=40) == want
     assert evaluate(model, tokenizer, full, max_examples=40, seed=1) != want

@@ -223,7 +223,7 @@ def test_long_sequences_form_the_gradients():
 
 
 def test_gram_matrices_in_chunks(monkeypatch):
-    monkeypatch.setattr("lowrank_dp.grads.layers.GRAM_ELEMENTS", 2 * LENGTH ** 2)
+    monkeypatch.setattr("lowrank_dp.grads.factors.GRAM_ELEMENTS", 2 * LENGTH ** 2)
     check(build("gpt2", "causal"), make_batch("causal"))
 
 

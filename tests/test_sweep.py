@@ -130,7 +130,9 @@ def test_every_field_is_part_of_a_folders_name(base):
         "data_seed": 1, "max_length": 20, "holdout": 5, "membership": "half",
         "micro_batch_size": 32, "precision": "bf16", "eval_every": 5, "eval_examples": 50,
         "generate": False, "num_beams": 2, "max_new_tokens": 8, "snapshot_every": 5, "seed": 7,
-        "device": "cuda", "epsilon": 3.0, "compile": True, "shard": True}
+        "device": "cuda", "epsilon": 3.0, "compile": True, "shard": True,
+        "text_column": "a", "pair_column": "b", "label_column": "c", "prompt_column": "d",
+        "target_column": "e", "group_column": "f"}
     others = {
         "warmup_steps": {"warmup_steps": 1, "schedule": "linear"},
         "filter_a": {"filter_b": (0.5,), "filter_a": (0.1,)},

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import warnings
 from dataclasses import replace
 
 import dp_accounting
@@ -26,6 +27,7 @@ from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import fresh_generators, new_stream
 
 SIGMA, BOUND, BATCH, STEPS, RATE = 0.8, 0.5, 20, 4, 1e-2
+COUNT = len(load_task("generated", max_examples=80).train)   # about 80
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -321,11 +323,11 @@ def test_dropout_only_where_it_is_asked_for(tmp_path):
 def test_an_empty_sample_is_a_release_of_noise(tmp_path):
     """Weights move by the noise alone."""
     seed = next(seed for seed in range(100) if not (torch.rand(
-        80, generator=fresh_generators(config := small(seed=seed), new_stream(config, 0))[0],
-        dtype=torch.float64) < 1 / 80).any())
+        COUNT, generator=fresh_generators(config := small(seed=seed), new_stream(config, 0))[0],
+        dtype=torch.float64) < 1 / COUNT).any())
     config = small(seed=seed, steps=1, batch_size=1, learning_rate=0.5)
     result = train(config, tmp_path)
-    assert result.releases == 1 and result.sample_rate == 1 / 80
+    assert result.releases == 1 and result.sample_rate == 1 / COUNT
     _, noise = fresh_generators(config, new_stream(config, 0))
     task = load_task("generated", max_examples=80, seed=config.data_seed)
     model, _ = load_model("tiny", task=task, seed=seed)
@@ -337,7 +339,7 @@ def test_an_empty_sample_is_a_release_of_noise(tmp_path):
             assert float(step.abs().max()) > 0.1
         torch.testing.assert_close(got[name], p - step, rtol=0, atol=1e-6)
     assert result.epsilon == pytest.approx(
-        GaussianMechanism(SIGMA, BOUND, 1 / 80).epsilon(1, result.delta))
+        GaussianMechanism(SIGMA, BOUND, 1 / COUNT).epsilon(1, result.delta))
 
 
 def test_a_sampled_group_takes_part_with_one_of_its_rows():
@@ -383,11 +385,12 @@ def test_epsilon_is_that_of_dp_accounting(tmp_path):
     result = train(small(), tmp_path / "plain", keep_model=False)
     document = json.loads((tmp_path / "plain" / "training.json").read_text())
     assert document["epsilon"] == result.epsilon
-    assert document["delta"] == result.delta == pytest.approx(80 ** -1.1)
-    exact = by_dp_accounting(SIGMA, BATCH / 80, STEPS, document["delta"])
+    assert document["delta"] == result.delta == pytest.approx(COUNT ** -1.1)
+    exact = by_dp_accounting(SIGMA, BATCH / COUNT, STEPS, document["delta"])
     assert exact - 1e-9 <= document["epsilon"] <= exact * 1.001 + 1e-3
     for words in (f"({result.epsilon:.4g}, {result.delta:g})-DP after 4 steps", "PLD",
-                  "Poisson sampling at rate 0.25", "add or remove one example", "RDP cross-check",
+                  f"Poisson sampling at rate {BATCH / COUNT:.4g}", "add or remove one example",
+                  f"the number of examples ({COUNT}) is public", "RDP cross-check",
                   "noise_multiplier 0.8", "max_grad_norm 0.5", "seed 3", "not secret"):
         assert words in result.privacy, words
     restored = train(small(scheme="optimal", momentum_beta=0.9), tmp_path / "restored",
@@ -401,14 +404,14 @@ def test_a_target_epsilon_is_met(tmp_path):
     config = small(noise_multiplier=None, epsilon=3.0, delta=1e-4, steps=3)
     result = train(config, tmp_path, keep_model=False)
     assert result.epsilon <= 3.0 and result.delta == 1e-4
-    exact = by_dp_accounting(result.noise_multiplier, BATCH / 80, 3, 1e-4)
+    exact = by_dp_accounting(result.noise_multiplier, BATCH / COUNT, 3, 1e-4)
     assert 2.98 < exact <= 3.0
-    assert by_dp_accounting(result.noise_multiplier - 1e-3, BATCH / 80, 3, 1e-4) > exact
+    assert by_dp_accounting(result.noise_multiplier - 1e-3, BATCH / COUNT, 3, 1e-4) > exact
 
 
 def test_large_delta_is_warned_of():
-    with pytest.warns(UserWarning, match=r"delta 0.0125 is not below 1/N = 0.0125"):
-        prepare(small(delta=1 / 80), 3)
+    with pytest.warns(UserWarning, match=f"delta {1 / COUNT:g} is not below 1/N = {1 / COUNT:.3g}"):
+        prepare(small(delta=1 / COUNT), 3)
 
 
 def test_nothing_is_claimed_where_nothing_holds(tmp_path):
@@ -594,8 +597,8 @@ def test_half_and_all():
 SENTENCES = 60
 
 
-def own_data(folder, *, change=None):
-    """A user's own task: SST-2's columns; ``change`` replaces the text of one training record."""
+def own_data(folder, *, change=None, text=""):
+    """A user's own task: SST-2's columns; training record ``change`` gets another ``text``."""
     rng = random.Random(0)
     folder.mkdir(parents=True)
     for split, count in (("train", SENTENCES), ("validation", 20)):
@@ -606,24 +609,33 @@ def own_data(folder, *, change=None):
                      rng.choice(["fresh", "warm"] if label else ["dull", "flat"]), f"number {i}"]
             rows.append({"idx": i, "sentence": " ".join(words), "label": label})
         if split == "train" and change is not None:
-            rows[change]["sentence"] = "an entirely different story about something else"
+            rows[change]["sentence"] = text
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def test_only_members_are_trained_on(tmp_path):
-    """Another text in a non-member's place leaves every bit; in a member's place it does not."""
-    heads = sum(draw_members([[i] for i in range(SENTENCES)], "bernoulli", 3))
-    config = small(model=str(backbone(tmp_path)), task=str(own_data(tmp_path / "a" / "data")),
+    """Another text in a non-member's place leaves every bit; in a member's place it does not.
+
+    Each new text is one whose own coin falls as that of the text it replaces.
+    """
+    records = load_task(str(own_data(tmp_path / "a" / "data"))).train
+    coins = draw_members([[e] for e in records], "bernoulli", 3)
+    heads = sum(coins)
+    config = small(model=str(backbone(tmp_path)), task=str(tmp_path / "a" / "data"),
                    membership="bernoulli", max_examples=None, batch_size=heads, steps=2)
     assert 20 < heads < 40
     train(config, tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "membership.json").read_text())
+    assert manifest["is_member"] == [int(coin) for coin in coins]
     member = manifest["is_member"].index(1)
     outsider = manifest["is_member"].index(0)
     files = {}
     for name, change in (("outsider", outsider), ("member", member)):
-        data = own_data(tmp_path / name / "data", change=change)
+        texts = (f"an entirely different story about number {i}" for i in range(100))
+        text = next(text for text in texts if draw_members(
+            [[replace(records[change], text=text)]], "bernoulli", 3) == [coins[change]])
+        data = own_data(tmp_path / name / "data", change=change, text=text)
         train(replace(config, task=str(data)), tmp_path / name / "run")
         files[name] = (tmp_path / name / "run" / "model.safetensors").read_bytes()
     reference = (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -665,20 +677,55 @@ def test_groups_are_members_as_one(tmp_path):
 
 @pytest.mark.parametrize("unit", ["example", "group"])
 def test_a_holdout_shares_no_record_with_what_is_trained_on(unit):
-    config = tables(unit=unit, holdout=10, max_examples=None)
+    """About 200 units: within 5 standard deviations of a binomial, groups held out whole."""
+    config = tables(unit=unit, holdout=200, max_examples=None)
     setup = prepare(config, 3)
     trained_on = {example.group for example in setup.task.train}
     held_out = {example.group for example in setup.task.validation}
     assert not trained_on & held_out
     everything = load_task("generated-table", seed=0).train
     assert held_out <= {example.group for example in everything}
-    if unit == "group":
-        assert len(held_out) == 10 and trained_on | held_out == {e.group for e in everything}
-    else:
-        assert len(setup.task.validation) == 10
+    assert trained_on | held_out == {e.group for e in everything}
+    size = len(held_out) if unit == "group" else len(setup.task.validation)
+    assert 130 < size < 290
     assert prepare(config, 3).task.validation == setup.task.validation
     with pytest.raises(ValueError, match=r"^holdout must be below the"):
         prepare(tables(unit=unit, holdout=10_000), 3)
+    statement = setup.statement(4)
+    assert f"{unit}s set aside by holdout are evaluated on, not protected" in statement
+    assert f"the number of {unit}s ({len(setup.unit_rows):,}) is public" in statement
+    assert "sets of members" not in statement
+    half = prepare(tables(unit=unit, membership="half"), 3)
+    assert "neighbours are sets of members" in half.statement(4)
+
+
+def test_groups_by_a_column(tmp_path):
+    """400 rows of 20 users were 400 groups; a group takes part with one of its rows."""
+    rows = [{"text": f"the film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2,
+             "group": i, "user_id": i % 20} for i in range(400)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = small(task=str(tmp_path), unit="group", max_examples=None, batch_size=5)
+    with warnings.catch_warnings(), pytest.raises(
+            ValueError, match=r"^unit 'group' must come with groups .* group_column \(not read so "
+                              r"far: 'group', 'user_id'\)$"):
+        warnings.simplefilter("error")
+        prepare(config, 3)
+    with pytest.warns(UserWarning, match="not read: column 'group'"):
+        setup = prepare(replace(config, group_column="user_id"), 3)
+    assert [len(unit) for unit in setup.units] == [20] * 20
+    assert setup.mechanism.sample_rate == 5 / 20 and "20 of 20 groups" in setup.description
+    assert "label from 'label' (2 classes: 0, 1), group from 'user_id'" in setup.description
+    rows = [int(row) for batch in train_module._sample(setup, torch.Generator().manual_seed(0))
+            for row in batch["input_ids"].shape[:1]]
+    taken = train_module._draw(setup, torch.Generator().manual_seed(0))
+    users = [i // 20 for i in taken]
+    assert len(taken) == sum(rows) == len(set(users)) > 0
+    with pytest.warns(UserWarning, match=r"not read: column 'user_id'"), pytest.warns(
+            UserWarning, match=r"each of the 400 groups of .* is a single row"):
+        prepare(replace(config, group_column="group"), 3)
+    with pytest.raises(ValueError, match=r"generated has none that are known: .*unit 'example'"):
+        prepare(small(unit="group"), 3)
 
 
 def test_fingerprint_sees_content_label_and_order():
@@ -765,17 +812,18 @@ def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     last = result.curve[-1]
     scores = evaluate(ours, tokenizer, task, max_examples=30, max_length=128)
     assert {name: last[name] for name in scores} == pytest.approx(scores, rel=1e-5)
-    again = evaluate(ours, tokenizer, task, max_length=128)  # all 80 of them
+    again = evaluate(ours, tokenizer, task, max_length=128)  # all of them
     hits, losses = 0, []
     with torch.no_grad():
         for example in task.validation:
             logits = plain(**reader(example.text, return_tensors="pt")).logits[0]
             hits += int(logits.argmax()) == example.label
             losses.append(float(nn.functional.cross_entropy(logits, torch.tensor(example.label))))
-    assert again["accuracy"] == pytest.approx(hits / 80)
+    assert again["accuracy"] == pytest.approx(hits / len(task.validation))
     assert again["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert [entry["step"] for entry in result.curve] == [0, 2]
-    assert result.majority == max(np.bincount([e.label for e in task.validation])) / 80
+    assert result.majority == max(np.bincount([e.label for e in task.validation])) / len(
+        task.validation)
     members = evaluate(ours, tokenizer, task, "train", max_examples=30, max_length=128)
     assert result.train_loss == pytest.approx(members["loss"], rel=1e-5)
     saved = json.loads((tmp_path / "training.json").read_text())

@@ -86,7 +86,8 @@ def test_the_command_of_the_readme(places, tmp_path):
             config.max_examples, config.membership, config.seed) == (
         "lora", 4, 0.9, 8.0, 1e-3, 30, "bernoulli", 1)
     members = json.loads((tmp_path / "out" / "membership.json").read_text())
-    assert members["num_records"] == 30 and 6 <= members["num_members"] < 30
+    assert 15 <= members["num_records"] <= 40  # 30 of 40 are expected
+    assert 6 <= members["num_members"] < members["num_records"]
     rate = 6 / members["num_members"]
     assert document["epsilon"] == GaussianMechanism(
         document["noise_multiplier"], 0.5, rate).epsilon(3, 1e-3) <= 8
@@ -129,12 +130,13 @@ def test_options_reach_the_configuration(call, tmp_path):
     code, *_ = call({"--scheme": "denoise", "--option": "kappa=1.5", "--below": "zero",
                      "--filter-b": "0.5", "--train-layers": "1", "--optimizer": "adamw",
                      "--weight-decay": "0.01", "--schedule": "linear", "--warmup-steps": "1",
-                     "--unit": "group", "--dropout": True, "--no-generate": True,
+                     "--max-examples": "30", "--dropout": True, "--no-generate": True,
                      "--snapshot-every": "1", "--steps": "1", "--max-length": "20"})
     config = load_result(tmp_path / "out").config
     assert code == 0
     assert config.restoration == {"method": "fast", "below": "zero", "kappa": 1.5}
-    assert config.filter_b == (0.5,) and config.train_layers == 1 and config.unit == "group"
+    assert config.filter_b == (0.5,) and config.train_layers == 1
+    assert config.max_examples == 30
     assert config.dropout and not config.generate and config.max_length == 20
 
 
@@ -205,6 +207,12 @@ BAD = {
     "no output": ({"--output": None}, ["--output"]),
     "context": ({"--max-length": "65"}, ["max_length must be", "<= 64"]),
     "holdout": ({"--holdout": "40"}, ["holdout must be below the 40 examples"]),
+    "column": ({"--text-column": "sentense", "--label-column": "label"},
+               ["text_column must be a column", "did you mean 'sentence'"]),
+    "columns of two kinds": ({"--text-column": "sentence", "--target-column": "label"},
+                             ["must go without text_column"]),
+    "columns of a known task": ({"--task": "generated", "--text-column": "a"}, ["are known"]),
+    "no groups": ({"--unit": "group"}, ["unit 'group' must come with groups of rows"]),
     "oracle": ({"--scheme": "oracle"}, ["clean gradients", "diagnostic"]),
     "scheme option": ({"--scheme": "denoise", "--option": "kapa=1"}, ["did you mean 'kappa'"]),
     "scheme option's form": ({"--scheme": "truncate", "--option": "k"}, ["NAME=VALUE"]),
@@ -247,16 +255,19 @@ def test_cuda_is_refused_where_there_is_none(call, monkeypatch):
     (lambda rows: [{**row, "label": 1} for row in rows],
      ["two classes or more", "all have label 1"]),
     (lambda rows: [{**row, "label": -1 if row["idx"] == 6 else 1} for row in rows],
-     ["train.jsonl line 7", "'label' must be an integer from 0 to 1, got -1"]),
+     ["train.jsonl line 7", "'label' must be a class: an integer >= 0", "got -1"]),
     (lambda rows: [{**row, "label": "good"} if row["idx"] == 6 else row for row in rows],
      ["train.jsonl line 7", "'label'", "good"]),
     (lambda rows: [{key: row[key] for key in ("idx", "label")} if row["idx"] == 6 else row
                    for row in rows], ["train.jsonl line 7", "'sentence' is missing"]),
     (lambda rows: [{**row, "sentence": 7} if row["idx"] == 6 else row for row in rows],
      ["train.jsonl line 7", "'sentence' must be a string, got 7"]),
+    (lambda rows: [{**row, "sentence": ""} if row["idx"] == 6 else row for row in rows],
+     ["train.jsonl line 7", "'sentence' must be a text that is not empty"]),
     (lambda rows: [{**row, "idx": 0} for row in rows], ["line 2", "idx 0 occurs twice"]),
     (lambda rows: [], ["train"]),
-], ids=["one class", "negative label", "text as label", "no text", "number as text", "idx twice",
+], ids=["one class", "negative label", "text as label", "no text", "number as text",
+        "empty text", "idx twice",
         "empty"])
 def test_bad_records_are_refused_by_file_and_line(change, expected, call, tmp_path):
     write_task(tmp_path / "own", sentences(40, change), sentences(12))
@@ -279,6 +290,31 @@ def test_a_task_without_validation_is_refused(call, tmp_path):
     refused(call({"--task": str(tmp_path / "own")}), "has no validation split")
     code, *_ = call({"--task": str(tmp_path / "own"), "--holdout": "10", "--steps": "1"})
     assert code == 0  # unless one is set aside
+
+
+def test_a_table_of_ones_own(call, tmp_path):
+    """CSV with named columns: one warning names what is not read, the first line what is."""
+    rows = "".join(f'"a film, number {i}",{("bad", "good", "ok")[i % 3]},u{i % 15},x\n'
+                   for i in range(45))
+    (tmp_path / "reviews.csv").write_text("review,stars,user,note\n" + rows)
+    named = {"--model": "tiny", "--task": str(tmp_path / "reviews.csv"), "--text-column": "review",
+             "--label-column": "stars"}
+    code, out, err = call({**named, "--group-column": "user", "--unit": "group", "--holdout": "5",
+                           "--batch-size": "4", "--steps": "1"})
+    assert code == 0 and err.count("\n") == 1, err
+    assert err.startswith("warning: ") and "not read: column 'note'" in err
+    first = out.splitlines()[0]
+    assert first.startswith("trains: ") and ("text from 'review', label from 'stars' (3 classes: "
+                                             "bad, good, ok), group from 'user'") in first
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good", "2": "ok"}
+    document = json.loads((tmp_path / "out" / "membership.json").read_text())
+    assert document["task"] == "reviews" and len(set(document["groups"])) < 15
+    assert document["recipe"]["group_column"] == "user"
+    refused(call({**named, "--unit": "group", "--holdout": "5"}, tmp_path / "other"),
+            "error: unit 'group' must come with groups of rows, reviews has none that are known: "
+            "name their column by group_column (not read so far: 'user', 'note')")
+    assert not (tmp_path / "other").exists()
 
 
 def test_places_that_cannot_be_written(call, tmp_path):

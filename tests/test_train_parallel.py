@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from scipy import stats
 
 import lowrank_dp.train as train_module
 from lowrank_dp.artifacts.runs import RunFolder
+from lowrank_dp.data import load_task
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.train import TrainConfig, load_result, parallel, take_step, train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, environment, fresh_generators
 
-SIGMA, BOUND, STEPS, TRAIN = 0.3, 0.5, 5, 60
+SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 5, 60
+TRAIN = len(load_task("generated", max_examples=ABOUT).train)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -29,7 +32,7 @@ def model(small_bert):
 
 
 def make_config(model, **changes):
-    base = {"model": model, "task": "generated", "max_examples": TRAIN, "noise_multiplier": SIGMA,
+    base = {"model": model, "task": "generated", "max_examples": ABOUT, "noise_multiplier": SIGMA,
             "max_grad_norm": BOUND, "steps": STEPS, "batch_size": 13, "learning_rate": 1e-2,
             "optimizer": "sgd", "micro_batch_size": 4, "eval_every": 100, "snapshot_every": 2,
             "eval_examples": 20, "seed": 5}
@@ -157,6 +160,11 @@ def together(model, torchrun, tmp_path_factory):
     """What two processes saw: the configurations, the folder, a report from each."""
     folder = tmp_path_factory.mktemp("together")
     configs = {name: make_config(model, **changes) for name, changes in RUNS.items()}
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text("text,label,who\n" + "".join(
+            f"the film {i} is {('dull', 'fresh')[i % 2]},{i % 2},{i % 30}\n" for i in range(60)))
+    configs["groups"] = replace(configs["groups"], task=str(folder), group_column="who",
+                                max_examples=None)
     (folder / "worker.py").write_text(TOGETHER)
     (folder / "full").mkdir()
     (folder / "full" / "thesis.tex").write_text("x")

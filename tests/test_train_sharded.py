@@ -15,6 +15,7 @@ from torch import nn
 
 import lowrank_dp
 from lowrank_dp.artifacts.runs import RunFolder
+from lowrank_dp.data import load_task
 from lowrank_dp.grads import Idle, clipped_sum, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia.shadows import shadow_configs
@@ -23,8 +24,10 @@ from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, fresh_generators
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
-SIGMA, BOUND, STEPS, TRAIN = 0.3, 0.5, 4, 60
-BASE = {"model": "tiny-llama", "task": "generated-table", "max_examples": TRAIN,
+SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 4, 60
+TRAIN = {name: len(load_task(name, max_examples=ABOUT).train)
+         for name in ("generated", "generated-table")}
+BASE = {"model": "tiny-llama", "task": "generated-table", "max_examples": ABOUT,
         "noise_multiplier": SIGMA, "max_grad_norm": BOUND, "steps": STEPS, "batch_size": 9,
         "learning_rate": 1e-2, "optimizer": "sgd", "micro_batch_size": 3, "eval_every": 100,
         "snapshot_every": 2, "eval_examples": 10, "generate": False, "seed": 5, "shard": True}
@@ -162,8 +165,9 @@ def test_epsilon_and_results_are_those_of_one_process(sharded):
         if name in ("oracle", "non-private"):
             assert epsilon is None
         elif config.unit == "example":
-            mechanism = GaussianMechanism(SIGMA, BOUND, config.batch_size / TRAIN)
-            assert epsilon == mechanism.epsilon(STEPS, TRAIN ** -1.1)
+            count = TRAIN[config.task]
+            mechanism = GaussianMechanism(SIGMA, BOUND, config.batch_size / count)
+            assert epsilon == mechanism.epsilon(STEPS, count ** -1.1)
 
 
 def test_the_checkpoint_is_a_plain_one(sharded):

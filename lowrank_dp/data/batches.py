@@ -225,9 +225,12 @@ def _require_eos(tokenizer: Any) -> None:
         raise ValueError("tokenizer must have an end-of-sequence token to generate text")
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *,
-            side: str = "right") -> dict[str, torch.Tensor]:
-    """One batch, padded to its longest row: (B, T) ``input_ids`` and ``attention_mask``.
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *, side: str = "right",
+            length: int | None = None) -> dict[str, torch.Tensor]:
+    """One batch of (B, T) ``input_ids`` and ``attention_mask``, padded to one length.
+
+    T is ``length``, or that of the longest row if ``length`` is None. A row that is longer than
+    ``length`` raises ``ValueError``.
 
     ``token_type_ids`` (B, T) if the rows have them; ``labels`` (B,) int64 classes or float32 scores
     or, for generation, (B, T) with -100 on padding. ``side="left"`` is for generating.
@@ -237,7 +240,11 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *,
         _validate.fail("rows", "non-empty", rows)
     if any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError("rows must all have the same keys")
-    length = max(len(row["input_ids"]) for row in rows)
+    longest = max(len(row["input_ids"]) for row in rows)
+    if length is not None and longest > length:
+        raise ValueError(f"rows must have at most the {length} tokens that they are padded to, got "
+                         f"{longest}: give a max_length to cut them")
+    length = longest if length is None else length
 
     def padded(sequences: Iterable[Sequence[int]], fill: int) -> torch.Tensor:
         padding = [[fill] * length] * len(rows)
@@ -260,9 +267,11 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *,
 
 
 def micro_batches(rows: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int, *,
-                  side: str = "right") -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+                  side: str = "right", length: int | None = None
+                  ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """``(indices, batch)`` over all rows, of similar length within a batch; ``indices[j]`` is the
-    position in ``rows`` of the batch's row ``j``. No rows give no batch.
+    position in ``rows`` of the batch's row ``j``. No rows give no batch. Each batch is padded to
+    its longest row, or to ``length``.
 
     The longest come first, so that a batch too large for the memory fails at once.
     """
@@ -270,4 +279,5 @@ def micro_batches(rows: Sequence[Mapping[str, Any]], batch_size: int, pad_token_
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         indices = order[start:start + batch_size]
-        yield indices, collate([rows[i] for i in indices], pad_token_id, side=side)
+        yield indices, collate([rows[i] for i in indices], pad_token_id, side=side,
+                               length=length)

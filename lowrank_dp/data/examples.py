@@ -177,13 +177,16 @@ def _clean(where: str, column: str, value: str) -> str:
     return value
 
 
-def cell(where: str, row: dict[str, Any], column: str) -> Any:
+def cell(where: str, row: Mapping[str, Any], column: str) -> Any:
+    """The cell of a row in a column; ``ValueError`` if the row lacks the column."""
     if column not in row:
-        raise ValueError(f"{where}: column {column!r} is missing (there are {', '.join(row)})")
+        raise ValueError(f"{where}: column {column!r} is missing (there are "
+                         f"{', '.join(row)})")
     return row[column]
 
 
 def bad_cell(where: str, column: str, requirement: str, value: object) -> NoReturn:
+    """Raise the ``ValueError`` of a cell, with the file, the row and the column."""
     raise ValueError(f"{where}: column {column!r} must be {requirement}, got {value!r:.80}")
 
 

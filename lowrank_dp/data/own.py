@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lowrank_dp import _validate
 from lowrank_dp.data.examples import Spec, bad_cell, cell, to_examples
 from lowrank_dp.data.readers import Row, Table, read_tables, stem_of
 from lowrank_dp.data.task import Task, build_task
@@ -46,6 +46,11 @@ class Columns:
     target: str | None = None
     group: str | None = None
 
+    def __post_init__(self) -> None:
+        for role, name in asdict(self).items():
+            if name is not None and not isinstance(name, str):
+                _validate.fail(f"{role}_column", "the name of a column", name)
+
     @classmethod
     def of(cls, config: Any) -> Columns:
         """The fields ``text_column``, ... of a configuration or of its JSON object."""
@@ -59,8 +64,8 @@ class Columns:
 def own_task(path: Path, columns: Columns) -> Task:
     """The task in a user's own file or folder.
 
-    Raises ``ValueError`` in one line that names file, row and column. One ``UserWarning`` names
-    the columns that are not read.
+    The task's ``warning`` names the columns that are not read. Raises ``ValueError`` in one line
+    that names file, row and column.
     """
     tables = read_tables(path)
     if not any(table.rows for table in tables.values()):
@@ -69,39 +74,43 @@ def own_task(path: Path, columns: Columns) -> Task:
     first = next(row for table in tables.values() for row in table.rows)
     roles = _roles(columns, available, path, first[0])
     ignored = [name for name in available if name not in {*asdict(roles).values(), "idx"}]
-    unread = [f"column {name!r}" for name in ignored]
+    unread = [f"column {name!r:.60}" for name in ignored]
     if roles.label and "test" in tables and roles.label not in tables["test"].columns:
         del tables["test"]                      # as published for competitions: without its answers
         unread.append(f"the test split, which has no column {roles.label!r}")
-    if unread:
-        warnings.warn(f"{path}: not read: {', '.join(unread[:20])}; name a column by an option "
-                      "such as --text-column or --group-column to read it", stacklevel=4)
-    return _build(path, roles, tables, tuple(ignored))
+    warning = (f"{path}: not read: {', '.join(unread[:20])}; name a column by an option such as "
+               "--text-column or --group-column to read it") if unread else ""
+    return replace(_build(path, roles, tables), unused=tuple(ignored), warning=warning)
 
 
-def with_label_names(task: Task, names: Sequence[str], where: str) -> Task:
-    """``task`` with its classes renumbered as in ``names``, so that two files agree.
+def with_label_names(task: Task, known: Task, where: str) -> Task:
+    """``task`` with its classes numbered as those of ``known``, so that two files agree.
 
-    A class is found by its name. Classes that are only numbers are positions in ``names``, where
-    these are other words. Raises ``ValueError``, which begins with ``where``, on an unknown class.
+    A class is found by its name. Where the classes of ``task`` are only numbers and those of
+    ``known`` are words, the numbers are positions. Raises ``ValueError``, which begins with
+    ``where``, on a class that ``known`` lacks. A task without classes stays as it is.
     """
-    numbers = [int(name) if name.isascii() and name.isdigit() else -1
-               for name in task.label_names]
+    names = known.label_names
+    if task.kind != "classification":
+        return task
+    numbers = [int(name) if name.isascii() and name.isdigit() else -1 for name in task.label_names]
     if {*task.label_names} <= {*names}:
-        places = [list(names).index(name) for name in task.label_names]
-    elif all(0 <= number < len(names) for number in numbers):
-        places = numbers
-    else:
+        places = [names.index(name) for name in task.label_names]
+    elif min(numbers) < 0 or any(name.isdigit() for name in names):
         unknown = [name for name in task.label_names if name not in names]
-        raise ValueError(f"{where}: labels must be among {_named(names)}, got "
+        raise ValueError(f"{where}: labels must be among {_named(names)}, as in {known.name}, got "
                          f"{_named(unknown)}")
+    elif max(numbers) >= len(names):
+        raise ValueError(f"{where}: labels must be below {len(names)}, as in {known.name}, got "
+                         f"{max(numbers)}")
+    else:
+        places = numbers
     splits = {split: tuple(replace(e, label=places[int(e.label or 0)]) for e in examples)
               for split, examples in task.splits.items()}
-    return replace(task, num_labels=len(names), label_names=tuple(names), splits=splits)
+    return replace(task, num_labels=len(names), label_names=names, splits=splits)
 
 
-def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tuple[str, ...]
-           ) -> Task:
+def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
     texts = [name for name in (roles.text, roles.pair, roles.prompt, roles.target)
              if name and name not in ("tripleset", "annotations")]
     rows = {split: [_checked(row, texts) for row in table.rows] for split, table in tables.items()}
@@ -111,7 +120,8 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tup
         names, values = _labels(roles.label, tables, path)
         rows = {split: [(where, row | {roles.label: values[row[roles.label]]})
                         for where, row in found] for split, found in rows.items()}
-        said = f" ({len(names)} classes: {_named(names)})" if names else " (a score)"
+        classes = f"{len(names)} class{'es' * (len(names) != 1)}: {_named(names)}"
+        said = f" ({classes})" if names else " (a score)"
     spec = Spec("", "", None, roles.prompt or roles.text or "", roles.pair, roles.target,
                 label=roles.label or "label", group=roles.group, labels=names,
                 metrics=("bleu", "rouge_l") if roles.target else ("accuracy",) if names else
@@ -119,9 +129,13 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table], ignored: tup
     source = ", ".join(f"{role} from {name!r}{said if role == 'label' else ''}"
                        for role, name in asdict(roles).items() if name)
     name = stem_of(path.absolute()) if path.is_file() else path.resolve().name
-    return build_task(name, spec, {split: to_examples(found, name, split, spec)
-                                   for split, found in rows.items()},
-                      f"local files {path}: {source}", ignored)
+    splits = {}
+    for split, found in rows.items():
+        # groups are units of privacy: a split that is not trained on needs none
+        needed = split == "train" or roles.group in tables[split].columns
+        splits[split] = to_examples(found, name, split,
+                                    spec if needed else replace(spec, group=None))
+    return build_task(name, spec, splits, f"local files {path}: {source}")
 
 
 def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -> Columns:
@@ -167,11 +181,11 @@ def _checked(row: Row, texts: Iterable[str]) -> Row:
     where, cells = row
     for column in texts:
         value = cell(where, cells, column)
-        if value is None or value != value or isinstance(value, str) and not value.strip():
+        if _is_empty(value):
             bad_cell(where, column, "a text that is not empty: fill it in or leave the row out",
                      value)
     index = cells.get("idx")
-    if isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 19 or (
+    if (isinstance(index, str) and re.fullmatch(r"\d{1,18}", index, re.ASCII)) or (
             isinstance(index, float) and index.is_integer()):
         return where, cells | {"idx": int(index)}
     return row
@@ -231,9 +245,14 @@ def _declared_classes(column: str, path: Path, declared: set[tuple[str, ...]],
     return names, {place: place for place in range(len(names))}
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a cell is null, NaN or blank."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def _check_label(where: str, column: str, value: Any, first: Any) -> None:
     """Refuse an empty or non-finite label, and one of another type than the first row's."""
-    if value is None or value != value or isinstance(value, str) and not value.strip():
+    if _is_empty(value):
         bad_cell(where, column, "a label that is not empty: fill it in or leave the row out", value)
     if type(value) not in (str, int, float, bool):
         bad_cell(where, column, "a class (a string, a truth value or an integer) or a score "

@@ -6,11 +6,13 @@ a CSV file is always a string. Nothing that a file holds is run, and nothing is 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import re
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +23,8 @@ from typing import Any
 from lowrank_dp.data import examples
 from lowrank_dp.data.examples import read_jsonl
 
-SUFFIXES = tuple(f".{name}{zipped}" for name in ("csv", "tsv", "jsonl", "ndjson", "json")
-                 for zipped in ("", ".gz")) + (".parquet",)
+SUFFIXES = (*(f".{name}{zipped}" for name in ("csv", "tsv", "jsonl", "ndjson", "json")
+              for zipped in ("", ".gz")), ".parquet")
 FORMATS = "CSV, TSV, JSON Lines, JSON or Parquet (.csv .tsv .jsonl .json, also with .gz, .parquet)"
 _NAMES = {"train": "train", "training": "train", "validation": "validation",
           "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
@@ -56,6 +58,8 @@ def read_tables(path: Path) -> dict[str, Table]:
         return {"train": read_table(path)}
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved_folder(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} must be a file or a folder")
     found: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
         stem = re.sub(r"-\d+-of-\d+$", "", stem_of(file))
@@ -86,7 +90,8 @@ def read_table(path: Path) -> Table:
         return _parquet(path)
     if ending in ("csv", "tsv"):
         return _csv(path, "," if ending == "csv" else "\t")
-    if ending == "json" and (data := _content(path)).lstrip()[:1] == b"[":
+    if ending == "json" and (
+            data := _content(path).removeprefix(codecs.BOM_UTF8)).lstrip()[:1] == b"[":
         return _json_array(path, data)
     return _table(read_jsonl(path))
 
@@ -96,7 +101,7 @@ def _joined(split: str, files: list[Path]) -> Table:
     parts = [re.search(r"-(\d+)-of-(\d+)$", stem_of(file)) for file in files]
     whole = [int(part[2]) for part in parts if part]
     complete = len(whole) == len(files) and set(whole) == {len(files)}
-    if len(files) > 1 and not complete or whole and not complete:
+    if (len(files) > 1 or whole) and not complete:
         raise ValueError(f"{files[0].parent} must hold one file of the {split} split, or all its "
                          f"parts name-i-of-n, found {', '.join(file.name for file in files[:5])}")
     tables = [read_table(file) for file in files]
@@ -155,7 +160,10 @@ def _csv(path: Path, separator: str) -> Table:
 
 
 def _has_bare_quotes(data: bytes) -> bool:
-    """Whether a quote opens a cell that no quote closes, as in files that are not quoted at all."""
+    """Whether the lines are rows as they stand, and a quote opens a cell that no quote closes."""
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    if len({line.count(b"\t") for line in lines}) != 1:
+        return False
     cells = re.findall(rb'(?:^|\t)("[^\t\r\n]*)', data, re.MULTILINE)
     return any(not re.fullmatch(rb'"(?:[^"]|"")*"', cell) for cell in cells)
 
@@ -197,9 +205,9 @@ def _saved_folder(path: Path) -> dict[str, Table]:
     try:
         loaded: Any = datasets.load_from_disk(str(path))
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-        tables = {}
+        tables: dict[str, Table] = {}
         for name, part in parts.items():
-            if name in _NAMES:
+            if name in _NAMES and _NAMES[name] not in tables:
                 where = path / name if isinstance(loaded, datasets.DatasetDict) else path
                 _check_size(where, 0, part.num_rows)
                 batches = part.with_format("arrow").iter(batch_size=256)
@@ -212,6 +220,9 @@ def _saved_folder(path: Path) -> dict[str, Table]:
     if not tables:
         raise ValueError(f"{path} must have a split train, validation or test, has "
                          f"{', '.join(map(repr, parts))}")
+    if len(parts) > len(tables):
+        warnings.warn(f"{path}: read as {', '.join(tables)}, out of the splits "
+                      f"{', '.join(map(repr, parts))}", stacklevel=5)
     return tables
 
 

@@ -20,6 +20,7 @@ class Task:
     splits: Mapping[str, tuple[Example, ...]]
     source: str
     unused: tuple[str, ...] = ()        # columns of a user's own files that are not read
+    warning: str = ""                   # a line that names them
 
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of one split; a ``ValueError`` that says what there is instead."""
@@ -69,8 +70,8 @@ def train_on_validation(task: Task) -> Task:
                           "also in test, evaluates on test")
 
 
-def build_task(name: str, spec: Spec, splits: Mapping[str, tuple[Example, ...]], source: str,
-               unused: tuple[str, ...] = ()) -> Task:
+def build_task(name: str, spec: Spec, splits: Mapping[str, tuple[Example, ...]], source: str
+               ) -> Task:
     """A task of checked examples; ``ValueError`` if a split is empty or none is there."""
     num_labels = {"classification": len(spec.labels), "regression": 1, "generation": 0}[spec.kind]
     if not splits:
@@ -78,5 +79,4 @@ def build_task(name: str, spec: Spec, splits: Mapping[str, tuple[Example, ...]],
     for split, examples in splits.items():
         if not examples:
             raise ValueError(f"{name}: the {split} split of {source} must not be empty")
-    return Task(name, spec.kind, num_labels, spec.labels, spec.metrics, splits, source,
-                unused)
+    return Task(name, spec.kind, num_labels, spec.labels, spec.metrics, splits, source)

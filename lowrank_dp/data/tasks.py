@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,7 +66,8 @@ TASKS: dict[str, Spec | None] = {
 def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
               revision: str | None = None, offline: bool | None = None,
               max_examples: int | None = None, seed: int = 0,
-              hub_id: str | None = None, columns: Columns | None = None) -> Task:
+              hub_id: str | None = None, columns: Columns | None = None,
+              warn: bool = True) -> Task:
     """A task by name, or the user's own data by path.
 
     A name is looked for in ``data_dir`` (``glue/sst2/train.jsonl.gz``, ``e2e/...``), else in the
@@ -84,7 +85,9 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
     membership only, and the size of the subset is an expectation. ``seed`` also drives the
     generated tasks.
 
-    ``offline=None`` asks the environment, then whether the hub can be reached.
+    ``warn`` lets one ``UserWarning`` name the columns of own data that are not read; the same line
+    is the task's ``warning``. ``offline=None`` asks the environment, then whether the hub can be
+    reached.
 
     Raises ``ValueError`` in one line: unknown name (the nearest is given), a broken file (its name
     and line), a hub out of reach (what to use instead), a subset without any record.
@@ -101,6 +104,8 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
         task = _named_task(known[key], data_dir, revision, offline, seed, hub_id)
     elif Path(name).expanduser().exists():
         task = own_task(Path(name).expanduser(), columns or Columns())
+        if warn and task.warning:
+            warnings.warn(task.warning, stacklevel=2)
     elif os.sep in str(name) or str(name).lower().endswith((*SUFFIXES, ".xlsx")):
         _validate.fail("task", "a known name, or an existing folder or file", str(name))
     else:

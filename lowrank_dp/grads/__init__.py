@@ -7,26 +7,29 @@ weights do not require gradients inside their own layers meanwhile, so autograd 
 unclipped sum that would be thrown away.
 
     work    one micro-batch, and how its norms become clip factors
-    layers  the algebra of each layer, and the hooks that record it
+    factors  per-example gradients that are not formed: their norms and their weighted sum
+    layers  the rule of each layer, and the hooks that record it
     losses  each row's loss alone, from the model's own
     backends  book-keeping, the same on a compiled graph (``compiled``), Opacus, a loop
+    independence  whether a model and a backend keep rows apart, against an ordinary loop
 
-The model is left as it was found: mode, ``.grad``, ``requires_grad`` and hooks.
+The model is left as it was found: mode, ``.grad``, ``requires_grad``, buffers and hooks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_dp import _validate
-from lowrank_dp.grads.backends import BACKENDS, SumOf
-from lowrank_dp.grads.losses import LOSSES
+from lowrank_dp.grads import independence
+from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone, require_compilable
+from lowrank_dp.grads.losses import LOSSES, check_labels
 from lowrank_dp.grads.work import Batch, Work, num_rows_of, rows_of, wide_dtype
 
 __all__ = ["LOSSES", "Batch", "Idle", "Reduce", "Sums", "clipped_sum", "clipped_sum_over"]
@@ -38,7 +41,8 @@ Reduce = Callable[[str, Tensor], Tensor]
 def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
                 micro_batch_size: int | None = None,
                 autocast_dtype: torch.dtype | None = None,
-                backend: str = "bookkeeping") -> tuple[Sums, Tensor]:
+                backend: str = "bookkeeping", padding: str = "longest",
+                check_rows: bool = True) -> tuple[Sums, Tensor]:
     """Sum over examples of their gradients, each clipped to norm ``max_grad_norm``.
 
     Args:
@@ -55,6 +59,13 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
             the first micro-batch of a model makes, in a minute, and checks against book-keeping;
             ``"opacus"``, per-example gradients by Opacus's hooks, for layers without a rule here;
             ``"loop"``, one example at a time, for any model.
+        padding: ``"longest"``: the padding of a row is no part of the row, and must not change
+            its gradient, since it follows the longest row beside it. ``"max-length"``: every row
+            is padded to one length that is public, so that padding is part of a row; micro-batches
+            of different lengths are refused.
+        check_rows: whether a model that is met for the first time, or in another mode or layout,
+            is examined on a few of the given rows, as below. False is for callers who have had
+            the same model examined on public rows.
 
     Returns:
         The sums, by ``named_parameters()`` name for every parameter that requires gradients and
@@ -62,13 +73,23 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
         for float64 models. A parameter that the loss does not depend on has a sum of zeros.
 
     Raises:
-        ValueError: naming the argument, for bad input; naming the parameters, for those in layers
-            without a rule or used outside of their own layer; and for a loss that is not a mean
-            of one term an example (as with an auxiliary loss), or is not finite for some row.
+        ValueError: naming the argument, for bad input; naming the row, for labels that are no
+            classes of the model and for ids that it does not know; naming the parameters, for
+            those in layers without a rule, used outside of their own layer, or with a gradient
+            hook, which no backend would apply to single rows; for a loss that is not a mean of one
+            term an example (as with an auxiliary loss); and for a model that mixes rows, minds
+            padding, or has other gradients than the backend finds.
+        ValueError: naming the row, for a loss or gradient that is not finite. This stop depends on
+            the data: whoever sees it learns one bit about a record. It stays, since such a
+            gradient has no clipped form, and a run that went on without the row would hide that it
+            has diverged or that a record is broken.
 
-    The leading axis of a trained layer's input must be the examples, which a forward of the first
-    example alone verifies; other layouts are refused, except that position ids of shape (1, T)
-    may be common to all examples. At batch size one any layout will do.
+    Rows must be independent, or C bounds nothing. So up to three rows of the first micro-batch of
+    a model (in each mode and layout) are run together through the backend, alone through
+    autograd, and alone without padding, in the model's own precision; losses, norms and the
+    clipped sum must agree within rounding. In every call the loss of the first row alone must be
+    its loss in the batch, and the leading axis of a trained layer's input must be the examples,
+    except that position ids of shape (1, T) may be common to all examples.
     Gradient checkpointing works, and saves less than usual because layer inputs are kept.
 
     """
@@ -77,11 +98,12 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
         "micro_batch_size", micro_batch_size)
     parts = (rows_of(batch, start, start + size) for start in range(0, num_rows, size))
     return clipped_sum_over(model, parts, max_grad_norm, autocast_dtype=autocast_dtype,
-                            backend=backend)
+                            backend=backend, padding=padding, check_rows=check_rows)
 
 
 def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad_norm: float, *,
                      autocast_dtype: torch.dtype | None = None, backend: str = "bookkeeping",
+                     padding: str = "longest", check_rows: bool = True,
                      reduce: Reduce | None = None) -> tuple[Sums, Tensor]:
     """``clipped_sum`` of a logical batch that arrives in micro-batches, one in memory at a time.
 
@@ -96,20 +118,16 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     """
     bound = _validate.clip_bound("max_grad_norm", max_grad_norm)
     run = BACKENDS[_validate.choice("backend", backend, BACKENDS)]
+    _validate.choice("padding", padding, independence.PADDINGS)
     if autocast_dtype not in (None, torch.bfloat16):
         _validate.fail("autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)",
                        autocast_dtype)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("model must have at least one parameter with requires_grad, got none")
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise ValueError(f"model must keep examples apart, got {name!r}: batch normalisation "
-                             "in training mode (use .eval() on it, or another norm layer)")
+    trained = _trained(model)
     first = next(iter(trained.values()))
-    if hasattr(first, "full_tensor") and (reduce is None or backend != "bookkeeping"):
-        raise ValueError("model is sharded over processes: it needs backend 'bookkeeping', got "
-                         f"{backend!r}, and reduce to add up the processes' sums")
+    if sharded := hasattr(first, "full_tensor"):
+        if reduce is None or backend != "bookkeeping":
+            raise ValueError("model is sharded over processes: it needs backend 'bookkeeping', got "
+                             f"{backend!r}, and reduce to add up the processes' sums")
     autocast = (torch.autocast(first.device.type, autocast_dtype) if autocast_dtype
                 else nullcontext())
     totals: Sums = {}
@@ -123,15 +141,28 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
             part = reduce(name, part) if reduce else part
             totals[name] = totals[name].add_(part) if name in totals else part
 
+    layers = hash(tuple((id(m), m.training, m.__dict__.get("gradient_checkpointing"))
+                        for m in model.modules()))
+    widths: set[int] = set()
     for batch in batches:
         idle = isinstance(batch, Idle)
         batch = batch.batch if isinstance(batch, Idle) else batch
         rows, before = num_rows_of(batch), [*map(len, norms)]
-        # processes that share a model look at the same time, whatever their rows
-        unseen = not totals if reduce else rows > 1 >= max(before)
-        work = Work(model, trained, batch, rows, sum(before), unseen, 0.0 if idle else bound,
-                     autocast)
+        check_labels(model, batch, sum(before))
+        widths.add(independence.width(batch))
+        if padding == "max-length" and len(widths) > 1:
+            raise ValueError("micro-batches must all have one length with padding 'max-length', "
+                             f"got {' and '.join(map(str, sorted(widths)))} positions")
+        work = Work(model, trained, batch, rows, sum(before), 0.0 if idle else bound, autocast)
         with torch.enable_grad(), _kept_gradients(trained):
+            if backend == "compiled":
+                require_compilable(work)
+            # processes that share a model look at the same time, whatever their rows
+            looking = not totals if reduce else rows > 1 >= max(before)
+            alone = first_alone(work, backend) if looking else None
+            if check_rows and not sharded and independence.verified(work, backend, BACKENDS,
+                                                                     padding, layers):
+                work = replace(work, alone=alone)
             part_norms, sum_of = run(work)
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
             add(sum_of)
@@ -139,6 +170,24 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     if not totals:
         add(lambda name: None)
     return totals, torch.cat(norms)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name; refuses what no backend can clip."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("model must have at least one parameter with requires_grad, got none")
+    for name, p in trained.items():
+        if not hasattr(p, "full_tensor") and (
+                p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)):
+            raise ValueError(f"model parameter {name} has a gradient hook, which would not act on "
+                             "the gradients of single rows: remove the hook, or freeze the "
+                             "parameter")
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(f"model must keep examples apart, got {name!r}: batch normalisation "
+                             "in training mode (use .eval() on it, or another norm layer)")
+    return trained
 
 
 @dataclass(frozen=True)

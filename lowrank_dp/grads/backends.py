@@ -14,30 +14,45 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp.grads.compiled import Graph, calls_of, graphs_of
-from lowrank_dp.grads.layers import (
-    Tape,
-    check_leading_axis,
-    recording,
-    refuse,
-    sites_of,
-    squared_norms,
-    weighted_sum,
-    wide,
+from lowrank_dp.grads.factors import careful_norm, squared_norms, weighted_sum, wide
+from lowrank_dp.grads.layers import Tape, recording, refuse, requiring_one_row, sites_of
+from lowrank_dp.grads.losses import (
+    forward,
+    forward_losses,
+    losses_of,
+    no_loss,
+    require_alone,
+    row_losses,
 )
-from lowrank_dp.grads.losses import forward_losses, losses_of, no_loss, row_losses
-from lowrank_dp.grads.work import Work, rows_of
+from lowrank_dp.grads.work import Work, copied, rows_of
 
 SumOf = Callable[[str], Tensor | None]
 PLAIN = 'backend="bookkeeping" (training: no --compile)'
 
 
-def _bookkeeping(work: Work) -> tuple[Tensor, SumOf]:
-    if work.unseen:
-        def forward_one() -> None:
-            with work.autocast:
-                work.model(**rows_of(work.batch, 0, 1))
+def first_alone(work: Work, backend: str) -> Tensor | None:
+    """The model's loss of the first row by itself, if its trained layers keep to their row.
 
-        check_leading_axis(work.model, work.trained, forward_one)
+    Takes no random numbers. Of the loop nothing is asked.
+    """
+    if backend == "loop":
+        return None
+    if backend == "opacus":
+        names = {id(p): name for name, p in work.trained.items()}
+        modules = [(module, own) for module in work.model.modules() if isinstance(
+            module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)) and (
+            own := [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names])]
+        problem, others = "have no exact per-example gradients in Opacus: they ", ["loop"]
+    else:
+        modules = [(module, [*own.values()]) for module, own in sites_of(work.model, work.trained)]
+        problem, others = "", ["opacus", "loop"]
+    one = replace(work, batch=copied(work.batch, [0]), num_rows=1)
+    with (requiring_one_row(modules, problem, others), torch.no_grad(), torch.random.fork_rng(
+            [work.device] if work.device.type == "cuda" else [])):
+        return getattr(forward(one), "loss", None)
+
+
+def _bookkeeping(work: Work) -> tuple[Tensor, SumOf]:
     with recording(work.model, work.trained, work.num_rows) as tape:
         losses = forward_losses(work)
         if losses.requires_grad:
@@ -52,18 +67,35 @@ def _clipped(work: Work, tape: Tape) -> tuple[Tensor, SumOf]:
     """What a tape gives when forward and backward are over."""
     with torch.no_grad(), torch.autocast(work.device.type, enabled=False):
         tape.close_all()
-        norms, weights = work.clip(tape.squared.values())
-    return norms, lambda name: None if name not in tape.squared else weighted_sum(
+        settle_doubts(tape)
+        norms, weights = work.clip(squares.squared for squares in tape.squares.values())
+    return norms, lambda name: None if name not in tape.squares else weighted_sum(
         tape.factors.pop(name), weights, work.trained[name].shape)
 
 
-def _compiled(work: Work) -> tuple[Tensor, SumOf]:
+def settle_doubts(tape: Tape) -> None:
+    """Take again the norms that are in doubt, where a row's other parameters leave it open."""
+    if not tape.squares:
+        return
+    names = list(tape.squares)
+    doubt = torch.stack([tape.squares[name].doubt for name in names])
+    total = torch.stack([tape.squares[name].squared for name in names]).sum(0)
+    for index, row in ((doubt > 0) & ~(doubt < total)).nonzero().tolist():
+        name = names[index]
+        tape.squares[name].squared[row] = careful_norm(tape.factors[name], row) ** 2
+
+
+def require_compilable(work: Work) -> None:
+    """Refuse a batch or a mode that no graph is made for."""
     if not isinstance(work.batch.get("input_ids"), Tensor):
         raise ValueError("batch must hold a tensor 'input_ids' to be compiled for, got "
                          f"{', '.join(map(str, work.batch))}: use {PLAIN}")
     if work.model.training and any(isinstance(m, nn.Dropout) and m.p for m in work.model.modules()):
         raise ValueError("model must be without dropout to be compiled: call .eval(), or use "
                          f"{PLAIN}")
+
+
+def _compiled(work: Work) -> tuple[Tensor, SumOf]:
     graphs, plain = graphs_of(work.model), isinstance(work.autocast, nullcontext)
     # the mode and autocast decide the layers and types of a graph, trained names where it is read
     key = tuple(work.trained), work.model.training, plain
@@ -77,7 +109,9 @@ def _compiled(work: Work) -> tuple[Tensor, SumOf]:
     try:
         with work.autocast:
             logits, fill = graph.run(work.model, work.batch, work.num_rows)
-        total = row_losses(work, kind, wide(logits))[0].sum()
+        losses = row_losses(work, kind, wide(logits))[0]
+        require_alone(work, losses)
+        total = losses.sum()
         with torch.autocast(work.device.type, enabled=False):
             fill(total, tape)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -130,8 +164,11 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
         for module in work.model.modules():
             for attribute in set(vars(module)) - clean[id(module)]:
                 delattr(module, attribute)
+    tape = Tape(squares={name: squared_norms([s]) for name, s in samples.items()})
     with torch.no_grad():
-        norms, weights = work.clip(squared_norms([s]) for s in samples.values())
+        tape.factors.update({name: [sample] for name, sample in samples.items()})
+        settle_doubts(tape)
+        norms, weights = work.clip(squares.squared for squares in tape.squares.values())
     return norms, lambda name: None if name not in samples else weighted_sum(
         [samples[name]], weights, samples[name].shape[1:])
 
@@ -146,16 +183,17 @@ def _loop(work: Work) -> tuple[Tensor, SumOf]:
     sums: dict[str, Tensor] = {}
     norms = []
     for row in range(work.num_rows):
-        with work.autocast:
-            loss = getattr(work.model(**rows_of(work.batch, row, row + 1)), "loss", None)
+        one = replace(work, num_rows=1, first_row=work.first_row + row,
+                      batch=rows_of(work.batch, row, row + 1))
+        loss = getattr(forward(one), "loss", None)
         if loss is None:
             no_loss()
-        one = replace(work, num_rows=1, first_row=work.first_row + row)
         one.require(loss.detach().isfinite().view(1), "has a loss that is not finite")
         if loss.requires_grad:
             loss.backward()
         grads = {name: wide(p.grad) for name, p in work.trained.items() if p.grad is not None}
-        norm, weight = one.clip(g.square().sum() for g in grads.values())
+        norm, weight = one.clip(torch.linalg.vector_norm(g, dtype=torch.float64).square()
+                                for g in grads.values())
         norms.append(norm)
         for name, g in grads.items():
             part = g * weight.to(g.dtype)

@@ -1,16 +1,7 @@
-"""Per-example gradients of single layers, in factored form: algebra and recording for ``grads``.
+"""Layers with a rule for their per-example gradients, and the hooks that record them.
 
 For a layer with input ``x`` and output gradient ``b``, a rule gives one trained parameter's
-per-example gradients as a *factor*, which is one of
-
-- ``Outer(left, right)``: example i's gradient is ``left_i^T right_i`` and is never formed
-  (a Linear weight: ``b`` and ``x``; an Embedding: token ids, as one-hot rows, and ``b``);
-- a tensor of shape ``(B, *parameter.shape)``: the gradients themselves (biases, norm layers).
-
-A parameter used several times (re-use, tied weights) has a list of factors whose sum is meant.
-Two pure functions finish the job: ``squared_norms`` by inner products of T x T Gram matrices
-(ghost norm: Li et al. 2021, arXiv 2110.05679), and ``weighted_sum`` in one matrix product
-(book-keeping: Bu et al. 2022, arXiv 2210.00038). B is examples, T positions.
+per-example gradients as a factor of ``lowrank_dp.grads.factors``. B is examples, T positions.
 """
 
 from __future__ import annotations
@@ -19,34 +10,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-GRAM_ELEMENTS = 1 << 24  # largest Gram matrix held at once, in elements; more rows go in chunks
+from lowrank_dp.grads.factors import Factor, Outer, Squares, settle, squared_norms, wide
+from lowrank_dp.grads.work import UnsupportedParameters
 
-
-class Outer(NamedTuple):
-    """Per-example matrices ``left_i^T right_i``, not formed.
-
-    ``left`` is (B, T, rows), or integer ids (B, T) that stand for one-hot rows; ``right`` is
-    (B, T, cols).
-    """
-
-    left: Tensor
-    right: Tensor
-
-
-Factor = Outer | Tensor
 Rule = Callable[[Any, Tensor, Tensor], Factor]
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 if it is in half precision, else unchanged."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _tokens(tensor: Tensor) -> Tensor:
@@ -134,96 +108,19 @@ def is_rms_norm(module: Any, x: Tensor, y: Tensor) -> bool:
                for scale in (weight, 1 + weight))
 
 
-def settle(factors: list[Factor]) -> list[Factor]:
-    """The cheaper form of a parameter's complete list of factors.
-
-    ``rows * cols <= T (rows + cols)`` makes forming the gradients cheaper than their Gram
-    matrices in arithmetic (T rows cols against T^2 (rows + cols)) and in memory alike.
-    """
-    if any(not isinstance(f, Outer) or not f.left.is_floating_point() for f in factors):
-        return factors
-    positions = sum(f[0].shape[1] for f in factors)
-    rows, cols = (f.shape[-1] for f in factors[0])
-    if rows * cols > positions * (rows + cols):
-        return factors
-    formed = [torch.bmm(wide(f[0]).mT, wide(f[1])) for f in factors]
-    return [torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]]
-
-
-def squared_norms(factors: list[Factor]) -> Tensor:
-    """Squared norm of each example's summed gradient: (B,).
-
-    The norm of a sum of outer products needs each pair's inner product,
-    ``<l^T r, l'^T r'> = sum((l l'^T) * (r r'^T))``, which also covers a weight that is both
-    embedding and output layer without forming vocabulary x width per example.
-    """
-    formed = [f for f in factors if isinstance(f, Tensor)]
-    if formed:
-        return sum(formed[1:], formed[0]).flatten(1).square().sum(1)
-    outer = [f for f in factors if isinstance(f, Outer)]
-    norms = torch.zeros(len(outer[0].left), device=outer[0].right.device,
-                        dtype=wide(outer[0].right).dtype)
-    for i, one in enumerate(outer):
-        for other in outer[:i + 1]:
-            cells = one.right.shape[1] * other.right.shape[1]
-            for chunk in torch.arange(len(norms)).split(max(1, GRAM_ELEMENTS // cells)):
-                rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-                inner = (_gram(one.left[rows], other.left[rows])
-                         .mul(_gram(one.right[rows], other.right[rows])).sum((1, 2)))
-                norms[rows] += inner if one is other else 2 * inner
-    return norms.clamp_(min=0)
-
-
-def _gram(one: Tensor, other: Tensor) -> Tensor:
-    """Inner products of positions, (B, T, d) and (B, S, d) to (B, T, S); ids count as one-hot."""
-    if one.is_floating_point() and other.is_floating_point():
-        return torch.bmm(wide(one), wide(other).mT)
-    if one.is_floating_point():
-        return _gram(other, one).mT
-    if other.is_floating_point():
-        index = one[:, None, :].expand(-1, other.shape[1], -1)
-        return wide(other.gather(2, index)).mT
-    return one[:, :, None] == other[:, None, :]
-
-
-def weighted_sum(factors: list[Factor], weights: Tensor, shape: torch.Size) -> Tensor:
-    """``sum_i weights_i gradient_i`` of ``shape``, from (B,) weights."""
-    total = torch.zeros(0)
-    for factor in factors:
-        if isinstance(factor, Tensor):
-            part = (weights.to(factor) @ factor.flatten(1)).view(shape)
-        else:
-            part = _weighted_outer(factor, weights, shape)
-        total = part if factor is factors[0] else total.add_(part)
-    return total
-
-
-def _weighted_outer(factor: Outer, weights: Tensor, shape: torch.Size) -> Tensor:
-    left, right = factor.left, wide(factor.right)
-    scale = weights.to(right)[:, None, None]
-    if not left.is_floating_point():
-        return right.new_zeros(shape).index_add_(0, left.flatten(), (right * scale).flatten(0, 1))
-    left = wide(left)
-    if left.shape[-1] < right.shape[-1]:
-        left = left * scale
-    else:
-        right = right * scale
-    return left.flatten(0, 1).T @ right.flatten(0, 1)
-
-
 # Recording: hooks that collect the factors during one forward and backward.
 
 @dataclass
 class Tape:
-    """Per parameter: its factors, how many are still to come, and its squared norms (B,)."""
+    """Per parameter: its factors, how many are still to come, and its squared norms."""
 
     factors: dict[str, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     pending: Counter[str] = field(default_factory=Counter)
-    squared: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Squares] = field(default_factory=dict)
 
     def add(self, name: str, factor: Factor) -> None:
         """Keep one factor; the last one that was announced settles the parameter."""
-        if name in self.squared:
+        if name in self.squares:
             refuse([name], "are used in more than one gradient checkpoint")
         self.factors[name].append(factor)
         self.pending[name] -= 1
@@ -234,7 +131,7 @@ class Tape:
         """Settle a parameter's factors and take their norms."""
         self.pending.pop(name)
         self.factors[name] = settle(self.factors[name])
-        self.squared[name] = squared_norms(self.factors[name])
+        self.squares[name] = squared_norms(self.factors[name])
 
     def close_all(self) -> None:
         """Settle what has only part of its factors: some outputs did not reach the loss."""
@@ -261,25 +158,27 @@ def sites_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sites:
     return sites
 
 
-def check_leading_axis(model: nn.Module, trained: Mapping[str, nn.Parameter],
-                       forward_one: Callable[[], object]) -> None:
-    """Refuse layers whose leading axis is not the examples, though it may have the batch's size.
+@contextmanager
+def requiring_one_row(modules: Iterable[tuple[nn.Module, Iterable[str]]],
+                      problem: str, backends: Iterable[str]) -> Iterator[None]:
+    """Refuse layers whose leading axis is not the examples, while the model runs on one example.
 
-    In a forward of one example, every trained layer's input must have a leading axis of one. A
-    table of relative positions (T, T), say, does not. Takes no random numbers.
+    Every layer's input must then have a leading axis of one, though in a batch another axis may
+    have the size of the batch: a table of relative positions (T, T), say, does not. ``modules``
+    are layers and the names of their trained parameters; ``problem`` begins the error, which
+    offers ``backends``.
     """
-    device = next(iter(trained.values())).device
     handles = []
     try:
-        for module, own in sites_of(model, trained):
-            def look(module: nn.Module, args: Any, kwargs: Any, own: dict[str, str] = own) -> None:
-                shape = tuple(layer_input(args, kwargs).shape)
-                if shape[0] != 1:
-                    refuse(own.values(), f"see an input of shape {shape} for one example, whose "
-                           "leading axis is not the batch")
+        for module, names in modules:
+            def look(module: nn.Module, args: Any, kwargs: Any,
+                     names: Iterable[str] = names) -> None:
+                seen = layer_input(args, kwargs)
+                if isinstance(seen, Tensor) and seen.shape[:1] != (1,):
+                    refuse(names, f"{problem}see an input of shape {tuple(seen.shape)} for one "
+                           "example, whose leading axis is not the batch", backends)
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            forward_one()
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -335,6 +234,9 @@ def _hooks(module: nn.Module, own: dict[str, str], num_rows: int, tape: Tape
             refuse(own.values(), f"are in a {type(module).__name__} that is no RMSNorm")
         if not output.requires_grad:
             output = output.requires_grad_().clone()
+        elif output._is_view():
+            # a view loses its hook when it is changed in place; this shares memory and is no view
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         if num_rows > 1:
             if isinstance(module, nn.Embedding) and x.ndim == 2 and len(x) == 1:
                 x = x.expand(num_rows, -1)  # position ids that all examples share
@@ -364,4 +266,4 @@ def refuse(names: Iterable[str], problem: str,
     listed = [*dict.fromkeys(names)]
     shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
     offered = " or ".join(f'backend="{backend}"' for backend in backends)
-    raise ValueError(f"model parameters {shown} {problem}: freeze them or use {offered}")
+    raise UnsupportedParameters(f"model parameters {shown} {problem}: freeze them or use {offered}")

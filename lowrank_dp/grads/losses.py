@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from lowrank_dp.grads.layers import wide
-from lowrank_dp.grads.work import Work
+from lowrank_dp.grads.factors import wide
+from lowrank_dp.grads.work import Batch, UnsupportedParameters, Work, copied
 
 IGNORED = -100  # the label that transformers leaves out of a loss
+APART = ("no clipping of rows bounds what a record does to such a model; use a model that handles "
+         "each row by itself, or backend=\"loop\"")
 
 
 def _token_mean(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +59,97 @@ LOSS_OF_CLASS = {
 def forward_losses(work: Work) -> Tensor:
     """The model's loss on each row alone (B,), from one forward, checked against its own loss."""
     _labels(work)
+    output = forward(work)
+    losses = losses_of(work, getattr(output, "loss", None), getattr(output, "logits", None))[1]
+    require_alone(work, losses)
+    return losses
+
+
+def forward(work: Work) -> Any:
+    """The model's output on the batch; ``ValueError`` that names the first row it cannot run."""
     with work.autocast:
-        output = work.model(**work.batch)
-    return losses_of(work, getattr(output, "loss", None), getattr(output, "logits", None))[1]
+        try:
+            return work.model(**work.batch)
+        except (torch.OutOfMemoryError, UnsupportedParameters):
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            for row in range(work.num_rows):
+                try:
+                    with torch.no_grad():
+                        work.model(**copied(work.batch, [row]))
+                except (IndexError, RuntimeError, ValueError) as reason:
+                    raise ValueError(f"batch row {work.first_row + row} cannot be run by the model "
+                                     f"({first_line(reason)}): correct its labels and ids"
+                                     ) from error
+            raise
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def require_alone(work: Work, losses: Tensor) -> None:
+    """Refuse a model whose loss of the first row depends on the rows beside it.
+
+    ``losses`` are those in the batch (B,); ``work.alone`` is the first row's by itself, or None.
+    """
+    if work.alone is None:
+        return
+    own, here = float(work.alone), float(losses[0].detach())
+    half = work.alone.dtype in (torch.bfloat16, torch.float16) or not isinstance(
+        work.autocast, nullcontext)
+    if math.isfinite(own) and abs(own - here) > loss_tolerance(half) * max(1.0, abs(own)):
+        raise ValueError(f"model must keep the rows of a batch apart, and the loss of row "
+                         f"{work.first_row} is {own:.6g} alone and {here:.6g} in the batch: "
+                         f"{APART}")
+
+
+def loss_tolerance(half: bool) -> float:
+    """How far rounding may move a loss, relative to the loss or to 1."""
+    return 5e-2 if half else 1e-4
+
+
+def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
+    """Refuse labels that are no classes of the model, by the row; of other losses nothing is known.
+
+    Looks at the labels alone, before the model sees them: on a GPU an index out of range ends the
+    process.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    labels, kind = batch.get("labels"), _kind_of_class(base)
+    if not isinstance(labels, Tensor) or kind not in ("single_label_classification", "next_token",
+                                                      "each_token"):
+        return
+    rows = labels.flatten(1) if labels.ndim > 1 else labels[:, None]
+    if (labels.is_floating_point() and kind == "single_label_classification"
+            and rows.shape[1] == base.config.num_labels and base.config.problem_type is None):
+        return  # a 0 or 1 for each class, as transformers reads it
+    if labels.dtype != torch.int64:
+        raise ValueError(f"batch row {first_row} has a label of {labels.dtype}: labels must be "
+                         "int64 classes or tokens (labels.long())")
+    if kind == "single_label_classification" and rows.shape[1] != 1:
+        raise ValueError(f"batch row {first_row} has labels of shape {tuple(labels.shape[1:])}: "
+                         "a row must have one class")
+    classes = _num_classes(base, kind)
+    bad = (rows < 0) | (rows >= classes) if classes else rows < 0
+    bad = (bad & (rows != IGNORED)).any(1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        wrong = next(int(label) for label in rows[row] if label != IGNORED
+                     and not 0 <= label < (classes or math.inf))
+        raise ValueError(f"batch row {first_row + row} has label {wrong}: labels must be from 0 to "
+                         + (f"{classes - 1}" if classes else "the number of classes less 1")
+                         + f", or {IGNORED} where there is no target")
+
+
+def _num_classes(base: Any, kind: str) -> int | None:
+    """How many classes the model's head tells apart; None where that is not known."""
+    if kind == "single_label_classification" or "ForTokenClassification" in type(base).__name__:
+        return base.config.num_labels
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    return None if weight is None else max(weight.shape) if weight.ndim != 2 else len(weight)
 
 
 def losses_of(work: Work, own: Any, logits: Any) -> tuple[str, Tensor]:
@@ -103,7 +194,7 @@ def _labels(work: Work) -> Tensor:
 
 def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
     """The losses that the model may be using, by its class if that tells, and by shapes."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     integer, rows = not labels.is_floating_point(), len(labels)
     fitting = {
         "single_label_classification": integer and labels.numel() == rows and logits.ndim == 2,
@@ -112,11 +203,25 @@ def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
         "next_token": integer and logits.ndim == 3 and labels.shape == logits.shape[:2],
         "each_token": integer and logits.ndim == 3 and labels.shape == logits.shape[:2]}
     problem = getattr(getattr(base, "config", None), "problem_type", None)
-    known = [kind or problem for ancestor in type(base).__mro__
-             for part, kind in LOSS_OF_CLASS.items()
-             if part in ancestor.__name__ and (kind or problem)][:1]
+    known = [kind or problem for part, kind in LOSS_OF_CLASS.items()
+             if _is_a(base, part) and (kind or problem)][:1]
     return [kind for kind, fits in fitting.items()
             if fits and len(logits) == rows and (not known or kind in known)]
+
+
+def _is_a(base: Any, part: str) -> bool:
+    """Whether ``part`` is in the name of the model's class or of an ancestor."""
+    return any(part in ancestor.__name__ for ancestor in type(base).__mro__)
+
+
+def _kind_of_class(base: Any) -> str | None:
+    """The loss that a transformers model is known to have by its class and configuration."""
+    for part, kind in LOSS_OF_CLASS.items():
+        if _is_a(base, part):
+            config = base.config
+            return kind or config.problem_type or (
+                "regression" if config.num_labels == 1 else "single_label_classification")
+    return None
 
 
 def no_loss() -> NoReturn:

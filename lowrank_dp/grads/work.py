@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,8 @@ Batch = Mapping[str, Any]
 class Work:
     """One micro-batch and what to do with it.
 
-    ``first_row`` counts rows for messages; ``unseen`` marks one whose layout is to be checked.
-    ``bound`` is C; 0 for rows that do not count.
+    ``first_row`` counts rows for messages. ``bound`` is C; 0 for rows that do not count.
+    ``alone`` is the loss of the first row by itself, where the loss in the batch must equal it.
     """
 
     model: nn.Module
@@ -28,9 +28,9 @@ class Work:
     batch: Batch
     num_rows: int
     first_row: int
-    unseen: bool
     bound: float
     autocast: AbstractContextManager
+    alone: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -38,18 +38,25 @@ class Work:
         return next(iter(self.trained.values())).device
 
     def clip(self, squared: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Norms (B,) and clip factors ``min(1, C / norm)`` from squared norms of each parameter."""
-        first = next(iter(self.trained.values()))
-        start = torch.zeros(self.num_rows, device=first.device, dtype=wide_dtype(first))
+        """Norms (B,) and clip factors ``min(1, C / norm)`` from squared norms of each parameter.
+
+        All in float64, in which the square of no float32 norm overflows or vanishes.
+        """
+        start = torch.zeros(self.num_rows, device=self.device, dtype=torch.float64)
         norms = sum((part.to(start) for part in squared), start).sqrt()
-        self.require(norms.isfinite(), "has a gradient that is not finite")
-        return norms, (self.bound / norms).clamp(max=1) if self.bound else torch.zeros_like(norms)
+        given = norms.to(wide_dtype(next(iter(self.trained.values()))))
+        self.require(given.isfinite(), "has a gradient that is not finite")
+        return given, (self.bound / norms).clamp(max=1) if self.bound else torch.zeros_like(norms)
 
     def require(self, good: Tensor, problem: str) -> None:
         """Refuse the first row that is not ``good`` (B,)."""
         if not bool(good.all()):
             row = self.first_row + int(good.logical_not().nonzero()[0])
             raise ValueError(f"batch row {row} {problem}")
+
+
+class UnsupportedParameters(ValueError):
+    """Trained parameters that a backend cannot or must not take."""
 
 
 def num_rows_of(batch: Batch) -> int:
@@ -69,6 +76,12 @@ def num_rows_of(batch: Batch) -> int:
 def rows_of(batch: Batch, start: int, stop: int) -> dict[str, Any]:
     """Some rows of every tensor, and the other values as they are."""
     return {name: value[start:stop].detach() if isinstance(value, Tensor) else value
+            for name, value in batch.items()}
+
+
+def copied(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
+    """``rows`` of every tensor, as copies that a model may change in place."""
+    return {name: value.detach()[list(rows)] if isinstance(value, Tensor) else value
             for name, value in batch.items()}
 
 

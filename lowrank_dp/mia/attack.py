@@ -58,7 +58,7 @@ def load(target: Target, options: Options) -> Loaded:
         raise ValueError(reason)
     model, tokenizer = load_target(target, options)
     before, why_no_base = load_before(target, options, model)
-    form = {name: value for name, value in target.encoding.items() if name != "padding"}
+    form = {name: value for name, value in target.encoding.items() if name != "pad_to"}
     rows = encode((*target.records.examples, *target.population), tokenizer,
                   kind=target.records.kind, **form)
     return Loaded(model, tokenizer, before, why_no_base, rows[:len(target.records.examples)])
@@ -87,7 +87,7 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
         else:
             made["projection"] = projection.projection_scores(
                 target.folder, target.base or {}, task, examples, records.is_member,
-                max_length=target.max_length, device=options.device)
+                max_length=target.max_length, pad_to=target.pad_to, device=options.device)
     for name in options.named:
         if name not in made:
             raise ValueError(f"attack {name!r} can't be made here: "

@@ -43,7 +43,8 @@ def why_not(result: TrainResult | None) -> str:
 
 def projection_scores(folder: str | Path, base: Mapping[str, Any], task: Task,
                       examples: Sequence[Example], is_member: np.ndarray, *,
-                      max_length: int | None = None, device: str = "cpu") -> Array:
+                      max_length: int | None = None, pad_to: int | None = None,
+                      device: str = "cpu") -> Array:
     """Symmetry score without each record less that with it, (N,); the true one is near 0.
 
     ``examples`` must be all records of the run with their truth ``is_member`` (N,), which stands
@@ -55,7 +56,7 @@ def projection_scores(folder: str | Path, base: Mapping[str, Any], task: Task,
     weight = model.get_parameter(f"{layer}.weight")
 
     def each() -> Iterator[tuple[bool, Array]]:
-        return zip(is_member, _gradients(model, weight, task, examples, base, max_length),
+        return zip(is_member, _gradients(model, weight, task, examples, base, max_length, pad_to),
                    strict=True)
 
     total = sum(member * gradient for member, gradient in each())
@@ -76,7 +77,8 @@ def _released(file: Path) -> tuple[str, Array]:
 
 
 def _gradients(model: Any, weight: Tensor, task: Task, examples: Sequence[Example],
-               base: Mapping[str, Any], max_length: int | None) -> Iterator[Array]:
+               base: Mapping[str, Any], max_length: int | None, pad_to: int | None
+               ) -> Iterator[Array]:
     """The gradient of each record's loss in one layer, in order."""
     from lowrank_dp.models import load_tokenizer
 
@@ -84,7 +86,7 @@ def _gradients(model: Any, weight: Tensor, task: Task, examples: Sequence[Exampl
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     weight.requires_grad_(True)
     for row in rows:
-        (_, batch), = micro_batches([row], 1, tokenizer.pad_token_id)
+        (_, batch), = micro_batches([row], 1, tokenizer.pad_token_id, length=pad_to)
         batch = {name: value.to(weight.device) for name, value in batch.items()}
         labels = batch.pop("labels")
         loss = LOSSES[LOSS_OF_KIND[task.kind]](model(**batch).logits, labels)[0].sum()

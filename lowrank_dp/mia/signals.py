@@ -55,9 +55,12 @@ class Signals:
 
 
 def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *,
-            max_length: int | None = None, batch_size: int = 64, reference: Any = None,
-            template: str | None = None) -> Signals:
+            max_length: int | None = None, pad_to: int | None = None, batch_size: int = 64,
+            reference: Any = None, template: str | None = None) -> Signals:
     """Signals of ``examples`` in their order, from one forward pass of ``model``.
+
+    Every row is padded to ``pad_to`` tokens, as the model was trained, or to the longest row of its
+    batch if that is None.
 
     ``reference`` is the model before fine-tuning, run on the same batches, or ``model`` itself if
     it is a PEFT model whose head did not train: its adapter is then switched off. ``template`` is
@@ -69,7 +72,8 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
     found = {field.name: np.full(len(rows), np.nan) for field in fields(Signals)}
     model.eval()
     with torch.no_grad():
-        for indices, batch in micro_batches(rows, batch_size, tokenizer.pad_token_id):
+        for indices, batch in micro_batches(rows, batch_size, tokenizer.pad_token_id,
+                                            length=pad_to):
             batch = {name: value.to(device) for name, value in batch.items()}
             labels = batch.pop("labels")
             logits = model(**batch).logits.float()
@@ -93,15 +97,16 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
 
 
 def gradient_norms(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *,
-                   max_length: int | None = None, batch_size: int = 64,
-                   template: str | None = None) -> Array:
+                   max_length: int | None = None, pad_to: int | None = None,
+                   batch_size: int = 64, template: str | None = None) -> Array:
     """Norm (N,) of each record's loss gradient over the trainable parameters: white-box."""
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
-    batches = list(micro_batches(rows, batch_size, tokenizer.pad_token_id))
+    batches = list(micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to))
     model.eval()
     _, norms = clipped_sum_over(model, ({key: value.to(device) for key, value in batch.items()}
-                                        for _, batch in batches), 1.0)
+                                        for _, batch in batches), 1.0,
+                                padding="max-length" if pad_to else "longest")
     found = np.zeros(len(rows))
     found[[i for indices, _ in batches for i in indices]] = norms.double().cpu().numpy()
     return found

@@ -63,14 +63,19 @@ class Target:
         return self.format.max_length
 
     @property
+    def pad_to(self) -> int | None:
+        """The length that every row was padded to in training; None for the longest row's."""
+        padded = self.result is not None and self.recipe.padding == "max-length"
+        return self.max_length if padded else None
+
+    @property
     def encoding(self) -> dict[str, Any]:
         """The arguments of ``signals.measure`` that say how a record becomes tokens."""
         found: dict[str, Any] = {"max_length": self.format.max_length}
         if self.format.template is not None:
             found["template"] = self.format.template
-        padding = "longest" if self.result is None else getattr(self.recipe, "padding", "longest")
-        if padding != "longest":
-            found["padding"] = padding
+        if self.pad_to is not None:
+            found["pad_to"] = self.pad_to
         return found
 
     @property

@@ -222,14 +222,15 @@ def _clipped(setup: Setup, batches: Iterator[Batch | Idle], bound: float
     return clipped_sum_over(
         setup.model, batches, bound,
         autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-        backend="compiled" if config.compile else "bookkeeping", reduce=setup.layout.reduce)
+        backend="compiled" if config.compile else "bookkeeping", padding=config.padding,
+        check_rows=False, reduce=setup.layout.reduce)  # prepare has checked public rows
 
 
 def _batches(setup: Setup, chosen: Sequence[int]) -> Iterator[Batch]:
     """Micro-batches of some rows, on the device."""
     rows = [setup.rows[row] for row in chosen]
     for _, batch in micro_batches(rows, setup.config.micro_batch_size,
-                                  setup.tokenizer.pad_token_id):
+                                  setup.tokenizer.pad_token_id, length=setup.pad_to):
         yield {key: value.to(setup.config.device) for key, value in batch.items()}
 
 
@@ -301,7 +302,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
     config = setup.config
     return evaluation.evaluate(
         setup.model, setup.tokenizer, setup.task, split, max_length=setup.max_length,
-        batch_size=config.micro_batch_size, max_examples=config.eval_examples,
+        pad_to=setup.pad_to, batch_size=config.micro_batch_size, max_examples=config.eval_examples,
         generate=generate and setup.task.kind == "generation", num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens)
 

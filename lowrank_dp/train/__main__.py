@@ -16,7 +16,7 @@ from lowrank_dp import _cli, artifacts
 from lowrank_dp.models import METHODS
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import Setup, TrainConfig, TrainResult, parallel, train
-from lowrank_dp.train.config import OPTIMIZERS, PRECISIONS, SCHEDULES
+from lowrank_dp.train.config import OPTIMIZERS, PADDINGS, PRECISIONS, SCHEDULES
 from lowrank_dp.train.membership import MEMBERSHIPS
 
 app = _cli.new_app("Differentially private fine-tuning, with restored gradients.")
@@ -125,6 +125,9 @@ def main(
         help="Use a random subset of each split; its size is an expectation.")] = None,
     max_length: Annotated[int | None, typer.Option(
         help="Tokens a text is cut to. Default: 128 with labels, uncut for generation.")] = None,
+    padding: Annotated[str, typer.Option(
+        help="What a row is padded to: the longest row beside it, or --max-length, for models "
+             f"to which padding is not nothing: {one_of(PADDINGS)}")] = DEFAULT.padding,
     data_seed: Annotated[int, typer.Option(
         help="Of that subset, and of a generated task.")] = DEFAULT.data_seed,
     holdout: Annotated[int, typer.Option(
@@ -170,8 +173,8 @@ def main(
             filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
             lora_init=lora_init, target_modules=tuple(target_modules or ()),
             train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
-            max_examples=max_examples, data_seed=data_seed, max_length=max_length, holdout=holdout,
-            membership=membership,
+            max_examples=max_examples, data_seed=data_seed, max_length=max_length, padding=padding,
+            holdout=holdout, membership=membership,
             micro_batch_size=micro_batch_size, precision=precision, eval_every=eval_every,
             eval_examples=eval_examples, generate=generate, num_beams=num_beams,
             max_new_tokens=max_new_tokens, snapshot_every=snapshot_every, seed=seed,

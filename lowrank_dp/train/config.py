@@ -18,6 +18,7 @@ from lowrank_dp.train.membership import MEMBERSHIPS
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
+PADDINGS = ("longest", "max-length")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class TrainConfig:
             in their seed share their records.
         max_length: tokens a text is cut to. None takes 128 for labels (less if the model has
             less), and for generation cuts nothing: a text beyond the model's context is refused.
+        padding: "longest" pads a micro-batch to its longest row, for models to which padding is
+            nothing. "max-length" pads every row on the right to ``max_length``, which is public,
+            for models that mind padding: no row then depends on the rows beside it. It needs a
+            ``max_length`` for generation.
         holdout: expected number of units of the train split that are set aside, the same for
             every seed, and evaluated on in place of the validation split: for tuning. The rows of
             a held-out group go with it. 0 for none.
@@ -125,6 +130,7 @@ class TrainConfig:
     max_examples: int | None = None
     data_seed: int = 0
     max_length: int | None = None
+    padding: str = "longest"
     holdout: int = 0
     membership: str = "all"
     micro_batch_size: int = 64
@@ -146,7 +152,8 @@ class TrainConfig:
                               ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
                               ("scheme", SCHEMES), ("below", ("keep", "zero")),
                               ("restore_method", ("fast", "exact")),
-                              ("membership", MEMBERSHIPS), ("precision", PRECISIONS)):
+                              ("membership", MEMBERSHIPS), ("precision", PRECISIONS),
+                              ("padding", PADDINGS)):
             _validate.choice(name, getattr(self, name), options)
         for name in ("steps", "batch_size", "rank", "micro_batch_size", "eval_every",
                      "eval_examples", "num_beams", "max_new_tokens", "snapshot_every"):

@@ -23,6 +23,7 @@ from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Copies, Shards, equalise, shard
 from lowrank_dp.train.membership import draw_members, fingerprint, group_units
 from lowrank_dp.train.parallel import world_size
+from lowrank_dp.train.public_rows import require_independent_rows
 
 LABELLED_LENGTH = 128  # tokens that a text with a label is cut to, unless told otherwise
 
@@ -63,13 +64,19 @@ class Setup:
     layout: Copies
 
     @property
+    def pad_to(self) -> int | None:
+        """The public length that every row is padded to, in tokens; None for the longest row's."""
+        return self.max_length if self.config.padding == "max-length" else None
+
+    @property
     def description(self) -> str:
         """What runs on what, in words."""
         how = ", which share the model" if self.config.shard else ""
         several = f", by {world_size()} processes{how}" if world_size() > 1 else ""
+        padded = f", each padded to {self.pad_to} tokens" if self.pad_to else ""
         return (f"{describe(self.model)}; {self.task.name} from {self.task.source}, "
                 f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on"
-                f"{several}")
+                f"{padded}{several}")
 
     def statement(self, releases: int) -> str:
         """The privacy claim after ``releases`` releases, and what weakens it."""
@@ -118,7 +125,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         raise ValueError("shard must go with several processes: start them by torchrun "
                          "--nproc-per-node N -m lowrank_dp.train ...")
     task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed,
-                     columns=Columns.of(config))
+                     columns=Columns.of(config), warn=False)
     _check_unit(config, task)
     task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
@@ -135,6 +142,9 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     max_length = config.max_length
     if max_length is None and task.kind != "generation":
         max_length = min(LABELLED_LENGTH, tokenizer.model_max_length)
+    if max_length is None and config.padding == "max-length":
+        raise ValueError("max_length must be given to pad every row to it (padding 'max-length') "
+                         f"for {task.name}, a generation task: give --max-length")
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     if task.kind == "generation" and config.generate:
         _check_room(config, task, tokenizer, max_length)
@@ -143,7 +153,10 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     mechanism, delta = _mechanism(config, len(trained_on))
     equalise(model)
     initial_head = head_state(model)
+    require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
+    if task.warning:            # last, so that what is refused is one line
+        warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -183,7 +196,7 @@ def _check_unit(config: TrainConfig, task: Task) -> None:
     if not any(map(has_group, task.train)):
         could = ", ".join(map(repr, task.unused[:10]))
         fix = (f"name their column by group_column (not read so far: {could})" if could else
-               "name their column by group_column, or use unit 'example'")
+               "use unit 'example', or own data with a group_column")
         raise ValueError(f"unit 'group' must come with groups of rows, {task.name} has none that "
                          f"are known: {fix}")
     if len(group_units(task.train, "group")) == len(task.train) > 1:

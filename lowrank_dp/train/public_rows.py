@@ -1,0 +1,85 @@
+"""Whether a model keeps rows apart, seen on public rows before a private one is read.
+
+A refusal by what private rows give would depend on them. So :func:`require_independent_rows` makes
+rows of random tokens of the vocabulary and has them examined as ``lowrank_dp.grads`` examines the
+rows that it is given: together, alone, and alone without padding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from lowrank_dp.data import Example, Task, encode
+from lowrank_dp.data.batches import collate
+from lowrank_dp.grads import clipped_sum
+from lowrank_dp.train.config import TrainConfig
+
+LENGTHS = (4, 9, 23)  # tokens of the texts of the three rows, where the model has room for them
+
+
+def require_independent_rows(model: Any, tokenizer: Any, task: Task, max_length: int | None,
+                             config: TrainConfig) -> None:
+    """Raise ``ValueError`` if the gradient of one row depends on another row, or on padding.
+
+    With padding "max-length" every row has ``max_length`` tokens, and padding may matter. The model
+    is examined in float32 whatever ``config.precision`` is, and is not changed.
+    """
+    pad_to = max_length if config.padding == "max-length" else None
+    room = max_length or tokenizer.model_max_length - 8
+    lengths = [max(1, min(length, room * part // 4)) for length, part in
+               zip(LENGTHS, (1, 2, 4), strict=True)]
+
+    def rows(lengths: list[int]) -> list[dict[str, Any]]:
+        return encode(_examples(tokenizer, task, lengths), tokenizer, kind=task.kind,
+                      max_length=max_length)
+
+    batches = [rows(lengths)]
+    if pad_to is None:
+        batches += _square(rows(lengths[:1] * 4 * LENGTHS[0]))
+    mode = model.training
+    try:
+        model.train(config.dropout)
+        device = next(model.parameters()).device
+        for batch in batches:
+            tensors = collate(batch, tokenizer.pad_token_id, length=pad_to)
+            clipped_sum(model, {name: value.to(device) for name, value in tensors.items()}, 1.0,
+                        padding=config.padding)
+    finally:
+        model.train(mode)
+
+
+def _square(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """As many rows as each of them has tokens, if there are: a batch of shape (T, T).
+
+    A layout of (positions, rows) looks there like one of (rows, positions).
+    """
+    counts = Counter(len(row["input_ids"]) for row in rows)
+    length = next((length for length, count in counts.items() if 1 < length <= count), 0)
+    return [[row for row in rows if len(row["input_ids"]) == length][:length]] if length else []
+
+
+def _examples(tokenizer: Any, task: Task, lengths: list[int]) -> list[Example]:
+    """Examples of the task's kind whose texts are random tokens, so many each."""
+    generator = torch.Generator().manual_seed(0)
+    special = set(tokenizer.all_special_ids)
+    known = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+
+    def text(length: int) -> str:
+        chosen = known[torch.randint(len(known), (length,), generator=generator)]
+        return tokenizer.decode(chosen.tolist())
+
+    paired = any(example.text_pair is not None for example in task.train[:1])
+    examples = []
+    for i, length in enumerate(lengths):
+        label: float | int | None = None
+        if task.kind == "classification":
+            label = i % task.num_labels
+        elif task.kind == "regression":
+            label = i / 2
+        examples.append(Example(
+            id=f"public/{i}", text=text(length), text_pair=text(2) if paired else None,
+            label=label, target=text(3) if task.kind == "generation" else None))
+    return examples

@@ -1,0 +1,369 @@
+"""Rows are kept apart, or the model is refused; and no row contributes more than C."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_dp.data import micro_batches
+from lowrank_dp.grads import clipped_sum, clipped_sum_over
+from lowrank_dp.grads.backends import settle_doubts
+from lowrank_dp.grads.factors import Outer, settle, squared_norms, weighted_sum
+from lowrank_dp.grads.layers import Tape
+from lowrank_dp.models import load_tokenizer
+from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.setup import prepare
+
+SIZES = dict(vocab_size=768, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+             intermediate_size=24, max_position_embeddings=160, pad_token_id=0)
+MINDING = {
+    "fnet": transformers.FNetConfig(**SIZES),
+    "xlnet": transformers.XLNetConfig(vocab_size=768, d_model=16, n_layer=2, n_head=2, d_inner=24,
+                                      pad_token_id=0),
+    "mobilebert": transformers.MobileBertConfig(
+        **{**SIZES, "hidden_size": 16}, embedding_size=16, intra_bottleneck_size=16,
+        true_hidden_size=16, num_feedforward_networks=1),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder of 128 short records and one long one, and one for each model."""
+    folder = tmp_path_factory.mktemp("minding")
+    (folder / "data").mkdir()
+    for split, count in (("train", 129), ("validation", 8)):
+        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(
+            {"sentence": "the film was a very dull " + "film " * (120 if i == 128 else 0),
+             "label": i % 2}) + "\n" for i in range(count)))
+    tokenizer = load_tokenizer("tiny")
+    for name, config in MINDING.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        with torch.no_grad():  # padding's row of a trained embedding is not zero
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def config_of(places, name, **changes):
+    return TrainConfig(**{**dict(
+        model=str(places / name), task=str(places / "data"), steps=1, batch_size=8, max_length=128,
+        noise_multiplier=1.0, seed=0,
+        train_layers="logits_proj|summary" if name == "xlnet" else None), **changes})
+
+
+@pytest.mark.parametrize("name", MINDING)
+def test_a_model_that_minds_padding_is_refused_and_accepted_with_public_lengths(
+        places, name):
+    with pytest.raises(ValueError, match=r"take no notice of padding.*--padding max-length"):
+        prepare(config_of(places, name), 0)
+    config = config_of(places, name, padding="max-length")
+    setup = prepare(config, 0)
+    assert setup.pad_to == 128 and "each padded to 128 tokens" in setup.description
+
+    def total(rows):
+        batches = (batch for _, batch in micro_batches(
+            rows, config.micro_batch_size, setup.tokenizer.pad_token_id, length=setup.pad_to))
+        return clipped_sum_over(setup.model, batches, 1.0, padding="max-length")[0]
+
+    without, together = total(setup.rows[:128]), total(setup.rows)
+    moved = sum(float((together[n] - without[n]).double().square().sum()) for n in together) ** 0.5
+    assert moved <= 1 + 1e-4
+
+
+def out(logits, labels):
+    return SimpleNamespace(loss=functional.cross_entropy(logits, labels), logits=logits)
+
+
+class Small(nn.Module):
+    """Embedding, one layer in between, mean over the positions, head; ``how`` says what is odd."""
+
+    def __init__(self, how, width=8, layer=None):
+        super().__init__()
+        self.how, self.e, self.head = how, nn.Embedding(50, width), nn.Linear(width, 3)
+        self.p = nn.Embedding(20, width) if how.startswith("p") else None
+        self.layer = nn.Linear(width, width) if layer is None else layer
+
+    def forward(self, input_ids, labels):
+        x = self.e(input_ids)
+        if self.p is not None:
+            position = self.p(torch.arange(input_ids.shape[1])[None])
+            x = x + {"p[0]": lambda: position[0], "p.mean": lambda: position.mean(0),
+                     "p.sum": lambda: position.sum(0), "p": lambda: position}[self.how]()
+        if self.how == "transposed":
+            x = self.layer(x.transpose(0, 1)).transpose(0, 1)
+        elif self.how == "flat":
+            x = self.layer(x.mean(1))
+        else:
+            x = self.layer(input_ids if isinstance(self.layer, nn.Embedding) else x)
+        if self.how == "mixed":
+            x = x - x.mean(0)
+        elif self.how == "next":
+            x = x + x.roll(1, 0)
+        elif self.how == "mixed in training" and self.training:
+            x = functional.dropout(x, 0.5, True) - x.mean(0)
+        return out(self.head(torch.tanh(change(self.how, x)).flatten(1, -2).mean(1)
+                             if x.ndim == 3 else torch.tanh(change(self.how, x))), labels)
+
+
+def change(how, y):
+    """``y`` changed in place, where ``how`` says so."""
+    if how in ("mul_", "flat"):
+        y.mul_(2)
+    elif how == "add_":
+        y.add_(1).mul_(y.detach())
+    elif how == "relu_":
+        functional.relu_(y)
+    elif how == "index":
+        y[..., 0] = 0
+        y[:, 1] *= 3
+    elif how == "view":
+        y.view(-1).mul_(2)
+    elif how == "dropout_":
+        functional.dropout(y, 0.0, True, inplace=True).mul_(3)
+    return y
+
+
+def batch_of(rows=5, length=7):
+    generator = torch.Generator().manual_seed(3)
+    return {"input_ids": torch.randint(0, 50, (rows, length), generator=generator),
+            "labels": torch.randint(0, 3, (rows,), generator=generator)}
+
+
+def loop(model, batch, bound):
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
+    norms = []
+    for row in range(len(batch["labels"])):
+        loss = model(**{k: v[row:row + 1].clone() for k, v in batch.items()}).loss
+        grads = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
+        norms.append(torch.stack([g.double().norm() for g in grads if g is not None]).norm())
+        for name, g in zip(trained, grads, strict=True):
+            if g is not None:
+                total[name] += g.double() * min(1.0, bound / float(norms[-1]))
+    return total, torch.stack(norms)
+
+
+def require_loop(model, batch, backend="bookkeeping"):
+    total, true = loop(model, batch, 0.3)
+    sums, norms = clipped_sum(model, batch, 0.3, backend=backend)
+    torch.testing.assert_close(norms.double(), true, rtol=1e-5, atol=1e-9)
+    for name, t in total.items():
+        torch.testing.assert_close(sums[name].double(), t, rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_changed_in_place_have_the_gradients_of_the_loop():
+    layers = {"linear": lambda: nn.Linear(8, 8), "no bias": lambda: nn.Linear(8, 8, bias=False),
+              "norm": lambda: nn.LayerNorm(8), "rms": lambda: nn.RMSNorm(8),
+              "embedding": lambda: nn.Embedding(50, 8), "conv1d": lambda: Conv1D(8, 8)}
+    for make in layers.values():
+        for how in ("mul_", "flat", "add_", "relu_", "index", "view", "dropout_"):
+            torch.manual_seed(0)
+            layer = make()
+            if how == "flat" and isinstance(layer, nn.Embedding):
+                continue
+            require_loop(Small(how, layer=layer), batch_of())
+            require_loop(Small(how, layer=layer), batch_of(rows=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")
+def test_a_model_that_mixes_rows_is_refused_where_rows_run_together():
+    for how in ("mixed", "next", "mixed in training"):
+        for backend in ("bookkeeping", "opacus"):
+            model = Small(how).train()
+            with pytest.raises(ValueError, match=r"^model must keep the rows of a batch apart"):
+                clipped_sum(model, batch_of(), 1.0, backend=backend)
+    require_loop(Small("mixed").eval(), batch_of(), backend="loop")
+    clipped_sum(Small("mixed in training").eval(), batch_of(), 1.0)
+    model = Small("")  # and one that begins to mix after it was examined
+    clipped_sum(model, batch_of(), 1.0)
+    model.how = "mixed"
+    with pytest.raises(ValueError, match=r"^model must keep .* row 0 is .* in the batch"):
+        clipped_sum(model, batch_of(), 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")
+def test_layouts_and_shared_positions_are_refused_or_right():
+    for backend in ("bookkeeping", "opacus"):
+        for length in (16, 9):
+            with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias"):
+                clipped_sum(Small("transposed", 16), batch_of(16, length), 1.0, backend=backend)
+    for how in ("p[0]", "p.mean", "p.sum"):
+        with pytest.raises(ValueError, match=r"^model parameters p\.weight get another gradient"):
+            clipped_sum(Small(how), batch_of(), 1.0)
+        with pytest.raises(ValueError, match=r"^model parameters p\.weight have no exact"):
+            clipped_sum(Small(how), batch_of(), 1.0, backend="opacus")
+        require_loop(Small(how), batch_of(), backend="loop")
+        require_loop(Small(how), batch_of(rows=1))
+    require_loop(Small("p"), batch_of())
+
+
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, unit, weight):
+        ctx.save_for_backward(unit, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        unit, weight = ctx.saved_tensors
+        return grad * weight, (grad * unit).sum((0, 1)) / 2
+
+
+class OwnRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8) + 0.5), 1e-6
+
+    def forward(self, x):
+        return Halved.apply(x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt(), self.weight)
+
+
+def test_a_backward_that_is_not_autograds_and_gradient_hooks_are_refused_by_name():
+    model = Small("", layer=OwnRMSNorm())
+    with pytest.raises(ValueError, match=r"^model parameters layer\.weight get another gradient by "
+                       r"backend 'bookkeeping' .*: freeze them or use .*backend=\"loop\"$"):
+        clipped_sum(model, batch_of(), 1.0)
+    require_loop(model, batch_of(), backend="loop")
+    for add in ("register_hook", "register_post_accumulate_grad_hook"):
+        model = Small("")
+        handle = getattr(model.head.weight, add)(lambda g: None)
+        for backend in ("bookkeeping", "opacus", "loop"):
+            with pytest.raises(ValueError, match=r"^model parameter head\.weight has a gradient"):
+                clipped_sum(model, batch_of(), 1.0, backend=backend)
+        handle.remove()
+        require_loop(model, batch_of())
+
+
+def test_the_model_is_as_it_was_after_the_examination():
+    class Counting(Small):
+        def __init__(self):
+            super().__init__("")
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input_ids, labels):
+            self.calls += 1
+            x = functional.dropout(self.e(input_ids), 0.5, self.training)
+            return out(self.head(self.layer(x).mean(1)), labels)
+
+    model = Counting().train()
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    clipped_sum(model, batch_of(), 1.0)
+    calls, state = float(model.calls), torch.get_rng_state()
+    assert calls == 2  # the look at the first row, and the step itself
+    torch.manual_seed(1)
+    first = clipped_sum(model, batch_of(), 1.0)[1]  # examined before
+    torch.manual_seed(1)
+    second = clipped_sum(model.train(), batch_of(rows=5), 1.0)[1]
+    assert torch.equal(first, second) and torch.equal(state, state)
+    assert model.training and (model.head.weight.grad == 1).all()
+    torch.manual_seed(1)  # a fresh model, whose examination draws nothing from the generator
+    fresh = Counting().train()
+    fresh.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    assert torch.equal(clipped_sum(fresh, batch_of(), 1.0)[1], first)
+
+
+def test_labels_and_ids_that_the_model_does_not_know_are_named_by_row():
+    model = transformers.AutoModelForSequenceClassification.from_config(
+        transformers.BertConfig(**SIZES, num_labels=3)).eval()
+    ids = torch.randint(1, 700, (4, 6))
+    for labels, line in (
+            ([0, 1, 3, 0], r"^batch row 2 has label 3: labels must be from 0 to 2"),
+            ([0, -1, 2, 0], r"^batch row 1 has label -1"),
+            (torch.tensor([0, 1, 2, 0], dtype=torch.int32), r"^batch row 0 has a label of .*int32"),
+            ([0.0, 1.0, 2.0, 0.0], r"^batch row 0 has a label of torch.float32"),
+            ([[0, 1], [1, 2], [0, 0], [1, 1]], r"^batch row 0 has labels of shape \(2,\)")):
+        for backend in ("bookkeeping", "opacus", "loop"):
+            with pytest.raises(ValueError, match=line):
+                clipped_sum(model, {"input_ids": ids, "labels": torch.as_tensor(labels)}, 1.0,
+                            backend=backend)
+    with pytest.raises(ValueError, match=r"^batch row 3 cannot be run by the model \(index out"):
+        clipped_sum(model, {"input_ids": torch.where(torch.arange(4)[:, None] == 3, 900, ids),
+                            "labels": torch.tensor([0, 1, 2, 0])}, 1.0)
+    for backend in ("bookkeeping", "loop"):
+        with pytest.raises(ValueError, match=r"^batch row 1 cannot be run .*Target 5 is out of"):
+            clipped_sum(Small(""), {**batch_of(3), "labels": torch.tensor([0, 5, 1])}, 1.0,
+                        backend=backend)
+
+
+# Ghost norms that cancel.
+
+def test_opposite_positions_move_the_sum_by_at_most_the_bound():
+    class Opposite(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(512, 512)
+
+        def forward(self, x, labels):
+            y = self.linear(x)
+            logits = 100 * (y[:, 0] - y[:, 1]).sum(1)
+            return SimpleNamespace(loss=functional.mse_loss(logits, labels), logits=logits)
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = 1e4 * torch.randn(1, 1, 512)
+        x = torch.cat([x, x + 1e-4 * torch.randn(1, 1, 512)], 1)
+        batch = {"x": x, "labels": torch.tensor([1e3])}
+        sums, _ = clipped_sum(Opposite(), batch, 1.0, check_rows=False)
+        assert torch.cat([s.double().flatten() for s in sums.values()]).norm() <= 1 + 1e-4
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), scales=st.lists(st.floats(-20, 18), min_size=2, max_size=6),
+       seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 1e-7, 1e-4, 1.0]),
+       bound=st.sampled_from([1e-3, 1.0, 1e3]), ids=st.booleans(), half=st.booleans())
+def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, bound, ids, half):
+    """Positions that nearly cancel, of any scale within float32, of any kind of factor."""
+    generator = torch.Generator().manual_seed(seed)
+    count, rows, cols = len(scales), 40, 48
+    left = torch.randn(1, rows, generator=generator).expand(count, rows).clone()
+    right = torch.randn(1, cols, generator=generator).expand(count, cols).clone()
+    signs = torch.tensor([(-1.0) ** t for t in range(count)])[:, None]
+    left = left * (1 + spread * torch.randn(count, rows, generator=generator)) * signs
+    right = right * (1 + spread * torch.randn(count, cols, generator=generator))
+    first = data.draw(st.floats(-20, 18))
+    same = data.draw(st.booleans())  # one scale for all positions, so that they do cancel
+    down = torch.tensor([scales[0] if same else s for s in scales])[:, None]
+    left, right = left * 10.0 ** first, right * 10.0 ** down.clamp(max=36 - max(first, 0.0))
+    assume(bool(left.isfinite().all()) and bool(right.isfinite().all()))
+    if half:
+        left, right = left.bfloat16(), right.bfloat16()
+    whole = [Outer(left[None], right[None])]
+    if ids:
+        whole = [Outer(torch.randint(0, 3, (1, count), generator=generator), right[None])]
+    elif count > 3:  # a weight that is used twice
+        whole = [Outer(left[None, :2], right[None, :2]), Outer(left[None, 2:], right[None, 2:])]
+    tape = Tape(factors={"w": settle(whole)})
+    tape.squares["w"] = squared_norms(tape.factors["w"])
+    settle_doubts(tape)
+    norm = tape.squares["w"].squared.sqrt()
+    shape = torch.Size((3 if ids else rows, cols))
+    part = weighted_sum(tape.factors["w"], (bound / norm).clamp(max=1).float(), shape)
+    assert part.isfinite().all() and norm.isfinite().all()
+    assert float(part.double().norm()) <= bound * (1 + 1e-4)
+
+
+def test_norms_whose_squares_leave_float32_are_exact():
+    for left, right in ((1e18, 1e18), (1e-20, 1e18), (1e12, 1e12), (1e-12, 1e-12), (1e-19, 1e-2)):
+        for positions in (1, 2):
+            factors = [Outer(torch.full((1, positions, 8), left), torch.full((1, positions, 9),
+                                                                             right))]
+            tape = Tape(factors={"w": factors}, squares={"w": squared_norms(factors)})
+            settle_doubts(tape)
+            norm = float(tape.squares["w"].squared.sqrt())
+            assert norm == pytest.approx(left * right * positions * 72 ** 0.5, rel=1e-5)
+            formed = [torch.full((1, 8, 9), left * right)]
+            tape = Tape(factors={"w": formed}, squares={"w": squared_norms(formed)})
+            settle_doubts(tape)
+            assert float(tape.squares["w"].squared.sqrt()) == pytest.approx(
+                float(formed[0].double().norm()), rel=1e-6)

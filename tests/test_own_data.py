@@ -1,0 +1,358 @@
+"""A user's own data: one table in every format, labels of every kind, and what is refused."""
+
+import gzip
+import json
+import random
+import warnings
+from collections import Counter
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from lowrank_dp.data import Columns, load_task, with_label_names
+from lowrank_dp.data.readers import Table, _has_bare_quotes, read_table
+
+REVIEW = Columns(text="review", label="stars", group="user")
+ROWS = [{"review": f"NA, said \"number {i}\"\n of a film, é", "stars": ("good", "ok", "bad")[i % 3],
+         "user": f"u{i // 4}"} for i in range(12)]
+
+
+def frame(rows=None):
+    return pd.DataFrame(ROWS if rows is None else rows)
+
+
+def write_all(folder, rows, name="mine"):
+    """The same table in every format, each in a file or folder called ``name``."""
+    import datasets
+
+    table, paths = frame(rows), {}
+    for ending, write in (
+            ("csv", lambda p: table.to_csv(p, index=False)),
+            ("csv.gz", lambda p: table.to_csv(p, index=False)),
+            ("tsv", lambda p: table.to_csv(p, index=False, sep="\t")),
+            ("jsonl", lambda p: table.to_json(p, orient="records", lines=True)),
+            ("jsonl.gz", lambda p: table.to_json(p, orient="records", lines=True)),
+            ("json", lambda p: table.to_json(p, orient="records")),
+            ("parquet", lambda p: table.to_parquet(p))):
+        paths[ending] = folder / ending / f"{name}.{ending}"
+        paths[ending].parent.mkdir(parents=True)
+        write(paths[ending])
+    paths["saved"] = folder / "saved" / name
+    datasets.Dataset.from_list(rows).save_to_disk(paths["saved"])
+    paths["saved splits"] = folder / "splits" / name
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(
+        paths["saved splits"])
+    return paths
+
+
+def load(path, columns=REVIEW):
+    """Without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_task(str(path), columns=columns)
+
+
+def test_one_table_in_every_format(tmp_path):
+    """The same ids, texts, classes and groups; CSV with index, a cell that says NA, a newline."""
+    tasks = {name: load(path) for name, path in write_all(tmp_path, ROWS).items()}
+    for name, task in tasks.items():
+        assert task.train == tasks["jsonl"].train, name
+        assert task.label_names == ("bad", "good", "ok") and task.num_labels == 3
+        assert ("text from 'review', label from 'stars' (3 classes: bad, good, ok), group from "
+                "'user'") in task.source, name
+    found = tasks["csv"].train
+    assert [e.id for e in found] == [f"mine/train/{i}" for i in range(12)]
+    assert [e.text for e in found] == [row["review"] for row in ROWS]
+    assert [("bad", "good", "ok")[e.label] for e in found] == [row["stars"] for row in ROWS]
+    assert len({e.group for e in found}) == 3
+    assert all("u1" not in e.group and e.group != e.id for e in found)
+    numbered = [{**row, "idx": 2 * i} for i, row in enumerate(ROWS)]
+    for name in ("mine.csv", "mine.parquet", "mine.json"):
+        path = tmp_path / name
+        {"csv": frame(numbered).to_csv, "parquet": frame(numbered).to_parquet,
+         "json": lambda p: frame(numbered).to_json(p, orient="records")}[name[5:]](path)
+        assert [e.id for e in load(path).train] == [f"mine/train/{2 * i}" for i in range(12)]
+    frame().to_csv(tmp_path / "mine.csv")          # with pandas' index, a column without a name
+    assert load(tmp_path / "mine.csv").train == found
+
+
+def test_folders_of_splits(tmp_path):
+    """Other names of splits, other formats side by side, parts, and a test split without labels."""
+    frame().to_csv(tmp_path / "train.csv", index=False)
+    frame().to_parquet(tmp_path / "dev.parquet")
+    frame()[["review"]].to_json(tmp_path / "test.jsonl", orient="records", lines=True)
+    (tmp_path / "README.md").write_text("hello")
+    with pytest.warns(UserWarning, match="the test split, which has no column 'stars'") as said:
+        task = load_task(str(tmp_path), columns=REVIEW)
+    assert len(said) == 1 and [*task.splits] == ["train", "validation"]
+    assert [e.text for e in task.train] == [e.text for e in task.validation]
+    frame()[["review", "stars"]].to_csv(tmp_path / "dev.csv")       # users of the train split only
+    (tmp_path / "dev.parquet").unlink()
+    (tmp_path / "test.jsonl").unlink()
+    assert load(tmp_path).validation[3].group == load(tmp_path).validation[3].id
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    frame()[:5].to_parquet(parts / "train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"all its parts name-i-of-n, found train-00000-of"):
+        load(parts)
+    frame()[5:].to_parquet(parts / "train-00001-of-00002.parquet")
+    assert [e.text for e in load(parts).train] == [row["review"] for row in ROWS]
+    frame().to_csv(parts / "train.csv", index=False)
+    with pytest.raises(ValueError, match="must hold one file of the train split"):
+        load(parts)
+
+
+def labelled(tmp_path, labels, ending="jsonl"):
+    path = tmp_path / f"l.{ending}"
+    rows = [{"text": f"t {i}", "label": label} for i, label in enumerate(labels)]
+    if ending == "csv":
+        frame(rows).to_csv(path, index=False)
+    elif ending == "parquet":
+        frame(rows).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load(path, None)
+    return task.kind, task.label_names, [e.label for e in task.train]
+
+
+def test_labels_of_every_kind(tmp_path):
+    """The same in JSON, CSV and Parquet."""
+    for labels, names, expected in (
+            ([1, 2, 3, 2], ("1", "2", "3"), [0, 1, 2, 1]),
+            ([7, 0, 100, 7], ("0", "7", "100"), [1, 0, 2, 1]),          # numeric order, with gaps
+            (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
+            ([True, False, True], ("False", "True"), [1, 0, 1]),
+            ([2.0, 1.0, 10.0], ("1", "2", "10"), [1, 0, 2]),            # floats, all whole
+            (["3", "1", "10"], ("1", "3", "10"), [1, 0, 2]),
+            (["007", "7", "07"], ("007", "07", "7"), [0, 2, 1]),        # codes, no numbers
+            ([10**12, 5], ("5", str(10**12)), [1, 0])):
+        for ending in ("jsonl", "csv", "parquet"):
+            assert labelled(tmp_path, labels, ending) == ("classification", names, expected), (
+                labels, ending)
+    for labels in ([0.5, 1.0, -2.25], ["0.5", "1", "-2.25"]):
+        for ending in ("jsonl", "csv", "parquet"):
+            assert labelled(tmp_path, labels, ending) == (
+                "regression", (), [0.5, 1.0, -2.25]), (labels, ending)
+    assert labelled(tmp_path, [0, 0.5, 2]) == ("regression", (), [0.0, 0.5, 2.0])
+
+
+def test_classes_are_those_of_all_splits_and_of_class_labels(tmp_path):
+    import datasets
+
+    for split, labels in (("train", ["b", "c"]), ("validation", ["a", "c"])):
+        frame([{"text": f"{split} {x}", "label": x} for x in labels]).to_csv(
+            tmp_path / f"{split}.csv", index=False)
+    task = load(tmp_path, None)
+    assert task.label_names == ("a", "b", "c")
+    assert [e.label for e in (*task.train, *task.validation)] == [1, 2, 0, 2]
+    features = datasets.Features({"text": datasets.Value("string"),
+                                  "label": datasets.ClassLabel(names=["zebra", "ant", "cow"])})
+    saved = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [2, 0]}, features=features)
+    saved.save_to_disk(tmp_path / "saved")
+    saved.to_parquet(tmp_path / "kept.parquet")
+    for path in (tmp_path / "saved", tmp_path / "kept.parquet"):
+        task = load(path, None)
+        assert task.label_names == ("zebra", "ant", "cow"), path
+        assert [e.label for e in task.train] == [2, 0]
+    missing = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [2, -1]}, features=features)
+    missing.save_to_disk(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"missing row 2: column 'label' must be a class from 0"):
+        load(tmp_path / "missing", None)
+
+
+def test_classes_of_two_files_agree_by_name(tmp_path):
+    """A file that lacks a class would number the others otherwise."""
+    def task(*labels):
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps({"text": "t", "label": x}) + "\n" for x in labels))
+        return load(path, None)
+
+    def like(found, *names):
+        return with_label_names(found, replace(found, name="known", label_names=names), "f")
+
+    for labels, names, expected in ((("c", "b"), ("a", "b", "c"), [2, 1]),
+                                    ((3, 2), ("1", "2", "3"), [2, 1]),
+                                    ((1,), ("no", "yes"), [1])):
+        found = like(task(*labels), *names)
+        assert [e.label for e in found.train] == expected
+        assert found.label_names == names and found.num_labels == len(names)
+    for labels, names, words in ((("d",), ("a", "b"), "be among a, b, as in known, got d"),
+                                 ((2,), ("no", "yes"), "be below 2, as in known, got 2"),
+                                 ((4,), ("1", "2"), "be among 1, 2, as in known, got 4")):
+        with pytest.raises(ValueError, match=f"^f: labels must {words}$"):
+            like(task(*labels), *names)
+
+
+def test_records_to_generate_and_pairs(tmp_path):
+    rows = [{"question": f"q {i // 2}", "answer": f"a {i}", "who": 7.0 + i // 3} for i in range(6)]
+    path = tmp_path / "qa.parquet"
+    frame(rows).to_parquet(path)
+    with pytest.warns(UserWarning, match="not read: column 'who'; name a column by") as said:
+        task = load_task(str(path), columns=Columns(prompt="question", target="answer"))
+    assert len(said) == 1 and task.unused == ("who",)
+    assert task.kind == "generation" and len({e.group for e in task.train}) == 3
+    task = load(path, Columns(prompt="question", target="answer", group="who"))
+    assert len({e.group for e in task.train}) == 2           # the column wins over the source
+    frame([{**row, "who": int(row["who"])} for row in rows]).to_csv(tmp_path / "qa.csv")
+    assert load(tmp_path / "qa.csv", Columns(prompt="question", target="answer", group="who")
+                ).train == task.train
+    pairs = tmp_path / "p.csv"
+    pairs.write_text("left,right,same\na,b,1\nc,d,0\n")
+    task = load(pairs, Columns(text="left", pair="right", label="same"))
+    assert [(e.text, e.text_pair, e.label) for e in task.train] == [("a", "b", 1), ("c", "d", 0)]
+
+
+def test_blank_lines_and_the_order_of_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"text": "a", "label": 0}\n  \n{"text": "b", "label": 1}\n\n')
+    assert [e.id for e in load(path, None).train] == ["a/train/0", "a/train/1"]
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"text": "a", "label": 0}]')
+    assert load(tmp_path / "a.json", None).train[0].text == "a"
+    path.write_text('\n{"text": "a", "label": 0}\n\n{"text": "", "label": 1}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl line 4: column 'text' must be a text that is"):
+        load(path, None)
+
+
+def test_quotes_in_tsv_files(tmp_path):
+    """A quote that nothing closes would join the rows up to the next one."""
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"Stop, he said\tx\nplain\ty\n"quoted" and on\tx\n')
+    assert [e.text for e in load(path, None).train] == ['"Stop, he said', "plain",
+                                                        '"quoted" and on']
+    path.write_text('text\tlabel\n"a ""word"""\tx\nplain\ty\n')
+    assert [e.text for e in load(path, None).train] == ['a "word"', "plain"]
+    assert not _has_bare_quotes(b'a\tb\n"x"\ty\n"x\nz"\ty\n') and _has_bare_quotes(b'a\tb\nx\t"y\n')
+
+
+GOOD = b"review,stars,user\na,1,u\nb,2,v\n"
+R = '{"text": "a", "label": 0}\n'
+BAD = (     # file, content, columns, words of the line
+    ("a.csv", b"review,stars,user\na,1,u\n,2,v\n", REVIEW, "a.csv row 2: column 'review'"),
+    ("a.csv", b"review,stars,user\na,1,u\n \t,2,v\n", REVIEW, "a.csv row 2: column 'review'"),
+    ("a.csv", b"review,stars,user\na,1,u\nb,,v\n", REVIEW, "a.csv row 2: column 'stars'"),
+    ("a.csv", b"review,stars,user\na,1,u\nb,2\n", REVIEW, "a.csv row 2: column 'user'"),
+    ("a.csv", b"review,stars,user\na,1,u\nb,NA,v\n", REVIEW, "row 2: .*'stars' must be a number"),
+    ("a.csv", b"review,stars,user\na,1.5,u\nb,nan,v\n", REVIEW, "row 2: .*'stars' must be a num"),
+    ("a.csv", b"review,stars,user\na,1,u\nb,-1,v\n", REVIEW, "row 2: .*'stars' must be a class"),
+    ("a.csv", b"review,stars,user\na,1,u,more\n", REVIEW, "a.csv: not a table .*Expected 3 fields"),
+    ("a.csv", b"review,stars,review\na,1,u\n", REVIEW, "column 'review' occurs twice"),
+    ("a.csv", b'review,stars,user\n"a,1,u\nb,2,v\n', REVIEW, "a.csv: not a table .*EOF inside"),
+    ("a.csv", "review,stars,user\né,1,u\n".encode("latin-1"), REVIEW, "a.csv: must be UTF-8"),
+    ("a.csv", GOOD.decode().encode("utf-16"), REVIEW, "a.csv: must be UTF-8"),
+    ("a.csv", b"", REVIEW, "a.csv: not a table"),
+    ("a.csv", b"review,stars,user\n", REVIEW, "a.csv must hold records"),
+    ("a.csv", GOOD, Columns(text="reveiw", label="stars"), "text_column .*did you mean 'review'"),
+    ("a.csv", GOOD, Columns(text="review"), "label_column must name .*'review', 'stars', 'user'"),
+    ("a.csv", GOOD, None, "a.csv row 1: columns must be like .*text_column"),
+    ("a.csv", GOOD, Columns(pair="review"), "pair_column must come with text_column"),
+    ("a.csv", GOOD, Columns(prompt="review"), "prompt_column must come with target_column"),
+    ("a.csv", GOOD, Columns(target="review"), "target_column must come with prompt_column"),
+    ("a.csv", GOOD, Columns(text="review", target="stars"), "must go without text_column"),
+    ("a.csv", GOOD, Columns(text="review", label="review"), "'review' of .* must have one role"),
+    ("a.csv.gz", gzip.compress(GOOD)[:-9], REVIEW, "a.csv.gz: unreadable"),
+    ("a.csv.gz", GOOD, REVIEW, "a.csv.gz: unreadable"),
+    ("a.xlsx", b"PK\x03\x04", REVIEW, "a.xlsx must be CSV, TSV, .*save it as"),
+    ("a.parquet", b"PAR1 nonsense PAR1", REVIEW, "a.parquet: unreadable"),
+    ("a.jsonl", b'{"text": "a", "label": 0, "label": 1}\n', None, "line 1: not JSON .*'label' occ"),
+    ("a.jsonl", (R + '{"text": null, "label": 0}\n').encode(), None, "line 2: column 'text'"),
+    ("a.jsonl", (R + '{"text": NaN, "label": 0}\n').encode(), None, "line 2: column 'text'"),
+    ("a.jsonl", (R + '{"text": 5, "label": 0}\n').encode(), None, "line 2: column 'text' must"),
+    ("a.jsonl", (R + '{"text": "b"}\n').encode(), None, "line 2: column 'label' is missing"),
+    ("a.jsonl", (R + '{"text": "b", "label": null}\n').encode(), None, "line 2: column 'label'"),
+    ("a.jsonl", (R + '{"text": "b", "label": Infinity}\n').encode(), None, "line 2: .* finite"),
+    ("a.jsonl", (R + '{"text": "b", "label": "x"}\n').encode(), None, "line 2: .* of one type"),
+    ("a.jsonl", (R + '{"text": "b", "label": true}\n').encode(), None, "line 2: .* of one type"),
+    ("a.jsonl", (R + '{"text": "b", "label": [1]}\n').encode(), None, "line 2: column 'label' mus"),
+    ("a.jsonl", "".join(json.dumps({"text": "t", "label": i}) + "\n" for i in range(1001)).encode(),
+     None, "at most 1,000 classes"),
+    ("a.jsonl", b'{"text": "a", "label": 0, "who": null}\n', Columns(group="who"),
+     "line 1: column 'who' must be a string or an integer"),
+    ("a.jsonl", b'{"text": "a", "label": 0, "who": 1.5}\n', Columns(group="who"), "column 'who'"),
+    ("a.json", b'[{"text": "a", "label": 0}, 3]', None, "a.json row 2: must be a JSON object"),
+    ("a.json", b'[{"text": "a", "label": 0}', None, "a.json: not JSON"),
+    ("a.json", b"[]", None, "must hold records"),
+)
+
+
+def test_what_is_refused_in_one_line(tmp_path):
+    for number, (name, content, columns, words) in enumerate(BAD):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words) as caught:
+            load(path, columns)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, (name, content)
+        assert type(caught.value) is ValueError, (name, content)
+    frame().to_parquet(tmp_path / "cut.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-50])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    for name, words in (("cut.parquet", "unreadable"), ("empty", "must hold train and validation"),
+                        ("saved", "unreadable"), ("gone.csv", "an existing folder or file")):
+        with pytest.raises(ValueError, match=words) as caught:
+            load(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^label_column must be the name of a column, got \['x'\]"):
+        Columns.of({"text_column": "a", "label_column": ["x"]})
+    with pytest.raises(ValueError, match="and sst2's are known"):
+        load("sst2", REVIEW)
+
+
+def test_damaged_files_of_every_format(tmp_path):
+    """1,350 files with bytes overwritten, removed or put in: a task, or one line."""
+    rng = random.Random(5)
+    paths = write_all(tmp_path, ROWS)
+    outcomes = Counter()
+    for name, path in paths.items():
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+        for _ in range(150):
+            file = rng.choice(files)
+            whole = content = file.read_bytes()
+            for _ in range(rng.randrange(1, 4)):
+                start = rng.randrange(len(content) + 1)
+                content = (content[:start] + rng.randbytes(rng.randrange(4))
+                           + content[start + rng.choice([0, 1, 2, 40, len(content)]):])
+            file.write_bytes(content)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    task = load_task(str(path), columns=REVIEW)
+                assert all(isinstance(e.text, str) and 0 <= e.label < task.num_labels
+                           for e in task.train)
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000, (name, content)
+                outcomes[name] += 1
+            file.write_bytes(whole)
+    assert outcomes.keys() == paths.keys() and min(outcomes.values()) > 20
+
+
+def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
+    from lowrank_dp.data import examples
+
+    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 16)
+    bomb = b"text,label\n" + b"a" * (1 << 17) + b",1\n"
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(bomb))
+    (tmp_path / "a.json").write_bytes(b"[" + b" " * (1 << 17) + b"]")
+    same = frame([{"text": "b" * 1000, "label": i % 2} for i in range(500)])
+    same.to_parquet(tmp_path / "a.parquet")          # one value, stored once
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 16
+    for name in ("a.csv.gz", "a.json", "a.parquet"):
+        with pytest.raises(ValueError, match="at most 65,536 bytes"):
+            load(tmp_path / name, None)
+    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 30)
+    monkeypatch.setattr(examples, "MAX_ROWS", 300)
+    same.to_csv(tmp_path / "b.csv", index=False)
+    same.to_json(tmp_path / "b.json", orient="records")
+    for name in ("b.csv", "b.json", "a.parquet"):
+        with pytest.raises(ValueError, match=r"at most .*300 rows"):
+            load(tmp_path / name, None)
+
+
+def test_a_table_is_rows_with_places(tmp_path):
+    (tmp_path / "a.csv").write_bytes(GOOD)
+    table = read_table(tmp_path / "a.csv")
+    assert table == Table([(f"{tmp_path}/a.csv row 1", {"review": "a", "stars": "1", "user": "u"}),
+                           (f"{tmp_path}/a.csv row 2", {"review": "b", "stars": "2", "user": "v"})],
+                          ("review", "stars", "user"))
