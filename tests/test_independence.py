@@ -120,7 +120,7 @@ def change(how, y):
     if how in ("mul_", "flat"):
         y.mul_(2)
     elif how == "add_":
-        y.add_(1).mul_(y.detach())
+        y.add_(1).mul_(3)
     elif how == "relu_":
         functional.relu_(y)
     elif how == "index":
@@ -198,7 +198,7 @@ def test_layouts_and_shared_positions_are_refused_or_right():
             with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias"):
                 clipped_sum(Small("transposed", 16), batch_of(16, length), 1.0, backend=backend)
     for how in ("p[0]", "p.mean", "p.sum"):
-        with pytest.raises(ValueError, match=r"^model parameters p\.weight get another gradient"):
+        with pytest.raises(ValueError, match=r"^model parameters .*p\.weight.* get another grad"):
             clipped_sum(Small(how), batch_of(), 1.0)
         with pytest.raises(ValueError, match=r"^model parameters p\.weight have no exact"):
             clipped_sum(Small(how), batch_of(), 1.0, backend="opacus")
@@ -258,13 +258,12 @@ def test_the_model_is_as_it_was_after_the_examination():
     model = Counting().train()
     model.head.weight.grad = torch.ones_like(model.head.weight)
     clipped_sum(model, batch_of(), 1.0)
-    calls, state = float(model.calls), torch.get_rng_state()
-    assert calls == 2  # the look at the first row, and the step itself
+    assert model.calls == 2  # the look at the first row, and the step itself
     torch.manual_seed(1)
     first = clipped_sum(model, batch_of(), 1.0)[1]  # examined before
     torch.manual_seed(1)
     second = clipped_sum(model.train(), batch_of(rows=5), 1.0)[1]
-    assert torch.equal(first, second) and torch.equal(state, state)
+    assert torch.equal(first, second)
     assert model.training and (model.head.weight.grad == 1).all()
     torch.manual_seed(1)  # a fresh model, whose examination draws nothing from the generator
     fresh = Counting().train()

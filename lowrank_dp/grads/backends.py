@@ -79,8 +79,10 @@ def settle_doubts(tape: Tape) -> None:
         return
     names = list(tape.squares)
     doubt = torch.stack([tape.squares[name].doubt for name in names])
-    total = torch.stack([tape.squares[name].squared for name in names]).sum(0)
-    for index, row in ((doubt > 0) & ~(doubt < total)).nonzero().tolist():
+    squared = torch.stack([tape.squares[name].squared for name in names])
+    total = squared.nan_to_num(0.0, 0.0).sum(0)
+    open_ = (doubt > 0) & (~(doubt < total) | ~squared.isfinite())
+    for index, row in open_.nonzero().tolist():
         name = names[index]
         tape.squares[name].squared[row] = careful_norm(tape.factors[name], row) ** 2
 

@@ -30,6 +30,7 @@ from lowrank_dp.grads.losses import (
     APART,
     IGNORED,
     first_line,
+    forward,
     forward_losses,
     loss_tolerance,
     no_loss,
@@ -142,7 +143,9 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
-        _run(work, 1.0, order, backends[backend])  # which may say more about it
+        with torch.no_grad():  # which names the row, if a row is to blame
+            forward(replace(work, batch=copied(work.batch, range(work.num_rows))))
+        _run(work, 1.0, order, backends[backend])  # which may say more about the model
         raise ValueError(f"model cannot be run on one row by itself ({first_line(error)}), which "
                          "is how rows are compared") from error
     if alone is not None and backend != "loop":
