@@ -131,12 +131,20 @@ def outcome(model, batch):
         return "refused" if line and "\n" not in line else f"not one line: {line}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    off = error(model, batch, sums, norms)
+    if 1e-5 <= off < 1e-4:  # rounding of float32, if float64 has none of it
+        model = model.double()
+        off *= error(model, batch, *clipped_sum(model, batch, 0.1)) > 1e-10
+    return "right" if off < 1e-5 else f"wrong by {off:.1e}"
+
+
+def error(model, batch, sums, norms):
+    """The largest error of a norm or of a parameter's sum, relative to it or to 1% of the whole."""
     total, true = alone(model, batch, 0.1)
     whole = torch.stack([t.norm() for t in total.values()]).norm()
     off = max(float((sums[name] - total[name]).norm() / torch.maximum(t.norm(), 1e-2 * whole))
               for name, t in total.items())
-    off = max(off, float(((norms - true) / true).abs().max()))
-    return "right" if off < 1e-5 else f"wrong by {off:.1e}"
+    return max(off, float(((norms - true) / true).abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -158,7 +166,7 @@ def test_every_architecture_is_right_or_refused():
     counts = collections.Counter(found for found in table.values())
     print(len({case[:2] for case in table}), "architectures:", dict(counts))
     wrong = {case: found for case, found in table.items() if found not in ("right", "refused")}
-    assert not wrong
+    assert not wrong, "\n".join(f"{case} {found}" for case, found in wrong.items())
     assert counts["right"] > 2 * counts["refused"]
     assert table["fnet", "sequence", "full", "padded"] == "refused"
     assert table["fnet", "sequence", "full", "unpadded"] == "right"
