@@ -39,8 +39,9 @@ def first_alone(work: Work, backend: str) -> Tensor | None:
         return None
     if backend == "opacus":
         names = {id(p): name for name, p in work.trained.items()}
-        modules = [(module, own) for module in work.model.modules() if isinstance(
-            module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)) and (
+        layers: list[nn.Module] = [module for module in work.model.modules() if isinstance(
+            module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm))]
+        modules = [(module, own) for module in layers if (
             own := [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names])]
         problem, others = "have no exact per-example gradients in Opacus: they ", ["loop"]
     else:
