@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dp.data import micro_batches
+from lowrank_dp.data import collate, micro_batches
 from lowrank_dp.grads import clipped_sum, clipped_sum_over
 from lowrank_dp.grads.backends import settle_doubts
 from lowrank_dp.grads.factors import Outer, settle, squared_norms, weighted_sum
@@ -78,6 +78,40 @@ def test_a_model_that_minds_padding_is_refused_and_accepted_with_public_lengths(
     without, together = total(setup.rows[:128]), total(setup.rows)
     moved = sum(float((together[n] - without[n]).double().square().sum()) for n in together) ** 0.5
     assert moved <= 1 + 1e-4
+
+
+def test_padding_to_a_public_length_and_its_bad_input(places):
+    rows = [{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}]
+    batch = collate(rows, 0, length=4)
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert [b["input_ids"].shape for _, b in micro_batches(rows, 1, 0, length=3)] == [(1, 3)] * 2
+    with pytest.raises(ValueError, match=r"^rows must have at most the 1 tokens .* got 2"):
+        collate(rows, 0, length=1)
+    with pytest.raises(ValueError, match=r"^padding must be one of longest, max-length"):
+        config_of(places, "fnet", padding="max_length")
+    with pytest.raises(ValueError, match=r"^max_length must be given .* give --max-length$"):
+        prepare(TrainConfig(model="tiny-llama", task="generated", noise_multiplier=1.0, seed=0,
+                            batch_size=4, padding="max-length"), 0)
+    model = Small("")
+    with pytest.raises(ValueError, match=r"^micro-batches must all have one length .* 7 and 9"):
+        clipped_sum_over(model, [batch_of(), batch_of(length=9)], 1.0, padding="max-length")
+
+
+def test_the_library_refuses_padding_that_matters_in_every_backend_and_mode():
+    class Averaging(Small):
+        def forward(self, input_ids, attention_mask, labels):
+            return super().forward(input_ids, labels)
+
+    lengths = torch.tensor([7, 5, 7, 3, 6])[:, None]
+    batch = {**batch_of(), "attention_mask": (torch.arange(7) < lengths).long()}
+    for backend in ("bookkeeping", "loop"):
+        model = Averaging("")
+        whole = {**batch, "attention_mask": torch.ones(5, 7).long()}
+        clipped_sum(model, whole, 1.0, backend=backend)  # no padding yet
+        with pytest.raises(ValueError, match=r"no notice of padding.*padding=\"max-length\""):
+            clipped_sum(model, batch, 1.0, backend=backend)
+        clipped_sum(model, batch, 1.0, backend=backend, padding="max-length")
 
 
 def out(logits, labels):
