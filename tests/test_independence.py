@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dp.data import micro_batches
+from lowrank_dp.data import collate, micro_batches
 from lowrank_dp.grads import clipped_sum, clipped_sum_over
 from lowrank_dp.grads.backends import settle_doubts
 from lowrank_dp.grads.factors import Outer, settle, squared_norms, weighted_sum
@@ -80,6 +80,40 @@ def test_a_model_that_minds_padding_is_refused_and_accepted_with_public_lengths(
     assert moved <= 1 + 1e-4
 
 
+def test_padding_to_a_public_length_and_its_bad_input(places):
+    rows = [{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}]
+    batch = collate(rows, 0, length=4)
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert [b["input_ids"].shape for _, b in micro_batches(rows, 1, 0, length=3)] == [(1, 3)] * 2
+    with pytest.raises(ValueError, match=r"^rows must have at most the 1 tokens .* got 2"):
+        collate(rows, 0, length=1)
+    with pytest.raises(ValueError, match=r"^padding must be one of longest, max-length"):
+        config_of(places, "fnet", padding="max_length")
+    with pytest.raises(ValueError, match=r"^max_length must be given .* give --max-length$"):
+        prepare(TrainConfig(model="tiny-llama", task="generated", noise_multiplier=1.0, seed=0,
+                            batch_size=4, padding="max-length"), 0)
+    model = Small("")
+    with pytest.raises(ValueError, match=r"^micro-batches must all have one length .* 7 and 9"):
+        clipped_sum_over(model, [batch_of(), batch_of(length=9)], 1.0, padding="max-length")
+
+
+def test_the_library_refuses_padding_that_matters_in_every_backend_and_mode():
+    class Averaging(Small):
+        def forward(self, input_ids, attention_mask, labels):
+            return super().forward(input_ids, labels)
+
+    lengths = torch.tensor([7, 5, 7, 3, 6])[:, None]
+    batch = {**batch_of(), "attention_mask": (torch.arange(7) < lengths).long()}
+    for backend in ("bookkeeping", "loop"):
+        model = Averaging("")
+        whole = {**batch, "attention_mask": torch.ones(5, 7).long()}
+        clipped_sum(model, whole, 1.0, backend=backend)  # no padding yet
+        with pytest.raises(ValueError, match=r"no notice of padding.*padding=\"max-length\""):
+            clipped_sum(model, batch, 1.0, backend=backend)
+        clipped_sum(model, batch, 1.0, backend=backend, padding="max-length")
+
+
 def out(logits, labels):
     return SimpleNamespace(loss=functional.cross_entropy(logits, labels), logits=logits)
 
@@ -120,7 +154,7 @@ def change(how, y):
     if how in ("mul_", "flat"):
         y.mul_(2)
     elif how == "add_":
-        y.add_(1).mul_(y.detach())
+        y.add_(1).mul_(3)
     elif how == "relu_":
         functional.relu_(y)
     elif how == "index":
@@ -198,7 +232,7 @@ def test_layouts_and_shared_positions_are_refused_or_right():
             with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias"):
                 clipped_sum(Small("transposed", 16), batch_of(16, length), 1.0, backend=backend)
     for how in ("p[0]", "p.mean", "p.sum"):
-        with pytest.raises(ValueError, match=r"^model parameters p\.weight get another gradient"):
+        with pytest.raises(ValueError, match=r"^model parameters .*p\.weight.* get another grad"):
             clipped_sum(Small(how), batch_of(), 1.0)
         with pytest.raises(ValueError, match=r"^model parameters p\.weight have no exact"):
             clipped_sum(Small(how), batch_of(), 1.0, backend="opacus")
@@ -258,13 +292,12 @@ def test_the_model_is_as_it_was_after_the_examination():
     model = Counting().train()
     model.head.weight.grad = torch.ones_like(model.head.weight)
     clipped_sum(model, batch_of(), 1.0)
-    calls, state = float(model.calls), torch.get_rng_state()
-    assert calls == 2  # the look at the first row, and the step itself
+    assert model.calls == 2  # the look at the first row, and the step itself
     torch.manual_seed(1)
     first = clipped_sum(model, batch_of(), 1.0)[1]  # examined before
     torch.manual_seed(1)
     second = clipped_sum(model.train(), batch_of(rows=5), 1.0)[1]
-    assert torch.equal(first, second) and torch.equal(state, state)
+    assert torch.equal(first, second)
     assert model.training and (model.head.weight.grad == 1).all()
     torch.manual_seed(1)  # a fresh model, whose examination draws nothing from the generator
     fresh = Counting().train()

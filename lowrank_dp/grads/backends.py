@@ -39,8 +39,9 @@ def first_alone(work: Work, backend: str) -> Tensor | None:
         return None
     if backend == "opacus":
         names = {id(p): name for name, p in work.trained.items()}
-        modules = [(module, own) for module in work.model.modules() if isinstance(
-            module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)) and (
+        layers: list[nn.Module] = [module for module in work.model.modules() if isinstance(
+            module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm))]
+        modules = [(module, own) for module in layers if (
             own := [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names])]
         problem, others = "have no exact per-example gradients in Opacus: they ", ["loop"]
     else:
@@ -79,8 +80,10 @@ def settle_doubts(tape: Tape) -> None:
         return
     names = list(tape.squares)
     doubt = torch.stack([tape.squares[name].doubt for name in names])
-    total = torch.stack([tape.squares[name].squared for name in names]).sum(0)
-    for index, row in ((doubt > 0) & ~(doubt < total)).nonzero().tolist():
+    squared = torch.stack([tape.squares[name].squared for name in names])
+    total = squared.nan_to_num(0.0, 0.0).sum(0)
+    open_ = (doubt > 0) & (~(doubt < total) | ~squared.isfinite())
+    for index, row in open_.nonzero().tolist():
         name = names[index]
         tape.squares[name].squared[row] = careful_norm(tape.factors[name], row) ** 2
 

@@ -14,15 +14,14 @@ The model is left as it was found: mode, buffers and the generators that dropout
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lowrank_dp.grads.factors import wide
 from lowrank_dp.grads.layers import refuse
@@ -30,10 +29,12 @@ from lowrank_dp.grads.losses import (
     APART,
     IGNORED,
     first_line,
+    forward,
     forward_losses,
     loss_tolerance,
     no_loss,
 )
+from lowrank_dp.grads.undisturbed import WithoutDropout, in_float64, undisturbed
 from lowrank_dp.grads.work import Batch, Work, copied
 
 PADDINGS = ("longest", "max-length")
@@ -101,7 +102,7 @@ def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool 
             model that minds padding, with the remedy.
     """
     work = replace(work, autocast=nullcontext(), alone=None)
-    with _undisturbed(work.model, work.device):
+    with undisturbed(work.model, work.device):
         repeatable, quiet = _repeatable(work)
         if quiet is None and backend == "loop":
             return False
@@ -112,7 +113,7 @@ def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool 
             try:
                 found = _agreeing(work, backend, backends, padding)
             except ValueError as error:  # it may be rounding, as where a gradient cancels
-                with _in_float64(work.model):
+                with in_float64(work.model):
                     if backend == "compiled" or not _agree_in_float64(work, backend, backends,
                                                                       padding):
                         raise error from error.__cause__
@@ -142,7 +143,9 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
-        _run(work, 1.0, order, backends[backend])  # which may say more about it
+        with torch.no_grad():  # which names the row, if a row is to blame
+            forward(replace(work, batch=copied(work.batch, range(work.num_rows))))
+        _run(work, 1.0, order, backends[backend])  # which may say more about the model
         raise ValueError(f"model cannot be run on one row by itself ({first_line(error)}), which "
                          "is how rows are compared") from error
     if alone is not None and backend != "loop":
@@ -362,26 +365,6 @@ def _trimmed(row: Batch, first: int, last: int) -> Batch:
             else value for name, value in row.items()}
 
 
-# The model as it is found.
-
-class _WithoutDropout(TorchFunctionMode):
-    """Leave dropout out of whatever runs, and the model's mode as it is."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is nn.functional.scaled_dot_product_attention:
-            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-
-_DROPOUTS = {nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d,
-             nn.functional.dropout3d, nn.functional.alpha_dropout,
-             nn.functional.feature_alpha_dropout, torch.dropout, torch.dropout_,
-             torch.feature_dropout, torch.native_dropout}
-
-
 def _repeatable(work: Work) -> tuple[bool, Any]:
     """Whether a row has the same loss twice, and a context in which it has; None if there is none.
 
@@ -397,44 +380,8 @@ def _repeatable(work: Work) -> tuple[bool, Any]:
 
     if same():
         return True, nullcontext()
-    with _WithoutDropout():
+    with WithoutDropout():
         if same():
-            return False, _WithoutDropout()
+            return False, WithoutDropout()
     work.model.eval()
     return False, nullcontext() if same() else None
-
-
-@contextmanager
-def _in_float64(model: nn.Module) -> Iterator[None]:
-    """Parameters and buffers in float64, and then what they were."""
-    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())
-            if tensor.is_floating_point()]
-    try:
-        for tensor, values in kept:
-            tensor.data = values.double()
-        yield
-    finally:
-        for tensor, values in kept:
-            tensor.data = values
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Mode, buffers and torch's generators are afterwards what they were; no autocast within."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers),
-                {name: b.clone() for name, b in module._buffers.items() if b is not None})
-               for module in model.modules() if module._buffers]
-    try:
-        with (torch.random.fork_rng([device] if device.type == "cuda" else []),
-              torch.autocast(device.type, enabled=False)):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for module, tensors, values in buffers:
-                module._buffers.update(tensors)
-                for name, value in values.items():
-                    if not torch.equal(tensors[name], value):
-                        tensors[name].copy_(value)

@@ -116,7 +116,7 @@ def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
     Looks at the labels alone, before the model sees them: on a GPU an index out of range ends the
     process.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     labels, kind = batch.get("labels"), _kind_of_class(base)
     if not isinstance(labels, Tensor) or kind not in ("single_label_classification", "next_token",
                                                       "each_token"):
@@ -147,9 +147,9 @@ def _num_classes(base: Any, kind: str) -> int | None:
     """How many classes the model's head tells apart; None where that is not known."""
     if kind == "single_label_classification" or "ForTokenClassification" in type(base).__name__:
         return base.config.num_labels
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
-    return None if weight is None else max(weight.shape) if weight.ndim != 2 else len(weight)
+    return None if weight is None or weight.ndim != 2 else len(weight)
 
 
 def losses_of(work: Work, own: Any, logits: Any) -> tuple[str, Tensor]:
@@ -194,7 +194,7 @@ def _labels(work: Work) -> Tensor:
 
 def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
     """The losses that the model may be using, by its class if that tells, and by shapes."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     integer, rows = not labels.is_floating_point(), len(labels)
     fitting = {
         "single_label_classification": integer and labels.numel() == rows and logits.ndim == 2,
@@ -207,6 +207,11 @@ def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
              if _is_a(base, part) and (kind or problem)][:1]
     return [kind for kind, fits in fitting.items()
             if fits and len(logits) == rows and (not known or kind in known)]
+
+
+def _base(model: Any) -> Any:
+    """The model below a PEFT adapter, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_a(base: Any, part: str) -> bool:

@@ -1,0 +1,69 @@
+"""Contexts in which a model is looked at, and from which it comes back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Leave dropout out of whatever runs, and the model's mode as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is nn.functional.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+_DROPOUTS = {nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d,
+             nn.functional.dropout3d, nn.functional.alpha_dropout,
+             nn.functional.feature_alpha_dropout, torch.dropout, torch.dropout_,
+             torch.feature_dropout}
+
+
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers in float64, and then what they were."""
+    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())
+            if tensor.is_floating_point()]
+    try:
+        for tensor, values in kept:
+            tensor.data = values.double()
+        yield
+    finally:
+        for tensor, values in kept:
+            tensor.data = values
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Mode, buffers and torch's generators are afterwards what they were; no autocast within."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers),
+                {name: b.clone() for name, b in module._buffers.items() if b is not None})
+               for module in model.modules() if module._buffers]
+    try:
+        with (torch.random.fork_rng([device] if device.type == "cuda" else []),
+              torch.autocast(device.type, enabled=False)):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, tensors, values in buffers:
+                module._buffers.update(tensors)
+                for name, value in values.items():
+                    here = tensors[name]
+                    if here is not None and not torch.equal(here, value):
+                        here.copy_(value)
