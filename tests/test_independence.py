@@ -91,8 +91,8 @@ def test_padding_to_a_public_length_and_its_bad_input(places):
     with pytest.raises(ValueError, match=r"^padding must be one of longest, max-length"):
         config_of(places, "fnet", padding="max_length")
     with pytest.raises(ValueError, match=r"^max_length must be given .* give --max-length$"):
-        prepare(TrainConfig(model="tiny-llama", task="generated", noise_multiplier=1.0, seed=0,
-                            batch_size=4, padding="max-length"), 0)
+        prepare(TrainConfig(model="tiny-llama", task="generated-table", noise_multiplier=1.0,
+                            seed=0, batch_size=4, padding="max-length"), 0)
     model = Small("")
     with pytest.raises(ValueError, match=r"^micro-batches must all have one length .* 7 and 9"):
         clipped_sum_over(model, [batch_of(), batch_of(length=9)], 1.0, padding="max-length")
