@@ -187,6 +187,7 @@ def test_a_base_with_its_own_head_is_the_reference(place, tmp_path, capsys):
                     for m in (before, after))
     assert report.scores["base"][SIDE + 2] == pytest.approx(old - new, rel=1e-3, abs=1e-5)
 
+    capsys.readouterr()  # the bars of transformers above
     words = words_of(place, "classifier", "labels", "--base", place / "headless")
     code, _, err = run(capsys, *words, "--attacks", "base", "--output", tmp_path / "no")
     assert code == 2 and err.count("\n") == 1 and "needs a base with its own trained head" in err
