@@ -152,7 +152,8 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
     for name in FAMILIES:
         base = save_base(tmp_path / name, name)
         _, report = SEQUENCE.from_pretrained(base, num_labels=3, output_loading_info=True)
-        pattern = r"weight$" if name == "mobilebert" else r"([nN]orm|ln_|in_proj|q_lin).*weight"
+        pattern = {"mobilebert": r"weight$"}.get(
+            name, r"([nN]orm|ln_|in_proj|q_lin|SelfAttention\.q).*weight")
         model, _ = load_model(base, kind="classification", num_labels=3, train_layers=pattern)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         head = set(head_state(model))
