@@ -157,7 +157,8 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
         model, _ = load_model(base, kind="classification", num_labels=3, train_layers=pattern)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         head = set(head_state(model))
-        assert head == report["missing_keys"] <= trained, name
+        on_disk = {"modernbert": {"head.dense.weight", "head.norm.weight"}}.get(name, set())
+        assert head == report["missing_keys"] | on_disk and head <= trained, name
         assert all(re.search(pattern, n) for n in trained - head), name
         assert final_layer(model) and model.get_submodule(final_layer(model)).out_features == 3
 
