@@ -57,6 +57,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """A call of ``time.sleep`` fails: the hub's libraries wait between their attempts."""
+    def sleep(seconds):
+        raise AssertionError(f"a wait of {seconds} s")
+
+    monkeypatch.setattr("time.sleep", sleep)
+
+
 def save_bert(folder, **sizes):
     """A BERT with dropout at random weights, for texts of up to 64 tokens."""
     with torch.random.fork_rng(devices=[]):

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import time
 from collections import Counter
 
 import huggingface_hub
@@ -112,26 +111,19 @@ def test_unknown_task_names_the_nearest():
 
 
 @pytest.mark.parametrize("name", ["qnli", "e2e", "dart"])
-def test_offline_hub_task_fails_at_once_and_says_what_to_use(name, no_local_data):
-    import datasets  # noqa: F401  the time is of the look-up, not of the import
-
-    start = time.monotonic()
+def test_offline_hub_task_fails_at_once_and_says_what_to_use(name, no_local_data,
+                                                                      no_waiting):
     with pytest.raises(ValueError, match=r"LOWRANK_DP_DATA.*--task generated"):
         load_task(name)
-    assert time.monotonic() - start < 2
 
 
-def test_unreachable_hub_fails_at_once(monkeypatch):
+def test_unreachable_hub_fails_at_once(monkeypatch, no_waiting):
     for name in ("LOWRANK_DP_DATA", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
                  "TRANSFORMERS_OFFLINE", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")     # the discard port: nobody listens
-    import datasets  # noqa: F401
-
-    start = time.monotonic()
     with pytest.raises(ValueError, match="not cached and the hub is unreachable"):
         load_task("rte")
-    assert time.monotonic() - start < 2
 
 
 def test_hub_rows_are_read_like_local_ones(monkeypatch, no_local_data):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import time
 
 import pytest
 import torch
@@ -284,14 +283,13 @@ def test_what_must_be_given(folders):
 
 # --- names -------------------------------------------------------------------------------------
 
-def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch):
+def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch, no_waiting):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, hint in [("nobody/nothing", ""), ("minilmm", "did you mean 'minilm'")]:
-        start = time.monotonic()
         with pytest.raises(ValueError, match="not cached and the hub is unreachable.*"
                            + hint + ".*minilm .packaged., smollm2, tiny") as caught:
             load_model(name, kind="classification", num_labels=2)
-        assert time.monotonic() - start < 2 and "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="an existing folder or a hub id"):
         load_model("./nowhere/at/all")
 
