@@ -34,10 +34,11 @@ figures: $(STAMP)
 	@echo "== drawing the figures"
 	$(BIN)/python -m lowrank_dp.figures $(ARGS)
 
-# without HF_HUB_OFFLINE each attempt to reach a hub that is not there takes half a minute
+# Without HF_HUB_OFFLINE each attempt to reach a hub that is not there takes half a minute.
+# Two processes of one thread each; the tests of one file stay together, since they share fixtures.
 test: $(STAMP)
 	@echo "== running the tests"
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: $(STAMP)
 	@echo "== killing commands at random moments"
