@@ -127,7 +127,7 @@ def test_every_field_is_part_of_a_folders_name(base):
         "below": "zero", "restore_method": "exact", "momentum_beta": 0.9, "filter_b": (0.5,),
         "rank": 4, "lora_alpha": 3.0, "lora_init": "gaussian", "target_modules": ("query",),
         "train_embeddings": True, "train_layers": 1, "dropout": True, "max_examples": 30,
-        "data_seed": 1, "max_length": 20, "holdout": 5, "membership": "half",
+        "data_seed": 1, "max_length": 20, "padding": "max-length", "holdout": 5, "membership": "half",
         "micro_batch_size": 32, "precision": "bf16", "eval_every": 5, "eval_examples": 50,
         "generate": False, "num_beams": 2, "max_new_tokens": 8, "snapshot_every": 5, "seed": 7,
         "device": "cuda", "epsilon": 3.0, "compile": True, "shard": True,

@@ -88,9 +88,9 @@ def drawing(setup, generator):
     report["drawn"].setdefault(name, []).append([setup.rows[row]["input_ids"] for row in chosen])
     return chosen
 
-def taking(rows, *others):
+def taking(rows, *others, **named):
     report["taken"].setdefault(name, []).append([row["input_ids"] for row in rows])
-    return batches(rows, *others)
+    return batches(rows, *others, **named)
 
 module.take_step, module._draw, module.micro_batches = looking, drawing, taking
 for name, config in configs.items():
@@ -324,7 +324,7 @@ def test_killed_and_resumed_by_another_number_of_processes(
         patch.setattr(train_module, "take_step", breaking)
         with pytest.raises(Stop):
             train(config, tmp_path)
-    assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
+    assert [entry[1] for entry in ledger(tmp_path)] == [0, 1, 2, 3]
 
     three = start(3, "-c", KILLED, *words(config, tmp_path))
     said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
