@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp.grads.factors import wide
-from lowrank_dp.grads.layers import refuse
 from lowrank_dp.grads.losses import (
     APART,
     IGNORED,
@@ -35,7 +34,7 @@ from lowrank_dp.grads.losses import (
     no_loss,
 )
 from lowrank_dp.grads.undisturbed import WithoutDropout, in_float64, undisturbed
-from lowrank_dp.grads.work import Batch, Work, copied
+from lowrank_dp.grads.work import Batch, Work, copied, refuse, width
 
 PADDINGS = ("longest", "max-length")
 ROWS = 3  # that are looked at
@@ -305,15 +304,6 @@ def _loss_allowed(work: Work, loss: float) -> float:
 
 
 # Rows: which, and how long each is by itself.
-
-def width(batch: Batch) -> int:
-    """Positions in a row of the batch; 0 if it has no tensor of positions."""
-    for name in ("input_ids", "attention_mask", "inputs_embeds"):
-        value = batch.get(name)
-        if isinstance(value, Tensor) and value.ndim > 1:
-            return value.shape[1]
-    return 0
-
 
 def _square(work: Work) -> bool:
     """Whether the batch has as many rows as some tensor in it has positions."""
