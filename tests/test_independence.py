@@ -241,8 +241,7 @@ def test_layouts_and_shared_positions_are_refused_or_right():
                 with pytest.raises(ValueError, match=r"layer\.bias .*get another gradient"):
                     clipped_sum(Small(how, 16), batch, 1.0)
             if length > 1:
-                with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias .* no axis of rows"
-                                   if how == "transposed" else r"layer\.weight, layer\.bias"):
+                with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias"):
                     clipped_sum(Small(how, 16), batch, 1.0, backend="opacus")
         # a row of one position first, which alone has both layouts
         model = Small("transposed", 16)
@@ -298,6 +297,36 @@ def test_a_backward_that_is_not_autograds_and_gradient_hooks_are_refused_by_name
                 clipped_sum(model, batch_of(), 1.0, backend=backend)
         handle.remove()
         require_loop(model, batch_of())
+
+
+@pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")
+def test_a_model_that_remembers_rows_is_refused_even_by_the_loop():
+    class Remembering(Small):
+        last = 0.0
+
+        def forward(self, input_ids, labels):
+            x = self.layer(self.e(input_ids))
+            before, self.last = self.last, x.detach().mean()
+            return out(self.head(torch.tanh(x + before)).mean(1), labels)
+
+    with pytest.raises(ValueError, match=r"^model must keep no memory of the rows"):
+        clipped_sum(Remembering(""), batch_of(), 1.0, backend="loop")
+
+
+@pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")
+def test_layers_that_opacus_cannot_take_are_one_line_each_time():
+    class Twice(Small):
+        def forward(self, input_ids, labels):
+            x = self.e(input_ids)
+            return out(self.head(self.layer(x, x)).mean(1), labels)
+
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    for model in (Twice("", layer=nn.Bilinear(8, 8, 8)), Small("", layer=spectral).eval()):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"^model cannot be run by this backend "
+                               r"\((?!Trying).*: use backend=\"loop\"$"):
+                clipped_sum(model, batch_of(), 1.0, backend="opacus")
+        require_loop(model, batch_of(), backend="loop")
 
 
 def test_the_model_is_as_it_was_after_the_examination():

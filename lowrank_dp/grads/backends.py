@@ -158,8 +158,8 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
     half = (torch.is_autocast_enabled(device) or not isinstance(work.autocast, nullcontext)
             or any(p.dtype == torch.bfloat16 for p in work.model.parameters()))
     clean = {id(module): set(vars(module)) for module in work.model.modules()}
-    hooks = Hooks(work.model, loss_reduction="sum", strict=False)
     try:
+        Hooks(work.model, loss_reduction="sum", strict=False)
         losses = forward_losses(work)
         if losses.requires_grad:
             losses.sum().backward()
@@ -175,7 +175,12 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
                 refuse([name], "have no exact per-example gradients in Opacus", ("loop",))
             samples[name] = wide(sample)
     finally:
-        hooks.cleanup()
+        for handle in getattr(work.model, "autograd_grad_sample_hooks", []):
+            handle.remove()
+        for p in work.model.parameters():
+            vars(p).pop("grad_sample", None)
+            vars(p).pop("_forward_counter", None)
+            vars(p).pop("_current_grad_sample", None)
         for module in work.model.modules():
             for attribute in set(vars(module)) - clean[id(module)]:
                 delattr(module, attribute)

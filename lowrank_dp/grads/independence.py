@@ -147,6 +147,8 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
         _run(work, 1.0, order, backends[backend])  # which may say more about the model
         raise ValueError(f"model cannot be run on one row by itself ({first_line(error)}), which "
                          "is how rows are compared") from error
+    if alone is not None:
+        _require_no_memory(work, order[0], alone.losses[order[0]])
     if alone is not None and backend != "loop":
         _compare(work, alone, order, backend, backends)
     return alone is not None
@@ -196,6 +198,16 @@ def _require_own_length(work: Work, row: int, own: tuple[int, int], loss: float,
             f"{trouble}has loss {loss:.6g} and gradient norm {norm:.6g} with padding, "
             f"{loss_own:.6g} and {_norm(gradient_own.values()):.6g} without, so that longer rows "
             f"beside a row change its gradient: {FIXED}")
+
+
+def _require_no_memory(work: Work, row: int, loss: float) -> None:
+    """Refuse a model whose loss of a row depends on the rows that it saw before."""
+    with torch.no_grad():
+        again = float(work.model(**copied(work.batch, [row])).loss)
+    if abs(loss - again) > _loss_allowed(work, loss):
+        raise ValueError(f"model must keep no memory of the rows that it has seen, and the loss of "
+                         f"row {work.first_row + row} is {loss:.6g} before other rows and "
+                         f"{again:.6g} after them: switch off what it keeps between calls")
 
 
 def _compare(work: Work, alone: Alone, order: Sequence[int], backend: str,
@@ -258,7 +270,7 @@ def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[
         return run(replace(_together(work, order), bound=bound))
     except torch.OutOfMemoryError:
         raise
-    except (IndexError, RuntimeError) as error:
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"model cannot be run by this backend ({first_line(error)}): use "
                          'backend="loop"') from error
     finally:
