@@ -178,9 +178,8 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
         for handle in getattr(work.model, "autograd_grad_sample_hooks", []):
             handle.remove()
         for p in work.model.parameters():
-            vars(p).pop("grad_sample", None)
-            vars(p).pop("_forward_counter", None)
-            vars(p).pop("_current_grad_sample", None)
+            for attribute in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+                vars(p).pop(attribute, None)
         for module in work.model.modules():
             for attribute in set(vars(module)) - clean[id(module)]:
                 delattr(module, attribute)
