@@ -170,3 +170,5 @@ def test_every_architecture_is_right_or_refused():
     assert counts["right"] > 2 * counts["refused"]
     assert table["fnet", "sequence", "full", "padded"] == "refused"
     assert table["fnet", "sequence", "full", "unpadded"] == "right"
+    for name in ("opt", "xlnet"):  # one list of tokens; positions first
+        assert table[name, "sequence", "full", "unpadded"] == "right"

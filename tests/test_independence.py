@@ -57,8 +57,7 @@ def places(tmp_path_factory):
 def config_of(places, name, **changes):
     return TrainConfig(**{**dict(
         model=str(places / name), task=str(places / "data"), steps=1, batch_size=8, max_length=128,
-        noise_multiplier=1.0, seed=0,
-        train_layers="logits_proj|summary" if name == "xlnet" else None), **changes})
+        noise_multiplier=1.0, seed=0), **changes})
 
 
 @pytest.mark.parametrize("name", MINDING)
@@ -137,6 +136,11 @@ class Small(nn.Module):
             x = self.layer(x.transpose(0, 1)).transpose(0, 1)
         elif self.how == "flat":
             x = self.layer(x.mean(1))
+        elif self.how == "one list":
+            x = self.layer(x.flatten(0, 1)).view(x.shape)
+        elif self.how == "one list, positions first":
+            x = self.layer(x.transpose(0, 1).flatten(0, 1)).unflatten(
+                0, (x.shape[1], len(x))).transpose(0, 1)
         else:
             x = self.layer(input_ids if isinstance(self.layer, nn.Embedding) else x)
         if self.how == "mixed":
@@ -227,10 +231,27 @@ def test_a_model_that_mixes_rows_is_refused_where_rows_run_together():
 
 @pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")
 def test_layouts_and_shared_positions_are_refused_or_right():
-    for backend in ("bookkeeping", "opacus"):
-        for length in (16, 9):
-            with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias"):
-                clipped_sum(Small("transposed", 16), batch_of(16, length), 1.0, backend=backend)
+    for how in ("transposed", "one list", "one list, positions first"):
+        for length in (16, 9, 1):
+            batch = batch_of(16, length)
+            if how != "one list, positions first" or length == 1:
+                require_loop(Small(how, 16), batch)
+                require_loop(Small(how, 16, nn.LayerNorm(16)), batch)
+            else:
+                with pytest.raises(ValueError, match=r"layer\.bias .*get another gradient"):
+                    clipped_sum(Small(how, 16), batch, 1.0)
+            if length > 1:
+                with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias"):
+                    clipped_sum(Small(how, 16), batch, 1.0, backend="opacus")
+        # a row of one position first, which alone has both layouts
+        model = Small("transposed", 16)
+        parts = [batch_of(3, 1), batch_of(5, 5), batch_of(4, 6)]
+        sums, norms = clipped_sum_over(model, parts, 0.3)
+        totals, true = zip(*(loop(model, part, 0.3) for part in parts), strict=True)
+        torch.testing.assert_close(norms.double(), torch.cat(true), rtol=1e-5, atol=1e-9)
+        for name in sums:
+            torch.testing.assert_close(sums[name].double(), sum(t[name] for t in totals),
+                                       rtol=1e-4, atol=1e-6)
     for how in ("p[0]", "p.mean", "p.sum"):
         with pytest.raises(ValueError, match=r"^model parameters .*p\.weight.* get another grad"):
             clipped_sum(Small(how), batch_of(), 1.0)
@@ -265,7 +286,7 @@ class OwnRMSNorm(nn.Module):
 def test_a_backward_that_is_not_autograds_and_gradient_hooks_are_refused_by_name():
     model = Small("", layer=OwnRMSNorm())
     with pytest.raises(ValueError, match=r"^model parameters layer\.weight get another gradient by "
-                       r"backend 'bookkeeping' .*: freeze them or use .*backend=\"loop\"$"):
+                       r"backend 'bookkeeping' .*: freeze them .* or use .*backend=\"loop\"$"):
         clipped_sum(model, batch_of(), 1.0)
     require_loop(model, batch_of(), backend="loop")
     for add in ("register_hook", "register_post_accumulate_grad_hook"):
@@ -276,6 +297,36 @@ def test_a_backward_that_is_not_autograds_and_gradient_hooks_are_refused_by_name
                 clipped_sum(model, batch_of(), 1.0, backend=backend)
         handle.remove()
         require_loop(model, batch_of())
+
+
+@pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")
+def test_a_model_that_remembers_rows_is_refused_even_by_the_loop():
+    class Remembering(Small):
+        last = 0.0
+
+        def forward(self, input_ids, labels):
+            x = self.layer(self.e(input_ids))
+            before, self.last = self.last, x.detach().mean()
+            return out(self.head(torch.tanh(x + before)).mean(1), labels)
+
+    with pytest.raises(ValueError, match=r"^model must keep no memory of the rows"):
+        clipped_sum(Remembering(""), batch_of(), 1.0, backend="loop")
+
+
+@pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")
+def test_layers_that_opacus_cannot_take_are_one_line_each_time():
+    class Twice(Small):
+        def forward(self, input_ids, labels):
+            x = self.e(input_ids)
+            return out(self.head(self.layer(x, x)).mean(1), labels)
+
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    for model in (Twice("", layer=nn.Bilinear(8, 8, 8)), Small("", layer=spectral).eval()):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"^model cannot be run by this backend "
+                               r"\((?!Trying).*: use backend=\"loop\"$"):
+                clipped_sum(model, batch_of(), 1.0, backend="opacus")
+        require_loop(model, batch_of(), backend="loop")
 
 
 def test_the_model_is_as_it_was_after_the_examination():

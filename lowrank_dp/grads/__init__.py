@@ -8,6 +8,7 @@ unclipped sum that would be thrown away.
 
     work    one micro-batch, and how its norms become clip factors
     factors  per-example gradients that are not formed: their norms and their weighted sum
+    axes  where the rows are in what a layer sees
     layers  the rule of each layer, and the hooks that record it
     losses  each row's loss alone, from the model's own
     backends  book-keeping, the same on a compiled graph (``compiled``), Opacus, a loop
@@ -28,9 +29,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_dp import _validate
 from lowrank_dp.grads import independence
+from lowrank_dp.grads.axes import Layouts
 from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone, require_compilable
 from lowrank_dp.grads.losses import LOSSES, check_labels
-from lowrank_dp.grads.work import Batch, Work, num_rows_of, rows_of, wide_dtype
+from lowrank_dp.grads.work import Batch, Work, num_rows_of, rows_of, wide_dtype, width
 
 __all__ = ["LOSSES", "Batch", "Idle", "Reduce", "Sums", "clipped_sum", "clipped_sum_over"]
 
@@ -88,8 +90,9 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
     a model (in each mode and layout) are run together through the backend, alone through
     autograd, and alone without padding, in the model's own precision; losses, norms and the
     clipped sum must agree within rounding. In every call the loss of the first row alone must be
-    its loss in the batch, and the leading axis of a trained layer's input must be the examples,
-    except that position ids of shape (1, T) may be common to all examples.
+    its loss in the batch. What a trained layer sees must be (B, ..., d), or with book-keeping
+    (T, B, ..., d) or the tokens of all rows as one list (B T, d); position ids of shape (1, T) may
+    be common to all examples.
     Gradient checkpointing works, and saves less than usual because layer inputs are kept.
 
     """
@@ -144,12 +147,14 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     layers = hash(tuple((id(m), m.training, m.__dict__.get("gradient_checkpointing"))
                         for m in model.modules()))
     widths: set[int] = set()
+    layouts: Layouts | None = None
+    narrow = False
     for batch in batches:
         idle = isinstance(batch, Idle)
         batch = batch.batch if isinstance(batch, Idle) else batch
         rows, before = num_rows_of(batch), [*map(len, norms)]
         check_labels(model, batch, sum(before))
-        widths.add(independence.width(batch))
+        widths.add(width(batch))
         if padding == "max-length" and len(widths) > 1:
             raise ValueError("micro-batches must all have one length with padding 'max-length', "
                              f"got {' and '.join(map(str, sorted(widths)))} positions")
@@ -157,9 +162,12 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
         with torch.enable_grad(), _kept_gradients(trained):
             if backend == "compiled":
                 require_compilable(work)
-            # processes that share a model look at the same time, whatever their rows
-            looking = not totals if reduce else rows > 1 >= max(before)
-            alone = first_alone(work, backend) if looking else None
+            # processes that share a model look at the same time, whatever their rows; where a row
+            # is one position, layouts are alike, and the next micro-batch is looked at as well
+            looking = not totals if reduce else rows > 1 and (layouts is None or narrow)
+            alone, layouts = first_alone(work, backend) if looking else (None, layouts)
+            narrow = (narrow or looking) and width(batch) == 1
+            work = replace(work, layouts={} if layouts is None else layouts)
             if check_rows and not sharded and independence.verified(work, backend, BACKENDS,
                                                                      padding, layers):
                 work = replace(work, alone=alone)

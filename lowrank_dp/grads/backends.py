@@ -13,9 +13,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lowrank_dp.grads.axes import (
+    ONE_LIST,
+    POSITIONS_FIRST,
+    ROWS_FIRST,
+    Layouts,
+    reading_layouts,
+)
 from lowrank_dp.grads.compiled import Graph, calls_of, graphs_of
 from lowrank_dp.grads.factors import careful_norm, squared_norms, weighted_sum, wide
-from lowrank_dp.grads.layers import Tape, recording, refuse, requiring_one_row, sites_of
+from lowrank_dp.grads.layers import Tape, recording, sites_of
 from lowrank_dp.grads.losses import (
     forward,
     forward_losses,
@@ -24,37 +31,42 @@ from lowrank_dp.grads.losses import (
     require_alone,
     row_losses,
 )
-from lowrank_dp.grads.work import Work, copied, rows_of
+from lowrank_dp.grads.work import Work, copied, refuse, rows_of, width
 
 SumOf = Callable[[str], Tensor | None]
 PLAIN = 'backend="bookkeeping" (training: no --compile)'
 
 
-def first_alone(work: Work, backend: str) -> Tensor | None:
-    """The model's loss of the first row by itself, if its trained layers keep to their row.
+def first_alone(work: Work, backend: str) -> tuple[Tensor | None, Layouts]:
+    """The model's loss of the first row by itself, and where its trained layers have the rows.
 
-    Takes no random numbers. Of the loop nothing is asked.
+    Takes no random numbers. Raises ``UnsupportedParameters`` for a layer in whose input the backend
+    finds no axis of rows. Of the loop nothing is asked.
     """
     if backend == "loop":
-        return None
+        return None, {}
+    allowed, problem, others = [ROWS_FIRST], "", ["loop"]
     if backend == "opacus":
         names = {id(p): name for name, p in work.trained.items()}
         layers: list[nn.Module] = [module for module in work.model.modules() if isinstance(
             module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm))]
         modules = [(module, own) for module in layers if (
             own := [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names])]
-        problem, others = "have no exact per-example gradients in Opacus: they ", ["loop"]
+        problem = "have no exact per-example gradients in Opacus: they "
     else:
         modules = [(module, [*own.values()]) for module, own in sites_of(work.model, work.trained)]
-        problem, others = "", ["opacus", "loop"]
+        others = ["bookkeeping", "loop"]
+        if backend == "bookkeeping":
+            allowed, others = [ROWS_FIRST, POSITIONS_FIRST, ONE_LIST], ["opacus", "loop"]
     one = replace(work, batch=copied(work.batch, [0]), num_rows=1)
-    with (requiring_one_row(modules, problem, others), torch.no_grad(), torch.random.fork_rng(
-            [work.device] if work.device.type == "cuda" else [])):
-        return getattr(forward(one), "loss", None)
+    with (reading_layouts(modules, width(work.batch), allowed, problem, others) as layouts,
+          torch.no_grad(),
+          torch.random.fork_rng([work.device] if work.device.type == "cuda" else [])):
+        return getattr(forward(one), "loss", None), layouts
 
 
 def _bookkeeping(work: Work) -> tuple[Tensor, SumOf]:
-    with recording(work.model, work.trained, work.num_rows) as tape:
+    with recording(work) as tape:
         losses = forward_losses(work)
         if losses.requires_grad:
             losses.sum().backward()
@@ -146,8 +158,8 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
     half = (torch.is_autocast_enabled(device) or not isinstance(work.autocast, nullcontext)
             or any(p.dtype == torch.bfloat16 for p in work.model.parameters()))
     clean = {id(module): set(vars(module)) for module in work.model.modules()}
-    hooks = Hooks(work.model, loss_reduction="sum", strict=False)
     try:
+        Hooks(work.model, loss_reduction="sum", strict=False)
         losses = forward_losses(work)
         if losses.requires_grad:
             losses.sum().backward()
@@ -163,7 +175,11 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
                 refuse([name], "have no exact per-example gradients in Opacus", ("loop",))
             samples[name] = wide(sample)
     finally:
-        hooks.cleanup()
+        for handle in getattr(work.model, "autograd_grad_sample_hooks", []):
+            handle.remove()
+        for p in work.model.parameters():
+            for attribute in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+                vars(p).pop(attribute, None)
         for module in work.model.modules():
             for attribute in set(vars(module)) - clean[id(module)]:
                 delattr(module, attribute)

@@ -15,7 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lowrank_dp.grads.layers import Sites, Tape, layer_input, refuse, rules_for
+from lowrank_dp.grads.axes import layer_input
+from lowrank_dp.grads.layers import Sites, Tape, rules_for
+from lowrank_dp.grads.work import refuse
 
 Batch = Mapping[str, Any]
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp.grads.factors import wide
-from lowrank_dp.grads.layers import refuse
 from lowrank_dp.grads.losses import (
     APART,
     IGNORED,
@@ -35,7 +34,7 @@ from lowrank_dp.grads.losses import (
     no_loss,
 )
 from lowrank_dp.grads.undisturbed import WithoutDropout, in_float64, undisturbed
-from lowrank_dp.grads.work import Batch, Work, copied
+from lowrank_dp.grads.work import Batch, Work, copied, refuse, width
 
 PADDINGS = ("longest", "max-length")
 ROWS = 3  # that are looked at
@@ -148,6 +147,8 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
         _run(work, 1.0, order, backends[backend])  # which may say more about the model
         raise ValueError(f"model cannot be run on one row by itself ({first_line(error)}), which "
                          "is how rows are compared") from error
+    if alone is not None:
+        _require_no_memory(work, order[0], alone.losses[order[0]])
     if alone is not None and backend != "loop":
         _compare(work, alone, order, backend, backends)
     return alone is not None
@@ -197,6 +198,16 @@ def _require_own_length(work: Work, row: int, own: tuple[int, int], loss: float,
             f"{trouble}has loss {loss:.6g} and gradient norm {norm:.6g} with padding, "
             f"{loss_own:.6g} and {_norm(gradient_own.values()):.6g} without, so that longer rows "
             f"beside a row change its gradient: {FIXED}")
+
+
+def _require_no_memory(work: Work, row: int, loss: float) -> None:
+    """Refuse a model whose loss of a row depends on the rows that it saw before."""
+    with torch.no_grad():
+        again = float(work.model(**copied(work.batch, [row])).loss)
+    if abs(loss - again) > _loss_allowed(work, loss):
+        raise ValueError(f"model must keep no memory of the rows that it has seen, and the loss of "
+                         f"row {work.first_row + row} is {loss:.6g} before other rows and "
+                         f"{again:.6g} after them: switch off what it keeps between calls")
 
 
 def _compare(work: Work, alone: Alone, order: Sequence[int], backend: str,
@@ -259,7 +270,7 @@ def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[
         return run(replace(_together(work, order), bound=bound))
     except torch.OutOfMemoryError:
         raise
-    except (IndexError, RuntimeError) as error:
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"model cannot be run by this backend ({first_line(error)}): use "
                          'backend="loop"') from error
     finally:
@@ -305,15 +316,6 @@ def _loss_allowed(work: Work, loss: float) -> float:
 
 
 # Rows: which, and how long each is by itself.
-
-def width(batch: Batch) -> int:
-    """Positions in a row of the batch; 0 if it has no tensor of positions."""
-    for name in ("input_ids", "attention_mask", "inputs_embeds"):
-        value = batch.get(name)
-        if isinstance(value, Tensor) and value.ndim > 1:
-            return value.shape[1]
-    return 0
-
 
 def _square(work: Work) -> bool:
     """Whether the batch has as many rows as some tensor in it has positions."""

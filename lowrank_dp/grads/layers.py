@@ -7,18 +7,19 @@ per-example gradients as a factor of ``lowrank_dp.grads.factors``. B is examples
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_dp.grads.axes import ROWS_FIRST, batch_axis, layer_input, rows_first
 from lowrank_dp.grads.factors import Factor, Outer, Squares, settle, squared_norms, wide
-from lowrank_dp.grads.work import UnsupportedParameters
+from lowrank_dp.grads.work import Work, refuse, width
 
 Rule = Callable[[Any, Tensor, Tensor], Factor]
 
@@ -159,63 +160,31 @@ def sites_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sites:
 
 
 @contextmanager
-def requiring_one_row(modules: Iterable[tuple[nn.Module, Iterable[str]]],
-                      problem: str, backends: Iterable[str]) -> Iterator[None]:
-    """Refuse layers whose leading axis is not the examples, while the model runs on one example.
-
-    Every layer's input must then have a leading axis of one, though in a batch another axis may
-    have the size of the batch: a table of relative positions (T, T), say, does not. ``modules``
-    are layers and the names of their trained parameters; ``problem`` begins the error, which
-    offers ``backends``.
-    """
-    handles = []
-    try:
-        for module, names in modules:
-            def look(module: nn.Module, args: Any, kwargs: Any,
-                     names: Iterable[str] = names) -> None:
-                seen = layer_input(args, kwargs)
-                if isinstance(seen, Tensor) and seen.shape[:1] != (1,):
-                    refuse(names, f"{problem}see an input of shape {tuple(seen.shape)} for one "
-                           "example, whose leading axis is not the batch", backends)
-            handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer was called with."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-@contextmanager
-def recording(model: nn.Module, trained: Mapping[str, nn.Parameter], num_rows: int
-              ) -> Iterator[Tape]:
+def recording(work: Work) -> Iterator[Tape]:
     """Hooks on every layer with trained parameters, all of which must have a rule.
 
     A trained parameter does not require gradients while its own layer's forward runs, so autograd
     skips its gradient; a use elsewhere still reaches its ``.grad``, which gives it away.
     """
-    sites = sites_of(model, trained)
+    sites = sites_of(work.model, work.trained)
     tape, handles = Tape(), []
     try:
         for module, own in sites:
-            before, after = _hooks(module, own, num_rows, tape)
+            before, after = _hooks(module, own, work, tape)
             handles += [module.register_forward_pre_hook(before),
                         module.register_forward_hook(after, prepend=True, with_kwargs=True)]
         yield tape
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in trained.values():
+        for parameter in work.trained.values():
             parameter.requires_grad_(True)
 
 
-def _hooks(module: nn.Module, own: dict[str, str], num_rows: int, tape: Tape
+def _hooks(module: nn.Module, own: dict[str, str], work: Work, tape: Tape
            ) -> tuple[Callable, Callable]:
     """The hooks of one layer: one before its forward, one after."""
-    rules = rules_for(module)
+    rules, num_rows = rules_for(module), work.num_rows
 
     def require_grad(required: bool) -> None:
         for key in own:  # looked up each time: while a sharded layer runs, it has other tensors
@@ -237,19 +206,19 @@ def _hooks(module: nn.Module, own: dict[str, str], num_rows: int, tape: Tape
         elif output._is_view():
             # a view loses its hook when it is changed in place; this shares memory and is no view
             output = torch.ops.aten._unsafe_view(output, output.shape)
+        layout = ROWS_FIRST
         if num_rows > 1:
             if isinstance(module, nn.Embedding) and x.ndim == 2 and len(x) == 1:
                 x = x.expand(num_rows, -1)  # position ids that all examples share
                 output = output.expand(num_rows, -1, -1)
-            if len(x) != num_rows:
-                refuse(own.values(), f"see an input of shape {tuple(x.shape)}, whose leading axis "
-                       f"is not the batch of {num_rows}")
+            layout = batch_axis(module, x, work.layouts, num_rows, width(work.batch), own.values())
         tape.pending.update(own.values())
 
         def keep(b: Tensor) -> None:
             if x._version != version:
                 refuse(own.values(), "had their layer's input changed in place")
-            rows = (x, b) if num_rows > 1 else (x[None], b[None])
+            rows = (x[None], b[None]) if num_rows == 1 else (
+                rows_first(x, layout, num_rows), rows_first(b, layout, num_rows))
             with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
                 for key, name in own.items():
                     tape.add(name, rules[key](module, *rows))
@@ -258,12 +227,3 @@ def _hooks(module: nn.Module, own: dict[str, str], num_rows: int, tape: Tape
         return output
 
     return before, after
-
-
-def refuse(names: Iterable[str], problem: str,
-           backends: Iterable[str] = ("opacus", "loop")) -> NoReturn:
-    """One ``ValueError`` that names the parameters and the backends that may do."""
-    listed = [*dict.fromkeys(names)]
-    shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
-    offered = " or ".join(f'backend="{backend}"' for backend in backends)
-    raise UnsupportedParameters(f"model parameters {shown} {problem}: freeze them or use {offered}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Work:
 
     ``first_row`` counts rows for messages. ``bound`` is C; 0 for rows that do not count.
     ``alone`` is the loss of the first row by itself, where the loss in the batch must equal it.
+    ``layouts`` are what each layer may see, by ``lowrank_dp.grads.axes``; batches narrow it.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class Work:
     bound: float
     autocast: AbstractContextManager
     alone: Tensor | None = None
+    layouts: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +61,16 @@ class UnsupportedParameters(ValueError):
     """Trained parameters that a backend cannot or must not take."""
 
 
+def refuse(names: Iterable[str], problem: str,
+           backends: Iterable[str] = ("opacus", "loop")) -> NoReturn:
+    """One ``ValueError`` that names the parameters and the backends that may do."""
+    listed = [*dict.fromkeys(names)]
+    shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+    offered = " or ".join(f'backend="{backend}"' for backend in backends)
+    raise UnsupportedParameters(f"model parameters {shown} {problem}: freeze them (training: "
+                                f"--train-layers) or use {offered}")
+
+
 def num_rows_of(batch: Batch) -> int:
     """The number of examples in ``batch``, whose tensors must agree on it."""
     if not isinstance(batch, Mapping):
@@ -71,6 +83,15 @@ def num_rows_of(batch: Batch) -> int:
     if len(set(sizes.values())) > 1:
         _validate.fail("batch", "tensors with equally many rows", sizes)
     return next(iter(sizes.values()))
+
+
+def width(batch: Batch) -> int:
+    """Positions in a row of the batch; 0 if it has no tensor of positions."""
+    for name in ("input_ids", "attention_mask", "inputs_embeds"):
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[1]
+    return 0
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from lowrank_dp.data import Example, Task, encode
 from lowrank_dp.data.batches import collate
 from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.losses import first_line
 from lowrank_dp.train.config import TrainConfig
 
 LENGTHS = (4, 9, 23)  # tokens of the texts of the three rows, where the model has room for them
@@ -47,6 +48,12 @@ def require_independent_rows(model: Any, tokenizer: Any, task: Task, max_length:
             tensors = collate(batch, tokenizer.pad_token_id, length=pad_to)
             clipped_sum(model, {name: value.to(device) for name, value in tensors.items()}, 1.0,
                         padding=config.padding)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise ValueError(f"model {config.model} cannot be trained on rows of random tokens "
+                         f"({type(error).__name__}: {first_line(error)}): correct its config.json"
+                         ) from error
     finally:
         model.train(mode)
 
