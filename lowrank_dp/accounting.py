@@ -146,8 +146,10 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
         if (high - low) / interval > _POINTS:
             break
         x = np.arange(low, high, interval)
-        loss = np.logaddexp(math.log1p(-sample_rate),
-                            math.log(sample_rate) + (x - 0.5) / noise_multiplier**2)
+        log_ratio = (x - 0.5) / noise_multiplier**2
+        loss = np.where(  # the first form keeps the relative precision of a small loss
+            log_ratio < 30, np.log1p(sample_rate * np.expm1(np.minimum(log_ratio, 30))),
+            np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio))
         log_density = (-x**2 / 2 / noise_multiplier**2
                        - math.log(noise_multiplier * math.sqrt(2 * math.pi) / interval))
         power = order * loss
