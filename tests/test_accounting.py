@@ -122,6 +122,8 @@ def exact_composed(rate, sigma, steps, delta, sign, near):
         value = (curve * np.exp(-1j * t * epsilon)).sum().real * step / math.pi
         return math.log(value) + steps * three[1] - c * epsilon - math.log(delta)
 
+    if excess(0.9 * near) < 0:  # the other direction decides
+        return 0.9 * near
     return optimize.brentq(excess, 0.9 * near, 1.05 * near)
 
 

@@ -328,7 +328,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
         raise ValueError(
             f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
-            f"{releases - config.steps} steps would be drawn anew and counted again, since the "
+            f"{releases - config.steps} steps would be drawn anew, and counted again, since the "
             "steps after the snapshot can't be repeated exactly (then / now: "
             f"{state.restarted or 'nothing now, but steps were drawn anew before'}); "
             "resume where nothing differs, or start afresh in another folder")
