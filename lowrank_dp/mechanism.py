@@ -168,9 +168,9 @@ class GaussianMechanism:
         setting = (float(probe.sample_rate), steps, delta)
 
         def excess(log_noise_multiplier: float) -> float:
-            """Of the logarithm of epsilon, which is nearly linear in this one."""
+            """Of the logarithm of epsilon, which is nearly linear in this one; at least -5."""
             spent = accounting.bound(math.exp(log_noise_multiplier), *setting).epsilon
-            return math.log(min(max(spent, 1e-300), 1e300) / epsilon)
+            return math.log(min(max(spent, epsilon * math.exp(-5)), 1e300) / epsilon)
 
         high = 1.0
         while accounting.quick_bound(high, *setting).epsilon > epsilon:  # cheap, never below
