@@ -184,7 +184,7 @@ def _interval(noise_multiplier: float, sample_rate: float, steps: int, delta: fl
     spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
     mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))
     enough = max(0.1 * spread, 0.05 * epsilon**2 / (steps * mean * math.log(1 / delta)))
-    return max(epsilon / _CELLS, 1e-9, min(INTERVAL, enough, epsilon / 50))
+    return max(epsilon / _CELLS, 1e-9, min(INTERVAL, enough, max(epsilon / 50, 0.02 * spread)))
 
 
 def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reach: float, sign: int
