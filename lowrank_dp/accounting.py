@@ -146,8 +146,10 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
         if (high - low) / interval > _POINTS:
             break
         x = np.arange(low, high, interval)
-        loss = np.logaddexp(math.log1p(-sample_rate),
-                            math.log(sample_rate) + (x - 0.5) / noise_multiplier**2)
+        log_ratio = (x - 0.5) / noise_multiplier**2
+        loss = np.where(  # the first form keeps the relative precision of a small loss
+            log_ratio < 30, np.log1p(sample_rate * np.expm1(np.minimum(log_ratio, 30))),
+            np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio))
         log_density = (-x**2 / 2 / noise_multiplier**2
                        - math.log(noise_multiplier * math.sqrt(2 * math.pi) / interval))
         power = order * loss
@@ -182,7 +184,7 @@ def _interval(noise_multiplier: float, sample_rate: float, steps: int, delta: fl
     spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
     mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))
     enough = max(0.1 * spread, 0.05 * epsilon**2 / (steps * mean * math.log(1 / delta)))
-    return max(epsilon / _CELLS, 1e-9, min(INTERVAL, enough, epsilon / 50))
+    return max(epsilon / _CELLS, 1e-9, min(INTERVAL, enough, max(epsilon / 50, 0.02 * spread)))
 
 
 def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reach: float, sign: int

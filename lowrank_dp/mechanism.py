@@ -114,7 +114,7 @@ class GaussianMechanism:
         shift = 1.5 * 2.0**52 * 2.0**math.floor(math.log2(self.noise_std * _GRID))
         for part in flat.split(_CHUNK):
             noise = generator.normal(len(part), self.noise_std).to(part.device)
-            part.copy_(noise.add_(part).add_(shift).sub_(shift))
+            part.copy_(noise.add_(part.double()).add_(shift).sub_(shift))
         return released
 
     def epsilon(self, steps: int, delta: float, *, accountant: str = "pld") -> float:
@@ -168,9 +168,9 @@ class GaussianMechanism:
         setting = (float(probe.sample_rate), steps, delta)
 
         def excess(log_noise_multiplier: float) -> float:
-            """Of the logarithm of epsilon, which is nearly linear in this one."""
+            """Of the logarithm of epsilon, which is nearly linear in this one; at least -5."""
             spent = accounting.bound(math.exp(log_noise_multiplier), *setting).epsilon
-            return math.log(min(max(spent, 1e-300), 1e300) / epsilon)
+            return math.log(min(max(spent, epsilon * math.exp(-5)), 1e300) / epsilon)
 
         high = 1.0
         while accounting.quick_bound(high, *setting).epsilon > epsilon:  # cheap, never below

@@ -88,6 +88,31 @@ def test_a_state_goes_on_where_it_was_exported():
     assert secure.state()[16:].tolist() == [0] * 9 + [1] + [0] * 6
 
 
+def test_any_calls_after_a_state_are_those_of_the_uninterrupted_generator():
+    rng = np.random.default_rng(0)
+    key = b"sixteen bytes ok"
+    whole, broken_off = SecureRandom(key), SecureRandom(key)
+    for call in range(400):
+        size, kind = int(rng.choice([0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 5000])), rng.integers(3)
+        broken_off = SecureRandom.from_state(broken_off.state())
+        drawn = [(g.words, g.uniform, g.normal)[kind](size) for g in (whole, broken_off)]
+        assert np.array_equal(*map(np.asarray, drawn)), (call, size, kind)
+        assert torch.equal(whole.state(), broken_off.state())
+
+
+def test_shapes_and_types_of_released_sums():
+    mechanism = GaussianMechanism(1.0, 1.0, 0.1)
+    sums = {"empty": torch.zeros(0, 3), "scalar": torch.zeros((), dtype=torch.float64),
+            "bf16": torch.ones(3, 4, dtype=torch.bfloat16), "strided": torch.zeros(8, 6)[::2, ::3]}
+    for generator in (SecureRandom(), torch.Generator().manual_seed(0)):
+        noisy = mechanism.add_noise(sums, generator)
+        assert {name: total.shape for name, total in noisy.items()} == {
+            name: total.shape for name, total in sums.items()}
+        assert noisy["bf16"].dtype == torch.float32 and noisy["scalar"].dtype == torch.float64
+        assert float(noisy["scalar"]) != 0
+    assert torch.equal(GaussianMechanism(0.0, 1.0, 0.1).add_noise(sums)["bf16"], torch.ones(3, 4))
+
+
 def test_keys_come_from_the_operating_system_and_no_two_are_alike(monkeypatch):
     draws = {float(SecureRandom().uniform(1)) for _ in range(20)}
     assert len(draws) == 20

@@ -99,9 +99,15 @@ class RunFolder:
         return self.snapshots / "releases.jsonl"
 
     def _lines(self) -> list[bytes]:
-        """Whole lines; a last one that is not was being written when the process was killed."""
+        """Whole lines.
+
+        A last line that is cut short was being written when the process was killed, before its
+        release was made, and is dropped. If it lacks nothing but the line's end, it counts.
+        """
         lines = self._ledger.read_bytes().split(b"\n") if self._ledger.is_file() else [b""]
-        if lines[-1]:  # before its release was made
+        if lines[-1]:
+            if lines[-1].endswith(b"}"):
+                lines.append(b"")
             with atomic_write(self._ledger, mode=0o600) as file:
                 file.write(b"".join(line + b"\n" for line in lines[:-1]))
         return lines[:-1]
@@ -282,6 +288,8 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
         except BlockingIOError:
             raise InUse(f"output {path} is in use by another run: wait for it, or choose another "
                         "folder") from None
+        if not _is_at(lock, path / ".lock"):
+            raise InUse(f"output {path} was being left by another run: try again")
         found = [item.name for item in path.iterdir() if item.name != ".lock"
                  and not item.name.startswith(".checkpoint-")]
         if found and not resume:
@@ -303,6 +311,14 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
             yield folder
         finally:
             _leave_nothing_empty(path)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still the one at ``path``: a run that leaves unlinks its lock."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _leave_nothing_empty(path: Path) -> None:

@@ -328,13 +328,14 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
         raise ValueError(
             f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
-            f"{releases - config.steps} steps would be drawn anew, since the run goes on otherwise "
-            f"than it began (then / now: {state.restarted or 'more steps were lost before'}); "
+            f"{releases - config.steps} steps would be drawn anew, and counted again, since the "
+            "steps after the snapshot can't be repeated exactly (then / now: "
+            f"{state.restarted or 'nothing now, but steps were drawn anew before'}); "
             "resume where nothing differs, or start afresh in another folder")
     if state.restarted:
         warnings.warn(f"resuming with new noise from step {state.step} on, and counting its "
-                      f"releases beside those made: the run goes on otherwise than it began (then "
-                      f"/ now: {state.restarted})", stacklevel=2)
+                      f"releases beside those made: the steps after the snapshot can't be "
+                      f"repeated exactly (then / now: {state.restarted})", stacklevel=2)
     return setup, state
 
 

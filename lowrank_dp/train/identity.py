@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 import lowrank_dp
+from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.parallel import world_size
 
+_LIBRARIES = ("transformers", "peft", "numpy", "scipy", "randomgen")
+_SWITCHES = ("MKL_", "ONEDNN_", "DNNL_", "ATEN_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32")
 _PATHS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
 
 
@@ -46,10 +49,12 @@ def digests(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
 def versions_and_machine(device: str) -> dict[str, str]:
     """What decides how a sum is rounded, beside what decides which sum it is.
 
-    The number of threads and the processor's instructions change the order of additions.
+    The number of threads, the processor's instructions, torch's settings and environment variables
+    of the numerical libraries choose kernels, and so the order and the precision of additions.
     """
     kind = torch.device(device).type
-    found = {name: metadata.version(name) for name in ("transformers", "peft")}
+    found = {name: metadata.version(name) for name in _LIBRARIES} | _torch_settings()
+    found |= {name: value for name, value in os.environ.items() if name.startswith(_SWITCHES)}
     found |= {"lowrank_dp": f"{lowrank_dp.__version__} ({_source()[:12]})",
               "threads": str(torch.get_num_threads()),
               "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -59,13 +64,41 @@ def versions_and_machine(device: str) -> dict[str, str]:
     return found
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """``name: before / now`` of each part that differs, digests cut short."""
-    def short(value: object) -> str:
-        return str(value)[:12] if len(str(value)) == 64 else str(value)
+def not_repeatable(config: TrainConfig) -> str:
+    """Why a step that is made again may round otherwise, though nothing differs; else empty."""
+    if config.compile:
+        return "a compiled step can't be replayed to the bit"
+    on_gpu = torch.device(config.device).type == "cuda"
+    if on_gpu and not torch.are_deterministic_algorithms_enabled():
+        return ("a GPU adds in an order that changes, so that a step can't be replayed to the bit "
+                "without torch.use_deterministic_algorithms(True)")
+    return ""
 
-    return [f"{name}: {short(before.get(name))} / {short(now.get(name))}"
-            for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+def _torch_settings() -> dict[str, str]:
+    """Settings that a program can make in torch, and that choose kernels."""
+    backends = torch.backends
+    settings = {
+        "default dtype": torch.get_default_dtype(),
+        "float32 matrix products": [  # "none" is the default, which is "ieee"
+            part.matmul.fp32_precision.replace("none", "ieee")
+            for part in (backends.mkldnn, backends.cuda)],
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "mkldnn": backends.mkldnn.enabled,
+        "attention kernels": [backends.cuda.flash_sdp_enabled(), backends.cuda.math_sdp_enabled(),
+                              backends.cuda.mem_efficient_sdp_enabled()]}
+    return {name: str(value) for name, value in settings.items()}
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """``name: before / now`` of each part that differs; of a digest, that the content does."""
+    def words(name: str) -> str:
+        values = [str(part.get(name, "not set")) for part in (before, now)]
+        if all(len(value) == 64 for value in values):
+            return f"{name}: other content than before"
+        return f"{name}: {' / '.join(values)}"
+
+    return [words(name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
 def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_dp.restore import LowPass
 from lowrank_dp.rng import Generator, SecureRandom, draw_seed, os_seeded_generator
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.identity import changed, versions_and_machine
+from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
 from lowrank_dp.train.parallel import world_size
 from lowrank_dp.train.setup import Setup
 
@@ -129,8 +129,8 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         return state
     here = identity(setup)
     differences, attempt = changed(document["identity"], here), ""
-    if setup.config.compile:  # and so not twice under one name either
-        differences.append("a compiled step can't be replayed to the bit")
+    if reason := not_repeatable(setup.config):  # and so not twice under one name either
+        differences.append(reason)
         attempt = f"{draw_seed(None, 'attempt')}"
     if differences:
         state.restarted = "; ".join(differences)
