@@ -91,7 +91,7 @@ def save_run(setup: Setup, result: TrainResult, folder: runs.RunFolder,
             template={"separator": SEPARATOR} if task.kind == "generation" else None,
             max_length=setup.max_length, base={
                 "model": config.model, "seed": setup.seed,
-                "weights": setup.model.lowrank_dp_base_weights},
+                "weights": getattr(setup.model, "lowrank_dp_base_weights", "")},
             recipe=config.as_json(), seed=config.seed, privacy=result.privacy,
             train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
 
