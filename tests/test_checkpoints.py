@@ -449,6 +449,35 @@ def test_an_adapter_with_two_added_tokens(tmp_path):
         load_model(folder, task=TASK)
 
 
+def test_a_base_that_was_changed_is_noticed(tmp_path, base):
+    """An adapter on other weights of the same shapes is another model, as is the one before."""
+    from lowrank_dp.mia.manifest import read_manifest
+    from lowrank_dp.mia.signals import load_reference
+    folder, task = save_base(tmp_path / "bert", "bert"), load_task(base.task)
+    for method in ("full", "lora"):
+        train(replace(base, model=str(folder), method=method), tmp_path / method)
+    before = {method: load_model(tmp_path / method, task=task)[0] for method in ("full", "lora")}
+    told = {method: read_manifest(tmp_path / method / "membership.json", base=str(folder)).base
+            for method in before}
+    assert len(told["lora"]["weights"]) == 64
+    shutil.copytree(folder, tmp_path / "moved")  # another folder with the same weights will do
+    moved, _ = load_model(tmp_path / "lora", task=task, base=str(tmp_path / "moved"))
+    assert torch.equal(logits(moved), logits(before["lora"]))
+    key = "bert.embeddings.word_embeddings.weight"
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {key: 1.5 * weights[key]}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    message = f"was trained on a base with other weights than {re.escape(str(folder))} has now"
+    with pytest.raises(ValueError, match=f"checkpoint {re.escape(str(tmp_path))}/lora {message}"):
+        load_model(tmp_path / "lora", task=task)
+    for method in before:
+        with pytest.raises(ValueError, match=message):
+            load_reference(tmp_path / method, told[method], task)
+        load_reference(tmp_path / method, told[method] | {"model": str(tmp_path / "moved")}, task)
+    full, _ = load_model(tmp_path / "full", task=task)  # holds all of its weights itself
+    assert torch.equal(logits(full), logits(before["full"]))
+
+
 # --- damaged and missing files ---------------------------------------------------------------
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):

@@ -102,10 +102,11 @@ def test_texts_must_beat_the_model_before():
     assert alone.better and alone.uniform_loss == pytest.approx(np.log(100))
 
 
-def verdict(auc, *, better=True, shift="ok", coins="bernoulli", near=0, name="base"):
+def verdict(auc, *, better=True, shift="ok", coins="bernoulli", near=0, name="base", other=0.5):
     found = learning.Learning(0.7, 0.69, 0.693, 0.5, 0.51, None, better)
     attack = report.Attack(name, metrics.Auc(sum(auc) / 2, 0.1, auc), {}, None)
-    return report._verdict(attack, shift, found, 0.6, coins, near, 100)
+    more = report.Attack("zlib", metrics.Auc(other, 0.1, (other - 0.2, other + 0.2)), {}, None)
+    return report._verdict((more, attack), name, shift, found, 0.6, coins, near, 100)
 
 
 def test_verdicts():
@@ -124,6 +125,16 @@ def test_verdicts():
     assert "weak attack" in verdict((0.4, 0.6), name="loss")
     assert verdict((0.4, 0.6), near=10).endswith("10 of 100 non-members are nearly a member's text")
     assert verdict((0.4, 0.6), coins=None, near=50).startswith("INVALID (near-duplicates): 50 of")
+
+
+def test_a_leak_that_only_another_attack_finds_is_not_called_safe():
+    """At 97.5% for both attacks together: an AUC 2.24 standard errors above a half."""
+    for better in (True, False):
+        for primary in ((0.4, 0.6), (0.2, 0.4)):
+            found = verdict(primary, better=better, other=0.73)
+            assert found.startswith("LEAKS by zlib, AUC 0.730") and "no leak" not in found
+            assert "LEAKS" not in verdict(primary, better=better, other=0.72)
+    assert "--members and --nonmembers were swapped" in verdict((0.2, 0.4))
 
 
 def test_what_an_attack_would_have_found():

@@ -38,7 +38,8 @@ class Manifest:
         unit: of privacy and of the coins, "example" or "group".
         template: {"separator": text between source and target} for generation, else None.
         max_length: tokens that a text is cut to, or None.
-        base: {"model": hub id or name, "seed": of head, LoRA's A and coins}.
+        base: {"model": hub id or name, "seed": of head, LoRA's A and coins}, and "weights", the
+            SHA-256 of the base's weights, in the manifest of a version that records it.
         recipe: the run's configuration in JSON's types; its ``task`` is as the user gave it, so
             for their own files it is a path, which must not be followed.
         seed: the user's, or None.
@@ -108,7 +109,7 @@ def read_manifest(path: str | os.PathLike[str], *, base: str | None = None) -> M
         kind=top.text("kind", ("classification", "regression", "generation")), unit=unit,
         template=_template(top), max_length=top.optional_integer("max_length", low=1),
         base={"model": backbone.name("model", folders=True) if base is None else base,
-              "seed": backbone.integer("seed")},
+              "seed": backbone.integer("seed"), **_weights(backbone)},
         recipe=_recipe(top, backbone, unit, scheme), seed=top.optional_integer("seed"),
         privacy=top.text("privacy"), train_loss=top.number("train_loss"),
         eval_loss=top.number("eval_loss"),
@@ -177,6 +178,14 @@ def _template(top: _Object) -> Mapping[str, str] | None:
         if not isinstance(text := template.get(name), str) or len(text) > 80:
             template.fail(_shown(name), "a text of at most 80 characters", text)
     return template.values
+
+
+def _weights(backbone: _Object) -> dict[str, str]:
+    if not (digest := backbone.values.get("weights")):
+        return {}
+    if not _is_hash(digest):
+        backbone.fail("weights", "64 hexadecimal digits", digest)
+    return {"weights": digest}
 
 
 def _recipe(top: _Object, backbone: _Object, unit: str, scheme: str) -> Mapping[str, Any]:

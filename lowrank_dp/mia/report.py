@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,6 @@ def judge(target: Target, options: Options, made: Mapping[str, Array], primary: 
     shift = guards.shift_verdict(blind, untuned)
     near = guards.near_duplicates(examples, truth)
     detectable = _detectable_auc(coins)
-    best = next(one for one in attacks if one.name == primary)
     return Report(
         model=str(target.folder),
         description=result.description if result else f"{records.task.name}, given records",
@@ -121,8 +120,8 @@ def judge(target: Target, options: Options, made: Mapping[str, Array], primary: 
         eval_loss=result.curve[-1]["loss"] if result else None,
         accountant_epsilon=result.epsilon if result else None, delta=delta,
         one_run_epsilon=_one_run(target, options, values, coins, delta),
-        verdict=_verdict(best, shift, learning, detectable, records.coins, len(near),
-                         int((~truth).sum())),
+        verdict=_verdict(attacks, primary, shift, learning, detectable, records.coins, len(near),
+                         int((~truth).sum()), _not_known(target, learning)),
         provenance=artifacts.provenance(seed=options.seed, device=options.device))
 
 
@@ -165,19 +164,40 @@ def _detectable_auc(truth: np.ndarray) -> float:
     return min(1.0, 0.5 + float(special.ndtri(0.975) + special.ndtri(POWER)) * se)
 
 
-def _verdict(primary: Attack, shift: str, learning: Learning, detectable: float,
-             coins: str | None, near: int, nonmembers: int) -> str:
-    low, high = primary.auc.ci
+def _not_known(target: Target, learning: Learning) -> str:
+    """What a reader who sees that no leak was found must know of the checkpoint's past; or ""."""
+    words = ""
+    if target.records.kind == "generation" and learning.reference_loss is None:
+        words = ("; whether fine-tuning taught the model anything of its members is not known: "
+                 "give --base")
+    if target.format.source == "assumed":
+        options = ("--template and --max-length" if target.records.kind == "generation"
+                   else "--max-length")
+        words += ("; the format of the records was assumed, and another one than that of the "
+                  f"training hides a leak: give {options}")
+    return words
+
+
+def _verdict(attacks: Sequence[Attack], primary: str, shift: str, learning: Learning,
+             detectable: float, coins: str | None, near: int, nonmembers: int,
+             not_known: str = "") -> str:
+    best = next(one for one in attacks if one.name == primary)
+    low, high = best.auc.ci
     nothing = (f"NOTHING LEARNED: on its own members the model is no better than chance "
                f"({learning.description}), so it has learned nothing that could leak, or it was "
                "loaded or shown its records wrongly (tokenizer, order of labels, template, "
-               f"maximal length); that {primary.name} found nothing says nothing")
+               f"maximal length); that {primary} found nothing says nothing")
     if shift != guards.OK:
         return shift
     if low > 0.5:
         return "LEAKS"
+    if other := _leak_by_another(attacks, primary):
+        return (f"LEAKS by {other.name}, AUC {other.auc.value:.3f}, at a level corrected for "
+                f"{len(attacks)} attacks; the primary attack, {primary}, found nothing: see "
+                "whether --base is the model before fine-tuning")
     if high < 0.5:
-        return ("BELOW CHANCE: members score lower; look for a shift or a bug, nothing is flipped"
+        return ("BELOW CHANCE: members score lower than non-members; see whether --members and "
+                "--nonmembers were swapped, or the two were drawn differently; no score is negated"
                 + ("" if learning.better else f". {nothing}"))
     if not learning.better:
         return nothing
@@ -185,8 +205,16 @@ def _verdict(primary: Attack, shift: str, learning: Learning, detectable: float,
     if coins is None and near > NEAR_SHARE * nonmembers:
         return (f"INVALID (near-duplicates): {alike}, which hides a leak; give non-members that "
                 "are no copies")
-    weak = " (weak attack: calibrate it or give --shadows)" if primary.name == "loss" else ""
-    return (f"no leak found by {primary.name}{weak}. Power: with so many records this attack finds "
+    weak = " (weak attack: calibrate it or give --shadows)" if primary == "loss" else ""
+    return (f"no leak found by {primary}{weak}. Power: with so many records this attack finds "
             f"an AUC of {detectable:.3f} in {POWER:.0%} of audits; an AUC above {high:.3f} is "
             "excluded (97.5%), a smaller leak or a stronger attack is not"
-            + (f"; {alike}" if near else ""))
+            + (f"; {alike}" if near else "") + not_known)
+
+
+def _leak_by_another(attacks: Sequence[Attack], primary: str) -> Attack | None:
+    """The other attack of the highest AUC above 1/2 at 97.5%, Bonferroni's correction for all."""
+    reach = float(special.ndtri(1 - 0.025 / len(attacks)))
+    found = [one for one in attacks if one.name != primary
+             and one.auc.value - reach * one.auc.se > 0.5]
+    return max(found, key=lambda one: one.auc.value, default=None)

@@ -27,6 +27,7 @@ from lowrank_dp.mia import scores
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.models import load_model
 from lowrank_dp.models.backbones import one_line
+from lowrank_dp.models.base import check_base_weights
 
 LOGITS_AT_A_TIME = 2**24  # in float64: 128 MiB, and a few times that on the way
 
@@ -198,7 +199,7 @@ def load_reference(folder: str | Path, base: Mapping[str, Any], task: Task, *,
 
     A checkpoint without ``initial_head.safetensors`` was not trained here: its reference is a base
     that brings a head of its own. Raises ``ValueError`` if the reference would have a weight that
-    was drawn at random.
+    was drawn at random, or if the base's weights are not those that the manifest names.
     """
     file = Path(folder) / runs.INITIAL_HEAD
     with one_line(str(file)):
@@ -209,6 +210,7 @@ def load_reference(folder: str | Path, base: Mapping[str, Any], task: Task, *,
     except ValueError as error:
         raise ValueError(f"base: {error}; without a base nothing can be calibrated: give another, "
                          "or leave out the attack 'base'") from None
+    check_base_weights(model, base.get("weights"), Path(folder).name, base["model"])
     if lost := sorted(set(getattr(model, "lowrank_dp_new", ())) - head.keys()):
         raise ValueError(f"{file} must hold what the base {base['model']} lacks, {', '.join(lost)}:"
                          " they would be drawn at random; train again, or leave out the attack "

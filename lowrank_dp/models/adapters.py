@@ -19,7 +19,7 @@ from lowrank_dp.models.backbones import (
     quiet,
     read_json,
 )
-from lowrank_dp.models.base import label_count, load_base
+from lowrank_dp.models.base import check_base_weights, label_count, load_base
 from lowrank_dp.models.heads import (
     final_layer,
     is_missing,
@@ -32,6 +32,7 @@ from lowrank_dp.models.heads import (
 )
 
 _PREFIX = "base_model.model."
+BASE_WEIGHTS = "base_weights_sha256"  # in an adapter's config.json: the digest of its base
 
 
 def load_adapter(backbone: Backbone, base: str | None, kind: str | None, num_labels: int | None,
@@ -39,7 +40,8 @@ def load_adapter(backbone: Backbone, base: str | None, kind: str | None, num_lab
     """The PEFT model in ``backbone.path`` on its base, its logits in the order ``label_names``.
 
     Raises ``ValueError``: the base cannot be found; a weight is neither in the base nor in the
-    adapter; the adapter holds a weight that the model does not have, or has in another shape; the
+    adapter; the base has other weights than the adapter was trained on, where the adapter's folder
+    says so; the adapter holds a weight that the model does not have, or has in another shape; the
     labels of the adapter are not the task's.
     """
     import peft
@@ -55,6 +57,7 @@ def load_adapter(backbone: Backbone, base: str | None, kind: str | None, num_lab
     if kind == "classification" and num_labels is None:
         num_labels = _label_count(given, own)
     model, missing = load_base(found, kind, num_labels, dtype)
+    check_base_weights(model, own.get(BASE_WEIGHTS), backbone.name, found.name)
     layer = final_layer(model)
     if layer and not is_missing(layer, missing) and f"{_PREFIX}{layer}.weight" not in given:
         order_labels(model, found.config, label_names, found.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterable
@@ -26,7 +27,8 @@ def load_base(backbone: Backbone, kind: str | None, num_labels: int | None,
               dtype: torch.dtype) -> tuple[Any, list[str]]:
     """The model on the CPU, and the names of the weights that are not on disk.
 
-    Those are drawn from torch's global generator. Raises ``ValueError`` if the files do not fit
+    Those are drawn from torch's global generator. ``model.lowrank_dp_base_weights`` gets the digest
+    of the others (:func:`weights_digest`). Raises ``ValueError`` if the files do not fit
     the architecture, or a weight on disk has another shape, which it names.
     """
     kind, num_labels = kind_and_labels(backbone, kind, num_labels)
@@ -44,7 +46,34 @@ def load_base(backbone: Backbone, kind: str | None, num_labels: int | None,
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = backbone.name         # what PEFT writes down as the base of an adapter
     model.lowrank_dp_note = f"{backbone.note}, {type(model).__name__}"
+    model.lowrank_dp_base_weights = weights_digest(model, missing)
     return model, missing
+
+
+def weights_digest(model: Any, left_out: Iterable[str] = ()) -> str:
+    """SHA-256 of a model's weights but those ``left_out``, whatever their names are.
+
+    Names differ between versions of transformers, and types between loads: the digest is "" for a
+    model that is not held in float32.
+    """
+    skipped, state = set(left_out), model.state_dict()
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in state.values()):
+        return ""
+    parts = {hashlib.sha256(p.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+             .hexdigest() for name, p in state.items() if name not in skipped}
+    return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()
+
+
+def check_base_weights(model: Any, trained_on: object, name: str, base: str) -> None:
+    """Raise ``ValueError`` if ``base`` is not the model that checkpoint ``name`` was trained on.
+
+    ``trained_on`` is the digest that the checkpoint holds; None, of an earlier version or of
+    another program, and "" say nothing.
+    """
+    found = model.lowrank_dp_base_weights
+    if trained_on and found and trained_on != found:
+        raise ValueError(f"checkpoint {name} was trained on a base with other weights than {base} "
+                         "has now: restore those weights, or give their folder as base")
 
 
 def fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowrank_dp.models.adapters import BASE_WEIGHTS
 from lowrank_dp.models.backbones import quiet
 
 
@@ -17,7 +18,8 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path,
     """Write a Hugging Face folder: safetensors, configuration, tokenizer; no pickle.
 
     A PEFT model leaves its adapter with ``modules_to_save``, to which a new head and a new pooler
-    belong, and a ``config.json`` that gives the order of the labels. ``weights`` replaces the
+    belong, and a ``config.json`` that gives the order of the labels and a digest of the base's
+    weights, so that the adapter is not loaded on another base. ``weights`` replaces the
     model's own state dict, under the same names.
     """
     options: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
@@ -29,6 +31,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path,
             model.save_pretrained(folder, save_embedding_layers=embeddings, **options)
             config = copy.deepcopy(base.config)
             config.architectures = [type(base).__name__.removeprefix("FSDP")]
+            setattr(config, BASE_WEIGHTS, getattr(base, "lowrank_dp_base_weights", ""))
             config.save_pretrained(folder)
         else:
             model.save_pretrained(folder, **options)

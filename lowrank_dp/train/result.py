@@ -89,7 +89,9 @@ def save_run(setup: Setup, result: TrainResult, folder: runs.RunFolder,
             setup.units, setup.members, membership=config.membership, coin_seed=setup.seed,
             task=task.name, split="train", source=task.source, kind=task.kind, unit=config.unit,
             template={"separator": SEPARATOR} if task.kind == "generation" else None,
-            max_length=setup.max_length, base={"model": config.model, "seed": setup.seed},
+            max_length=setup.max_length, base={
+                "model": config.model, "seed": setup.seed,
+                "weights": getattr(setup.model, "lowrank_dp_base_weights", "")},
             recipe=config.as_json(), seed=config.seed, privacy=result.privacy,
             train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
 
