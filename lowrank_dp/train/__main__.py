@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_dp import _cli, artifacts
+from lowrank_dp.data.examples import without_repeats
 from lowrank_dp.models import METHODS
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import Setup, TrainConfig, TrainResult, parallel, train
@@ -33,10 +34,10 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
     if path is None:
         return
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=without_repeats)
     except OSError as error:
         raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} must be JSON: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"--config {path} must hold one JSON object")
@@ -104,6 +105,8 @@ def main(
         help="Option of the scheme as NAME=VALUE, such as k=8; may be repeated.")] = None,
     below: Annotated[str, typer.Option(
         help="Matrices with nothing above the noise: keep or zero.")] = DEFAULT.below,
+    restore_method: Annotated[str, typer.Option(
+        help="How singular values are restored: fast or exact.")] = DEFAULT.restore_method,
     momentum_beta: Annotated[float | None, typer.Option(
         help="Restore the running mean of noisy gradients instead, such as 0.9.")] = None,
     filter_b: Annotated[list[float] | None, typer.Option(
@@ -169,8 +172,8 @@ def main(
             group_column=group_column, steps=steps, batch_size=batch_size, optimizer=optimizer,
             learning_rate=learning_rate, beta1=beta1, weight_decay=weight_decay, schedule=schedule,
             warmup_steps=warmup_steps, scheme=scheme, scheme_options=_cli.options(option or []),
-            below=below, momentum_beta=momentum_beta, filter_b=tuple(filter_b or ()),
-            filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
+            below=below, restore_method=restore_method, momentum_beta=momentum_beta,
+            filter_b=tuple(filter_b or ()), filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
             lora_init=lora_init, target_modules=tuple(target_modules or ()),
             train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
             max_examples=max_examples, data_seed=data_seed, max_length=max_length, padding=padding,
