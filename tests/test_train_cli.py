@@ -1,5 +1,6 @@
 """``lowrank-dp train`` as a user runs it: results, exit codes, one line on bad input."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from lowrank_dp.__main__ import main
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.__main__ import main as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"
@@ -155,13 +157,21 @@ def test_a_configuration_file_gives_the_defaults(call, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("{", "must be JSON"), ("[]", "one JSON object"),
+    ("{", "must be JSON"), ("[]", "one JSON object"), ("[" * 100_000, "must be JSON"),
+    ('{"steps": 1, "epsilon": 1.0, "epsilon": 8.0}', "'epsilon' occurs twice"),
+    ('{"learning_rate": 1%s, "non_private": true}' % ("0" * 400), "learning_rate must be"),
     ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
     ('{"steps": "many", "non_private": true}', "steps must be of the type int"),
     ('{"steps": 3}', "exactly one of epsilon")])
 def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
+
+
+def test_every_field_of_a_configuration_is_an_option():
+    """A field without an option would be accepted in a file, and not be heeded."""
+    assert {f.name for f in fields(TrainConfig)} - {"scheme_options"} <= {
+        *inspect.signature(command).parameters}
 
 
 def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):
