@@ -91,7 +91,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
-                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
+                    hint = ": call the file .json" if isinstance(row, list) else ""
+                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}"
+                                     f"{hint}")
                 yield where, row
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: unreadable after line {number} ({error})") from None
@@ -113,10 +115,12 @@ def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: st
     for number, (where, row) in enumerate(rows):
         index = row.get("idx", number)
         if type(index) is not int or index < 0:
-            bad_cell(where, "idx", "an integer >= 0", index)
+            bad_cell(where, "idx", "an integer >= 0, the row's number: rename another column",
+                     index)
         base = f"{task}/{split}/{index}"
         if base in seen:
-            raise ValueError(f"{where}: idx {index} occurs twice")
+            raise ValueError(f"{where}: idx {index} occurs twice: number the rows, or leave the "
+                             "column out")
         seen.add(base)
         group = column_group(task, where, row, spec.group) if spec.group else None
         if spec.text == "tripleset":

@@ -90,9 +90,11 @@ def read_table(path: Path) -> Table:
         return _parquet(path)
     if ending in ("csv", "tsv"):
         return _csv(path, "," if ending == "csv" else "\t")
-    if ending == "json" and (
-            data := _content(path).removeprefix(codecs.BOM_UTF8)).lstrip()[:1] == b"[":
-        return _json_array(path, data)
+    if ending == "json":
+        data = _content(path).removeprefix(codecs.BOM_UTF8)
+        if data.lstrip()[:1] == b"[":
+            return _json_array(path, data)
+        _refuse_one_object(path, data)
     return _table(read_jsonl(path))
 
 
@@ -202,6 +204,23 @@ def _json_array(path: Path, data: bytes) -> Table:
             raise ValueError(f"{path} row {number}: must be a JSON object, got "
                              f"{type(row).__name__}")
     return _table((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _refuse_one_object(path: Path, data: bytes) -> None:
+    """Refuse one object over several lines, or one that holds the whole table."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return      # JSON Lines, whose reader names the line of an error
+    if not isinstance(document, dict):
+        return
+    columns = bool(document) and all(isinstance(v, dict) for v in document.values())
+    holds_rows = any(isinstance(v, list) and v and isinstance(v[0], dict)
+                     for v in document.values())
+    if b"\n" in data.strip() or columns or holds_rows:
+        raise ValueError(f"{path}: must be a JSON array of objects, or one object per line, got "
+                         f"one object with {', '.join(map(repr, [*document][:10]))}: save the "
+                         "records as an array")
 
 
 def _parquet(path: Path) -> Table:
