@@ -55,17 +55,18 @@ class TrainConfig:
         dropout: train with the model's dropout; off by default, as is usual with DP.
         max_examples: expected number of examples of each split that are kept, each chosen alone
             by a hash keyed with ``data_seed``, in whole groups.
-        data_seed: of that subset, and of a generated task: not ``seed``, so that runs which differ
-            in their seed share their records.
-        max_length: tokens a text is cut to. None takes 128 for labels (less if the model has
-            less), and for generation cuts nothing: a text beyond the model's context is refused.
+        data_seed: the seed of that subset and of a generated task. It is not ``seed``, so that
+            runs with different seeds share their records.
+        max_length: the number of tokens that a text is cut to. None takes 128 for labels, or the
+            model's context if that is shorter. For generation, None cuts nothing, and a text
+            beyond the model's context is refused.
         padding: "longest" pads a micro-batch to its longest row, for models to which padding is
             nothing. "max-length" pads every row on the right to ``max_length``, which is public,
             for models that mind padding: no row then depends on the rows beside it. It needs a
             ``max_length`` for generation.
-        holdout: expected number of units of the train split that are set aside, the same for
-            every seed, and evaluated on in place of the validation split: for tuning. The rows of
-            a held-out group go with it. 0 for none.
+        holdout: the expected number of units of the train split that are set aside and evaluated
+            on in place of the validation split, for tuning; 0 for none. The held-out units are the
+            same for every seed, and a held-out group takes all its rows along.
         membership: who is trained on: "all", "bernoulli" (a fair coin per unit, which no other
             unit changes) or "half" (a half of fixed size: the guarantee is then for neighbouring
             sets of members).
@@ -76,8 +77,8 @@ class TrainConfig:
         generate, num_beams, max_new_tokens: whether the last evaluation of a generation task
             writes text (BLEU, ROUGE-L), and how.
         snapshot_every: steps between snapshots, from which a killed run resumes.
-        seed: makes everything reproducible, the noise included (which is then not secret). None
-            draws from the operating system.
+        seed: the seed of all random numbers, the noise included. Anyone who knows the seed can
+            reproduce the noise. None draws a seed from the operating system.
         secure_rng: samples and noise from ``rng.SecureRandom``, a cryptographic generator. On the
             CPU they come from it anyway, unless there is a seed; on CUDA the noise is then drawn on
             the CPU and copied, which is slower than torch's generator there.
