@@ -55,7 +55,7 @@ def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> i
     Traceback (most recent call last):
     ValueError: rank must be an integer >= 1, got 8.5
     """
-    requirement = f"an integer >= {low}" + (f" and <= {high:g}" if high < math.inf else "")
+    requirement = f"an integer >= {low}" + (f" and <= {high}" if high < math.inf else "")
     if isinstance(value, (bool, str)):
         fail(name, requirement, value)
     try:

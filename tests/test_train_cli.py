@@ -159,7 +159,16 @@ def test_a_configuration_file_gives_the_defaults(call, tmp_path):
 @pytest.mark.parametrize(("text", "expected"), [
     ("{", "must be JSON"), ("[]", "one JSON object"), ("[" * 100_000, "must be JSON"),
     ('{"steps": 1, "epsilon": 1.0, "epsilon": 8.0}', "'epsilon' occurs twice"),
-    ('{"learning_rate": 1%s, "non_private": true}' % ("0" * 400), "learning_rate must be"),
+    *((f'{{"{name}": {value}, "noise_multiplier": 1.0}}', f"{expected} must be")
+      for name, value, expected in (
+          *((n, "1" + "0" * 400, n) for n in ("learning_rate", "steps", "rank", "holdout",
+                                              "data_seed", "max_length", "max_grad_norm")),
+          ("weight_decay", "1e308", "weight_decay"), ("max_grad_norm", "1e308", "max_grad_norm"),
+          ("max_grad_norm", "1e-308", "max_grad_norm"), ("rank", "1000000", "rank"),
+          ("filter_b", "[1e308]", "filter's coefficient"), ("num_beams", "1001", "num_beams"),
+          ("filter_b", "[1e-320]", "filter's coefficient"),
+          ("device", f'"cuda:{"9" * 40}"', "device"))),
+    ('{"noise_multiplier": 1e308}', "noise_multiplier must be"),
     ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
     ('{"steps": "many", "non_private": true}', "steps must be of the type int"),
     ('{"steps": 3}', "exactly one of epsilon")])
