@@ -174,7 +174,7 @@ class TrainConfig:
                              "'constant_with_warmup', 'linear' or 'cosine'")
         if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", self.device):
             _validate.fail("device", "cpu, cuda or cuda:N", self.device)
-        _validate.real("learning_rate", self.learning_rate, low=0, low_open=True, high=_MOST_REAL)
+        _validate.positive("learning_rate", self.learning_rate)
         _validate.real("weight_decay", self.weight_decay, low=0, high=_MOST_REAL)
         if self.beta1 is not None:
             _validate.real("beta1", self.beta1, low=0, high=1, high_open=True)
