@@ -88,8 +88,12 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
 
 
 def report(message: str) -> int:
-    """Print ``message`` as one line on stderr and give the exit code of bad input."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Print ``message`` as one line on stderr and give the exit code of bad input.
+
+    What UTF-8 cannot spell, such as half of a surrogate pair out of a damaged file, is escaped.
+    """
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    print(f"error: {line}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 def fail(name: str, requirement: str, value: object) -> NoReturn:
     """Raise the package's one kind of ``ValueError``."""
-    raise ValueError(f"{name} must be {requirement}, got {value!r}")
+    raise ValueError(f"{name} must be {requirement}, got {value!r:.300}")
 
 
 def real(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
@@ -34,7 +34,7 @@ def real(name: str, value: Any, *, low: float = -math.inf, high: float = math.in
         fail(name, requirement, value)
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         fail(name, requirement, value)
     inside = (number > low if low_open else number >= low) and (
         number < high if high_open else number <= high)
@@ -55,7 +55,7 @@ def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> i
     Traceback (most recent call last):
     ValueError: rank must be an integer >= 1, got 8.5
     """
-    requirement = f"an integer >= {low}" + (f" and <= {high:g}" if high < math.inf else "")
+    requirement = f"an integer >= {low}" + (f" and <= {high}" if high < math.inf else "")
     if isinstance(value, (bool, str)):
         fail(name, requirement, value)
     try:
@@ -80,7 +80,7 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
         return value
     near = difflib.get_close_matches(str(value), options, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r:.300}{hint}")
 
 
 def floating(name: str, value: Any, *, min_ndim: int = 0, check_finite: bool = True) -> Any:
@@ -112,7 +112,7 @@ def clip_bound(name: str, value: Any) -> float:
     """
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not number > 0:
         fail(name, "a number > 0 (inf clips nothing)", value)

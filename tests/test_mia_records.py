@@ -241,7 +241,7 @@ def test_a_path_as_base_is_the_users_to_give(tmp_path, sst2):
     (b'{"train_loss": NaN}', "NaN is not a finite number"),
     (b'{"train_loss": -Infinity}', "-Infinity is not a finite number"),
     (b'{"train_loss": 1e999}', "1e999 is not a finite number"),
-    (b'{"seed": 1, "seed": 2}', "the field 'seed' occurs twice"),
+    (b'{"seed": 1, "seed": 2}', "the name 'seed' occurs twice"),
     (b'{"seed": ' + b"9" * 5000 + b"}", "must be JSON"),
     (pickle.dumps({"schema_version": 1}), "must be JSON"),
     (b'{"schema_version": 1}', "num_records is missing")])

@@ -5,12 +5,11 @@ import json
 import random
 import warnings
 from collections import Counter
-from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from lowrank_dp.data import Columns, load_task, with_label_names
+from lowrank_dp.data import Columns, load_task
 from lowrank_dp.data.readers import Table, _has_bare_quotes, read_table
 
 REVIEW = Columns(text="review", label="stars", group="user")
@@ -103,6 +102,25 @@ def test_folders_of_splits(tmp_path):
         load(parts)
 
 
+def test_splits_and_classes_that_look_wrong_are_named(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_list(ROWS)
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"train": table, "eval": table, "extra": table}).save_to_disk(saved)
+    with pytest.warns(UserWarning, match="not read: the split 'extra', which is called") as said:
+        task = load_task(str(saved), columns=REVIEW)
+    assert len(said) == 1 and [*task.splits] == ["train", "validation"]
+    table.save_to_disk(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"no validation split.*--holdout N"):
+        load(tmp_path / "alone").split("validation")
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,who\na,yes,u\nb,Yes , u\nc,no,v\n")
+    with pytest.warns(UserWarning, match="classes 'Yes ', 'yes' differ only in case or white"):
+        task = load_task(str(path), columns=Columns(group="who"))
+    assert len({e.group for e in task.train}) == 2          # a space makes no other person
+
+
 def labelled(tmp_path, labels, ending="jsonl"):
     path = tmp_path / f"l.{ending}"
     rows = [{"text": f"t {i}", "label": label} for i, label in enumerate(labels)]
@@ -143,8 +161,9 @@ def test_classes_are_those_of_all_splits_and_of_class_labels(tmp_path):
     for split, labels in (("train", ["b", "c"]), ("validation", ["a", "c"])):
         frame([{"text": f"{split} {x}", "label": x} for x in labels]).to_csv(
             tmp_path / f"{split}.csv", index=False)
-    task = load(tmp_path, None)
-    assert task.label_names == ("a", "b", "c")
+    with pytest.warns(UserWarning, match="no row of the train split has the class a$") as said:
+        task = load_task(str(tmp_path))
+    assert len(said) == 1 and task.label_names == ("a", "b", "c")
     assert [e.label for e in (*task.train, *task.validation)] == [1, 2, 0, 2]
     features = datasets.Features({"text": datasets.Value("string"),
                                   "label": datasets.ClassLabel(names=["zebra", "ant", "cow"])})
@@ -159,29 +178,6 @@ def test_classes_are_those_of_all_splits_and_of_class_labels(tmp_path):
     missing.save_to_disk(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"missing row 2: column 'label' must be a class from 0"):
         load(tmp_path / "missing", None)
-
-
-def test_classes_of_two_files_agree_by_name(tmp_path):
-    """A file that lacks a class would number the others otherwise."""
-    def task(*labels):
-        path = tmp_path / "a.jsonl"
-        path.write_text("".join(json.dumps({"text": "t", "label": x}) + "\n" for x in labels))
-        return load(path, None)
-
-    def like(found, *names):
-        return with_label_names(found, replace(found, name="known", label_names=names), "f")
-
-    for labels, names, expected in ((("c", "b"), ("a", "b", "c"), [2, 1]),
-                                    ((3, 2), ("1", "2", "3"), [2, 1]),
-                                    ((1,), ("no", "yes"), [1])):
-        found = like(task(*labels), *names)
-        assert [e.label for e in found.train] == expected
-        assert found.label_names == names and found.num_labels == len(names)
-    for labels, names, words in ((("d",), ("a", "b"), "be among a, b, as in known, got d"),
-                                 ((2,), ("no", "yes"), "be below 2, as in known, got 2"),
-                                 ((4,), ("1", "2"), "be among 1, 2, as in known, got 4")):
-        with pytest.raises(ValueError, match=f"^f: labels must {words}$"):
-            like(task(*labels), *names)
 
 
 def test_records_to_generate_and_pairs(tmp_path):
@@ -238,8 +234,14 @@ BAD = (     # file, content, columns, words of the line
     ("a.csv", b"review,stars,user\na,1,u,more\n", REVIEW, "a.csv: not a table .*Expected 3 fields"),
     ("a.csv", b"review,stars,review\na,1,u\n", REVIEW, "column 'review' occurs twice"),
     ("a.csv", b'review,stars,user\n"a,1,u\nb,2,v\n', REVIEW, "a.csv: not a table .*EOF inside"),
-    ("a.csv", "review,stars,user\né,1,u\n".encode("latin-1"), REVIEW, "a.csv: must be UTF-8"),
-    ("a.csv", GOOD.decode().encode("utf-16"), REVIEW, "a.csv: must be UTF-8"),
+    ("a.csv", "review,stars,user\né,1,u\n".encode("latin-1"), REVIEW, "a.csv line 2: must be"),
+    ("a.csv", GOOD.decode().encode("utf-16"), REVIEW, "a.csv line 1: must be UTF-8"),
+    ("a.csv", b"text,label\na,0\nb,1\n" + "é,1\n".encode("latin-1"), None, "a.csv line 4: must be"),
+    ("a.csv", b"text;label\na;0\nb;1\n", None, r"a.csv: the columns must be separated by commas, "
+     "and the header has ';'"),
+    ("a.csv", b"text;label\n1,5;0\nb;1\n", Columns(text="text"), "separated by commas"),
+    ("a.csv", b"text\tlabel\na\t0\n", None, "separated by commas, and the header has tabs"),
+    ("a.tsv", b"text,label\na,0\n", None, "separated by tabs, and the header has commas"),
     ("a.csv", b"", REVIEW, "a.csv: not a table"),
     ("a.csv", b"review,stars,user\n", REVIEW, "a.csv must hold records"),
     ("a.csv", GOOD, Columns(text="reveiw", label="stars"), "text_column .*did you mean 'review'"),
@@ -261,6 +263,10 @@ BAD = (     # file, content, columns, words of the line
     ("a.jsonl", (R + '{"text": "b"}\n').encode(), None, "line 2: column 'label' is missing"),
     ("a.jsonl", (R + '{"text": "b", "label": null}\n').encode(), None, "line 2: column 'label'"),
     ("a.jsonl", (R + '{"text": "b", "label": Infinity}\n').encode(), None, "line 2: .* finite"),
+    ("a.jsonl", (R + '{"text": "b", "label": 0.5}\n{"text": "b", "label": 1%s}\n'
+                 % ("0" * 400)).encode(), None, "line 3: column 'label' must be below 2"),
+    ("a.jsonl", (R + '{"text": "b", "label": -1%s}\n' % ("0" * 400)).encode(), None, "line 2: .*2"),
+    ("a.jsonl", b'{"text": "b", "label": "\\ud800"}\n', None, "line 1: .*'label' must be valid U"),
     ("a.jsonl", (R + '{"text": "b", "label": "x"}\n').encode(), None, "line 2: .* of one type"),
     ("a.jsonl", (R + '{"text": "b", "label": true}\n').encode(), None, "line 2: .* of one type"),
     ("a.jsonl", (R + '{"text": "b", "label": [1]}\n').encode(), None, "line 2: column 'label' mus"),
@@ -269,6 +275,11 @@ BAD = (     # file, content, columns, words of the line
     ("a.jsonl", b'{"text": "a", "label": 0, "who": null}\n', Columns(group="who"),
      "line 1: column 'who' must be a string or an integer"),
     ("a.jsonl", b'{"text": "a", "label": 0, "who": 1.5}\n', Columns(group="who"), "column 'who'"),
+    ("a.json", b'{"data": [{"text": "a", "label": 0}]}', None, "a.json: must be a JSON array of"),
+    ("a.json", b'{\n"text": "a",\n"label": 0}', None, "a.json: must be a JSON array of"),
+    ("a.json", b'{"text": {"0": "a"}, "label": {"0": 1}}', None, "a.json: must be a JSON array"),
+    ("a.jsonl", b'[{"text": "a", "label": 0}]', None, "line 1: .*got list: call the file .json"),
+    ("a.jsonl", (R + R.replace("}", ', "idx": 0}')).encode(), None, "idx 0 occurs twice: number"),
     ("a.json", b'[{"text": "a", "label": 0}, 3]', None, "a.json row 2: must be a JSON object"),
     ("a.json", b'[{"text": "a", "label": 0}', None, "a.json: not JSON"),
     ("a.json", b"[]", None, "must hold records"),

@@ -1,5 +1,6 @@
 """``lowrank-dp train`` as a user runs it: results, exit codes, one line on bad input."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from lowrank_dp.__main__ import main
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.__main__ import main as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"
@@ -155,13 +157,30 @@ def test_a_configuration_file_gives_the_defaults(call, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("{", "must be JSON"), ("[]", "one JSON object"),
+    ("{", "must be JSON"), ("[]", "one JSON object"), ("[" * 100_000, "must be JSON"),
+    ('{"steps": 1, "epsilon": 1.0, "epsilon": 8.0}', "'epsilon' occurs twice"),
+    *((f'{{"{name}": {value}, "noise_multiplier": 1.0}}', f"{expected} must be")
+      for name, value, expected in (
+          *((n, "1" + "0" * 400, n) for n in ("learning_rate", "steps", "rank", "holdout",
+                                              "data_seed", "max_length", "max_grad_norm")),
+          ("weight_decay", "1e308", "weight_decay"), ("max_grad_norm", "1e308", "max_grad_norm"),
+          ("max_grad_norm", "1e-308", "max_grad_norm"), ("rank", "1000000", "rank"),
+          ("filter_b", "[1e308]", "filter's coefficient"), ("num_beams", "1001", "num_beams"),
+          ("filter_b", "[1e-320]", "filter's coefficient"),
+          ("device", f'"cuda:{"9" * 40}"', "device"))),
+    ('{"noise_multiplier": 1e308}', "noise_multiplier must be"),
     ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
     ('{"steps": "many", "non_private": true}', "steps must be of the type int"),
     ('{"steps": 3}', "exactly one of epsilon")])
 def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
+
+
+def test_every_field_of_a_configuration_is_an_option():
+    """A field without an option would be accepted in a file, and not be heeded."""
+    assert {f.name for f in fields(TrainConfig)} - {"scheme_options"} <= {
+        *inspect.signature(command).parameters}
 
 
 def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):

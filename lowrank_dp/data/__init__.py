@@ -13,7 +13,7 @@ From there :func:`encode` makes token rows, :func:`collate` one padded batch, an
 from lowrank_dp.data.batches import IGNORE, SEPARATOR, collate, encode, micro_batches
 from lowrank_dp.data.examples import Example
 from lowrank_dp.data.hub import hub_reachable, offline_requested
-from lowrank_dp.data.own import Columns, with_label_names
+from lowrank_dp.data.own import Columns
 from lowrank_dp.data.selection import group_units, subset
 from lowrank_dp.data.task import Task, train_on_validation
 from lowrank_dp.data.tasks import TASKS, generated_corpus, load_task
@@ -21,5 +21,5 @@ from lowrank_dp.data.tasks import TASKS, generated_corpus, load_task
 __all__ = [
     "IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode",
     "generated_corpus", "group_units", "hub_reachable", "load_task", "micro_batches",
-    "offline_requested", "subset", "train_on_validation", "with_label_names",
+    "offline_requested", "subset", "train_on_validation",
 ]

@@ -91,7 +91,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
-                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
+                    hint = ": call the file .json" if isinstance(row, list) else ""
+                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}"
+                                     f"{hint}")
                 yield where, row
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: unreadable after line {number} ({error})") from None
@@ -113,10 +115,12 @@ def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: st
     for number, (where, row) in enumerate(rows):
         index = row.get("idx", number)
         if type(index) is not int or index < 0:
-            bad_cell(where, "idx", "an integer >= 0", index)
+            bad_cell(where, "idx", "an integer >= 0, the row's number: rename another column",
+                     index)
         base = f"{task}/{split}/{index}"
         if base in seen:
-            raise ValueError(f"{where}: idx {index} occurs twice")
+            raise ValueError(f"{where}: idx {index} occurs twice: number the rows, or leave the "
+                             "column out")
         seen.add(base)
         group = column_group(task, where, row, spec.group) if spec.group else None
         if spec.text == "tripleset":
@@ -144,7 +148,8 @@ def _dart_examples(where: str, row: dict[str, Any], task: str, base: str, group:
     texts = notes.get("text") if isinstance(notes, dict) else None
     if not isinstance(texts, list) or not texts:
         bad_cell(where, "annotations", "an object with a list 'text'", notes)
-    source = _clean(where, "tripleset", " | ".join(" : ".join(triple) for triple in triples))
+    source = check_unicode(where, "tripleset",
+                           " | ".join(" : ".join(triple) for triple in triples))
     return [Example(f"{base}-{i}", source, target=_text(where, {"text": text}, "text"),
                     group=group or record_group(task, source)) for i, text in enumerate(texts)]
 
@@ -166,10 +171,11 @@ def _text(where: str, row: dict[str, Any], column: str) -> str:
     value = cell(where, row, column)
     if not isinstance(value, str):
         bad_cell(where, column, "a string", value)
-    return _clean(where, column, value)
+    return check_unicode(where, column, value)
 
 
-def _clean(where: str, column: str, value: str) -> str:
+def check_unicode(where: str, column: str, value: str) -> str:
+    """The text; ``ValueError`` if UTF-8 cannot spell the text."""
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON escapes can spell half a surrogate pair
@@ -202,12 +208,14 @@ def record_group(task: str, source: str) -> str:
 def column_group(task: str, where: str, row: Mapping[str, Any], column: str) -> str:
     """An id for all rows with one value in a group column, which doesn't spell the value.
 
-    The value is a string or an integer; 7, 7.0 and "7" are the same group.
+    The value is a string or an integer. The values 7, 7.0 and "7" are the same group. White space
+    at both ends and the Unicode form do not count, so that no person is split by a space.
     """
     value = row.get(column)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) not in (str, int) or not str(value).strip():
         bad_cell(where, column, "a string or an integer that names the row's group", value)
-    digest = hashlib.sha256(_clean(where, column, str(value)).encode()).hexdigest()
+    name = unicodedata.normalize("NFC", check_unicode(where, column, str(value))).strip()
+    digest = hashlib.sha256(name.encode()).hexdigest()
     return f"{task}/group/{digest[:16]}"

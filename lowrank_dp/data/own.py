@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
-from lowrank_dp.data.examples import Spec, bad_cell, cell, to_examples
-from lowrank_dp.data.readers import Row, Table, read_tables, stem_of
+from lowrank_dp.data.examples import Spec, bad_cell, cell, check_unicode, to_examples
+from lowrank_dp.data.readers import Row, Table, read_tables, stem_of, unread_splits
 from lowrank_dp.data.task import Task, build_task
 
 MAX_CLASSES = 1000
 _SHOWN = 10             # classes that a line names
+_LARGEST = 2**63
 # columns that are known without being named: text, pair, target
 _KNOWN = (
     ("meaning_representation", None, "human_reference"), ("tripleset", None, "annotations"),
@@ -78,36 +79,29 @@ def own_task(path: Path, columns: Columns) -> Task:
     if roles.label and "test" in tables and roles.label not in tables["test"].columns:
         del tables["test"]                      # as published for competitions: without its answers
         unread.append(f"the test split, which has no column {roles.label!r}")
-    warning = (f"{path}: not read: {', '.join(unread[:20])}; name a column by an option such as "
-               "--text-column or --group-column to read it") if unread else ""
-    return replace(_build(path, roles, tables), unused=tuple(ignored), warning=warning)
+    unread += [f"the split {name!r:.60}, which is called neither train, validation nor test"
+               for name in unread_splits(path)]
+    said = [f"not read: {', '.join(unread[:20])}; name a column by an option such as "
+            "--text-column or --group-column to read it"] if unread else []
+    task = _build(path, roles, tables)
+    said += _doubtful_classes(task)
+    return replace(task, unused=tuple(ignored),
+                   warning=f"{path}: {'; '.join(said)}" if said else "")
 
 
-def with_label_names(task: Task, known: Task, where: str) -> Task:
-    """``task`` with its classes numbered as those of ``known``, so that two files agree.
-
-    A class is found by its name. Where the classes of ``task`` are only numbers and those of
-    ``known`` are words, the numbers are positions. Raises ``ValueError``, which begins with
-    ``where``, on a class that ``known`` lacks. A task without classes stays as it is.
-    """
-    names = known.label_names
-    if task.kind != "classification":
-        return task
-    numbers = [int(name) if name.isascii() and name.isdigit() else -1 for name in task.label_names]
-    if {*task.label_names} <= {*names}:
-        places = [names.index(name) for name in task.label_names]
-    elif min(numbers) < 0 or any(name.isdigit() for name in names):
-        unknown = [name for name in task.label_names if name not in names]
-        raise ValueError(f"{where}: labels must be among {_named(names)}, as in {known.name}, got "
-                         f"{_named(unknown)}")
-    elif max(numbers) >= len(names):
-        raise ValueError(f"{where}: labels must be below {len(names)}, as in {known.name}, got "
-                         f"{max(numbers)}")
-    else:
-        places = numbers
-    splits = {split: tuple(replace(e, label=places[int(e.label or 0)]) for e in examples)
-              for split, examples in task.splits.items()}
-    return replace(task, num_labels=len(names), label_names=names, splits=splits)
+def _doubtful_classes(task: Task) -> list[str]:
+    """Remarks on classes of other splits that train lacks, and on classes spelt almost alike."""
+    said, names = [], task.label_names
+    if names and "train" in task.splits:
+        used = {example.label for examples in task.splits.values() for example in examples}
+        used -= {example.label for example in task.train}
+        if absent := [name for place, name in enumerate(names) if place in used]:
+            said.append(f"no row of the train split has the class {_named(absent)}")
+    folded = [" ".join(name.casefold().split()) for name in names]
+    if alike := [name for name, key in zip(names, folded, strict=True) if folded.count(key) > 1]:
+        said.append(f"the classes {', '.join(map(repr, alike[:_SHOWN]))} differ only in case or "
+                    "white space: write them alike if they are the same")
+    return said
 
 
 def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
@@ -220,7 +214,7 @@ def _labels(column: str, tables: Mapping[str, Table], path: Path
         return (), {value: float(number) for value, number in read.items()}
     else:
         for where, value in found:
-            if not 0 <= read[value] < 2**63:
+            if not 0 <= read[value] < _LARGEST:
                 bad_cell(where, column, "a class: an integer >= 0, or a name (-1 often stands for "
                          "a missing label)", value)
     classes = sorted(set(read.values()))
@@ -259,6 +253,10 @@ def _check_label(where: str, column: str, value: Any, first: Any) -> None:
                  "(a float)", value)
     if isinstance(value, float) and not math.isfinite(value):
         bad_cell(where, column, "a finite number", value)
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        bad_cell(where, column, "below 2^63", value)
+    if isinstance(value, str):
+        check_unicode(where, column, value)
     kind = type(first) if isinstance(first, (str, bool)) else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool) != isinstance(first, bool):
         bad_cell(where, column, f"of one type in all rows, like {first!r:.40} in the first row",

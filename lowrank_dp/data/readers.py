@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import re
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +26,8 @@ SUFFIXES = (*(f".{name}{zipped}" for name in ("csv", "tsv", "jsonl", "ndjson", "
               for zipped in ("", ".gz")), ".parquet")
 FORMATS = "CSV, TSV, JSON Lines, JSON or Parquet (.csv .tsv .jsonl .json, also with .gz, .parquet)"
 _NAMES = {"train": "train", "training": "train", "validation": "validation",
-          "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+          "valid": "validation", "val": "validation", "dev": "validation",
+          "eval": "validation", "evaluation": "validation", "test": "test"}
 Row = tuple[str, dict[str, Any]]        # where the row stands, and its cells by column
 
 
@@ -50,9 +50,9 @@ def read_tables(path: Path) -> dict[str, Table]:
     """The splits of a user's own file or folder.
 
     A file is the train split. A folder was saved by ``datasets.save_to_disk``, or has one file per
-    split: train, validation (or valid, val, dev) and test, in any format; a split may be cut into
-    ``train-00000-of-00002.parquet`` and so on. Raises ``ValueError`` in one line that names the
-    file, and the row where the fault has one.
+    split: train, validation (or valid, val, dev, eval) and test, in any format; a split may be cut
+    into ``train-00000-of-00002.parquet`` and so on. Raises ``ValueError`` in one line that names
+    the file, and the row where the fault has one.
     """
     if path.is_file():
         return {"train": read_table(path)}
@@ -90,9 +90,11 @@ def read_table(path: Path) -> Table:
         return _parquet(path)
     if ending in ("csv", "tsv"):
         return _csv(path, "," if ending == "csv" else "\t")
-    if ending == "json" and (
-            data := _content(path).removeprefix(codecs.BOM_UTF8)).lstrip()[:1] == b"[":
-        return _json_array(path, data)
+    if ending == "json":
+        data = _content(path).removeprefix(codecs.BOM_UTF8)
+        if data.lstrip()[:1] == b"[":
+            return _json_array(path, data)
+        _refuse_one_object(path, data)
     return _table(read_jsonl(path))
 
 
@@ -140,15 +142,17 @@ def _csv(path: Path, separator: str) -> Table:
         frame = pandas.read_csv(
             io.BytesIO(data), sep=separator, header=None, dtype=str, keep_default_na=False,
             encoding="utf-8-sig", quoting=quoting, on_bad_lines="error", low_memory=False)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text ({error.reason} at byte {error.start}): save "
-                         "it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path, data) from None
     except (ValueError, OverflowError, MemoryError) as error:  # pandas' parser errors among them
+        _require_separator(path, data.split(b"\n", 1)[0].decode(errors="replace"), separator)
         reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. ")
         raise ValueError(f"{path}: not a table ({reason}); every row must have as many cells as "
                          "the header") from None
     header, *cells = frame.itertuples(index=False, name=None)
     names = [str(name) for name in header]
+    if len(names) == 1:
+        _require_separator(path, names[0], separator)
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{path}: column {twice[0]!r} occurs twice in the header; rename one")
     if len(cells) > examples.MAX_ROWS:
@@ -157,6 +161,26 @@ def _csv(path: Path, separator: str) -> Table:
     return Table([(f"{path} row {number}", {
         name: cell for name, cell in zip(names, row, strict=True) if name.strip()})
         for number, row in enumerate(cells, 1)], kept)
+
+
+def _require_separator(path: Path, header: str, separator: str) -> None:
+    """Refuse a header in which another character separates the columns, as in German Excel."""
+    other = max(",;\t|", key=header.count)
+    if separator not in header and other in header:
+        named = {"\t": "tabs", ",": "commas"}
+        raise ValueError(f"{path}: the columns must be separated by {named[separator]}, and the "
+                         f"header has {named.get(other, repr(other))}: save it with "
+                         f"{named[separator]}, or as .tsv with tabs or .csv with commas")
+
+
+def _not_utf8(path: Path, data: bytes) -> ValueError:
+    place, reason = "", "another encoding"
+    try:
+        data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        place, reason = f" line {line}", error.reason
+    return ValueError(f"{path}{place}: must be UTF-8 text ({reason}): save the file as UTF-8")
 
 
 def _has_bare_quotes(data: bytes) -> bool:
@@ -180,6 +204,23 @@ def _json_array(path: Path, data: bytes) -> Table:
             raise ValueError(f"{path} row {number}: must be a JSON object, got "
                              f"{type(row).__name__}")
     return _table((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _refuse_one_object(path: Path, data: bytes) -> None:
+    """Refuse one object over several lines, or one that holds the whole table."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return      # JSON Lines, whose reader names the line of an error
+    if not isinstance(document, dict):
+        return
+    columns = bool(document) and all(isinstance(v, dict) for v in document.values())
+    holds_rows = any(isinstance(v, list) and v and isinstance(v[0], dict)
+                     for v in document.values())
+    if b"\n" in data.strip() or columns or holds_rows:
+        raise ValueError(f"{path}: must be a JSON array of objects, or one object per line, got "
+                         f"one object with {', '.join(map(repr, [*document][:10]))}: save the "
+                         "records as an array")
 
 
 def _parquet(path: Path) -> Table:
@@ -220,10 +261,14 @@ def _saved_folder(path: Path) -> dict[str, Table]:
     if not tables:
         raise ValueError(f"{path} must have a split train, validation or test, has "
                          f"{', '.join(map(repr, parts))}")
-    if len(parts) > len(tables):
-        warnings.warn(f"{path}: read as {', '.join(tables)}, out of the splits "
-                      f"{', '.join(map(repr, parts))}", stacklevel=5)
     return tables
+
+
+def unread_splits(path: Path) -> list[str]:
+    """The splits of a folder saved by ``datasets`` whose names are none that is known."""
+    file = path / "dataset_dict.json"
+    return [name for name in json.loads(file.read_bytes())["splits"]
+            if name not in _NAMES] if file.is_file() else []
 
 
 class _TooLarge(Exception):

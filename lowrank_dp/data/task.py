@@ -25,8 +25,13 @@ class Task:
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of one split; a ``ValueError`` that says what there is instead."""
         if name not in self.splits:
-            hint = ("; lowrank_dp.data.train_on_validation(task) trains on validation and "
-                    "evaluates on test" if name == "train" and "test" in self.splits else "")
+            hint = ""
+            if name == "train" and "test" in self.splits:
+                hint = ("; lowrank_dp.data.train_on_validation(task) trains on validation and "
+                        "evaluates on test")
+            elif name == "validation" and "train" in self.splits:
+                hint = ("; to train, give it one, or set some of the train split aside by holdout "
+                        "(--holdout N)")
             raise ValueError(f"{self.name} has no {name} split in {self.source} "
                              f"(it has {', '.join(self.splits)}){hint}")
         return self.splits[name]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_dp.data import TASKS, Columns
+from lowrank_dp.data.examples import without_repeats
 
 SCHEMA_VERSION = 1                  # that of lowrank_dp.train.membership, as a test makes sure
 MAX_BYTES = 256 << 20
@@ -135,20 +136,13 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold at most {MAX_VALUES:,} values: it is no manifest of a "
                          "run")
     try:
-        document = json.loads(data.decode(), object_pairs_hook=_without_repeats,
+        document = json.loads(data.decode(), object_pairs_hook=without_repeats,
                               parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object, got {_shown(document)}")
     return document
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(values := dict(pairs)) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the field {twice[:80]!r} occurs twice")
-    return values
 
 
 def _finite(token: str) -> float:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_dp import _cli, artifacts
+from lowrank_dp.data.examples import without_repeats
 from lowrank_dp.models import METHODS
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import Setup, TrainConfig, TrainResult, parallel, train
@@ -24,7 +25,7 @@ DEFAULT = TrainConfig(non_private=True)
 
 
 def one_of(names: Any) -> str:
-    """For a help text."""
+    """A list of names for a help text."""
     return f"{', '.join(names)}."
 
 
@@ -33,10 +34,10 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
     if path is None:
         return
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=without_repeats)
     except OSError as error:
         raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} must be JSON: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"--config {path} must hold one JSON object")
@@ -73,10 +74,12 @@ def main(
     group_column: Annotated[str | None, typer.Option(
         help="Column of own data that rows of one person share: the groups of --unit group.")
     ] = None,
-    method: Annotated[str, typer.Option(help=one_of(METHODS))] = DEFAULT.method,
+    method: Annotated[str, typer.Option(
+        help=f"What is trained: {one_of(METHODS)}")] = DEFAULT.method,
     epsilon: Annotated[float | None, typer.Option(
         help="Privacy budget; the noise is calibrated to it.")] = None,
-    delta: Annotated[float | None, typer.Option(help="Default: N^-1.1.")] = None,
+    delta: Annotated[float | None, typer.Option(
+        help="Delta of the guarantee. Default: N^-1.1 for N units.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(
         help="Noise relative to --max-grad-norm, in place of --epsilon.")] = None,
     non_private: Annotated[bool, typer.Option(
@@ -90,20 +93,27 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(
         help="Expected units in a step (Poisson sampling).")] = DEFAULT.batch_size,
-    optimizer: Annotated[str, typer.Option(help=one_of(OPTIMIZERS))] = DEFAULT.optimizer,
-    learning_rate: Annotated[float, typer.Option()] = DEFAULT.learning_rate,
+    optimizer: Annotated[str, typer.Option(
+        help=f"Optimizer: {one_of(OPTIMIZERS)}")] = DEFAULT.optimizer,
+    learning_rate: Annotated[float, typer.Option(
+        help="Learning rate of the optimizer.")] = DEFAULT.learning_rate,
     beta1: Annotated[float | None, typer.Option(
         help="Adam's beta1 or SGD's momentum. Default: 0.9 (Adam); 0 with SGD or a running mean.")
     ] = None,
-    weight_decay: Annotated[float, typer.Option()] = DEFAULT.weight_decay,
-    schedule: Annotated[str, typer.Option(help=one_of(SCHEDULES))] = DEFAULT.schedule,
-    warmup_steps: Annotated[int, typer.Option()] = DEFAULT.warmup_steps,
+    weight_decay: Annotated[float, typer.Option(
+        help="Weight decay of the optimizer.")] = DEFAULT.weight_decay,
+    schedule: Annotated[str, typer.Option(
+        help=f"Schedule of the learning rate: {one_of(SCHEDULES)}")] = DEFAULT.schedule,
+    warmup_steps: Annotated[int, typer.Option(
+        help="Steps in which the learning rate rises to its full value.")] = DEFAULT.warmup_steps,
     scheme: Annotated[str, typer.Option(
         help=f"How gradients are restored: {one_of(SCHEMES)}")] = DEFAULT.scheme,
     option: Annotated[list[str] | None, typer.Option(
         help="Option of the scheme as NAME=VALUE, such as k=8; may be repeated.")] = None,
     below: Annotated[str, typer.Option(
         help="Matrices with nothing above the noise: keep or zero.")] = DEFAULT.below,
+    restore_method: Annotated[str, typer.Option(
+        help="How singular values are restored: fast or exact.")] = DEFAULT.restore_method,
     momentum_beta: Annotated[float | None, typer.Option(
         help="Restore the running mean of noisy gradients instead, such as 0.9.")] = None,
     filter_b: Annotated[list[float] | None, typer.Option(
@@ -112,12 +122,15 @@ def main(
         help="Low-pass filter, coefficients on past outputs; may be repeated.")] = None,
     diagnostic: Annotated[bool, typer.Option(
         "--diagnostic", help="Allow the oracle scheme; marks the run NON-PRIVATE.")] = False,
-    rank: Annotated[int, typer.Option(help="Of LoRA.")] = DEFAULT.rank,
-    lora_alpha: Annotated[float | None, typer.Option(help="Default: the rank.")] = None,
-    lora_init: Annotated[str, typer.Option(help="peft or gaussian.")] = DEFAULT.lora_init,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA's update.")] = DEFAULT.rank,
+    lora_alpha: Annotated[float | None, typer.Option(
+        help="Alpha of LoRA: the update is scaled by alpha / rank. Default: the rank.")] = None,
+    lora_init: Annotated[str, typer.Option(
+        help="How LoRA's A is drawn: peft or gaussian.")] = DEFAULT.lora_init,
     target_modules: Annotated[list[str] | None, typer.Option(
         help="Layer that LoRA adapts; may be repeated. Default: all linear ones.")] = None,
-    train_embeddings: Annotated[bool, typer.Option("--train-embeddings")] = False,
+    train_embeddings: Annotated[bool, typer.Option(
+        "--train-embeddings", help="Train the embeddings too, not with LoRA.")] = False,
     train_layers: Annotated[str | None, typer.Option(
         help="Train the last k blocks, or parameters that match this expression.")] = None,
     dropout: Annotated[bool, typer.Option("--dropout", help="Train with dropout.")] = False,
@@ -129,33 +142,40 @@ def main(
         help="What a row is padded to: the longest row beside it, or --max-length, for models "
              f"to which padding is not nothing: {one_of(PADDINGS)}")] = DEFAULT.padding,
     data_seed: Annotated[int, typer.Option(
-        help="Of that subset, and of a generated task.")] = DEFAULT.data_seed,
+        help="Seed of --max-examples' subset and of a generated task.")] = DEFAULT.data_seed,
     holdout: Annotated[int, typer.Option(
         help="Evaluate on about so many units taken out of the train split: for tuning.")] = 0,
     membership: Annotated[str, typer.Option(
         help=f"Who is trained on: {one_of(MEMBERSHIPS)}")] = DEFAULT.membership,
     micro_batch_size: Annotated[int, typer.Option(
         help="Rows in memory at a time.")] = DEFAULT.micro_batch_size,
-    precision: Annotated[str, typer.Option(help=one_of(PRECISIONS))] = DEFAULT.precision,
-    eval_every: Annotated[int, typer.Option()] = DEFAULT.eval_every,
+    precision: Annotated[str, typer.Option(
+        help=f"Precision of forward and backward: {one_of(PRECISIONS)}")] = DEFAULT.precision,
+    eval_every: Annotated[int, typer.Option(
+        help="Steps between evaluations on the validation split.")] = DEFAULT.eval_every,
     eval_examples: Annotated[int, typer.Option(
         help="Most validation examples to evaluate on.")] = DEFAULT.eval_examples,
     generate: Annotated[bool, typer.Option(
         "--generate/--no-generate", help="Write text at the end (BLEU, ROUGE-L).")] = True,
-    num_beams: Annotated[int, typer.Option(help="1 is greedy.")] = DEFAULT.num_beams,
-    max_new_tokens: Annotated[int, typer.Option()] = DEFAULT.max_new_tokens,
-    snapshot_every: Annotated[int, typer.Option()] = DEFAULT.snapshot_every,
+    num_beams: Annotated[int, typer.Option(
+        help="Beams of the text generation; 1 is greedy.")] = DEFAULT.num_beams,
+    max_new_tokens: Annotated[int, typer.Option(
+        help="Most tokens that are generated for one prompt.")] = DEFAULT.max_new_tokens,
+    snapshot_every: Annotated[int, typer.Option(
+        help="Steps between snapshots, from which a killed run resumes.")] = DEFAULT.snapshot_every,
     seed: Annotated[int | None, typer.Option(
         help="Reproduces everything, the noise included: then it is not secret.")] = None,
     secure_rng: Annotated[bool, typer.Option(
         "--secure-rng", help="Noise from a cryptographic generator on CUDA too; slower there. "
         "On the CPU it is the default.")] = False,
     compile: Annotated[bool, typer.Option(
-        "--compile", help="By torch.compile: slow to start, then faster.")] = False,
+        "--compile", help="Compile each step by torch: slow to start, then faster.")] = False,
     shard: Annotated[bool, typer.Option(
         "--shard", help="Under torchrun: split the model over the processes (FSDP2).")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT.device,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from a killed run.")] = False,
+    device: Annotated[str, typer.Option(
+        help="Device of the trained parameters: cpu or cuda.")] = DEFAULT.device,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Continue the killed run in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fine-tune a classifier or a causal language model; leave a Hugging Face checkpoint."""
@@ -169,8 +189,9 @@ def main(
             group_column=group_column, steps=steps, batch_size=batch_size, optimizer=optimizer,
             learning_rate=learning_rate, beta1=beta1, weight_decay=weight_decay, schedule=schedule,
             warmup_steps=warmup_steps, scheme=scheme, scheme_options=_cli.options(option or []),
-            below=below, momentum_beta=momentum_beta, filter_b=tuple(filter_b or ()),
-            filter_a=tuple(filter_a or ()), diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
+            below=below, restore_method=restore_method, momentum_beta=momentum_beta,
+            filter_b=tuple(filter_b or ()), filter_a=tuple(filter_a or ()),
+            diagnostic=diagnostic, rank=rank, lora_alpha=lora_alpha,
             lora_init=lora_init, target_modules=tuple(target_modules or ()),
             train_embeddings=train_embeddings, train_layers=_layers(train_layers), dropout=dropout,
             max_examples=max_examples, data_seed=data_seed, max_length=max_length, padding=padding,
@@ -212,7 +233,7 @@ def _print(console: Console, result: TrainResult, output: Path) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    """As it is: a folder may well be called [red]."""
+    """Print a line to the letter: rich would read a folder called [red] as a colour."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,10 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PADDINGS = ("longest", "max-length")
+_MOST = 2**63 - 1       # the largest integer that torch takes
+_MOST_RANK = 2**16
+_MOST_REAL = 1e20       # times _MOST_NOISE it fits a float32, with room for a sum
+_MOST_NOISE = 1e9       # as GaussianMechanism.calibrate has it
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,18 @@ class TrainConfig:
         dropout: train with the model's dropout; off by default, as is usual with DP.
         max_examples: expected number of examples of each split that are kept, each chosen alone
             by a hash keyed with ``data_seed``, in whole groups.
-        data_seed: of that subset, and of a generated task: not ``seed``, so that runs which differ
-            in their seed share their records.
-        max_length: tokens a text is cut to. None takes 128 for labels (less if the model has
-            less), and for generation cuts nothing: a text beyond the model's context is refused.
+        data_seed: the seed of that subset and of a generated task. It is not ``seed``, so that
+            runs with different seeds share their records.
+        max_length: the number of tokens that a text is cut to. None takes 128 for labels, or the
+            model's context if that is shorter. For generation, None cuts nothing, and a text
+            beyond the model's context is refused.
         padding: "longest" pads a micro-batch to its longest row, for models to which padding is
             nothing. "max-length" pads every row on the right to ``max_length``, which is public,
             for models that mind padding: no row then depends on the rows beside it. It needs a
             ``max_length`` for generation.
-        holdout: expected number of units of the train split that are set aside, the same for
-            every seed, and evaluated on in place of the validation split: for tuning. The rows of
-            a held-out group go with it. 0 for none.
+        holdout: the expected number of units of the train split that are set aside and evaluated
+            on in place of the validation split, for tuning; 0 for none. The held-out units are the
+            same for every seed, and a held-out group takes all its rows along.
         membership: who is trained on: "all", "bernoulli" (a fair coin per unit, which no other
             unit changes) or "half" (a half of fixed size: the guarantee is then for neighbouring
             sets of members).
@@ -76,8 +80,8 @@ class TrainConfig:
         generate, num_beams, max_new_tokens: whether the last evaluation of a generation task
             writes text (BLEU, ROUGE-L), and how.
         snapshot_every: steps between snapshots, from which a killed run resumes.
-        seed: makes everything reproducible, the noise included (which is then not secret). None
-            draws from the operating system.
+        seed: the seed of all random numbers, the noise included. Anyone who knows the seed can
+            reproduce the noise. None draws a seed from the operating system.
         secure_rng: samples and noise from ``rng.SecureRandom``, a cryptographic generator. On the
             CPU they come from it anyway, unless there is a seed; on CUDA the noise is then drawn on
             the CPU and copied, which is slower than torch's generator there.
@@ -157,21 +161,21 @@ class TrainConfig:
             _validate.choice(name, getattr(self, name), options)
         for name in ("steps", "batch_size", "rank", "micro_batch_size", "eval_every",
                      "eval_examples", "num_beams", "max_new_tokens", "snapshot_every"):
-            _validate.integer(name, getattr(self, name))
-        for name, low, high in (("max_examples", 2, math.inf), ("max_length", 1, math.inf),
-                                ("seed", 0, 2**63 - 1)):  # the largest that torch takes
+            _validate.integer(name, getattr(self, name), high={
+                "rank": _MOST_RANK, "num_beams": 1000}.get(name, _MOST))
+        for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
             if getattr(self, name) is not None:
-                _validate.integer(name, getattr(self, name), low=low, high=high)
-        _validate.integer("data_seed", self.data_seed, low=0)
-        _validate.integer("holdout", self.holdout, low=0)
+                _validate.integer(name, getattr(self, name), low=low, high=_MOST)
+        _validate.integer("data_seed", self.data_seed, low=0, high=_MOST)
+        _validate.integer("holdout", self.holdout, low=0, high=_MOST)
         _validate.integer("warmup_steps", self.warmup_steps, low=0, high=self.steps)
         if self.warmup_steps and self.schedule == "constant":
             raise ValueError("warmup_steps must be 0 with schedule 'constant'; use "
                              "'constant_with_warmup', 'linear' or 'cosine'")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", self.device):
             _validate.fail("device", "cpu, cuda or cuda:N", self.device)
         _validate.positive("learning_rate", self.learning_rate)
-        _validate.real("weight_decay", self.weight_decay, low=0)
+        _validate.real("weight_decay", self.weight_decay, low=0, high=_MOST_REAL)
         if self.beta1 is not None:
             _validate.real("beta1", self.beta1, low=0, high=1, high_open=True)
         for name in ("dropout", "shard"):
@@ -190,11 +194,11 @@ class TrainConfig:
         if self.epsilon is not None:
             _validate.positive("epsilon", self.epsilon)
         if self.noise_multiplier is not None:
-            _validate.positive("noise_multiplier", self.noise_multiplier)
+            _validate.real("noise_multiplier", self.noise_multiplier, low=0, low_open=True,
+                           high=_MOST_NOISE)
         if self.delta is not None:
             _validate.real("delta", self.delta, low=0, high=1, low_open=True, high_open=True)
-        _validate.positive("max_grad_norm", self.max_grad_norm)
-
+        _validate.real("max_grad_norm", self.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
         if self.secure_rng and (self.seed is not None or self.non_private):
             raise ValueError("secure_rng must go without a seed, which would make the noise "
                              "reproducible, and without non_private, which draws none")
@@ -221,6 +225,10 @@ class TrainConfig:
             raise ValueError("momentum_beta and filter_b must not both be given")
         if self.filter_a and not self.filter_b:
             raise ValueError("filter_a must come with filter_b")
+        for coefficient in (*self.filter_b, *self.filter_a):
+            if coefficient:
+                _validate.real("the size of a filter's coefficient", abs(coefficient),
+                               low=1 / _MOST_REAL, high=_MOST_REAL)
         averaged = self.low_pass is not None  # which checks its coefficients
         if averaged and self.beta1:
             raise ValueError(f"beta1 must be 0 or left out beside a running mean of gradients, "

@@ -210,8 +210,9 @@ def _check_data(config: TrainConfig, task: Task, trained_on: list[list[Example]]
     if task.kind == "classification":
         labels = {example.label for unit in trained_on for example in unit}
         if len(labels) < 2:
+            name = task.label_names[int(labels.pop() or 0)]
             raise ValueError(f"{task.name} must have training examples of two classes or more, all "
-                             f"have label {labels.pop()}")
+                             f"have label {name:.80}")
     task.split("validation")
 
 
