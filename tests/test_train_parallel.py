@@ -93,6 +93,7 @@ def taking(rows, *others, **named):
     return batches(rows, *others, **named)
 
 module.take_step, module._draw, module.micro_batches = looking, drawing, taking
+module.StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
 for name, config in configs.items():
     result = train(config, f"{folder}/{name}", show_progress=False)
     report[name] = [result.epsilon, result.releases, result.privacy]
@@ -287,7 +288,8 @@ def test_bad_input_is_one_line(together):
 def ledger(folder):
     path = folder / "snapshots" / "releases.jsonl"
     text = path.read_text() if path.exists() else ""
-    return [tuple(json.loads(line).values()) for line in text.splitlines()]
+    lines = map(json.loads, text.splitlines())
+    return [(line["stream"], line["step"]) for line in lines]
 
 
 class Stop(BaseException):
@@ -324,7 +326,7 @@ def test_killed_and_resumed_by_another_number_of_processes(
         patch.setattr(train_module, "take_step", breaking)
         with pytest.raises(Stop):
             train(config, tmp_path)
-    assert [entry[1] for entry in ledger(tmp_path)] == [0, 1, 2, 3]
+    assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
 
     three = start(3, "-c", KILLED, *words(config, tmp_path))
     said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
