@@ -71,7 +71,7 @@ class SecureRandom:
 
     @classmethod
     def from_state(cls, state: Tensor) -> SecureRandom:
-        """A generator that goes on where another was when it gave ``state``.
+        """Restore a generator from a ``state`` that :meth:`state` gave.
 
         Raises:
             ValueError: if ``state`` is not 32 bytes in a uint8 tensor.

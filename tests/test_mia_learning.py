@@ -119,9 +119,9 @@ def test_verdicts():
     assert nothing.startswith("NOTHING LEARNED: ") and "loaded or shown" in nothing
     assert "no leak" not in nothing and "accuracy 0.500, most frequent label 0.510" in nothing
     found = verdict((0.4, 0.57))
-    assert found == ("no leak found by base. Power: with so many records this attack finds an AUC "
-                     "of 0.600 in 80% of audits; an AUC above 0.570 is excluded (97.5%), a smaller "
-                     "leak or a stronger attack is not")
+    assert found == ("no leak found by base. Power: with this number of records the attack finds "
+                     "an AUC of 0.600 in 80% of audits; an AUC above 0.570 is excluded (97.5%), a "
+                     "smaller leak or a stronger attack is not")
     assert "weak attack" in verdict((0.4, 0.6), name="loss")
     assert verdict((0.4, 0.6), near=10).endswith("10 of 100 non-members are nearly a member's text")
     assert verdict((0.4, 0.6), coins=None, near=50).startswith("INVALID (near-duplicates): 50 of")

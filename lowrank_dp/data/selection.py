@@ -1,6 +1,6 @@
 """Subsets of records that adding one record hardly changes, and subsets of an exact size.
 
-Private training reads a part of a data set where the user asks for so many records, for a
+Private training reads a part of a data set where the user asks for a number of records, for a
 hold-out, or for random members. Differential privacy compares two data sets that differ by one
 record, so that record must not displace another one. :func:`draw` therefore decides on each unit
 alone: a keyed hash of the unit's content, as a number from 0 to 1, is compared with a threshold.

@@ -79,10 +79,10 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
     dropped: blank texts stay (one DART test reference is empty as released). Of own data, an empty
     cell is refused.
 
-    ``max_examples`` keeps about so many rows of each split, chosen by ``seed`` in whole groups, so
-    that the references of one record stay together. Each group is chosen alone, by a keyed hash
-    against a threshold (``selection.partition``): a record more in the data changes that record's
-    membership only, and the size of the subset is an expectation. ``seed`` also drives the
+    ``max_examples`` is the expected number of rows that are kept of each split. ``seed`` chooses
+    whole groups, so that the references of one record stay together. Each group is chosen alone, by a
+    keyed hash against a threshold (``selection.partition``), so that one more record in the data
+    changes the membership of that record only. ``seed`` also drives the
     generated tasks.
 
     ``warn`` lets one ``UserWarning`` name the columns of own data that are not read; the same line

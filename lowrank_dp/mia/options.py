@@ -30,7 +30,7 @@ ATTACKS = {
 WHITE_BOX = ("gradient", "projection")
 SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
 NEEDS_BASE = ("base", "ez", "projection")
-POPULATION = 1000  # at most so many validation records, which are in no model
+POPULATION = 1000  # the largest number of validation records; they are in no model
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options:
         attacks: names in ``ATTACKS``; () takes all that the checkpoint and the shadows allow.
         primary: the attack that the verdict rests on, named beforehand; "" takes "lira-offline"
             with shadows, else "base", else "loss".
-        num_shadows, shadow_dir: train so many, or use those found there.
+        num_shadows, shadow_dir: the number of shadows to train, or the folder of trained shadows.
         members, nonmembers: files of records, for a checkpoint without membership.json, in any
             format that ``data.load_task`` reads.
         population: a file of records that are in no model, for RMIA and the quantile attack;

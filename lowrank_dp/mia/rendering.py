@@ -69,7 +69,7 @@ def header(report: Report) -> list[str]:
         f"learned  {report.learning.description}: "
         f"{'better' if report.learning.better else 'NO better'} than chance (99%)",
         f"shift    {report.shift}: blind AUC {_interval(report.blind)}, {untuned} (99%)",
-        f"control  {report.primary} against the coins dealt out anew: AUC "
+        f"control  {report.primary} against the coins in a random order: AUC "
         f"{_interval(report.control)} (99%)",
     ]
 

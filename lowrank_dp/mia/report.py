@@ -36,9 +36,9 @@ class Report:
     """What an attack found; NON-PRIVATE, since it is computed from membership bits.
 
     ``scores`` has (N,) for each attack; ``control`` is the primary one's AUC against the same coins
-    dealt out anew, 1/2 but for chance (99%); ``left_out`` has the ids of records whose text occurs
-    more than once; ``learning`` compares the members' losses with chance; ``detectable_auc`` is the
-    AUC that the primary attack finds in ``POWER`` of audits of so many records;
+    in a random order, 1/2 but for chance (99%); ``left_out`` has the ids of records whose text
+    occurs more than once; ``learning`` compares the members' losses with chance; ``detectable_auc`` is the
+    AUC that the primary attack finds in ``POWER`` of audits with this number of records;
     ``accountant_epsilon`` is None where none is claimed; ``one_run_epsilon`` is None where it was
     not asked for.
     """
@@ -155,7 +155,7 @@ def _measure(name: str, values: Array, truth: np.ndarray, options: Options, delt
 
 
 def _detectable_auc(truth: np.ndarray) -> float:
-    """The AUC whose 95% interval is above 1/2 in ``POWER`` of audits with so many records.
+    """The AUC whose 95% interval is above 1/2 in ``POWER`` of audits with this number of records.
 
     By the normal law, with the standard error of the Mann-Whitney statistic at 1/2.
     """
@@ -206,8 +206,8 @@ def _verdict(attacks: Sequence[Attack], primary: str, shift: str, learning: Lear
         return (f"INVALID (near-duplicates): {alike}, which hides a leak; give non-members that "
                 "are no copies")
     weak = " (weak attack: calibrate it or give --shadows)" if primary == "loss" else ""
-    return (f"no leak found by {primary}{weak}. Power: with so many records this attack finds "
-            f"an AUC of {detectable:.3f} in {POWER:.0%} of audits; an AUC above {high:.3f} is "
+    return (f"no leak found by {primary}{weak}. Power: with this number of records the attack "
+            f"finds an AUC of {detectable:.3f} in {POWER:.0%} of audits; an AUC above {high:.3f} is "
             "excluded (97.5%), a smaller leak or a stronger attack is not"
             + (f"; {alike}" if near else "") + not_known)
 

@@ -80,7 +80,7 @@ def mark_new(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """At most so many names, and how many more there are."""
+    """List at most ``most`` names, and say how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -144,7 +144,8 @@ def main(
     data_seed: Annotated[int, typer.Option(
         help="Seed of --max-examples' subset and of a generated task.")] = DEFAULT.data_seed,
     holdout: Annotated[int, typer.Option(
-        help="Evaluate on about so many units taken out of the train split: for tuning.")] = 0,
+        help="Expected number of units that are taken out of the train split and evaluated on, for "
+             "tuning.")] = 0,
     membership: Annotated[str, typer.Option(
         help=f"Who is trained on: {one_of(MEMBERSHIPS)}")] = DEFAULT.membership,
     micro_batch_size: Annotated[int, typer.Option(

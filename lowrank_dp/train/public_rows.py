@@ -69,7 +69,7 @@ def _square(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _examples(tokenizer: Any, task: Task, lengths: list[int]) -> list[Example]:
-    """Examples of the task's kind whose texts are random tokens, so many each."""
+    """Make examples of the task's kind from random tokens, one example for each length."""
     generator = torch.Generator().manual_seed(0)
     special = set(tokenizer.all_special_ids)
     known = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
