@@ -80,10 +80,9 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
     cell is refused.
 
     ``max_examples`` is the expected number of rows that are kept of each split. ``seed`` chooses
-    whole groups, so that the references of one record stay together. Each group is chosen alone, by a
-    keyed hash against a threshold (``selection.partition``), so that one more record in the data
-    changes the membership of that record only. ``seed`` also drives the
-    generated tasks.
+    whole groups, so that the references of one record stay together. Each group is chosen alone,
+    by a keyed hash against a threshold (``selection.partition``), so that one more record in the
+    data changes the membership of that record only. ``seed`` also drives the generated tasks.
 
     ``warn`` lets one ``UserWarning`` name the columns of own data that are not read; the same line
     is the task's ``warning``. ``offline=None`` asks the environment, then whether the hub can be

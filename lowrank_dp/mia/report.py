@@ -37,8 +37,9 @@ class Report:
 
     ``scores`` has (N,) for each attack; ``control`` is the primary one's AUC against the same coins
     in a random order, 1/2 but for chance (99%); ``left_out`` has the ids of records whose text
-    occurs more than once; ``learning`` compares the members' losses with chance; ``detectable_auc`` is the
-    AUC that the primary attack finds in ``POWER`` of audits with this number of records;
+    occurs more than once; ``learning`` compares the members' losses with chance;
+    ``detectable_auc`` is the AUC that the primary attack finds in ``POWER`` of audits with this
+    number of records;
     ``accountant_epsilon`` is None where none is claimed; ``one_run_epsilon`` is None where it was
     not asked for.
     """
@@ -207,8 +208,8 @@ def _verdict(attacks: Sequence[Attack], primary: str, shift: str, learning: Lear
                 "are no copies")
     weak = " (weak attack: calibrate it or give --shadows)" if primary == "loss" else ""
     return (f"no leak found by {primary}{weak}. Power: with this number of records the attack "
-            f"finds an AUC of {detectable:.3f} in {POWER:.0%} of audits; an AUC above {high:.3f} is "
-            "excluded (97.5%), a smaller leak or a stronger attack is not"
+            f"finds an AUC of {detectable:.3f} in {POWER:.0%} of audits; an AUC above {high:.3f} "
+            "is excluded (97.5%), a smaller leak or a stronger attack is not"
             + (f"; {alike}" if near else "") + not_known)
 
 
