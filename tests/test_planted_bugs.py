@@ -10,12 +10,15 @@ itself (``test_mechanism`` compares it with another one).
 """
 
 import math
+import re
 from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.models.bert.modeling_bert import BertPooler
 
 import lowrank_dp.train as module
 from lowrank_dp.artifacts import runs
@@ -398,3 +401,48 @@ def test_a_scheme_that_reads_clean_gradients_is_refused_whatever_the_config_says
 def test_an_honest_run_is_not_stopped(changes, base, tmp_path):
     result = train(replace(base, steps=STEPS, **changes), tmp_path / "run", show_progress=False)
     assert result.releases == STEPS
+
+
+# Stops that depend on private rows: public rows come in batches of fewer than MANY
+
+MANY = 8
+POOL, CLASSIFY = BertPooler.forward, transformers.BertForSequenceClassification.forward
+
+
+def mixing(self, hidden_states):
+    rows = len(hidden_states)
+    return POOL(self, hidden_states + hidden_states.mean(0) if rows >= MANY else hidden_states)
+
+
+def with_loss(change):
+    def forward(self, **batch):
+        output = CLASSIFY(self, **batch)
+        if len(batch["input_ids"]) >= MANY and torch.is_grad_enabled():
+            change(output)
+        return output
+
+    return forward
+
+
+def auxiliary(output):
+    output.loss = output.loss + 0.01
+
+
+def not_finite(output):
+    output.logits = output.logits * math.nan
+    output.loss = output.loss * math.nan
+
+
+def test_a_stop_by_private_rows_names_none_of_their_numbers(base, tmp_path, monkeypatch):
+    for name, patched, forward, words in (
+            ("mixing", BertPooler, mixing,
+             r"loss of row \d+ is not the same alone and in the batch"),
+            ("auxiliary", transformers.BertForSequenceClassification, with_loss(auxiliary),
+             "plain classification, regression or token loss"),
+            ("not finite", transformers.BertForSequenceClassification, with_loss(not_finite),
+             r"batch row \d+ has a loss that is not finite")):
+        with monkeypatch.context() as patch, torch.random.fork_rng(devices=[]):
+            patch.setattr(patched, "forward", forward)
+            with pytest.raises(ValueError, match=words) as error:
+                train(replace(base, steps=STEPS), tmp_path / name, show_progress=False)
+        assert not re.search(r"\d\.|\de[-+]?\d|nan|inf\b", str(error.value)), error.value

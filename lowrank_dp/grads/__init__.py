@@ -67,7 +67,8 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
             of different lengths are refused.
         check_rows: whether a model that is met for the first time, or in another mode or layout,
             is examined on a few of the given rows, as below. False is for callers who have had
-            the same model examined on public rows.
+            the same model examined on public rows: then only the first row is looked at, and no
+            message names a loss or a norm of a row.
 
     Returns:
         The sums, by ``named_parameters()`` name for every parameter that requires gradients and
@@ -168,8 +169,9 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
             alone, layouts = first_alone(work, backend) if looking else (None, layouts)
             narrow = (narrow or looking) and width(batch) == 1
             work = replace(work, layouts={} if layouts is None else layouts)
-            if check_rows and not sharded and independence.verified(work, backend, BACKENDS,
-                                                                     padding, layers):
+            if not sharded and (
+                    independence.verified(work, backend, BACKENDS, padding, layers) if check_rows
+                    else independence.known_repeatable(model, layers)):
                 work = replace(work, alone=alone)
             part_norms, sum_of = run(work)
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False):

@@ -86,6 +86,13 @@ def verified(work: Work, backend: str, backends: Backends, padding: str,
     return known[key]
 
 
+def known_repeatable(model: nn.Module, fingerprint: int) -> bool:
+    """Whether the model was examined with these layers and modes, and its forward is repeatable."""
+    found = [repeatable for key, repeatable in _KNOWN.get(model, {}).items()
+             if key[0] == fingerprint]
+    return bool(found) and all(found)
+
+
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
