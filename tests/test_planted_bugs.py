@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ from transformers.models.bert.modeling_bert import BertPooler
 
 import lowrank_dp.train as module
 from lowrank_dp.artifacts import runs
+from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.work import Work
 from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.train import guards, train
 from lowrank_dp.train import setup as preparation
-from lowrank_dp.train import train
 from lowrank_dp.train.layout import Copies
 
 STEPS = 30
@@ -446,3 +449,38 @@ def test_a_stop_by_private_rows_names_none_of_their_numbers(base, tmp_path, monk
             with pytest.raises(ValueError, match=words) as error:
                 train(replace(base, steps=STEPS), tmp_path / name, show_progress=False)
         assert not re.search(r"\d\.|\de[-+]?\d|nan|inf\b", str(error.value)), error.value
+
+
+def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
+    """A fault within the engine, which every backend shares, is noticed too."""
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.linear = torch.nn.Linear(3, 2)
+    model.unused = torch.nn.Linear(2, 2)
+
+    def forward(x, labels):
+        logits = model.linear(x)
+        return SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits, labels),
+                               logits=logits)
+
+    model.forward = forward
+    batch = {"x": torch.randn(2, 3), "labels": torch.tensor([0, 1])}
+    model.linear.weight.grad = torch.ones(2, 3)
+
+    def clip_by(backend):
+        return lambda batch, bound: clipped_sum(
+            model, batch, bound, backend=backend, check_rows=False)[0]
+
+    guards.check_clipping(model, batch, 0.01, clip_by("bookkeeping"))
+    assert bool((model.linear.weight.grad == 1).all()) and model.linear.bias.grad is None
+    right = Work.clip
+
+    def wrong(self, squared):
+        norms, factors = right(self, squared)
+        return norms, factors * 1.1
+
+    for backend in ("bookkeeping", "loop"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Work, "clip", wrong)
+            with pytest.raises(ValueError, match=CLIPPED):
+                guards.check_clipping(model, batch, 0.01, clip_by(backend))

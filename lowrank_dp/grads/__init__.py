@@ -19,8 +19,9 @@ The model is left as it was found: mode, ``.grad``, ``requires_grad``, buffers a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,9 +33,10 @@ from lowrank_dp.grads import independence
 from lowrank_dp.grads.axes import Layouts
 from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone, require_compilable
 from lowrank_dp.grads.losses import LOSSES, check_labels
-from lowrank_dp.grads.work import Batch, Work, num_rows_of, rows_of, wide_dtype, width
+from lowrank_dp.grads.work import Batch, Work, copied, num_rows_of, rows_of, wide_dtype, width
 
-__all__ = ["LOSSES", "Batch", "Idle", "Reduce", "Sums", "clipped_sum", "clipped_sum_over"]
+__all__ = ["LOSSES", "Batch", "Idle", "Reduce", "Sums", "clipped_sum", "clipped_sum_over",
+           "row_gradients"]
 
 Sums = dict[str, Tensor]
 Reduce = Callable[[str, Tensor], Tensor]
@@ -123,17 +125,13 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     bound = _validate.clip_bound("max_grad_norm", max_grad_norm)
     run = BACKENDS[_validate.choice("backend", backend, BACKENDS)]
     _validate.choice("padding", padding, independence.PADDINGS)
-    if autocast_dtype not in (None, torch.bfloat16):
-        _validate.fail("autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)",
-                       autocast_dtype)
     trained = _trained(model)
     first = next(iter(trained.values()))
     if sharded := hasattr(first, "full_tensor"):
         if reduce is None or backend != "bookkeeping":
             raise ValueError("model is sharded over processes: it needs backend 'bookkeeping', got "
                              f"{backend!r}, and reduce to add up the processes' sums")
-    autocast = (torch.autocast(first.device.type, autocast_dtype) if autocast_dtype
-                else nullcontext())
+    autocast = _autocast(first, autocast_dtype)
     totals: Sums = {}
     norms = [torch.zeros(0, dtype=wide_dtype(first), device=first.device)]
 
@@ -180,6 +178,29 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     if not totals:
         add(lambda name: None)
     return totals, torch.cat(norms)
+
+
+def row_gradients(model: nn.Module, batch: Batch, *, autocast_dtype: torch.dtype | None = None
+                  ) -> list[Sums]:
+    """Each row's gradient, unclipped, as an ordinary training loop has it from that row alone.
+
+    No backend takes part, so a backend can be compared with the gradients. Arguments are those of
+    ``clipped_sum``. A parameter that a row's loss does not depend on is left out.
+    """
+    trained = _trained(model)
+    rows = num_rows_of(batch)
+    work = Work(model, trained, batch, rows, 0, math.inf,
+                _autocast(next(iter(trained.values())), autocast_dtype))
+    with torch.enable_grad(), _kept_gradients(trained):
+        return [independence.gradient_alone(work, copied(batch, [row]))[1] for row in range(rows)]
+
+
+def _autocast(parameter: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast of the parameter's device, or a context that does nothing."""
+    if dtype not in (None, torch.bfloat16):
+        _validate.fail("autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)",
+                       dtype)
+    return torch.autocast(parameter.device.type, dtype) if dtype else nullcontext()
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -171,7 +171,7 @@ def _alone(work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] 
     sums: dict[str, Tensor] = {}
     for row in dict.fromkeys(order):
         batch = copied(work.batch, [row])
-        loss, gradient = _gradient(work, batch)
+        loss, gradient = gradient_alone(work, batch)
         norm = _norm(gradient.values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return None
@@ -190,7 +190,7 @@ def _require_own_length(work: Work, row: int, own: tuple[int, int], loss: float,
     """Refuse a model to which padding is more than nothing."""
     trouble = f"model must take no notice of padding, and row {work.first_row + row} "
     try:
-        loss_own, gradient_own = _gradient(work, _trimmed(copied(work.batch, [row]), *own))
+        loss_own, gradient_own = gradient_alone(work, _trimmed(copied(work.batch, [row]), *own))
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:
@@ -285,9 +285,13 @@ def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[
             p.grad = None
 
 
-def _gradient(work: Work, row: Batch) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of the model on one row, as any training loop has them."""
-    loss = getattr(work.model(**row), "loss", None)
+def gradient_alone(work: Work, row: Batch) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of the model on one row, as any training loop has them.
+
+    A parameter that the loss does not depend on has no gradient. ``.grad`` must be None before.
+    """
+    with work.autocast:
+        loss = getattr(work.model(**row), "loss", None)
     if loss is None:
         no_loss()
     if loss.requires_grad:
