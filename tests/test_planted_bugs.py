@@ -10,18 +10,24 @@ itself (``test_mechanism`` compares it with another one).
 """
 
 import math
+import re
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.models.bert.modeling_bert import BertPooler
 
 import lowrank_dp.train as module
 from lowrank_dp.artifacts import runs
+from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.work import Work
 from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.train import guards, train
 from lowrank_dp.train import setup as preparation
-from lowrank_dp.train import train
 from lowrank_dp.train.layout import Copies
 
 STEPS = 30
@@ -398,3 +404,83 @@ def test_a_scheme_that_reads_clean_gradients_is_refused_whatever_the_config_says
 def test_an_honest_run_is_not_stopped(changes, base, tmp_path):
     result = train(replace(base, steps=STEPS, **changes), tmp_path / "run", show_progress=False)
     assert result.releases == STEPS
+
+
+# Stops that depend on private rows: public rows come in batches of fewer than MANY
+
+MANY = 8
+POOL, CLASSIFY = BertPooler.forward, transformers.BertForSequenceClassification.forward
+
+
+def mixing(self, hidden_states):
+    rows = len(hidden_states)
+    return POOL(self, hidden_states + hidden_states.mean(0) if rows >= MANY else hidden_states)
+
+
+def with_loss(change):
+    def forward(self, **batch):
+        output = CLASSIFY(self, **batch)
+        if len(batch["input_ids"]) >= MANY and torch.is_grad_enabled():
+            change(output)
+        return output
+
+    return forward
+
+
+def auxiliary(output):
+    output.loss = output.loss + 0.01
+
+
+def not_finite(output):
+    output.logits = output.logits * math.nan
+    output.loss = output.loss * math.nan
+
+
+def test_a_stop_by_private_rows_names_none_of_their_numbers(base, tmp_path, monkeypatch):
+    for name, patched, forward, words in (
+            ("mixing", BertPooler, mixing,
+             r"loss of row \d+ is not the same alone and in the batch"),
+            ("auxiliary", transformers.BertForSequenceClassification, with_loss(auxiliary),
+             "plain classification, regression or token loss"),
+            ("not finite", transformers.BertForSequenceClassification, with_loss(not_finite),
+             r"batch row \d+ has a loss that is not finite")):
+        with monkeypatch.context() as patch, torch.random.fork_rng(devices=[]):
+            patch.setattr(patched, "forward", forward)
+            with pytest.raises(ValueError, match=words) as error:
+                train(replace(base, steps=STEPS), tmp_path / name, show_progress=False)
+        assert not re.search(r"\d\.|\de[-+]?\d|nan|inf\b", str(error.value)), error.value
+
+
+def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
+    """A fault within the engine, which every backend shares, is noticed too."""
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.linear = torch.nn.Linear(3, 2)
+    model.unused = torch.nn.Linear(2, 2)
+
+    def forward(x, labels):
+        logits = model.linear(x)
+        return SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits, labels),
+                               logits=logits)
+
+    model.forward = forward
+    batch = {"x": torch.randn(2, 3), "labels": torch.tensor([0, 1])}
+    model.linear.weight.grad = torch.ones(2, 3)
+
+    def clip_by(backend):
+        return lambda batch, bound: clipped_sum(
+            model, batch, bound, backend=backend, check_rows=False)[0]
+
+    guards.check_clipping(model, batch, 0.01, clip_by("bookkeeping"))
+    assert bool((model.linear.weight.grad == 1).all()) and model.linear.bias.grad is None
+    right = Work.clip
+
+    def wrong(self, squared):
+        norms, factors = right(self, squared)
+        return norms, factors * 1.1
+
+    for backend in ("bookkeeping", "loop"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Work, "clip", wrong)
+            with pytest.raises(ValueError, match=CLIPPED):
+                guards.check_clipping(model, batch, 0.01, clip_by(backend))

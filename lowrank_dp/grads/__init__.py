@@ -19,8 +19,9 @@ The model is left as it was found: mode, ``.grad``, ``requires_grad``, buffers a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,9 +33,10 @@ from lowrank_dp.grads import independence
 from lowrank_dp.grads.axes import Layouts
 from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone, require_compilable
 from lowrank_dp.grads.losses import LOSSES, check_labels
-from lowrank_dp.grads.work import Batch, Work, num_rows_of, rows_of, wide_dtype, width
+from lowrank_dp.grads.work import Batch, Work, copied, num_rows_of, rows_of, wide_dtype, width
 
-__all__ = ["LOSSES", "Batch", "Idle", "Reduce", "Sums", "clipped_sum", "clipped_sum_over"]
+__all__ = ["LOSSES", "Batch", "Idle", "Reduce", "Sums", "clipped_sum", "clipped_sum_over",
+           "row_gradients"]
 
 Sums = dict[str, Tensor]
 Reduce = Callable[[str, Tensor], Tensor]
@@ -67,7 +69,8 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
             of different lengths are refused.
         check_rows: whether a model that is met for the first time, or in another mode or layout,
             is examined on a few of the given rows, as below. False is for callers who have had
-            the same model examined on public rows.
+            the same model examined on public rows: then only the first row is looked at, and no
+            message names a loss or a norm of a row.
 
     Returns:
         The sums, by ``named_parameters()`` name for every parameter that requires gradients and
@@ -122,17 +125,13 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     bound = _validate.clip_bound("max_grad_norm", max_grad_norm)
     run = BACKENDS[_validate.choice("backend", backend, BACKENDS)]
     _validate.choice("padding", padding, independence.PADDINGS)
-    if autocast_dtype not in (None, torch.bfloat16):
-        _validate.fail("autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)",
-                       autocast_dtype)
     trained = _trained(model)
     first = next(iter(trained.values()))
     if sharded := hasattr(first, "full_tensor"):
         if reduce is None or backend != "bookkeeping":
             raise ValueError("model is sharded over processes: it needs backend 'bookkeeping', got "
                              f"{backend!r}, and reduce to add up the processes' sums")
-    autocast = (torch.autocast(first.device.type, autocast_dtype) if autocast_dtype
-                else nullcontext())
+    autocast = _autocast(first, autocast_dtype)
     totals: Sums = {}
     norms = [torch.zeros(0, dtype=wide_dtype(first), device=first.device)]
 
@@ -168,8 +167,9 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
             alone, layouts = first_alone(work, backend) if looking else (None, layouts)
             narrow = (narrow or looking) and width(batch) == 1
             work = replace(work, layouts={} if layouts is None else layouts)
-            if check_rows and not sharded and independence.verified(work, backend, BACKENDS,
-                                                                     padding, layers):
+            if not sharded and (
+                    independence.verified(work, backend, BACKENDS, padding, layers) if check_rows
+                    else independence.known_repeatable(model, layers)):
                 work = replace(work, alone=alone)
             part_norms, sum_of = run(work)
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
@@ -178,6 +178,29 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     if not totals:
         add(lambda name: None)
     return totals, torch.cat(norms)
+
+
+def row_gradients(model: nn.Module, batch: Batch, *, autocast_dtype: torch.dtype | None = None
+                  ) -> list[Sums]:
+    """Each row's gradient, unclipped, as an ordinary training loop has it from that row alone.
+
+    No backend takes part, so a backend can be compared with the gradients. Arguments are those of
+    ``clipped_sum``. A parameter that a row's loss does not depend on is left out.
+    """
+    trained = _trained(model)
+    rows = num_rows_of(batch)
+    work = Work(model, trained, batch, rows, 0, math.inf,
+                _autocast(next(iter(trained.values())), autocast_dtype))
+    with torch.enable_grad(), _kept_gradients(trained):
+        return [independence.gradient_alone(work, copied(batch, [row]))[1] for row in range(rows)]
+
+
+def _autocast(parameter: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast of the parameter's device, or a context that does nothing."""
+    if dtype not in (None, torch.bfloat16):
+        _validate.fail("autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)",
+                       dtype)
+    return torch.autocast(parameter.device.type, dtype) if dtype else nullcontext()
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -135,8 +135,8 @@ def _compiled(work: Work) -> tuple[Tensor, SumOf]:
     norms, sum_of = _clipped(work, tape)
     if expected is not None and not torch.allclose(
             norms, expected, rtol=1e-3 if plain else 5e-2, atol=1e-6 * float(expected.max())):
-        raise ValueError("model must compute the same when compiled, and gives gradients of norm "
-                         f"{norms[0]:.6g} in place of {expected[0]:.6g}: use {PLAIN}")
+        raise ValueError("model must compute the same when compiled, and gives gradients of other "
+                         f"norms: use {PLAIN}")
     graphs[key] = known
     return norms, sum_of
 

@@ -86,6 +86,13 @@ def verified(work: Work, backend: str, backends: Backends, padding: str,
     return known[key]
 
 
+def known_repeatable(model: nn.Module, fingerprint: int) -> bool:
+    """Whether the model was examined with these layers and modes, and its forward is repeatable."""
+    found = [repeatable for key, repeatable in _KNOWN.get(model, {}).items()
+             if key[0] == fingerprint]
+    return bool(found) and all(found)
+
+
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
@@ -164,7 +171,7 @@ def _alone(work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] 
     sums: dict[str, Tensor] = {}
     for row in dict.fromkeys(order):
         batch = copied(work.batch, [row])
-        loss, gradient = _gradient(work, batch)
+        loss, gradient = gradient_alone(work, batch)
         norm = _norm(gradient.values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return None
@@ -183,7 +190,7 @@ def _require_own_length(work: Work, row: int, own: tuple[int, int], loss: float,
     """Refuse a model to which padding is more than nothing."""
     trouble = f"model must take no notice of padding, and row {work.first_row + row} "
     try:
-        loss_own, gradient_own = _gradient(work, _trimmed(copied(work.batch, [row]), *own))
+        loss_own, gradient_own = gradient_alone(work, _trimmed(copied(work.batch, [row]), *own))
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:
@@ -278,9 +285,13 @@ def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[
             p.grad = None
 
 
-def _gradient(work: Work, row: Batch) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of the model on one row, as any training loop has them."""
-    loss = getattr(work.model(**row), "loss", None)
+def gradient_alone(work: Work, row: Batch) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of the model on one row, as any training loop has them.
+
+    A parameter that the loss does not depend on has no gradient. ``.grad`` must be None before.
+    """
+    with work.autocast:
+        loss = getattr(work.model(**row), "loss", None)
     if loss is None:
         no_loss()
     if loss.requires_grad:

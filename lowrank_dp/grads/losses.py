@@ -93,6 +93,7 @@ def require_alone(work: Work, losses: Tensor) -> None:
     """Refuse a model whose loss of the first row depends on the rows beside it.
 
     ``losses`` are those in the batch (B,); ``work.alone`` is the first row's by itself, or None.
+    The rows may be private, so the message names the row and none of the losses.
     """
     if work.alone is None:
         return
@@ -100,9 +101,8 @@ def require_alone(work: Work, losses: Tensor) -> None:
     half = work.alone.dtype in (torch.bfloat16, torch.float16) or not isinstance(
         work.autocast, nullcontext)
     if math.isfinite(own) and abs(own - here) > loss_tolerance(half) * max(1.0, abs(own)):
-        raise ValueError(f"model must keep the rows of a batch apart, and the loss of row "
-                         f"{work.first_row} is {own:.6g} alone and {here:.6g} in the batch: "
-                         f"{APART}")
+        raise ValueError("model must keep the rows of a batch apart, and the loss of row "
+                         f"{work.first_row} is not the same alone and in the batch: {APART}")
 
 
 def loss_tolerance(half: bool) -> float:
@@ -171,7 +171,7 @@ def losses_of(work: Work, own: Any, logits: Any) -> tuple[str, Tensor]:
         found = "fits several" if matching else "is another"
         raise ValueError(
             "model must have the plain classification, regression or token loss, a mean of one "
-            f"term an example or token; its loss on this batch, {float(own.detach()):.6g}, {found} "
+            f"term an example or token; its loss on this batch {found} "
             f'({", ".join(LOSSES)}): switch off what it adds, or use backend="loop"')
     return matching[0]
 

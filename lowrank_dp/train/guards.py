@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lowrank_dp.grads import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import NON_PRIVATE_SCHEMES
 from lowrank_dp.train.config import TrainConfig
@@ -85,20 +86,11 @@ def check_clipping(model: nn.Module, batch: Mapping[str, Tensor], max_grad_norm:
                    autocast_dtype: torch.dtype | None = None) -> None:
     """Compare ``clip(batch, bound)`` with gradients that autograd takes row by row.
 
-    The bound is ``max_grad_norm``, or less where it would not clip every row of ``batch``. The
+    The clip factors are computed here, so that a fault in the engine's own factors is noticed. The
+    bound is ``max_grad_norm``, or less where it would not clip every row of ``batch``. The
     difference may be a hundredth of the bound for each row, and a fifth under autocast.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    first = next(iter(trained.values()))
-    rows = max(len(value) for value in batch.values())
-    gradients = []
-    for row in range(rows):
-        alone = {key: value[row:row + 1] for key, value in batch.items()}
-        with torch.enable_grad(), torch.autocast(
-                first.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            found = torch.autograd.grad(model(**alone).loss, [*trained.values()], allow_unused=True)
-        gradients.append({name: torch.zeros_like(p) if grad is None else grad.detach()
-                          for (name, p), grad in zip(trained.items(), found, strict=True)})
+    gradients = row_gradients(model, batch, autocast_dtype=autocast_dtype)
     norms = [math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
              for gradient in gradients]
     if not all(0 < norm < math.inf for norm in norms):
@@ -107,10 +99,10 @@ def check_clipping(model: nn.Module, batch: Mapping[str, Tensor], max_grad_norm:
     error = 0.0
     for name, total in clip(batch, bound).items():
         want = sum(g[name].double() * (bound / norm)
-                   for g, norm in zip(gradients, norms, strict=True))
+                   for g, norm in zip(gradients, norms, strict=True) if name in g)
         error += float((total.double() - want).square().sum())
     tolerance = 0.01 if autocast_dtype is None else 0.2
-    if not math.sqrt(error) <= tolerance * bound * rows:
+    if not math.sqrt(error) <= tolerance * bound * len(gradients):
         raise ValueError("clipped gradients of single rows are not those that autograd gives, each "
                          "clipped over all parameters together to max_grad_norm: the privacy "
                          "stated would not hold")
