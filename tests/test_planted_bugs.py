@@ -443,7 +443,7 @@ def other_weights(patch):
 
 @pytest.mark.parametrize("plant, begun_with, words", [
     (noise_drawn_anew, False, "step 7 was repeated with other noise"),
-    (noise_of_earlier_steps, True, "step 7 (was repeated with other noise|has the noise of step 1)"),
+    (noise_of_earlier_steps, True, "step 7 (was repeated with other|has the noise of step 1)"),
     (other_weights, False, "step 7 was repeated with other sums")])
 def test_a_bug_of_resuming_stops_the_run_by_name(plant, begun_with, words, base, tmp_path,
                                                  monkeypatch):
