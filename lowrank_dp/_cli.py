@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -70,6 +71,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
 
     130 after SIGINT and 143 after SIGTERM, with one line on how to go on where there is one.
     """
+    warnings.showwarning = warn_in_one_line
     try:
         code = app(args=arguments, standalone_mode=False)
     except (ValueError, OSError) as error:
@@ -95,6 +97,16 @@ def report(message: str) -> int:
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
     print(f"error: {line}", file=sys.stderr)
     return BAD_INPUT
+
+
+def warn_in_one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any
+                     ) -> None:
+    """Print a warning to the user as one line on stderr, in place of ``warnings.showwarning``.
+
+    Warnings of other kinds, which are for programmers, are left out.
+    """
+    if issubclass(category, UserWarning):
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def options(pairs: Iterable[str]) -> dict[str, Any]:

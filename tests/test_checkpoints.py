@@ -541,6 +541,17 @@ def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
             load_model(folder, task=TASK)
 
 
+def test_numbers_of_layers_and_labels_that_would_take_hours_are_refused(tmp_path):
+    for family, key in (("bert", "num_hidden_layers"), ("distilbert", "n_layers"),
+                        ("bart", "encoder_layers"), ("bart", "decoder_layers"),
+                        ("bert", "num_labels")):
+        base = save_base(tmp_path / f"{family} {key}", family, SEQUENCE, num_labels=3)
+        for value in (10**9, 10**400):
+            edit_json(base / "config.json", **{key: value})
+            with pytest.raises(ValueError, match=rf"config.json: {key} must be at most 10,"):
+                load_model(base, task=TASK)
+
+
 def test_damaged_weights_are_named(tmp_path):
     base = save_classifier(tmp_path / "bert", "bert", LABELS)
     adapt(base, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])

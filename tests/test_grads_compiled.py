@@ -242,10 +242,10 @@ def test_steps_that_were_lost_count_again(base, graphs, tmp_path, monkeypatch):
     config = replace(base, steps=5, snapshot_every=2, compile=True)
     begin = RunFolder.begin_release
 
-    def full(self, stream, step):
+    def full(self, stream, step, *digests):
         if step == 3:
             raise OSError("no space left")
-        begin(self, stream, step)
+        begin(self, stream, step, *digests)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "begin_release", full)

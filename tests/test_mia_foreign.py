@@ -207,6 +207,20 @@ def test_base_replaces_what_an_adapter_names(place, tmp_path, capsys):
     assert report.untuned is not None, "the adapter is switched off for the losses before"
 
 
+@pytest.mark.filterwarnings("always")
+def test_a_warning_is_one_line_without_a_place_in_the_source(place, tmp_path, capsys):
+    for side in ("in", "out"):
+        rows = [json.loads(line) for line in
+                (place / f"labels-{side}.jsonl").read_text().splitlines()]
+        table(tmp_path, f"labels-{side}.jsonl", [row | {"note": 1} for row in rows])
+    code, _, err = run(capsys, "--model", place / "classifier", "--members",
+                       tmp_path / "labels-in.jsonl", "--nonmembers", tmp_path / "labels-out.jsonl",
+                       "--dry-run")
+    assert code == 0 and "warning: " in err
+    assert all(line.startswith("warning: ") and "not read: column 'note'" in line
+               for line in err.splitlines()), err
+
+
 # --- refusals, all before a forward pass -------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ source of the noise instead); two runs in different folders that share a seed an
 itself (``test_mechanism`` compares it with another one).
 """
 
+import hashlib
 import math
 import re
 from dataclasses import replace
@@ -23,11 +24,13 @@ from transformers.models.bert.modeling_bert import BertPooler
 
 import lowrank_dp.train as module
 from lowrank_dp.artifacts import runs
+from lowrank_dp.data import tasks
 from lowrank_dp.grads import clipped_sum
 from lowrank_dp.grads.work import Work
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.train import guards, train
 from lowrank_dp.train import setup as preparation
+from lowrank_dp.train import state as saved_state
 from lowrank_dp.train.layout import Copies
 
 STEPS = 30
@@ -387,6 +390,130 @@ def test_a_planted_bug_stops_the_run_by_name(name, base, tmp_path, monkeypatch):
             train(config, tmp_path / "run", show_progress=False)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "training.json").exists()
+
+
+# Resumption: what a run that was killed after some steps does with their noise
+
+def half_made(patch, config, folder, steps):
+    """A run that is killed after so many steps, three of them behind the last snapshot."""
+    right = module.take_step
+
+    def step(setup, state):
+        if state.step == steps:
+            raise InterruptedError
+        return right(setup, state)
+
+    with patch.context() as inside, pytest.raises(InterruptedError):
+        inside.setattr(module, "take_step", step)
+        train(config, folder, show_progress=False)
+
+
+def noise_drawn_anew(patch):
+    """The lost steps are repeated under their names, with other noise: they count once."""
+    right = module.unpack
+
+    def unpack(setup, document, tensors):
+        state = right(setup, document, tensors)
+        if tensors:
+            state.noise = type(state.noise)()
+        return state
+
+    patch.setattr(module, "unpack", unpack)
+
+
+def noise_of_earlier_steps(patch):
+    """Snapshots hold the noise generator as it was before the first step."""
+    right, kept = module.pack, {}
+
+    def pack(setup, state):
+        document, tensors = right(setup, state)
+        tensors["generator.noise"] = kept.setdefault("state", tensors["generator.noise"])
+        return document, tensors
+
+    patch.setattr(module, "pack", pack)
+
+
+def other_weights(patch):
+    """The base has changed, and the lost steps are repeated with their noise on other sums."""
+    patch.setattr(saved_state, "changed", lambda before, now: [])
+    right = preparation.load_model
+
+    def load_model(*arguments, **options):
+        model, tokenizer = right(*arguments, **options)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)
+        return model, tokenizer
+
+    patch.setattr(preparation, "load_model", load_model)
+
+
+@pytest.mark.parametrize("plant, begun_with, words", [
+    (noise_drawn_anew, False, "step 7 was repeated with other noise"),
+    (noise_of_earlier_steps, True, "step 7 (was repeated with other|has the noise of step 1)"),
+    (other_weights, False, "step 7 was repeated with other sums")])
+def test_a_bug_of_resuming_stops_the_run_by_name(plant, begun_with, words, base, tmp_path,
+                                                 monkeypatch):
+    config = replace(base, steps=12, snapshot_every=6, seed=None)
+    if begun_with:
+        plant(monkeypatch)
+    half_made(monkeypatch, config, tmp_path, 9)
+    if not begun_with:
+        plant(monkeypatch)
+    with pytest.raises(ValueError, match=words) as error:
+        train(config, tmp_path, resume=True, show_progress=False)
+    assert "\n" not in str(error.value) and not (tmp_path / "training.json").exists()
+
+
+def test_an_honest_run_is_resumed(base, tmp_path, monkeypatch):
+    config = replace(base, steps=12, snapshot_every=6, seed=None)
+    half_made(monkeypatch, config, tmp_path, 9)
+    assert train(config, tmp_path, resume=True, show_progress=False).releases == 12
+
+
+# Selection: a subset that one record more or less changes for other records
+
+def first_rows(rows, probability, *key):
+    count = int(probability * len(rows))
+    return tuple(rows[:count]), tuple(rows[count:])
+
+
+def smallest_hashes(rows, probability, *key):
+    order = sorted(range(len(rows)), key=lambda i: hash_of(rows[i], *key))
+    kept = {*order[:int(probability * len(rows))]}
+    return (tuple(row for i, row in enumerate(rows) if i in kept),
+            tuple(row for i, row in enumerate(rows) if i not in kept))
+
+
+def shuffled(rows, probability, *key):
+    order = np.random.default_rng(0).permutation(len(rows))
+    kept = {*order[:int(probability * len(rows))].tolist()}
+    return (tuple(row for i, row in enumerate(rows) if i in kept),
+            tuple(row for i, row in enumerate(rows) if i not in kept))
+
+
+def hash_of(row, *key):
+    return hashlib.sha256(f"{key} {row.text}".encode()).digest()
+
+
+def test_a_bug_of_selection_stops_the_run_by_name(base, tmp_path, monkeypatch):
+    for number, choose in enumerate((first_rows, smallest_hashes, shuffled)):
+        for place, changes, words in (
+                (tasks, {"max_examples": 20}, "max_examples"),
+                (preparation, {"holdout": 10}, "holdout")):
+            with monkeypatch.context() as patch, pytest.raises(
+                    ValueError, match=f"{words} does not choose each record by itself"):
+                patch.setattr(place, "partition", choose)
+                train(replace(base, batch_size=4, **changes), tmp_path / f"{number} {words}",
+                      show_progress=False)
+    for number, choose in enumerate((
+            lambda units, *rest: [i < len(units) // 2 for i in range(len(units))],
+            lambda units, *rest: np.random.default_rng(0).random(len(units)) < 0.5)):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="'bernoulli' does n"):
+            patch.setattr(preparation, "draw_members", choose)
+            train(replace(base, batch_size=4, membership="bernoulli"), tmp_path / f"{number}",
+                  show_progress=False)
+    for changes in ({"max_examples": 20}, {"holdout": 10}, {"membership": "bernoulli"}):
+        preparation.prepare(replace(base, batch_size=4, **changes), 0)
 
 
 def test_a_scheme_that_reads_clean_gradients_is_refused_whatever_the_config_says(base, tmp_path):

@@ -187,8 +187,8 @@ def dying(deaths, folder):
         if before < deaths.get(seed, 0):
             (folder / f"{seed} {before}").touch()
 
-            def begin_release(self, stream, step, begin=runs.RunFolder.begin_release):
-                begin(self, stream, step)
+            def begin_release(self, stream, step, *digests, begin=runs.RunFolder.begin_release):
+                begin(self, stream, step, *digests)
                 if step == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
 

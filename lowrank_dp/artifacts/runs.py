@@ -63,16 +63,19 @@ class RunFolder:
 
     # releases ------------------------------------------------------------------------------
 
-    def begin_release(self, stream: str, step: int) -> None:
+    def begin_release(self, stream: str, step: int, noise: str = "", sums: str = "") -> None:
         """Note, durably, that the release of ``step`` is about to be drawn from ``stream``.
 
         A stream is one unbroken sequence of random draws. Replaying a step from saved generator
-        states repeats its line, and the pair counts once.
+        states repeats its line, and the pair counts once. ``noise`` is a digest of the state that
+        the noise is drawn from, and ``sums`` one of what the sums depend on; :meth:`num_releases`
+        compares both. Empty digests are not compared.
         """
         with _explained(f"ledger in {self.snapshots}"), self._ledger.open("ab+") as file:
             os.chmod(file.fileno(), 0o600)
             number, head = self._end(file)
-            entry = {"number": number + 1, "stream": stream, "step": step}
+            entry = {"number": number + 1, "stream": stream, "step": step, "noise": noise,
+                     "sums": sums}
             file.write(_line(entry, head))
             file.flush()
             os.fsync(file.fileno())
@@ -83,16 +86,25 @@ class RunFolder:
         ``steps`` of ``stream`` are counted with them, as if they had been made.
 
         Raises:
-            ValueError: if the ledger is damaged, or was written by an earlier version.
+            ValueError: if the ledger is damaged, or was written by an earlier version; if a
+                release was repeated with other noise or other sums, or a noise was drawn again for
+                another release, so that counting pairs would count too few.
         """
-        entries, head = set[tuple[str, int]](), ""
+        entries, head = dict[tuple[str, int], tuple[str, str]](), ""
+        release_of: dict[str, tuple[str, int]] = {}
         for number, line in enumerate(self._lines(), 1):
             entry = _entry(self._ledger, line)
             if _line(entry, head) != line + b"\n" or entry["number"] != number:
                 raise _damaged(self._ledger, f"line {number} does not follow from those before")
             head = entry["chain"]
-            entries.add((entry["stream"], entry["step"]))
-        return len(entries | {(stream, step) for step in steps})
+            release, drawn = (entry["stream"], entry["step"]), (entry["noise"], entry["sums"])
+            if entries.setdefault(release, drawn) != drawn:
+                raise _reused(self._ledger, f"step {entry['step'] + 1} was repeated with other "
+                              f"{'noise' if entries[release][0] != drawn[0] else 'sums'}")
+            if drawn[0] and release_of.setdefault(drawn[0], release) != release:
+                raise _reused(self._ledger, f"step {entry['step'] + 1} has the noise of step "
+                              f"{release_of[drawn[0]][1] + 1}")
+        return len(entries.keys() | {(stream, step) for step in steps})
 
     @property
     def _ledger(self) -> Path:
@@ -219,7 +231,7 @@ class RunFolder:
 
 def _line(entry: Mapping[str, Any], head: str) -> bytes:
     """A line of the ledger, after one whose hash is ``head``."""
-    content = {name: entry[name] for name in ("number", "stream", "step")}
+    content = {name: entry[name] for name in ("number", "stream", "step", "noise", "sums")}
     chain = hashlib.sha256(f"{head} {json.dumps(content)}".encode()).hexdigest()
     return json.dumps({**content, "chain": chain}).encode() + b"\n"
 
@@ -229,12 +241,13 @@ def _entry(path: Path, line: bytes) -> dict[str, Any]:
         entry = json.loads(line)
         if isinstance(entry, dict) and entry.keys() == {"stream", "step"}:
             raise _earlier(path)
-        kinds = [type(entry[name]) for name in ("number", "stream", "step", "chain")]
+        kinds = [type(entry[name]) for name in ("number", "stream", "step", "noise", "sums",
+                                                "chain")]
     except _Earlier:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, type(error).__name__) from None
-    if kinds != [int, str, int, str]:
+    if kinds != [int, str, int, str, str, str]:
         raise _damaged(path, "it holds something other than releases")
     return entry
 
@@ -247,6 +260,11 @@ def _earlier(path: Path) -> ValueError:
     return _Earlier(f"{path} was written by an earlier version of lowrank_dp, which did not "
                     "protect it against damage: finish the run with that version, or start afresh "
                     "in another folder, and add what was spent")
+
+
+def _reused(ledger: Path, what: str) -> ValueError:
+    return ValueError(f"{ledger}: {what}, so the privacy spent is more than the ledger counts: "
+                      "start afresh in another folder")
 
 
 def _damaged(ledger: Path, reason: str) -> ValueError:

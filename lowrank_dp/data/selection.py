@@ -15,11 +15,14 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from lowrank_dp.data.examples import Example
 
+T = TypeVar("T")
 _BITS = 64
+_LOOKED_AT = 5000  # records, by require_alone
 
 
 def group_units(examples: Iterable[Example], unit: str) -> list[list[Example]]:
@@ -114,6 +117,30 @@ def partition(examples: Sequence[Example], probability: float, purpose: str, see
     chosen = draw(contents, probability, purpose, seed)
     return (tuple(e for e, bit in zip(examples, chosen, strict=True) if bit),
             tuple(e for e, bit in zip(examples, chosen, strict=True) if not bit))
+
+
+def require_alone(choose: Callable[[Sequence[T]], Sequence[T]], everything: Sequence[T],
+                  content: Callable[[T], str], option: str) -> None:
+    """Raise ``ValueError`` if ``choose`` does not decide on each of ``everything`` alone.
+
+    ``choose`` gives the chosen ones of a sequence. It is called on the first thousands, and again
+    without the first that it chose, and without the first that it did not choose: all others must
+    fare as before. They are told apart by their ``content``, so that the order of equal ones does
+    not matter.
+    """
+    everything = everything[:_LOOKED_AT]
+    chosen = choose(everything)
+    before, taken = Counter(map(content, chosen)), {*map(id, chosen)}
+    for side in (True, False):
+        left_out = next((one for one in everything if (id(one) in taken) is side), None)
+        if left_out is None:
+            continue
+        again = Counter(map(content, choose([one for one in everything if one is not left_out])))
+        gone = before - again
+        if again - before or sum(gone.values()) > 1 or gone.keys() - {content(left_out)}:
+            raise ValueError(f"{option} does not choose each record by itself: without one of the "
+                             "records the rest of the subset is another one, and the privacy "
+                             "stated would not hold")
 
 
 def subset(examples: tuple[Example, ...], size: int, seed: str) -> tuple[Example, ...]:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from lowrank_dp.data.examples import Example, Spec, read_jsonl, record_group, to
 from lowrank_dp.data.hub import hub_reachable, hub_switched_off, offline_requested
 from lowrank_dp.data.own import Columns, own_task
 from lowrank_dp.data.readers import SUFFIXES
-from lowrank_dp.data.selection import partition, threshold
+from lowrank_dp.data.selection import partition, require_alone, threshold
 from lowrank_dp.data.task import Task, build_task
 
 
@@ -118,7 +119,13 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None,
 def _about(examples: tuple[Example, ...], size: int, split: str, seed: int
            ) -> tuple[Example, ...]:
     """About ``size`` examples, and at least one."""
-    kept, _ = partition(examples, threshold(size, len(examples)), f"max_examples {split}", seed)
+    share = threshold(size, len(examples))
+
+    def choose(rows: Sequence[Example]) -> tuple[Example, ...]:
+        return partition(rows, share, f"max_examples {split}", seed)[0]
+
+    kept = choose(examples)
+    require_alone(choose, examples, repr, "max_examples")
     if not kept:
         raise ValueError(f"max_examples {size:,} chose none of the {len(examples):,} examples of "
                          f"the {split} split (their number is random): give a larger one")

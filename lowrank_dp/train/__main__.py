@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,8 +179,9 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fine-tune a classifier or a causal language model; leave a Hugging Face checkpoint."""
-    warnings.showwarning = _one_line
     with parallel.processes(device):
+        if parallel.rank() > 0:
+            warnings.showwarning = lambda *warning, **options: None
         config = TrainConfig(
             model=model, task=task, method=method, epsilon=epsilon, delta=delta,
             noise_multiplier=noise_multiplier, non_private=non_private, max_grad_norm=max_grad_norm,
@@ -240,11 +240,6 @@ def _say(console: Console, line: str) -> None:
 
 def _layers(value: str | None) -> int | str | None:
     return int(value) if value is not None and value.isdigit() else value
-
-
-def _one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    if issubclass(category, UserWarning) and parallel.rank() == 0:
-        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def versions_and_machine(device: str) -> dict[str, str]:
     """
     kind = torch.device(device).type
     found = {name: metadata.version(name) for name in _LIBRARIES} | _torch_settings()
-    found |= {name: value for name, value in os.environ.items() if name.startswith(_SWITCHES)}
+    found |= {name: value for name, value in os.environ.items()
+              if name.startswith(_SWITCHES) and not name.endswith("_NUM_THREADS")}  # below
     found |= {"lowrank_dp": f"{lowrank_dp.__version__} ({_source()[:12]})",
               "threads": str(torch.get_num_threads()),
               "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_dp.data import Columns, Example, Task, encode, load_task
-from lowrank_dp.data.selection import has_group, partition, threshold
+from lowrank_dp.data.selection import (
+    has_group,
+    partition,
+    require_alone,
+    threshold,
+    unit_content,
+)
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
@@ -128,7 +135,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     _check_unit(config, task)
     task = set_aside(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
-    members = draw_members(units, config.membership, seed)
+    members = _members(units, config.membership, seed)
     trained_on = [unit for unit, member in zip(units, members, strict=True) if member]
     _check_data(config, task, trained_on)
     model, tokenizer = load_model(
@@ -180,12 +187,25 @@ def set_aside(task: Task, count: int, unit: str) -> Task:
     if not count < units:
         raise ValueError(f"holdout must be below the {units:,} {unit}s of {task.name}'s train "
                          f"split, got {count:,}")
-    held_out, rest = partition(task.train, threshold(count, units), "holdout", "")
+    share = threshold(count, units)
+    held_out, rest = partition(task.train, share, "holdout", "")
+    require_alone(lambda rows: partition(rows, share, "holdout", "")[0], task.train, repr,
+                  "holdout")
     if not held_out or not rest:
         raise ValueError(f"holdout {count:,} chose {'all' if held_out else 'none'} of the "
                          f"{units:,} {unit}s of {task.name}'s train split (their number is "
                          f"random): give a {'smaller' if held_out else 'larger'} one")
     return replace(task, splits={"train": rest, "validation": held_out})
+
+
+def _members(units: list[list[Example]], membership: str, seed: int) -> list[bool]:
+    """For each unit, whether it is trained on; independent coins are checked to be independent."""
+    def choose(some: Sequence[list[Example]]) -> list[list[Example]]:
+        return [*compress(some, draw_members(some, membership, seed))]
+
+    if membership == "bernoulli":
+        require_alone(choose, units, unit_content, "membership 'bernoulli'")
+    return draw_members(units, membership, seed)
 
 
 def _check_unit(config: TrainConfig, task: Task) -> None:

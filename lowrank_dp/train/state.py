@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,17 @@ def identity(setup: Setup) -> dict[str, str]:
     return {**setup.digests, **versions_and_machine(device), **environment(device)}
 
 
+def digest_of_identity(setup: Setup) -> str:
+    """A digest of :func:`identity`."""
+    document = json.dumps(identity(setup), sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:32]
+
+
+def digest_of_draws(state: State) -> str:
+    """A digest of the state that the next noise is drawn from; it does not tell the state."""
+    return hashlib.sha256(_saved(state.noise).numpy().tobytes()).hexdigest()[:32]
+
+
 def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Generator]:
     """Sampler and noise generator of a new stream."""
     if config.seed is None:
@@ -80,8 +92,7 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
          for key, value in low_pass.tensors().items()})
     tensors["generator.dropout"] = torch.get_rng_state()
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
-        tensors[f"generator.{name}"] = (generator.state() if isinstance(generator, SecureRandom)
-                                        else generator.get_state())
+        tensors[f"generator.{name}"] = _saved(generator)
     if setup.config.device.startswith("cuda"):
         tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
     return summary(setup, state), tensors
@@ -145,6 +156,10 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     if "generator.dropout_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
     return state
+
+
+def _saved(generator: Generator) -> Tensor:
+    return generator.state() if isinstance(generator, SecureRandom) else generator.get_state()
 
 
 def _restored(generator: Generator, state: Tensor) -> Generator:
