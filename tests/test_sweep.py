@@ -248,8 +248,9 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
         for mine, other in zip(here.result.curve, there.result.curve, strict=True):
             assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     deaths = {seed: len(list((tmp_path / "deaths").glob(f"{seed} *"))) for seed in (2, 3)}
-    # where workers share a pool, one's death takes another's job with it, which may not have begun
-    assert deaths[2] == 1 and deaths[3] >= (1 if cluster == "loky" else 3)
+    # where workers share a pool, one's death takes another's job with it, which may not have begun;
+    # and on a busy machine a worker of Ray may be lost before its job begins
+    assert deaths[2] == 1 and deaths[3] >= {"loky": 1, "ray": 1, "dask": 3}[cluster]
     # the worker no longer dies: the run goes on, the others are only read
     monkeypatch.undo()
     again = sweep(configs, tmp_path / "runs", engine="sequential")

@@ -225,11 +225,11 @@ class TrainConfig:
             raise ValueError("momentum_beta and filter_b must not both be given")
         if self.filter_a and not self.filter_b:
             raise ValueError("filter_a must come with filter_b")
+        averaged = self.low_pass is not None  # which checks its coefficients
         for coefficient in (*self.filter_b, *self.filter_a):
             if coefficient:
                 _validate.real("the size of a filter's coefficient", abs(coefficient),
                                low=1 / _MOST_REAL, high=_MOST_REAL)
-        averaged = self.low_pass is not None  # which checks its coefficients
         if averaged and self.beta1:
             raise ValueError(f"beta1 must be 0 or left out beside a running mean of gradients, "
                              f"got {self.beta1:g}")
