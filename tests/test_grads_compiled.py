@@ -188,7 +188,7 @@ def otherwise(hidden):
 
 @pytest.mark.parametrize(("model", "message"), [
     (Model(branching), "could not be compiled"),
-    (Model(otherwise), "must compute the same when compiled, and gives gradients of norm"),
+    (Model(otherwise), "must compute the same when compiled, and gives gradients of other norms"),
     (Model(before=lambda hidden: hidden[:, :2]), "could not be compiled"),  # two of five positions
     (Model(before=lambda hidden: hidden[:, :, None]), r"output of shape \(3, 5, 1, 2\), which"),
 ])
