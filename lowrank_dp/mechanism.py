@@ -168,7 +168,7 @@ class GaussianMechanism:
         setting = (float(probe.sample_rate), steps, delta)
 
         def excess(log_noise_multiplier: float) -> float:
-            """Of the logarithm of epsilon, which is nearly linear in this one; at least -5."""
+            """Return log(spent / target), at least -5: it is nearly linear in the argument."""
             spent = accounting.bound(math.exp(log_noise_multiplier), *setting).epsilon
             return math.log(min(max(spent, epsilon * math.exp(-5)), 1e300) / epsilon)
 

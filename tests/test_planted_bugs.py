@@ -395,7 +395,7 @@ def test_a_planted_bug_stops_the_run_by_name(name, base, tmp_path, monkeypatch):
 # Resumption: what a run that was killed after some steps does with their noise
 
 def half_made(patch, config, folder, steps):
-    """A run that is killed after so many steps, three of them behind the last snapshot."""
+    """A run that is killed three steps after its last snapshot."""
     right = module.take_step
 
     def step(setup, state):

@@ -203,7 +203,7 @@ def left(rows, count, mask):
 
 
 def tempered(rows):
-    """Of a word whose 32 bits are rows: each the unknowns, and a constant, that are added up."""
+    """Coefficients over GF(2), one row per bit of a 32-bit word: unknowns, then a constant."""
     rows = rows ^ right(rows, 11)
     rows = rows ^ left(rows, 7, 0x9D2C5680)
     rows = rows ^ left(rows, 15, 0xEFC60000)

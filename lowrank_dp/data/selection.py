@@ -139,7 +139,7 @@ def require_alone(choose: Callable[[Sequence[T]], Sequence[T]], everything: Sequ
         gone = before - again
         if again - before or sum(gone.values()) > 1 or gone.keys() - {content(left_out)}:
             raise ValueError(f"{option} does not choose each record by itself: without one of the "
-                             "records the rest of the subset is another one, and the privacy "
+                             "records another subset of the rest is chosen, and the privacy "
                              "stated would not hold")
 
 

@@ -81,7 +81,7 @@ class Report:
 
     @property
     def lower_bound(self) -> float:
-        """Of epsilon: the primary attack's, or the one-run audit's if that is higher.
+        """The lower bound on epsilon: the larger of the primary attack's and the one-run audit's.
 
         Only attacks named beforehand count: the best of many would need a correction.
         """

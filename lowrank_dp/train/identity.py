@@ -1,7 +1,7 @@
 """What a run's sums depend on, in short: where it differs on resume, noise must not be used again.
 
 Two sums that differ, released with the same noise, give away their difference. A resumed run
-therefore goes on with its noise only where everything here is as it was.
+therefore continues its noise stream only if every entry here is unchanged.
 """
 
 from __future__ import annotations

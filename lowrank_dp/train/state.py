@@ -163,7 +163,7 @@ def _saved(generator: Generator) -> Tensor:
 
 
 def _restored(generator: Generator, state: Tensor) -> Generator:
-    """A generator of the same kind that goes on from a state."""
+    """Restore a generator of the same kind from a state."""
     if isinstance(generator, SecureRandom):
         return SecureRandom.from_state(state)
     return generator.set_state(state)
