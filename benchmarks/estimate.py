@@ -36,8 +36,13 @@ def estimate(config: TrainConfig) -> tuple[float, float, float, float]:
     matrices = [(q, width), (kv, width), (kv, width), (width, q), *[(inner, width)] * mlp]
     body = blocks * sum(m * n for m, n in matrices)
     total = body + vocabulary * width
-    trained = body if config.method == "full" else blocks * config.rank * sum(
-        (m + n if config.method == "lora" else m) for m, n in matrices)
+    trained = (
+        body
+        if config.method == "full"
+        else blocks
+        * config.rank
+        * sum((m + n if config.method == "lora" else m) for m, n in matrices)
+    )
     tokens = TOKENS[config.task] * config.batch_size * config.steps
     generates = config.task in ("e2e", "dart")
     operations = (6 if config.method == "full" else 4) * (body + generates * vocabulary * width)
@@ -52,8 +57,9 @@ def main() -> None:
     print("| configuration | parameters, trained | H100 minutes (estimate) | GiB (estimate) |")
     print("|---|---|---|---|")
     for path in sorted(FOLDER.glob("*.json")):
-        total, trained, minutes, memory = estimate(TrainConfig.from_json(json.loads(
-            path.read_text())))
+        total, trained, minutes, memory = estimate(
+            TrainConfig.from_json(json.loads(path.read_text()))
+        )
         print(f"| `{path.name}` | {total:.2f} B, {trained:.3f} B | {minutes:.1f} | {memory:.0f} |")
 
 

@@ -85,11 +85,16 @@ def step(device: str, rounds: int) -> dict[str, float]:
     rows, length = (16, 16) if device == "cpu" else (256, 64)
     model, _ = load_model("tiny" if device == "cpu" else "minilm", num_labels=2, device=device)
     generator = torch.Generator().manual_seed(0)
-    batch = {"input_ids": torch.randint(5, 500, (rows, length), generator=generator),
-             "labels": torch.randint(0, 2, (rows,), generator=generator)}
+    batch = {
+        "input_ids": torch.randint(5, 500, (rows, length), generator=generator),
+        "labels": torch.randint(0, 2, (rows,), generator=generator),
+    }
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    ways = {"float32": {}, "bf16": {"autocast_dtype": torch.bfloat16},
-            "bf16, compiled": {"autocast_dtype": torch.bfloat16, "backend": "compiled"}}
+    ways = {
+        "float32": {},
+        "bf16": {"autocast_dtype": torch.bfloat16},
+        "bf16, compiled": {"autocast_dtype": torch.bfloat16, "backend": "compiled"},
+    }
 
     def clip(way: str) -> dict[str, Tensor]:
         return clipped_sum(model.eval(), batch, 1.0, **ways[way])[0]  # type: ignore[arg-type]
@@ -99,9 +104,12 @@ def step(device: str, rounds: int) -> dict[str, float]:
     noisy = mechanism.add_noise(sums, torch.Generator(device).manual_seed(0))
     works: dict[str, Callable[[Any], Any]] = {
         **{way: lambda _, way=way: clip(way) for way in ways},
-        "restore": lambda _: restore_gradients(noisy, mechanism.noise_std)}
-    times = [{name: seconds(work, torch.empty(0), device) for name, work in works.items()}
-             for _ in range(rounds)]
+        "restore": lambda _: restore_gradients(noisy, mechanism.noise_std),
+    }
+    times = [
+        {name: seconds(work, torch.empty(0), device) for name, work in works.items()}
+        for _ in range(rounds)
+    ]
     return {name: statistics.median(turn[name] for turn in times) for name in works}
 
 
@@ -122,28 +130,47 @@ def main() -> int:
         noisy = layers(shape, count, device)
         ways = exact, fast, fast_tf32
         truth, found, rough = (way(noisy) for way in ways)
-        times = [[seconds(way, noisy, device) for way in ways]
-                 for _ in range(3 if arguments.quick else 9)]
+        times = [
+            [seconds(way, noisy, device) for way in ways]
+            for _ in range(3 if arguments.quick else 9)
+        ]
         slow, quick, quicker = (statistics.median(column) for column in zip(*times, strict=True))
-        aligned = [min(alignment(a, b) for a, b in zip(one, truth, strict=True))
-                   for one in (found, rough)]
-        rows.append({
-            "shape": list(shape), "layers": count, "svd_seconds": slow, "fast_seconds": quick,
-            "tf32_seconds": quicker, "svd_over_fast": slow / quick, "fast_over_tf32":
-            quick / quicker, "tf32_relative_error": float((rough - found).norm() / found.norm()),
-            "least_alignment": aligned[0], "least_alignment_tf32": aligned[1]})
-        print(f"{count} layers of {shape[0]} x {shape[1]}: SVD {slow:.4f} s, fast {quick:.4f} s "
-              f"({slow / quick:.1f}x), TF32 {quicker:.4f} s ({quick / quicker:.2f}x, relative "
-              f"error {rows[-1]['tf32_relative_error']:.1e}); least alignment with exact "
-              f"{aligned[0]:.4f}, TF32 {aligned[1]:.4f}")
+        aligned = [
+            min(alignment(a, b) for a, b in zip(one, truth, strict=True)) for one in (found, rough)
+        ]
+        rows.append(
+            {
+                "shape": list(shape),
+                "layers": count,
+                "svd_seconds": slow,
+                "fast_seconds": quick,
+                "tf32_seconds": quicker,
+                "svd_over_fast": slow / quick,
+                "fast_over_tf32": quick / quicker,
+                "tf32_relative_error": float((rough - found).norm() / found.norm()),
+                "least_alignment": aligned[0],
+                "least_alignment_tf32": aligned[1],
+            }
+        )
+        print(
+            f"{count} layers of {shape[0]} x {shape[1]}: SVD {slow:.4f} s, fast {quick:.4f} s "
+            f"({slow / quick:.1f}x), TF32 {quicker:.4f} s ({quick / quicker:.2f}x, relative "
+            f"error {rows[-1]['tf32_relative_error']:.1e}); least alignment with exact "
+            f"{aligned[0]:.4f}, TF32 {aligned[1]:.4f}"
+        )
     taken = step(device, 3 if arguments.quick else 9)
     for way in ("float32", "bf16", "bf16, compiled"):
         share = taken["restore"] / (taken["restore"] + taken[way])
-        print(f"clipped sum, {way}: {taken[way]:.4f} s ({taken['float32'] / taken[way]:.2f}x); "
-              f"restoring {taken['restore']:.4f} s, {share:.1%} of the two")
+        print(
+            f"clipped sum, {way}: {taken[way]:.4f} s ({taken['float32'] / taken[way]:.2f}x); "
+            f"restoring {taken['restore']:.4f} s, {share:.1%} of the two"
+        )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"torch": torch.__version__, "device": name,
-                                              "rows": rows, "step": taken}, indent=1))
+        arguments.json.write_text(
+            json.dumps(
+                {"torch": torch.__version__, "device": name, "rows": rows, "step": taken}, indent=1
+            )
+        )
     return 0
 
 

@@ -40,7 +40,7 @@ def main() -> int:
 
     def form() -> None:
         for _ in range(FORMED):
-            a = torch.randn(RANK, WIDTH, generator=generator).mul_(RANK ** -0.5)
+            a = torch.randn(RANK, WIDTH, generator=generator).mul_(RANK**-0.5)
             (a @ q) @ a - q
 
     sample()
@@ -51,8 +51,10 @@ def main() -> int:
     print(f"rank {RANK}, n = {WIDTH}, {rounds} rounds, one thread")
     print(f"forming A        {1e6 * slow:>10.1f} us a sample")
     print(f"exact law        {1e6 * fast:>10.1f} us a sample")
-    print(f"faster by        {ratio:>10.1f} x      asked {ASKED:g} x"
-          f"{'' if ratio >= ASKED else '  MISSED'}")
+    print(
+        f"faster by        {ratio:>10.1f} x      asked {ASKED:g} x"
+        f"{'' if ratio >= ASKED else '  MISSED'}"
+    )
     return int(ratio < ASKED)
 
 

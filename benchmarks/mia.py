@@ -66,8 +66,9 @@ def looped_lira(phi: Any, shadow_phi: Any, inside: Any, count: int) -> None:
         stats.norm.logpdf(phi[i], a.mean(), a.std()) - stats.norm.logpdf(phi[i], b.mean(), b.std())
 
 
-def looped_rmia(loss: Any, shadow: Any, inside: Any, z_loss: Any, z_shadow: Any, count: int
-                ) -> None:
+def looped_rmia(
+    loss: Any, shadow: Any, inside: Any, z_loss: Any, z_shadow: Any, count: int
+) -> None:
     """Offline RMIA, a record at a time."""
     a = 0.3
     for i in range(count):
@@ -79,15 +80,20 @@ def looped_rmia(loss: Any, shadow: Any, inside: Any, z_loss: Any, z_shadow: Any,
 def main() -> int:
     rounds = 3 if "--quick" in sys.argv[1:] else 9
     rows: list[tuple[str, float, str, float]] = []
-    for model, task, count in (("minilm", "sst2", 256), ("tiny-llama", "e2e", 256),
-                               ("smollm2", "e2e", 8)):
+    for model, task, count in (
+        ("minilm", "sst2", 256),
+        ("tiny-llama", "e2e", 256),
+        ("smollm2", "e2e", 8),
+    ):
         try:
             seconds, ratio = scoring(model, task, count, rounds)
         except ValueError as error:
             print(f"scoring {model} on {task}: not run ({error})")
             continue
-        print(f"scoring {model} on {task}, {count} records: two plain passes {seconds:.2f} s, "
-              f"scoring {ratio:.2f} of that")
+        print(
+            f"scoring {model} on {task}, {count} records: two plain passes {seconds:.2f} s, "
+            f"scoring {ratio:.2f} of that"
+        )
         if model != "tiny-llama":  # whose vocabulary is most of its work: no bar
             rows.append((f"scoring / passes, {model}", ratio, "<=", 1.2))
 
@@ -101,15 +107,29 @@ def main() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     share = RECORDS / LOOPED
     for name, fast, slow in (
-            ("LiRA", lambda: scores.lira_online(phi, shadow_phi, inside, fixed_variance=False),
-             lambda: looped_lira(phi, shadow_phi, inside, LOOPED)),
-            ("RMIA", lambda: scores.rmia_offline(loss, shadow, inside, z_loss, z_shadow),
-             lambda: looped_rmia(loss, shadow, inside, z_loss, z_shadow, LOOPED))):
+        (
+            "LiRA",
+            lambda: scores.lira_online(phi, shadow_phi, inside, fixed_variance=False),
+            lambda: looped_lira(phi, shadow_phi, inside, LOOPED),
+        ),
+        (
+            "RMIA",
+            lambda: scores.rmia_offline(loss, shadow, inside, z_loss, z_shadow),
+            lambda: looped_rmia(loss, shadow, inside, z_loss, z_shadow, LOOPED),
+        ),
+    ):
         times = [(cpu_seconds(fast), cpu_seconds(slow) * share) for _ in range(rounds)]
-        rows.append((f"{name}, {SHADOWS} shadows x {RECORDS:,} records, seconds",
-                     statistics.median(a for a, _ in times), "<=", 3.0))
-        rows.append((f"{name}, loop / ours", statistics.median(b / a for a, b in times), ">=",
-                     10.0))
+        rows.append(
+            (
+                f"{name}, {SHADOWS} shadows x {RECORDS:,} records, seconds",
+                statistics.median(a for a, _ in times),
+                "<=",
+                3.0,
+            )
+        )
+        rows.append(
+            (f"{name}, loop / ours", statistics.median(b / a for a, b in times), ">=", 10.0)
+        )
     added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     rows.append(("memory added by both, GiB", added, "<=", 1.0))
 

@@ -26,9 +26,15 @@ from lowrank_dp.spectrum.random_matrix import aspect_and_scale, shrink_frobenius
 
 SHAPES = {(1024, 4096): 25.0, (768, 3072): 15.0}
 ALIGNMENT = 0.99
-SPIKES = {"0": [], "1": [3.0], "1 edge": [1.1], "8": list(np.linspace(6, 1.1, 8)),
-          "20": list(np.linspace(8, 1.05, 20)), "40": list(np.geomspace(20, 1.1, 40)),
-          "40 edge": list(np.linspace(1.6, 1.05, 40))}
+SPIKES = {
+    "0": [],
+    "1": [3.0],
+    "1 edge": [1.1],
+    "8": list(np.linspace(6, 1.1, 8)),
+    "20": list(np.linspace(8, 1.05, 20)),
+    "40": list(np.geomspace(20, 1.1, 40)),
+    "40 edge": list(np.linspace(1.6, 1.05, 40)),
+}
 
 
 def spiked(shape, factors, seed=0):
@@ -40,8 +46,9 @@ def spiked(shape, factors, seed=0):
         while decompose(noise, 1.0).num_above_edge:
             noise = torch.randn(shape, generator=generator)
         return noise, torch.zeros(shape)
-    u, v = (torch.linalg.qr(torch.randn(side, len(factors), generator=generator))[0]
-            for side in shape)
+    u, v = (
+        torch.linalg.qr(torch.randn(side, len(factors), generator=generator))[0] for side in shape
+    )
     clean = (u * (torch.tensor(factors, dtype=torch.float32) * math.prod(shape) ** 0.25)) @ v.T
     return clean + noise, clean
 
@@ -58,7 +65,8 @@ def detect(noisy):
     aspect, scale = aspect_and_scale(noisy.shape, 1.0)
     edge = sum(map(math.sqrt, noisy.shape))
     return krylov.leading_triplets(
-        noisy, lambda s: shrink_frobenius(s / scale, aspect) ** 2, level=edge)
+        noisy, lambda s: shrink_frobenius(s / scale, aspect) ** 2, level=edge
+    )
 
 
 def seconds(function, argument, repeats=1):
@@ -91,8 +99,10 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rounds = 3 if arguments.quick else 7
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, "
-          f"float32, median of {rounds} paired rounds\n")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"float32, median of {rounds} paired rounds\n"
+    )
 
     rows = []
     for shape, asked in SHAPES.items():
@@ -108,19 +118,23 @@ def main():
                 rows.append((f"{size}, pure noise, fast / search alone", *cost, "<=", 1.25))
                 continue
             share = alignment(restore_fast(noisy), clean) / alignment(exact(noisy), clean)
-            rows.append((f"{size}, {label} spikes, alignment", share, share, share, ">=",
-                         ALIGNMENT))
+            rows.append(
+                (f"{size}, {label} spikes, alignment", share, share, share, ">=", ALIGNMENT)
+            )
 
     print(f"\n{'':46}{'measured':>9}{'range':>16}{'asked':>10}")
     for label, value, low, high, sign, asked in rows:
         met = value <= asked if sign == "<=" else value >= asked
         digits = 3 if "alignment" in label else 2
-        print(f"{label:46}{value:9.{digits}f}{f'{low:.2f}-{high:.2f}':>16}{sign:>5} {asked:.2f}"
-              f"  {'met' if met else 'MISSED'}")
+        print(
+            f"{label:46}{value:9.{digits}f}{f'{low:.2f}-{high:.2f}':>16}{sign:>5} {asked:.2f}"
+            f"  {'met' if met else 'MISSED'}"
+        )
     if arguments.json:
         keys = ("figure", "measured", "low", "high", "relation", "asked")
-        arguments.json.write_text(json.dumps([dict(zip(keys, row, strict=True)) for row in rows],
-                                             indent=1))
+        arguments.json.write_text(
+            json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1)
+        )
 
 
 def restore_fast(noisy):

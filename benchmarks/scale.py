@@ -49,8 +49,15 @@ COSTS = {"m n": lambda m, n: m * n, "m n min(m, n)": lambda m, n: m * n * min(m,
 DEVICES = (1, 2, 8, 32, 128, 512)
 PARTS = ("clip", "exchange", "restore", "hand out")
 # a 4B-parameter decoder: 36 blocks, width 2560, 32 query and 8 key heads of 128, 9728 inside
-BLOCK = [(4096, 2560), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560),
-         (2560, 9728)]
+BLOCK = [
+    (4096, 2560),
+    (1024, 2560),
+    (1024, 2560),
+    (2560, 4096),
+    (9728, 2560),
+    (9728, 2560),
+    (2560, 9728),
+]
 LARGE = {f"{block}.{i}": shape for block in range(36) for i, shape in enumerate(BLOCK)}
 TOKENS, LARGE_BATCH = 512, 4096
 # ASSUMED: FLOP/s reached in training and in products of a restoration, link in bytes/s, latency
@@ -79,19 +86,27 @@ def measure(folder, rounds):
         timed(name, spent)
     with parallel.processes("cpu"):
         for batch in BATCHES:
-            config = TrainConfig(task=default_task(), noise_multiplier=SIGMA, batch_size=batch,
-                                 scheme="optimal", seed=0, max_examples=5000)
+            config = TrainConfig(
+                task=default_task(),
+                noise_multiplier=SIGMA,
+                batch_size=batch,
+                scheme="optimal",
+                seed=0,
+                max_examples=5000,
+            )
             setup = prepare(config, 0)
             state = State(0, "benchmark", *fresh_generators(config, "benchmark"))
             values = []
             for _ in range(rounds + 1):
                 spent.clear()
                 # the sample's size is random: the time is one of the expected size's
-                drawn = setup.mechanism.sample(len(setup.unit_rows),
-                                               state.sampler.clone_state()).numel()
+                drawn = setup.mechanism.sample(
+                    len(setup.unit_rows), state.sampler.clone_state()
+                ).numel()
                 take_step(setup, state)
-                values.append([spent["clipped_sum_over"] * batch / drawn,
-                               spent["restore_gradients"]])
+                values.append(
+                    [spent["clipped_sum_over"] * batch / drawn, spent["restore_gradients"]]
+                )
             found["steps"][batch] = np.median(values[1:], axis=0).tolist()
         found["shapes"] = {name: list(p.shape) for name, p in setup.trained.items()}
         found["tokens"] = statistics.mean(len(row["input_ids"]) for row in setup.rows)
@@ -122,9 +137,22 @@ def launch(processes, rounds):
     """What each of so many processes measured."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             str(processes), __file__, "--worker", folder, str(rounds)], check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(processes),
+                __file__,
+                "--worker",
+                folder,
+                str(rounds),
+            ],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -161,26 +189,36 @@ def extrapolate(clip, latency, transfer, restoring, shapes, cost):
     lines = []
     for count in DEVICES:
         several = count > 1
-        lines.append({
-            "devices": count, "clip": clip[0] + clip[1] / count,
-            "exchange": several * (latency + 2 * transfer),
-            "restore": restoring * longest_share(shapes, count, cost),
-            "hand out": several * (count * latency + transfer),
-            "unsplit restore": restoring * longest_share(shapes, 1, cost)})
+        lines.append(
+            {
+                "devices": count,
+                "clip": clip[0] + clip[1] / count,
+                "exchange": several * (latency + 2 * transfer),
+                "restore": restoring * longest_share(shapes, count, cost),
+                "hand out": several * (count * latency + transfer),
+                "unsplit restore": restoring * longest_share(shapes, 1, cost),
+            }
+        )
     return lines
 
 
 def show(title, lines):
     """The table; "split buys" is the step's time with all restoring everything, over the split."""
-    print(f"\n{title}\n{'devices':>9}" + "".join(f"{part:>11}" for part in PARTS)
-          + f"{'step':>11}{'unsplit restore':>17}{'split buys':>12}   longest part, and unsplit")
+    print(
+        f"\n{title}\n{'devices':>9}"
+        + "".join(f"{part:>11}" for part in PARTS)
+        + f"{'step':>11}{'unsplit restore':>17}{'split buys':>12}   longest part, and unsplit"
+    )
     for line in lines:
         parts = {part: line[part] for part in PARTS}
         unsplit = {**parts, "restore": line["unsplit restore"], "hand out": 0.0}
         step = sum(parts.values())
-        print(f"{line['devices']:9}" + "".join(f"{v:11.3g}" for v in (*parts.values(), step))
-              + f"{line['unsplit restore']:17.3g}{sum(unsplit.values()) / step:11.2f}x   "
-              + f"{max(parts, key=parts.get)}, {max(unsplit, key=unsplit.get)}")
+        print(
+            f"{line['devices']:9}"
+            + "".join(f"{v:11.3g}" for v in (*parts.values(), step))
+            + f"{line['unsplit restore']:17.3g}{sum(unsplit.values()) / step:11.2f}x   "
+            + f"{max(parts, key=parts.get)}, {max(unsplit, key=unsplit.get)}"
+        )
 
 
 @styled
@@ -190,9 +228,13 @@ def draw(document):
     for axis, key, mark in ((axes[0, 0], "here", "a"), (axes[0, 1], "assumed", "b")):
         lines = document[key]["lines"]
         devices = [line["devices"] for line in lines]
-        for part, colour, style in (("clip", BLACK, "-"), ("exchange", GREY, "-"),
-                                    ("restore", RED, "-"), ("unsplit restore", RED, "--"),
-                                    ("hand out", BLUE, "-")):
+        for part, colour, style in (
+            ("clip", BLACK, "-"),
+            ("exchange", GREY, "-"),
+            ("restore", RED, "-"),
+            ("unsplit restore", RED, "--"),
+            ("hand out", BLUE, "-"),
+        ):
             shown = [(d, line[part]) for d, line in zip(devices, lines, strict=True) if line[part]]
             axis.plot(*zip(*shown, strict=True), style, color=colour, label=part)
         axis.set(xscale="log", yscale="log", xlabel="devices")
@@ -201,8 +243,12 @@ def draw(document):
         letter(axis, f"{mark}  {document[key]['title']}")
     axes[0, 0].set_ylabel("seconds of a step")
     measured = {row["figure"]: row["measured"] for row in document["rows"]}
-    for count, name, colour in ((1, "clip, 1 process", BLACK), (2, "clip, 2 processes", BLACK),
-                                (2, "restore, 2 processes", RED), (2, "hand out", BLUE)):
+    for count, name, colour in (
+        (1, "clip, 1 process", BLACK),
+        (2, "clip, 2 processes", BLACK),
+        (2, "restore, 2 processes", RED),
+        (2, "hand out", BLUE),
+    ):
         axes[0, 0].plot(count, measured[name], "o", color=colour)
     axes[0, 0].plot([], [], "o", color=BLACK, label="measured")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
@@ -222,7 +268,7 @@ def main():
         measure(arguments.worker[0], int(arguments.worker[1]))
         return
     rounds = 2 if arguments.quick else 7
-    one, = launch(1, rounds)
+    (one,) = launch(1, rounds)
     two = launch(2, rounds)
     count = sum(math.prod(shape) for shape in one["shapes"].values())
     shapes = {name: tuple(shape) for name, shape in one["shapes"].items() if len(shape) == 2}
@@ -234,26 +280,36 @@ def main():
         fits[name] = float(np.exp(np.abs(np.log(singles / costs / factor)).max())), factor
     law = min(fits, key=fits.get)
     cost = COSTS[law]
-    print("restoring single matrices: " + "; ".join(
-        f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items()))
+    print(
+        "restoring single matrices: "
+        + "; ".join(f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items())
+    )
 
-    per_row, fixed = np.polyfit([int(b) for b in one["steps"]],
-                                [seconds[0] for seconds in one["steps"].values()], 1).tolist()
+    per_row, fixed = np.polyfit(
+        [int(b) for b in one["steps"]], [seconds[0] for seconds in one["steps"].values()], 1
+    ).tolist()
     restored = float(np.median([seconds[1] for seconds in one["steps"].values()]))
     factor = restored / longest_share(shapes, 1, cost)
-    sizes = {int(size): two[0]["exchanges"][size] for size in two[0]["exchanges"]
-             if size != "model"}
+    sizes = {
+        int(size): two[0]["exchanges"][size] for size in two[0]["exchanges"] if size != "model"
+    }
     per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
     latency = sizes[10**3]
     transfer = 4 * count * per_byte
     batch = str(BATCHES[-1])
     rows = [
         ("clip, 1 process", fixed + per_row * BATCHES[-1], one["steps"][batch][0]),
-        ("clip, 2 processes", fixed + per_row * BATCHES[-1] / 2,
-         max(r["steps"][batch][0] for r in two)),
+        (
+            "clip, 2 processes",
+            fixed + per_row * BATCHES[-1] / 2,
+            max(r["steps"][batch][0] for r in two),
+        ),
         ("restore, 1 process", factor * longest_share(shapes, 1, cost), one["steps"][batch][1]),
-        ("restore, 2 processes", factor * longest_share(shapes, 2, cost),
-         max(statistics.median(s[1] for s in r["steps"].values()) for r in two)),
+        (
+            "restore, 2 processes",
+            factor * longest_share(shapes, 2, cost),
+            max(statistics.median(s[1] for s in r["steps"].values()) for r in two),
+        ),
         (f"exchange of {count:,} floats", latency + 2 * transfer, two[0]["exchanges"]["model"]),
         ("hand out", 2 * latency + transfer, two[0]["hand out"]),
     ]
@@ -268,19 +324,38 @@ def main():
     # what a unit of cost takes here, in the FLOP that training does here meanwhile
     weights = sum(math.prod(shape) for shape in shapes.values())
     work = fits[law][1] / (per_row / (6 * weights * one["tokens"]))
-    assumed = extrapolate((0.0, flops / GPU["train"]), GPU["latency"],
-                          4 * parameters / GPU["bandwidth"], work / GPU["restore"], LARGE, cost)
-    show(f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
-         f"GPU {GPU}", assumed)
+    assumed = extrapolate(
+        (0.0, flops / GPU["train"]),
+        GPU["latency"],
+        4 * parameters / GPU["bandwidth"],
+        work / GPU["restore"],
+        LARGE,
+        cost,
+    )
+    show(
+        f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
+        f"GPU {GPU}",
+        assumed,
+    )
     uneven = 512 * longest_share(LARGE, 512, cost) / longest_share(LARGE, 1, cost)
-    print(f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
-          "even one, since a matrix is not divided")
+    print(
+        f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
+        "even one, since a matrix is not divided"
+    )
     document = {
         "rows": [dict(zip(("figure", "model", "measured"), row, strict=True)) for row in rows],
         "here": {"title": f"MiniLM, batch {batch}, CPU cores", "lines": here},
-        "assumed": {"title": f"{parameters / 1e9:.1f}B parameters, ASSUMED GPUs", "gpu": GPU,
-                    "batch": LARGE_BATCH, "tokens": TOKENS, "lines": assumed},
-        "rounds": rounds, "law": law, "provenance": artifacts.provenance(seed=0, device="cpu")}
+        "assumed": {
+            "title": f"{parameters / 1e9:.1f}B parameters, ASSUMED GPUs",
+            "gpu": GPU,
+            "batch": LARGE_BATCH,
+            "tokens": TOKENS,
+            "lines": assumed,
+        },
+        "rounds": rounds,
+        "law": law,
+        "provenance": artifacts.provenance(seed=0, device="cpu"),
+    }
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.figure:

@@ -25,5 +25,7 @@ def seconds(generator: object, size: int = 4 * MILLION, repeats: int = 7) -> flo
 if __name__ == "__main__":
     torch.set_num_threads(1)
     plain, secure = seconds(os_seeded_generator()), seconds(SecureRandom())
-    print(f"noise for a million entries: torch {plain * 1e3:.1f} ms, secure {secure * 1e3:.1f} ms "
-          f"({secure / plain:.2f} times), processor time of one core")
+    print(
+        f"noise for a million entries: torch {plain * 1e3:.1f} ms, secure {secure * 1e3:.1f} ms "
+        f"({secure / plain:.2f} times), processor time of one core"
+    )

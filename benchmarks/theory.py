@@ -29,6 +29,7 @@ def slowest(function: Callable[..., object], points: list[tuple]) -> float:
 def import_seconds() -> float:
     def fresh(code: str) -> float:
         return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True), repeats=3)
+
     return fresh("import lowrank_dp.theory") - fresh("pass")
 
 
@@ -36,17 +37,34 @@ def main() -> int:
     grid = np.arange(1, 1001)
     coordinate = [(r, b) for r in (1, 2, 16, 60, 1000, 10**5) for b in (0.0, 1e-3, 0.5, 1 - 1e-9)]
     joint = [(r, n) for r in (1, 16, 1024, 10**5) for n in (2, 768, 4096, 10**6)]
-    private = [(e, r, n, t, k) for e in (0.0, 1.0, 1000.0) for r in (1, 16, 256, 10**5)
-               for n in (16, 4096, 10**6) for t in (1e-3, 0.1, 2.0) for k in (1.0, 1.1)]
+    private = [
+        (e, r, n, t, k)
+        for e in (0.0, 1.0, 1000.0)
+        for r in (1, 16, 256, 10**5)
+        for n in (16, 4096, 10**6)
+        for t in (1e-3, 0.1, 2.0)
+        for k in (1.0, 1.1)
+    ]
     rows = [
-        ("tv_bound, 1000 x 1000 grid", 1.0,
-         seconds(lambda: theory.tv_bound(grid[:, None], grid, reference="paper"))),
-        ("tv_exact, slowest point", 0.02,
-         slowest(lambda r, b: theory.tv_exact(r, 2, beta2=b), coordinate)),
+        (
+            "tv_bound, 1000 x 1000 grid",
+            1.0,
+            seconds(lambda: theory.tv_bound(grid[:, None], grid, reference="paper")),
+        ),
+        (
+            "tv_exact, slowest point",
+            0.02,
+            slowest(lambda r, b: theory.tv_exact(r, 2, beta2=b), coordinate),
+        ),
         ("joint_tv, slowest point", 0.2, slowest(theory.joint_tv, joint)),
-        ("privacy_profile, slowest point", 0.05,
-         slowest(lambda e, r, n, t, k: theory.privacy_profile(e, r, n, angle=t, norm_ratio=k),
-                 private)),
+        (
+            "privacy_profile, slowest point",
+            0.05,
+            slowest(
+                lambda e, r, n, t, k: theory.privacy_profile(e, r, n, angle=t, norm_ratio=k),
+                private,
+            ),
+        ),
         ("import lowrank_dp.theory", 1.5, import_seconds()),
     ]
     print(f"{'':34}{'measured':>12}{'asked':>10}")

@@ -34,15 +34,24 @@ from lowrank_dp.train import TrainConfig, take_step
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, fresh_generators
 
-MODES = {"none": {}, "optimal": {"scheme": "optimal"},
-         "momentum": {"scheme": "optimal", "momentum_beta": 0.9}}
+MODES = {
+    "none": {},
+    "optimal": {"scheme": "optimal"},
+    "momentum": {"scheme": "optimal", "momentum_beta": 0.9},
+}
 BATCH, MICRO, SIGMA = 512, 64, 0.6
 
 
 def setup_for(mode):
-    config = TrainConfig(task=default_task(), noise_multiplier=SIGMA, batch_size=BATCH,
-                         micro_batch_size=MICRO, seed=0, max_examples=20_000,
-                         **MODES.get(mode, {}))
+    config = TrainConfig(
+        task=default_task(),
+        noise_multiplier=SIGMA,
+        batch_size=BATCH,
+        micro_batch_size=MICRO,
+        seed=0,
+        max_examples=20_000,
+        **MODES.get(mode, {}),
+    )
     setup = prepare(config, 0)
     return setup, State(0, "benchmark", *fresh_generators(config, "benchmark"))
 
@@ -69,8 +78,11 @@ class Theirs:
         self.sample = lambda: train._sample(self.setup, self.state.sampler)
         model = self.setup.model.train()
         self.ghost = mode == "ghost"
-        self.model = GradSampleModuleFastGradientClipping(
-            model, loss_reduction="sum", max_grad_norm=1.0) if self.ghost else model
+        self.model = (
+            GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=1.0)
+            if self.ghost
+            else model
+        )
 
     def __call__(self):
         """Seconds of one step, and 0."""
@@ -81,8 +93,9 @@ class Theirs:
             labels = batch.pop("labels")
             if self.ghost:
                 self.model.enable_hooks()
-                losses = functional.cross_entropy(self.model(**batch).logits, labels,
-                                                  reduction="none")
+                losses = functional.cross_entropy(
+                    self.model(**batch).logits, labels, reduction="none"
+                )
                 losses.sum().backward(retain_graph=True)
                 for p in trained:
                     p.grad = None
@@ -90,8 +103,9 @@ class Theirs:
                 self.model.disable_hooks()
                 (losses * scale).sum().backward()
             else:
-                functional.cross_entropy(self.model(**batch).logits, labels,
-                                         reduction="sum").backward()
+                functional.cross_entropy(
+                    self.model(**batch).logits, labels, reduction="sum"
+                ).backward()
             for total, p in zip(sums, trained, strict=True):
                 total.add_(p.grad)
                 p.grad = None
@@ -109,8 +123,9 @@ def build(mode):
 
 
 def peak_megabytes(mode):
-    out = subprocess.run([sys.executable, __file__, "--peak", mode], capture_output=True,
-                         text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, __file__, "--peak", mode], capture_output=True, text=True, check=True
+    )
     return float(out.stdout.split()[-1])
 
 
@@ -153,22 +168,27 @@ def main():
     for mode, values in times.items():
         print(f"{mode:10}{statistics.median(whole for whole, _ in values):7.2f} s a step")
     memory = peak_megabytes("momentum") / peak_megabytes("plain")
-    rows = [("optimal restoration / the rest of the step", added("optimal"), "<=", 0.05),
-            ("restored running mean / the rest of the step", added("momentum"), "<=", 0.08),
-            ("Opacus's ghost step / our restored step", rounds("ghost", "optimal"), ">=", 1.3),
-            ("peak memory, restored running mean / plain", [memory], "<=", 1.5)]
+    rows = [
+        ("optimal restoration / the rest of the step", added("optimal"), "<=", 0.05),
+        ("restored running mean / the rest of the step", added("momentum"), "<=", 0.08),
+        ("Opacus's ghost step / our restored step", rounds("ghost", "optimal"), ">=", 1.3),
+        ("peak memory, restored running mean / plain", [memory], "<=", 1.5),
+    ]
     print(f"\n{'':48}{'measured':>9}{'range':>14}{'asked':>10}")
     results = []
     for label, values, sign, asked in rows:
         value, low, high = statistics.median(values), min(values), max(values)
         met = value <= asked if sign == "<=" else value >= asked
         results.append((label, value, low, high, sign, asked))
-        print(f"{label:48}{value:9.3f}{f'{low:.3f}-{high:.3f}':>14}{sign:>5} {asked:.2f}"
-              f"  {'met' if met else 'MISSED'}")
+        print(
+            f"{label:48}{value:9.3f}{f'{low:.3f}-{high:.3f}':>14}{sign:>5} {asked:.2f}"
+            f"  {'met' if met else 'MISSED'}"
+        )
     if arguments.json:
         keys = ("figure", "measured", "low", "high", "relation", "asked")
-        arguments.json.write_text(json.dumps(
-            [dict(zip(keys, row, strict=True)) for row in results], indent=1))
+        arguments.json.write_text(
+            json.dumps([dict(zip(keys, row, strict=True)) for row in results], indent=1)
+        )
 
 
 if __name__ == "__main__":

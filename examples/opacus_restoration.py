@@ -30,16 +30,21 @@ def train(restored: bool) -> tuple[float, float]:
     """Loss on the data after training, and the epsilon spent."""
     torch.manual_seed(0)
     data = low_rank_data()
-    model = nn.Sequential(nn.Linear(FEATURES, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(),
-                          nn.Linear(128, CLASSES))
+    model = nn.Sequential(
+        nn.Linear(FEATURES, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, CLASSES)
+    )
     # beta1 = 0: the restored running mean below is the momentum
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003, betas=(0.0, 0.999))
     privacy_engine = PrivacyEngine()
     model, optimizer, loader = privacy_engine.make_private(
-        module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=BATCH),
-        noise_multiplier=8.0, max_grad_norm=1.0,
+        module=model,
+        optimizer=optimizer,
+        data_loader=DataLoader(data, batch_size=BATCH),
+        noise_multiplier=8.0,
+        max_grad_norm=1.0,
         # fixed for the example's sake; leave it out to draw secret noise
-        noise_generator=torch.Generator().manual_seed(1))
+        noise_generator=torch.Generator().manual_seed(1),
+    )
     if restored:
         attach_restoration(optimizer, "optimal", momentum_beta=0.9, below="zero")  # the one line
 

@@ -10,8 +10,24 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "accounting", "artifacts", "data", "evaluation", "experiments", "figures", "grads", "lora",
-    "mechanism", "mia", "models", "optim", "plots", "restore", "rng", "spectrum", "sweep", "theory",
+    "accounting",
+    "artifacts",
+    "data",
+    "evaluation",
+    "experiments",
+    "figures",
+    "grads",
+    "lora",
+    "mechanism",
+    "mia",
+    "models",
+    "optim",
+    "plots",
+    "restore",
+    "rng",
+    "spectrum",
+    "sweep",
+    "theory",
     "train",
 )
 

@@ -21,9 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand; only its own module is imported."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"lowrank-dp {__version__}: what low rank does for private fine-tuning, and what "
-              "noise does to low rank\n\nusage: lowrank-dp COMMAND [OPTIONS]   "
-              "(lowrank-dp COMMAND --help)\n")
+        print(
+            f"lowrank-dp {__version__}: what low rank does for private fine-tuning, and what "
+            "noise does to low rank\n\nusage: lowrank-dp COMMAND [OPTIONS]   "
+            "(lowrank-dp COMMAND --help)\n"
+        )
         print("\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()))
         return
     if arguments[0] == "--version":

@@ -38,8 +38,10 @@ def held_signals() -> Iterator[list[int]]:
     It stays empty outside the main thread, where Python handles no signals.
     """
     asked: list[int] = []
-    before = {number: signal.getsignal(number) or signal.SIG_DFL
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.getsignal(number) or signal.SIG_DFL
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
 
     def restore() -> None:
         for number, handler in before.items():
@@ -62,8 +64,9 @@ def held_signals() -> Iterator[list[int]]:
 
 def new_app(help: str) -> typer.Typer:
     """A typer application without boxes, tracebacks of its own, or completion options."""
-    return typer.Typer(help=help, add_completion=False, rich_markup_mode=None,
-                       pretty_exceptions_enable=False)
+    return typer.Typer(
+        help=help, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
@@ -99,8 +102,9 @@ def report(message: str) -> int:
     return BAD_INPUT
 
 
-def warn_in_one_line(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any
-                     ) -> None:
+def warn_in_one_line(
+    message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any
+) -> None:
     """Print a warning to the user as one line on stderr, in place of ``warnings.showwarning``.
 
     Warnings of other kinds, which are for programmers, are left out.
@@ -126,5 +130,11 @@ def options(pairs: Iterable[str]) -> dict[str, Any]:
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on stderr; silent when stderr is not a terminal."""
     # not Console.is_terminal, which believes FORCE_COLOR: a notebook's workers inherit that
-    yield from track(items, description, total=total, console=Console(stderr=True),
-                     disable=not sys.stderr.isatty(), transient=True)
+    yield from track(
+        items,
+        description,
+        total=total,
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )

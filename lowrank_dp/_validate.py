@@ -17,8 +17,15 @@ def fail(name: str, requirement: str, value: object) -> NoReturn:
     raise ValueError(f"{name} must be {requirement}, got {value!r:.300}")
 
 
-def real(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
-         low_open: bool = False, high_open: bool = False) -> float:
+def real(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
     """``value`` as a finite float in the interval from ``low`` to ``high``.
 
     >>> real("noise_std", 0.5, low=0)
@@ -37,7 +44,8 @@ def real(name: str, value: Any, *, low: float = -math.inf, high: float = math.in
     except (TypeError, ValueError, OverflowError, RuntimeError):
         fail(name, requirement, value)
     inside = (number > low if low_open else number >= low) and (
-        number < high if high_open else number <= high)
+        number < high if high_open else number <= high
+    )
     if not (math.isfinite(number) and inside):
         fail(name, requirement, value)
     return number

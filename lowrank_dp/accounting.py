@@ -31,9 +31,17 @@ from scipy import fft, optimize, signal, special
 
 INTERVAL = 1e-3  # of the discretised privacy loss, at most, for an epsilon up to 200
 _CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
-_ORDERS = np.array([1.02, 1.035, 1.05, 1.075, *(1 + x / 10 for x in range(1, 110)),
-                    *range(12, 64),
-                    *(64 * 1.18**k for k in range(60))])
+_ORDERS = np.array(
+    [
+        1.02,
+        1.035,
+        1.05,
+        1.075,
+        *(1 + x / 10 for x in range(1, 110)),
+        *range(12, 64),
+        *(64 * 1.18**k for k in range(60)),
+    ]
+)
 _POINTS = 200_000  # of an integral, at most
 _MOST = 1e9  # a larger epsilon bounds nothing
 _MARGIN = 1 + 1e-9  # for what floating point may take from an exact value
@@ -64,8 +72,9 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
     if sample_rate == 1 or not 0 < found.epsilon < math.inf:
         return found
     interval = math.inf
-    while (finer := _interval(noise_multiplier, sample_rate, steps, delta,
-                              found.epsilon)) < 0.7 * interval:
+    while (
+        finer := _interval(noise_multiplier, sample_rate, steps, delta, found.epsilon)
+    ) < 0.7 * interval:
         interval = finer
         by_pld = loss_epsilon(noise_multiplier, sample_rate, steps, delta, interval)
         if by_pld <= found.epsilon:
@@ -94,17 +103,22 @@ def _checked(epsilon: float) -> float:
 
 # Without sampling --------------------------------------------------------------------------------
 
+
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Epsilon at ``delta`` of one Gaussian mechanism whose sensitivity is ``mu`` > 0 times its std.
 
     delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu). The ratio of the
     two terms is one of Mills ratios, so that no tail underflows.
     """
+
     def excess(epsilon: float) -> float:
         first, second = epsilon / mu - mu / 2, epsilon / mu + mu / 2
         larger = float(special.log_ndtr(-first))
-        ratio = math.exp(epsilon + float(special.log_ndtr(-second)) - larger) if first < 5 else (
-            float(special.erfcx(second / math.sqrt(2)) / special.erfcx(first / math.sqrt(2))))
+        ratio = (
+            math.exp(epsilon + float(special.log_ndtr(-second)) - larger)
+            if first < 5
+            else (float(special.erfcx(second / math.sqrt(2)) / special.erfcx(first / math.sqrt(2))))
+        )
         return larger + math.log1p(-min(ratio, 1 - 1e-16)) - math.log(delta)
 
     if delta >= float(special.erf(mu / math.sqrt(8))):  # the total variation
@@ -118,6 +132,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 # Renyi -------------------------------------------------------------------------------------------
+
 
 def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """Epsilon by RDP, the best of about 150 orders from 1.02 to a million."""
@@ -148,10 +163,13 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
         x = np.arange(low, high, interval)
         log_ratio = (x - 0.5) / noise_multiplier**2
         loss = np.where(  # the first form keeps the relative precision of a small loss
-            log_ratio < 30, np.log1p(sample_rate * np.expm1(np.minimum(log_ratio, 30))),
-            np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio))
-        log_density = (-x**2 / 2 / noise_multiplier**2
-                       - math.log(noise_multiplier * math.sqrt(2 * math.pi) / interval))
+            log_ratio < 30,
+            np.log1p(sample_rate * np.expm1(np.minimum(log_ratio, 30))),
+            np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio),
+        )
+        log_density = -(x**2) / 2 / noise_multiplier**2 - math.log(
+            noise_multiplier * math.sqrt(2 * math.pi) / interval
+        )
         power = order * loss
         growth = np.maximum(power, 0) + np.log(-np.expm1(-np.abs(power)) + 1e-300)
         moment = _log_sum(log_density + growth, np.sign(power))
@@ -161,8 +179,10 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
 
 # The privacy-loss distribution -------------------------------------------------------------------
 
-def loss_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float,
-                 interval: float) -> float:
+
+def loss_epsilon(
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, interval: float
+) -> float:
     """Epsilon by the privacy loss of one step, discretised with ``interval`` and composed.
 
     Losses whose probability over all steps is below a thousandth of delta count as infinite.
@@ -170,12 +190,17 @@ def loss_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
     reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
     if (reach + 0.5 / noise_multiplier) / noise_multiplier > 700:
         return math.inf  # its exponential would overflow
-    return max(_composed_epsilon(*_one_step(noise_multiplier, sample_rate, interval, reach, sign),
-                                 interval, steps, delta) for sign in (1, -1))
+    return max(
+        _composed_epsilon(
+            *_one_step(noise_multiplier, sample_rate, interval, reach, sign), interval, steps, delta
+        )
+        for sign in (1, -1)
+    )
 
 
-def _interval(noise_multiplier: float, sample_rate: float, steps: int, delta: float,
-              epsilon: float) -> float:
+def _interval(
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, epsilon: float
+) -> float:
     """The interval that leaves epsilon within a percent of its limit; larger past epsilon 200.
 
     A loss that lies between two points is moved to both, which adds about E|loss| * interval to
@@ -187,8 +212,9 @@ def _interval(noise_multiplier: float, sample_rate: float, steps: int, delta: fl
     return max(epsilon / _CELLS, 1e-9, min(INTERVAL, enough, max(epsilon / 50, 0.02 * spread)))
 
 
-def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reach: float, sign: int
-              ) -> tuple[int, np.ndarray, float]:
+def _one_step(
+    noise_multiplier: float, sample_rate: float, interval: float, reach: float, sign: int
+) -> tuple[int, np.ndarray, float]:
     """The loss of one step, for a removed unit (``sign`` 1) or an added one (-1).
 
     Returns:
@@ -196,10 +222,12 @@ def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reac
         infinite loss. The hockey-stick divergence delta(epsilon) is exact at every point, and
         linear in exp(epsilon) between them, which is never below (Doroshenko et al. 2022).
     """
+
     def loss(x: float) -> float:
         log_ratio = (x - 0.5) / noise_multiplier**2
-        return sign * float(np.logaddexp(math.log1p(-sample_rate),
-                                         math.log(sample_rate) + log_ratio))
+        return sign * float(
+            np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio)
+        )
 
     # on each side as far as the noise of either neighbour reaches
     ends = sorted([loss(-reach * noise_multiplier), loss(1 + reach * noise_multiplier)])
@@ -210,10 +238,14 @@ def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reac
     x = noise_multiplier * np.log(growth[inside] / sample_rate) + 0.5 / noise_multiplier
     weight = sign * (1.0 if sign > 0 else np.exp(epsilon[inside]))
     above, below = np.zeros(len(epsilon)), np.zeros(len(epsilon))
-    above[inside] = weight * (sample_rate * special.ndtr(sign * (1 / noise_multiplier - x))
-                              - growth[inside] * special.ndtr(-sign * x))
-    below[inside] = weight * (growth[inside] * special.ndtr(sign * x)
-                              - sample_rate * special.ndtr(sign * (x - 1 / noise_multiplier)))
+    above[inside] = weight * (
+        sample_rate * special.ndtr(sign * (1 / noise_multiplier - x))
+        - growth[inside] * special.ndtr(-sign * x)
+    )
+    below[inside] = weight * (
+        growth[inside] * special.ndtr(sign * x)
+        - sample_rate * special.ndtr(sign * (x - 1 / noise_multiplier))
+    )
     # delta is above, or 1 - exp(epsilon) + below: for losses < 0 the latter has no difference of
     # numbers near 1, and the same bends, since 1 - exp(epsilon) is linear in exp(epsilon)
     negative = epsilon < 0
@@ -221,14 +253,24 @@ def _one_step(noise_multiplier: float, sample_rate: float, interval: float, reac
     rest = np.where(negative, below, above + np.expm1(epsilon))
     scale = math.expm1(interval)
     bends = [(np.diff(f)[1:] - np.diff(f)[:-1] * math.exp(interval)) / scale for f in (delta, rest)]
-    probabilities = np.concatenate([
-        [(rest[1] - rest[0]) / scale - rest[0]], np.where(negative[1:-1], bends[1], bends[0]),
-        [(delta[-1] - delta[-2]) / math.expm1(-interval)]])
+    probabilities = np.concatenate(
+        [
+            [(rest[1] - rest[0]) / scale - rest[0]],
+            np.where(negative[1:-1], bends[1], bends[0]),
+            [(delta[-1] - delta[-2]) / math.expm1(-interval)],
+        ]
+    )
     return lowest, np.maximum(probabilities, 0.0), max(float(delta[-1]), 0.0)
 
 
-def _composed_epsilon(lowest: int, probabilities: np.ndarray, infinite: float, interval: float,
-                      steps: int, delta: float) -> float:
+def _composed_epsilon(
+    lowest: int,
+    probabilities: np.ndarray,
+    infinite: float,
+    interval: float,
+    steps: int,
+    delta: float,
+) -> float:
     """Epsilon at ``delta`` of ``steps`` independent losses of one distribution."""
     lost = -math.expm1(steps * math.log1p(-infinite))
     if lost >= delta:
@@ -242,7 +284,9 @@ def _composed_epsilon(lowest: int, probabilities: np.ndarray, infinite: float, i
     with np.errstate(over="ignore"):  # at orders that are then not the best
         lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
-    composed = np.roll(fft.irfft(fft.rfft(tilted, size)**steps, size), -lower)[:upper - lower + 1]
+    composed = np.roll(fft.irfft(fft.rfft(tilted, size) ** steps, size), -lower)[
+        : upper - lower + 1
+    ]
     losses = interval * (steps * lowest + lower + np.arange(len(composed)))
     centre = float(losses[np.argmax(composed)])
     kept = tilt * (losses - centre) > -600
@@ -263,9 +307,14 @@ def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: 
         theta = math.exp(log_theta)
         return (steps * _log_sum(log_one + theta * losses) - math.log(delta)) / theta
 
-    return math.exp(optimize.minimize_scalar(
-        chernoff, bounds=(math.log(1e-3), math.log(1e9)), method="bounded",
-        options={"xatol": 0.02}).x)
+    return math.exp(
+        optimize.minimize_scalar(
+            chernoff,
+            bounds=(math.log(1e-3), math.log(1e9)),
+            method="bounded",
+            options={"xatol": 0.02},
+        ).x
+    )
 
 
 def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: float) -> float:

@@ -19,8 +19,13 @@ from lowrank_dp import _validate
 ENGINES = ("loky", "ray", "dask", "sequential")
 ATTEMPTS = 3  # of a job whose worker dies; the last one with no other job beside it
 # what decides which data and models a worker finds, and that it stays off the network
-SETTINGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT",
-            "LOWRANK_DP_DATA")
+SETTINGS = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_ENDPOINT",
+    "LOWRANK_DP_DATA",
+)
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -28,17 +33,21 @@ R = TypeVar("R")
 def check_engine(engine: str) -> None:
     """Raise ``ValueError`` if there is no such engine, it is not installed, or torchrun is here."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("sweeps and attacks must be started as one process, not by torchrun "
-                         "(WORLD_SIZE is set): use --engine to share them out")
+        raise ValueError(
+            "sweeps and attacks must be started as one process, not by torchrun "
+            "(WORLD_SIZE is set): use --engine to share them out"
+        )
     _validate.choice("engine", engine, ENGINES)
     module = {"ray": "ray", "dask": "distributed"}.get(engine)
     if module and importlib.util.find_spec(module) is None:
-        raise ValueError(f"engine {engine!r} is not installed: "
-                         "pip install 'lowrank_dp[distributed]'")
+        raise ValueError(
+            f"engine {engine!r} is not installed: pip install 'lowrank_dp[distributed]'"
+        )
 
 
-def run(function: Callable[[J], R], jobs: Sequence[J], engine: str, num_workers: int
-        ) -> Iterator[tuple[int, R | None]]:
+def run(
+    function: Callable[[J], R], jobs: Sequence[J], engine: str, num_workers: int
+) -> Iterator[tuple[int, R | None]]:
     """``(i, function(jobs[i]))`` as they finish; the result is None if each worker died of it.
 
     Args:
@@ -72,8 +81,14 @@ def run(function: Callable[[J], R], jobs: Sequence[J], engine: str, num_workers:
         yield from ((i, None) for i in left)
 
 
-def _pool(function: Callable[[J], R], jobs: Sequence[J], waiting: list[int], begun: set[int],
-          backend: Any, num_workers: int) -> Iterator[tuple[int, R]]:
+def _pool(
+    function: Callable[[J], R],
+    jobs: Sequence[J],
+    waiting: list[int],
+    begun: set[int],
+    backend: Any,
+    num_workers: int,
+) -> Iterator[tuple[int, R]]:
     """Results as they finish; jobs move from ``waiting`` to ``begun`` as they are handed out."""
     from joblib import Parallel, delayed
 
@@ -83,8 +98,13 @@ def _pool(function: Callable[[J], R], jobs: Sequence[J], waiting: list[int], beg
             yield delayed(_numbered)(i, function, jobs[i])
 
     # with n_jobs = 1 joblib would work in this process, where no death can be survived
-    yield from Parallel(n_jobs=max(2, num_workers), pre_dispatch=num_workers, batch_size=1,
-                        backend=backend, return_as="generator_unordered")(hand_out())
+    yield from Parallel(
+        n_jobs=max(2, num_workers),
+        pre_dispatch=num_workers,
+        batch_size=1,
+        backend=backend,
+        return_as="generator_unordered",
+    )(hand_out())
 
 
 def _numbered(i: int, function: Callable[[J], R], job: J) -> tuple[int, R]:
@@ -92,8 +112,9 @@ def _numbered(i: int, function: Callable[[J], R], job: J) -> tuple[int, R]:
 
 
 @contextlib.contextmanager
-def _connected(engine: str, num_workers: int
-               ) -> Iterator[tuple[Callable[[], Any], tuple[type[Exception], ...]]]:
+def _connected(
+    engine: str, num_workers: int
+) -> Iterator[tuple[Callable[[], Any], tuple[type[Exception], ...]]]:
     """What makes joblib's backend for ``engine``, and what is raised when a worker dies.
 
     A cluster that was there before stays when the block ends.
@@ -121,10 +142,14 @@ def _ray(stack: contextlib.ExitStack, num_workers: int) -> Any:
     if not ray.is_initialized():
         settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
         stack.callback(ray.shutdown)
-        ray.init(runtime_env={"env_vars": settings}, log_to_driver=False,
-                 logging_level=logging.ERROR)
-    return Backend, (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError,
-                     ray.exceptions.OutOfMemoryError)
+        ray.init(
+            runtime_env={"env_vars": settings}, log_to_driver=False, logging_level=logging.ERROR
+        )
+    return Backend, (
+        ray.exceptions.RayActorError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.OutOfMemoryError,
+    )
 
 
 def _dask(stack: contextlib.ExitStack, num_workers: int) -> Any:
@@ -139,7 +164,7 @@ def _dask(stack: contextlib.ExitStack, num_workers: int) -> Any:
 
         def submit(self, func: Any, callback: Any = None) -> Any:
             """Joblib's own never calls back for a result that died with its worker."""
-            (call, arguments, _), = func.items  # batches are of one
+            ((call, arguments, _),) = func.items  # batches are of one
             future = self.client.submit(call, *arguments, pure=False)
             future.add_done_callback(lambda done: callback(done.exception() or [done.result()]))
             return future
@@ -147,10 +172,15 @@ def _dask(stack: contextlib.ExitStack, num_workers: int) -> Any:
     try:
         client = distributed.get_client()
     except ValueError:  # none is open yet
-        here = {} if dask.config.get("scheduler-address", None) else {
-            "n_workers": num_workers, "threads_per_worker": 1, "dashboard_address": None}
+        here = (
+            {}
+            if dask.config.get("scheduler-address", None)
+            else {"n_workers": num_workers, "threads_per_worker": 1, "dashboard_address": None}
+        )
         client = stack.enter_context(distributed.Client(**here))
     if any(threads > 1 for threads in client.nthreads().values()):
-        raise ValueError("workers of a Dask cluster must have one thread each, since a run has its "
-                         "process's random numbers to itself: start them with --nthreads 1")
+        raise ValueError(
+            "workers of a Dask cluster must have one thread each, since a run has its "
+            "process's random numbers to itself: start them with --nthreads 1"
+        )
     return lambda: Backend(client=client), (distributed.KilledWorker,)

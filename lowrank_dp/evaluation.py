@@ -27,23 +27,52 @@ from lowrank_dp.grads import LOSSES
 __all__ = ["HIGHER_IS_BETTER", "evaluate", "generate_texts", "label_metrics", "text_metrics"]
 
 HIGHER_IS_BETTER: dict[str, bool] = {
-    "loss": False, "perplexity": False, "accuracy": True, "f1": True, "matthews": True,
-    "pearson": True, "spearman": True, "bleu": True, "rouge_l": True}
+    "loss": False,
+    "perplexity": False,
+    "accuracy": True,
+    "f1": True,
+    "matthews": True,
+    "pearson": True,
+    "spearman": True,
+    "bleu": True,
+    "rouge_l": True,
+}
 
 # the name in grads.LOSSES of each kind of task's loss
-LOSS_OF_KIND = {"classification": "single_label_classification", "regression": "regression",
-                 "generation": "next_token"}
+LOSS_OF_KIND = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "generation": "next_token",
+}
 # A checkpoint may bring its own way of decoding (chat models sample); these settings undo it.
-_PLAIN_DECODING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-                   "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "length_penalty": 1.0,
-                   "use_cache": True}
+_PLAIN_DECODING = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "use_cache": True,
+}
 Array = NDArray[np.float64]
 
 
-def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", *,
-             max_length: int | None = None, pad_to: int | None = None, batch_size: int = 64,
-             max_examples: int | None = None, generate: bool = False, num_beams: int = 1,
-             max_new_tokens: int = 64, seed: int = 0) -> dict[str, float]:
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    split: str = "validation",
+    *,
+    max_length: int | None = None,
+    pad_to: int | None = None,
+    batch_size: int = 64,
+    max_examples: int | None = None,
+    generate: bool = False,
+    num_beams: int = 1,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> dict[str, float]:
     """Loss and metrics of ``model`` on one split of ``task``, by name.
 
     The model runs in eval mode, without gradients, on the device where it is, and gets its mode
@@ -86,24 +115,37 @@ def evaluate(model: Any, tokenizer: Any, task: Task, split: str = "validation", 
     """
     examples = task.split(split)
     if not examples:
-        raise ValueError(f"{task.name} must have examples in its {split} split, got none: choose "
-                         "another split, or keep more examples")
+        raise ValueError(
+            f"{task.name} must have examples in its {split} split, got none: choose "
+            "another split, or keep more examples"
+        )
     if generate and task.kind != "generation":
         raise ValueError(f"generate must be False for {task.name}, a {task.kind} task, got True")
     if max_examples is not None:
-        examples = subset(examples, _validate.integer("max_examples", max_examples),
-                          f"{seed}/{split}")
+        examples = subset(
+            examples, _validate.integer("max_examples", max_examples), f"{seed}/{split}"
+        )
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     of_texts: dict[str, float] = {}
     if generate:
         groups = _groups(examples)
-        texts = generate_texts(model, tokenizer, [group[0].text for group in groups],
-                               num_beams=num_beams, max_new_tokens=max_new_tokens,
-                               batch_size=batch_size, max_length=max_length)
+        texts = generate_texts(
+            model,
+            tokenizer,
+            [group[0].text for group in groups],
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
         of_texts = text_metrics(texts, [[e.target or "" for e in group] for group in groups])
     with _evaluating(model):
-        losses, counts, logits = _forward(model, task, examples, micro_batches(
-            rows, batch_size, tokenizer.pad_token_id, length=pad_to))
+        losses, counts, logits = _forward(
+            model,
+            task,
+            examples,
+            micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to),
+        )
     found = {"loss": float(losses.mean())}
     if task.kind == "generation":
         found["perplexity"] = float(((losses * counts).sum() / counts.sum()).exp())
@@ -143,14 +185,24 @@ def label_metrics(names: Iterable[str], outputs: Any, labels: Any) -> dict[str, 
     elif predictions.ndim == 2:
         predictions = predictions[:, 0]
     if truth.ndim != 1 or predictions.shape != truth.shape:
-        _validate.fail("outputs and labels", "of shapes (N,) or (N, C) and (N,)",
-                       (predictions.shape, truth.shape))
+        _validate.fail(
+            "outputs and labels",
+            "of shapes (N,) or (N, C) and (N,)",
+            (predictions.shape, truth.shape),
+        )
     return {name: float(_LABEL_METRICS[name](predictions, truth)) for name in names}
 
 
-def generate_texts(model: Any, tokenizer: Any, sources: Sequence[str], *, num_beams: int = 1,
-                   max_new_tokens: int = 64, batch_size: int = 64,
-                   max_length: int | None = None) -> list[str]:
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[str],
+    *,
+    num_beams: int = 1,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    max_length: int | None = None,
+) -> list[str]:
     """One text for each of ``sources``, in their order: what the model writes until its end token.
 
     Prompts are those of ``data.encode``, source and line break, cut to ``max_length`` tokens if
@@ -165,37 +217,59 @@ def generate_texts(model: Any, tokenizer: Any, sources: Sequence[str], *, num_be
     if isinstance(sources, str) or not sources:
         _validate.fail("sources", "a non-empty list of strings", sources)
     if not getattr(model, "can_generate", lambda: False)():
-        _validate.fail("model", "a causal language model to generate text (smollm2 or tiny-llama)",
-                       type(model).__name__)
-    prompts = encode([Example(f"sources[{i}]", text) for i, text in enumerate(sources)],
-                     tokenizer, kind="generation", max_length=max_length, with_target=False)
+        _validate.fail(
+            "model",
+            "a causal language model to generate text (smollm2 or tiny-llama)",
+            type(model).__name__,
+        )
+    prompts = encode(
+        [Example(f"sources[{i}]", text) for i, text in enumerate(sources)],
+        tokenizer,
+        kind="generation",
+        max_length=max_length,
+        with_target=False,
+    )
     longest = max(len(prompt["input_ids"]) for prompt in prompts)
-    context = min(tokenizer.model_max_length,
-                  getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    context = min(
+        tokenizer.model_max_length,
+        getattr(model.config, "max_position_embeddings", None) or sys.maxsize,
+    )
     if longest + max_new_tokens > context:
-        raise ValueError(f"max_new_tokens must be <= {context - longest}, what a prompt of "
-                         f"{longest} tokens leaves of the model's context of {context}, got "
-                         f"{max_new_tokens}; or cut the prompts by a smaller max_length")
+        raise ValueError(
+            f"max_new_tokens must be <= {context - longest}, what a prompt of "
+            f"{longest} tokens leaves of the model's context of {context}, got "
+            f"{max_new_tokens}; or cut the prompts by a smaller max_length"
+        )
     device = next(model.parameters()).device
     texts = [""] * len(prompts)
     with _evaluating(model):
-        for indices, batch in micro_batches(prompts, batch_size, tokenizer.pad_token_id,
-                                            side="left"):
+        for indices, batch in micro_batches(
+            prompts, batch_size, tokenizer.pad_token_id, side="left"
+        ):
             written = model.generate(
                 **{name: value.to(device) for name, value in batch.items()},
-                **_PLAIN_DECODING, num_beams=num_beams, max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                logits_processor=[_require_finite])
-            new_tokens = written[:, batch["input_ids"].shape[1]:]
-            for i, text in zip(indices, tokenizer.batch_decode(
-                    new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                    strict=True):
+                **_PLAIN_DECODING,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                logits_processor=[_require_finite],
+            )
+            new_tokens = written[:, batch["input_ids"].shape[1] :]
+            for i, text in zip(
+                indices,
+                tokenizer.batch_decode(
+                    new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ),
+                strict=True,
+            ):
                 texts[i] = text
     return texts
 
 
-def text_metrics(hypotheses: Sequence[str],
-                 references: Sequence[Sequence[str]]) -> dict[str, float]:
+def text_metrics(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
     """``bleu`` and ``rouge_l`` of texts, each with one or more references; both from 0 to 100.
 
     BLEU (Papineni et al., ACL 2002) is sacrebleu's over the corpus, with its defaults: 13a
@@ -213,13 +287,19 @@ def text_metrics(hypotheses: Sequence[str],
     {'bleu': 100.0, 'rouge_l': 100.0}
     """
     if isinstance(hypotheses, str) or not hypotheses or len(hypotheses) != len(references):
-        _validate.fail("hypotheses and references", "non-empty lists of one length",
-                       (len(hypotheses), len(references)))
+        _validate.fail(
+            "hypotheses and references",
+            "non-empty lists of one length",
+            (len(hypotheses), len(references)),
+        )
     for i, several in enumerate(references):
         if isinstance(several, str) or not several:
             _validate.fail(f"references[{i}]", "a non-empty list of strings", several)
-    pairs = [(text, kept) for text, several in zip(hypotheses, references, strict=True)
-             if (kept := [reference for reference in several if reference.strip()])]
+    pairs = [
+        (text, kept)
+        for text, several in zip(hypotheses, references, strict=True)
+        if (kept := [reference for reference in several if reference.strip()])
+    ]
     if not pairs:
         raise ValueError("references must hold a text that is not blank, got none")
     from rouge_score.rouge_scorer import RougeScorer
@@ -236,6 +316,7 @@ def text_metrics(hypotheses: Sequence[str],
 
 # Running the model.
 
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards the mode of every module is what it was."""
@@ -249,9 +330,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _forward(model: Any, task: Task, examples: Sequence[Example],
-             batches: Iterable[tuple[list[int], dict[str, Tensor]]]
-             ) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    model: Any,
+    task: Task,
+    examples: Sequence[Example],
+    batches: Iterable[tuple[list[int], dict[str, Tensor]]],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each example's loss (N,), its number of targets (N,), and its logits (N, C), if labelled."""
     device = next(model.parameters()).device
     losses, counts = torch.zeros(2, len(examples), dtype=torch.float64)
@@ -260,11 +344,16 @@ def _forward(model: Any, task: Task, examples: Sequence[Example],
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
-        wanted = (len(indices), task.num_labels) if task.num_labels else (
-            *labels.shape, logits.shape[-1])
+        wanted = (
+            (len(indices), task.num_labels)
+            if task.num_labels
+            else (*labels.shape, logits.shape[-1])
+        )
         if logits.shape != wanted:
-            raise ValueError(f"model must have the head of {task.name}, with logits of shape "
-                             f"{wanted}, got {tuple(logits.shape)}: load it with task=task")
+            raise ValueError(
+                f"model must have the head of {task.name}, with logits of shape "
+                f"{wanted}, got {tuple(logits.shape)}: load it with task=task"
+            )
         finite = logits.flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             _not_finite(examples[indices[int(finite.logical_not().nonzero()[0])]].id)
@@ -283,8 +372,10 @@ def _require_finite(tokens: Tensor, scores: Tensor) -> Tensor:
 
 
 def _not_finite(where: str) -> NoReturn:
-    raise ValueError(f"model must give finite logits, got NaN or infinity for {where}: train it "
-                     "with a lower learning rate, or load it in float32")
+    raise ValueError(
+        f"model must give finite logits, got NaN or infinity for {where}: train it "
+        "with a lower learning rate, or load it in float32"
+    )
 
 
 def _groups(examples: Iterable[Example]) -> list[list[Example]]:
@@ -299,6 +390,7 @@ def _groups(examples: Iterable[Example]) -> list[list[Example]]:
 
 # Label metrics: predictions (N,), labels (N,) -> value. Their libraries take half a second each to
 # import, so only for those who ask.
+
 
 def _float64(name: str, values: Any) -> Array:
     array = torch.as_tensor(values).detach().double().cpu().numpy()
@@ -339,14 +431,19 @@ def _spearman(predictions: Array, labels: Array) -> float:
     return spearmanr(predictions, labels).statistic
 
 
-def _zero_if_constant(correlation: Callable[[Array, Array], float]
-                      ) -> Callable[[Array, Array], float]:
+def _zero_if_constant(
+    correlation: Callable[[Array, Array], float],
+) -> Callable[[Array, Array], float]:
     """The correlation, without a warning where there is none."""
     return lambda predictions, labels: (
-        0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0
-        else correlation(predictions, labels))
+        0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else correlation(predictions, labels)
+    )
 
 
 _LABEL_METRICS: dict[str, Callable[[Array, Array], float]] = {
-    "accuracy": _accuracy, "f1": _f1, "matthews": _zero_if_constant(_matthews),
-    "pearson": _zero_if_constant(_pearson), "spearman": _zero_if_constant(_spearman)}
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _zero_if_constant(_matthews),
+    "pearson": _zero_if_constant(_pearson),
+    "spearman": _zero_if_constant(_spearman),
+}

@@ -22,8 +22,14 @@ from torch import Tensor
 from lowrank_dp import _validate, accounting
 from lowrank_dp.rng import Generator, SecureRandom, os_seeded_generator, uniform
 
-__all__ = ["NEIGHBOURS", "GaussianMechanism", "Generator", "SecureRandom", "os_seeded_generator",
-           "uniform"]
+__all__ = [
+    "NEIGHBOURS",
+    "GaussianMechanism",
+    "Generator",
+    "SecureRandom",
+    "os_seeded_generator",
+    "uniform",
+]
 NEIGHBOURS = "add or remove one"
 _ACCOUNTANTS = ("pld", "rdp")
 _CHUNK = 1 << 15  # entries that are drawn at once
@@ -70,8 +76,9 @@ class GaussianMechanism:
         """
         return (uniform(num_units, generator) < self.sample_rate).nonzero().flatten()
 
-    def add_noise(self, clipped_sums: Mapping[str, Tensor],
-                  generator: Generator | None = None) -> dict[str, Tensor]:
+    def add_noise(
+        self, clipped_sums: Mapping[str, Tensor], generator: Generator | None = None
+    ) -> dict[str, Tensor]:
         """Noisy copies of clipped sums: each entry plus N(0, noise_std^2), in float32 or better.
 
         From a :class:`SecureRandom`, an entry is drawn, scaled and added in float64; the sum is
@@ -100,8 +107,9 @@ class GaussianMechanism:
             if isinstance(generator, SecureRandom):
                 noisy[name] = self._secure_release(total, generator)
                 continue
-            noise = torch.randn(total.shape, generator=generator, dtype=total.dtype,
-                                device=total.device)
+            noise = torch.randn(
+                total.shape, generator=generator, dtype=total.dtype, device=total.device
+            )
             noisy[name] = noise.mul_(self.noise_std).add_(total)
         return noisy
 
@@ -111,7 +119,7 @@ class GaussianMechanism:
             return released
         flat = released.view(-1)
         # adding and taking away 1.5 * 2^52 times the grid rounds to it
-        shift = 1.5 * 2.0**52 * 2.0**math.floor(math.log2(self.noise_std * _GRID))
+        shift = 1.5 * 2.0**52 * 2.0 ** math.floor(math.log2(self.noise_std * _GRID))
         for part in flat.split(_CHUNK):
             noise = generator.normal(len(part), self.noise_std).to(part.device)
             part.copy_(noise.add_(part.double()).add_(shift).sub_(shift))
@@ -141,9 +149,17 @@ class GaussianMechanism:
         return accounting.bound(float(self.noise_multiplier), float(self.sample_rate), steps, delta)
 
     @classmethod
-    def calibrate(cls, epsilon: float, delta: float, steps: int, sample_rate: float,
-                  max_grad_norm: float = 1.0, *, unit: str = "example",
-                  tolerance: float = 1e-4) -> GaussianMechanism:
+    def calibrate(
+        cls,
+        epsilon: float,
+        delta: float,
+        steps: int,
+        sample_rate: float,
+        max_grad_norm: float = 1.0,
+        *,
+        unit: str = "example",
+        tolerance: float = 1e-4,
+    ) -> GaussianMechanism:
         """Mechanism with the smallest noise multiplier that meets ``(epsilon, delta)``.
 
         Args:
@@ -176,8 +192,10 @@ class GaussianMechanism:
         while accounting.quick_bound(high, *setting).epsilon > epsilon:  # cheap, never below
             high *= 2
             if high > _MOST_NOISE:
-                raise ValueError(f"epsilon = {epsilon:g} at delta = {delta:g} cannot be met in "
-                                 f"{steps} steps by any noise multiplier below {_MOST_NOISE:g}")
+                raise ValueError(
+                    f"epsilon = {epsilon:g} at delta = {delta:g} cannot be met in "
+                    f"{steps} steps by any noise multiplier below {_MOST_NOISE:g}"
+                )
         low = high / 2
         while low > 0.01 and excess(math.log(low)) <= 0:
             high, low = low, low / 2
@@ -196,10 +214,15 @@ class GaussianMechanism:
         if self.noise_multiplier == 0:
             return "NOT private: noise_multiplier = 0"
         found = self._bound(steps, delta)
-        how = {"exact": "exact, of the Gaussian mechanism", "RDP": "RDP",
-               "PLD": f"PLD, interval {found.interval or 0:.3g}"}[found.accountant]
-        return (f"({found.epsilon:.4g}, {delta:g})-DP after {steps} steps; neighbours: "
-                f"{NEIGHBOURS} {self.unit}; Poisson sampling at rate {self.sample_rate:.4g}; "
-                f"Gaussian noise, noise_multiplier {self.noise_multiplier:.4g} relative to "
-                f"max_grad_norm {self.max_grad_norm:g}; accountant: {how} "
-                f"(RDP cross-check: epsilon {found.rdp:.4g})")
+        how = {
+            "exact": "exact, of the Gaussian mechanism",
+            "RDP": "RDP",
+            "PLD": f"PLD, interval {found.interval or 0:.3g}",
+        }[found.accountant]
+        return (
+            f"({found.epsilon:.4g}, {delta:g})-DP after {steps} steps; neighbours: "
+            f"{NEIGHBOURS} {self.unit}; Poisson sampling at rate {self.sample_rate:.4g}; "
+            f"Gaussian noise, noise_multiplier {self.noise_multiplier:.4g} relative to "
+            f"max_grad_norm {self.max_grad_norm:g}; accountant: {how} "
+            f"(RDP cross-check: epsilon {found.rdp:.4g})"
+        )

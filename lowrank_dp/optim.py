@@ -36,9 +36,14 @@ _OPACUS = ("original_optimizer", "noise_multiplier", "max_grad_norm", "expected_
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
-def attach_restoration(optimizer: Any, scheme: str = "optimal", *,
-                       mean_noise_std: float | None = None, momentum_beta: float | None = None,
-                       **options: Any) -> Restoration:
+def attach_restoration(
+    optimizer: Any,
+    scheme: str = "optimal",
+    *,
+    mean_noise_std: float | None = None,
+    momentum_beta: float | None = None,
+    **options: Any,
+) -> Restoration:
     """Restore every noisy gradient matrix of ``optimizer`` just before each of its steps.
 
     Runs once per logical step: not on the micro-batches that Opacus skips. Gradients that are
@@ -89,22 +94,33 @@ class Restoration:
             by its parameter's index, counted over all parameter groups as torch does.
     """
 
-    def __init__(self, optimizer: Any, scheme: str, mean_noise_std: float | None,
-                 momentum_beta: float | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        scheme: str,
+        mean_noise_std: float | None,
+        momentum_beta: float | None,
+        options: dict[str, Any],
+    ) -> None:
         optimizer = _unwrap(optimizer)
         self._opacus = optimizer if all(hasattr(optimizer, name) for name in _OPACUS) else None
         self._inner = _unwrap(optimizer.original_optimizer) if self._opacus else optimizer
         if not isinstance(self._inner, torch.optim.Optimizer):
-            _validate.fail("optimizer", "an Opacus DPOptimizer or a torch optimizer",
-                           type(optimizer).__name__)
+            _validate.fail(
+                "optimizer", "an Opacus DPOptimizer or a torch optimizer", type(optimizer).__name__
+            )
         if self._inner in _attached:
             raise ValueError("optimizer must not have a restoration attached yet: remove() it")
         if _validate.choice("scheme", scheme, SCHEMES) in NON_PRIVATE_SCHEMES:
-            raise ValueError(f"scheme must be a private one, got {scheme!r}, which reads clean "
-                             "gradients: for diagnosis only, never for training")
+            raise ValueError(
+                f"scheme must be a private one, got {scheme!r}, which reads clean "
+                "gradients: for diagnosis only, never for training"
+            )
         if self._opacus and mean_noise_std is not None:
-            raise ValueError("mean_noise_std must not be given with a DPOptimizer: it is read "
-                             "from the optimizer at each step")
+            raise ValueError(
+                "mean_noise_std must not be given with a DPOptimizer: it is read "
+                "from the optimizer at each step"
+            )
         self.mean_noise_std = mean_noise_std
         self.reports: dict[str, Report] = {}
         self._scheme, self._options = scheme, options
@@ -120,8 +136,9 @@ class Restoration:
             _require_whole(index, parameter)
             if _is_matrix(parameter):
                 shapes[parameter.shape] = index, parameter.device
-        trial = {index: torch.ones(shape, device=device)
-                 for shape, (index, device) in shapes.items()}
+        trial = {
+            index: torch.ones(shape, device=device) for shape, (index, device) in shapes.items()
+        }
         restore_gradients(trial, 1.0, scheme, **options)  # refuses bad options before training
         self._hook = self._inner.register_step_pre_hook(self._before_step)
         vars(self._inner)["__getstate__"] = _refuse_copy  # copy, deepcopy and pickle call it
@@ -159,24 +176,36 @@ class Restoration:
         for index in dict.fromkeys(name.partition(".")[0] for name in tensors):
             try:
                 output, weights, noise_stds = (
-                    tensors[f"{index}.{field}"] for field in ("output", "weights", "noise_stds"))
+                    tensors[f"{index}.{field}"] for field in ("output", "weights", "noise_stds")
+                )
                 parameter = parameters[index]
             except KeyError as error:
-                raise ValueError(f"state must fit the optimizer's parameters, got no {error}"
-                                 ) from None
+                raise ValueError(
+                    f"state must fit the optimizer's parameters, got no {error}"
+                ) from None
             if output.shape != parameter.shape:
-                _validate.fail(f"state of parameter {index}",
-                               f"of shape {tuple(parameter.shape)}", tuple(output.shape))
+                _validate.fail(
+                    f"state of parameter {index}",
+                    f"of shape {tuple(parameter.shape)}",
+                    tuple(output.shape),
+                )
             assert self._momentum is not None
             states[index] = replace(
-                self._momentum, outputs=(output.detach().to(parameter.device, copy=True),),
-                weights=(weights.cpu().numpy().copy(),), noise_stds=noise_stds.cpu().numpy().copy())
+                self._momentum,
+                outputs=(output.detach().to(parameter.device, copy=True),),
+                weights=(weights.cpu().numpy().copy(),),
+                noise_stds=noise_stds.cpu().numpy().copy(),
+            )
         self._states = states
 
     def _parameters(self) -> dict[str, Tensor]:
         groups = self._inner.param_groups
-        return {str(index): parameter for index, parameter
-                in enumerate(parameter for group in groups for parameter in group["params"])}
+        return {
+            str(index): parameter
+            for index, parameter in enumerate(
+                parameter for group in groups for parameter in group["params"]
+            )
+        }
 
     def _read_noise_std(self) -> float:
         """Noise on each entry of ``p.grad``; read once a step, after the noise has been added."""
@@ -195,8 +224,10 @@ class Restoration:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
-            raise ValueError("step must be called without a closure: it would compute new "
-                             "gradients after the restoration")
+            raise ValueError(
+                "step must be called without a closure: it would compute new "
+                "gradients after the restoration"
+            )
         noise_std = self._read_noise_std()
         parameters, noisy = self._parameters(), {}
         for index, parameter in parameters.items():
@@ -223,9 +254,11 @@ class Restoration:
 
 
 def _refuse_copy() -> NoReturn:
-    raise ValueError("an optimizer with a restoration attached must not be copied or pickled: "
-                     "torch drops the hook, so the copy would step without restoration; remove() "
-                     "it, copy, and attach to each (optimizer.state_dict() can be saved as it is)")
+    raise ValueError(
+        "an optimizer with a restoration attached must not be copied or pickled: "
+        "torch drops the hook, so the copy would step without restoration; remove() "
+        "it, copy, and attach to each (optimizer.state_dict() can be saved as it is)"
+    )
 
 
 def _unwrap(optimizer: Any) -> Any:
@@ -238,8 +271,10 @@ def _effective_multiplier(opacus: Any) -> float:
     """Noise on an entry of the clipped sum, relative to the clipping bound."""
     sigma = float(getattr(opacus, "_adjusted_noise_multiplier", opacus.noise_multiplier))
     if not sigma > 0:
-        raise ValueError(f"noise_multiplier of the DPOptimizer must be > 0, got {sigma:g}: without "
-                         "noise there is nothing to restore, and no privacy")
+        raise ValueError(
+            f"noise_multiplier of the DPOptimizer must be > 0, got {sigma:g}: without "
+            "noise there is nothing to restore, and no privacy"
+        )
     if hasattr(opacus, "unclipped_num_std"):  # AdaClip spends a share on its noisy count
         sigma = (sigma**-2 - (2 * opacus.unclipped_num_std) ** -2) ** -0.5
     return sigma
@@ -251,17 +286,23 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 def _require_whole(index: str, tensor: Tensor) -> None:
     if hasattr(tensor, "full_tensor") or tensor.layout != torch.strided:
-        _validate.fail(f"parameter {index}", "one dense tensor (a shard's singular values are not "
-                       "the matrix's: use DDP, or train --shard)", type(tensor).__name__)
+        _validate.fail(
+            f"parameter {index}",
+            "one dense tensor (a shard's singular values are not "
+            "the matrix's: use DDP, or train --shard)",
+            type(tensor).__name__,
+        )
 
 
 def _require_noise(index: str, grad: Tensor, noise_std: float) -> None:
     norm, least = float(torch.linalg.vector_norm(grad)), noise_std * _least_norm(grad.numel())
     if norm < least:
-        raise ValueError(f"gradient of parameter {index} {tuple(grad.shape)} must hold noise of "
-                         f"standard deviation {noise_std:.4g} per entry, whose norm is at least "
-                         f"{least:.4g}, got norm {norm:.4g}: add the noise before the step, and "
-                         "state mean_noise_std in the units of p.grad")
+        raise ValueError(
+            f"gradient of parameter {index} {tuple(grad.shape)} must hold noise of "
+            f"standard deviation {noise_std:.4g} per entry, whose norm is at least "
+            f"{least:.4g}, got norm {norm:.4g}: add the noise before the step, and "
+            "state mean_noise_std in the units of p.grad"
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -293,13 +334,17 @@ def __getattr__(name: str) -> Any:
             self.scheme, self.arguments = scheme, arguments
             self.handle: Restoration | None = None
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None,
-                           **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
+        ) -> None:
             """Attach."""
             self.on_train_end(args, state, control)  # a run that failed did not end
             if args.max_grad_norm:
-                _validate.fail("max_grad_norm of TrainingArguments", "0 (the trainer's clipping "
-                               "rescales the noise)", args.max_grad_norm)
+                _validate.fail(
+                    "max_grad_norm of TrainingArguments",
+                    "0 (the trainer's clipping rescales the noise)",
+                    args.max_grad_norm,
+                )
             self.handle = attach_restoration(optimizer, self.scheme, **self.arguments)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -51,8 +51,11 @@ class SecureRandom:
     def __init__(self, key: bytes | None = None) -> None:
         key = os.urandom(KEY_BYTES) if key is None else key
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-            _validate.fail("key", f"{KEY_BYTES} bytes", type(key).__name__ if not isinstance(
-                key, bytes) else f"{len(key)} bytes")
+            _validate.fail(
+                "key",
+                f"{KEY_BYTES} bytes",
+                type(key).__name__ if not isinstance(key, bytes) else f"{len(key)} bytes",
+            )
         self._start(key, 0)
 
     def _start(self, key: bytes, position: int) -> None:
@@ -66,8 +69,9 @@ class SecureRandom:
         inner = self._bits.state["s"]
         counter = int(inner["counter"][0]) + (int(inner["counter"][1]) << 64)
         position = (counter - _BLOCK_COUNTS) * 2 + int(inner["offset"]) // 8
-        return torch.frombuffer(bytearray(self._key + position.to_bytes(16, "little")),
-                                dtype=torch.uint8)
+        return torch.frombuffer(
+            bytearray(self._key + position.to_bytes(16, "little")), dtype=torch.uint8
+        )
 
     @classmethod
     def from_state(cls, state: Tensor) -> SecureRandom:
@@ -77,8 +81,9 @@ class SecureRandom:
             ValueError: if ``state`` is not 32 bytes in a uint8 tensor.
         """
         if state.dtype != torch.uint8 or state.shape != (_STATE_BYTES,):
-            _validate.fail("state", f"{_STATE_BYTES} bytes (uint8)",
-                           f"{tuple(state.shape)} of {state.dtype}")
+            _validate.fail(
+                "state", f"{_STATE_BYTES} bytes (uint8)", f"{tuple(state.shape)} of {state.dtype}"
+            )
         data = state.numpy().tobytes()
         generator = cls(data[:KEY_BYTES])
         generator._start(data[:KEY_BYTES], int.from_bytes(data[KEY_BYTES:], "little"))
@@ -87,8 +92,10 @@ class SecureRandom:
     def words(self, size: int) -> np.ndarray:
         """(size,) words of 64 random bits (uint64)."""
         if os.getpid() != self._process:
-            raise ValueError("this SecureRandom was made by another process and would draw the "
-                             "same numbers here and there: make a new one after a fork")
+            raise ValueError(
+                "this SecureRandom was made by another process and would draw the "
+                "same numbers here and there: make a new one after a fork"
+            )
         return np.asarray(self._bits.random_raw(size))
 
     def uniform(self, size: int) -> Tensor:
@@ -112,8 +119,10 @@ class SecureRandom:
         return normal
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a SecureRandom can't be copied or pickled, since the copies would draw "
-                        "the same noise for different sums: use state() and from_state()")
+        raise TypeError(
+            "a SecureRandom can't be copied or pickled, since the copies would draw "
+            "the same noise for different sums: use state() and from_state()"
+        )
 
 
 Generator = torch.Generator | SecureRandom
@@ -137,7 +146,7 @@ def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     if generator.device.type != "cpu":
         return generator.manual_seed(int.from_bytes(os.urandom(8), sys.byteorder) >> 1)
     state = generator.manual_seed(0).get_state()
-    words = state[24:24 + 8 * _TWISTER_WORDS].view(torch.int64)  # of 32 bits, after the counters
+    words = state[24 : 24 + 8 * _TWISTER_WORDS].view(torch.int64)  # of 32 bits, after the counters
     drawn = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), dtype=np.uint32)
     words.copy_(torch.from_numpy(drawn.astype(np.int64)))
     return generator.set_state(state)

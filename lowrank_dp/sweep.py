@@ -23,8 +23,10 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.train import TrainConfig, TrainResult, train
 
 PATIENCE = 600.0  # seconds to wait for a run that another process, perhaps a dying one, holds
-DIED = (f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it: out "
-        "of memory, or killed? What it had done is kept: sweep again")
+DIED = (
+    f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it: out "
+    "of memory, or killed? What it had done is kept: sweep again"
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,14 @@ def run_folder(config: TrainConfig, folder: str | Path) -> Path:
     return Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def sweep(configs: Sequence[TrainConfig], folder: str | Path, *, num_workers: int | None = None,
-          engine: str = "loky", keep_model: bool = False) -> list[Outcome]:
+def sweep(
+    configs: Sequence[TrainConfig],
+    folder: str | Path,
+    *,
+    num_workers: int | None = None,
+    engine: str = "loky",
+    keep_model: bool = False,
+) -> list[Outcome]:
     """Train every configuration, equal ones once; outcomes in the order of ``configs``.
 
     Args:
@@ -69,8 +77,9 @@ def sweep(configs: Sequence[TrainConfig], folder: str | Path, *, num_workers: in
     workers = _validate.integer("num_workers", cores if num_workers is None else num_workers)
     folder = Path(folder).absolute()  # a worker may stand elsewhere
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
-    job = functools.partial(_run, keep_model=keep_model,
-                            threads=max(1, cores // workers) if engine == "loky" else None)
+    job = functools.partial(
+        _run, keep_model=keep_model, threads=max(1, cores // workers) if engine == "loky" else None
+    )
     results = engines.run(job, jobs, engine, workers)
     done = {}
     for i, outcome in progress(results, f"sweep of {len(jobs)} runs", total=len(jobs)):
@@ -86,8 +95,9 @@ def _run(job: tuple[str, TrainConfig], *, keep_model: bool, threads: int | None)
     given_up = time.monotonic() + PATIENCE
     while True:
         try:
-            return Outcome(config, train(config, path, resume=True, keep_model=keep_model,
-                                         show_progress=False))
+            return Outcome(
+                config, train(config, path, resume=True, keep_model=keep_model, show_progress=False)
+            )
         except (ValueError, OSError) as error:
             if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
                 return Outcome(config, None, " ".join(str(error).split()))

@@ -22,6 +22,7 @@ def epsilon(sigma, rate, steps, delta):
 def exact_step(rate, sigma, delta, sign):
     """Epsilon of one sampled step, from its two hypotheses, by mpmath."""
     with mpmath.workdps(45):
+
         def spent(e):
             growth = mpmath.expm1(sign * e) + rate
             if growth <= 0:
@@ -90,6 +91,7 @@ def exact_composed(rate, sigma, steps, delta, sign, near):
     (2 pi i z (z + 1)) along c + i t for any c > 0, here the saddle point. Both integrals are by the
     trapezoid rule, which for analytic functions is exact to rounding.
     """
+
     def log_moment(z):
         power = (z + 1 if sign > 0 else -z)[:, None]
         high = max(0.0, float(power.real.max())) + 14 * sigma
@@ -97,7 +99,9 @@ def exact_composed(rate, sigma, steps, delta, sign, near):
         ratio = (x - 0.5) / sigma**2
         loss = np.logaddexp(math.log1p(-rate), math.log(rate) + ratio)
         loss = np.where(ratio < 20, np.log1p(rate * np.expm1(np.minimum(ratio, 20))), loss)
-        log_density = math.log((x[1] - x[0]) / sigma / math.sqrt(2 * math.pi)) - (x / sigma)**2 / 2
+        log_density = (
+            math.log((x[1] - x[0]) / sigma / math.sqrt(2 * math.pi)) - (x / sigma) ** 2 / 2
+        )
         top = (log_density + power.real * loss).max(1)
         if top.max() < 0:  # the mean of expm1 is small, and keeps its relative precision
             return np.log1p((np.exp(log_density) * np.expm1(power * loss)).sum(1))
@@ -109,7 +113,7 @@ def exact_composed(rate, sigma, steps, delta, sign, near):
 
     c = math.exp(optimize.minimize_scalar(exponent, bounds=(-5, 10), method="bounded").x)
     three = log_moment(c * np.array([0.99, 1, 1.01]) + 0j).real
-    width = (steps * (three[0] - 2 * three[1] + three[2]) / (c / 100)**2 + c**-2) ** -0.5
+    width = (steps * (three[0] - 2 * three[1] + three[2]) / (c / 100) ** 2 + c**-2) ** -0.5
     step = min(width / 3, c / 5)
     t = step * np.arange(int(200 * width / step))
     z = c + 1j * t
@@ -130,9 +134,16 @@ def exact_composed(rate, sigma, steps, delta, sign, near):
 def test_composed_steps_against_the_exact_integral():
     """Between exact and 1% above, in both directions, down to a delta of 1e-20."""
     for rate, sigma, steps, delta in (
-            (0.01, 1.0, 2000, 1e-5), (0.01, 1.0, 2000, 1e-15), (0.002, 0.8, 20_000, 1e-20),
-            (0.05, 5.0, 10**6, 1e-8), (0.5, 50.0, 300, 1e-12), (0.95, 3.0, 100, 1e-20),
-            (1e-4, 100.0, 10**6, 1e-10), (0.003, 20.0, 10_000, 1e-3), (0.02, 0.6, 1000, 1e-6)):
+        (0.01, 1.0, 2000, 1e-5),
+        (0.01, 1.0, 2000, 1e-15),
+        (0.002, 0.8, 20_000, 1e-20),
+        (0.05, 5.0, 10**6, 1e-8),
+        (0.5, 50.0, 300, 1e-12),
+        (0.95, 3.0, 100, 1e-20),
+        (1e-4, 100.0, 10**6, 1e-10),
+        (0.003, 20.0, 10_000, 1e-3),
+        (0.02, 0.6, 1000, 1e-6),
+    ):
         found = epsilon(sigma, rate, steps, delta)
         exact = max(exact_composed(rate, sigma, steps, delta, sign, found) for sign in (1, -1))
         assert exact * (1 - 1e-7) <= found <= 1.01 * exact, (rate, sigma, steps, delta, exact)
@@ -145,13 +156,19 @@ def test_renyi_divergences_at_integers_are_binomial_sums():
             if order not in found:
                 continue
             with mpmath.workdps(40):
-                moment = sum(mpmath.binomial(order, k) * mpmath.mpf(rate)**k
-                             * (1 - mpmath.mpf(rate))**(order - k)
-                             * mpmath.exp(mpmath.mpf(k * k - k) / 2 / mpmath.mpf(sigma)**2)
-                             for k in range(int(order) + 1))
+                moment = sum(
+                    mpmath.binomial(order, k)
+                    * mpmath.mpf(rate) ** k
+                    * (1 - mpmath.mpf(rate)) ** (order - k)
+                    * mpmath.exp(mpmath.mpf(k * k - k) / 2 / mpmath.mpf(sigma) ** 2)
+                    for k in range(int(order) + 1)
+                )
                 exact = float(mpmath.log(moment) / (order - 1))
-            assert found[order] == pytest.approx(
-                exact, rel=1e-5 if rate < 1e-5 else 1e-8, abs=0), (sigma, rate, order)
+            assert found[order] == pytest.approx(exact, rel=1e-5 if rate < 1e-5 else 1e-8, abs=0), (
+                sigma,
+                rate,
+                order,
+            )
 
 
 def test_monotone_in_everything():
@@ -161,16 +178,24 @@ def test_monotone_in_everything():
         sigma, rate = 10 ** rng.uniform(-0.3, 2), 10 ** rng.uniform(-4, 0)
         steps, delta = int(10 ** rng.uniform(0, 4)), 10 ** rng.uniform(-15, -4)
         here = epsilon(sigma, rate, steps, delta)
-        for more in ((sigma / 1.1, rate, steps, delta), (sigma, min(1, 1.1 * rate), steps, delta),
-                     (sigma, rate, 2 * steps, delta), (sigma, rate, steps, delta / 10)):
+        for more in (
+            (sigma / 1.1, rate, steps, delta),
+            (sigma, min(1, 1.1 * rate), steps, delta),
+            (sigma, rate, 2 * steps, delta),
+            (sigma, rate, steps, delta / 10),
+        ):
             assert epsilon(*more) >= 0.99 * here, ((sigma, rate, steps, delta), more)
 
 
 def test_calibrated_noise_is_the_smallest_and_takes_no_many_evaluations(monkeypatch):
     calls, bound = [], accounting.bound
     monkeypatch.setattr(accounting, "bound", lambda *a: calls.append(a) or bound(*a))
-    for target, delta, steps, rate in ((8, 1e-5, 500, 0.0304), (0.01, 1e-20, 10**5, 1e-4),
-                                       (10, 1e-8, 10**5, 1e-5), (1e-3, 1e-5, 10**6, 1.0)):
+    for target, delta, steps, rate in (
+        (8, 1e-5, 500, 0.0304),
+        (0.01, 1e-20, 10**5, 1e-4),
+        (10, 1e-8, 10**5, 1e-5),
+        (1e-3, 1e-5, 10**6, 1.0),
+    ):
         calls.clear()
         sigma = GaussianMechanism.calibrate(target, delta, steps, rate).noise_multiplier
         assert len(calls) <= 25
@@ -179,5 +204,7 @@ def test_calibrated_noise_is_the_smallest_and_takes_no_many_evaluations(monkeypa
 
 
 def test_a_statement_names_the_bound():
-    assert "accountant: PLD, interval 0.001 (" in GaussianMechanism(1., 1., .1).statement(10, 1e-5)
+    assert "accountant: PLD, interval 0.001 (" in GaussianMechanism(1.0, 1.0, 0.1).statement(
+        10, 1e-5
+    )
     assert "accountant: exact" in GaussianMechanism(1.0, 1.0, 1.0).statement(10, 1e-5)

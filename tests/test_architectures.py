@@ -27,27 +27,80 @@ TYPES = {
 
 VOCAB = 101
 SIZES = {
-    16: ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "emb_dim", "d_embed",
-         "word_embed_proj_dim", "attention_hidden_size", "intra_bottleneck_size",
-         "true_hidden_size", "rotary_dim_base", "hidden_size_per_layer_input"),
-    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
-        "decoder_layers", "num_attention_heads", "n_head", "n_heads", "num_heads",
-        "encoder_attention_heads", "decoder_attention_heads", "num_key_value_heads",
-        "num_feedforward_networks"),
-    24: ("intermediate_size", "d_inner", "n_inner", "ffn_dim", "d_ff", "hidden_dim",
-         "encoder_ffn_dim", "decoder_ffn_dim", "dim_ff", "ffn_hidden_size"),
+    16: (
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "dim",
+        "embedding_size",
+        "emb_dim",
+        "d_embed",
+        "word_embed_proj_dim",
+        "attention_hidden_size",
+        "intra_bottleneck_size",
+        "true_hidden_size",
+        "rotary_dim_base",
+        "hidden_size_per_layer_input",
+    ),
+    2: (
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "encoder_layers",
+        "decoder_layers",
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+        "num_key_value_heads",
+        "num_feedforward_networks",
+    ),
+    24: (
+        "intermediate_size",
+        "d_inner",
+        "n_inner",
+        "ffn_dim",
+        "d_ff",
+        "hidden_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "dim_ff",
+        "ffn_hidden_size",
+    ),
     64: ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
     8: ("head_dim", "d_head", "d_kv"),
-    0.0: ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
-          "activation_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-          "summary_last_dropout", "classifier_dropout", "seq_classif_dropout", "resid_dropout",
-          "embedding_dropout", "ff_dropout", "qkv_dropout", "layerdrop", "pooler_dropout",
-          "activation_dropout_prob", "attn_dropout", "summary_first_dropout",
-          "attention_dropout_prob"),
+    0.0: (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "summary_last_dropout",
+        "classifier_dropout",
+        "seq_classif_dropout",
+        "resid_dropout",
+        "embedding_dropout",
+        "ff_dropout",
+        "qkv_dropout",
+        "layerdrop",
+        "pooler_dropout",
+        "activation_dropout_prob",
+        "attn_dropout",
+        "summary_first_dropout",
+        "attention_dropout_prob",
+    ),
 }
 OWN = {  # what a name alone does not tell
-    "gptj": dict(rotary_dim=4), "codegen": dict(rotary_dim=4), "funnel": dict(
-        block_sizes=[1, 1], num_decoder_layers=1),
+    "gptj": dict(rotary_dim=4),
+    "codegen": dict(rotary_dim=4),
+    "funnel": dict(block_sizes=[1, 1], num_decoder_layers=1),
 }
 
 
@@ -57,9 +110,13 @@ def config_of(model_type, **changes):
     known = vars(kind())
     names = {*known, *getattr(kind, "attribute_map", {})}
     sizes = {name: value for value, listed in SIZES.items() for name in listed if name in names}
-    tokens = {name: i for i, name in enumerate(
-        ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"))
-        if name in names or i < 3}
+    tokens = {
+        name: i
+        for i, name in enumerate(
+            ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
+        )
+        if name in names or i < 3
+    }
     return kind(**{**sizes, **tokens, "vocab_size": VOCAB, **OWN.get(model_type, {}), **changes})
 
 
@@ -68,8 +125,10 @@ def build(model_type, kind, method="full"):
     changes = dict(num_labels=3) if kind == "sequence" else {}
     if kind == "causal" and "is_decoder" in vars(config_of(model_type)):
         changes["is_decoder"] = True
-    auto = {"sequence": transformers.AutoModelForSequenceClassification,
-            "causal": transformers.AutoModelForCausalLM}[kind]
+    auto = {
+        "sequence": transformers.AutoModelForSequenceClassification,
+        "causal": transformers.AutoModelForCausalLM,
+    }[kind]
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,14 +139,23 @@ def build(model_type, kind, method="full"):
     if method == "full":
         choose_trainable(model, train_embeddings=False, train_layers=None)
     if method == "lora":
-        linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
-                  and m.weight.shape != (VOCAB, 16) and n.split(".")[0] not in (
-                      "classifier", "score", "lm_head", "qa_outputs", "classification_head")]
+        linear = [
+            n
+            for n, m in model.named_modules()
+            if isinstance(m, (nn.Linear, Conv1D))
+            and m.weight.shape != (VOCAB, 16)
+            and n.split(".")[0]
+            not in ("classifier", "score", "lm_head", "qa_outputs", "classification_head")
+        ]
         conv = any(isinstance(m, Conv1D) for m in model.modules())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = get_peft_model(model, LoraConfig(
-                r=2, target_modules=linear, fan_in_fan_out=conv, init_lora_weights=False))
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    r=2, target_modules=linear, fan_in_fan_out=conv, init_lora_weights=False
+                ),
+            )
     return model.eval()
 
 
@@ -98,10 +166,13 @@ def batch_of(kind, padded, rows=4, length=9):
     mask = torch.ones_like(ids)
     if padded:
         for row in range(rows):
-            mask[row, length - row:] = 0
+            mask[row, length - row :] = 0
     ids[mask == 0] = 0
-    labels = (torch.randint(0, 3, (rows,), generator=generator) if kind == "sequence"
-              else ids.masked_fill(mask == 0, -100))
+    labels = (
+        torch.randint(0, 3, (rows,), generator=generator)
+        if kind == "sequence"
+        else ids.masked_fill(mask == 0, -100)
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -111,7 +182,7 @@ def alone(model, batch, bound):
     total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
     norms = []
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-        one = {name: value[row:row + 1] for name, value in batch.items()}
+        one = {name: value[row : row + 1] for name, value in batch.items()}
         one = {name: value[:, :length] if value.ndim == 2 else value for name, value in one.items()}
         gradient = torch.autograd.grad(model(**one).loss, [*trained.values()], allow_unused=True)
         norm = torch.stack([g.double().norm() for g in gradient if g is not None]).norm()
@@ -142,8 +213,10 @@ def deviation(model, batch, sums, norms):
     """The largest error of a norm or of a parameter's sum, relative to it or to 1% of the whole."""
     total, true = alone(model, batch, 0.1)
     whole = torch.stack([t.norm() for t in total.values()]).norm()
-    off = max(float((sums[name] - total[name]).norm() / torch.maximum(t.norm(), 1e-2 * whole))
-              for name, t in total.items())
+    off = max(
+        float((sums[name] - total[name]).norm() / torch.maximum(t.norm(), 1e-2 * whole))
+        for name, t in total.items()
+    )
     return max(off, float(((norms - true) / true).abs().max()))
 
 

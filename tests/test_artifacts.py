@@ -64,8 +64,12 @@ def result(**changes):
 
 def test_round_trip(tmp_path):
     values = np.array([[1.5, np.nan], [np.inf, 0]])
-    given = result(config=Config("tiny", (3,), 1e-17), values=values, score=np.float64(1 / 3),
-                   provenance={"seed": 3, "nested": {"a": [1, 2]}})
+    given = result(
+        config=Config("tiny", (3,), 1e-17),
+        values=values,
+        score=np.float64(1 / 3),
+        provenance={"seed": 3, "nested": {"a": [1, 2]}},
+    )
     path = save_result(given, tmp_path / "new" / "folder", "name.v1")
     assert path == tmp_path / "new" / "folder" / "name.v1.json"
     got = load_result(tmp_path / "new" / "folder", "name.v1", Result)
@@ -104,11 +108,16 @@ def test_atomic_write(tmp_path):
         assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("bad, words", [
-    (result(values=np.array([object()])), "^values must be an array of numbers"),
-    (result(score=math.nan), "not JSON compliant"),
-    (Reserved("x"), "^result must be without a field 'kind'"),
-    (Result, "^result must be a dataclass instance"), ({"a": 1}, "^result must be a dataclass")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (result(values=np.array([object()])), "^values must be an array of numbers"),
+        (result(score=math.nan), "not JSON compliant"),
+        (Reserved("x"), "^result must be without a field 'kind'"),
+        (Result, "^result must be a dataclass instance"),
+        ({"a": 1}, "^result must be a dataclass"),
+    ],
+)
 def test_what_cannot_be_saved_leaves_the_old_files(tmp_path, bad, words):
     save_result(result(), tmp_path, "r")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -149,26 +158,30 @@ def change_json(folder, **changes):
     (folder / "r.json").write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:-30]),
-    lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:100]),
-    lambda f: (f / "r.npz").write_bytes(b""),
-    lambda f: (f / "r.npz").write_bytes(b"\x80\x04]."),
-    corrupt_middle,
-    lambda f: np.save((f / "r.npz").open("wb"), np.ones(3)),
-    lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\x10\x00{'descr': nonsens"),
-    lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535),
-    lambda f: (f / "r.json").write_bytes((f / "r.json").read_bytes()[:-40]),
-    lambda f: (f / "r.json").write_text(""),
-    lambda f: (f / "r.json").write_bytes(b"\xff\xfe\x00"),
-    lambda f: (f / "r.json").write_text("[" * 100000),
-    lambda f: (f / "r.json").write_text("[1, 2]"),
-    lambda f: (f / "r.json").write_text("null"),
-    lambda f: change_json(f, schema_version=2),
-    lambda f: change_json(f, kind="Other"),
-    lambda f: change_json(f, config={"model": "a", "unknown": 1}),
-    lambda f: npz_with(f / "r.npz"),
-], ids=range(18))
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:-30]),
+        lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:100]),
+        lambda f: (f / "r.npz").write_bytes(b""),
+        lambda f: (f / "r.npz").write_bytes(b"\x80\x04]."),
+        corrupt_middle,
+        lambda f: np.save((f / "r.npz").open("wb"), np.ones(3)),
+        lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\x10\x00{'descr': nonsens"),
+        lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535),
+        lambda f: (f / "r.json").write_bytes((f / "r.json").read_bytes()[:-40]),
+        lambda f: (f / "r.json").write_text(""),
+        lambda f: (f / "r.json").write_bytes(b"\xff\xfe\x00"),
+        lambda f: (f / "r.json").write_text("[" * 100000),
+        lambda f: (f / "r.json").write_text("[1, 2]"),
+        lambda f: (f / "r.json").write_text("null"),
+        lambda f: change_json(f, schema_version=2),
+        lambda f: change_json(f, kind="Other"),
+        lambda f: change_json(f, config={"model": "a", "unknown": 1}),
+        lambda f: npz_with(f / "r.npz"),
+    ],
+    ids=range(18),
+)
 def test_damaged_files(tmp_path, damage):
     save_result(result(), tmp_path, "r")
     damage(tmp_path)
@@ -200,8 +213,11 @@ def test_missing_files(tmp_path):
 
 def test_provenance_without_folders(tmp_path, monkeypatch):
     secret = str(tmp_path / "secret" / "out")
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "run.py"), "--output", secret,
-                                      f"--model={secret}", "--seed=3", secret])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [str(tmp_path / "run.py"), "--output", secret, f"--model={secret}", "--seed=3", secret],
+    )
     found = provenance(seed=3, device="cuda")
     assert found["command"].endswith("--output out --model=out --seed=3 out")
     text = json.dumps(found)
@@ -232,8 +248,10 @@ def test_tables(tmp_path):
     tex = paths[2].read_text()
     assert r"\caption{Score\_1 in \%}" in tex and r"\begin{tabular}{ll}" in tex
     assert r"name & 50\% \& more|less \\" in tex and r"a|b, c & 0.5 \\" in tex
-    assert (r'say "x"\_1 \{y\} & \textbackslash{}alpha\textasciicircum{}2 \textasciitilde{} '
-            r"\#3 \$5 \\") in tex
+    assert (
+        r'say "x"\_1 \{y\} & \textbackslash{}alpha\textasciicircum{}2 \textasciitilde{} '
+        r"\#3 \$5 \\"
+    ) in tex
     with pytest.raises(ValueError, match=r"^rows must each have 2 cells"):
         save_table(columns, [["a"]], tmp_path, "t", caption="")
     assert paths[2].read_text() == tex

@@ -18,39 +18,93 @@ from lowrank_dp.models.heads import final_layer, head_state, label_rows, own_lab
 from lowrank_dp.train import train
 
 SEQUENCE = transformers.AutoModelForSequenceClassification
-SHAPE = dict(vocab_size=800, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-             intermediate_size=24, max_position_embeddings=40, pad_token_id=0, eos_token_id=2,
-             bos_token_id=1)
-ENCODER_DECODER = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-                       decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
-                       decoder_start_token_id=2)
-T5 = dict(d_model=16, num_layers=2, num_decoder_layers=2, num_heads=2, d_ff=24, d_kv=8,
-          decoder_start_token_id=0)
+SHAPE = dict(
+    vocab_size=800,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=40,
+    pad_token_id=0,
+    eos_token_id=2,
+    bos_token_id=1,
+)
+ENCODER_DECODER = dict(
+    d_model=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+    decoder_start_token_id=2,
+)
+T5 = dict(
+    d_model=16,
+    num_layers=2,
+    num_decoder_layers=2,
+    num_heads=2,
+    d_ff=24,
+    d_kv=8,
+    decoder_start_token_id=0,
+)
 XLM = dict(emb_dim=16, n_layers=2, n_heads=2)
 GPT = dict(n_embd=16, n_layer=2, n_head=2, n_positions=40)
 # model type -> what its configuration needs beyond SHAPE
 FAMILIES = {
-    "bert": {}, "roberta": {}, "camembert": {}, "electra": dict(embedding_size=16),
-    "albert": dict(embedding_size=16), "deberta": {}, "deberta-v2": {}, "mpnet": {},
-    "convbert": dict(embedding_size=16), "longformer": dict(attention_window=[4, 4]),
+    "bert": {},
+    "roberta": {},
+    "camembert": {},
+    "electra": dict(embedding_size=16),
+    "albert": dict(embedding_size=16),
+    "deberta": {},
+    "deberta-v2": {},
+    "mpnet": {},
+    "convbert": dict(embedding_size=16),
+    "longformer": dict(attention_window=[4, 4]),
     "mobilebert": dict(embedding_size=16, intra_bottleneck_size=16, true_hidden_size=16),
-    "squeezebert": dict(embedding_size=16, q_groups=2, k_groups=2, v_groups=2,
-                        post_attention_groups=1, intermediate_groups=2, output_groups=2),
+    "squeezebert": dict(
+        embedding_size=16,
+        q_groups=2,
+        k_groups=2,
+        v_groups=2,
+        post_attention_groups=1,
+        intermediate_groups=2,
+        output_groups=2,
+    ),
     "distilbert": dict(dim=16, hidden_dim=24, n_layers=2, n_heads=2),
-    "bart": ENCODER_DECODER, "mbart": ENCODER_DECODER, "t5": T5, "mt5": T5, "umt5": T5,
-    "xlnet": dict(d_model=16, n_layer=2, n_head=2, d_inner=24, d_head=8), "xlm": XLM,
-    "flaubert": XLM, "funnel": dict(d_model=16, block_sizes=[1, 1], n_head=2, d_head=8, d_inner=24),
-    "fnet": {}, "modernbert": dict(cls_token_id=1, sep_token_id=2),
-    "gpt2": GPT, "openai-gpt": GPT, "gpt_neo": dict(
-        num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
-    "gpt_neox": {}, "bloom": dict(n_layer=2, n_head=2),
-    "opt": dict(ffn_dim=24, word_embed_proj_dim=16), "llama": dict(num_key_value_heads=1),
-    "qwen2": dict(num_key_value_heads=1), "gemma": dict(num_key_value_heads=1, head_dim=8),
+    "bart": ENCODER_DECODER,
+    "mbart": ENCODER_DECODER,
+    "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
+    "xlnet": dict(d_model=16, n_layer=2, n_head=2, d_inner=24, d_head=8),
+    "xlm": XLM,
+    "flaubert": XLM,
+    "funnel": dict(d_model=16, block_sizes=[1, 1], n_head=2, d_head=8, d_inner=24),
+    "fnet": {},
+    "modernbert": dict(cls_token_id=1, sep_token_id=2),
+    "gpt2": GPT,
+    "openai-gpt": GPT,
+    "gpt_neo": dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
+    "gpt_neox": {},
+    "bloom": dict(n_layer=2, n_head=2),
+    "opt": dict(ffn_dim=24, word_embed_proj_dim=16),
+    "llama": dict(num_key_value_heads=1),
+    "qwen2": dict(num_key_value_heads=1),
+    "gemma": dict(num_key_value_heads=1, head_dim=8),
 }
 NO_LORA = {"squeezebert"}  # whose layers are convolutions
 LABELS = ("entailment", "neutral", "contradiction")
-TASK = Task("nli", "classification", 3, LABELS, ("accuracy",),
-            {"train": (Example("a", "x", label=0),)}, "made here")
+TASK = Task(
+    "nli",
+    "classification",
+    3,
+    LABELS,
+    ("accuracy",),
+    {"train": (Example("a", "x", label=0),)},
+    "made here",
+)
 
 
 def configuration(name, **changes):
@@ -76,9 +130,12 @@ def save_base(folder, name, auto=None, seed=0, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if auto is None:
-            auto = (transformers.AutoModelForMaskedLM if type(config) in
-                    transformers.MODEL_FOR_MASKED_LM_MAPPING and name not in (
-                        "bart", "mbart") else transformers.AutoModel)
+            auto = (
+                transformers.AutoModelForMaskedLM
+                if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+                and name not in ("bart", "mbart")
+                else transformers.AutoModel
+            )
         auto.from_config(config).save_pretrained(folder)
     tokenizer = tiny.tokenizer("tiny")
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -113,6 +170,7 @@ def edit_json(path, **changes):
 
 # --- every family comes back -----------------------------------------------------------------
 
+
 @pytest.mark.parametrize("method", ["full", "lora", "lora-frozen-a"])
 def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
     """With a new head and pooler, in a process whose generators are elsewhere."""
@@ -139,7 +197,8 @@ def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
             plain = SEQUENCE.from_pretrained(saved)
         else:
             plain = peft.PeftModel.from_pretrained(
-                SEQUENCE.from_pretrained(base, num_labels=3), saved)
+                SEQUENCE.from_pretrained(base, num_labels=3), saved
+            )
         # a Longformer's last bits differ from call to call
         torch.testing.assert_close(logits(plain), expected, rtol=1e-5, atol=1e-5)
         assert plain.config.id2label[0] in ("entailment", "LABEL_0")
@@ -153,7 +212,8 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
         base = save_base(tmp_path / name, name)
         _, report = SEQUENCE.from_pretrained(base, num_labels=3, output_loading_info=True)
         pattern = {"mobilebert": r"weight$"}.get(
-            name, r"([nN]orm|ln_|in_proj|q_lin|SelfAttention\.q).*weight")
+            name, r"([nN]orm|ln_|in_proj|q_lin|SelfAttention\.q).*weight"
+        )
         model, _ = load_model(base, kind="classification", num_labels=3, train_layers=pattern)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         head = set(head_state(model))
@@ -165,20 +225,34 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
 
 def test_last_blocks_of_every_family(tmp_path):
     """The last block, of each list if there are several; encoders come before decoders."""
-    first = {"bert": r"\.layer\.0\.", "distilbert": r"\.layer\.0\.", "xlm": r"\.0\.",
-             "bart": r"encoder\.l|decoder\.layers\.0\.",
-             "t5": r"encoder\.|decoder\.block\.0\.", "gpt_neox": r"\.layers\.0\.",
-             "gpt2": r"\.h\.0\."}
+    first = {
+        "bert": r"\.layer\.0\.",
+        "distilbert": r"\.layer\.0\.",
+        "xlm": r"\.0\.",
+        "bart": r"encoder\.l|decoder\.layers\.0\.",
+        "t5": r"encoder\.|decoder\.block\.0\.",
+        "gpt_neox": r"\.layers\.0\.",
+        "gpt2": r"\.h\.0\.",
+    }
     for name, pattern in first.items():
         base = save_base(tmp_path / name, name)
+
         def names(**options):
-            model, _ = load_model(base, kind="classification", num_labels=2,  # noqa: B023
-                                  **options)
+            model, _ = load_model(
+                base,
+                kind="classification",
+                num_labels=2,  # noqa: B023
+                **options,
+            )
             return {n for n, p in model.named_parameters() if p.requires_grad}
+
         everything, last = names(), names(train_layers=1)
         dropped = everything - last
-        assert dropped == {n for n in everything if re.search(pattern, n) or (
-            "embeddings" in n.lower() or "layer_norm_emb" in n)}, name
+        assert dropped == {
+            n
+            for n in everything
+            if re.search(pattern, n) or ("embeddings" in n.lower() or "layer_norm_emb" in n)
+        }, name
         assert any("lora_B" in n for n in names(method="lora", train_layers=1))
         count = {"bart": 4, "t5": 4}.get(name, 2)
         with pytest.raises(ValueError, match=f"an integer >= 1 and <= {count}"):
@@ -187,16 +261,24 @@ def test_last_blocks_of_every_family(tmp_path):
 
 # --- what is drawn at random is refused by name ----------------------------------------------
 
+
 def drop(folder, *keys, file="model.safetensors"):
     weights = load_file(folder / file)
-    save_file({k: v for k, v in weights.items() if k not in keys}, folder / file,
-              metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k not in keys},
+        folder / file,
+        metadata={"format": "pt"},
+    )
 
 
 def test_weights_that_are_not_on_disk_are_refused_by_name(tmp_path):
     base = save_base(tmp_path / "base", "bert", SEQUENCE, num_labels=3)
-    for key in ("bert.embeddings.word_embeddings.weight", "classifier.bias",
-                "bert.encoder.layer.1.output.LayerNorm.bias", "bert.pooler.dense.bias"):
+    for key in (
+        "bert.embeddings.word_embeddings.weight",
+        "classifier.bias",
+        "bert.encoder.layer.1.output.LayerNorm.bias",
+        "bert.pooler.dense.bias",
+    ):
         broken = tmp_path / key
         shutil.copytree(base, broken)
         drop(broken, key)
@@ -228,30 +310,41 @@ def test_a_pooler_that_an_earlier_version_did_not_save_is_refused(tmp_path):
     model, tokenizer = load_model(base, task=TASK, method="lora")
     save_model(model, tokenizer, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
-    drop(tmp_path / "run", *(f"base_model.model.bert.pooler.dense.{n}" for n in ("weight", "bias")),
-         file="adapter_model.safetensors")
+    drop(
+        tmp_path / "run",
+        *(f"base_model.model.bert.pooler.dense.{n}" for n in ("weight", "bias")),
+        file="adapter_model.safetensors",
+    )
     edit_json(tmp_path / "run" / "adapter_config.json", modules_to_save=["classifier"])
-    with pytest.raises(ValueError, match=r"have no weights for bert.pooler.dense.bias, "
-                                         r"bert.pooler.dense.weight: they would be drawn"):
+    with pytest.raises(
+        ValueError,
+        match=r"have no weights for bert.pooler.dense.bias, "
+        r"bert.pooler.dense.weight: they would be drawn",
+    ):
         load_model(tmp_path / "run", task=TASK)
 
 
 def test_initial_head_holds_the_new_pooler_too(tmp_path):
     from lowrank_dp.mia.signals import load_reference
+
     base = save_base(tmp_path / "base", "bert")
     for method in ("full", "lora"):
         model, _ = load_model(base, task=TASK, method=method, seed=3)
         state = head_state(model)
-        assert set(state) == {f"{layer}.{p}" for layer in ("bert.pooler.dense", "classifier")
-                              for p in ("weight", "bias")}
+        assert set(state) == {
+            f"{layer}.{p}"
+            for layer in ("bert.pooler.dense", "classifier")
+            for p in ("weight", "bias")
+        }
         expected = logits(model)
         folder = tmp_path / method
         folder.mkdir()
         save_file(state, folder / "initial_head.safetensors")
         reference = load_reference(folder, {"model": str(base), "seed": 9}, TASK)
         assert torch.equal(logits(reference), expected)
-    save_file({k: v for k, v in state.items() if "pooler" not in k},
-              folder / "initial_head.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if "pooler" not in k}, folder / "initial_head.safetensors"
+    )
     with pytest.raises(ValueError, match=r"must hold what the base .* lacks, bert.pooler.dense"):
         load_reference(folder, {"model": str(base), "seed": 9}, TASK)
     (folder / "initial_head.safetensors").write_bytes(b"\xff" * 40)
@@ -268,6 +361,7 @@ def test_initial_head_holds_the_new_pooler_too(tmp_path):
 def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
     """The checkpoint evaluates as the run did, its reference as the run did before step 1."""
     from lowrank_dp.mia.signals import load_reference
+
     folder = save_base(tmp_path / "bert", "bert")
     task = load_task(base.task)
     for method in ("full", "lora"):
@@ -278,8 +372,9 @@ def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
         torch.manual_seed(77)
         model, tokenizer = load_model(tmp_path / method, task=task, new_head=False)
         reference = load_reference(tmp_path / method, manifest["base"], task)
-        losses = [evaluate(one, tokenizer, task, max_length=40)["loss"]
-                  for one in (reference, model)]
+        losses = [
+            evaluate(one, tokenizer, task, max_length=40)["loss"] for one in (reference, model)
+        ]
         assert losses == pytest.approx([entry["loss"] for entry in result.curve], rel=1e-5)
         assert losses[0] != pytest.approx(losses[1], rel=1e-2)
 
@@ -292,8 +387,11 @@ OTHER = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
 def save_classifier(folder, name, id2label=OTHER, **changes):
     """A classifier with labels of its own, and a head as large as a trained one's."""
     save_base(folder, name, SEQUENCE, num_labels=3, initializer_range=0.5, **changes)
-    edit_json(folder / "config.json", id2label={str(i): n for i, n in enumerate(id2label)},
-              label2id={n: i for i, n in enumerate(id2label)})
+    edit_json(
+        folder / "config.json",
+        id2label={str(i): n for i, n in enumerate(id2label)},
+        label2id={n: i for i, n in enumerate(id2label)},
+    )
     return folder
 
 
@@ -313,29 +411,36 @@ def test_labels_are_mapped_by_name(tmp_path):
 def test_names_of_labels(tmp_path):
     """Which names are the same, and which are none."""
     assert label_rows(["Not-Entailment", "entailed"], ["entailment", "not_entailment"], "m") == [
-        1, 0]
+        1,
+        0,
+    ]
     assert label_rows(["POS", "neg"], ["negative", "positive"], "m") == [1, 0]
     assert label_rows(["LABEL_1", "LABEL_0"], ["negative", "positive"], "m") == [1, 0]
     assert label_rows(["yes", "no"], ["0", "1"], "m") is None  # a task whose labels are numbers
     assert label_rows(["no", "yes"], ["yes", "no"], "m") == [1, 0]
     for own, task in ((["a", "b"], ["a", "c"]), (["a", "A"], ["a", "b"]), (["b"], ["a", "b"])):
-        with pytest.raises(ValueError, match=f"must be the task's {', '.join(task)} in any order, "
-                                             f"got {', '.join(own)}"):
+        with pytest.raises(
+            ValueError,
+            match=f"must be the task's {', '.join(task)} in any order, got {', '.join(own)}",
+        ):
             label_rows(own, task, "m")
     assert own_label_names({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "f") is None
     assert own_label_names({"id2label": {"1": "a", "0": "b"}}, "f") == ["b", "a"]
     assert own_label_names({"label2id": {"a": 1, "b": 0}}, "f") == ["b", "a"]
-    for bad, message in (({"id2label": ["a"]}, "JSON object"), ({"id2label": {"0": 1}}, "labels 0"),
-                         ({"id2label": {"1": "a", "2": "b"}}, "must name the labels 0 to 1"),
-                         ({"id2label": {"x": "a"}}, "must name the labels 0 to 0"),
-                         ({"label2id": {"a": [0]}}, "label2id"),
-                         ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}},
-                          "must have one order")):
+    for bad, message in (
+        ({"id2label": ["a"]}, "JSON object"),
+        ({"id2label": {"0": 1}}, "labels 0"),
+        ({"id2label": {"1": "a", "2": "b"}}, "must name the labels 0 to 1"),
+        ({"id2label": {"x": "a"}}, "must name the labels 0 to 0"),
+        ({"label2id": {"a": [0]}}, "label2id"),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}}, "must have one order"),
+    ):
         with pytest.raises(ValueError, match=f"f: .*{message}"):
             own_label_names(bad, "f")
     folder = save_classifier(tmp_path / "bert", "bert", ("sad", "so-so", "glad"))
-    with pytest.raises(ValueError, match="entailment, neutral, contradiction in any order, got sad,"
-                                         " so-so, glad"):
+    with pytest.raises(
+        ValueError, match="entailment, neutral, contradiction in any order, got sad, so-so, glad"
+    ):
         load_model(folder, task=TASK)
     numbers = replace(TASK, label_names=("0", "1", "2"))
     assert load_model(folder, task=numbers)[0].config.id2label[2] == "glad"
@@ -343,9 +448,11 @@ def test_names_of_labels(tmp_path):
 
 def test_the_problem_must_be_the_head_s(tmp_path):
     folder = save_classifier(tmp_path / "bert", "bert", LABELS)
-    for problem, options in (("regression", dict(task=TASK)), ("multi_label_classification", {}),
-                             ("single_label_classification", dict(kind="regression",
-                                                                  num_labels=3))):
+    for problem, options in (
+        ("regression", dict(task=TASK)),
+        ("multi_label_classification", {}),
+        ("single_label_classification", dict(kind="regression", num_labels=3)),
+    ):
         edit_json(folder / "config.json", problem_type=problem)
         with pytest.raises(ValueError, match=f"problem_type of .* got {problem}"):
             load_model(folder, **options)
@@ -366,10 +473,14 @@ def adapt(base, folder, tokens=0, seed=1, **options):
 
 def test_labels_of_adapters_are_mapped_too(tmp_path):
     base = save_classifier(tmp_path / "bert", "bert")
-    for number, options in enumerate((
+    for number, options in enumerate(
+        (
             dict(task_type="SEQ_CLS", target_modules=["query"]),
-            dict(target_modules=["query"]), dict(target_modules=["query", "classifier"]),
-            dict(target_modules=["query", "classifier"], use_dora=True))):
+            dict(target_modules=["query"]),
+            dict(target_modules=["query", "classifier"]),
+            dict(target_modules=["query", "classifier"], use_dora=True),
+        )
+    ):
         plain = adapt(base, tmp_path / f"{number}", **options)
         model, _ = load_model(tmp_path / f"{number}", task=TASK, new_head=False)
         torch.testing.assert_close(logits(model), plain[:, [2, 1, 0]])
@@ -384,6 +495,7 @@ def test_labels_of_adapters_are_mapped_too(tmp_path):
 
 
 # --- adapters --------------------------------------------------------------------------------
+
 
 def test_an_adapter_on_part_of_the_head(tmp_path):
     base = save_classifier(tmp_path / "roberta", "roberta", LABELS)
@@ -412,17 +524,24 @@ def test_an_adapter_whose_base_lacks_layers_is_refused(tmp_path):
     shutil.copytree(moved, shorter)
     lost = "bert.encoder.layer.1.output.dense.weight"
     drop(shorter, lost)
-    with pytest.raises(ValueError, match=f"base {re.escape(str(shorter))} have no weights for "
-                                         f"{lost}: it would be drawn at random"):
+    with pytest.raises(
+        ValueError,
+        match=f"base {re.escape(str(shorter))} have no weights for "
+        f"{lost}: it would be drawn at random",
+    ):
         load_model(tmp_path / "adapter", task=TASK, base=str(shorter))
     file = "adapter_model.safetensors"
     key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
     weights = load_file(tmp_path / "adapter" / file)
-    for change, message in (({key: None}, f"no weights for {key}: they would be drawn"),
-                            ({"base_model.model.more.weight": torch.ones(2)}, "does not have"),
-                            ({key: torch.ones(3, 16)}, r"of shape \(3, 16\), and the model has")):
-        save_file({k: v for k, v in (weights | change).items() if v is not None},
-                  tmp_path / "adapter" / file)
+    for change, message in (
+        ({key: None}, f"no weights for {key}: they would be drawn"),
+        ({"base_model.model.more.weight": torch.ones(2)}, "does not have"),
+        ({key: torch.ones(3, 16)}, r"of shape \(3, 16\), and the model has"),
+    ):
+        save_file(
+            {k: v for k, v in (weights | change).items() if v is not None},
+            tmp_path / "adapter" / file,
+        )
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path / "adapter", task=TASK, base=str(moved))
 
@@ -443,8 +562,11 @@ def test_an_adapter_with_two_added_tokens(tmp_path):
     save_model(model, tokenizer, tmp_path / "again")
     again, _ = load_model(tmp_path / "again", task=TASK)
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    drop(folder, "base_model.model.bert.embeddings.word_embeddings.weight",
-         file="adapter_model.safetensors")
+    drop(
+        folder,
+        "base_model.model.bert.embeddings.word_embeddings.weight",
+        file="adapter_model.safetensors",
+    )
     with pytest.raises(ValueError, match="has 2 added tokens for which the model has no embedding"):
         load_model(folder, task=TASK)
 
@@ -453,20 +575,24 @@ def test_a_base_that_was_changed_is_noticed(tmp_path, base):
     """An adapter on other weights of the same shapes is another model, as is the one before."""
     from lowrank_dp.mia.manifest import read_manifest
     from lowrank_dp.mia.signals import load_reference
+
     folder, task = save_base(tmp_path / "bert", "bert"), load_task(base.task)
     for method in ("full", "lora"):
         train(replace(base, model=str(folder), method=method), tmp_path / method)
     before = {method: load_model(tmp_path / method, task=task)[0] for method in ("full", "lora")}
-    told = {method: read_manifest(tmp_path / method / "membership.json", base=str(folder)).base
-            for method in before}
+    told = {
+        method: read_manifest(tmp_path / method / "membership.json", base=str(folder)).base
+        for method in before
+    }
     assert len(told["lora"]["weights"]) == 64
     shutil.copytree(folder, tmp_path / "moved")  # another folder with the same weights will do
     moved, _ = load_model(tmp_path / "lora", task=task, base=str(tmp_path / "moved"))
     assert torch.equal(logits(moved), logits(before["lora"]))
     key = "bert.embeddings.word_embeddings.weight"
     weights = load_file(folder / "model.safetensors")
-    save_file(weights | {key: 1.5 * weights[key]}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        weights | {key: 1.5 * weights[key]}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     message = f"was trained on a base with other weights than {re.escape(str(folder))} has now"
     with pytest.raises(ValueError, match=f"checkpoint {re.escape(str(tmp_path))}/lora {message}"):
         load_model(tmp_path / "lora", task=task)
@@ -480,34 +606,49 @@ def test_a_base_that_was_changed_is_noticed(tmp_path, base):
 
 # --- damaged and missing files ---------------------------------------------------------------
 
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     """transformers makes one to which every word is unknown."""
     for name in ("bert", "roberta", "gpt2", "t5"):
         folder = save_classifier(tmp_path / name, name, LABELS)
         kept = {file.name: file.read_bytes() for file in folder.glob("tokenizer*")}
         (folder / "tokenizer.json").unlink()
-        (folder / "tokenizer_config.json").write_text(json.dumps(
-            {"tokenizer_class": f"{transformers.CONFIG_MAPPING[name].__name__[:-6]}Tokenizer"}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(
+                {"tokenizer_class": f"{transformers.CONFIG_MAPPING[name].__name__[:-6]}Tokenizer"}
+            )
+        )
         for call in (load_model, load_tokenizer):
             with pytest.raises(ValueError, match="tokenizer"):
                 call(str(folder))
         (folder / "tokenizer_config.json").unlink()
         for call in (load_model, load_tokenizer):
-            with pytest.raises(ValueError, match=f"folder {re.escape(str(folder))} holds no "
-                                                 "tokenizer: save .* by tokenizer.save_pretrained"):
+            with pytest.raises(
+                ValueError,
+                match=f"folder {re.escape(str(folder))} holds no "
+                "tokenizer: save .* by tokenizer.save_pretrained",
+            ):
                 call(str(folder))
         for file, content in kept.items():
             (folder / file).write_bytes(content)
-        for damage in (b"", b"{", b"[]", b"{}", kept["tokenizer.json"][:400],
-                       b"\xff" + kept["tokenizer.json"]):
+        for damage in (
+            b"",
+            b"{",
+            b"[]",
+            b"{}",
+            kept["tokenizer.json"][:400],
+            b"\xff" + kept["tokenizer.json"],
+        ):
             (folder / "tokenizer.json").write_bytes(damage)
             with pytest.raises(ValueError, match="tokenizer") as caught:
                 load_model(str(folder))
             assert "\n" not in str(caught.value)
     base = save_classifier(tmp_path / "base", "bert", LABELS)
     adapt(base, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
-    assert load_tokenizer(str(tmp_path / "adapter"))("film")["input_ids"] == load_tokenizer(
-        str(base))("film")["input_ids"]
+    assert (
+        load_tokenizer(str(tmp_path / "adapter"))("film")["input_ids"]
+        == load_tokenizer(str(base))("film")["input_ids"]
+    )
     with pytest.raises(ValueError, match=r"could|hold|must"):
         load_tokenizer(str(tmp_path / "adapter"), base=str(tmp_path / "nowhere"))
 
@@ -532,8 +673,10 @@ def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
             except ValueError as error:
                 refused.add(key)
                 assert "\n" not in str(error) and str(tmp_path) in str(error), (key, value)
-    expected = {"config.json": {"architectures", "id2label", "num_hidden_layers", "model_type"},
-                "adapter_config.json": {"r", "target_modules", "base_model_name_or_path"}}
+    expected = {
+        "config.json": {"architectures", "id2label", "num_hidden_layers", "model_type"},
+        "adapter_config.json": {"r", "target_modules", "base_model_name_or_path"},
+    }
     assert expected[file] <= refused
     for text in ("[]", "3", "{", "", "\x00"):
         (folder / file).write_text(text)
@@ -542,9 +685,13 @@ def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
 
 
 def test_numbers_of_layers_and_labels_that_would_take_hours_are_refused(tmp_path):
-    for family, key in (("bert", "num_hidden_layers"), ("distilbert", "n_layers"),
-                        ("bart", "encoder_layers"), ("bart", "decoder_layers"),
-                        ("bert", "num_labels")):
+    for family, key in (
+        ("bert", "num_hidden_layers"),
+        ("distilbert", "n_layers"),
+        ("bart", "encoder_layers"),
+        ("bart", "decoder_layers"),
+        ("bert", "num_labels"),
+    ):
         base = save_base(tmp_path / f"{family} {key}", family, SEQUENCE, num_labels=3)
         for value in (10**9, 10**400):
             edit_json(base / "config.json", **{key: value})

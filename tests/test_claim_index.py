@@ -38,16 +38,31 @@ def test_every_interval_in_words_stands_in_a_table():
     folder = ROOT / "paper_artifacts"
     tables = [path.read_text() for path in folder.glob("*.md") if path.stem != "README"]
     if shutil.which("git"):
-        tables.append(subprocess.run(
-            ["git", "grep", "-hF", "±", "HEAD", "--", "paper_artifacts/*.md",
-             ":!paper_artifacts/README.md"], cwd=ROOT, capture_output=True, encoding="utf-8",
-            check=False).stdout)
+        tables.append(
+            subprocess.run(
+                [
+                    "git",
+                    "grep",
+                    "-hF",
+                    "±",
+                    "HEAD",
+                    "--",
+                    "paper_artifacts/*.md",
+                    ":!paper_artifacts/README.md",
+                ],
+                cwd=ROOT,
+                capture_output=True,
+                encoding="utf-8",
+                check=False,
+            ).stdout
+        )
     known = set(re.findall(INTERVAL, "\n".join(tables)))
     texts = {path: path.read_text() for path in (ROOT / "README.md", folder / "README.md")}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
         texts[path] = "\n".join(
-            "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+            "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+        )
     assert sum(len(re.findall(INTERVAL, text)) for text in texts.values()) > 100
     for path, text in texts.items():
         assert set(re.findall(INTERVAL, text)) <= known, path

@@ -17,8 +17,9 @@ from lowrank_dp import data
 from lowrank_dp.data import Example, collate, encode, load_task, micro_batches
 from lowrank_dp.models import tiny
 
-needs_data = pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"),
-                                reason="LOWRANK_DP_DATA is not set")
+needs_data = pytest.mark.skipif(
+    not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
+)
 
 
 @pytest.fixture
@@ -44,14 +45,23 @@ def write(path, lines):
 # --- real data: counts of the official releases ------------------------------------------------
 
 COUNTS = {  # task -> split -> (examples, groups, labels)
-    "sst2": {"train": (67_349, 67_349, {0: 29_780, 1: 37_569}),
-             "validation": (872, 872, {0: 428, 1: 444})},
-    "cola": {"train": (8_551, 8_551, {0: 2_528, 1: 6_023}),
-             "validation": (1_043, 1_043, {0: 322, 1: 721})},
-    "mrpc": {"train": (3_668, 3_668, {0: 1_194, 1: 2_474}),
-             "validation": (408, 408, {0: 129, 1: 279})},
-    "e2e": {"train": (42_061, 4_862, None), "validation": (4_672, 547, None),
-            "test": (4_693, 630, None)},
+    "sst2": {
+        "train": (67_349, 67_349, {0: 29_780, 1: 37_569}),
+        "validation": (872, 872, {0: 428, 1: 444}),
+    },
+    "cola": {
+        "train": (8_551, 8_551, {0: 2_528, 1: 6_023}),
+        "validation": (1_043, 1_043, {0: 322, 1: 721}),
+    },
+    "mrpc": {
+        "train": (3_668, 3_668, {0: 1_194, 1: 2_474}),
+        "validation": (408, 408, {0: 129, 1: 279}),
+    },
+    "e2e": {
+        "train": (42_061, 4_862, None),
+        "validation": (4_672, 547, None),
+        "test": (4_693, 630, None),
+    },
     "dart": {"validation": (6_980, 2_721, None), "test": (12_552, 4_159, None)},
 }
 
@@ -73,7 +83,8 @@ def test_ids_come_from_the_idx_column_or_the_row():
     mrpc = load_task("mrpc")
     assert mrpc.train[1].id == "mrpc/train/1"
     assert {e.id.split("/")[2] for e in mrpc.train}.isdisjoint(
-        e.id.split("/")[2] for e in mrpc.validation)    # idx numbers both splits together
+        e.id.split("/")[2] for e in mrpc.validation
+    )  # idx numbers both splits together
     assert load_task("mnli").train[0].id == "mnli/train/40"
     assert load_task("e2e").validation[7].id == "e2e/validation/7"
     assert load_task("dart").test[0].id == "dart/test/0-0"
@@ -89,14 +100,22 @@ def test_dart_trains_on_validation_without_what_test_has():
     assert not {e.group for e in swapped.train} & {e.group for e in swapped.validation}
     assert len({e.group for e in swapped.train}) == 2_721 - 3
     assert "without 3 groups" in swapped.source
-    assert sum(not e.target for e in dart.test) == 1     # empty as released
+    assert sum(not e.target for e in dart.test) == 1  # empty as released
 
 
 # --- finding a task ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("alias, name", [
-    ("SST-2", "sst2"), ("sts-b", "stsb"), ("STS_B", "stsb"), ("glue/CoLA", "cola"),
-    ("Generated-Table", "generated-table")])
+
+@pytest.mark.parametrize(
+    "alias, name",
+    [
+        ("SST-2", "sst2"),
+        ("sts-b", "stsb"),
+        ("STS_B", "stsb"),
+        ("glue/CoLA", "cola"),
+        ("Generated-Table", "generated-table"),
+    ],
+)
 def test_aliases(alias, name, tmp_path):
     rows = [{"sentence": "a", "sentence1": "a", "sentence2": "b", "label": 1, "idx": 0}]
     write(tmp_path / "train.jsonl", rows)
@@ -111,17 +130,22 @@ def test_unknown_task_names_the_nearest():
 
 
 @pytest.mark.parametrize("name", ["qnli", "e2e", "dart"])
-def test_offline_hub_task_fails_at_once_and_says_what_to_use(name, no_local_data,
-                                                                      no_waiting):
+def test_offline_hub_task_fails_at_once_and_says_what_to_use(name, no_local_data, no_waiting):
     with pytest.raises(ValueError, match=r"LOWRANK_DP_DATA.*--task generated"):
         load_task(name)
 
 
 def test_unreachable_hub_fails_at_once(monkeypatch, no_waiting):
-    for name in ("LOWRANK_DP_DATA", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
-                 "TRANSFORMERS_OFFLINE", "https_proxy", "HTTPS_PROXY"):
+    for name in (
+        "LOWRANK_DP_DATA",
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "https_proxy",
+        "HTTPS_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")     # the discard port: nobody listens
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     with pytest.raises(ValueError, match="not cached and the hub is unreachable"):
         load_task("rte")
 
@@ -130,17 +154,26 @@ def test_hub_rows_are_read_like_local_ones(monkeypatch, no_local_data):
     asked = {}
 
     def fake(hub_id, config, *, revision):
-        asked.update(hub_id=hub_id, config=config, revision=revision,
-                     offline=huggingface_hub.constants.HF_HUB_OFFLINE)
+        asked.update(
+            hub_id=hub_id,
+            config=config,
+            revision=revision,
+            offline=huggingface_hub.constants.HF_HUB_OFFLINE,
+        )
         row = {"tripleset": [["a", "b", "c"]], "annotations": {"source": ["s"], "text": ["t"]}}
         return {"train": [row], "test": [row]}
 
     monkeypatch.setattr("datasets.load_dataset", fake)
     task = load_task("dart")
-    assert asked == {"hub_id": "Yale-LILY/dart", "config": None,
-                     "revision": "refs/convert/parquet", "offline": True}
-    assert task.train == (Example("dart/train/0-0", "a : b : c", target="t",
-                                  group=task.test[0].group),)
+    assert asked == {
+        "hub_id": "Yale-LILY/dart",
+        "config": None,
+        "revision": "refs/convert/parquet",
+        "offline": True,
+    }
+    assert task.train == (
+        Example("dart/train/0-0", "a : b : c", target="t", group=task.test[0].group),
+    )
     load_task("dart", hub_id="me/dart", revision="v1")
     assert (asked["hub_id"], asked["revision"]) == ("me/dart", "v1")
 
@@ -164,8 +197,9 @@ def test_own_files(tmp_path):
     pairs = write(tmp_path / "g.jsonl", [{"source": "a", "target": "b"}])
     assert load_task(str(pairs)).train[0].target == "b"
     for label in (10**9, "1"):
-        assert load_task(str(write(tmp_path / "c.jsonl", [{"text": "a", "label": label}]))
-                         ).label_names == (str(label),)
+        assert load_task(
+            str(write(tmp_path / "c.jsonl", [{"text": "a", "label": label}]))
+        ).label_names == (str(label),)
     with pytest.raises(ValueError, match=r"c.jsonl line 1: column 'label' must be a label that is"):
         load_task(str(write(tmp_path / "c.jsonl", [{"text": "a", "label": None}])))
     odd = write(tmp_path / "odd.jsonl", [{"words": "a"}])
@@ -173,23 +207,28 @@ def test_own_files(tmp_path):
         load_task(str(odd))
 
 
-@pytest.mark.parametrize("lines, message", [
-    (["{}\n"], "line 1: column 'sentence' is missing"),
-    ([{"sentence": "a", "label": 1}, "nonsense\n"], "line 2: not JSON"),
-    (["[1]\n"], "line 1: must be a JSON object"),
-    (["[" * 100_000 + "\n"], "line 1: not JSON"),
-    ([{"sentence": 3, "label": 1}], "column 'sentence' must be a string"),
-    ([{"sentence": "a", "label": 2}], "column 'label' must be an integer from 0 to 1, got 2"),
-    ([{"sentence": "a", "label": -1}], "from 0 to 1, got -1"),
-    ([{"sentence": "a", "label": True}], "got True"),
-    ([{"sentence": "a", "label": "1"}], "got '1'"),
-    ([{"sentence": "a", "label": 1, "idx": "x"}], "column 'idx' must be an integer"),
-    ([{"sentence": "a", "label": 1, "idx": 4}] * 2, "line 2: idx 4 occurs twice"),
-    (['{"sentence": "\\ud800", "label": 1}\n'], "valid Unicode"),
-    (['{"sentence": "' + "a" * data_limit + '", "label": 1}\n'
-      for data_limit in [1 << 20]], "line 1: longer than"),
-    ([], "must not be empty"),
-])
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["{}\n"], "line 1: column 'sentence' is missing"),
+        ([{"sentence": "a", "label": 1}, "nonsense\n"], "line 2: not JSON"),
+        (["[1]\n"], "line 1: must be a JSON object"),
+        (["[" * 100_000 + "\n"], "line 1: not JSON"),
+        ([{"sentence": 3, "label": 1}], "column 'sentence' must be a string"),
+        ([{"sentence": "a", "label": 2}], "column 'label' must be an integer from 0 to 1, got 2"),
+        ([{"sentence": "a", "label": -1}], "from 0 to 1, got -1"),
+        ([{"sentence": "a", "label": True}], "got True"),
+        ([{"sentence": "a", "label": "1"}], "got '1'"),
+        ([{"sentence": "a", "label": 1, "idx": "x"}], "column 'idx' must be an integer"),
+        ([{"sentence": "a", "label": 1, "idx": 4}] * 2, "line 2: idx 4 occurs twice"),
+        (['{"sentence": "\\ud800", "label": 1}\n'], "valid Unicode"),
+        (
+            ['{"sentence": "' + "a" * data_limit + '", "label": 1}\n' for data_limit in [1 << 20]],
+            "line 1: longer than",
+        ),
+        ([], "must not be empty"),
+    ],
+)
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
 def test_broken_rows_are_named(tmp_path, lines, message, ending):
     write(tmp_path / f"train.{ending}", lines)
@@ -198,11 +237,20 @@ def test_broken_rows_are_named(tmp_path, lines, message, ending):
     assert "\n" not in str(caught.value) and "train" in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:40] + b"\0" * 30 + b[70:],
-                                    lambda b: b"not gzip", lambda b: b"\xff\xfe" + b])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-20],
+        lambda b: b[:40] + b"\0" * 30 + b[70:],
+        lambda b: b"not gzip",
+        lambda b: b"\xff\xfe" + b,
+    ],
+)
 def test_broken_gzip_is_named(tmp_path, damage):
-    path = write(tmp_path / "train.jsonl.gz",
-                 [{"sentence": f"text {i * i}", "label": 0} for i in range(2000)])
+    path = write(
+        tmp_path / "train.jsonl.gz",
+        [{"sentence": f"text {i * i}", "label": 0} for i in range(2000)],
+    )
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"train.jsonl.gz"):
         load_task("sst2", data_dir=tmp_path)
@@ -214,17 +262,22 @@ def test_not_utf8_and_odd_scores(tmp_path):
         load_task("sst2", data_dir=tmp_path)
     for label in ("NaN", "6", "true", "null"):
         (tmp_path / "train.jsonl").write_text(
-            f'{{"sentence1": "a", "sentence2": "", "label": {label}}}\n')
+            f'{{"sentence1": "a", "sentence2": "", "label": {label}}}\n'
+        )
         with pytest.raises(ValueError, match="finite number from 0 to 5"):
             load_task("stsb", data_dir=tmp_path)
 
 
-@pytest.mark.parametrize("row", [
-    {"tripleset": [["a", "b"]], "annotations": {"text": ["t"]}},
-    {"tripleset": [], "annotations": {"text": ["t"]}},
-    {"tripleset": [["a", "b", "c"]], "annotations": ["t"]},
-    {"tripleset": [["a", "b", "c"]], "annotations": {"text": [None]}},
-    {"tripleset": [["a", "b", "c"]]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tripleset": [["a", "b"]], "annotations": {"text": ["t"]}},
+        {"tripleset": [], "annotations": {"text": ["t"]}},
+        {"tripleset": [["a", "b", "c"]], "annotations": ["t"]},
+        {"tripleset": [["a", "b", "c"]], "annotations": {"text": [None]}},
+        {"tripleset": [["a", "b", "c"]]},
+    ],
+)
 def test_broken_dart_rows(tmp_path, row):
     write(tmp_path / "test.jsonl", [row])
     with pytest.raises(ValueError, match=r"test.jsonl line 1: column"):
@@ -232,6 +285,7 @@ def test_broken_dart_rows(tmp_path, row):
 
 
 # --- examples ----------------------------------------------------------------------------------
+
 
 def test_content_hash_sees_the_text_and_not_its_dress():
     base = Example("a", "Café  au lait ", None, 1)
@@ -268,6 +322,7 @@ def test_max_examples_is_a_seeded_subset_of_whole_groups():
 
 # --- generated tasks ---------------------------------------------------------------------------
 
+
 def test_generated_tasks_are_reproducible_distinct_and_balanced():
     task = load_task("generated")
     assert task == load_task("generated") and task != load_task("generated", seed=1)
@@ -278,7 +333,7 @@ def test_generated_tasks_are_reproducible_distinct_and_balanced():
     assert table == load_task("generated-table") and len(table.train) > 2000
     groups = [{e.group for e in table.splits[s]} for s in ("train", "validation", "test")]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
-    for example in table.train[:200]:     # a description says what its table says
+    for example in table.train[:200]:  # a description says what its table says
         fields = dict(re.findall(r"(?:^|, )([^\[\]]+)\[([^\]]*)\]", example.text))
         for key in {"name", "food", "near", "eatType", "customer rating"} & fields.keys():
             assert fields[key] in example.target
@@ -303,18 +358,25 @@ def test_generated_sentiment_needs_more_than_counting_words():
     for ngrams in (1, 3):
         words = CountVectorizer(ngram_range=(1, ngrams))
         model = LogisticRegression(C=0.3, max_iter=500).fit(
-            words.fit_transform([e.text for e in task.train]), [e.label for e in task.train])
-        accuracy.append(model.score(words.transform([e.text for e in task.validation]),
-                                    [e.label for e in task.validation]))
+            words.fit_transform([e.text for e in task.train]), [e.label for e in task.train]
+        )
+        accuracy.append(
+            model.score(
+                words.transform([e.text for e in task.validation]),
+                [e.label for e in task.validation],
+            )
+        )
     assert 0.6 < accuracy[0] < 0.8 < accuracy[1]
 
 
 # --- tokenisation ------------------------------------------------------------------------------
 
+
 def test_classification_rows(tokenizers):
     tokenizer = tokenizers["tiny"]
-    rows = encode([Example("a", "the film is dull", "it is bland", 1)], tokenizer,
-                  kind="classification")
+    rows = encode(
+        [Example("a", "the film is dull", "it is bland", 1)], tokenizer, kind="classification"
+    )
     assert tokenizer.decode(rows[0]["input_ids"]) == "[CLS]the film is dull[SEP]it is bland[SEP]"
     assert rows[0]["labels"] == 1
     kinds = rows[0]["token_type_ids"]
@@ -327,8 +389,8 @@ def test_classification_rows(tokenizers):
 def test_generation_rows_put_the_loss_on_the_target(tokenizers):
     tokenizer = tokenizers["tiny-llama"]
     example = Example("a", "name[The Jade Mill], food[Indian]", target="Indian food, at The Mill.")
-    row, = encode([example], tokenizer, kind="generation")
-    prompt, = encode([example], tokenizer, kind="generation", with_target=False)
+    (row,) = encode([example], tokenizer, kind="generation")
+    (prompt,) = encode([example], tokenizer, kind="generation", with_target=False)
     size = len(prompt["input_ids"])
     assert row["input_ids"][:size] == prompt["input_ids"]
     assert tokenizer.decode(prompt["input_ids"]) == example.text + "\n"
@@ -340,18 +402,21 @@ def test_generation_rows_put_the_loss_on_the_target(tokenizers):
 @pytest.mark.parametrize("max_length", range(8, 30))
 def test_the_target_is_never_cut(tokenizers, max_length):
     tokenizer = tokenizers["tiny-llama"]
-    example = Example("e2e/train/3", "name[The Jade Mill], food[Indian], near[Green Park]",
-                      target="The Jade Mill has food.")
+    example = Example(
+        "e2e/train/3",
+        "name[The Jade Mill], food[Indian], near[Green Park]",
+        target="The Jade Mill has food.",
+    )
     target = [*tokenizer(example.target)["input_ids"], tokenizer.eos_token_id]
     if max_length < len(target) + 2:
         with pytest.raises(ValueError, match="e2e/train/3 has a target of"):
             encode([example], tokenizer, kind="generation", max_length=max_length)
         return
-    row, = encode([example], tokenizer, kind="generation", max_length=max_length)
-    full, = encode([example], tokenizer, kind="generation")
+    (row,) = encode([example], tokenizer, kind="generation", max_length=max_length)
+    (full,) = encode([example], tokenizer, kind="generation")
     assert len(row["input_ids"]) == min(max_length, len(full["input_ids"]))
-    assert row["input_ids"][-len(target):] == target
-    assert tokenizer.decode(row["input_ids"][:-len(target)]).endswith("\n")
+    assert row["input_ids"][-len(target) :] == target
+    assert tokenizer.decode(row["input_ids"][: -len(target)]).endswith("\n")
 
 
 def test_texts_beyond_the_context_are_refused_unless_cut(tokenizers):
@@ -360,7 +425,7 @@ def test_texts_beyond_the_context_are_refused_unless_cut(tokenizers):
         example = Example("sst2/train/9", long, label=1, target="fine")
         with pytest.raises(ValueError, match=r"sst2/train/9 has \d+ tokens.*context of 256"):
             encode([example], tokenizers[name], kind=kind)
-        row, = encode([example], tokenizers[name], kind=kind, max_length=tiny.CONTEXT)
+        (row,) = encode([example], tokenizers[name], kind=kind, max_length=tiny.CONTEXT)
         assert len(row["input_ids"]) == tiny.CONTEXT
         with pytest.raises(ValueError, match="max_length must be"):
             encode([example], tokenizers[name], kind=kind, max_length=tiny.CONTEXT + 1)
@@ -368,9 +433,9 @@ def test_texts_beyond_the_context_are_refused_unless_cut(tokenizers):
 
 def test_blank_texts(tokenizers):
     for tokenizer in tokenizers.values():
-        row, = encode([Example("a", "", label=0)], tokenizer, kind="classification")
+        (row,) = encode([Example("a", "", label=0)], tokenizer, kind="classification")
         assert len(row["input_ids"]) >= 1
-    row, = encode([Example("a", "", target="")], tokenizers["tiny-llama"], kind="generation")
+    (row,) = encode([Example("a", "", target="")], tokenizers["tiny-llama"], kind="generation")
     assert row["labels"][-1] == tokenizers["tiny-llama"].eos_token_id
 
 
@@ -378,11 +443,12 @@ def test_encode_refuses_what_it_cannot_encode(tokenizers):
     tokenizer = tokenizers["tiny"]
     plain = Example("x/1", "a", label=1)
     for examples, kind, message in [
-            ([], "classification", "examples must be non-empty"),
-            ([plain], "clasification", "did you mean 'classification'"),
-            ([plain, Example("x/2", "a", "b", 1)], "classification", "all have a text_pair"),
-            ([Example("x/3", "a")], "classification", "x/3 must have a label"),
-            ([plain], "generation", "x/1 must have a target")]:
+        ([], "classification", "examples must be non-empty"),
+        ([plain], "clasification", "did you mean 'classification'"),
+        ([plain, Example("x/2", "a", "b", 1)], "classification", "all have a text_pair"),
+        ([Example("x/3", "a")], "classification", "x/3 must have a label"),
+        ([plain], "generation", "x/1 must have a target"),
+    ]:
         with pytest.raises(ValueError, match=message):
             encode(examples, tokenizer, kind=kind)
 
@@ -392,8 +458,9 @@ def test_encode_refuses_what_it_cannot_encode(tokenizers):
 tokens = st.lists(st.integers(1, 99), min_size=1, max_size=12)
 
 
-@given(st.lists(tokens, min_size=1, max_size=20), st.integers(1, 7),
-       st.sampled_from(["right", "left"]))
+@given(
+    st.lists(tokens, min_size=1, max_size=20), st.integers(1, 7), st.sampled_from(["right", "left"])
+)
 @settings(max_examples=60, deadline=None)
 def test_micro_batches_hold_every_row_once_and_say_which(sequences, batch_size, side):
     rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in sequences]
@@ -413,17 +480,21 @@ def test_micro_batches_hold_every_row_once_and_say_which(sequences, batch_size, 
 
 
 def test_collate_label_types_and_errors():
-    rows = [{"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": 1},
-            {"input_ids": [7], "token_type_ids": [0], "labels": 0}]
+    rows = [
+        {"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": 1},
+        {"input_ids": [7], "token_type_ids": [0], "labels": 0},
+    ]
     batch = collate(rows, 9)
     assert batch["input_ids"].tolist() == [[5, 6], [7, 9]]
     assert batch["token_type_ids"].tolist() == [[0, 1], [0, 0]]
     assert batch["labels"].dtype == torch.int64
     assert collate([{"input_ids": [1], "labels": 2.5}], 0)["labels"].dtype == torch.float32
     assert list(micro_batches([], 4, 0)) == []
-    for bad, side, message in [([], "right", "non-empty"),
-                               ([rows[0], {"input_ids": [1]}], "right", "same keys"),
-                               (rows, "lefft", "did you mean 'left'")]:
+    for bad, side, message in [
+        ([], "right", "non-empty"),
+        ([rows[0], {"input_ids": [1]}], "right", "same keys"),
+        (rows, "lefft", "did you mean 'left'"),
+    ]:
         with pytest.raises(ValueError, match=message):
             collate(bad, 0, side=side)
     with pytest.raises(ValueError, match="batch_size"):

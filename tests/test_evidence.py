@@ -21,12 +21,15 @@ SHAPES = {"matrix": (48, 32), "bias": (48,), "head": (2, 32), "head.bias": (2,),
 
 # The formulas: an e-value is a likelihood ratio, whose expectation under the null is 1
 
+
 def test_evidence_has_expectation_one_under_the_null():
     for count in (1, 3, 10, 200):
         most = 16 * count + 20 * math.sqrt(count)  # the largest t moves the mass by 16 a draw
         x = np.linspace(-most, most, 400_001)
-        mass = np.exp(evidence.normal(x, np.full(x.shape, count)) + stats.norm.logpdf(
-            x, scale=math.sqrt(count)))
+        mass = np.exp(
+            evidence.normal(x, np.full(x.shape, count))
+            + stats.norm.logpdf(x, scale=math.sqrt(count))
+        )
         assert np.trapezoid(mass, x) == pytest.approx(1, abs=2e-3)
     for count in (2, 7, 300):
         x = np.geomspace(1e-9, 1e5, 400_001)  # at 0.49, the largest t, the tail is long
@@ -43,8 +46,10 @@ def test_evidence_has_expectation_one_under_the_null():
     for trials, rate in ((40, 0.25), (3000, 0.01), (100_000, 0.5)):
         sizes = np.arange(trials + 1)
         spread = evidence.spread(sizes, trials, rate)
-        total = np.exp(evidence.too_even(trials, rate)(spread, np.ones(trials + 1))
-                       + stats.binom.logpmf(sizes, trials, rate)).sum()
+        total = np.exp(
+            evidence.too_even(trials, rate)(spread, np.ones(trials + 1))
+            + stats.binom.logpmf(sizes, trials, rate)
+        ).sum()
         assert total == pytest.approx(1, abs=1e-9)
 
 
@@ -63,10 +68,13 @@ def test_evidence_is_within_the_tail_that_scipy_gives():
 
 # Honest runs
 
+
 def honest(generator, std=0.8):
     clean = {name: 3 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    return clean, {name: total + std * torch.randn(total.shape, generator=generator)
-                   for name, total in clean.items()}
+    return clean, {
+        name: total + std * torch.randn(total.shape, generator=generator)
+        for name, total in clean.items()
+    }
 
 
 def test_honest_runs_are_stopped_no_more_often_than_stated(monkeypatch):
@@ -78,10 +86,14 @@ def test_honest_runs_are_stopped_no_more_often_than_stated(monkeypatch):
     for _ in range(120):
         noise = NoiseCheck(0.8, 12)
         sampling = SamplingCheck([[row] for row in range(60)], 0.2, 12)
-        for kind, look in enumerate((
+        for kind, look in enumerate(
+            (
                 lambda check=noise: check.check(*honest(generator), spectrum=True),
                 lambda check=sampling: check.check(
-                    np.flatnonzero(random.random(60) < 0.2).tolist(), one_each=False))):
+                    np.flatnonzero(random.random(60) < 0.2).tolist(), one_each=False
+                ),
+            )
+        ):
             try:
                 for _ in range(12):
                     look()
@@ -107,6 +119,7 @@ def test_long_honest_runs_pass():
 
 
 # Small tensors and rare faults, seen within some steps
+
 
 def steps_until(change, most):
     """Number of steps after which a run with changed noise is stopped, and by which words."""
@@ -141,12 +154,14 @@ def every_fifth(noise, step, memory):
 
 def test_two_entries_are_enough_within_some_steps():
     for change, most, words in (
-            (of_the_bias(lambda z: 0 * z), 4, "standard deviation .* in head.bias"),
-            (of_the_bias(lambda z: z / 2**0.5), 250, "standard deviation .* in head.bias"),
-            (of_the_bias(lambda z: z * 2**0.5), 250, "standard deviation .* in head.bias"),
-            (of_the_bias(lambda z: z + 1), 60, "head.bias"), (kept_bias, 60, "head.bias"),
-            (copied_head, 3, "noise of matrix and of head is the same"),
-            (every_fifth, 6, "repeats that of 5 steps before")):
+        (of_the_bias(lambda z: 0 * z), 4, "standard deviation .* in head.bias"),
+        (of_the_bias(lambda z: z / 2**0.5), 250, "standard deviation .* in head.bias"),
+        (of_the_bias(lambda z: z * 2**0.5), 250, "standard deviation .* in head.bias"),
+        (of_the_bias(lambda z: z + 1), 60, "head.bias"),
+        (kept_bias, 60, "head.bias"),
+        (copied_head, 3, "noise of matrix and of head is the same"),
+        (every_fifth, 6, "repeats that of 5 steps before"),
+    ):
         seen, message = steps_until(change, most)
         assert seen <= most, (words, most)
         assert re.search(words, message), message
@@ -163,6 +178,7 @@ def test_a_message_says_nothing_of_the_clean_values():
 
 
 # Sums, rows, gradients, generators
+
 
 def test_a_sum_longer_than_its_rows_allow_is_refused():
     sums = {"a": torch.full((3, 4), 1.0), "b": torch.full((4,), 1.0)}  # norm 4 over all of them

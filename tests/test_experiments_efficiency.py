@@ -11,8 +11,16 @@ from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.plots.training import ARM_STYLE, plot_efficiency
 from lowrank_dp.train import TrainConfig, load_result
 
-BASE = TrainConfig(model="tiny", task="generated", noise_multiplier=0.5, batch_size=64, steps=4,
-                   eval_every=2, eval_examples=100, max_examples=300)
+BASE = TrainConfig(
+    model="tiny",
+    task="generated",
+    noise_multiplier=0.5,
+    batch_size=64,
+    steps=4,
+    eval_every=2,
+    eval_examples=100,
+    max_examples=300,
+)
 ARMS = ("DP-SGD", "momentum + optimal, zeroed")
 
 
@@ -22,15 +30,32 @@ def made(score, metric="accuracy"):
     steps = 10 * np.arange(score.shape[-1])
     seconds = np.broadcast_to(2.0 * steps, score.shape)
     return efficiency.Result(
-        config=efficiency.Config(BASE, ARMS, score=metric), provenance={}, privacy="", epsilon=8.0,
-        delta=1e-5, description="", arms=ARMS, failures=(), final={}, steps=steps, score=score,
-        loss=score, seconds=seconds, restore_share=np.full(score.shape[:2], 0.02),
-        learning_rate=np.array([1e-3, 1e-3]), tuning=np.zeros((2, 3, score.shape[-1])))
+        config=efficiency.Config(BASE, ARMS, score=metric),
+        provenance={},
+        privacy="",
+        epsilon=8.0,
+        delta=1e-5,
+        description="",
+        arms=ARMS,
+        failures=(),
+        final={},
+        steps=steps,
+        score=score,
+        loss=score,
+        seconds=seconds,
+        restore_share=np.full(score.shape[:2], 0.02),
+        learning_rate=np.array([1e-3, 1e-3]),
+        tuning=np.zeros((2, 3, score.shape[-1])),
+    )
 
 
 def test_steps_to_a_share_of_the_baselines_best_gain():
-    result = made([[[0.5, 0.6, 0.9], [0.5, 0.7, 0.9]],      # best 0.9, gain 0.4
-                   [[0.5, 0.87, 0.8], [0.5, 0.6, 0.7]]])
+    result = made(
+        [
+            [[0.5, 0.6, 0.9], [0.5, 0.7, 0.9]],  # best 0.9, gain 0.4
+            [[0.5, 0.87, 0.8], [0.5, 0.6, 0.7]],
+        ]
+    )
     assert result.start == 0.5 and result.best == pytest.approx(0.9)
     # 90% of the gain is 0.5 + 0.9 * 0.4 = 0.86
     np.testing.assert_array_equal(efficiency.steps_to(result, 0.9), [[20, 20], [10, np.inf]])
@@ -39,11 +64,16 @@ def test_steps_to_a_share_of_the_baselines_best_gain():
 
 
 def test_steps_of_the_tuning_runs_at_each_learning_rate():
-    tuning = np.array([[[0.5, 0.5, 0.9], [0.5, 0.88, 0.8], [0.5, 0.5, 0.5]],
-                       [[0.5, 0.9, 0.9], [0.5, 0.6, 0.87], [0.5, np.nan, np.nan]]])
+    tuning = np.array(
+        [
+            [[0.5, 0.5, 0.9], [0.5, 0.88, 0.8], [0.5, 0.5, 0.5]],
+            [[0.5, 0.9, 0.9], [0.5, 0.6, 0.87], [0.5, np.nan, np.nan]],
+        ]
+    )
     result = replace(made(np.full((2, 2, 3), 0.7)), tuning=tuning)
-    np.testing.assert_array_equal(efficiency.tuning_steps_to(result, 0.9),
-                                  [[20, 10, np.inf], [10, 20, np.inf]])
+    np.testing.assert_array_equal(
+        efficiency.tuning_steps_to(result, 0.9), [[20, 10, np.inf], [10, 20, np.inf]]
+    )
 
 
 def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, tmp_path):
@@ -51,21 +81,31 @@ def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, tmp_path):
     real, arms = efficiency.sweep, ("DP-SGD", "low-pass filter")
 
     def broken(configs, folder, **options):
-        return [replace(outcome, result=None, error="loss is 20") if outcome.config.filter_b
-                and outcome.config.learning_rate == 0.01 else outcome
-                for outcome in real(configs, folder, **options)]
+        return [
+            replace(outcome, result=None, error="loss is 20")
+            if outcome.config.filter_b and outcome.config.learning_rate == 0.01
+            else outcome
+            for outcome in real(configs, folder, **options)
+        ]
 
     monkeypatch.setattr(efficiency, "sweep", broken)
-    result = efficiency.run(efficiency.Config(
-        replace(BASE, steps=2), arms, learning_rates=(1e-3, 1e-2), num_seeds=2,
-        tuning_holdout=50), tmp_path)
+    result = efficiency.run(
+        efficiency.Config(
+            replace(BASE, steps=2),
+            arms,
+            learning_rates=(1e-3, 1e-2),
+            num_seeds=2,
+            tuning_holdout=50,
+        ),
+        tmp_path,
+    )
     assert result.failures == ("low-pass filter, learning rate 0.01, seed 1000: loss is 20",)
     assert np.isnan(result.tuning[1, 1]).all() and result.learning_rate[1] == 1e-3
 
 
 def test_a_loss_counts_downwards():
     result = made([[[8.0, 4.0, 2.0], [8.0, 3.0, 2.0]], [[8.0, 2.1, 3.0], [8.0, 7.0, 6.0]]], "loss")
-    assert result.best == 2.0                                # target 8 - 0.9 * 6 = 2.6
+    assert result.best == 2.0  # target 8 - 0.9 * 6 = 2.6
     np.testing.assert_array_equal(efficiency.steps_to(result, 0.9), [[20, 20], [10, np.inf]])
 
 
@@ -85,12 +125,16 @@ def test_interval_against_scipy():
     assert (mean - half, mean + half) == pytest.approx((low, high))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"arms": ("DP-SGD", "optmal")}, "arm must be one of"),
-    ({"arms": ("denoise",)}, "baseline"),
-    ({"score": "acuracy"}, "did you mean 'accuracy'"),
-    ({"num_seeds": 1}, "num_seeds"),
-    ({"tuning_seed": 0}, "tuning_seed must not be one of the 3 reported seeds")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"arms": ("DP-SGD", "optmal")}, "arm must be one of"),
+        ({"arms": ("denoise",)}, "baseline"),
+        ({"score": "acuracy"}, "did you mean 'accuracy'"),
+        ({"num_seeds": 1}, "num_seeds"),
+        ({"tuning_seed": 0}, "tuning_seed must not be one of the 3 reported seeds"),
+    ],
+)
 def test_bad_configurations(changes, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         efficiency.run(efficiency.Config(BASE, **changes), tmp_path)
@@ -99,8 +143,9 @@ def test_bad_configurations(changes, words, tmp_path):
 
 @pytest.mark.slow
 def test_a_small_sweep_tunes_on_other_data_and_other_seeds(tmp_path):
-    config = efficiency.Config(BASE, ARMS, learning_rates=(1e-3, 1e-2), num_seeds=2,
-                               tuning_holdout=50, num_workers=1)
+    config = efficiency.Config(
+        BASE, ARMS, learning_rates=(1e-3, 1e-2), num_seeds=2, tuning_holdout=50, num_workers=1
+    )
     result = efficiency.run(config, tmp_path / "runs")
     assert result.score.shape == (2, 2, 3) and result.steps.tolist() == [0, 2, 4]
     runs = [load_result(path) for path in (tmp_path / "runs").iterdir()]

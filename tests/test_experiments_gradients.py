@@ -24,8 +24,9 @@ from lowrank_dp.grads import clipped_sum
 from lowrank_dp.restore import restore
 
 pytestmark = pytest.mark.slow
-GRADIENTS = gradients.GradientConfig(model="tiny", task="generated", warm_loss=0.66,
-                                     max_warm_steps=300, warm_learning_rate=1e-3)
+GRADIENTS = gradients.GradientConfig(
+    model="tiny", task="generated", warm_loss=0.66, max_warm_steps=300, warm_learning_rate=1e-3
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +94,28 @@ def test_one_decomposition_measures_what_restoring_makes(source):
         for name, clean in batch.items():
             truth, x = clean.double().numpy(), noisy[name]
             u, _, vh = np.linalg.svd(x.double().numpy(), full_matrices=False)
-            values = {"profile": torch.linalg.svdvals(clean.double()),
-                      "weights": torch.from_numpy(((u.T @ truth) * vh).sum(1))}
-            products, acted = comparison.compare(x, clean, noise_std, schemes.values(),
-                                                 values["profile"].float())
-            for (scheme, options), product, did in zip(schemes.values(), products, acted,
-                                                       strict=True):
+            values = {
+                "profile": torch.linalg.svdvals(clean.double()),
+                "weights": torch.from_numpy(((u.T @ truth) * vh).sum(1)),
+            }
+            products, acted = comparison.compare(
+                x, clean, noise_std, schemes.values(), values["profile"].float()
+            )
+            for (scheme, options), product, did in zip(
+                schemes.values(), products, acted, strict=True
+            ):
                 if scheme == "oracle":
                     options = {"values": values[options["values"]]}
                 made = restore(x.double(), noise_std, scheme, method="exact", **options).numpy()
-                expected = ((made * truth).sum() / np.linalg.norm(made) / np.linalg.norm(truth)
-                            if made.any() else 0.0)
+                expected = (
+                    (made * truth).sum() / np.linalg.norm(made) / np.linalg.norm(truth)
+                    if made.any()
+                    else 0.0
+                )
                 assert comparison.cosine(product) == pytest.approx(expected, abs=1e-4)
                 assert comparison.distance(product) == pytest.approx(
-                    np.linalg.norm(made - truth) / np.linalg.norm(truth), rel=1e-4, abs=1e-4)
+                    np.linalg.norm(made - truth) / np.linalg.norm(truth), rel=1e-4, abs=1e-4
+                )
                 assert did == (made.any() and not np.allclose(made, x.double().numpy()))
 
 
@@ -114,8 +123,11 @@ def test_clean_sums_are_taken_once_and_nest(source, monkeypatch):
     fresh = dataclasses.replace(source, sums={0: {}})
     chosen = source.sample(1100, torch.Generator().manual_seed(GRADIENTS.seed + 1))
     taken, real = [], gradients.Source.clean_sum
-    monkeypatch.setattr(gradients.Source, "clean_sum", lambda self, indices: taken.append(
-        len(indices)) or real(self, indices))
+    monkeypatch.setattr(
+        gradients.Source,
+        "clean_sum",
+        lambda self, indices: taken.append(len(indices)) or real(self, indices),
+    )
     first = fresh.nested_sums([1100, 512])
     again = fresh.nested_sums([1024, 1100])
     assert taken == [512, 512, 76, 512] and list(again) == [1024, 1100]
@@ -125,16 +137,19 @@ def test_clean_sums_are_taken_once_and_nest(source, monkeypatch):
 
 
 def test_alignment_orders_the_schemes(source):
-    config = alignment.Config(GRADIENTS, batch_sizes=(128, 512), noise_multipliers=(0.5, 1.5),
-                              noise_seeds=2)
+    config = alignment.Config(
+        GRADIENTS, batch_sizes=(128, 512), noise_multipliers=(0.5, 1.5), noise_seeds=2
+    )
     result = alignment.run(config, source)
     assert result.alignment.shape == (3, len(alignment.SCHEMES), 2, len(source.matrices))
     by = dict(zip(result.schemes, result.alignment.mean((2, 3)).T, strict=True))
     assert (by["oracle weights"] >= by["optimal"] - 1e-6).all()  # nothing beats the ceiling
     assert (by["optimal"] > by["noisy"]).all()
     np.testing.assert_array_less(by["noisy"][[0, 2]], by["noisy"][1])  # more data, less noise
-    np.testing.assert_array_less(result.error[:, result.schemes.index("optimal")],
-                                 result.error[:, result.schemes.index("noisy")])
+    np.testing.assert_array_less(
+        result.error[:, result.schemes.index("optimal")],
+        result.error[:, result.schemes.index("noisy")],
+    )
     columns, rows = alignment.table(result)
     size, sigma, scheme, aligned, error = rows[-1]
     assert (size, sigma, scheme) == ("512", "1.5", "oracle weights") and len(columns) == 5
@@ -154,7 +169,7 @@ def by_svd(noisy, std, kappa=1.0, threshold=None, correct=False, keep=False):
     b, y = m / n, s / (std * np.sqrt(n))
     if s[0] <= kappa * std * (np.sqrt(m) + np.sqrt(n)):
         return noisy if keep else np.zeros_like(noisy)
-    inner = np.maximum((y**2 - b - 1)**2 - 4 * b, 0.0)
+    inner = np.maximum((y**2 - b - 1) ** 2 - 4 * b, 0.0)
     new = np.where(y > 1 + np.sqrt(b), np.sqrt(inner) / y * std * np.sqrt(n), 0.0)
     if threshold:
         new = np.where(s > threshold * (std * (np.sqrt(m) + np.sqrt(n))), s, 0.0)
@@ -163,27 +178,37 @@ def by_svd(noisy, std, kappa=1.0, threshold=None, correct=False, keep=False):
 
 
 def test_ablation_agrees_with_the_formulas(source, tmp_path):
-    config = ablation.Config(GRADIENTS, batch_sizes=(512, 96), noise_multiplier=0.5,
-                             kappas=(1.0, 1.5, 1e6), noise_seeds=2)
+    config = ablation.Config(
+        GRADIENTS,
+        batch_sizes=(512, 96),
+        noise_multiplier=0.5,
+        kappas=(1.0, 1.5, 1e6),
+        noise_seeds=2,
+    )
     result = ablation.run(config, source)
     assert result.privacy.startswith("NON-PRIVATE")
     assert result.alignment.shape == (2, len(ablation.VARIANTS) + 6, 2)
-    wanted = {"noisy": lambda x: x, "optimal, zeroed": lambda x: by_svd(x, 0.5),
-              "optimal": lambda x: by_svd(x, 0.5, keep=True),
-              "hard(edge), zeroed": lambda x: by_svd(x, 0.5, threshold=1.0),
-              "denoise, zeroed": lambda x: by_svd(x, 0.5, correct=True),
-              "denoise, kappa 1.5, norm correction on":
-                  lambda x: by_svd(x, 0.5, kappa=1.5, correct=True, keep=True),
-              "denoise, kappa 1.5, norm correction off":
-                  lambda x: by_svd(x, 0.5, kappa=1.5, keep=True)}
+    wanted = {
+        "noisy": lambda x: x,
+        "optimal, zeroed": lambda x: by_svd(x, 0.5),
+        "optimal": lambda x: by_svd(x, 0.5, keep=True),
+        "hard(edge), zeroed": lambda x: by_svd(x, 0.5, threshold=1.0),
+        "denoise, zeroed": lambda x: by_svd(x, 0.5, correct=True),
+        "denoise, kappa 1.5, norm correction on": lambda x: by_svd(
+            x, 0.5, kappa=1.5, correct=True, keep=True
+        ),
+        "denoise, kappa 1.5, norm correction off": lambda x: by_svd(x, 0.5, kappa=1.5, keep=True),
+    }
     for i, size in enumerate((96, 512)):
         clean = source.clean_sum(source.sample(512, torch.Generator().manual_seed(1))[:size])
         noisy = gradients.add_noise(clean, 0.5, 1)  # the second draw
         for variant, make in wanted.items():
             made = [make(noisy[name].double().numpy()) for name in clean]
             truth = [matrix.double().numpy() for matrix in clean.values()]
-            cosines = [(a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() else 0.0
-                       for a, b in zip(made, truth, strict=True)]
+            cosines = [
+                (a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() else 0.0
+                for a, b in zip(made, truth, strict=True)
+            ]
             a, b = (np.concatenate([matrix.ravel() for matrix in x]) for x in (made, truth))
             overall = a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() else 0.0
             error = np.linalg.norm(a - b) / np.linalg.norm(b)
@@ -191,14 +216,17 @@ def test_ablation_agrees_with_the_formulas(source, tmp_path):
             got = [values[i, j, 1] for values in (result.alignment, result.overall, result.error)]
             np.testing.assert_allclose(got, [np.mean(cosines), overall, error], rtol=0.01)
     by_kappa = result.by_kappa(result.error)
-    np.testing.assert_allclose(by_kappa[:, 1, 0], result.error[
-        :, result.variants.index("optimal")])  # without the correction it is `optimal`
-    np.testing.assert_allclose(by_kappa[:, :, 2], np.repeat(
-        result.error[:, [0]], 2, axis=1))  # acts on no layer
+    np.testing.assert_allclose(
+        by_kappa[:, 1, 0], result.error[:, result.variants.index("optimal")]
+    )  # without the correction it is `optimal`
+    np.testing.assert_allclose(
+        by_kappa[:, :, 2], np.repeat(result.error[:, [0]], 2, axis=1)
+    )  # acts on no layer
     edges = [0.5 * sum(np.sqrt(matrix.shape)) for matrix in noisy.values()]
     tops = [np.linalg.svd(matrix.numpy(), compute_uv=False)[0] for matrix in noisy.values()]
     assert result.by_kappa(result.restored)[1, 0, :, 1].tolist() == [
-        int((np.array(tops) > kappa * np.array(edges)).sum()) for kappa in config.kappas]
+        int((np.array(tops) > kappa * np.array(edges)).sum()) for kappa in config.kappas
+    ]
     artifacts.save_result(result, tmp_path, "ablation")
     again, figure = figures.show("ablation", artifact_folder=tmp_path)
     columns, rows = ablation.table(again)
@@ -206,17 +234,26 @@ def test_ablation_agrees_with_the_formulas(source, tmp_path):
     assert all(len(row) == len(columns) for row in rows)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"noise_seeds": 1}, "noise_seeds must be an integer >= 2"),
-    ({"kappas": (0.5,)}, "kappas must be a finite number >= 1")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"noise_seeds": 1}, "noise_seeds must be an integer >= 2"),
+        ({"kappas": (0.5,)}, "kappas must be a finite number >= 1"),
+    ],
+)
 def test_ablation_refuses_what_it_cannot_measure(change, message):
     with pytest.raises(ValueError, match=message):
         ablation.run(dataclasses.replace(ablation.SMALL, **change))
 
 
 def test_momentum_starts_where_it_must_and_lifts_the_signal():
-    config = momentum.Config(dataclasses.replace(GRADIENTS, warm_loss=None), steps=4,
-                             batch_size=256, seeds=2, betas=(0.0, 0.9))
+    config = momentum.Config(
+        dataclasses.replace(GRADIENTS, warm_loss=None),
+        steps=4,
+        batch_size=256,
+        seeds=2,
+        betas=(0.0, 0.9),
+    )
     source = gradients.prepare(config.gradients)
     before = {name: p.clone() for name, p in source.model.named_parameters()}
     result = momentum.run(config, source)
@@ -225,8 +262,9 @@ def test_momentum_starts_where_it_must_and_lifts_the_signal():
     assert (result.restored[:, -1, 1] > result.noisy[:, -1, 1]).all()
     columns, rows = momentum.table(result)
     assert columns[1:] == ["noisy, step 4", "restored, step 4"] and rows[1][0] == "0.9"
-    for text, two in zip(rows[1][1:], (result.noisy[:, -1, 1], result.restored[:, -1, 1]),
-                         strict=True):
+    for text, two in zip(
+        rows[1][1:], (result.noisy[:, -1, 1], result.restored[:, -1, 1]), strict=True
+    ):
         middle, half = map(float, text.split(" ± "))
         assert middle == pytest.approx(two.mean(), abs=5.1e-4)
         # t with one degree of freedom: tan(0.475 pi) times half the distance of two seeds
@@ -239,22 +277,31 @@ def test_momentum_starts_where_it_must_and_lifts_the_signal():
 
 
 def test_tasks_measure_each_case_as_the_exact_path_would(tmp_path):
-    config = tasks.Config(cases=(("tiny", "generated", "train", 256, 0.0),
-                                 ("tiny-llama", "generated-table", "validation", 30, 0.0)),
-                          noise_multiplier=0.5, num_draws=2)
+    config = tasks.Config(
+        cases=(
+            ("tiny", "generated", "train", 256, 0.0),
+            ("tiny-llama", "generated-table", "validation", 30, 0.0),
+        ),
+        noise_multiplier=0.5,
+        num_draws=2,
+    )
     result = tasks.run(config)
     source = gradients.prepare(dataclasses.replace(GRADIENTS, warm_loss=None, max_length=128))
     clean = source.clean_sum(source.sample(256, torch.Generator().manual_seed(1)))
     assert result.num_layers[0] == len(clean)
     for draw in range(2):
         noisy = gradients.add_noise(clean, 0.5, draw)
-        tops = {name: np.linalg.svd(m.double().numpy(), compute_uv=False)[0]
-                for name, m in noisy.items()}
+        tops = {
+            name: np.linalg.svd(m.double().numpy(), compute_uv=False)[0]
+            for name, m in noisy.items()
+        }
         assert result.above[0, draw] == sum(
             top > 0.5 * (np.sqrt(m.shape[0]) + np.sqrt(m.shape[1]))
-            for top, m in zip(tops.values(), noisy.values(), strict=True))
-        cosines = [float((m * clean[n]).sum() / m.norm() / clean[n].norm())
-                   for n, m in noisy.items()]
+            for top, m in zip(tops.values(), noisy.values(), strict=True)
+        )
+        cosines = [
+            float((m * clean[n]).sum() / m.norm() / clean[n].norm()) for n, m in noisy.items()
+        ]
         assert result.noisy[0, draw] == pytest.approx(np.mean(cosines), abs=1e-4)
     assert (result.restored.mean(axis=1) >= result.noisy.mean(axis=1) - 0.01).all()
     assert (result.effective_rank[:, 0] < result.effective_rank[:, 1]).all()
@@ -278,15 +325,23 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
         figures.show("momentum", artifact_folder=tmp_path)
 
 
-@pytest.mark.parametrize("name, scale, task", [
-    ("efficiency_e2e", "full", "e2e"), ("efficiency_e2e", "small", "generated-table"),
-    ("spectra", "small", "generated")])
+@pytest.mark.parametrize(
+    "name, scale, task",
+    [
+        ("efficiency_e2e", "full", "e2e"),
+        ("efficiency_e2e", "small", "generated-table"),
+        ("spectra", "small", "generated"),
+    ],
+)
 def test_recomputing_keeps_the_task_of_a_lengthy_experiment(monkeypatch, name, scale, task):
     seen = []
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
     monkeypatch.setattr(figures, "compute", lambda name, config, sources: seen.append(config))
-    monkeypatch.setattr(figures, "FIGURES", {name: dataclasses.replace(
-        figures.FIGURES[name], plot=lambda result: None)})
+    monkeypatch.setattr(
+        figures,
+        "FIGURES",
+        {name: dataclasses.replace(figures.FIGURES[name], plot=lambda result: None)},
+    )
     figures.show(name, recompute=True, scale=scale)
     config = seen[0]
     assert (config.base if name == "efficiency_e2e" else config.gradients).task == task
@@ -294,15 +349,20 @@ def test_recomputing_keeps_the_task_of_a_lengthy_experiment(monkeypatch, name, s
 
 def test_figures_of_one_model_can_share_it(monkeypatch):
     prepared = []
-    monkeypatch.setattr(figures.gradients, "prepare",
-                        lambda config: prepared.append(config) or object())
+    monkeypatch.setattr(
+        figures.gradients, "prepare", lambda config: prepared.append(config) or object()
+    )
     for name in ("alignment", "ablation"):
         monkeypatch.setattr(figures.FIGURES[name].experiment, "run", lambda config, source: source)
-        monkeypatch.setitem(figures.FIGURES, name, dataclasses.replace(
-            figures.FIGURES[name], plot=lambda result: None))
+        monkeypatch.setitem(
+            figures.FIGURES,
+            name,
+            dataclasses.replace(figures.FIGURES[name], plot=lambda result: None),
+        )
     sources = {}
-    first, second = (figures.show(name, recompute=True, sources=sources)[0]
-                     for name in ("alignment", "ablation"))
+    first, second = (
+        figures.show(name, recompute=True, sources=sources)[0] for name in ("alignment", "ablation")
+    )
     assert first is second and len(prepared) == 1
     assert figures.show("ablation", recompute=True)[0] is not first
 
@@ -317,8 +377,14 @@ def test_every_figure_has_both_scales_a_caption_and_takes_the_options(name):
         assert "7" in str(changed) and config == figures.configure(config)
 
 
-TRIALS = [("tasks",), ("momentum",), ("efficiency", "efficiency_mnli"), ("membership",),
-          ("efficiency_e2e", "efficiency_smollm2"), ("membership_e2e",)]
+TRIALS = [
+    ("tasks",),
+    ("momentum",),
+    ("efficiency", "efficiency_mnli"),
+    ("membership",),
+    ("efficiency_e2e", "efficiency_smollm2"),
+    ("membership_e2e",),
+]
 
 
 def test_every_lengthy_figure_has_a_trial():
@@ -334,8 +400,9 @@ def test_what_is_lengthy_can_be_tried_small(names, tmp_path, monkeypatch):
         result, figure = figures.show(name, recompute=True)
         assert re.search(r"; generated(-table)? from ", result.description)
         assert not getattr(result, "failures", ())
-        for values in (getattr(result, key) for key in ("score", "auc", "restored")
-                       if hasattr(result, key)):
+        for values in (
+            getattr(result, key) for key in ("score", "auc", "restored") if hasattr(result, key)
+        ):
             assert np.isfinite(values).all() and np.ptp(values) > 1e-3
         figure.canvas.draw()
         assert figures.FIGURES[name].experiment.headline(result)
@@ -346,8 +413,9 @@ def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, 
     shutil.copytree(folder, tmp_path / "kept")
     monkeypatch.setattr(figures, "compute", None)
     lengthy = [name for name, recipe in figures.FIGURES.items() if recipe.lengthy]
-    figures.main(only=lengthy, scale="small", output=tmp_path / "figures",
-                 artifact_folder=tmp_path / "kept")
+    figures.main(
+        only=lengthy, scale="small", output=tmp_path / "figures", artifact_folder=tmp_path / "kept"
+    )
     said = " ".join(capsys.readouterr().err.split())
     for name in lengthy:
         for path in folder.glob(f"{name}.*"):

@@ -14,16 +14,39 @@ from lowrank_dp.plots import lora as plots
 
 TINY = GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32)
 CONFIGS = {
-    "lora_noise": (lora_noise, replace(
-        lora_noise.SMALL, gradients=TINY, batch_size=8, ranks=(1, 8), num_draws=60,
-        vector_size=32, vector_draws=400, more_models=("no-such-model",))),
-    "total_variation": (total_variation, replace(
-        total_variation.SMALL, ranks=(1, 8), widths=(2, 4096), joint_ranks=(4, 256))),
-    "projection_privacy": (projection_privacy, replace(
-        projection_privacy.SMALL, gradients=TINY, epsilons=(0.0, 1.0), num_trials=150,
-        rank_grid=(1, 16, 256), widths=(768,), batch_size=8)),
-    "dynamics": (dynamics, replace(
-        dynamics.SMALL, gradients=TINY, ranks=(2, 16), num_seeds=2, num_steps=6)),
+    "lora_noise": (
+        lora_noise,
+        replace(
+            lora_noise.SMALL,
+            gradients=TINY,
+            batch_size=8,
+            ranks=(1, 8),
+            num_draws=60,
+            vector_size=32,
+            vector_draws=400,
+            more_models=("no-such-model",),
+        ),
+    ),
+    "total_variation": (
+        total_variation,
+        replace(total_variation.SMALL, ranks=(1, 8), widths=(2, 4096), joint_ranks=(4, 256)),
+    ),
+    "projection_privacy": (
+        projection_privacy,
+        replace(
+            projection_privacy.SMALL,
+            gradients=TINY,
+            epsilons=(0.0, 1.0),
+            num_trials=150,
+            rank_grid=(1, 16, 256),
+            widths=(768,),
+            batch_size=8,
+        ),
+    ),
+    "dynamics": (
+        dynamics,
+        replace(dynamics.SMALL, gradients=TINY, ranks=(2, 16), num_seeds=2, num_steps=6),
+    ),
 }
 pytestmark = pytest.mark.slow
 
@@ -71,7 +94,9 @@ def test_total_variation_lies_between_its_bounds_and_does_not_vanish_with_width(
     assert (result.lower <= result.exact).all() and (result.exact <= result.upper).all()
     np.testing.assert_allclose(
         result.by_width_exact[:, -1],
-        theory.tv_exact(np.array(result.config.fixed_ranks), 10**6), rtol=0.2)
+        theory.tv_exact(np.array(result.config.fixed_ranks), 10**6),
+        rtol=0.2,
+    )
     assert np.nanmax(np.abs(result.joint[1] - result.joint_limit)) < 0.01
 
 
@@ -79,10 +104,10 @@ def test_two_rows_give_the_candidate_away_and_one_does_not(results):
     result = results["projection_privacy"]
     assert result.auc[1, 0, 0] > 0.99 and result.auc[2, 0, 0] > 0.99
     assert result.real_auc[1, 0, 0] > 0.99
-    assert result.auc[0, 0, 1] < 0.605 < result.auc[0, 0, 2]        # the exact test's AUC
+    assert result.auc[0, 0, 1] < 0.605 < result.auc[0, 0, 2]  # the exact test's AUC
     assert np.isnan(result.auc[0, 1:]).all()
-    assert (result.profile >= result.profile_gaussian)[:3].all()    # rank << n
-    assert result.by_rank[0, 1] < min(result.by_rank[0, [0, 2]])    # not monotone in the rank
+    assert (result.profile >= result.profile_gaussian)[:3].all()  # rank << n
+    assert result.by_rank[0, 1] < min(result.by_rank[0, [0, 2]])  # not monotone in the rank
 
 
 def test_auc_interval_matches_simulation_and_covers_the_ends():
@@ -91,10 +116,13 @@ def test_auc_interval_matches_simulation_and_covers_the_ends():
     inside = 0
     for _ in range(200):
         _, low, high = projection_privacy.auc_with_interval(rng.normal(size=400) + member, member)
-        inside += low < 0.760250 < high         # Phi(1 / sqrt 2)
-    assert 180 <= inside <= 199                 # 95 % of 200, beyond 3 sigma on both sides
+        inside += low < 0.760250 < high  # Phi(1 / sqrt 2)
+    assert 180 <= inside <= 199  # 95 % of 200, beyond 3 sigma on both sides
     assert projection_privacy.auc_with_interval(member * 1.0, member) == (
-        1.0, pytest.approx(0.025 ** (1 / 200)), 1.0)
+        1.0,
+        pytest.approx(0.025 ** (1 / 200)),
+        1.0,
+    )
 
 
 def test_every_arm_starts_like_full_fine_tuning_and_ends_elsewhere(results):
@@ -117,10 +145,15 @@ def test_dynamics_leave_the_global_generator_alone_and_repeat():
     np.testing.assert_array_equal(first.distance, again.distance)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"num_steps": 10**6}, "num_steps"), ({"num_seeds": 1}, "num_seeds"),
-    ({"learning_rate": 0.0}, "learning_rate"), ({"ranks": (0,)}, "rank"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 10**6}, "num_steps"),
+        ({"num_seeds": 1}, "num_seeds"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"ranks": (0,)}, "rank"),
+    ],
+)
 def test_bad_dynamics_config_is_one_error(changes, message):
     with pytest.raises(ValueError, match=message):
         dynamics.run(replace(CONFIGS["dynamics"][1], **changes))

@@ -14,10 +14,14 @@ from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.mia.metrics import auc
 from lowrank_dp.plots.membership import plot_matrix_attack
 
-TINY = replace(attack.SMALL, batch_size=8, num_trials=40, ranks=(1, 8),
-               noise_multipliers=(0.0, 1e-5, 1e-3, 0.5),
-               gradients=GradientConfig(model="tiny", task="generated", warm_loss=None,
-                                        max_length=32))
+TINY = replace(
+    attack.SMALL,
+    batch_size=8,
+    num_trials=40,
+    ranks=(1, 8),
+    noise_multipliers=(0.0, 1e-5, 1e-3, 0.5),
+    gradients=GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32),
+)
 
 
 def seeded(seed=0):
@@ -28,8 +32,9 @@ def worlds(num, m=2, n=24, size=0.3, seed=1):
     """G0 (m, n), rank-two records (num, m, n), and who is in."""
     rng = np.random.default_rng(seed)
     rest = rng.standard_normal((m, n))
-    records = size * np.einsum("ikm,ikn->imn", rng.standard_normal((num, 2, m)),
-                               rng.standard_normal((num, 2, n)))
+    records = size * np.einsum(
+        "ikm,ikn->imn", rng.standard_normal((num, 2, m)), rng.standard_normal((num, 2, n))
+    )
     return torch.tensor(rest), torch.tensor(records), np.arange(num) % 2 == 0
 
 
@@ -72,8 +77,7 @@ def test_row_density_is_the_average_over_s_on_a_plain_fine_grid(rank, noise_std)
         for x in across:
             log_f += stats.norm.logpdf(x, 0, sd)
         expected = special.logsumexp(log_f) + np.log(t[1] - t[0])
-        assert attack.row_logpdf(y, candidate, rank, noise_std) == pytest.approx(expected,
-                                                                                 abs=1e-6)
+        assert attack.row_logpdf(y, candidate, rank, noise_std) == pytest.approx(expected, abs=1e-6)
 
 
 def test_row_density_is_the_mean_over_formed_projections():
@@ -84,8 +88,8 @@ def test_row_density_is_the_mean_over_formed_projections():
     values = stats.norm.pdf(y, centres, noise_std).prod(axis=1)
     error = values.std() / np.sqrt(len(values))
     density = np.exp(attack.row_logpdf(y, q, rank, noise_std))
-    assert abs(density - values.mean()) < 4 * error         # wrong in 6e-5 of all seeds
-    assert 4 * error < 0.02 * density                       # so the test can see 2 %
+    assert abs(density - values.mean()) < 4 * error  # wrong in 6e-5 of all seeds
+    assert 4 * error < 0.02 * density  # so the test can see 2 %
 
 
 def test_row_density_tends_to_the_noise_free_one_and_integrates_to_one():
@@ -121,8 +125,10 @@ def test_scores_are_the_naive_ones():
 def test_one_row_is_scored_by_the_likelihood_ratio_with_and_without_noise():
     rest, records, truth = worlds(5, m=1)
     seen = attack.release(rest, records, truth, 4, seeded()).numpy()
-    for noise_std, density in ((0.0, lambda y, q: theory.projection_logpdf(y, q, 4)),
-                               (0.2, lambda y, q: attack.row_logpdf(y, q, 4, 0.2))):
+    for noise_std, density in (
+        (0.0, lambda y, q: theory.projection_logpdf(y, q, 4)),
+        (0.2, lambda y, q: attack.row_logpdf(y, q, 4, 0.2)),
+    ):
         got = attack.score(seen, rest.numpy(), (rest + records).numpy(), 4, noise_std)
         for trial, value in enumerate(got):
             y, q0, q1 = seen[trial, 0], rest[0].numpy(), (rest + records[trial])[0].numpy()
@@ -139,11 +145,13 @@ def test_two_rows_give_the_record_away_at_every_rank(rank):
 def test_swapped_candidates_give_one_minus_auc(m, noise_std):
     rest, records, truth = worlds(80, m=m)
     seen = attack.release(rest, records, truth, 4, seeded())
-    seen = (seen + noise_std * torch.randn(seen.shape, generator=seeded(1),
-                                           dtype=seen.dtype)).numpy()
+    seen = (
+        seen + noise_std * torch.randn(seen.shape, generator=seeded(1), dtype=seen.dtype)
+    ).numpy()
     g0, g1 = rest.numpy(), (rest + records).numpy()
-    straight, swapped = (auc(attack.score(seen, *pair, 4, noise_std), truth).value
-                         for pair in ((g0, g1), (g1, g0)))
+    straight, swapped = (
+        auc(attack.score(seen, *pair, 4, noise_std), truth).value for pair in ((g0, g1), (g1, g0))
+    )
     assert straight > 0.6
     assert straight + swapped == pytest.approx(1, abs=1e-12)
 
@@ -174,7 +182,7 @@ def test_gaussian_reading_is_the_auc_of_simulated_log_ratios():
     measured = auc(log_ratio, member_, confidence=0.999)
     assert measured.ci[0] < attack.gaussian_reading(sizes, member, 8) < measured.ci[1]
     one = attack.gaussian_reading(np.full((2, 1), 0.1), np.array([True, False]), 4)
-    assert one == pytest.approx(special.ndtr(0.2 / np.sqrt(2)))    # d' = 2 x 0.1
+    assert one == pytest.approx(special.ndtr(0.2 / np.sqrt(2)))  # d' = 2 x 0.1
 
 
 # --- the experiment ----------------------------------------------------------------------------
@@ -189,13 +197,16 @@ def test_real_rows_are_sums_and_parts_of_the_layer(source):
     whole = source.clean_sum(chosen[:8])[layer]
     rows = whole.norm(dim=1).argsort(descending=True)[:8]
     torch.testing.assert_close(rest, whole[rows].double())
-    torch.testing.assert_close((rest + records[1]).float(),
-                               source.clean_sum([*chosen[:8], chosen[9]])[layer][rows],
-                               rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        (rest + records[1]).float(),
+        source.clean_sum([*chosen[:8], chosen[9]])[layer][rows],
+        rtol=1e-4,
+        atol=1e-7,
+    )
 
 
 def test_a_real_layer_gives_its_record_away(result):
-    one, two, eight = np.moveaxis(result.auc, 1, 0)      # each (ranks, noise levels, 3)
+    one, two, eight = np.moveaxis(result.auc, 1, 0)  # each (ranks, noise levels, 3)
     assert (two[:, 0, 0] == 1).all() and (eight[:, 0, 0] == 1).all()
     assert (one[:, 0, 0] < 1).all()
     assert (result.auc[..., 1] <= result.auc[..., 0]).all()
@@ -209,8 +220,13 @@ def test_a_real_layer_gives_its_record_away(result):
 
 
 def test_noise_is_in_units_of_the_clipping_norm(source, result):
-    clipped = replace(TINY, num_trials=2, ranks=(8,), rows=(2,),
-                      gradients=replace(TINY.gradients, max_grad_norm=0.5))
+    clipped = replace(
+        TINY,
+        num_trials=2,
+        ranks=(8,),
+        rows=(2,),
+        gradients=replace(TINY.gradients, max_grad_norm=0.5),
+    )
     np.testing.assert_allclose(attack.run(clipped, source).noise_std, result.noise_std / 2)
 
 
@@ -228,19 +244,26 @@ def test_result_reloads_plots_and_repeats(result, source, tmp_path):
 
 @pytest.mark.parametrize("noise", [(0.0,), (0.5,), (0.0, 0.5), (1e-7, 1.0)])
 def test_any_noise_levels_can_be_drawn(result, noise, tmp_path):
-    kept = replace(result, config=replace(TINY, noise_multipliers=noise),
-                   auc=result.auc[:, :, :len(noise)])
+    kept = replace(
+        result, config=replace(TINY, noise_multipliers=noise), auc=result.auc[:, :, : len(noise)]
+    )
     artifacts.save_figure(plot_matrix_attack(kept), tmp_path, "any")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"num_trials": 1}, "num_trials"), ({"ranks": ()}, "ranks"), ({"ranks": (0,)}, "ranks"),
-    ({"rows": (1.5,)}, "rows"), ({"rows": (10**6,)}, "rows must be an integer >= 1 and <="),
-    ({"noise_multipliers": (-0.1,)}, "noise_multipliers"),
-    ({"noise_multipliers": (0.5, 0.0)}, "noise_multipliers must be rising"),
-    ({"noise_multipliers": (0.1, 0.1)}, "noise_multipliers must be rising"),
-    ({"num_trials": 10**6}, "batch_size and num_trials"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_trials": 1}, "num_trials"),
+        ({"ranks": ()}, "ranks"),
+        ({"ranks": (0,)}, "ranks"),
+        ({"rows": (1.5,)}, "rows"),
+        ({"rows": (10**6,)}, "rows must be an integer >= 1 and <="),
+        ({"noise_multipliers": (-0.1,)}, "noise_multipliers"),
+        ({"noise_multipliers": (0.5, 0.0)}, "noise_multipliers must be rising"),
+        ({"noise_multipliers": (0.1, 0.1)}, "noise_multipliers must be rising"),
+        ({"num_trials": 10**6}, "batch_size and num_trials"),
+    ],
+)
 def test_bad_config_is_one_error(changes, message, source):
     with pytest.raises(ValueError, match=message):
         attack.run(replace(TINY, **changes), source)

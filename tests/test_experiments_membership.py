@@ -11,11 +11,21 @@ from lowrank_dp.plots.attacks import plot_membership
 from lowrank_dp.theory import noise_variance
 from lowrank_dp.train import TrainConfig
 
-BASE = TrainConfig(model="tiny", task="generated", non_private=True, delta=1e-3, batch_size=20,
-                   max_examples=100, membership="bernoulli", eval_every=100, snapshot_every=100,
-                   eval_examples=30)
-CONFIG = membership.Config(base=BASE, ranks=(1, 2), frozen_ranks=(1,), steps=(2,), num_seeds=2,
-                           num_workers=1)
+BASE = TrainConfig(
+    model="tiny",
+    task="generated",
+    non_private=True,
+    delta=1e-3,
+    batch_size=20,
+    max_examples=100,
+    membership="bernoulli",
+    eval_every=100,
+    snapshot_every=100,
+    eval_examples=30,
+)
+CONFIG = membership.Config(
+    base=BASE, ranks=(1, 2), frozen_ranks=(1,), steps=(2,), num_seeds=2, num_workers=1
+)
 
 
 def test_the_plan_counts_runs_and_steps():
@@ -26,8 +36,14 @@ def test_the_plan_counts_runs_and_steps():
 @pytest.mark.slow
 def test_a_small_sweep(tmp_path):
     result = membership.run(CONFIG, tmp_path / "runs")
-    assert result.arms == ("full", "LoRA r=1", "LoRA r=2", "frozen A r=1", "full, DP",
-                           "full, DP restored")
+    assert result.arms == (
+        "full",
+        "LoRA r=1",
+        "LoRA r=2",
+        "frozen A r=1",
+        "full, DP",
+        "full, DP restored",
+    )
     assert result.auc.shape == (6, 2, 1) and np.all((result.auc >= 0) & (result.auc <= 1))
     assert np.isinf(result.epsilon[:4]).all() and (result.epsilon[4:] <= 8).all()
     assert result.noise_variance.tolist() == [noise_variance(rank, 64) for rank in (1, 2)]
@@ -49,14 +65,25 @@ def test_matched_loss_is_read_within_seeds_and_never_beyond():
     auc = np.array([[[0.5, 0.9]] * 2, [[0.5, 0.7]] * 2, [[0.5, 0.5]] * 2])
     empty = np.zeros(shape)
     result = membership.Result(
-        config=CONFIG, provenance={}, privacy="", description="",
-        arms=("full", "LoRA r=1", "full, DP"), utility_name="accuracy", shift=(),
-        epsilon=np.full(3, np.inf), auc=auc, tpr=empty, train_loss=loss, utility=empty,
-        untuned=empty, noise_variance=np.ones(2))
-    read = result.at("train_loss")     # both ordinary arms have passed 0.4 to 0.6: read at 0.5
+        config=CONFIG,
+        provenance={},
+        privacy="",
+        description="",
+        arms=("full", "LoRA r=1", "full, DP"),
+        utility_name="accuracy",
+        shift=(),
+        epsilon=np.full(3, np.inf),
+        auc=auc,
+        tpr=empty,
+        train_loss=loss,
+        utility=empty,
+        untuned=empty,
+        noise_variance=np.ones(2),
+    )
+    read = result.at("train_loss")  # both ordinary arms have passed 0.4 to 0.6: read at 0.5
     np.testing.assert_allclose(read[:2], [[0.7, 0.7], [0.6, 0.6]])
-    assert np.isnan(read[2]).all()     # the private arm never got there
+    assert np.isnan(read[2]).all()  # the private arm never got there
     apart = replace(result, train_loss=loss + np.array([0.0, 1.0, 0.0])[:, None, None])
-    read = apart.at("train_loss")      # two values with one arm each: the lower, again 0.5
+    read = apart.at("train_loss")  # two values with one arm each: the lower, again 0.5
     np.testing.assert_allclose(read[0], 0.7)
     assert np.isnan(read[1:]).all()

@@ -73,7 +73,9 @@ def end(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 """
 
-KILLED = JOBS + """
+KILLED = (
+    JOBS
+    + """
 rng, killed = random.Random(f"{what} {arguments['seed']}"), 0
 while killed < arguments["kills"]:
     child = start()
@@ -87,12 +89,18 @@ while killed < arguments["kills"]:
 code = end(start())
 print(json.dumps([killed, code]))
 """
+)
 
-LIMITED = JOBS + """
+LIMITED = (
+    JOBS
+    + """
 print(json.dumps([end(start(limit)) for limit in (*arguments["limits"], None)]))
 """
+)
 
-SIGNALLED = JOBS + """
+SIGNALLED = (
+    JOBS
+    + """
 ledger, codes, said = folder / "snapshots" / "releases.jsonl", [], []
 for number, after in arguments["signals"]:
     child = start()
@@ -103,19 +111,26 @@ for number, after in arguments["signals"]:
     said.append(Path(f"{folder}.err").read_text())
 print(json.dumps([codes, said, end(start())]))
 """
+)
 
 
 def run(script, what, folder, configs, **arguments):
     arguments["configs"] = [config.as_json() for config in configs]
-    done = subprocess.run([sys.executable, "-c", script, what, str(folder), json.dumps(arguments)],
-                          capture_output=True, text=True, timeout=3000)
+    done = subprocess.run(
+        [sys.executable, "-c", script, what, str(folder), json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def curve(result):
-    return [{name: value for name, value in entry.items() if "seconds" not in name}
-            for entry in result.curve]
+    return [
+        {name: value for name, value in entry.items() if "seconds" not in name}
+        for entry in result.curve
+    ]
 
 
 def assert_whole(folder):
@@ -145,9 +160,13 @@ def target(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")
     (folder / "data").mkdir()
     for split, count in (("train", 80), ("validation", 12)):
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(
-            {"sentence": f"film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2}) + "\n"
-            for i in range(count)))
+        (folder / "data" / f"{split}.jsonl").write_text(
+            "".join(
+                json.dumps({"sentence": f"film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2})
+                + "\n"
+                for i in range(count)
+            )
+        )
     config = replace(base, task=str(folder / "data"), membership="half", delta=1e-3)
     train(config, folder / "model")
     return config, folder
@@ -155,11 +174,31 @@ def target(base, tmp_path_factory):
 
 def words(what, target, folder):
     if what == "figures":
-        return ["figures", "--only", "total_variation", "--output", str(folder / "figures"),
-                "--artifacts", str(folder / "artifacts")]
+        return [
+            "figures",
+            "--only",
+            "total_variation",
+            "--output",
+            str(folder / "figures"),
+            "--artifacts",
+            str(folder / "artifacts"),
+        ]
     config, place = target
-    return ["mia", "--model", str(place / "model"), "--data-dir", config.task, "--base",
-            config.model, "--shadows", "2", "--engine", "sequential", "--output", str(folder)]
+    return [
+        "mia",
+        "--model",
+        str(place / "model"),
+        "--data-dir",
+        config.task,
+        "--base",
+        config.model,
+        "--shadows",
+        "2",
+        "--engine",
+        "sequential",
+        "--output",
+        str(folder),
+    ]
 
 
 SECONDS = {"train": 1.5, "sweep": 2.5, "attack": 5.0, "figures": 5.0}
@@ -176,8 +215,16 @@ def test_kill_9_leaves_nothing_half_done(what, kills, base, target, tmp_path):
     while done < kills:  # a command that ends before it is killed starts anew elsewhere
         place = folder / str(attempt) if what != "train" else tmp_path / f"train {attempt}"
         place.parent.mkdir(exist_ok=True)
-        killed, code = run(KILLED, what, place, configs, kills=kills - done, seed=attempt,
-                           seconds=SECONDS[what], words=words(what, target, place))
+        killed, code = run(
+            KILLED,
+            what,
+            place,
+            configs,
+            kills=kills - done,
+            seed=attempt,
+            seconds=SECONDS[what],
+            words=words(what, target, place),
+        )
         assert code == 0, place.with_name(f"{place.name}.err").read_text()
         done, attempt = done + killed, attempt + 1
         assert_whole(place)
@@ -188,7 +235,8 @@ def test_kill_9_leaves_nothing_half_done(what, kills, base, target, tmp_path):
         assert not (place / "snapshots").exists()
     elif what == "sweep":
         assert {path.name for path in place.iterdir()} == {
-            run_folder(config, place).name for config in configs}
+            run_folder(config, place).name for config in configs
+        }
         alone = sweep(configs, tmp_path / "alone", engine="sequential")
         for config, other in zip(configs, alone, strict=True):
             result = load_result(run_folder(config, place))
@@ -252,6 +300,7 @@ def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
             return take_step(*args)
 
         from lowrank_dp.train import take_step
+
         with monkeypatch.context() as patch:
             patch.setattr("lowrank_dp.train.take_step", step)
             return train(config, output, **options)
@@ -259,12 +308,32 @@ def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(command, "train", interrupted)
     with pytest.raises(SystemExit) as stop:
-        _cli.run(command.app, ["--model", base.model, "--task", base.task, "--steps", "2",
-                               "--batch-size", "10", "--noise-multiplier", "0.8", "--seed", "0",
-                               "--learning-rate", "1e-3", "--output", str(tmp_path / "run")])
+        _cli.run(
+            command.app,
+            [
+                "--model",
+                base.model,
+                "--task",
+                base.task,
+                "--steps",
+                "2",
+                "--batch-size",
+                "10",
+                "--noise-multiplier",
+                "0.8",
+                "--seed",
+                "0",
+                "--learning-rate",
+                "1e-3",
+                "--output",
+                str(tmp_path / "run"),
+            ],
+        )
     assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
-    assert capsys.readouterr().err == ("stopped by SIGTERM: step 1 of 2 is saved; to go on, repeat "
-                                       "the command, training with --resume\n")
+    assert capsys.readouterr().err == (
+        "stopped by SIGTERM: step 1 of 2 is saved; to go on, repeat "
+        "the command, training with --resume\n"
+    )
     assert train(base, tmp_path / "run", resume=True).releases == 2
 
 

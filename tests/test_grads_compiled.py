@@ -29,8 +29,15 @@ from lowrank_dp.models.trainable import add_lora
 from lowrank_dp.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZES = dict(vocab_size=53, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-             intermediate_size=24, max_position_embeddings=24, pad_token_id=1)
+SIZES = dict(
+    vocab_size=53,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=24,
+    pad_token_id=1,
+)
 
 
 @pytest.fixture
@@ -40,6 +47,7 @@ def graphs(monkeypatch):
 
     def backend(graph, inputs):
         from torch._dynamo.backends.debugging import aot_eager
+
         made.append(graph)
         return aot_eager(graph, inputs)
 
@@ -54,11 +62,16 @@ def make(name):
     model = {
         "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES)),  # shared position ids
         "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES)),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(  # Conv1D
-            vocab_size=53, n_embd=16, n_layer=1, n_head=2, n_positions=24)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(
-            **SIZES, num_key_value_heads=1, tie_word_embeddings=True)),
-        "lora": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1))}[name]()
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(  # Conv1D
+                vocab_size=53, n_embd=16, n_layer=1, n_head=2, n_positions=24
+            )
+        ),
+        "llama": lambda: LlamaForCausalLM(
+            LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True)
+        ),
+        "lora": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1)),
+    }[name]()
     if name == "lora":
         model.lowrank_dp_note = "a model"
         model.requires_grad_(False)
@@ -73,9 +86,9 @@ def batch_of(model, rows, length, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 53, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
-    mask[0, length // 2 + 1:] = 0
+    mask[0, length // 2 + 1 :] = 0
     classes = "Classification" in type(model).__name__
-    labels = (torch.arange(rows) % 2 if classes else ids.masked_fill(mask == 0, -100))
+    labels = torch.arange(rows) % 2 if classes else ids.masked_fill(mask == 0, -100)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -91,8 +104,10 @@ def assert_same(got, want, tolerance=1e-5):
 def test_sums_and_norms_are_those_of_book_keeping(name, graphs):
     """Of micro-batches that differ in rows and length, by graphs that are made once."""
     model = make(name)
-    parts = [batch_of(model, rows, length, seed) for seed, (rows, length) in enumerate(
-        [(3, 7), (4, 5), (1, 9), (3, 6), (5, 11), (2, 7)])]
+    parts = [
+        batch_of(model, rows, length, seed)
+        for seed, (rows, length) in enumerate([(3, 7), (4, 5), (1, 9), (3, 6), (5, 11), (2, 7)])
+    ]
     before = [(n, p.requires_grad) for n, p in model.named_parameters()]
     want, norms = clipped_sum_over(model, parts, 0.5)
     got, same = clipped_sum_over(model, parts, 0.5, backend="compiled")
@@ -186,12 +201,21 @@ def otherwise(hidden):
     return hidden * 1.1 if torch.compiler.is_compiling() else hidden
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    (Model(branching), "could not be compiled"),
-    (Model(otherwise), "must compute the same when compiled, and gives gradients of other norms"),
-    (Model(before=lambda hidden: hidden[:, :2]), "could not be compiled"),  # two of five positions
-    (Model(before=lambda hidden: hidden[:, :, None]), r"output of shape \(3, 5, 1, 2\), which"),
-])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Model(branching), "could not be compiled"),
+        (
+            Model(otherwise),
+            "must compute the same when compiled, and gives gradients of other norms",
+        ),
+        (
+            Model(before=lambda hidden: hidden[:, :2]),
+            "could not be compiled",
+        ),  # two of five positions
+        (Model(before=lambda hidden: hidden[:, :, None]), r"output of shape \(3, 5, 1, 2\), which"),
+    ],
+)
 def test_what_cannot_be_compiled_is_refused_in_one_line(model, message, graphs):
     batch = {"input_ids": torch.ones(3, 5, dtype=torch.long), "labels": torch.tensor([0, 1, 1])}
     want, _ = clipped_sum(model, batch, 1.0)
@@ -227,6 +251,7 @@ def test_bad_values_are_refused_as_elsewhere(graphs):
 
 
 # In training
+
 
 def test_a_compiled_run_trains_as_another(base, graphs, tmp_path):
     config = replace(base, steps=3, noise_multiplier=0.3, learning_rate=1e-2)

@@ -25,11 +25,45 @@ from lowrank_dp.train.__main__ import app as train_app
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
-ODD = (None, True, False, -1, 0, 1, 3, 10**30, 10**400, 1.5, 1e308, float("nan"), float("inf"), "",
-       "x", "1", "\u0000", "\ud800", "é\n", [], [1], ["x"], [[]], {}, {"a": 1}, {"a": [None]},
-       "../x", "~nobody/x", "a" * 5000)
-ROWS = [{"text": f"the film number {i} is {('dull', 'fresh')[i % 2]} .", "label": i % 2,
-         "who": f"u{i // 2}"} for i in range(24)]
+ODD = (
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    10**30,
+    10**400,
+    1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "1",
+    "\u0000",
+    "\ud800",
+    "é\n",
+    [],
+    [1],
+    ["x"],
+    [[]],
+    {},
+    {"a": 1},
+    {"a": [None]},
+    "../x",
+    "~nobody/x",
+    "a" * 5000,
+)
+ROWS = [
+    {
+        "text": f"the film number {i} is {('dull', 'fresh')[i % 2]} .",
+        "label": i % 2,
+        "who": f"u{i // 2}",
+    }
+    for i in range(24)
+]
 
 
 def odd_structure(document, rng):
@@ -53,8 +87,11 @@ def odd_bytes(data, rng):
     """``data`` with bytes removed, overwritten or put in, at one to three places."""
     for _ in range(rng.randrange(1, 4)):
         start = rng.randrange(len(data) + 1)
-        data = (data[:start] + rng.randbytes(rng.randrange(4))
-                + data[start + rng.choice([0, 1, 2, 40, len(data)]):])
+        data = (
+            data[:start]
+            + rng.randbytes(rng.randrange(4))
+            + data[start + rng.choice([0, 1, 2, 40, len(data)]) :]
+        )
     return data
 
 
@@ -85,10 +122,15 @@ def odd_tensors(path, rng):
     if change == 1:
         tensors["other." + name] = tensor
     elif change > 1:
-        tensors[name] = (tensor[..., :-1].contiguous() if change == 2 and tensor.ndim else
-                         tensor.to(torch.int32) if change == 3 else
-                         torch.full_like(tensor, float("nan")) if change == 4
-                         and tensor.is_floating_point() else torch.zeros(0))
+        tensors[name] = (
+            tensor[..., :-1].contiguous()
+            if change == 2 and tensor.ndim
+            else tensor.to(torch.int32)
+            if change == 3
+            else torch.full_like(tensor, float("nan"))
+            if change == 4 and tensor.is_floating_point()
+            else torch.zeros(0)
+        )
     save_file(tensors, path)
 
 
@@ -96,8 +138,11 @@ def contents(folder):
     """Every file below a folder by its hash; None if there is no folder."""
     if not folder.exists():
         return None
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 class Trial:
@@ -151,7 +196,8 @@ def made(small_bert, tmp_path_factory):
         for split in ("train", "validation"):
             rows = [{(text if k == "text" else k): v for k, v in row.items()} for row in ROWS]
             (data / place / f"{split}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows))
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     table = pandas.DataFrame(ROWS)
     table.to_csv(data / "a.csv", index=False)
     table.to_csv(data / "a.tsv", index=False, sep="\t")
@@ -165,8 +211,16 @@ def made(small_bert, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("LOWRANK_DP_DATA", str(data / "named"))
-        recipe = TrainConfig(model=str(small_bert), task="sst2", steps=2, batch_size=4,
-                             noise_multiplier=1.0, seed=1, membership="half", snapshot_every=1)
+        recipe = TrainConfig(
+            model=str(small_bert),
+            task="sst2",
+            steps=2,
+            batch_size=4,
+            noise_multiplier=1.0,
+            seed=1,
+            membership="half",
+            snapshot_every=1,
+        )
         train(recipe, folder / "full", show_progress=False)
         train(replace(recipe, method="lora"), folder / "lora", show_progress=False)
         patch.setattr("lowrank_dp.train.save_run", killed)
@@ -175,16 +229,33 @@ def made(small_bert, tmp_path_factory):
     return folder
 
 
-CONFIG = {"steps": 2, "batch_size": 512, "noise_multiplier": 1.0, "seed": 1, "delta": 1e-3,
-          "learning_rate": 1e-3, "scheme": "optimal", "scheme_options": {"k": 2},
-          "filter_b": [0.5], "target_modules": ["query"], "text_column": "text", "beta1": None,
-          "label_column": "label", "group_column": "who", "unit": "group", "max_examples": 20}
+CONFIG = {
+    "steps": 2,
+    "batch_size": 512,
+    "noise_multiplier": 1.0,
+    "seed": 1,
+    "delta": 1e-3,
+    "learning_rate": 1e-3,
+    "scheme": "optimal",
+    "scheme_options": {"k": 2},
+    "filter_b": [0.5],
+    "target_modules": ["query"],
+    "text_column": "text",
+    "beta1": None,
+    "label_column": "label",
+    "group_column": "who",
+    "unit": "group",
+    "max_examples": 20,
+}
 
 
 def test_configurations(made, small_bert, tmp_path, trial):
     rng = random.Random(1)
-    base = TrainConfig(non_private=True).as_json() | CONFIG | {
-        "model": str(small_bert), "task": str(made / "data" / "jsonl")}
+    base = (
+        TrainConfig(non_private=True).as_json()
+        | CONFIG
+        | {"model": str(small_bert), "task": str(made / "data" / "jsonl")}
+    )
     file, output = tmp_path / "config.json", tmp_path / "out"
     for _ in range(700):
         content = odd_json(json.dumps(base).encode(), rng)
@@ -206,8 +277,22 @@ def test_data_files(made, small_bert, tmp_path, trial):
         for _ in range(70):
             content = changes.get(path.suffix, odd_bytes)(good, rng)
             path.write_bytes(content)
-            trial(train_app, ["--model", small_bert, "--task", task, "--non-private", "--output",
-                              output, "--group-column", "who"], (path, content), output)
+            trial(
+                train_app,
+                [
+                    "--model",
+                    small_bert,
+                    "--task",
+                    task,
+                    "--non-private",
+                    "--output",
+                    output,
+                    "--group-column",
+                    "who",
+                ],
+                (path, content),
+                output,
+            )
             path.write_bytes(good)
     trial.check(500)
 
@@ -226,9 +311,20 @@ def test_checkpoints(made, tmp_path, trial):
                     path.write_bytes(odd_json(good, rng))
                 else:
                     odd_tensors(path, rng)
-                trial(mia, ["--model", tmp_path / name, "--data-dir", made / "data" / "named",
-                            "--dry-run", "--output", tmp_path / "report"],
-                      (path, path.read_bytes()[:3000]), tmp_path / "report")
+                trial(
+                    mia,
+                    [
+                        "--model",
+                        tmp_path / name,
+                        "--data-dir",
+                        made / "data" / "named",
+                        "--dry-run",
+                        "--output",
+                        tmp_path / "report",
+                    ],
+                    (path, path.read_bytes()[:3000]),
+                    tmp_path / "report",
+                )
                 path.write_bytes(good)
     trial.check(300)
 
@@ -244,11 +340,34 @@ def test_killed_runs(made, small_bert, tmp_path, trial, monkeypatch):
         if path.suffix == ".safetensors":
             odd_tensors(path, rng)
         else:
-            path.write_bytes((odd_json if path.suffix == ".json" else odd_lines)(
-                path.read_bytes(), rng))
-        trial(train_app, [
-            "--resume", "--model", small_bert, "--task", "sst2", "--steps", "2", "--batch-size",
-            "4", "--noise-multiplier", "1.0", "--seed", "1", "--membership", "half",
-            "--snapshot-every", "1", "--output", run], (path, path.read_bytes()[:3000]), run)
+            path.write_bytes(
+                (odd_json if path.suffix == ".json" else odd_lines)(path.read_bytes(), rng)
+            )
+        trial(
+            train_app,
+            [
+                "--resume",
+                "--model",
+                small_bert,
+                "--task",
+                "sst2",
+                "--steps",
+                "2",
+                "--batch-size",
+                "4",
+                "--noise-multiplier",
+                "1.0",
+                "--seed",
+                "1",
+                "--membership",
+                "half",
+                "--snapshot-every",
+                "1",
+                "--output",
+                run,
+            ],
+            (path, path.read_bytes()[:3000]),
+            run,
+        )
         shutil.rmtree(run)
     trial.check(10)

@@ -15,16 +15,21 @@ def test_settings_that_choose_kernels_are_part_of_a_runs_identity(monkeypatch):
     """Each rounds a sum otherwise, or in bfloat16, without a change of model, data or versions."""
     before = versions_and_machine("cpu")
     assert changed(before, versions_and_machine("cpu")) == []
-    for variable, value in (("MKL_CBWR", "COMPATIBLE"), ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16"),
-                            ("ONEDNN_MAX_CPU_ISA", "SSE41"), ("ATEN_CPU_CAPABILITY", "default")):
+    for variable, value in (
+        ("MKL_CBWR", "COMPATIBLE"),
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16"),
+        ("ONEDNN_MAX_CPU_ISA", "SSE41"),
+        ("ATEN_CPU_CAPABILITY", "default"),
+    ):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             assert changed(before, versions_and_machine("cpu")) == [
-                f"{variable}: not set / {value}"]
+                f"{variable}: not set / {value}"
+            ]
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        difference, = changed(before, versions_and_machine("cpu"))
+        (difference,) = changed(before, versions_and_machine("cpu"))
         assert difference.startswith("float32 matrix products: ")
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -38,15 +43,17 @@ def test_settings_that_choose_kernels_are_part_of_a_runs_identity(monkeypatch):
     torch.use_deterministic_algorithms(True)
     try:
         assert changed(before, versions_and_machine("cpu")) == [
-            "deterministic algorithms: False / True"]
+            "deterministic algorithms: False / True"
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
     assert changed(before, versions_and_machine("cpu")) == []
 
 
 def test_a_digest_that_differs_is_told_in_words():
-    assert changed({"weights": "0" * 64, "threads": "1"}, {"weights": "1" * 64, "threads": "2"}) \
-        == ["threads: 1 / 2", "weights: other content than before"]
+    assert changed(
+        {"weights": "0" * 64, "threads": "1"}, {"weights": "1" * 64, "threads": "2"}
+    ) == ["threads: 1 / 2", "weights: other content than before"]
 
 
 def test_steps_on_a_gpu_are_not_replayed_with_their_noise():
@@ -76,7 +83,7 @@ def test_a_release_whose_line_lacks_only_its_end_counts(tmp_path):
         folder.begin_release("a", 2)
         assert ledger.read_bytes() == whole
         entry = json.loads(whole.splitlines()[-1]) | {"step": 7}
-        ledger.write_bytes(whole[:whole.rindex(b'{"number"')] + json.dumps(entry).encode())
+        ledger.write_bytes(whole[: whole.rindex(b'{"number"')] + json.dumps(entry).encode())
         with pytest.raises(ValueError, match="line 3 does not follow"):
             folder.num_releases()
 

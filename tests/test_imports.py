@@ -11,10 +11,30 @@ import lowrank_dp
 
 ROOT = Path(lowrank_dp.__file__).parent
 # a module imports only from those before it, and from its own package's inner modules
-ORDER = ("_validate", "_cli", "artifacts", "theory", "rng", "data", "models", "grads",
-         "accounting", "mechanism", "lora",
-         "spectrum", "restore", "optim", "evaluation", "train", "engines", "sweep", "mia", "plots",
-         "experiments", "figures")
+ORDER = (
+    "_validate",
+    "_cli",
+    "artifacts",
+    "theory",
+    "rng",
+    "data",
+    "models",
+    "grads",
+    "accounting",
+    "mechanism",
+    "lora",
+    "spectrum",
+    "restore",
+    "optim",
+    "evaluation",
+    "train",
+    "engines",
+    "sweep",
+    "mia",
+    "plots",
+    "experiments",
+    "figures",
+)
 
 
 def type_checking_nodes(tree):
@@ -35,7 +55,7 @@ def imported(source, package):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parts = package.split(".")
-            base = ".".join(parts[:len(parts) - node.level + 1]) if node.level else ""
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             base = ".".join(filter(None, [base, node.module]))
             names = [f"{base}.{alias.name}" for alias in node.names]
         for name in names:
@@ -53,8 +73,11 @@ def violations(room, source, package):
             yield target
 
 
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__main__.py"
-               and path != ROOT / "__init__.py")
+FILES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if path.name != "__main__.py" and path != ROOT / "__init__.py"
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -66,23 +89,36 @@ def test_direction(path):
     assert not wrong, f"{parts[0]} comes before {', '.join(wrong)}"
 
 
-@pytest.mark.parametrize("room, package, source, wrong", [
-    ("grads", "lowrank_dp.grads", "from lowrank_dp import _validate, __version__", []),
-    ("grads", "lowrank_dp.grads", "from lowrank_dp import restore", ["restore"]),
-    ("grads", "lowrank_dp.grads", "def f():\n    import lowrank_dp.figures as x", ["figures"]),
-    ("grads", "lowrank_dp.grads", "from lowrank_dp.grads.layers import x", []),
-    ("grads", "lowrank_dp.grads", "from .layers import x\nfrom ..train import y", ["train"]),
-    ("data", "lowrank_dp", "from . import models", ["models"]),
-    ("train", "lowrank_dp", "from lowrank_dp.unheard import x", ["unheard"]),
-    ("plots", "lowrank_dp.plots", "if TYPE_CHECKING:\n from lowrank_dp.experiments import R", []),
-    ("plots", "lowrank_dp.plots", "from lowrank_dp.experiments import R", ["experiments"])])
+@pytest.mark.parametrize(
+    "room, package, source, wrong",
+    [
+        ("grads", "lowrank_dp.grads", "from lowrank_dp import _validate, __version__", []),
+        ("grads", "lowrank_dp.grads", "from lowrank_dp import restore", ["restore"]),
+        ("grads", "lowrank_dp.grads", "def f():\n    import lowrank_dp.figures as x", ["figures"]),
+        ("grads", "lowrank_dp.grads", "from lowrank_dp.grads.layers import x", []),
+        ("grads", "lowrank_dp.grads", "from .layers import x\nfrom ..train import y", ["train"]),
+        ("data", "lowrank_dp", "from . import models", ["models"]),
+        ("train", "lowrank_dp", "from lowrank_dp.unheard import x", ["unheard"]),
+        (
+            "plots",
+            "lowrank_dp.plots",
+            "if TYPE_CHECKING:\n from lowrank_dp.experiments import R",
+            [],
+        ),
+        ("plots", "lowrank_dp.plots", "from lowrank_dp.experiments import R", ["experiments"]),
+    ],
+)
 def test_the_check_itself(room, package, source, wrong):
     assert list(violations(room, source, package)) == wrong
 
 
-@pytest.mark.parametrize("module, heavy", [
-    ("lowrank_dp", ("torch", "transformers", "peft", "opacus", "matplotlib", "scipy", "numpy")),
-    ("lowrank_dp.theory", ("torch", "transformers", "peft", "opacus", "matplotlib"))])
+@pytest.mark.parametrize(
+    "module, heavy",
+    [
+        ("lowrank_dp", ("torch", "transformers", "peft", "opacus", "matplotlib", "scipy", "numpy")),
+        ("lowrank_dp.theory", ("torch", "transformers", "peft", "opacus", "matplotlib")),
+    ],
+)
 def test_light_imports(module, heavy):
     code = f"import sys, {module}; print(*[n for n in {heavy!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,15 +21,27 @@ from lowrank_dp.models import load_tokenizer
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.setup import prepare
 
-SIZES = dict(vocab_size=768, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-             intermediate_size=24, max_position_embeddings=160, pad_token_id=0)
+SIZES = dict(
+    vocab_size=768,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=160,
+    pad_token_id=0,
+)
 MINDING = {
     "fnet": transformers.FNetConfig(**SIZES),
-    "xlnet": transformers.XLNetConfig(vocab_size=768, d_model=16, n_layer=2, n_head=2, d_inner=24,
-                                      pad_token_id=0),
+    "xlnet": transformers.XLNetConfig(
+        vocab_size=768, d_model=16, n_layer=2, n_head=2, d_inner=24, pad_token_id=0
+    ),
     "mobilebert": transformers.MobileBertConfig(
-        **{**SIZES, "hidden_size": 16}, embedding_size=16, intra_bottleneck_size=16,
-        true_hidden_size=16, num_feedforward_networks=1),
+        **{**SIZES, "hidden_size": 16},
+        embedding_size=16,
+        intra_bottleneck_size=16,
+        true_hidden_size=16,
+        num_feedforward_networks=1,
+    ),
 }
 
 
@@ -39,9 +51,19 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("minding")
     (folder / "data").mkdir()
     for split, count in (("train", 129), ("validation", 8)):
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(
-            {"sentence": "the film was a very dull " + "film " * (120 if i == 128 else 0),
-             "label": i % 2}) + "\n" for i in range(count)))
+        (folder / "data" / f"{split}.jsonl").write_text(
+            "".join(
+                json.dumps(
+                    {
+                        "sentence": "the film was a very dull "
+                        + "film " * (120 if i == 128 else 0),
+                        "label": i % 2,
+                    }
+                )
+                + "\n"
+                for i in range(count)
+            )
+        )
     tokenizer = load_tokenizer("tiny")
     for name, config in MINDING.items():
         torch.manual_seed(0)
@@ -55,14 +77,24 @@ def places(tmp_path_factory):
 
 
 def config_of(places, name, **changes):
-    return TrainConfig(**{**dict(
-        model=str(places / name), task=str(places / "data"), steps=1, batch_size=8, max_length=128,
-        noise_multiplier=1.0, seed=0), **changes})
+    return TrainConfig(
+        **{
+            **dict(
+                model=str(places / name),
+                task=str(places / "data"),
+                steps=1,
+                batch_size=8,
+                max_length=128,
+                noise_multiplier=1.0,
+                seed=0,
+            ),
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize("name", MINDING)
-def test_a_model_that_minds_padding_is_refused_and_accepted_with_public_lengths(
-        places, name):
+def test_a_model_that_minds_padding_is_refused_and_accepted_with_public_lengths(places, name):
     with pytest.raises(ValueError, match=r"take no notice of padding.*--padding max-length"):
         prepare(config_of(places, name), 0)
     config = config_of(places, name, padding="max-length")
@@ -70,8 +102,12 @@ def test_a_model_that_minds_padding_is_refused_and_accepted_with_public_lengths(
     assert setup.pad_to == 128 and "each padded to 128 tokens" in setup.description
 
     def total(rows):
-        batches = (batch for _, batch in micro_batches(
-            rows, config.micro_batch_size, setup.tokenizer.pad_token_id, length=setup.pad_to))
+        batches = (
+            batch
+            for _, batch in micro_batches(
+                rows, config.micro_batch_size, setup.tokenizer.pad_token_id, length=setup.pad_to
+            )
+        )
         return clipped_sum_over(setup.model, batches, 1.0, padding="max-length")[0]
 
     without, together = total(setup.rows[:128]), total(setup.rows)
@@ -90,8 +126,17 @@ def test_padding_to_a_public_length_and_its_bad_input(places):
     with pytest.raises(ValueError, match=r"^padding must be one of longest, max-length"):
         config_of(places, "fnet", padding="max_length")
     with pytest.raises(ValueError, match=r"^max_length must be given .* give --max-length$"):
-        prepare(TrainConfig(model="tiny-llama", task="generated-table", noise_multiplier=1.0,
-                            seed=0, batch_size=4, padding="max-length"), 0)
+        prepare(
+            TrainConfig(
+                model="tiny-llama",
+                task="generated-table",
+                noise_multiplier=1.0,
+                seed=0,
+                batch_size=4,
+                padding="max-length",
+            ),
+            0,
+        )
     model = Small("")
     with pytest.raises(ValueError, match=r"^micro-batches must all have one length .* 7 and 9"):
         clipped_sum_over(model, [batch_of(), batch_of(length=9)], 1.0, padding="max-length")
@@ -130,8 +175,15 @@ class Small(nn.Module):
         x = self.e(input_ids)
         if self.p is not None:
             position = self.p(torch.arange(input_ids.shape[1])[None])
-            x = x + {"p[0]": lambda: position[0], "p.mean": lambda: position.mean(0),
-                     "p.sum": lambda: position.sum(0), "p": lambda: position}[self.how]()
+            x = (
+                x
+                + {
+                    "p[0]": lambda: position[0],
+                    "p.mean": lambda: position.mean(0),
+                    "p.sum": lambda: position.sum(0),
+                    "p": lambda: position,
+                }[self.how]()
+            )
         if self.how == "transposed":
             x = self.layer(x.transpose(0, 1)).transpose(0, 1)
         elif self.how == "flat":
@@ -139,8 +191,11 @@ class Small(nn.Module):
         elif self.how == "one list":
             x = self.layer(x.flatten(0, 1)).view(x.shape)
         elif self.how == "one list, positions first":
-            x = self.layer(x.transpose(0, 1).flatten(0, 1)).unflatten(
-                0, (x.shape[1], len(x))).transpose(0, 1)
+            x = (
+                self.layer(x.transpose(0, 1).flatten(0, 1))
+                .unflatten(0, (x.shape[1], len(x)))
+                .transpose(0, 1)
+            )
         else:
             x = self.layer(input_ids if isinstance(self.layer, nn.Embedding) else x)
         if self.how == "mixed":
@@ -149,8 +204,14 @@ class Small(nn.Module):
             x = x + x.roll(1, 0)
         elif self.how == "mixed in training" and self.training:
             x = functional.dropout(x, 0.5, True) - x.mean(0)
-        return out(self.head(torch.tanh(change(self.how, x)).flatten(1, -2).mean(1)
-                             if x.ndim == 3 else torch.tanh(change(self.how, x))), labels)
+        return out(
+            self.head(
+                torch.tanh(change(self.how, x)).flatten(1, -2).mean(1)
+                if x.ndim == 3
+                else torch.tanh(change(self.how, x))
+            ),
+            labels,
+        )
 
 
 def change(how, y):
@@ -173,8 +234,10 @@ def change(how, y):
 
 def batch_of(rows=5, length=7):
     generator = torch.Generator().manual_seed(3)
-    return {"input_ids": torch.randint(0, 50, (rows, length), generator=generator),
-            "labels": torch.randint(0, 3, (rows,), generator=generator)}
+    return {
+        "input_ids": torch.randint(0, 50, (rows, length), generator=generator),
+        "labels": torch.randint(0, 3, (rows,), generator=generator),
+    }
 
 
 def loop(model, batch, bound):
@@ -182,7 +245,7 @@ def loop(model, batch, bound):
     total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
     norms = []
     for row in range(len(batch["labels"])):
-        loss = model(**{k: v[row:row + 1].clone() for k, v in batch.items()}).loss
+        loss = model(**{k: v[row : row + 1].clone() for k, v in batch.items()}).loss
         grads = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
         norms.append(torch.stack([g.double().norm() for g in grads if g is not None]).norm())
         for name, g in zip(trained, grads, strict=True):
@@ -200,9 +263,14 @@ def require_loop(model, batch, backend="bookkeeping"):
 
 
 def test_outputs_changed_in_place_have_the_gradients_of_the_loop():
-    layers = {"linear": lambda: nn.Linear(8, 8), "no bias": lambda: nn.Linear(8, 8, bias=False),
-              "norm": lambda: nn.LayerNorm(8), "rms": lambda: nn.RMSNorm(8),
-              "embedding": lambda: nn.Embedding(50, 8), "conv1d": lambda: Conv1D(8, 8)}
+    layers = {
+        "linear": lambda: nn.Linear(8, 8),
+        "no bias": lambda: nn.Linear(8, 8, bias=False),
+        "norm": lambda: nn.LayerNorm(8),
+        "rms": lambda: nn.RMSNorm(8),
+        "embedding": lambda: nn.Embedding(50, 8),
+        "conv1d": lambda: Conv1D(8, 8),
+    }
     for make in layers.values():
         for how in ("mul_", "flat", "add_", "relu_", "index", "view", "dropout_"):
             torch.manual_seed(0)
@@ -250,8 +318,9 @@ def test_layouts_and_shared_positions_are_refused_or_right():
         totals, true = zip(*(loop(model, part, 0.3) for part in parts), strict=True)
         torch.testing.assert_close(norms.double(), torch.cat(true), rtol=1e-5, atol=1e-9)
         for name in sums:
-            torch.testing.assert_close(sums[name].double(), sum(t[name] for t in totals),
-                                       rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                sums[name].double(), sum(t[name] for t in totals), rtol=1e-4, atol=1e-6
+            )
     for how in ("p[0]", "p.mean", "p.sum"):
         with pytest.raises(ValueError, match=r"^model parameters .*p\.weight.* get another grad"):
             clipped_sum(Small(how), batch_of(), 1.0)
@@ -285,8 +354,11 @@ class OwnRMSNorm(nn.Module):
 
 def test_a_backward_that_is_not_autograds_and_gradient_hooks_are_refused_by_name():
     model = Small("", layer=OwnRMSNorm())
-    with pytest.raises(ValueError, match=r"^model parameters layer\.weight get another gradient by "
-                       r"backend 'bookkeeping' .*: freeze them .* or use .*backend=\"loop\"$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model parameters layer\.weight get another gradient by "
+        r"backend 'bookkeeping' .*: freeze them .* or use .*backend=\"loop\"$",
+    ):
         clipped_sum(model, batch_of(), 1.0)
     require_loop(model, batch_of(), backend="loop")
     for add in ("register_hook", "register_post_accumulate_grad_hook"):
@@ -323,8 +395,11 @@ def test_layers_that_opacus_cannot_take_are_one_line_each_time():
     spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
     for model in (Twice("", layer=nn.Bilinear(8, 8, 8)), Small("", layer=spectral).eval()):
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"^model cannot be run by this backend "
-                               r"\((?!Trying).*: use backend=\"loop\"$"):
+            with pytest.raises(
+                ValueError,
+                match=r"^model cannot be run by this backend "
+                r"\((?!Trying).*: use backend=\"loop\"$",
+            ):
                 clipped_sum(model, batch_of(), 1.0, backend="opacus")
         require_loop(model, batch_of(), backend="loop")
 
@@ -359,28 +434,42 @@ def test_the_model_is_as_it_was_after_the_examination():
 
 def test_labels_and_ids_that_the_model_does_not_know_are_named_by_row():
     model = transformers.AutoModelForSequenceClassification.from_config(
-        transformers.BertConfig(**SIZES, num_labels=3)).eval()
+        transformers.BertConfig(**SIZES, num_labels=3)
+    ).eval()
     ids = torch.randint(1, 700, (4, 6))
     for labels, line in (
-            ([0, 1, 3, 0], r"^batch row 2 has label 3: labels must be from 0 to 2"),
-            ([0, -1, 2, 0], r"^batch row 1 has label -1"),
-            (torch.tensor([0, 1, 2, 0], dtype=torch.int32), r"^batch row 0 has a label of .*int32"),
-            ([0.0, 1.0, 2.0, 0.0], r"^batch row 0 has a label of torch.float32"),
-            ([[0, 1], [1, 2], [0, 0], [1, 1]], r"^batch row 0 has labels of shape \(2,\)")):
+        ([0, 1, 3, 0], r"^batch row 2 has label 3: labels must be from 0 to 2"),
+        ([0, -1, 2, 0], r"^batch row 1 has label -1"),
+        (torch.tensor([0, 1, 2, 0], dtype=torch.int32), r"^batch row 0 has a label of .*int32"),
+        ([0.0, 1.0, 2.0, 0.0], r"^batch row 0 has a label of torch.float32"),
+        ([[0, 1], [1, 2], [0, 0], [1, 1]], r"^batch row 0 has labels of shape \(2,\)"),
+    ):
         for backend in ("bookkeeping", "opacus", "loop"):
             with pytest.raises(ValueError, match=line):
-                clipped_sum(model, {"input_ids": ids, "labels": torch.as_tensor(labels)}, 1.0,
-                            backend=backend)
+                clipped_sum(
+                    model,
+                    {"input_ids": ids, "labels": torch.as_tensor(labels)},
+                    1.0,
+                    backend=backend,
+                )
     with pytest.raises(ValueError, match=r"^batch row 3 cannot be run by the model \(index out"):
-        clipped_sum(model, {"input_ids": torch.where(torch.arange(4)[:, None] == 3, 900, ids),
-                            "labels": torch.tensor([0, 1, 2, 0])}, 1.0)
+        clipped_sum(
+            model,
+            {
+                "input_ids": torch.where(torch.arange(4)[:, None] == 3, 900, ids),
+                "labels": torch.tensor([0, 1, 2, 0]),
+            },
+            1.0,
+        )
     for backend in ("bookkeeping", "loop"):
         with pytest.raises(ValueError, match=r"^batch row 1 cannot be run .*Target 5 is out of"):
-            clipped_sum(Small(""), {**batch_of(3), "labels": torch.tensor([0, 5, 1])}, 1.0,
-                        backend=backend)
+            clipped_sum(
+                Small(""), {**batch_of(3), "labels": torch.tensor([0, 5, 1])}, 1.0, backend=backend
+            )
 
 
 # Ghost norms that cancel.
+
 
 def test_opposite_positions_move_the_sum_by_at_most_the_bound():
     class Opposite(nn.Module):
@@ -403,9 +492,15 @@ def test_opposite_positions_move_the_sum_by_at_most_the_bound():
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), scales=st.lists(st.floats(-20, 18), min_size=2, max_size=6),
-       seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 1e-7, 1e-4, 1.0]),
-       bound=st.sampled_from([1e-3, 1.0, 1e3]), ids=st.booleans(), half=st.booleans())
+@given(
+    data=st.data(),
+    scales=st.lists(st.floats(-20, 18), min_size=2, max_size=6),
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([0.0, 1e-7, 1e-4, 1.0]),
+    bound=st.sampled_from([1e-3, 1.0, 1e3]),
+    ids=st.booleans(),
+    half=st.booleans(),
+)
 def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, bound, ids, half):
     """Positions that nearly cancel, of any scale within float32, of any kind of factor."""
     generator = torch.Generator().manual_seed(seed)
@@ -418,7 +513,7 @@ def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, boun
     first = data.draw(st.floats(-20, 18))
     same = data.draw(st.booleans())  # one scale for all positions, so that they do cancel
     down = torch.tensor([scales[0] if same else s for s in scales])[:, None]
-    left, right = left * 10.0 ** first, right * 10.0 ** down.clamp(max=36 - max(first, 0.0))
+    left, right = left * 10.0**first, right * 10.0 ** down.clamp(max=36 - max(first, 0.0))
     assume(bool(left.isfinite().all()) and bool(right.isfinite().all()))
     if half:
         left, right = left.bfloat16(), right.bfloat16()
@@ -440,14 +535,16 @@ def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, boun
 def test_norms_whose_squares_leave_float32_are_exact():
     for left, right in ((1e18, 1e18), (1e-20, 1e18), (1e12, 1e12), (1e-12, 1e-12), (1e-19, 1e-2)):
         for positions in (1, 2):
-            factors = [Outer(torch.full((1, positions, 8), left), torch.full((1, positions, 9),
-                                                                             right))]
+            factors = [
+                Outer(torch.full((1, positions, 8), left), torch.full((1, positions, 9), right))
+            ]
             tape = Tape(factors={"w": factors}, squares={"w": squared_norms(factors)})
             settle_doubts(tape)
             norm = float(tape.squares["w"].squared.sqrt())
-            assert norm == pytest.approx(left * right * positions * 72 ** 0.5, rel=1e-5)
+            assert norm == pytest.approx(left * right * positions * 72**0.5, rel=1e-5)
             formed = [torch.full((1, 8, 9), left * right)]
             tape = Tape(factors={"w": formed}, squares={"w": squared_norms(formed)})
             settle_doubts(tape)
             assert float(tape.squares["w"].squared.sqrt()) == pytest.approx(
-                float(formed[0].double().norm()), rel=1e-6)
+                float(formed[0].double().norm()), rel=1e-6
+            )

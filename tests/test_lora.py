@@ -36,14 +36,19 @@ def formed(q, rank, num_samples, seed=2):
 
 # --- the sampler ----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("rank", [1, 2, 8])
 @pytest.mark.parametrize("direction", ["coordinate", "along q", "across q", "norm"])
 def test_sampler_has_the_distribution_of_formed_projections(rank, direction):
     # 12 two-sample tests at 1e-3 each: with a fixed seed, a correct sampler passes or fails once
     q, count = vector(6), 20_000
     across = torch.linalg.qr(torch.stack([q, vector(6, 3)], 1))[0][:, 1].numpy()
-    view = {"coordinate": lambda u: u[:, 0], "along q": lambda u: u @ q.numpy(),
-            "across q": lambda u: u @ across, "norm": lambda u: np.linalg.norm(u, axis=1)}
+    view = {
+        "coordinate": lambda u: u[:, 0],
+        "along q": lambda u: u @ q.numpy(),
+        "across q": lambda u: u @ across,
+        "norm": lambda u: np.linalg.norm(u, axis=1),
+    }
     samples = lora.sample_noise(q, rank, count, generator=seeded()).numpy()
     p = stats.ks_2samp(view[direction](samples), view[direction](formed(q, rank, count))).pvalue
     assert p > 1e-3
@@ -61,14 +66,17 @@ def test_sampled_coordinate_follows_the_exact_law(rank, n):
 
     def cdf(value):
         edges = [-12 * sd - 1, *sorted({pole, value} if pole < value else {value})]
-        return sum(integrate.quad(lambda t: math.exp(theory.noise_logpdf(t, rank, beta2=beta2)),
-                                  a, b, limit=200)[0]
-                   for a, b in itertools.pairwise(edges))
+        return sum(
+            integrate.quad(
+                lambda t: math.exp(theory.noise_logpdf(t, rank, beta2=beta2)), a, b, limit=200
+            )[0]
+            for a, b in itertools.pairwise(edges)
+        )
 
-    at = x[::200]                     # the supremum over a subset can only be smaller
+    at = x[::200]  # the supremum over a subset can only be smaller
     expected = np.array([cdf(value) for value in at])
     empirical = (np.arange(len(x)) + 0.5)[::200] / len(x)
-    assert np.abs(expected - empirical).max() < 1.95 / math.sqrt(len(x))    # KS, error rate 1e-3
+    assert np.abs(expected - empirical).max() < 1.95 / math.sqrt(len(x))  # KS, error rate 1e-3
 
 
 def test_covariance_has_twice_the_variance_along_q():
@@ -85,10 +93,12 @@ def test_sampler_measures_the_variance_and_the_kurtosis_of_the_formula():
     q = torch.tensor([0.6, 0.8, 0.0], dtype=F64)
     u = lora.sample_noise(q, 8, 400_000, generator=seeded())
     for j, beta2 in enumerate((0.36, 0.64, 0.0)):
-        assert float(u[:, j].var()) == pytest.approx(theory.noise_variance(8, 3, beta2=beta2),
-                                                     rel=0.02)
+        assert float(u[:, j].var()) == pytest.approx(
+            theory.noise_variance(8, 3, beta2=beta2), rel=0.02
+        )
         assert stats.kurtosis(u[:, j].numpy(), fisher=False) == pytest.approx(
-            theory.noise_kurtosis(8, 3, beta2=beta2), rel=0.05)
+            theory.noise_kurtosis(8, 3, beta2=beta2), rel=0.05
+        )
 
 
 def test_one_dimension_is_a_shifted_chi_squared():
@@ -121,6 +131,7 @@ def test_extreme_norms_neither_overflow_nor_vanish(scale):
 
 # --- projection -----------------------------------------------------------------------------
 
+
 def test_projection_uses_one_a_for_all_rows():
     g = torch.stack([vector(9), 2 * vector(9), vector(9, 5)])
     y = lora.project(g, 3, generator=seeded())
@@ -132,16 +143,17 @@ def test_projection_uses_one_a_for_all_rows():
 def test_projection_is_the_formula_with_the_drawn_a():
     g = torch.stack([vector(9), vector(9, 5)])
     a = lora.draw_a(3, 9, generator=seeded(), dtype=F64)
-    torch.testing.assert_close(lora.project(g, 3, generator=seeded()), g @ (a.T @ a),
-                               rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        lora.project(g, 3, generator=seeded()), g @ (a.T @ a), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
 def test_projection_is_unbiased(init):
     g, generator, count = torch.stack([vector(4), vector(4, 6)]), seeded(), 20_000
     mean = sum(lora.project(g, 2, init=init, generator=generator) for _ in range(count)) / count
-    sd = g.norm(dim=1, keepdim=True) * math.sqrt(2 / 2 / count)     # at most, beta2 = 1
-    assert bool(((mean - g).abs() < 4.5 * sd).all())      # 8 entries at 7e-6 each
+    sd = g.norm(dim=1, keepdim=True) * math.sqrt(2 / 2 / count)  # at most, beta2 = 1
+    assert bool(((mean - g).abs() < 4.5 * sd).all())  # 8 entries at 7e-6 each
 
 
 def test_matched_noise_has_the_entrywise_variance_of_projection():
@@ -164,7 +176,7 @@ def test_measured_moments_agree_with_the_formula(rank):
 
 
 def test_kaiming_a_has_less_noise_along_a_spike_than_a_gaussian_one():
-    spike = torch.tensor([[1.0]], dtype=F64)        # n = 1: the coordinate that carries all of q
+    spike = torch.tensor([[1.0]], dtype=F64)  # n = 1: the coordinate that carries all of q
     for init, exact in (("gaussian", 2 / 8), ("kaiming", 0.8 / 8)):
         m = lora.measure_noise(spike, 8, 20_000, init=init, generator=seeded())
         assert m.variance_exact == pytest.approx(exact)
@@ -174,10 +186,12 @@ def test_kaiming_a_has_less_noise_along_a_spike_than_a_gaussian_one():
 def test_rows_without_a_gradient_are_left_out():
     g = torch.stack([vector(6), torch.zeros(6, dtype=F64)])
     assert lora.measure_noise(g, 2, 50, generator=seeded()) == lora.measure_noise(
-        g[:1], 2, 50, generator=seeded())
+        g[:1], 2, 50, generator=seeded()
+    )
 
 
 # --- the identity on real PEFT layers ---------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize(("init", "alpha"), [(True, 16), ("gaussian", 4), (True, 1)])
@@ -185,8 +199,13 @@ def test_one_step_of_a_peft_layer_is_the_projected_full_gradient(kind, init, alp
     torch.manual_seed(0)
     rank, rate, n, m = 4, 0.3, 10, 6
     base = nn.Linear(n, m) if kind == "linear" else Conv1D(m, n)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"],
-                             init_lora_weights=init, fan_in_fan_out=kind == "conv1d")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=["0"],
+        init_lora_weights=init,
+        fan_in_fan_out=kind == "conv1d",
+    )
     x, target = torch.randn(5, n, dtype=F64), torch.randn(5, m, dtype=F64)
 
     full = nn.Sequential(base).double()
@@ -210,26 +229,30 @@ def test_one_step_of_a_peft_layer_is_the_projected_full_gradient(kind, init, alp
 
 # --- bad input --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("call", "name"), [
-    (lambda: lora.sample_noise(torch.zeros(3), 2, 1), "q"),
-    (lambda: lora.sample_noise(torch.ones(2, 3), 2, 1), "q"),
-    (lambda: lora.sample_noise(torch.tensor([1.0, math.nan]), 2, 1), "q"),
-    (lambda: lora.sample_noise(torch.ones(3, dtype=torch.int64), 2, 1), "q"),
-    (lambda: lora.sample_noise(np.ones(3), 2, 1), "q"),
-    (lambda: lora.sample_noise(torch.ones(0), 2, 1), "q"),
-    (lambda: lora.sample_noise(torch.ones(3), 0, 1), "rank"),
-    (lambda: lora.sample_noise(torch.ones(3), 2.5, 1), "rank"),
-    (lambda: lora.sample_noise(torch.ones(3), 2, 0), "num_samples"),
-    (lambda: lora.sample_noise(torch.ones(3), 2, 1, generator=0), "generator"),
-    (lambda: lora.project(torch.ones(3), 2), "gradient"),
-    (lambda: lora.project(torch.ones(2, 3, 4), 2), "gradient"),
-    (lambda: lora.project(torch.full((2, 3), math.inf), 2), "gradient"),
-    (lambda: lora.project(torch.ones(2, 3), 0), "rank"),
-    (lambda: lora.project(torch.ones(2, 3), 2, init="peft"), "init"),
-    (lambda: lora.measure_noise(torch.zeros(2, 3), 2, 5), "gradient"),
-    (lambda: lora.measure_noise(torch.ones(2, 3), 2, 1), "num_draws"),
-    (lambda: lora.matched_noise(torch.ones(2, 3), -1), "rank"),
-])
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: lora.sample_noise(torch.zeros(3), 2, 1), "q"),
+        (lambda: lora.sample_noise(torch.ones(2, 3), 2, 1), "q"),
+        (lambda: lora.sample_noise(torch.tensor([1.0, math.nan]), 2, 1), "q"),
+        (lambda: lora.sample_noise(torch.ones(3, dtype=torch.int64), 2, 1), "q"),
+        (lambda: lora.sample_noise(np.ones(3), 2, 1), "q"),
+        (lambda: lora.sample_noise(torch.ones(0), 2, 1), "q"),
+        (lambda: lora.sample_noise(torch.ones(3), 0, 1), "rank"),
+        (lambda: lora.sample_noise(torch.ones(3), 2.5, 1), "rank"),
+        (lambda: lora.sample_noise(torch.ones(3), 2, 0), "num_samples"),
+        (lambda: lora.sample_noise(torch.ones(3), 2, 1, generator=0), "generator"),
+        (lambda: lora.project(torch.ones(3), 2), "gradient"),
+        (lambda: lora.project(torch.ones(2, 3, 4), 2), "gradient"),
+        (lambda: lora.project(torch.full((2, 3), math.inf), 2), "gradient"),
+        (lambda: lora.project(torch.ones(2, 3), 0), "rank"),
+        (lambda: lora.project(torch.ones(2, 3), 2, init="peft"), "init"),
+        (lambda: lora.measure_noise(torch.zeros(2, 3), 2, 5), "gradient"),
+        (lambda: lora.measure_noise(torch.ones(2, 3), 2, 1), "num_draws"),
+        (lambda: lora.matched_noise(torch.ones(2, 3), -1), "rank"),
+    ],
+)
 def test_bad_input_is_one_error_that_names_the_argument(call, name):
     with pytest.raises(ValueError, match=f"^{name} must ") as caught:
         call()
@@ -242,16 +265,34 @@ def test_a_gradient_of_zeros_projects_to_zeros():
 
 # --- the command line --------------------------------------------------------------------------
 
+
 def command(*words):
-    return subprocess.run([sys.executable, "-m", "lowrank_dp.lora", *words], capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "lowrank_dp.lora", *words], capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow
 def test_command_measures_prints_and_saves(tmp_path):
-    done = command("--model", "tiny", "--task", "generated", "--rank", "2", "--rank", "8",
-                   "--batch-size", "8", "--draws", "20", "--seed", "1", "--output",
-                   str(tmp_path), "--json")
+    done = command(
+        "--model",
+        "tiny",
+        "--task",
+        "generated",
+        "--rank",
+        "2",
+        "--rank",
+        "8",
+        "--batch-size",
+        "8",
+        "--draws",
+        "20",
+        "--seed",
+        "1",
+        "--output",
+        str(tmp_path),
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     saved = json.loads((tmp_path / "lora.json").read_text())
@@ -262,12 +303,15 @@ def test_command_measures_prints_and_saves(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [
-    ("--rank", "0", "--model", "tiny", "--task", "generated"),
-    ("--model", "no-such-model", "--task", "generated"),
-    ("--rank", "x"),
-    ("--no-such-option",),
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--rank", "0", "--model", "tiny", "--task", "generated"),
+        ("--model", "no-such-model", "--task", "generated"),
+        ("--rank", "x"),
+        ("--no-such-option",),
+    ],
+)
 def test_bad_command_is_one_line_and_exit_2(words):
     done = command(*words)
     assert done.returncode == 2

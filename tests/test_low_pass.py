@@ -12,10 +12,13 @@ from scipy import signal
 
 from lowrank_dp.restore import LowPass, momentum, restore
 
-FILTERS = {"mean of 3": ((1.0, 1.0, 1.0), ()), "order 1": ((0.4,), (-0.6,)),
-           "order 1, two inputs": ((0.1, 0.2), (-0.9,)),
-           "order 2": (tuple(signal.butter(2, 0.3)[0]), tuple(signal.butter(2, 0.3)[1][1:])),
-           "order 2, one input": ((0.3,), (-0.5, -0.2))}
+FILTERS = {
+    "mean of 3": ((1.0, 1.0, 1.0), ()),
+    "order 1": ((0.4,), (-0.6,)),
+    "order 1, two inputs": ((0.1, 0.2), (-0.9,)),
+    "order 2": (tuple(signal.butter(2, 0.3)[0]), tuple(signal.butter(2, 0.3)[1][1:])),
+    "order 2, one input": ((0.3,), (-0.5, -0.2)),
+}
 
 
 def feed(state, inputs, stds):
@@ -61,10 +64,14 @@ def test_naive_loop(name):
     inputs = np.random.default_rng(2).standard_normal((6, 4))
     out, ones = [], []
     for t in range(6):
-        out.append(sum(b[i] * inputs[t - i] for i in range(len(b)) if i <= t)
-                   - sum(a[i] * out[t - 1 - i] for i in range(len(a)) if i < t))
-        ones.append(sum(b[i] for i in range(len(b)) if i <= t)
-                    - sum(a[i] * ones[t - 1 - i] for i in range(len(a)) if i < t))
+        out.append(
+            sum(b[i] * inputs[t - i] for i in range(len(b)) if i <= t)
+            - sum(a[i] * out[t - 1 - i] for i in range(len(a)) if i < t)
+        )
+        ones.append(
+            sum(b[i] for i in range(len(b)) if i <= t)
+            - sum(a[i] * ones[t - 1 - i] for i in range(len(a)) if i < t)
+        )
     state = feed(LowPass(b=b, a=a), inputs, [1.0] * 6)
     np.testing.assert_allclose(state.mean, out[-1] / ones[-1], rtol=1e-9)
 
@@ -122,8 +129,11 @@ def test_momentum_lifts_a_signal_over_the_edge():
 @pytest.mark.parametrize("name", [*FILTERS, "many poles"])
 def test_a_state_survives_as_tensors(name, seen):
     """Through safetensors and back it goes on as if never stored, to the bit."""
-    b, a = (tuple(0.1 * i for i in range(1, 13)), (-0.05,) * 12) if name == "many poles" else (
-        FILTERS[name])
+    b, a = (
+        (tuple(0.1 * i for i in range(1, 13)), (-0.05,) * 12)
+        if name == "many poles"
+        else (FILTERS[name])
+    )
     generator = torch.Generator().manual_seed(4)
     inputs = torch.randn(seen + 13, 3, 5, generator=generator)
     stds = [0.5 + 0.1 * i for i in range(seen + 13)]
@@ -134,7 +144,10 @@ def test_a_state_survives_as_tensors(name, seen):
         state, again = state.update(value, std), again.update(value, std)
         assert torch.equal(state.mean, again.mean) and state.noise_std == again.noise_std
     assert (len(again.inputs), len(again.outputs), len(again.weights)) == (
-        len(state.inputs), len(state.outputs), len(state.weights))
+        len(state.inputs),
+        len(state.outputs),
+        len(state.weights),
+    )
 
 
 def test_a_stored_state_is_a_copy():
@@ -149,24 +162,31 @@ def test_a_stored_state_is_a_copy():
     assert all(tensor.dtype in (torch.float32, torch.float64) for tensor in stored.values())
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: momentum(1.0), "^beta must be"),
-    (lambda: momentum(-0.1), "^beta must be"),
-    (lambda: momentum(math.nan), "^beta must be"),
-    (lambda: momentum("0.9"), "^beta must be"),
-    (lambda: LowPass(b=()), "^b must be"),
-    (lambda: LowPass(b=(1.0, -1.0)), "^b must be"),
-    (lambda: LowPass(b=(math.inf,)), "^b must be"),
-    (lambda: LowPass(b=(1.0,), a=("x",)), "^a must be"),
-    (lambda: momentum(0.5).update(torch.ones(2), -1.0), "^noise_std must be"),
-    (lambda: momentum(0.5).update(torch.ones(2), math.inf), "^noise_std must be"),
-    (lambda: momentum(0.5).update(np.ones(2), 1.0), "^noisy must be a torch tensor"),
-    (lambda: momentum(0.5).update(torch.ones(2, dtype=torch.int64), 1.0), "^noisy must be"),
-    (lambda: momentum(0.5).update(torch.ones(2).half(), 1.0), "^noisy must be"),
-    (lambda: momentum(0.5).update(torch.tensor([math.nan]), 1.0), "^noisy must have finite"),
-    (lambda: momentum(0.5).update(torch.ones(2), 1.0).update(torch.ones(3), 1.0), "^noisy must be"),
-    (lambda: momentum(0.5).mean, "must have seen a gradient"),
-    (lambda: momentum(0.5).noise_std, "must have seen a gradient")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: momentum(1.0), "^beta must be"),
+        (lambda: momentum(-0.1), "^beta must be"),
+        (lambda: momentum(math.nan), "^beta must be"),
+        (lambda: momentum("0.9"), "^beta must be"),
+        (lambda: LowPass(b=()), "^b must be"),
+        (lambda: LowPass(b=(1.0, -1.0)), "^b must be"),
+        (lambda: LowPass(b=(math.inf,)), "^b must be"),
+        (lambda: LowPass(b=(1.0,), a=("x",)), "^a must be"),
+        (lambda: momentum(0.5).update(torch.ones(2), -1.0), "^noise_std must be"),
+        (lambda: momentum(0.5).update(torch.ones(2), math.inf), "^noise_std must be"),
+        (lambda: momentum(0.5).update(np.ones(2), 1.0), "^noisy must be a torch tensor"),
+        (lambda: momentum(0.5).update(torch.ones(2, dtype=torch.int64), 1.0), "^noisy must be"),
+        (lambda: momentum(0.5).update(torch.ones(2).half(), 1.0), "^noisy must be"),
+        (lambda: momentum(0.5).update(torch.tensor([math.nan]), 1.0), "^noisy must have finite"),
+        (
+            lambda: momentum(0.5).update(torch.ones(2), 1.0).update(torch.ones(3), 1.0),
+            "^noisy must be",
+        ),
+        (lambda: momentum(0.5).mean, "must have seen a gradient"),
+        (lambda: momentum(0.5).noise_std, "must have seen a gradient"),
+    ],
+)
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()

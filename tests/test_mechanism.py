@@ -15,9 +15,11 @@ from scipy import optimize, stats
 from lowrank_dp.mechanism import GaussianMechanism, os_seeded_generator
 
 # sample rate, noise multiplier, steps, delta: epsilon by RDP, and dp-accounting's PLD (1e-3, 1e-4)
-TABLE = [((0.0304, 0.8, 500, 1e-5), 8.0342, 7.1318, 7.1317),
-         ((64 / 67349, 0.6, 3157, 1e-5), 2.765, 1.7793, 1.7782),
-         ((0.1, 2.0, 1000, 1e-6), 9.8213, 9.1823, 9.1820)]
+TABLE = [
+    ((0.0304, 0.8, 500, 1e-5), 8.0342, 7.1318, 7.1317),
+    ((64 / 67349, 0.6, 3157, 1e-5), 2.765, 1.7793, 1.7782),
+    ((0.1, 2.0, 1000, 1e-6), 9.8213, 9.1823, 9.1820),
+]
 
 
 def epsilon(q, sigma, steps, delta, **options):
@@ -31,8 +33,9 @@ def test_stored_values(setting, by_rdp, by_pld, fine):
     assert fine - 1e-4 <= epsilon(*setting) <= fine + 2e-3
 
 
-@pytest.mark.parametrize("setting", [(0.05, 1.0, 200, 1e-5), (0.3, 3.0, 50, 1e-7),
-                                     (0.01, 0.5, 20, 1e-6)])
+@pytest.mark.parametrize(
+    "setting", [(0.05, 1.0, 200, 1e-5), (0.3, 3.0, 50, 1e-7), (0.01, 0.5, 20, 1e-6)]
+)
 def test_upper_bound_next_to_a_finer_one(setting):
     q, sigma, steps, delta = setting
     accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
@@ -46,8 +49,9 @@ def test_upper_bound_next_to_a_finer_one(setting):
     assert by_rdp > epsilon(*setting)
 
 
-@pytest.mark.parametrize("sigma, steps, delta", [(1.0, 10, 1e-5), (5.0, 100, 1e-6), (0.05, 3, 1e-5),
-                                                 (0.01, 100, 1e-5)])
+@pytest.mark.parametrize(
+    "sigma, steps, delta", [(1.0, 10, 1e-5), (5.0, 100, 1e-6), (0.05, 3, 1e-5), (0.01, 100, 1e-5)]
+)
 def test_without_sampling_against_the_exact_profile(sigma, steps, delta):
     """Balle & Wang 2018: the exact epsilon of a Gaussian mechanism (memory stays small, too)."""
     mu = math.sqrt(steps) / sigma
@@ -77,14 +81,18 @@ def test_edges():
     assert epsilon(1.0, 1.0, 10, 1e-5) > epsilon(0.5, 1.0, 10, 1e-5)
     # clip bound and unit scale nothing
     assert GaussianMechanism(1.0, 7.0, 0.1, unit="group").epsilon(5, 1e-5) == epsilon(
-        0.1, 1.0, 5, 1e-5)
+        0.1, 1.0, 5, 1e-5
+    )
 
 
-@pytest.mark.parametrize("target, delta, steps, q", [(8, 1e-5, 500, 0.0304), (1, 1e-6, 100, 0.01),
-                                                     (3, 1e-5, 20, 1.0), (100, 1e-5, 10, 0.2)])
+@pytest.mark.parametrize(
+    "target, delta, steps, q",
+    [(8, 1e-5, 500, 0.0304), (1, 1e-6, 100, 0.01), (3, 1e-5, 20, 1.0), (100, 1e-5, 10, 0.2)],
+)
 def test_calibrate(target, delta, steps, q):
-    mechanism = GaussianMechanism.calibrate(target, delta, steps, q, max_grad_norm=2.0,
-                                            unit="group")
+    mechanism = GaussianMechanism.calibrate(
+        target, delta, steps, q, max_grad_norm=2.0, unit="group"
+    )
     assert mechanism.epsilon(steps, delta) <= target
     assert epsilon(q, mechanism.noise_multiplier - 2e-4, steps, delta) > target
     assert (mechanism.max_grad_norm, mechanism.sample_rate, mechanism.unit) == (2.0, q, "group")
@@ -94,9 +102,16 @@ def test_calibrate(target, delta, steps, q):
 
 def test_statement():
     text = GaussianMechanism(0.8, 1.5, 0.0304, unit="group").statement(500, 1e-5)
-    for words in ("(7.132, 1e-05)-DP", "500 steps", "add or remove one group",
-                  "Poisson sampling at rate 0.0304", "noise_multiplier 0.8", "max_grad_norm 1.5",
-                  "PLD, interval 0.001", "RDP cross-check: epsilon 8.034"):
+    for words in (
+        "(7.132, 1e-05)-DP",
+        "500 steps",
+        "add or remove one group",
+        "Poisson sampling at rate 0.0304",
+        "noise_multiplier 0.8",
+        "max_grad_norm 1.5",
+        "PLD, interval 0.001",
+        "RDP cross-check: epsilon 8.034",
+    ):
         assert words in text
     none = GaussianMechanism(0.0, 1.0, 0.5).statement(10, 1e-5)
     assert "NOT private" in none and "-DP" not in none
@@ -105,8 +120,12 @@ def test_statement():
 def test_noise():
     mechanism = GaussianMechanism(0.6, 2.5, 0.1)
     assert mechanism.noise_std == 1.5
-    sums = {"a": torch.full((300, 200), 4.0), "b": torch.zeros(60000),
-            "half": torch.ones(60000, dtype=torch.bfloat16), "d": torch.ones(60000).double()}
+    sums = {
+        "a": torch.full((300, 200), 4.0),
+        "b": torch.zeros(60000),
+        "half": torch.ones(60000, dtype=torch.bfloat16),
+        "d": torch.ones(60000).double(),
+    }
     copies = {name: tensor.clone() for name, tensor in sums.items()}
     generator = torch.Generator().manual_seed(0)
     noisy = mechanism.add_noise(sums, generator)
@@ -131,8 +150,9 @@ def test_noise_from_the_operating_system():
     mechanism = GaussianMechanism(1.0, 1.0, 0.1)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first, second = (mechanism.add_noise({"a": torch.zeros(4), "b": torch.zeros(4)})
-                     for _ in range(2))
+    first, second = (
+        mechanism.add_noise({"a": torch.zeros(4), "b": torch.zeros(4)}) for _ in range(2)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first["a"], second["a"]) and not torch.equal(first["a"], first["b"])
 
@@ -204,30 +224,51 @@ def test_no_noise():
 
 
 def mechanism(**changes):
-    return GaussianMechanism(**{"noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.1,
-                                **changes})
+    return GaussianMechanism(
+        **{"noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.1, **changes}
+    )
 
 
-@pytest.mark.parametrize("call, name", [
-    *[(lambda v=v: mechanism(noise_multiplier=v), "noise_multiplier")
-      for v in (-1, math.nan, math.inf, "1", None, True)],
-    *[(lambda v=v: mechanism(max_grad_norm=v), "max_grad_norm") for v in (0, -1, math.nan, "x")],
-    *[(lambda v=v: mechanism(sample_rate=v), "sample_rate") for v in (0, -0.1, 1.01, math.nan)],
-    (lambda: mechanism(unit="exampel"), "unit must .*did you mean 'example'"),
-    *[(lambda v=v: mechanism().epsilon(v, 1e-5), "steps") for v in (-1, 1.5, "3", math.inf, True)],
-    *[(lambda v=v: mechanism().epsilon(5, v), "delta") for v in (0, 1, -1, math.nan, "x")],
-    (lambda: mechanism().epsilon(5, 1e-5, accountant="gdp"), "accountant must be one of pld, rdp"),
-    (lambda: mechanism().epsilon(5, 1e-5, accountant="PLD"), "accountant"),
-    *[(lambda v=v: GaussianMechanism.calibrate(v, 1e-5, 5, 0.1), "epsilon") for v in (0, -1, "8")],
-    (lambda: GaussianMechanism.calibrate(1, 2, 5, 0.1), "delta"),
-    (lambda: GaussianMechanism.calibrate(1, 1e-5, 0, 0.1), "steps"),
-    (lambda: GaussianMechanism.calibrate(1, 1e-5, 5, 0), "sample_rate"),
-    (lambda: GaussianMechanism.calibrate(1, 1e-5, 5, 0.1, -1), "max_grad_norm"),
-    (lambda: GaussianMechanism.calibrate(1, 1e-5, 5, 0.1, tolerance=0), "tolerance"),
-    (lambda: GaussianMechanism.calibrate(1e-6, 1e-12, 10**6, 1.0), "epsilon = 1e-06"),
-    (lambda: mechanism().add_noise({"w": np.ones(3)}), r"clipped_sums\['w'\]"),
-    (lambda: mechanism().add_noise({"w": torch.ones(3, dtype=torch.int64)}),
-     r"clipped_sums\['w'\]")])
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        *[
+            (lambda v=v: mechanism(noise_multiplier=v), "noise_multiplier")
+            for v in (-1, math.nan, math.inf, "1", None, True)
+        ],
+        *[
+            (lambda v=v: mechanism(max_grad_norm=v), "max_grad_norm")
+            for v in (0, -1, math.nan, "x")
+        ],
+        *[(lambda v=v: mechanism(sample_rate=v), "sample_rate") for v in (0, -0.1, 1.01, math.nan)],
+        (lambda: mechanism(unit="exampel"), "unit must .*did you mean 'example'"),
+        *[
+            (lambda v=v: mechanism().epsilon(v, 1e-5), "steps")
+            for v in (-1, 1.5, "3", math.inf, True)
+        ],
+        *[(lambda v=v: mechanism().epsilon(5, v), "delta") for v in (0, 1, -1, math.nan, "x")],
+        (
+            lambda: mechanism().epsilon(5, 1e-5, accountant="gdp"),
+            "accountant must be one of pld, rdp",
+        ),
+        (lambda: mechanism().epsilon(5, 1e-5, accountant="PLD"), "accountant"),
+        *[
+            (lambda v=v: GaussianMechanism.calibrate(v, 1e-5, 5, 0.1), "epsilon")
+            for v in (0, -1, "8")
+        ],
+        (lambda: GaussianMechanism.calibrate(1, 2, 5, 0.1), "delta"),
+        (lambda: GaussianMechanism.calibrate(1, 1e-5, 0, 0.1), "steps"),
+        (lambda: GaussianMechanism.calibrate(1, 1e-5, 5, 0), "sample_rate"),
+        (lambda: GaussianMechanism.calibrate(1, 1e-5, 5, 0.1, -1), "max_grad_norm"),
+        (lambda: GaussianMechanism.calibrate(1, 1e-5, 5, 0.1, tolerance=0), "tolerance"),
+        (lambda: GaussianMechanism.calibrate(1e-6, 1e-12, 10**6, 1.0), "epsilon = 1e-06"),
+        (lambda: mechanism().add_noise({"w": np.ones(3)}), r"clipped_sums\['w'\]"),
+        (
+            lambda: mechanism().add_noise({"w": torch.ones(3, dtype=torch.int64)}),
+            r"clipped_sums\['w'\]",
+        ),
+    ],
+)
 def test_bad_input(call, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         call()

@@ -26,13 +26,38 @@ from lowrank_dp.train import TrainConfig, membership, train
 
 # A small pool, many steps: the checkpoint remembers its members. By this seed the coins fall evenly
 # on both labels; else even a private model's preference for one label tells a little.
-OVERFIT = TrainConfig(model="tiny", task="generated", non_private=True, batch_size=40, steps=60,
-                      learning_rate=3e-3, max_examples=160, membership="bernoulli", seed=9,
-                      delta=1e-3, eval_every=60, snapshot_every=60, eval_examples=100)
-TABLES = TrainConfig(model="tiny-llama", task="generated-table", method="lora", rank=8,
-                     non_private=True, batch_size=30, steps=25, learning_rate=2e-2,
-                     max_examples=120, membership="half", seed=5, eval_every=25,
-                     snapshot_every=25, eval_examples=40, generate=False)
+OVERFIT = TrainConfig(
+    model="tiny",
+    task="generated",
+    non_private=True,
+    batch_size=40,
+    steps=60,
+    learning_rate=3e-3,
+    max_examples=160,
+    membership="bernoulli",
+    seed=9,
+    delta=1e-3,
+    eval_every=60,
+    snapshot_every=60,
+    eval_examples=100,
+)
+TABLES = TrainConfig(
+    model="tiny-llama",
+    task="generated-table",
+    method="lora",
+    rank=8,
+    non_private=True,
+    batch_size=30,
+    steps=25,
+    learning_rate=2e-2,
+    max_examples=120,
+    membership="half",
+    seed=5,
+    eval_every=25,
+    snapshot_every=25,
+    eval_examples=40,
+    generate=False,
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,8 +84,9 @@ def test_signals_against_one_record_at_a_time(checkpoints):
     task, examples = target.records.task, target.records.examples[:7]
     model, tokenizer = load_model(str(target.folder), task=task)
     reference = signals.load_reference(target.folder, target.base, task)
-    found = signals.measure(model, tokenizer, task, examples, max_length=128, batch_size=3,
-                            reference=reference)
+    found = signals.measure(
+        model, tokenizer, task, examples, max_length=128, batch_size=3, reference=reference
+    )
     for i, example in enumerate(examples):
         batch = tokenizer([example.text], return_tensors="pt")
         with torch.no_grad():
@@ -77,17 +103,21 @@ def test_signals_of_texts_token_by_token(checkpoints):
     model, tokenizer = load_model(str(target.folder), task=task)
     found = signals.measure(model, tokenizer, task, examples, batch_size=2, reference=model)
     for i, example in enumerate(examples):
-        prompt = tokenizer(example.text, add_special_tokens=False)["input_ids"] + tokenizer(
-            "\n", add_special_tokens=False)["input_ids"]
-        answer = [*tokenizer(example.target, add_special_tokens=False)["input_ids"],
-                  tokenizer.eos_token_id]
+        prompt = (
+            tokenizer(example.text, add_special_tokens=False)["input_ids"]
+            + tokenizer("\n", add_special_tokens=False)["input_ids"]
+        )
+        answer = [
+            *tokenizer(example.target, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
         logs = []
         with torch.no_grad():
             for t in range(len(answer)):
                 ids = torch.tensor([prompt + answer[:t]])
                 logs.append(float(model(ids).logits[0, -1].double().log_softmax(-1)[answer[t]]))
         assert found.loss[i] == pytest.approx(-np.mean(logs), rel=1e-4)
-        worst = sorted(logs)[:max(1, int(0.2 * len(logs)))]
+        worst = sorted(logs)[: max(1, int(0.2 * len(logs)))]
         assert found.min_k[i] == pytest.approx(np.mean(worst), rel=1e-4)
     with model.disable_adapter():
         base = signals.measure(model, tokenizer, task, examples, batch_size=5)
@@ -104,15 +134,28 @@ def test_gradient_norms_against_autograd(checkpoints):
         model.zero_grad()
         batch = tokenizer([example.text], return_tensors="pt")
         model(**batch, labels=torch.tensor([example.label])).loss.backward()
-        norm = sum(float(p.grad.square().sum()) for p in model.parameters()
-                   if p.requires_grad and p.grad is not None) ** 0.5
+        norm = (
+            sum(
+                float(p.grad.square().sum())
+                for p in model.parameters()
+                if p.requires_grad and p.grad is not None
+            )
+            ** 0.5
+        )
         assert found[i] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.slow
 def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, tmp_path, capsys):
-    code, out, err = run(capsys, "--model", checkpoints / "overfit", "--output", tmp_path / "a",
-                         "--white-box", "--json")
+    code, out, err = run(
+        capsys,
+        "--model",
+        checkpoints / "overfit",
+        "--output",
+        tmp_path / "a",
+        "--white-box",
+        "--json",
+    )
     document = json.loads(out)
     assert code == 0 and document["verdict"] == "LEAKS" and "NON-PRIVATE" in document["label"]
     by_name = {one["name"]: one for one in document["attacks"]}
@@ -120,7 +163,12 @@ def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, 
     assert by_name["gradient"]["auc"]["value"] > 0.5 and "single run" in err
     assert by_name["base"]["tpr"]["0.001"] is None, "too few non-members for that rate"
     assert {p.name for p in (tmp_path / "a").iterdir()} >= {
-        "report.json", "scores.csv", "summary.md", "roc.png", "roc.pdf"}
+        "report.json",
+        "scores.csv",
+        "summary.md",
+        "roc.png",
+        "roc.pdf",
+    }
     rows = list(csv.DictReader((tmp_path / "a" / "scores.csv").open()))
     assert [row["id"] for row in rows] == document["ids"]
     inside = np.array([float(r["base"]) for r in rows if r["is_member"] == "1"])
@@ -149,8 +197,9 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr("lowrank_dp.train.prepare", None)  # nothing is trained again
     found = replace(options, num_shadows=0, shadow_dir=tmp_path / "shadows")
     again = attack(target, found, tmp_path / "other")
-    np.testing.assert_allclose(again.scores["lira-offline"], report.scores["lira-offline"],
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+        again.scores["lira-offline"], report.scores["lira-offline"], rtol=1e-5
+    )
     with pytest.raises(ValueError, match=r"differ in learning_rate: 0.5 / 0.003"):
         find_shadows(replace(target.recipe, learning_rate=0.5), tmp_path / "shadows")
     with pytest.raises(ValueError, match=r"'lira-offline' can't be made.*train more shadows"):
@@ -161,20 +210,41 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
 def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys):
     train(replace(OVERFIT, steps=20), tmp_path / "shorter")
     train(replace(OVERFIT, method="lora", steps=20, seed=OVERFIT.seed), tmp_path / "lora")
-    code, out, _ = run(capsys, "--model", checkpoints / "overfit", "--compare",
-                       tmp_path / "shorter", "--compare", tmp_path / "lora", "--output",
-                       tmp_path / "out", "--json")
+    code, out, _ = run(
+        capsys,
+        "--model",
+        checkpoints / "overfit",
+        "--compare",
+        tmp_path / "shorter",
+        "--compare",
+        tmp_path / "lora",
+        "--output",
+        tmp_path / "out",
+        "--json",
+    )
     comparison = json.loads(out)["comparison"]
     assert code == 0 and [p["steps"] for p in comparison["points"]] == [60, 20, 20]
     aucs = [p["auc"]["value"] for p in comparison["points"]]
     for paired, value in zip(comparison["paired"], aucs[1:], strict=True):
         assert paired["difference"] == pytest.approx(value - aucs[0])
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {
-        "compare.json", "compare.csv", "compare.md", "compare.tex", "report.json"}
+        "compare.json",
+        "compare.csv",
+        "compare.md",
+        "compare.tex",
+        "report.json",
+    }
 
     train(replace(OVERFIT, steps=1, seed=4), tmp_path / "other")
-    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--compare", tmp_path / "other",
-                       "--output", tmp_path / "no")
+    code, _, err = run(
+        capsys,
+        "--model",
+        checkpoints / "overfit",
+        "--compare",
+        tmp_path / "other",
+        "--output",
+        tmp_path / "no",
+    )
     assert code == 2 and "train both with one --seed" in err and err.count("\n") == 1
 
 
@@ -183,20 +253,32 @@ def test_rows_that_share_a_coin_count_once(tmp_path):
     train(grouped, tmp_path / "grouped")
     target = open_target(tmp_path / "grouped", Options())
     report = attack(target, Options(), tmp_path / "cache")
-    groups = {(e.group, bool(m)) for e, m in zip(target.records.examples,
-                                                 target.records.is_member, strict=True)}
+    groups = {
+        (e.group, bool(m))
+        for e, m in zip(target.records.examples, target.records.is_member, strict=True)
+    }
     assert len(groups) < len(report.is_member)
     counts = report.attacks[0].epsilon
     assert counts.num_members + counts.num_nonmembers == sum(
-        (n + 1) // 2 for n in np.bincount([m for _, m in groups]))
+        (n + 1) // 2 for n in np.bincount([m for _, m in groups])
+    )
 
 
 @pytest.mark.slow
 def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
     """arXiv 2601.21719 from a checkpoint: B A is symmetric with the true gradient sum alone."""
     members = len(load_task("generated", max_examples=60).train) // 2
-    recipe = replace(OVERFIT, method="lora-frozen-a", rank=2, optimizer="sgd", steps=1,
-                     membership="half", max_examples=60, batch_size=members, learning_rate=0.1)
+    recipe = replace(
+        OVERFIT,
+        method="lora-frozen-a",
+        rank=2,
+        optimizer="sgd",
+        steps=1,
+        membership="half",
+        max_examples=60,
+        batch_size=members,
+        learning_rate=0.1,
+    )
     train(recipe, tmp_path / "step")
     options = Options(attacks=("projection",), primary="projection")
     target = open_target(tmp_path / "step", options)
@@ -208,23 +290,37 @@ def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
     _, tokenizer = load_model("tiny", task=task)
     layer, released = projection._released(target.folder / "adapter_model.safetensors")
     weight = model.get_parameter(f"{layer}.weight")
-    loss = sum(model(**tokenizer([e.text], return_tensors="pt"),
-                     labels=torch.tensor([e.label])).loss
-               for e, member in zip(examples, target.records.is_member, strict=True) if member)
+    loss = sum(
+        model(**tokenizer([e.text], return_tensors="pt"), labels=torch.tensor([e.label])).loss
+        for e, member in zip(examples, target.records.is_member, strict=True)
+        if member
+    )
     truth = torch.autograd.grad(loss, weight)[0].double().numpy()
     product = released @ truth.T
     assert np.linalg.norm(product - product.T) < 1e-5 * np.linalg.norm(product)
 
-    code, _, err = run(capsys, "--model", tmp_path / "step", "--attacks", "projection",
-                       "--max-records", "40", "--output", tmp_path / "out")
+    code, _, err = run(
+        capsys,
+        "--model",
+        tmp_path / "step",
+        "--attacks",
+        "projection",
+        "--max-records",
+        "40",
+        "--output",
+        tmp_path / "out",
+    )
     assert code == 2 and "every record" in err and err.count("\n") == 1
 
 
 def test_the_projection_attack_names_what_its_recipe_lacks(checkpoints):
     options = Options(attacks=("projection",))
     target = open_target(checkpoints / "overfit", options)
-    with pytest.raises(ValueError, match=r"method 'lora-frozen-a', optimizer 'sgd', steps 1.*"
-                                         r"batch_size the number of members"):
+    with pytest.raises(
+        ValueError,
+        match=r"method 'lora-frozen-a', optimizer 'sgd', steps 1.*"
+        r"batch_size the number of members",
+    ):
         attack(target, options, checkpoints / "cache")
 
 
@@ -252,10 +348,12 @@ def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys
     few = Options(population=tmp_path / "few.jsonl", attacks=("quantile",))
     with pytest.raises(ValueError, match="it needs 100 records in no model, got 99"):
         attack(open_target(checkpoints / "overfit", few), few, tmp_path / "cache")
-    (tmp_path / "both.jsonl").write_text(json.dumps(
-        {"text": members[3].text, "label": members[3].label}) + "\n" + lines[0])
-    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--population",
-                       tmp_path / "both.jsonl")
+    (tmp_path / "both.jsonl").write_text(
+        json.dumps({"text": members[3].text, "label": members[3].label}) + "\n" + lines[0]
+    )
+    code, _, err = run(
+        capsys, "--model", checkpoints / "overfit", "--population", tmp_path / "both.jsonl"
+    )
     assert code == 2 and "under attack, 1 are in" in err and err.count("\n") == 1
 
 
@@ -266,8 +364,12 @@ def test_shuffled_coins_read_a_half(checkpoints, tmp_path):
     coins = np.random.default_rng(0).permutation(report.is_member)
     assert report.control.value == pytest.approx(roc_auc_score(coins, report.scores["base"]))
     # over many deals it is a half: 400 of standard deviation .046 leave .5 by .01 once in 10^5
-    many = [roc_auc_score(np.random.default_rng(seed).permutation(report.is_member),
-                          report.scores["base"]) for seed in range(400)]
+    many = [
+        roc_auc_score(
+            np.random.default_rng(seed).permutation(report.is_member), report.scores["base"]
+        )
+        for seed in range(400)
+    ]
     assert np.mean(many) == pytest.approx(0.5, abs=0.01)
 
 
@@ -301,11 +403,16 @@ def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, 
 
 def test_matched_reads_off_where_all_methods_have_been():
     def point(method, loss, auc):
-        return compare.Point("", method, 1, loss, 1 - loss,
-                             compare.metrics.Auc(auc, 0.0, (auc, auc)))
+        return compare.Point(
+            "", method, 1, loss, 1 - loss, compare.metrics.Auc(auc, 0.0, (auc, auc))
+        )
 
-    points = [point("full", 0.6, 0.5), point("full", 0.2, 0.9), point("lora", 0.5, 0.55),
-              point("lora", 0.3, 0.65)]
+    points = [
+        point("full", 0.6, 0.5),
+        point("full", 0.2, 0.9),
+        point("lora", 0.5, 0.55),
+        point("lora", 0.3, 0.65),
+    ]
     value, read = compare.matched(points, "train_loss")
     assert value == pytest.approx(0.4)
     assert read == {"full": pytest.approx(0.7), "lora": pytest.approx(0.6)}
@@ -313,17 +420,22 @@ def test_matched_reads_off_where_all_methods_have_been():
     assert compare.matched(points[:2], "train_loss") is None
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--attacks", "losss"], ["did you mean 'loss'"]),
-    (["--attacks", "lira"], ["'lira'", "--shadows"]),
-    (["--fpr", "a"], ["--fpr must be numbers"]),
-    (["--fpr", "2"], ["fpr"]),
-    (["--shadows", "4", "--shadow-dir", "."], ["must not both"]),
-    (["--max-records", "3"], ["max_records"]),
-    (["--members", "nowhere.jsonl"], ["nonmembers"])])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--attacks", "losss"], ["did you mean 'loss'"]),
+        (["--attacks", "lira"], ["'lira'", "--shadows"]),
+        (["--fpr", "a"], ["--fpr must be numbers"]),
+        (["--fpr", "2"], ["fpr"]),
+        (["--shadows", "4", "--shadow-dir", "."], ["must not both"]),
+        (["--max-records", "3"], ["max_records"]),
+        (["--members", "nowhere.jsonl"], ["nonmembers"]),
+    ],
+)
 def test_bad_input_is_one_line(arguments, words, checkpoints, tmp_path, capsys):
-    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--output", tmp_path / "out",
-                       *arguments)
+    code, _, err = run(
+        capsys, "--model", checkpoints / "overfit", "--output", tmp_path / "out", *arguments
+    )
     assert code == 2 and err.count("\n") == 1, err
     assert all(word in err for word in words), err
     assert not (tmp_path / "out" / "report.json").exists()
@@ -338,15 +450,41 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
-    code, out, _ = run(capsys, "--model", checkpoints / "overfit", "--shadows", "8", "--dry-run",
-                       "--output", tmp_path / "out")
+    code, out, _ = run(
+        capsys,
+        "--model",
+        checkpoints / "overfit",
+        "--shadows",
+        "8",
+        "--dry-run",
+        "--output",
+        tmp_path / "out",
+    )
     assert code == 0 and "8 shadows of 60 steps each" in out and not (tmp_path / "out").exists()
 
 
 # --- damaged files -----------------------------------------------------------------------------
 
-ODD = (None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\u0000", [], [1], {},
-       {"a": 1}, [[]], "../x", "\ud800")
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\u0000",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    [[]],
+    "../x",
+    "\ud800",
+)
 
 
 def mutated(text, rng):
@@ -354,7 +492,7 @@ def mutated(text, rng):
     if rng.random() < 0.3:
         data = bytearray(text.encode())
         start = rng.randrange(len(data))
-        data[start:start + rng.choice((0, 1, 5, len(data)))] = rng.randbytes(rng.randrange(4))
+        data[start : start + rng.choice((0, 1, 5, len(data)))] = rng.randbytes(rng.randrange(4))
         return bytes(data)
     place = document = json.loads(text)
     while True:
@@ -407,11 +545,18 @@ def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
     """One line that names the file, exit 2, and nothing written."""
     for name in ("initial_head.safetensors", "config.json", "model.safetensors", "tokenizer.json"):
         data = (checkpoints / "overfit" / name).read_bytes()
-        damages = [b"", b"{}", data[:len(data) // 2], b"\xff" * 100]
+        damages = [b"", b"{}", data[: len(data) // 2], b"\xff" * 100]
         if name == "config.json":
-            damages += [json.dumps(json.loads(data) | change).encode() for change in (
-                {"architectures": [1]}, {"architectures": 3}, {"id2label": [1]}, {"id2label": {}},
-                {"id2label": {"a": "b"}})] + [b"[]", b"3"]
+            damages += [
+                json.dumps(json.loads(data) | change).encode()
+                for change in (
+                    {"architectures": [1]},
+                    {"architectures": 3},
+                    {"id2label": [1]},
+                    {"id2label": {}},
+                    {"id2label": {"a": "b"}},
+                )
+            ] + [b"[]", b"3"]
         for number, damage in enumerate(damages):
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
             shutil.copytree(checkpoints / "overfit", tmp_path / "run")
@@ -445,13 +590,22 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
     found = open_target(checkpoints / "overfit", Options()).records
     inside = [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit]
     for name, part in (("a", inside[:30]), ("b", inside[30:60])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(
-            {"text": e.text, "label": e.label}) + "\n" for e in part))
-    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--members",
-                       tmp_path / "a.jsonl", "--nonmembers", tmp_path / "b.jsonl")
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": e.text, "label": e.label}) + "\n" for e in part)
+        )
+    code, _, err = run(
+        capsys,
+        "--model",
+        checkpoints / "overfit",
+        "--members",
+        tmp_path / "a.jsonl",
+        "--nonmembers",
+        tmp_path / "b.jsonl",
+    )
     assert code == 2 and "30 given records are on the other side in membership.json" in err
-    code, _, err = run(capsys, "--model", checkpoints / "overfit", "--nonmembers",
-                       tmp_path / "b.jsonl")
+    code, _, err = run(
+        capsys, "--model", checkpoints / "overfit", "--nonmembers", tmp_path / "b.jsonl"
+    )
     assert code == 2 and "30 of 30 non-members have the text of a member" in err
 
 
@@ -463,13 +617,28 @@ def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
     pool = load_task(str(tmp_path / "pool.jsonl")).train
     coins = np.random.default_rng(0).integers(0, 2, 92).astype(bool).tolist()
     units = membership.group_units(pool, "example")
-    config = TrainConfig(model="tiny", task="pool", non_private=True, membership="bernoulli",
-                         steps=1, seed=3)
+    config = TrainConfig(
+        model="tiny", task="pool", non_private=True, membership="bernoulli", steps=1, seed=3
+    )
     document = membership.manifest(
-        units, coins, membership="bernoulli", coin_seed=3, task="pool", split="train",
-        source="local", kind="classification", unit="example", template=None, max_length=128,
-        base={"model": "tiny", "seed": 3}, recipe=config.as_json(), seed=3, privacy="none",
-        train_loss=0.25, eval_loss=1)
+        units,
+        coins,
+        membership="bernoulli",
+        coin_seed=3,
+        task="pool",
+        split="train",
+        source="local",
+        kind="classification",
+        unit="example",
+        template=None,
+        max_length=128,
+        base={"model": "tiny", "seed": 3},
+        recipe=config.as_json(),
+        seed=3,
+        privacy="none",
+        train_loss=0.25,
+        eval_loss=1,
+    )
     (tmp_path / "membership.json").write_text(json.dumps(document))
     found = records.load_records(tmp_path, data_dir=tmp_path / "pool.jsonl")
     assert [e.text for e in found.examples] == [row["text"] for row in lines[12:80]]

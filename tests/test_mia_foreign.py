@@ -63,22 +63,34 @@ def place(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("foreign")
     rng = np.random.default_rng(1)
-    texts = [example.text for example in load_task("generated").train[:2 * SIDE]]
+    texts = [example.text for example in load_task("generated").train[: 2 * SIDE]]
     labels = rng.integers(0, 2, 2 * SIDE).tolist()
-    pairs = [(e.text, e.target) for e in load_task("generated-table").train[:3 * SIDE]]
+    pairs = [(e.text, e.target) for e in load_task("generated-table").train[: 3 * SIDE]]
     rng.shuffle(pairs)
     for side, part in (("in", slice(0, SIDE)), ("out", slice(SIDE, 2 * SIDE))):
-        table(root, f"labels-{side}.jsonl", [{"text": t, "label": y} for t, y in
-                                             zip(texts[part], labels[part], strict=True)])
+        table(
+            root,
+            f"labels-{side}.jsonl",
+            [{"text": t, "label": y} for t, y in zip(texts[part], labels[part], strict=True)],
+        )
         table(root, f"texts-{side}.jsonl", [{"text": t} for t in texts[part]])
         table(root, f"pairs-{side}.jsonl", [{"source": s, "target": t} for s, t in pairs[part]])
 
     torch.manual_seed(0)
     words = load_tokenizer("tiny")
-    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(
-        vocab_size=768, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=48, max_position_embeddings=64, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, pad_token_id=0))
+    classifier = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=768,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+        )
+    )
     save(classifier, root / "classifier-base", words)
     save(classifier.bert, root / "headless", words)
     batch = words(texts[:SIDE], return_tensors="pt", padding=True)
@@ -87,28 +99,41 @@ def place(tmp_path_factory):
 
     pieces = load_tokenizer("tiny-llama")
     config = transformers.GPT2Config(
-        vocab_size=len(pieces), n_embd=32, n_layer=1, n_head=2, n_positions=128, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=pieces.eos_token_id)
+        vocab_size=len(pieces),
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=pieces.eos_token_id,
+    )
     language = transformers.GPT2LMHeadModel(config)
     save(language, root / "lm-base", pieces)
     overfit(language, padded(pieces, texts[:SIDE]), 120, 1e-2)
     save(language, root / "lm", pieces)
 
-    written = ["### Input: {}\n### Response: {}".format(*pair) + pieces.eos_token
-               for pair in pairs[:SIDE]]
+    written = [
+        "### Input: {}\n### Response: {}".format(*pair) + pieces.eos_token for pair in pairs[:SIDE]
+    ]
     templated = transformers.GPT2LMHeadModel.from_pretrained(root / "lm-base")
     overfit(templated, padded(pieces, written), 120, 1e-2)
     save(templated, root / "templated", pieces)
 
     adapted = get_peft_model(
         transformers.GPT2LMHeadModel.from_pretrained(root / "lm-base"),
-        LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64,
-                   target_modules=["c_attn", "c_proj", "c_fc"]))
+        LoraConfig(
+            task_type="CAUSAL_LM", r=16, lora_alpha=64, target_modules=["c_attn", "c_proj", "c_fc"]
+        ),
+    )
     overfit(adapted, padded(pieces, texts[:SIDE]), 150, 2e-2)
     save(adapted, root / "adapter", pieces)
     file = root / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {
-        "base_model_name_or_path": "/gone/away"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/gone/away"})
+    )
     return root
 
 
@@ -117,8 +142,15 @@ def files(place, what):
 
 
 def words_of(place, model, what, *more):
-    return ["--model", place / model, "--members", place / f"{what}-in.jsonl", "--nonmembers",
-            place / f"{what}-out.jsonl", *more]
+    return [
+        "--model",
+        place / model,
+        "--members",
+        place / f"{what}-in.jsonl",
+        "--nonmembers",
+        place / f"{what}-out.jsonl",
+        *more,
+    ]
 
 
 def found(place, tmp_path, model, **options):
@@ -174,17 +206,21 @@ def test_a_template_is_what_the_model_was_trained_with(place, tmp_path):
 
 
 def test_a_base_with_its_own_head_is_the_reference(place, tmp_path, capsys):
-    report = found(place, tmp_path, "classifier", **files(place, "labels"),
-                   base=str(place / "classifier-base"))
+    report = found(
+        place, tmp_path, "classifier", **files(place, "labels"), base=str(place / "classifier-base")
+    )
     assert report.primary == "base" and auc(report, "base") > 0.75 and report.verdict == "LEAKS"
-    before, after = (transformers.BertForSequenceClassification.from_pretrained(place / name)
-                     for name in ("classifier-base", "classifier"))
+    before, after = (
+        transformers.BertForSequenceClassification.from_pretrained(place / name)
+        for name in ("classifier-base", "classifier")
+    )
     tokenizer = load_tokenizer(str(place / "classifier"))
     row = json.loads((place / "labels-out.jsonl").read_text().splitlines()[2])
     batch = tokenizer([row["text"]], return_tensors="pt")
     with torch.no_grad():
-        old, new = (-float(m(**batch).logits[0].log_softmax(-1)[row["label"]])
-                    for m in (before, after))
+        old, new = (
+            -float(m(**batch).logits[0].log_softmax(-1)[row["label"]]) for m in (before, after)
+        )
     assert report.scores["base"][SIDE + 2] == pytest.approx(old - new, rel=1e-3, abs=1e-5)
 
     capsys.readouterr()  # the bars of transformers above
@@ -193,16 +229,25 @@ def test_a_base_with_its_own_head_is_the_reference(place, tmp_path, capsys):
     assert code == 2 and err.count("\n") == 1 and "needs a base with its own trained head" in err
     code, out, _ = run(capsys, *words, "--output", tmp_path / "auto")
     assert code == 0 and "not made: base (--base" in out and "trained head" in out
-    code, _, err = run(capsys, *words_of(place, "classifier", "labels", "--base",
-                                         place / "classifier", "--output", tmp_path / "self"))
+    code, _, err = run(
+        capsys,
+        *words_of(
+            place,
+            "classifier",
+            "labels",
+            "--base",
+            place / "classifier",
+            "--output",
+            tmp_path / "self",
+        ),
+    )
     assert code == 2 and "the checkpoint itself" in err
 
 
 def test_base_replaces_what_an_adapter_names(place, tmp_path, capsys):
     code, _, err = run(capsys, *words_of(place, "adapter", "texts", "--output", tmp_path / "no"))
     assert code == 2 and err.count("\n") == 1 and "/gone/away" in err
-    report = found(place, tmp_path, "adapter", **files(place, "texts"),
-                   base=str(place / "lm-base"))
+    report = found(place, tmp_path, "adapter", **files(place, "texts"), base=str(place / "lm-base"))
     assert auc(report, "base") > 0.9 and report.verdict == "LEAKS"
     assert report.untuned is not None, "the adapter is switched off for the losses before"
 
@@ -210,15 +255,25 @@ def test_base_replaces_what_an_adapter_names(place, tmp_path, capsys):
 @pytest.mark.filterwarnings("always")
 def test_a_warning_is_one_line_without_a_place_in_the_source(place, tmp_path, capsys):
     for side in ("in", "out"):
-        rows = [json.loads(line) for line in
-                (place / f"labels-{side}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (place / f"labels-{side}.jsonl").read_text().splitlines()
+        ]
         table(tmp_path, f"labels-{side}.jsonl", [row | {"note": 1} for row in rows])
-    code, _, err = run(capsys, "--model", place / "classifier", "--members",
-                       tmp_path / "labels-in.jsonl", "--nonmembers", tmp_path / "labels-out.jsonl",
-                       "--dry-run")
+    code, _, err = run(
+        capsys,
+        "--model",
+        place / "classifier",
+        "--members",
+        tmp_path / "labels-in.jsonl",
+        "--nonmembers",
+        tmp_path / "labels-out.jsonl",
+        "--dry-run",
+    )
     assert code == 0 and "warning: " in err
-    assert all(line.startswith("warning: ") and "not read: column 'note'" in line
-               for line in err.splitlines()), err
+    assert all(
+        line.startswith("warning: ") and "not read: column 'note'" in line
+        for line in err.splitlines()
+    ), err
 
 
 # --- refusals, all before a forward pass -------------------------------------------------------
@@ -229,13 +284,18 @@ def test_no_false_reassurance(place, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     load_tokenizer(str(place / "classifier")).save_pretrained(tmp_path / "run")
     for folder in ("run/checkpoint-500", "alone"):
-        shutil.copytree(place / "classifier", tmp_path / folder,
-                        ignore=shutil.ignore_patterns("*token*", "vocab*", "special*"))
-    half = (place / "labels-in.jsonl").read_text().splitlines()[:SIDE // 2] + (
-        place / "labels-out.jsonl").read_text().splitlines()[:SIDE // 2]
+        shutil.copytree(
+            place / "classifier",
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("*token*", "vocab*", "special*"),
+        )
+    half = (place / "labels-in.jsonl").read_text().splitlines()[: SIDE // 2] + (
+        place / "labels-out.jsonl"
+    ).read_text().splitlines()[: SIDE // 2]
     (tmp_path / "half.jsonl").write_text("\n".join(half) + "\n")
-    shouted = [json.dumps({"text": json.loads(line)["text"].upper() + " ", "label": 1})
-               for line in half]
+    shouted = [
+        json.dumps({"text": json.loads(line)["text"].upper() + " ", "label": 1}) for line in half
+    ]
     (tmp_path / "shouted.jsonl").write_text("\n".join(shouted) + "\n")
     labels = ["--members", place / "labels-in.jsonl", "--nonmembers"]
     other = place / "labels-out.jsonl"
@@ -243,36 +303,56 @@ def test_no_false_reassurance(place, tmp_path, capsys):
         "no tokenizer": (["--model", tmp_path / "alone", *labels, other], "holds no tokenizer"),
         "tokenizer in the parent": (
             ["--model", tmp_path / "run" / "checkpoint-500", *labels, other],
-            "its parent folder run does: copy"),
+            "its parent folder run does: copy",
+        ),
         "no head": (["--model", place / "headless", *labels, other], "classifier"),
-        "a causal LM and labels": (["--model", place / "lm", *labels, other],
-                                   "is a causal language model, and the records have labels"),
-        "a classifier and texts": (words_of(place, "classifier", "pairs"),
-                                   "is a classifier, and the records have no labels"),
-        "members as non-members": (["--model", place / "classifier", *labels,
-                                    place / "labels-in.jsonl"],
-                                   f"{SIDE} of {SIDE} non-members have the text of a member, first "
-                                   "nonmembers/0, nonmembers/1, nonmembers/2"),
-        "half overlap": (["--model", place / "classifier", *labels, tmp_path / "half.jsonl"],
-                         f"{SIDE // 2} of {SIDE} non-members"),
+        "a causal LM and labels": (
+            ["--model", place / "lm", *labels, other],
+            "is a causal language model, and the records have labels",
+        ),
+        "a classifier and texts": (
+            words_of(place, "classifier", "pairs"),
+            "is a classifier, and the records have no labels",
+        ),
+        "members as non-members": (
+            ["--model", place / "classifier", *labels, place / "labels-in.jsonl"],
+            f"{SIDE} of {SIDE} non-members have the text of a member, first "
+            "nonmembers/0, nonmembers/1, nonmembers/2",
+        ),
+        "half overlap": (
+            ["--model", place / "classifier", *labels, tmp_path / "half.jsonl"],
+            f"{SIDE // 2} of {SIDE} non-members",
+        ),
         "overlap but for case and label": (
             ["--model", place / "classifier", *labels, tmp_path / "shouted.jsonl"],
-            f"{SIDE // 2} of {SIDE} non-members"),
+            f"{SIDE // 2} of {SIDE} non-members",
+        ),
         "a template for plain texts": (
-            words_of(place, "lm", "texts", "--template", TEMPLATE), "must have {text} alone"),
+            words_of(place, "lm", "texts", "--template", TEMPLATE),
+            "must have {text} alone",
+        ),
         "a template without target": (
-            words_of(place, "templated", "pairs", "--template", "{text}"), "must have {target}"),
-        "a template for labels": (words_of(place, "classifier", "labels", "--template", "{text}"),
-                                  "for causal language models"),
-        "no such field": (words_of(place, "lm", "texts", "--template", "{words}"),
-                          "template must be a text with {source}"),
+            words_of(place, "templated", "pairs", "--template", "{text}"),
+            "must have {target}",
+        ),
+        "a template for labels": (
+            words_of(place, "classifier", "labels", "--template", "{text}"),
+            "for causal language models",
+        ),
+        "no such field": (
+            words_of(place, "lm", "texts", "--template", "{words}"),
+            "template must be a text with {source}",
+        ),
         "too long": (words_of(place, "lm", "texts", "--max-length", "4000"), "max_length"),
-        "a target that fills it": (words_of(place, "templated", "pairs", "--max-length", "5"),
-                                   "no room for its source"),
-        "no attack of labels": (words_of(place, "classifier", "labels", "--attacks", "zlib"),
-                                "needs a causal language model"),
-        "no base": (words_of(place, "classifier", "labels", "--attacks", "base"),
-                    "give --base"),
+        "a target that fills it": (
+            words_of(place, "templated", "pairs", "--max-length", "5"),
+            "no room for its source",
+        ),
+        "no attack of labels": (
+            words_of(place, "classifier", "labels", "--attacks", "zlib"),
+            "needs a causal language model",
+        ),
+        "no base": (words_of(place, "classifier", "labels", "--attacks", "base"), "give --base"),
     }
     for name, (arguments, message) in cases.items():
         for more in ([], ["--dry-run"]):
@@ -297,25 +377,37 @@ def test_a_model_that_learned_nothing_is_not_called_safe(place, tmp_path):
 
 def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, capsys):
     for words, line in (
-            (words_of(place, "lm", "texts"),
-             "plain text (text from 'text') written as '{text}', not cut (assumed); scored: all "
-             "tokens but the first"),
-            (words_of(place, "templated", "pairs", "--max-length", "90"),
-             "prompt and target (prompt from 'source', target from 'target'), cut to 90 tokens (as "
-             "given); scored: the target's tokens and the end of sequence"),
-            (words_of(place, "classifier", "labels", "--text-column", "text", "--label-column",
-                      "label"),
-             "text and label (text from 'text', label from 'label' (2 classes: 0, 1)), not cut "
-             "(assumed); scored: the label")):
+        (
+            words_of(place, "lm", "texts"),
+            "plain text (text from 'text') written as '{text}', not cut (assumed); scored: all "
+            "tokens but the first",
+        ),
+        (
+            words_of(place, "templated", "pairs", "--max-length", "90"),
+            "prompt and target (prompt from 'source', target from 'target'), cut to 90 tokens (as "
+            "given); scored: the target's tokens and the end of sequence",
+        ),
+        (
+            words_of(
+                place, "classifier", "labels", "--text-column", "text", "--label-column", "label"
+            ),
+            "text and label (text from 'text', label from 'label' (2 classes: 0, 1)), not cut "
+            "(assumed); scored: the label",
+        ),
+    ):
         code, out, err = run(capsys, *words, "--dry-run")
         assert code == 0 and line in out, (out, err)
-    code, out, _ = run(capsys, *words_of(place, "classifier", "labels", "--output", tmp_path,
-                                         "--json"))
+    code, out, _ = run(
+        capsys, *words_of(place, "classifier", "labels", "--output", tmp_path, "--json")
+    )
     document = json.loads(out)
     assert code == 0 and document["format"] == {
         "columns": "text and label (text from 'text', label from 'label' (2 classes: 0, 1))",
-        "template": None, "max_length": None, "scored": "the label",
-        "source": "assumed"}
+        "template": None,
+        "max_length": None,
+        "scored": "the label",
+        "source": "assumed",
+    }
     assert document["learning"]["better"] is True and document["left_out"] == []
 
 
@@ -324,21 +416,27 @@ def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, c
 
 def test_labels_count_in_the_models_own_classes(place, tmp_path):
     """By number, by name in whatever order a file has them, and never by their rank in a file."""
-    rows = {side: [json.loads(line) for line in
-                   (place / f"labels-{side}.jsonl").read_text().splitlines()]
-            for side in ("in", "out")}
+    rows = {
+        side: [
+            json.loads(line) for line in (place / f"labels-{side}.jsonl").read_text().splitlines()
+        ]
+        for side in ("in", "out")
+    }
     only_ones = [row for row in rows["in"] if row["label"] == 1]
     only_ones += [{"text": f"{row['text']} indeed", "label": 1} for row in only_ones][:30]
     table(tmp_path, "ones.jsonl", only_ones)
     options = Options(members=tmp_path / "ones.jsonl", nonmembers=place / "labels-out.jsonl")
     records = open_target(place / "classifier", options).records
     assert records.task.num_labels == 2
-    assert {e.label for e, bit in zip(records.examples, records.is_member, strict=True)
-            if bit} == {1}
+    assert {e.label for e, bit in zip(records.examples, records.is_member, strict=True) if bit} == {
+        1
+    }
     table(tmp_path, "two.jsonl", [row | {"label": 2} for row in rows["out"]])
     with pytest.raises(ValueError, match=r"two.jsonl: labels must be below 2, as in the model"):
-        open_target(place / "classifier", Options(members=place / "labels-in.jsonl",
-                                                  nonmembers=tmp_path / "two.jsonl"))
+        open_target(
+            place / "classifier",
+            Options(members=place / "labels-in.jsonl", nonmembers=tmp_path / "two.jsonl"),
+        )
 
 
 def test_copies_count_once(place, tmp_path):
@@ -356,8 +454,14 @@ def test_copies_count_once(place, tmp_path):
 def test_templates():
     tokenizer = load_tokenizer("tiny-llama")
     example = Example("x/0", "name[The Mill], food[Thai]", target="The Mill serves Thai food.")
-    for text in ("{source}\\n{target}", "Q: {prompt} A:{response}", "{target}", "{source}{target}",
-                 TEMPLATE, "a{prompt}b{target}c"):
+    for text in (
+        "{source}\\n{target}",
+        "Q: {prompt} A:{response}",
+        "{target}",
+        "{source}{target}",
+        TEMPLATE,
+        "a{prompt}b{target}c",
+    ):
         before, source, between, scored = Template.parse(text).parts(example)
         whole = text.replace("\\n", "\n")
         for field in ("source", "prompt"):
@@ -365,43 +469,63 @@ def test_templates():
         for field in ("target", "response"):
             whole = whole.replace(f"{{{field}}}", example.target)
         assert before + source + between + scored == whole, text
-        row, = encode([example], tokenizer, kind="generation", template=text)
+        (row,) = encode([example], tokenizer, kind="generation", template=text)
         ids = tokenizer(whole)["input_ids"]
         assert row["input_ids"] == [*ids, tokenizer.eos_token_id], text
         labelled = [t for t in row["labels"] if t != IGNORE]
-        assert row["input_ids"][-len(labelled):] == labelled
+        assert row["input_ids"][-len(labelled) :] == labelled
         assert "serves Thai food." in tokenizer.decode(labelled), text
         assert "name[" not in tokenizer.decode(labelled), text
-        if "{target}" != text:          # the cut takes the source's end, and no more
-            short, = encode([example], tokenizer, kind="generation", template=text,
-                            max_length=len(row["input_ids"]) - 3)
+        if "{target}" != text:  # the cut takes the source's end, and no more
+            (short,) = encode(
+                [example],
+                tokenizer,
+                kind="generation",
+                template=text,
+                max_length=len(row["input_ids"]) - 3,
+            )
             assert len(short["input_ids"]) == len(row["input_ids"]) - 3
             assert [t for t in short["labels"] if t != IGNORE] == labelled
-            first = next(i for i, (a, b) in enumerate(zip(short["input_ids"], row["input_ids"],
-                                                          strict=False)) if a != b)
+            first = next(
+                i
+                for i, (a, b) in enumerate(zip(short["input_ids"], row["input_ids"], strict=False))
+                if a != b
+            )
             kept = tokenizer.decode(short["input_ids"][:first])
             assert (before + source).startswith(kept.strip()), text
     plain = Example("x/1", "The Mill serves Thai food.")
-    row, = encode([plain], tokenizer, kind="generation", template="{text}")
+    (row,) = encode([plain], tokenizer, kind="generation", template="{text}")
     ids = tokenizer(plain.text)["input_ids"]
     assert row == {"input_ids": ids, "labels": [IGNORE, *ids[1:]]}
-    row, = encode([plain], tokenizer, kind="generation", template="{text}", max_length=4)
+    (row,) = encode([plain], tokenizer, kind="generation", template="{text}", max_length=4)
     assert row["input_ids"] == ids[:4]
-    for text in ("", "{target}{source}", "{source}", "{source}{source}{target}", "{x}", "{text}{x}",
-                 "{text}{target}", "{}", "{target}{target}", 3):
+    for text in (
+        "",
+        "{target}{source}",
+        "{source}",
+        "{source}{source}{target}",
+        "{x}",
+        "{text}{x}",
+        "{text}{target}",
+        "{}",
+        "{target}{target}",
+        3,
+    ):
         with pytest.raises(ValueError, match="template must be a text with"):
             Template.parse(text)
     for examples, options, message in (
-            ([plain], {"template": "{target}"}, "x/1 must have a target"),
-            ([Example("x/2", "a")], {"template": "{text}", "max_length": 1}, "x/2 has 1 tokens"),
-            ([example], {"template": TEMPLATE, "max_length": 4}, "leaves no room"),
-            ([example], {"template": "{text}", "with_target": False}, "template must be None")):
+        ([plain], {"template": "{target}"}, "x/1 must have a target"),
+        ([Example("x/2", "a")], {"template": "{text}", "max_length": 1}, "x/2 has 1 tokens"),
+        ([example], {"template": TEMPLATE, "max_length": 4}, "leaves no room"),
+        ([example], {"template": "{text}", "with_target": False}, "template must be None"),
+    ):
         with pytest.raises(ValueError, match=message):
             encode(examples, tokenizer, kind="generation", **options)
 
 
 def test_loading_does_not_run_the_model(place, monkeypatch):
     """What --dry-run calls refuses without a forward pass."""
+
     def forward(*arguments, **options):
         raise AssertionError("a forward pass")
 

@@ -57,8 +57,10 @@ def test_coins_are_called_a_shift_in_one_audit_of_a_hundred(sentences):
     """With 150 audits at a true rate of 1%, more than 7 alarms come up with probability 2e-4;
     a mean or spread outside these bounds with less than 1e-3."""
     rng = np.random.default_rng(1)
-    found = [guards.blind_baseline(draw(rng, sentences, 120), rng.random(120) < 0.5, seed=i)
-             for i in range(150)]
+    found = [
+        guards.blind_baseline(draw(rng, sentences, 120), rng.random(120) < 0.5, seed=i)
+        for i in range(150)
+    ]
     z = np.array([z_score(auc) for auc in found])
     assert sum(map(excludes_half, found)) <= 7
     assert abs(z.mean()) < 4 / np.sqrt(len(z))
@@ -98,8 +100,11 @@ def test_copies_and_groups_do_not_leak_across_folds(sentences):
     """Four copies of each text with one coin: a model that saw a copy would know the others."""
     rng = np.random.default_rng(4)
     coin = rng.random(150) < 0.5
-    copies = [replace(e, id=f"{e.id}/{i}", group=f"{e.id}/{i}", text=("  " * i) + e.text.title())
-              for e in sentences[:150] for i in range(4)]
+    copies = [
+        replace(e, id=f"{e.id}/{i}", group=f"{e.id}/{i}", text=("  " * i) + e.text.title())
+        for e in sentences[:150]
+        for i in range(4)
+    ]
     apart = [replace(e, text=f"{e.text} {i}") for i, e in enumerate(copies)]
     grouped = [replace(e, group=e.id.rsplit("/", 1)[0]) for e in apart]
     truth = np.repeat(coin, 4)
@@ -110,9 +115,15 @@ def test_copies_and_groups_do_not_leak_across_folds(sentences):
 
 
 def test_units_are_chained_through_groups_and_copies():
-    examples = [Example("a", "one", group="g"), Example("b", "two", group="g"),
-                Example("c", " TWO ", group="h"), Example("d", "three", group="h"),
-                Example("e", "four", group="i"), Example("f", "five"), Example("j", "six")]
+    examples = [
+        Example("a", "one", group="g"),
+        Example("b", "two", group="g"),
+        Example("c", " TWO ", group="h"),
+        Example("d", "three", group="h"),
+        Example("e", "four", group="i"),
+        Example("f", "five"),
+        Example("j", "six"),
+    ]
     units = guards._units(examples).tolist()
     assert len(set(units[:4])) == 1
     assert sorted({units.index(u) for u in units}) == [0, 4, 5, 6]
@@ -143,38 +154,48 @@ def test_why_the_folds_go_forwards():
 # --- a shift ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [
-    lambda e: replace(e, text=e.text + " , all in all"),
-    lambda e: replace(e, text=f"notably {e.text}"),
-    lambda e: replace(e, text=e.text.upper()),
-    lambda e: replace(e, label=1),
-    lambda e: replace(e, text_pair="a second text"),
-], ids=["length", "word", "case", "label", "pair"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: replace(e, text=e.text + " , all in all"),
+        lambda e: replace(e, text=f"notably {e.text}"),
+        lambda e: replace(e, text=e.text.upper()),
+        lambda e: replace(e, label=1),
+        lambda e: replace(e, text_pair="a second text"),
+    ],
+    ids=["length", "word", "case", "label", "pair"],
+)
 def test_a_planted_shift_is_found(sentences, change):
     """Two in five members differ: the AUC of seeing just that is 0.7 (for the label 0.6)."""
     rng = np.random.default_rng(6)
     truth = rng.random(1200) < 0.5
-    examples = [change(e) if bit and rng.random() < 0.4 else e
-                for e, bit in zip(sentences[:1200], truth, strict=True)]
+    examples = [
+        change(e) if bit and rng.random() < 0.4 else e
+        for e, bit in zip(sentences[:1200], truth, strict=True)
+    ]
     found = guards.blind_baseline(examples, truth)
     assert found.ci[0] > 0.5
     assert guards.shift_verdict(found, None) == "INVALID (shift)"
-    flipped = guards.blind_baseline(examples, ~truth)       # whoever is called a member
+    flipped = guards.blind_baseline(examples, ~truth)  # whoever is called a member
     assert flipped.value == pytest.approx(found.value, abs=0.01)
 
 
 def test_real_scores_and_targets_are_seen():
     rng = np.random.default_rng(7)
     truth = rng.random(400) < 0.5
-    scored = [Example(f"x/{i}", "same", label=float(rng.normal(2 * bit)), group=f"x/{i}")
-              for i, bit in enumerate(truth)]
+    scored = [
+        Example(f"x/{i}", "same", label=float(rng.normal(2 * bit)), group=f"x/{i}")
+        for i, bit in enumerate(truth)
+    ]
     # all texts are copies, so all are one unit
     with pytest.raises(ValueError, match=r"in several groups .* 400 records in 1 groups"):
         guards.blind_baseline(scored, truth)
     apart = [replace(e, text=f"text {i}") for i, e in enumerate(scored)]
     assert guards.blind_baseline(apart, truth).ci[0] > 0.7
-    written = [Example(f"x/{i}", f"t {i}", target="yes" if bit else "no", group=f"x/{i}")
-               for i, bit in enumerate(truth)]
+    written = [
+        Example(f"x/{i}", f"t {i}", target="yes" if bit else "no", group=f"x/{i}")
+        for i, bit in enumerate(truth)
+    ]
     assert guards.blind_baseline(written, truth).value > 0.99
 
 
@@ -186,7 +207,7 @@ def test_verdict():
     assert guards.shift_verdict(fair, None) == guards.shift_verdict(fair, fair) == "ok"
     for shifted in ((above, None), (below, None), (above, fair), (fair, above), (fair, below)):
         assert guards.shift_verdict(*shifted) == "INVALID (shift)"
-    assert guards.shift_verdict(at(0.5, 0.6), None) == "ok"     # at the edge it is not excluded
+    assert guards.shift_verdict(at(0.5, 0.6), None) == "ok"  # at the edge it is not excluded
 
 
 # --- AUC by unit -----------------------------------------------------------------------------
@@ -195,14 +216,15 @@ def test_verdict():
 def test_unit_auc_is_auc_where_groups_are_single_records(sentences):
     rng = np.random.default_rng(8)
     truth, scores = rng.random(60) < 0.5, rng.standard_normal(60)
-    assert guards.unit_auc(scores, sentences[:60], truth) == metrics.auc(scores, truth,
-                                                                         confidence=0.99)
+    assert guards.unit_auc(scores, sentences[:60], truth) == metrics.auc(
+        scores, truth, confidence=0.99
+    )
 
 
 def test_unit_auc_by_hand():
     examples = [Example(str(i), f"text {i}", group=g) for i, g in enumerate("aabbcd")]
     truth = [1, 1, 1, 0, 0, 0]
-    scores = [1.0, 3.0, 9.0, 0.0, 5.0, 1.5]             # members 2 and 9; others 0, 5, 1.5
+    scores = [1.0, 3.0, 9.0, 0.0, 5.0, 1.5]  # members 2 and 9; others 0, 5, 1.5
     found = guards.unit_auc(scores, examples, truth, confidence=0.9)
     assert found == metrics.auc([2.0, 9.0, 0.0, 5.0, 1.5], [1, 1, 0, 0, 0], confidence=0.9)
     assert found.value == 5 / 6
@@ -212,8 +234,9 @@ def test_unit_auc_keeps_its_level_where_rows_share_a_coin():
     """Groups of 8 rows with one loss and one coin: 300 audits, of which 1% may alarm; more than
     11 have a probability of 1e-4. Row by row the spread is sqrt(8): some 36% alarm."""
     rng = np.random.default_rng(9)
-    examples = [Example(f"{g}/{i}", f"text {g} {i}", group=str(g))
-                for g in range(60) for i in range(8)]
+    examples = [
+        Example(f"{g}/{i}", f"text {g} {i}", group=str(g)) for g in range(60) for i in range(8)
+    ]
     alarms = {"units": 0, "rows": 0}
     for _ in range(300):
         scores, truth = (np.repeat(x, 8) for x in (rng.standard_normal(60), rng.random(60) < 0.5))
@@ -226,14 +249,22 @@ def test_unit_auc_keeps_its_level_where_rows_share_a_coin():
 
 
 def test_overlap_finds_each_copied_non_member_once():
-    examples = texts("A film .", "a  FILM .", "other", "a film .", "Other", "no copy", "ﬁlm",
-                     "film")
+    examples = texts(
+        "A film .", "a  FILM .", "other", "a film .", "Other", "no copy", "ﬁlm", "film"
+    )
     truth = [1, 1, 0, 0, 1, 0, 0, 1]
     assert guards.overlap(examples, truth) == (
-        Pair("x/4", "x/2", 1.0), Pair("x/0", "x/3", 1.0), Pair("x/7", "x/6", 1.0))
+        Pair("x/4", "x/2", 1.0),
+        Pair("x/0", "x/3", 1.0),
+        Pair("x/7", "x/6", 1.0),
+    )
     assert guards.overlap(examples[4:6], [1, 0]) == ()
     assert {(p.nonmember, p.member) for p in guards.overlap(examples, np.logical_not(truth))} == {
-        ("x/0", "x/3"), ("x/1", "x/3"), ("x/4", "x/2"), ("x/7", "x/6")}
+        ("x/0", "x/3"),
+        ("x/1", "x/3"),
+        ("x/4", "x/2"),
+        ("x/7", "x/6"),
+    }
 
 
 def test_overlap_sees_the_whole_record_but_not_the_label():
@@ -244,7 +275,7 @@ def test_overlap_sees_the_whole_record_but_not_the_label():
 
 
 def grams(text, n=5):
-    return {text[i:i + n] for i in range(len(text) - n + 1)}
+    return {text[i : i + n] for i in range(len(text) - n + 1)}
 
 
 def brute_force(examples, truth, threshold):
@@ -278,9 +309,15 @@ def check_against_brute_force(examples, truth, threshold):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.text("ab", min_size=5, max_size=14), st.booleans()), min_size=2,
-                max_size=12, unique_by=lambda pair: pair[0]),
-       st.sampled_from([0.3, 0.5, 0.75, 0.8, 1.0]))
+@given(
+    st.lists(
+        st.tuples(st.text("ab", min_size=5, max_size=14), st.booleans()),
+        min_size=2,
+        max_size=12,
+        unique_by=lambda pair: pair[0],
+    ),
+    st.sampled_from([0.3, 0.5, 0.75, 0.8, 1.0]),
+)
 def test_near_duplicates_are_those_of_brute_force(pairs, threshold):
     truth = [bit for _, bit in pairs]
     if len(set(truth)) == 2:
@@ -326,8 +363,9 @@ def test_near_duplicates_of_one_in_a_thousand_is_found_in_linear_memory():
     pairs = guards.near_duplicates(examples, truth)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [(p.member, p.nonmember) for p in pairs] == [(f"x/{i}", f"x/{4000 + i}")
-                                                        for i in range(4)]
+    assert [(p.member, p.nonmember) for p in pairs] == [
+        (f"x/{i}", f"x/{4000 + i}") for i in range(4)
+    ]
     assert peak < 60e6
 
 
@@ -335,10 +373,15 @@ def test_near_duplicates_of_one_in_a_thousand_is_found_in_linear_memory():
 
 
 @pytest.mark.parametrize("guard", [guards.blind_baseline, guards.overlap, guards.near_duplicates])
-@pytest.mark.parametrize("truth, message", [
-    ([1, 1, 1], "is_member must have members and non-members, got 3 of 3"),
-    ([0, 0, 0], "is_member must have members and non-members, got 0 of 3"),
-    ([1, 0], "is_member must be of shape"), ([1, 0, 2], "True and False, or 1 and 0")])
+@pytest.mark.parametrize(
+    "truth, message",
+    [
+        ([1, 1, 1], "is_member must have members and non-members, got 3 of 3"),
+        ([0, 0, 0], "is_member must have members and non-members, got 0 of 3"),
+        ([1, 0], "is_member must be of shape"),
+        ([1, 0, 2], "True and False, or 1 and 0"),
+    ],
+)
 def test_bad_truth(guard, truth, message):
     with pytest.raises(ValueError, match=message) as caught:
         guard(texts("a b", "c d", "e f"), truth)
@@ -368,8 +411,11 @@ def test_blank_texts_and_one_word_texts_pass(sentences):
 
 def test_results_are_those_of_the_seed(sentences):
     truth = np.random.default_rng(12).random(200) < 0.5
-    assert guards.blind_baseline(sentences[:200], truth, seed=3) == guards.blind_baseline(
-        sentences[:200], truth, seed=3) != guards.blind_baseline(sentences[:200], truth, seed=4)
+    assert (
+        guards.blind_baseline(sentences[:200], truth, seed=3)
+        == guards.blind_baseline(sentences[:200], truth, seed=3)
+        != guards.blind_baseline(sentences[:200], truth, seed=4)
+    )
 
 
 def test_interval_at_its_own_confidence(sentences):

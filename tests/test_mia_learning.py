@@ -12,14 +12,21 @@ NONE = np.zeros(0)
 
 
 def signals_of(loss, correct=NONE, before=NONE):
-    return Signals(loss=np.asarray(loss), reference_loss=np.asarray(before),
-                   correct=np.asarray(correct, dtype=float), phi=-np.asarray(loss), min_k=NONE,
-                   min_k_plus_plus=NONE, error_zone=NONE)
+    return Signals(
+        loss=np.asarray(loss),
+        reference_loss=np.asarray(before),
+        correct=np.asarray(correct, dtype=float),
+        phi=-np.asarray(loss),
+        min_k=NONE,
+        min_k_plus_plus=NONE,
+        error_zone=NONE,
+    )
 
 
 def records(labels):
-    return tuple(Example(f"x/{i}", f"text {i}", label=y, group=f"x/{i}")
-                 for i, y in enumerate(labels))
+    return tuple(
+        Example(f"x/{i}", f"text {i}", label=y, group=f"x/{i}") for i, y in enumerate(labels)
+    )
 
 
 def judged(labels, logits, members):
@@ -32,9 +39,14 @@ def judged(labels, logits, members):
     correct = logits[rows, labels] > others.max(1)
     truth = np.arange(len(labels)) < members
     chance = learning.chance_losses("classification", examples, truth, [], logits.shape[1])
-    return learning.judge_learning("classification", examples, truth,
-                                   signals_of(-log_p[rows, labels], correct), chance,
-                                   logits.shape[1])
+    return learning.judge_learning(
+        "classification",
+        examples,
+        truth,
+        signals_of(-log_p[rows, labels], correct),
+        chance,
+        logits.shape[1],
+    )
 
 
 def test_chance_is_the_best_answer_that_knows_nothing():
@@ -61,21 +73,26 @@ def test_a_model_that_knows_nothing_passes_in_one_of_a_hundred():
     """300 models of five kinds: at a rate of .01, 12 or more pass once in 10^5 (binomial)."""
     rng = np.random.default_rng(0)
     for name, make in {
-            "random logits": lambda n: rng.normal(0, 1, (n, 3)),
-            "confident and random": lambda n: rng.normal(0, 8, (n, 3)),
-            "one class": lambda n: np.tile([3.0, 0.0, -1.0], (n, 1)),
-            "uniform": lambda n: np.zeros((n, 3)),
-            "the true frequencies": lambda n: np.tile(np.log([0.6, 0.3, 0.1]), (n, 1))}.items():
-        passed = sum(judged(rng.choice(3, 80, p=[0.6, 0.3, 0.1]), make(80), 40).better
-                     for _ in range(300))
+        "random logits": lambda n: rng.normal(0, 1, (n, 3)),
+        "confident and random": lambda n: rng.normal(0, 8, (n, 3)),
+        "one class": lambda n: np.tile([3.0, 0.0, -1.0], (n, 1)),
+        "uniform": lambda n: np.zeros((n, 3)),
+        "the true frequencies": lambda n: np.tile(np.log([0.6, 0.3, 0.1]), (n, 1)),
+    }.items():
+        passed = sum(
+            judged(rng.choice(3, 80, p=[0.6, 0.3, 0.1]), make(80), 40).better for _ in range(300)
+        )
         assert passed < 12, (name, passed)
     assert stats.binom.sf(11, 300, 0.01) < 1e-4
 
 
 def test_a_model_that_knows_something_is_found():
     rng = np.random.default_rng(1)
-    for name, accuracy, scale in (("right and sure", 1.0, 5.0), ("barely sure", 0.97, 0.3),
-                                  ("too sure of itself", 0.9, 60.0)):
+    for name, accuracy, scale in (
+        ("right and sure", 1.0, 5.0),
+        ("barely sure", 0.97, 0.3),
+        ("too sure of itself", 0.9, 60.0),
+    ):
         labels = rng.integers(0, 2, 200)
         said = np.where(rng.random(200) < accuracy, labels, 1 - labels)
         logits = scale * np.stack([said == 0, said == 1], 1)
@@ -94,8 +111,9 @@ def test_texts_must_beat_the_model_before():
     chance, before = np.full(60, 5.0), 3 + rng.normal(0, 0.3, 60)
     for gain, better in ((0.5, True), (0.0, False), (-0.5, False)):
         loss = before - gain + rng.normal(0, 0.01, 60)
-        found = learning.judge_learning("generation", examples, truth,
-                                        signals_of(loss, before=before), chance, 100)
+        found = learning.judge_learning(
+            "generation", examples, truth, signals_of(loss, before=before), chance, 100
+        )
         assert found.better is better, gain
         assert found.reference_loss == pytest.approx(before[:30].mean())
     alone = learning.judge_learning("generation", examples, truth, signals_of(before), chance, 100)
@@ -119,9 +137,11 @@ def test_verdicts():
     assert nothing.startswith("NOTHING LEARNED: ") and "loaded or shown" in nothing
     assert "no leak" not in nothing and "accuracy 0.500, most frequent label 0.510" in nothing
     found = verdict((0.4, 0.57))
-    assert found == ("no leak found by base. Power: with this number of records the attack finds "
-                     "an AUC of 0.600 in 80% of audits; an AUC above 0.570 is excluded (97.5%), a "
-                     "smaller leak or a stronger attack is not")
+    assert found == (
+        "no leak found by base. Power: with this number of records the attack finds "
+        "an AUC of 0.600 in 80% of audits; an AUC above 0.570 is excluded (97.5%), a "
+        "smaller leak or a stronger attack is not"
+    )
     assert "weak attack" in verdict((0.4, 0.6), name="loss")
     assert verdict((0.4, 0.6), near=10).endswith("10 of 100 non-members are nearly a member's text")
     assert verdict((0.4, 0.6), coins=None, near=50).startswith("INVALID (near-duplicates): 50 of")
@@ -143,6 +163,7 @@ def test_what_an_attack_would_have_found():
     truth = np.arange(240) < 100
     auc = report._detectable_auc(truth)
     gap = np.sqrt(2) * stats.norm.ppf(auc)
-    found = [metrics.auc(rng.normal(0, 1, 240) + gap * truth, truth).ci[0] > 0.5
-             for _ in range(400)]
+    found = [
+        metrics.auc(rng.normal(0, 1, 240) + gap * truth, truth).ci[0] > 0.5 for _ in range(400)
+    ]
     assert np.mean(found) == pytest.approx(0.8, abs=0.08)

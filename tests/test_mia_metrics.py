@@ -93,7 +93,7 @@ def test_auc_at_the_ends():
     for n1, n0 in ((5, 30), (30, 5)):
         truth = np.arange(n1 + n0) < n1
         one, zero = metrics.auc(truth * 1.0, truth), metrics.auc(-1.0 * truth, truth)
-        low = 0.025 ** (1 / 5)                                  # Clopper-Pearson, 5 of 5
+        low = 0.025 ** (1 / 5)  # Clopper-Pearson, 5 of 5
         assert (one.value, one.se, one.ci) == (1.0, 0.0, (pytest.approx(low), 1.0))
         # the wrong way round stays the wrong way round
         assert (zero.value, zero.se, zero.ci) == (0.0, 0.0, (0.0, pytest.approx(1 - low)))
@@ -114,8 +114,10 @@ def test_auc_interval_covers(effect, n1, n0):
     """2000 runs; a true coverage in [0.935, 0.965] fails with probability under 1e-3."""
     rng = np.random.default_rng(2)
     truth = stats.norm.cdf(effect / math.sqrt(2))
-    hits = sum(low <= truth <= high for low, high in (
-        metrics.auc(*binormal(rng, n1, n0, effect)).ci for _ in range(2000)))
+    hits = sum(
+        low <= truth <= high
+        for low, high in (metrics.auc(*binormal(rng, n1, n0, effect)).ci for _ in range(2000))
+    )
     assert 0.918 < hits / 2000 < 0.981
 
 
@@ -155,7 +157,7 @@ def test_paired_test_rejects_at_its_level():
         rejected += metrics.paired_auc_difference(a, b, truth).p_value < 0.05
         found += metrics.paired_auc_difference(common, a, truth).p_value < 0.05
     assert 22 < rejected < 80
-    assert found > 2 * rejected                                 # noise added to one is noticed
+    assert found > 2 * rejected  # noise added to one is noticed
 
 
 # --- ROC -------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def test_paired_test_rejects_at_its_level():
 def test_tpr_at_fpr_by_hand():
     scores = np.array([9.0, 8.0, 5.0, 4.0, 10.0, 7.0, 6.0, 3.0, 2.0])
     truth = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
-    got = metrics.tpr_at_fpr(scores, truth, 0.4)                # k = 2: above the third, 6.0
+    got = metrics.tpr_at_fpr(scores, truth, 0.4)  # k = 2: above the third, 6.0
     assert (got.tp, got.fp, got.tpr, got.fpr, got.threshold) == (2, 2, 0.5, 0.4, 6.0)
     assert got.ci == metrics.clopper_pearson(2, 4)
     # 0.2 * 5 and 0.6 * 5 are whole, whatever their rounding
@@ -188,8 +190,11 @@ def test_tpr_at_fpr_by_loop(pairs, fpr):
         return
     got = metrics.tpr_at_fpr(scores, truth, fpr)
     # the largest true positive rate of all thresholds that let at most ``allowed`` through
-    best = max(int((scores[truth] > cut).sum()) for cut in [*scores]
-               if (scores[~truth] > cut).sum() <= allowed)
+    best = max(
+        int((scores[truth] > cut).sum())
+        for cut in [*scores]
+        if (scores[~truth] > cut).sum() <= allowed
+    )
     assert got.tp == best and got.fp <= allowed and got.fpr == got.fp / n0
     assert got.tp == (scores[truth] > got.threshold).sum()
     assert got.fp == (scores[~truth] > got.threshold).sum()
@@ -270,8 +275,10 @@ def test_seed_interval():
     assert (flat.mean, flat.se, flat.ci) == (0.5, 0.0, (0.5, 0.5))
     # coverage with 3 seeds, exact for normal values: 2000 runs, fails with p < 1e-4
     rng = np.random.default_rng(6)
-    hits = sum(low <= 1.0 <= high for low, high in (
-        metrics.seed_interval(1 + rng.standard_normal(3)).ci for _ in range(2000)))
+    hits = sum(
+        low <= 1.0 <= high
+        for low, high in (metrics.seed_interval(1 + rng.standard_normal(3)).ci for _ in range(2000))
+    )
     assert 1858 < hits < 1938
 
 
@@ -292,8 +299,14 @@ def naive_epsilon(tp, n1, fp, n0, delta, confidence):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.floats(0, 1), st.floats(0, 1),
-       st.sampled_from([0.0, 1e-5, 0.05, 0.9]), st.sampled_from([0.8, 0.95]))
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 1e-5, 0.05, 0.9]),
+    st.sampled_from([0.8, 0.95]),
+)
 def test_epsilon_lower_bound_by_definition(n1, n0, tpr, fpr, delta, confidence):
     tp, fp = round(tpr * n1), round(fpr * n0)
     got = metrics.epsilon_lower_bound(tp, n1, fp, n0, delta=delta, confidence=confidence)
@@ -321,8 +334,11 @@ def test_epsilon_lower_bound_holds_exactly(epsilon, n):
     q, k = 1 / (1 + math.exp(-epsilon)), np.arange(n + 1)
     weights = np.outer(stats.binom.pmf(k, n, q), stats.binom.pmf(k, n, 1 - q))
     likely = weights > 1e-9
-    too_high = sum(weights[tp, fp] for tp, fp in np.argwhere(likely)
-                   if metrics.epsilon_lower_bound(int(tp), n, int(fp), n) > epsilon)
+    too_high = sum(
+        weights[tp, fp]
+        for tp, fp in np.argwhere(likely)
+        if metrics.epsilon_lower_bound(int(tp), n, int(fp), n) > epsilon
+    )
     assert too_high + weights[~likely].sum() <= 0.05
 
 
@@ -349,11 +365,11 @@ def test_no_leakage_reads_zero_with_a_split_threshold():
         tp, fp = (np.cumsum(side[np.argsort(attacks)], axis=1) for side in (truth, ~truth))
         low = np.nan_to_num(stats.beta.ppf(0.025, tp, 501 - tp))
         high = np.nan_to_num(stats.beta.ppf(0.975, fp + 1, 500 - fp), nan=1.0)
-        return np.max(low - high)                               # TPR_low > FPR_high somewhere
+        return np.max(low - high)  # TPR_low > FPR_high somewhere
 
     assert leak_rates(split, 500, rng) <= 0.075
     assert leak_rates(best_of_all, 500, rng) > 0.075
-    assert leak_rates(split, 20, rng, effect=1.5) == 1.0        # power
+    assert leak_rates(split, 20, rng, effect=1.5) == 1.0  # power
 
 
 def test_split_epsilon():
@@ -380,9 +396,12 @@ def test_split_epsilon_chooses_the_best_threshold_of_the_calibration_half():
     got = metrics.split_epsilon(scores, truth, np.random.default_rng(12))
     generator = np.random.default_rng(12)
     members, others = generator.permutation(scores[truth]), generator.permutation(scores[~truth])
-    bounds = {cut: metrics.epsilon_lower_bound(int((members[:30] > cut).sum()), 30,
-                                               int((others[:30] > cut).sum()), 30)
-              for cut in {*members[:30], *others[:30]}}
+    bounds = {
+        cut: metrics.epsilon_lower_bound(
+            int((members[:30] > cut).sum()), 30, int((others[:30] > cut).sum()), 30
+        )
+        for cut in {*members[:30], *others[:30]}
+    }
     assert bounds[got.threshold] == pytest.approx(max(bounds.values()), abs=1e-12)
     assert got.tp == (members[30:] > got.threshold).sum()
 
@@ -394,13 +413,23 @@ def mp_one_run_p_value(m, r, v, epsilon, delta):
     """Theorem 5.2 of arXiv 2305.08846, term by term."""
     q = 1 / (1 + mp.exp(-mp.mpf(epsilon)))
     pmf = [mp.binomial(r, k) * q**k * (1 - q) ** (r - k) for k in range(r + 1)]
-    worst = max([mp.fsum(pmf[v - i:v]) / i for i in range(1, v + 1)], default=mp.mpf(0))
+    worst = max([mp.fsum(pmf[v - i : v]) / i for i in range(1, v + 1)], default=mp.mpf(0))
     return mp.fsum(pmf[v:]) + 2 * m * mp.mpf(delta) * worst
 
 
-@pytest.mark.parametrize("m, r, v, delta", [
-    (100, 100, 90, 0.01), (100, 100, 90, 0.0), (1000, 100, 75, 1e-4), (50, 20, 20, 1e-3),
-    (10, 10, 9, 1e-12), (30, 30, 30, 1e-3), (40, 40, 35, 1e-5), (200, 60, 45, 1e-4)])
+@pytest.mark.parametrize(
+    "m, r, v, delta",
+    [
+        (100, 100, 90, 0.01),
+        (100, 100, 90, 0.0),
+        (1000, 100, 75, 1e-4),
+        (50, 20, 20, 1e-3),
+        (10, 10, 9, 1e-12),
+        (30, 30, 30, 1e-3),
+        (40, 40, 35, 1e-5),
+        (200, 60, 45, 1e-4),
+    ],
+)
 def test_one_run_epsilon_against_mpmath(m, r, v, delta):
     """At the bound the p-value is 5%, a little below it is less."""
     got = metrics.one_run_epsilon(m, r, v, delta=delta)
@@ -414,8 +443,9 @@ def test_one_run_epsilon_against_mpmath(m, r, v, delta):
 def test_one_run_epsilon_published_values():
     """Appendix D (0.673) and Section 7 (2.675, truncated) of arXiv 2305.08846v1."""
     assert metrics.one_run_epsilon(1000, 100, 75, delta=1e-4) == pytest.approx(0.673, abs=5e-4)
-    assert metrics.one_run_epsilon(100_000, 1510, 1439, delta=1e-5) == pytest.approx(2.6755,
-                                                                                    abs=5e-4)
+    assert metrics.one_run_epsilon(100_000, 1510, 1439, delta=1e-5) == pytest.approx(
+        2.6755, abs=5e-4
+    )
 
 
 def test_one_run_delta_is_more_than_a_subtraction():
@@ -427,7 +457,7 @@ def test_one_run_delta_is_more_than_a_subtraction():
 
 
 def test_one_run_epsilon_corners():
-    for right in (0, 50, 58):                                   # P[Bin(100, 1/2) >= 58] = 0.067
+    for right in (0, 50, 58):  # P[Bin(100, 1/2) >= 58] = 0.067
         assert metrics.one_run_epsilon(100, 100, right) == 0.0
     assert metrics.one_run_epsilon(100, 100, 59) > 0
     assert metrics.one_run_epsilon(1, 1, 1) == 0.0
@@ -436,13 +466,19 @@ def test_one_run_epsilon_corners():
     assert metrics.one_run_epsilon(1000, 1000, 1000) == pytest.approx(math.log(q / (1 - q)))
     assert metrics.one_run_epsilon(1000, 20, 20, delta=1e-3) == 0.0
     assert metrics.one_run_epsilon(100, 100, 90, delta=1e-300) == pytest.approx(
-        metrics.one_run_epsilon(100, 100, 90), abs=1e-9)
+        metrics.one_run_epsilon(100, 100, 90), abs=1e-9
+    )
     assert metrics.one_run_epsilon(100, 100, 90, delta=0.99) == 0.0
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 200),
-       st.floats(0, 0.02), st.sampled_from([0.9, 0.95]))
+@given(
+    st.integers(1, 60),
+    st.integers(0, 60),
+    st.integers(0, 200),
+    st.floats(0, 0.02),
+    st.sampled_from([0.9, 0.95]),
+)
 def test_one_run_epsilon_monotone(r, v, extra, delta, confidence):
     """More right guesses raise the bound; a larger delta, and more abstentions, lower it."""
     v = min(v, r)
@@ -456,8 +492,9 @@ def test_one_run_epsilon_monotone(r, v, extra, delta, confidence):
         assert here <= metrics.one_run_epsilon(r + extra, r, v + 1, delta=delta, **options) + slack
 
 
-@pytest.mark.parametrize("epsilon, delta", [(0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 0.01),
-                                            (1.0, 0.01), (1.0, 0.1)])
+@pytest.mark.parametrize(
+    "epsilon, delta", [(0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 0.01), (1.0, 0.01), (1.0, 0.1)]
+)
 def test_one_run_epsilon_holds_exactly(epsilon, delta):
     """Each coin is released with probability delta, else by randomised response: (eps, delta)-DP.
 
@@ -466,8 +503,11 @@ def test_one_run_epsilon_holds_exactly(epsilon, delta):
     for r in (10, 60, 300):
         q = delta + (1 - delta) / (1 + math.exp(-epsilon))
         chance = stats.binom.pmf(np.arange(r + 1), r, q)
-        too_high = sum(p for v, p in enumerate(chance)
-                       if metrics.one_run_epsilon(r, r, v, delta=delta) > epsilon)
+        too_high = sum(
+            p
+            for v, p in enumerate(chance)
+            if metrics.one_run_epsilon(r, r, v, delta=delta) > epsilon
+        )
         assert too_high <= 0.05
 
 
@@ -482,8 +522,9 @@ def test_no_leakage_reads_zero_in_one_run():
     guesses = [20, 50, 100, 200, 400, 700, 1000]
 
     def one(scores, truth, number=200):
-        return metrics.one_run_epsilon(len(scores), number,
-                                       metrics.one_run_correct(scores, truth, number, rng))
+        return metrics.one_run_epsilon(
+            len(scores), number, metrics.one_run_correct(scores, truth, number, rng)
+        )
 
     runs = [(rng.standard_normal(1000), rng.random(1000) < 0.5) for _ in range(1000)]
     assert np.mean([one(*run) > 0 for run in runs]) <= 0.075
@@ -509,38 +550,63 @@ TRUTH = np.array([True, True, False, False])
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: metrics.auc([1, 2, np.nan, 3], TRUTH), "scores must be a number, .* index 2: nan"),
-    (lambda: metrics.auc([1, 2], TRUTH), r"is_member must be of shape \(2,\)"),
-    (lambda: metrics.auc([1, 2, 3, 4], [0, 1, 2, 3]), "is_member must be True and False"),
-    (lambda: metrics.auc([1, 2, 3, 4], [1, 0, 0, 0]), "is_member must be at least 2 True"),
-    (lambda: metrics.auc([1, 2, 3, 4], np.ones(4)), "is_member must be at least 2 True and 2 Fal"),
-    (lambda: metrics.auc([1, 2, 3, 4], TRUTH, confidence=1), "confidence must be .* got 1"),
-    (lambda: metrics.auc([1, 2, 3, 4], TRUTH, confidence=95), "confidence must be .* got 95"),
-    (lambda: metrics.auc([], []), "scores must be non-empty"),
-    (lambda: metrics.paired_auc_difference([1, 2, 3, 4], [1, 2, 3], TRUTH), "is_member must be of"),
-    (lambda: metrics.paired_auc_difference([1, 2, 3, 4], [1, 2, np.nan, 4], TRUTH), "scores_b"),
-    (lambda: metrics.tpr_at_fpr([1, 2, 3, 4], TRUTH, 0.0), "fpr must be .* got 0"),
-    (lambda: metrics.tpr_at_fpr([1, 2, 3, 4], TRUTH, 1.0), "fpr must be .* got 1"),
-    (lambda: metrics.tpr_at_fpr([1, 2, 3, 4], TRUTH, 0.4), "at least 1/fpr = 2.5 non-members, got"),
-    (lambda: metrics.roc_points([1, 2], [1, 1]), "is_member must be at least 1 True and 1 False"),
-    (lambda: metrics.clopper_pearson(5, 4), "successes must be an integer >= 0 and <= 4, got 5"),
-    (lambda: metrics.clopper_pearson(-1, 4), "successes must be"),
-    (lambda: metrics.clopper_pearson(0, 0), "trials must be an integer >= 1, got 0"),
-    (lambda: metrics.clopper_pearson(1.5, 4), "successes must be an integer"),
-    (lambda: metrics.seed_interval([0.5]), "values must be one number for each of at least 2 seed"),
-    (lambda: metrics.seed_interval([0.5, np.inf]), "values must be finite"),
-    (lambda: metrics.epsilon_lower_bound(5, 4, 0, 4), "tp must be .* got 5"),
-    (lambda: metrics.epsilon_lower_bound(1, 4, 5, 4), "fp must be .* got 5"),
-    (lambda: metrics.epsilon_lower_bound(0, 0, 1, 4), "num_members must be"),
-    (lambda: metrics.epsilon_lower_bound(1, 4, 1, 4, delta=1.0), "delta must be .* got 1"),
-    (lambda: metrics.epsilon_lower_bound(1, 4, 1, 4, delta=-0.1), "delta must be .* got -0.1"),
-    (lambda: metrics.split_epsilon([1, 2, 3], [1, 1, 0], RNG), "is_member must be at least 2 True"),
-    (lambda: metrics.one_run_correct([1, 2], [1, 0], 3, RNG), "num_guesses must be .* got 3"),
-    (lambda: metrics.one_run_epsilon(10, 11, 5), "num_guesses must be .* got 11"),
-    (lambda: metrics.one_run_epsilon(10, 5, 6), "num_correct must be .* got 6"),
-    (lambda: metrics.one_run_epsilon(0, 0, 0), "num_examples must be"),
-    (lambda: metrics.one_run_epsilon(10, 5, 5, confidence=0), "confidence must be .* got 0")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: metrics.auc([1, 2, np.nan, 3], TRUTH), "scores must be a number, .* index 2: nan"),
+        (lambda: metrics.auc([1, 2], TRUTH), r"is_member must be of shape \(2,\)"),
+        (lambda: metrics.auc([1, 2, 3, 4], [0, 1, 2, 3]), "is_member must be True and False"),
+        (lambda: metrics.auc([1, 2, 3, 4], [1, 0, 0, 0]), "is_member must be at least 2 True"),
+        (
+            lambda: metrics.auc([1, 2, 3, 4], np.ones(4)),
+            "is_member must be at least 2 True and 2 Fal",
+        ),
+        (lambda: metrics.auc([1, 2, 3, 4], TRUTH, confidence=1), "confidence must be .* got 1"),
+        (lambda: metrics.auc([1, 2, 3, 4], TRUTH, confidence=95), "confidence must be .* got 95"),
+        (lambda: metrics.auc([], []), "scores must be non-empty"),
+        (
+            lambda: metrics.paired_auc_difference([1, 2, 3, 4], [1, 2, 3], TRUTH),
+            "is_member must be of",
+        ),
+        (lambda: metrics.paired_auc_difference([1, 2, 3, 4], [1, 2, np.nan, 4], TRUTH), "scores_b"),
+        (lambda: metrics.tpr_at_fpr([1, 2, 3, 4], TRUTH, 0.0), "fpr must be .* got 0"),
+        (lambda: metrics.tpr_at_fpr([1, 2, 3, 4], TRUTH, 1.0), "fpr must be .* got 1"),
+        (
+            lambda: metrics.tpr_at_fpr([1, 2, 3, 4], TRUTH, 0.4),
+            "at least 1/fpr = 2.5 non-members, got",
+        ),
+        (
+            lambda: metrics.roc_points([1, 2], [1, 1]),
+            "is_member must be at least 1 True and 1 False",
+        ),
+        (
+            lambda: metrics.clopper_pearson(5, 4),
+            "successes must be an integer >= 0 and <= 4, got 5",
+        ),
+        (lambda: metrics.clopper_pearson(-1, 4), "successes must be"),
+        (lambda: metrics.clopper_pearson(0, 0), "trials must be an integer >= 1, got 0"),
+        (lambda: metrics.clopper_pearson(1.5, 4), "successes must be an integer"),
+        (
+            lambda: metrics.seed_interval([0.5]),
+            "values must be one number for each of at least 2 seed",
+        ),
+        (lambda: metrics.seed_interval([0.5, np.inf]), "values must be finite"),
+        (lambda: metrics.epsilon_lower_bound(5, 4, 0, 4), "tp must be .* got 5"),
+        (lambda: metrics.epsilon_lower_bound(1, 4, 5, 4), "fp must be .* got 5"),
+        (lambda: metrics.epsilon_lower_bound(0, 0, 1, 4), "num_members must be"),
+        (lambda: metrics.epsilon_lower_bound(1, 4, 1, 4, delta=1.0), "delta must be .* got 1"),
+        (lambda: metrics.epsilon_lower_bound(1, 4, 1, 4, delta=-0.1), "delta must be .* got -0.1"),
+        (
+            lambda: metrics.split_epsilon([1, 2, 3], [1, 1, 0], RNG),
+            "is_member must be at least 2 True",
+        ),
+        (lambda: metrics.one_run_correct([1, 2], [1, 0], 3, RNG), "num_guesses must be .* got 3"),
+        (lambda: metrics.one_run_epsilon(10, 11, 5), "num_guesses must be .* got 11"),
+        (lambda: metrics.one_run_epsilon(10, 5, 6), "num_correct must be .* got 6"),
+        (lambda: metrics.one_run_epsilon(0, 0, 0), "num_examples must be"),
+        (lambda: metrics.one_run_epsilon(10, 5, 5, confidence=0), "confidence must be .* got 0"),
+    ],
+)
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()

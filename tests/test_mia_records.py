@@ -20,24 +20,51 @@ from lowrank_dp.mia import manifest as reading
 from lowrank_dp.mia.records import Manifest, load_records, read_manifest
 from lowrank_dp.train import TrainConfig, membership
 
-needs_data = pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"),
-                                reason="LOWRANK_DP_DATA is not set")
+needs_data = pytest.mark.skipif(
+    not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
+)
 COLUMNS = ("ids", "content_hashes", "groups", "is_member")
 
 
-def document(examples, *, unit="example", coins="bernoulli", task="sst2", kind="classification",
-             seed=3, members=None, **changes):
+def document(
+    examples,
+    *,
+    unit="example",
+    coins="bernoulli",
+    task="sst2",
+    kind="classification",
+    seed=3,
+    members=None,
+    **changes,
+):
     """What a run writes, by its own function."""
     units = membership.group_units(examples, unit)
     members = membership.draw_members(units, coins, seed) if members is None else members
-    config = TrainConfig(model="tiny", task=task, non_private=True, unit=unit, membership=coins,
-                         steps=1, seed=seed)
-    return membership.manifest(
-        units, members, membership=coins, coin_seed=seed, task=task, split="train",
-        source="local folder", kind=kind, unit=unit,
-        template={"separator": "\n"} if kind == "generation" else None, max_length=128,
-        base={"model": "tiny", "seed": seed}, recipe=config.as_json(), seed=seed,
-        privacy="NON-PRIVATE: no clipping and no noise", train_loss=0.25, eval_loss=1) | changes
+    config = TrainConfig(
+        model="tiny", task=task, non_private=True, unit=unit, membership=coins, steps=1, seed=seed
+    )
+    return (
+        membership.manifest(
+            units,
+            members,
+            membership=coins,
+            coin_seed=seed,
+            task=task,
+            split="train",
+            source="local folder",
+            kind=kind,
+            unit=unit,
+            template={"separator": "\n"} if kind == "generation" else None,
+            max_length=128,
+            base={"model": "tiny", "seed": seed},
+            recipe=config.as_json(),
+            seed=seed,
+            privacy="NON-PRIVATE: no clipping and no noise",
+            train_loss=0.25,
+            eval_loss=1,
+        )
+        | changes
+    )
 
 
 def save(folder, content):
@@ -60,9 +87,14 @@ def sentences(count, word="word"):
 
 
 def tables(count, rows_each=3, word="version"):
-    return [{"meaning_representation": f"name[Place {i}], food[Soup]",
-             "human_reference": f"Place {i} serves soup, {word} {j}."}
-            for i in range(count) for j in range(rows_each)]
+    return [
+        {
+            "meaning_representation": f"name[Place {i}], food[Soup]",
+            "human_reference": f"Place {i} serves soup, {word} {j}.",
+        }
+        for i in range(count)
+        for j in range(rows_each)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +126,35 @@ def test_a_manifest_is_what_the_run_wrote(tmp_path, sst2):
     assert found.is_member.dtype == bool and not found.is_member.flags.writeable
     for name in COLUMNS:
         assert list(getattr(found, name)) == written[name]
-    for name in ("task", "split", "source", "kind", "unit", "template", "max_length", "base",
-                 "recipe", "seed", "privacy", "train_loss", "eval_loss", "coins"):
+    for name in (
+        "task",
+        "split",
+        "source",
+        "kind",
+        "unit",
+        "template",
+        "max_length",
+        "base",
+        "recipe",
+        "seed",
+        "privacy",
+        "train_loss",
+        "eval_loss",
+        "coins",
+    ):
         assert getattr(found, name) == written[name], name
     assert TrainConfig.from_json(found.recipe).model == "tiny"
 
 
 def test_fields_that_may_be_null(tmp_path, e2e):
-    found = read_manifest(save(tmp_path, document(
-        e2e, task="e2e", kind="generation", unit="group", max_length=None, seed=None)
-        | {"base": {"model": "tiny", "seed": 3}}
-        | {"coins": {"scheme": "bernoulli", "probability": 0.5, "seed": 3}}))
+    found = read_manifest(
+        save(
+            tmp_path,
+            document(e2e, task="e2e", kind="generation", unit="group", max_length=None, seed=None)
+            | {"base": {"model": "tiny", "seed": 3}}
+            | {"coins": {"scheme": "bernoulli", "probability": 0.5, "seed": 3}},
+        )
+    )
     assert found.max_length is None and found.seed is None
     assert found.template == {"separator": "\n"}
 
@@ -124,6 +174,7 @@ def entry(name, index, value):
 def rename_model(name):
     def change_both(found):
         found["base"]["model"] = found["recipe"]["model"] = name
+
     return change_both
 
 
@@ -217,9 +268,10 @@ def test_coins_that_cannot_have_fallen_so(tmp_path, e2e, sst2):
     not_all = document(sst2, coins="all")
     not_all["is_member"][3], not_all["num_members"] = 0, 119
     for content, message in (
-            (split_group, "is_member must be the same for all records of group 'e2e/record/"),
-            (uneven, "is_member must be true for 60 of 120 units with coins 'fixed', got 61"),
-            (not_all, "is_member must be true for 120 of 120 units with coins 'all', got 119")):
+        (split_group, "is_member must be the same for all records of group 'e2e/record/"),
+        (uneven, "is_member must be true for 60 of 120 units with coins 'fixed', got 61"),
+        (not_all, "is_member must be true for 120 of 120 units with coins 'all', got 119"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_manifest(save(tmp_path, content))
 
@@ -233,18 +285,26 @@ def test_a_path_as_base_is_the_users_to_give(tmp_path, sst2):
     assert read_manifest(save(tmp_path, content)).base["model"] == "./models/x"
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "must be JSON"), (b"{", "must be JSON"), (b"\xff\xfe", "must be JSON"),
-    (b"[]", "must hold a JSON object, got list"), (b"3", "must hold a JSON object, got 3"),
-    (b"null", "must hold a JSON object, got None"),
-    (b"[" * 100_000, "must be JSON"), (b'{"a":' * 100_000, "must be JSON"),
-    (b'{"train_loss": NaN}', "NaN is not a finite number"),
-    (b'{"train_loss": -Infinity}', "-Infinity is not a finite number"),
-    (b'{"train_loss": 1e999}', "1e999 is not a finite number"),
-    (b'{"seed": 1, "seed": 2}', "the name 'seed' occurs twice"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", "must be JSON"),
-    (pickle.dumps({"schema_version": 1}), "must be JSON"),
-    (b'{"schema_version": 1}', "num_records is missing")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "must be JSON"),
+        (b"{", "must be JSON"),
+        (b"\xff\xfe", "must be JSON"),
+        (b"[]", "must hold a JSON object, got list"),
+        (b"3", "must hold a JSON object, got 3"),
+        (b"null", "must hold a JSON object, got None"),
+        (b"[" * 100_000, "must be JSON"),
+        (b'{"a":' * 100_000, "must be JSON"),
+        (b'{"train_loss": NaN}', "NaN is not a finite number"),
+        (b'{"train_loss": -Infinity}', "-Infinity is not a finite number"),
+        (b'{"train_loss": 1e999}', "1e999 is not a finite number"),
+        (b'{"seed": 1, "seed": 2}', "the name 'seed' occurs twice"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "must be JSON"),
+        (pickle.dumps({"schema_version": 1}), "must be JSON"),
+        (b'{"schema_version": 1}', "num_records is missing"),
+    ],
+)
 def test_files_that_are_no_manifest(tmp_path, content, message):
     path = tmp_path / "membership.json"
     path.write_bytes(content)
@@ -256,19 +316,19 @@ def test_files_that_are_no_manifest(tmp_path, content, message):
 def test_a_file_of_any_size_takes_bounded_memory(tmp_path, monkeypatch):
     path = tmp_path / "membership.json"
     with path.open("wb") as file:
-        file.truncate(reading.MAX_BYTES + 1)        # sparse: it takes no room
+        file.truncate(reading.MAX_BYTES + 1)  # sparse: it takes no room
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"at most 268,435,456 bytes, got 268,435,457"):
         read_manifest(path)
     path.write_bytes(b"[" + b"{}," * 5_000_001 + b"{}]")
     with pytest.raises(ValueError, match=r"at most 10,000,000 values"):
         read_manifest(path)
-    assert tracemalloc.get_traced_memory()[1] < 40e6     # the file's 15 MB, and not its objects
+    assert tracemalloc.get_traced_memory()[1] < 40e6  # the file's 15 MB, and not its objects
     tracemalloc.stop()
 
 
 def test_what_is_no_readable_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")                    # opening it would wait for a writer
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder", "missing", "a\0b", "x" * 5000):
         with pytest.raises(ValueError, match=r"has no .*train with .*--nonmembers FILE"):
@@ -277,10 +337,21 @@ def test_what_is_no_readable_file(tmp_path):
 
 # --- fuzzing: 1,050 files --------------------------------------------------------------------
 
-scalars = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-           | st.sampled_from(["../x", "/x", "tiny", "all", "group", 10**400, -1, 2**63, "\ud800"]))
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3)
-                      | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=3)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["../x", "/x", "tiny", "all", "group", 10**400, -1, 2**63, "\ud800"])
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -295,17 +366,24 @@ def read_or_refuse(path, content):
     except ValueError as error:
         assert type(error) is ValueError
         assert str(error).startswith(str(path)) and "\n" not in str(error)
-        str(error).encode()                         # can be printed
+        str(error).encode()  # can be printed
         return
     assert isinstance(found, Manifest)
-    assert len(set(found.ids)) == len(found.content_hashes) == len(found.groups) == len(
-        found.is_member)
+    assert (
+        len(set(found.ids))
+        == len(found.content_hashes)
+        == len(found.groups)
+        == len(found.is_member)
+    )
     assert math.isfinite(found.train_loss + found.eval_loss)
     assert not {"/", "\\"} & set(found.task) and ".." not in found.base["model"]
 
 
-fuzzing = settings(max_examples=250, deadline=None,
-                   suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+fuzzing = settings(
+    max_examples=250,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 @fuzzing
@@ -316,11 +394,17 @@ def test_fuzz_fields(fuzzed, draw):
     found = json.loads(text)
     for _ in range(draw.draw(st.integers(1, 3))):
         place, key = found, draw.draw(st.sampled_from(sorted(found) or ["x"]))
-        while isinstance(place.get(key) if isinstance(place, dict) else place[key], dict | list) \
-                and place[key] and draw.draw(st.booleans()):
+        while (
+            isinstance(place.get(key) if isinstance(place, dict) else place[key], dict | list)
+            and place[key]
+            and draw.draw(st.booleans())
+        ):
             place = place[key]
-            key = draw.draw(st.sampled_from(sorted(place)) if isinstance(place, dict)
-                            else st.integers(0, len(place) - 1))
+            key = draw.draw(
+                st.sampled_from(sorted(place))
+                if isinstance(place, dict)
+                else st.integers(0, len(place) - 1)
+            )
         if isinstance(place, dict) and draw.draw(st.integers(0, 3)) == 0:
             place.pop(key, None)
         else:
@@ -337,7 +421,7 @@ def test_fuzz_bytes(fuzzed, draw):
     for _ in range(draw.draw(st.integers(1, 3))):
         start = draw.draw(st.integers(0, len(content)))
         length = draw.draw(st.sampled_from([0, 1, 1, 2, 40, len(content)]))
-        content = content[:start] + draw.draw(st.binary(max_size=4)) + content[start + length:]
+        content = content[:start] + draw.draw(st.binary(max_size=4)) + content[start + length :]
     read_or_refuse(path, content)
 
 
@@ -363,7 +447,7 @@ def truth_of(records):
 def test_ids_are_joined_to_the_texts_of_the_task(tmp_path, data, sst2):
     pool = list(sst2)
     random.Random(0).shuffle(pool)
-    written = document(pool[:90])           # as with a hold-out or max_examples: 30 are not in it
+    written = document(pool[:90])  # as with a hold-out or max_examples: 30 are not in it
     save(tmp_path, written)
     records = load_records(tmp_path, data_dir=data)
     assert [e.id for e in records.examples] == written["ids"]
@@ -375,8 +459,9 @@ def test_ids_are_joined_to_the_texts_of_the_task(tmp_path, data, sst2):
     assert not records.is_member.flags.writeable
 
 
-@pytest.mark.parametrize("name, kind", [("generated", "classification"),
-                                        ("generated-table", "generation")])
+@pytest.mark.parametrize(
+    "name, kind", [("generated", "classification"), ("generated-table", "generation")]
+)
 def test_generated_data_comes_from_its_own_seed(tmp_path, name, kind):
     examples = load_task(name, seed=8).train[:100]
     written = document(examples, task=name, kind=kind)
@@ -392,9 +477,12 @@ def test_generated_data_comes_from_its_own_seed(tmp_path, name, kind):
 def test_other_data_than_was_trained_on_is_refused(tmp_path, data, sst2):
     changed = [replace(e, text="changed") if i in (3, 50, 7, 99) else e for i, e in enumerate(sst2)]
     save(tmp_path, document(changed))
-    with pytest.raises(ValueError, match=r"^4 of 120 records of membership\.json have another "
-                       r"content hash or group in sst2's train split \(.*\), first "
-                       r"'sst2/train/3', 'sst2/train/7', 'sst2/train/50': use the data"):
+    with pytest.raises(
+        ValueError,
+        match=r"^4 of 120 records of membership\.json have another "
+        r"content hash or group in sst2's train split \(.*\), first "
+        r"'sst2/train/3', 'sst2/train/7', 'sst2/train/50': use the data",
+    ):
         load_records(tmp_path, data_dir=data)
     save(tmp_path, document([*sst2, Example("sst2/train/999", "x", group="sst2/train/999")]))
     with pytest.raises(ValueError, match=r"^1 of 121 records .* are not in sst2's .*/999'"):
@@ -402,7 +490,7 @@ def test_other_data_than_was_trained_on_is_refused(tmp_path, data, sst2):
     save(tmp_path, document([replace(sst2[0], group="elsewhere"), *sst2[1:]]))
     with pytest.raises(ValueError, match=r"^1 of 120 records .* content hash or group"):
         load_records(tmp_path, data_dir=data)
-    same = [replace(e, text=e.text.upper() + " ") for e in sst2]     # as far as the hash goes
+    same = [replace(e, text=e.text.upper() + " ") for e in sst2]  # as far as the hash goes
     save(tmp_path, document(same))
     assert load_records(tmp_path, data_dir=data).examples == sst2
 
@@ -430,11 +518,18 @@ def test_a_task_of_the_users_own_is_taken_from_the_user(tmp_path, sst2):
         load_records(tmp_path / "run", data_dir=other)
 
 
-@pytest.mark.parametrize("members, message", [
-    ([True] * 120, "every record is a member: train with --membership bernoulli, or pass --nonmem"),
-    ([False] * 120, "no record is a member: train with"),
-    ([True] * 19 + [False] * 101, "at least 20 members and as many others, got 19 and 101"),
-    ([False] * 19 + [True] * 101, "at least 20 members and as many others, got 101 and 19")])
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        (
+            [True] * 120,
+            "every record is a member: train with --membership bernoulli, or pass --nonmem",
+        ),
+        ([False] * 120, "no record is a member: train with"),
+        ([True] * 19 + [False] * 101, "at least 20 members and as many others, got 19 and 101"),
+        ([False] * 19 + [True] * 101, "at least 20 members and as many others, got 101 and 19"),
+    ],
+)
 def test_too_few_of_a_side(tmp_path, data, sst2, members, message):
     save(tmp_path, document(sst2, members=members))
     with pytest.raises(ValueError, match=message):
@@ -451,14 +546,17 @@ def test_no_manifest(tmp_path):
 
 def test_two_files(tmp_path):
     inside = write(tmp_path / "a" / "train.jsonl", sentences(30))
-    outside = write(tmp_path / "b" / "train.jsonl.gz", [
-        {**row, "label": 2} for row in sentences(25, "other")])
+    outside = write(
+        tmp_path / "b" / "train.jsonl.gz", [{**row, "label": 2} for row in sentences(25, "other")]
+    )
     records = load_records(tmp_path / "nowhere", members=inside, nonmembers=outside)
     assert records.coins is None and records.shift_check_mandatory
     assert records.source == "train.jsonl and train.jsonl.gz"
     assert Counter(records.is_member.tolist()) == {True: 30, False: 25}
     assert [e.id for e in records.examples] == [
-        *(f"members/{i}" for i in range(30)), *(f"nonmembers/{i}" for i in range(25))]
+        *(f"members/{i}" for i in range(30)),
+        *(f"nonmembers/{i}" for i in range(25)),
+    ]
     assert records.examples[0].text == "word 0 of a review"
     assert records.examples[30].text == "other 0 of a review"
     assert all(e.group == e.id for e in records.examples)
@@ -485,40 +583,47 @@ def test_nonmembers_beside_a_manifest(tmp_path, data, sst2, e2e):
     written = document(sst2)
     save(tmp_path, written)
     records = load_records(tmp_path, data_dir=data, nonmembers=outside)
-    assert truth_of(records) == {i: True for i, bit in zip(
-        written["ids"], written["is_member"], strict=True) if bit} | {
-        f"nonmembers/{i}": False for i in range(40)}
+    assert truth_of(records) == {
+        i: True for i, bit in zip(written["ids"], written["is_member"], strict=True) if bit
+    } | {f"nonmembers/{i}": False for i in range(40)}
     # references of one table are of one group, wherever they lie
     save(tmp_path, document(e2e, task="e2e", kind="generation", coins="all"))
-    records = load_records(tmp_path, data_dir=data,
-                           nonmembers=write(tmp_path / "e.jsonl", tables(20, 2, "another")))
+    records = load_records(
+        tmp_path, data_dir=data, nonmembers=write(tmp_path / "e.jsonl", tables(20, 2, "another"))
+    )
     assert records.examples[120].group == records.examples[0].group == e2e[0].group
 
 
 def test_files_of_another_form_are_refused(tmp_path, data, sst2):
     save(tmp_path, document(sst2))
-    pairs = write(tmp_path / "pairs.jsonl", [
-        {"sentence1": "a", "sentence2": f"b {i}", "label": i % 2} for i in range(30)])
-    floats = write(tmp_path / "floats.jsonl", [
-        {"sentence": f"a {i}", "label": i / 7} for i in range(30)])
-    many = write(tmp_path / "many.jsonl", [
-        {"sentence": f"a {i}", "label": i} for i in range(30)])
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        [{"sentence1": "a", "sentence2": f"b {i}", "label": i % 2} for i in range(30)],
+    )
+    floats = write(
+        tmp_path / "floats.jsonl", [{"sentence": f"a {i}", "label": i / 7} for i in range(30)]
+    )
+    many = write(tmp_path / "many.jsonl", [{"sentence": f"a {i}", "label": i} for i in range(30)])
     for path, message in (
-            (pairs, "must have the columns of sst2 .classification, one text"),
-            (floats, "must have the columns of sst2 .*, got regression"),
-            (many, "labels must be below 2, as in sst2, got 29"),
-            (write(tmp_path / "generation.jsonl", tables(30)), "got generation"),
-            (tmp_path / "none.jsonl", "nonmembers must be an existing file of records"),
-            (tmp_path, "folder"),
-            (write(tmp_path / "empty.jsonl", []), "empty")):
+        (pairs, "must have the columns of sst2 .classification, one text"),
+        (floats, "must have the columns of sst2 .*, got regression"),
+        (many, "labels must be below 2, as in sst2, got 29"),
+        (write(tmp_path / "generation.jsonl", tables(30)), "got generation"),
+        (tmp_path / "none.jsonl", "nonmembers must be an existing file of records"),
+        (tmp_path, "folder"),
+        (write(tmp_path / "empty.jsonl", []), "empty"),
+    ):
         with pytest.raises(ValueError, match=message) as caught:
             load_records(tmp_path, data_dir=data, nonmembers=path)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="members must come with nonmembers"):
         load_records(tmp_path, members=pairs)
     few = write(tmp_path / "few.jsonl", sentences(19, "other"))
-    with pytest.raises(ValueError, match=r"few.jsonl must give at least 20 .*, got 120 and 19|"
-                                         r"few.jsonl must give at least 20 .*, got \d+ and 19"):
+    with pytest.raises(
+        ValueError,
+        match=r"few.jsonl must give at least 20 .*, got 120 and 19|"
+        r"few.jsonl must give at least 20 .*, got \d+ and 19",
+    ):
         load_records(tmp_path, data_dir=data, nonmembers=few)
 
 
@@ -526,7 +631,7 @@ def test_files_of_another_form_are_refused(tmp_path, data, sst2):
 
 
 def test_a_subset_is_balanced_random_and_in_order(tmp_path, data, sst2):
-    save(tmp_path, document(sst2, members=[i % 3 == 0 for i in range(120)]))    # 40 of 120
+    save(tmp_path, document(sst2, members=[i % 3 == 0 for i in range(120)]))  # 40 of 120
     everything = truth_of(load_records(tmp_path, data_dir=data))
     counts = {}
     for size in (41, 80, 100, 120, 500):
@@ -537,8 +642,9 @@ def test_a_subset_is_balanced_random_and_in_order(tmp_path, data, sst2):
         assert all(everything[i] == bit for i, bit in found.items())
         assert not records.is_member.flags.writeable
     assert counts == {41: (20, 21), 80: (40, 40), 100: (40, 60), 120: (40, 80), 500: (40, 80)}
-    first, again, other = (truth_of(load_records(tmp_path, data_dir=data, max_records=50, seed=s))
-                           for s in (1, 1, 2))
+    first, again, other = (
+        truth_of(load_records(tmp_path, data_dir=data, max_records=50, seed=s)) for s in (1, 1, 2)
+    )
     assert first == again != other
     with pytest.raises(ValueError, match="max_records must be an integer >= 40, got 39"):
         load_records(tmp_path, data_dir=data, max_records=39)
@@ -547,9 +653,11 @@ def test_a_subset_is_balanced_random_and_in_order(tmp_path, data, sst2):
 def test_every_record_is_as_likely_to_be_kept(tmp_path, data, sst2):
     """60 of 120 kept 200 times: 100 expected of each, 5 standard deviations are 36."""
     save(tmp_path, document(sst2, members=[i % 2 == 0 for i in range(120)]))
-    kept = Counter(i for seed in range(200)
-                   for i in truth_of(load_records(tmp_path, data_dir=data, max_records=60,
-                                                  seed=seed)))
+    kept = Counter(
+        i
+        for seed in range(200)
+        for i in truth_of(load_records(tmp_path, data_dir=data, max_records=60, seed=seed))
+    )
     assert len(kept) == 120 and 64 < min(kept.values()) and max(kept.values()) < 136
 
 

@@ -52,7 +52,7 @@ def test_simple_scores():
 def test_logit_confidence_against_mpmath(loss):
     with mp.workdps(50):
         p = mp.exp(-mp.mpf(float(loss)))
-        if loss < 1e-30:                                        # 1 - p needs more digits than 50
+        if loss < 1e-30:  # 1 - p needs more digits than 50
             want = -mp.log(mp.mpf(float(loss)))
         else:
             want = mp.log(p) - mp.log1p(-p)
@@ -73,9 +73,13 @@ def test_logit_confidence_from_logits_against_mpmath():
             logits = size * rng.standard_normal((4, classes))
             labels = rng.integers(classes, size=4)
             with mp.workdps(50):
-                want = [float(mp.mpf(row[y]) - mp.log(mp.fsum(
-                    mp.exp(mp.mpf(z)) for j, z in enumerate(row) if j != y)))
-                    for row, y in zip(logits, labels, strict=True)]
+                want = [
+                    float(
+                        mp.mpf(row[y])
+                        - mp.log(mp.fsum(mp.exp(mp.mpf(z)) for j, z in enumerate(row) if j != y))
+                    )
+                    for row, y in zip(logits, labels, strict=True)
+                ]
             got = scores.logit_confidence_from_logits(logits, labels)
             np.testing.assert_allclose(got, want, rtol=1e-14, atol=1e-13 * size)
             assert got.dtype == np.float64
@@ -89,14 +93,18 @@ def test_logit_confidence_two_ways():
     logits, labels = rng.normal(0, 3, (100, 5)), rng.integers(5, size=100)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(scores.logit_confidence_from_logits(logits, labels),
-                               scores.logit_confidence(-log_p[np.arange(100), labels]), atol=1e-9)
+    np.testing.assert_allclose(
+        scores.logit_confidence_from_logits(logits, labels),
+        scores.logit_confidence(-log_p[np.arange(100), labels]),
+        atol=1e-9,
+    )
 
 
 def test_zlib():
     losses = np.array([1.0, 2.0, 3.0])
-    want = [-x / len(zlib.compress(text.encode("utf-8")))
-            for x, text in zip(losses, TEXTS, strict=True)]
+    want = [
+        -x / len(zlib.compress(text.encode("utf-8"))) for x, text in zip(losses, TEXTS, strict=True)
+    ]
     np.testing.assert_allclose(scores.zlib_score(losses, TEXTS), want, rtol=1e-15)
     one = scores.zlib_score(2.0, TEXTS[1])
     assert type(one) is float and one == pytest.approx(want[1], rel=1e-15)
@@ -117,8 +125,10 @@ def naive_min_k(values, fraction):
     return float(mp.fsum(sorted(values)[:k]) / k)
 
 
-@pytest.mark.parametrize("length, fraction, k", [
-    (1, 0.2, 1), (4, 0.2, 1), (5, 0.2, 1), (9, 0.2, 1), (10, 0.2, 2), (10, 1.0, 10), (7, 0.5, 3)])
+@pytest.mark.parametrize(
+    "length, fraction, k",
+    [(1, 0.2, 1), (4, 0.2, 1), (5, 0.2, 1), (9, 0.2, 1), (10, 0.2, 2), (10, 1.0, 10), (7, 0.5, 3)],
+)
 def test_min_k(length, fraction, k):
     values = -np.random.default_rng(length).exponential(size=length)
     got = scores.min_k(values, fraction=fraction)
@@ -155,7 +165,7 @@ def test_min_k_plus_plus_weights_by_probability():
 
 
 def test_min_k_plus_plus_tails():
-    for width in (1, 5, 7):                                     # sigma = 0 and ln p = mu
+    for width in (1, 5, 7):  # sigma = 0 and ln p = mu
         assert scores.min_k_plus_plus(np.full((3, width), 0.3), [0, 0, width - 1]) == 0
     peaked = np.array([[1e4, -1e4, 0.0]])
     assert scores.min_k_plus_plus(peaked, [0]) == 0
@@ -166,7 +176,8 @@ def test_min_k_plus_plus_tails():
     logits, ids = rng.standard_normal((6, 8)), rng.integers(8, size=6)
     barred = np.concatenate([logits, np.full((6, 2), -np.inf)], axis=1)
     assert scores.min_k_plus_plus(barred, ids) == pytest.approx(
-        scores.min_k_plus_plus(logits, ids), rel=1e-13)
+        scores.min_k_plus_plus(logits, ids), rel=1e-13
+    )
 
 
 def naive_error_zone(logits, reference, ids):
@@ -197,8 +208,8 @@ def test_error_zone_corners():
     assert scores.error_zone(up, reference, ids) == 1.0
     assert scores.error_zone(worse, reference, ids) == 0.0
     right = np.array([[5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
-    assert scores.error_zone(right, reference, ids) == 0.5      # no error
-    assert scores.error_zone(worse, worse, ids) == 0.5          # no change
+    assert scores.error_zone(right, reference, ids) == 0.5  # no error
+    assert scores.error_zone(worse, worse, ids) == 0.5  # no change
     # a tie for the top is no error, whichever index comes first
     assert scores.error_zone([[1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0]], [0]) == 0.5
     assert scores.error_zone([[1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0]], [1]) == 0.5
@@ -211,8 +222,10 @@ def naive_lira(phi, shadow_phi, member, location, fixed_variance, online):
     """Record by record, with the standard library's words."""
     centre = {"mean": np.mean, "median": np.median}[location]
     n = len(phi)
-    groups = {True: [shadow_phi[member[:, i], i] for i in range(n)],
-              False: [shadow_phi[~member[:, i], i] for i in range(n)]}
+    groups = {
+        True: [shadow_phi[member[:, i], i] for i in range(n)],
+        False: [shadow_phi[~member[:, i], i] for i in range(n)],
+    }
     out = np.empty(n)
     for i in range(n):
         log_density = {}
@@ -224,7 +237,7 @@ def naive_lira(phi, shadow_phi, member, location, fixed_variance, online):
             else:
                 std = np.std(group)
             z = (phi[i] - centre(group)) / std
-            log_density[inside] = -z**2 / 2 - np.log(std)
+            log_density[inside] = -(z**2) / 2 - np.log(std)
         out[i] = log_density[True] - log_density[False] if online else z
     return out
 
@@ -237,11 +250,16 @@ def test_lira_against_loop(location, fixed_variance, num_shadows):
     options = dict(location=location, fixed_variance=fixed_variance)
     for online, score in ((True, scores.lira_online), (False, scores.lira_offline)):
         want = naive_lira(phi, shadow_phi, member, online=online, **options)
-        np.testing.assert_allclose(score(phi, shadow_phi, member, **options), want,
-                                   rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(
+            score(phi, shadow_phi, member, **options), want, rtol=1e-11, atol=1e-11
+        )
         # in Fortran order, in single precision of exact numbers, and with 0/1 for the coins
-        np.testing.assert_allclose(score(phi, np.asfortranarray(shadow_phi), member.astype(int),
-                                         **options), want, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(
+            score(phi, np.asfortranarray(shadow_phi), member.astype(int), **options),
+            want,
+            rtol=1e-11,
+            atol=1e-11,
+        )
 
 
 def test_chunks_do_not_show(monkeypatch):
@@ -249,11 +267,19 @@ def test_chunks_do_not_show(monkeypatch):
     loss, shadow_loss = loss_of(phi), loss_of(shadow_phi)
 
     def everything():
-        return np.array([
-            *(scores.lira_online(phi, shadow_phi, member, location=where, fixed_variance=fixed)
-              for where in ("mean", "median") for fixed in (True, False)),
-            scores.rmia_offline(loss, shadow_loss, member, loss[:50], shadow_loss[:, :50]),
-            scores.rmia_online(loss, shadow_loss, member, loss[:50], shadow_loss[:, :50])])
+        return np.array(
+            [
+                *(
+                    scores.lira_online(
+                        phi, shadow_phi, member, location=where, fixed_variance=fixed
+                    )
+                    for where in ("mean", "median")
+                    for fixed in (True, False)
+                ),
+                scores.rmia_offline(loss, shadow_loss, member, loss[:50], shadow_loss[:, :50]),
+                scores.rmia_online(loss, shadow_loss, member, loss[:50], shadow_loss[:, :50]),
+            ]
+        )
 
     whole = everything()
     for size in (1, 7, 60):
@@ -267,7 +293,8 @@ def test_lira_in_single_precision_input():
     got = scores.lira_online(phi, shadow_phi, member)
     assert got.dtype == np.float64
     np.testing.assert_array_equal(
-        got, scores.lira_online(phi.astype(float), shadow_phi.astype(float), member))
+        got, scores.lira_online(phi.astype(float), shadow_phi.astype(float), member)
+    )
 
 
 def test_lira_tails():
@@ -282,7 +309,8 @@ def test_lira_tails():
         for location in ("mean", "median"):
             for fixed in (True, False):
                 np.testing.assert_array_equal(
-                    score(flat[0], flat, member, location=location, fixed_variance=fixed), 0)
+                    score(flat[0], flat, member, location=location, fixed_variance=fixed), 0
+                )
     # far in the tail, where a p-value would be 0 or 1
     _, shadow_phi, member, _ = shadow_world(8, 4, seed=1)
     far = np.array([-1e4, -5e3, 5e3, 1e4])
@@ -293,19 +321,30 @@ def test_lira_tails():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32), shift=st.floats(-1e3, 1e3), scale=st.floats(0.1, 10),
-       location=st.sampled_from(["mean", "median"]), fixed=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    shift=st.floats(-1e3, 1e3),
+    scale=st.floats(0.1, 10),
+    location=st.sampled_from(["mean", "median"]),
+    fixed=st.booleans(),
+)
 def test_lira_invariances(seed, shift, scale, location, fixed):
     """Free of the scale and origin of phi, and of the order of the shadows."""
     phi, shadow_phi, member, _ = shadow_world(6, 9, seed)
     order = np.random.default_rng(seed).permutation(6)
     for score in (scores.lira_online, scores.lira_offline):
         plain = score(phi, shadow_phi, member, location=location, fixed_variance=fixed)
-        moved = score(scale * phi + shift, scale * shadow_phi + shift, member,
-                      location=location, fixed_variance=fixed)
+        moved = score(
+            scale * phi + shift,
+            scale * shadow_phi + shift,
+            member,
+            location=location,
+            fixed_variance=fixed,
+        )
         np.testing.assert_allclose(moved, plain, rtol=1e-6, atol=1e-6)
-        shuffled = score(phi, shadow_phi[order], member[order], location=location,
-                         fixed_variance=fixed)
+        shuffled = score(
+            phi, shadow_phi[order], member[order], location=location, fixed_variance=fixed
+        )
         np.testing.assert_allclose(shuffled, plain, rtol=1e-9, atol=1e-9)
 
 
@@ -317,6 +356,7 @@ def naive_rmia(loss, shadow_loss, member, population_loss, population_shadow_los
 
     The shares are for a gamma higher and lower by 1e-12: float64 cannot tell closer ratios apart.
     """
+
     def mean_p(losses):
         return mp.fsum(mp.exp(-mp.mpf(float(x))) for x in losses) / len(losses)
 
@@ -325,15 +365,20 @@ def naive_rmia(loss, shadow_loss, member, population_loss, population_shadow_los
 
     shares, logs = [], []
     with mp.workdps(50):
-        ratio_z = [mp.exp(-mp.mpf(float(x))) / (mean_p(column) if a is None
-                                                else offline(mean_p(column)))
-                   for x, column in zip(population_loss, population_shadow_loss.T, strict=True)]
+        ratio_z = [
+            mp.exp(-mp.mpf(float(x))) / (mean_p(column) if a is None else offline(mean_p(column)))
+            for x, column in zip(population_loss, population_shadow_loss.T, strict=True)
+        ]
         for i, x in enumerate(loss):
             out = mean_p(shadow_loss[~member[:, i], i])
             p = (mean_p(shadow_loss[member[:, i], i]) + out) / 2 if a is None else offline(out)
             ratio = mp.exp(-mp.mpf(float(x))) / p
-            shares.append([sum(ratio / z >= gamma * (1 + mp.mpf(slack)) for z in ratio_z)
-                           / len(ratio_z) for slack in (1e-12, -1e-12)])
+            shares.append(
+                [
+                    sum(ratio / z >= gamma * (1 + mp.mpf(slack)) for z in ratio_z) / len(ratio_z)
+                    for slack in (1e-12, -1e-12)
+                ]
+            )
             logs.append(float(mp.log(ratio)))
     return *np.array(shares).T, np.array(logs)
 
@@ -344,13 +389,17 @@ def naive_rmia(loss, shadow_loss, member, population_loss, population_shadow_los
 def test_rmia_against_mpmath(gamma, a, size):
     phi, shadow_phi, member, _ = shadow_world(5, 25, seed=7)
     phi_z, shadow_z, _, _ = shadow_world(5, 33, seed=8)
-    arguments = [loss_of(size * x) for x in (phi, shadow_phi)] + [member] + [
-        loss_of(size * x) for x in (phi_z, shadow_z)]
+    arguments = (
+        [loss_of(size * x) for x in (phi, shadow_phi)]
+        + [member]
+        + [loss_of(size * x) for x in (phi_z, shadow_z)]
+    )
     low, high, logs = naive_rmia(*arguments, gamma, a)
     got = scores.rmia_offline(*arguments, a=a, gamma=gamma)
     assert (low <= got).all() and (got <= high).all()
-    np.testing.assert_allclose(scores.rmia_log_ratio(*arguments[:3], a=a), logs, rtol=1e-12,
-                               atol=1e-12)
+    np.testing.assert_allclose(
+        scores.rmia_log_ratio(*arguments[:3], a=a), logs, rtol=1e-12, atol=1e-12
+    )
     low, high, _ = naive_rmia(*arguments, gamma)
     got = scores.rmia_online(*arguments, gamma=gamma)
     assert (low <= got).all() and (got <= high).all()
@@ -362,12 +411,11 @@ def test_rmia_uses_the_mean_of_all_shadows_for_the_population():
     loss = np.array([0.5])
     shadows = np.array([[1.0], [1.0]])
     member = np.array([[True], [False]])
-    p_z = np.array([0.9, 0.1])                          # mean 0.5, top half 0.9
+    p_z = np.array([0.9, 0.1])  # mean 0.5, top half 0.9
     shadow_z = -np.log(p_z)[:, None]
     # r(x) = e^-0.5 / e^-1 = 1.65; r(z) = 0.7 / 0.5 = 1.4, or 0.78 with the top half
     for bar, share in ((1.17, 1.0), (1.19, 0.0)):
-        got = scores.rmia_offline(loss, shadows, member, [-np.log(0.7)], shadow_z, a=1.0,
-                                  gamma=bar)
+        got = scores.rmia_offline(loss, shadows, member, [-np.log(0.7)], shadow_z, a=1.0, gamma=bar)
         assert got.tolist() == [share]
 
 
@@ -378,10 +426,11 @@ def test_rmia_tails():
         # all ties: r(x) / r(z) = 1 >= 1
         np.testing.assert_array_equal(score(flat[0], flat, member, flat[0], flat), 1)
         np.testing.assert_array_equal(score(flat[0], flat, member, flat[0], flat, gamma=1.01), 0)
-        huge = score([1e4, 0.0, 1e4], 1e4 * np.ones((2, 3)), member, [1e4, 5e3], np.full(
-            (2, 2), 1e4))
+        huge = score(
+            [1e4, 0.0, 1e4], 1e4 * np.ones((2, 3)), member, [1e4, 5e3], np.full((2, 2), 1e4)
+        )
         assert huge.tolist() == [0.5, 1.0, 0.5]
-    one = np.array([[0.7, 0.1]])                        # one shadow, trained on neither
+    one = np.array([[0.7, 0.1]])  # one shadow, trained on neither
     got = scores.rmia_offline([0.7, 0.2], one, np.zeros((1, 2), bool), [0.5], [[0.5]])
     assert set(got) <= {0.0, 1.0}
     # p underflows and its ratio does not: r = e^-10000 / e^-9000 at a = 1
@@ -397,8 +446,9 @@ def test_rmia_properties(seed, gamma, a):
     order = np.random.default_rng(seed).permutation(12)
 
     def offline(bar, columns=slice(None)):
-        return scores.rmia_offline(loss, shadow_loss, member, loss[columns],
-                                   shadow_loss[:, columns], a=a, gamma=bar)
+        return scores.rmia_offline(
+            loss, shadow_loss, member, loss[columns], shadow_loss[:, columns], a=a, gamma=bar
+        )
 
     share = offline(gamma)
     assert ((share >= 0) & (share <= 1)).all() and np.allclose(share * 12, np.round(share * 12))
@@ -428,20 +478,25 @@ def test_members_score_higher():
         "quantile": scores.quantile_score(phi, phi - 2 * truth),
         "lira online": scores.lira_online(phi, shadow_phi, member),
         "lira offline": scores.lira_offline(phi, shadow_phi, member),
-        "lira online, own variance": scores.lira_online(phi, shadow_phi, member,
-                                                        fixed_variance=False),
+        "lira online, own variance": scores.lira_online(
+            phi, shadow_phi, member, fixed_variance=False
+        ),
         "lira offline, median": scores.lira_offline(phi, shadow_phi, member, location="median"),
         "rmia offline": scores.rmia_offline(loss, shadow_loss, member, *population),
         "rmia online": scores.rmia_online(loss, shadow_loss, member, *population),
         "rmia log ratio": scores.rmia_log_ratio(loss, shadow_loss, member),
     }
     assert {name: naive_auc(value, truth) > 0.65 for name, value in by_name.items()} == (
-        dict.fromkeys(by_name, True))
+        dict.fromkeys(by_name, True)
+    )
     # by the loss alone, all else equal
     low_first = np.array([0.1, 0.5, 3.0])
-    for value in (scores.loss_score(low_first), scores.logit_confidence(low_first),
-                  scores.zlib_score(low_first, ["same text"] * 3),
-                  scores.logit_confidence_from_logits([[2.0, 0], [1, 0], [-1, 0]], [0, 0, 0])):
+    for value in (
+        scores.loss_score(low_first),
+        scores.logit_confidence(low_first),
+        scores.zlib_score(low_first, ["same text"] * 3),
+        scores.logit_confidence_from_logits([[2.0, 0], [1, 0], [-1, 0]], [0, 0, 0]),
+    ):
         assert (np.diff(value) < 0).all()
 
 
@@ -464,8 +519,12 @@ def test_members_score_higher_token_by_token():
 
     assert scores.min_k(log_probs(member)) > scores.min_k(log_probs(stranger))
     assert scores.min_k_plus_plus(member, ids) > scores.min_k_plus_plus(stranger, ids)
-    assert scores.error_zone(member, reference, ids) == 1 > 0 == scores.error_zone(
-        stranger, reference, ids)
+    assert (
+        scores.error_zone(member, reference, ids)
+        == 1
+        > 0
+        == scores.error_zone(stranger, reference, ids)
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -479,7 +538,8 @@ def test_token_scores_are_free_of_the_logits_origin_and_order(seed, shift):
         want = score(logits, reference, ids)
         assert score(logits + shift, reference - shift, ids) == pytest.approx(want, abs=1e-8)
         assert score(logits[:, vocabulary], reference[:, vocabulary], where) == pytest.approx(
-            want, abs=1e-12)
+            want, abs=1e-12
+        )
         assert score(logits[place], reference[place], ids[place]) == pytest.approx(want, abs=1e-12)
 
 
@@ -497,8 +557,12 @@ def test_memory():
     loss = np.abs(phi)
     records = (phi, shadow_phi, member)
     population = (loss, shadow_loss, member, loss, shadow_loss)
-    for call, arguments in ((scores.lira_online, records), (scores.lira_offline, records),
-                            (scores.rmia_offline, population), (scores.rmia_online, population)):
+    for call, arguments in (
+        (scores.lira_online, records),
+        (scores.lira_offline, records),
+        (scores.rmia_offline, population),
+        (scores.rmia_online, population),
+    ):
         tracemalloc.start()
         call(*arguments)
         peak = tracemalloc.get_traced_memory()[1]
@@ -508,8 +572,12 @@ def test_memory():
 
 # --- contract --------------------------------------------------------------------------------
 
-GOOD = dict(phi=np.zeros(3), loss=np.ones(3), shadow=np.ones((2, 3)),
-            member=np.array([[True] * 3, [False] * 3]))
+GOOD = dict(
+    phi=np.zeros(3),
+    loss=np.ones(3),
+    shadow=np.ones((2, 3)),
+    member=np.array([[True] * 3, [False] * 3]),
+)
 
 
 def lira(**changes):
@@ -518,53 +586,98 @@ def lira(**changes):
 
 
 def rmia(**changes):
-    given_ = dict(loss=GOOD["loss"], shadow_loss=GOOD["shadow"], shadow_is_member=GOOD["member"],
-                  population_loss=GOOD["loss"], population_shadow_loss=GOOD["shadow"])
+    given_ = dict(
+        loss=GOOD["loss"],
+        shadow_loss=GOOD["shadow"],
+        shadow_is_member=GOOD["member"],
+        population_loss=GOOD["loss"],
+        population_shadow_loss=GOOD["shadow"],
+    )
     return scores.rmia_offline(**(given_ | changes))
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: scores.loss_score([1.0, np.nan, np.inf]), r"loss must be finite, got 2 bad of 3, .* "
-                                                       r"index 1: nan"),
-    (lambda: scores.loss_score([]), "loss must be non-empty"),
-    (lambda: scores.loss_score(["a"]), "loss must be an array of numbers"),
-    (lambda: scores.loss_score([True]), "loss must be an array of numbers, got 'dtype bool'"),
-    (lambda: scores.loss_score([[1.0], [1.0, 2.0]]), "loss must be an array of numbers"),
-    (lambda: scores.loss_score(1.0), "loss must be an array with 1 axes"),
-    (lambda: scores.logit_confidence([0.5, -1e-9]), "loss must be finite and >= 0, .* -1e-09"),
-    (lambda: scores.logit_confidence_from_logits([[1.0]], [0]), "logits must .* 2 classes"),
-    (lambda: scores.logit_confidence_from_logits([[1.0, 2.0]], [2]), r"labels .* in \[0, 2\)"),
-    (lambda: scores.logit_confidence_from_logits([[1.0, 2.0]], [0.0]), "labels must be integers"),
-    (lambda: scores.logit_confidence_from_logits([[1.0, 2.0]], [0, 1]), "labels must be integers"),
-    (lambda: scores.logit_confidence_from_logits([[1.0, np.inf]], [0]), r"logits .* \(0, 1\): inf"),
-    (lambda: scores.calibrated_score([1.0, 2.0], [1.0]), r"reference_loss must be of shape \(2,\)"),
-    (lambda: scores.quantile_score([1.0], [np.nan]), "predicted_quantile must be finite"),
-    (lambda: scores.zlib_score([1.0], "text"), "loss must be of shape"),
-    (lambda: scores.zlib_score(1.0, ["text"]), "loss must be of shape"),
-    (lambda: scores.zlib_score([1.0], [""]), "text must be a non-empty string"),
-    (lambda: scores.min_k([]), "token_log_probs must be non-empty"),
-    (lambda: scores.min_k([-1.0], fraction=0), "fraction must be .* got 0"),
-    (lambda: scores.min_k([-1.0], fraction=1.5), "fraction must be .* got 1.5"),
-    (lambda: scores.min_k([-np.inf]), "token_log_probs must be finite"),
-    (lambda: scores.min_k_plus_plus(np.zeros((2, 3)), [0]), "token_ids must be integers"),
-    (lambda: scores.min_k_plus_plus(np.zeros((1, 3)), [-1]), r"token_ids .* in \[0, 3\)"),
-    (lambda: scores.min_k_plus_plus([[0.0, -np.inf]], [1]), "token_logits .* finite at token_ids"),
-    (lambda: scores.min_k_plus_plus([[0.0, np.inf]], [0]), "token_logits must be below infinity"),
-    (lambda: scores.error_zone(np.zeros((1, 3)), np.zeros((1, 2)), [0]), "reference_token_logits"),
-    (lambda: lira(phi=np.zeros(4)), r"shadow_phi must be of shape \(num_shadows, 4\)"),
-    (lambda: lira(shadow_is_member=np.ones((3, 2))), "shadow_is_member must be of shape"),
-    (lambda: lira(shadow_is_member=2 * np.ones((2, 3))), "shadow_is_member must be True and False"),
-    (lambda: lira(shadow_is_member=np.ones((2, 3))), "at least 1 OUT shadow, .* 3 records, first"),
-    (lambda: lira(shadow_is_member=np.zeros((2, 3))), "at least 1 IN shadow"),
-    (lambda: lira(fixed_variance=False), r"at least 2 IN shadow .* fixed_variance=True"),
-    (lambda: lira(location="mode"), "location must be one of mean, median"),
-    (lambda: lira(shadow_phi=np.full((2, 3), np.nan)), r"shadow_phi .* 6 bad of 6, .* \(0, 0\)"),
-    (lambda: rmia(gamma=0), "gamma must be .* got 0"),
-    (lambda: rmia(a=1.1), "a must be .* got 1.1"), (lambda: rmia(a=-0.1), "a must be"),
-    (lambda: rmia(population_shadow_loss=np.ones((3, 2))),
-     r"population_shadow_loss must be of shape \(2, 3\)"),
-    (lambda: rmia(population_loss=[]), "population_loss must be non-empty"),
-    (lambda: rmia(shadow_is_member=np.ones((2, 3))), "at least 1 OUT shadow")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda: scores.loss_score([1.0, np.nan, np.inf]),
+            r"loss must be finite, got 2 bad of 3, .* "
+            r"index 1: nan",
+        ),
+        (lambda: scores.loss_score([]), "loss must be non-empty"),
+        (lambda: scores.loss_score(["a"]), "loss must be an array of numbers"),
+        (lambda: scores.loss_score([True]), "loss must be an array of numbers, got 'dtype bool'"),
+        (lambda: scores.loss_score([[1.0], [1.0, 2.0]]), "loss must be an array of numbers"),
+        (lambda: scores.loss_score(1.0), "loss must be an array with 1 axes"),
+        (lambda: scores.logit_confidence([0.5, -1e-9]), "loss must be finite and >= 0, .* -1e-09"),
+        (lambda: scores.logit_confidence_from_logits([[1.0]], [0]), "logits must .* 2 classes"),
+        (lambda: scores.logit_confidence_from_logits([[1.0, 2.0]], [2]), r"labels .* in \[0, 2\)"),
+        (
+            lambda: scores.logit_confidence_from_logits([[1.0, 2.0]], [0.0]),
+            "labels must be integers",
+        ),
+        (
+            lambda: scores.logit_confidence_from_logits([[1.0, 2.0]], [0, 1]),
+            "labels must be integers",
+        ),
+        (
+            lambda: scores.logit_confidence_from_logits([[1.0, np.inf]], [0]),
+            r"logits .* \(0, 1\): inf",
+        ),
+        (
+            lambda: scores.calibrated_score([1.0, 2.0], [1.0]),
+            r"reference_loss must be of shape \(2,\)",
+        ),
+        (lambda: scores.quantile_score([1.0], [np.nan]), "predicted_quantile must be finite"),
+        (lambda: scores.zlib_score([1.0], "text"), "loss must be of shape"),
+        (lambda: scores.zlib_score(1.0, ["text"]), "loss must be of shape"),
+        (lambda: scores.zlib_score([1.0], [""]), "text must be a non-empty string"),
+        (lambda: scores.min_k([]), "token_log_probs must be non-empty"),
+        (lambda: scores.min_k([-1.0], fraction=0), "fraction must be .* got 0"),
+        (lambda: scores.min_k([-1.0], fraction=1.5), "fraction must be .* got 1.5"),
+        (lambda: scores.min_k([-np.inf]), "token_log_probs must be finite"),
+        (lambda: scores.min_k_plus_plus(np.zeros((2, 3)), [0]), "token_ids must be integers"),
+        (lambda: scores.min_k_plus_plus(np.zeros((1, 3)), [-1]), r"token_ids .* in \[0, 3\)"),
+        (
+            lambda: scores.min_k_plus_plus([[0.0, -np.inf]], [1]),
+            "token_logits .* finite at token_ids",
+        ),
+        (
+            lambda: scores.min_k_plus_plus([[0.0, np.inf]], [0]),
+            "token_logits must be below infinity",
+        ),
+        (
+            lambda: scores.error_zone(np.zeros((1, 3)), np.zeros((1, 2)), [0]),
+            "reference_token_logits",
+        ),
+        (lambda: lira(phi=np.zeros(4)), r"shadow_phi must be of shape \(num_shadows, 4\)"),
+        (lambda: lira(shadow_is_member=np.ones((3, 2))), "shadow_is_member must be of shape"),
+        (
+            lambda: lira(shadow_is_member=2 * np.ones((2, 3))),
+            "shadow_is_member must be True and False",
+        ),
+        (
+            lambda: lira(shadow_is_member=np.ones((2, 3))),
+            "at least 1 OUT shadow, .* 3 records, first",
+        ),
+        (lambda: lira(shadow_is_member=np.zeros((2, 3))), "at least 1 IN shadow"),
+        (lambda: lira(fixed_variance=False), r"at least 2 IN shadow .* fixed_variance=True"),
+        (lambda: lira(location="mode"), "location must be one of mean, median"),
+        (
+            lambda: lira(shadow_phi=np.full((2, 3), np.nan)),
+            r"shadow_phi .* 6 bad of 6, .* \(0, 0\)",
+        ),
+        (lambda: rmia(gamma=0), "gamma must be .* got 0"),
+        (lambda: rmia(a=1.1), "a must be .* got 1.1"),
+        (lambda: rmia(a=-0.1), "a must be"),
+        (
+            lambda: rmia(population_shadow_loss=np.ones((3, 2))),
+            r"population_shadow_loss must be of shape \(2, 3\)",
+        ),
+        (lambda: rmia(population_loss=[]), "population_loss must be non-empty"),
+        (lambda: rmia(shadow_is_member=np.ones((2, 3))), "at least 1 OUT shadow"),
+    ],
+)
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()
@@ -583,9 +696,11 @@ def test_inputs_are_not_changed():
 
 
 def test_import_loads_no_torch():
-    code = ("import sys, lowrank_dp.mia; assert 'numpy' not in sys.modules\n"
-            "import lowrank_dp.mia.scores, lowrank_dp.mia.metrics\n"
-            "sys.exit(any(n in sys.modules for n in ('torch', 'sklearn', 'transformers')))")
+    code = (
+        "import sys, lowrank_dp.mia; assert 'numpy' not in sys.modules\n"
+        "import lowrank_dp.mia.scores, lowrank_dp.mia.metrics\n"
+        "sys.exit(any(n in sys.modules for n in ('torch', 'sklearn', 'transformers')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -600,25 +715,40 @@ def test_functions_of_one_value_an_entry_take_any_shape():
             "loss_score": (scores.loss_score(loss), -loss),
             "logit_confidence": (
                 scores.logit_confidence(loss),
-                [scores.logit_confidence([one])[0] for one in loss.ravel()[:500]]),
+                [scores.logit_confidence([one])[0] for one in loss.ravel()[:500]],
+            ),
             "calibrated_score": (scores.calibrated_score(loss, other), other - loss),
             "quantile_score": (scores.quantile_score(loss, other), loss - other),
             "logit_confidence_from_logits": (
                 scores.logit_confidence_from_logits(logits, labels),
-                [scores.logit_confidence_from_logits([row], [label])[0] for row, label in
-                 zip(logits.reshape(-1, 4)[:500], labels.ravel()[:500], strict=True)])}
+                [
+                    scores.logit_confidence_from_logits([row], [label])[0]
+                    for row, label in zip(
+                        logits.reshape(-1, 4)[:500], labels.ravel()[:500], strict=True
+                    )
+                ],
+            ),
+        }
         for name, (values, right) in found.items():
             assert values.shape == shape, name
             right = np.ravel(right)
-            np.testing.assert_allclose(values.ravel()[:right.size], right, rtol=1e-12, err_msg=name)
+            np.testing.assert_allclose(
+                values.ravel()[: right.size], right, rtol=1e-12, err_msg=name
+            )
     # p = e^-l against the logit of the probability itself, in the tail too
     assert scores.logit_confidence([[2.0, 50.0]]) == pytest.approx(
-        np.array([[np.log(np.exp(-2) / (1 - np.exp(-2))), -50.0]]), rel=1e-12)
+        np.array([[np.log(np.exp(-2) / (1 - np.exp(-2))), -50.0]]), rel=1e-12
+    )
     for call, message in (
-            (lambda: scores.calibrated_score(np.ones((2, 3)), np.ones((3, 2))),
-             r"reference_loss must be of shape \(2, 3\), got 'shape \(3, 2\)'"),
-            (lambda: scores.logit_confidence([[1.0], [-1.0]]), r"first at index \(1, 0\): -1.0"),
-            (lambda: scores.logit_confidence_from_logits(np.ones((2, 3, 4)), [0, 1]),
-             r"labels must be integers of shape \(2, 3\)")):
+        (
+            lambda: scores.calibrated_score(np.ones((2, 3)), np.ones((3, 2))),
+            r"reference_loss must be of shape \(2, 3\), got 'shape \(3, 2\)'",
+        ),
+        (lambda: scores.logit_confidence([[1.0], [-1.0]]), r"first at index \(1, 0\): -1.0"),
+        (
+            lambda: scores.logit_confidence_from_logits(np.ones((2, 3, 4)), [0, 1]),
+            r"labels must be integers of shape \(2, 3\)",
+        ),
+    ):
         with pytest.raises(ValueError, match=message):
             call()

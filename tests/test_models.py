@@ -12,21 +12,39 @@ from lowrank_dp import models
 from lowrank_dp.data import Example, collate, encode, load_task
 from lowrank_dp.models import describe, load_model, matrix_parameters, tiny
 
-SHAPE = dict(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-             intermediate_size=48, max_position_embeddings=64, pad_token_id=0, eos_token_id=2)
+SHAPE = dict(
+    vocab_size=1024,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    eos_token_id=2,
+)
 GROUPED = SHAPE | dict(num_key_value_heads=2, head_dim=8)
 CONFIGS = {
     "bert": (transformers.BertConfig, SHAPE),
     "roberta": (transformers.RobertaConfig, SHAPE | dict(max_position_embeddings=65)),
-    "gpt2": (transformers.GPT2Config, dict(vocab_size=1024, n_embd=32, n_layer=2, n_head=4,
-                                           n_positions=64, eos_token_id=2, bos_token_id=2)),
+    "gpt2": (
+        transformers.GPT2Config,
+        dict(
+            vocab_size=1024,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            eos_token_id=2,
+            bos_token_id=2,
+        ),
+    ),
     "llama": (transformers.LlamaConfig, GROUPED | dict(pad_token_id=None)),
     "qwen3": (transformers.Qwen3Config, GROUPED | dict(tie_word_embeddings=True)),
 }
 CAUSAL = ("gpt2", "llama", "qwen3")
 # linear layers inside one block, and outside the blocks without the head
 LINEAR = {"bert": (6, 1), "roberta": (6, 0), "gpt2": (4, 0), "llama": (7, 0), "qwen3": (7, 0)}
-HEAD = {"bert": 1, "roberta": 2, "gpt2": 1, "llama": 1, "qwen3": 1}     # its matrices
+HEAD = {"bert": 1, "roberta": 2, "gpt2": 1, "llama": 1, "qwen3": 1}  # its matrices
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +56,7 @@ def folders(tmp_path_factory):
         auto = transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModel
         auto.from_config(config(**shape)).save_pretrained(root / name)
         tokenizer = tiny.tokenizer("tiny-llama" if name in CAUSAL else "tiny")
-        if name != "bert":      # GPT-2 and Llama know one kind of token; they don't pad either
+        if name != "bert":  # GPT-2 and Llama know one kind of token; they don't pad either
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if name in CAUSAL:
             tokenizer.pad_token = None
@@ -46,10 +64,14 @@ def folders(tmp_path_factory):
     return root
 
 
-TEXTS = [Example("a", "the film is dull , but the cast is superb .", label=1),
-         Example("b", "the plot is stale .", label=0)]
-TABLES = [Example("c", "name[The Jade Mill]", target="The Jade Mill is a place."),
-          Example("d", "name[The Jade Oak], food[Indian]", target="It serves Indian food.")]
+TEXTS = [
+    Example("a", "the film is dull , but the cast is superb .", label=1),
+    Example("b", "the plot is stale .", label=0),
+]
+TABLES = [
+    Example("c", "name[The Jade Mill]", target="The Jade Mill is a place."),
+    Example("d", "name[The Jade Oak], food[Indian]", target="It serves Indian food."),
+]
 
 
 def trained(model):
@@ -65,8 +87,11 @@ def test_full_classifier(folders, name):
     model, tokenizer = load_model(folders / name, kind="classification", num_labels=3)
     inside, outside = LINEAR[name]
     assert len(matrix_parameters(model)) == 2 * inside + outside + HEAD[name]
-    assert not any(key in n for n in trained(model) for key in ("embeddings.weight", "wte", "wpe",
-                                                                "embed_tokens"))
+    assert not any(
+        key in n
+        for n in trained(model)
+        for key in ("embeddings.weight", "wte", "wpe", "embed_tokens")
+    )
     assert any("norm" in n.lower() or "ln_" in n for n in trained(model))
     head = [n for n in trained(model) if n.startswith(("classifier", "score"))]
     assert len(head) >= 1 and not model.training and tokenizer.model_max_length == 64
@@ -78,14 +103,15 @@ def test_full_classifier(folders, name):
     # padding changes nothing: the head reads each row's own last token or [CLS]
     torch.testing.assert_close(together.logits, torch.cat([a.logits for a in alone]))
     torch.testing.assert_close(together.loss, F.cross_entropy(together.logits, batch["labels"]))
-    longest = encode([Example("z", "film " * 90, label=0)], tokenizer, kind="classification",
-                     max_length=64)
+    longest = encode(
+        [Example("z", "film " * 90, label=0)], tokenizer, kind="classification", max_length=64
+    )
     model(**collate(longest, tokenizer.pad_token_id))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_full_generator_counts_the_loss_on_the_target_alone(folders, name):
-    model, tokenizer = load_model(folders / name)       # a causal LM on disk says so itself
+    model, tokenizer = load_model(folders / name)  # a causal LM on disk says so itself
     rows = encode(TABLES, tokenizer, kind="generation")
     batch = collate(rows, tokenizer.pad_token_id)
     with torch.no_grad():
@@ -100,8 +126,11 @@ def test_full_generator_counts_the_loss_on_the_target_alone(folders, name):
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     tied = model.config.tie_word_embeddings
     assert ("lm_head.weight" in matrix_parameters(model)) == (not tied)
-    prompts = collate(encode(TABLES, tokenizer, kind="generation", with_target=False),
-                      tokenizer.pad_token_id, side="left")
+    prompts = collate(
+        encode(TABLES, tokenizer, kind="generation", with_target=False),
+        tokenizer.pad_token_id,
+        side="left",
+    )
     assert model.generate(**prompts, max_new_tokens=3, do_sample=False).shape[0] == 2
 
 
@@ -113,8 +142,13 @@ def test_lora(folders, name, method, kind):
         with pytest.raises(ValueError, match="is an encoder; use smollm2 or tiny-llama"):
             load_model(folders / name, kind=kind, method=method)
         return
-    model, tokenizer = load_model(folders / name, kind=kind, method=method, rank=3,
-                                  num_labels=2 if kind == "classification" else None)
+    model, tokenizer = load_model(
+        folders / name,
+        kind=kind,
+        method=method,
+        rank=3,
+        num_labels=2 if kind == "classification" else None,
+    )
     names = trained(model)
     lora_a, lora_b = ([n for n in names if key in n] for key in ("lora_A", "lora_B"))
     head = [n for n in names if "modules_to_save" in n]
@@ -133,30 +167,38 @@ def test_lora(folders, name, method, kind):
 
 def test_last_blocks_and_patterns(folders):
     everything = set(trained(load_model(folders / "bert", kind="classification", num_labels=2)[0]))
+
     def names(**options):
-        return set(trained(load_model(folders / "bert", kind="classification", num_labels=2,
-                                      **options)[0]))
+        return set(
+            trained(load_model(folders / "bert", kind="classification", num_labels=2, **options)[0])
+        )
+
     last = names(train_layers=1)
     assert last < everything
     assert everything - last == {n for n in everything if ".layer.0." in n or "embeddings" in n}
     assert names(train_layers=r"layer\.0\..*query\.weight") == {
-        "bert.encoder.layer.0.attention.self.query.weight", "classifier.weight", "classifier.bias"}
+        "bert.encoder.layer.0.attention.self.query.weight",
+        "classifier.weight",
+        "classifier.bias",
+    }
     assert sum("lora_B" in n for n in names(method="lora", train_layers=1)) == 6
     assert sum("lora_B" in n for n in names(method="lora", target_modules=["query"])) == 2
     tables = names(train_embeddings=True) - everything
-    assert tables == {f"bert.embeddings.{k}_embeddings.weight"
-                      for k in ("word", "position", "token_type")}
+    assert tables == {
+        f"bert.embeddings.{k}_embeddings.weight" for k in ("word", "position", "token_type")
+    }
     for options, message in [
-            (dict(train_layers="nothing_like_it"), "matches no trainable parameter"),
-            (dict(train_layers="("), "must be a regular expression"),
-            (dict(train_layers=3), "an integer >= 1 and <= 2"),
-            (dict(method="lora", target_modules=["quary"]), "names of linear layers such as"),
-            (dict(method="lora", train_embeddings=True), "train_embeddings must be False"),
-            (dict(method="lorra"), "did you mean 'lora'"),
-            (dict(method="lora", lora_init="normal"), "lora_init must be one of"),
-            (dict(rank=0), "rank must be an integer"),
-            (dict(device="cuda:99x"), "torch device"),
-            (dict(seed=-1), "seed must be")]:
+        (dict(train_layers="nothing_like_it"), "matches no trainable parameter"),
+        (dict(train_layers="("), "must be a regular expression"),
+        (dict(train_layers=3), "an integer >= 1 and <= 2"),
+        (dict(method="lora", target_modules=["quary"]), "names of linear layers such as"),
+        (dict(method="lora", train_embeddings=True), "train_embeddings must be False"),
+        (dict(method="lorra"), "did you mean 'lora'"),
+        (dict(method="lora", lora_init="normal"), "lora_init must be one of"),
+        (dict(rank=0), "rank must be an integer"),
+        (dict(device="cuda:99x"), "torch device"),
+        (dict(seed=-1), "seed must be"),
+    ]:
         with pytest.raises(ValueError, match=message):
             names(**options)
 
@@ -165,27 +207,31 @@ def test_seed_decides_head_and_a_whatever_the_global_generator(folders):
     def draw(global_seed, seed, method="lora"):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        model, _ = load_model(folders / "roberta", kind="classification", num_labels=2,
-                              method=method, seed=seed)
+        model, _ = load_model(
+            folders / "roberta", kind="classification", num_labels=2, method=method, seed=seed
+        )
         assert torch.equal(before, torch.get_rng_state())
         return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
     first, same, other = draw(1, 0), draw(2, 0), draw(1, 1)
     assert all(torch.equal(first[n], same[n]) for n in first)
     for key in ("out_proj", "lora_A"):
-        assert any(not torch.equal(first[n], other[n]) for n in first
-                   if key in n and n.endswith("weight"))
+        assert any(
+            not torch.equal(first[n], other[n]) for n in first if key in n and n.endswith("weight")
+        )
     full = draw(3, 0, "full")
     saved = "base_model.model.classifier.modules_to_save.default.out_proj.weight"
     assert torch.equal(full["classifier.out_proj.weight"], first[saved])
 
 
 def test_gaussian_a_has_the_variance_of_the_theory(folders):
-    model, _ = load_model(folders / "llama", kind="generation", method="lora", rank=4,
-                          lora_init="gaussian")
+    model, _ = load_model(
+        folders / "llama", kind="generation", method="lora", rank=4, lora_init="gaussian"
+    )
     drawn = torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
     assert drawn.var().item() == pytest.approx(1 / 4, rel=0.1)
     pair = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert pair.scaling["default"] == 1.0           # lora_alpha defaults to the rank
+    assert pair.scaling["default"] == 1.0  # lora_alpha defaults to the rank
 
 
 def test_conv1d_is_taken_the_right_way_round(folders):
@@ -197,8 +243,9 @@ def test_conv1d_is_taken_the_right_way_round(folders):
 
 def test_regression_and_label_names(folders):
     model, tokenizer = load_model(folders / "bert", kind="regression")
-    batch = batch_of([Example("a", "x", "y", 2.5), Example("b", "z", "w", 0.0)], tokenizer,
-                     "regression")
+    batch = batch_of(
+        [Example("a", "x", "y", 2.5), Example("b", "z", "w", 0.0)], tokenizer, "regression"
+    )
     output = model(**batch)
     torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], batch["labels"]))
     model, _ = load_model(folders / "bert", task=load_task("generated"))
@@ -206,6 +253,7 @@ def test_regression_and_label_names(folders):
 
 
 # --- checkpoints -------------------------------------------------------------------------------
+
 
 def test_a_classifier_on_disk_comes_back_whole(folders, tmp_path):
     model, tokenizer = load_model(folders / "qwen3", kind="classification", num_labels=3, seed=4)
@@ -222,15 +270,17 @@ def test_a_classifier_on_disk_comes_back_whole(folders, tmp_path):
 @pytest.mark.parametrize("name, kind", [("roberta", "classification"), ("gpt2", "generation")])
 def test_an_adapter_comes_back_on_its_base(folders, tmp_path, name, kind):
     labels = 3 if kind == "classification" else None
-    model, tokenizer = load_model(folders / name, kind=kind, num_labels=labels, method="lora",
-                                  rank=2, seed=4)
+    model, tokenizer = load_model(
+        folders / name, kind=kind, num_labels=labels, method="lora", rank=2, seed=4
+    )
     with torch.no_grad():
         for n, p in model.named_parameters():
             if "lora_B" in n:
                 p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(n)))
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())[
-        "base_model_name_or_path"] == str(folders / name)
+        "base_model_name_or_path"
+    ] == str(folders / name)
     again, tokenizer = load_model(tmp_path)
     batch = batch_of(TEXTS if labels else TABLES, tokenizer, kind)
     with torch.no_grad():
@@ -265,7 +315,7 @@ def test_broken_folders_fail_in_one_line(folders, tmp_path):
     wrong = json.loads((folders / "gpt2/config.json").read_text()) | {"n_layer": 3}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     with pytest.raises(ValueError, match=r"has no weights for transformer.h.2.* drawn at random"):
-        load_model(tmp_path)     # a block without weights is not silently drawn at random
+        load_model(tmp_path)  # a block without weights is not silently drawn at random
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match="could not be loaded") as caught:
         load_model(tmp_path)
@@ -273,21 +323,28 @@ def test_broken_folders_fail_in_one_line(folders, tmp_path):
 
 
 def test_what_must_be_given(folders):
-    for options, message in [({}, "task or kind must be given"),
-                             (dict(kind="classification"), "num_labels must be given"),
-                             (dict(kind="clasification"), "did you mean"),
-                             (dict(kind="classification", num_labels=1), "num_labels must be")]:
+    for options, message in [
+        ({}, "task or kind must be given"),
+        (dict(kind="classification"), "num_labels must be given"),
+        (dict(kind="clasification"), "did you mean"),
+        (dict(kind="classification", num_labels=1), "num_labels must be"),
+    ]:
         with pytest.raises(ValueError, match=message):
             load_model(folders / "bert", **options)
 
 
 # --- names -------------------------------------------------------------------------------------
 
+
 def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch, no_waiting):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, hint in [("nobody/nothing", ""), ("minilmm", "did you mean 'minilm'")]:
-        with pytest.raises(ValueError, match="not cached and the hub is unreachable.*"
-                           + hint + ".*minilm .packaged., smollm2, tiny") as caught:
+        with pytest.raises(
+            ValueError,
+            match="not cached and the hub is unreachable.*"
+            + hint
+            + ".*minilm .packaged., smollm2, tiny",
+        ) as caught:
             load_model(name, kind="classification", num_labels=2)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="an existing folder or a hub id"):
@@ -309,8 +366,10 @@ def test_hugging_face_logging_is_left_as_it_was(folders):
 
 
 def needs(name):
-    return pytest.mark.skipif(importlib.util.find_spec(models.PACKAGED[name][0]) is None,
-                              reason=f"{models.PACKAGED[name][2]}")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(models.PACKAGED[name][0]) is None,
+        reason=f"{models.PACKAGED[name][2]}",
+    )
 
 
 @needs("minilm")
@@ -349,6 +408,7 @@ def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
 
 
 # --- the embedded models -----------------------------------------------------------------------
+
 
 @pytest.mark.slow
 def test_tiny_learns_the_generated_sentiment():
@@ -389,8 +449,11 @@ def test_tiny_llama_learnt_to_describe_tables():
     with torch.no_grad():
         loss = model(**batch_of(task.validation, tokenizer, task.kind)).loss
     assert loss < 0.6
-    prompts = collate(encode(task.validation[:4], tokenizer, kind=task.kind, with_target=False),
-                      tokenizer.pad_token_id, side="left")
+    prompts = collate(
+        encode(task.validation[:4], tokenizer, kind=task.kind, with_target=False),
+        tokenizer.pad_token_id,
+        side="left",
+    )
     written = model.generate(**prompts, max_new_tokens=40, do_sample=False)
-    for row in written[:, prompts["input_ids"].shape[1]:]:
+    for row in written[:, prompts["input_ids"].shape[1] :]:
         assert tokenizer.decode(row, skip_special_tokens=True).startswith("The ")

@@ -7,13 +7,15 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-every_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")),
-                                         ids=lambda path: path.stem)
+every_notebook = pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem
+)
 
 
 def execute(notebook):
-    nbclient.NotebookClient(notebook, timeout=120,
-                            resources={"metadata": {"path": str(FOLDER)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}}
+    ).execute()
 
 
 def parameters(notebook):
@@ -26,8 +28,9 @@ def parameters(notebook):
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     execute(notebook)
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code"
-               for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
@@ -35,9 +38,12 @@ def test_notebook_runs(path):
 def test_notebook_is_well_kept(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    cell, = parameters(notebook)
+    (cell,) = parameters(notebook)
     assert [line.split(" = ")[0] for line in cell.source.splitlines()] == [
-        "SCALE", "RECOMPUTE", "ARTIFACTS"]
+        "SCALE",
+        "RECOMPUTE",
+        "ARTIFACTS",
+    ]
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert "\ndef " not in code and "\nclass " not in code  # logic belongs to the package
     assert path.stat().st_size < 400_000  # it is read on a code host

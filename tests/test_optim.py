@@ -46,17 +46,25 @@ def private(mode="hooks", inner=torch.optim.SGD, learning_rate=0.5, wrap=True, *
     arguments = {"noise_multiplier": SIGMA, "max_grad_norm": BOUND} | arguments
     loss = nn.CrossEntropyLoss()
     wrapped, optimizer, *loss, loader = engine.make_private(
-        module=model, optimizer=inner(model.parameters(), lr=learning_rate), criterion=loss,
-        data_loader=DataLoader(data(), batch_size=BATCH), grad_sample_mode=mode,
-        noise_generator=torch.Generator().manual_seed(1), wrap_model=wrap, **arguments)
+        module=model,
+        optimizer=inner(model.parameters(), lr=learning_rate),
+        criterion=loss,
+        data_loader=DataLoader(data(), batch_size=BATCH),
+        grad_sample_mode=mode,
+        noise_generator=torch.Generator().manual_seed(1),
+        wrap_model=wrap,
+        **arguments,
+    )
     loss = loss[0] if loss else cross_entropy
     return wrapped if wrap else model, optimizer, loader, loss, engine
 
 
 def record(optimizer, kept):
     """Keep a copy of every gradient as the inner optimizer would see it at this point."""
+
     def hook(inner, args, kwargs):
         kept.append([p.grad.clone() for group in inner.param_groups for p in group["params"]])
+
     return optimizer.original_optimizer.register_step_pre_hook(hook)
 
 
@@ -76,8 +84,9 @@ def is_matrix(tensor):
 
 
 # Opacus itself refuses expanded weights without its wrapper
-@pytest.mark.parametrize("mode, wrap", [(mode, wrap) for mode in MODES for wrap in (True, False)
-                                        if wrap or mode != "ew"])
+@pytest.mark.parametrize(
+    "mode, wrap", [(mode, wrap) for mode in MODES for wrap in (True, False) if wrap or mode != "ew"]
+)
 def test_equals_restoring_by_hand_in_every_mode(mode, wrap):
     model, optimizer, loader, loss, engine = private(mode, wrap=wrap)
     before, noisy, restored = weights(model), [], []
@@ -106,8 +115,9 @@ def test_epsilon_and_noise_are_those_of_stock_opacus():
     gradients = [], []
     handle = attach_restoration(with_one_line[1])
     handle.remove()
-    for (model, optimizer, loader, loss, _), kept in zip((plain, with_one_line), gradients,
-                                                         strict=True):
+    for (model, optimizer, loader, loss, _), kept in zip(
+        (plain, with_one_line), gradients, strict=True
+    ):
         record(optimizer, kept)
         torch.manual_seed(5)
         if kept is gradients[1]:
@@ -115,8 +125,10 @@ def test_epsilon_and_noise_are_those_of_stock_opacus():
         epoch(model, optimizer, loader, loss)
     assert plain[4].get_epsilon(1e-5) == with_one_line[4].get_epsilon(1e-5) > 0
     torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=0, atol=0)
-    assert any(not torch.equal(a, b) for a, b in zip(weights(plain[0]), weights(with_one_line[0]),
-                                                     strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(weights(plain[0]), weights(with_one_line[0]), strict=True)
+    )
 
 
 def test_scheme_none_changes_nothing():
@@ -135,8 +147,9 @@ def test_once_per_logical_step_under_the_batch_memory_manager(mode):
     attach_restoration(optimizer)
     record(optimizer, attached)
     micro = 0
-    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=8,
-                            optimizer=optimizer) as small:
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=8, optimizer=optimizer
+    ) as small:
         for x, y in small:
             optimizer.zero_grad()
             loss(model(x), y).backward()
@@ -164,9 +177,13 @@ def test_noise_level_against_what_opacus_draws(reduction):
     """Zero per-sample gradients leave the noise alone: 6 standard errors of its deviation."""
     weight = nn.Parameter(torch.zeros(200, 150))
     optimizer = DPOptimizer(
-        torch.optim.SGD([weight], lr=1.0), noise_multiplier=SIGMA, max_grad_norm=BOUND,
-        expected_batch_size=32, loss_reduction=reduction,
-        generator=torch.Generator().manual_seed(0))
+        torch.optim.SGD([weight], lr=1.0),
+        noise_multiplier=SIGMA,
+        max_grad_norm=BOUND,
+        expected_batch_size=32,
+        loss_reduction=reduction,
+        generator=torch.Generator().manual_seed(0),
+    )
     schedule = ExponentialNoise(optimizer, gamma=0.5)
     noisy, handle = [], attach_restoration(optimizer)
     record(optimizer, noisy)
@@ -183,10 +200,17 @@ def test_noise_level_against_what_opacus_draws(reduction):
 def test_adaclip_moves_its_bound_after_the_noise():
     weight = nn.Parameter(torch.zeros(200, 150))
     optimizer = AdaClipDPOptimizer(
-        torch.optim.SGD([weight], lr=1.0), noise_multiplier=SIGMA, max_grad_norm=BOUND,
-        expected_batch_size=32, generator=torch.Generator().manual_seed(0),
-        target_unclipped_quantile=0.0, clipbound_learning_rate=1.0, max_clipbound=10.0,
-        min_clipbound=0.01, unclipped_num_std=1.0)
+        torch.optim.SGD([weight], lr=1.0),
+        noise_multiplier=SIGMA,
+        max_grad_norm=BOUND,
+        expected_batch_size=32,
+        generator=torch.Generator().manual_seed(0),
+        target_unclipped_quantile=0.0,
+        clipbound_learning_rate=1.0,
+        max_clipbound=10.0,
+        min_clipbound=0.01,
+        unclipped_num_std=1.0,
+    )
     noisy, bounds, handle = [], [], attach_restoration(optimizer)
     record(optimizer, noisy)
     for _ in range(3):
@@ -201,8 +225,12 @@ def test_adaclip_moves_its_bound_after_the_noise():
 
 def test_ddp_averages_the_noise_over_workers():
     weight = nn.Parameter(torch.zeros(20, 10))
-    optimizer = DPOptimizer(torch.optim.SGD([weight], lr=1.0), noise_multiplier=SIGMA,
-                            max_grad_norm=BOUND, expected_batch_size=16)
+    optimizer = DPOptimizer(
+        torch.optim.SGD([weight], lr=1.0),
+        noise_multiplier=SIGMA,
+        max_grad_norm=BOUND,
+        expected_batch_size=16,
+    )
     optimizer.world_size = 4  # as DistributedDPOptimizer has it
     handle = attach_restoration(optimizer, mean_noise_std=None)
     weight.grad_sample = torch.zeros(4, 20, 10)
@@ -236,16 +264,20 @@ def run(parameters, optimizer, steps):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("inner", "settings"), [
-    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5}), (torch.optim.Adam, {"lr": 0.1}),
-    (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1})])
+@pytest.mark.parametrize(
+    ("inner", "settings"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5}),
+        (torch.optim.Adam, {"lr": 0.1}),
+        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
+    ],
+)
 def test_any_torch_optimizer(inner, settings):
     parameters, optimizer, steps = noisy_problem(inner, **settings)
     attach_restoration(optimizer, mean_noise_std=0.1)
     run(parameters, optimizer, steps)
     by_hand, other, _ = noisy_problem(inner, **settings)
-    run(by_hand, other, [[restore(g, 0.1) if g.ndim == 2 else g for g in grads]
-                         for grads in steps])
+    run(by_hand, other, [[restore(g, 0.1) if g.ndim == 2 else g for g in grads] for grads in steps])
     torch.testing.assert_close(parameters, by_hand, rtol=0, atol=0)
 
 
@@ -332,15 +364,20 @@ def test_remove_really_removes():
     attach_restoration(optimizer, mean_noise_std=0.1)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"scheme": "oracle", "values": torch.ones(12)}, "diagnosis only"),
-    ({"scheme": "optmal"}, "did you mean 'optimal'"),
-    ({"mean_noise_std": None}, "mean_noise_std must be"),
-    ({"mean_noise_std": 0.0}, "mean_noise_std must be"),
-    ({"momentum_beta": 1.0}, "beta must be"),
-    ({"scheme": "truncate"}, "k must be given"),
-    ({"scheme": "truncate", "k": 0}, "k must be an integer >= 1"),
-    ({"kappa": 2.0}, "kappa"), ({"below": "drop"}, "below must be one of")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "oracle", "values": torch.ones(12)}, "diagnosis only"),
+        ({"scheme": "optmal"}, "did you mean 'optimal'"),
+        ({"mean_noise_std": None}, "mean_noise_std must be"),
+        ({"mean_noise_std": 0.0}, "mean_noise_std must be"),
+        ({"momentum_beta": 1.0}, "beta must be"),
+        ({"scheme": "truncate"}, "k must be given"),
+        ({"scheme": "truncate", "k": 0}, "k must be an integer >= 1"),
+        ({"kappa": 2.0}, "kappa"),
+        ({"below": "drop"}, "below must be one of"),
+    ],
+)
 def test_bad_arguments_are_refused_before_training(arguments, message):
     _, optimizer, _ = noisy_problem(lr=1.0)
     with pytest.raises(ValueError, match=message):
@@ -394,6 +431,7 @@ def test_a_closure_is_refused():
 
 def test_shards_and_sparse_gradients_are_refused():
     from torch.distributed.tensor import DTensor  # no process group: any subclass's marker does
+
     assert hasattr(DTensor, "full_tensor")
     parameters, optimizer, steps = noisy_problem(lr=1.0)
     parameters[0].full_tensor = lambda: None
@@ -434,11 +472,23 @@ def trainer(tmp_path, callback, **settings):
     model = Model()
     settings = {"max_grad_norm": 0.0} | settings
     args = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=20, report_to=[],
-        save_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=0.5, **settings)
-    return NoisyTrainer(model=model, args=args, train_dataset=rows, callbacks=[callback],
-                        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5),
-                                    None))
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=20,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        learning_rate=0.5,
+        **settings,
+    )
+    return NoisyTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        callbacks=[callback],
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
+    )
 
 
 def test_hugging_face_callback(tmp_path):
@@ -463,16 +513,16 @@ def test_hugging_face_clipping_is_refused(tmp_path):
 
 
 def test_importing_stays_light():
-    code = ("import sys, lowrank_dp.optim; "
-            "assert not {'opacus', 'transformers'} & set(sys.modules)")
+    code = "import sys, lowrank_dp.optim; assert not {'opacus', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.slow
 def test_the_example_runs():
     example = Path(__file__).parent.parent / "examples" / "opacus_restoration.py"
-    done = subprocess.run([sys.executable, str(example)], check=True, capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(example)], check=True, capture_output=True, text=True, timeout=120
+    )
     lines = done.stdout.splitlines()
     epsilons = [line.split("epsilon")[1] for line in lines]
     losses = [float(line.split("loss")[1].split()[0]) for line in lines]
@@ -483,6 +533,7 @@ def test_the_example_runs():
 
 def test_an_optimizer_with_a_restoration_refuses_to_be_copied():
     """A copy would lose torch's hooks, and step without restoration."""
+
     def pickled(optimizer):
         return pickle.loads(pickle.dumps(optimizer))
 
@@ -498,8 +549,11 @@ def test_an_optimizer_with_a_restoration_refuses_to_be_copied():
             for thing in (optimizer, {"in": [optimizer]}, handle):
                 if copied is copy.copy and thing is not optimizer:
                     continue  # which shares the optimizer
-                with pytest.raises(ValueError, match=r"^an optimizer with a restoration attached "
-                                   r"must not be copied .*remove\(\) it"):
+                with pytest.raises(
+                    ValueError,
+                    match=r"^an optimizer with a restoration attached "
+                    r"must not be copied .*remove\(\) it",
+                ):
                     copied(thing)
         state = copy.deepcopy(optimizer.state_dict())
         handle.remove()

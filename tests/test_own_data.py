@@ -13,8 +13,14 @@ from lowrank_dp.data import Columns, load_task
 from lowrank_dp.data.readers import Table, _has_bare_quotes, read_table
 
 REVIEW = Columns(text="review", label="stars", group="user")
-ROWS = [{"review": f"NA, said \"number {i}\"\n of a film, é", "stars": ("good", "ok", "bad")[i % 3],
-         "user": f"u{i // 4}"} for i in range(12)]
+ROWS = [
+    {
+        "review": f'NA, said "number {i}"\n of a film, é',
+        "stars": ("good", "ok", "bad")[i % 3],
+        "user": f"u{i // 4}",
+    }
+    for i in range(12)
+]
 
 
 def frame(rows=None):
@@ -27,13 +33,14 @@ def write_all(folder, rows, name="mine"):
 
     table, paths = frame(rows), {}
     for ending, write in (
-            ("csv", lambda p: table.to_csv(p, index=False)),
-            ("csv.gz", lambda p: table.to_csv(p, index=False)),
-            ("tsv", lambda p: table.to_csv(p, index=False, sep="\t")),
-            ("jsonl", lambda p: table.to_json(p, orient="records", lines=True)),
-            ("jsonl.gz", lambda p: table.to_json(p, orient="records", lines=True)),
-            ("json", lambda p: table.to_json(p, orient="records")),
-            ("parquet", lambda p: table.to_parquet(p))):
+        ("csv", lambda p: table.to_csv(p, index=False)),
+        ("csv.gz", lambda p: table.to_csv(p, index=False)),
+        ("tsv", lambda p: table.to_csv(p, index=False, sep="\t")),
+        ("jsonl", lambda p: table.to_json(p, orient="records", lines=True)),
+        ("jsonl.gz", lambda p: table.to_json(p, orient="records", lines=True)),
+        ("json", lambda p: table.to_json(p, orient="records")),
+        ("parquet", lambda p: table.to_parquet(p)),
+    ):
         paths[ending] = folder / ending / f"{name}.{ending}"
         paths[ending].parent.mkdir(parents=True)
         write(paths[ending])
@@ -41,7 +48,8 @@ def write_all(folder, rows, name="mine"):
     datasets.Dataset.from_list(rows).save_to_disk(paths["saved"])
     paths["saved splits"] = folder / "splits" / name
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(
-        paths["saved splits"])
+        paths["saved splits"]
+    )
     return paths
 
 
@@ -58,8 +66,9 @@ def test_one_table_in_every_format(tmp_path):
     for name, task in tasks.items():
         assert task.train == tasks["jsonl"].train, name
         assert task.label_names == ("bad", "good", "ok") and task.num_labels == 3
-        assert ("text from 'review', label from 'stars' (3 classes: bad, good, ok), group from "
-                "'user'") in task.source, name
+        assert (
+            "text from 'review', label from 'stars' (3 classes: bad, good, ok), group from 'user'"
+        ) in task.source, name
     found = tasks["csv"].train
     assert [e.id for e in found] == [f"mine/train/{i}" for i in range(12)]
     assert [e.text for e in found] == [row["review"] for row in ROWS]
@@ -69,10 +78,13 @@ def test_one_table_in_every_format(tmp_path):
     numbered = [{**row, "idx": 2 * i} for i, row in enumerate(ROWS)]
     for name in ("mine.csv", "mine.parquet", "mine.json"):
         path = tmp_path / name
-        {"csv": frame(numbered).to_csv, "parquet": frame(numbered).to_parquet,
-         "json": lambda p: frame(numbered).to_json(p, orient="records")}[name[5:]](path)
+        {
+            "csv": frame(numbered).to_csv,
+            "parquet": frame(numbered).to_parquet,
+            "json": lambda p: frame(numbered).to_json(p, orient="records"),
+        }[name[5:]](path)
         assert [e.id for e in load(path).train] == [f"mine/train/{2 * i}" for i in range(12)]
-    frame().to_csv(tmp_path / "mine.csv")          # with pandas' index, a column without a name
+    frame().to_csv(tmp_path / "mine.csv")  # with pandas' index, a column without a name
     assert load(tmp_path / "mine.csv").train == found
 
 
@@ -86,7 +98,7 @@ def test_folders_of_splits(tmp_path):
         task = load_task(str(tmp_path), columns=REVIEW)
     assert len(said) == 1 and [*task.splits] == ["train", "validation"]
     assert [e.text for e in task.train] == [e.text for e in task.validation]
-    frame()[["review", "stars"]].to_csv(tmp_path / "dev.csv")       # users of the train split only
+    frame()[["review", "stars"]].to_csv(tmp_path / "dev.csv")  # users of the train split only
     (tmp_path / "dev.parquet").unlink()
     (tmp_path / "test.jsonl").unlink()
     assert load(tmp_path).validation[3].group == load(tmp_path).validation[3].id
@@ -118,7 +130,7 @@ def test_splits_and_classes_that_look_wrong_are_named(tmp_path):
     path.write_text("text,label,who\na,yes,u\nb,Yes , u\nc,no,v\n")
     with pytest.warns(UserWarning, match="classes 'Yes ', 'yes' differ only in case or white"):
         task = load_task(str(path), columns=Columns(group="who"))
-    assert len({e.group for e in task.train}) == 2          # a space makes no other person
+    assert len({e.group for e in task.train}) == 2  # a space makes no other person
 
 
 def labelled(tmp_path, labels, ending="jsonl"):
@@ -137,21 +149,26 @@ def labelled(tmp_path, labels, ending="jsonl"):
 def test_labels_of_every_kind(tmp_path):
     """The same in JSON, CSV and Parquet."""
     for labels, names, expected in (
-            ([1, 2, 3, 2], ("1", "2", "3"), [0, 1, 2, 1]),
-            ([7, 0, 100, 7], ("0", "7", "100"), [1, 0, 2, 1]),          # numeric order, with gaps
-            (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
-            ([True, False, True], ("False", "True"), [1, 0, 1]),
-            ([2.0, 1.0, 10.0], ("1", "2", "10"), [1, 0, 2]),            # floats, all whole
-            (["3", "1", "10"], ("1", "3", "10"), [1, 0, 2]),
-            (["007", "7", "07"], ("007", "07", "7"), [0, 2, 1]),        # codes, no numbers
-            ([10**12, 5], ("5", str(10**12)), [1, 0])):
+        ([1, 2, 3, 2], ("1", "2", "3"), [0, 1, 2, 1]),
+        ([7, 0, 100, 7], ("0", "7", "100"), [1, 0, 2, 1]),  # numeric order, with gaps
+        (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
+        ([True, False, True], ("False", "True"), [1, 0, 1]),
+        ([2.0, 1.0, 10.0], ("1", "2", "10"), [1, 0, 2]),  # floats, all whole
+        (["3", "1", "10"], ("1", "3", "10"), [1, 0, 2]),
+        (["007", "7", "07"], ("007", "07", "7"), [0, 2, 1]),  # codes, no numbers
+        ([10**12, 5], ("5", str(10**12)), [1, 0]),
+    ):
         for ending in ("jsonl", "csv", "parquet"):
             assert labelled(tmp_path, labels, ending) == ("classification", names, expected), (
-                labels, ending)
+                labels,
+                ending,
+            )
     for labels in ([0.5, 1.0, -2.25], ["0.5", "1", "-2.25"]):
         for ending in ("jsonl", "csv", "parquet"):
-            assert labelled(tmp_path, labels, ending) == (
-                "regression", (), [0.5, 1.0, -2.25]), (labels, ending)
+            assert labelled(tmp_path, labels, ending) == ("regression", (), [0.5, 1.0, -2.25]), (
+                labels,
+                ending,
+            )
     assert labelled(tmp_path, [0, 0.5, 2]) == ("regression", (), [0.0, 0.5, 2.0])
 
 
@@ -160,13 +177,18 @@ def test_classes_are_those_of_all_splits_and_of_class_labels(tmp_path):
 
     for split, labels in (("train", ["b", "c"]), ("validation", ["a", "c"])):
         frame([{"text": f"{split} {x}", "label": x} for x in labels]).to_csv(
-            tmp_path / f"{split}.csv", index=False)
+            tmp_path / f"{split}.csv", index=False
+        )
     with pytest.warns(UserWarning, match="no row of the train split has the class a$") as said:
         task = load_task(str(tmp_path))
     assert len(said) == 1 and task.label_names == ("a", "b", "c")
     assert [e.label for e in (*task.train, *task.validation)] == [1, 2, 0, 2]
-    features = datasets.Features({"text": datasets.Value("string"),
-                                  "label": datasets.ClassLabel(names=["zebra", "ant", "cow"])})
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["zebra", "ant", "cow"]),
+        }
+    )
     saved = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [2, 0]}, features=features)
     saved.save_to_disk(tmp_path / "saved")
     saved.to_parquet(tmp_path / "kept.parquet")
@@ -189,10 +211,12 @@ def test_records_to_generate_and_pairs(tmp_path):
     assert len(said) == 1 and task.unused == ("who",)
     assert task.kind == "generation" and len({e.group for e in task.train}) == 3
     task = load(path, Columns(prompt="question", target="answer", group="who"))
-    assert len({e.group for e in task.train}) == 2           # the column wins over the source
+    assert len({e.group for e in task.train}) == 2  # the column wins over the source
     frame([{**row, "who": int(row["who"])} for row in rows]).to_csv(tmp_path / "qa.csv")
-    assert load(tmp_path / "qa.csv", Columns(prompt="question", target="answer", group="who")
-                ).train == task.train
+    assert (
+        load(tmp_path / "qa.csv", Columns(prompt="question", target="answer", group="who")).train
+        == task.train
+    )
     pairs = tmp_path / "p.csv"
     pairs.write_text("left,right,same\na,b,1\nc,d,0\n")
     task = load(pairs, Columns(text="left", pair="right", label="same"))
@@ -214,8 +238,11 @@ def test_quotes_in_tsv_files(tmp_path):
     """A quote that nothing closes would join the rows up to the next one."""
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"Stop, he said\tx\nplain\ty\n"quoted" and on\tx\n')
-    assert [e.text for e in load(path, None).train] == ['"Stop, he said', "plain",
-                                                        '"quoted" and on']
+    assert [e.text for e in load(path, None).train] == [
+        '"Stop, he said',
+        "plain",
+        '"quoted" and on',
+    ]
     path.write_text('text\tlabel\n"a ""word"""\tx\nplain\ty\n')
     assert [e.text for e in load(path, None).train] == ['a "word"', "plain"]
     assert not _has_bare_quotes(b'a\tb\n"x"\ty\n"x\nz"\ty\n') and _has_bare_quotes(b'a\tb\nx\t"y\n')
@@ -223,7 +250,7 @@ def test_quotes_in_tsv_files(tmp_path):
 
 GOOD = b"review,stars,user\na,1,u\nb,2,v\n"
 R = '{"text": "a", "label": 0}\n'
-BAD = (     # file, content, columns, words of the line
+BAD = (  # file, content, columns, words of the line
     ("a.csv", b"review,stars,user\na,1,u\n,2,v\n", REVIEW, "a.csv row 2: column 'review'"),
     ("a.csv", b"review,stars,user\na,1,u\n \t,2,v\n", REVIEW, "a.csv row 2: column 'review'"),
     ("a.csv", b"review,stars,user\na,1,u\nb,,v\n", REVIEW, "a.csv row 2: column 'stars'"),
@@ -237,8 +264,13 @@ BAD = (     # file, content, columns, words of the line
     ("a.csv", "review,stars,user\né,1,u\n".encode("latin-1"), REVIEW, "a.csv line 2: must be"),
     ("a.csv", GOOD.decode().encode("utf-16"), REVIEW, "a.csv line 1: must be UTF-8"),
     ("a.csv", b"text,label\na,0\nb,1\n" + "é,1\n".encode("latin-1"), None, "a.csv line 4: must be"),
-    ("a.csv", b"text;label\na;0\nb;1\n", None, r"a.csv: the columns must be separated by commas, "
-     "and the header has ';'"),
+    (
+        "a.csv",
+        b"text;label\na;0\nb;1\n",
+        None,
+        r"a.csv: the columns must be separated by commas, "
+        "and the header has ';'",
+    ),
     ("a.csv", b"text;label\n1,5;0\nb;1\n", Columns(text="text"), "separated by commas"),
     ("a.csv", b"text\tlabel\na\t0\n", None, "separated by commas, and the header has tabs"),
     ("a.tsv", b"text,label\na,0\n", None, "separated by tabs, and the header has commas"),
@@ -263,17 +295,29 @@ BAD = (     # file, content, columns, words of the line
     ("a.jsonl", (R + '{"text": "b"}\n').encode(), None, "line 2: column 'label' is missing"),
     ("a.jsonl", (R + '{"text": "b", "label": null}\n').encode(), None, "line 2: column 'label'"),
     ("a.jsonl", (R + '{"text": "b", "label": Infinity}\n').encode(), None, "line 2: .* finite"),
-    ("a.jsonl", (R + '{"text": "b", "label": 0.5}\n{"text": "b", "label": 1%s}\n'
-                 % ("0" * 400)).encode(), None, "line 3: column 'label' must be below 2"),
+    (
+        "a.jsonl",
+        (R + '{"text": "b", "label": 0.5}\n{"text": "b", "label": 1%s}\n' % ("0" * 400)).encode(),
+        None,
+        "line 3: column 'label' must be below 2",
+    ),
     ("a.jsonl", (R + '{"text": "b", "label": -1%s}\n' % ("0" * 400)).encode(), None, "line 2: .*2"),
     ("a.jsonl", b'{"text": "b", "label": "\\ud800"}\n', None, "line 1: .*'label' must be valid U"),
     ("a.jsonl", (R + '{"text": "b", "label": "x"}\n').encode(), None, "line 2: .* of one type"),
     ("a.jsonl", (R + '{"text": "b", "label": true}\n').encode(), None, "line 2: .* of one type"),
     ("a.jsonl", (R + '{"text": "b", "label": [1]}\n').encode(), None, "line 2: column 'label' mus"),
-    ("a.jsonl", "".join(json.dumps({"text": "t", "label": i}) + "\n" for i in range(1001)).encode(),
-     None, "at most 1,000 classes"),
-    ("a.jsonl", b'{"text": "a", "label": 0, "who": null}\n', Columns(group="who"),
-     "line 1: column 'who' must be a string or an integer"),
+    (
+        "a.jsonl",
+        "".join(json.dumps({"text": "t", "label": i}) + "\n" for i in range(1001)).encode(),
+        None,
+        "at most 1,000 classes",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a", "label": 0, "who": null}\n',
+        Columns(group="who"),
+        "line 1: column 'who' must be a string or an integer",
+    ),
     ("a.jsonl", b'{"text": "a", "label": 0, "who": 1.5}\n', Columns(group="who"), "column 'who'"),
     ("a.json", b'{"data": [{"text": "a", "label": 0}]}', None, "a.json: must be a JSON array of"),
     ("a.json", b'{\n"text": "a",\n"label": 0}', None, "a.json: must be a JSON array of"),
@@ -300,8 +344,12 @@ def test_what_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{}")
-    for name, words in (("cut.parquet", "unreadable"), ("empty", "must hold train and validation"),
-                        ("saved", "unreadable"), ("gone.csv", "an existing folder or file")):
+    for name, words in (
+        ("cut.parquet", "unreadable"),
+        ("empty", "must hold train and validation"),
+        ("saved", "unreadable"),
+        ("gone.csv", "an existing folder or file"),
+    ):
         with pytest.raises(ValueError, match=words) as caught:
             load(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -323,15 +371,19 @@ def test_damaged_files_of_every_format(tmp_path):
             whole = content = file.read_bytes()
             for _ in range(rng.randrange(1, 4)):
                 start = rng.randrange(len(content) + 1)
-                content = (content[:start] + rng.randbytes(rng.randrange(4))
-                           + content[start + rng.choice([0, 1, 2, 40, len(content)]):])
+                content = (
+                    content[:start]
+                    + rng.randbytes(rng.randrange(4))
+                    + content[start + rng.choice([0, 1, 2, 40, len(content)]) :]
+                )
             file.write_bytes(content)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     task = load_task(str(path), columns=REVIEW)
-                assert all(isinstance(e.text, str) and 0 <= e.label < task.num_labels
-                           for e in task.train)
+                assert all(
+                    isinstance(e.text, str) and 0 <= e.label < task.num_labels for e in task.train
+                )
             except ValueError as error:
                 assert "\n" not in str(error) and len(str(error)) < 1000, (name, content)
                 outcomes[name] += 1
@@ -347,7 +399,7 @@ def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(bomb))
     (tmp_path / "a.json").write_bytes(b"[" + b" " * (1 << 17) + b"]")
     same = frame([{"text": "b" * 1000, "label": i % 2} for i in range(500)])
-    same.to_parquet(tmp_path / "a.parquet")          # one value, stored once
+    same.to_parquet(tmp_path / "a.parquet")  # one value, stored once
     assert (tmp_path / "a.parquet").stat().st_size < 1 << 16
     for name in ("a.csv.gz", "a.json", "a.parquet"):
         with pytest.raises(ValueError, match="at most 65,536 bytes"):
@@ -364,6 +416,10 @@ def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
 def test_a_table_is_rows_with_places(tmp_path):
     (tmp_path / "a.csv").write_bytes(GOOD)
     table = read_table(tmp_path / "a.csv")
-    assert table == Table([(f"{tmp_path}/a.csv row 1", {"review": "a", "stars": "1", "user": "u"}),
-                           (f"{tmp_path}/a.csv row 2", {"review": "b", "stars": "2", "user": "v"})],
-                          ("review", "stars", "user"))
+    assert table == Table(
+        [
+            (f"{tmp_path}/a.csv row 1", {"review": "a", "stars": "1", "user": "u"}),
+            (f"{tmp_path}/a.csv row 2", {"review": "b", "stars": "2", "user": "v"}),
+        ],
+        ("review", "stars", "user"),
+    )

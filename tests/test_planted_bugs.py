@@ -43,14 +43,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Noise: functions of (standard normal noise by name, step, memory) -> what is added in its place
 
+
 def noise_bug(change):
     def plant(patch):
         memory = {"step": 0}
 
         def add_noise(self, sums, generator=None):
-            noise = ADD_NOISE(replace(self, noise_multiplier=1 / self.max_grad_norm),
-                              {name: torch.zeros_like(total) for name, total in sums.items()},
-                              generator)
+            noise = ADD_NOISE(
+                replace(self, noise_multiplier=1 / self.max_grad_norm),
+                {name: torch.zeros_like(total) for name, total in sums.items()},
+                generator,
+            )
             changed = change(noise, memory, self)
             memory["step"] += 1
             return {name: total + self.noise_std * changed[name] for name, total in sums.items()}
@@ -61,13 +64,17 @@ def noise_bug(change):
 
 
 def without(chosen):
-    return noise_bug(lambda noise, memory, mechanism: {
-        name: torch.zeros_like(z) if chosen(name) else z for name, z in noise.items()})
+    return noise_bug(
+        lambda noise, memory, mechanism: {
+            name: torch.zeros_like(z) if chosen(name) else z for name, z in noise.items()
+        }
+    )
 
 
 def each(function):
-    return noise_bug(lambda noise, memory, mechanism: {
-        name: function(z) for name, z in noise.items()})
+    return noise_bug(
+        lambda noise, memory, mechanism: {name: function(z) for name, z in noise.items()}
+    )
 
 
 def repeated(lag):
@@ -79,14 +86,18 @@ def repeated(lag):
 
 
 def negated(noise, memory, mechanism):
-    memory["last"] = noise if memory["step"] % 2 == 0 else {
-        name: -z for name, z in memory["last"].items()}
+    memory["last"] = (
+        noise if memory["step"] % 2 == 0 else {name: -z for name, z in memory["last"].items()}
+    )
     return memory["last"]
 
 
 def one_for_two(noise, memory, mechanism):
-    first, second = [name for name in noise if name.endswith("self.query.weight")
-                     or name.endswith("self.key.weight")]
+    first, second = [
+        name
+        for name in noise
+        if name.endswith("self.query.weight") or name.endswith("self.key.weight")
+    ]
     return {**noise, second: noise[first].clone()}
 
 
@@ -110,14 +121,24 @@ def uniform(z):
 
 def seeded_by_step(patch):
     steps = iter(range(1000))
-    patch.setattr(GaussianMechanism, "add_noise", lambda self, sums, generator=None: ADD_NOISE(
-        self, sums, torch.Generator().manual_seed(next(steps))))
+    patch.setattr(
+        GaussianMechanism,
+        "add_noise",
+        lambda self, sums, generator=None: ADD_NOISE(
+            self, sums, torch.Generator().manual_seed(next(steps))
+        ),
+    )
 
 
 def seeded_anew(patch):
     steps = iter(range(1000))
-    patch.setattr(GaussianMechanism, "add_noise", lambda self, sums, generator=None: ADD_NOISE(
-        self, sums, generator.manual_seed(next(steps))))
+    patch.setattr(
+        GaussianMechanism,
+        "add_noise",
+        lambda self, sums, generator=None: ADD_NOISE(
+            self, sums, generator.manual_seed(next(steps))
+        ),
+    )
 
 
 def set_back(patch):
@@ -132,19 +153,27 @@ def set_back(patch):
 
 
 def twice(patch):
-    patch.setattr(GaussianMechanism, "add_noise", lambda self, sums, generator=None: ADD_NOISE(
-        self, ADD_NOISE(self, sums, generator), generator))
+    patch.setattr(
+        GaussianMechanism,
+        "add_noise",
+        lambda self, sums, generator=None: ADD_NOISE(
+            self, ADD_NOISE(self, sums, generator), generator
+        ),
+    )
 
 
 def some_clean(patch):
     def add_noise(self, sums, generator=None):
-        return {name: 0.9 * total + 0.1 * sums[name]
-                for name, total in ADD_NOISE(self, sums, generator).items()}
+        return {
+            name: 0.9 * total + 0.1 * sums[name]
+            for name, total in ADD_NOISE(self, sums, generator).items()
+        }
 
     patch.setattr(GaussianMechanism, "add_noise", add_noise)
 
 
 # Clipping: functions of (each row's gradient, the bound) -> sum
+
 
 def clip_bug(total_of):
     def plant(patch):
@@ -152,7 +181,7 @@ def clip_bug(total_of):
             rows, norms = [], []
             for batch in batches:
                 for row in range(len(batch["labels"])):
-                    alone = {key: value[row:row + 1] for key, value in batch.items()}
+                    alone = {key: value[row : row + 1] for key, value in batch.items()}
                     gradient, norm = CLIP(model, [alone], math.inf, **arguments)
                     rows.append(gradient)
                     norms.append(norm)
@@ -174,13 +203,20 @@ def added(rows):
 
 
 def by_factor(factor):
-    return clip_bug(lambda rows, bound: added([
-        {name: g * factor(row, bound) for name, g in row.items()} for row in rows]))
+    return clip_bug(
+        lambda rows, bound: added(
+            [{name: g * factor(row, bound) for name, g in row.items()} for row in rows]
+        )
+    )
 
 
 def by_layer(rows, bound):
-    return added([{name: g * min(1, bound / max(1e-9, float(g.norm()))) for name, g in row.items()}
-                  for row in rows])
+    return added(
+        [
+            {name: g * min(1, bound / max(1e-9, float(g.norm()))) for name, g in row.items()}
+            for row in rows
+        ]
+    )
 
 
 def after_summing(rows, bound):
@@ -190,8 +226,13 @@ def after_summing(rows, bound):
 
 def bound_times(factor):
     def plant(patch):
-        patch.setattr(module, "clipped_sum_over", lambda model, batches, bound, **arguments: CLIP(
-            model, batches, bound * factor, **arguments))
+        patch.setattr(
+            module,
+            "clipped_sum_over",
+            lambda model, batches, bound, **arguments: CLIP(
+                model, batches, bound * factor, **arguments
+            ),
+        )
 
     return plant
 
@@ -214,6 +255,7 @@ def first_row_left_out(patch):
 
 
 # Sampling: functions of (rows of an honest draw, number of rows, numpy generator) -> rows
+
 
 def sample_bug(change):
     def plant(patch):
@@ -244,6 +286,7 @@ def own_sampler(patch):
 
 # Head, optimizer, restoration
 
+
 def head_outside(patch):
     def clip(model, batches, bound, **arguments):
         sums, norms = CLIP(model, batches, bound, **arguments)
@@ -265,31 +308,49 @@ def remember_clean(patch):
 
 def clean_to_optimizer(patch):
     kept = remember_clean(patch)
-    patch.setattr(Copies, "assign", lambda self, trained, gradient: ASSIGN(
-        self, trained, {name: kept[name] / 10 for name in gradient}))
+    patch.setattr(
+        Copies,
+        "assign",
+        lambda self, trained, gradient: ASSIGN(
+            self, trained, {name: kept[name] / 10 for name in gradient}
+        ),
+    )
 
 
 def clean_added_later(patch):
     kept = remember_clean(patch)
-    patch.setattr(Copies, "assign", lambda self, trained, gradient: ASSIGN(
-        self, trained, {name: g + kept[name] / 10 for name, g in gradient.items()}))
+    patch.setattr(
+        Copies,
+        "assign",
+        lambda self, trained, gradient: ASSIGN(
+            self, trained, {name: g + kept[name] / 10 for name, g in gradient.items()}
+        ),
+    )
 
 
 def clean_restored(patch):
     kept = remember_clean(patch)
     restore = module.restore_gradients
-    patch.setattr(module, "restore_gradients", lambda noisy, *arguments, **options: restore(
-        {name: kept[name] for name in noisy}, *arguments, **options))
+    patch.setattr(
+        module,
+        "restore_gradients",
+        lambda noisy, *arguments, **options: restore(
+            {name: kept[name] for name in noisy}, *arguments, **options
+        ),
+    )
 
 
 # Accounting and ledger
+
 
 def other_mechanism(**factors):
     def plant(patch):
         def changed(config, num_units):
             mechanism, delta = PREPARE(config, num_units)
-            return replace(mechanism, **{name: factor * getattr(mechanism, name)
-                                         for name, factor in factors.items()}), delta
+            return replace(
+                mechanism,
+                **{name: factor * getattr(mechanism, name) for name, factor in factors.items()},
+            ), delta
 
         patch.setattr(preparation, "_mechanism", changed)
 
@@ -298,9 +359,15 @@ def other_mechanism(**factors):
 
 def calibrated_for_fewer_steps(patch):
     right = GaussianMechanism.calibrate.__func__
-    patch.setattr(GaussianMechanism, "calibrate", classmethod(
-        lambda cls, epsilon, delta, steps, *arguments, **options: right(
-            cls, epsilon, delta, steps // 2, *arguments, **options)))
+    patch.setattr(
+        GaussianMechanism,
+        "calibrate",
+        classmethod(
+            lambda cls, epsilon, delta, steps, *arguments, **options: right(
+                cls, epsilon, delta, steps // 2, *arguments, **options
+            )
+        ),
+    )
 
 
 def ledger_not_written(patch):
@@ -309,8 +376,7 @@ def ledger_not_written(patch):
 
 def ledger_halved(patch):
     right = runs.RunFolder.num_releases
-    patch.setattr(runs.RunFolder, "num_releases",
-                  lambda *arguments: right(*arguments) // 2)
+    patch.setattr(runs.RunFolder, "num_releases", lambda *arguments: right(*arguments) // 2)
 
 
 SIZE, CLIPPED = "noise has standard deviation", "clipped gradients of single rows are not those"
@@ -321,9 +387,15 @@ BUGS = {
     "no noise on one matrix": (without("bert.pooler.dense.weight".__eq__), f"{SIZE} .* in .*pool"),
     "no noise on biases": (without(lambda name: name.endswith("bias")), f"{SIZE} .* in .*bias"),
     "noise over sqrt 2": (each(lambda z: z / 2**0.5), SIZE),
-    "noise without C": (noise_bug(lambda noise, memory, mechanism: {
-        name: z / mechanism.max_grad_norm for name, z in noise.items()}), SIZE,
-        {"max_grad_norm": 2.0}),
+    "noise without C": (
+        noise_bug(
+            lambda noise, memory, mechanism: {
+                name: z / mechanism.max_grad_norm for name, z in noise.items()
+            }
+        ),
+        SIZE,
+        {"max_grad_norm": 2.0},
+    ),
     "noise over the batch size": (each(lambda z: z / 10), SIZE),
     "noise twice": (twice, SIZE),
     "noise and a share of clean sums": (some_clean, SIZE),
@@ -334,8 +406,10 @@ BUGS = {
     "noise and its negative": (noise_bug(negated), "repeats that of the step before"),
     "one noise for two matrices": (noise_bug(one_for_two), "noise of .* and of .* is the same"),
     "noise of rank one": (noise_bug(rank_one), "correlated"),
-    "every row of the noise the same": (each(lambda z: z[:1].expand_as(z)),
-                                       "correlated|has a mean"),
+    "every row of the noise the same": (
+        each(lambda z: z[:1].expand_as(z)),
+        "correlated|has a mean",
+    ),
     "uniform noise": (each(uniform), "noise is not normal"),
     "Laplace noise": (each(laplace), "noise is not normal"),
     "noise in float16": (each(lambda z: z.half().float()), "half precision"),
@@ -347,33 +421,53 @@ BUGS = {
     "clipped by layer": (clip_bug(by_layer), CLIPPED),
     "clip factor inverted": (by_factor(lambda row, bound: norm_of(row) / bound), CLIPPED),
     "clipped after summing": (clip_bug(after_summing), CLIPPED),
-    "norm of the head alone": (by_factor(
-        lambda row, bound: min(1, bound / norm_of(row, HEAD))), CLIPPED),
+    "norm of the head alone": (
+        by_factor(lambda row, bound: min(1, bound / norm_of(row, HEAD))),
+        CLIPPED,
+    ),
     "a batch counted twice": (first_batch_twice, "a row was left out, or counts twice"),
     "a row left out": (first_row_left_out, "a row was left out, or counts twice"),
-    "samples of a fixed size": (sample_bug(lambda honest, count, random, memory: random.choice(
-        count, 10, replace=False)), "the sample is of a fixed size"),
-    "no sampling": (sample_bug(lambda honest, count, random, memory: range(count)),
-                    "the sample has another size"),
+    "samples of a fixed size": (
+        sample_bug(lambda honest, count, random, memory: random.choice(count, 10, replace=False)),
+        "the sample is of a fixed size",
+    ),
+    "no sampling": (
+        sample_bug(lambda honest, count, random, memory: range(count)),
+        "the sample has another size",
+    ),
     "the same rows each step": (sample_bug(first_again), "depends on the sample .* before"),
-    "rows with replacement": (sample_bug(lambda honest, count, random, memory: random.choice(
-        count, len(honest))), "the sample has a unit twice"),
-    "the rate doubled": (sample_bug(lambda honest, count, random, memory: np.flatnonzero(
-        random.random(count) < 0.5)), "the sample has another size"),
-    "a row that is always in": (sample_bug(lambda honest, count, random, memory: {*honest, 3}),
-                                "takes a unit more or less often"),
+    "rows with replacement": (
+        sample_bug(lambda honest, count, random, memory: random.choice(count, len(honest))),
+        "the sample has a unit twice",
+    ),
+    "the rate doubled": (
+        sample_bug(
+            lambda honest, count, random, memory: np.flatnonzero(random.random(count) < 0.5)
+        ),
+        "the sample has another size",
+    ),
+    "a row that is always in": (
+        sample_bug(lambda honest, count, random, memory: {*honest, 3}),
+        "takes a unit more or less often",
+    ),
     "shuffled epochs": (sample_bug(epochs), "the sample (has|is|depends)"),
     "samples from another generator": (own_sampler, "generator of the samples has not moved on"),
     "head outside the mechanism": (head_outside, "classifier.* neither clipped nor noised"),
     "clean sums to the optimizer": (clean_to_optimizer, "not what the mechanism released"),
     "clean sums added after the noise": (clean_added_later, "not what the mechanism released"),
-    "clean sums restored": (clean_restored, "not what the mechanism released",
-                            {"scheme": "optimal"}),
+    "clean sums restored": (
+        clean_restored,
+        "not what the mechanism released",
+        {"scheme": "optimal"},
+    ),
     "another rate accounted for": (other_mechanism(sample_rate=0.5), "sample_rate of the mech"),
     "another bound accounted for": (other_mechanism(max_grad_norm=0.5), "max_grad_norm of the"),
     "less noise than asked for": (other_mechanism(noise_multiplier=0.8), "noise_multiplier of the"),
-    "calibrated for fewer steps": (calibrated_for_fewer_steps, "gives epsilon .* more than 8",
-                                   {"epsilon": 8.0, "noise_multiplier": None}),
+    "calibrated for fewer steps": (
+        calibrated_for_fewer_steps,
+        "gives epsilon .* more than 8",
+        {"epsilon": 8.0, "noise_multiplier": None},
+    ),
     "ledger not written": (ledger_not_written, "ledger holds 0 releases, and 30 steps were made"),
     "ledger halved": (ledger_halved, "ledger holds 15 releases, and 30 steps were made"),
 }
@@ -393,6 +487,7 @@ def test_a_planted_bug_stops_the_run_by_name(name, base, tmp_path, monkeypatch):
 
 
 # Resumption: what a run that was killed after some steps does with their noise
+
 
 def half_made(patch, config, folder, steps):
     """A run that is killed three steps after its last snapshot."""
@@ -447,12 +542,17 @@ def other_weights(patch):
     patch.setattr(preparation, "load_model", load_model)
 
 
-@pytest.mark.parametrize("plant, begun_with, words", [
-    (noise_drawn_anew, False, "step 7 was repeated with other noise"),
-    (noise_of_earlier_steps, True, "step 7 (was repeated with other|has the noise of step 1)"),
-    (other_weights, False, "step 7 was repeated with other sums")])
-def test_a_bug_of_resuming_stops_the_run_by_name(plant, begun_with, words, base, tmp_path,
-                                                 monkeypatch):
+@pytest.mark.parametrize(
+    "plant, begun_with, words",
+    [
+        (noise_drawn_anew, False, "step 7 was repeated with other noise"),
+        (noise_of_earlier_steps, True, "step 7 (was repeated with other|has the noise of step 1)"),
+        (other_weights, False, "step 7 was repeated with other sums"),
+    ],
+)
+def test_a_bug_of_resuming_stops_the_run_by_name(
+    plant, begun_with, words, base, tmp_path, monkeypatch
+):
     config = replace(base, steps=12, snapshot_every=6, seed=None)
     if begun_with:
         plant(monkeypatch)
@@ -472,6 +572,7 @@ def test_an_honest_run_is_resumed(base, tmp_path, monkeypatch):
 
 # Selection: a subset that one record more or less changes for other records
 
+
 def first_rows(rows, probability, *key):
     count = int(probability * len(rows))
     return tuple(rows[:count]), tuple(rows[count:])
@@ -479,16 +580,20 @@ def first_rows(rows, probability, *key):
 
 def smallest_hashes(rows, probability, *key):
     order = sorted(range(len(rows)), key=lambda i: hash_of(rows[i], *key))
-    kept = {*order[:int(probability * len(rows))]}
-    return (tuple(row for i, row in enumerate(rows) if i in kept),
-            tuple(row for i, row in enumerate(rows) if i not in kept))
+    kept = {*order[: int(probability * len(rows))]}
+    return (
+        tuple(row for i, row in enumerate(rows) if i in kept),
+        tuple(row for i, row in enumerate(rows) if i not in kept),
+    )
 
 
 def shuffled(rows, probability, *key):
     order = np.random.default_rng(0).permutation(len(rows))
-    kept = {*order[:int(probability * len(rows))].tolist()}
-    return (tuple(row for i, row in enumerate(rows) if i in kept),
-            tuple(row for i, row in enumerate(rows) if i not in kept))
+    kept = {*order[: int(probability * len(rows))].tolist()}
+    return (
+        tuple(row for i, row in enumerate(rows) if i in kept),
+        tuple(row for i, row in enumerate(rows) if i not in kept),
+    )
 
 
 def hash_of(row, *key):
@@ -498,20 +603,32 @@ def hash_of(row, *key):
 def test_a_bug_of_selection_stops_the_run_by_name(base, tmp_path, monkeypatch):
     for number, choose in enumerate((first_rows, smallest_hashes, shuffled)):
         for place, changes, words in (
-                (tasks, {"max_examples": 20}, "max_examples"),
-                (preparation, {"holdout": 10}, "holdout")):
-            with monkeypatch.context() as patch, pytest.raises(
-                    ValueError, match=f"{words} does not choose each record by itself"):
+            (tasks, {"max_examples": 20}, "max_examples"),
+            (preparation, {"holdout": 10}, "holdout"),
+        ):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(ValueError, match=f"{words} does not choose each record by itself"),
+            ):
                 patch.setattr(place, "partition", choose)
-                train(replace(base, batch_size=4, **changes), tmp_path / f"{number} {words}",
-                      show_progress=False)
-    for number, choose in enumerate((
+                train(
+                    replace(base, batch_size=4, **changes),
+                    tmp_path / f"{number} {words}",
+                    show_progress=False,
+                )
+    for number, choose in enumerate(
+        (
             lambda units, *rest: [i < len(units) // 2 for i in range(len(units))],
-            lambda units, *rest: np.random.default_rng(0).random(len(units)) < 0.5)):
+            lambda units, *rest: np.random.default_rng(0).random(len(units)) < 0.5,
+        )
+    ):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="'bernoulli' does n"):
             patch.setattr(preparation, "draw_members", choose)
-            train(replace(base, batch_size=4, membership="bernoulli"), tmp_path / f"{number}",
-                  show_progress=False)
+            train(
+                replace(base, batch_size=4, membership="bernoulli"),
+                tmp_path / f"{number}",
+                show_progress=False,
+            )
     for changes in ({"max_examples": 20}, {"holdout": 10}, {"membership": "bernoulli"}):
         preparation.prepare(replace(base, batch_size=4, **changes), 0)
 
@@ -523,11 +640,24 @@ def test_a_scheme_that_reads_clean_gradients_is_refused_whatever_the_config_says
         train(config, tmp_path / "run", show_progress=False)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"scheme": "optimal"}, {"scheme": "optimal", "momentum_beta": 0.9},
-    {"scheme": "oracle", "diagnostic": True}, {"precision": "bf16"}, {"dropout": True},
-    {"method": "lora"}, {"batch_size": 40}, {"batch_size": 1}, {"max_grad_norm": 1e-3},
-    {"seed": None}, {"non_private": True, "noise_multiplier": None}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scheme": "optimal"},
+        {"scheme": "optimal", "momentum_beta": 0.9},
+        {"scheme": "oracle", "diagnostic": True},
+        {"precision": "bf16"},
+        {"dropout": True},
+        {"method": "lora"},
+        {"batch_size": 40},
+        {"batch_size": 1},
+        {"max_grad_norm": 1e-3},
+        {"seed": None},
+        {"non_private": True, "noise_multiplier": None},
+    ],
+    ids=str,
+)
 def test_an_honest_run_is_not_stopped(changes, base, tmp_path):
     result = train(replace(base, steps=STEPS, **changes), tmp_path / "run", show_progress=False)
     assert result.releases == STEPS
@@ -565,12 +695,20 @@ def not_finite(output):
 
 def test_a_stop_by_private_rows_names_none_of_their_numbers(base, tmp_path, monkeypatch):
     for name, patched, forward, words in (
-            ("mixing", BertPooler, mixing,
-             r"loss of row \d+ is not the same alone and in the batch"),
-            ("auxiliary", transformers.BertForSequenceClassification, with_loss(auxiliary),
-             "plain classification, regression or token loss"),
-            ("not finite", transformers.BertForSequenceClassification, with_loss(not_finite),
-             r"batch row \d+ has a loss that is not finite")):
+        ("mixing", BertPooler, mixing, r"loss of row \d+ is not the same alone and in the batch"),
+        (
+            "auxiliary",
+            transformers.BertForSequenceClassification,
+            with_loss(auxiliary),
+            "plain classification, regression or token loss",
+        ),
+        (
+            "not finite",
+            transformers.BertForSequenceClassification,
+            with_loss(not_finite),
+            r"batch row \d+ has a loss that is not finite",
+        ),
+    ):
         with monkeypatch.context() as patch, torch.random.fork_rng(devices=[]):
             patch.setattr(patched, "forward", forward)
             with pytest.raises(ValueError, match=words) as error:
@@ -587,8 +725,9 @@ def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
 
     def forward(x, labels):
         logits = model.linear(x)
-        return SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits, labels),
-                               logits=logits)
+        return SimpleNamespace(
+            loss=torch.nn.functional.cross_entropy(logits, labels), logits=logits
+        )
 
     model.forward = forward
     batch = {"x": torch.randn(2, 3), "labels": torch.tensor([0, 1])}
@@ -596,7 +735,8 @@ def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
 
     def clip_by(backend):
         return lambda batch, bound: clipped_sum(
-            model, batch, bound, backend=backend, check_rows=False)[0]
+            model, batch, bound, backend=backend, check_rows=False
+        )[0]
 
     guards.check_clipping(model, batch, 0.01, clip_by("bookkeeping"))
     assert bool((model.linear.weight.grad == 1).all()) and model.linear.bias.grad is None

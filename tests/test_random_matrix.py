@@ -22,9 +22,18 @@ def t64(*values):
 
 # --- the bulk ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("shape, noise_std, edge", [
-    ((100, 400), 0.5, 15.0), ((400, 100), 0.5, 15.0), ((9, 9), 2.0, 12.0), ((1, 1), 1.0, 2.0),
-    ((3, 4, 25, 36), 1.0, 11.0), ((100, 400), 0.0, 0.0)])
+
+@pytest.mark.parametrize(
+    "shape, noise_std, edge",
+    [
+        ((100, 400), 0.5, 15.0),
+        ((400, 100), 0.5, 15.0),
+        ((9, 9), 2.0, 12.0),
+        ((1, 1), 1.0, 2.0),
+        ((3, 4, 25, 36), 1.0, 11.0),
+        ((100, 400), 0.0, 0.0),
+    ],
+)
 def test_edge(shape, noise_std, edge):
     assert rmt.bulk_edge(shape, noise_std) == pytest.approx(edge, rel=1e-15)
 
@@ -34,8 +43,9 @@ def test_edge(shape, noise_std, edge):
 def test_density_integrates_to_one(shape, noise_std):
     edge = rmt.bulk_edge(shape, noise_std)
     low = noise_std * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
-    total, _ = integrate.quad(lambda s: float(rmt.marchenko_pastur_pdf(s, shape, noise_std)),
-                              low, edge, limit=200)
+    total, _ = integrate.quad(
+        lambda s: float(rmt.marchenko_pastur_pdf(s, shape, noise_std)), low, edge, limit=200
+    )
     assert total == pytest.approx(1, abs=1e-6)
     outside = rmt.marchenko_pastur_pdf(np.array([0, low * 0.999, edge * 1.001]), shape, noise_std)
     assert (outside == 0).all()
@@ -60,8 +70,9 @@ def test_quantiles_invert_the_density(shape):
     quantiles = rmt.marchenko_pastur_quantiles(5, shape, 2.0)
     for value, level in zip(quantiles, (0.9, 0.7, 0.5, 0.3, 0.1), strict=True):
         low = 2 * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
-        below, _ = integrate.quad(lambda s: float(rmt.marchenko_pastur_pdf(s, shape, 2.0)),
-                                  low, value, limit=200)
+        below, _ = integrate.quad(
+            lambda s: float(rmt.marchenko_pastur_pdf(s, shape, 2.0)), low, value, limit=200
+        )
         assert below == pytest.approx(level, abs=1e-5)
 
 
@@ -102,6 +113,7 @@ def test_tracy_widom_quantiles():
 
 # --- spikes -----------------------------------------------------------------------------------
 
+
 @given(ASPECTS, st.floats(1.0 + 1e-6, 1e4))
 def test_spike_map_round_trip(aspect, factor):
     theta = aspect**0.25 * factor
@@ -123,14 +135,18 @@ def test_invisible_spikes(aspect, factor):
         assert float(shrink(t64(edge * factor), aspect)) == 0
 
 
-SHRINKERS = {"frobenius": rmt.shrink_frobenius, "operator": rmt.shrink_operator,
-             "nuclear": rmt.shrink_nuclear}
+SHRINKERS = {
+    "frobenius": rmt.shrink_frobenius,
+    "operator": rmt.shrink_operator,
+    "nuclear": rmt.shrink_nuclear,
+}
 
 
 @given(ASPECTS, st.floats(1.0 + 1e-6, 1e4))
 def test_formulas_of_the_literature(aspect, factor):
     """Inverse map and Frobenius shrinker as printed, in 50 digits (they cancel in doubles)."""
     import mpmath as mp
+
     with mp.workdps(50):
         b = mp.mpf(aspect)
         y = float((1 + mp.sqrt(b)) * factor)
@@ -140,8 +156,10 @@ def test_formulas_of_the_literature(aspect, factor):
         signal = theta**4 - b
         short, long = signal / (theta**4 + b * theta**2), signal / (theta**4 + theta**2)
         want = [float(v) for v in (theta, root / y, nuclear)]
-    got = [float(f(t64(y), aspect)) for f in (rmt.clean_value, rmt.shrink_frobenius,
-                                              rmt.shrink_nuclear)]
+    got = [
+        float(f(t64(y), aspect))
+        for f in (rmt.clean_value, rmt.shrink_frobenius, rmt.shrink_nuclear)
+    ]
     assert got == pytest.approx(want, rel=1e-9, abs=1e-12 * y)
     measured = [float(c) for c in rmt.overlaps(t64(float(theta)), aspect)]
     assert measured == pytest.approx([float(short), float(long)], rel=1e-9, abs=1e-12)
@@ -153,8 +171,9 @@ def test_formulas_of_the_literature(aspect, factor):
 def test_single_precision_near_and_far(aspect):
     """float32 agrees with float64 at the same y: next to the edge, and without overflow."""
     edge = 1 + math.sqrt(aspect)
-    y = torch.tensor([0.0, 1e-30, edge * 0.99, edge * 1.001, edge * 1.1,
-                      50.0, 1e5, 1e12, 1e20, 1e30])
+    y = torch.tensor(
+        [0.0, 1e-30, edge * 0.99, edge * 1.001, edge * 1.1, 50.0, 1e5, 1e12, 1e20, 1e30]
+    )
     for shrink in (rmt.clean_value, *SHRINKERS.values()):
         got, want = shrink(y, aspect), shrink(y.double(), aspect)
         assert got.dtype == torch.float32
@@ -197,6 +216,7 @@ def test_visible_value_and_overlaps_by_simulation(shape, theta):
 
 # --- shrinkers ----------------------------------------------------------------------------------
 
+
 def asymptotic_loss(eta, theta, aspect, loss):
     """Loss of estimating a clean spike by eta along the noisy vectors: a 2 x 2 problem."""
     short, long = (float(c) for c in rmt.overlaps(t64(theta), aspect))
@@ -220,9 +240,12 @@ def test_shrinkers_minimise_their_asymptotic_loss(aspect, factor, loss):
     grid = np.linspace(0, 1.5 * theta + 1, 400)
     start = grid[np.argmin([asymptotic_loss(e, theta, aspect, loss) for e in grid])]
     step = grid[1] - grid[0]
-    best = optimize.minimize_scalar(lambda e: asymptotic_loss(e, theta, aspect, loss),
-                                    bounds=(max(start - step, 0), start + step), method="bounded",
-                                    options={"xatol": 1e-10})
+    best = optimize.minimize_scalar(
+        lambda e: asymptotic_loss(e, theta, aspect, loss),
+        bounds=(max(start - step, 0), start + step),
+        method="bounded",
+        options={"xatol": 1e-10},
+    )
     lowest = min(best.fun, asymptotic_loss(0.0, theta, aspect, loss))
     assert asymptotic_loss(eta, theta, aspect, loss) <= lowest + 1e-7 * theta
     assert eta == pytest.approx(best.x if best.fun <= lowest else 0, abs=2e-4 * theta)
@@ -263,28 +286,36 @@ def test_hard_threshold(aspect):
     level = rmt.hard_threshold(aspect)
     theta = float(rmt.clean_value(t64(level), aspect))
     assert asymptotic_loss(level, theta, aspect, "frobenius") == pytest.approx(theta**2, rel=1e-9)
-    assert level == pytest.approx(math.sqrt(2 * (aspect + 1) + 8 * aspect / (
-        aspect + 1 + math.sqrt(aspect**2 + 14 * aspect + 1))), rel=1e-15)
+    assert level == pytest.approx(
+        math.sqrt(
+            2 * (aspect + 1) + 8 * aspect / (aspect + 1 + math.sqrt(aspect**2 + 14 * aspect + 1))
+        ),
+        rel=1e-15,
+    )
 
 
 # --- bad input --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("call, name", [
-    (lambda: rmt.bulk_edge((5,), 1.0), "shape"),
-    (lambda: rmt.bulk_edge(5, 1.0), "shape"),
-    (lambda: rmt.bulk_edge((0, 5), 1.0), "shape"),
-    (lambda: rmt.bulk_edge((2.5, 5), 1.0), "shape"),
-    (lambda: rmt.bulk_edge((4, 5), -1.0), "noise_std"),
-    (lambda: rmt.bulk_edge((4, 5), math.nan), "noise_std"),
-    (lambda: rmt.bulk_edge((4, 5), "1"), "noise_std"),
-    (lambda: rmt.bulk_edge((4, 5), 1.0, false_spike_rate=0), "false_spike_rate"),
-    (lambda: rmt.bulk_edge((4, 5), 1.0, false_spike_rate=1), "false_spike_rate"),
-    (lambda: rmt.aspect_and_scale((4, 5), 0.0), "noise_std"),
-    (lambda: rmt.marchenko_pastur_pdf(1.0, (4, 5), 0.0), "noise_std"),
-    (lambda: rmt.marchenko_pastur_pdf(1.0, (0, 5), 1.0), "shape"),
-    (lambda: rmt.marchenko_pastur_quantiles(0, (4, 5), 1.0), "count"),
-    (lambda: rmt.marchenko_pastur_quantiles(3, (4, 5), -1.0), "noise_std"),
-])
+
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda: rmt.bulk_edge((5,), 1.0), "shape"),
+        (lambda: rmt.bulk_edge(5, 1.0), "shape"),
+        (lambda: rmt.bulk_edge((0, 5), 1.0), "shape"),
+        (lambda: rmt.bulk_edge((2.5, 5), 1.0), "shape"),
+        (lambda: rmt.bulk_edge((4, 5), -1.0), "noise_std"),
+        (lambda: rmt.bulk_edge((4, 5), math.nan), "noise_std"),
+        (lambda: rmt.bulk_edge((4, 5), "1"), "noise_std"),
+        (lambda: rmt.bulk_edge((4, 5), 1.0, false_spike_rate=0), "false_spike_rate"),
+        (lambda: rmt.bulk_edge((4, 5), 1.0, false_spike_rate=1), "false_spike_rate"),
+        (lambda: rmt.aspect_and_scale((4, 5), 0.0), "noise_std"),
+        (lambda: rmt.marchenko_pastur_pdf(1.0, (4, 5), 0.0), "noise_std"),
+        (lambda: rmt.marchenko_pastur_pdf(1.0, (0, 5), 1.0), "shape"),
+        (lambda: rmt.marchenko_pastur_quantiles(0, (4, 5), 1.0), "count"),
+        (lambda: rmt.marchenko_pastur_quantiles(3, (4, 5), -1.0), "noise_std"),
+    ],
+)
 def test_bad_input(call, name):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         call()

@@ -21,12 +21,24 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Task, examples, load_task
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
 
-thousand = settings(max_examples=1000, deadline=None, derandomize=True,
-                    suppress_health_check=list(HealthCheck))
-scalars = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-           | st.sampled_from(["../x", "tiny", 10**400, -1, 2**63, "\ud800", "inf", 0, 1, 0.5]))
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3)
-                      | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=4)
+thousand = settings(
+    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["../x", "tiny", 10**400, -1, 2**63, "\ud800", "inf", 0, 1, 0.5])
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
 
 
 def one_line(read, expected):
@@ -44,7 +56,7 @@ def spoil(draw, content):
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         length = draw(st.sampled_from([0, 1, 1, 2, 40, len(content)]))
-        content = content[:start] + draw(st.binary(max_size=4)) + content[start + length:]
+        content = content[:start] + draw(st.binary(max_size=4)) + content[start + length :]
     return content
 
 
@@ -64,17 +76,34 @@ def mutate(draw, document):
 
 
 CONFIG = TrainConfig(epsilon=2.0, scheme="truncate", scheme_options={"k": 2}, filter_b=(0.5,))
-RESULT = artifacts.plain(TrainResult(
-    config=CONFIG, epsilon=2.0, delta=1e-5, releases=50, privacy="some", noise_multiplier=1.0,
-    sample_rate=0.1, curve=({"step": 0, "loss": 0.5, "seconds": 0.0},), seconds=1.0,
-    restore_seconds=0.1, train_loss=0.4, majority=0.5, description="tiny", provenance={"a": [1]}))
+RESULT = artifacts.plain(
+    TrainResult(
+        config=CONFIG,
+        epsilon=2.0,
+        delta=1e-5,
+        releases=50,
+        privacy="some",
+        noise_multiplier=1.0,
+        sample_rate=0.1,
+        curve=({"step": 0, "loss": 0.5, "seconds": 0.0},),
+        seconds=1.0,
+        restore_seconds=0.1,
+        train_loss=0.4,
+        majority=0.5,
+        description="tiny",
+        provenance={"a": [1]},
+    )
+)
 
 
 @thousand
 @given(draw=st.data())
 def test_configurations(draw):
-    document = draw.draw(values) if draw.draw(st.integers(0, 9)) == 0 else mutate(
-        draw.draw, CONFIG.as_json())
+    document = (
+        draw.draw(values)
+        if draw.draw(st.integers(0, 9)) == 0
+        else mutate(draw.draw, CONFIG.as_json())
+    )
     one_line(lambda: TrainConfig.from_json(document), TrainConfig)
 
 
@@ -123,16 +152,19 @@ def test_artifacts(folder, draw):
 
 
 ROWS = [{"idx": i, "sentence": f"a film {i}", "label": i % 2} for i in range(4)]
-TABLES = [{"meaning_representation": f"name[{i}]", "human_reference": f"it is {i}"}
-          for i in range(4)]
+TABLES = [
+    {"meaning_representation": f"name[{i}]", "human_reference": f"it is {i}"} for i in range(4)
+]
 TRIPLES = [{"tripleset": [["a", "b", "c"]], "annotations": {"text": ["d"]}} for _ in range(3)]
 
 
 @thousand
 @given(draw=st.data())
 def test_data(folder, draw):
-    rows = [mutate(draw.draw, row) if draw.draw(st.integers(0, 2)) == 0 else row
-            for row in draw.draw(st.sampled_from([ROWS, TABLES, TRIPLES]))]
+    rows = [
+        mutate(draw.draw, row) if draw.draw(st.integers(0, 2)) == 0 else row
+        for row in draw.draw(st.sampled_from([ROWS, TABLES, TRIPLES]))
+    ]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if draw.draw(st.booleans()):
         content = spoil(draw.draw, content)
@@ -161,10 +193,11 @@ def test_files_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
     (tmp_path / "r.json").write_text("{}")
     tracemalloc.start()
     for read, words in (
-            (lambda: load_task(str(tmp_path / "bomb.jsonl.gz")), "at most 1,048,576 bytes"),
-            (lambda: load_task(str(tmp_path / "line.jsonl.gz")), "longer than 1,048,576"),
-            (lambda: load_result(tmp_path), "at most 1,048,576 bytes"),
-            (lambda: artifacts.load_result(tmp_path, "r", Result), "more than 1,048,576")):
+        (lambda: load_task(str(tmp_path / "bomb.jsonl.gz")), "at most 1,048,576 bytes"),
+        (lambda: load_task(str(tmp_path / "line.jsonl.gz")), "longer than 1,048,576"),
+        (lambda: load_result(tmp_path), "at most 1,048,576 bytes"),
+        (lambda: artifacts.load_result(tmp_path, "r", Result), "more than 1,048,576"),
+    ):
         with pytest.raises(ValueError, match=words):
             read()
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
@@ -174,8 +207,19 @@ def test_files_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
 # --- what would run code ------------------------------------------------------------------------
 
 MODULES = ("pickle", "cPickle", "dill", "marshal", "shelve", "joblib.load", "cloudpickle")
-CALLS = ("eval", "exec", "compile", "os.system", "os.popen", "torch.load", "pickle.load",
-         "pickle.loads", "joblib.load", "yaml.load", "yaml.unsafe_load")
+CALLS = (
+    "eval",
+    "exec",
+    "compile",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "pickle.load",
+    "pickle.loads",
+    "joblib.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+)
 FLAGS = {"shell": True, "allow_pickle": True, "trust_remote_code": True, "weights_only": False}
 
 
@@ -196,7 +240,8 @@ def dangers(source):
             for flag, value in FLAGS.items():
                 found = given_.get(flag)
                 if found is not None and not (
-                        isinstance(found, ast.Constant) and found.value is not value):
+                    isinstance(found, ast.Constant) and found.value is not value
+                ):
                     yield f"line {node.lineno}: {flag}={ast.unparse(found)}"
             if name.endswith(("np.load", "numpy.load")) and "allow_pickle" not in given_:
                 yield f"line {node.lineno}: np.load without allow_pickle=False"
@@ -205,16 +250,29 @@ def dangers(source):
 PACKAGE = Path(lowrank_dp.__file__).parent
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")),
-                         ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
 def test_nothing_that_was_read_is_run(path):
     assert list(dangers(path.read_text())) == []
 
 
-@pytest.mark.parametrize("source", [
-    "import pickle", "from pickle import load", "from joblib import load", "torch.load(f)",
-    "np.load(f)", "np.load(f, allow_pickle=True)", "subprocess.run(c, shell=True)", "eval(x)",
-    "AutoModel.from_pretrained(m, trust_remote_code=flag)", "def f():\n  exec(x)",
-    "os.system('ls')", "load(f, weights_only=False)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import load",
+        "from joblib import load",
+        "torch.load(f)",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "subprocess.run(c, shell=True)",
+        "eval(x)",
+        "AutoModel.from_pretrained(m, trust_remote_code=flag)",
+        "def f():\n  exec(x)",
+        "os.system('ls')",
+        "load(f, weights_only=False)",
+    ],
+)
 def test_the_check_itself(source):
     assert list(dangers(source))

@@ -22,13 +22,27 @@ from lowrank_dp.restore import (
 
 SHAPES = [(60, 90), (90, 60), (70, 70), (8, 384), (384, 8), (1, 50), (50, 1)]
 CASES = [
-    ("none", {}), ("hard", {}), ("hard", {"threshold": "edge"}), ("soft", {}),
-    ("soft", {"threshold": "optimal"}), ("truncate", {"k": 1}), ("optimal", {}),
-    ("optimal", {"loss": "operator"}), ("optimal", {"loss": "nuclear"}), ("denoise", {}),
-    ("denoise", {"norm_correction": False}), ("denoise", {"kappa": 1.5}), ("partial", {}),
-    ("partial", {"alpha": 0.8}), ("partial", {"target": "power-law"}),
-    ("partial", {"target": "exponential", "alpha": 0.3}), ("power", {}), ("power", {"p": 5}),
-    ("power", {"p": 2}), ("power", {"p": 1.5})]
+    ("none", {}),
+    ("hard", {}),
+    ("hard", {"threshold": "edge"}),
+    ("soft", {}),
+    ("soft", {"threshold": "optimal"}),
+    ("truncate", {"k": 1}),
+    ("optimal", {}),
+    ("optimal", {"loss": "operator"}),
+    ("optimal", {"loss": "nuclear"}),
+    ("denoise", {}),
+    ("denoise", {"norm_correction": False}),
+    ("denoise", {"kappa": 1.5}),
+    ("partial", {}),
+    ("partial", {"alpha": 0.8}),
+    ("partial", {"target": "power-law"}),
+    ("partial", {"target": "exponential", "alpha": 0.3}),
+    ("power", {}),
+    ("power", {"p": 5}),
+    ("power", {"p": 2}),
+    ("power", {"p": 1.5}),
+]
 IDS = [" ".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in CASES]
 
 
@@ -54,8 +68,22 @@ def cosine(a, b):
 
 # --- the oracle: formulas of the papers, one float at a time ------------------------------------
 
-def naive_values(s, shape, noise_std, name, *, threshold=None, k=None, loss="frobenius", kappa=1.0,
-                 norm_correction=True, alpha=0.5, target="rmt", p=3):
+
+def naive_values(
+    s,
+    shape,
+    noise_std,
+    name,
+    *,
+    threshold=None,
+    k=None,
+    loss="frobenius",
+    kappa=1.0,
+    norm_correction=True,
+    alpha=0.5,
+    target="rmt",
+    p=3,
+):
     m, n = sorted(shape)
     b, scale = m / n, noise_std * math.sqrt(n)
     edge = noise_std * (math.sqrt(m) + math.sqrt(n))
@@ -67,15 +95,21 @@ def naive_values(s, shape, noise_std, name, *, threshold=None, k=None, loss="fro
             return 0.0
         root = math.sqrt((y * y - b - 1) ** 2 - 4 * b)
         theta = math.sqrt((y * y - b - 1 + root) / 2)
-        return scale * {
-            "frobenius": root / y, "operator": theta,
-            "nuclear": max(0, (theta**4 - b - math.sqrt(b) * theta * y) / (theta**2 * y))}[loss]
+        return (
+            scale
+            * {
+                "frobenius": root / y,
+                "operator": theta,
+                "nuclear": max(0, (theta**4 - b - math.sqrt(b) * theta * y) / (theta**2 * y)),
+            }[loss]
+        )
 
     if name == "none":
         return s
     if name in ("hard", "soft"):
-        level = {"optimal": lam, "edge": edge}[threshold or ("optimal" if name == "hard"
-                                                              else "edge")]
+        level = {"optimal": lam, "edge": edge}[
+            threshold or ("optimal" if name == "hard" else "edge")
+        ]
         return np.array([(v if name == "hard" else v - level) if v > level else 0 for v in s])
     if name == "truncate":
         return np.where(np.arange(len(s)) < k, s, 0)
@@ -113,7 +147,7 @@ def naive(noisy, noise_std, name, below="keep", **options):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["exact", "fast"])  # small: the fast path is exact here
 def test_scheme_by_its_formula(name, options, shape, method):
-    factors = [4.0, 2.0, 1.3, 1.1][:min(shape)]
+    factors = [4.0, 2.0, 1.3, 1.1][: min(shape)]
     for seed, some in enumerate([factors, [20.0], [0.5]]):
         noisy, _ = spiked(shape, some, seed=seed)
         got = restore(noisy, 0.7, name, method=method, **options)
@@ -143,8 +177,9 @@ def test_pure_functions_of_the_values(name, options):
     s = torch.linalg.svdvals(noisy)
     copy = s.clone()
     got = SCHEMES[name](s, (40, 70), 0.7, **options)
-    np.testing.assert_allclose(got, naive_values(s.numpy(), (40, 70), 0.7, name, **options),
-                               rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        got, naive_values(s.numpy(), (40, 70), 0.7, name, **options), rtol=1e-9, atol=1e-9
+    )
     assert torch.equal(s, copy)
     batch = SCHEMES[name](torch.stack([s, 2 * s]), (40, 70), 0.7, **options)
     torch.testing.assert_close(batch[0], got)
@@ -188,6 +223,7 @@ def test_public_profile_as_target():
 
 # --- what each scheme promises ------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("method", ["exact", "fast"])
 @pytest.mark.parametrize("shape", [(200, 600), (600, 200)])
 def test_promises(shape, method):
@@ -202,8 +238,11 @@ def test_promises(shape, method):
     assert restore(noisy, 0.7, "denoise", norm_correction=False, **run).norm() < 0.9 * norm
     for target in ("rmt", "power-law", "exponential"):
         close(restore(noisy, 0.7, "partial", alpha=0, target=target, **run), noisy, 1e-5)
-    close(restore(noisy, 0.7, "partial", alpha=1, **run),
-          restore(noisy, 0.7, "optimal", loss="operator", method="exact"), 0.02)
+    close(
+        restore(noisy, 0.7, "partial", alpha=1, **run),
+        restore(noisy, 0.7, "optimal", loss="operator", method="exact"),
+        0.02,
+    )
     close(restore(noisy, 0.7, "power", p=1, **run), noisy, 1e-5)
     for p in (2, 3, 4, 5, 7):
         restored = restore(noisy, 0.7, "power", p=p, **run)
@@ -217,8 +256,14 @@ def test_promises(shape, method):
         assert float((got - noisy).norm()) <= 1.005 * float((best - noisy).norm())
     assert torch.equal(restore(noisy, 0.7, "none", **run), noisy)
     error = float((restore(noisy, 0.7, **run) - clean).norm())
-    for name, options in (("hard", {}), ("soft", {}), ("truncate", {"k": 8}), ("none", {}),
-                          ("optimal", {"loss": "nuclear"}), ("partial", {})):
+    for name, options in (
+        ("hard", {}),
+        ("soft", {}),
+        ("truncate", {"k": 8}),
+        ("none", {}),
+        ("optimal", {"loss": "nuclear"}),
+        ("partial", {}),
+    ):
         assert error < float((restore(noisy, 0.7, name, **options, **run) - clean).norm())
 
 
@@ -254,8 +299,10 @@ def test_false_spike_rate(method):
     acted = np.zeros(2)
     for _ in range(150):
         noise = torch.randn(40, 60, generator=g)
-        acted += [not torch.equal(restore(noise, 1.0, method=method, false_spike_rate=rate), noise)
-                  for rate in (None, 0.01)]
+        acted += [
+            not torch.equal(restore(noise, 1.0, method=method, false_spike_rate=rate), noise)
+            for rate in (None, 0.01)
+        ]
     assert 8 <= acted[0] <= 32 and acted[1] <= 6
     u, s, vh = torch.linalg.svd(torch.randn(200, 300, generator=g), full_matrices=False)
     s[:2] = torch.tensor([60.0, 31.6])  # the second between the edge 31.46 and the 1% level 31.8
@@ -286,15 +333,18 @@ INVARIANT = [case for case in CASES if case[0] != "none"]
 
 
 @pytest.mark.parametrize("name, options", INVARIANT, ids=IDS[1:])
-@pytest.mark.parametrize("method, shape", [("exact", (30, 50)), ("exact", (50, 30)),
-                                           ("fast", (150, 260)), ("fast", (260, 150))])
+@pytest.mark.parametrize(
+    "method, shape",
+    [("exact", (30, 50)), ("exact", (50, 30)), ("fast", (150, 260)), ("fast", (260, 150))],
+)
 def test_invariances(name, options, method, shape):
     noisy, _ = spiked(shape, [6.0, 3.0, 2.0])
     run = {"scheme": name, "method": method, **options}
     restored = restore(noisy, 0.7, **run)
     g = generator(5)
-    left, right = (torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0]
-                   for n in shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0] for n in shape
+    )
     # the fast path stops when it has settled to a few per cent, from another start when rotated
     tolerance = 1e-8 if method == "exact" else 0.06
 
@@ -310,17 +360,24 @@ def test_invariances(name, options, method, shape):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6),
-       st.sampled_from([case for case in CASES if case[0] != "truncate"]), st.floats(1e-3, 1e3))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 10**6),
+    st.sampled_from([case for case in CASES if case[0] != "truncate"]),
+    st.floats(1e-3, 1e3),
+)
 def test_small_shapes(m, n, seed, case, noise_std):
     name, options = case
     noisy = noise_std * 2 * torch.randn(m, n, generator=generator(seed), dtype=torch.float64)
     got = restore(noisy, noise_std, name, **options)
-    np.testing.assert_allclose(got, naive(noisy, noise_std, name, **options),
-                               atol=1e-7 * float(noisy.norm()))
+    np.testing.assert_allclose(
+        got, naive(noisy, noise_std, name, **options), atol=1e-7 * float(noisy.norm())
+    )
 
 
 # --- inputs, outputs, reports ---------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name, options", CASES, ids=IDS)
 @pytest.mark.parametrize("method", ["exact", "fast"])
@@ -341,8 +398,10 @@ def test_input_untouched_and_deterministic(name, options, method):
 @pytest.mark.parametrize("name, options", CASES, ids=IDS)
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_batch_equals_one_by_one(name, options, method):
-    matrices = [spiked((130, 160), factors, seed=seed, dtype=torch.float32)[0]
-                for seed, factors in enumerate([[3.0, 1.2], [], [9.0] * 3, [1.02], [2.0], [0.1]])]
+    matrices = [
+        spiked((130, 160), factors, seed=seed, dtype=torch.float32)[0]
+        for seed, factors in enumerate([[3.0, 1.2], [], [9.0] * 3, [1.02], [2.0], [0.1]])
+    ]
     batch = torch.stack(matrices).reshape(2, 3, 130, 160)
     got, reports = restore_with_report(batch, 0.7, name, method=method, **options)
     assert got.shape == batch.shape and len(reports) == 6
@@ -372,9 +431,14 @@ def test_reports():
 
 
 def test_gradients_of_a_model():
-    grads = {"bias": torch.ones(5), "w": spiked((60, 90), [3.0])[0].float(),
-             "norm": torch.zeros(7), "v": torch.randn(60, 90, generator=generator(2)) * 0.1,
-             "row": torch.ones(1, 9), "lora": spiked((8, 384), [4.0])[0].float()}
+    grads = {
+        "bias": torch.ones(5),
+        "w": spiked((60, 90), [3.0])[0].float(),
+        "norm": torch.zeros(7),
+        "v": torch.randn(60, 90, generator=generator(2)) * 0.1,
+        "row": torch.ones(1, 9),
+        "lora": spiked((8, 384), [4.0])[0].float(),
+    }
     copies = {name: tensor.clone() for name, tensor in grads.items()}
     restored, reports = restore_gradients(grads, 0.7, "optimal", below="zero")
     assert list(restored) == list(grads) and list(reports) == ["w", "v", "lora"]
@@ -417,10 +481,16 @@ def test_rank_below_k():
 # --- the fast path on a large scale ---------------------------------------------------------------
 
 BIG = [(384, 1536), (1536, 384), pytest.param((768, 3072), marks=pytest.mark.slow)]
-SPIKES = {"none": [], "one": [3.0], "one near the edge": [1.05],
-          "8": [6, 5, 4, 3, 2, 1.5, 1.2, 1.05],
-          "20": list(np.linspace(8, 1.02, 20)), "40": list(np.geomspace(30, 1.1, 40)),
-          "40 weak": list(np.linspace(1.6, 1.05, 40)), "40 equal": [2.5] * 40}
+SPIKES = {
+    "none": [],
+    "one": [3.0],
+    "one near the edge": [1.05],
+    "8": [6, 5, 4, 3, 2, 1.5, 1.2, 1.05],
+    "20": list(np.linspace(8, 1.02, 20)),
+    "40": list(np.geomspace(30, 1.1, 40)),
+    "40 weak": list(np.linspace(1.6, 1.05, 40)),
+    "40 equal": [2.5] * 40,
+}
 
 
 @pytest.mark.parametrize("spikes", SPIKES)
@@ -440,13 +510,19 @@ def test_fast_alignment(shape, spikes):
         assert cosine(fast, exact) > 0.98, (name, options)
 
 
-@pytest.mark.parametrize("shape, factors", [((200, 300), np.linspace(5, 2, 120)),
-                                            ((300, 700), np.full(140, 3.0)),
-                                            ((700, 300), np.full(250, 3.0))])
+@pytest.mark.parametrize(
+    "shape, factors",
+    [
+        ((200, 300), np.linspace(5, 2, 120)),
+        ((300, 700), np.full(140, 3.0)),
+        ((700, 300), np.full(250, 3.0)),
+    ],
+)
 def test_many_spikes_fall_back_to_the_exact_path(shape, factors):
     noisy, _ = spiked(shape, list(factors), dtype=torch.float32)
-    torch.testing.assert_close(restore(noisy, 0.7), restore(noisy, 0.7, method="exact"),
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        restore(noisy, 0.7), restore(noisy, 0.7, method="exact"), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_wide_dynamic_range_in_single_precision():
@@ -464,53 +540,72 @@ def test_wide_dynamic_range_in_single_precision():
 GOOD = torch.eye(4)
 
 
-@pytest.mark.parametrize("matrix, words", [
-    (torch.ones(3), "at least 2 axes"), (torch.ones(0, 3), "non-empty"),
-    (torch.ones(2, 3, dtype=torch.int64), "float32 or float64"),
-    (torch.ones(2, 3).half(), "float32 or float64"),
-    (torch.ones(2, 3, dtype=torch.complex64), "float32 or float64"),
-    (torch.full((2, 3), math.nan), "finite entries"),
-    (torch.tensor([[1.0, math.inf]]), "finite entries"),
-    (torch.full((3, 3), 3e38), "Frobenius norm"),
-    (torch.zeros(2, 3), "nonzero entry"), (np.ones((2, 3)), "a torch tensor"), (None, "a torch")])
+@pytest.mark.parametrize(
+    "matrix, words",
+    [
+        (torch.ones(3), "at least 2 axes"),
+        (torch.ones(0, 3), "non-empty"),
+        (torch.ones(2, 3, dtype=torch.int64), "float32 or float64"),
+        (torch.ones(2, 3).half(), "float32 or float64"),
+        (torch.ones(2, 3, dtype=torch.complex64), "float32 or float64"),
+        (torch.full((2, 3), math.nan), "finite entries"),
+        (torch.tensor([[1.0, math.inf]]), "finite entries"),
+        (torch.full((3, 3), 3e38), "Frobenius norm"),
+        (torch.zeros(2, 3), "nonzero entry"),
+        (np.ones((2, 3)), "a torch tensor"),
+        (None, "a torch"),
+    ],
+)
 @pytest.mark.parametrize("scheme", ["optimal", "power", "none"])
 def test_bad_matrix(matrix, words, scheme):
     with pytest.raises(ValueError, match=f"^noisy must (be|have) .*{words}"):
         restore(matrix, 1.0, scheme)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"noise_std": 0}, "^noise_std must be a finite number > 0"),
-    ({"noise_std": -1}, "^noise_std must"), ({"noise_std": math.nan}, "^noise_std must"),
-    ({"noise_std": "1"}, "^noise_std must"), ({"noise_std": None}, "^noise_std must"),
-    ({"scheme": "power", "noise_std": -1}, "^noise_std must be a finite number >= 0"),
-    ({"scheme": "optmal"}, "^scheme must be one of .*did you mean 'optimal'"),
-    ({"scheme": None}, "^scheme must"), ({"method": "exakt"}, "^method must .*'exact'"),
-    ({"below": "kep"}, "^below must .*'keep'"), ({"false_spike_rate": 0}, "^false_spike_rate must"),
-    ({"false_spike_rate": 2}, "^false_spike_rate must"),
-    ({"los": "frobenius"}, "^option of scheme 'optimal' must .*did you mean 'loss'"),
-    ({"scheme": "denoise", "norm": torch.ones(1)}, "^option of scheme 'denoise' must"),
-    ({"loss": "frobenious"}, "^loss must .*'frobenius'"),
-    ({"scheme": "none", "k": 1}, "^scheme 'none' takes no options"),
-    ({"scheme": "hard", "threshold": "edgy"}, "^threshold must .*'edge'"),
-    ({"scheme": "soft", "threshold": 3.0}, "^threshold must"),
-    ({"scheme": "truncate"}, "^k must be given"), ({"scheme": "truncate", "k": 0}, "^k must"),
-    ({"scheme": "truncate", "k": "x"}, "^k must"), ({"scheme": "truncate", "k": 1.5}, "^k must"),
-    ({"scheme": "denoise", "kappa": -1}, "^kappa must"),
-    ({"scheme": "denoise", "kappa": None}, "^kappa must"),
-    ({"scheme": "partial", "alpha": 1.1}, "^alpha must"),
-    ({"scheme": "partial", "alpha": "x"}, "^alpha must"),
-    ({"scheme": "partial", "target": "powerlaw"}, "^target must .*'power-law'"),
-    ({"scheme": "partial", "target": np.ones(4)}, "^target must be a torch tensor"),
-    ({"scheme": "partial", "target": torch.ones(3)}, "^target must be a tensor of shape"),
-    ({"scheme": "partial", "target": torch.zeros(4)}, "^target must be nonnegative"),
-    ({"scheme": "partial", "target": torch.full((4,), math.nan)}, "^target must have finite"),
-    ({"scheme": "power", "p": 0}, "^p must"), ({"scheme": "power", "p": True}, "^p must"),
-    ({"scheme": "power", "p": [1, 2]}, "^p must"), ({"scheme": "power", "p": math.inf}, "^p must"),
-    ({"scheme": "oracle"}, "^values must be given"),
-    ({"scheme": "oracle", "values": [1.0]}, "^values must be a torch tensor"),
-    ({"scheme": "oracle", "values": torch.ones(3)}, "^values must be a tensor of shape"),
-    ({"scheme": "oracle", "values": torch.full((4,), math.nan)}, "^values must have finite")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"noise_std": 0}, "^noise_std must be a finite number > 0"),
+        ({"noise_std": -1}, "^noise_std must"),
+        ({"noise_std": math.nan}, "^noise_std must"),
+        ({"noise_std": "1"}, "^noise_std must"),
+        ({"noise_std": None}, "^noise_std must"),
+        ({"scheme": "power", "noise_std": -1}, "^noise_std must be a finite number >= 0"),
+        ({"scheme": "optmal"}, "^scheme must be one of .*did you mean 'optimal'"),
+        ({"scheme": None}, "^scheme must"),
+        ({"method": "exakt"}, "^method must .*'exact'"),
+        ({"below": "kep"}, "^below must .*'keep'"),
+        ({"false_spike_rate": 0}, "^false_spike_rate must"),
+        ({"false_spike_rate": 2}, "^false_spike_rate must"),
+        ({"los": "frobenius"}, "^option of scheme 'optimal' must .*did you mean 'loss'"),
+        ({"scheme": "denoise", "norm": torch.ones(1)}, "^option of scheme 'denoise' must"),
+        ({"loss": "frobenious"}, "^loss must .*'frobenius'"),
+        ({"scheme": "none", "k": 1}, "^scheme 'none' takes no options"),
+        ({"scheme": "hard", "threshold": "edgy"}, "^threshold must .*'edge'"),
+        ({"scheme": "soft", "threshold": 3.0}, "^threshold must"),
+        ({"scheme": "truncate"}, "^k must be given"),
+        ({"scheme": "truncate", "k": 0}, "^k must"),
+        ({"scheme": "truncate", "k": "x"}, "^k must"),
+        ({"scheme": "truncate", "k": 1.5}, "^k must"),
+        ({"scheme": "denoise", "kappa": -1}, "^kappa must"),
+        ({"scheme": "denoise", "kappa": None}, "^kappa must"),
+        ({"scheme": "partial", "alpha": 1.1}, "^alpha must"),
+        ({"scheme": "partial", "alpha": "x"}, "^alpha must"),
+        ({"scheme": "partial", "target": "powerlaw"}, "^target must .*'power-law'"),
+        ({"scheme": "partial", "target": np.ones(4)}, "^target must be a torch tensor"),
+        ({"scheme": "partial", "target": torch.ones(3)}, "^target must be a tensor of shape"),
+        ({"scheme": "partial", "target": torch.zeros(4)}, "^target must be nonnegative"),
+        ({"scheme": "partial", "target": torch.full((4,), math.nan)}, "^target must have finite"),
+        ({"scheme": "power", "p": 0}, "^p must"),
+        ({"scheme": "power", "p": True}, "^p must"),
+        ({"scheme": "power", "p": [1, 2]}, "^p must"),
+        ({"scheme": "power", "p": math.inf}, "^p must"),
+        ({"scheme": "oracle"}, "^values must be given"),
+        ({"scheme": "oracle", "values": [1.0]}, "^values must be a torch tensor"),
+        ({"scheme": "oracle", "values": torch.ones(3)}, "^values must be a tensor of shape"),
+        ({"scheme": "oracle", "values": torch.full((4,), math.nan)}, "^values must have finite"),
+    ],
+)
 @pytest.mark.parametrize("size", [4, 200])
 def test_bad_arguments(arguments, words, size):
     if isinstance(arguments.get("target"), torch.Tensor) and arguments["target"].shape == (4,):
@@ -520,22 +615,35 @@ def test_bad_arguments(arguments, words, size):
         restore(matrix, **{"noise_std": 1.0, **arguments})
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: oracle_values(GOOD, torch.eye(3)), "^clean must be"),
-    (lambda: oracle_values(GOOD, np.eye(4)), "^clean must be a torch tensor"),
-    (lambda: oracle_values(None, GOOD), "^noisy must be a torch tensor"),
-    (lambda: oracle_values(GOOD, GOOD, kind="weight"), "^kind must .*'weights'"),
-    (lambda: project(GOOD, np.eye(4)), "^basis must be a torch tensor"),
-    (lambda: restored_values(torch.ones(4), (3, 4), 1.0), r"^singular_values must .*\(3, 4\)"),
-    (lambda: restored_values(torch.ones(3), (2, 3, 4), 1.0), "^singular_values must be"),
-    (lambda: restored_values(torch.tensor([1.0, 2.0]), (2, 4), 1.0), "^singular_values .*descend"),
-    (lambda: restored_values(torch.tensor([1.0, -1.0]), (2, 4), 1.0), "^singular_values .*nonneg"),
-    (lambda: restored_values(torch.tensor([math.nan, 1.0]), (2, 4), 1.0), "^singular_values must"),
-    (lambda: restored_values(torch.ones(2), (2, 4), 0.0), "^noise_std must"),
-    (lambda: restored_values(torch.ones(2), (2, 4), 1.0, "best"), "^scheme must"),
-    (lambda: restored_values(torch.ones(2), (2, 4), 1.0, k=3), "option of scheme 'optimal'"),
-    (lambda: SCHEMES["optimal"](torch.ones(3), (3, 4), 0.0), "^noise_std must"),
-    (lambda: SCHEMES["hard"](torch.ones(3), (3, 4), -1.0), "^noise_std must")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: oracle_values(GOOD, torch.eye(3)), "^clean must be"),
+        (lambda: oracle_values(GOOD, np.eye(4)), "^clean must be a torch tensor"),
+        (lambda: oracle_values(None, GOOD), "^noisy must be a torch tensor"),
+        (lambda: oracle_values(GOOD, GOOD, kind="weight"), "^kind must .*'weights'"),
+        (lambda: project(GOOD, np.eye(4)), "^basis must be a torch tensor"),
+        (lambda: restored_values(torch.ones(4), (3, 4), 1.0), r"^singular_values must .*\(3, 4\)"),
+        (lambda: restored_values(torch.ones(3), (2, 3, 4), 1.0), "^singular_values must be"),
+        (
+            lambda: restored_values(torch.tensor([1.0, 2.0]), (2, 4), 1.0),
+            "^singular_values .*descend",
+        ),
+        (
+            lambda: restored_values(torch.tensor([1.0, -1.0]), (2, 4), 1.0),
+            "^singular_values .*nonneg",
+        ),
+        (
+            lambda: restored_values(torch.tensor([math.nan, 1.0]), (2, 4), 1.0),
+            "^singular_values must",
+        ),
+        (lambda: restored_values(torch.ones(2), (2, 4), 0.0), "^noise_std must"),
+        (lambda: restored_values(torch.ones(2), (2, 4), 1.0, "best"), "^scheme must"),
+        (lambda: restored_values(torch.ones(2), (2, 4), 1.0, k=3), "option of scheme 'optimal'"),
+        (lambda: SCHEMES["optimal"](torch.ones(3), (3, 4), 0.0), "^noise_std must"),
+        (lambda: SCHEMES["hard"](torch.ones(3), (3, 4), -1.0), "^noise_std must"),
+    ],
+)
 def test_bad_input_of_the_rest(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -543,12 +651,15 @@ def test_bad_input_of_the_rest(call, words):
 
 # --- GPU ------------------------------------------------------------------------------------------
 
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name, options", CASES, ids=IDS)
 def test_cuda_batch_equals_loop(name, options):
-    matrices = [spiked((160, 300), factors, seed=seed)[0]
-                for seed, factors in enumerate([[3.0, 1.5], [0.1], [9.0] * 3])]
+    matrices = [
+        spiked((160, 300), factors, seed=seed)[0]
+        for seed, factors in enumerate([[3.0, 1.5], [0.1], [9.0] * 3])
+    ]
     batch = torch.stack(matrices).cuda()
     got = restore(batch, 0.7, name, **options)
     assert got.is_cuda

@@ -25,8 +25,9 @@ def test_bits_are_those_of_aes_128():
     key, block = bytes(range(16)), bytes(0x11 * i for i in range(16))
     cipher = bytes.fromhex("69c4e0d86a7b0430d8cdb78070b4c55a")
     for hardware in {AESCounter().use_aesni, False}:
-        bits = AESCounter(key=int.from_bytes(key, "little"),
-                          counter=int.from_bytes(block, "little"))
+        bits = AESCounter(
+            key=int.from_bytes(key, "little"), counter=int.from_bytes(block, "little")
+        )
         before = bits.use_aesni
         try:
             bits.use_aesni = hardware
@@ -53,8 +54,13 @@ def test_tails_are_neither_cut_nor_coarse(monkeypatch):
 
     ends = [2**63 - 1 - k for k in (0, 1, 5, 10**6, 2**42, 2**43, 2**44)]
     words = np.array([*ends, *(-1 - end for end in ends)], dtype=np.int64)
-    monkeypatch.setattr(SecureRandom, "words", lambda self, size: (
-        words if size == len(words) else np.full(size, 2**63, dtype=np.uint64)).view(np.uint64))
+    monkeypatch.setattr(
+        SecureRandom,
+        "words",
+        lambda self, size: (
+            words if size == len(words) else np.full(size, 2**63, dtype=np.uint64)
+        ).view(np.uint64),
+    )
     normal = SecureRandom(bytes(16)).normal(len(words)).numpy()
     assert np.array_equal(normal[:7], -normal[7:]) and np.isfinite(normal).all()
     with mpmath.workdps(40):
@@ -67,8 +73,11 @@ def test_tails_are_neither_cut_nor_coarse(monkeypatch):
 
 @pytest.mark.parametrize("byte", [0, 255])
 def test_the_ends_of_a_draw_are_finite(byte, monkeypatch):
-    monkeypatch.setattr(SecureRandom, "words", lambda self, size: np.frombuffer(
-        bytes([byte]) * (8 * size), dtype=np.uint64))
+    monkeypatch.setattr(
+        SecureRandom,
+        "words",
+        lambda self, size: np.frombuffer(bytes([byte]) * (8 * size), dtype=np.uint64),
+    )
     secure = SecureRandom()
     assert 0 < float(secure.uniform(1)) < 1 and abs(float(secure.normal(1))) < 10
 
@@ -102,12 +111,17 @@ def test_any_calls_after_a_state_are_those_of_the_uninterrupted_generator():
 
 def test_shapes_and_types_of_released_sums():
     mechanism = GaussianMechanism(1.0, 1.0, 0.1)
-    sums = {"empty": torch.zeros(0, 3), "scalar": torch.zeros((), dtype=torch.float64),
-            "bf16": torch.ones(3, 4, dtype=torch.bfloat16), "strided": torch.zeros(8, 6)[::2, ::3]}
+    sums = {
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.zeros((), dtype=torch.float64),
+        "bf16": torch.ones(3, 4, dtype=torch.bfloat16),
+        "strided": torch.zeros(8, 6)[::2, ::3],
+    }
     for generator in (SecureRandom(), torch.Generator().manual_seed(0)):
         noisy = mechanism.add_noise(sums, generator)
         assert {name: total.shape for name, total in noisy.items()} == {
-            name: total.shape for name, total in sums.items()}
+            name: total.shape for name, total in sums.items()
+        }
         assert noisy["bf16"].dtype == torch.float32 and noisy["scalar"].dtype == torch.float64
         assert float(noisy["scalar"]) != 0
     assert torch.equal(GaussianMechanism(0.0, 1.0, 0.1).add_noise(sums)["bf16"], torch.ones(3, 4))
@@ -221,8 +235,9 @@ def recovered_state(outputs):
     """The 624 words behind outputs of which 24 low bits are known; None if there are none."""
     unknowns = HIDDEN * WORDS
     columns = unknowns // 64 + 1  # the constant is the last bit
-    inverse = np.array([[untempered(1 << j) >> i & 1 for j in range(32)] for i in range(32)],
-                       dtype=bool)
+    inverse = np.array(
+        [[untempered(1 << j) >> i & 1 for j in range(32)] for i in range(32)], dtype=bool
+    )
     words = []
     for k in range(WORDS):
         bits = np.zeros((32, columns), dtype=np.uint64)
@@ -237,14 +252,23 @@ def recovered_state(outputs):
     for k in range(EXTRA):
         words.append(following(words[k], words[k + 1], words[k + MIDDLE]))
         bits = tempered(words[-1])[:KNOWN]
-        bits[:, -1] ^= np.array([int(outputs[WORDS + k]) >> j & 1 for j in range(KNOWN)],
-                                dtype=np.uint64)
+        bits[:, -1] ^= np.array(
+            [int(outputs[WORDS + k]) >> j & 1 for j in range(KNOWN)], dtype=np.uint64
+        )
         equations.append(bits)
     solution = solved(np.concatenate(equations), unknowns)
     if solution is None:
         return None
-    return np.array([sum((int(np.bitwise_count(row[:-1] & solution).sum() + row[-1]) & 1) << i
-                         for i, row in enumerate(word)) for word in words[:WORDS]], dtype=np.uint32)
+    return np.array(
+        [
+            sum(
+                (int(np.bitwise_count(row[:-1] & solution).sum() + row[-1]) & 1) << i
+                for i, row in enumerate(word)
+            )
+            for word in words[:WORDS]
+        ],
+        dtype=np.uint32,
+    )
 
 
 def solved(rows, unknowns):
@@ -278,7 +302,7 @@ def test_a_twister_can_be_predicted_from_its_draws_and_the_secure_generator_not(
     secret = mechanism.add_noise({"w": torch.zeros(40, 50)}, generator)["w"]
     attacker = torch.Generator().manual_seed(0)
     whole = attacker.get_state()
-    whole[24:24 + 8 * WORDS].view(torch.int64).copy_(torch.from_numpy(state.astype(np.int64)))
+    whole[24 : 24 + 8 * WORDS].view(torch.int64).copy_(torch.from_numpy(state.astype(np.int64)))
     attacker.set_state(whole)
     assert torch.equal((torch.rand(EXTRA, generator=attacker) * 2**KNOWN).long(), shown[WORDS:])
     assert torch.equal(torch.randn(40, 50, generator=attacker), secret)

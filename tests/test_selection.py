@@ -30,8 +30,10 @@ def records(rng, count, grouped):
 
 def numbered(rows):
     """Examples whose ids are the numbers of their rows, as in a file without ids."""
-    return tuple(Example(f"t/train/{i}", text, pair, label, group=user or f"t/train/{i}")
-                 for i, (text, pair, label, user) in enumerate(rows))
+    return tuple(
+        Example(f"t/train/{i}", text, pair, label, group=user or f"t/train/{i}")
+        for i, (text, pair, label, user) in enumerate(rows)
+    )
 
 
 def contents(examples):
@@ -40,8 +42,10 @@ def contents(examples):
 
 def difference(before, after):
     """How many records were removed and added between two multisets."""
-    return ((contents(before) - contents(after)).total(),
-            (contents(after) - contents(before)).total())
+    return (
+        (contents(before) - contents(after)).total(),
+        (contents(after) - contents(before)).total(),
+    )
 
 
 def naive(content, purpose, seed, number=0):
@@ -58,30 +62,45 @@ def test_one_record_more_changes_that_record_alone():
     for trial in range(250):
         rows = records(rng, rng.randrange(20, 300), grouped=trial % 2 == 1)
         where = rng.choice([0, len(rows), rng.randrange(len(rows))])
-        longer = [*rows[:where], rng.choice([*records(rng, 1, trial % 2 == 1), rng.choice(rows)]),
-                  *rows[where:]]
+        longer = [
+            *rows[:where],
+            rng.choice([*records(rng, 1, trial % 2 == 1), rng.choice(rows)]),
+            *rows[where:],
+        ]
         size, seed = rng.randrange(1, len(rows) + 2), rng.randrange(100)
         before, after = numbered(rows), numbered(longer)
         crossed += rounded_count(len(before)) != rounded_count(len(after))
         if rounded_count(len(before)) == rounded_count(len(after)):
             probability = threshold(size, len(before))
             assert probability == threshold(size, len(after))
-            for one, two in zip(partition(before, probability, "max_examples train", seed),
-                                partition(after, probability, "max_examples train", seed),
-                                strict=True):
+            for one, two in zip(
+                partition(before, probability, "max_examples train", seed),
+                partition(after, probability, "max_examples train", seed),
+                strict=True,
+            ):
                 assert difference(one, two) in ((0, 0), (0, 1)), trial
-            task, again = (Task("t", "classification", 2, ("0", "1"), (), {"train": e}, "")
-                           for e in (before, after))
+            task, again = (
+                Task("t", "classification", 2, ("0", "1"), (), {"train": e}, "")
+                for e in (before, after)
+            )
             if 30 < size < len(rows) // 2 and len(before) > 100:
                 for split in ("train", "validation"):
-                    assert difference(set_aside(task, size, "example").split(split),
-                                      set_aside(again, size, "example").split(split)
-                                      ) in ((0, 0), (0, 1)), trial
-        members = [[e for e, bit in zip(found, draw_members(
-            [[e] for e in found], "bernoulli", seed), strict=True) if bit]
-            for found in (before, after)]
+                    assert difference(
+                        set_aside(task, size, "example").split(split),
+                        set_aside(again, size, "example").split(split),
+                    ) in ((0, 0), (0, 1)), trial
+        members = [
+            [
+                e
+                for e, bit in zip(
+                    found, draw_members([[e] for e in found], "bernoulli", seed), strict=True
+                )
+                if bit
+            ]
+            for found in (before, after)
+        ]
         assert difference(*members) in ((0, 0), (0, 1)), trial
-    assert crossed < 25            # of 250: the sizes at which the public number itself changes
+    assert crossed < 25  # of 250: the sizes at which the public number itself changes
 
 
 def test_one_group_more_changes_that_group_alone():
@@ -109,20 +128,24 @@ def test_each_unit_is_chosen_by_its_own_hash():
     assert 0 < len(chosen) < 400
     for part, inside in ((chosen, True), (rest, False)):
         for e in part:
-            content = (f"group {e.group}" if "/group/" in e.group else
-                       repr((e.text, e.text_pair, e.label, e.target, None)))
+            content = (
+                f"group {e.group}"
+                if "/group/" in e.group
+                else repr((e.text, e.text_pair, e.label, e.target, None))
+            )
             assert (naive(content, "max_examples train", 7) < 0.3) == inside
     seen = Counter()
-    for e, bit in zip(examples, draw_members([[e] for e in examples], "bernoulli", 5),
-                      strict=True):
-        content = repr((e.text, e.text_pair, e.label, e.target,
-                        e.group if "/group/" in e.group else None))
+    for e, bit in zip(examples, draw_members([[e] for e in examples], "bernoulli", 5), strict=True):
+        content = repr(
+            (e.text, e.text_pair, e.label, e.target, e.group if "/group/" in e.group else None)
+        )
         assert bit == (naive(content, "membership", 5, seen[content]) < 0.5)
         seen[content] += 1
     assert max(seen.values()) > 1
     units = [unit for unit in group_units(examples, "group") if len(unit) > 1]
     assert draw_members(units, "bernoulli", 5) == [
-        naive(f"group {unit[0].group}", "membership", 5) < 0.5 for unit in units]
+        naive(f"group {unit[0].group}", "membership", 5) < 0.5 for unit in units
+    ]
 
 
 def test_copies_have_coins_of_their_own_and_one_side_of_a_holdout():
@@ -154,7 +177,7 @@ def test_the_rounded_count_is_the_nearest_square_and_moves_seldom():
         root = round(math.sqrt(count))
         assert rounded_count(count) == root**2 and abs(root**2 - count) <= root
         moves += rounded_count(count) != rounded_count(count + 1)
-    assert moves == 140            # at n (n + 1), and 140 x 141 < 20,000 < 141 x 142
+    assert moves == 140  # at n (n + 1), and 140 x 141 < 20,000 < 141 x 142
     for count in range(1, 300):
         for size in range(count, count + 3):
             assert threshold(size, count) == 1
@@ -177,8 +200,11 @@ def test_max_examples_of_a_file_with_one_record_more(tmp_path):
             found.append(load_task(str(path), max_examples=40, seed=trial).train)
         assert difference(*found) in ((0, 0), (0, 1))
         assert 15 < len(found[0]) < 70
-    with pytest.raises(ValueError, match=r"max_examples 1 chose none of the \d+ examples of the "
-                                         r"train split"):
+    with pytest.raises(
+        ValueError,
+        match=r"max_examples 1 chose none of the \d+ examples of the "
+        r"train split",
+    ):
         for seed in range(100):
             load_task(str(path), max_examples=1, seed=seed)
 

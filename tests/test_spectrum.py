@@ -90,18 +90,22 @@ def test_alignment():
     assert alignment(1e-30 * a.float(), 1e30 * a.float()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("matrix, words", [
-    (torch.ones(3), "matrix must be a tensor with at least 2 axes"),
-    (torch.ones(0, 3), "matrix must be a non-empty"),
-    (torch.ones(2, 3, dtype=torch.int64), "matrix must be a float32 or float64"),
-    (torch.ones(2, 3, dtype=torch.float16), "matrix must be a float32 or float64"),
-    (torch.ones(2, 3, dtype=torch.complex64), "matrix must be a float32 or float64"),
-    (torch.full((2, 3), math.nan), "matrix must have finite"),
-    (torch.full((2, 3), math.inf), "matrix must have finite"),
-    (torch.zeros(2, 3), "matrix must have a nonzero entry"),
-    (torch.stack([torch.ones(2, 3), torch.zeros(2, 3)]), "matrix must have a nonzero entry"),
-    (np.ones((2, 3)), "matrix must be a torch tensor"),
-    ([[1.0]], "matrix must be a torch tensor")])
+@pytest.mark.parametrize(
+    "matrix, words",
+    [
+        (torch.ones(3), "matrix must be a tensor with at least 2 axes"),
+        (torch.ones(0, 3), "matrix must be a non-empty"),
+        (torch.ones(2, 3, dtype=torch.int64), "matrix must be a float32 or float64"),
+        (torch.ones(2, 3, dtype=torch.float16), "matrix must be a float32 or float64"),
+        (torch.ones(2, 3, dtype=torch.complex64), "matrix must be a float32 or float64"),
+        (torch.full((2, 3), math.nan), "matrix must have finite"),
+        (torch.full((2, 3), math.inf), "matrix must have finite"),
+        (torch.zeros(2, 3), "matrix must have a nonzero entry"),
+        (torch.stack([torch.ones(2, 3), torch.zeros(2, 3)]), "matrix must have a nonzero entry"),
+        (np.ones((2, 3)), "matrix must be a torch tensor"),
+        ([[1.0]], "matrix must be a torch tensor"),
+    ],
+)
 def test_bad_matrix(matrix, words):
     with pytest.raises(ValueError, match=words):
         decompose(matrix, 1.0)
@@ -113,12 +117,16 @@ def test_bad_noise(noise_std):
         decompose(torch.ones(2, 2), noise_std)
 
 
-@pytest.mark.parametrize("a, b, words", [
-    (torch.zeros(2), torch.ones(2), "^a must have a nonzero"),
-    (torch.ones(2), torch.zeros(2), "^b must have a nonzero"),
-    (torch.ones(2), torch.ones(3), "^b.shape must be"),
-    (np.ones(2), torch.ones(2), "^a must be a torch tensor"),
-    (torch.ones(2), torch.tensor([1, math.nan]), "^b must have finite")])
+@pytest.mark.parametrize(
+    "a, b, words",
+    [
+        (torch.zeros(2), torch.ones(2), "^a must have a nonzero"),
+        (torch.ones(2), torch.zeros(2), "^b must have a nonzero"),
+        (torch.ones(2), torch.ones(3), "^b.shape must be"),
+        (np.ones(2), torch.ones(2), "^a must be a torch tensor"),
+        (torch.ones(2), torch.tensor([1, math.nan]), "^b must have finite"),
+    ],
+)
 def test_alignment_bad_input(a, b, words):
     with pytest.raises(ValueError, match=words):
         alignment(a, b)

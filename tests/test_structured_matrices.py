@@ -36,8 +36,10 @@ def distance(got, want):
 
 def low_rank(shape, values, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    u, v = (torch.linalg.qr(torch.randn(side, len(values), generator=generator,
-                                        dtype=torch.float64))[0] for side in shape)
+    u, v = (
+        torch.linalg.qr(torch.randn(side, len(values), generator=generator, dtype=torch.float64))[0]
+        for side in shape
+    )
     return ((u * torch.tensor(values, dtype=torch.float64)) @ v.T).float()
 
 
@@ -98,15 +100,23 @@ def test_every_scheme_on_every_structure():
             if scheme == "truncate" and any(w in name for w in ("equal", "block", "multiple")):
                 continue  # which three of equal values are kept is not determined
             for extra in ({}, {"below": "zero"}, {"false_spike_rate": 0.01}):
-                fast, exact = (restore(noisy, 1.0, scheme, method=method, **options, **extra)
-                               for method in ("fast", "exact"))
+                fast, exact = (
+                    restore(noisy, 1.0, scheme, method=method, **options, **extra)
+                    for method in ("fast", "exact")
+                )
                 assert distance(fast, exact) < 1e-3, (name, scheme, extra)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(shape=st.sampled_from([(128, 128), (130, 300), (257, 140)]), rank=st.integers(1, 24),
-       equal=st.booleans(), top=st.floats(60, 1e6), noise=st.sampled_from([0.0, 1e-3, 1.0]),
-       rows=st.sampled_from([None, 1, 5]), seed=st.integers(0, 99))
+@given(
+    shape=st.sampled_from([(128, 128), (130, 300), (257, 140)]),
+    rank=st.integers(1, 24),
+    equal=st.booleans(),
+    top=st.floats(60, 1e6),
+    noise=st.sampled_from([0.0, 1e-3, 1.0]),
+    rows=st.sampled_from([None, 1, 5]),
+    seed=st.integers(0, 99),
+)
 def test_fast_equals_exact(shape, rank, equal, top, noise, rows, seed):
     """To 1e-3 without noise, and to a per cent of alignment and norm with it."""
     values = [top] * rank if equal else np.geomspace(top, 60, rank).tolist()
@@ -125,10 +135,10 @@ def test_fast_equals_exact(shape, rank, equal, top, noise, rows, seed):
 def test_a_batch_with_such_matrices_among_ordinary_ones():
     """As one batch, the way a GPU takes it, and one by one."""
     ordinary = low_rank((300, 200), [200.0, 90.0]) + torch.randn(
-        300, 200, generator=torch.Generator().manual_seed(0))
+        300, 200, generator=torch.Generator().manual_seed(0)
+    )
     thirty = low_rank((300, 200), [300.0] * 30)
-    batch = torch.stack([ordinary, one_entry(), one_row(300, 200), thirty,
-                         ordinary.flip(0)])
+    batch = torch.stack([ordinary, one_entry(), one_row(300, 200), thirty, ordinary.flip(0)])
     want = torch.stack([by_numpy(noisy, 1.0) for noisy in batch])
     norms = torch.linalg.matrix_norm(batch)
     plan = restoration._plan(norms, batch.shape, 1.0, "optimal", "fast", "keep", None, {})
@@ -142,8 +152,10 @@ def test_any_unit_gives_the_same_result():
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(160, 200, generator=generator, dtype=torch.float64)
     plain[:, :3] *= 30
-    for dtype, units in ((torch.float32, (1e-42, 1e-38, 1e-30, 1e-20, 1e20, 1e30, 1e35)),
-                         (torch.float64, (1e-318, 1e-300, 1e-160, 1e160, 1e300))):
+    for dtype, units in (
+        (torch.float32, (1e-42, 1e-38, 1e-30, 1e-20, 1e20, 1e30, 1e35)),
+        (torch.float64, (1e-318, 1e-300, 1e-160, 1e160, 1e300)),
+    ):
         for unit in units:
             noisy = (plain * unit).to(dtype)
             for scheme in SCHEMES:
@@ -152,12 +164,14 @@ def test_any_unit_gives_the_same_result():
                     ours["values"] = oracle_values(noisy, noisy)
                     theirs["values"] = oracle_values(plain, plain)
                 for method in ("fast", "exact"):
-                    got, reports = restore_with_report(noisy, 1.5 * unit, scheme, method=method,
-                                                       **ours)
+                    got, reports = restore_with_report(
+                        noisy, 1.5 * unit, scheme, method=method, **ours
+                    )
                     want = restore(plain, 1.5, scheme, method=method, **theirs)
                     assert distance(got.double() / unit, want) < 0.01, (dtype, unit, scheme, method)
                     assert reports[0].norm_after == pytest.approx(
-                        float(want.norm()) * unit, rel=0.01)
+                        float(want.norm()) * unit, rel=0.01
+                    )
             found, known = decompose(noisy, unit), decompose(plain, 1.0)
             assert found.effective_rank == pytest.approx(known.effective_rank, rel=0.01)
             assert found.stable_rank == pytest.approx(known.stable_rank, rel=0.01)

@@ -32,8 +32,10 @@ def counting(monkeypatch):
 
 def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
     trained = counting(monkeypatch)
-    configs = [replace(base, learning_rate=rate, seed=seed)
-               for rate, seed in ((1e-3, 1), (1e-4, 0), (1e-3, 0), (1e-3, 1))]
+    configs = [
+        replace(base, learning_rate=rate, seed=seed)
+        for rate, seed in ((1e-3, 1), (1e-4, 0), (1e-3, 0), (1e-3, 1))
+    ]
     outcomes = sweep(configs, tmp_path / "runs", engine="sequential")
     assert [outcome.config for outcome in outcomes] == configs
     assert [outcome.result.config for outcome in outcomes] == configs
@@ -46,7 +48,8 @@ def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
         assert {path.name for path in folder.iterdir()} - {".lock"} == {"training.json"}
     alone = train(configs[1], tmp_path / "alone")
     assert [{**entry, "seconds": 0, "restore_seconds": 0} for entry in alone.curve] == [
-        {**entry, "seconds": 0, "restore_seconds": 0} for entry in outcomes[1].result.curve]
+        {**entry, "seconds": 0, "restore_seconds": 0} for entry in outcomes[1].result.curve
+    ]
 
 
 def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
@@ -79,13 +82,18 @@ def test_a_run_that_was_broken_off_goes_on(base, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             sweep([config], tmp_path, engine="sequential")
     monkeypatch.setattr("lowrank_dp.train.take_step", stop)  # all its steps are done
-    outcome, = sweep([config], tmp_path, engine="sequential")
+    (outcome,) = sweep([config], tmp_path, engine="sequential")
     assert outcome.result.releases == 3
 
 
 def test_a_failure_does_not_stop_the_others(base, tmp_path, monkeypatch):
-    configs = [replace(base, task="sst3"), base, replace(base, learning_rate=1e12, optimizer="sgd"),
-               replace(base, batch_size=1000), replace(base, seed=1)]
+    configs = [
+        replace(base, task="sst3"),
+        base,
+        replace(base, learning_rate=1e12, optimizer="sgd"),
+        replace(base, batch_size=1000),
+        replace(base, seed=1),
+    ]
     outcomes = sweep(configs, tmp_path, engine="sequential")
     assert [outcome.result is None for outcome in outcomes] == [True, False, True, True, False]
     assert "did you mean 'sst2'" in outcomes[0].error and not outcomes[1].error
@@ -97,7 +105,7 @@ def test_a_failure_does_not_stop_the_others(base, tmp_path, monkeypatch):
 
 
 def test_models_are_kept_on_demand(base, tmp_path):
-    outcome, = sweep([base], tmp_path, engine="sequential", keep_model=True)
+    (outcome,) = sweep([base], tmp_path, engine="sequential", keep_model=True)
     names = {path.name for path in run_folder(base, tmp_path).iterdir()}
     assert {"model.safetensors", "membership.json", "training.json"} <= names
     assert outcome.result is not None
@@ -121,31 +129,73 @@ def test_every_field_is_part_of_a_folders_name(base):
     """Another value of any field is another run; the same values are the same one."""
     base = replace(base, noise_multiplier=None, epsilon=2.0)
     changes = {
-        "model": "other", "task": "other", "method": "lora", "delta": 1e-5, "max_grad_norm": 2.0,
-        "unit": "group", "steps": 3, "batch_size": 11, "optimizer": "sgd", "learning_rate": 2e-3,
-        "beta1": 0.5, "weight_decay": 0.1, "schedule": "linear", "scheme": "optimal",
-        "below": "zero", "restore_method": "exact", "momentum_beta": 0.9, "filter_b": (0.5,),
-        "rank": 4, "lora_alpha": 3.0, "lora_init": "gaussian", "target_modules": ("query",),
-        "train_embeddings": True, "train_layers": 1, "dropout": True, "max_examples": 30,
-        "data_seed": 1, "max_length": 20, "padding": "max-length", "holdout": 5,
+        "model": "other",
+        "task": "other",
+        "method": "lora",
+        "delta": 1e-5,
+        "max_grad_norm": 2.0,
+        "unit": "group",
+        "steps": 3,
+        "batch_size": 11,
+        "optimizer": "sgd",
+        "learning_rate": 2e-3,
+        "beta1": 0.5,
+        "weight_decay": 0.1,
+        "schedule": "linear",
+        "scheme": "optimal",
+        "below": "zero",
+        "restore_method": "exact",
+        "momentum_beta": 0.9,
+        "filter_b": (0.5,),
+        "rank": 4,
+        "lora_alpha": 3.0,
+        "lora_init": "gaussian",
+        "target_modules": ("query",),
+        "train_embeddings": True,
+        "train_layers": 1,
+        "dropout": True,
+        "max_examples": 30,
+        "data_seed": 1,
+        "max_length": 20,
+        "padding": "max-length",
+        "holdout": 5,
         "membership": "half",
-        "micro_batch_size": 32, "precision": "bf16", "eval_every": 5, "eval_examples": 50,
-        "generate": False, "num_beams": 2, "max_new_tokens": 8, "snapshot_every": 5, "seed": 7,
-        "device": "cuda", "epsilon": 3.0, "compile": True, "shard": True,
-        "text_column": "a", "pair_column": "b", "label_column": "c", "prompt_column": "d",
-        "target_column": "e", "group_column": "f"}
+        "micro_batch_size": 32,
+        "precision": "bf16",
+        "eval_every": 5,
+        "eval_examples": 50,
+        "generate": False,
+        "num_beams": 2,
+        "max_new_tokens": 8,
+        "snapshot_every": 5,
+        "seed": 7,
+        "device": "cuda",
+        "epsilon": 3.0,
+        "compile": True,
+        "shard": True,
+        "text_column": "a",
+        "pair_column": "b",
+        "label_column": "c",
+        "prompt_column": "d",
+        "target_column": "e",
+        "group_column": "f",
+    }
     others = {
         "warmup_steps": {"warmup_steps": 1, "schedule": "linear"},
         "filter_a": {"filter_b": (0.5,), "filter_a": (0.1,)},
         "scheme_options": {"scheme": "truncate", "scheme_options": {"k": 2}},
         "diagnostic": {"scheme": "oracle", "diagnostic": True},
         "noise_multiplier": {"epsilon": None, "noise_multiplier": 0.9},
-        "non_private": {"epsilon": None, "non_private": True}}
+        "non_private": {"epsilon": None, "non_private": True},
+    }
     unseeded = {"secure_rng"}  # goes without a seed, so never in a sweep
     assert {*changes, *others} == {field.name for field in fields(TrainConfig)} - unseeded
-    configs = [base, *(replace(base, **{name: value}) for name, value in changes.items()),
-               *(replace(base, **several) for several in others.values()),
-               replace(base, scheme="truncate", scheme_options={"k": 3})]
+    configs = [
+        base,
+        *(replace(base, **{name: value}) for name, value in changes.items()),
+        *(replace(base, **several) for several in others.values()),
+        replace(base, scheme="truncate", scheme_options={"k": 3}),
+    ]
     assert len({run_folder(config, "runs") for config in configs}) == len(configs)
     for config in configs:
         again = TrainConfig.from_json(json.loads(json.dumps(config.as_json())))
@@ -155,8 +205,11 @@ def test_every_field_is_part_of_a_folders_name(base):
 def test_an_engine_that_is_not_installed_is_named(base, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for engine in ("ray", "dask"):
-        with pytest.raises(ValueError, match=rf"^engine '{engine}' is not installed: "
-                           r"pip install 'lowrank_dp\[distributed\]'$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^engine '{engine}' is not installed: "
+            r"pip install 'lowrank_dp\[distributed\]'$",
+        ):
             sweep([base], tmp_path / "runs", engine=engine)
     assert not (tmp_path / "runs").exists()
 
@@ -166,16 +219,17 @@ def test_a_run_that_another_process_holds_is_waited_for(base, tmp_path, monkeypa
     holding.__enter__()
     release = threading.Timer(0.5, holding.__exit__, (None, None, None))
     release.start()
-    outcome, = sweep([base], tmp_path, engine="sequential")
+    (outcome,) = sweep([base], tmp_path, engine="sequential")
     release.join()
     assert outcome.result.releases == 2
     monkeypatch.setattr(sweep_module, "PATIENCE", -1)
     with runs.open_run(run_folder(base, tmp_path), resume=True):
-        outcome, = sweep([base], tmp_path, engine="sequential")
+        (outcome,) = sweep([base], tmp_path, engine="sequential")
     assert outcome.result is None and "in use by another run" in outcome.error
 
 
 # Engines, with the runs one after the other in this process as the oracle
+
 
 def dying(deaths, folder):
     """``sweep._run``, killed as by kill -9 in its second step, so often by the run's seed."""
@@ -217,17 +271,21 @@ def cluster(request):
     else:
         dask = pytest.importorskip("dask")
         distributed = pytest.importorskip("distributed")
-        with (dask.config.set({"distributed.scheduler.allowed-failures": 0}),  # a quicker test
-              distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None
-                                       ) as started,
-              dask.config.set({"scheduler-address": started.scheduler_address})):
+        with (
+            dask.config.set({"distributed.scheduler.allowed-failures": 0}),  # a quicker test
+            distributed.LocalCluster(
+                n_workers=2, threads_per_worker=1, dashboard_address=None
+            ) as started,
+            dask.config.set({"scheduler-address": started.scheduler_address}),
+        ):
             yield name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["loky", "ray", "dask"], indirect=True)
 def test_an_engine_gives_what_this_process_gives_though_workers_die(
-        cluster, base, tmp_path, monkeypatch):
+    cluster, base, tmp_path, monkeypatch
+):
     """One run's worker is killed once, another's each time: that one fails, and alone."""
     (tmp_path / "deaths").mkdir()
     configs = [replace(base, seed=seed, steps=3, snapshot_every=1) for seed in (1, 2, 3, 4, 1)]

@@ -19,17 +19,26 @@ REFERENCE = json.loads((Path(__file__).parent / "data" / "theory_ref.json").read
 
 ranks = st.one_of(st.integers(1, 60), st.integers(61, 10**6))
 beta2s = st.one_of(
-    st.floats(0, 1), st.floats(-16, 0).map(lambda e: 10.0**e),
-    st.floats(-16, 0).map(lambda e: 1 - 10.0**e), st.sampled_from([0.0, 1.0, 1e-300, 1 - 2**-53]))
+    st.floats(0, 1),
+    st.floats(-16, 0).map(lambda e: 10.0**e),
+    st.floats(-16, 0).map(lambda e: 1 - 10.0**e),
+    st.sampled_from([0.0, 1.0, 1e-300, 1 - 2**-53]),
+)
 
 
 def mp_log_density(x, rank, beta2):
     """By mpmath's own Bessel function."""
     x, b2, r = mp.mpf(x), mp.mpf(beta2), mp.mpf(rank)
     y, rest, nu = x + mp.sqrt(b2), 1 - b2, (r - 1) / 2
-    return (mp.log(2) + r / 2 * mp.log(r / 2) - mp.loggamma(r / 2)
-            - mp.log(2 * mp.pi * rest / r) / 2 + r * mp.sqrt(b2) * y / rest + nu * mp.log(abs(y))
-            + mp.log(mp.besselk(nu, r * abs(y) / rest)))
+    return (
+        mp.log(2)
+        + r / 2 * mp.log(r / 2)
+        - mp.loggamma(r / 2)
+        - mp.log(2 * mp.pi * rest / r) / 2
+        + r * mp.sqrt(b2) * y / rest
+        + nu * mp.log(abs(y))
+        + mp.log(mp.besselk(nu, r * abs(y) / rest))
+    )
 
 
 def mp_mixture_log_density(x, rank, beta2):
@@ -39,12 +48,19 @@ def mp_mixture_log_density(x, rank, beta2):
 
     def joint(s):
         log_s = r / 2 * mp.log(r / 2) - mp.loggamma(r / 2) + (r / 2 - 1) * mp.log(s) - r * s / 2
-        return mp.exp(log_s - (x - beta * (s - 1)) ** 2 * r / (2 * rest * s)
-                      - mp.log(2 * mp.pi * rest * s / r) / 2)
+        return mp.exp(
+            log_s
+            - (x - beta * (s - 1)) ** 2 * r / (2 * rest * s)
+            - mp.log(2 * mp.pi * rest * s / r) / 2
+        )
 
     sd = mp.sqrt(2 / r)
-    return mp.log(mp.quad(joint, [max(mp.mpf(0), 1 + k * sd) for k in range(-16, 0)]
-                          + [1 + k * sd for k in range(17)]))
+    return mp.log(
+        mp.quad(
+            joint,
+            [max(mp.mpf(0), 1 + k * sd) for k in range(-16, 0)] + [1 + k * sd for k in range(17)],
+        )
+    )
 
 
 def simulated_coordinate(rank, q, j, count, seed):
@@ -57,13 +73,19 @@ def simulated_coordinate(rank, q, j, count, seed):
 # --- reference values ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field, function, reference", [
-    ("tv_matched", theory.tv_exact, "matched"), ("tv_paper", theory.tv_exact, "paper"),
-    ("bound_matched", theory.tv_bound, "matched"), ("bound_paper", theory.tv_bound, "paper"),
-    ("lower_cf_matched", theory.tv_lower_bound, None),
-    ("kolmogorov_matched", theory.kolmogorov_exact, "matched"),
-    ("berry_esseen_kolm", theory.berry_esseen_bound, None),
-    ("kurtosis", theory.noise_kurtosis, None)])
+@pytest.mark.parametrize(
+    "field, function, reference",
+    [
+        ("tv_matched", theory.tv_exact, "matched"),
+        ("tv_paper", theory.tv_exact, "paper"),
+        ("bound_matched", theory.tv_bound, "matched"),
+        ("bound_paper", theory.tv_bound, "paper"),
+        ("lower_cf_matched", theory.tv_lower_bound, None),
+        ("kolmogorov_matched", theory.kolmogorov_exact, "matched"),
+        ("berry_esseen_kolm", theory.berry_esseen_bound, None),
+        ("kurtosis", theory.noise_kurtosis, None),
+    ],
+)
 def test_reference_coordinate(field, function, reference):
     rows = [row for row in REFERENCE["coord_tv"] if row.get(field) is not None]
     options = {} if reference is None else {"reference": reference}
@@ -72,10 +94,16 @@ def test_reference_coordinate(field, function, reference):
     np.testing.assert_allclose(got, [row[field] for row in rows], rtol=5e-12, atol=2e-12)
 
 
-@pytest.mark.parametrize("field, function, reference", [
-    ("tv_matched", theory.tv_exact, "matched"), ("tv_paper", theory.tv_exact, "paper"),
-    ("bound_matched", theory.tv_bound, "matched"), ("bound_paper", theory.tv_bound, "paper"),
-    ("lower", theory.tv_lower_bound, None)])
+@pytest.mark.parametrize(
+    "field, function, reference",
+    [
+        ("tv_matched", theory.tv_exact, "matched"),
+        ("tv_paper", theory.tv_exact, "paper"),
+        ("bound_matched", theory.tv_bound, "matched"),
+        ("bound_paper", theory.tv_bound, "paper"),
+        ("lower", theory.tv_lower_bound, None),
+    ],
+)
 def test_reference_flat_q(field, function, reference):
     rows = REFERENCE["flat_grid"]
     options = {} if reference is None else {"reference": reference}
@@ -99,8 +127,12 @@ def test_reference_third_moment():
 # --- mpmath ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank, beta2", list(itertools.product(
-    [1, 2, 3, 20, 49, 50, 51, 200], [0.0, 1e-300, 1e-6, 0.3, 0.9, 1 - 1e-6])))
+@pytest.mark.parametrize(
+    "rank, beta2",
+    list(
+        itertools.product([1, 2, 3, 20, 49, 50, 51, 200], [0.0, 1e-300, 1e-6, 0.3, 0.9, 1 - 1e-6])
+    ),
+)
 def test_logpdf_against_bessel(rank, beta2):
     with mp.workdps(40):
         for sds in (-7.0, -1.0, -0.1, 0.3, 2.0, 12.0):
@@ -109,11 +141,14 @@ def test_logpdf_against_bessel(rank, beta2):
             # x + beta is rounded, and near beta2 = 1 the slope is rank/(1 - beta2)
             rounding = 3e-13 + 3e-16 * rank / (1 - beta2)
             assert theory.noise_logpdf(x, rank, beta2=beta2) == pytest.approx(
-                want, rel=3e-13, abs=rounding)
+                want, rel=3e-13, abs=rounding
+            )
 
 
-@pytest.mark.parametrize("rank, beta2", [
-    (4, 0.4), (1000, 0.0), (1000, 0.5), (10**5, 1e-5), (10**5, 0.5), (10**5, 0.999), (10**6, 0.2)])
+@pytest.mark.parametrize(
+    "rank, beta2",
+    [(4, 0.4), (1000, 0.0), (1000, 0.5), (10**5, 1e-5), (10**5, 0.5), (10**5, 0.999), (10**6, 0.2)],
+)
 def test_logpdf_against_mixture(rank, beta2):
     with mp.workdps(30):
         for sds in (-4.0, 0.2, 3.0):
@@ -127,8 +162,11 @@ def test_logpdf_special_cases():
     # rank 2, beta 0: Laplace; beta 1: chi^2_rank/rank - 1
     np.testing.assert_allclose(theory.noise_logpdf(x, 2, beta2=0), -2 * np.abs(x), atol=1e-14)
     for rank in (1, 2, 5, 300):
-        np.testing.assert_allclose(theory.noise_logpdf(x, rank, beta2=1),
-                                   stats.chi2.logpdf(x + 1, rank, scale=1 / rank), rtol=1e-12)
+        np.testing.assert_allclose(
+            theory.noise_logpdf(x, rank, beta2=1),
+            stats.chi2.logpdf(x + 1, rank, scale=1 / rank),
+            rtol=1e-12,
+        )
     assert theory.noise_logpdf(-0.5, 1, beta2=0.25) == np.inf
     assert np.isfinite(theory.noise_logpdf(-0.5, 3, beta2=0.25))
     # from both sides into the cusp at y = 0, where K_nu overflows
@@ -138,31 +176,49 @@ def test_logpdf_special_cases():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, beta2, reference", [
-    (1, 0.0, "matched"), (1, 0.3, "paper"), (2, 0.01, "matched"), (5, 0.9, "matched"),
-    (60, 0.999, "matched")])
+@pytest.mark.parametrize(
+    "rank, beta2, reference",
+    [
+        (1, 0.0, "matched"),
+        (1, 0.3, "paper"),
+        (2, 0.01, "matched"),
+        (5, 0.9, "matched"),
+        (60, 0.999, "matched"),
+    ],
+)
 def test_tv_against_mpmath(rank, beta2, reference):
     variance = (1 + beta2 if reference == "matched" else 1.0) / rank
     beta = mp.sqrt(beta2)
 
     def difference(x):
-        return (mp.exp(mp_log_density(x, rank, beta2))
-                - mp.exp(-x * x / (2 * variance)) / mp.sqrt(2 * mp.pi * variance))
+        return mp.exp(mp_log_density(x, rank, beta2)) - mp.exp(-x * x / (2 * variance)) / mp.sqrt(
+            2 * mp.pi * variance
+        )
 
     with mp.workdps(20):
         sd = float(np.sqrt((1 + beta2) / rank))
-        grid = [-beta + sd * k for k in np.concatenate([
-            -np.geomspace(1e-6, 50, 60)[::-1], np.geomspace(1e-6, 60, 60)])]
+        grid = [
+            -beta + sd * k
+            for k in np.concatenate([-np.geomspace(1e-6, 50, 60)[::-1], np.geomspace(1e-6, 60, 60)])
+        ]
         values = [difference(x) for x in grid]
-        roots = [mp.findroot(difference, (a, b), solver="anderson")
-                 for a, b, fa, fb in zip(grid, grid[1:], values, values[1:], strict=False)
-                 if fa * fb < 0]
-        edges = sorted([grid[0], *(-beta + sd * k for k in (-8, -3, -1, -0.1, -1e-3, 0, 1e-3, 0.1,
-                                                            1, 3, 8, 20)), grid[-1], *roots])
-        want = sum(abs(mp.quad(difference, [a, b]))
-                   for a, b in itertools.pairwise(edges)) / 2
+        roots = [
+            mp.findroot(difference, (a, b), solver="anderson")
+            for a, b, fa, fb in zip(grid, grid[1:], values, values[1:], strict=False)
+            if fa * fb < 0
+        ]
+        edges = sorted(
+            [
+                grid[0],
+                *(-beta + sd * k for k in (-8, -3, -1, -0.1, -1e-3, 0, 1e-3, 0.1, 1, 3, 8, 20)),
+                grid[-1],
+                *roots,
+            ]
+        )
+        want = sum(abs(mp.quad(difference, [a, b])) for a, b in itertools.pairwise(edges)) / 2
     assert theory.tv_exact(rank, 9, beta2=beta2, reference=reference) == pytest.approx(
-        float(want), abs=1e-11)
+        float(want), abs=1e-11
+    )
 
 
 @pytest.mark.parametrize("beta2", [0.0, 1e-6, 0.4, 1 - 1e-9, 1.0])
@@ -173,7 +229,8 @@ def test_third_moment_against_mpmath(beta2):
         m, t = mp.sqrt(b2) * (w**2 - 1), mp.sqrt(1 - b2) * w
         z = m / t if t else mp.inf
         third = (2 * t * (m**2 + 2 * t**2) * mp.npdf(z) if t else 0) + (
-            (m**3 + 3 * m * t**2) * mp.erf(z / mp.sqrt(2)) if t else abs(m) ** 3)
+            (m**3 + 3 * m * t**2) * mp.erf(z / mp.sqrt(2)) if t else abs(m) ** 3
+        )
         return 2 * third * mp.npdf(w)
 
     with mp.workdps(20):
@@ -186,23 +243,27 @@ def test_third_moment_against_mpmath(beta2):
 # --- simulation ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank, q, j", [
-    (1, [1.0, -2.0, 0.5], 0), (3, [0.3, 0.4, 1.5, 0.2], 2), (8, [1.0, 1.0], 1), (4, [2.0], 0)])
+@pytest.mark.parametrize(
+    "rank, q, j",
+    [(1, [1.0, -2.0, 0.5], 0), (3, [0.3, 0.4, 1.5, 0.2], 2), (8, [1.0, 1.0], 1), (4, [2.0], 0)],
+)
 def test_simulation_with_a_formed(rank, q, j):
     """Fails by chance with probability about 1e-6 a case (KS) and 2e-7 (each moment)."""
     q = np.array(q)
     u = simulated_coordinate(rank, q, j, 200_000, seed=[rank, j])
     beta2 = q[j] ** 2 / (q @ q)
     # the distribution function, by summing the density (rank 1: about its pole)
-    edges = -np.sqrt(beta2) + np.concatenate([-np.geomspace(1e-12, 40, 4000)[::-1], [0.0],
-                                              np.geomspace(1e-12, 40, 4000)])
+    edges = -np.sqrt(beta2) + np.concatenate(
+        [-np.geomspace(1e-12, 40, 4000)[::-1], [0.0], np.geomspace(1e-12, 40, 4000)]
+    )
     middle = (edges[1:] + edges[:-1]) / 2
     mass = np.exp(theory.noise_logpdf(middle, rank, beta2=beta2)) * np.diff(edges)
     cumulative = np.concatenate([[0.0], np.cumsum(mass)])
     assert cumulative[-1] == pytest.approx(1, abs=3e-4)
-    distance = np.abs(np.interp(np.sort(u), edges, cumulative)
-                      - (np.arange(len(u)) + 0.5) / len(u)).max()
-    assert distance < 2.7 / np.sqrt(len(u)) + 3e-4      # P(sqrt(N) D > 2.7) = 2 exp(-2 2.7^2)
+    distance = np.abs(
+        np.interp(np.sort(u), edges, cumulative) - (np.arange(len(u)) + 0.5) / len(u)
+    ).max()
+    assert distance < 2.7 / np.sqrt(len(u)) + 3e-4  # P(sqrt(N) D > 2.7) = 2 exp(-2 2.7^2)
     variance = theory.noise_variance(rank, len(q), beta2=beta2)
     kurtosis = theory.noise_kurtosis(rank, len(q), beta2=beta2)
     assert abs(np.mean(u**2) - variance) < 5.2 * variance * np.sqrt((kurtosis - 1) / len(u))
@@ -230,8 +291,9 @@ def test_limits_in_rank():
     # c4/8 and the constant of the characteristic function, at beta = 0
     assert theory.tv_exact(10**6, 5, beta2=0) * 1e6 == pytest.approx(0.350075037604, rel=1e-5)
     assert theory.tv_bound(10**6, 5, beta2=0) * 1e6 == pytest.approx(0.350075037604, rel=1e-5)
-    assert theory.tv_lower_bound(10**6, 5, beta2=0) * 1e6 == pytest.approx(4 * np.exp(-2) / 2,
-                                                                          rel=1e-5)
+    assert theory.tv_lower_bound(10**6, 5, beta2=0) * 1e6 == pytest.approx(
+        4 * np.exp(-2) / 2, rel=1e-5
+    )
     # T(r) sqrt(r) at beta = 1
     assert theory.tv_exact(10**6, 1) * 1e3 == pytest.approx(0.355913477357, rel=1e-5)
     # the paper's Gaussian keeps the wrong variance: TV(N(0, 2), N(0, 1))
@@ -242,7 +304,7 @@ def test_limits_in_rank():
 def test_limits_in_beta(rank):
     exact = theory.tv_exact(rank, 5, beta2=[0.0, 1e-300, 1 - 2**-53, 1.0])
     assert exact[0] == pytest.approx(exact[1], abs=1e-12)
-    assert exact[2] == pytest.approx(exact[3], abs=2e-7)        # sqrt(2^-53): the law's own rate
+    assert exact[2] == pytest.approx(exact[3], abs=2e-7)  # sqrt(2^-53): the law's own rate
     assert theory.tv_exact(rank, 1) == exact[3]
     # there is no 1/n term against the matched Gaussian: even n = 10^12 leaves a distance
     assert theory.tv_exact(rank, 10**12) > 0.27 / (rank + 3)
@@ -250,8 +312,9 @@ def test_limits_in_beta(rank):
 
 def test_kolmogorov_by_symmetry():
     r = np.array([1, 4, 30, 500])
-    assert np.all(theory.kolmogorov_exact(r, 5, beta2=0) <= theory.tv_exact(r, 5, beta2=0) / 2
-                  + 1e-12)
+    assert np.all(
+        theory.kolmogorov_exact(r, 5, beta2=0) <= theory.tv_exact(r, 5, beta2=0) / 2 + 1e-12
+    )
 
 
 def test_bound_falls_with_rank_and_exact_does_not_rise_with_flat_width():
@@ -262,8 +325,15 @@ def test_bound_falls_with_rank_and_exact_does_not_rise_with_flat_width():
 
 # --- contract --------------------------------------------------------------------------------
 
-FUNCTIONS = [theory.tv_bound, theory.tv_exact, theory.tv_lower_bound, theory.berry_esseen_bound,
-             theory.kolmogorov_exact, theory.noise_variance, theory.noise_kurtosis]
+FUNCTIONS = [
+    theory.tv_bound,
+    theory.tv_exact,
+    theory.tv_lower_bound,
+    theory.berry_esseen_bound,
+    theory.kolmogorov_exact,
+    theory.noise_variance,
+    theory.noise_kurtosis,
+]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -279,15 +349,24 @@ def test_scalars_and_arrays(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("arguments, words", [
-    (dict(rank=0, n=5), "rank .* got 0"), (dict(rank=2.5, n=5), "rank .* got 2.5"),
-    (dict(rank=float("nan"), n=5), "rank .* got nan"), (dict(rank=True, n=5), "rank .* got True"),
-    (dict(rank="8", n=5), "rank .* got '8'"), (dict(rank=[4, -3], n=5), "rank .* got -3"),
-    (dict(rank=None, n=5), "rank .* got None"), (dict(rank=float("inf"), n=5), "rank .* got inf"),
-    (dict(rank=8, n=0), "n must .* got 0"), (dict(rank=8, n=[1.5]), "n must .* got 1.5"),
-    (dict(rank=8, n=5, beta2=-1e-9), "beta2 .* got -1e-09"),
-    (dict(rank=8, n=5, beta2=[0.1, 1.01]), "beta2 .* got 1.01"),
-    (dict(rank=8, n=5, beta2=float("nan")), "beta2 .* got nan")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(rank=0, n=5), "rank .* got 0"),
+        (dict(rank=2.5, n=5), "rank .* got 2.5"),
+        (dict(rank=float("nan"), n=5), "rank .* got nan"),
+        (dict(rank=True, n=5), "rank .* got True"),
+        (dict(rank="8", n=5), "rank .* got '8'"),
+        (dict(rank=[4, -3], n=5), "rank .* got -3"),
+        (dict(rank=None, n=5), "rank .* got None"),
+        (dict(rank=float("inf"), n=5), "rank .* got inf"),
+        (dict(rank=8, n=0), "n must .* got 0"),
+        (dict(rank=8, n=[1.5]), "n must .* got 1.5"),
+        (dict(rank=8, n=5, beta2=-1e-9), "beta2 .* got -1e-09"),
+        (dict(rank=8, n=5, beta2=[0.1, 1.01]), "beta2 .* got 1.01"),
+        (dict(rank=8, n=5, beta2=float("nan")), "beta2 .* got nan"),
+    ],
+)
 def test_bad_input(function, arguments, words):
     with pytest.raises(ValueError, match=words):
         function(**arguments)

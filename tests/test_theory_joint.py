@@ -25,23 +25,34 @@ def released(rank, q, count, seed):
 @pytest.mark.parametrize("field, reference", [("tv_matched", "matched"), ("tv_paper", "paper")])
 def test_reference_joint(field, reference):
     rows = REFERENCE["joint_tv"]
-    got = theory.joint_tv([row["r"] for row in rows], [row["n"] for row in rows],
-                          reference=reference)
+    got = theory.joint_tv(
+        [row["r"] for row in rows], [row["n"] for row in rows], reference=reference
+    )
     np.testing.assert_allclose(got, [row[field] for row in rows], rtol=0, atol=1e-11)
 
 
 def test_reference_upper_and_limit():
     rows = REFERENCE["joint_tv"]
     r, n = (np.array([row[key] for row in rows]) for key in ("r", "n"))
-    np.testing.assert_allclose(theory.joint_tv_upper_bound(r, n), [row["upper"] for row in rows],
-                               atol=1e-11)
-    np.testing.assert_allclose(theory.joint_tv_limit((n - 1) / r),
-                               [row["arctan_limit"] for row in rows], atol=1e-11)
+    np.testing.assert_allclose(
+        theory.joint_tv_upper_bound(r, n), [row["upper"] for row in rows], atol=1e-11
+    )
+    np.testing.assert_allclose(
+        theory.joint_tv_limit((n - 1) / r), [row["arctan_limit"] for row in rows], atol=1e-11
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, n, reference", [
-    (1, 2, "matched"), (1, 30, "paper"), (5, 4, "matched"), (40, 2, "paper"), (30, 300, "matched")])
+@pytest.mark.parametrize(
+    "rank, n, reference",
+    [
+        (1, 2, "matched"),
+        (1, 30, "paper"),
+        (5, 4, "matched"),
+        (40, 2, "paper"),
+        (30, 300, "matched"),
+    ],
+)
 def test_joint_tv_against_mpmath(rank, n, reference):
     """The complementary integral, of the Gaussian's excess, by another quadrature."""
     k, variance = n - 1, (2 if reference == "matched" else 1) / mp.mpf(rank)
@@ -49,13 +60,13 @@ def test_joint_tv_against_mpmath(rank, n, reference):
 
     def tail(t, s):
         lower = mp.gammainc(mp.mpf(k) / 2, 0, t / 2, regularized=True) if t < mp.inf else mp.mpf(1)
-        return lower if s > 1 else 1 - lower         # the event where the Gaussian is larger
+        return lower if s > 1 else 1 - lower  # the event where the Gaussian is larger
 
     def log_p(s):
         return r / 2 * mp.log(r / 2) - mp.loggamma(r / 2) + (r / 2 - 1) * mp.log(s) - r * s / 2
 
     def log_g(s):
-        return -(s - 1) ** 2 / (2 * variance) - mp.log(2 * mp.pi * variance) / 2
+        return -((s - 1) ** 2) / (2 * variance) - mp.log(2 * mp.pi * variance) / 2
 
     def alpha(s):
         return log_p(s) - log_g(s) - mp.mpf(k) / 2 * mp.log(s)
@@ -66,12 +77,15 @@ def test_joint_tv_against_mpmath(rank, n, reference):
 
     with mp.workdps(18):
         sd = float(mp.sqrt(variance))
-        offsets = np.concatenate([[1e-4, 1e-3, 1e-2, 0.05], np.linspace(0.1, 1, 10),
-                                  np.linspace(1.25, 9, 25)])
+        offsets = np.concatenate(
+            [[1e-4, 1e-3, 1e-2, 0.05], np.linspace(0.1, 1, 10), np.linspace(1.25, 9, 25)]
+        )
         edges = [e for e in sorted({0.0, 1.0, *(1 + sd * offsets), *(1 - sd * offsets)}) if e >= 0]
-        roots = [mp.findroot(alpha, pair, solver="anderson")
-                 for pair in itertools.pairwise(edges[1:])
-                 if alpha(pair[0]) * alpha(pair[1]) < 0]
+        roots = [
+            mp.findroot(alpha, pair, solver="anderson")
+            for pair in itertools.pairwise(edges[1:])
+            if alpha(pair[0]) * alpha(pair[1]) < 0
+        ]
         below_zero = mp.ncdf(-1 / mp.sqrt(variance))
         want = below_zero + mp.quad(excess, sorted([*edges, *roots]), maxdegree=5)
     assert theory.joint_tv(rank, n, reference=reference) == pytest.approx(float(want), abs=1e-10)
@@ -84,8 +98,10 @@ def test_joint_tv_by_simulation(rank, q):
     y = released(rank, q, 100_000, seed=rank)
     log_p = theory.projection_logpdf(y, q, rank)
     assert np.all(np.isfinite(log_p))
-    covariances = {"matched": q @ q * np.eye(len(q)) + np.outer(q, q),
-                   "paper": q @ q * np.eye(len(q))}
+    covariances = {
+        "matched": q @ q * np.eye(len(q)) + np.outer(q, q),
+        "paper": q @ q * np.eye(len(q)),
+    }
     for reference, covariance in covariances.items():
         log_g = stats.multivariate_normal(q, covariance / rank).logpdf(y)
         excess = np.maximum(0, 1 - np.exp(np.minimum(log_g - log_p, 50)))
@@ -99,22 +115,24 @@ def test_lower_exact_upper(rank, n):
     exact = theory.joint_tv(rank, n)
     assert 0 <= theory.joint_tv_lower_bound(rank, n) <= exact + 1e-10
     assert exact <= theory.joint_tv_upper_bound(rank, n) + 1e-10
-    assert exact >= theory.tv_exact(rank, n) - 1e-10           # one coordinate shows less
+    assert exact >= theory.tv_exact(rank, n) - 1e-10  # one coordinate shows less
 
 
 @pytest.mark.parametrize("rank, n", [(1, 10**4), (4, 10**5), (100, 10**6)])
 def test_lower_bound_is_nearly_the_best_of_its_family(rank, n):
     eta = np.linspace(1e-4, 0.9999, 100_000)
-    family = (1 - 2 / ((n - 1) * eta**2)
-              - np.sqrt(rank / (4 * np.pi)) * np.log((1 + eta) / (1 - eta)))
+    family = (
+        1 - 2 / ((n - 1) * eta**2) - np.sqrt(rank / (4 * np.pi)) * np.log((1 + eta) / (1 - eta))
+    )
     assert 0.995 * family.max() < theory.joint_tv_lower_bound(rank, n) < family.max() + 1e-6
 
 
 def test_one_coordinate_is_the_coordinate_law():
     for reference in ("matched", "paper"):
         r = np.array([1, 2, 7, 5000])
-        np.testing.assert_array_equal(theory.joint_tv(r, 1, reference=reference),
-                                      theory.tv_exact(r, 1, reference=reference))
+        np.testing.assert_array_equal(
+            theory.joint_tv(r, 1, reference=reference), theory.tv_exact(r, 1, reference=reference)
+        )
 
 
 def test_limits():
@@ -148,12 +166,17 @@ def test_density_against_the_closed_form():
         with mp.workdps(40):
             qm, ym, r = [mp.mpf(v) for v in q], [mp.mpf(v) for v in y], mp.mpf(rank)
             qy, yy = mp.fdot(qm, ym), mp.fdot(ym, ym)
-            want = (r / 2 * mp.log(r / 2) - mp.loggamma(r / 2)
-                    - mp.mpf(n - 1) / 2 * mp.log(2 * mp.pi / r)
-                    - (r - 1) / 2 * mp.log(mp.fdot(qm, qm))
-                    + (r - n - 1) / 2 * mp.log(qy) - r * yy / (2 * qy))
-        assert theory.projection_logpdf(y, q, rank) == pytest.approx(float(want), rel=1e-12,
-                                                                     abs=1e-11)
+            want = (
+                r / 2 * mp.log(r / 2)
+                - mp.loggamma(r / 2)
+                - mp.mpf(n - 1) / 2 * mp.log(2 * mp.pi / r)
+                - (r - 1) / 2 * mp.log(mp.fdot(qm, qm))
+                + (r - n - 1) / 2 * mp.log(qy)
+                - r * yy / (2 * qy)
+            )
+        assert theory.projection_logpdf(y, q, rank) == pytest.approx(
+            float(want), rel=1e-12, abs=1e-11
+        )
 
 
 def test_density_integrates_to_the_known_moments():
@@ -183,15 +206,20 @@ def test_density_shapes_and_support():
     assert type(theory.projection_logpdf([1.0, 1.0], q, 3)) is float
     assert theory.projection_logpdf(np.ones((4, 5, 2)), q, 3).shape == (4, 5)
     assert theory.projection_logpdf(np.ones((4, 1, 2)), q, [3, 4, 5]).shape == (4, 3)
-    assert theory.projection_logpdf([-2.0, 1.0], q, 3) == -np.inf      # q . y = 0
+    assert theory.projection_logpdf([-2.0, 1.0], q, 3) == -np.inf  # q . y = 0
     assert theory.projection_logpdf([-2.0, 0.5], q, 3) == -np.inf
 
 
-@pytest.mark.parametrize("y, q, rank, words", [
-    ([1.0, 1.0], [1.0, 2.0, 3.0], 3, "y must .* got 'shape"),
-    ([1.0], [0.0], 3, "q must be a vector with a positive norm"),
-    ([1.0, np.nan], [1.0, 2.0], 3, "y must .* got nan"), ([1.0], 1.0, 3, "q must .* got 1.0"),
-    ([1.0], [1.0], 0, "rank must .* got 0")])
+@pytest.mark.parametrize(
+    "y, q, rank, words",
+    [
+        ([1.0, 1.0], [1.0, 2.0, 3.0], 3, "y must .* got 'shape"),
+        ([1.0], [0.0], 3, "q must be a vector with a positive norm"),
+        ([1.0, np.nan], [1.0, 2.0], 3, "y must .* got nan"),
+        ([1.0], 1.0, 3, "q must .* got 1.0"),
+        ([1.0], [1.0], 0, "rank must .* got 0"),
+    ],
+)
 def test_density_bad_input(y, q, rank, words):
     with pytest.raises(ValueError, match=words):
         theory.projection_logpdf(y, q, rank)

@@ -11,8 +11,9 @@ def release(g, rank, rng):
     return g @ a.T @ a
 
 
-@pytest.mark.parametrize("m, n, rank", [
-    (2, 16, 1), (2, 64, 4), (8, 64, 4), (8, 64, 100), (3, 2, 5)])
+@pytest.mark.parametrize(
+    "m, n, rank", [(2, 16, 1), (2, 64, 4), (8, 64, 4), (8, 64, 100), (3, 2, 5)]
+)
 def test_separates_the_truth(m, n, rank):
     rng = np.random.default_rng([m, n, rank])
     truth = rng.standard_normal((m, n))
@@ -28,12 +29,13 @@ def test_separates_the_truth(m, n, rank):
 def test_perfect_attack_in_single_precision():
     """m = 2, a rank-one change of relative size 0.1, float32: AUC 1 in 200 against 200."""
     rng = np.random.default_rng(1)
-    truth, change = rng.standard_normal((2, 64)), np.outer(rng.standard_normal(2),
-                                                           rng.standard_normal(64))
+    truth, change = (
+        rng.standard_normal((2, 64)),
+        np.outer(rng.standard_normal(2), rng.standard_normal(64)),
+    )
     other = truth + 0.1 * change * np.linalg.norm(truth) / np.linalg.norm(change)
     own = [symmetry_score(release(truth, 4, rng).astype(np.float32), truth) for _ in range(200)]
-    foreign = [symmetry_score(release(other, 4, rng).astype(np.float32), truth)
-               for _ in range(200)]
+    foreign = [symmetry_score(release(other, 4, rng).astype(np.float32), truth) for _ in range(200)]
     assert max(own) < min(foreign)
 
 
@@ -52,12 +54,16 @@ def test_one_row_says_nothing():
     assert symmetry_score(rng.standard_normal((1, 9)), rng.standard_normal((1, 9))) == 0
 
 
-@pytest.mark.parametrize("y, g, words", [
-    (np.ones((2, 3)), np.ones((3, 3)), "candidate must .* got \\(3, 3\\)"),
-    (np.ones(3), np.ones(3), "released must .* got \\(3,\\)"),
-    (np.zeros((2, 3)), np.ones((2, 3)), "released must be a matrix that is not zero"),
-    (np.ones((2, 3)), np.full((2, 3), np.nan), "candidate must .* got nan"),
-    (np.ones((0, 3)), np.ones((0, 3)), "released must be a non-empty")])
+@pytest.mark.parametrize(
+    "y, g, words",
+    [
+        (np.ones((2, 3)), np.ones((3, 3)), "candidate must .* got \\(3, 3\\)"),
+        (np.ones(3), np.ones(3), "released must .* got \\(3,\\)"),
+        (np.zeros((2, 3)), np.ones((2, 3)), "released must be a matrix that is not zero"),
+        (np.ones((2, 3)), np.full((2, 3), np.nan), "candidate must .* got nan"),
+        (np.ones((0, 3)), np.ones((0, 3)), "released must be a non-empty"),
+    ],
+)
 def test_bad_input(y, g, words):
     with pytest.raises(ValueError, match=words):
         symmetry_score(y, g)

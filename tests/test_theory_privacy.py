@@ -14,34 +14,41 @@ from lowrank_dp import theory
 from lowrank_dp.theory._special import log_chi2_cdf, log_chi2_survival
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "theory_ref.json").read_text())
-ROWS = {key: np.array([row[key] for row in REFERENCE["hockey_stick"]])
-        for key in REFERENCE["hockey_stick"][0]}
+ROWS = {
+    key: np.array([row[key] for row in REFERENCE["hockey_stick"]])
+    for key in REFERENCE["hockey_stick"][0]
+}
 
 
 def test_reference_profile():
-    got = theory.privacy_profile(ROWS["eps"], ROWS["r"], ROWS["n"], angle=ROWS["theta"],
-                                 norm_ratio=ROWS["kappa"])
+    got = theory.privacy_profile(
+        ROWS["eps"], ROWS["r"], ROWS["n"], angle=ROWS["theta"], norm_ratio=ROWS["kappa"]
+    )
     assert np.all(np.abs(got - ROWS["delta"]) <= 1e-11 + ROWS["conv_err"])
 
 
 def test_reference_gaussian_reading_and_floor():
-    got = theory.gaussian_privacy_profile(ROWS["eps"], ROWS["r"], angle=ROWS["theta"],
-                                          norm_ratio=ROWS["kappa"])
+    got = theory.gaussian_privacy_profile(
+        ROWS["eps"], ROWS["r"], angle=ROWS["theta"], norm_ratio=ROWS["kappa"]
+    )
     # angles are rounded to 11 digits, which the smallest values magnify
     np.testing.assert_allclose(got, ROWS["delta_gauss_paper"], rtol=1e-9, atol=1e-300)
-    np.testing.assert_allclose(theory.privacy_floor(ROWS["r"], angle=ROWS["theta"]), ROWS["floor"],
-                               rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(
+        theory.privacy_floor(ROWS["r"], angle=ROWS["theta"]), ROWS["floor"], rtol=1e-9, atol=1e-300
+    )
 
 
 def test_reference_gap():
     for row in REFERENCE["gaussian_reading_gap"]:
         pair = dict(angle=row["theta"], norm_ratio=row["kappa"])
         r, n = row["r"], row["n"]
-        assert theory.privacy_profile(1, r, n, **pair) == pytest.approx(row["delta_exact_eps1"],
-                                                                        abs=2e-8)
+        assert theory.privacy_profile(1, r, n, **pair) == pytest.approx(
+            row["delta_exact_eps1"], abs=2e-8
+        )
         assert theory.privacy_profile(0, r, n, **pair) == pytest.approx(row["tv_exact"], abs=2e-8)
-        assert theory.gaussian_privacy_profile(0, r, **pair) == pytest.approx(row["tv_gauss"],
-                                                                              rel=1e-6)
+        assert theory.gaussian_privacy_profile(0, r, **pair) == pytest.approx(
+            row["tv_gauss"], rel=1e-6
+        )
         if row["eps_exact_1e5"] not in (None, "inf", float("inf")):
             # the larger of the two directions, which for a rotation are equal
             got = theory.privacy_profile(row["eps_exact_1e5"], r, n, **pair)
@@ -58,14 +65,20 @@ def mp_profile(epsilon, rank, n, theta, kappa):
         c = mp.cos(phi - theta) / mp.cos(phi)
         if c <= 0 or kappa * c == 1:
             return mp.mpf(0)
-        v = 2 * ((r - 1) * mp.log(kappa) - (r - n - 1) / 2 * mp.log(kappa * c) - epsilon) / (
-            1 - 1 / (kappa * c))
+        v = (
+            2
+            * ((r - 1) * mp.log(kappa) - (r - n - 1) / 2 * mp.log(kappa * c) - epsilon)
+            / (1 - 1 / (kappa * c))
+        )
         v = max(v, mp.mpf(0))
         ends = (0, v / 2) if kappa * c > 1 else (v / 2, mp.inf)
         other = (0, v / (2 * kappa * c)) if kappa * c > 1 else (v / (2 * kappa * c), mp.inf)
-        return (mp.cos(phi) ** (r - 1) * mp.gammainc(half_dof, *ends, regularized=True)
-                - mp.exp(epsilon) * mp.cos(phi - theta) ** (r - 1)
-                * mp.gammainc(half_dof, *other, regularized=True)) / z
+        return (
+            mp.cos(phi) ** (r - 1) * mp.gammainc(half_dof, *ends, regularized=True)
+            - mp.exp(epsilon)
+            * mp.cos(phi - theta) ** (r - 1)
+            * mp.gammainc(half_dof, *other, regularized=True)
+        ) / z
 
     floor = mp.betainc(r / 2, 0.5, 0, mp.sin(theta) ** 2, regularized=True) / 2
     if theta > mp.pi / 2:
@@ -75,25 +88,41 @@ def mp_profile(epsilon, rank, n, theta, kappa):
     if r != n + 1:
         c = mp.exp(2 * ((r - 1) * mp.log(kappa) - epsilon) / (r - n - 1)) / kappa
         marks.append(mp.atan((c - mp.cos(theta)) / mp.sin(theta)))
-    edges = [c_zero, *(c_zero + (mp.pi / 2 - c_zero) * mp.mpf(k) / 24 for k in range(1, 24)),
-             mp.pi / 2, *(m for m in marks if c_zero < m < mp.pi / 2)]
+    edges = [
+        c_zero,
+        *(c_zero + (mp.pi / 2 - c_zero) * mp.mpf(k) / 24 for k in range(1, 24)),
+        mp.pi / 2,
+        *(m for m in marks if c_zero < m < mp.pi / 2),
+    ]
     return floor + mp.quad(integrand, sorted(edges), maxdegree=5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epsilon, rank, n, theta, kappa", [
-    (0.0, 2, 2, 1.0, 1.0), (1.0, 1, 5, 0.3, 1.0), (0.5, 6, 5, 0.8, 1.3), (3.0, 3, 8, 2.6, 0.4),
-    (2.0, 8, 40, 1.5, 2.0), (1000.0, 1, 300, 1.2, 1.0),
-    (60.0, 1, 46, 1e-3, 1.5e-3), (0.002, 40, 400, 0.05, 1.0)])
+@pytest.mark.parametrize(
+    "epsilon, rank, n, theta, kappa",
+    [
+        (0.0, 2, 2, 1.0, 1.0),
+        (1.0, 1, 5, 0.3, 1.0),
+        (0.5, 6, 5, 0.8, 1.3),
+        (3.0, 3, 8, 2.6, 0.4),
+        (2.0, 8, 40, 1.5, 2.0),
+        (1000.0, 1, 300, 1.2, 1.0),
+        (60.0, 1, 46, 1e-3, 1.5e-3),
+        (0.002, 40, 400, 0.05, 1.0),
+    ],
+)
 def test_profile_against_mpmath(epsilon, rank, n, theta, kappa):
     with mp.workdps(18):
         want = float(mp_profile(epsilon, rank, n, theta, kappa))
-    assert theory.privacy_profile(epsilon, rank, n, angle=theta, norm_ratio=kappa) == \
-        pytest.approx(want, abs=1e-9)
+    assert theory.privacy_profile(epsilon, rank, n, angle=theta, norm_ratio=kappa) == pytest.approx(
+        want, abs=1e-9
+    )
 
 
-@pytest.mark.parametrize("rank, n, theta, kappa", [
-    (1, 4, 0.4, 1.0), (5, 3, 1.1, 0.7), (12, 30, 0.2, 1.1), (3, 6, 2.5, 1.0), (4, 8, 0.0, 1.5)])
+@pytest.mark.parametrize(
+    "rank, n, theta, kappa",
+    [(1, 4, 0.4, 1.0), (5, 3, 1.1, 0.7), (12, 30, 0.2, 1.1), (3, 6, 2.5, 1.0), (4, 8, 0.0, 1.5)],
+)
 def test_profile_by_simulation(rank, n, theta, kappa):
     """delta = E max(0, 1 - e^(epsilon - L)), with A formed; 5.2 standard errors (2e-7 by chance).
 
@@ -108,7 +137,8 @@ def test_profile_by_simulation(rank, n, theta, kappa):
     y = np.einsum("srn,sr->sn", a, a @ q)
     loss = theory.projection_logpdf(y, q, rank) - theory.projection_logpdf(y, other, rank)
     assert abs(np.mean(loss == np.inf) - theory.privacy_floor(rank, angle=theta)) < 5.2 * 0.5 / (
-        np.sqrt(count))
+        np.sqrt(count)
+    )
     for epsilon in (0.0, 0.7, 3.0, 30.0):
         excess = np.maximum(0, -np.expm1(np.minimum(epsilon - loss, 1.0)))
         got = theory.privacy_profile(epsilon, rank, n, angle=theta, norm_ratio=kappa)
@@ -129,8 +159,9 @@ def test_same_direction_is_two_gamma_laws():
     y = np.linspace(1e-9, 40, 400_001)
     p, other = stats.gamma(1.5, scale=scale).pdf(y), stats.gamma(1.5, scale=scale / 2).pdf(y)
     want = np.maximum(p - np.exp(0.3) * other, 0).sum() * (y[1] - y[0])
-    assert theory.privacy_profile(0.3, 3, 1, angle=0, norm_ratio=0.5) == pytest.approx(want,
-                                                                                      abs=1e-6)
+    assert theory.privacy_profile(0.3, 3, 1, angle=0, norm_ratio=0.5) == pytest.approx(
+        want, abs=1e-6
+    )
 
 
 def test_special_pairs():
@@ -141,7 +172,8 @@ def test_special_pairs():
     # near theta = 0 and pi it gets there continuously
     assert theory.privacy_profile(0.0, 4, 16, angle=1e-9) < 1e-8
     assert theory.privacy_profile(1.0, 4, 16, angle=1e-9, norm_ratio=1.1) == pytest.approx(
-        theory.privacy_profile(1.0, 4, 16, angle=0, norm_ratio=1.1), abs=1e-7)
+        theory.privacy_profile(1.0, 4, 16, angle=0, norm_ratio=1.1), abs=1e-7
+    )
     assert theory.privacy_profile(1.0, 4, 16, angle=np.pi - 1e-5) > 1 - 1e-9
 
 
@@ -156,16 +188,25 @@ def test_huge_epsilon_leaves_the_floor(epsilon):
 
 def test_floor():
     # rank 1: the in-plane angle is uniform; theta = pi/2: a coin
-    np.testing.assert_allclose(theory.privacy_floor(1, angle=[0.3, 1.0, 2.5]),
-                               np.array([0.3, 1.0, 2.5]) / np.pi, atol=1e-15)
+    np.testing.assert_allclose(
+        theory.privacy_floor(1, angle=[0.3, 1.0, 2.5]),
+        np.array([0.3, 1.0, 2.5]) / np.pi,
+        atol=1e-15,
+    )
     np.testing.assert_allclose(theory.privacy_floor([1, 8, 10**5], angle=np.pi / 2), 0.5)
-    np.testing.assert_allclose(theory.privacy_floor(6, angle=1.0)
-                               + theory.privacy_floor(6, angle=np.pi - 1.0), 1)
+    np.testing.assert_allclose(
+        theory.privacy_floor(6, angle=1.0) + theory.privacy_floor(6, angle=np.pi - 1.0), 1
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(rank=st.integers(1, 10**5), n=st.integers(2, 10**6), angle=st.floats(0, np.pi),
-       log_ratio=st.floats(-3, 3), epsilon=st.floats(0, 50))
+@given(
+    rank=st.integers(1, 10**5),
+    n=st.integers(2, 10**6),
+    angle=st.floats(0, np.pi),
+    log_ratio=st.floats(-3, 3),
+    epsilon=st.floats(0, 50),
+)
 def test_profile_properties(rank, n, angle, log_ratio, epsilon):
     pair = dict(angle=angle, norm_ratio=float(np.exp(log_ratio)))
     delta = theory.privacy_profile([0, epsilon, epsilon + 1], rank, n, **pair)
@@ -173,13 +214,14 @@ def test_profile_properties(rank, n, angle, log_ratio, epsilon):
     assert delta[0] + 1e-9 >= delta[1] >= delta[2] - 1e-9
     assert delta[1] >= 1 - np.exp(epsilon) * (1 - delta[0]) - 1e-9 * np.exp(epsilon)
     assert 1 >= delta[2] >= theory.privacy_floor(rank, angle=angle)
-    if n > 2:      # the narrower release is a function of the wider one
+    if n > 2:  # the narrower release is a function of the wider one
         assert theory.privacy_profile(epsilon, rank, n // 2 + 1, **pair) <= delta[1] + 1e-9
 
 
 def test_direction_does_not_matter_for_a_rotation_but_does_for_norms():
     assert theory.privacy_profile(0, 8, 64, angle=0.3, norm_ratio=1.2) == pytest.approx(
-        theory.privacy_profile(0, 8, 64, angle=0.3, norm_ratio=1 / 1.2), abs=1e-10)   # TV
+        theory.privacy_profile(0, 8, 64, angle=0.3, norm_ratio=1 / 1.2), abs=1e-10
+    )  # TV
     one, other = (theory.privacy_profile(1, 8, 64, angle=0.3, norm_ratio=k) for k in (1.2, 1 / 1.2))
     assert abs(one - other) > 1e-3
 
@@ -190,8 +232,11 @@ def test_not_monotone_in_rank():
     angle = 2 * np.arcsin(0.05 / 2)
     tv = theory.privacy_profile(0, ranks, 4096, angle=angle)
     np.testing.assert_allclose(tv, [row["tv_exact"] for row in rows], atol=2e-9)
-    np.testing.assert_allclose(theory.privacy_profile(1, ranks, 4096, angle=angle),
-                               [row["delta1_exact"] for row in rows], atol=2e-9)
+    np.testing.assert_allclose(
+        theory.privacy_profile(1, ranks, 4096, angle=angle),
+        [row["delta1_exact"] for row in rows],
+        atol=2e-9,
+    )
     steps = np.diff(tv)
     assert steps[0] < 0 < steps[-1]
     # the Gaussian reading is monotone: "smaller rank, more private"
@@ -205,8 +250,12 @@ def test_collapse_with_width():
 
 def test_gaussian_reading_against_mpmath():
     with mp.workdps(250):
-        for epsilon, rank, angle, ratio in [(1, 1, 0.05, 1.0), (0, 7, 1e-6, 1.0), (3, 64, 2.0, 0.3),
-                                            (40, 8, 0.1, 1.0)]:
+        for epsilon, rank, angle, ratio in [
+            (1, 1, 0.05, 1.0),
+            (0, 7, 1e-6, 1.0),
+            (3, 64, 2.0, 0.3),
+            (40, 8, 0.1, 1.0),
+        ]:
             a, k = mp.mpf(angle), mp.mpf(ratio)
             mu = mp.sqrt(rank * (1 + k * k - 2 * k * mp.cos(a)))
             shift = epsilon / mu
@@ -233,10 +282,12 @@ def test_deep_chi2_tails(dof):
             a, half = mp.mpf(dof) / 2, mp.mpf(x) / 2
             lower = mp.gammainc(a, 0, half, regularized=True)
             upper = mp.gammainc(a, half, mp.inf, regularized=True)
-            assert log_chi2_cdf(np.array([x]), dof)[0] == pytest.approx(float(mp.log(lower)),
-                                                                        rel=1e-11, abs=1e-12)
-            assert log_chi2_survival(np.array([x]), dof)[0] == pytest.approx(float(mp.log(upper)),
-                                                                             rel=1e-11, abs=1e-12)
+            assert log_chi2_cdf(np.array([x]), dof)[0] == pytest.approx(
+                float(mp.log(lower)), rel=1e-11, abs=1e-12
+            )
+            assert log_chi2_survival(np.array([x]), dof)[0] == pytest.approx(
+                float(mp.log(upper)), rel=1e-11, abs=1e-12
+            )
 
 
 def test_scalars_and_arrays():
@@ -249,14 +300,22 @@ def test_scalars_and_arrays():
     assert theory.gaussian_privacy_profile(1, 8, angle=[0.1, 0.2], norm_ratio=1.1).shape == (2,)
 
 
-@pytest.mark.parametrize("changed, words", [
-    (dict(epsilon=-0.1), "epsilon must .* got -0.1"), (dict(epsilon=np.nan), "epsilon .* got nan"),
-    (dict(epsilon=np.inf), "epsilon .* got inf"), (dict(rank=0), "rank must .* got 0"),
-    (dict(rank=1.5), "rank .* got 1.5"), (dict(n=0), "n must .* got 0"),
-    (dict(angle=-0.1), "angle must .* got -0.1"), (dict(angle=3.2), "angle must .* got 3.2"),
-    (dict(norm_ratio=0), "norm_ratio must .* > 0, got 0"),
-    (dict(norm_ratio=np.nan), "norm_ratio .* got nan"),
-    (dict(n=1, angle=0.5), "angle must be 0 or pi when n is 1, got 0.5")])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(epsilon=-0.1), "epsilon must .* got -0.1"),
+        (dict(epsilon=np.nan), "epsilon .* got nan"),
+        (dict(epsilon=np.inf), "epsilon .* got inf"),
+        (dict(rank=0), "rank must .* got 0"),
+        (dict(rank=1.5), "rank .* got 1.5"),
+        (dict(n=0), "n must .* got 0"),
+        (dict(angle=-0.1), "angle must .* got -0.1"),
+        (dict(angle=3.2), "angle must .* got 3.2"),
+        (dict(norm_ratio=0), "norm_ratio must .* > 0, got 0"),
+        (dict(norm_ratio=np.nan), "norm_ratio .* got nan"),
+        (dict(n=1, angle=0.5), "angle must be 0 or pi when n is 1, got 0.5"),
+    ],
+)
 def test_bad_input(changed, words):
     arguments = dict(epsilon=1.0, rank=8, n=16, angle=0.1, norm_ratio=1.0) | changed
     with pytest.raises(ValueError, match=words):

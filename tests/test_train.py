@@ -27,35 +27,63 @@ from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import fresh_generators, new_stream
 
 SIGMA, BOUND, BATCH, STEPS, RATE = 0.8, 0.5, 20, 4, 1e-2
-COUNT = len(load_task("generated", max_examples=80).train)   # about 80
+COUNT = len(load_task("generated", max_examples=80).train)  # about 80
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**changes):
-    base = {"model": "tiny", "task": "generated", "noise_multiplier": SIGMA,
-            "max_grad_norm": BOUND, "steps": STEPS, "batch_size": BATCH, "learning_rate": RATE,
-            "optimizer": "sgd", "max_examples": 80, "eval_examples": 30, "micro_batch_size": 16,
-            "eval_every": 2, "seed": 3}
+    base = {
+        "model": "tiny",
+        "task": "generated",
+        "noise_multiplier": SIGMA,
+        "max_grad_norm": BOUND,
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "learning_rate": RATE,
+        "optimizer": "sgd",
+        "max_examples": 80,
+        "eval_examples": 30,
+        "micro_batch_size": 16,
+        "eval_every": 2,
+        "seed": 3,
+    }
     return TrainConfig(**base | changes)
 
 
 def tables(**changes):
-    return small(**{"model": "tiny-llama", "task": "generated-table", "max_examples": 60,
-                    "batch_size": 8, "eval_examples": 12, "generate": False, **changes})
+    return small(
+        **{
+            "model": "tiny-llama",
+            "task": "generated-table",
+            "max_examples": 60,
+            "batch_size": 8,
+            "eval_examples": 12,
+            "generate": False,
+            **changes,
+        }
+    )
 
 
 # The oracle: everything that the loop does, written out one example and one matrix at a time.
+
 
 def one_by_one(config, *, restore=None, beta=None, seed=3):
     """Weights by name after training, those before, and how many matrices were restored."""
     task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed)
     model, tokenizer = load_model(
-        config.model, task=task, method=config.method, rank=config.rank, seed=seed,
-        lora_init=config.lora_init, train_layers=config.train_layers)
-    rows = encode(task.train, tokenizer, kind=task.kind, max_length=128 if task.num_labels else
-                  None)
+        config.model,
+        task=task,
+        method=config.method,
+        rank=config.rank,
+        seed=seed,
+        lora_init=config.lora_init,
+        train_layers=config.train_layers,
+    )
+    rows = encode(
+        task.train, tokenizer, kind=task.kind, max_length=128 if task.num_labels else None
+    )
     units = [[i] for i in range(len(rows))]
     if config.unit == "group":
         groups = {}
@@ -64,15 +92,21 @@ def one_by_one(config, *, restore=None, beta=None, seed=3):
         units = list(groups.values())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    beta1 = config.beta1 if config.beta1 is not None else (
-        0.0 if config.optimizer == "sgd" or beta is not None else 0.9)
+    beta1 = (
+        config.beta1
+        if config.beta1 is not None
+        else (0.0 if config.optimizer == "sgd" or beta is not None else 0.9)
+    )
     optimizer = {
-        "sgd": lambda p: torch.optim.SGD(p, lr=1.0, momentum=beta1,
-                                         weight_decay=config.weight_decay),
-        "adam": lambda p: torch.optim.Adam(p, lr=1.0, betas=(beta1, 0.999),
-                                           weight_decay=config.weight_decay),
-        "adamw": lambda p: torch.optim.AdamW(p, lr=1.0, betas=(beta1, 0.999),
-                                             weight_decay=config.weight_decay),
+        "sgd": lambda p: torch.optim.SGD(
+            p, lr=1.0, momentum=beta1, weight_decay=config.weight_decay
+        ),
+        "adam": lambda p: torch.optim.Adam(
+            p, lr=1.0, betas=(beta1, 0.999), weight_decay=config.weight_decay
+        ),
+        "adamw": lambda p: torch.optim.AdamW(
+            p, lr=1.0, betas=(beta1, 0.999), weight_decay=config.weight_decay
+        ),
     }[config.optimizer](list(trained.values()))
     sampler, noise = fresh_generators(config, new_stream(config, 0))
     std = 0.0 if config.non_private else SIGMA_OF[config.noise_multiplier] * config.max_grad_norm
@@ -80,12 +114,17 @@ def one_by_one(config, *, restore=None, beta=None, seed=3):
     restored = kept = 0
     for step in range(config.steps):
         draws = torch.rand(len(units), generator=sampler, dtype=torch.float64)
-        chosen = [unit for unit, draw in zip(units, draws.tolist(), strict=True)
-                  if draw < config.batch_size / len(units)]
+        chosen = [
+            unit
+            for unit, draw in zip(units, draws.tolist(), strict=True)
+            if draw < config.batch_size / len(units)
+        ]
         if config.unit == "group":
             picks = torch.rand(len(chosen), generator=sampler, dtype=torch.float64).tolist()
-            chosen = [[unit[math.floor(pick * len(unit))]]
-                      for unit, pick in zip(chosen, picks, strict=True)]
+            chosen = [
+                [unit[math.floor(pick * len(unit))]]
+                for unit, pick in zip(chosen, picks, strict=True)
+            ]
         total = {name: torch.zeros_like(p) for name, p in trained.items()}
         for (row,) in chosen:
             model.zero_grad()
@@ -104,7 +143,7 @@ def one_by_one(config, *, restore=None, beta=None, seed=3):
                 means[name] = beta * means[name] + (1 - beta) * total[name]
             total = {name: mean / (1 - beta ** (step + 1)) for name, mean in means.items()}
             weights = (1 - beta) * beta ** np.arange(step + 1) / (1 - beta ** (step + 1))
-            level = std * math.sqrt(float((weights ** 2).sum()))
+            level = std * math.sqrt(float((weights**2).sum()))
         for name, gradient in total.items():
             if restore and gradient.ndim == 2 and min(gradient.shape) > 1:
                 total[name], acted = restore(gradient, level)
@@ -119,9 +158,12 @@ def one_by_one(config, *, restore=None, beta=None, seed=3):
 
 
 SIGMA_OF = {None: 0.0, 0.8: 0.8, 0.05: 0.05}
-SCHEDULES = {"constant": [1, 1, 1, 1], "linear": [1, 0.75, 0.5, 0.25],
-             "constant_with_warmup": [1 / 2, 1, 1, 1],
-             "cosine": [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]}
+SCHEDULES = {
+    "constant": [1, 1, 1, 1],
+    "linear": [1, 0.75, 0.5, 0.25],
+    "constant_with_warmup": [1 / 2, 1, 1, 1],
+    "cosine": [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)],
+}
 
 
 def shrink(matrix, std):
@@ -132,8 +174,9 @@ def shrink(matrix, std):
     values = []
     for y in (s / scale).tolist():
         above = y > 1 + math.sqrt(aspect)
-        values.append(math.sqrt((y * y - aspect - 1) ** 2 - 4 * aspect) / y * scale if above
-                      else 0.0)
+        values.append(
+            math.sqrt((y * y - aspect - 1) ** 2 - 4 * aspect) / y * scale if above else 0.0
+        )
     if not any(values):
         return matrix, False
     return (u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ vh).to(matrix), True
@@ -177,19 +220,35 @@ def lora_b(name):
     return lora(name) and "lora_A" not in name
 
 
-@pytest.mark.parametrize(("changes", "trained"), [
-    ({}, full),
-    ({"optimizer": "adam"}, full),
-    ({"method": "lora"}, lora),
-    ({"method": "lora", "optimizer": "adam", "lora_init": "gaussian"}, lora),
-    ({"method": "lora-frozen-a", "optimizer": "adam"}, lora_b),
-    ({"method": "lora-frozen-a", "beta1": 0.9, "schedule": "linear"}, lora_b),
-    ({"beta1": 0.5, "weight_decay": 0.1, "schedule": "constant_with_warmup", "warmup_steps": 2},
-     full),
-    ({"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "train_layers": 1}, always),
-    ({"noise_multiplier": None, "non_private": True, "learning_rate": 0.1}, full),
-    ({"noise_multiplier": None, "non_private": True, "optimizer": "adam", "method": "lora"}, lora),
-])
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({}, full),
+        ({"optimizer": "adam"}, full),
+        ({"method": "lora"}, lora),
+        ({"method": "lora", "optimizer": "adam", "lora_init": "gaussian"}, lora),
+        ({"method": "lora-frozen-a", "optimizer": "adam"}, lora_b),
+        ({"method": "lora-frozen-a", "beta1": 0.9, "schedule": "linear"}, lora_b),
+        (
+            {
+                "beta1": 0.5,
+                "weight_decay": 0.1,
+                "schedule": "constant_with_warmup",
+                "warmup_steps": 2,
+            },
+            full,
+        ),
+        (
+            {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "train_layers": 1},
+            always,
+        ),
+        ({"noise_multiplier": None, "non_private": True, "learning_rate": 0.1}, full),
+        (
+            {"noise_multiplier": None, "non_private": True, "optimizer": "adam", "method": "lora"},
+            lora,
+        ),
+    ],
+)
 def test_equals_training_one_example_at_a_time(changes, trained, tmp_path):
     config = small(**changes)
     result = train(config, tmp_path)
@@ -208,19 +267,23 @@ def test_equals_it_for_groups_of_rows(tmp_path):
     task = load_task("generated-table", max_examples=60, seed=0)
     groups = len({example.group for example in task.train})
     assert groups < len(task.train)
-    assert result.sample_rate == 8 / groups and result.delta == pytest.approx(groups ** -1.1)
+    assert result.sample_rate == 8 / groups and result.delta == pytest.approx(groups**-1.1)
     assert "one group" in result.privacy
 
 
-@pytest.mark.parametrize("changes", [
-    {"learning_rate": 1.0}, {"optimizer": "adam", "method": "lora"},
-    {"optimizer": "adam", "momentum_beta": 0.9}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 1.0},
+        {"optimizer": "adam", "method": "lora"},
+        {"optimizer": "adam", "momentum_beta": 0.9},
+    ],
+)
 def test_equals_restoring_every_matrix_by_hand(changes, tmp_path):
     """At little noise, so that some matrices stand above the edge and some do not."""
     config = small(noise_multiplier=0.05, scheme="optimal", restore_method="exact", **changes)
     train(config, tmp_path)
-    want, before, (restored, kept) = one_by_one(config, restore=shrink,
-                                                beta=config.momentum_beta)
+    want, before, (restored, kept) = one_by_one(config, restore=shrink, beta=config.momentum_beta)
     assert restored >= 4 and kept >= (4 if config.method == "lora" else 0)
     assert_same_weights(weights_of(tmp_path, config), want, before, always, 1e-3)
 
@@ -240,11 +303,19 @@ def test_equals_it_for_scores_and_on_a_decoder(tmp_path):
     """Regression on pairs of texts; and a Llama that classifies."""
     (tmp_path / "pairs").mkdir()
     for split, count in (("train", 40), ("validation", 10)):
-        (tmp_path / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(
-            {"sentence1": f"film {i}", "sentence2": f"plot {i % 7}", "label": i % 5 / 2}) + "\n"
-            for i in range(count)))
-    for name, changes in (("scores", {"task": str(tmp_path / "pairs"), "max_examples": None}),
-                          ("decoder", {"model": "tiny-llama", "max_examples": 40})):
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text(
+            "".join(
+                json.dumps(
+                    {"sentence1": f"film {i}", "sentence2": f"plot {i % 7}", "label": i % 5 / 2}
+                )
+                + "\n"
+                for i in range(count)
+            )
+        )
+    for name, changes in (
+        ("scores", {"task": str(tmp_path / "pairs"), "max_examples": None}),
+        ("decoder", {"model": "tiny-llama", "max_examples": 40}),
+    ):
         config = small(optimizer="adam", **changes)
         result = train(config, tmp_path / name)
         want, before, _ = one_by_one(config)
@@ -296,11 +367,20 @@ def backbone(folder, dropout=0.1):
     if not path.exists():
         tokenizer = load_tokenizer("tiny")
         torch.manual_seed(0)
-        transformers.BertForSequenceClassification(transformers.BertConfig(
-            vocab_size=768, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=48, max_position_embeddings=64, pad_token_id=0,
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-            num_labels=2)).save_pretrained(path)
+        transformers.BertForSequenceClassification(
+            transformers.BertConfig(
+                vocab_size=768,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=48,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                hidden_dropout_prob=dropout,
+                attention_probs_dropout_prob=dropout,
+                num_labels=2,
+            )
+        ).save_pretrained(path)
         tokenizer.model_max_length = 64
         tokenizer.save_pretrained(path)
     return path
@@ -320,11 +400,21 @@ def test_dropout_only_where_it_is_asked_for(tmp_path):
 
 # Poisson sampling
 
+
 def test_an_empty_sample_is_a_release_of_noise(tmp_path):
     """Weights move by the noise alone."""
-    seed = next(seed for seed in range(100) if not (torch.rand(
-        COUNT, generator=fresh_generators(config := small(seed=seed), new_stream(config, 0))[0],
-        dtype=torch.float64) < 1 / COUNT).any())
+    seed = next(
+        seed
+        for seed in range(100)
+        if not (
+            torch.rand(
+                COUNT,
+                generator=fresh_generators(config := small(seed=seed), new_stream(config, 0))[0],
+                dtype=torch.float64,
+            )
+            < 1 / COUNT
+        ).any()
+    )
     config = small(seed=seed, steps=1, batch_size=1, learning_rate=0.5)
     result = train(config, tmp_path)
     assert result.releases == 1 and result.sample_rate == 1 / COUNT
@@ -339,14 +429,18 @@ def test_an_empty_sample_is_a_release_of_noise(tmp_path):
             assert float(step.abs().max()) > 0.1
         torch.testing.assert_close(got[name], p - step, rtol=0, atol=1e-6)
     assert result.epsilon == pytest.approx(
-        GaussianMechanism(SIGMA, BOUND, 1 / COUNT).epsilon(1, result.delta))
+        GaussianMechanism(SIGMA, BOUND, 1 / COUNT).epsilon(1, result.delta)
+    )
 
 
 def test_a_sampled_group_takes_part_with_one_of_its_rows():
     """Over 400 draws: one row a group, each row of a group equally often (false alarm 1e-6)."""
     setup = prepare(tables(unit="group"), 3)
-    group_of = {tuple(row["input_ids"]): unit for unit, positions in enumerate(setup.unit_rows)
-                for row in [setup.rows[i] for i in positions]}
+    group_of = {
+        tuple(row["input_ids"]): unit
+        for unit, positions in enumerate(setup.unit_rows)
+        for row in [setup.rows[i] for i in positions]
+    }
     assert max(map(len, setup.unit_rows)) == 3
     seen = dict.fromkeys(group_of, 0)
     per_group = [0] * len(setup.unit_rows)
@@ -375,6 +469,7 @@ def test_a_sampled_group_takes_part_with_one_of_its_rows():
 
 # Privacy
 
+
 def by_dp_accounting(sigma, rate, steps, delta):
     event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
     accountant = pld.PLDAccountant(value_discretization_interval=5e-4)
@@ -385,16 +480,25 @@ def test_epsilon_is_that_of_dp_accounting(tmp_path):
     result = train(small(), tmp_path / "plain", keep_model=False)
     document = json.loads((tmp_path / "plain" / "training.json").read_text())
     assert document["epsilon"] == result.epsilon
-    assert document["delta"] == result.delta == pytest.approx(COUNT ** -1.1)
+    assert document["delta"] == result.delta == pytest.approx(COUNT**-1.1)
     exact = by_dp_accounting(SIGMA, BATCH / COUNT, STEPS, document["delta"])
     assert exact - 1e-9 <= document["epsilon"] <= exact * 1.001 + 1e-3
-    for words in (f"({result.epsilon:.4g}, {result.delta:g})-DP after 4 steps", "PLD",
-                  f"Poisson sampling at rate {BATCH / COUNT:.4g}", "add or remove one example",
-                  f"the number of examples ({COUNT}) is public", "RDP cross-check",
-                  "noise_multiplier 0.8", "max_grad_norm 0.5", "seed 3", "not secret"):
+    for words in (
+        f"({result.epsilon:.4g}, {result.delta:g})-DP after 4 steps",
+        "PLD",
+        f"Poisson sampling at rate {BATCH / COUNT:.4g}",
+        "add or remove one example",
+        f"the number of examples ({COUNT}) is public",
+        "RDP cross-check",
+        "noise_multiplier 0.8",
+        "max_grad_norm 0.5",
+        "seed 3",
+        "not secret",
+    ):
         assert words in result.privacy, words
-    restored = train(small(scheme="optimal", momentum_beta=0.9), tmp_path / "restored",
-                     keep_model=False)
+    restored = train(
+        small(scheme="optimal", momentum_beta=0.9), tmp_path / "restored", keep_model=False
+    )
     assert restored.epsilon == result.epsilon and restored.privacy == result.privacy
     unseeded = train(small(seed=None), tmp_path / "unseeded", keep_model=False)
     assert unseeded.epsilon == result.epsilon and "secret" not in unseeded.privacy
@@ -415,10 +519,14 @@ def test_large_delta_is_warned_of():
 
 
 def test_nothing_is_claimed_where_nothing_holds(tmp_path):
-    plain = train(small(noise_multiplier=None, non_private=True, steps=1), tmp_path / "plain",
-                  keep_model=False)
-    oracle = train(small(scheme="oracle", diagnostic=True, steps=1), tmp_path / "oracle",
-                   keep_model=False)
+    plain = train(
+        small(noise_multiplier=None, non_private=True, steps=1),
+        tmp_path / "plain",
+        keep_model=False,
+    )
+    oracle = train(
+        small(scheme="oracle", diagnostic=True, steps=1), tmp_path / "oracle", keep_model=False
+    )
     for name, result in (("plain", plain), ("oracle", oracle)):
         document = json.loads((tmp_path / name / "training.json").read_text())
         assert result.epsilon is document["epsilon"] is None
@@ -432,7 +540,8 @@ def test_the_oracle_puts_the_best_diagonal_in_place(tmp_path):
     before = {name: p.detach().clone() for name, p in setup.trained.items()}
     sampler, noise = fresh_generators(config, new_stream(config, 0))
     clean, _ = train_module.clipped_sum_over(
-        setup.model, train_module._sample(setup, sampler), BOUND)
+        setup.model, train_module._sample(setup, sampler), BOUND
+    )
     train(config, tmp_path)
     got = weights_of(tmp_path, config)
     for name, total in clean.items():
@@ -445,6 +554,7 @@ def test_the_oracle_puts_the_best_diagonal_in_place(tmp_path):
 
 
 # Guards
+
 
 def test_a_parameter_outside_the_mechanism_is_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -488,8 +598,10 @@ def test_movement_is_asked_only_of_weights_with_gradients():
         check.check(5)
 
 
-@pytest.mark.parametrize("changes", [{"learning_rate": 1e4}, {"learning_rate": 1e30},
-                                     {"optimizer": "adam", "learning_rate": 1e6}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": 1e4}, {"learning_rate": 1e30}, {"optimizer": "adam", "learning_rate": 1e6}],
+)
 def test_a_run_that_diverges_is_stopped_in_one_line(changes, tmp_path):
     with pytest.raises(ValueError, match=r"lower (the )?learning rate") as error:
         train(small(**changes), tmp_path)
@@ -505,9 +617,13 @@ def test_loss_guard(loss):
     guards.check_loss(13.9, 0.7, 7)
 
 
-SHAPES = {"full": {"w": (64, 64), "b": (64,), "head": (2, 64)},
-          "lora": {"a": (8, 384), "b": (384, 8), "head": (2, 384)},
-          "frozen": {"b": (128, 4)}, "wide": {"up": (256, 64)}, "vectors": {"norm": (300,)}}
+SHAPES = {
+    "full": {"w": (64, 64), "b": (64,), "head": (2, 64)},
+    "lora": {"a": (8, 384), "b": (384, 8), "head": (2, 384)},
+    "frozen": {"b": (128, 4)},
+    "wide": {"up": (256, 64)},
+    "vectors": {"norm": (300,)},
+}
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
@@ -526,7 +642,8 @@ def test_right_noise_passes(shapes):
 def test_noise_of_another_size_is_refused(shapes, factor):
     clean = {name: torch.randn(shape) for name, shape in shapes.items()}
     noisy = GaussianMechanism(0.7 * factor, 1.0, 0.5).add_noise(
-        clean, torch.Generator().manual_seed(0))
+        clean, torch.Generator().manual_seed(0)
+    )
     with pytest.raises(ValueError, match=r"noise has standard deviation .* must have 0.7 within"):
         guards.check_noise(clean, noisy, 0.7)
 
@@ -559,6 +676,7 @@ def test_noise_that_is_off_stops_the_run(tmp_path, monkeypatch):
 
 # Membership
 
+
 def units(count):
     task = load_task("generated")
     return [[example] for example in task.train[:count]]
@@ -577,8 +695,11 @@ def test_coins_are_independent_and_fair():
     agree = (coins[:-1] == coins[1:]).sum(axis=1)  # neighbouring seeds
     assert all(stats.binomtest(int(count), 200, 0.5).pvalue > alarm for count in agree)
     # the number of heads varies as a binomial's, unlike that of a fixed half: variance 50
-    assert 50 * stats.chi2.ppf(1e-7, 299) / 299 < coins.sum(axis=1).var(ddof=1) < (
-        50 * stats.chi2.isf(1e-7, 299) / 299)
+    assert (
+        50 * stats.chi2.ppf(1e-7, 299) / 299
+        < coins.sum(axis=1).var(ddof=1)
+        < (50 * stats.chi2.isf(1e-7, 299) / 299)
+    )
     assert draw_members(records, "bernoulli", 5) == coins[5].tolist()
 
 
@@ -605,8 +726,13 @@ def own_data(folder, *, change=None, text=""):
         rows = []
         for i in range(count):
             label = rng.randrange(2)
-            words = ["the", rng.choice(["film", "plot", "cast", "score"]), "is",
-                     rng.choice(["fresh", "warm"] if label else ["dull", "flat"]), f"number {i}"]
+            words = [
+                "the",
+                rng.choice(["film", "plot", "cast", "score"]),
+                "is",
+                rng.choice(["fresh", "warm"] if label else ["dull", "flat"]),
+                f"number {i}",
+            ]
             rows.append({"idx": i, "sentence": " ".join(words), "label": label})
         if split == "train" and change is not None:
             rows[change]["sentence"] = text
@@ -622,8 +748,14 @@ def test_only_members_are_trained_on(tmp_path):
     records = load_task(str(own_data(tmp_path / "a" / "data"))).train
     coins = draw_members([[e] for e in records], "bernoulli", 3)
     heads = sum(coins)
-    config = small(model=str(backbone(tmp_path)), task=str(tmp_path / "a" / "data"),
-                   membership="bernoulli", max_examples=None, batch_size=heads, steps=2)
+    config = small(
+        model=str(backbone(tmp_path)),
+        task=str(tmp_path / "a" / "data"),
+        membership="bernoulli",
+        max_examples=None,
+        batch_size=heads,
+        steps=2,
+    )
     assert 20 < heads < 40
     train(config, tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "membership.json").read_text())
@@ -633,8 +765,12 @@ def test_only_members_are_trained_on(tmp_path):
     files = {}
     for name, change in (("outsider", outsider), ("member", member)):
         texts = (f"an entirely different story about number {i}" for i in range(100))
-        text = next(text for text in texts if draw_members(
-            [[replace(records[change], text=text)]], "bernoulli", 3) == [coins[change]])
+        text = next(
+            text
+            for text in texts
+            if draw_members([[replace(records[change], text=text)]], "bernoulli", 3)
+            == [coins[change]]
+        )
         data = own_data(tmp_path / name / "data", change=change, text=text)
         train(replace(config, task=str(data)), tmp_path / name / "run")
         files[name] = (tmp_path / name / "run" / "model.safetensors").read_bytes()
@@ -643,15 +779,22 @@ def test_only_members_are_trained_on(tmp_path):
 
 
 def test_the_manifest_says_who_without_saying_what(tmp_path):
-    config = small(model=str(backbone(tmp_path)), task=str(own_data(tmp_path / "data")),
-                   membership="half", max_examples=None, batch_size=10, steps=1)
+    config = small(
+        model=str(backbone(tmp_path)),
+        task=str(own_data(tmp_path / "data")),
+        membership="half",
+        max_examples=None,
+        batch_size=10,
+        steps=1,
+    )
     train(config, tmp_path / "run")
     task = load_task(str(tmp_path / "data"))
     document = json.loads((tmp_path / "run" / "membership.json").read_text())
     assert document["ids"] == [example.id for example in task.train]
     assert document["content_hashes"] == [example.content_hash for example in task.train]
     assert document["is_member"] == [
-        int(coin) for coin in draw_members([[e] for e in task.train], "half", 3)]
+        int(coin) for coin in draw_members([[e] for e in task.train], "half", 3)
+    ]
     assert document["num_members"] == SENTENCES // 2 == sum(document["is_member"])
     assert document["num_records"] == SENTENCES
     assert document["coins"] == {"scheme": "fixed", "probability": 0.5, "seed": 3}
@@ -660,7 +803,8 @@ def test_the_manifest_says_who_without_saying_what(tmp_path):
         written = (tmp_path / "run" / name).read_text()
         for example in (*task.train, *task.validation):
             assert example.text not in written and f"number {example.text.split()[-1]}" not in (
-                written)
+                written
+            )
 
 
 def test_groups_are_members_as_one(tmp_path):
@@ -701,14 +845,26 @@ def test_a_holdout_shares_no_record_with_what_is_trained_on(unit):
 
 def test_groups_by_a_column(tmp_path):
     """400 rows of 20 users were 400 groups; a group takes part with one of its rows."""
-    rows = [{"text": f"the film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2,
-             "group": i, "user_id": i % 20} for i in range(400)]
+    rows = [
+        {
+            "text": f"the film {i} is {('dull', 'fresh')[i % 2]}",
+            "label": i % 2,
+            "group": i,
+            "user_id": i % 20,
+        }
+        for i in range(400)
+    ]
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = small(task=str(tmp_path), unit="group", max_examples=None, batch_size=5)
-    with warnings.catch_warnings(), pytest.raises(
-            ValueError, match=r"^unit 'group' must come with groups .* group_column \(not read so "
-                              r"far: 'group', 'user_id'\)$"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(
+            ValueError,
+            match=r"^unit 'group' must come with groups .* group_column \(not read so "
+            r"far: 'group', 'user_id'\)$",
+        ),
+    ):
         warnings.simplefilter("error")
         prepare(config, 3)
     with pytest.warns(UserWarning, match="not read: column 'group'"):
@@ -716,13 +872,18 @@ def test_groups_by_a_column(tmp_path):
     assert [len(unit) for unit in setup.units] == [20] * 20
     assert setup.mechanism.sample_rate == 5 / 20 and "20 of 20 groups" in setup.description
     assert "label from 'label' (2 classes: 0, 1), group from 'user_id'" in setup.description
-    rows = [int(row) for batch in train_module._sample(setup, torch.Generator().manual_seed(0))
-            for row in batch["input_ids"].shape[:1]]
+    rows = [
+        int(row)
+        for batch in train_module._sample(setup, torch.Generator().manual_seed(0))
+        for row in batch["input_ids"].shape[:1]
+    ]
     taken = train_module._draw(setup, torch.Generator().manual_seed(0))
     users = [i // 20 for i in taken]
     assert len(taken) == sum(rows) == len(set(users)) > 0
-    with pytest.warns(UserWarning, match=r"not read: column 'user_id'"), pytest.warns(
-            UserWarning, match=r"each of the 400 groups of .* is a single row"):
+    with (
+        pytest.warns(UserWarning, match=r"not read: column 'user_id'"),
+        pytest.warns(UserWarning, match=r"each of the 400 groups of .* is a single row"),
+    ):
         prepare(replace(config, group_column="group"), 3)
     with pytest.raises(ValueError, match=r"generated has none that are known: .*unit 'example'"):
         prepare(small(unit="group"), 3)
@@ -732,47 +893,68 @@ def test_fingerprint_sees_content_label_and_order():
     records = [unit[0] for unit in units(5)]
     same = fingerprint(records)
     assert fingerprint(list(records)) == same
-    others = [[replace(records[0], label=1 - records[0].label), *records[1:]],
-              [replace(records[0], text=records[0].text.upper()), *records[1:]],
-              [replace(records[0], id="another"), *records[1:]], records[::-1], records[:-1]]
+    others = [
+        [replace(records[0], label=1 - records[0].label), *records[1:]],
+        [replace(records[0], text=records[0].text.upper()), *records[1:]],
+        [replace(records[0], id="another"), *records[1:]],
+        records[::-1],
+        records[:-1],
+    ]
     assert len({same, *map(fingerprint, others)}) == 6
     assert group_units(records, "example") == [[record] for record in records]
 
 
 # Configuration
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"method": "lorra"}, "did you mean 'lora'"),
-    ({"optimizer": "adagrad"}, "optimizer must be one of sgd, adam, adamw"),
-    ({"noise_multiplier": None}, "exactly one of epsilon, noise_multiplier and non_private"),
-    ({"epsilon": 1.0}, "got epsilon and noise_multiplier"),
-    ({"non_private": True}, "got noise_multiplier and non_private"),
-    ({"noise_multiplier": 0.0}, "noise_multiplier must be a finite number > 0"),
-    ({"noise_multiplier": math.inf}, "noise_multiplier"),
-    ({"delta": 1.0}, "delta must be"), ({"delta": 0.0}, "delta must be"),
-    ({"max_grad_norm": math.inf}, "max_grad_norm"),
-    ({"steps": 0}, "steps must be an integer >= 1"), ({"steps": 2.5}, "steps"),
-    ({"batch_size": True}, "batch_size"), ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"),
-    ({"warmup_steps": 1}, "warmup_steps must be 0 with schedule 'constant'"),
-    ({"schedule": "linear", "warmup_steps": 5}, "warmup_steps must be an integer >= 0 and <= 4"),
-    ({"scheme": "oracle"}, "diagnostic"), ({"diagnostic": True}, "diagnostic must go with"),
-    ({"noise_multiplier": None, "non_private": True, "scheme": "optimal"}, "nothing to restore"),
-    ({"scheme": "truncate"}, "k must be given"),
-    ({"scheme": "denoise", "scheme_options": {"kapa": 1}}, "did you mean 'kappa'"),
-    ({"scheme_options": {"k": 1}}, "scheme 'none' takes no options"),
-    ({"scheme": "optimal", "scheme_options": {"noise_std": 3}}, "noise_std"),
-    ({"scheme": "optimal", "scheme_options": {"noisy": 3}}, "noisy"),
-    ({"scheme": "optimal", "scheme_options": {"scheme": "soft"}}, "scheme"),
-    ({"scheme": "oracle", "diagnostic": True, "scheme_options": {"foo": 1}}, "foo"),
-    ({"momentum_beta": 1.0}, "beta must be"), ({"momentum_beta": "0.9"}, "beta must be"),
-    ({"momentum_beta": 0.9, "filter_b": (1.0,)}, "must not both be given"),
-    ({"filter_a": (0.5,)}, "filter_a must come with filter_b"),
-    ({"filter_b": (1.0, -1.0)}, "b must be"), ({"filter_b": ("x",)}, "b must be"),
-    ({"momentum_beta": 0.9, "beta1": 0.9}, "beta1 must be 0 or left out"),
-    ({"filter_b": (1.0,), "beta1": 0.9}, "beta1 must be 0 or left out"),
-    ({"beta1": 1.0}, "beta1 must be"),
-    ({"secure_rng": True}, "secure_rng must go without a seed"),
-])
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "lorra"}, "did you mean 'lora'"),
+        ({"optimizer": "adagrad"}, "optimizer must be one of sgd, adam, adamw"),
+        ({"noise_multiplier": None}, "exactly one of epsilon, noise_multiplier and non_private"),
+        ({"epsilon": 1.0}, "got epsilon and noise_multiplier"),
+        ({"non_private": True}, "got noise_multiplier and non_private"),
+        ({"noise_multiplier": 0.0}, "noise_multiplier must be a finite number > 0"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier"),
+        ({"delta": 1.0}, "delta must be"),
+        ({"delta": 0.0}, "delta must be"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm"),
+        ({"steps": 0}, "steps must be an integer >= 1"),
+        ({"steps": 2.5}, "steps"),
+        ({"batch_size": True}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"warmup_steps": 1}, "warmup_steps must be 0 with schedule 'constant'"),
+        (
+            {"schedule": "linear", "warmup_steps": 5},
+            "warmup_steps must be an integer >= 0 and <= 4",
+        ),
+        ({"scheme": "oracle"}, "diagnostic"),
+        ({"diagnostic": True}, "diagnostic must go with"),
+        (
+            {"noise_multiplier": None, "non_private": True, "scheme": "optimal"},
+            "nothing to restore",
+        ),
+        ({"scheme": "truncate"}, "k must be given"),
+        ({"scheme": "denoise", "scheme_options": {"kapa": 1}}, "did you mean 'kappa'"),
+        ({"scheme_options": {"k": 1}}, "scheme 'none' takes no options"),
+        ({"scheme": "optimal", "scheme_options": {"noise_std": 3}}, "noise_std"),
+        ({"scheme": "optimal", "scheme_options": {"noisy": 3}}, "noisy"),
+        ({"scheme": "optimal", "scheme_options": {"scheme": "soft"}}, "scheme"),
+        ({"scheme": "oracle", "diagnostic": True, "scheme_options": {"foo": 1}}, "foo"),
+        ({"momentum_beta": 1.0}, "beta must be"),
+        ({"momentum_beta": "0.9"}, "beta must be"),
+        ({"momentum_beta": 0.9, "filter_b": (1.0,)}, "must not both be given"),
+        ({"filter_a": (0.5,)}, "filter_a must come with filter_b"),
+        ({"filter_b": (1.0, -1.0)}, "b must be"),
+        ({"filter_b": ("x",)}, "b must be"),
+        ({"momentum_beta": 0.9, "beta1": 0.9}, "beta1 must be 0 or left out"),
+        ({"filter_b": (1.0,), "beta1": 0.9}, "beta1 must be 0 or left out"),
+        ({"beta1": 1.0}, "beta1 must be"),
+        ({"secure_rng": True}, "secure_rng must go without a seed"),
+    ],
+)
 def test_a_bad_configuration_is_refused_before_anything_is_loaded(changes, words):
     with pytest.raises(ValueError, match=words) as error:
         small(**changes)
@@ -780,9 +962,18 @@ def test_a_bad_configuration_is_refused_before_anything_is_loaded(changes, words
 
 
 def test_a_configuration_survives_json():
-    for config in (small(), small(
-            noise_multiplier=None, epsilon=2.0, scheme="truncate", scheme_options={"k": 3},
-            filter_b=(0.5, 0.5), target_modules=("query", "value"), train_layers="layer.1")):
+    for config in (
+        small(),
+        small(
+            noise_multiplier=None,
+            epsilon=2.0,
+            scheme="truncate",
+            scheme_options={"k": 3},
+            filter_b=(0.5, 0.5),
+            target_modules=("query", "value"),
+            train_layers="layer.1",
+        ),
+    ):
         document = json.loads(json.dumps(config.as_json()))
         assert TrainConfig.from_json(document) == config
         assert config.differences(TrainConfig.from_json(document)) == []
@@ -792,6 +983,7 @@ def test_a_configuration_survives_json():
 
 
 # Checkpoint and evaluation
+
 
 def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     config = small(steps=2)
@@ -823,7 +1015,8 @@ def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     assert again["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert [entry["step"] for entry in result.curve] == [0, 2]
     assert result.majority == max(np.bincount([e.label for e in task.validation])) / len(
-        task.validation)
+        task.validation
+    )
     members = evaluate(ours, tokenizer, task, "train", max_examples=30, max_length=128)
     assert result.train_loss == pytest.approx(members["loss"], rel=1e-5)
     saved = json.loads((tmp_path / "training.json").read_text())
@@ -856,8 +1049,11 @@ def test_the_head_before_training_is_kept(method, tmp_path):
     assert head.keys() == {"classifier.weight", "classifier.bias"}
     for name, tensor in head.items():
         assert torch.equal(tensor, untrained.state_dict()[name])
-    after = {name: p for name, p in weights_of(tmp_path, config).items() if "classifier" in name
-             and "original_module" not in name and name.endswith("weight")}
+    after = {
+        name: p
+        for name, p in weights_of(tmp_path, config).items()
+        if "classifier" in name and "original_module" not in name and name.endswith("weight")
+    }
     assert after and all(not torch.equal(p, head["classifier.weight"]) for p in after.values())
 
 
@@ -910,12 +1106,15 @@ def test_a_language_model_loads_and_generates(method, tmp_path):
         plain = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path)
     prompt = reader(task.validation[0].text + "\n", return_tensors="pt")
-    assert prompt["input_ids"].tolist() == tokenizer(
-        task.validation[0].text + "\n", return_tensors="pt")["input_ids"].tolist()
+    assert (
+        prompt["input_ids"].tolist()
+        == tokenizer(task.validation[0].text + "\n", return_tensors="pt")["input_ids"].tolist()
+    )
     with torch.no_grad():
         assert torch.equal(plain(**prompt).logits, ours(**prompt).logits)
-    written = plain.generate(**prompt, max_new_tokens=12, do_sample=False,
-                             pad_token_id=reader.pad_token_id)
+    written = plain.generate(
+        **prompt, max_new_tokens=12, do_sample=False, pad_token_id=reader.pad_token_id
+    )
     assert prompt["input_ids"].shape[1] < written.shape[1]
 
 

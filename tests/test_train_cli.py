@@ -23,8 +23,14 @@ CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"
 
 
 def sentences(count, change=lambda rows: rows):
-    rows = [{"idx": i, "sentence": f"the film number {i} is {('dull', 'fresh')[i % 2]} .",
-             "label": i % 2} for i in range(count)]
+    rows = [
+        {
+            "idx": i,
+            "sentence": f"the film number {i} is {('dull', 'fresh')[i % 2]} .",
+            "label": i % 2,
+        }
+        for i in range(count)
+    ]
     return "".join(json.dumps(row) + "\n" for row in change(rows))
 
 
@@ -45,16 +51,27 @@ def write_task(folder, train, validation):
 
 def words(places, output, changes):
     """A command line; an option with None is left out, with True is a flag."""
-    options = {"--model": str(places / "model"), "--task": str(places / "data"),
-               "--noise-multiplier": "0.8", "--batch-size": "10", "--steps": "2", "--seed": "1",
-               "--output": str(output)} | changes
-    return [word for name, value in options.items() if value is not None
-            for word in ([name] if value is True else [name, value])]
+    options = {
+        "--model": str(places / "model"),
+        "--task": str(places / "data"),
+        "--noise-multiplier": "0.8",
+        "--batch-size": "10",
+        "--steps": "2",
+        "--seed": "1",
+        "--output": str(output),
+    } | changes
+    return [
+        word
+        for name, value in options.items()
+        if value is not None
+        for word in ([name] if value is True else [name, value])
+    ]
 
 
 @pytest.fixture
 def call(places, tmp_path, capsys):
     """Run the command in this process: exit code, stdout, stderr."""
+
     def run(changes=(), output=None):
         with pytest.raises(SystemExit) as stop:
             main(["train", *words(places, output or tmp_path / "out", dict(changes))])
@@ -67,14 +84,30 @@ def call(places, tmp_path, capsys):
 def test_the_command_of_the_readme(places, tmp_path):
     """Every option of the contract, in a process of its own; JSON alone on stdout."""
     options = {
-        "--method": "lora", "--rank": "4", "--scheme": "optimal", "--momentum-beta": "0.9",
-        "--noise-multiplier": None, "--epsilon": "8", "--delta": "1e-3", "--batch-size": "6",
-        "--steps": "3", "--learning-rate": "1e-3", "--max-grad-norm": "0.5",
-        "--micro-batch-size": "4", "--max-examples": "30", "--membership": "bernoulli",
-        "--device": "cpu", "--resume": True, "--json": True}
-    done = subprocess.run([sys.executable, "-m", "lowrank_dp.train",
-                           *words(places, tmp_path / "out", options)],
-                          capture_output=True, text=True, timeout=300)
+        "--method": "lora",
+        "--rank": "4",
+        "--scheme": "optimal",
+        "--momentum-beta": "0.9",
+        "--noise-multiplier": None,
+        "--epsilon": "8",
+        "--delta": "1e-3",
+        "--batch-size": "6",
+        "--steps": "3",
+        "--learning-rate": "1e-3",
+        "--max-grad-norm": "0.5",
+        "--micro-batch-size": "4",
+        "--max-examples": "30",
+        "--membership": "bernoulli",
+        "--device": "cpu",
+        "--resume": True,
+        "--json": True,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_dp.train", *words(places, tmp_path / "out", options)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document == json.loads((tmp_path / "out" / "training.json").read_text())
@@ -84,15 +117,25 @@ def test_the_command_of_the_readme(places, tmp_path):
     assert f"privacy: {document['privacy']}" == said[1]
 
     config = load_result(tmp_path / "out").config
-    assert (config.method, config.rank, config.momentum_beta, config.epsilon, config.delta,
-            config.max_examples, config.membership, config.seed) == (
-        "lora", 4, 0.9, 8.0, 1e-3, 30, "bernoulli", 1)
+    assert (
+        config.method,
+        config.rank,
+        config.momentum_beta,
+        config.epsilon,
+        config.delta,
+        config.max_examples,
+        config.membership,
+        config.seed,
+    ) == ("lora", 4, 0.9, 8.0, 1e-3, 30, "bernoulli", 1)
     members = json.loads((tmp_path / "out" / "membership.json").read_text())
     assert 15 <= members["num_records"] <= 40  # 30 of 40 are expected
     assert 6 <= members["num_members"] < members["num_records"]
     rate = 6 / members["num_members"]
-    assert document["epsilon"] == GaussianMechanism(
-        document["noise_multiplier"], 0.5, rate).epsilon(3, 1e-3) <= 8
+    assert (
+        document["epsilon"]
+        == GaussianMechanism(document["noise_multiplier"], 0.5, rate).epsilon(3, 1e-3)
+        <= 8
+    )
     assert "--output out" in document["provenance"]["command"]
 
     ours, tokenizer = load_model(str(tmp_path / "out"))
@@ -111,13 +154,21 @@ def test_what_is_printed_for_people(call, tmp_path):
     lines = out.splitlines()
     assert lines[0].startswith("trains: ") and "40 of 40 examples trained on" in lines[0]
     assert lines[1].startswith("privacy: (") and "noise drawn from seed 1" in lines[1]
-    for text in ("accuracy", "majority class: 0.5", "loss on members", "(NON-PRIVATE)",
-                 "restoring: ", f"checkpoint: {output}", "privacy spent: ("):
+    for text in (
+        "accuracy",
+        "majority class: 0.5",
+        "loss on members",
+        "(NON-PRIVATE)",
+        "restoring: ",
+        f"checkpoint: {output}",
+        "privacy spent: (",
+    ):
         assert text in out, text
     code, again, _ = call({"--delta": "0.1", "--eval-every": "1", "--resume": True}, output)
     assert code == 0 and again == "\n".join(lines[2:]) + "\n"
-    code, out, err = call({"--delta": "0.1", "--eval-every": "1", "--resume": True,
-                           "--json": True}, output)
+    code, out, err = call(
+        {"--delta": "0.1", "--eval-every": "1", "--resume": True, "--json": True}, output
+    )
     assert code == 0 and not err
     assert json.loads(out) == json.loads((output / "training.json").read_text())
 
@@ -129,11 +180,25 @@ def test_a_run_without_privacy_says_so(call):
 
 
 def test_options_reach_the_configuration(call, tmp_path):
-    code, *_ = call({"--scheme": "denoise", "--option": "kappa=1.5", "--below": "zero",
-                     "--filter-b": "0.5", "--train-layers": "1", "--optimizer": "adamw",
-                     "--weight-decay": "0.01", "--schedule": "linear", "--warmup-steps": "1",
-                     "--max-examples": "30", "--dropout": True, "--no-generate": True,
-                     "--snapshot-every": "1", "--steps": "1", "--max-length": "20"})
+    code, *_ = call(
+        {
+            "--scheme": "denoise",
+            "--option": "kappa=1.5",
+            "--below": "zero",
+            "--filter-b": "0.5",
+            "--train-layers": "1",
+            "--optimizer": "adamw",
+            "--weight-decay": "0.01",
+            "--schedule": "linear",
+            "--warmup-steps": "1",
+            "--max-examples": "30",
+            "--dropout": True,
+            "--no-generate": True,
+            "--snapshot-every": "1",
+            "--steps": "1",
+            "--max-length": "20",
+        }
+    )
     config = load_result(tmp_path / "out").config
     assert code == 0
     assert config.restoration == {"method": "fast", "below": "zero", "kappa": 1.5}
@@ -144,34 +209,64 @@ def test_options_reach_the_configuration(call, tmp_path):
 
 def test_a_configuration_file_gives_the_defaults(call, tmp_path):
     """What is given beside the file wins over it."""
-    document = {"steps": 7, "learning_rate": 0.25, "scheme": "denoise",
-                "scheme_options": {"kappa": 1.5}, "train_layers": 1, "filter_b": [0.5],
-                "non_private": False, "noise_multiplier": 1.0}
+    document = {
+        "steps": 7,
+        "learning_rate": 0.25,
+        "scheme": "denoise",
+        "scheme_options": {"kappa": 1.5},
+        "train_layers": 1,
+        "filter_b": [0.5],
+        "non_private": False,
+        "noise_multiplier": 1.0,
+    }
     (tmp_path / "run.json").write_text(json.dumps(document))
-    code, *_ = call({"--config": str(tmp_path / "run.json"), "--noise-multiplier": None,
-                     "--steps": "1"})
+    code, *_ = call(
+        {"--config": str(tmp_path / "run.json"), "--noise-multiplier": None, "--steps": "1"}
+    )
     config = load_result(tmp_path / "out").config
     assert code == 0 and (config.steps, config.learning_rate) == (1, 0.25)
     assert config.scheme_options == {"kappa": 1.5} and config.train_layers == 1
     assert config.filter_b == (0.5,)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("{", "must be JSON"), ("[]", "one JSON object"), ("[" * 100_000, "must be JSON"),
-    ('{"steps": 1, "epsilon": 1.0, "epsilon": 8.0}', "'epsilon' occurs twice"),
-    *((f'{{"{name}": {value}, "noise_multiplier": 1.0}}', f"{expected} must be")
-      for name, value, expected in (
-          *((n, "1" + "0" * 400, n) for n in ("learning_rate", "steps", "rank", "holdout",
-                                              "data_seed", "max_length", "max_grad_norm")),
-          ("weight_decay", "1e308", "weight_decay"), ("max_grad_norm", "1e308", "max_grad_norm"),
-          ("max_grad_norm", "1e-308", "max_grad_norm"), ("rank", "1000000", "rank"),
-          ("filter_b", "[1e308]", "filter's coefficient"), ("num_beams", "1001", "num_beams"),
-          ("filter_b", "[1e-320]", "filter's coefficient"),
-          ("device", f'"cuda:{"9" * 40}"', "device"))),
-    ('{"noise_multiplier": 1e308}', "noise_multiplier must be"),
-    ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
-    ('{"steps": "many", "non_private": true}', "steps must be of the type int"),
-    ('{"steps": 3}', "exactly one of epsilon")])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "one JSON object"),
+        ("[" * 100_000, "must be JSON"),
+        ('{"steps": 1, "epsilon": 1.0, "epsilon": 8.0}', "'epsilon' occurs twice"),
+        *(
+            (f'{{"{name}": {value}, "noise_multiplier": 1.0}}', f"{expected} must be")
+            for name, value, expected in (
+                *(
+                    (n, "1" + "0" * 400, n)
+                    for n in (
+                        "learning_rate",
+                        "steps",
+                        "rank",
+                        "holdout",
+                        "data_seed",
+                        "max_length",
+                        "max_grad_norm",
+                    )
+                ),
+                ("weight_decay", "1e308", "weight_decay"),
+                ("max_grad_norm", "1e308", "max_grad_norm"),
+                ("max_grad_norm", "1e-308", "max_grad_norm"),
+                ("rank", "1000000", "rank"),
+                ("filter_b", "[1e308]", "filter's coefficient"),
+                ("num_beams", "1001", "num_beams"),
+                ("filter_b", "[1e-320]", "filter's coefficient"),
+                ("device", f'"cuda:{"9" * 40}"', "device"),
+            )
+        ),
+        ('{"noise_multiplier": 1e308}', "noise_multiplier must be"),
+        ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
+        ('{"steps": "many", "non_private": true}', "steps must be of the type int"),
+        ('{"steps": 3}', "exactly one of epsilon"),
+    ],
+)
 def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
@@ -180,7 +275,8 @@ def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
 def test_every_field_of_a_configuration_is_an_option():
     """A field without an option would be accepted in a file, and not be heeded."""
     assert {f.name for f in fields(TrainConfig)} - {"scheme_options"} <= {
-        *inspect.signature(command).parameters}
+        *inspect.signature(command).parameters
+    }
 
 
 def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):
@@ -210,14 +306,18 @@ BAD = {
     "no privacy": ({"--noise-multiplier": None}, ["exactly one of", "non_private"]),
     "two privacies": ({"--epsilon": "8"}, ["exactly one of", "epsilon and noise_multiplier"]),
     "private and not": ({"--non-private": True}, ["exactly one of"]),
-    "epsilon out of reach": ({"--noise-multiplier": None, "--epsilon": "1e-9", "--delta": "1e-12"},
-                             ["epsilon = 1e-09", "cannot be met"]),
+    "epsilon out of reach": (
+        {"--noise-multiplier": None, "--epsilon": "1e-9", "--delta": "1e-12"},
+        ["epsilon = 1e-09", "cannot be met"],
+    ),
     "no protection": ({"--noise-multiplier": "1e-9"}, ["protects nothing", "larger"]),
     "delta": ({"--delta": "1"}, ["delta must be"]),
     "epsilon": ({"--noise-multiplier": None, "--epsilon": "-1"}, ["epsilon", "> 0"]),
     "nan": ({"--learning-rate": "nan"}, ["learning_rate must be a finite number"]),
-    "nothing to restore": ({"--noise-multiplier": None, "--non-private": True,
-                            "--scheme": "optimal"}, ["scheme must be 'none' without noise"]),
+    "nothing to restore": (
+        {"--noise-multiplier": None, "--non-private": True, "--scheme": "optimal"},
+        ["scheme must be 'none' without noise"],
+    ),
     "batch": ({"--batch-size": "41"}, ["batch_size must be at most the 40 examples"]),
     "batch of members": ({"--batch-size": "21", "--membership": "half"}, ["the 20 examples"]),
     "no batch": ({"--batch-size": "0"}, ["batch_size must be an integer >= 1"]),
@@ -226,10 +326,14 @@ BAD = {
     "no output": ({"--output": None}, ["--output"]),
     "context": ({"--max-length": "65"}, ["max_length must be", "<= 64"]),
     "holdout": ({"--holdout": "40"}, ["holdout must be below the 40 examples"]),
-    "column": ({"--text-column": "sentense", "--label-column": "label"},
-               ["text_column must be a column", "did you mean 'sentence'"]),
-    "columns of two kinds": ({"--text-column": "sentence", "--target-column": "label"},
-                             ["must go without text_column"]),
+    "column": (
+        {"--text-column": "sentense", "--label-column": "label"},
+        ["text_column must be a column", "did you mean 'sentence'"],
+    ),
+    "columns of two kinds": (
+        {"--text-column": "sentence", "--target-column": "label"},
+        ["must go without text_column"],
+    ),
     "columns of a known task": ({"--task": "generated", "--text-column": "a"}, ["are known"]),
     "no groups": ({"--unit": "group"}, ["unit 'group' must come with groups of rows"]),
     "oracle": ({"--scheme": "oracle"}, ["clean gradients", "diagnostic"]),
@@ -241,8 +345,10 @@ BAD = {
     "layers": ({"--train-layers": "["}, ["train_layers must be a regular expression"]),
     "no such layer": ({"--train-layers": "nothing_like_it"}, ["matches no trainable parameter"]),
     "too many layers": ({"--train-layers": "3"}, ["train_layers", "3"]),
-    "no such module": ({"--method": "lora", "--target-modules": "nonsense"},
-                       ["target_modules must be", "query"]),
+    "no such module": (
+        {"--method": "lora", "--target-modules": "nonsense"},
+        ["target_modules must be", "query"],
+    ),
     "encoder": ({"--task": "generated-table"}, ["causal language model", "tiny-llama"]),
     "seed": ({"--seed": "99999999999999999999"}, ["seed must be"]),
 }
@@ -270,24 +376,50 @@ def test_cuda_is_refused_where_there_is_none(call, monkeypatch):
     refused(call({"--device": "cuda"}), "device must be cpu")
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    (lambda rows: [{**row, "label": 1} for row in rows],
-     ["two classes or more", "all have label 1"]),
-    (lambda rows: [{**row, "label": -1 if row["idx"] == 6 else 1} for row in rows],
-     ["train.jsonl line 7", "'label' must be a class: an integer >= 0", "got -1"]),
-    (lambda rows: [{**row, "label": "good"} if row["idx"] == 6 else row for row in rows],
-     ["train.jsonl line 7", "'label'", "good"]),
-    (lambda rows: [{key: row[key] for key in ("idx", "label")} if row["idx"] == 6 else row
-                   for row in rows], ["train.jsonl line 7", "'sentence' is missing"]),
-    (lambda rows: [{**row, "sentence": 7} if row["idx"] == 6 else row for row in rows],
-     ["train.jsonl line 7", "'sentence' must be a string, got 7"]),
-    (lambda rows: [{**row, "sentence": ""} if row["idx"] == 6 else row for row in rows],
-     ["train.jsonl line 7", "'sentence' must be a text that is not empty"]),
-    (lambda rows: [{**row, "idx": 0} for row in rows], ["line 2", "idx 0 occurs twice"]),
-    (lambda rows: [], ["train"]),
-], ids=["one class", "negative label", "text as label", "no text", "number as text",
-        "empty text", "idx twice",
-        "empty"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda rows: [{**row, "label": 1} for row in rows],
+            ["two classes or more", "all have label 1"],
+        ),
+        (
+            lambda rows: [{**row, "label": -1 if row["idx"] == 6 else 1} for row in rows],
+            ["train.jsonl line 7", "'label' must be a class: an integer >= 0", "got -1"],
+        ),
+        (
+            lambda rows: [{**row, "label": "good"} if row["idx"] == 6 else row for row in rows],
+            ["train.jsonl line 7", "'label'", "good"],
+        ),
+        (
+            lambda rows: [
+                {key: row[key] for key in ("idx", "label")} if row["idx"] == 6 else row
+                for row in rows
+            ],
+            ["train.jsonl line 7", "'sentence' is missing"],
+        ),
+        (
+            lambda rows: [{**row, "sentence": 7} if row["idx"] == 6 else row for row in rows],
+            ["train.jsonl line 7", "'sentence' must be a string, got 7"],
+        ),
+        (
+            lambda rows: [{**row, "sentence": ""} if row["idx"] == 6 else row for row in rows],
+            ["train.jsonl line 7", "'sentence' must be a text that is not empty"],
+        ),
+        (lambda rows: [{**row, "idx": 0} for row in rows], ["line 2", "idx 0 occurs twice"]),
+        (lambda rows: [], ["train"]),
+    ],
+    ids=[
+        "one class",
+        "negative label",
+        "text as label",
+        "no text",
+        "number as text",
+        "empty text",
+        "idx twice",
+        "empty",
+    ],
+)
 def test_bad_records_are_refused_by_file_and_line(change, expected, call, tmp_path):
     write_task(tmp_path / "own", sentences(40, change), sentences(12))
     refused(call({"--task": str(tmp_path / "own")}), *expected)
@@ -313,26 +445,44 @@ def test_a_task_without_validation_is_refused(call, tmp_path):
 
 def test_a_table_of_ones_own(call, tmp_path):
     """CSV with named columns: one warning names what is not read, the first line what is."""
-    rows = "".join(f'"a film, number {i}",{("bad", "good", "ok")[i % 3]},u{i % 15},x\n'
-                   for i in range(45))
+    rows = "".join(
+        f'"a film, number {i}",{("bad", "good", "ok")[i % 3]},u{i % 15},x\n' for i in range(45)
+    )
     (tmp_path / "reviews.csv").write_text("review,stars,user,note\n" + rows)
-    named = {"--model": "tiny", "--task": str(tmp_path / "reviews.csv"), "--text-column": "review",
-             "--label-column": "stars"}
-    code, out, err = call({**named, "--group-column": "user", "--unit": "group", "--holdout": "5",
-                           "--batch-size": "4", "--steps": "1"})
+    named = {
+        "--model": "tiny",
+        "--task": str(tmp_path / "reviews.csv"),
+        "--text-column": "review",
+        "--label-column": "stars",
+    }
+    code, out, err = call(
+        {
+            **named,
+            "--group-column": "user",
+            "--unit": "group",
+            "--holdout": "5",
+            "--batch-size": "4",
+            "--steps": "1",
+        }
+    )
     assert code == 0 and err.count("\n") == 1, err
     assert err.startswith("warning: ") and "not read: column 'note'" in err
     first = out.splitlines()[0]
-    assert first.startswith("trains: ") and ("text from 'review', label from 'stars' (3 classes: "
-                                             "bad, good, ok), group from 'user'") in first
+    assert (
+        first.startswith("trains: ")
+        and ("text from 'review', label from 'stars' (3 classes: bad, good, ok), group from 'user'")
+        in first
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "good", "2": "ok"}
     document = json.loads((tmp_path / "out" / "membership.json").read_text())
     assert document["task"] == "reviews" and len(set(document["groups"])) < 15
     assert document["recipe"]["group_column"] == "user"
-    refused(call({**named, "--unit": "group", "--holdout": "5"}, tmp_path / "other"),
-            "error: unit 'group' must come with groups of rows, reviews has none that are known: "
-            "name their column by group_column (not read so far: 'user', 'note')")
+    refused(
+        call({**named, "--unit": "group", "--holdout": "5"}, tmp_path / "other"),
+        "error: unit 'group' must come with groups of rows, reviews has none that are known: "
+        "name their column by group_column (not read so far: 'user', 'note')",
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -350,12 +500,17 @@ def test_places_that_cannot_be_written(call, tmp_path):
 
 def test_help_lists_everything(capsys):
     other_names = {"scheme_options": "--option", "restore_method": ""}
-    options = [other_names.get(field.name, "--" + field.name.replace("_", "-"))
-               for field in fields(TrainConfig)]
+    options = [
+        other_names.get(field.name, "--" + field.name.replace("_", "-"))
+        for field in fields(TrainConfig)
+    ]
     for arguments, expected in (
-            (["--help"], ["train", "differentially private fine-tuning"]),
-            (["train", "--help"], [*options, "--output", "--resume", "--json", "optimal",
-                                   "lora-frozen-a", "bernoulli"])):
+        (["--help"], ["train", "differentially private fine-tuning"]),
+        (
+            ["train", "--help"],
+            [*options, "--output", "--resume", "--json", "optimal", "lora-frozen-a", "bernoulli"],
+        ),
+    ):
         try:
             main(arguments)
         except SystemExit as stop:

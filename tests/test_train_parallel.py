@@ -32,10 +32,22 @@ def model(small_bert):
 
 
 def make_config(model, **changes):
-    base = {"model": model, "task": "generated", "max_examples": ABOUT, "noise_multiplier": SIGMA,
-            "max_grad_norm": BOUND, "steps": STEPS, "batch_size": 13, "learning_rate": 1e-2,
-            "optimizer": "sgd", "micro_batch_size": 4, "eval_every": 100, "snapshot_every": 2,
-            "eval_examples": 20, "seed": 5}
+    base = {
+        "model": model,
+        "task": "generated",
+        "max_examples": ABOUT,
+        "noise_multiplier": SIGMA,
+        "max_grad_norm": BOUND,
+        "steps": STEPS,
+        "batch_size": 13,
+        "learning_rate": 1e-2,
+        "optimizer": "sgd",
+        "micro_batch_size": 4,
+        "eval_every": 100,
+        "snapshot_every": 2,
+        "eval_examples": 20,
+        "seed": 5,
+    }
     return TrainConfig(**base | changes)
 
 
@@ -149,11 +161,23 @@ json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
 
 def words(config, folder):
     default = TrainConfig(non_private=True).as_json()
-    values = {name: value for name, value in config.as_json().items()
-              if value != default[name] and name != "non_private"}
-    return ["train", "--output", str(folder), "--resume",
-            *(f"--{name.replace('_', '-')}" if value is True
-              else f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
+    values = {
+        name: value
+        for name, value in config.as_json().items()
+        if value != default[name] and name != "non_private"
+    }
+    return [
+        "train",
+        "--output",
+        str(folder),
+        "--resume",
+        *(
+            f"--{name.replace('_', '-')}"
+            if value is True
+            else f"--{name.replace('_', '-')}={value}"
+            for name, value in values.items()
+        ),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -162,22 +186,33 @@ def together(model, torchrun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     configs = {name: make_config(model, **changes) for name, changes in RUNS.items()}
     for split in ("train", "validation"):
-        (folder / f"{split}.csv").write_text("text,label,who\n" + "".join(
-            f"the film {i} is {('dull', 'fresh')[i % 2]},{i % 2},{i % 30}\n" for i in range(60)))
-    configs["groups"] = replace(configs["groups"], task=str(folder), group_column="who",
-                                max_examples=None)
+        (folder / f"{split}.csv").write_text(
+            "text,label,who\n"
+            + "".join(
+                f"the film {i} is {('dull', 'fresh')[i % 2]},{i % 2},{i % 30}\n" for i in range(60)
+            )
+        )
+    configs["groups"] = replace(
+        configs["groups"], task=str(folder), group_column="who", max_examples=None
+    )
     (folder / "worker.py").write_text(TOGETHER)
     (folder / "full").mkdir()
     (folder / "full" / "thesis.tex").write_text("x")
     good = words(make_config(model), folder / "full")
     bad = [word.replace(f"multiplier={SIGMA}", "multiplier=-1") for word in good]
     done = torchrun(
-        2, str(folder / "worker.py"),
-        json.dumps({name: config.as_json() for name, config in configs.items()}), str(folder),
-        json.dumps([bad, good]))
+        2,
+        str(folder / "worker.py"),
+        json.dumps({name: config.as_json() for name, config in configs.items()}),
+        str(folder),
+        json.dumps([bad, good]),
+    )
     (folder / "said").write_text(done.stderr)
-    return configs, folder, [json.loads((folder / f"rank-{rank}.json").read_text())
-                             for rank in range(2)]
+    return (
+        configs,
+        folder,
+        [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)],
+    )
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -226,15 +261,23 @@ def test_two_processes_train_as_one_does(name, together):
 def test_noise_is_added_once(together):
     """Its variance over all entries and steps, chi-squared: false alarm in 10^6 runs."""
     _, folder, _ = together
-    noise = np.concatenate([
-        (load_file(folder / f"restored-noisy-{step}.safetensors")[name].double() - total.double())
-        .flatten().numpy() for step in range(1, STEPS + 1)
-        for name, total in load_file(folder / f"restored-clean-{step}.safetensors").items()])
+    noise = np.concatenate(
+        [
+            (
+                load_file(folder / f"restored-noisy-{step}.safetensors")[name].double()
+                - total.double()
+            )
+            .flatten()
+            .numpy()
+            for step in range(1, STEPS + 1)
+            for name, total in load_file(folder / f"restored-clean-{step}.safetensors").items()
+        ]
+    )
     total = float(np.sum((noise / (SIGMA * BOUND)) ** 2))
     low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], noise.size)
     assert noise.size > 50_000 and low < total < high
     half = noise.size // STEPS  # and each step's is its own
-    assert abs(np.corrcoef(noise[:half], noise[half:2 * half])[0, 1]) < 5 / math.sqrt(half)
+    assert abs(np.corrcoef(noise[:half], noise[half : 2 * half])[0, 1]) < 5 / math.sqrt(half)
 
 
 def test_epsilon_is_that_of_one_process(together):
@@ -242,7 +285,7 @@ def test_epsilon_is_that_of_one_process(together):
     for name in ("restored", "one at most", "unseeded", "secure"):
         mechanism = GaussianMechanism(SIGMA, BOUND, configs[name].batch_size / TRAIN)
         epsilon, releases, privacy = reports[1][name]
-        assert releases == STEPS and epsilon == mechanism.epsilon(STEPS, TRAIN ** -1.1)
+        assert releases == STEPS and epsilon == mechanism.epsilon(STEPS, TRAIN**-1.1)
         assert f"Poisson sampling at rate {mechanism.sample_rate:.4g};" in privacy
     assert reports[0]["oracle"][0] is reports[0]["non-private"][0] is None
 
@@ -260,19 +303,21 @@ def test_one_that_fails_stops_all_in_one_voice(together):
     """An error is raised where it arose, and elsewhere nothing is said; then the run goes on."""
     _, folder, reports = together
     for case, rank, kind, text in (
-            ("disk", 0, "OSError", "ledger could not be written"),
-            ("gradient", 1, "ValueError", "row 3 is not finite"),
-            ("evaluation", 0, "KeyError", "a bug"),
-            ("memory", 1, "ValueError", "ran out of memory with micro_batch_size 4: lower it"),
-            ("other", 1, "ValueError", "differ in learning_rate: 0.5 / 0.01")):
+        ("disk", 0, "OSError", "ledger could not be written"),
+        ("gradient", 1, "ValueError", "row 3 is not finite"),
+        ("evaluation", 0, "KeyError", "a bug"),
+        ("memory", 1, "ValueError", "ran out of memory with micro_batch_size 4: lower it"),
+        ("other", 1, "ValueError", "differ in learning_rate: 0.5 / 0.01"),
+    ):
         mine, others = reports[rank]["failed"][case], reports[1 - rank]["failed"][case]
         assert mine[0] == kind and text in mine[1], (case, mine)
         assert others[0] == "SystemExit" and others[1] == "2", (case, others)
         assert "another process of this run has stopped" in others[2], (case, others)
     result = load_result(folder / "failing")
     assert result.releases == STEPS  # replayed alike, dropout included: each counts once
-    assert ((folder / "failing" / "model.safetensors").read_bytes()
-            == (folder / "dropout" / "model.safetensors").read_bytes())
+    assert (folder / "failing" / "model.safetensors").read_bytes() == (
+        folder / "dropout" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_bad_input_is_one_line(together):
@@ -284,6 +329,7 @@ def test_bad_input_is_one_line(together):
 
 
 # Processes that are killed, and other numbers of them
+
 
 def ledger(folder):
     path = folder / "snapshots" / "releases.jsonl"
@@ -311,8 +357,7 @@ main(sys.argv[1:])
 """
 
 
-def test_killed_and_resumed_by_another_number_of_processes(
-        model, start, tmp_path, monkeypatch):
+def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_path, monkeypatch):
     """One process, then three, with no agent to stop two when the first is killed; then one."""
     config = make_config(model, steps=9, dropout=True)
     original = train_module.take_step
@@ -332,8 +377,13 @@ def test_killed_and_resumed_by_another_number_of_processes(
     said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
     assert [process.returncode for process in three] == [-signal.SIGKILL, 2, 2]
     for out, err in said[1:]:
-        assert err.count("\n") == 1 and not out and err.startswith(
-            "error: another process of this run has stopped or can't be reached ("), err
+        assert (
+            err.count("\n") == 1
+            and not out
+            and err.startswith(
+                "error: another process of this run has stopped or can't be reached ("
+            )
+        ), err
     assert said[0][0].startswith("trains: ") and ", by 3 processes\n" in said[0][0]
     assert said[0][1].startswith("warning: resuming with new noise from step 2 on")
     assert not (tmp_path / "training.json").exists()
@@ -351,8 +401,9 @@ def test_killed_and_resumed_by_another_number_of_processes(
 @pytest.mark.parametrize("layout", ["copies", "shards"])
 def test_signals_stop_all_after_one_step(layout, model, start, tmp_path):
     """As torchrun passes SIGTERM on to all: the step is saved, and one process says so."""
-    config = make_config(model, steps=100_000, snapshot_every=100_000, eval_every=100_000,
-                         shard=layout == "shards")
+    config = make_config(
+        model, steps=100_000, snapshot_every=100_000, eval_every=100_000, shard=layout == "shards"
+    )
     two = start(2, "-m", "lowrank_dp", *words(config, tmp_path))
     end = time.monotonic() + 120
     while len(ledger(tmp_path)) < 3 and time.monotonic() < end:
@@ -370,9 +421,15 @@ def test_signals_stop_all_after_one_step(layout, model, start, tmp_path):
 
 # Without any process
 
+
 def test_owners():
-    shapes = {"embedding": (768, 32), "bias": (32,), "stack": (3, 4, 4),
-              **{f"layer {i}": (32, 32) for i in range(7)}, "wide": (32, 96)}
+    shapes = {
+        "embedding": (768, 32),
+        "bias": (32,),
+        "stack": (3, 4, 4),
+        **{f"layer {i}": (32, 32) for i in range(7)},
+        "wide": (32, 96),
+    }
     cost = {name: math.prod(shape) for name, shape in shapes.items()}
     for count in (1, 2, 3, 20):
         owner = parallel.owners(shapes, count)
@@ -397,6 +454,8 @@ def test_a_process_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for local, device in (("1", "cuda"), ("0", "cuda:0")):
         monkeypatch.setenv("LOCAL_RANK", local)
-        with (pytest.raises(ValueError, match="device must be cpu, or cuda with a GPU for each"),
-              parallel.processes(device)):
+        with (
+            pytest.raises(ValueError, match="device must be cpu, or cuda with a GPU for each"),
+            parallel.processes(device),
+        ):
             pass

@@ -20,8 +20,15 @@ from lowrank_dp.train import TrainConfig, load_result, train
 from lowrank_dp.train import state as state_module
 
 STEPS = 7
-LORA = {"method": "lora", "optimizer": "adam", "momentum_beta": 0.9, "scheme": "optimal",
-        "dropout": True, "noise_multiplier": 0.05, "rank": 4}
+LORA = {
+    "method": "lora",
+    "optimizer": "adam",
+    "momentum_beta": 0.9,
+    "scheme": "optimal",
+    "dropout": True,
+    "noise_multiplier": 0.05,
+    "rank": 4,
+}
 FULL = {"method": "full", "optimizer": "sgd", "beta1": 0.9, "schedule": "linear"}
 FILTER = {"method": "lora-frozen-a", "filter_b": (0.2, 0.1), "filter_a": (-0.5, -0.2)}
 
@@ -45,8 +52,14 @@ def places(small_bert, tmp_path_factory):
 def write_data(folder, change=lambda rows: rows):
     folder.mkdir(exist_ok=True)
     for split, count in (("train", 40), ("validation", 12)):
-        rows = [{"idx": i, "sentence": f"The film number {i} is {('dull', 'fresh')[i % 2]} .",
-                 "label": i % 2} for i in range(count)]
+        rows = [
+            {
+                "idx": i,
+                "sentence": f"The film number {i} is {('dull', 'fresh')[i % 2]} .",
+                "label": i % 2,
+            }
+            for i in range(count)
+        ]
         rows = change(rows) if split == "train" else rows
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -57,14 +70,23 @@ def config(places):
 
 
 def make_config(places, **changes):
-    base = {"model": str(places / "model"), "task": str(places / "data"), "steps": STEPS,
-            "batch_size": 10, "noise_multiplier": 0.6, "learning_rate": 1e-2, "eval_every": 2,
-            "snapshot_every": 3, "micro_batch_size": 8, "seed": 5}
+    base = {
+        "model": str(places / "model"),
+        "task": str(places / "data"),
+        "steps": STEPS,
+        "batch_size": 10,
+        "noise_multiplier": 0.6,
+        "learning_rate": 1e-2,
+        "eval_every": 2,
+        "snapshot_every": 3,
+        "micro_batch_size": 8,
+        "seed": 5,
+    }
     return TrainConfig(**base | changes)
 
 
 def weights(folder):
-    file, = [path for path in folder.glob("*model.safetensors")]
+    (file,) = [path for path in folder.glob("*model.safetensors")]
     return file.read_bytes()
 
 
@@ -112,8 +134,9 @@ def assert_finished(config, folder, result, reference):
     """As if nothing had happened: the weights to the bit, and one release a step."""
     assert weights(folder) == reference
     assert result.releases == config.steps
-    assert result.epsilon == GaussianMechanism(
-        config.noise_multiplier, 1.0, 10 / 40).epsilon(config.steps, result.delta)
+    assert result.epsilon == GaussianMechanism(config.noise_multiplier, 1.0, 10 / 40).epsilon(
+        config.steps, result.delta
+    )
     assert [entry["step"] for entry in result.curve] == [0, 2, 4, 6, 7]
     assert load_result(folder) == result
     left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
@@ -141,15 +164,25 @@ PLACES = {
 }
 
 
-FEW = ("after a release is noted", "after the noise", "between a snapshot's two files",
-       "writing the checkpoint", "between manifest and result")
+FEW = (
+    "after a release is noted",
+    "after the noise",
+    "between a snapshot's two files",
+    "writing the checkpoint",
+    "between manifest and result",
+)
 
 
-@pytest.mark.parametrize(("changes", "place"), [
-    *(pytest.param(LORA, place, id=f"lora, {place}") for place in PLACES),
-    *(pytest.param(FULL, place, id=f"full, {place}") for place in FEW)])
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        *(pytest.param(LORA, place, id=f"lora, {place}") for place in PLACES),
+        *(pytest.param(FULL, place, id=f"full, {place}") for place in FEW),
+    ],
+)
 def test_resuming_gives_the_weights_of_the_uninterrupted_run(
-        place, changes, places, uninterrupted, tmp_path, monkeypatch):
+    place, changes, places, uninterrupted, tmp_path, monkeypatch
+):
     config = make_config(places, **changes)
     owner, name, count, after = PLACES[place]
     reference = uninterrupted(config)
@@ -166,8 +199,16 @@ def test_several_interruptions_in_a_row(places, uninterrupted, tmp_path, monkeyp
     config = make_config(places, **FILTER)
     reference = uninterrupted(config)
     for count, resume in ((3, False), (3, True), (2, True), (1, True), (4, True)):
-        interrupt(monkeypatch, config, tmp_path, train_module, "_restored", count, resume=resume,
-                  after=True)
+        interrupt(
+            monkeypatch,
+            config,
+            tmp_path,
+            train_module,
+            "_restored",
+            count,
+            resume=resume,
+            after=True,
+        )
     result = train(config, tmp_path, resume=True)
     assert_finished(config, tmp_path, result, reference)
 
@@ -205,6 +246,7 @@ def test_without_a_seed_every_run_is_another(places, tmp_path):
 
 # A stream of draws that can't go on
 
+
 def elsewhere(device):
     return {"torch": "99.0", "device": "cpu"}
 
@@ -228,20 +270,25 @@ def test_steps_drawn_anew_count_again(seed, places, tmp_path, monkeypatch):
     # goes on with the stream of that snapshot: which was made there, so the latter
     assert seen == [result.releases] == [6 + 4]
     mechanism = GaussianMechanism(0.6, 1.0, 0.25)
-    assert result.epsilon == mechanism.epsilon(10, result.delta) > mechanism.epsilon(
-        STEPS, result.delta)
+    assert (
+        result.epsilon
+        == mechanism.epsilon(10, result.delta)
+        > mechanism.epsilon(STEPS, result.delta)
+    )
     assert "after 10 steps" in result.privacy
 
 
-def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp_path,
-                                                      monkeypatch):
+def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp_path, monkeypatch):
     config = make_config(places, noise_multiplier=None, epsilon=4.0, steps=5)
     interrupt(monkeypatch, config, tmp_path, train_module, "_restored", 5)
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "snapshots").iterdir())
     with monkeypatch.context() as patch:
         go_elsewhere(patch)
-        with pytest.raises(ValueError, match=r"resuming would spend epsilon .*, more than 4: "
-                           r"2 steps would be drawn anew, .*99\.0") as error:
+        with pytest.raises(
+            ValueError,
+            match=r"resuming would spend epsilon .*, more than 4: "
+            r"2 steps would be drawn anew, .*99\.0",
+        ) as error:
             train(config, tmp_path, resume=True)
     assert "\n" not in str(error.value)
     after = sorted((path.name, path.read_bytes()) for path in (tmp_path / "snapshots").iterdir())
@@ -290,11 +337,17 @@ def change_tokenizer(folder):
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 63}))
 
 
-@pytest.mark.parametrize("change, named", [
-    (change_word_embeddings, "weights"), (change_activation, "configuration"),
-    (change_tokenizer, "tokenizer")])
-def test_what_changes_the_sums_begins_new_noise_that_counts(change, named, places, tmp_path,
-                                                            monkeypatch):
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (change_word_embeddings, "weights"),
+        (change_activation, "configuration"),
+        (change_tokenizer, "tokenizer"),
+    ],
+)
+def test_what_changes_the_sums_begins_new_noise_that_counts(
+    change, named, places, tmp_path, monkeypatch
+):
     """Between the kill and the resumption; and once more for another change, at the same step."""
     shutil.copytree(places / "model", tmp_path / "model")
     config = make_config(places, **LORA | {"model": str(tmp_path / "model")})
@@ -316,8 +369,12 @@ def test_what_changes_the_sums_begins_new_noise_that_counts(change, named, place
     with pytest.warns(UserWarning, match="then / now: .*weights: "):
         result = train(config, run, resume=True)
     assert result.releases == 5 + 2 + 4 == len(made)
-    assert all(abs(a - b) > 1e-6 for i, one in enumerate(made) for other in made[:i]
-               for a, b in zip(one, other, strict=True))
+    assert all(
+        abs(a - b) > 1e-6
+        for i, one in enumerate(made)
+        for other in made[:i]
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_a_copied_folder_makes_the_same_releases(places, tmp_path, monkeypatch):
@@ -332,16 +389,23 @@ def test_a_copied_folder_makes_the_same_releases(places, tmp_path, monkeypatch):
 
 # Damage
 
+
 def half_done(monkeypatch, config, folder):
     """Broken off in step 7; snapshots of steps 3 and 6."""
     interrupt(monkeypatch, config, folder, train_module, "_restored", 7)
     names = {path.name for path in (folder / "snapshots").iterdir()}
-    assert names == {"releases.jsonl", "step-000003.json", "step-000003.safetensors",
-                     "step-000006.json", "step-000006.safetensors"}
+    assert names == {
+        "releases.jsonl",
+        "step-000003.json",
+        "step-000003.safetensors",
+        "step-000006.json",
+        "step-000006.safetensors",
+    }
 
 
-def test_a_torn_last_line_of_the_ledger_was_no_release(config, uninterrupted, tmp_path,
-                                                       monkeypatch):
+def test_a_torn_last_line_of_the_ledger_was_no_release(
+    config, uninterrupted, tmp_path, monkeypatch
+):
     half_done(monkeypatch, config, tmp_path)
     with (tmp_path / "snapshots" / "releases.jsonl").open("ab") as ledger:
         ledger.write(b'{"stream": "another", "st')
@@ -349,10 +413,17 @@ def test_a_torn_last_line_of_the_ledger_was_no_release(config, uninterrupted, tm
     assert_finished(config, tmp_path, result, uninterrupted(config))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda text: text.replace(b'"step": 2', b'"st'), lambda text: b"\0" * len(text) + b"\n",
-    lambda text: text + b"[3]\n", lambda text: text + b'{"stream": "x"}\n',
-    lambda text: text + b"\n", lambda text: b"\xff" + text])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace(b'"step": 2', b'"st'),
+        lambda text: b"\0" * len(text) + b"\n",
+        lambda text: text + b"[3]\n",
+        lambda text: text + b'{"stream": "x"}\n',
+        lambda text: text + b"\n",
+        lambda text: b"\xff" + text,
+    ],
+)
 def test_a_damaged_ledger_is_refused(damage, config, tmp_path, monkeypatch):
     half_done(monkeypatch, config, tmp_path)
     ledger = tmp_path / "snapshots" / "releases.jsonl"
@@ -398,14 +469,22 @@ def other_json(path):
     path.write_text("[1, 2]")
 
 
-DAMAGE = [(truncate, ".safetensors"), (flip, ".safetensors"), (empty, ".safetensors"),
-          (remove, ".safetensors"), (truncate, ".json"), (empty, ".json"), (remove, ".json"),
-          (other_json, ".json")]
+DAMAGE = [
+    (truncate, ".safetensors"),
+    (flip, ".safetensors"),
+    (empty, ".safetensors"),
+    (remove, ".safetensors"),
+    (truncate, ".json"),
+    (empty, ".json"),
+    (remove, ".json"),
+    (other_json, ".json"),
+]
 
 
 @pytest.mark.parametrize(("damage", "suffix"), DAMAGE)
 def test_a_damaged_snapshot_is_passed_over_for_the_one_before(
-        damage, suffix, places, uninterrupted, tmp_path, monkeypatch):
+    damage, suffix, places, uninterrupted, tmp_path, monkeypatch
+):
     config = make_config(places, **LORA)
     half_done(monkeypatch, config, tmp_path)
     damage(tmp_path / "snapshots" / f"step-000006{suffix}")
@@ -424,12 +503,14 @@ def spoil(rng, content):
     if kind == 6:  # a digit, which JSON would still take
         digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
         place = rng.choice(digits) if digits else place
-        return content[:place] + bytes([48 + rng.randrange(10)]) + content[place + 1:]
-    return {0: content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)])
-            + content[place + 1:],
-            1: content[:place] + content[place + 1:],
-            2: content[:place] + bytes([rng.randrange(256)]) + content[place:],
-            3: content[:place], 4: content[:place] + content[place + 3:]}[kind]
+        return content[:place] + bytes([48 + rng.randrange(10)]) + content[place + 1 :]
+    return {
+        0: content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :],
+        1: content[:place] + content[place + 1 :],
+        2: content[:place] + bytes([rng.randrange(256)]) + content[place:],
+        3: content[:place],
+        4: content[:place] + content[place + 3 :],
+    }[kind]
 
 
 def test_any_damage_is_refused_in_a_line_or_harmless(tmp_path):
@@ -488,15 +569,23 @@ def test_files_of_an_earlier_version_are_named(config, tmp_path, monkeypatch):
     ledger.write_bytes(kept)
     path = tmp_path / "snapshots" / "step-000006.json"
     document = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in document.items()
-                                if name not in ("digest", "format", "ledger")}))
+    path.write_text(
+        json.dumps(
+            {
+                name: value
+                for name, value in document.items()
+                if name not in ("digest", "format", "ledger")
+            }
+        )
+    )
     with pytest.raises(ValueError, match=r"step-000006.json was written by an earlier version"):
         train(config, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("seed", [5, None])
-def test_without_a_whole_snapshot_the_releases_made_are_not_forgotten(seed, places, tmp_path,
-                                                                      monkeypatch):
+def test_without_a_whole_snapshot_the_releases_made_are_not_forgotten(
+    seed, places, tmp_path, monkeypatch
+):
     """What they spent depends on a configuration that nobody remembers."""
     config = make_config(places, seed=seed)
     half_done(monkeypatch, config, tmp_path)
@@ -508,22 +597,34 @@ def test_without_a_whole_snapshot_the_releases_made_are_not_forgotten(seed, plac
 
 # Another run than the one that was begun
 
+
 def test_another_configuration_is_refused(config, places, tmp_path, monkeypatch):
     half_done(monkeypatch, config, tmp_path)
     other = make_config(places, learning_rate=2e-2, snapshot_every=4)
-    with pytest.raises(ValueError, match=r"differ in learning_rate: 0.02 / 0.01; "
-                       r"snapshot_every: 4 / 3$"):
+    with pytest.raises(
+        ValueError,
+        match=r"differ in learning_rate: 0.02 / 0.01; "
+        r"snapshot_every: 4 / 3$",
+    ):
         train(other, tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"must be empty, found snapshots: .*--resume"):
         train(config, tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    lambda rows: [{**row, "sentence": row["sentence"].upper()} if row["idx"] == 7 else row
-                  for row in rows],
-    lambda rows: [{**row, "label": 1 - row["label"]} if row["idx"] == 7 else row for row in rows],
-    lambda rows: rows[:-1], lambda rows: rows[::-1],
-], ids=["text", "label", "fewer", "order"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: [
+            {**row, "sentence": row["sentence"].upper()} if row["idx"] == 7 else row for row in rows
+        ],
+        lambda rows: [
+            {**row, "label": 1 - row["label"]} if row["idx"] == 7 else row for row in rows
+        ],
+        lambda rows: rows[:-1],
+        lambda rows: rows[::-1],
+    ],
+    ids=["text", "label", "fewer", "order"],
+)
 def test_other_data_is_refused(change, places, tmp_path, monkeypatch):
     write_data(tmp_path / "data")
     config = make_config(places, task=str(tmp_path / "data"))
@@ -567,7 +668,8 @@ def test_folders_that_are_not_a_runs(config, tmp_path):
         with pytest.raises(ValueError, match=r"must be empty.*found thesis.tex"):
             train(config, tmp_path / "other", resume=resume)
     assert [path.name for path in (tmp_path / "other").iterdir() if path.name != ".lock"] == [
-        "thesis.tex"]
+        "thesis.tex"
+    ]
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="output must be a folder"):
         train(config, tmp_path / "file")
@@ -585,6 +687,7 @@ def test_a_refused_run_leaves_nothing_in_the_way(places, tmp_path):
 
 # Ledger and lock by themselves
 
+
 def test_the_ledger_counts_pairs_once(tmp_path):
     with open_run(tmp_path / "run") as folder:
         for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2)):
@@ -597,7 +700,8 @@ def test_the_ledger_counts_pairs_once(tmp_path):
     assert [entry["number"] for entry in found] == [1, 2, 3, 4, 5]
     assert len({entry["chain"] for entry in found}) == 5
     assert [(entry["stream"], entry["step"]) for entry in found] == [
-        (stream, step) for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2))]
+        (stream, step) for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2))
+    ]
 
 
 def test_two_snapshots_are_kept(tmp_path):
@@ -605,8 +709,9 @@ def test_two_snapshots_are_kept(tmp_path):
         for step in (0, 5, 10, 15):
             folder.save_snapshot(step, {"x": step}, {"t": torch.full((3,), float(step))})
         names = {path.name for path in folder.snapshots.iterdir()}
-        assert names == {f"step-{step:06d}.{suffix}" for step in (10, 15)
-                         for suffix in ("json", "safetensors")}
+        assert names == {
+            f"step-{step:06d}.{suffix}" for step in (10, 15) for suffix in ("json", "safetensors")
+        }
         document, tensors = folder.load_snapshot()
         assert (document["step"], document["x"]) == (15, 15)
         assert torch.equal(tensors["t"], torch.full((3,), 15.0))
@@ -624,8 +729,9 @@ with open_run(sys.argv[1]) as folder:
 
 def test_a_folder_belongs_to_one_process_and_is_free_when_it_dies(places, tmp_path):
     config = make_config(places, steps=1)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")],
-                              stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "locked\n"
         for resume in (True, False):
@@ -699,14 +805,23 @@ def test_a_full_disk_costs_nothing_that_was_done(places, tmp_path, monkeypatch):
     first, later, *_, small = sizes
     assert later > 1.5 * first and len(references[1]) > 1.5 * small
     limits = (first + later) // 2, (small + len(references[1])) // 2
-    jobs = [(limit, arguments(config, tmp_path / name)) for limit, config, name in zip(
-        limits, (growing, narrow), ("snapshot", "checkpoint"), strict=True)]
-    done = subprocess.run([sys.executable, "-c", LIMITED, json.dumps(jobs), str(tmp_path),
-                           growing.model], capture_output=True, text=True, timeout=300)
+    jobs = [
+        (limit, arguments(config, tmp_path / name))
+        for limit, config, name in zip(
+            limits, (growing, narrow), ("snapshot", "checkpoint"), strict=True
+        )
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, json.dumps(jobs), str(tmp_path), growing.model],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [2, 2]
-    for number, (config, name, step) in enumerate(((growing, "snapshot", 0),
-                                                   (narrow, "checkpoint", STEPS))):
+    for number, (config, name, step) in enumerate(
+        ((growing, "snapshot", 0), (narrow, "checkpoint", STEPS))
+    ):
         said = (tmp_path / f"{number}.err").read_text()
         assert said.startswith("error: ") and said.count("\n") == 1, said
         assert name in said and "too large" in said.lower() and "--resume" in said, said
@@ -772,12 +887,18 @@ for name, (kills, document) in json.loads(sys.argv[1]).items():
 @pytest.mark.slow
 def test_kill_9_at_random_times_changes_nothing(places, uninterrupted, tmp_path):
     """A few steps after each start, somewhere in a step, as a seed chooses; then left to finish."""
-    configs = {"lora": (4, make_config(places, **LORA, steps=24)),
-               "full": (3, make_config(places, **FULL, steps=24)),
-               "unseeded": (2, make_config(places, **LORA | {"seed": None}, steps=24))}
+    configs = {
+        "lora": (4, make_config(places, **LORA, steps=24)),
+        "full": (3, make_config(places, **FULL, steps=24)),
+        "unseeded": (2, make_config(places, **LORA | {"seed": None}, steps=24)),
+    }
     jobs = {name: (kills, config.as_json()) for name, (kills, config) in configs.items()}
-    done = subprocess.run([sys.executable, "-c", KILL, json.dumps(jobs), str(tmp_path)],
-                          capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, json.dumps(jobs), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr
     progress = dict(map(json.loads, done.stdout.splitlines()))
     for name, (kills, config) in configs.items():

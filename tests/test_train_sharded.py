@@ -25,18 +25,39 @@ from lowrank_dp.train.state import State, fresh_generators
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 4, 60
-TRAIN = {name: len(load_task(name, max_examples=ABOUT).train)
-         for name in ("generated", "generated-table")}
-BASE = {"model": "tiny-llama", "task": "generated-table", "max_examples": ABOUT,
-        "noise_multiplier": SIGMA, "max_grad_norm": BOUND, "steps": STEPS, "batch_size": 9,
-        "learning_rate": 1e-2, "optimizer": "sgd", "micro_batch_size": 3, "eval_every": 100,
-        "snapshot_every": 2, "eval_examples": 10, "generate": False, "seed": 5, "shard": True}
+TRAIN = {
+    name: len(load_task(name, max_examples=ABOUT).train)
+    for name in ("generated", "generated-table")
+}
+BASE = {
+    "model": "tiny-llama",
+    "task": "generated-table",
+    "max_examples": ABOUT,
+    "noise_multiplier": SIGMA,
+    "max_grad_norm": BOUND,
+    "steps": STEPS,
+    "batch_size": 9,
+    "learning_rate": 1e-2,
+    "optimizer": "sgd",
+    "micro_batch_size": 3,
+    "eval_every": 100,
+    "snapshot_every": 2,
+    "eval_examples": 10,
+    "generate": False,
+    "seed": 5,
+    "shard": True,
+}
 
 RUNS = {
     "restored": {"scheme": "optimal", "momentum_beta": 0.9, "restore_method": "exact"},
     "tied": {"train_embeddings": True, "optimizer": "adamw", "weight_decay": 0.1},
-    "LoRA": {"method": "lora", "rank": 1, "optimizer": "adam", "generate": True,
-             "max_new_tokens": 3},  # of one row, which one process has
+    "LoRA": {
+        "method": "lora",
+        "rank": 1,
+        "optimizer": "adam",
+        "generate": True,
+        "max_new_tokens": 3,
+    },  # of one row, which one process has
     "frozen": {"method": "lora-frozen-a", "unit": "group", "scheme": "denoise"},
     "oracle": {"scheme": "oracle", "diagnostic": True},
     "non-private": {"noise_multiplier": None, "non_private": True},
@@ -88,8 +109,12 @@ def sharded(small_bert, torchrun, tmp_path_factory):
     configs = {name: TrainConfig(**BASE | changes) for name, changes in RUNS.items()}
     configs["classifier"] = replace(configs["classifier"], model=str(small_bert))
     (folder / "worker.py").write_text(WORKER)
-    torchrun(2, str(folder / "worker.py"),
-             json.dumps({name: config.as_json() for name, config in configs.items()}), str(folder))
+    torchrun(
+        2,
+        str(folder / "worker.py"),
+        json.dumps({name: config.as_json() for name, config in configs.items()}),
+        str(folder),
+    )
     reports = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     return configs, folder, reports
 
@@ -108,8 +133,12 @@ def test_shards_train_as_one_process_does(name, sharded):
     configs, folder, reports = sharded
     steps, setup, start = alone(configs[name], reports[0]["streams"][name][0])
     for step, pair in enumerate(steps, 1):
-        parts = {kind: [load_file(folder / f"{name}-{kind}-{step}-{rank}.safetensors")
-                        for rank in range(2)] for kind in ("clean", "noisy")}
+        parts = {
+            kind: [
+                load_file(folder / f"{name}-{kind}-{step}-{rank}.safetensors") for rank in range(2)
+            ]
+            for kind in ("clean", "noisy")
+        }
         for kind, want in zip(parts, pair, strict=True):
             assert not parts[kind][0].keys() & parts[kind][1].keys()
             got = parts[kind][0] | parts[kind][1]
@@ -134,10 +163,19 @@ def test_shards_train_as_one_process_does(name, sharded):
 def test_secure_noise_is_added_once(sharded):
     """Its variance over all entries and steps, chi-squared: false alarm in 10^6 runs."""
     _, folder, _ = sharded
-    noise = np.concatenate([
-        (load_file(folder / f"secure-noisy-{step}-{rank}.safetensors")[name].double()
-         - total.double()).flatten().numpy() for step in range(1, STEPS + 1) for rank in range(2)
-        for name, total in load_file(folder / f"secure-clean-{step}-{rank}.safetensors").items()])
+    noise = np.concatenate(
+        [
+            (
+                load_file(folder / f"secure-noisy-{step}-{rank}.safetensors")[name].double()
+                - total.double()
+            )
+            .flatten()
+            .numpy()
+            for step in range(1, STEPS + 1)
+            for rank in range(2)
+            for name, total in load_file(folder / f"secure-clean-{step}-{rank}.safetensors").items()
+        ]
+    )
     low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], noise.size)
     assert noise.size > 200_000 and low < float(np.sum((noise / (SIGMA * BOUND)) ** 2)) < high
 
@@ -167,7 +205,7 @@ def test_epsilon_and_results_are_those_of_one_process(sharded):
         elif config.unit == "example":
             count = TRAIN[config.task]
             mechanism = GaussianMechanism(SIGMA, BOUND, config.batch_size / count)
-            assert epsilon == mechanism.epsilon(STEPS, count ** -1.1)
+            assert epsilon == mechanism.epsilon(STEPS, count**-1.1)
 
 
 def test_the_checkpoint_is_a_plain_one(sharded):
@@ -190,10 +228,14 @@ def test_the_checkpoint_is_a_plain_one(sharded):
 
 def test_bf16_is_near(sharded):
     configs, folder, reports = sharded
-    steps, *_ = alone(replace(configs["bf16"], precision="float32"),
-                      reports[0]["streams"]["bf16"][0])
-    got = {n: total for rank in range(2) for n, total in load_file(
-        folder / f"bf16-clean-1-{rank}.safetensors").items()}
+    steps, *_ = alone(
+        replace(configs["bf16"], precision="float32"), reports[0]["streams"]["bf16"][0]
+    )
+    got = {
+        n: total
+        for rank in range(2)
+        for n, total in load_file(folder / f"bf16-clean-1-{rank}.safetensors").items()
+    }
     want = torch.cat([total.flatten() for total in steps[0][0].values()])
     found = torch.cat([got[n].flatten() for n in steps[0][0]])
     assert all(total.dtype == torch.float32 for total in got.values())
@@ -217,10 +259,21 @@ main(sys.argv[2:])
 
 def test_killed_mid_step_and_resumed(sharded, start, tmp_path):
     """The other ends in seconds, with one line; two go on to the same bits, three count."""
+
     def train_by(count, folder, after=0):
         """Exit codes, and what was said; after so many sums the second process is killed."""
-        running = start(count, "-c", KILLED, str(after), "train", "--config",
-                        str(tmp_path / "config.json"), "--output", str(folder), "--resume")
+        running = start(
+            count,
+            "-c",
+            KILLED,
+            str(after),
+            "train",
+            "--config",
+            str(tmp_path / "config.json"),
+            "--output",
+            str(folder),
+            "--resume",
+        )
         said = [process.communicate(timeout=120) for process in running]
         return [process.returncode for process in running], said
 
@@ -239,8 +292,9 @@ def test_killed_mid_step_and_resumed(sharded, start, tmp_path):
     codes, said = train_by(2, tmp_path / "run")
     assert codes == [0, 0], said
     assert load_result(tmp_path / "run").releases == STEPS  # replayed alike: each counts once
-    assert ((tmp_path / "run" / "model.safetensors").read_bytes()
-            == (folder / "restored" / "model.safetensors").read_bytes())
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        folder / "restored" / "model.safetensors"
+    ).read_bytes()
 
     codes, said = train_by(3, tmp_path / "three")
     assert codes == [0, 0, 0], said
@@ -250,6 +304,7 @@ def test_killed_mid_step_and_resumed(sharded, start, tmp_path):
 
 
 # Without other processes
+
 
 def test_one_process_has_nothing_to_share():
     with pytest.raises(ValueError, match=r"shard must go with several processes: .* torchrun"):
@@ -270,7 +325,8 @@ def test_an_idle_batch_adds_nothing():
         def forward(self, x, labels):
             logits = self.layer(x)
             return transformers.utils.ModelOutput(
-                loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+                loss=nn.functional.cross_entropy(logits, labels), logits=logits
+            )
 
     torch.manual_seed(0)
     model, labels = Model(), torch.tensor([0, 1, 1])
@@ -294,15 +350,18 @@ def test_an_idle_batch_adds_nothing():
 def test_a_sharded_model_needs_its_reduction(tmp_path):
     """Else each process would clip and add its own rows only, and call that the sum."""
     torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         from lowrank_dp.models import load_model
         from lowrank_dp.train.layout import shard
 
         model, _ = load_model("tiny-llama")
         shard(model, "cpu")
-        batch = {"input_ids": torch.ones(2, 4, dtype=torch.long),
-                 "labels": torch.ones(2, 4, dtype=torch.long)}
+        batch = {
+            "input_ids": torch.ones(2, 4, dtype=torch.long),
+            "labels": torch.ones(2, 4, dtype=torch.long),
+        }
         with pytest.raises(ValueError, match=r"sharded over processes: .*reduce"):
             clipped_sum(model, batch, 1.0)
         with pytest.raises(ValueError, match="needs backend 'bookkeeping', got 'loop'"):

@@ -88,9 +88,15 @@ def provenance(*, seed: int | None = None, device: str = "cpu") -> dict[str, Any
     """Where and with what a result was computed: versions, machine, commit, command, time (UTC)."""
     versions = {name: metadata.version(name) for name in _VERSIONS if _installed(name)}
     return {
-        "lowrank_dp": lowrank_dp.__version__, "git_commit": _git_commit(), "versions": versions,
-        "python": platform.python_version(), "machine": platform.machine(),
-        "cpus": os.cpu_count(), "device": device, "seed": seed, "command": _command(),
+        "lowrank_dp": lowrank_dp.__version__,
+        "git_commit": _git_commit(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "seed": seed,
+        "command": _command(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -107,10 +113,22 @@ def _git_commit() -> str:
     """Commit of the checkout the package runs from, "+changes" if it differs, else "unknown"."""
     folder = Path(lowrank_dp.__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True,
-                                text=True, check=True, timeout=10).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--", "."], cwd=folder,
-                                 capture_output=True, text=True, check=True, timeout=10).stdout
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit + ("+changes" if changed else "")
@@ -149,8 +167,12 @@ def save_result(result: Any, folder: str | Path, name: str) -> Path:
         if key in fields:
             _validate.fail("result", f"without a field {key!r}, which names its file's own", key)
     rest = {key: plain(value) for key, value in fields.items() if key not in arrays}
-    document = {"schema_version": SCHEMA_VERSION, "kind": type(result).__name__,
-                "arrays": sorted(arrays), **rest}
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": type(result).__name__,
+        "arrays": sorted(arrays),
+        **rest,
+    }
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     path = Path(folder) / f"{name}.json"
     with atomic_write(path.with_suffix(".npz")) as file:
@@ -236,8 +258,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     elif origin is tuple and isinstance(value, list):
         hints = inside if inside and inside[-1] is not ... else inside[:1] * len(value)
         if len(hints or value) == len(value):
-            return tuple(_typed(name, item, one) for item, one in
-                         zip(value, hints or [Any] * len(value), strict=True))
+            return tuple(
+                _typed(name, item, one)
+                for item, one in zip(value, hints or [Any] * len(value), strict=True)
+            )
     elif origin in (dict, Mapping) and isinstance(value, dict):
         return {key: _typed(name, item, (*inside, Any, Any)[1]) for key, item in value.items()}
     elif origin in (Any, object):
@@ -245,7 +269,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return tuple(_typed(name, item, Any) for item in value)
         return value
     elif type(value) in ((int, float) if origin is float else (origin,)) or (
-            value is None and origin is types.NoneType):
+        value is None and origin is types.NoneType
+    ):
         return value
     _validate.fail(name, f"of the type {getattr(hint, '__name__', hint)}", _short(value))
 
@@ -254,8 +279,14 @@ def _short(value: object) -> object:
     return value if isinstance(value, int | float | None) else type(value).__name__
 
 
-def save_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], folder: str | Path,
-               name: str, *, caption: str) -> list[Path]:
+def save_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    folder: str | Path,
+    name: str,
+    *,
+    caption: str,
+) -> list[Path]:
     """Write a table as ``NAME.csv``, ``NAME.md`` and ``NAME.tex``; ``caption`` heads the last two.
 
     Cells are written as given: format numbers beforehand.
@@ -266,14 +297,24 @@ def save_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], folder: st
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *cells])
     body = [" & ".join(map(_latex, row)) + r" \\" for row in cells]
-    tex = [r"\begin{table}", rf"\caption{{{_latex(caption)}}}",
-           rf"\begin{{tabular}}{{{'l' * len(columns)}}}", r"\hline",
-           " & ".join(map(_latex, columns)) + r" \\", r"\hline", *body, r"\hline",
-           r"\end{tabular}", r"\end{table}"]
+    tex = [
+        r"\begin{table}",
+        rf"\caption{{{_latex(caption)}}}",
+        rf"\begin{{tabular}}{{{'l' * len(columns)}}}",
+        r"\hline",
+        " & ".join(map(_latex, columns)) + r" \\",
+        r"\hline",
+        *body,
+        r"\hline",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
     paths = []
-    for suffix, content in ((".csv", text.getvalue()),
-                            (".md", f"{caption}\n\n{markdown_table(columns, rows)}\n"),
-                            (".tex", "\n".join(tex) + "\n")):
+    for suffix, content in (
+        (".csv", text.getvalue()),
+        (".md", f"{caption}\n\n{markdown_table(columns, rows)}\n"),
+        (".tex", "\n".join(tex) + "\n"),
+    ):
         path = Path(folder) / f"{name}{suffix}"
         with atomic_write(path) as file:
             file.write(content.encode())
@@ -289,13 +330,21 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     |---|---|
     | 1 | 0.873 |
     """
-    head, *rest = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
-                   for row in (columns, *rows)]
+    head, *rest = [
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+        for row in (columns, *rows)
+    ]
     return "\n".join([head, "|" + "---|" * len(columns), *rest])
 
 
-_LATEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
-                        "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}})
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        **{c: "\\" + c for c in "&%$#_{}"},
+    }
+)
 
 
 def _latex(text: str) -> str:

@@ -74,8 +74,13 @@ class RunFolder:
         with _explained(f"ledger in {self.snapshots}"), self._ledger.open("ab+") as file:
             os.chmod(file.fileno(), 0o600)
             number, head = self._end(file)
-            entry = {"number": number + 1, "stream": stream, "step": step, "noise": noise,
-                     "sums": sums}
+            entry = {
+                "number": number + 1,
+                "stream": stream,
+                "step": step,
+                "noise": noise,
+                "sums": sums,
+            }
             file.write(_line(entry, head))
             file.flush()
             os.fsync(file.fileno())
@@ -99,11 +104,16 @@ class RunFolder:
             head = entry["chain"]
             release, drawn = (entry["stream"], entry["step"]), (entry["noise"], entry["sums"])
             if entries.setdefault(release, drawn) != drawn:
-                raise _reused(self._ledger, f"step {entry['step'] + 1} was repeated with other "
-                              f"{'noise' if entries[release][0] != drawn[0] else 'sums'}")
+                raise _reused(
+                    self._ledger,
+                    f"step {entry['step'] + 1} was repeated with other "
+                    f"{'noise' if entries[release][0] != drawn[0] else 'sums'}",
+                )
             if drawn[0] and release_of.setdefault(drawn[0], release) != release:
-                raise _reused(self._ledger, f"step {entry['step'] + 1} has the noise of step "
-                              f"{release_of[drawn[0]][1] + 1}")
+                raise _reused(
+                    self._ledger,
+                    f"step {entry['step'] + 1} has the noise of step {release_of[drawn[0]][1] + 1}",
+                )
         return len(entries.keys() | {(stream, step) for step in steps})
 
     @property
@@ -136,8 +146,9 @@ class RunFolder:
 
     # snapshots -----------------------------------------------------------------------------
 
-    def save_snapshot(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Any]
-                      ) -> None:
+    def save_snapshot(
+        self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> None:
         """Write one snapshot, then drop all but the newest ``KEPT_SNAPSHOTS``.
 
         If this fails (a full disk), the snapshots before are intact.
@@ -150,13 +161,21 @@ class RunFolder:
         if self._ledger.is_file():
             with self._ledger.open("rb") as ledger:
                 lines, head = self._end(ledger)
-        document = {**state, "step": step, "format": FORMAT, "ledger": {"lines": lines,
-                    "head": head}, "sha256": hashlib.sha256(data).hexdigest()}
+        document = {
+            **state,
+            "step": step,
+            "format": FORMAT,
+            "ledger": {"lines": lines, "head": head},
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
         with _explained(f"snapshot of step {step} in {self.path}"):
             with atomic_write(self.snapshots / f"{name}.safetensors", mode=0o600) as file:
                 file.write(data)
-            write_json(self.snapshots / f"{name}.json",
-                       {**document, "digest": _digest(document)}, mode=0o600)
+            write_json(
+                self.snapshots / f"{name}.json",
+                {**document, "digest": _digest(document)},
+                mode=0o600,
+            )
         for old in self._steps()[:-KEPT_SNAPSHOTS]:
             for suffix in (".json", ".safetensors"):
                 (self.snapshots / f"step-{old:06d}{suffix}").unlink(missing_ok=True)
@@ -181,23 +200,32 @@ class RunFolder:
                 continue
             if "digest" not in document and "format" not in document and "sha256" in document:
                 raise _earlier(path)
-            if (document.pop("digest", None) == _digest(document) and document["step"] == step
-                    and document["sha256"] == hashlib.sha256(data).hexdigest()):
+            if (
+                document.pop("digest", None) == _digest(document)
+                and document["step"] == step
+                and document["sha256"] == hashlib.sha256(data).hexdigest()
+            ):
                 self._require_ledger(document["ledger"])
                 return document, load(data)
         if made or any(step > 0 for step in self._steps()):
-            raise ValueError(f"{self.snapshots} holds no whole snapshot, though {made} releases "
-                             "were made: start afresh in another folder, and add what they spent "
-                             "to what that run will spend")
+            raise ValueError(
+                f"{self.snapshots} holds no whole snapshot, though {made} releases "
+                "were made: start afresh in another folder, and add what they spent "
+                "to what that run will spend"
+            )
         return None
 
     def _require_ledger(self, then: Mapping[str, Any]) -> None:
         lines = self._lines()
         count = then["lines"]
-        if count and (len(lines) < count
-                      or _entry(self._ledger, lines[count - 1])["chain"] != then["head"]):
-            raise _damaged(self._ledger, f"it had {count} lines when the last snapshot was made, "
-                                         f"and has {len(lines)} or others")
+        if count and (
+            len(lines) < count or _entry(self._ledger, lines[count - 1])["chain"] != then["head"]
+        ):
+            raise _damaged(
+                self._ledger,
+                f"it had {count} lines when the last snapshot was made, "
+                f"and has {len(lines)} or others",
+            )
 
     def _steps(self) -> list[int]:
         if not self.snapshots.is_dir():
@@ -241,8 +269,9 @@ def _entry(path: Path, line: bytes) -> dict[str, Any]:
         entry = json.loads(line)
         if isinstance(entry, dict) and entry.keys() == {"stream", "step"}:
             raise _earlier(path)
-        kinds = [type(entry[name]) for name in ("number", "stream", "step", "noise", "sums",
-                                                "chain")]
+        kinds = [
+            type(entry[name]) for name in ("number", "stream", "step", "noise", "sums", "chain")
+        ]
     except _Earlier:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -257,19 +286,25 @@ class _Earlier(ValueError):
 
 
 def _earlier(path: Path) -> ValueError:
-    return _Earlier(f"{path} was written by an earlier version of lowrank_dp, which did not "
-                    "protect it against damage: finish the run with that version, or start afresh "
-                    "in another folder, and add what was spent")
+    return _Earlier(
+        f"{path} was written by an earlier version of lowrank_dp, which did not "
+        "protect it against damage: finish the run with that version, or start afresh "
+        "in another folder, and add what was spent"
+    )
 
 
 def _reused(ledger: Path, what: str) -> ValueError:
-    return ValueError(f"{ledger}: {what}, so the privacy spent is more than the ledger counts: "
-                      "start afresh in another folder")
+    return ValueError(
+        f"{ledger}: {what}, so the privacy spent is more than the ledger counts: "
+        "start afresh in another folder"
+    )
 
 
 def _damaged(ledger: Path, reason: str) -> ValueError:
-    return ValueError(f"{ledger} is damaged, so the privacy spent is unknown: start afresh in "
-                      f"another folder ({reason})")
+    return ValueError(
+        f"{ledger} is damaged, so the privacy spent is unknown: start afresh in "
+        f"another folder ({reason})"
+    )
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -284,8 +319,10 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # what the model libraries raise on a full disk varies
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise OSError(f"{what} could not be written ({reason}): free some space, then go on with "
-                      "--resume; the last snapshot is intact") from error
+        raise OSError(
+            f"{what} could not be written ({reason}): free some space, then go on with "
+            "--resume; the last snapshot is intact"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -304,18 +341,25 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InUse(f"output {path} is in use by another run: wait for it, or choose another "
-                        "folder") from None
+            raise InUse(
+                f"output {path} is in use by another run: wait for it, or choose another folder"
+            ) from None
         if not _is_at(lock, path / ".lock"):
             raise InUse(f"output {path} was being left by another run: try again")
-        found = [item.name for item in path.iterdir() if item.name != ".lock"
-                 and not item.name.startswith(".checkpoint-")]
+        found = [
+            item.name
+            for item in path.iterdir()
+            if item.name != ".lock" and not item.name.startswith(".checkpoint-")
+        ]
         if found and not resume:
-            raise ValueError(f"output {path} must be empty, found {sorted(found)[0]}: choose "
-                             "another folder, or continue that run with --resume")
+            raise ValueError(
+                f"output {path} must be empty, found {sorted(found)[0]}: choose "
+                "another folder, or continue that run with --resume"
+            )
         if found and not (folder.finished or folder.snapshots.is_dir()):
-            raise ValueError(f"output {path} must be empty or hold a run to resume, found "
-                             f"{sorted(found)[0]}")
+            raise ValueError(
+                f"output {path} must be empty or hold a run to resume, found {sorted(found)[0]}"
+            )
         for aside in path.glob(".checkpoint-*"):
             shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was killed
         for name in (TRAINING, MEMBERSHIP):

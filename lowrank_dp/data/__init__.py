@@ -19,7 +19,20 @@ from lowrank_dp.data.task import Task, train_on_validation
 from lowrank_dp.data.tasks import TASKS, generated_corpus, load_task
 
 __all__ = [
-    "IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode",
-    "generated_corpus", "group_units", "hub_reachable", "load_task", "micro_batches",
-    "offline_requested", "subset", "train_on_validation",
+    "IGNORE",
+    "SEPARATOR",
+    "TASKS",
+    "Columns",
+    "Example",
+    "Task",
+    "collate",
+    "encode",
+    "generated_corpus",
+    "group_units",
+    "hub_reachable",
+    "load_task",
+    "micro_batches",
+    "offline_requested",
+    "subset",
+    "train_on_validation",
 ]

@@ -13,10 +13,15 @@ import torch
 from lowrank_dp import _validate
 from lowrank_dp.data.examples import Example
 
-IGNORE = -100                 # the label that torch's cross-entropy leaves out
-SEPARATOR = "\n"              # between the source and the target of a generation example
-_FIELDS = {"source": "source", "prompt": "source", "text": "source",
-           "target": "target", "response": "target"}
+IGNORE = -100  # the label that torch's cross-entropy leaves out
+SEPARATOR = "\n"  # between the source and the target of a generation example
+_FIELDS = {
+    "source": "source",
+    "prompt": "source",
+    "text": "source",
+    "target": "target",
+    "response": "target",
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ class Template:
         """
         if not isinstance(text, str):
             _validate.fail("template", "a text with {source} and {target}, or with {text}", text)
-        plain = re.sub(r"\\(.)", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}.get(
-            found[1], found[0]), text)
+        plain = re.sub(
+            r"\\(.)", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}.get(found[1], found[0]), text
+        )
         pieces = re.split(r"\{(\w*)\}", plain)
         fields = pieces[1::2]
         roles = [_FIELDS.get(field) for field in fields]
@@ -60,8 +66,12 @@ class Template:
             return cls(pieces[0], pieces[2], pieces[4])
         if roles == ["target"]:
             return cls("", pieces[0], pieces[2], has_source=False)
-        return _validate.fail("template", "a text with {source} (or {prompt}) and then {target} "
-                              "(or {response}), once each, or with {text} alone", text)
+        return _validate.fail(
+            "template",
+            "a text with {source} (or {prompt}) and then {target} "
+            "(or {response}), once each, or with {text} alone",
+            text,
+        )
 
     def parts(self, example: Example) -> tuple[str, str, str, str]:
         """The written text of ``example`` in four parts: before, source, between, the scored."""
@@ -73,9 +83,15 @@ class Template:
         return self.before, source, self.between, example.target + self.after
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, *, kind: str,
-           max_length: int | None = None, with_target: bool = True,
-           template: str | None = None) -> list[dict[str, Any]]:
+def encode(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    kind: str,
+    max_length: int | None = None,
+    with_target: bool = True,
+    template: str | None = None,
+) -> list[dict[str, Any]]:
     """Token rows, one an example, in order: ``input_ids``, ``labels``, ``token_type_ids`` if used.
 
     Classification and regression: the text or the pair with the tokenizer's special tokens; what
@@ -102,28 +118,40 @@ def encode(examples: Sequence[Example], tokenizer: Any, *, kind: str,
         max_length = _validate.integer("max_length", max_length, high=context or math.inf)
     if template is not None:
         if kind != "generation" or not with_target:
-            _validate.fail("template", "None but for texts that a causal language model scores",
-                           template)
+            _validate.fail(
+                "template", "None but for texts that a causal language model scores", template
+            )
         form = Template.parse(template)
-        rows = _encode_plain(examples, tokenizer, max_length, form) if form.plain else (
-            _encode_template(examples, tokenizer, max_length, form))
+        rows = (
+            _encode_plain(examples, tokenizer, max_length, form)
+            if form.plain
+            else (_encode_template(examples, tokenizer, max_length, form))
+        )
     else:
         build = _encode_generation if kind == "generation" else _encode_classification
         rows = build(examples, tokenizer, max_length, with_target)
     for example, row in zip(examples, rows, strict=True):
         if context and len(row["input_ids"]) > context:
-            raise ValueError(f"{example.id} has {len(row['input_ids'])} tokens, more than the "
-                             f"model's context of {context}; give a max_length to cut it")
+            raise ValueError(
+                f"{example.id} has {len(row['input_ids'])} tokens, more than the "
+                f"model's context of {context}; give a max_length to cut it"
+            )
     return rows
 
 
-def _encode_classification(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
-                           with_target: bool) -> list[dict[str, Any]]:
+def _encode_classification(
+    examples: Sequence[Example], tokenizer: Any, max_length: int | None, with_target: bool
+) -> list[dict[str, Any]]:
     pairs = [e.text_pair for e in examples if e.text_pair is not None]
     if pairs and len(pairs) < len(examples):
         raise ValueError("examples must all have a text_pair, or none")
-    encoded = tokenizer([e.text for e in examples], pairs or None, max_length=max_length,
-                        truncation=max_length is not None, verbose=False)
+    encoded = tokenizer(
+        [e.text for e in examples],
+        pairs or None,
+        max_length=max_length,
+        truncation=max_length is not None,
+        verbose=False,
+    )
     # a blank text under a tokenizer without special tokens still needs one position to read
     blank = [tokenizer.eos_token_id]
     rows: list[dict[str, Any]] = [{"input_ids": ids or blank} for ids in encoded["input_ids"]]
@@ -137,8 +165,9 @@ def _encode_classification(examples: Sequence[Example], tokenizer: Any, max_leng
     return rows
 
 
-def _encode_generation(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
-                       with_target: bool) -> list[dict[str, Any]]:
+def _encode_generation(
+    examples: Sequence[Example], tokenizer: Any, max_length: int | None, with_target: bool
+) -> list[dict[str, Any]]:
     _require_eos(tokenizer)
 
     def tokens(texts: list[str]) -> list[list[int]]:
@@ -152,8 +181,9 @@ def _encode_generation(examples: Sequence[Example], tokenizer: Any, max_length: 
     if with_target:
         if missing := [e.id for e in examples if e.target is None]:
             raise ValueError(f"{missing[0]} must have a target")
-        targets = [[*ids, tokenizer.eos_token_id]
-                   for ids in tokens([e.target or "" for e in examples])]
+        targets = [
+            [*ids, tokenizer.eos_token_id] for ids in tokens([e.target or "" for e in examples])
+        ]
     rows = []
     for example, source, target in zip(examples, sources, targets, strict=True):
         source = _cut(example, source, len(opening) + len(separator), len(target), max_length)
@@ -165,37 +195,47 @@ def _encode_generation(examples: Sequence[Example], tokenizer: Any, max_length: 
     return rows
 
 
-def _cut(example: Example, source: list[int], others: int, target: int, max_length: int | None
-         ) -> list[int]:
+def _cut(
+    example: Example, source: list[int], others: int, target: int, max_length: int | None
+) -> list[int]:
     """The source's tokens that fit beside the target's and ``others``."""
     if max_length is None:
         return source
     room = max_length - others - target
     if room < min(1, len(source)):
-        raise ValueError(f"{example.id} has a target of {target} tokens, which leaves no room for "
-                         f"its source in a max_length of {max_length}")
+        raise ValueError(
+            f"{example.id} has a target of {target} tokens, which leaves no room for "
+            f"its source in a max_length of {max_length}"
+        )
     return source[:room]
 
 
-def _encode_template(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
-                     template: Template) -> list[dict[str, Any]]:
+def _encode_template(
+    examples: Sequence[Example], tokenizer: Any, max_length: int | None, template: Template
+) -> list[dict[str, Any]]:
     """Rows of written texts, whose target is found by the characters that each token covers."""
     _require_eos(tokenizer)
     if not tokenizer.is_fast:
-        raise ValueError("template needs a tokenizer that tells which characters a token covers: "
-                         "save the checkpoint with its fast tokenizer (tokenizer.json)")
+        raise ValueError(
+            "template needs a tokenizer that tells which characters a token covers: "
+            "save the checkpoint with its fast tokenizer (tokenizer.json)"
+        )
     parts = [template.parts(example) for example in examples]
-    encoded = tokenizer(["".join(four) for four in parts], return_offsets_mapping=True,
-                        verbose=False)
+    encoded = tokenizer(
+        ["".join(four) for four in parts], return_offsets_mapping=True, verbose=False
+    )
     rows = []
-    for example, four, ids, spans in zip(examples, parts, encoded["input_ids"],
-                                         encoded["offset_mapping"], strict=True):
+    for example, four, ids, spans in zip(
+        examples, parts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
         begin, end, scored = (sum(map(len, four[:count])) for count in (1, 2, 3))
         # a token that covers a space of the template and the target's first word is the target's
-        first = next((i for i, (left, right) in enumerate(spans) if right > max(scored, left)),
-                     len(ids))
-        inside = [i for i, (left, right) in enumerate(spans[:first])
-                  if begin <= left < right <= end]
+        first = next(
+            (i for i, (left, right) in enumerate(spans) if right > max(scored, left)), len(ids)
+        )
+        inside = [
+            i for i, (left, right) in enumerate(spans[:first]) if begin <= left < right <= end
+        ]
         start, stop = (inside[0], inside[-1] + 1) if inside else (first, first)
         target = ids[first:]
         if target[-1:] != [tokenizer.eos_token_id]:
@@ -206,16 +246,23 @@ def _encode_template(examples: Sequence[Example], tokenizer: Any, max_length: in
     return rows
 
 
-def _encode_plain(examples: Sequence[Example], tokenizer: Any, max_length: int | None,
-                  template: Template) -> list[dict[str, Any]]:
+def _encode_plain(
+    examples: Sequence[Example], tokenizer: Any, max_length: int | None, template: Template
+) -> list[dict[str, Any]]:
     """Rows of whole texts; the first token has none before it that could predict it."""
-    encoded = tokenizer([template.parts(example)[3] for example in examples], verbose=False,
-                        max_length=max_length, truncation=max_length is not None)
+    encoded = tokenizer(
+        [template.parts(example)[3] for example in examples],
+        verbose=False,
+        max_length=max_length,
+        truncation=max_length is not None,
+    )
     rows = []
     for example, ids in zip(examples, encoded["input_ids"], strict=True):
         if len(ids) < 2:
-            raise ValueError(f"{example.id} has {len(ids)} tokens, and a text must have 2 for one "
-                             "of them to be scored: leave it out, or give a larger max_length")
+            raise ValueError(
+                f"{example.id} has {len(ids)} tokens, and a text must have 2 for one "
+                "of them to be scored: leave it out, or give a larger max_length"
+            )
         rows.append({"input_ids": ids, "labels": [IGNORE, *ids[1:]]})
     return rows
 
@@ -225,8 +272,13 @@ def _require_eos(tokenizer: Any) -> None:
         raise ValueError("tokenizer must have an end-of-sequence token to generate text")
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *, side: str = "right",
-            length: int | None = None) -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    *,
+    side: str = "right",
+    length: int | None = None,
+) -> dict[str, torch.Tensor]:
     """One batch of (B, T) ``input_ids`` and ``attention_mask``, padded to one length.
 
     T is ``length``, or that of the longest row if ``length`` is None. A row that is longer than
@@ -242,18 +294,25 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *, side: str =
         raise ValueError("rows must all have the same keys")
     longest = max(len(row["input_ids"]) for row in rows)
     if length is not None and longest > length:
-        raise ValueError(f"rows must have at most the {length} tokens that they are padded to, got "
-                         f"{longest}: give a max_length to cut them")
+        raise ValueError(
+            f"rows must have at most the {length} tokens that they are padded to, got "
+            f"{longest}: give a max_length to cut them"
+        )
     length = longest if length is None else length
 
     def padded(sequences: Iterable[Sequence[int]], fill: int) -> torch.Tensor:
         padding = [[fill] * length] * len(rows)
-        return torch.tensor([
-            [*ids, *empty[len(ids):]] if side == "right" else [*empty[len(ids):], *ids]
-            for ids, empty in zip(sequences, padding, strict=True)])
+        return torch.tensor(
+            [
+                [*ids, *empty[len(ids) :]] if side == "right" else [*empty[len(ids) :], *ids]
+                for ids, empty in zip(sequences, padding, strict=True)
+            ]
+        )
 
-    batch = {"input_ids": padded((row["input_ids"] for row in rows), pad_token_id),
-             "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0)}
+    batch = {
+        "input_ids": padded((row["input_ids"] for row in rows), pad_token_id),
+        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
+    }
     if "token_type_ids" in rows[0]:
         batch["token_type_ids"] = padded((row["token_type_ids"] for row in rows), 0)
     if "labels" in rows[0]:
@@ -266,9 +325,14 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, *, side: str =
     return batch
 
 
-def micro_batches(rows: Sequence[Mapping[str, Any]], batch_size: int, pad_token_id: int, *,
-                  side: str = "right", length: int | None = None
-                  ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+def micro_batches(
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    pad_token_id: int,
+    *,
+    side: str = "right",
+    length: int | None = None,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """``(indices, batch)`` over all rows, of similar length within a batch; ``indices[j]`` is the
     position in ``rows`` of the batch's row ``j``. No rows give no batch. Each batch is padded to
     its longest row, or to ``length``.
@@ -278,6 +342,5 @@ def micro_batches(rows: Sequence[Mapping[str, Any]], batch_size: int, pad_token_
     batch_size = _validate.integer("batch_size", batch_size)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
-        indices = order[start:start + batch_size]
-        yield indices, collate([rows[i] for i in indices], pad_token_id, side=side,
-                               length=length)
+        indices = order[start : start + batch_size]
+        yield indices, collate([rows[i] for i in indices], pad_token_id, side=side, length=length)

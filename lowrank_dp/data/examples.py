@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-MAX_LINE_BYTES = 1 << 20      # no example of these tasks comes near; a longer line is not one
-MAX_FILE_BYTES = 1 << 30      # unpacked: a small .gz can hold any amount
-MAX_ROWS = 5_000_000          # MNLI has 393 thousand
+MAX_LINE_BYTES = 1 << 20  # no example of these tasks comes near; a longer line is not one
+MAX_FILE_BYTES = 1 << 30  # unpacked: a small .gz can hold any amount
+MAX_ROWS = 5_000_000  # MNLI has 393 thousand
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One record: a text or a pair with a label, or a source text with a reference to generate."""
 
-    id: str                             # "sst2/train/17": task, split, row
+    id: str  # "sst2/train/17": task, split, row
     text: str
     text_pair: str | None = None
     label: int | float | None = None
     target: str | None = None
-    group: str = ""       # of a source record or of a group column's value; else the id itself
+    group: str = ""  # of a source record or of a group column's value; else the id itself
 
     @property
     def content_hash(self) -> str:
@@ -37,8 +37,10 @@ class Example:
         Unicode form, case and white space don't count, nor does the label: a copy of a text under
         another label still tells that the text was there.
         """
-        texts = [None if text is None else _normalised(text)
-                 for text in (self.text, self.text_pair, self.target)]
+        texts = [
+            None if text is None else _normalised(text)
+            for text in (self.text, self.text_pair, self.target)
+        ]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -46,15 +48,15 @@ class Example:
 class Spec:
     """Where a task lies and how its columns are read."""
 
-    folder: str                        # inside a local data folder
+    folder: str  # inside a local data folder
     hub_id: str
     config: str | None
-    text: str                          # column names
+    text: str  # column names
     pair: str | None = None
     target: str | None = None
     label: str = "label"
-    group: str | None = None           # of rows that belong to one person or the like
-    labels: tuple[str, ...] = ()       # their number bounds the label; () with no target: a score
+    group: str | None = None  # of rows that belong to one person or the like
+    labels: tuple[str, ...] = ()  # their number bounds the label; () with no target: a score
     score_range: tuple[float, float] = (-math.inf, math.inf)
     metrics: tuple[str, ...] = ("accuracy",)
     # split -> file name locally and split name on the hub
@@ -74,7 +76,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     number, size, where = 0, 0, str(path)
     try:
-        with (gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as lines:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             while line := lines.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 where = f"{path} line {number}"
@@ -82,8 +84,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes")
                 if size > MAX_FILE_BYTES or number > MAX_ROWS:
-                    raise ValueError(f"{where}: a file must have at most {MAX_FILE_BYTES:,} bytes "
-                                     f"(unpacked) and {MAX_ROWS:,} rows: split it")
+                    raise ValueError(
+                        f"{where}: a file must have at most {MAX_FILE_BYTES:,} bytes "
+                        f"(unpacked) and {MAX_ROWS:,} rows: split it"
+                    )
                 if not line.strip():
                     continue
                 try:
@@ -92,8 +96,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise ValueError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     hint = ": call the file .json" if isinstance(row, list) else ""
-                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}"
-                                     f"{hint}")
+                    raise ValueError(
+                        f"{where}: must be a JSON object, got {type(row).__name__}{hint}"
+                    )
                 yield where, row
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: unreadable after line {number} ({error})") from None
@@ -107,20 +112,23 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: str,
-              spec: Spec) -> tuple[Example, ...]:
+def to_examples(
+    rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: str, spec: Spec
+) -> tuple[Example, ...]:
     """Checked examples from the rows of one split; errors name the file and line."""
     examples: list[Example] = []
     seen: set[str] = set()
     for number, (where, row) in enumerate(rows):
         index = row.get("idx", number)
         if type(index) is not int or index < 0:
-            bad_cell(where, "idx", "an integer >= 0, the row's number: rename another column",
-                     index)
+            bad_cell(
+                where, "idx", "an integer >= 0, the row's number: rename another column", index
+            )
         base = f"{task}/{split}/{index}"
         if base in seen:
-            raise ValueError(f"{where}: idx {index} occurs twice: number the rows, or leave the "
-                             "column out")
+            raise ValueError(
+                f"{where}: idx {index} occurs twice: number the rows, or leave the column out"
+            )
         seen.add(base)
         group = column_group(task, where, row, spec.group) if spec.group else None
         if spec.text == "tripleset":
@@ -128,30 +136,48 @@ def to_examples(rows: Iterable[tuple[str, dict[str, Any]]], task: str, split: st
             continue
         text = _text(where, row, spec.text)
         if spec.target:
-            examples.append(Example(base, text, target=_text(where, row, spec.target),
-                                    group=group or record_group(task, text)))
+            examples.append(
+                Example(
+                    base,
+                    text,
+                    target=_text(where, row, spec.target),
+                    group=group or record_group(task, text),
+                )
+            )
             continue
         pair = _text(where, row, spec.pair) if spec.pair else None
         examples.append(Example(base, text, pair, _label(where, row, spec), group=group or base))
     return tuple(examples)
 
 
-def _dart_examples(where: str, row: dict[str, Any], task: str, base: str, group: str | None
-                   ) -> list[Example]:
+def _dart_examples(
+    where: str, row: dict[str, Any], task: str, base: str, group: str | None
+) -> list[Example]:
     """One example a reference: ``subject : predicate : object | ...`` to its text."""
     triples = cell(where, row, "tripleset")
-    if not isinstance(triples, list) or not triples or not all(
+    if (
+        not isinstance(triples, list)
+        or not triples
+        or not all(
             isinstance(t, list) and len(t) == 3 and all(isinstance(p, str) for p in t)
-            for t in triples):
+            for t in triples
+        )
+    ):
         bad_cell(where, "tripleset", "a list of [subject, predicate, object]", triples)
     notes = cell(where, row, "annotations")
     texts = notes.get("text") if isinstance(notes, dict) else None
     if not isinstance(texts, list) or not texts:
         bad_cell(where, "annotations", "an object with a list 'text'", notes)
-    source = check_unicode(where, "tripleset",
-                           " | ".join(" : ".join(triple) for triple in triples))
-    return [Example(f"{base}-{i}", source, target=_text(where, {"text": text}, "text"),
-                    group=group or record_group(task, source)) for i, text in enumerate(texts)]
+    source = check_unicode(where, "tripleset", " | ".join(" : ".join(triple) for triple in triples))
+    return [
+        Example(
+            f"{base}-{i}",
+            source,
+            target=_text(where, {"text": text}, "text"),
+            group=group or record_group(task, source),
+        )
+        for i, text in enumerate(texts)
+    ]
 
 
 def _label(where: str, row: dict[str, Any], spec: Spec) -> int | float:
@@ -162,8 +188,12 @@ def _label(where: str, row: dict[str, Any], spec: Spec) -> int | float:
         return value
     low, high = spec.score_range
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-        bad_cell(where, spec.label, "a finite number" + (
-            f" from {low:g} to {high:g}" if low > -math.inf else ""), value)
+        bad_cell(
+            where,
+            spec.label,
+            "a finite number" + (f" from {low:g} to {high:g}" if low > -math.inf else ""),
+            value,
+        )
     return float(value)
 
 
@@ -186,8 +216,7 @@ def check_unicode(where: str, column: str, value: str) -> str:
 def cell(where: str, row: Mapping[str, Any], column: str) -> Any:
     """The cell of a row in a column; ``ValueError`` if the row lacks the column."""
     if column not in row:
-        raise ValueError(f"{where}: column {column!r} is missing (there are "
-                         f"{', '.join(row)})")
+        raise ValueError(f"{where}: column {column!r} is missing (there are {', '.join(row)})")
     return row[column]
 
 

@@ -17,27 +17,123 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-POSITIVE = ("brilliant", "charming", "clever", "delightful", "fresh", "funny", "gripping",
-            "lovely", "moving", "superb", "warm", "witty")
-NEGATIVE = ("awful", "bland", "boring", "clumsy", "dreary", "dull", "flat", "hollow", "messy",
-            "painful", "stale", "tedious")
-SUBJECTS = ("acting", "cast", "dialogue", "direction", "editing", "ending", "film", "humour",
-            "movie", "music", "pacing", "plot", "premise", "score", "script", "story")
-PLACES = ("in Bergen", "in Leeds", "in Porto", "in Turin", "in Ghent", "in Quito", "in Accra",
-          "in Osaka", "at home", "on the train")
+POSITIVE = (
+    "brilliant",
+    "charming",
+    "clever",
+    "delightful",
+    "fresh",
+    "funny",
+    "gripping",
+    "lovely",
+    "moving",
+    "superb",
+    "warm",
+    "witty",
+)
+NEGATIVE = (
+    "awful",
+    "bland",
+    "boring",
+    "clumsy",
+    "dreary",
+    "dull",
+    "flat",
+    "hollow",
+    "messy",
+    "painful",
+    "stale",
+    "tedious",
+)
+SUBJECTS = (
+    "acting",
+    "cast",
+    "dialogue",
+    "direction",
+    "editing",
+    "ending",
+    "film",
+    "humour",
+    "movie",
+    "music",
+    "pacing",
+    "plot",
+    "premise",
+    "score",
+    "script",
+    "story",
+)
+PLACES = (
+    "in Bergen",
+    "in Leeds",
+    "in Porto",
+    "in Turin",
+    "in Ghent",
+    "in Quito",
+    "in Accra",
+    "in Osaka",
+    "at home",
+    "on the train",
+)
 COMPANY = ("alone", "with my sister", "with my father", "with my cousin", "with friends")
-TIMES = ("on monday", "on tuesday", "on friday", "on sunday", "in april", "in october",
-         "last winter", "last night")
+TIMES = (
+    "on monday",
+    "on tuesday",
+    "on friday",
+    "on sunday",
+    "in april",
+    "in october",
+    "last winter",
+    "last night",
+)
 DEGREES = ("", "", "", "really ", "quite ", "rather ", "truly ")
 SEEMS = ("is", "is", "feels", "seems", "remains")
 NEGATIONS = ("is not {}", "is never {}", "is hardly {}")
 
-FIRST = ("Amber", "Brass", "Cedar", "Copper", "Crimson", "Golden", "Hazel", "Ivory", "Jade",
-         "Lime", "Maple", "Marble", "Olive", "Pearl", "Quiet", "Rusty", "Scarlet", "Silver",
-         "Velvet", "Willow")
-SECOND = ("Anchor", "Bell", "Bridge", "Crown", "Falcon", "Fork", "Garden", "Harbour", "Kettle",
-          "Lantern", "Mill", "Oak", "Orchard", "Otter", "Plough", "River", "Spoon", "Swan",
-          "Table", "Wheel")
+FIRST = (
+    "Amber",
+    "Brass",
+    "Cedar",
+    "Copper",
+    "Crimson",
+    "Golden",
+    "Hazel",
+    "Ivory",
+    "Jade",
+    "Lime",
+    "Maple",
+    "Marble",
+    "Olive",
+    "Pearl",
+    "Quiet",
+    "Rusty",
+    "Scarlet",
+    "Silver",
+    "Velvet",
+    "Willow",
+)
+SECOND = (
+    "Anchor",
+    "Bell",
+    "Bridge",
+    "Crown",
+    "Falcon",
+    "Fork",
+    "Garden",
+    "Harbour",
+    "Kettle",
+    "Lantern",
+    "Mill",
+    "Oak",
+    "Orchard",
+    "Otter",
+    "Plough",
+    "River",
+    "Spoon",
+    "Swan",
+    "Table",
+    "Wheel",
+)
 ATTRIBUTES = {
     "eatType": ("pub", "restaurant", "coffee shop"),
     "food": ("Italian", "Indian", "Chinese", "French", "Japanese", "English", "fast food"),
@@ -49,21 +145,29 @@ ATTRIBUTES = {
 }
 
 
-def sentiment(seed: int, num_train: int = 4000,
-              num_validation: int = 1000) -> dict[str, list[tuple[str, int]]]:
+def sentiment(
+    seed: int, num_train: int = 4000, num_validation: int = 1000
+) -> dict[str, list[tuple[str, int]]]:
     """Private (text, label) pairs, all texts distinct; train and validation share their law."""
     rows = _distinct(_sentence, _rng("sentiment", seed), public=False)
     return {"train": _take(rows, num_train), "validation": _take(rows, num_validation)}
 
 
-def tables(seed: int, num_train: int = 1500, num_others: int = 200
-           ) -> dict[str, list[tuple[str, str]]]:
+def tables(
+    seed: int, num_train: int = 1500, num_others: int = 200
+) -> dict[str, list[tuple[str, str]]]:
     """Private (table, description) pairs; the sizes count tables, and no two splits share one."""
     rng = _rng("tables", seed)
     found = _distinct(_table, rng, public=False)
     sizes = {"train": num_train, "validation": num_others, "test": num_others}
-    return {split: [(table, text) for table, values in _take(found, size)
-                    for text in _descriptions(values, rng)] for split, size in sizes.items()}
+    return {
+        split: [
+            (table, text)
+            for table, values in _take(found, size)
+            for text in _descriptions(values, rng)
+        ]
+        for split, size in sizes.items()
+    }
 
 
 def corpus(num_texts: int, seed: int) -> list[str]:
@@ -87,12 +191,18 @@ def _sentence(rng: random.Random) -> tuple[str, int]:
     label = rng.randrange(2)
     verdict, opposite = _predicate(rng, label), _predicate(rng, 1 - label)
     agreeing = f"the {first} {verdict} and the {second} {_predicate(rng, label)}"
-    body = rng.choice((
-        f"the {first} {verdict}", f"the {first} {verdict}", agreeing, agreeing, agreeing,
-        f"the {first} {opposite} , but the {second} {verdict}",
-        f"although the {first} {opposite} , the {second} {verdict}",
-        f"i was told that the {first} {opposite} , yet it {verdict}",
-    ))
+    body = rng.choice(
+        (
+            f"the {first} {verdict}",
+            f"the {first} {verdict}",
+            agreeing,
+            agreeing,
+            agreeing,
+            f"the {first} {opposite} , but the {second} {verdict}",
+            f"although the {first} {opposite} , the {second} {verdict}",
+            f"i was told that the {first} {opposite} , yet it {verdict}",
+        )
+    )
     setting = [rng.choice(options) for options in (PLACES, COMPANY, TIMES)]
     context = " ".join(rng.sample(setting, rng.randint(1, 2)))
     return rng.choice((f"{context} : {body} .", f"{body} , {context} .")), label
@@ -125,23 +235,30 @@ def _description(values: dict[str, str], rng: random.Random) -> str:
     name, place = values["name"], values.get("eatType", "place")
     food = f" {values['food']} food" if "food" in values else ""
     serving = rng.choice((f" serving{food}", f" that offers{food}")) if food else ""
-    near = rng.choice((f" near {values['near']}", f" close to {values['near']}")
-                      ) if "near" in values else ""
+    near = (
+        rng.choice((f" near {values['near']}", f" close to {values['near']}"))
+        if "near" in values
+        else ""
+    )
     area = {"city centre": " in the city centre", "riverside": " by the riverside"}.get(
-        values.get("area", ""), "")
+        values.get("area", ""), ""
+    )
     sentences = [f"{name} is a {place}{serving}{area}{near}."]
     if "priceRange" in values:
         price = values["priceRange"]
         sentences.append(rng.choice((f"Its prices are {price}.", f"The price range is {price}.")))
     if "customer rating" in values:
         rating = values["customer rating"]
-        sentences.append(rng.choice((f"Customers rate it {rating}.",
-                                     f"It has a customer rating of {rating}.")))
+        sentences.append(
+            rng.choice((f"Customers rate it {rating}.", f"It has a customer rating of {rating}."))
+        )
     if "familyFriendly" in values:
-        sentences.append({
-            "yes": rng.choice(("It is family friendly.", "Children are welcome.")),
-            "no": rng.choice(("It is not family friendly.", "It is for adults only."))
-        }[values["familyFriendly"]])
+        sentences.append(
+            {
+                "yes": rng.choice(("It is family friendly.", "Children are welcome.")),
+                "no": rng.choice(("It is not family friendly.", "It is for adults only.")),
+            }[values["familyFriendly"]]
+        )
     rest = sentences[1:]
     rng.shuffle(rest)
     return " ".join([sentences[0], *rest])
@@ -152,8 +269,9 @@ def _is_public(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % 4 == 0
 
 
-def _distinct(make: Callable[[random.Random], tuple[str, T]], rng: random.Random, *,
-              public: bool) -> Iterator[tuple[str, T]]:
+def _distinct(
+    make: Callable[[random.Random], tuple[str, T]], rng: random.Random, *, public: bool
+) -> Iterator[tuple[str, T]]:
     """Endless pairs from ``make`` whose first parts are distinct and on the asked side."""
     seen: set[str] = set()
     while True:
@@ -168,4 +286,4 @@ def _take(rows: Iterator[T], count: int) -> list[T]:
 
 
 def _rng(purpose: str, seed: int) -> random.Random:
-    return random.Random(f"lowrank_dp {purpose} {seed}")   # a string seed is hashed by SHA-512
+    return random.Random(f"lowrank_dp {purpose} {seed}")  # a string seed is hashed by SHA-512

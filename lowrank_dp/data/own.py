@@ -16,14 +16,20 @@ from lowrank_dp.data.readers import Row, Table, read_tables, stem_of, unread_spl
 from lowrank_dp.data.task import Task, build_task
 
 MAX_CLASSES = 1000
-_SHOWN = 10             # classes that a line names
+_SHOWN = 10  # classes that a line names
 _LARGEST = 2**63
 # columns that are known without being named: text, pair, target
 _KNOWN = (
-    ("meaning_representation", None, "human_reference"), ("tripleset", None, "annotations"),
-    ("source", None, "target"), ("prompt", None, "target"), ("sentence1", "sentence2", None),
-    ("question1", "question2", None), ("premise", "hypothesis", None),
-    ("question", "sentence", None), ("sentence", None, None), ("text", None, None),
+    ("meaning_representation", None, "human_reference"),
+    ("tripleset", None, "annotations"),
+    ("source", None, "target"),
+    ("prompt", None, "target"),
+    ("sentence1", "sentence2", None),
+    ("question1", "question2", None),
+    ("premise", "hypothesis", None),
+    ("question", "sentence", None),
+    ("sentence", None, None),
+    ("text", None, None),
 )
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -77,16 +83,25 @@ def own_task(path: Path, columns: Columns) -> Task:
     ignored = [name for name in available if name not in {*asdict(roles).values(), "idx"}]
     unread = [f"column {name!r:.60}" for name in ignored]
     if roles.label and "test" in tables and roles.label not in tables["test"].columns:
-        del tables["test"]                      # as published for competitions: without its answers
+        del tables["test"]  # as published for competitions: without its answers
         unread.append(f"the test split, which has no column {roles.label!r}")
-    unread += [f"the split {name!r:.60}, which is called neither train, validation nor test"
-               for name in unread_splits(path)]
-    said = [f"not read: {', '.join(unread[:20])}; name a column by an option such as "
-            "--text-column or --group-column to read it"] if unread else []
+    unread += [
+        f"the split {name!r:.60}, which is called neither train, validation nor test"
+        for name in unread_splits(path)
+    ]
+    said = (
+        [
+            f"not read: {', '.join(unread[:20])}; name a column by an option such as "
+            "--text-column or --group-column to read it"
+        ]
+        if unread
+        else []
+    )
     task = _build(path, roles, tables)
     said += _doubtful_classes(task)
-    return replace(task, unused=tuple(ignored),
-                   warning=f"{path}: {'; '.join(said)}" if said else "")
+    return replace(
+        task, unused=tuple(ignored), warning=f"{path}: {'; '.join(said)}" if said else ""
+    )
 
 
 def _doubtful_classes(task: Task) -> list[str]:
@@ -99,36 +114,59 @@ def _doubtful_classes(task: Task) -> list[str]:
             said.append(f"no row of the train split has the class {_named(absent)}")
     folded = [" ".join(name.casefold().split()) for name in names]
     if alike := [name for name, key in zip(names, folded, strict=True) if folded.count(key) > 1]:
-        said.append(f"the classes {', '.join(map(repr, alike[:_SHOWN]))} differ only in case or "
-                    "white space: write them alike if they are the same")
+        said.append(
+            f"the classes {', '.join(map(repr, alike[:_SHOWN]))} differ only in case or "
+            "white space: write them alike if they are the same"
+        )
     return said
 
 
 def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
-    texts = [name for name in (roles.text, roles.pair, roles.prompt, roles.target)
-             if name and name not in ("tripleset", "annotations")]
+    texts = [
+        name
+        for name in (roles.text, roles.pair, roles.prompt, roles.target)
+        if name and name not in ("tripleset", "annotations")
+    ]
     rows = {split: [_checked(row, texts) for row in table.rows] for split, table in tables.items()}
     names: tuple[str, ...] = ()
     said = ""
     if roles.label:
         names, values = _labels(roles.label, tables, path)
-        rows = {split: [(where, row | {roles.label: values[row[roles.label]]})
-                        for where, row in found] for split, found in rows.items()}
+        rows = {
+            split: [(where, row | {roles.label: values[row[roles.label]]}) for where, row in found]
+            for split, found in rows.items()
+        }
         classes = f"{len(names)} class{'es' * (len(names) != 1)}: {_named(names)}"
         said = f" ({classes})" if names else " (a score)"
-    spec = Spec("", "", None, roles.prompt or roles.text or "", roles.pair, roles.target,
-                label=roles.label or "label", group=roles.group, labels=names,
-                metrics=("bleu", "rouge_l") if roles.target else ("accuracy",) if names else
-                ("pearson", "spearman"))
-    source = ", ".join(f"{role} from {name!r}{said if role == 'label' else ''}"
-                       for role, name in asdict(roles).items() if name)
+    spec = Spec(
+        "",
+        "",
+        None,
+        roles.prompt or roles.text or "",
+        roles.pair,
+        roles.target,
+        label=roles.label or "label",
+        group=roles.group,
+        labels=names,
+        metrics=("bleu", "rouge_l")
+        if roles.target
+        else ("accuracy",)
+        if names
+        else ("pearson", "spearman"),
+    )
+    source = ", ".join(
+        f"{role} from {name!r}{said if role == 'label' else ''}"
+        for role, name in asdict(roles).items()
+        if name
+    )
     name = stem_of(path.absolute()) if path.is_file() else path.resolve().name
     splits = {}
     for split, found in rows.items():
         # groups are units of privacy: a split that is not trained on needs none
         needed = split == "train" or roles.group in tables[split].columns
-        splits[split] = to_examples(found, name, split,
-                                    spec if needed else replace(spec, group=None))
+        splits[split] = to_examples(
+            found, name, split, spec if needed else replace(spec, group=None)
+        )
     return build_task(name, spec, splits, f"local files {path}: {source}")
 
 
@@ -138,31 +176,45 @@ def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -
     for role, name in asdict(given).items():
         if name is not None and name not in available:
             near = difflib.get_close_matches(name, available, n=1)
-            raise ValueError(f"{role}_column must be a column of {path} ({shown}), got {name!r}" +
-                             (f" (did you mean {near[0]!r}?)" if near else ""))
+            raise ValueError(
+                f"{role}_column must be a column of {path} ({shown}), got {name!r}"
+                + (f" (did you mean {near[0]!r}?)" if near else "")
+            )
     generates, labelled = given.prompt or given.target, given.text or given.pair or given.label
     if generates and labelled:
-        raise ValueError("prompt_column and target_column must go without text_column, "
-                         "pair_column and label_column: a record is to generate, or has a label")
+        raise ValueError(
+            "prompt_column and target_column must go without text_column, "
+            "pair_column and label_column: a record is to generate, or has a label"
+        )
     for role, other in (("pair", "text"), ("prompt", "target"), ("target", "prompt")):
         if getattr(given, role) and not getattr(given, other):
-            raise ValueError(f"{role}_column must come with {other}_column, which names one of "
-                             f"{shown}")
+            raise ValueError(
+                f"{role}_column must come with {other}_column, which names one of {shown}"
+            )
     found = given
     if not (given.text or given.prompt):
-        known = next((c for c in _KNOWN if {*filter(None, c)} <= {*available}
-                      and not (c[2] and labelled)), None)
+        known = next(
+            (c for c in _KNOWN if {*filter(None, c)} <= {*available} and not (c[2] and labelled)),
+            None,
+        )
         if known is None:
-            raise ValueError(f"{first}: columns must be like GLUE's (sentence or text, sentence1 "
-                             "and sentence2, ..., with label) or source and target, or be named "
-                             f"by text_column, label_column and the like, got {shown}")
+            raise ValueError(
+                f"{first}: columns must be like GLUE's (sentence or text, sentence1 "
+                "and sentence2, ..., with label) or source and target, or be named "
+                f"by text_column, label_column and the like, got {shown}"
+            )
         text, pair, target = known
-        found = replace(given, prompt=text, target=target) if target else replace(
-            given, text=text, pair=pair)
+        found = (
+            replace(given, prompt=text, target=target)
+            if target
+            else replace(given, text=text, pair=pair)
+        )
     if found.text and not found.label:
         if "label" not in available:
-            raise ValueError(f"{path}: label_column must name the column with the labels, there is "
-                             f"none called 'label' among {shown}")
+            raise ValueError(
+                f"{path}: label_column must name the column with the labels, there is "
+                f"none called 'label' among {shown}"
+            )
         found = replace(found, label="label")
     used = [name for name in asdict(found).values() if name]
     if twice := next((name for name in used if used.count(name) > 1), None):
@@ -176,17 +228,20 @@ def _checked(row: Row, texts: Iterable[str]) -> Row:
     for column in texts:
         value = cell(where, cells, column)
         if _is_empty(value):
-            bad_cell(where, column, "a text that is not empty: fill it in or leave the row out",
-                     value)
+            bad_cell(
+                where, column, "a text that is not empty: fill it in or leave the row out", value
+            )
     index = cells.get("idx")
     if (isinstance(index, str) and re.fullmatch(r"\d{1,18}", index, re.ASCII)) or (
-            isinstance(index, float) and index.is_integer()):
+        isinstance(index, float) and index.is_integer()
+    ):
         return where, cells | {"idx": int(index)}
     return row
 
 
-def _labels(column: str, tables: Mapping[str, Table], path: Path
-            ) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
+def _labels(
+    column: str, tables: Mapping[str, Table], path: Path
+) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
     """Class names, none for scores, and the class or score of each value in a column of all splits.
 
     Strings and truth values are classes in sorted order. Integers >= 0 are classes in numeric
@@ -194,10 +249,12 @@ def _labels(column: str, tables: Mapping[str, Table], path: Path
     scores if one is not. A column that holds such numbers as strings is read like the numbers. The
     classes of a ``datasets.ClassLabel`` keep their order.
     """
-    found = [(where, cell(where, row, column)) for table in tables.values()
-             for where, row in table.rows]
-    declared = {table.class_names[column] for table in tables.values()
-                if column in table.class_names}
+    found = [
+        (where, cell(where, row, column)) for table in tables.values() for where, row in table.rows
+    ]
+    declared = {
+        table.class_names[column] for table in tables.values() if column in table.class_names
+    }
     if declared:
         return _declared_classes(column, path, declared, found)
     for where, value in found:
@@ -207,28 +264,41 @@ def _labels(column: str, tables: Mapping[str, Table], path: Path
     if isinstance(found[0][1], str) and len(numbers) < len(read):
         for where, value in found if numbers else ():
             if isinstance(read[value], str) and not value.isdigit():
-                bad_cell(where, column, "a number like other labels in this column: fill it in, or "
-                         "write every label as a word", value)
+                bad_cell(
+                    where,
+                    column,
+                    "a number like other labels in this column: fill it in, or "
+                    "write every label as a word",
+                    value,
+                )
         read = {value: value for value in read}
     elif any(isinstance(number, float) and not number.is_integer() for number in numbers):
         return (), {value: float(number) for value, number in read.items()}
     else:
         for where, value in found:
             if not 0 <= read[value] < _LARGEST:
-                bad_cell(where, column, "a class: an integer >= 0, or a name (-1 often stands for "
-                         "a missing label)", value)
+                bad_cell(
+                    where,
+                    column,
+                    "a class: an integer >= 0, or a name (-1 often stands for a missing label)",
+                    value,
+                )
     classes = sorted(set(read.values()))
     if len(classes) > MAX_CLASSES:
-        raise ValueError(f"{path}: column {column!r} must hold at most {MAX_CLASSES:,} classes, or "
-                         f"floats that are not all whole, got {len(classes):,} different values")
+        raise ValueError(
+            f"{path}: column {column!r} must hold at most {MAX_CLASSES:,} classes, or "
+            f"floats that are not all whole, got {len(classes):,} different values"
+        )
     places = {value: place for place, value in enumerate(classes)}
-    return (tuple(str(int(c)) if isinstance(c, float) else str(c) for c in classes),
-            {value: places[number] for value, number in read.items()})
+    return (
+        tuple(str(int(c)) if isinstance(c, float) else str(c) for c in classes),
+        {value: places[number] for value, number in read.items()},
+    )
 
 
-def _declared_classes(column: str, path: Path, declared: set[tuple[str, ...]],
-                      found: Sequence[tuple[str, Any]]
-                      ) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
+def _declared_classes(
+    column: str, path: Path, declared: set[tuple[str, ...]], found: Sequence[tuple[str, Any]]
+) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
     """The classes of a ``datasets.ClassLabel``."""
     if len(declared) > 1:
         raise ValueError(f"{path}: column {column!r} must have the same class names in every split")
@@ -249,8 +319,12 @@ def _check_label(where: str, column: str, value: Any, first: Any) -> None:
     if _is_empty(value):
         bad_cell(where, column, "a label that is not empty: fill it in or leave the row out", value)
     if type(value) not in (str, int, float, bool):
-        bad_cell(where, column, "a class (a string, a truth value or an integer) or a score "
-                 "(a float)", value)
+        bad_cell(
+            where,
+            column,
+            "a class (a string, a truth value or an integer) or a score (a float)",
+            value,
+        )
     if isinstance(value, float) and not math.isfinite(value):
         bad_cell(where, column, "a finite number", value)
     if isinstance(value, int) and abs(value) >= _LARGEST:
@@ -259,16 +333,20 @@ def _check_label(where: str, column: str, value: Any, first: Any) -> None:
         check_unicode(where, column, value)
     kind = type(first) if isinstance(first, (str, bool)) else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool) != isinstance(first, bool):
-        bad_cell(where, column, f"of one type in all rows, like {first!r:.40} in the first row",
-                 value)
+        bad_cell(
+            where, column, f"of one type in all rows, like {first!r:.40} in the first row", value
+        )
 
 
 def _number(text: str) -> Any:
     """The number that a string spells in its one usual way, else the string."""
     if re.fullmatch(r"0|-?[1-9]\d{0,17}", text):
         return int(text)
-    if _NUMBER.fullmatch(text) and math.isfinite(number := float(text)) and re.search(
-            r"[.eE]", text):
+    if (
+        _NUMBER.fullmatch(text)
+        and math.isfinite(number := float(text))
+        and re.search(r"[.eE]", text)
+    ):
         return number
     return text
 

@@ -22,13 +22,27 @@ from typing import Any
 from lowrank_dp.data import examples
 from lowrank_dp.data.examples import read_jsonl
 
-SUFFIXES = (*(f".{name}{zipped}" for name in ("csv", "tsv", "jsonl", "ndjson", "json")
-              for zipped in ("", ".gz")), ".parquet")
+SUFFIXES = (
+    *(
+        f".{name}{zipped}"
+        for name in ("csv", "tsv", "jsonl", "ndjson", "json")
+        for zipped in ("", ".gz")
+    ),
+    ".parquet",
+)
 FORMATS = "CSV, TSV, JSON Lines, JSON or Parquet (.csv .tsv .jsonl .json, also with .gz, .parquet)"
-_NAMES = {"train": "train", "training": "train", "validation": "validation",
-          "valid": "validation", "val": "validation", "dev": "validation",
-          "eval": "validation", "evaluation": "validation", "test": "test"}
-Row = tuple[str, dict[str, Any]]        # where the row stands, and its cells by column
+_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
+    "test": "test",
+}
+Row = tuple[str, dict[str, Any]]  # where the row stands, and its cells by column
 
 
 @dataclass(frozen=True)
@@ -66,26 +80,33 @@ def read_tables(path: Path) -> dict[str, Table]:
         if file.is_file() and stem in _NAMES and file.name != stem_of(file):
             found.setdefault(_NAMES[stem], []).append(file)
     if not found:
-        raise ValueError(f"{path} must hold train and validation files in {FORMATS}, or be a "
-                         "folder that datasets saved; found none")
-    return {split: _joined(split, found[split]) for split in dict.fromkeys(_NAMES.values())
-            if split in found}
+        raise ValueError(
+            f"{path} must hold train and validation files in {FORMATS}, or be a "
+            "folder that datasets saved; found none"
+        )
+    return {
+        split: _joined(split, found[split])
+        for split in dict.fromkeys(_NAMES.values())
+        if split in found
+    }
 
 
 def stem_of(path: Path) -> str:
     """The file's name without the ending of a known format: the same name in every format."""
     name = path.name
-    ending = next((s for s in sorted(SUFFIXES, key=len, reverse=True)
-                   if name.lower().endswith(s)), "")
-    return name[:len(name) - len(ending)] or name
+    ending = next(
+        (s for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), ""
+    )
+    return name[: len(name) - len(ending)] or name
 
 
 def read_table(path: Path) -> Table:
     """One file in the format that its ending names."""
     ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if not path.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"{path} must be {FORMATS}, or a folder that datasets saved; save it as "
-                         "one of them")
+        raise ValueError(
+            f"{path} must be {FORMATS}, or a folder that datasets saved; save it as one of them"
+        )
     if ending == "parquet":
         return _parquet(path)
     if ending in ("csv", "tsv"):
@@ -104,12 +125,16 @@ def _joined(split: str, files: list[Path]) -> Table:
     whole = [int(part[2]) for part in parts if part]
     complete = len(whole) == len(files) and set(whole) == {len(files)}
     if (len(files) > 1 or whole) and not complete:
-        raise ValueError(f"{files[0].parent} must hold one file of the {split} split, or all its "
-                         f"parts name-i-of-n, found {', '.join(file.name for file in files[:5])}")
+        raise ValueError(
+            f"{files[0].parent} must hold one file of the {split} split, or all its "
+            f"parts name-i-of-n, found {', '.join(file.name for file in files[:5])}"
+        )
     tables = [read_table(file) for file in files]
-    return Table([row for table in tables for row in table.rows],
-                 tuple(dict.fromkeys(name for table in tables for name in table.columns)),
-                 tables[0].class_names)
+    return Table(
+        [row for table in tables for row in table.rows],
+        tuple(dict.fromkeys(name for table in tables for name in table.columns)),
+        tables[0].class_names,
+    )
 
 
 def _table(rows: Iterable[Row]) -> Table:
@@ -120,13 +145,15 @@ def _table(rows: Iterable[Row]) -> Table:
 def _content(path: Path) -> bytes:
     """The unpacked bytes of a file; at most ``examples.MAX_FILE_BYTES``."""
     try:
-        with (gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")) as file:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             data = file.read(examples.MAX_FILE_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: unreadable ({error})") from None
     if len(data) > examples.MAX_FILE_BYTES:
-        raise ValueError(f"{path}: a file must have at most {examples.MAX_FILE_BYTES:,} bytes "
-                         "(unpacked): split it")
+        raise ValueError(
+            f"{path}: a file must have at most {examples.MAX_FILE_BYTES:,} bytes "
+            "(unpacked): split it"
+        )
     return data
 
 
@@ -140,15 +167,24 @@ def _csv(path: Path, separator: str) -> Table:
         quoting = csv.QUOTE_NONE
     try:
         frame = pandas.read_csv(
-            io.BytesIO(data), sep=separator, header=None, dtype=str, keep_default_na=False,
-            encoding="utf-8-sig", quoting=quoting, on_bad_lines="error", low_memory=False)
+            io.BytesIO(data),
+            sep=separator,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            quoting=quoting,
+            on_bad_lines="error",
+            low_memory=False,
+        )
     except UnicodeDecodeError:
         raise _not_utf8(path, data) from None
     except (ValueError, OverflowError, MemoryError) as error:  # pandas' parser errors among them
         _require_separator(path, data.split(b"\n", 1)[0].decode(errors="replace"), separator)
         reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. ")
-        raise ValueError(f"{path}: not a table ({reason}); every row must have as many cells as "
-                         "the header") from None
+        raise ValueError(
+            f"{path}: not a table ({reason}); every row must have as many cells as the header"
+        ) from None
     header, *cells = frame.itertuples(index=False, name=None)
     names = [str(name) for name in header]
     if len(names) == 1:
@@ -158,9 +194,16 @@ def _csv(path: Path, separator: str) -> Table:
     if len(cells) > examples.MAX_ROWS:
         raise ValueError(f"{path}: a file must have at most {examples.MAX_ROWS:,} rows: split it")
     kept = tuple(name for name in names if name.strip())  # pandas' index has no name
-    return Table([(f"{path} row {number}", {
-        name: cell for name, cell in zip(names, row, strict=True) if name.strip()})
-        for number, row in enumerate(cells, 1)], kept)
+    return Table(
+        [
+            (
+                f"{path} row {number}",
+                {name: cell for name, cell in zip(names, row, strict=True) if name.strip()},
+            )
+            for number, row in enumerate(cells, 1)
+        ],
+        kept,
+    )
 
 
 def _require_separator(path: Path, header: str, separator: str) -> None:
@@ -168,9 +211,11 @@ def _require_separator(path: Path, header: str, separator: str) -> None:
     other = max(",;\t|", key=header.count)
     if separator not in header and other in header:
         named = {"\t": "tabs", ",": "commas"}
-        raise ValueError(f"{path}: the columns must be separated by {named[separator]}, and the "
-                         f"header has {named.get(other, repr(other))}: save it with "
-                         f"{named[separator]}, or as .tsv with tabs or .csv with commas")
+        raise ValueError(
+            f"{path}: the columns must be separated by {named[separator]}, and the "
+            f"header has {named.get(other, repr(other))}: save it with "
+            f"{named[separator]}, or as .tsv with tabs or .csv with commas"
+        )
 
 
 def _not_utf8(path: Path, data: bytes) -> ValueError:
@@ -201,8 +246,9 @@ def _json_array(path: Path, data: bytes) -> Table:
         raise ValueError(f"{path}: not JSON ({error})") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"{path} row {number}: must be a JSON object, got "
-                             f"{type(row).__name__}")
+            raise ValueError(
+                f"{path} row {number}: must be a JSON object, got {type(row).__name__}"
+            )
     return _table((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -211,16 +257,19 @@ def _refuse_one_object(path: Path, data: bytes) -> None:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
-        return      # JSON Lines, whose reader names the line of an error
+        return  # JSON Lines, whose reader names the line of an error
     if not isinstance(document, dict):
         return
     columns = bool(document) and all(isinstance(v, dict) for v in document.values())
-    holds_rows = any(isinstance(v, list) and v and isinstance(v[0], dict)
-                     for v in document.values())
+    holds_rows = any(
+        isinstance(v, list) and v and isinstance(v[0], dict) for v in document.values()
+    )
     if b"\n" in data.strip() or columns or holds_rows:
-        raise ValueError(f"{path}: must be a JSON array of objects, or one object per line, got "
-                         f"one object with {', '.join(map(repr, [*document][:10]))}: save the "
-                         "records as an array")
+        raise ValueError(
+            f"{path}: must be a JSON array of objects, or one object per line, got "
+            f"one object with {', '.join(map(repr, [*document][:10]))}: save the "
+            "records as an array"
+        )
 
 
 def _parquet(path: Path) -> Table:
@@ -228,8 +277,10 @@ def _parquet(path: Path) -> Table:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            size = sum(file.metadata.row_group(i).total_byte_size
-                       for i in range(file.metadata.num_row_groups))
+            size = sum(
+                file.metadata.row_group(i).total_byte_size
+                for i in range(file.metadata.num_row_groups)
+            )
             _check_size(path, size, file.metadata.num_rows)
             rows = list(_arrow_rows(path, file.iter_batches(batch_size=256)))
             return _arrow_table(rows, file.schema_arrow)
@@ -259,16 +310,20 @@ def _saved_folder(path: Path) -> dict[str, Table]:
     except Exception as error:  # whatever `datasets` raises on a damaged folder, said in one line
         raise _unreadable(path, error) from None
     if not tables:
-        raise ValueError(f"{path} must have a split train, validation or test, has "
-                         f"{', '.join(map(repr, parts))}")
+        raise ValueError(
+            f"{path} must have a split train, validation or test, has {', '.join(map(repr, parts))}"
+        )
     return tables
 
 
 def unread_splits(path: Path) -> list[str]:
     """The splits of a folder saved by ``datasets`` whose names are none that is known."""
     file = path / "dataset_dict.json"
-    return [name for name in json.loads(file.read_bytes())["splits"]
-            if name not in _NAMES] if file.is_file() else []
+    return (
+        [name for name in json.loads(file.read_bytes())["splits"] if name not in _NAMES]
+        if file.is_file()
+        else []
+    )
 
 
 class _TooLarge(Exception):
@@ -277,8 +332,10 @@ class _TooLarge(Exception):
 
 def _check_size(where: Path, size: int, num_rows: int) -> None:
     if size > examples.MAX_FILE_BYTES or num_rows > examples.MAX_ROWS:
-        raise _TooLarge(f"{where}: a file must have at most {examples.MAX_FILE_BYTES:,} bytes "
-                        f"(unpacked) and {examples.MAX_ROWS:,} rows: split it")
+        raise _TooLarge(
+            f"{where}: a file must have at most {examples.MAX_FILE_BYTES:,} bytes "
+            f"(unpacked) and {examples.MAX_ROWS:,} rows: split it"
+        )
 
 
 def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
@@ -298,8 +355,11 @@ def _arrow_table(rows: list[Row], schema: Any) -> Table:
         features = datasets.Features.from_arrow_schema(schema)
     except Exception:  # a column of a type that `datasets` lacks: it has no class names either
         features = datasets.Features()
-    names = {name: tuple(feature.names) for name, feature in features.items()
-             if isinstance(feature, datasets.ClassLabel) and feature.names}
+    names = {
+        name: tuple(feature.names)
+        for name, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel) and feature.names
+    }
     columns = tuple(name for name in schema.names if not name.startswith("__index_level_"))
     return Table(rows, columns, names)
 

@@ -62,8 +62,14 @@ def threshold(size: int, count: int) -> float:
     return 1.0 if rounded <= rounded_count(size) else size / rounded
 
 
-def draw(contents: Iterable[str], probability: float, purpose: str, seed: int | str, *,
-         copies: str = "together") -> list[bool]:
+def draw(
+    contents: Iterable[str],
+    probability: float,
+    purpose: str,
+    seed: int | str,
+    *,
+    copies: str = "together",
+) -> list[bool]:
     """For each unit, whether a keyed hash of the unit's content falls below ``probability``.
 
     Args:
@@ -105,8 +111,9 @@ def has_group(example: Example) -> bool:
     return example.group not in ("", example.id)
 
 
-def partition(examples: Sequence[Example], probability: float, purpose: str, seed: int | str
-              ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def partition(
+    examples: Sequence[Example], probability: float, purpose: str, seed: int | str
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """The rows whose groups :func:`draw` chooses with ``probability``, and the other rows.
 
     The expected number of chosen rows is ``probability * len(examples)``; both parts keep the
@@ -115,12 +122,18 @@ def partition(examples: Sequence[Example], probability: float, purpose: str, see
     """
     contents = [f"group {e.group}" if has_group(e) else unit_content([e]) for e in examples]
     chosen = draw(contents, probability, purpose, seed)
-    return (tuple(e for e, bit in zip(examples, chosen, strict=True) if bit),
-            tuple(e for e, bit in zip(examples, chosen, strict=True) if not bit))
+    return (
+        tuple(e for e, bit in zip(examples, chosen, strict=True) if bit),
+        tuple(e for e, bit in zip(examples, chosen, strict=True) if not bit),
+    )
 
 
-def require_alone(choose: Callable[[Sequence[T]], Sequence[T]], everything: Sequence[T],
-                  content: Callable[[T], str], option: str) -> None:
+def require_alone(
+    choose: Callable[[Sequence[T]], Sequence[T]],
+    everything: Sequence[T],
+    content: Callable[[T], str],
+    option: str,
+) -> None:
     """Raise ``ValueError`` if ``choose`` does not decide on each of ``everything`` alone.
 
     ``choose`` gives the chosen ones of a sequence. It is called on the first thousands, and again
@@ -138,9 +151,11 @@ def require_alone(choose: Callable[[Sequence[T]], Sequence[T]], everything: Sequ
         again = Counter(map(content, choose([one for one in everything if one is not left_out])))
         gone = before - again
         if again - before or sum(gone.values()) > 1 or gone.keys() - {content(left_out)}:
-            raise ValueError(f"{option} does not choose each record by itself: without one of the "
-                             "records another subset of the rest is chosen, and the privacy "
-                             "stated would not hold")
+            raise ValueError(
+                f"{option} does not choose each record by itself: without one of the "
+                "records another subset of the rest is chosen, and the privacy "
+                "stated would not hold"
+            )
 
 
 def subset(examples: tuple[Example, ...], size: int, seed: str) -> tuple[Example, ...]:
@@ -162,6 +177,8 @@ def subset(examples: tuple[Example, ...], size: int, seed: str) -> tuple[Example
         if len(kept) + len(group) <= size:
             kept += group
     if not kept:
-        raise ValueError(f"max_examples must be at least {min(map(len, groups))}, the size of the "
-                         f"smallest group, got {size}")
+        raise ValueError(
+            f"max_examples must be at least {min(map(len, groups))}, the size of the "
+            f"smallest group, got {size}"
+        )
     return tuple(examples[i] for i in sorted(kept))

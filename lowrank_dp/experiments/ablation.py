@@ -41,7 +41,8 @@ CAPTION = (
     "batch, thresholds and shrinkers; layers with nothing above the edge are zeroed (their cosine "
     "counts as 0) or kept, and denoise is `optimal` with norm correction. (c) Cosine, mean over "
     "layers (filled) and of all layers as one vector (hollow). (d) Distance; dotted, that of no "
-    "gradient at all. NON-PRIVATE: a diagnosis.")
+    "gradient at all. NON-PRIVATE: a diagnosis."
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Result:
     def by_kappa(self, values: np.ndarray) -> np.ndarray:
         """(batch sizes, norm correction on and off, kappas, noise seeds) of an array above."""
         count = len(self.config.kappas)
-        return values[:, -2 * count:].reshape(len(values), 2, count, -1)
+        return values[:, -2 * count :].reshape(len(values), 2, count, -1)
 
 
 def run(config: Config, source: Source | None = None) -> Result:
@@ -94,9 +95,13 @@ def run(config: Config, source: Source | None = None) -> Result:
     sums = source.nested_sums(config.batch_sizes)
     noise_std = config.noise_multiplier * config.gradients.max_grad_norm
     variants = VARIANTS | {
-        f"denoise, kappa {kappa:g}, norm correction {'on' if correct else 'off'}":
-        ("denoise", {"kappa": kappa, "norm_correction": correct})
-        for correct in (True, False) for kappa in kappas}
+        f"denoise, kappa {kappa:g}, norm correction {'on' if correct else 'off'}": (
+            "denoise",
+            {"kappa": kappa, "norm_correction": correct},
+        )
+        for correct in (True, False)
+        for kappa in kappas
+    }
     shape = len(sums), len(variants), config.noise_seeds
     products = np.zeros((*shape, len(source.matrices), 3))
     restored = np.zeros(shape, dtype=int)
@@ -106,41 +111,64 @@ def run(config: Config, source: Source | None = None) -> Result:
         noisy = add_noise(clean, noise_std, config.gradients.seed + seed)
         for layer, (name, target) in enumerate(clean.items()):
             products[i, :, seed, layer], acted = compare(
-                noisy[name], target, noise_std, variants.values())
+                noisy[name], target, noise_std, variants.values()
+            )
             restored[i, :, seed] += acted
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed,
-                                        device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE, description=source.description, loss=source.loss,
-        variants=tuple(variants), layers=tuple(source.matrices),
-        alignment=cosine(products).mean(-1), overall=cosine(products.sum(-2)),
-        error=distance(products.sum(-2)), restored=restored)
+        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE,
+        description=source.description,
+        loss=source.loss,
+        variants=tuple(variants),
+        layers=tuple(source.matrices),
+        alignment=cosine(products).mean(-1),
+        overall=cosine(products.sum(-2)),
+        error=distance(products.sum(-2)),
+        restored=restored,
+    )
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """A variant each: what is measured, at every batch size."""
     sizes = sorted(result.config.batch_sizes)
-    columns = ["variant"] + [f"{what}, batch {size}" for size in sizes for what in (
-        "alignment, mean over layers", "alignment, all layers as one", "error")]
-    rows = [[variant, *(with_interval(values[i, j]) for i in range(len(sizes)) for values in (
-        result.alignment, result.overall, result.error))]
-        for j, variant in enumerate(result.variants)]
+    columns = ["variant"] + [
+        f"{what}, batch {size}"
+        for size in sizes
+        for what in ("alignment, mean over layers", "alignment, all layers as one", "error")
+    ]
+    rows = [
+        [
+            variant,
+            *(
+                with_interval(values[i, j])
+                for i in range(len(sizes))
+                for values in (result.alignment, result.overall, result.error)
+            ),
+        ]
+        for j, variant in enumerate(result.variants)
+    ]
     return columns, rows
 
 
 def headline(result: Result) -> dict[str, str]:
     """At the largest batch: the parts in a few numbers."""
-    aligned, error, restored = (result.by_kappa(values)[-1].mean(-1) for values in (
-        result.alignment, result.error, result.restored))
+    aligned, error, restored = (
+        result.by_kappa(values)[-1].mean(-1)
+        for values in (result.alignment, result.error, result.restored)
+    )
     kappas = result.config.kappas
-    numbers = {f"kappa {kappas[k]:g}: layers restored; mean alignment":
-               f"{restored[0, k]:.1f} of {len(result.layers)}; "
-               f"{aligned[0, k]:.3f}" for k in (0, len(kappas) - 1)}
+    numbers = {
+        f"kappa {kappas[k]:g}: layers restored; mean alignment": f"{restored[0, k]:.1f} of {len(result.layers)}; "
+        f"{aligned[0, k]:.3f}"
+        for k in (0, len(kappas) - 1)
+    }
     numbers[f"error at kappa {kappas[0]:g}, norm correction on; off"] = (
-        f"{error[0, 0]:.2f}; {error[1, 0]:.2f}")
+        f"{error[0, 0]:.2f}; {error[1, 0]:.2f}"
+    )
     for variant in ("denoise", "optimal", "optimal, zeroed"):
         j = result.variants.index(variant)
         numbers[f"{variant}: alignment of all layers as one; error"] = (
-            f"{result.overall[-1, j].mean():.3f}; {result.error[-1, j].mean():.2f}")
+            f"{result.overall[-1, j].mean():.3f}; {result.error[-1, j].mean():.2f}"
+        )
     return numbers

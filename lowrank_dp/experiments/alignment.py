@@ -38,7 +38,8 @@ CAPTION = (
     "makes of the noisy one, by batch size and by noise multiplier; bars are 95% t-intervals over "
     "noise draws. c: distance to the clean gradient over all layers. Layers with nothing above the "
     "bulk edge are left unchanged, or zeroed where it says so. The oracles use the clean "
-    "gradient. NON-PRIVATE: a diagnosis.")
+    "gradient. NON-PRIVATE: a diagnosis."
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,11 @@ def run(config: Config, source: Source | None = None) -> Result:
     source = source or prepare(config.gradients, max(config.batch_sizes))
     sizes = sorted(config.batch_sizes)
     sums = source.nested_sums(sizes)
-    profiles = {(size, name): torch.linalg.svdvals(matrix)
-                for size, matrices in sums.items() for name, matrix in matrices.items()}
+    profiles = {
+        (size, name): torch.linalg.svdvals(matrix)
+        for size, matrices in sums.items()
+        for name, matrix in matrices.items()
+    }
     first, *others = config.noise_multipliers
     settings = [(size, first) for size in sizes] + [(sizes[-1], sigma) for sigma in others]
     products = np.zeros((len(settings), len(SCHEMES), config.noise_seeds, len(source.matrices), 3))
@@ -91,32 +95,55 @@ def run(config: Config, source: Source | None = None) -> Result:
         noisy = add_noise(sums[size], noise_std, config.gradients.seed + seed)
         for layer, name in enumerate(source.matrices):
             products[i, :, seed, layer], acted = compare(
-                noisy[name], sums[size][name], noise_std, SCHEMES.values(), profiles[size, name])
+                noisy[name], sums[size][name], noise_std, SCHEMES.values(), profiles[size, name]
+            )
             above[i, seed] += acted[list(SCHEMES).index("optimal")]
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed,
-                                        device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE, description=source.description, loss=source.loss,
-        schemes=tuple(SCHEMES), layers=tuple(source.matrices),
+        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE,
+        description=source.description,
+        loss=source.loss,
+        schemes=tuple(SCHEMES),
+        layers=tuple(source.matrices),
         batch_size=np.array([size for size, _ in settings]),
         noise_multiplier=np.array([sigma for _, sigma in settings]),
-        alignment=cosine(products), error=distance(products.sum(-2)), num_above_edge=above)
+        alignment=cosine(products),
+        error=distance(products.sum(-2)),
+        num_above_edge=above,
+    )
 
 
 def headline(result: Result) -> dict[str, str]:
     """Mean alignment of each scheme at the largest batch and the first noise multiplier."""
-    best = np.flatnonzero((result.batch_size == result.batch_size.max())
-                          & (result.noise_multiplier == result.noise_multiplier[0]))[0]
-    return {f"mean alignment, {scheme}": f"{result.alignment[best, j].mean():.3f}"
-            for j, scheme in enumerate(result.schemes)}
+    best = np.flatnonzero(
+        (result.batch_size == result.batch_size.max())
+        & (result.noise_multiplier == result.noise_multiplier[0])
+    )[0]
+    return {
+        f"mean alignment, {scheme}": f"{result.alignment[best, j].mean():.3f}"
+        for j, scheme in enumerate(result.schemes)
+    }
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """A setting and scheme each, with 95% t-intervals over noise draws."""
     settings = zip(result.batch_size, result.noise_multiplier, strict=True)
-    rows = [[str(size), f"{sigma:g}", scheme, with_interval(result.alignment[i, j].mean(-1)),
-             with_interval(result.error[i, j])]
-            for i, (size, sigma) in enumerate(settings) for j, scheme in enumerate(result.schemes)]
-    return ["batch size", "noise multiplier", "scheme", "alignment, mean over layers",
-            "error"], rows
+    rows = [
+        [
+            str(size),
+            f"{sigma:g}",
+            scheme,
+            with_interval(result.alignment[i, j].mean(-1)),
+            with_interval(result.error[i, j]),
+        ]
+        for i, (size, sigma) in enumerate(settings)
+        for j, scheme in enumerate(result.schemes)
+    ]
+    return [
+        "batch size",
+        "noise multiplier",
+        "scheme",
+        "alignment, mean over layers",
+        "error",
+    ], rows

@@ -21,8 +21,13 @@ Array = NDArray[np.float64]
 Scheme = tuple[str, dict[str, Any]]  # a name in restore.SCHEMES, and options of restore
 
 
-def compare(noisy: Tensor, clean: Tensor, noise_std: float, schemes: Iterable[Scheme],
-            profile: Tensor | None = None) -> tuple[Array, NDArray[np.bool_]]:
+def compare(
+    noisy: Tensor,
+    clean: Tensor,
+    noise_std: float,
+    schemes: Iterable[Scheme],
+    profile: Tensor | None = None,
+) -> tuple[Array, NDArray[np.bool_]]:
     """Products (schemes, 3) ``|M|^2, <M, G>, |G|^2``, and whether a scheme acted (schemes,).
 
     A scheme acted if it neither kept the matrix nor zeroed it. The oracle's "values" may be
@@ -37,8 +42,9 @@ def compare(noisy: Tensor, clean: Tensor, noise_std: float, schemes: Iterable[Sc
         if scheme == "oracle":
             options = options | {"values": oracles[options["values"]]}
         new = restored_values(s, (noisy.shape[0], noisy.shape[1]), noise_std, scheme, **options)
-        products.append((float(new.double().square().sum()),
-                         float(new.double() @ weights.double()), norm2))
+        products.append(
+            (float(new.double().square().sum()), float(new.double() @ weights.double()), norm2)
+        )
         acted.append(bool(new.any()) and not torch.equal(new, s))
     return np.array(products), np.array(acted)
 

@@ -34,7 +34,8 @@ CAPTION = (
     "The last distance against rank. Noise drawn anew each step averages out; the projection by a "
     "frozen A is the same each step and does not, so LoRA is not full fine-tuning with independent "
     "Gaussian noise (2409.17538) beyond its first step. Where the two LoRA curves coincide, A has "
-    "hardly moved. NON-PRIVATE: nothing is clipped.")
+    "hardly moved. NON-PRIVATE: nothing is clipped."
+)
 
 ARMS = ("lora", "lora-frozen-a", "fresh-a", "gaussian")
 
@@ -62,8 +63,14 @@ class Config:
     learning_rate: float = 0.05
 
 
-SMALL = Config(gradients=GradientConfig(max_length=24), ranks=(1, 8, 64), num_blocks=1,
-               num_seeds=3, num_steps=12, batch_size=16)
+SMALL = Config(
+    gradients=GradientConfig(max_length=24),
+    ranks=(1, 8, 64),
+    num_blocks=1,
+    num_seeds=3,
+    num_steps=12,
+    batch_size=16,
+)
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,11 @@ class Result:
     description: str
     layers: tuple[str, ...]
     arms: tuple[str, ...]
-    one_step_distance: np.ndarray   # (ranks,) expected relative distance after one step
-    reference_loss: np.ndarray      # (seeds, T) loss on each step's batch, before the step
-    reference_moved: np.ndarray     # (seeds, T + 1) |W - W_0| over the adapted layers
-    loss: np.ndarray                # (arms, ranks, seeds, T)
-    distance: np.ndarray            # (arms, ranks, seeds, T + 1) |W - W_full|, absolute
+    one_step_distance: np.ndarray  # (ranks,) expected relative distance after one step
+    reference_loss: np.ndarray  # (seeds, T) loss on each step's batch, before the step
+    reference_moved: np.ndarray  # (seeds, T + 1) |W - W_0| over the adapted layers
+    loss: np.ndarray  # (arms, ranks, seeds, T)
+    distance: np.ndarray  # (arms, ranks, seeds, T + 1) |W - W_full|, absolute
 
     @property
     def distance_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,8 +108,9 @@ def run(config: Config) -> Result:
     num_steps = _validate.integer("num_steps", config.num_steps)
     _validate.positive("learning_rate", config.learning_rate)
     first_seed = config.gradients.seed
-    task = load_task(config.gradients.task, seed=first_seed,
-                     max_examples=4 * num_steps * config.batch_size)
+    task = load_task(
+        config.gradients.task, seed=first_seed, max_examples=4 * num_steps * config.batch_size
+    )
     shape = len(ARMS), len(config.ranks), config.num_seeds
     loss, distance = np.zeros((*shape, num_steps)), np.zeros((*shape, num_steps + 1))
     reference_loss = np.zeros((config.num_seeds, num_steps))
@@ -110,9 +118,16 @@ def run(config: Config) -> Result:
     one_step = np.zeros((config.num_seeds, len(config.ranks)))
 
     def load(method: str, seed: int, rank: int = 1) -> tuple[nn.Module, Any]:
-        return load_model(config.gradients.model or default_model(), task=task, method=method,
-                          rank=rank, lora_init="gaussian", train_layers=config.num_blocks,
-                          device=config.gradients.device, seed=seed)
+        return load_model(
+            config.gradients.model or default_model(),
+            task=task,
+            method=method,
+            rank=rank,
+            lora_init="gaussian",
+            train_layers=config.num_blocks,
+            device=config.gradients.device,
+            seed=seed,
+        )
 
     for seed in progress(range(config.num_seeds), "training dynamics"):
         full, tokenizer = load("full", first_seed + seed)
@@ -136,22 +151,27 @@ def run(config: Config) -> Result:
             for a, arm in enumerate(ARMS):
                 model = adapters[r] if arm.startswith("lora") else full
                 generator = torch.Generator(config.gradients.device).manual_seed(
-                    1_000_003 * (first_seed + seed) + 101 * rank + a)
+                    1_000_003 * (first_seed + seed) + 101 * rank + a
+                )
                 with _restored(model), _frozen_a(model, arm == "lora-frozen-a"):
-                    steps = _sgd(model, batches, config.learning_rate, layers, arm, rank,
-                                 generator)
+                    steps = _sgd(model, batches, config.learning_rate, layers, arm, rank, generator)
                     for step, value in enumerate(steps):
                         loss[a, r, seed, step] = value
-                        distance[a, r, seed, step + 1] = _gap(_effective(model, layers),
-                                                              path[step])
+                        distance[a, r, seed, step + 1] = _gap(_effective(model, layers), path[step])
     return Result(
-        config=config, provenance=artifacts.provenance(seed=first_seed,
-                                                       device=config.gradients.device),
+        config=config,
+        provenance=artifacts.provenance(seed=first_seed, device=config.gradients.device),
         privacy=artifacts.NON_PRIVATE,
         description=f"{describe(full)}; {task.name} from {task.source}; plain SGD, learning rate "
-                    f"{config.learning_rate:g}, batch {config.batch_size}",
-        layers=tuple(layers), arms=ARMS, one_step_distance=one_step.mean(axis=0),
-        reference_loss=reference_loss, reference_moved=moved, loss=loss, distance=distance)
+        f"{config.learning_rate:g}, batch {config.batch_size}",
+        layers=tuple(layers),
+        arms=ARMS,
+        one_step_distance=one_step.mean(axis=0),
+        reference_loss=reference_loss,
+        reference_moved=moved,
+        loss=loss,
+        distance=distance,
+    )
 
 
 def relative_distance(result: Result) -> np.ndarray:
@@ -167,13 +187,15 @@ def loss_difference(result: Result) -> np.ndarray:
 def headline(result: Result) -> dict[str, str]:
     """The result in a few numbers."""
     middle, low, high = result.distance_band
-    numbers = {f"learning rate {result.config.learning_rate:g}, full fine-tuning's loss":
-               f"{result.reference_loss[:, 0].mean():.3f} to "
-               f"{result.reference_loss[:, -1].mean():.3f}"}
+    numbers = {
+        f"learning rate {result.config.learning_rate:g}, full fine-tuning's loss": f"{result.reference_loss[:, 0].mean():.3f} to "
+        f"{result.reference_loss[:, -1].mean():.3f}"
+    }
     for r, rank in enumerate(result.config.ranks):
         numbers[f"distance to full, relative, rank {rank}"] = ", ".join(
             f"{arm} {middle[a, r, -1]:.2f} ({low[a, r, -1]:.2f} to {high[a, r, -1]:.2f})"
-            for a, arm in enumerate(result.arms))
+            for a, arm in enumerate(result.arms)
+        )
     return numbers
 
 
@@ -185,18 +207,29 @@ def _batches(task: Any, tokenizer: Any, config: Config, seed: int) -> list[dict[
         _validate.fail("num_steps * batch_size", f"at most the {len(rows)} examples", wanted)
     generator = torch.Generator().manual_seed(seed)
     chosen = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:wanted].tolist()]
-    batches = [{k: v.to(config.gradients.device) for k, v in batch.items()}
-               for _, batch in micro_batches(chosen, config.batch_size, tokenizer.pad_token_id)]
+    batches = [
+        {k: v.to(config.gradients.device) for k, v in batch.items()}
+        for _, batch in micro_batches(chosen, config.batch_size, tokenizer.pad_token_id)
+    ]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _sgd(model: nn.Module, batches: list[dict[str, Tensor]], learning_rate: float,
-         layers: list[str] | None = None, arm: str = "", rank: int = 1,
-         generator: torch.Generator | None = None) -> Iterator[float]:
+def _sgd(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    learning_rate: float,
+    layers: list[str] | None = None,
+    arm: str = "",
+    rank: int = 1,
+    generator: torch.Generator | None = None,
+) -> Iterator[float]:
     """One plain SGD step a batch; yields the loss before the step, after having made it."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    noisy = ([model.get_parameter(f"{name}.weight") for name in layers or ()]
-             if arm in ("fresh-a", "gaussian") else [])
+    noisy = (
+        [model.get_parameter(f"{name}.weight") for name in layers or ()]
+        if arm in ("fresh-a", "gaussian")
+        else []
+    )
     for batch in batches:
         model.zero_grad(set_to_none=True)
         loss = model(**batch).loss
@@ -204,25 +237,34 @@ def _sgd(model: nn.Module, batches: list[dict[str, Tensor]], learning_rate: floa
         with torch.no_grad():
             for p in noisy:
                 gradient: Any = p.grad
-                p.grad = (lora.project(gradient, rank, generator=generator) if arm == "fresh-a"
-                          else gradient + lora.matched_noise(gradient, rank, generator=generator))
+                p.grad = (
+                    lora.project(gradient, rank, generator=generator)
+                    if arm == "fresh-a"
+                    else gradient + lora.matched_noise(gradient, rank, generator=generator)
+                )
             for p in trained:
                 p.sub_(p.grad, alpha=learning_rate)  # type: ignore[arg-type]
         if not bool(loss.isfinite()):
-            raise ValueError(f"learning_rate must be small enough to train, got {learning_rate} "
-                             f"and a loss of {loss.item()} ({arm or 'full'}, rank {rank})")
+            raise ValueError(
+                f"learning_rate must be small enough to train, got {learning_rate} "
+                f"and a loss of {loss.item()} ({arm or 'full'}, rank {rank})"
+            )
         yield loss.item()
 
 
 def _adapted(model: nn.Module) -> list[str]:
     """Names of the layers with a LoRA pair, as the model without LoRA has them."""
-    return [name.removeprefix("base_model.model.") for name, module in model.named_modules()
-            if hasattr(module, "get_delta_weight")]
+    return [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    ]
 
 
 @torch.no_grad()
 def _effective(model: nn.Module, layers: list[str]) -> Tensor:
     """The adapted layers' weights, LoRA's share included, as one vector."""
+
     def weight(name: str) -> Tensor:
         prefix = "base_model.model." if hasattr(model, "peft_config") else ""
         module: Any = model.get_submodule(prefix + name)

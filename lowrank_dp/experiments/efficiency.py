@@ -25,7 +25,8 @@ CAPTION = (
     "t-intervals, every arm at the same epsilon and delta and at the learning rate that did best "
     "for it, by one seed that is not shown, on training examples set aside. Dashed, 90% of plain "
     "DP-SGD's best gain over the model before training. Last panel, the tuning runs: steps to that "
-    "share of DP-SGD's best there, at every learning rate of the grid.")
+    "share of DP-SGD's best there, at every learning rate of the grid."
+)
 
 # arm -> what differs from the base configuration
 ARMS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "DP-LoRA": {"method": "lora"},
     "DP-LoRA, frozen A": {"method": "lora-frozen-a"},
     "DP-LoRA, momentum + optimal, zeroed": {
-        "method": "lora", "scheme": "optimal", "below": "zero", "momentum_beta": 0.9},
+        "method": "lora",
+        "scheme": "optimal",
+        "below": "zero",
+        "momentum_beta": 0.9,
+    },
 }
 BASELINE = "DP-SGD"
 SHARES = (0.9, 0.95)
@@ -70,44 +75,127 @@ class Config:
 
 
 SST2 = Config(
-    base=TrainConfig(model="minilm", task="sst2", epsilon=8.0, delta=1e-5, batch_size=1024,
-                     steps=30, train_layers=1, max_length=64, eval_every=3),
-    arms=("DP-SGD", "denoise", "optimal, zeroed", "low-pass filter", "momentum + optimal, zeroed",
-          "DP-LoRA", "DP-LoRA, frozen A"),
-    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2))
+    base=TrainConfig(
+        model="minilm",
+        task="sst2",
+        epsilon=8.0,
+        delta=1e-5,
+        batch_size=1024,
+        steps=30,
+        train_layers=1,
+        max_length=64,
+        eval_every=3,
+    ),
+    arms=(
+        "DP-SGD",
+        "denoise",
+        "optimal, zeroed",
+        "low-pass filter",
+        "momentum + optimal, zeroed",
+        "DP-LoRA",
+        "DP-LoRA, frozen A",
+    ),
+    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
+)
 
 MNLI = Config(
-    base=TrainConfig(model="minilm", task="mnli", epsilon=8.0, delta=1e-5, batch_size=1024,
-                     steps=21, train_layers=1, max_length=64, eval_every=3),
+    base=TrainConfig(
+        model="minilm",
+        task="mnli",
+        epsilon=8.0,
+        delta=1e-5,
+        batch_size=1024,
+        steps=21,
+        train_layers=1,
+        max_length=64,
+        eval_every=3,
+    ),
     arms=("DP-SGD", "denoise", "momentum + optimal, zeroed", "DP-LoRA"),
-    learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+    learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+)
 
 E2E = Config(
-    base=TrainConfig(model="tiny-llama", task="e2e", epsilon=8.0, delta=1e-5, batch_size=512,
-                     steps=24, eval_every=3, eval_examples=300),
-    arms=("DP-SGD", "denoise", "low-pass filter", "momentum + optimal, zeroed", "DP-LoRA",
-          "DP-LoRA, frozen A"),
-    learning_rates=(3e-3, 1e-2, 3e-2), score="loss", tuning_holdout=300)
+    base=TrainConfig(
+        model="tiny-llama",
+        task="e2e",
+        epsilon=8.0,
+        delta=1e-5,
+        batch_size=512,
+        steps=24,
+        eval_every=3,
+        eval_examples=300,
+    ),
+    arms=(
+        "DP-SGD",
+        "denoise",
+        "low-pass filter",
+        "momentum + optimal, zeroed",
+        "DP-LoRA",
+        "DP-LoRA, frozen A",
+    ),
+    learning_rates=(3e-3, 1e-2, 3e-2),
+    score="loss",
+    tuning_holdout=300,
+)
 
 # eight rows at a time: each token has logits for 49,152 words
 SMOLLM2 = Config(
-    base=TrainConfig(model="smollm2", task="e2e", epsilon=8.0, delta=1e-5, batch_size=128,
-                     steps=8, train_layers=2, eval_every=2, eval_examples=64, generate=False,
-                     micro_batch_size=8),
-    arms=("DP-SGD", "denoise", "momentum + optimal, zeroed", "DP-LoRA",
-          "DP-LoRA, momentum + optimal, zeroed"),
-    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2), score="loss", tuning_holdout=64)
+    base=TrainConfig(
+        model="smollm2",
+        task="e2e",
+        epsilon=8.0,
+        delta=1e-5,
+        batch_size=128,
+        steps=8,
+        train_layers=2,
+        eval_every=2,
+        eval_examples=64,
+        generate=False,
+        micro_batch_size=8,
+    ),
+    arms=(
+        "DP-SGD",
+        "denoise",
+        "momentum + optimal, zeroed",
+        "DP-LoRA",
+        "DP-LoRA, momentum + optimal, zeroed",
+    ),
+    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    score="loss",
+    tuning_holdout=64,
+)
 
 # to try in a minute, on generated text with models that are always at hand
 SMALL = Config(
-    base=TrainConfig(model="tiny", task="generated", epsilon=8.0, delta=1e-5, batch_size=512,
-                     steps=24, eval_every=3),
-    arms=("DP-SGD", "momentum + optimal, zeroed", "DP-LoRA"), learning_rates=(3e-3, 1e-2),
-    num_seeds=2, tuning_holdout=300)
+    base=TrainConfig(
+        model="tiny",
+        task="generated",
+        epsilon=8.0,
+        delta=1e-5,
+        batch_size=512,
+        steps=24,
+        eval_every=3,
+    ),
+    arms=("DP-SGD", "momentum + optimal, zeroed", "DP-LoRA"),
+    learning_rates=(3e-3, 1e-2),
+    num_seeds=2,
+    tuning_holdout=300,
+)
 SMALL_TABLES = replace(
-    SMALL, base=TrainConfig(model="tiny-llama", task="generated-table", epsilon=8.0, delta=1e-5,
-                            batch_size=128, steps=12, eval_every=3, eval_examples=60),
-    score="loss", tuning_holdout=100)
+    SMALL,
+    base=TrainConfig(
+        model="tiny-llama",
+        task="generated-table",
+        epsilon=8.0,
+        delta=1e-5,
+        batch_size=128,
+        steps=12,
+        eval_every=3,
+        eval_examples=60,
+    ),
+    score="loss",
+    tuning_holdout=100,
+)
 
 
 @dataclass(frozen=True)
@@ -174,28 +262,38 @@ def run(config: Config, folder: str | Path = Path("runs") / "efficiency") -> Res
         raise ValueError(f"tuning_seed must not be one of the {config.num_seeds} reported seeds")
     sign = 1.0 if HIGHER_IS_BETTER[config.score] else -1.0
 
-    grid = [_arm_config(config, arm, rate, config.tuning_seed, config.tuning_holdout)
-            for arm in config.arms for rate in config.learning_rates]
+    grid = [
+        _arm_config(config, arm, rate, config.tuning_seed, config.tuning_holdout)
+        for arm in config.arms
+        for rate in config.learning_rates
+    ]
     tuned = sweep(grid, folder, num_workers=config.num_workers)
     tuning = np.stack([_curve(outcome, config.score) for outcome in tuned]).reshape(
-        len(config.arms), len(config.learning_rates), -1)
+        len(config.arms), len(config.learning_rates), -1
+    )
     means = tuning.mean(axis=-1)
     if np.isnan(means).all(axis=1).any():
-        raise ValueError("every learning rate of some arm failed: "
-                         f"{next(outcome.error for outcome in tuned if outcome.error)}")
+        raise ValueError(
+            "every learning rate of some arm failed: "
+            f"{next(outcome.error for outcome in tuned if outcome.error)}"
+        )
     chosen = np.array(config.learning_rates)[np.nanargmax(sign * means, axis=1)]
 
-    wanted = [_arm_config(config, arm, rate, seed)
-              for arm, rate in zip(config.arms, chosen.tolist(), strict=True)
-              for seed in range(config.num_seeds)]
+    wanted = [
+        _arm_config(config, arm, rate, seed)
+        for arm, rate in zip(config.arms, chosen.tolist(), strict=True)
+        for seed in range(config.num_seeds)
+    ]
     outcomes = sweep(wanted, folder, num_workers=config.num_workers)
     return _collect(config, tuning, chosen, tuned, outcomes)
 
 
-def _arm_config(config: Config, arm: str, learning_rate: float, seed: int,
-                holdout: int = 0) -> TrainConfig:
-    return replace(config.base, **ARMS[arm], learning_rate=learning_rate, seed=seed,
-                   holdout=holdout)
+def _arm_config(
+    config: Config, arm: str, learning_rate: float, seed: int, holdout: int = 0
+) -> TrainConfig:
+    return replace(
+        config.base, **ARMS[arm], learning_rate=learning_rate, seed=seed, holdout=holdout
+    )
 
 
 def _curve(outcome: Outcome, metric: str) -> np.ndarray:
@@ -207,39 +305,60 @@ def _curve(outcome: Outcome, metric: str) -> np.ndarray:
     return np.array([entry[metric] for entry in outcome.result.curve])
 
 
-def _collect(config: Config, tuning: np.ndarray, chosen: np.ndarray, tuned: list[Outcome],
-             outcomes: list[Outcome]) -> Result:
+def _collect(
+    config: Config,
+    tuning: np.ndarray,
+    chosen: np.ndarray,
+    tuned: list[Outcome],
+    outcomes: list[Outcome],
+) -> Result:
     shape = len(config.arms), config.num_seeds, -1
     done = [outcome.result for outcome in outcomes if outcome.result is not None]
     if not done:
         raise ValueError(f"every run failed: {outcomes[0].error}")
     final: dict[str, dict[str, list[float]]] = {}
     for i, arm in enumerate(config.arms):
-        results = [o.result for o in outcomes[i * config.num_seeds:(i + 1) * config.num_seeds]]
+        results = [o.result for o in outcomes[i * config.num_seeds : (i + 1) * config.num_seeds]]
         last = [result.curve[-1] for result in results if result is not None]
-        final[arm] = {name: [entry[name] for entry in last] for name in (last[0] if last else ())
-                      if name in HIGHER_IS_BETTER}
+        final[arm] = {
+            name: [entry[name] for entry in last]
+            for name in (last[0] if last else ())
+            if name in HIGHER_IS_BETTER
+        }
 
     def stack(metric: str) -> np.ndarray:
         return np.stack([_curve(outcome, metric) for outcome in outcomes]).reshape(shape)
 
     seconds, restoring = stack("seconds"), stack("restore_seconds")
     return Result(
-        config=config, provenance=artifacts.provenance(seed=0, device=config.base.device),
-        privacy=done[0].privacy, epsilon=float(done[0].epsilon or np.inf), delta=done[0].delta,
-        description=done[0].description, arms=config.arms,
+        config=config,
+        provenance=artifacts.provenance(seed=0, device=config.base.device),
+        privacy=done[0].privacy,
+        epsilon=float(done[0].epsilon or np.inf),
+        delta=done[0].delta,
+        description=done[0].description,
+        arms=config.arms,
         failures=tuple(_failures(config.arms, tuned) + _failures(config.arms, outcomes)),
-        final=final, steps=np.array([entry["step"] for entry in done[0].curve]),
-        score=stack(config.score), loss=stack("loss"), seconds=seconds,
-        restore_share=restoring[..., -1] / seconds[..., -1], learning_rate=chosen, tuning=tuning)
+        final=final,
+        steps=np.array([entry["step"] for entry in done[0].curve]),
+        score=stack(config.score),
+        loss=stack("loss"),
+        seconds=seconds,
+        restore_share=restoring[..., -1] / seconds[..., -1],
+        learning_rate=chosen,
+        tuning=tuning,
+    )
 
 
 def _failures(arms: tuple[str, ...], outcomes: list[Outcome]) -> list[str]:
     """A line for each run that stopped; ``outcomes`` has as many of each arm, arm by arm."""
     each = len(outcomes) // len(arms)
-    return [f"{arms[i // each]}, learning rate {outcome.config.learning_rate:g}, seed "
-            f"{outcome.config.seed}: {outcome.error}"
-            for i, outcome in enumerate(outcomes) if outcome.error]
+    return [
+        f"{arms[i // each]}, learning rate {outcome.config.learning_rate:g}, seed "
+        f"{outcome.config.seed}: {outcome.error}"
+        for i, outcome in enumerate(outcomes)
+        if outcome.error
+    ]
 
 
 def steps_to(result: Result, share: float) -> np.ndarray:
@@ -260,8 +379,9 @@ def tuning_steps_to(result: Result, share: float) -> np.ndarray:
     return _first_step(result, result.tuning, float(np.nanmean(baseline[:, 0])), float(best), share)
 
 
-def _first_step(result: Result, scores: np.ndarray, start: float, best: float,
-                share: float) -> np.ndarray:
+def _first_step(
+    result: Result, scores: np.ndarray, start: float, best: float, share: float
+) -> np.ndarray:
     target = start + share * (best - start)
     sign = 1.0 if result.higher_is_better else -1.0
     reached = sign * scores >= sign * target
@@ -279,34 +399,49 @@ def seconds_to(result: Result, share: float) -> np.ndarray:
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, an arm each: the numbers that the protocol asks for."""
-    columns = ["arm", "learning rate", f"final {result.config.score}",
-               f"mean {result.config.score} over the run",
-               *(f"steps to {share:.0%} of the baseline's best gain" for share in SHARES),
-               "seconds to 90%", "restoring, share of step time",
-               *(f"steps to 90% at learning rate {rate:g} (tuning run)"
-                 for rate in result.config.learning_rates)]
+    columns = [
+        "arm",
+        "learning rate",
+        f"final {result.config.score}",
+        f"mean {result.config.score} over the run",
+        *(f"steps to {share:.0%} of the baseline's best gain" for share in SHARES),
+        "seconds to 90%",
+        "restoring, share of step time",
+        *(
+            f"steps to 90% at learning rate {rate:g} (tuning run)"
+            for rate in result.config.learning_rates
+        ),
+    ]
     rows = []
     for i, arm in enumerate(result.arms):
-        cells = [arm, f"{result.learning_rate[i]:g}",
-                 _unless_stopped(result.score[i, :, -1]),
-                 _unless_stopped(result.score[i].mean(axis=-1)),
-                 *(_each(steps_to(result, share)[i]) for share in SHARES),
-                 _each(seconds_to(result, SHARES[0])[i]),
-                 f"{np.nanmean(result.restore_share[i]):.1%}",
-                 *(_each(tuning_steps_to(result, SHARES[0])[i, j:j + 1])
-                   for j in range(len(result.config.learning_rates)))]
+        cells = [
+            arm,
+            f"{result.learning_rate[i]:g}",
+            _unless_stopped(result.score[i, :, -1]),
+            _unless_stopped(result.score[i].mean(axis=-1)),
+            *(_each(steps_to(result, share)[i]) for share in SHARES),
+            _each(seconds_to(result, SHARES[0])[i]),
+            f"{np.nanmean(result.restore_share[i]):.1%}",
+            *(
+                _each(tuning_steps_to(result, SHARES[0])[i, j : j + 1])
+                for j in range(len(result.config.learning_rates))
+            ),
+        ]
         rows.append(cells)
     return columns, rows
 
 
 def headline(result: Result) -> Mapping[str, str]:
     """What the figure shows, in a few lines."""
-    lines = {"epsilon of every arm": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
-             f"{result.config.score} before training": f"{result.start:.4g}",
-             f"best {result.config.score} of {BASELINE}": f"{result.best:.4g}"}
+    lines = {
+        "epsilon of every arm": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
+        f"{result.config.score} before training": f"{result.start:.4g}",
+        f"best {result.config.score} of {BASELINE}": f"{result.best:.4g}",
+    }
     for i, arm in enumerate(result.arms):
         lines[f"{arm}: final {result.config.score}; steps to 90% of {BASELINE}'s best gain"] = (
-            f"{_unless_stopped(result.score[i, :, -1])}; {_each(steps_to(result, 0.9)[i])}")
+            f"{_unless_stopped(result.score[i, :, -1])}; {_each(steps_to(result, 0.9)[i])}"
+        )
     return lines
 
 

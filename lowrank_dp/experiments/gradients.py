@@ -73,8 +73,9 @@ class Source:
         """NON-PRIVATE sum of the clipped gradients of ``rows[i]``, for every trainable matrix."""
         rows = [self.rows[i] for i in indices]
         batches = micro_batches(rows, self.config.micro_batch_size, self.pad_token_id)
-        sums, _ = clipped_sum_over(self.model, (self._place(batch) for _, batch in batches),
-                                   self.config.max_grad_norm)
+        sums, _ = clipped_sum_over(
+            self.model, (self._place(batch) for _, batch in batches), self.config.max_grad_norm
+        )
         return {name: sums[name] for name in self.matrices}
 
     def nested_sums(self, batch_sizes: Iterable[int]) -> dict[int, dict[str, Tensor]]:
@@ -112,18 +113,27 @@ def prepare(config: GradientConfig, batch_size: int = 1) -> Source:
     task = load_task(config.task, seed=config.seed)
     examples = task.split(config.split)
     _validate.integer("batch_size", batch_size, high=len(examples))
-    model, tokenizer = load_model(config.model or default_model(), task=task,
-                                  device=config.device, seed=config.seed)
+    model, tokenizer = load_model(
+        config.model or default_model(), task=task, device=config.device, seed=config.seed
+    )
     matrices = matrix_parameters(model)
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trainable Linear layer, got none")
     rows = encode(examples, tokenizer, kind=task.kind, max_length=config.max_length)
-    source = Source(model, rows, tokenizer.pad_token_id, matrices,
-                    f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
-                    float("nan"), 0, config)
+    source = Source(
+        model,
+        rows,
+        tokenizer.pad_token_id,
+        matrices,
+        f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
+        float("nan"),
+        0,
+        config,
+    )
     loss, steps = _warm_up(source)
-    return Source(model, rows, tokenizer.pad_token_id, matrices, source.description, loss, steps,
-                  config)
+    return Source(
+        model, rows, tokenizer.pad_token_id, matrices, source.description, loss, steps, config
+    )
 
 
 def _warm_up(source: Source) -> tuple[float, int]:
@@ -177,7 +187,8 @@ def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str
     noisy = {}
     for offset, (name, matrix) in enumerate(clean.items()):
         generator = torch.Generator(matrix.device).manual_seed(1_000_003 * seed + offset)
-        noise = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype,
-                            device=matrix.device)
+        noise = torch.randn(
+            matrix.shape, generator=generator, dtype=matrix.dtype, device=matrix.device
+        )
         noisy[name] = matrix + noise_std * noise
     return noisy

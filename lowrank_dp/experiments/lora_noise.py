@@ -28,7 +28,8 @@ CAPTION = (
     "for PEFT's uniform A rescaled. (b) Exact density of one coordinate (solid) against the "
     "Gaussian of the same variance (black). (c) Kurtosis: measured points, exact lines. The claim "
     "of Gaussian noise (2409.17538) holds for one coordinate as the rank grows, not as the width "
-    "does. NON-PRIVATE: the rows are clean gradients.")
+    "does. NON-PRIVATE: the rows are clean gradients."
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Config:
     """
 
     gradients: GradientConfig = field(
-        default_factory=lambda: GradientConfig(warm_loss=None, max_length=64))
+        default_factory=lambda: GradientConfig(warm_loss=None, max_length=64)
+    )
     more_models: tuple[str, ...] = ("smollm2",)
     batch_size: int = 64
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -62,8 +64,15 @@ class Config:
     density_ranks: tuple[int, ...] = (1, 4, 16, 64)
 
 
-SMALL = Config(more_models=(), batch_size=32, ranks=(1, 2, 4, 8, 16, 64), num_rows=32,
-               num_draws=200, vector_size=256, vector_draws=1000)
+SMALL = Config(
+    more_models=(),
+    batch_size=32,
+    ranks=(1, 2, 4, 8, 16, 64),
+    num_rows=32,
+    num_draws=200,
+    vector_size=256,
+    vector_draws=1000,
+)
 
 
 @dataclass(frozen=True)
@@ -75,19 +84,19 @@ class Result:
     privacy: str
     description: str
     skipped: tuple[str, ...]
-    sources: tuple[str, ...]        # the fixed vector first, then real layers
-    variance: np.ndarray            # in units of |q|^2, mean over coordinates
-    variance_ci: np.ndarray         # half-widths of 95 % intervals over draws of A
+    sources: tuple[str, ...]  # the fixed vector first, then real layers
+    variance: np.ndarray  # in units of |q|^2, mean over coordinates
+    variance_ci: np.ndarray  # half-widths of 95 % intervals over draws of A
     variance_exact: np.ndarray
     kurtosis: np.ndarray
     kurtosis_ci: np.ndarray
     kurtosis_exact: np.ndarray
     one_hot_inits: tuple[str, ...]
-    one_hot_variance: np.ndarray    # (inits, ranks): the coordinate that carries all of q
+    one_hot_variance: np.ndarray  # (inits, ranks): the coordinate that carries all of q
     one_hot_variance_ci: np.ndarray
     one_hot_variance_exact: np.ndarray
-    density_x: np.ndarray           # (X,) in standard deviations
-    density: np.ndarray             # (density_ranks, X) of the standardised noise
+    density_x: np.ndarray  # (X,) in standard deviations
+    density: np.ndarray  # (density_ranks, X) of the standardised noise
 
 
 def run(config: Config, source: Source | None = None) -> Result:
@@ -109,14 +118,21 @@ def run(config: Config, source: Source | None = None) -> Result:
             rows = largest_rows(clean[name], config.num_rows).cpu()
             measured[_label(model, name, clean[name])] = rows, config.num_draws
 
-    moments = [[lora.measure_noise(matrix, rank, draws, generator=generator)
-                for rank in config.ranks]
-               for matrix, draws in progress(list(measured.values()), "projection noise")]
+    moments = [
+        [lora.measure_noise(matrix, rank, draws, generator=generator) for rank in config.ranks]
+        for matrix, draws in progress(list(measured.values()), "projection noise")
+    ]
     inits = tuple(lora.ENTRY_KURTOSIS)
-    one_hot = [[lora.measure_noise(torch.ones(1, 1), rank, config.vector_draws, init=init,
-                                   generator=generator) for rank in config.ranks]
-               for init in inits]
-    x = np.linspace(-6, 6, 800)         # an even number of points: none at the pole near 0
+    one_hot = [
+        [
+            lora.measure_noise(
+                torch.ones(1, 1), rank, config.vector_draws, init=init, generator=generator
+            )
+            for rank in config.ranks
+        ]
+        for init in inits
+    ]
+    x = np.linspace(-6, 6, 800)  # an even number of points: none at the pole near 0
     beta2 = 1 / config.vector_size
 
     def density(rank: int) -> np.ndarray:
@@ -124,17 +140,30 @@ def run(config: Config, source: Source | None = None) -> Result:
         return np.exp(noise_logpdf(x * sd, rank, beta2=beta2)) * sd
 
     return Result(
-        config=config, provenance=artifacts.provenance(seed=seed, device=device),
+        config=config,
+        provenance=artifacts.provenance(seed=seed, device=device),
         privacy=artifacts.NON_PRIVATE,
-        description="; ".join(each.description for each in sources), skipped=tuple(skipped),
+        description="; ".join(each.description for each in sources),
+        skipped=tuple(skipped),
         sources=tuple(measured),
-        **{key: _table(moments, key) for key in (
-            "variance", "variance_ci", "variance_exact", "kurtosis", "kurtosis_ci",
-            "kurtosis_exact")},
-        one_hot_inits=inits, one_hot_variance=_table(one_hot, "variance"),
+        **{
+            key: _table(moments, key)
+            for key in (
+                "variance",
+                "variance_ci",
+                "variance_exact",
+                "kurtosis",
+                "kurtosis_ci",
+                "kurtosis_exact",
+            )
+        },
+        one_hot_inits=inits,
+        one_hot_variance=_table(one_hot, "variance"),
         one_hot_variance_ci=_table(one_hot, "variance_ci"),
         one_hot_variance_exact=_table(one_hot, "variance_exact"),
-        density_x=x, density=np.array([density(rank) for rank in config.density_ranks]))
+        density_x=x,
+        density=np.array([density(rank) for rank in config.density_ranks]),
+    )
 
 
 def headline(result: Result) -> dict[str, str]:
@@ -147,7 +176,8 @@ def headline(result: Result) -> dict[str, str]:
         "95% intervals that hold the formula": f"{inside.sum()} of {inside.size}",
         "excess kurtosis, fixed vector": ", ".join(
             f"rank {rank}: {value:.2f}"
-            for rank, value in zip(result.config.ranks, excess, strict=True)),
+            for rank, value in zip(result.config.ranks, excess, strict=True)
+        ),
     }
 
 

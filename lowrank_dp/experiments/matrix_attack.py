@@ -43,7 +43,8 @@ CAPTION = (
     "the best attack (where it falls below one row's curve the adversary would use that row), so "
     "its AUC does not bound what leaks; 0.5 C is the level of DP-SGD's noise but no guarantee "
     "here, for A^T A lengthens a row by about sqrt(1 + n/r). NON-PRIVATE: the gradients are "
-    "clean.")
+    "clean."
+)
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Config:
     """
 
     gradients: GradientConfig = field(
-        default_factory=lambda: GradientConfig(warm_loss=None, max_length=64))
+        default_factory=lambda: GradientConfig(warm_loss=None, max_length=64)
+    )
     batch_size: int = 32
     num_trials: int = 1000
     ranks: tuple[int, ...] = (1, 8, 64)
     rows: tuple[int, ...] = (1, 2, 8)
-    noise_multipliers: tuple[float, ...] = (0.0, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2, 0.1,
-                                            0.5)
+    noise_multipliers: tuple[float, ...] = (0.0, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2, 0.1, 0.5)
 
 
 SMALL = Config(num_trials=100)
@@ -86,13 +87,13 @@ class Result:
     privacy: str
     description: str
     layer: str
-    shape: tuple[int, ...]          # (m, n) of the whole layer
-    noise_std: Array                # (L,) absolute, on the release: noise_multipliers x C
-    release_rms: Array              # (K,) root-mean-square entry of the noise-free releases
-    relative_size: Array            # (N,) |record| / |G0| over the rows taken
+    shape: tuple[int, ...]  # (m, n) of the whole layer
+    noise_std: Array  # (L,) absolute, on the release: noise_multipliers x C
+    release_rms: Array  # (K,) root-mean-square entry of the noise-free releases
+    relative_size: Array  # (N,) |record| / |G0| over the rows taken
     scores: Array
-    auc: Array                      # (K, M, L, 3): value, lower and upper end of 95 % intervals
-    gaussian_reading: Array         # (K, M): AUC promised without added noise
+    auc: Array  # (K, M, L, 3): value, lower and upper end of 95 % intervals
+    gaussian_reading: Array  # (K, M): AUC promised without added noise
 
 
 def run(config: Config, source: Source | None = None) -> Result:
@@ -121,14 +122,24 @@ def run(config: Config, source: Source | None = None) -> Result:
                 scores[k, i, j] = score(seen, without, with_, rank, float(std))
     sizes = torch.linalg.vector_norm(records, dim=2) / torch.linalg.vector_norm(rest, dim=1)
     return Result(
-        config=config, provenance=artifacts.provenance(seed=config.gradients.seed,
-                                                       device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE, description=source.description, layer=layer, shape=shape,
-        noise_std=noise_std, release_rms=release_rms,
+        config=config,
+        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE,
+        description=source.description,
+        layer=layer,
+        shape=shape,
+        noise_std=noise_std,
+        release_rms=release_rms,
         relative_size=(torch.linalg.vector_norm(records, dim=(1, 2)) / rest.norm()).numpy(),
-        scores=scores, auc=np.apply_along_axis(lambda s: _auc(s, member), -1, scores),
-        gaussian_reading=np.array([[gaussian_reading(sizes[:, :rows].numpy(), member, rank)
-                                    for rows in config.rows] for rank in config.ranks]))
+        scores=scores,
+        auc=np.apply_along_axis(lambda s: _auc(s, member), -1, scores),
+        gaussian_reading=np.array(
+            [
+                [gaussian_reading(sizes[:, :rows].numpy(), member, rank) for rows in config.rows]
+                for rank in config.ranks
+            ]
+        ),
+    )
 
 
 def headline(result: Result) -> dict[str, str]:
@@ -140,18 +151,24 @@ def headline(result: Result) -> dict[str, str]:
         for j in (0, len(config.noise_multipliers) - 1):
             noise = config.noise_multipliers[j]
             numbers[f"AUC, rank {rank}, noise {noise:g} C; {which} rows"] = ", ".join(
-                f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in result.auc[k, :, j])
+                f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in result.auc[k, :, j]
+            )
         numbers[f"Gaussian reading's AUC, rank {rank}, no noise; {which} rows"] = ", ".join(
-            f"{value:.3f}" for value in result.gaussian_reading[k])
+            f"{value:.3f}" for value in result.gaussian_reading[k]
+        )
     numbers["release's rms entry, in C"] = ", ".join(
         f"rank {rank}: {rms / config.gradients.max_grad_norm:.1e}"
-        for rank, rms in zip(config.ranks, result.release_rms, strict=True))
+        for rank, rms in zip(config.ranks, result.release_rms, strict=True)
+    )
     numbers["record's norm / rest's, median"] = f"{np.median(result.relative_size):.3f}"
     return numbers
 
 
-def real_rows(source: Source, config: Config, generator: torch.Generator,
-              ) -> tuple[str, tuple[int, ...], Tensor, Tensor]:
+def real_rows(
+    source: Source,
+    config: Config,
+    generator: torch.Generator,
+) -> tuple[str, tuple[int, ...], Tensor, Tensor]:
     """A middle layer's name and shape, and of its largest rows G0 and every record's own part.
 
     The rows are chosen by G0 alone, the largest first, and there are max(rows) = m of them. G0 is
@@ -160,22 +177,31 @@ def real_rows(source: Source, config: Config, generator: torch.Generator,
     """
     needed = config.batch_size + 2 * config.num_trials
     if needed > len(source.rows):
-        _validate.fail("batch_size and num_trials", "such that batch_size + 2 num_trials <= "
-                       f"{len(source.rows)} records", needed)
+        _validate.fail(
+            "batch_size and num_trials",
+            f"such that batch_size + 2 num_trials <= {len(source.rows)} records",
+            needed,
+        )
     chosen = source.sample(needed, generator)
-    rest = source.clean_sum(chosen[:config.batch_size])
+    rest = source.clean_sum(chosen[: config.batch_size])
     name = spread_layers(rest, 1)[0]
     matrix = rest[name]
     m = _validate.integer("rows", max(config.rows), high=len(matrix))
     top = torch.linalg.vector_norm(matrix, dim=1).topk(m).indices
-    records = [source.clean_sum([i])[name][top]
-               for i in progress(chosen[config.batch_size:], "records")]
-    return (name, tuple(matrix.shape), matrix[top].double().cpu(),
-            torch.stack(records).double().cpu())
+    records = [
+        source.clean_sum([i])[name][top] for i in progress(chosen[config.batch_size :], "records")
+    ]
+    return (
+        name,
+        tuple(matrix.shape),
+        matrix[top].double().cpu(),
+        torch.stack(records).double().cpu(),
+    )
 
 
-def release(rest: Tensor, records: Tensor, member: NDArray[np.bool_], rank: int,
-            generator: torch.Generator) -> Tensor:
+def release(
+    rest: Tensor, records: Tensor, member: NDArray[np.bool_], rank: int, generator: torch.Generator
+) -> Tensor:
     """(N, m, n): for each trial G A^T A with its own A; G has the record in it iff ``member``.
 
     Args:
@@ -185,8 +211,12 @@ def release(rest: Tensor, records: Tensor, member: NDArray[np.bool_], rank: int,
         rank: of A, rank x n with independent N(0, 1/rank) entries.
         generator: of A, on the CPU.
     """
-    return torch.stack([lora.project(rest + record if inside else rest, rank, generator=generator)
-                        for record, inside in zip(records, member, strict=True)])
+    return torch.stack(
+        [
+            lora.project(rest + record if inside else rest, rank, generator=generator)
+            for record, inside in zip(records, member, strict=True)
+        ]
+    )
 
 
 def score(released: Array, without: Array, with_: Array, rank: int, noise_std: float) -> Array:
@@ -206,8 +236,12 @@ def score(released: Array, without: Array, with_: Array, rank: int, noise_std: f
     if released.shape[1] == 1:
         y, q0, q1 = released[:, 0], without[:, 0], with_[:, 0]
         return row_logpdf(y, q1, rank, noise_std) - row_logpdf(y, q0, rank, noise_std)
-    return np.array([theory.symmetry_score(y, g0) - theory.symmetry_score(y, g1)
-                     for y, g0, g1 in zip(released, without, with_, strict=True)])
+    return np.array(
+        [
+            theory.symmetry_score(y, g0) - theory.symmetry_score(y, g1)
+            for y, g0, g1 in zip(released, without, with_, strict=True)
+        ]
+    )
 
 
 def row_logpdf(y: Array, q: Array, rank: int, noise_std: float) -> Array:
@@ -228,24 +262,29 @@ def row_logpdf(y: Array, q: Array, rank: int, noise_std: float) -> Array:
     def log_integrand(t: Array) -> Array:
         s = np.exp(t)
         variance = s * norm**2 / rank + noise_std**2
-        return (rank / 2 * (t - s)
-                - ((along - s * norm) / noise_std) ** 2 / 2
-                - ((n - 1) * np.log(variance) + across2 / variance) / 2)
+        return (
+            rank / 2 * (t - s)
+            - ((along - s * norm) / noise_std) ** 2 / 2
+            - ((n - 1) * np.log(variance) + across2 / variance) / 2
+        )
 
     # every factor falls beyond the largest of 1 and the two estimates of s
-    largest = np.maximum(np.maximum(1.0, along / norm),
-                         across2 * rank / (max(n - 1, 1) * norm**2))
+    largest = np.maximum(np.maximum(1.0, along / norm), across2 * rank / (max(n - 1, 1) * norm**2))
     low, high = np.full_like(norm, -70.0), np.log(largest) + 6
     for points in (200, 200, 200, 200, 1000):
-        t = np.linspace(low, high, points)              # (points, ...)
+        t = np.linspace(low, high, points)  # (points, ...)
         values = log_integrand(t)
         matters = values > values.max(axis=0) - 40
         first = np.maximum(matters.argmax(axis=0) - 1, 0)
         last = np.minimum(points - matters[::-1].argmax(axis=0), points - 1)
         low, high = (np.take_along_axis(t, end[None], axis=0)[0] for end in (first, last))
     integral = special.logsumexp(values, axis=0) + np.log(t[1] - t[0])
-    constant = (rank / 2 * np.log(rank / 2) - special.gammaln(rank / 2)
-                - np.log(noise_std) - n / 2 * np.log(2 * np.pi))
+    constant = (
+        rank / 2 * np.log(rank / 2)
+        - special.gammaln(rank / 2)
+        - np.log(noise_std)
+        - n / 2 * np.log(2 * np.pi)
+    )
     return integral + constant
 
 
@@ -281,5 +320,6 @@ def _check(config: Config) -> None:
             _validate.integer(name, value)
     levels = [_validate.real("noise_multipliers", x, low=0) for x in config.noise_multipliers]
     if not levels or sorted(set(levels)) != levels:
-        _validate.fail("noise_multipliers", "rising numbers, at least one",
-                       config.noise_multipliers)
+        _validate.fail(
+            "noise_multipliers", "rising numbers, at least one", config.noise_multipliers
+        )

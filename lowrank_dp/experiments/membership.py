@@ -31,7 +31,8 @@ CAPTION = (
     "coordinate (dashed, right axis). (b) Its TPR at 1% FPR; dotted, chance. (c) AUC against the "
     "training loss, a point for each number of steps: at one loss, methods can be compared. (d) "
     "Against held-out utility. "
-    "NON-PRIVATE: computed from membership bits.")
+    "NON-PRIVATE: computed from membership bits."
+)
 
 DP = {"non_private": False, "epsilon": 8.0}
 RESTORED = {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9}
@@ -40,8 +41,9 @@ RESTORED = {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9}
 def arms(ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     """Name -> what differs from the base configuration."""
     lora = {f"LoRA r={rank}": {"method": "lora", "rank": rank} for rank in ranks}
-    frozen = {f"frozen A r={rank}": {"method": "lora-frozen-a", "rank": rank}
-              for rank in frozen_ranks}
+    frozen = {
+        f"frozen A r={rank}": {"method": "lora-frozen-a", "rank": rank} for rank in frozen_ranks
+    }
     return {"full": {}, **lora, **frozen, "full, DP": DP, "full, DP restored": {**DP, **RESTORED}}
 
 
@@ -73,26 +75,57 @@ class Config:
     num_workers: int | None = None
 
 
-SST2 = Config(base=TrainConfig(
-    model="minilm", task="sst2", non_private=True, delta=1e-3, batch_size=32, max_examples=1000,
-    membership="bernoulli", max_length=64, eval_every=1000, snapshot_every=1000))
+SST2 = Config(
+    base=TrainConfig(
+        model="minilm",
+        task="sst2",
+        non_private=True,
+        delta=1e-3,
+        batch_size=32,
+        max_examples=1000,
+        membership="bernoulli",
+        max_length=64,
+        eval_every=1000,
+        snapshot_every=1000,
+    )
+)
 
 E2E = Config(
     base=TrainConfig(
-        model="tiny-llama", task="e2e", non_private=True, delta=1e-3, unit="group", batch_size=64,
-        max_examples=2000, membership="bernoulli", eval_every=1000, snapshot_every=1000,
-        generate=False),
-    steps=(10, 40, 120), full_learning_rate=1e-3, lora_learning_rate=1e-2,
-    frozen_learning_rate=5e-2)
+        model="tiny-llama",
+        task="e2e",
+        non_private=True,
+        delta=1e-3,
+        unit="group",
+        batch_size=64,
+        max_examples=2000,
+        membership="bernoulli",
+        eval_every=1000,
+        snapshot_every=1000,
+        generate=False,
+    ),
+    steps=(10, 40, 120),
+    full_learning_rate=1e-3,
+    lora_learning_rate=1e-2,
+    frozen_learning_rate=5e-2,
+)
 
 # to try in a minute, on generated text with models that are always at hand
 SMALL = Config(
     base=replace(SST2.base, model="tiny", task="generated", max_examples=400, max_length=None),
-    ranks=(1, 8), frozen_ranks=(), steps=(15, 45), full_learning_rate=1e-3,
-    lora_learning_rate=1e-2, num_seeds=2)
+    ranks=(1, 8),
+    frozen_ranks=(),
+    steps=(15, 45),
+    full_learning_rate=1e-3,
+    lora_learning_rate=1e-2,
+    num_seeds=2,
+)
 SMALL_TABLES = replace(
-    SMALL, base=replace(E2E.base, task="generated-table", max_examples=400, batch_size=32),
-    ranks=(8,), steps=(10, 30))
+    SMALL,
+    base=replace(E2E.base, task="generated-table", max_examples=400, batch_size=32),
+    ranks=(8,),
+    steps=(10, 30),
+)
 
 
 @dataclass(frozen=True)
@@ -132,13 +165,16 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
     """Train and attack every arm; what is there is not repeated."""
     table = arms(config.ranks, config.frozen_ranks)
     _validate.integer("num_seeds", config.num_seeds, low=2)
-    configs = [_arm_config(config, changes, steps, seed) for changes in table.values()
-               for seed in range(config.num_seeds) for steps in config.steps]
+    configs = [
+        _arm_config(config, changes, steps, seed)
+        for changes in table.values()
+        for seed in range(config.num_seeds)
+        for steps in config.steps
+    ]
     outcomes = sweep(configs, folder, num_workers=config.num_workers, keep_model=True)
     if failed := [outcome.error for outcome in outcomes if outcome.result is None]:
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed: {failed[0]}")
-    options = Options(primary=config.attack, seed=config.base.data_seed,
-                      device=config.base.device)
+    options = Options(primary=config.attack, seed=config.base.data_seed, device=config.base.device)
     rows, shift, name, description = [], [], "", ""
     for one in progress(configs, "attacks"):
         path = run_folder(one, folder)
@@ -147,42 +183,69 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
         best = next(a for a in found.attacks if a.name == config.attack)
         name, description = utility_metric(target), target.trained.description
         rate = best.tpr["0.01"]
-        rows.append((best.auc.value, np.nan if rate is None else rate.tpr,
-                     target.trained.train_loss, target.trained.curve[-1][name],
-                     np.nan if found.untuned is None else found.untuned.value))
+        rows.append(
+            (
+                best.auc.value,
+                np.nan if rate is None else rate.tpr,
+                target.trained.train_loss,
+                target.trained.curve[-1][name],
+                np.nan if found.untuned is None else found.untuned.value,
+            )
+        )
         if found.shift != "ok":
-            shift.append(f"{one.method} r={one.rank} seed {one.seed} steps {one.steps}: "
-                         f"{found.shift}")
+            shift.append(
+                f"{one.method} r={one.rank} seed {one.seed} steps {one.steps}: {found.shift}"
+            )
     shape = len(table), config.num_seeds, len(config.steps)
-    auc, tpr, loss, utility, untuned = (np.array(column).reshape(shape)
-                                        for column in zip(*rows, strict=True))
+    auc, tpr, loss, utility, untuned = (
+        np.array(column).reshape(shape) for column in zip(*rows, strict=True)
+    )
     claimed = [outcome.result.epsilon for outcome in outcomes if outcome.result is not None]
     per_arm = np.array([np.inf if value is None else value for value in claimed])
     width = _width(config)
     return Result(
-        config=config, provenance=artifacts.provenance(seed=0, device=config.base.device),
-        privacy="NON-PRIVATE: computed from membership bits", description=description,
-        arms=tuple(table), utility_name=name, shift=tuple(shift),
-        epsilon=per_arm.reshape(shape)[:, 0, -1], auc=auc, tpr=tpr, train_loss=loss,
-        utility=utility, untuned=untuned,
-        noise_variance=np.array([noise_variance(rank, width) for rank in config.ranks]))
+        config=config,
+        provenance=artifacts.provenance(seed=0, device=config.base.device),
+        privacy="NON-PRIVATE: computed from membership bits",
+        description=description,
+        arms=tuple(table),
+        utility_name=name,
+        shift=tuple(shift),
+        epsilon=per_arm.reshape(shape)[:, 0, -1],
+        auc=auc,
+        tpr=tpr,
+        train_loss=loss,
+        utility=utility,
+        untuned=untuned,
+        noise_variance=np.array([noise_variance(rank, width) for rank in config.ranks]),
+    )
 
 
 def plan(config: Config) -> str:
     """What :func:`run` will do, before it starts."""
     names = arms(config.ranks, config.frozen_ranks)
     runs = len(names) * config.num_seeds * len(config.steps)
-    return (f"{len(names)} methods x {config.num_seeds} seeds x steps {config.steps}: {runs} runs, "
-            f"{runs // len(config.steps) * sum(config.steps):,} training steps of batch "
-            f"{config.base.batch_size}; attack {config.attack!r}, calibrated by the base model: "
-            "shadows would take this once more for each of them; what is there is not repeated")
+    return (
+        f"{len(names)} methods x {config.num_seeds} seeds x steps {config.steps}: {runs} runs, "
+        f"{runs // len(config.steps) * sum(config.steps):,} training steps of batch "
+        f"{config.base.batch_size}; attack {config.attack!r}, calibrated by the base model: "
+        "shadows would take this once more for each of them; what is there is not repeated"
+    )
 
 
 def _arm_config(config: Config, changes: Mapping[str, Any], steps: int, seed: int) -> TrainConfig:
-    rates = {"full": config.full_learning_rate, "lora": config.lora_learning_rate,
-             "lora-frozen-a": config.frozen_learning_rate}
-    return replace(config.base, learning_rate=rates[changes.get("method", "full")], steps=steps,
-                   seed=seed, **changes)
+    rates = {
+        "full": config.full_learning_rate,
+        "lora": config.lora_learning_rate,
+        "lora-frozen-a": config.frozen_learning_rate,
+    }
+    return replace(
+        config.base,
+        learning_rate=rates[changes.get("method", "full")],
+        steps=steps,
+        seed=seed,
+        **changes,
+    )
 
 
 def _width(config: Config) -> int:
@@ -219,27 +282,46 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
     The differences from full fine-tuning are within seeds, which share records and coins.
     """
-    columns = ["method", "epsilon", f"AUC at {result.config.steps[-1]} steps", "less full's",
-               "TPR@1% FPR", "train loss", f"held-out {result.utility_name}",
-               "AUC at matched train loss", "less full's",
-               f"AUC at matched held-out {result.utility_name}"]
+    columns = [
+        "method",
+        "epsilon",
+        f"AUC at {result.config.steps[-1]} steps",
+        "less full's",
+        "TPR@1% FPR",
+        "train loss",
+        f"held-out {result.utility_name}",
+        "AUC at matched train loss",
+        "less full's",
+        f"AUC at matched held-out {result.utility_name}",
+    ]
     last, by_loss, by_utility = result.auc[..., -1], result.at("train_loss"), result.at("utility")
     rows = []
     for i, arm in enumerate(result.arms):
-        rows.append([
-            arm, "none" if np.isinf(result.epsilon[i]) else f"{result.epsilon[i]:.3g}",
-            _pm(last[i]), _pm(last[i] - last[0]) if i else "",
-            *(_pm(values[i, :, -1]) for values in (result.tpr, result.train_loss, result.utility)),
-            _pm(by_loss[i]), _pm(by_loss[i] - by_loss[0]) if i else "", _pm(by_utility[i])])
+        rows.append(
+            [
+                arm,
+                "none" if np.isinf(result.epsilon[i]) else f"{result.epsilon[i]:.3g}",
+                _pm(last[i]),
+                _pm(last[i] - last[0]) if i else "",
+                *(
+                    _pm(values[i, :, -1])
+                    for values in (result.tpr, result.train_loss, result.utility)
+                ),
+                _pm(by_loss[i]),
+                _pm(by_loss[i] - by_loss[0]) if i else "",
+                _pm(by_utility[i]),
+            ]
+        )
     return columns, rows
 
 
 def headline(result: Result) -> Mapping[str, str]:
     """AUC of each method at equal steps and at matched loss."""
     by_loss = result.at("train_loss")
-    return {f"AUC, {arm}: at {result.config.steps[-1]} steps; at matched train loss":
-            f"{_pm(result.auc[i, :, -1])}; {_pm(by_loss[i])}"
-            for i, arm in enumerate(result.arms)}
+    return {
+        f"AUC, {arm}: at {result.config.steps[-1]} steps; at matched train loss": f"{_pm(result.auc[i, :, -1])}; {_pm(by_loss[i])}"
+        for i, arm in enumerate(result.arms)
+    }
 
 
 def _pm(values: np.ndarray) -> str:

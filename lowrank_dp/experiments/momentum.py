@@ -25,7 +25,8 @@ CAPTION = (
     "Cosine with the current clean gradient over steps of DP-SGD (Adam on the plain noisy "
     "gradient), mean over layers: the noisy gradient and its bias-corrected running means "
     "(dashed), and each restored by the optimal shrinker at its own known noise level (solid); "
-    "bands are ranges over seeds. NON-PRIVATE: compared with clean gradients.")
+    "bands are ranges over seeds. NON-PRIVATE: compared with clean gradients."
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Config:
 
 
 # to try in a minute, on generated text with a model that is always at hand
-SMALL = Config(GradientConfig(model="tiny", task="generated", warm_loss=None), steps=7,
-               batch_size=512, seeds=2)
+SMALL = Config(
+    GradientConfig(model="tiny", task="generated", warm_loss=None), steps=7, batch_size=512, seeds=2
+)
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,18 @@ def run(config: Config, source: Source | None = None) -> Result:
         for j, beta in enumerate(config.betas):
             states: dict[str, LowPass] = {
                 name: state.update(noisy[name], mechanism.noise_std)
-                for name, state in means[beta].items()}
+                for name, state in means[beta].items()
+            }
             means[beta] = states
             noisy_cosine[seed, step, j] = np.mean(
-                [alignment(state.mean, clean[name]) for name, state in states.items()])
+                [alignment(state.mean, clean[name]) for name, state in states.items()]
+            )
             restored_cosine[seed, step, j] = np.mean(
-                [alignment(restore(state.mean, state.noise_std), clean[name])
-                 for name, state in states.items()])
+                [
+                    alignment(restore(state.mean, state.noise_std), clean[name])
+                    for name, state in states.items()
+                ]
+            )
         if last:
             consecutive[seed, step - 1] = np.mean([alignment(clean[n], last[n]) for n in clean])
         last = clean
@@ -103,28 +110,41 @@ def run(config: Config, source: Source | None = None) -> Result:
     _reset(source, start)
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed,
-                                        device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE, statement=mechanism.statement(config.steps, 1e-5),
-        description=source.description, loss=source.loss, noisy=noisy_cosine,
-        restored=restored_cosine, consecutive=consecutive)
+        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE,
+        statement=mechanism.statement(config.steps, 1e-5),
+        description=source.description,
+        loss=source.loss,
+        noisy=noisy_cosine,
+        restored=restored_cosine,
+        consecutive=consecutive,
+    )
 
 
 def headline(result: Result) -> dict[str, str]:
     """Alignment at the last step, with 95% t-intervals over seeds, for each running mean."""
-    return {f"alignment at step {result.config.steps}, momentum {beta:g}":
-            f"{with_interval(result.noisy[:, -1, j])} noisy, "
-            f"{with_interval(result.restored[:, -1, j])} restored"
-            for j, beta in enumerate(result.config.betas)}
+    return {
+        f"alignment at step {result.config.steps}, momentum {beta:g}": f"{with_interval(result.noisy[:, -1, j])} noisy, "
+        f"{with_interval(result.restored[:, -1, j])} restored"
+        for j, beta in enumerate(result.config.betas)
+    }
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """A running mean each, at the last step, with 95% t-intervals over seeds."""
-    columns = ["beta (0: single step)", f"noisy, step {result.config.steps}",
-               f"restored, step {result.config.steps}"]
-    return columns, [[f"{beta:g}", with_interval(result.noisy[:, -1, j]),
-                      with_interval(result.restored[:, -1, j])]
-                     for j, beta in enumerate(result.config.betas)]
+    columns = [
+        "beta (0: single step)",
+        f"noisy, step {result.config.steps}",
+        f"restored, step {result.config.steps}",
+    ]
+    return columns, [
+        [
+            f"{beta:g}",
+            with_interval(result.noisy[:, -1, j]),
+            with_interval(result.restored[:, -1, j]),
+        ]
+        for j, beta in enumerate(result.config.betas)
+    ]
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ CAPTION = (
     "Gaussian reading allows for one row. (d) Measured AUC with 95% intervals when Gaussian noise "
     "is added to the release, synthetic and for one real example in a real layer's clipped "
     "gradient sum. The candidate and the rest of the batch are known to the attacker. "
-    "NON-PRIVATE: real gradients are clean.")
+    "NON-PRIVATE: real gradients are clean."
+)
 FPR_GRID = np.concatenate([[0.0], np.geomspace(1e-3, 1, 121)])
 
 
@@ -55,13 +56,33 @@ class Config:
     """
 
     gradients: GradientConfig = field(
-        default_factory=lambda: GradientConfig(warm_loss=None, max_length=64))
+        default_factory=lambda: GradientConfig(warm_loss=None, max_length=64)
+    )
     angle: float = 0.1
     epsilons: tuple[float, ...] = tuple(float(e) for e in np.linspace(0, 8, 33))
     profile_ranks: tuple[int, ...] = (4, 16, 64, 256)
     profile_width: int = 4096
-    rank_grid: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384,
-                                  512, 1024)
+    rank_grid: tuple[int, ...] = (
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+        12,
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        1024,
+    )
     widths: tuple[int, ...] = (256, 768, 4096)
     attack_width: int = 64
     attack_rank: int = 4
@@ -73,9 +94,13 @@ class Config:
     batch_size: int = 32
 
 
-SMALL = Config(epsilons=tuple(float(e) for e in np.linspace(0, 8, 9)),
-               rank_grid=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), noise_levels=(0.0, 0.1, 1.0),
-               num_trials=300, batch_size=16)
+SMALL = Config(
+    epsilons=tuple(float(e) for e in np.linspace(0, 8, 9)),
+    rank_grid=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    noise_levels=(0.0, 0.1, 1.0),
+    num_trials=300,
+    batch_size=16,
+)
 
 
 @dataclass(frozen=True)
@@ -90,16 +115,16 @@ class Result:
     privacy: str
     description: str
     real_layer: str
-    real_relative_size: float       # |candidate| / |rest| over the 8 (or most) rows taken
-    profile: np.ndarray             # (profile_ranks, epsilons)
+    real_relative_size: float  # |candidate| / |rest| over the 8 (or most) rows taken
+    profile: np.ndarray  # (profile_ranks, epsilons)
     profile_gaussian: np.ndarray
-    by_rank: np.ndarray             # (widths, rank_grid) at epsilon 1
-    by_rank_gaussian: np.ndarray    # (rank_grid,)
+    by_rank: np.ndarray  # (widths, rank_grid) at epsilon 1
+    by_rank_gaussian: np.ndarray  # (rank_grid,)
     auc: np.ndarray
-    auc_gaussian_reading: float     # what it allows for one row
+    auc_gaussian_reading: float  # what it allows for one row
     real_auc: np.ndarray
-    fpr: np.ndarray                 # (F,)
-    tpr: np.ndarray                 # (rows, F), synthetic, no added noise
+    fpr: np.ndarray  # (F,)
+    tpr: np.ndarray  # (rows, F), synthetic, no added noise
     tpr_gaussian_reading: np.ndarray
 
 
@@ -112,8 +137,7 @@ def run(config: Config, source: Source | None = None) -> Result:
 
     def synthetic(rows: int) -> tuple[Tensor, Tensor]:
         rest = torch.randn(rows, config.attack_width, generator=generator, dtype=torch.float64)
-        left, right = (torch.randn(k, generator=generator, dtype=torch.float64)
-                       for k in rest.shape)
+        left, right = (torch.randn(k, generator=generator, dtype=torch.float64) for k in rest.shape)
         candidate = torch.outer(left, right)
         return rest, candidate * (config.relative_size * rest.norm() / candidate.norm())
 
@@ -122,35 +146,45 @@ def run(config: Config, source: Source | None = None) -> Result:
     def real(rows: int) -> tuple[Tensor, Tensor]:
         return rest[:rows], candidate[:rows]
 
-    auc, real_auc = (np.full((len(config.rows), len(config.noise_levels), 3), np.nan)
-                     for _ in range(2))
+    auc, real_auc = (
+        np.full((len(config.rows), len(config.noise_levels), 3), np.nan) for _ in range(2)
+    )
     tpr = np.zeros((len(config.rows), len(FPR_GRID)))
     for i, rows in progress(list(enumerate(config.rows)), "attacks"):
         for j, level in enumerate(config.noise_levels if rows > 1 else (0.0,)):
-            scores, member = _attack(partial(synthetic, rows), config.attack_rank, level,
-                                     config.num_trials, generator)
+            scores, member = _attack(
+                partial(synthetic, rows), config.attack_rank, level, config.num_trials, generator
+            )
             auc[i, j] = auc_with_interval(scores, member)
             if level == 0:
                 tpr[i] = np.interp(FPR_GRID, *roc_curve(member, scores)[:2])
-            real_auc[i, j] = auc_with_interval(*_attack(
-                partial(real, rows), config.real_rank, level, config.num_trials, generator))
+            real_auc[i, j] = auc_with_interval(
+                *_attack(partial(real, rows), config.real_rank, level, config.num_trials, generator)
+            )
 
     mu = np.sqrt(config.attack_rank) * config.relative_size
     return Result(
-        config=config, provenance=artifacts.provenance(seed=config.gradients.seed,
-                                                       device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE, description=source.description, real_layer=layer,
+        config=config,
+        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE,
+        description=source.description,
+        real_layer=layer,
         real_relative_size=float(candidate.norm() / rest.norm()),
-        profile=np.asarray(theory.privacy_profile(epsilons, ranks, config.profile_width,
-                                                  angle=config.angle)),
-        profile_gaussian=np.asarray(theory.gaussian_privacy_profile(epsilons, ranks,
-                                                                    angle=config.angle)),
+        profile=np.asarray(
+            theory.privacy_profile(epsilons, ranks, config.profile_width, angle=config.angle)
+        ),
+        profile_gaussian=np.asarray(
+            theory.gaussian_privacy_profile(epsilons, ranks, angle=config.angle)
+        ),
         by_rank=np.asarray(theory.privacy_profile(1.0, grid, widths, angle=config.angle)),
-        by_rank_gaussian=np.asarray(theory.gaussian_privacy_profile(1.0, grid,
-                                                                    angle=config.angle)),
-        auc=auc, auc_gaussian_reading=float(special.ndtr(mu / np.sqrt(2))), real_auc=real_auc,
-        fpr=FPR_GRID, tpr=tpr,
-        tpr_gaussian_reading=special.ndtr(special.ndtri(FPR_GRID) + mu))
+        by_rank_gaussian=np.asarray(theory.gaussian_privacy_profile(1.0, grid, angle=config.angle)),
+        auc=auc,
+        auc_gaussian_reading=float(special.ndtr(mu / np.sqrt(2))),
+        real_auc=real_auc,
+        fpr=FPR_GRID,
+        tpr=tpr,
+        tpr_gaussian_reading=special.ndtr(special.ndtri(FPR_GRID) + mu),
+    )
 
 
 def headline(result: Result) -> dict[str, str]:
@@ -159,10 +193,12 @@ def headline(result: Result) -> dict[str, str]:
     numbers = {"Gaussian reading's AUC, 1 row": f"{result.auc_gaussian_reading:.3f}"}
     for i, rows in enumerate(result.config.rows):
         numbers[f"AUC, {rows} row{'s' * (rows > 1)}: synthetic, real"] = (
-            f"{result.auc[i, 0, 0]:.4f}, {result.real_auc[i, 0, 0]:.4f}")
+            f"{result.auc[i, 0, 0]:.4f}, {result.real_auc[i, 0, 0]:.4f}"
+        )
     numbers["rank of least exact delta at epsilon 1"] = ", ".join(
         f"n={n}: {result.config.rank_grid[k]}"
-        for n, k in zip(result.config.widths, best, strict=True))
+        for n, k in zip(result.config.widths, best, strict=True)
+    )
     return numbers
 
 
@@ -187,16 +223,28 @@ def auc_with_interval(scores: np.ndarray, member: np.ndarray) -> tuple[float, fl
     return value, float(low), float(high)
 
 
-def _attack(pair: Callable[[], tuple[Tensor, Tensor]], rank: int, level: float, num_trials: int,
-            generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _attack(
+    pair: Callable[[], tuple[Tensor, Tensor]],
+    rank: int,
+    level: float,
+    num_trials: int,
+    generator: torch.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores (higher = candidate in) and truth of ``num_trials`` releases with, and without it."""
     member = np.arange(2 * num_trials) < num_trials
-    return np.array([_trial(*pair(), bool(inside), rank, level, generator)
-                     for inside in member]), member
+    return np.array(
+        [_trial(*pair(), bool(inside), rank, level, generator) for inside in member]
+    ), member
 
 
-def _trial(rest: Tensor, candidate: Tensor, inside: bool, rank: int, level: float,
-           generator: torch.Generator) -> float:
+def _trial(
+    rest: Tensor,
+    candidate: Tensor,
+    inside: bool,
+    rank: int,
+    level: float,
+    generator: torch.Generator,
+) -> float:
     """Release G A^T A, with the candidate in G or not, and score which of the two it was."""
     both = rest + candidate
     released = lora.project(both if inside else rest, rank, generator=generator)
@@ -211,8 +259,9 @@ def _trial(rest: Tensor, candidate: Tensor, inside: bool, rank: int, level: floa
     return theory.symmetry_score(y, without) - theory.symmetry_score(y, with_)
 
 
-def _real_pair(source: Source, config: Config,
-               generator: torch.Generator) -> tuple[str, Tensor, Tensor]:
+def _real_pair(
+    source: Source, config: Config, generator: torch.Generator
+) -> tuple[str, Tensor, Tensor]:
     """A layer, and of it the rows where one example weighs most: the rest's sum, and its own."""
     indices = source.sample(config.batch_size, generator)
     rest, own = source.clean_sum(indices[1:]), source.clean_sum(indices[:1])

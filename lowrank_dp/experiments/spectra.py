@@ -21,7 +21,8 @@ CAPTION = (
     "Singular values of real layers' clipped gradient sums, in units of each layer's bulk edge "
     "noise_std (sqrt(m) + sqrt(n)): clean, with the Gaussian mechanism's noise, and restored by "
     "the optimal shrinker. The dotted line is the Marchenko-Pastur law of pure noise. "
-    "NON-PRIVATE: the clean values are shown for comparison.")
+    "NON-PRIVATE: the clean values are shown for comparison."
+)
 
 
 @dataclass(frozen=True)
@@ -79,35 +80,46 @@ def run(config: Config, source: Source | None = None) -> Result:
         after = decompose(noisy[name], noise_std)
         matrix, (report,) = restore_with_report(noisy[name], noise_std, config.scheme)
         left, right = after.overlap(before)
-        rows.append({
-            "shapes": after.shape, "edges": after.edge, "clean": before.s, "noisy": after.s,
-            "restored": torch.linalg.svdvals(matrix), "num_above_edge": after.num_above_edge,
-            "effective_rank_clean": before.effective_rank,
-            "effective_rank_noisy": after.effective_rank,
-            "stable_rank_clean": before.stable_rank,
-            "overlap_left": left[:8], "overlap_right": right[:8],
-            "alignment_noisy": alignment(noisy[name], clean[name]),
-            "alignment_restored": (alignment(matrix, clean[name])
-                                   if report.action != "zeroed" else 0.0),
-            "actions": report.action,
-        })
+        rows.append(
+            {
+                "shapes": after.shape,
+                "edges": after.edge,
+                "clean": before.s,
+                "noisy": after.s,
+                "restored": torch.linalg.svdvals(matrix),
+                "num_above_edge": after.num_above_edge,
+                "effective_rank_clean": before.effective_rank,
+                "effective_rank_noisy": after.effective_rank,
+                "stable_rank_clean": before.stable_rank,
+                "overlap_left": left[:8],
+                "overlap_right": right[:8],
+                "alignment_noisy": alignment(noisy[name], clean[name]),
+                "alignment_restored": (
+                    alignment(matrix, clean[name]) if report.action != "zeroed" else 0.0
+                ),
+                "actions": report.action,
+            }
+        )
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     actions = tuple(columns.pop("actions"))
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed,
-                                        device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE, description=source.description, loss=source.loss,
-        noise_std=noise_std, layers=tuple(clean), actions=actions,
-        **{key: _stack(values) for key, values in columns.items()})
+        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
+        privacy=artifacts.NON_PRIVATE,
+        description=source.description,
+        loss=source.loss,
+        noise_std=noise_std,
+        layers=tuple(clean),
+        actions=actions,
+        **{key: _stack(values) for key, values in columns.items()},
+    )
 
 
 def headline(result: Result) -> dict[str, str]:
     """The result in a few numbers."""
     return {
         "training loss": f"{result.loss:.2f}",
-        "layers with a value above the edge":
-            f"{int((result.num_above_edge > 0).sum())} of {len(result.layers)}",
+        "layers with a value above the edge": f"{int((result.num_above_edge > 0).sum())} of {len(result.layers)}",
         "mean alignment, noisy": f"{result.alignment_noisy.mean():.3f}",
         f"mean alignment, {result.config.scheme}": f"{result.alignment_restored.mean():.3f}",
     }

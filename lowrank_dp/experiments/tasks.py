@@ -26,7 +26,8 @@ CAPTION = (
     "clean sum, mean over layers, noisy and restored by the optimal shrinker; bars are 95% "
     "t-intervals over noise draws on one batch. (c) Median over layers of the effective rank, as a "
     "share of the largest possible, clean and noisy. MiniLM was trained on MNLI's text, by its "
-    "model card. NON-PRIVATE: compared with clean gradients.")
+    "model card. NON-PRIVATE: compared with clean gradients."
+)
 Case = tuple[str, str, str, int, float]  # model, task, split, batch size, warm-up loss (0: cold)
 
 
@@ -35,12 +36,18 @@ class Config:
     """``cases`` are rows of the figure; ``noise_multiplier`` is relative to C = 1."""
 
     cases: tuple[Case, ...] = (
-        ("minilm", "sst2", "train", 2048, 0.0), ("minilm", "sst2", "train", 2048, 0.5),
+        ("minilm", "sst2", "train", 2048, 0.0),
+        ("minilm", "sst2", "train", 2048, 0.5),
         ("minilm", "sst2", "train", 2048, 0.2),
-        ("minilm", "cola", "train", 2048, 0.0), ("minilm", "cola", "train", 2048, 0.5),
-        ("minilm", "mrpc", "train", 2048, 0.0), ("minilm", "mrpc", "train", 2048, 0.5),
-        ("minilm", "mnli", "train", 2048, 0.0), ("minilm", "mnli", "train", 2048, 0.9),
-        ("smollm2", "e2e", "train", 128, 0.0), ("smollm2", "dart", "validation", 128, 0.0))
+        ("minilm", "cola", "train", 2048, 0.0),
+        ("minilm", "cola", "train", 2048, 0.5),
+        ("minilm", "mrpc", "train", 2048, 0.0),
+        ("minilm", "mrpc", "train", 2048, 0.5),
+        ("minilm", "mnli", "train", 2048, 0.0),
+        ("minilm", "mnli", "train", 2048, 0.9),
+        ("smollm2", "e2e", "train", 128, 0.0),
+        ("smollm2", "dart", "validation", 128, 0.0),
+    )
     noise_multiplier: float = 0.6
     num_draws: int = 3
     max_length: int = 128
@@ -49,9 +56,13 @@ class Config:
 
 
 # to try in a minute, on generated text with models that are always at hand
-SMALL = Config(cases=(
-    ("tiny", "generated", "train", 1024, 0.0), ("tiny", "generated", "train", 1024, 0.6),
-    ("tiny-llama", "generated-table", "train", 256, 0.0)))
+SMALL = Config(
+    cases=(
+        ("tiny", "generated", "train", 1024, 0.0),
+        ("tiny", "generated", "train", 1024, 0.6),
+        ("tiny-llama", "generated-table", "train", 256, 0.0),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -95,35 +106,56 @@ def run(config: Config) -> Result:
     rows = [_measure(config, case) for case in progress(config.cases, "models and tasks")]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     descriptions = tuple(columns.pop("descriptions"))
-    return Result(config=config, privacy=artifacts.NON_PRIVATE, descriptions=descriptions,
-                  provenance=artifacts.provenance(seed=config.seed, device=config.device),
-                  **{name: np.array(values) for name, values in columns.items()})
+    return Result(
+        config=config,
+        privacy=artifacts.NON_PRIVATE,
+        descriptions=descriptions,
+        provenance=artifacts.provenance(seed=config.seed, device=config.device),
+        **{name: np.array(values) for name, values in columns.items()},
+    )
 
 
 def _measure(config: Config, case: Case) -> dict[str, Any]:
     model, task, split, batch_size, warm_loss = case
-    source: Source = prepare(GradientConfig(
-        model=model, task=task, split=split, warm_loss=warm_loss or None, micro_batch_size=16,
-        max_length=config.max_length, seed=config.seed, device=config.device), batch_size)
+    source: Source = prepare(
+        GradientConfig(
+            model=model,
+            task=task,
+            split=split,
+            warm_loss=warm_loss or None,
+            micro_batch_size=16,
+            max_length=config.max_length,
+            seed=config.seed,
+            device=config.device,
+        ),
+        batch_size,
+    )
     generator = torch.Generator().manual_seed(config.seed + 1)
     clean = source.clean_sum(source.sample(batch_size, generator))
     std = config.noise_multiplier * source.config.max_grad_norm
     draws = [add_noise(clean, std, config.seed + draw) for draw in range(config.num_draws)]
-    restored = [{name: restore_with_report(matrix, std) for name, matrix in noisy.items()}
-                for noisy in draws]
+    restored = [
+        {name: restore_with_report(matrix, std) for name, matrix in noisy.items()}
+        for noisy in draws
+    ]
 
     def cosine(matrices: Mapping[str, torch.Tensor]) -> float:
         return float(np.mean([alignment(matrix, clean[name]) for name, matrix in matrices.items()]))
 
     share = [[_effective_share(matrix) for matrix in one.values()] for one in (clean, draws[0])]
     return {
-        "descriptions": source.description, "loss": source.loss, "num_layers": len(clean),
-        "above": [sum(report.action == "restored" for _, (report,) in one.values())
-                  for one in restored],
+        "descriptions": source.description,
+        "loss": source.loss,
+        "num_layers": len(clean),
+        "above": [
+            sum(report.action == "restored" for _, (report,) in one.values()) for one in restored
+        ],
         "noisy": [cosine(noisy) for noisy in draws],
-        "restored": [cosine({name: matrix for name, (matrix, _) in one.items()})
-                     for one in restored],
-        "effective_rank": np.median(share, axis=1)}
+        "restored": [
+            cosine({name: matrix for name, (matrix, _) in one.items()}) for one in restored
+        ],
+        "effective_rank": np.median(share, axis=1),
+    }
 
 
 def _effective_share(matrix: torch.Tensor) -> float:
@@ -132,24 +164,42 @@ def _effective_share(matrix: torch.Tensor) -> float:
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """A case each."""
-    (noisy, noisy_half), (restored, restored_half) = map(result.band,
-                                                         (result.noisy, result.restored))
-    columns = ["model", "task", "batch size", "training loss", "layers above the edge",
-               "cosine, noisy", "cosine, optimal", "effective rank / largest, clean", "noisy"]
+    (noisy, noisy_half), (restored, restored_half) = map(
+        result.band, (result.noisy, result.restored)
+    )
+    columns = [
+        "model",
+        "task",
+        "batch size",
+        "training loss",
+        "layers above the edge",
+        "cosine, noisy",
+        "cosine, optimal",
+        "effective rank / largest, clean",
+        "noisy",
+    ]
     rows = []
     for i, (model, task, _, batch_size, _) in enumerate(result.config.cases):
-        rows.append([
-            model, task, f"{batch_size}", f"{result.loss[i]:.2f}",
-            f"{result.above[i].mean():.1f} of {result.num_layers[i]}",
-            f"{noisy[i]:.3f} ± {noisy_half[i]:.3f}",
-            f"{restored[i]:.3f} ± {restored_half[i]:.3f}",
-            *(f"{share:.2f}" for share in result.effective_rank[i])])
+        rows.append(
+            [
+                model,
+                task,
+                f"{batch_size}",
+                f"{result.loss[i]:.2f}",
+                f"{result.above[i].mean():.1f} of {result.num_layers[i]}",
+                f"{noisy[i]:.3f} ± {noisy_half[i]:.3f}",
+                f"{restored[i]:.3f} ± {restored_half[i]:.3f}",
+                *(f"{share:.2f}" for share in result.effective_rank[i]),
+            ]
+        )
     return columns, rows
 
 
 def headline(result: Result) -> Mapping[str, str]:
     """Cosine before and after, and how many layers stand out."""
-    return {result.label(i): f"cosine {result.noisy[i].mean():.3f} noisy, "
-            f"{result.restored[i].mean():.3f} restored; {result.above[i].mean():.1f} of "
-            f"{result.num_layers[i]} layers above the edge"
-            for i in range(len(result.config.cases))}
+    return {
+        result.label(i): f"cosine {result.noisy[i].mean():.3f} noisy, "
+        f"{result.restored[i].mean():.3f} restored; {result.above[i].mean():.1f} of "
+        f"{result.num_layers[i]} layers above the edge"
+        for i in range(len(result.config.cases))
+    }

@@ -21,7 +21,8 @@ CAPTION = (
     "dotted). (b) Against the width n at fixed ranks (solid exact, dashed bound, dotted exact "
     "against the paper's Gaussian of variance |q|^2/r): the claim that it vanishes with n "
     "(2409.17538) does not hold, it settles at a level set by the rank. (c) All n coordinates "
-    "together: exact, and the limit (2/pi) arctan(sqrt(n/r)/2).")
+    "together: exact, and the limit (2/pi) arctan(sqrt(n/r)/2)."
+)
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,57 @@ class Config:
     """
 
     width: int = 768
-    ranks: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512,
-                              1024)
+    ranks: tuple[int, ...] = (
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+        12,
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        512,
+        1024,
+    )
     fixed_ranks: tuple[int, ...] = (1, 4, 16, 64)
     widths: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 768, 2048, 4096)
     joint_ranks: tuple[int, ...] = (1, 4, 16, 256)
-    joint_ratios: tuple[float, ...] = (0.0078125, 0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0,
-                                       2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0,
-                                       1024.0, 4096.0)
+    joint_ratios: tuple[float, ...] = (
+        0.0078125,
+        0.015625,
+        0.03125,
+        0.0625,
+        0.125,
+        0.25,
+        0.5,
+        1.0,
+        2.0,
+        4.0,
+        8.0,
+        16.0,
+        32.0,
+        64.0,
+        128.0,
+        256.0,
+        512.0,
+        1024.0,
+        4096.0,
+    )
 
 
-SMALL = Config(ranks=(1, 2, 4, 8, 16, 32, 64, 128, 256), widths=(2, 4, 8, 16, 64, 256, 768, 4096),
-               joint_ratios=(0.03125, 0.125, 0.5, 2.0, 8.0, 32.0, 128.0, 1024.0))
+SMALL = Config(
+    ranks=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+    widths=(2, 4, 8, 16, 64, 256, 768, 4096),
+    joint_ratios=(0.03125, 0.125, 0.5, 2.0, 8.0, 32.0, 128.0, 1024.0),
+)
 
 
 @dataclass(frozen=True)
@@ -54,18 +94,18 @@ class Result:
     config: Config
     provenance: dict[str, Any]
     privacy: str
-    exact: np.ndarray               # (ranks,) at config.width, against the matched Gaussian
+    exact: np.ndarray  # (ranks,) at config.width, against the matched Gaussian
     exact_paper: np.ndarray
     upper: np.ndarray
     lower: np.ndarray
     berry_esseen: np.ndarray
     kolmogorov: np.ndarray
-    by_width_exact: np.ndarray      # (fixed_ranks, widths)
+    by_width_exact: np.ndarray  # (fixed_ranks, widths)
     by_width_paper: np.ndarray
     by_width_upper: np.ndarray
-    joint: np.ndarray               # (joint_ranks, joint_ratios)
+    joint: np.ndarray  # (joint_ranks, joint_ratios)
     joint_paper: np.ndarray
-    joint_limit: np.ndarray         # (joint_ratios,)
+    joint_limit: np.ndarray  # (joint_ratios,)
 
 
 def run(config: Config) -> Result:
@@ -84,16 +124,22 @@ def run(config: Config) -> Result:
         return np.asarray(theory.tv_exact(rank, width, reference=reference))
 
     return Result(
-        config=config, provenance=artifacts.provenance(), privacy=artifacts.NO_RECORDS,
-        exact=exact(ranks, n), exact_paper=exact(ranks, n, "paper"),
+        config=config,
+        provenance=artifacts.provenance(),
+        privacy=artifacts.NO_RECORDS,
+        exact=exact(ranks, n),
+        exact_paper=exact(ranks, n, "paper"),
         upper=np.asarray(theory.tv_bound(ranks, n)),
         lower=np.asarray(theory.tv_lower_bound(ranks, n)),
         berry_esseen=np.asarray(theory.berry_esseen_bound(ranks, n)),
         kolmogorov=np.asarray(theory.kolmogorov_exact(ranks, n)),
-        by_width_exact=exact(fixed, widths), by_width_paper=exact(fixed, widths, "paper"),
+        by_width_exact=exact(fixed, widths),
+        by_width_paper=exact(fixed, widths, "paper"),
         by_width_upper=np.asarray(theory.tv_bound(fixed, widths)),
-        joint=joint[0], joint_paper=joint[1],
-        joint_limit=np.asarray(theory.joint_tv_limit(ratios)))
+        joint=joint[0],
+        joint_paper=joint[1],
+        joint_limit=np.asarray(theory.joint_tv_limit(ratios)),
+    )
 
 
 def headline(result: Result) -> dict[str, str]:
@@ -101,12 +147,11 @@ def headline(result: Result) -> dict[str, str]:
     tightness = result.upper / result.exact
     last = result.by_width_exact[:, -1]
     return {
-        f"bound / exact at n = {result.config.width}":
-            f"{tightness.min():.2f} to {tightness.max():.2f}",
+        f"bound / exact at n = {result.config.width}": f"{tightness.min():.2f} to {tightness.max():.2f}",
         f"exact TV at n = {result.config.widths[-1]}": ", ".join(
             f"rank {rank}: {tv:.4f}"
-            for rank, tv in zip(result.config.fixed_ranks, last, strict=True)),
-        "largest |joint TV - limit|":
-            f"{np.nanmax(np.abs(result.joint - result.joint_limit), axis=1)[-1]:.3f} "
-            f"at rank {result.config.joint_ranks[-1]}",
+            for rank, tv in zip(result.config.fixed_ranks, last, strict=True)
+        ),
+        "largest |joint TV - limit|": f"{np.nanmax(np.abs(result.joint - result.joint_limit), axis=1)[-1]:.3f} "
+        f"at rank {result.config.joint_ranks[-1]}",
     }

@@ -35,18 +35,32 @@ from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone, require_comp
 from lowrank_dp.grads.losses import LOSSES, check_labels
 from lowrank_dp.grads.work import Batch, Work, copied, num_rows_of, rows_of, wide_dtype, width
 
-__all__ = ["LOSSES", "Batch", "Idle", "Reduce", "Sums", "clipped_sum", "clipped_sum_over",
-           "row_gradients"]
+__all__ = [
+    "LOSSES",
+    "Batch",
+    "Idle",
+    "Reduce",
+    "Sums",
+    "clipped_sum",
+    "clipped_sum_over",
+    "row_gradients",
+]
 
 Sums = dict[str, Tensor]
 Reduce = Callable[[str, Tensor], Tensor]
 
 
-def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
-                micro_batch_size: int | None = None,
-                autocast_dtype: torch.dtype | None = None,
-                backend: str = "bookkeeping", padding: str = "longest",
-                check_rows: bool = True) -> tuple[Sums, Tensor]:
+def clipped_sum(
+    model: nn.Module,
+    batch: Batch,
+    max_grad_norm: float,
+    *,
+    micro_batch_size: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    backend: str = "bookkeeping",
+    padding: str = "longest",
+    check_rows: bool = True,
+) -> tuple[Sums, Tensor]:
     """Sum over examples of their gradients, each clipped to norm ``max_grad_norm``.
 
     Args:
@@ -100,17 +114,34 @@ def clipped_sum(model: nn.Module, batch: Batch, max_grad_norm: float, *,
 
     """
     num_rows = num_rows_of(batch)
-    size = num_rows if micro_batch_size is None else _validate.integer(
-        "micro_batch_size", micro_batch_size)
+    size = (
+        num_rows
+        if micro_batch_size is None
+        else _validate.integer("micro_batch_size", micro_batch_size)
+    )
     parts = (rows_of(batch, start, start + size) for start in range(0, num_rows, size))
-    return clipped_sum_over(model, parts, max_grad_norm, autocast_dtype=autocast_dtype,
-                            backend=backend, padding=padding, check_rows=check_rows)
+    return clipped_sum_over(
+        model,
+        parts,
+        max_grad_norm,
+        autocast_dtype=autocast_dtype,
+        backend=backend,
+        padding=padding,
+        check_rows=check_rows,
+    )
 
 
-def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad_norm: float, *,
-                     autocast_dtype: torch.dtype | None = None, backend: str = "bookkeeping",
-                     padding: str = "longest", check_rows: bool = True,
-                     reduce: Reduce | None = None) -> tuple[Sums, Tensor]:
+def clipped_sum_over(
+    model: nn.Module,
+    batches: Iterable[Batch | Idle],
+    max_grad_norm: float,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    backend: str = "bookkeeping",
+    padding: str = "longest",
+    check_rows: bool = True,
+    reduce: Reduce | None = None,
+) -> tuple[Sums, Tensor]:
     """``clipped_sum`` of a logical batch that arrives in micro-batches, one in memory at a time.
 
     The micro-batches may differ in size and padding. No micro-batch at all, which Poisson sampling
@@ -129,8 +160,10 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     first = next(iter(trained.values()))
     if sharded := hasattr(first, "full_tensor"):
         if reduce is None or backend != "bookkeeping":
-            raise ValueError("model is sharded over processes: it needs backend 'bookkeeping', got "
-                             f"{backend!r}, and reduce to add up the processes' sums")
+            raise ValueError(
+                "model is sharded over processes: it needs backend 'bookkeeping', got "
+                f"{backend!r}, and reduce to add up the processes' sums"
+            )
     autocast = _autocast(first, autocast_dtype)
     totals: Sums = {}
     norms = [torch.zeros(0, dtype=wide_dtype(first), device=first.device)]
@@ -143,8 +176,11 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
             part = reduce(name, part) if reduce else part
             totals[name] = totals[name].add_(part) if name in totals else part
 
-    layers = hash(tuple((id(m), m.training, m.__dict__.get("gradient_checkpointing"))
-                        for m in model.modules()))
+    layers = hash(
+        tuple(
+            (id(m), m.training, m.__dict__.get("gradient_checkpointing")) for m in model.modules()
+        )
+    )
     widths: set[int] = set()
     layouts: Layouts | None = None
     narrow = False
@@ -155,8 +191,10 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
         check_labels(model, batch, sum(before))
         widths.add(width(batch))
         if padding == "max-length" and len(widths) > 1:
-            raise ValueError("micro-batches must all have one length with padding 'max-length', "
-                             f"got {' and '.join(map(str, sorted(widths)))} positions")
+            raise ValueError(
+                "micro-batches must all have one length with padding 'max-length', "
+                f"got {' and '.join(map(str, sorted(widths)))} positions"
+            )
         work = Work(model, trained, batch, rows, sum(before), 0.0 if idle else bound, autocast)
         with torch.enable_grad(), _kept_gradients(trained):
             if backend == "compiled":
@@ -168,8 +206,10 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
             narrow = (narrow or looking) and width(batch) == 1
             work = replace(work, layouts={} if layouts is None else layouts)
             if not sharded and (
-                    independence.verified(work, backend, BACKENDS, padding, layers) if check_rows
-                    else independence.known_repeatable(model, layers)):
+                independence.verified(work, backend, BACKENDS, padding, layers)
+                if check_rows
+                else independence.known_repeatable(model, layers)
+            ):
                 work = replace(work, alone=alone)
             part_norms, sum_of = run(work)
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
@@ -180,8 +220,9 @@ def clipped_sum_over(model: nn.Module, batches: Iterable[Batch | Idle], max_grad
     return totals, torch.cat(norms)
 
 
-def row_gradients(model: nn.Module, batch: Batch, *, autocast_dtype: torch.dtype | None = None
-                  ) -> list[Sums]:
+def row_gradients(
+    model: nn.Module, batch: Batch, *, autocast_dtype: torch.dtype | None = None
+) -> list[Sums]:
     """Each row's gradient, unclipped, as an ordinary training loop has it from that row alone.
 
     No backend takes part, so a backend can be compared with the gradients. Arguments are those of
@@ -189,8 +230,15 @@ def row_gradients(model: nn.Module, batch: Batch, *, autocast_dtype: torch.dtype
     """
     trained = _trained(model)
     rows = num_rows_of(batch)
-    work = Work(model, trained, batch, rows, 0, math.inf,
-                _autocast(next(iter(trained.values())), autocast_dtype))
+    work = Work(
+        model,
+        trained,
+        batch,
+        rows,
+        0,
+        math.inf,
+        _autocast(next(iter(trained.values())), autocast_dtype),
+    )
     with torch.enable_grad(), _kept_gradients(trained):
         return [independence.gradient_alone(work, copied(batch, [row]))[1] for row in range(rows)]
 
@@ -198,8 +246,9 @@ def row_gradients(model: nn.Module, batch: Batch, *, autocast_dtype: torch.dtype
 def _autocast(parameter: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
     """Autocast of the parameter's device, or a context that does nothing."""
     if dtype not in (None, torch.bfloat16):
-        _validate.fail("autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)",
-                       dtype)
+        _validate.fail(
+            "autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)", dtype
+        )
     return torch.autocast(parameter.device.type, dtype) if dtype else nullcontext()
 
 
@@ -210,14 +259,19 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError("model must have at least one parameter with requires_grad, got none")
     for name, p in trained.items():
         if not hasattr(p, "full_tensor") and (
-                p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)):
-            raise ValueError(f"model parameter {name} has a gradient hook, which would not act on "
-                             "the gradients of single rows: remove the hook, or freeze the "
-                             "parameter")
+            p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+        ):
+            raise ValueError(
+                f"model parameter {name} has a gradient hook, which would not act on "
+                "the gradients of single rows: remove the hook, or freeze the "
+                "parameter"
+            )
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
-            raise ValueError(f"model must keep examples apart, got {name!r}: batch normalisation "
-                             "in training mode (use .eval() on it, or another norm layer)")
+            raise ValueError(
+                f"model must keep examples apart, got {name!r}: batch normalisation "
+                "in training mode (use .eval() on it, or another norm layer)"
+            )
     return trained
 
 

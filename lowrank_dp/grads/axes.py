@@ -26,9 +26,11 @@ def layouts_of(seen: Tensor, num_rows: int, width: int) -> tuple[str, ...]:
     ``width`` is the number of positions in a row of the batch.
     """
     axes = seen.ndim - seen.is_floating_point()
-    fitting = {ROWS_FIRST: axes > 0 and seen.shape[0] == num_rows,
-               POSITIONS_FIRST: axes > 1 and seen.shape[1] == num_rows,
-               ONE_LIST: axes == 1 and seen.shape[0] == num_rows * width}
+    fitting = {
+        ROWS_FIRST: axes > 0 and seen.shape[0] == num_rows,
+        POSITIONS_FIRST: axes > 1 and seen.shape[1] == num_rows,
+        ONE_LIST: axes == 1 and seen.shape[0] == num_rows * width,
+    }
     return tuple(layout for layout, fits in fitting.items() if fits)
 
 
@@ -40,9 +42,13 @@ def rows_first(tensor: Tensor, layout: str, num_rows: int) -> Tensor:
 
 
 @contextmanager
-def reading_layouts(modules: Iterable[tuple[nn.Module, Iterable[str]]], width: int,
-                    allowed: Sequence[str], problem: str, backends: Sequence[str]
-                    ) -> Iterator[Layouts]:
+def reading_layouts(
+    modules: Iterable[tuple[nn.Module, Iterable[str]]],
+    width: int,
+    allowed: Sequence[str],
+    problem: str,
+    backends: Sequence[str],
+) -> Iterator[Layouts]:
     """Note each layer's layouts while the model runs on one example.
 
     ``modules`` are layers and the names of their trained parameters; ``allowed`` are the layouts
@@ -54,38 +60,63 @@ def reading_layouts(modules: Iterable[tuple[nn.Module, Iterable[str]]], width: i
     handles = []
     try:
         for module, names in modules:
-            handles.append(module.register_forward_pre_hook(
-                _reader(layouts, [*names], width, allowed, problem, backends), with_kwargs=True))
+            handles.append(
+                module.register_forward_pre_hook(
+                    _reader(layouts, [*names], width, allowed, problem, backends), with_kwargs=True
+                )
+            )
         yield layouts
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _reader(layouts: Layouts, names: Sequence[str], width: int, allowed: Sequence[str],
-            problem: str, backends: Sequence[str]) -> Callable[..., None]:
+def _reader(
+    layouts: Layouts,
+    names: Sequence[str],
+    width: int,
+    allowed: Sequence[str],
+    problem: str,
+    backends: Sequence[str],
+) -> Callable[..., None]:
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen = layer_input(args, kwargs)
         if not isinstance(seen, Tensor):
             return
-        found = tuple(layout for layout in layouts_of(seen, 1, width)
-                      if layout in allowed and layout in layouts.get(module, allowed))
+        found = tuple(
+            layout
+            for layout in layouts_of(seen, 1, width)
+            if layout in allowed and layout in layouts.get(module, allowed)
+        )
         if not found:
-            refuse(names, f"{problem}see an input of shape {tuple(seen.shape)} for one example, in "
-                   "which this backend finds no axis of rows", backends)
+            refuse(
+                names,
+                f"{problem}see an input of shape {tuple(seen.shape)} for one example, in "
+                "which this backend finds no axis of rows",
+                backends,
+            )
         layouts[module] = found
 
     return look
 
 
-def batch_axis(module: nn.Module, seen: Tensor, layouts: Layouts, num_rows: int, width: int,
-               names: Iterable[str]) -> str:
+def batch_axis(
+    module: nn.Module,
+    seen: Tensor,
+    layouts: Layouts,
+    num_rows: int,
+    width: int,
+    names: Iterable[str],
+) -> str:
     """The layout of a layer's input in a batch; refuses one that is not the layer's."""
     known = layouts.get(module, (ROWS_FIRST,))
     found = tuple(layout for layout in layouts_of(seen, num_rows, width) if layout in known)
     if not found or {ROWS_FIRST, POSITIONS_FIRST} <= {*found}:
-        refuse(names, f"see an input of shape {tuple(seen.shape)}, in which no axis is that of the "
-               f"batch of {num_rows}")
+        refuse(
+            names,
+            f"see an input of shape {tuple(seen.shape)}, in which no axis is that of the "
+            f"batch of {num_rows}",
+        )
     layouts[module] = found
     return found[0]
 

@@ -48,10 +48,16 @@ def first_alone(work: Work, backend: str) -> tuple[Tensor | None, Layouts]:
     allowed, problem, others = [ROWS_FIRST], "", ["loop"]
     if backend == "opacus":
         names = {id(p): name for name, p in work.trained.items()}
-        layers: list[nn.Module] = [module for module in work.model.modules() if isinstance(
-            module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm))]
-        modules = [(module, own) for module in layers if (
-            own := [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names])]
+        layers: list[nn.Module] = [
+            module
+            for module in work.model.modules()
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm))
+        ]
+        modules = [
+            (module, own)
+            for module in layers
+            if (own := [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names])
+        ]
         problem = "have no exact per-example gradients in Opacus: they "
     else:
         modules = [(module, [*own.values()]) for module, own in sites_of(work.model, work.trained)]
@@ -59,9 +65,11 @@ def first_alone(work: Work, backend: str) -> tuple[Tensor | None, Layouts]:
         if backend == "bookkeeping":
             allowed, others = [ROWS_FIRST, POSITIONS_FIRST, ONE_LIST], ["opacus", "loop"]
     one = replace(work, batch=copied(work.batch, [0]), num_rows=1)
-    with (reading_layouts(modules, width(work.batch), allowed, problem, others) as layouts,
-          torch.no_grad(),
-          torch.random.fork_rng([work.device] if work.device.type == "cuda" else [])):
+    with (
+        reading_layouts(modules, width(work.batch), allowed, problem, others) as layouts,
+        torch.no_grad(),
+        torch.random.fork_rng([work.device] if work.device.type == "cuda" else []),
+    ):
         return getattr(forward(one), "loss", None), layouts
 
 
@@ -82,8 +90,14 @@ def _clipped(work: Work, tape: Tape) -> tuple[Tensor, SumOf]:
         tape.close_all()
         settle_doubts(tape)
         norms, weights = work.clip(squares.squared for squares in tape.squares.values())
-    return norms, lambda name: None if name not in tape.squares else weighted_sum(
-        tape.factors.pop(name), weights, work.trained[name].shape)
+    return (
+        norms,
+        lambda name: (
+            None
+            if name not in tape.squares
+            else weighted_sum(tape.factors.pop(name), weights, work.trained[name].shape)
+        ),
+    )
 
 
 def settle_doubts(tape: Tape) -> None:
@@ -103,11 +117,14 @@ def settle_doubts(tape: Tape) -> None:
 def require_compilable(work: Work) -> None:
     """Refuse a batch or a mode that no graph is made for."""
     if not isinstance(work.batch.get("input_ids"), Tensor):
-        raise ValueError("batch must hold a tensor 'input_ids' to be compiled for, got "
-                         f"{', '.join(map(str, work.batch))}: use {PLAIN}")
+        raise ValueError(
+            "batch must hold a tensor 'input_ids' to be compiled for, got "
+            f"{', '.join(map(str, work.batch))}: use {PLAIN}"
+        )
     if work.model.training and any(isinstance(m, nn.Dropout) and m.p for m in work.model.modules()):
-        raise ValueError("model must be without dropout to be compiled: call .eval(), or use "
-                         f"{PLAIN}")
+        raise ValueError(
+            f"model must be without dropout to be compiled: call .eval(), or use {PLAIN}"
+        )
 
 
 def _compiled(work: Work) -> tuple[Tensor, SumOf]:
@@ -134,9 +151,12 @@ def _compiled(work: Work) -> tuple[Tensor, SumOf]:
         raise ValueError(f"model could not be compiled ({reason}): use {PLAIN}") from error
     norms, sum_of = _clipped(work, tape)
     if expected is not None and not torch.allclose(
-            norms, expected, rtol=1e-3 if plain else 5e-2, atol=1e-6 * float(expected.max())):
-        raise ValueError("model must compute the same when compiled, and gives gradients of other "
-                         f"norms: use {PLAIN}")
+        norms, expected, rtol=1e-3 if plain else 5e-2, atol=1e-6 * float(expected.max())
+    ):
+        raise ValueError(
+            "model must compute the same when compiled, and gives gradients of other "
+            f"norms: use {PLAIN}"
+        )
     graphs[key] = known
     return norms, sum_of
 
@@ -155,8 +175,11 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
                 module.training = mode
 
     device = next(iter(work.trained.values())).device.type
-    half = (torch.is_autocast_enabled(device) or not isinstance(work.autocast, nullcontext)
-            or any(p.dtype == torch.bfloat16 for p in work.model.parameters()))
+    half = (
+        torch.is_autocast_enabled(device)
+        or not isinstance(work.autocast, nullcontext)
+        or any(p.dtype == torch.bfloat16 for p in work.model.parameters())
+    )
     clean = {id(module): set(vars(module)) for module in work.model.modules()}
     try:
         Hooks(work.model, loss_reduction="sum", strict=False)
@@ -164,14 +187,20 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
         if losses.requires_grad:
             losses.sum().backward()
         samples = {}
-        largest = max((p.grad.abs().max().item() for p in work.trained.values()
-                       if p.grad is not None), default=0.0)
+        largest = max(
+            (p.grad.abs().max().item() for p in work.trained.values() if p.grad is not None),
+            default=0.0,
+        )
         for name, p in work.trained.items():
             sample = p.grad_sample  # type: ignore[attr-defined]
             if sample is None and p.grad is None:
                 continue
-            if (sample is None or p.grad is None or len(sample) != work.num_rows
-                    or not _adds_up(wide(sample), p.grad, largest, half)):
+            if (
+                sample is None
+                or p.grad is None
+                or len(sample) != work.num_rows
+                or not _adds_up(wide(sample), p.grad, largest, half)
+            ):
                 refuse([name], "have no exact per-example gradients in Opacus", ("loop",))
             samples[name] = wide(sample)
     finally:
@@ -188,8 +217,14 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
         tape.factors.update({name: [sample] for name, sample in samples.items()})
         settle_doubts(tape)
         norms, weights = work.clip(squares.squared for squares in tape.squares.values())
-    return norms, lambda name: None if name not in samples else weighted_sum(
-        [samples[name]], weights, samples[name].shape[1:])
+    return (
+        norms,
+        lambda name: (
+            None
+            if name not in samples
+            else weighted_sum([samples[name]], weights, samples[name].shape[1:])
+        ),
+    )
 
 
 def _adds_up(sample: Tensor, gradient: Tensor, largest: float, half: bool) -> bool:
@@ -202,8 +237,12 @@ def _loop(work: Work) -> tuple[Tensor, SumOf]:
     sums: dict[str, Tensor] = {}
     norms = []
     for row in range(work.num_rows):
-        one = replace(work, num_rows=1, first_row=work.first_row + row,
-                      batch=rows_of(work.batch, row, row + 1))
+        one = replace(
+            work,
+            num_rows=1,
+            first_row=work.first_row + row,
+            batch=rows_of(work.batch, row, row + 1),
+        )
         loss = getattr(forward(one), "loss", None)
         if loss is None:
             no_loss()
@@ -211,8 +250,9 @@ def _loop(work: Work) -> tuple[Tensor, SumOf]:
         if loss.requires_grad:
             loss.backward()
         grads = {name: wide(p.grad) for name, p in work.trained.items() if p.grad is not None}
-        norm, weight = one.clip(torch.linalg.vector_norm(g, dtype=torch.float64).square()
-                                for g in grads.values())
+        norm, weight = one.clip(
+            torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads.values()
+        )
         norms.append(norm)
         for name, g in grads.items():
             part = g * weight.to(g.dtype)
@@ -222,4 +262,8 @@ def _loop(work: Work) -> tuple[Tensor, SumOf]:
 
 
 BACKENDS: dict[str, Callable[[Work], tuple[Tensor, SumOf]]] = {
-    "bookkeeping": _bookkeeping, "compiled": _compiled, "opacus": _opacus, "loop": _loop}
+    "bookkeeping": _bookkeeping,
+    "compiled": _compiled,
+    "opacus": _opacus,
+    "loop": _loop,
+}

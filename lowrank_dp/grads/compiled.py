@@ -40,11 +40,14 @@ class Graph:
         self._inputs: list[Tensor] = []
         self._zeros: list[Tensor] = []
         # the same objects each time, since the graph is guarded by what they are
-        self._forwards = {module: self._with_zero(module.forward)
-                          for module in dict.fromkeys(call.module for call in calls)}
+        self._forwards = {
+            module: self._with_zero(module.forward)
+            for module in dict.fromkeys(call.module for call in calls)
+        }
 
-        def forward(model: nn.Module, zeros: list[Tensor], batch: dict[str, Any]
-                    ) -> tuple[Tensor, list[Tensor]]:
+        def forward(
+            model: nn.Module, zeros: list[Tensor], batch: dict[str, Any]
+        ) -> tuple[Tensor, list[Tensor]]:
             self._inputs, self._zeros = [], zeros
             return model(**batch).logits, self._inputs
 
@@ -59,23 +62,31 @@ class Graph:
 
         return changed
 
-    def run(self, model: nn.Module, batch: Batch, num_rows: int
-            ) -> tuple[Tensor, Callable[[Tensor, Tape], None]]:
+    def run(
+        self, model: nn.Module, batch: Batch, num_rows: int
+    ) -> tuple[Tensor, Callable[[Tensor, Tape], None]]:
         """The model's logits, and ``fill(total, tape)`` for the gradients of a total loss."""
         length = batch["input_ids"].shape[1]
         device = batch["input_ids"].device
-        zeros = [torch.zeros((), dtype=call.dtype, device=device).expand(
-            (num_rows, length, call.width) if call.axes == 3 else (num_rows, call.width)
-        ).requires_grad_() for call in self._calls]
+        zeros = [
+            torch.zeros((), dtype=call.dtype, device=device)
+            .expand((num_rows, length, call.width) if call.axes == 3 else (num_rows, call.width))
+            .requires_grad_()
+            for call in self._calls
+        ]
         with self._replaced():
             logits, inputs = self._compiled(
-                model, zeros, {name: value for name, value in batch.items() if name != "labels"})
+                model, zeros, {name: value for name, value in batch.items() if name != "labels"}
+            )
 
         @torch.no_grad()
         def fill(total: Tensor, tape: Tape) -> None:
             gradients = torch.autograd.grad(total, zeros, allow_unused=True)
-            seen = [(call, x, b) for call, x, b in zip(self._calls, inputs, gradients, strict=True)
-                    if b is not None]
+            seen = [
+                (call, x, b)
+                for call, x, b in zip(self._calls, inputs, gradients, strict=True)
+                if b is not None
+            ]
             for call, _, _ in seen:
                 tape.pending.update(call.own.values())
             for call, x, b in seen:
@@ -88,8 +99,12 @@ class Graph:
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
-        parameters = [p for module in self._forwards for p in module.parameters(recurse=False)
-                      if p.requires_grad]
+        parameters = [
+            p
+            for module in self._forwards
+            for p in module.parameters(recurse=False)
+            if p.requires_grad
+        ]
         try:
             for module, forward in self._forwards.items():
                 module.forward = forward
@@ -111,12 +126,19 @@ def calls_of(model: nn.Module, sites: Sites, batch: Batch) -> tuple[list[Call], 
     calls, handles = [], []
     try:
         for module, own in sites:
-            def look(module: nn.Module, args: Any, output: Tensor,
-                     own: dict[str, str] = own) -> None:
+
+            def look(
+                module: nn.Module, args: Any, output: Tensor, own: dict[str, str] = own
+            ) -> None:
                 if output.ndim not in (2, 3):
-                    refuse(own.values(), f"give an output of shape {tuple(output.shape)}, which "
-                           "compiling knows nothing of", ("bookkeeping",))
+                    refuse(
+                        own.values(),
+                        f"give an output of shape {tuple(output.shape)}, which "
+                        "compiling knows nothing of",
+                        ("bookkeeping",),
+                    )
                 calls.append(Call(module, own, output.ndim, output.shape[-1], output.dtype))
+
             handles.append(module.register_forward_hook(look))
         with torch.no_grad():
             output = model(**batch)

@@ -79,8 +79,9 @@ def settle(factors: Sequence[Factor]) -> list[Factor]:
         rows, cols = outer[0].left.shape[-1], outer[0].right.shape[-1]
         if rows * cols > positions * (rows + cols):
             return list(factors)
-    formed = [torch.bmm(wide(f.left).mT, wide(f.right)) if isinstance(f, Outer) else f
-              for f in factors]
+    formed = [
+        torch.bmm(wide(f.left).mT, wide(f.right)) if isinstance(f, Outer) else f for f in factors
+    ]
     return [torch.stack(formed).sum(0) if len(formed) > 1 else formed[0]]
 
 
@@ -102,18 +103,25 @@ def _ghost(outer: Sequence[Outer]) -> Squares:
     ``<l^T r, l'^T r'> = sum((l l'^T) * (r r'^T))``: no vocabulary x width per example is formed.
     """
     first = outer[0].right
-    squared, diagonal, spread = torch.zeros(3, len(first), device=first.device,
-                                            dtype=torch.float64)
+    squared, diagonal, spread = torch.zeros(3, len(first), device=first.device, dtype=torch.float64)
     for i, one in enumerate(outer):
-        for other in outer[:i + 1]:
+        for other in outer[: i + 1]:
             cells = max(1, one.right.shape[1] * other.right.shape[1])
             for chunk in torch.arange(len(first)).split(max(1, GRAM_ELEMENTS // cells)):
                 rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
                 left = _gram(one.left[rows], other.left[rows])
                 right = _gram(one.right[rows], other.right[rows])
                 if one is other:
-                    sizes = torch.stack([left.diagonal(dim1=1, dim2=2).to(right),
-                                         right.diagonal(dim1=1, dim2=2)]).double().sqrt()
+                    sizes = (
+                        torch.stack(
+                            [
+                                left.diagonal(dim1=1, dim2=2).to(right),
+                                right.diagonal(dim1=1, dim2=2),
+                            ]
+                        )
+                        .double()
+                        .sqrt()
+                    )
                     parts = sizes.prod(0)
                     diagonal[rows] += parts.square().sum(1)
                     spread[rows] += (parts + UNDERFLOW * sizes.amax(2).sum(0)[:, None]).sum(1)
@@ -137,11 +145,18 @@ def careful_norm(factors: Sequence[Factor], row: int) -> float:
     unit = torch.finfo(right.dtype).eps
     widths = [f.left.shape[-1] for f in outer if f.left.is_floating_point()]
     if not widths:  # only the ids that occur
-        left = functional.one_hot(torch.cat([f.left[row] for f in outer]).unique(
-            return_inverse=True)[1])
+        left = functional.one_hot(
+            torch.cat([f.left[row] for f in outer]).unique(return_inverse=True)[1]
+        )
     else:
-        left = torch.cat([f.left[row] if f.left.is_floating_point()
-                          else functional.one_hot(f.left[row], widths[0]) for f in outer])
+        left = torch.cat(
+            [
+                f.left[row]
+                if f.left.is_floating_point()
+                else functional.one_hot(f.left[row], widths[0])
+                for f in outer
+            ]
+        )
     left, right = left.double(), right.double()
     spread = float((left.norm(dim=1) * right.norm(dim=1)).sum())
     if not math.isfinite(spread):

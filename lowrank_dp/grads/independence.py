@@ -38,8 +38,7 @@ from lowrank_dp.grads.work import Batch, Work, copied, refuse, width
 
 PADDINGS = ("longest", "max-length")
 ROWS = 3  # that are looked at
-FIXED = ("pad every row to one public length (padding=\"max-length\"; training: --padding "
-         "max-length)")
+FIXED = 'pad every row to one public length (padding="max-length"; training: --padding max-length)'
 # how far rounding moves a gradient, relative to the gradient, and what of a parameter's is rounding
 # of the whole gradient
 TOLERANCE = {torch.float64: (1e-7, 1e-10), torch.float32: (1e-4, 2e-5)}
@@ -62,8 +61,7 @@ class Alone:
     bound: float
 
 
-def verified(work: Work, backend: str, backends: Backends, padding: str,
-             fingerprint: int) -> bool:
+def verified(work: Work, backend: str, backends: Backends, padding: str, fingerprint: int) -> bool:
     """Examine a model when it is first met in a situation; whether its forward is repeatable.
 
     The situation is the model, its trained parameters, its mode, the backend and the layout of the
@@ -72,11 +70,23 @@ def verified(work: Work, backend: str, backends: Backends, padding: str,
     """
     whole = (0, width(work.batch))
     padded = padding == "longest" and any(
-        own != whole for own in _own_lengths(work.model, work.batch))
-    layout = tuple((name, value.ndim, value.dtype) for name, value in work.batch.items()
-                   if isinstance(value, Tensor))
-    key = (fingerprint, tuple(work.trained), backend, layout, work.num_rows > 1,
-           _square(work), padded, padding)
+        own != whole for own in _own_lengths(work.model, work.batch)
+    )
+    layout = tuple(
+        (name, value.ndim, value.dtype)
+        for name, value in work.batch.items()
+        if isinstance(value, Tensor)
+    )
+    key = (
+        fingerprint,
+        tuple(work.trained),
+        backend,
+        layout,
+        work.num_rows > 1,
+        _square(work),
+        padded,
+        padding,
+    )
     known = _KNOWN.setdefault(work.model, {})
     if key not in known:
         found = examine(work, backend, backends, padding)
@@ -88,8 +98,9 @@ def verified(work: Work, backend: str, backends: Backends, padding: str,
 
 def known_repeatable(model: nn.Module, fingerprint: int) -> bool:
     """Whether the model was examined with these layers and modes, and its forward is repeatable."""
-    found = [repeatable for key, repeatable in _KNOWN.get(model, {}).items()
-             if key[0] == fingerprint]
+    found = [
+        repeatable for key, repeatable in _KNOWN.get(model, {}).items() if key[0] == fingerprint
+    ]
     return bool(found) and all(found)
 
 
@@ -113,15 +124,18 @@ def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool 
         if quiet is None and backend == "loop":
             return False
         if quiet is None:
-            raise ValueError("model must give a row the same loss twice in eval mode, so that rows "
-                             'can be compared: use backend="loop", which runs them apart')
+            raise ValueError(
+                "model must give a row the same loss twice in eval mode, so that rows "
+                'can be compared: use backend="loop", which runs them apart'
+            )
         with quiet:
             try:
                 found = _agreeing(work, backend, backends, padding)
             except ValueError as error:  # it may be rounding, as where a gradient cancels
                 with in_float64(work.model):
-                    if backend == "compiled" or not _agree_in_float64(work, backend, backends,
-                                                                      padding):
+                    if backend == "compiled" or not _agree_in_float64(
+                        work, backend, backends, padding
+                    ):
                         raise error from error.__cause__
                 found = True
     return repeatable if found else None
@@ -129,8 +143,10 @@ def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool 
 
 def _agree_in_float64(work: Work, backend: str, backends: Backends, padding: str) -> bool:
     """Whether rows agree once the model computes in float64."""
-    batch = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point()
-             else value for name, value in work.batch.items()}
+    batch = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in work.batch.items()
+    }
     try:
         return _agreeing(replace(work, batch=batch), backend, backends, padding)
     except (RuntimeError, ValueError):
@@ -142,8 +158,9 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
     lengths = _own_lengths(work.model, work.batch)
     chosen = _chosen(lengths)
     # as many rows as positions, where that is what the batch has
-    order = [chosen[i % len(chosen)]
-             for i in range(work.num_rows if _square(work) else len(chosen))]
+    order = [
+        chosen[i % len(chosen)] for i in range(work.num_rows if _square(work) else len(chosen))
+    ]
     try:
         alone = _alone(work, order, lengths if padding == "longest" else None)
     except torch.OutOfMemoryError:
@@ -152,8 +169,10 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
         with torch.no_grad():  # which names the row, if a row is to blame
             forward(replace(work, batch=copied(work.batch, range(work.num_rows))))
         _run(work, 1.0, order, backends[backend])  # which may say more about the model
-        raise ValueError(f"model cannot be run on one row by itself ({first_line(error)}), which "
-                         "is how rows are compared") from error
+        raise ValueError(
+            f"model cannot be run on one row by itself ({first_line(error)}), which "
+            "is how rows are compared"
+        ) from error
     if alone is not None:
         _require_no_memory(work, order[0], alone.losses[order[0]])
     if alone is not None and backend != "loop":
@@ -161,8 +180,9 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
     return alone is not None
 
 
-def _alone(work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] | None,
-           bound: float = 0.0) -> Alone | None:
+def _alone(
+    work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] | None, bound: float = 0.0
+) -> Alone | None:
     """Each row through autograd, and again at its own length, which must change nothing.
 
     Without a bound, one that clips the first row, and most likely the others, is taken.
@@ -185,8 +205,9 @@ def _alone(work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] 
     return Alone(losses, norms, sums, bound or 1.0)
 
 
-def _require_own_length(work: Work, row: int, own: tuple[int, int], loss: float,
-                        gradient: Mapping[str, Tensor]) -> None:
+def _require_own_length(
+    work: Work, row: int, own: tuple[int, int], loss: float, gradient: Mapping[str, Tensor]
+) -> None:
     """Refuse a model to which padding is more than nothing."""
     trouble = f"model must take no notice of padding, and row {work.first_row + row} "
     try:
@@ -194,17 +215,24 @@ def _require_own_length(work: Work, row: int, own: tuple[int, int], loss: float,
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{trouble}cannot be run without its padding ({first_line(error)}): "
-                         f"{FIXED}") from error
+        raise ValueError(
+            f"{trouble}cannot be run without its padding ({first_line(error)}): {FIXED}"
+        ) from error
     zero, norm = torch.zeros((), device=work.device), _norm(gradient.values())
-    moved = _norm([gradient.get(name, zero) - gradient_own.get(name, zero)
-                   for name in {**gradient, **gradient_own}])
+    moved = _norm(
+        [
+            gradient.get(name, zero) - gradient_own.get(name, zero)
+            for name in {**gradient, **gradient_own}
+        ]
+    )
     if abs(loss - loss_own) > _loss_allowed(work, loss) or not (
-            moved <= _allowed(work, loss) * norm + VANISHING):
+        moved <= _allowed(work, loss) * norm + VANISHING
+    ):
         raise ValueError(
             f"{trouble}has loss {loss:.6g} and gradient norm {norm:.6g} with padding, "
             f"{loss_own:.6g} and {_norm(gradient_own.values()):.6g} without, so that longer rows "
-            f"beside a row change its gradient: {FIXED}")
+            f"beside a row change its gradient: {FIXED}"
+        )
 
 
 def _require_no_memory(work: Work, row: int, loss: float) -> None:
@@ -212,33 +240,43 @@ def _require_no_memory(work: Work, row: int, loss: float) -> None:
     with torch.no_grad():
         again = float(work.model(**copied(work.batch, [row])).loss)
     if abs(loss - again) > _loss_allowed(work, loss):
-        raise ValueError(f"model must keep no memory of the rows that it has seen, and the loss of "
-                         f"row {work.first_row + row} is {loss:.6g} before other rows and "
-                         f"{again:.6g} after them: switch off what it keeps between calls")
+        raise ValueError(
+            f"model must keep no memory of the rows that it has seen, and the loss of "
+            f"row {work.first_row + row} is {loss:.6g} before other rows and "
+            f"{again:.6g} after them: switch off what it keeps between calls"
+        )
 
 
-def _compare(work: Work, alone: Alone, order: Sequence[int], backend: str,
-             backends: Backends) -> None:
+def _compare(
+    work: Work, alone: Alone, order: Sequence[int], backend: str, backends: Backends
+) -> None:
     """Refuse a model that mixes rows, and a backend that is wrong about the model."""
     with torch.no_grad():
         losses = forward_losses(_together(work, order)).tolist()
     for row, loss in zip(order, losses, strict=True):
         if abs(loss - alone.losses[row]) > _loss_allowed(work, loss):
-            raise ValueError(f"model must keep the rows of a batch apart, and the loss of row "
-                             f"{work.first_row + row} is {alone.losses[row]:.6g} alone and "
-                             f"{loss:.6g} beside other rows: {APART}")
+            raise ValueError(
+                f"model must keep the rows of a batch apart, and the loss of row "
+                f"{work.first_row + row} is {alone.losses[row]:.6g} alone and "
+                f"{loss:.6g} beside other rows: {APART}"
+            )
     wrong = _differing(work, alone, order, backends[backend])
     if wrong:  # by a wrong norm all of them may be: without clipping it is seen which
         plain = _alone(work, order, None, math.inf)
         wrong = (_differing(work, plain, order, backends[backend]) if plain else []) or wrong
-        able = [name for name in ("bookkeeping", "opacus")
-                if name != backend and _gives(work, alone, order, backends[name])]
-        refuse(wrong, f"get another gradient by backend {backend!r} than from autograd on each row",
-               (*able, "loop"))
+        able = [
+            name
+            for name in ("bookkeeping", "opacus")
+            if name != backend and _gives(work, alone, order, backends[name])
+        ]
+        refuse(
+            wrong,
+            f"get another gradient by backend {backend!r} than from autograd on each row",
+            (*able, "loop"),
+        )
 
 
-def _gives(work: Work, alone: Alone, order: Sequence[int],
-           run: Backend) -> bool:
+def _gives(work: Work, alone: Alone, order: Sequence[int], run: Backend) -> bool:
     """Whether a backend is right about the model."""
     try:
         return not _differing(work, alone, order, run)
@@ -250,8 +288,7 @@ def _together(work: Work, order: Sequence[int]) -> Work:
     return replace(work, num_rows=len(order), batch=copied(work.batch, order))
 
 
-def _differing(work: Work, alone: Alone, order: Sequence[int],
-               run: Backend) -> list[str]:
+def _differing(work: Work, alone: Alone, order: Sequence[int], run: Backend) -> list[str]:
     """The parameters whose clipped sum is not the loop's; all where only the norms differ."""
     norms, sum_of = _run(work, alone.bound, order, run)
     wrong, zero = [], torch.zeros((), device=work.device)
@@ -259,15 +296,18 @@ def _differing(work: Work, alone: Alone, order: Sequence[int],
     whole = sum(min(alone.norms[row], alone.bound) for row in order)
     share = max(_allowed(work, alone.losses[row]) for row in order)
     floor = _tolerance(work)[1] * whole + VANISHING * sum(
-        min(1.0, alone.bound / max(alone.norms[row], VANISHING)) for row in order)
+        min(1.0, alone.bound / max(alone.norms[row], VANISHING)) for row in order
+    )
     for name in work.trained:
         found, true = sum_of(name), alone.sums.get(name, zero)
         found = zero if found is None else found
         if not _norm([found - true]) <= share * _norm([true]) + floor:
             wrong.append(name)
-    off = any(not abs(norm - alone.norms[row]) <= (
-        _allowed(work, alone.losses[row]) * alone.norms[row] + VANISHING)
-        for norm, row in zip(norms.tolist(), order, strict=True))
+    off = any(
+        not abs(norm - alone.norms[row])
+        <= (_allowed(work, alone.losses[row]) * alone.norms[row] + VANISHING)
+        for norm, row in zip(norms.tolist(), order, strict=True)
+    )
     return wrong or (list(work.trained) if off else [])
 
 
@@ -278,8 +318,9 @@ def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"model cannot be run by this backend ({first_line(error)}): use "
-                         'backend="loop"') from error
+        raise ValueError(
+            f'model cannot be run by this backend ({first_line(error)}): use backend="loop"'
+        ) from error
     finally:
         for p in work.trained.values():
             p.grad = None
@@ -304,8 +345,9 @@ def gradient_alone(work: Work, row: Batch) -> tuple[float, dict[str, Tensor]]:
 
 
 def _norm(tensors: Any) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2
-                         for t in tensors))
+    return math.sqrt(
+        sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors)
+    )
 
 
 def _half(work: Work) -> bool:
@@ -328,11 +370,13 @@ def _loss_allowed(work: Work, loss: float) -> float:
 
 # Rows: which, and how long each is by itself.
 
+
 def _square(work: Work) -> bool:
     """Whether the batch has as many rows as some tensor in it has positions."""
     return work.num_rows > 1 and any(
         isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == work.num_rows
-        for value in work.batch.values())
+        for value in work.batch.values()
+    )
 
 
 def _own_lengths(model: Any, batch: Batch) -> list[tuple[int, int]]:
@@ -358,8 +402,10 @@ def _own_lengths(model: Any, batch: Batch) -> list[tuple[int, int]]:
     first = real.int().argmax(1)
     last = length - real.flip(1).int().argmax(1)
     found = real.any(1)
-    return [(a, b) if some else (0, length) for a, b, some in zip(
-        first.tolist(), last.tolist(), found.tolist(), strict=True)]
+    return [
+        (a, b) if some else (0, length)
+        for a, b, some in zip(first.tolist(), last.tolist(), found.tolist(), strict=True)
+    ]
 
 
 def _chosen(lengths: Sequence[tuple[int, int]]) -> list[int]:
@@ -373,9 +419,15 @@ def _trimmed(row: Batch, first: int, last: int) -> Batch:
     length = width(row)
     if (first, last) == (0, length):
         return row
-    return {name: value[:, first:last] if isinstance(value, Tensor) and value.ndim > 1
-            and value.shape[1] == length and not (name == "labels" and value.is_floating_point())
-            else value for name, value in row.items()}
+    return {
+        name: value[:, first:last]
+        if isinstance(value, Tensor)
+        and value.ndim > 1
+        and value.shape[1] == length
+        and not (name == "labels" and value.is_floating_point())
+        else value
+        for name, value in row.items()
+    }
 
 
 def _repeatable(work: Work) -> tuple[bool, Any]:
@@ -383,10 +435,12 @@ def _repeatable(work: Work) -> tuple[bool, Any]:
 
     The mode of the model is left where it must be for that: eval, if dropout is not all.
     """
+
     def same() -> bool:
         with torch.no_grad():
-            one, two = (getattr(
-                work.model(**copied(work.batch, [0])), "loss", None) for _ in range(2))
+            one, two = (
+                getattr(work.model(**copied(work.batch, [0])), "loss", None) for _ in range(2)
+            )
         if one is None or two is None:
             no_loss()
         return bool(torch.isclose(one, two, rtol=1e-5, atol=1e-7, equal_nan=True))

@@ -90,7 +90,8 @@ def rules_for(module: nn.Module) -> Mapping[str, Rule]:
     if "forward" in vars(module):
         return {}
     if isinstance(module, nn.Embedding) and (
-            module.max_norm is not None or module.scale_grad_by_freq):
+        module.max_norm is not None or module.scale_grad_by_freq
+    ):
         return {}
     if type(module).__name__.endswith("RMSNorm") and [*module._parameters] == ["weight"]:
         return _RMS_NORM
@@ -105,11 +106,13 @@ def is_rms_norm(module: Any, x: Tensor, y: Tensor) -> bool:
     unit, given, weight = _rms_unit(module, x[:1]), wide(y[:1]), wide(module.weight)
     half = torch.bfloat16 in (x.dtype, y.dtype) or torch.float16 in (x.dtype, y.dtype)
     allowed = (3e-2 if half else 1e-4) * given.abs().amax()
-    return any(bool(((scale * unit - given).abs() <= allowed).all())
-               for scale in (weight, 1 + weight))
+    return any(
+        bool(((scale * unit - given).abs() <= allowed).all()) for scale in (weight, 1 + weight)
+    )
 
 
 # Recording: hooks that collect the factors during one forward and backward.
+
 
 @dataclass
 class Tape:
@@ -149,13 +152,18 @@ def sites_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sites:
     sites = []
     for module in model.modules():
         rules = rules_for(module)
-        own = {key: names[id(p)] for key, p in module._parameters.items()
-               if id(p) in names and key in rules}
+        own = {
+            key: names[id(p)]
+            for key, p in module._parameters.items()
+            if id(p) in names and key in rules
+        }
         sites += [(module, own)] if own else []
     unknown = set(trained).difference(*(own.values() for _, own in sites))
     if unknown:
-        refuse([name for name in trained if name in unknown],
-               "are in layers without a book-keeping rule")
+        refuse(
+            [name for name in trained if name in unknown],
+            "are in layers without a book-keeping rule",
+        )
     return sites
 
 
@@ -171,8 +179,10 @@ def recording(work: Work) -> Iterator[Tape]:
     try:
         for module, own in sites:
             before, after = _hooks(module, own, work, tape)
-            handles += [module.register_forward_pre_hook(before),
-                        module.register_forward_hook(after, prepend=True, with_kwargs=True)]
+            handles += [
+                module.register_forward_pre_hook(before),
+                module.register_forward_hook(after, prepend=True, with_kwargs=True),
+            ]
         yield tape
     finally:
         for handle in handles:
@@ -181,8 +191,9 @@ def recording(work: Work) -> Iterator[Tape]:
             parameter.requires_grad_(True)
 
 
-def _hooks(module: nn.Module, own: dict[str, str], work: Work, tape: Tape
-           ) -> tuple[Callable, Callable]:
+def _hooks(
+    module: nn.Module, own: dict[str, str], work: Work, tape: Tape
+) -> tuple[Callable, Callable]:
     """The hooks of one layer: one before its forward, one after."""
     rules, num_rows = rules_for(module), work.num_rows
 
@@ -217,8 +228,11 @@ def _hooks(module: nn.Module, own: dict[str, str], work: Work, tape: Tape
         def keep(b: Tensor) -> None:
             if x._version != version:
                 refuse(own.values(), "had their layer's input changed in place")
-            rows = (x[None], b[None]) if num_rows == 1 else (
-                rows_first(x, layout, num_rows), rows_first(b, layout, num_rows))
+            rows = (
+                (x[None], b[None])
+                if num_rows == 1
+                else (rows_first(x, layout, num_rows), rows_first(b, layout, num_rows))
+            )
             with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
                 for key, name in own.items():
                     tape.add(name, rules[key](module, *rows))

@@ -15,14 +15,17 @@ from lowrank_dp.grads.factors import wide
 from lowrank_dp.grads.work import Batch, UnsupportedParameters, Work, copied
 
 IGNORED = -100  # the label that transformers leaves out of a loss
-APART = ("no clipping of rows bounds what a record does to such a model; use a model that handles "
-         "each row by itself, or backend=\"loop\"")
+APART = (
+    "no clipping of rows bounds what a record does to such a model; use a model that handles "
+    'each row by itself, or backend="loop"'
+)
 
 
 def _token_mean(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over each row's own targets, and their number."""
-    losses = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(),
-                                      ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
     counts = targets.ne(IGNORED).view(len(targets), -1).sum(1)
     return losses.view(len(targets), -1).sum(1) / counts, counts
 
@@ -41,19 +44,28 @@ def _squared_error(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multi_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    losses = functional.binary_cross_entropy_with_logits(logits, labels.to(logits),
-                                                         reduction="none")
+    losses = functional.binary_cross_entropy_with_logits(
+        logits, labels.to(logits), reduction="none"
+    )
     return losses.mean(1), labels.new_ones(len(logits))
 
 
 # logits, labels -> each row's loss (B,) and its weight in the batch's loss (B,)
 LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "single_label_classification": _single_label, "multi_label_classification": _multi_label,
-    "regression": _squared_error, "next_token": _next_token, "each_token": _token_mean}
+    "single_label_classification": _single_label,
+    "multi_label_classification": _multi_label,
+    "regression": _squared_error,
+    "next_token": _next_token,
+    "each_token": _token_mean,
+}
 # what transformers calls its models -> the loss; None: the config's problem_type says it
 LOSS_OF_CLASS = {
-    "ForSequenceClassification": None, "ForTokenClassification": "each_token",
-    "ForMaskedLM": "each_token", "ForCausalLM": "next_token", "LMHeadModel": "next_token"}
+    "ForSequenceClassification": None,
+    "ForTokenClassification": "each_token",
+    "ForMaskedLM": "each_token",
+    "ForCausalLM": "next_token",
+    "LMHeadModel": "next_token",
+}
 
 
 def forward_losses(work: Work) -> Tensor:
@@ -78,9 +90,10 @@ def forward(work: Work) -> Any:
                     with torch.no_grad():
                         work.model(**copied(work.batch, [row]))
                 except (IndexError, RuntimeError, ValueError) as reason:
-                    raise ValueError(f"batch row {work.first_row + row} cannot be run by the model "
-                                     f"({first_line(reason)}): correct its labels and ids"
-                                     ) from error
+                    raise ValueError(
+                        f"batch row {work.first_row + row} cannot be run by the model "
+                        f"({first_line(reason)}): correct its labels and ids"
+                    ) from error
             raise
 
 
@@ -99,10 +112,13 @@ def require_alone(work: Work, losses: Tensor) -> None:
         return
     own, here = float(work.alone), float(losses[0].detach())
     half = work.alone.dtype in (torch.bfloat16, torch.float16) or not isinstance(
-        work.autocast, nullcontext)
+        work.autocast, nullcontext
+    )
     if math.isfinite(own) and abs(own - here) > loss_tolerance(half) * max(1.0, abs(own)):
-        raise ValueError("model must keep the rows of a batch apart, and the loss of row "
-                         f"{work.first_row} is not the same alone and in the batch: {APART}")
+        raise ValueError(
+            "model must keep the rows of a batch apart, and the loss of row "
+            f"{work.first_row} is not the same alone and in the batch: {APART}"
+        )
 
 
 def loss_tolerance(half: bool) -> float:
@@ -118,29 +134,45 @@ def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
     """
     base = _base(model)
     labels, kind = batch.get("labels"), _kind_of_class(base)
-    if not isinstance(labels, Tensor) or kind not in ("single_label_classification", "next_token",
-                                                      "each_token"):
+    if not isinstance(labels, Tensor) or kind not in (
+        "single_label_classification",
+        "next_token",
+        "each_token",
+    ):
         return
     rows = labels.flatten(1) if labels.ndim > 1 else labels[:, None]
-    if (labels.is_floating_point() and kind == "single_label_classification"
-            and rows.shape[1] == base.config.num_labels and base.config.problem_type is None):
+    if (
+        labels.is_floating_point()
+        and kind == "single_label_classification"
+        and rows.shape[1] == base.config.num_labels
+        and base.config.problem_type is None
+    ):
         return  # a 0 or 1 for each class, as transformers reads it
     if labels.dtype != torch.int64:
-        raise ValueError(f"batch row {first_row} has a label of {labels.dtype}: labels must be "
-                         "int64 classes or tokens (labels.long())")
+        raise ValueError(
+            f"batch row {first_row} has a label of {labels.dtype}: labels must be "
+            "int64 classes or tokens (labels.long())"
+        )
     if kind == "single_label_classification" and rows.shape[1] != 1:
-        raise ValueError(f"batch row {first_row} has labels of shape {tuple(labels.shape[1:])}: "
-                         "a row must have one class")
+        raise ValueError(
+            f"batch row {first_row} has labels of shape {tuple(labels.shape[1:])}: "
+            "a row must have one class"
+        )
     classes = _num_classes(base, kind)
     bad = (rows < 0) | (rows >= classes) if classes else rows < 0
     bad = (bad & (rows != IGNORED)).any(1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        wrong = next(int(label) for label in rows[row] if label != IGNORED
-                     and not 0 <= label < (classes or math.inf))
-        raise ValueError(f"batch row {first_row + row} has label {wrong}: labels must be from 0 to "
-                         + (f"{classes - 1}" if classes else "the number of classes less 1")
-                         + f", or {IGNORED} where there is no target")
+        wrong = next(
+            int(label)
+            for label in rows[row]
+            if label != IGNORED and not 0 <= label < (classes or math.inf)
+        )
+        raise ValueError(
+            f"batch row {first_row + row} has label {wrong}: labels must be from 0 to "
+            + (f"{classes - 1}" if classes else "the number of classes less 1")
+            + f", or {IGNORED} where there is no target"
+        )
 
 
 def _num_classes(base: Any, kind: str) -> int | None:
@@ -157,8 +189,10 @@ def losses_of(work: Work, own: Any, logits: Any) -> tuple[str, Tensor]:
     if own is None:
         no_loss()
     if not isinstance(logits, Tensor):
-        raise ValueError("model must return .logits beside .loss, from which the loss of each "
-                         'example follows; backend="loop" needs only .loss')
+        raise ValueError(
+            "model must return .logits beside .loss, from which the loss of each "
+            'example follows; backend="loop" needs only .loss'
+        )
     logits, labels = wide(logits), _labels(work).to(logits.device)
     matching = []
     for kind in _loss_kinds(work.model, logits, labels):
@@ -172,7 +206,8 @@ def losses_of(work: Work, own: Any, logits: Any) -> tuple[str, Tensor]:
         raise ValueError(
             "model must have the plain classification, regression or token loss, a mean of one "
             f"term an example or token; its loss on this batch {found} "
-            f'({", ".join(LOSSES)}): switch off what it adds, or use backend="loop"')
+            f'({", ".join(LOSSES)}): switch off what it adds, or use backend="loop"'
+        )
     return matching[0]
 
 
@@ -187,8 +222,10 @@ def row_losses(work: Work, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:
 def _labels(work: Work) -> Tensor:
     labels = work.batch.get("labels")
     if not isinstance(labels, Tensor):
-        raise ValueError("batch must hold a tensor 'labels' for this backend, "
-                         f"got {', '.join(map(str, work.batch))}")
+        raise ValueError(
+            "batch must hold a tensor 'labels' for this backend, "
+            f"got {', '.join(map(str, work.batch))}"
+        )
     return labels
 
 
@@ -201,12 +238,19 @@ def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
         "multi_label_classification": logits.ndim == 2 and labels.shape == logits.shape,
         "regression": logits.ndim <= 2 and labels.numel() == logits.numel(),
         "next_token": integer and logits.ndim == 3 and labels.shape == logits.shape[:2],
-        "each_token": integer and logits.ndim == 3 and labels.shape == logits.shape[:2]}
+        "each_token": integer and logits.ndim == 3 and labels.shape == logits.shape[:2],
+    }
     problem = getattr(getattr(base, "config", None), "problem_type", None)
-    known = [kind or problem for part, kind in LOSS_OF_CLASS.items()
-             if _is_a(base, part) and (kind or problem)][:1]
-    return [kind for kind, fits in fitting.items()
-            if fits and len(logits) == rows and (not known or kind in known)]
+    known = [
+        kind or problem
+        for part, kind in LOSS_OF_CLASS.items()
+        if _is_a(base, part) and (kind or problem)
+    ][:1]
+    return [
+        kind
+        for kind, fits in fitting.items()
+        if fits and len(logits) == rows and (not known or kind in known)
+    ]
 
 
 def _base(model: Any) -> Any:
@@ -224,12 +268,17 @@ def _kind_of_class(base: Any) -> str | None:
     for part, kind in LOSS_OF_CLASS.items():
         if _is_a(base, part):
             config = base.config
-            return kind or config.problem_type or (
-                "regression" if config.num_labels == 1 else "single_label_classification")
+            return (
+                kind
+                or config.problem_type
+                or ("regression" if config.num_labels == 1 else "single_label_classification")
+            )
     return None
 
 
 def no_loss() -> NoReturn:
     """Raise: the model gave none."""
-    raise ValueError("batch must hold the labels (a tensor 'labels') from which the model computes "
-                     "its .loss, got an output without loss")
+    raise ValueError(
+        "batch must hold the labels (a tensor 'labels') from which the model computes "
+        "its .loss, got an output without loss"
+    )

@@ -26,17 +26,27 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_DROPOUTS = {nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d,
-             nn.functional.dropout3d, nn.functional.alpha_dropout,
-             nn.functional.feature_alpha_dropout, torch.dropout, torch.dropout_,
-             torch.feature_dropout}
+_DROPOUTS = {
+    nn.functional.dropout,
+    nn.functional.dropout1d,
+    nn.functional.dropout2d,
+    nn.functional.dropout3d,
+    nn.functional.alpha_dropout,
+    nn.functional.feature_alpha_dropout,
+    torch.dropout,
+    torch.dropout_,
+    torch.feature_dropout,
+}
 
 
 @contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
     """Parameters and buffers in float64, and then what they were."""
-    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())
-            if tensor.is_floating_point()]
+    kept = [
+        (tensor, tensor.data)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point()
+    ]
     try:
         for tensor, values in kept:
             tensor.data = values.double()
@@ -50,12 +60,20 @@ def in_float64(model: nn.Module) -> Iterator[None]:
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Mode, buffers and torch's generators are afterwards what they were; no autocast within."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers),
-                {name: b.clone() for name, b in module._buffers.items() if b is not None})
-               for module in model.modules() if module._buffers]
+    buffers = [
+        (
+            module,
+            dict(module._buffers),
+            {name: b.clone() for name, b in module._buffers.items() if b is not None},
+        )
+        for module in model.modules()
+        if module._buffers
+    ]
     try:
-        with (torch.random.fork_rng([device] if device.type == "cuda" else []),
-              torch.autocast(device.type, enabled=False)):
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.autocast(device.type, enabled=False),
+        ):
             yield
     finally:
         for module, mode in modes:

@@ -61,25 +61,34 @@ class UnsupportedParameters(ValueError):
     """Trained parameters that a backend cannot or must not take."""
 
 
-def refuse(names: Iterable[str], problem: str,
-           backends: Iterable[str] = ("opacus", "loop")) -> NoReturn:
+def refuse(
+    names: Iterable[str], problem: str, backends: Iterable[str] = ("opacus", "loop")
+) -> NoReturn:
     """One ``ValueError`` that names the parameters and the backends that may do."""
     listed = [*dict.fromkeys(names)]
     shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
     offered = " or ".join(f'backend="{backend}"' for backend in backends)
-    raise UnsupportedParameters(f"model parameters {shown} {problem}: freeze them (training: "
-                                f"--train-layers) or use {offered}")
+    raise UnsupportedParameters(
+        f"model parameters {shown} {problem}: freeze them (training: "
+        f"--train-layers) or use {offered}"
+    )
 
 
 def num_rows_of(batch: Batch) -> int:
     """The number of examples in ``batch``, whose tensors must agree on it."""
     if not isinstance(batch, Mapping):
         _validate.fail("batch", "the dict that model(**batch) takes", type(batch).__name__)
-    sizes = {name: value.shape[0] if value.ndim else 0
-             for name, value in batch.items() if isinstance(value, Tensor)}
+    sizes = {
+        name: value.shape[0] if value.ndim else 0
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
     if not sizes or 0 in sizes.values():
-        _validate.fail("batch", "tensors with one example a row and at least one row",
-                       {n: tuple(v.shape) for n, v in batch.items() if isinstance(v, Tensor)})
+        _validate.fail(
+            "batch",
+            "tensors with one example a row and at least one row",
+            {n: tuple(v.shape) for n, v in batch.items() if isinstance(v, Tensor)},
+        )
     if len(set(sizes.values())) > 1:
         _validate.fail("batch", "tensors with equally many rows", sizes)
     return next(iter(sizes.values()))
@@ -96,14 +105,18 @@ def width(batch: Batch) -> int:
 
 def rows_of(batch: Batch, start: int, stop: int) -> dict[str, Any]:
     """Some rows of every tensor, and the other values as they are."""
-    return {name: value[start:stop].detach() if isinstance(value, Tensor) else value
-            for name, value in batch.items()}
+    return {
+        name: value[start:stop].detach() if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def copied(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
     """``rows`` of every tensor, as copies that a model may change in place."""
-    return {name: value.detach()[list(rows)] if isinstance(value, Tensor) else value
-            for name, value in batch.items()}
+    return {
+        name: value.detach()[list(rows)] if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def wide_dtype(parameter: Tensor) -> torch.dtype:

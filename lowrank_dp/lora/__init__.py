@@ -27,8 +27,15 @@ ENTRY_KURTOSIS = {"gaussian": 3.0, "kaiming": 9 / 5}
 _CONFIDENCE_95 = 1.959964
 
 
-def draw_a(rank: int, n: int, *, init: str = "gaussian", generator: torch.Generator | None = None,
-           dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+def draw_a(
+    rank: int,
+    n: int,
+    *,
+    init: str = "gaussian",
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """A (rank, n) with independent entries of mean 0 and variance 1/rank, so E[A^T A] = I.
 
     Args:
@@ -43,14 +50,16 @@ def draw_a(rank: int, n: int, *, init: str = "gaussian", generator: torch.Genera
     device = torch.device(device)
     generator = _generator(generator, device)
     if init == "gaussian":
-        return torch.randn(rank, n, generator=generator, dtype=dtype,
-                           device=device).mul_(rank ** -0.5)
+        return torch.randn(rank, n, generator=generator, dtype=dtype, device=device).mul_(
+            rank**-0.5
+        )
     uniform = torch.rand(rank, n, generator=generator, dtype=dtype, device=device)
     return uniform.mul_(2).sub_(1).mul_((3 / rank) ** 0.5)
 
 
-def project(gradient: Tensor, rank: int, *, init: str = "gaussian",
-            generator: torch.Generator | None = None) -> Tensor:
+def project(
+    gradient: Tensor, rank: int, *, init: str = "gaussian", generator: torch.Generator | None = None
+) -> Tensor:
     """The gradient that LoRA follows at B = 0: ``G A^T A`` with one A shared by all rows.
 
     Its mean over A is ``gradient``. A is drawn by :func:`draw_a` and not returned.
@@ -66,13 +75,20 @@ def project(gradient: Tensor, rank: int, *, init: str = "gaussian",
         ValueError: on anything else, naming the argument.
     """
     _matrix("gradient", gradient)
-    a = draw_a(rank, gradient.shape[1], init=init, generator=generator, dtype=gradient.dtype,
-               device=gradient.device)
+    a = draw_a(
+        rank,
+        gradient.shape[1],
+        init=init,
+        generator=generator,
+        dtype=gradient.dtype,
+        device=gradient.device,
+    )
     return (gradient @ a.T) @ a
 
 
-def sample_noise(q: Tensor, rank: int, num_samples: int, *,
-                 generator: torch.Generator | None = None) -> Tensor:
+def sample_noise(
+    q: Tensor, rank: int, num_samples: int, *, generator: torch.Generator | None = None
+) -> Tensor:
     """Independent samples (num_samples, n) of u = q (A^T A - I) by its exact law, without any A.
 
     With q rotated to the first axis, u / |q| = (s - 1, sqrt(s) g): s is chi^2_rank / rank, and g is
@@ -94,15 +110,17 @@ def sample_noise(q: Tensor, rank: int, num_samples: int, *,
     _validate.floating("q", q)
     if q.ndim != 1:
         _validate.fail("q", "a tensor of shape (n,)", f"shape {tuple(q.shape)}")
-    rank, num_samples = _validate.integer("rank", rank), _validate.integer("num_samples",
-                                                                           num_samples)
+    rank, num_samples = (
+        _validate.integer("rank", rank),
+        _validate.integer("num_samples", num_samples),
+    )
     generator = _generator(generator, q.device)
     q = q.detach()
     largest = q.abs().max()
     if largest == 0:
         raise ValueError("q must have a nonzero entry, got all zeros")
     unit = (q / largest).double()
-    norm = torch.linalg.vector_norm(unit) * largest     # |q|, without overflow on the way
+    norm = torch.linalg.vector_norm(unit) * largest  # |q|, without overflow on the way
     unit = (unit / torch.linalg.vector_norm(unit)).to(q)
 
     # torch's own sampler behind distributions.Gamma, which takes no generator
@@ -114,8 +132,9 @@ def sample_noise(q: Tensor, rank: int, num_samples: int, *,
     return noise.mul_(spread[:, None]).addr_(along, unit)
 
 
-def matched_noise(gradient: Tensor, rank: int, *,
-                  generator: torch.Generator | None = None) -> Tensor:
+def matched_noise(
+    gradient: Tensor, rank: int, *, generator: torch.Generator | None = None
+) -> Tensor:
     """Independent Gaussian noise (m, n) with the variance that ``G A^T A - G`` has in each entry.
 
     What the Gaussian reading puts in the place of the projection: same variances, but no
@@ -123,8 +142,12 @@ def matched_noise(gradient: Tensor, rank: int, *,
     """
     _matrix("gradient", gradient)
     rank = _validate.integer("rank", rank)
-    noise = torch.randn(gradient.shape, generator=_generator(generator, gradient.device),
-                        dtype=gradient.dtype, device=gradient.device)
+    noise = torch.randn(
+        gradient.shape,
+        generator=_generator(generator, gradient.device),
+        dtype=gradient.dtype,
+        device=gradient.device,
+    )
     return noise * _variance(gradient, rank, "gaussian").sqrt()
 
 
@@ -154,8 +177,14 @@ class NoiseMoments:
     kurtosis_exact: float
 
 
-def measure_noise(gradient: Tensor, rank: int, num_draws: int, *, init: str = "gaussian",
-                  generator: torch.Generator | None = None) -> NoiseMoments:
+def measure_noise(
+    gradient: Tensor,
+    rank: int,
+    num_draws: int,
+    *,
+    init: str = "gaussian",
+    generator: torch.Generator | None = None,
+) -> NoiseMoments:
     """Variance and kurtosis of U = G A^T A - G over ``num_draws`` draws that form A.
 
     Args:
@@ -167,8 +196,10 @@ def measure_noise(gradient: Tensor, rank: int, num_draws: int, *, init: str = "g
         generator: on the gradient's device; None takes one seeded from the operating system.
     """
     _matrix("gradient", gradient)
-    rank, num_draws = _validate.integer("rank", rank), _validate.integer("num_draws", num_draws,
-                                                                         low=2)
+    rank, num_draws = (
+        _validate.integer("rank", rank),
+        _validate.integer("num_draws", num_draws, low=2),
+    )
     _validate.choice("init", init, ENTRY_KURTOSIS)
     generator = _generator(generator, gradient.device)
     rows = gradient.detach().double()
@@ -183,15 +214,21 @@ def measure_noise(gradient: Tensor, rank: int, num_draws: int, *, init: str = "g
         second[draw] = square.mean()
         fourth[draw] = square.div_(variance).square_().mean()
     beta2 = rows.square().clamp(max=1).cpu().numpy()
-    exact = (float(np.mean(noise_kurtosis(rank, 1, beta2=beta2))) if init == "gaussian"
-             else float("nan"))
-    half_width = _CONFIDENCE_95 / num_draws ** 0.5
+    exact = (
+        float(np.mean(noise_kurtosis(rank, 1, beta2=beta2))) if init == "gaussian" else float("nan")
+    )
+    half_width = _CONFIDENCE_95 / num_draws**0.5
     return NoiseMoments(
-        rank=rank, num_draws=num_draws, init=init,
-        variance=float(second.mean()), variance_ci=half_width * float(second.std()),
+        rank=rank,
+        num_draws=num_draws,
+        init=init,
+        variance=float(second.mean()),
+        variance_ci=half_width * float(second.std()),
         variance_exact=float(variance.mean()),
-        kurtosis=float(fourth.mean()), kurtosis_ci=half_width * float(fourth.std()),
-        kurtosis_exact=exact)
+        kurtosis=float(fourth.mean()),
+        kurtosis_ci=half_width * float(fourth.std()),
+        kurtosis_exact=exact,
+    )
 
 
 def _variance(gradient: Tensor, rank: int, init: str) -> Tensor:

@@ -11,9 +11,16 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
-def real_array(name: str, value: ArrayLike, *, ndim: int = 1, or_more: bool = False,
-               shape: tuple[int, ...] | None = None, low: float = -np.inf, finite: bool = True
-               ) -> Array:
+def real_array(
+    name: str,
+    value: ArrayLike,
+    *,
+    ndim: int = 1,
+    or_more: bool = False,
+    shape: tuple[int, ...] | None = None,
+    low: float = -np.inf,
+    finite: bool = True,
+) -> Array:
     """``value`` as a non-empty float64 array of numbers >= ``low``, of ``ndim`` axes or ``shape``.
 
     With ``or_more``, an array of more than ``ndim`` axes is accepted as well.
@@ -32,8 +39,13 @@ def real_array(name: str, value: ArrayLike, *, ndim: int = 1, or_more: bool = Fa
         fail(name, "an array of numbers", f"dtype {array.dtype}")
     enough = array.ndim >= ndim if or_more else array.ndim == ndim
     if array.shape != shape if shape is not None else not enough:
-        fail(name, f"of shape {shape}" if shape is not None else
-             f"an array with {ndim} axes{' or more' if or_more else ''}", f"shape {array.shape}")
+        fail(
+            name,
+            f"of shape {shape}"
+            if shape is not None
+            else f"an array with {ndim} axes{' or more' if or_more else ''}",
+            f"shape {array.shape}",
+        )
     if array.size == 0:
         fail(name, "non-empty", f"shape {array.shape}")
     array = array.astype(np.float64, copy=False)
@@ -42,8 +54,10 @@ def real_array(name: str, value: ArrayLike, *, ndim: int = 1, or_more: bool = Fa
         first = np.unravel_index(np.argmin(good), array.shape)
         where = int(first[0]) if array.ndim == 1 else tuple(map(int, first))
         kind = ("finite" if finite else "a number") + (f" and >= {low:g}" if low > -np.inf else "")
-        raise ValueError(f"{name} must be {kind}, got {(~good).sum()} bad of {array.size}, "
-                         f"first at index {where}: {array[first]}")
+        raise ValueError(
+            f"{name} must be {kind}, got {(~good).sum()} bad of {array.size}, "
+            f"first at index {where}: {array[first]}"
+        )
     return array
 
 
@@ -52,7 +66,8 @@ def membership(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Mask:
     array = np.asarray(value)
     if array.shape != shape:
         fail(name, f"of shape {shape}", f"shape {array.shape}")
-    if array.dtype != np.bool_ and (array.dtype.kind not in "iuf"
-                                    or not np.isin(array, (0, 1)).all()):
+    if array.dtype != np.bool_ and (
+        array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all()
+    ):
         fail(name, "True and False, or 1 and 0", f"dtype {array.dtype}")
     return array.astype(np.bool_, copy=False)

@@ -15,8 +15,15 @@ from lowrank_dp import _validate
 from lowrank_dp.models import load_model
 from lowrank_dp.models.backbones import find_backbone, read_json
 
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-              "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,7 @@ def read_checkpoint(folder: Path, base: str = "") -> Checkpoint:
             backbone = find_backbone(base or str(document.get("base_model_name_or_path")))
         except ValueError:  # the loader says what is wrong with it
             return Checkpoint(is_adapter=True)
-        return replace(_head(Path(backbone.path) / "config.json", backbone.config),
-                       is_adapter=True)
+        return replace(_head(Path(backbone.path) / "config.json", backbone.config), is_adapter=True)
     if (file := folder / "config.json").is_file():
         return _head(file, _object(file))
     return Checkpoint()
@@ -63,7 +69,9 @@ def has_label_head(model: str) -> bool:
     """Whether ``model`` (a name, hub id or folder) is a classifier by its own configuration."""
     backbone = find_backbone(model)
     return _head(Path(backbone.path) / "config.json", backbone.config).kind in (
-        "classification", "regression")
+        "classification",
+        "regression",
+    )
 
 
 def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any]:
@@ -80,9 +88,10 @@ def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any
     except ValueError as error:
         above = folder.absolute().parent
         if "tokenizer" in str(error) and _has_tokenizer(above) and not _has_tokenizer(folder):
-            raise ValueError(f"{folder} holds no tokenizer, and its parent folder {above.name} "
-                             "does: copy the tokenizer's files from there into the checkpoint"
-                             ) from None
+            raise ValueError(
+                f"{folder} holds no tokenizer, and its parent folder {above.name} "
+                "does: copy the tokenizer's files from there into the checkpoint"
+            ) from None
         raise
 
 
@@ -106,13 +115,20 @@ def _head(file: Path, config: Mapping[str, Any]) -> Checkpoint:
         return Checkpoint("generation")
     if not architecture.endswith("ForSequenceClassification"):
         return Checkpoint()
-    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})   # transformers' default
-    if not isinstance(labels, dict) or not labels or sorted(labels) != sorted(
-            map(str, range(len(labels)))) or not all(isinstance(v, str) for v in labels.values()):
-        raise ValueError(f"{file}: id2label must be an object that gives each class number from 0 "
-                         f"its name, got {labels!r:.80}")
+    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # transformers' default
+    if (
+        not isinstance(labels, dict)
+        or not labels
+        or sorted(labels) != sorted(map(str, range(len(labels))))
+        or not all(isinstance(v, str) for v in labels.values())
+    ):
+        raise ValueError(
+            f"{file}: id2label must be an object that gives each class number from 0 "
+            f"its name, got {labels!r:.80}"
+        )
     own = tuple(labels[str(i)] for i in range(len(labels)))
     regression = config.get("problem_type") == "regression" or len(own) == 1
     unnamed = own == tuple(f"LABEL_{i}" for i in range(len(own)))
-    return Checkpoint("regression" if regression else "classification", len(own),
-                      () if unnamed else own)
+    return Checkpoint(
+        "regression" if regression else "classification", len(own), () if unnamed else own
+    )

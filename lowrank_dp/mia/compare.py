@@ -58,17 +58,28 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
     first = reports[0]
     for target, report in zip(targets, reports, strict=True):
         if report.ids != first.ids or not np.array_equal(report.is_member, first.is_member):
-            raise ValueError(f"{target.folder} must have the records and coins of "
-                             f"{targets[0].folder} to be compared: train both with one --seed")
+            raise ValueError(
+                f"{target.folder} must have the records and coins of "
+                f"{targets[0].folder} to be compared: train both with one --seed"
+            )
         if report.primary != first.primary:
-            raise ValueError(f"{target.folder} has the primary attack {report.primary}, and "
-                             f"{targets[0].folder} {first.primary}: name one with --primary")
+            raise ValueError(
+                f"{target.folder} has the primary attack {report.primary}, and "
+                f"{targets[0].folder} {first.primary}: name one with --primary"
+            )
     points = tuple(_point(target, report) for target, report in zip(targets, reports, strict=True))
     counted = [_counted(target, report) for target, report in zip(targets, reports, strict=True)]
-    paired = tuple(metrics.paired_auc_difference(values, counted[0][0], coins)
-                   for values, coins in counted[1:])
-    return Comparison(first.primary, utility_metric(targets[0]), points, paired,
-                      matched(points, "train_loss"), matched(points, "utility"))
+    paired = tuple(
+        metrics.paired_auc_difference(values, counted[0][0], coins) for values, coins in counted[1:]
+    )
+    return Comparison(
+        first.primary,
+        utility_metric(targets[0]),
+        points,
+        paired,
+        matched(points, "train_loss"),
+        matched(points, "utility"),
+    )
 
 
 def _counted(target: Target, report: Report) -> tuple[np.ndarray, np.ndarray]:
@@ -83,8 +94,11 @@ def method_name(config: TrainConfig) -> str:
     """What the configuration is, apart from its length: "lora r=8, sigma 0.6, optimal"."""
     words = [config.method if config.method == "full" else f"{config.method} r={config.rank}"]
     if not config.non_private:
-        noise = (f"epsilon {config.epsilon:g}" if config.epsilon is not None
-                 else f"sigma {config.noise_multiplier:g}")
+        noise = (
+            f"epsilon {config.epsilon:g}"
+            if config.epsilon is not None
+            else f"sigma {config.noise_multiplier:g}"
+        )
         words.append(f"DP, {noise}")
     if config.scheme != "none" or config.low_pass is not None:
         words.append(("running mean + " if config.low_pass is not None else "") + config.scheme)
@@ -100,8 +114,14 @@ def utility_metric(target: Target) -> str:
 def _point(target: Target, report: Report) -> Point:
     name, result = utility_metric(target), target.trained
     auc = next(attack.auc for attack in report.attacks if attack.name == report.primary)
-    return Point(target.folder.name, method_name(result.config), result.config.steps,
-                 result.train_loss, float(result.curve[-1][name]), auc)
+    return Point(
+        target.folder.name,
+        method_name(result.config),
+        result.config.steps,
+        result.train_loss,
+        float(result.curve[-1][name]),
+        auc,
+    )
 
 
 def matched(points: Sequence[Point], by: str) -> tuple[float, dict[str, float]] | None:
@@ -149,19 +169,35 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, a checkpoint each."""
     name = comparison.utility_name
     direction = "higher is better" if HIGHER_IS_BETTER[name] else "lower is better"
-    columns = ["checkpoint", "method", "steps", "train loss", f"{name} ({direction})",
-               f"AUC of {comparison.attack} [95%]", "difference from the first (p)",
-               "AUC at matched train loss", f"AUC at matched {name}"]
+    columns = [
+        "checkpoint",
+        "method",
+        "steps",
+        "train loss",
+        f"{name} ({direction})",
+        f"AUC of {comparison.attack} [95%]",
+        "difference from the first (p)",
+        "AUC at matched train loss",
+        f"AUC at matched {name}",
+    ]
     rows = []
     for i, point in enumerate(comparison.points):
         paired = comparison.paired[i - 1] if i else None
-        rows.append([
-            point.name, point.method, str(point.steps), f"{point.train_loss:.3g}",
-            f"{point.utility:.3g}",
-            f"{point.auc.value:.3f} [{point.auc.ci[0]:.3f}, {point.auc.ci[1]:.3f}]",
-            "" if paired is None else f"{paired.difference:+.3f} ({paired.p_value:.2g})",
-            *(f"{found[1][point.method]:.3f} at {found[0]:.3g}" if found else "no overlap"
-              for found in (comparison.at_loss, comparison.at_utility))])
+        rows.append(
+            [
+                point.name,
+                point.method,
+                str(point.steps),
+                f"{point.train_loss:.3g}",
+                f"{point.utility:.3g}",
+                f"{point.auc.value:.3f} [{point.auc.ci[0]:.3f}, {point.auc.ci[1]:.3f}]",
+                "" if paired is None else f"{paired.difference:+.3f} ({paired.p_value:.2g})",
+                *(
+                    f"{found[1][point.method]:.3f} at {found[0]:.3g}" if found else "no overlap"
+                    for found in (comparison.at_loss, comparison.at_utility)
+                ),
+            ]
+        )
     return columns, rows
 
 
@@ -169,8 +205,10 @@ def notes(comparison: Comparison) -> list[str]:
     """What the table does not say by itself."""
     lines = [f"Attack {comparison.attack}; single run of each, not a ranking. NON-PRIVATE."]
     if comparison.at_loss is None or comparison.at_utility is None:
-        lines.append("No overlap: give each method at several --steps, so that their ranges of "
-                     "training loss and of the metric meet.")
+        lines.append(
+            "No overlap: give each method at several --steps, so that their ranges of "
+            "training loss and of the metric meet."
+        )
     return lines
 
 

@@ -48,13 +48,16 @@ def read(path: Path, side: str, reading: Reading, name: str = "") -> Given:
         _validate.fail(side, "an existing file of records (JSON Lines or another table)", str(path))
     task = _task(path, reading)
     if len(task.splits) > 1:
-        raise ValueError(f"{side} must be one table, {path} has {', '.join(task.splits)}: give the "
-                         "file of one of them")
+        raise ValueError(
+            f"{side} must be one table, {path} has {', '.join(task.splits)}: give the "
+            "file of one of them"
+        )
     examples = []
     for example in next(iter(task.splits.values())):
         unique = f"{side}/{example.id.rsplit('/', 1)[1]}"
-        group = (record_group(name or task.name, example.text) if task.kind == "generation"
-                 else unique)
+        group = (
+            record_group(name or task.name, example.text) if task.kind == "generation" else unique
+        )
         examples.append(replace(example, id=unique, group=group))
     columns = task.source.removeprefix(f"local files {path.absolute()}: ")
     return Given(path, task, tuple(examples), columns)
@@ -63,7 +66,8 @@ def read(path: Path, side: str, reading: Reading, name: str = "") -> Given:
 def _task(path: Path, reading: Reading) -> Task:
     columns, absolute = reading.columns, path.absolute()
     if reading.checkpoint.kind == "generation" and not (
-            columns.prompt or columns.target or columns.label):
+        columns.prompt or columns.target or columns.label
+    ):
         if columns.text is not None:
             return _plain(absolute, columns.text)
         there = {name for table in read_tables(absolute).values() for name in table.columns}
@@ -80,8 +84,9 @@ def _plain(path: Path, column: str) -> Task:
         for number, (where, row) in enumerate(table.rows):
             text = cell(where, row, column)
             if not isinstance(text, str) or not text.strip():
-                bad_cell(where, column, "a text that is not empty: fill it in or leave the row out",
-                         text)
+                bad_cell(
+                    where, column, "a text that is not empty: fill it in or leave the row out", text
+                )
             examples.append(Example(f"{name}/{split}/{number}", text))
         if not examples:
             raise ValueError(f"{path} must hold records, got none: it is empty")
@@ -92,8 +97,9 @@ def _plain(path: Path, column: str) -> Task:
 # --- classes ---------------------------------------------------------------------------------
 
 
-def in_common_classes(given: Sequence[Given], checkpoint: Checkpoint
-                      ) -> tuple[Task, list[tuple[Example, ...]]]:
+def in_common_classes(
+    given: Sequence[Given], checkpoint: Checkpoint
+) -> tuple[Task, list[tuple[Example, ...]]]:
     """The files' records with labels that count in the model's classes, and their task.
 
     Labels that are integers are the model's own class numbers. Labels that are words are mapped by
@@ -110,8 +116,12 @@ def in_common_classes(given: Sequence[Given], checkpoint: Checkpoint
     found = [_numbered(one, known, count, "the model") for one in given]
     highest = max(int(e.label or 0) for examples in found for e in examples)
     own_names = all(map(_is_number, words)) and not _all_in(words, known)
-    task = replace(task, num_labels=count or max(2, highest + 1),
-                   label_names=() if own_names else known, splits={"train": found[0]})
+    task = replace(
+        task,
+        num_labels=count or max(2, highest + 1),
+        label_names=() if own_names else known,
+        splits={"train": found[0]},
+    )
     return task, found
 
 
@@ -122,8 +132,9 @@ def in_classes_of(given: Given, task: Task) -> tuple[Example, ...]:
     return _numbered(given, task.label_names, task.num_labels, task.name)
 
 
-def _numbered(given: Given, known: Sequence[str], count: int | None, whose: str
-              ) -> tuple[Example, ...]:
+def _numbered(
+    given: Given, known: Sequence[str], count: int | None, whose: str
+) -> tuple[Example, ...]:
     names = given.task.label_names
     if known and _all_in(names, known):
         place = {_folded(name): i for i, name in enumerate(known)}
@@ -133,11 +144,14 @@ def _numbered(given: Given, known: Sequence[str], count: int | None, whose: str
         used = {numbers[int(e.label or 0)] for e in given.examples}
         if min(used) < 0 or (count is not None and max(used) >= count):
             wrong = max(used) if min(used) >= 0 else min(used)
-            raise ValueError(f"{given.path}: labels must be below {count}, as in {whose}, got "
-                             f"{wrong}")
+            raise ValueError(
+                f"{given.path}: labels must be below {count}, as in {whose}, got {wrong}"
+            )
     else:
-        raise ValueError(f"{given.path}: labels must be among {', '.join(known)}, those of "
-                         f"{whose}, got {', '.join(names)}")
+        raise ValueError(
+            f"{given.path}: labels must be among {', '.join(known)}, those of "
+            f"{whose}, got {', '.join(names)}"
+        )
     return tuple(replace(e, label=numbers[int(e.label or 0)]) for e in given.examples)
 
 

@@ -27,13 +27,13 @@ from lowrank_dp.data import Example
 from lowrank_dp.mia._arrays import Array, Mask, membership, real_array
 from lowrank_dp.mia.metrics import Auc, auc
 
-CONFIDENCE = 0.99                   # of the shift check: a false alarm in one of a hundred audits
+CONFIDENCE = 0.99  # of the shift check: a false alarm in one of a hundred audits
 OK, INVALID = "ok", "INVALID (shift)"
 # Jaccard similarity of character 5-grams: above, two texts of 50 characters differ by a word's
 # ending, and two of 200 by a short word.
 NEAR, NGRAM = 0.8, 5
-_BLOCK = 256                        # non-members compared at a time
-_PAIRS = 2**14                      # pairs whose similarity is worked out at a time
+_BLOCK = 256  # non-members compared at a time
+_PAIRS = 2**14  # pairs whose similarity is worked out at a time
 
 Labels = NDArray[np.intp]
 
@@ -41,8 +41,9 @@ Labels = NDArray[np.intp]
 # --- are the two sides drawn alike? ----------------------------------------------------------
 
 
-def blind_baseline(examples: Sequence[Example], is_member: ArrayLike, *, seed: int = 0,
-                   folds: int = 5) -> Auc:
+def blind_baseline(
+    examples: Sequence[Example], is_member: ArrayLike, *, seed: int = 0, folds: int = 5
+) -> Auc:
     """AUC of telling members apart by their words and length alone, with a 99% interval.
 
     A logistic regression on the records' words, lengths and labels is fitted forwards: the records
@@ -82,18 +83,25 @@ def blind_baseline(examples: Sequence[Example], is_member: ArrayLike, *, seed: i
         # the Mann-Whitney statistic's variance where all orders are alike; with ties it is less
         found.append((roc_auc_score(sides, scores), (n0 + n1 + 1) / (12 * n0 * n1)))
     if not found:
-        raise ValueError(f"examples must have members and non-members in several groups for the "
-                         f"shift check, got {len(truth)} records in {units.max() + 1} groups: add "
-                         "records of other groups")
+        raise ValueError(
+            f"examples must have members and non-members in several groups for the "
+            f"shift check, got {len(truth)} records in {units.max() + 1} groups: add "
+            "records of other groups"
+        )
     values, variances = np.array(found).T
     precision = (1 / variances).sum()
-    value, se = float((values / variances).sum() / precision), float(precision ** -0.5)
+    value, se = float((values / variances).sum() / precision), float(precision**-0.5)
     reach = float(special.ndtri((1 + CONFIDENCE) / 2)) * se
     return Auc(value, se, (max(0.0, value - reach), min(1.0, value + reach)))
 
 
-def unit_auc(scores: ArrayLike, examples: Sequence[Example], is_member: ArrayLike, *,
-             confidence: float = CONFIDENCE) -> Auc:
+def unit_auc(
+    scores: ArrayLike,
+    examples: Sequence[Example],
+    is_member: ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+) -> Auc:
     """`metrics.auc` of ``scores`` (N,), averaged over the records of a group on either side.
 
     Rows that share a source record share its coin and have like scores: counted one by one, they
@@ -102,15 +110,16 @@ def unit_auc(scores: ArrayLike, examples: Sequence[Example], is_member: ArrayLik
     return auc(*unit_scores(scores, examples, is_member), confidence=confidence)
 
 
-def unit_scores(scores: ArrayLike, examples: Sequence[Example], is_member: ArrayLike
-                ) -> tuple[Array, Mask]:
+def unit_scores(
+    scores: ArrayLike, examples: Sequence[Example], is_member: ArrayLike
+) -> tuple[Array, Mask]:
     """Mean score of each group's members and of its non-members, and which of both it is."""
     values = real_array("scores", scores, shape=(len(examples),))
     return _by_unit(values, _truth(examples, is_member), _units(examples))
 
 
 def shift_verdict(blind: Auc, base: Auc | None) -> str:
-    """"ok", or "INVALID (shift)" if 1/2 is outside one of the intervals.
+    """ "ok", or "INVALID (shift)" if 1/2 is outside one of the intervals.
 
     ``blind`` is from `blind_baseline`, ``base`` the `unit_auc` of the untuned base model's loss
     (minus it), at 99% both, so that of audits without a shift at most some 2% are called invalid.
@@ -142,17 +151,25 @@ def _features(examples: Sequence[Example]) -> sparse.csr_array:
 
     Made without a look at who is a member, so they may be made of all records at once.
     """
-    words = HashingVectorizer(n_features=2**18, alternate_sign=False, lowercase=False,
-                              token_pattern=r"\w+|[^\w\s]").transform(map(_whole, examples))
+    words = HashingVectorizer(
+        n_features=2**18, alternate_sign=False, lowercase=False, token_pattern=r"\w+|[^\w\s]"
+    ).transform(map(_whole, examples))
     words = words[:, np.bincount(words.indices, minlength=words.shape[1]) > 1]
     labels = [example.label for example in examples]
-    _, code = np.unique([str(label) if isinstance(label, int) else "" for label in labels],
-                        return_inverse=True)
-    rows = np.arange(len(code), dtype=np.int32)         # scikit-learn takes no wider indices
+    _, code = np.unique(
+        [str(label) if isinstance(label, int) else "" for label in labels], return_inverse=True
+    )
+    rows = np.arange(len(code), dtype=np.int32)  # scikit-learn takes no wider indices
     classes = sparse.coo_array((np.ones(len(code)), (rows, code.astype(np.int32))))
-    numbers = np.array([[*(math.log1p(len(part or "")) for part in _parts(example)),
-                         label if isinstance(label, float) else 0.0]
-                        for example, label in zip(examples, labels, strict=True)])
+    numbers = np.array(
+        [
+            [
+                *(math.log1p(len(part or "")) for part in _parts(example)),
+                label if isinstance(label, float) else 0.0,
+            ]
+            for example, label in zip(examples, labels, strict=True)
+        ]
+    )
     numbers = (numbers - numbers.mean(axis=0)) / np.maximum(numbers.std(axis=0), 1e-9)
     return sparse.hstack([words, classes, numbers], format="csr")
 
@@ -187,13 +204,16 @@ def overlap(examples: Sequence[Example], is_member: ArrayLike) -> tuple[Pair, ..
     for example, bit in zip(examples, truth, strict=True):
         if bit:
             first.setdefault(example.content_hash, example.id)
-    return tuple(Pair(first[content], example.id, 1.0)
-                 for example, bit in zip(examples, truth, strict=True)
-                 if not bit and (content := example.content_hash) in first)
+    return tuple(
+        Pair(first[content], example.id, 1.0)
+        for example, bit in zip(examples, truth, strict=True)
+        if not bit and (content := example.content_hash) in first
+    )
 
 
-def near_duplicates(examples: Sequence[Example], is_member: ArrayLike, *,
-                    threshold: float = NEAR) -> tuple[Pair, ...]:
+def near_duplicates(
+    examples: Sequence[Example], is_member: ArrayLike, *, threshold: float = NEAR
+) -> tuple[Pair, ...]:
     """Non-members whose text is nearly a member's, each with the member most like it.
 
     Two records are alike by the Jaccard similarity of their sets of character 5-grams, lower case
@@ -213,29 +233,38 @@ def near_duplicates(examples: Sequence[Example], is_member: ArrayLike, *,
     in_members = rare[members].T.tocsr()
     pairs: list[Pair] = []
     for start in progress(range(0, len(others), _BLOCK), "near-duplicates"):
-        rows = others[start:start + _BLOCK]
+        rows = others[start : start + _BLOCK]
         candidates = (rare[rows] @ in_members).tocoo()
         left, right = rows[candidates.row], members[candidates.col]
         short, long = np.sort([size[left], size[right]], axis=0)
         left, right = (side[short >= threshold * long] for side in (left, right))
         alike = _similarities(grams, left, right)
-        order = np.lexsort((right, -alike, left))       # of each non-member, the best comes first
+        order = np.lexsort((right, -alike, left))  # of each non-member, the best comes first
         order = order[alike[order] >= threshold]
         _, best = np.unique(left[order], return_index=True)
-        pairs += [Pair(examples[int(right[at])].id, examples[int(left[at])].id, float(alike[at]))
-                  for at in order[best]]
+        pairs += [
+            Pair(examples[int(right[at])].id, examples[int(left[at])].id, float(alike[at]))
+            for at in order[best]
+        ]
     return tuple(pairs)
 
 
 def _grams(examples: Sequence[Example]) -> sparse.csr_array:
     """Which n-grams each record has, as ones, (N, G) for G n-grams in all."""
     hashed = HashingVectorizer(
-        analyzer="char", ngram_range=(NGRAM, NGRAM), n_features=2**31 - 1, binary=True, norm=None,
-        strip_accents="unicode", alternate_sign=False, dtype=np.float32,
+        analyzer="char",
+        ngram_range=(NGRAM, NGRAM),
+        n_features=2**31 - 1,
+        binary=True,
+        norm=None,
+        strip_accents="unicode",
+        alternate_sign=False,
+        dtype=np.float32,
     ).transform(map(_whole, examples))
     found, columns = np.unique(hashed.indices, return_inverse=True)
-    return sparse.csr_array((hashed.data, columns.astype(np.int32), hashed.indptr),
-                            shape=(len(examples), len(found)))
+    return sparse.csr_array(
+        (hashed.data, columns.astype(np.int32), hashed.indptr), shape=(len(examples), len(found))
+    )
 
 
 def _rarest(grams: sparse.csr_array, threshold: float) -> sparse.csr_array:
@@ -248,10 +277,11 @@ def _rarest(grams: sparse.csr_array, threshold: float) -> sparse.csr_array:
     rows = np.repeat(np.arange(len(size)), size)
     frequency = np.bincount(grams.indices, minlength=grams.shape[1])[grams.indices]
     order = np.lexsort((grams.indices, frequency, rows))
-    place = np.arange(len(rows)) - grams.indptr[:-1][rows]          # in its row, rarest first
+    place = np.arange(len(rows)) - grams.indptr[:-1][rows]  # in its row, rarest first
     kept = order[place < (size - np.ceil(threshold * size - 1e-9) + 1)[rows]]
-    return sparse.csr_array((np.ones(len(kept), np.float32), (rows[kept], grams.indices[kept])),
-                            shape=grams.shape)
+    return sparse.csr_array(
+        (np.ones(len(kept), np.float32), (rows[kept], grams.indices[kept])), shape=grams.shape
+    )
 
 
 def _similarities(grams: sparse.csr_array, left: Labels, right: Labels) -> Array:
@@ -270,8 +300,9 @@ def _truth(examples: Sequence[Example], is_member: ArrayLike) -> Mask:
     """``is_member`` as booleans, with both sides there."""
     truth = membership("is_member", is_member, (len(examples),))
     if _one_sided(truth):
-        raise ValueError(f"is_member must have members and non-members, got {truth.sum()} of "
-                         f"{len(truth)}")
+        raise ValueError(
+            f"is_member must have members and non-members, got {truth.sum()} of {len(truth)}"
+        )
     return truth
 
 

@@ -60,8 +60,14 @@ class Learning:
         return words
 
 
-def judge_learning(kind: str, examples: Sequence[Example], is_member: np.ndarray, found: Signals,
-                   chance: Array, classes: int) -> Learning:
+def judge_learning(
+    kind: str,
+    examples: Sequence[Example],
+    is_member: np.ndarray,
+    found: Signals,
+    chance: Array,
+    classes: int,
+) -> Learning:
     """Compare the members' losses with ``chance`` (N,), which is from `chance_losses`.
 
     ``found`` has the signals of the N ``examples`` first; ``classes`` is the number of classes, or
@@ -69,8 +75,9 @@ def judge_learning(kind: str, examples: Sequence[Example], is_member: np.ndarray
     """
     count = len(examples)
     loss = found.loss[:count]
-    gain = _lower_bound(chance - loss, examples, is_member, ERROR / (2 if kind == "classification"
-                                                                    else 1))
+    gain = _lower_bound(
+        chance - loss, examples, is_member, ERROR / (2 if kind == "classification" else 1)
+    )
     better = gain > 0
     accuracy = majority = reference = None
     if kind == "classification":
@@ -84,13 +91,24 @@ def judge_learning(kind: str, examples: Sequence[Example], is_member: np.ndarray
         reference = float(before[is_member].mean())
         if kind == "generation":
             better = better and _lower_bound(before - loss, examples, is_member, ERROR) > 0
-    return Learning(float(loss[is_member].mean()), float(chance[is_member].mean()),
-                    float(np.log(classes)) if kind != "regression" else None,
-                    accuracy, majority, reference, bool(better))
+    return Learning(
+        float(loss[is_member].mean()),
+        float(chance[is_member].mean()),
+        float(np.log(classes)) if kind != "regression" else None,
+        accuracy,
+        majority,
+        reference,
+        bool(better),
+    )
 
 
-def chance_losses(kind: str, examples: Sequence[Example], is_member: np.ndarray,
-                  rows: Sequence[Mapping[str, Any]], vocabulary: int) -> Array:
+def chance_losses(
+    kind: str,
+    examples: Sequence[Example],
+    is_member: np.ndarray,
+    rows: Sequence[Mapping[str, Any]],
+    vocabulary: int,
+) -> Array:
     """Loss (N,) of each record under the best answer that knows nothing of it.
 
     ``rows`` are the encoded ``examples``; only members decide the answer. For texts, a record's own
@@ -108,8 +126,9 @@ def chance_losses(kind: str, examples: Sequence[Example], is_member: np.ndarray,
     return -np.log([share.get(float(label), 1 / (inside.size + 1)) for label in labels])
 
 
-def _unigram_losses(rows: Sequence[Mapping[str, Any]], is_member: np.ndarray, vocabulary: int
-                    ) -> Array:
+def _unigram_losses(
+    rows: Sequence[Mapping[str, Any]], is_member: np.ndarray, vocabulary: int
+) -> Array:
     scored = [np.array([t for t in row["labels"] if t != IGNORE], dtype=np.int64) for row in rows]
     vocabulary = max(vocabulary, 1 + max(int(tokens.max()) for tokens in scored))
     inside = [tokens for tokens, bit in zip(scored, is_member, strict=True) if bit]
@@ -122,8 +141,9 @@ def _unigram_losses(rows: Sequence[Mapping[str, Any]], is_member: np.ndarray, vo
     return np.array(losses)
 
 
-def _lower_bound(gain: Array, examples: Sequence[Example], is_member: np.ndarray, error: float
-                 ) -> float:
+def _lower_bound(
+    gain: Array, examples: Sequence[Example], is_member: np.ndarray, error: float
+) -> float:
     """One-sided lower confidence bound of the members' mean gain, by Student's t over units."""
     values, inside = guards.unit_scores(gain, examples, is_member)
     own = values[inside]

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from lowrank_dp.data import TASKS, Columns
 from lowrank_dp.data.examples import without_repeats
 
-SCHEMA_VERSION = 1                  # that of lowrank_dp.train.membership, as a test makes sure
+SCHEMA_VERSION = 1  # that of lowrank_dp.train.membership, as a test makes sure
 MAX_BYTES = 256 << 20
-MAX_VALUES = 10_000_000             # 2.5 million records; parsed, a value takes up to some 60 bytes
-SCHEMES = {"bernoulli": 0.5, "fixed": 0.5, "all": 1.0}      # coins -> probability
+MAX_VALUES = 10_000_000  # 2.5 million records; parsed, a value takes up to some 60 bytes
+SCHEMES = {"bernoulli": 0.5, "fixed": 0.5, "all": 1.0}  # coins -> probability
 _MEMBERSHIP = {"bernoulli": "bernoulli", "fixed": "half", "all": "all"}  # as the recipe has it
 _LARGEST = 2**63
 
@@ -105,39 +105,61 @@ def read_manifest(path: str | os.PathLike[str], *, base: str | None = None) -> M
         coins.fail("probability", f"{SCHEMES[scheme]} for {scheme!r}", coins.get("probability"))
     _check_coins(top, scheme, groups if unit == "group" else ids, is_member)
     return Manifest(
-        schema_version=version, task=top.name("task"), split=top.name("split"),
+        schema_version=version,
+        task=top.name("task"),
+        split=top.name("split"),
         source=top.text("source"),
-        kind=top.text("kind", ("classification", "regression", "generation")), unit=unit,
-        template=_template(top), max_length=top.optional_integer("max_length", low=1),
-        base={"model": backbone.name("model", folders=True) if base is None else base,
-              "seed": backbone.integer("seed"), **_weights(backbone)},
-        recipe=_recipe(top, backbone, unit, scheme), seed=top.optional_integer("seed"),
-        privacy=top.text("privacy"), train_loss=top.number("train_loss"),
+        kind=top.text("kind", ("classification", "regression", "generation")),
+        unit=unit,
+        template=_template(top),
+        max_length=top.optional_integer("max_length", low=1),
+        base={
+            "model": backbone.name("model", folders=True) if base is None else base,
+            "seed": backbone.integer("seed"),
+            **_weights(backbone),
+        },
+        recipe=_recipe(top, backbone, unit, scheme),
+        seed=top.optional_integer("seed"),
+        privacy=top.text("privacy"),
+        train_loss=top.number("train_loss"),
         eval_loss=top.number("eval_loss"),
         coins={"scheme": scheme, "probability": SCHEMES[scheme], "seed": coins.integer("seed")},
-        ids=tuple(ids), content_hashes=tuple(hashes), groups=tuple(groups), is_member=is_member)
+        ids=tuple(ids),
+        content_hashes=tuple(hashes),
+        groups=tuple(groups),
+        is_member=is_member,
+    )
 
 
 def _parse(path: Path) -> dict[str, Any]:
     """The JSON object in the file: no NaN, no infinity, no field twice, not too many values."""
     if not os.path.isfile(path):  # nor is a pipe or a device, which could go on for ever
-        raise ValueError(f"{path.parent} has no {path.name}: train with python -m lowrank_dp.train "
-                         "--membership bernoulli, or pass --members FILE --nonmembers FILE (the "
-                         "shift check is then mandatory)")
+        raise ValueError(
+            f"{path.parent} has no {path.name}: train with python -m lowrank_dp.train "
+            "--membership bernoulli, or pass --members FILE --nonmembers FILE (the "
+            "shift check is then mandatory)"
+        )
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= MAX_BYTES else b""
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror})") from None
     if size > MAX_BYTES:
-        raise ValueError(f"{path} must have at most {MAX_BYTES:,} bytes, got {size:,}: it is no "
-                         "manifest of a run")
+        raise ValueError(
+            f"{path} must have at most {MAX_BYTES:,} bytes, got {size:,}: it is no "
+            "manifest of a run"
+        )
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ValueError(f"{path} must hold at most {MAX_VALUES:,} values: it is no manifest of a "
-                         "run")
+        raise ValueError(
+            f"{path} must hold at most {MAX_VALUES:,} values: it is no manifest of a run"
+        )
     try:
-        document = json.loads(data.decode(), object_pairs_hook=without_repeats,
-                              parse_constant=_finite, parse_float=_finite)
+        document = json.loads(
+            data.decode(),
+            object_pairs_hook=without_repeats,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
@@ -160,8 +182,9 @@ def _check_coins(top: _Object, scheme: str, units: list[str], is_member: NDArray
     heads = sum(coin.values())
     expected = {"all": len(coin), "fixed": len(coin) // 2}.get(scheme, heads)
     if heads != expected:
-        top.fail("is_member", f"true for {expected} of {len(coin)} units with coins {scheme!r}",
-                 heads)
+        top.fail(
+            "is_member", f"true for {expected} of {len(coin)} units with coins {scheme!r}", heads
+        )
 
 
 def _template(top: _Object) -> Mapping[str, str] | None:
@@ -185,11 +208,15 @@ def _weights(backbone: _Object) -> dict[str, str]:
 def _recipe(top: _Object, backbone: _Object, unit: str, scheme: str) -> Mapping[str, Any]:
     """The recipe, if it is flat and says of model, unit and coins what the rest says."""
     recipe = top.object("recipe")
-    for name, expected in (("model", backbone.get("model")), ("unit", unit),
-                           ("membership", _MEMBERSHIP[scheme])):
+    for name, expected in (
+        ("model", backbone.get("model")),
+        ("unit", unit),
+        ("membership", _MEMBERSHIP[scheme]),
+    ):
         if recipe.get(name) != expected:
-            recipe.fail(name, f"{_shown(expected)}, as the rest of the file has it",
-                        recipe.get(name))
+            recipe.fail(
+                name, f"{_shown(expected)}, as the rest of the file has it", recipe.get(name)
+            )
     for name, value in recipe.values.items():
         if not _is_flat(value, 3):
             recipe.fail(_shown(name), "a number, a text, or a flat list or object of them", value)
@@ -205,8 +232,7 @@ def _recipe(top: _Object, backbone: _Object, unit: str, scheme: str) -> Mapping[
 
 
 def _is_flat(value: Any, levels: int) -> bool:
-    inner = (value.values() if isinstance(value, dict) else value if isinstance(value, list)
-             else ())
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels > 0 and all(_is_flat(item, levels - 1) for item in inner)
 
 
@@ -246,22 +272,34 @@ class _Object:
     def text(self, name: str, options: Iterable[str] = ()) -> str:
         value, options = self.get(name), tuple(options)
         if not _is_text(value) or (options and value not in options):
-            self.fail(name, f"one of {', '.join(options)}" if options else
-                      "a line of printable text", value)
+            self.fail(
+                name,
+                f"one of {', '.join(options)}" if options else "a line of printable text",
+                value,
+            )
         return value
 
     def name(self, name: str, *, folders: bool = False) -> str:
         """A text that leads nowhere as a path, or with ``folders`` only further inside."""
         parts = re.split(r"[/\\]", value := self.text(name))
-        if not parts[0] or parts[0][0] == "~" or ":" in parts[0] or ".." in parts or (
-                len(parts) > 1 and not folders):
-            fix = ("a hub id or a name, and no path elsewhere, which only the user gives, as --base"
-                   if folders else "a plain name and no path")
+        if (
+            not parts[0]
+            or parts[0][0] == "~"
+            or ":" in parts[0]
+            or ".." in parts
+            or (len(parts) > 1 and not folders)
+        ):
+            fix = (
+                "a hub id or a name, and no path elsewhere, which only the user gives, as --base"
+                if folders
+                else "a plain name and no path"
+            )
             self.fail(name, fix, value)
         return value
 
-    def column(self, name: str, count: int, requirement: str, valid: Callable[[Any], bool]
-               ) -> list[Any]:
+    def column(
+        self, name: str, count: int, requirement: str, valid: Callable[[Any], bool]
+    ) -> list[Any]:
         if not isinstance(values := self.get(name), list):
             self.fail(name, "a list", values)
         if len(values) != count:

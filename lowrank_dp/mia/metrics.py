@@ -62,20 +62,24 @@ def auc(scores: ArrayLike, is_member: ArrayLike, *, confidence: float = 0.95) ->
         return Auc(value, se, clopper_pearson(int(value) * fewest, fewest, confidence=confidence))
     reach = special.ndtri((1 + confidence) / 2) * se / (value * (1 - value))
     centre = special.logit(value)
-    return Auc(value, se, (float(special.expit(centre - reach)),
-                           float(special.expit(centre + reach))))
+    return Auc(
+        value, se, (float(special.expit(centre - reach)), float(special.expit(centre + reach)))
+    )
 
 
-def paired_auc_difference(scores_a: ArrayLike, scores_b: ArrayLike,
-                          is_member: ArrayLike) -> AucDifference:
+def paired_auc_difference(
+    scores_a: ArrayLike, scores_b: ArrayLike, is_member: ArrayLike
+) -> AucDifference:
     """DeLong's paired test of two scores of the same records.
 
     The variance is that of the differences of placement values, which is DeLong's covariance
     form. Where it vanishes (each AUC is 0, 1, or of equal scores) the p-value is 1 for equal AUCs
     and else 0, its limit, which a small sample does not support.
     """
-    a, b = (_placements(*_sides(scores, is_member, at_least=2, name=name))
-            for name, scores in (("scores_a", scores_a), ("scores_b", scores_b)))
+    a, b = (
+        _placements(*_sides(scores, is_member, at_least=2, name=name))
+        for name, scores in (("scores_a", scores_a), ("scores_b", scores_b))
+    )
     difference = a[0] - b[0]
     se = _standard_error(a[1] - b[1], a[2] - b[2])
     z = abs(difference) / se if se > 0 else (math.inf if difference else 0.0)
@@ -86,8 +90,8 @@ def _placements(members: Array, others: Array) -> tuple[float, Array, Array]:
     """AUC; of each member the share of non-members below it; of each non-member that above it."""
     n1, n0 = len(members), len(others)
     ranks = stats.rankdata(np.concatenate([members, others]))
-    wins = ranks[:n1] - stats.rankdata(members)                # non-members below, ties 1/2
-    losses = n1 - (ranks[n1:] - stats.rankdata(others))        # members above, ties 1/2
+    wins = ranks[:n1] - stats.rankdata(members)  # non-members below, ties 1/2
+    losses = n1 - (ranks[n1:] - stats.rankdata(others))  # members above, ties 1/2
     return float(wins.sum() / (n0 * n1)), wins / n0, losses / n1
 
 
@@ -122,8 +126,9 @@ class Roc:
     threshold: Array
 
 
-def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, fpr: float, *,
-               confidence: float = 0.95) -> TprAtFpr:
+def tpr_at_fpr(
+    scores: ArrayLike, is_member: ArrayLike, fpr: float, *, confidence: float = 0.95
+) -> TprAtFpr:
     """Share of members above the threshold that ``fpr`` in (0, 1) of the non-members exceed.
 
     With k = floor(fpr n0) the threshold is the (k+1)-th largest score of a non-member, and a
@@ -135,12 +140,15 @@ def tpr_at_fpr(scores: ArrayLike, is_member: ArrayLike, fpr: float, *,
     fpr = real("fpr", fpr, low=0, high=1, low_open=True, high_open=True)
     allowed = math.floor(fpr * n0 + 1e-9)
     if allowed < 1:
-        raise ValueError(f"is_member must have at least 1/fpr = {1 / fpr:.6g} non-members, got "
-                         f"{n0}: add some, or raise fpr from {fpr:g}")
+        raise ValueError(
+            f"is_member must have at least 1/fpr = {1 / fpr:.6g} non-members, got "
+            f"{n0}: add some, or raise fpr from {fpr:g}"
+        )
     threshold = np.sort(others)[::-1][min(allowed, n0 - 1)]
     tp, fp = int((members > threshold).sum()), int((others > threshold).sum())
-    return TprAtFpr(tp, fp, tp / n1, fp / n0, clopper_pearson(tp, n1, confidence=confidence),
-                    float(threshold))
+    return TprAtFpr(
+        tp, fp, tp / n1, fp / n0, clopper_pearson(tp, n1, confidence=confidence), float(threshold)
+    )
 
 
 def roc_points(scores: ArrayLike, is_member: ArrayLike) -> Roc:
@@ -231,8 +239,15 @@ class SplitEpsilon:
     num_nonmembers: int
 
 
-def epsilon_lower_bound(tp: int, num_members: int, fp: int, num_nonmembers: int, *,
-                        delta: float = 0.0, confidence: float = 0.95) -> float:
+def epsilon_lower_bound(
+    tp: int,
+    num_members: int,
+    fp: int,
+    num_nonmembers: int,
+    *,
+    delta: float = 0.0,
+    confidence: float = 0.95,
+) -> float:
     """Lower bound >= 0 on epsilon, from a test that called ``tp`` members and ``fp`` others so.
 
     max(0, ln((TPR_low - delta) / FPR_high), ln((1 - FPR_high - delta) / (1 - TPR_low))), both
@@ -247,36 +262,54 @@ def epsilon_lower_bound(tp: int, num_members: int, fp: int, num_nonmembers: int,
     num_members = integer("num_members", num_members)
     num_nonmembers = integer("num_nonmembers", num_nonmembers)
     bound = _log_likelihood_bound(
-        integer("tp", tp, low=0, high=num_members), num_members,
-        integer("fp", fp, low=0, high=num_nonmembers), num_nonmembers,
-        _delta(delta), _confidence(confidence))
+        integer("tp", tp, low=0, high=num_members),
+        num_members,
+        integer("fp", fp, low=0, high=num_nonmembers),
+        num_nonmembers,
+        _delta(delta),
+        _confidence(confidence),
+    )
     return max(0.0, float(bound))
 
 
-def split_epsilon(scores: ArrayLike, is_member: ArrayLike, generator: np.random.Generator, *,
-                  delta: float = 0.0, confidence: float = 0.95) -> SplitEpsilon:
+def split_epsilon(
+    scores: ArrayLike,
+    is_member: ArrayLike,
+    generator: np.random.Generator,
+    *,
+    delta: float = 0.0,
+    confidence: float = 0.95,
+) -> SplitEpsilon:
     """`epsilon_lower_bound` with a valid threshold: chosen on one random half, used on the other.
 
     ``generator`` draws the halves, of members and of non-members each (at least 2 of both). The
     threshold is the score with the highest bound on the calibration half.
     """
-    members, others = (generator.permutation(side)
-                       for side in _sides(scores, is_member, at_least=2))
+    members, others = (
+        generator.permutation(side) for side in _sides(scores, is_member, at_least=2)
+    )
     half1, half0 = len(members) // 2, len(others) // 2
     cut = np.unique(np.concatenate([members[:half1], others[:half0]]))
     bounds = _log_likelihood_bound(
-        _counts_above(members[:half1], cut), half1, _counts_above(others[:half0], cut), half0,
-        _delta(delta), _confidence(confidence))
+        _counts_above(members[:half1], cut),
+        half1,
+        _counts_above(others[:half0], cut),
+        half0,
+        _delta(delta),
+        _confidence(confidence),
+    )
     threshold = float(cut[np.argmax(bounds)])
     members, others = members[half1:], others[half0:]
     tp, fp = int((members > threshold).sum()), int((others > threshold).sum())
-    epsilon = epsilon_lower_bound(tp, len(members), fp, len(others), delta=delta,
-                                  confidence=confidence)
+    epsilon = epsilon_lower_bound(
+        tp, len(members), fp, len(others), delta=delta, confidence=confidence
+    )
     return SplitEpsilon(epsilon, threshold, tp, len(members), fp, len(others))
 
 
-def one_run_correct(scores: ArrayLike, is_member: ArrayLike, num_guesses: int,
-                    generator: np.random.Generator) -> int:
+def one_run_correct(
+    scores: ArrayLike, is_member: ArrayLike, num_guesses: int, generator: np.random.Generator
+) -> int:
     """How many of ``num_guesses`` guesses are right, for `one_run_epsilon`.
 
     The upper half of the guesses calls the highest scores members, the lower half the lowest
@@ -292,8 +325,14 @@ def one_run_correct(scores: ArrayLike, is_member: ArrayLike, num_guesses: int,
     return int(np.count_nonzero(~truth[order[:low]]) + np.count_nonzero(truth[order[-high:]]))
 
 
-def one_run_epsilon(num_examples: int, num_guesses: int, num_correct: int, *,
-                    delta: float = 0.0, confidence: float = 0.95) -> float:
+def one_run_epsilon(
+    num_examples: int,
+    num_guesses: int,
+    num_correct: int,
+    *,
+    delta: float = 0.0,
+    confidence: float = 0.95,
+) -> float:
     """Lower bound >= 0 on epsilon from one training run (arXiv 2305.08846, Theorem 5.2).
 
     ``num_examples`` = m records were each trained on by an independent fair coin (a fixed-size
@@ -334,29 +373,36 @@ def _one_run_p_value(m: int, r: int, v: int, epsilon: float, delta: float) -> fl
     return float(p_value)
 
 
-def _log_likelihood_bound(tp: ArrayLike, n1: int, fp: ArrayLike, n0: int, delta: float,
-                          confidence: float) -> Array:
+def _log_likelihood_bound(
+    tp: ArrayLike, n1: int, fp: ArrayLike, n0: int, delta: float, confidence: float
+) -> Array:
     """The bound of `epsilon_lower_bound` before the maximum with 0; counts may be arrays."""
     tail = (1 - confidence) / 2
     caught, alarm = _lower(tp, n1, tail), _upper(fp, n0, tail)
     spared, missed = _lower(n0 - np.asarray(fp), n0, tail), _upper(n1 - np.asarray(tp), n1, tail)
     with np.errstate(divide="ignore"):
-        return np.maximum(np.log(np.maximum(caught - delta, 0) / alarm),
-                          np.log(np.maximum(spared - delta, 0) / missed))
+        return np.maximum(
+            np.log(np.maximum(caught - delta, 0) / alarm),
+            np.log(np.maximum(spared - delta, 0) / missed),
+        )
 
 
 # --- arguments -------------------------------------------------------------------------------
 
 
-def _sides(scores: ArrayLike, is_member: ArrayLike, *, at_least: int = 1,
-           name: str = "scores") -> tuple[Array, Array]:
+def _sides(
+    scores: ArrayLike, is_member: ArrayLike, *, at_least: int = 1, name: str = "scores"
+) -> tuple[Array, Array]:
     """The members' scores and the non-members'."""
     values = real_array(name, scores, finite=False)
     truth: Mask = membership("is_member", is_member, values.shape)
     members, others = values[truth], values[~truth]
     if min(len(members), len(others)) < at_least:
-        fail("is_member", f"at least {at_least} True and {at_least} False",
-             f"{len(members)} and {len(others)}")
+        fail(
+            "is_member",
+            f"at least {at_least} True and {at_least} False",
+            f"{len(members)} and {len(others)}",
+        )
     return members, others
 
 

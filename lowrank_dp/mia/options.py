@@ -21,7 +21,7 @@ ATTACKS = {
     "quantile": "confidence over the non-members' quantile that its features predict",
     "gradient": "-norm of the loss gradient (white-box)",
     "projection": "symmetry of B A against the gradient sum with the record, over that without "
-                  "(white-box; one step with a frozen A, all other records known)",
+    "(white-box; one step with a frozen A, all other records known)",
     "lira": "likelihood ratio against shadows with and without the record",
     "lira-offline": "z-score against shadows without the record",
     "rmia": "share of population records whose likelihood ratio is beaten",

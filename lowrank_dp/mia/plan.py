@@ -27,14 +27,18 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
         lines.append(f"plan     {target.folder.name}: {passes}")
         lines.append(f"format   {target.format.description}")
         if options.shadow_dir is not None:
-            lines.append(f"plan     {len(find_shadows(target.recipe, options.shadow_dir))} shadows "
-                         f"found in {options.shadow_dir.name}")
+            lines.append(
+                f"plan     {len(find_shadows(target.recipe, options.shadow_dir))} shadows "
+                f"found in {options.shadow_dir.name}"
+            )
         elif options.num_shadows:
             configs = shadow_configs(target.recipe, options.num_shadows, options.seed)
             seconds = target.result.seconds + scoring if target.result else 0.0
-            lines.append(f"plan     {len(configs)} shadows of {target.recipe.steps} steps each, "
-                         f"about {_duration(seconds * len(configs))} at the speed of the "
-                         "checkpoint's own training; what is there is not redone")
+            lines.append(
+                f"plan     {len(configs)} shadows of {target.recipe.steps} steps each, "
+                f"about {_duration(seconds * len(configs))} at the speed of the "
+                "checkpoint's own training; what is there is not redone"
+            )
     return lines
 
 

@@ -25,8 +25,15 @@ from lowrank_dp.theory import symmetry_score
 from lowrank_dp.train import TrainResult
 
 # what makes B A one projected gradient of known records
-NEEDED = {"method": "lora-frozen-a", "optimizer": "sgd", "steps": 1, "unit": "example",
-          "weight_decay": 0.0, "non_private": True, "dropout": False}
+NEEDED = {
+    "method": "lora-frozen-a",
+    "optimizer": "sgd",
+    "steps": 1,
+    "unit": "example",
+    "weight_decay": 0.0,
+    "non_private": True,
+    "dropout": False,
+}
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -34,17 +41,27 @@ def why_not(result: TrainResult | None) -> str:
     """What of the recipe stands in the attack's way; "" if nothing does."""
     if result is None:
         return "it needs training.json"
-    wrong = [f"{name} {wanted!r}" for name, wanted in NEEDED.items()
-             if getattr(result.config, name) != wanted]
+    wrong = [
+        f"{name} {wanted!r}"
+        for name, wanted in NEEDED.items()
+        if getattr(result.config, name) != wanted
+    ]
     if result.sample_rate != 1:
         wrong.append("batch_size the number of members, so that none is left out by chance")
     return f"it needs a recipe with {', '.join(wrong)}" if wrong else ""
 
 
-def projection_scores(folder: str | Path, base: Mapping[str, Any], task: Task,
-                      examples: Sequence[Example], is_member: np.ndarray, *,
-                      max_length: int | None = None, pad_to: int | None = None,
-                      device: str = "cpu") -> Array:
+def projection_scores(
+    folder: str | Path,
+    base: Mapping[str, Any],
+    task: Task,
+    examples: Sequence[Example],
+    is_member: np.ndarray,
+    *,
+    max_length: int | None = None,
+    pad_to: int | None = None,
+    device: str = "cpu",
+) -> Array:
     """Symmetry score without each record less that with it, (N,); the true one is near 0.
 
     ``examples`` must be all records of the run with their truth ``is_member`` (N,), which stands
@@ -56,8 +73,11 @@ def projection_scores(folder: str | Path, base: Mapping[str, Any], task: Task,
     weight = model.get_parameter(f"{layer}.weight")
 
     def each() -> Iterator[tuple[bool, Array]]:
-        return zip(is_member, _gradients(model, weight, task, examples, base, max_length, pad_to),
-                   strict=True)
+        return zip(
+            is_member,
+            _gradients(model, weight, task, examples, base, max_length, pad_to),
+            strict=True,
+        )
 
     total = sum(member * gradient for member, gradient in each())
     found = []
@@ -76,9 +96,15 @@ def _released(file: Path) -> tuple[str, Array]:
     return name.removeprefix(_PREFIX).removesuffix(_A), b @ a
 
 
-def _gradients(model: Any, weight: Tensor, task: Task, examples: Sequence[Example],
-               base: Mapping[str, Any], max_length: int | None, pad_to: int | None
-               ) -> Iterator[Array]:
+def _gradients(
+    model: Any,
+    weight: Tensor,
+    task: Task,
+    examples: Sequence[Example],
+    base: Mapping[str, Any],
+    max_length: int | None,
+    pad_to: int | None,
+) -> Iterator[Array]:
     """The gradient of each record's loss in one layer, in order."""
     from lowrank_dp.models import load_tokenizer
 
@@ -86,7 +112,7 @@ def _gradients(model: Any, weight: Tensor, task: Task, examples: Sequence[Exampl
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     weight.requires_grad_(True)
     for row in rows:
-        (_, batch), = micro_batches([row], 1, tokenizer.pad_token_id, length=pad_to)
+        ((_, batch),) = micro_batches([row], 1, tokenizer.pad_token_id, length=pad_to)
         batch = {name: value.to(weight.device) for name, value in batch.items()}
         labels = batch.pop("labels")
         loss = LOSSES[LOSS_OF_KIND[task.kind]](model(**batch).logits, labels)[0].sum()

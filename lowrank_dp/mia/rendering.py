@@ -33,9 +33,19 @@ def save(report: Report, folder: Path) -> None:
     with artifacts.atomic_write(folder / "scores.csv") as file:
         file.write(text.getvalue().encode())
     columns, rows = table(report)
-    lines = [f"# Membership inference on {Path(report.model).name}", "", *header(report), "",
-             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
-             *("| " + " | ".join(row) + " |" for row in rows), "", *footer(report), "", LABEL]
+    lines = [
+        f"# Membership inference on {Path(report.model).name}",
+        "",
+        *header(report),
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        *footer(report),
+        "",
+        LABEL,
+    ]
     with artifacts.atomic_write(folder / "summary.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
 
@@ -56,10 +66,16 @@ def show(report: Report, console: Console) -> None:
 def header(report: Report) -> list[str]:
     """What was attacked, and the guards."""
     members = int(report.is_member.sum())
-    losses = (f"; train loss {report.train_loss:.3g} / eval {report.eval_loss:.3g}"
-              if report.train_loss is not None else "")
-    untuned = ("untuned base: not known" if report.untuned is None else
-               f"untuned base AUC {_interval(report.untuned)}")
+    losses = (
+        f"; train loss {report.train_loss:.3g} / eval {report.eval_loss:.3g}"
+        if report.train_loss is not None
+        else ""
+    )
+    untuned = (
+        "untuned base: not known"
+        if report.untuned is None
+        else f"untuned base AUC {_interval(report.untuned)}"
+    )
     return [
         f"model    {Path(report.model).name}: {report.description}{losses}",
         f"records  {members:,} in / {len(report.is_member) - members:,} out, coins {report.coins}, "
@@ -94,21 +110,30 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def footer(report: Report) -> list[str]:
     """The verdict, the bound beside the accountant, and what the numbers do not say."""
-    claimed = ("none" if report.accountant_epsilon is None
-               else f"{report.accountant_epsilon:.4g} at delta {report.delta:.3g}")
-    one_run = ("" if report.one_run_epsilon is None
-               else f"; one-run audit {report.one_run_epsilon:.3g}")
+    claimed = (
+        "none"
+        if report.accountant_epsilon is None
+        else f"{report.accountant_epsilon:.4g} at delta {report.delta:.3g}"
+    )
+    one_run = (
+        "" if report.one_run_epsilon is None else f"; one-run audit {report.one_run_epsilon:.3g}"
+    )
     lines = [
         f"epsilon >= {report.lower_bound:.3g} (95%, {report.primary}, split threshold, delta "
         f"{report.delta:.3g}{one_run}); accountant: {claimed}. Evidence, never a certificate.",
         "single run, not a ranking: compare methods over at least 3 seeds",
-        f"verdict  {report.verdict}"]
+        f"verdict  {report.verdict}",
+    ]
     if report.contradiction:
-        lines.append(f"CONTRADICTION: the lower bound {report.lower_bound:.3g} exceeds the "
-                     f"accountant's epsilon {report.accountant_epsilon:.4g}")
+        lines.append(
+            f"CONTRADICTION: the lower bound {report.lower_bound:.3g} exceeds the "
+            f"accountant's epsilon {report.accountant_epsilon:.4g}"
+        )
     if report.unavailable:
-        lines.insert(0, "not made: " + "; ".join(f"{name} ({why})" for name, why
-                                                 in report.unavailable.items()))
+        lines.insert(
+            0,
+            "not made: " + "; ".join(f"{name} ({why})" for name, why in report.unavailable.items()),
+        )
     return lines
 
 

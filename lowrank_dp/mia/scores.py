@@ -131,8 +131,9 @@ def min_k(token_log_probs: ArrayLike, *, fraction: float = 0.2) -> float:
     return _mean_of_lowest(real_array("token_log_probs", token_log_probs), fraction)
 
 
-def min_k_plus_plus(token_logits: ArrayLike, token_ids: ArrayLike, *,
-                    fraction: float = 0.2) -> float:
+def min_k_plus_plus(
+    token_logits: ArrayLike, token_ids: ArrayLike, *, fraction: float = 0.2
+) -> float:
     """Min-K%++: Min-K% of (ln p - mu) / sigma (Zhang et al. 2025, arXiv 2404.02936).
 
     mu and sigma are the mean and standard deviation of ln p over the vocabulary, weighted by p.
@@ -142,15 +143,16 @@ def min_k_plus_plus(token_logits: ArrayLike, token_ids: ArrayLike, *,
     logits, own = _below_top("token_logits", token_logits, token_ids)
     p = np.exp(logits)
     p /= p.sum(axis=1, keepdims=True)
-    logits = np.where(p > 0, logits, 0.0)                       # 0 ln 0 = 0
+    logits = np.where(p > 0, logits, 0.0)  # 0 ln 0 = 0
     mean = (p * logits).sum(axis=1)
     variance = (p * (logits - mean[:, None]) ** 2).sum(axis=1)
     sigma = np.maximum(np.sqrt(variance), MIN_SIGMA)
     return _mean_of_lowest((own - mean) / sigma, fraction)
 
 
-def error_zone(token_logits: ArrayLike, reference_token_logits: ArrayLike,
-               token_ids: ArrayLike) -> float:
+def error_zone(
+    token_logits: ArrayLike, reference_token_logits: ArrayLike, token_ids: ArrayLike
+) -> float:
     """EZ: of the change where the model still errs, the share that is upward (arXiv 2601.12104).
 
     With d = ln p - ln p_reference of the true tokens that are not the model's most likely ones:
@@ -159,14 +161,20 @@ def error_zone(token_logits: ArrayLike, reference_token_logits: ArrayLike,
     nothing is known: 0.5. Both logits are (T, V), ``token_ids`` is (T,).
     """
     logits, own = _below_top("token_logits", token_logits, token_ids)
-    reference, own_reference = _below_top("reference_token_logits", reference_token_logits,
-                                          token_ids)
+    reference, own_reference = _below_top(
+        "reference_token_logits", reference_token_logits, token_ids
+    )
     if reference.shape != logits.shape:
-        fail("reference_token_logits", f"of the shape of token_logits, {logits.shape}",
-             f"shape {reference.shape}")
-    log_p, log_reference = (true - np.log(np.exp(row).sum(axis=1))
-                            for true, row in ((own, logits), (own_reference, reference)))
-    return upward_share((log_p - log_reference)[own < 0])       # where another token is likelier
+        fail(
+            "reference_token_logits",
+            f"of the shape of token_logits, {logits.shape}",
+            f"shape {reference.shape}",
+        )
+    log_p, log_reference = (
+        true - np.log(np.exp(row).sum(axis=1))
+        for true, row in ((own, logits), (own_reference, reference))
+    )
+    return upward_share((log_p - log_reference)[own < 0])  # where another token is likelier
 
 
 def upward_share(change: Array) -> float:
@@ -178,8 +186,14 @@ def upward_share(change: Array) -> float:
 # --- shadow models: LiRA ---------------------------------------------------------------------
 
 
-def lira_online(phi: ArrayLike, shadow_phi: ArrayLike, shadow_is_member: ArrayLike, *,
-                location: str = "mean", fixed_variance: bool = True) -> Array:
+def lira_online(
+    phi: ArrayLike,
+    shadow_phi: ArrayLike,
+    shadow_is_member: ArrayLike,
+    *,
+    location: str = "mean",
+    fixed_variance: bool = True,
+) -> Array:
     """LiRA: ln N(phi; mu_in, s_in) - ln N(phi; mu_out, s_out), shape (N,) (arXiv 2112.03570).
 
     Each record needs a shadow with it and one without it. ``location``, "mean" or "median", is
@@ -195,8 +209,14 @@ def lira_online(phi: ArrayLike, shadow_phi: ArrayLike, shadow_is_member: ArrayLi
     return (z_out**2 - z_in**2) / 2 + np.log(s_out / s_in)
 
 
-def lira_offline(phi: ArrayLike, shadow_phi: ArrayLike, shadow_is_member: ArrayLike, *,
-                 location: str = "mean", fixed_variance: bool = True) -> Array:
+def lira_offline(
+    phi: ArrayLike,
+    shadow_phi: ArrayLike,
+    shadow_is_member: ArrayLike,
+    *,
+    location: str = "mean",
+    fixed_variance: bool = True,
+) -> Array:
     """LiRA's z = (phi - mu_out) / s_out, shape (N,), from the shadows without the record.
 
     The one-sided test of the paper, ranked by z itself, for its p-value underflows. The arguments
@@ -207,8 +227,9 @@ def lira_offline(phi: ArrayLike, shadow_phi: ArrayLike, shadow_is_member: ArrayL
     return (phi - mu_out) / s_out
 
 
-def _group_moments(values: Array, group: Mask, name: str, location: str,
-                   fixed_variance: bool) -> tuple[Array, Array]:
+def _group_moments(
+    values: Array, group: Mask, name: str, location: str, fixed_variance: bool
+) -> tuple[Array, Array]:
     """Location and standard deviation, (N,) each, of the ``values`` (S, N) inside the group."""
     choice("location", location, ("mean", "median"))
     count = _counts(group, name, at_least=1 if fixed_variance else 2)
@@ -216,8 +237,9 @@ def _group_moments(values: Array, group: Mask, name: str, location: str,
     for columns in _chunks(values):
         x, weight = values[:, columns], group[:, columns].astype(np.float64)
         mean[columns] = np.einsum("sn,sn->n", x, weight) / count[columns]
-        centre[columns] = (mean[columns] if location == "mean"
-                           else _median(x, group[:, columns], count[columns]))
+        centre[columns] = (
+            mean[columns] if location == "mean" else _median(x, group[:, columns], count[columns])
+        )
         residual = (x - (centre if fixed_variance else mean)[columns]) * weight
         squares[columns] = np.einsum("sn,sn->n", residual, residual)
     if fixed_variance:
@@ -240,9 +262,16 @@ def _median(x: Array, group: Mask, count: NDArray[np.int64]) -> Array:
 # --- shadow models: RMIA ---------------------------------------------------------------------
 
 
-def rmia_offline(loss: ArrayLike, shadow_loss: ArrayLike, shadow_is_member: ArrayLike,
-                 population_loss: ArrayLike, population_shadow_loss: ArrayLike, *,
-                 a: float = 0.3, gamma: float = 1.0) -> Array:
+def rmia_offline(
+    loss: ArrayLike,
+    shadow_loss: ArrayLike,
+    shadow_is_member: ArrayLike,
+    population_loss: ArrayLike,
+    population_shadow_loss: ArrayLike,
+    *,
+    a: float = 0.3,
+    gamma: float = 1.0,
+) -> Array:
     """Share, in [0, 1], of population records z with r(x) / r(z) >= gamma (arXiv 2312.03262).
 
     r = p_target / p with p = ((1 + a) p_out + 1 - a) / 2, where p_out is the mean of exp(-loss)
@@ -254,22 +283,30 @@ def rmia_offline(loss: ArrayLike, shadow_loss: ArrayLike, shadow_is_member: Arra
     return _share_beaten(ratio_x, -loss_z - _offline_log_probability(log_mean_z, a), gamma)
 
 
-def rmia_online(loss: ArrayLike, shadow_loss: ArrayLike, shadow_is_member: ArrayLike,
-                population_loss: ArrayLike, population_shadow_loss: ArrayLike, *,
-                gamma: float = 1.0) -> Array:
+def rmia_online(
+    loss: ArrayLike,
+    shadow_loss: ArrayLike,
+    shadow_is_member: ArrayLike,
+    population_loss: ArrayLike,
+    population_shadow_loss: ArrayLike,
+    *,
+    gamma: float = 1.0,
+) -> Array:
     """As `rmia_offline` with p(x) = (p_in + p_out) / 2 and p(z) the mean over all shadows.
 
     Each record needs a shadow with it and one without it.
     """
     loss, values, member = _shadows("loss", loss, shadow_loss, shadow_is_member)
-    log_p = np.logaddexp(_log_mean_probability(values, member, "IN"),
-                         _log_mean_probability(values, ~member, "OUT")) - np.log(2)
+    log_p = np.logaddexp(
+        _log_mean_probability(values, member, "IN"), _log_mean_probability(values, ~member, "OUT")
+    ) - np.log(2)
     loss_z, log_mean_z = _population(population_loss, population_shadow_loss, shadow_loss)
     return _share_beaten(-loss - log_p, -loss_z - log_mean_z, gamma)
 
 
-def rmia_log_ratio(loss: ArrayLike, shadow_loss: ArrayLike, shadow_is_member: ArrayLike, *,
-                   a: float = 0.3) -> Array:
+def rmia_log_ratio(
+    loss: ArrayLike, shadow_loss: ArrayLike, shadow_is_member: ArrayLike, *, a: float = 0.3
+) -> Array:
     """The ln r(x) of `rmia_offline`, shape (N,): its order without ties, and no population."""
     loss, values, member = _shadows("loss", loss, shadow_loss, shadow_is_member)
     log_mean = _log_mean_probability(values, ~member, "OUT")
@@ -290,16 +327,16 @@ def _log_mean_probability(loss: Array, group: Mask, name: str) -> Array:
 def _offline_log_probability(log_mean: Array, a: float) -> Array:
     """Log of ((1 + a) p_out + 1 - a) / 2."""
     a = real("a", a, low=0, high=1)
-    with np.errstate(divide="ignore"):                          # a = 1 leaves p_out alone
+    with np.errstate(divide="ignore"):  # a = 1 leaves p_out alone
         return np.logaddexp(np.log1p(a) + log_mean, np.log1p(-a)) - np.log(2)
 
 
-def _population(loss: ArrayLike, shadow_loss: ArrayLike, records: ArrayLike
-                ) -> tuple[Array, Array]:
+def _population(loss: ArrayLike, shadow_loss: ArrayLike, records: ArrayLike) -> tuple[Array, Array]:
     """The target's loss on the population, and ln of the shadows' mean probability, (Z,) each."""
     loss = real_array("population_loss", loss)
-    values = real_array("population_shadow_loss", shadow_loss,
-                        shape=(np.shape(records)[0], len(loss)))
+    values = real_array(
+        "population_shadow_loss", shadow_loss, shape=(np.shape(records)[0], len(loss))
+    )
     everyone = np.broadcast_to(np.True_, values.shape)
     return loss, _log_mean_probability(values, everyone, "population")
 
@@ -313,8 +350,9 @@ def _share_beaten(ratio_x: Array, ratio_z: Array, gamma: float) -> Array:
 # --- arguments -------------------------------------------------------------------------------
 
 
-def _shadows(name: str, target: ArrayLike, shadow: ArrayLike, is_member: ArrayLike
-             ) -> tuple[Array, Array, Mask]:
+def _shadows(
+    name: str, target: ArrayLike, shadow: ArrayLike, is_member: ArrayLike
+) -> tuple[Array, Array, Mask]:
     """The target's values (N,), the shadows' (S, N) and who was trained on what (S, N)."""
     values = real_array(name, target)
     shadows = real_array(f"shadow_{name}", shadow, ndim=2)
@@ -328,9 +366,11 @@ def _counts(group: Mask, name: str, *, at_least: int = 1) -> NDArray[np.int64]:
     count = np.count_nonzero(group, axis=0)
     if (short := count < at_least).any():
         fix = "" if at_least == 1 else " for a variance of its own (or fixed_variance=True)"
-        raise ValueError(f"shadow_is_member must give every record at least {at_least} {name} "
-                         f"shadow{fix}, got fewer for {short.sum()} of {count.size} records, "
-                         f"first record {np.argmax(short)}")
+        raise ValueError(
+            f"shadow_is_member must give every record at least {at_least} {name} "
+            f"shadow{fix}, got fewer for {short.sum()} of {count.size} records, "
+            f"first record {np.argmax(short)}"
+        )
     return count
 
 

@@ -27,8 +27,20 @@ from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 
 # what may differ between a target and its shadows: nothing that shapes the weights' law
-INCIDENTAL = ("seed", "device", "micro_batch_size", "eval_every", "eval_examples", "generate",
-              "num_beams", "max_new_tokens", "snapshot_every", "secure_rng", "compile", "shard")
+INCIDENTAL = (
+    "seed",
+    "device",
+    "micro_batch_size",
+    "eval_every",
+    "eval_examples",
+    "generate",
+    "num_beams",
+    "max_new_tokens",
+    "snapshot_every",
+    "secure_rng",
+    "compile",
+    "shard",
+)
 EVALUATED = 100  # examples, at a shadow's beginning and end: enough to see that it diverged
 
 
@@ -45,28 +57,49 @@ class Shadows:
 def shadow_configs(recipe: TrainConfig, count: int, seed: int) -> list[TrainConfig]:
     """The recipe ``count`` times, each with its own seed, none of which is the target's."""
     if recipe.membership == "all":
-        raise ValueError("shadows need a checkpoint trained with --membership bernoulli or half: "
-                         "this one was trained on every record, so none is left to compare with")
+        raise ValueError(
+            "shadows need a checkpoint trained with --membership bernoulli or half: "
+            "this one was trained on every record, so none is left to compare with"
+        )
     rng = random.Random(f"lowrank_dp shadows {seed}")
     seeds: dict[int, None] = {}
     while len(seeds) < _validate.integer("shadows", count):
         drawn = rng.getrandbits(31)
         if drawn != recipe.seed:
             seeds[drawn] = None
-    return [replace(recipe, seed=drawn, generate=False, eval_every=recipe.steps,
-                    eval_examples=min(recipe.eval_examples, EVALUATED), secure_rng=False,
-                    compile=False, shard=False) for drawn in seeds]
+    return [
+        replace(
+            recipe,
+            seed=drawn,
+            generate=False,
+            eval_every=recipe.steps,
+            eval_examples=min(recipe.eval_examples, EVALUATED),
+            secure_rng=False,
+            compile=False,
+            shard=False,
+        )
+        for drawn in seeds
+    ]
 
 
-def train_shadows(recipe: TrainConfig, count: int, folder: Path, *, seed: int = 0,
-                  num_workers: int | None = None, engine: str = "loky") -> list[Path]:
+def train_shadows(
+    recipe: TrainConfig,
+    count: int,
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_workers: int | None = None,
+    engine: str = "loky",
+) -> list[Path]:
     """Train what is missing of ``count`` shadows; their checkpoints' folders."""
     configs = shadow_configs(recipe, count, seed)
     outcomes = sweep(configs, folder, num_workers=num_workers, engine=engine, keep_model=True)
     failed = [outcome.error for outcome in outcomes if outcome.result is None]
     if failed:
-        raise ValueError(f"{len(failed)} of {count} shadows could not be trained: {failed[0]}; "
-                         "what was trained is kept, so the attack can be repeated")
+        raise ValueError(
+            f"{len(failed)} of {count} shadows could not be trained: {failed[0]}; "
+            "what was trained is kept, so the attack can be repeated"
+        )
     return [run_folder(config, folder) for config in configs]
 
 
@@ -79,17 +112,29 @@ def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
         other = load_result(path).config
         same = replace(other, **{name: getattr(recipe, name) for name in INCIDENTAL})
         if differences := recipe.differences(same):
-            raise ValueError(f"shadow {path.name} must be trained as the target was; target and "
-                             f"shadow differ in {'; '.join(differences)}")
+            raise ValueError(
+                f"shadow {path.name} must be trained as the target was; target and "
+                f"shadow differ in {'; '.join(differences)}"
+            )
         if other.seed == recipe.seed and other.seed is not None:
-            raise ValueError(f"shadow {path.name} has the target's seed {other.seed}: it is the "
-                             "target")
+            raise ValueError(
+                f"shadow {path.name} has the target's seed {other.seed}: it is the target"
+            )
     return found
 
 
-def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Example],
-                    population: Sequence[Example], *, encoding: Mapping[str, Any],
-                    batch_size: int, device: str, cache: Path, base: str = "") -> Shadows:
+def measure_shadows(
+    paths: Sequence[Path],
+    task: Task,
+    examples: Sequence[Example],
+    population: Sequence[Example],
+    *,
+    encoding: Mapping[str, Any],
+    batch_size: int,
+    device: str,
+    cache: Path,
+    base: str = "",
+) -> Shadows:
     """Signals of every shadow on the attacked records and on the population.
 
     ``encoding`` has the arguments of ``signals.measure`` that say how a record becomes tokens.
@@ -100,23 +145,26 @@ def measure_shadows(paths: Sequence[Path], task: Task, examples: Sequence[Exampl
         manifest = read_manifest(path / runs.MEMBERSHIP, base=base or None)
         contents = dict(zip(manifest.ids, manifest.content_hashes, strict=True))
         truth = dict(zip(manifest.ids, manifest.is_member, strict=True))
-        missing = [example.id for example in examples
-                   if contents.get(example.id) != example.content_hash]
+        missing = [
+            example.id for example in examples if contents.get(example.id) != example.content_hash
+        ]
         if missing:
-            raise ValueError(f"shadow {path.name} must have drawn a coin for every attacked record,"
-                             f" {len(missing)} are not in its pool with the same text, such as "
-                             f"{missing[0]}")
+            raise ValueError(
+                f"shadow {path.name} must have drawn a coin for every attacked record,"
+                f" {len(missing)} are not in its pool with the same text, such as "
+                f"{missing[0]}"
+            )
         members.append([truth[example.id] for example in examples])
 
         def measure(path: Path = path) -> signals.Signals:
             model, tokenizer = load_checkpoint(path, base, task=task, device=device)
-            return signals.measure(model, tokenizer, task, together, batch_size=batch_size,
-                                   **encoding)
+            return signals.measure(
+                model, tokenizer, task, together, batch_size=batch_size, **encoding
+            )
 
         found = signals.cached(cache, signals.key(path, together, encoding), measure)
         losses.append(found.loss)
         phis.append(found.phi)
     loss, phi = np.stack(losses), np.stack(phis)
     count = len(examples)
-    return Shadows(loss[:, :count], phi[:, :count], np.array(members, dtype=bool),
-                   loss[:, count:])
+    return Shadows(loss[:, :count], phi[:, :count], np.array(members, dtype=bool), loss[:, count:])

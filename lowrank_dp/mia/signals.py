@@ -55,9 +55,18 @@ class Signals:
     error_zone: Array
 
 
-def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *,
-            max_length: int | None = None, pad_to: int | None = None, batch_size: int = 64,
-            reference: Any = None, template: str | None = None) -> Signals:
+def measure(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    pad_to: int | None = None,
+    batch_size: int = 64,
+    reference: Any = None,
+    template: str | None = None,
+) -> Signals:
     """Signals of ``examples`` in their order, from one forward pass of ``model``.
 
     Every row is padded to ``pad_to`` tokens, as the model was trained, or to the longest row of its
@@ -73,8 +82,9 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
     found = {field.name: np.full(len(rows), np.nan) for field in fields(Signals)}
     model.eval()
     with torch.no_grad():
-        for indices, batch in micro_batches(rows, batch_size, tokenizer.pad_token_id,
-                                            length=pad_to):
+        for indices, batch in micro_batches(
+            rows, batch_size, tokenizer.pad_token_id, length=pad_to
+        ):
             batch = {name: value.to(device) for name, value in batch.items()}
             labels = batch.pop("labels")
             logits = model(**batch).logits.float()
@@ -89,25 +99,39 @@ def measure(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example],
         bad |= ~np.isfinite(found["reference_loss"])
     if bad.any():
         ids = [example.id for example, wrong in zip(examples, bad, strict=True) if wrong]
-        raise ValueError(f"{len(ids)} records have a loss that is not finite, such as "
-                         f"{', '.join(ids[:5])}: the checkpoint has diverged, or its weights are "
-                         "damaged")
+        raise ValueError(
+            f"{len(ids)} records have a loss that is not finite, such as "
+            f"{', '.join(ids[:5])}: the checkpoint has diverged, or its weights are "
+            "damaged"
+        )
     empty = np.zeros(0)
-    return Signals(**{name: empty if np.isnan(values).any() else values
-                      for name, values in found.items()})
+    return Signals(
+        **{name: empty if np.isnan(values).any() else values for name, values in found.items()}
+    )
 
 
-def gradient_norms(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *,
-                   max_length: int | None = None, pad_to: int | None = None,
-                   batch_size: int = 64, template: str | None = None) -> Array:
+def gradient_norms(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    pad_to: int | None = None,
+    batch_size: int = 64,
+    template: str | None = None,
+) -> Array:
     """Norm (N,) of each record's loss gradient over the trainable parameters: white-box."""
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
     batches = list(micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to))
     model.eval()
-    _, norms = clipped_sum_over(model, ({key: value.to(device) for key, value in batch.items()}
-                                        for _, batch in batches), 1.0,
-                                padding="max-length" if pad_to else "longest")
+    _, norms = clipped_sum_over(
+        model,
+        ({key: value.to(device) for key, value in batch.items()} for _, batch in batches),
+        1.0,
+        padding="max-length" if pad_to else "longest",
+    )
     found = np.zeros(len(rows))
     found[[i for indices, _ in batches for i in indices]] = norms.double().cpu().numpy()
     return found
@@ -118,8 +142,11 @@ def _classification(logits: Tensor, labels: Tensor, other: Tensor | None) -> dic
     phi = scores.logit_confidence_from_logits(z, y) if np.isfinite(z).all() else np.nan
     own = np.take_along_axis(z, y[:, None], axis=1)
     correct = (z < own).sum(axis=1) == z.shape[1] - 1  # a tie is no answer
-    return {"phi": phi, "correct": correct,
-            **_losses("single_label_classification", logits, labels, other)}
+    return {
+        "phi": phi,
+        "correct": correct,
+        **_losses("single_label_classification", logits, labels, other),
+    }
 
 
 def _regression(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
@@ -129,8 +156,10 @@ def _regression(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[st
 
 def _losses(kind: str, logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
     both = {"loss": logits} | ({} if other is None else {"reference_loss": other})
-    return {name: LOSSES[kind](values.double(), labels)[0].cpu().numpy()
-            for name, values in both.items()}
+    return {
+        name: LOSSES[kind](values.double(), labels)[0].cpu().numpy()
+        for name, values in both.items()
+    }
 
 
 def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
@@ -140,8 +169,10 @@ def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[st
     """
     rows, places = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     size = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
-    parts = [_tokens(logits[r, t], labels[r, t + 1], None if other is None else other[r, t])
-             for r, t in zip(rows.split(size), places.split(size), strict=True)]
+    parts = [
+        _tokens(logits[r, t], labels[r, t + 1], None if other is None else other[r, t])
+        for r, t in zip(rows.split(size), places.split(size), strict=True)
+    ]
     tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
     ends = np.cumsum(np.bincount(rows.cpu().numpy(), minlength=len(logits)))[:-1]
     found: dict[str, list[float]] = {}
@@ -150,14 +181,17 @@ def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[st
         loss = -one["log_p"].mean()
         values = {"loss": loss}
         if np.isfinite(loss):
-            values |= {"phi": float(scores.logit_confidence([loss])[0]),
-                       "min_k": scores.min_k(one["log_p"]),
-                       "min_k_plus_plus": scores.min_k(one["standardised"])}
+            values |= {
+                "phi": float(scores.logit_confidence([loss])[0]),
+                "min_k": scores.min_k(one["log_p"]),
+                "min_k_plus_plus": scores.min_k(one["standardised"]),
+            }
         if other is not None:
             values["reference_loss"] = -one["reference"].mean()
             if np.isfinite(loss):
                 values["error_zone"] = scores.upward_share(
-                    (one["log_p"] - one["reference"])[one["errs"]])
+                    (one["log_p"] - one["reference"])[one["errs"]]
+                )
         for field in fields(Signals):
             found.setdefault(field.name, []).append(values.get(field.name, np.nan))
     return found
@@ -178,7 +212,10 @@ def _tokens(logits: Tensor, ids: Tensor, other: Tensor | None) -> dict[str, Tens
 
 
 _SIGNALS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], dict[str, Any]]] = {
-    "classification": _classification, "regression": _regression, "generation": _generation}
+    "classification": _classification,
+    "regression": _regression,
+    "generation": _generation,
+}
 
 
 @contextmanager
@@ -193,8 +230,10 @@ def switched_off(reference: Any, model: Any) -> Iterator[Any]:
 
 # Models.
 
-def load_reference(folder: str | Path, base: Mapping[str, Any], task: Task, *,
-                   device: str = "cpu") -> Any:
+
+def load_reference(
+    folder: str | Path, base: Mapping[str, Any], task: Task, *, device: str = "cpu"
+) -> Any:
     """The model before fine-tuning: the manifest's base, with the head that training kept.
 
     A checkpoint without ``initial_head.safetensors`` was not trained here: its reference is a base
@@ -205,16 +244,21 @@ def load_reference(folder: str | Path, base: Mapping[str, Any], task: Task, *,
     with one_line(str(file)):
         head = load_file(file) if file.is_file() else {}
     try:
-        model, _ = load_model(base["model"], task=task, seed=base["seed"], device=device,
-                              new_head=bool(head))
+        model, _ = load_model(
+            base["model"], task=task, seed=base["seed"], device=device, new_head=bool(head)
+        )
     except ValueError as error:
-        raise ValueError(f"base: {error}; without a base nothing can be calibrated: give another, "
-                         "or leave out the attack 'base'") from None
+        raise ValueError(
+            f"base: {error}; without a base nothing can be calibrated: give another, "
+            "or leave out the attack 'base'"
+        ) from None
     check_base_weights(model, base.get("weights"), Path(folder).name, base["model"])
     if lost := sorted(set(getattr(model, "lowrank_dp_new", ())) - head.keys()):
-        raise ValueError(f"{file} must hold what the base {base['model']} lacks, {', '.join(lost)}:"
-                         " they would be drawn at random; train again, or leave out the attack "
-                         "'base'")
+        raise ValueError(
+            f"{file} must hold what the base {base['model']} lacks, {', '.join(lost)}:"
+            " they would be drawn at random; train again, or leave out the attack "
+            "'base'"
+        )
     with one_line(str(file)):
         _, unexpected = model.load_state_dict(head, strict=False)
     if unexpected:
@@ -223,8 +267,17 @@ def load_reference(folder: str | Path, base: Mapping[str, Any], task: Task, *,
 
 
 # what decides, beside the weights, which numbers a checkpoint gives
-_DECIDE = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
-           "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json")
+_DECIDE = (
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+)
 
 
 def weight_hash(folder: str | Path) -> str:
@@ -239,8 +292,9 @@ def weight_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def key(folder: str | Path, examples: Sequence[Example], encoding: Mapping[str, Any],
-        *context: str) -> str:
+def key(
+    folder: str | Path, examples: Sequence[Example], encoding: Mapping[str, Any], *context: str
+) -> str:
     """What decides a checkpoint's signals: its weights, the records in their order, their form.
 
     ``encoding`` has the arguments of `measure` that say how a record becomes tokens.
@@ -248,8 +302,9 @@ def key(folder: str | Path, examples: Sequence[Example], encoding: Mapping[str, 
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.id} {example.content_hash} {example.label}\n".encode())
-    return " ".join([weight_hash(folder), digest.hexdigest(), repr(sorted(encoding.items())),
-                     *context])
+    return " ".join(
+        [weight_hash(folder), digest.hexdigest(), repr(sorted(encoding.items())), *context]
+    )
 
 
 def cached(folder: Path, key: str, compute: Callable[[], Signals]) -> Signals:

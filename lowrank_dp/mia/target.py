@@ -42,7 +42,7 @@ class Format:
     def description(self) -> str:
         """One line for people."""
         written = "" if self.template is None else f" written as {self.template!r}"
-        cut = ("not cut" if self.max_length is None else f"cut to {self.max_length:,} tokens")
+        cut = "not cut" if self.max_length is None else f"cut to {self.max_length:,} tokens"
         return f"{self.columns}{written}, {cut} ({self.source}); scored: {self.scored}"
 
 
@@ -82,8 +82,10 @@ class Target:
     def trained(self) -> TrainResult:
         """How it was trained and what came of it; ``ValueError`` where no file says so."""
         if self.result is None:
-            raise ValueError(f"{self.folder} must hold training.json, for shadows by its own "
-                             "recipe and for comparisons: train with python -m lowrank_dp.train")
+            raise ValueError(
+                f"{self.folder} must hold training.json, for shadows by its own "
+                "recipe and for comparisons: train with python -m lowrank_dp.train"
+            )
         return self.result
 
     @property
@@ -103,17 +105,25 @@ def open_target(folder: str | Path, options: Options) -> Target:
     if not folder.is_dir():
         _validate.fail("model", "a checkpoint's folder", str(folder))
     head = read_checkpoint(folder, options.base)
-    records = load_records(folder, members=options.members, nonmembers=options.nonmembers,
-                           data_dir=options.data_dir, base=options.base or None,
-                           max_records=options.max_records, seed=options.seed,
-                           columns=options.columns, checkpoint=head)
+    records = load_records(
+        folder,
+        members=options.members,
+        nonmembers=options.nonmembers,
+        data_dir=options.data_dir,
+        base=options.base or None,
+        max_records=options.max_records,
+        seed=options.seed,
+        columns=options.columns,
+        checkpoint=head,
+    )
     if head.kind is not None and (head.kind == "generation") != (records.kind == "generation"):
         raise ValueError(
             f"{folder} is a causal language model, and the records have labels and no texts to "
             "generate: give records of prompts and targets, or plain texts with --text-column"
-            if head.kind == "generation" else
-            f"{folder} is a classifier, and the records have no labels: give records of texts with "
-            "labels, or a causal language model")
+            if head.kind == "generation"
+            else f"{folder} is a classifier, and the records have no labels: give records of texts with "
+            "labels, or a causal language model"
+        )
     result = _result(folder)
     if not (folder / runs.MEMBERSHIP).is_file():
         base = {"model": options.base, "seed": 0} if options.base else None
@@ -122,10 +132,11 @@ def open_target(folder: str | Path, options: Options) -> Target:
     manifest = read_manifest(folder / runs.MEMBERSHIP, base=options.base or None)
     told = result.config.as_json() if result else {}
     # a field that the manifest lacks is younger than that
-    if wrong := [name for name, value in told.items()
-                 if manifest.recipe.get(name, value) != value]:
-        raise ValueError(f"{folder} must hold training.json and membership.json of one run, "
-                         f"they differ in {', '.join(wrong)}")
+    if wrong := [name for name, value in told.items() if manifest.recipe.get(name, value) != value]:
+        raise ValueError(
+            f"{folder} must hold training.json and membership.json of one run, "
+            f"they differ in {', '.join(wrong)}"
+        )
     form = _own_format(manifest, records, options)
     population = _population(records, options, manifest.content_hashes)
     return Target(folder, records, result, manifest.base, form, population)
@@ -137,9 +148,14 @@ def _result(folder: Path) -> TrainResult | None:
         return None
     result = load_result(folder)
     last = result.curve[-1] if result.curve else {}
-    numbers = {"delta": result.delta, "train_loss": result.train_loss, "seconds": result.seconds,
-               "sample_rate": result.sample_rate, "curve: loss": last.get("loss"),
-               "epsilon": 0.0 if result.epsilon is None else result.epsilon}
+    numbers = {
+        "delta": result.delta,
+        "train_loss": result.train_loss,
+        "seconds": result.seconds,
+        "sample_rate": result.sample_rate,
+        "curve: loss": last.get("loss"),
+        "epsilon": 0.0 if result.epsilon is None else result.epsilon,
+    }
     for name, value in numbers.items():
         _validate.real(f"{folder / runs.TRAINING}: {name}", value)
     _validate.real(f"{folder / runs.TRAINING}: delta", result.delta, low=0, high=1, high_open=True)
@@ -153,43 +169,65 @@ def _own_format(manifest: Manifest, records: Records, options: Options) -> Forma
         asked = getattr(options, name)
         if asked is not None and asked != value:
             shown = "the encoding of lowrank_dp.train" if name == "template" else repr(value)
-            raise ValueError(f"{name} must be left out: {runs.MEMBERSHIP} says how this checkpoint "
-                             f"was trained, with {shown}, got {asked!r}")
+            raise ValueError(
+                f"{name} must be left out: {runs.MEMBERSHIP} says how this checkpoint "
+                f"was trained, with {shown}, got {asked!r}"
+            )
     if records.plain:
-        raise ValueError("records must have prompts and targets: this checkpoint was trained on "
-                         "such, and plain texts were given; name --prompt-column and "
-                         "--target-column")
+        raise ValueError(
+            "records must have prompts and targets: this checkpoint was trained on "
+            "such, and plain texts were given; name --prompt-column and "
+            "--target-column"
+        )
     if manifest.template is not None and manifest.template != {"separator": SEPARATOR}:
-        raise ValueError(f"{runs.MEMBERSHIP}: template must be {{'separator': {SEPARATOR!r}}}, the "
-                         f"only one that lowrank_dp.train uses, got {dict(manifest.template)}")
-    return Format(_columns(records), None, manifest.max_length, _scored(records, None),
-                  runs.MEMBERSHIP)
+        raise ValueError(
+            f"{runs.MEMBERSHIP}: template must be {{'separator': {SEPARATOR!r}}}, the "
+            f"only one that lowrank_dp.train uses, got {dict(manifest.template)}"
+        )
+    return Format(
+        _columns(records), None, manifest.max_length, _scored(records, None), runs.MEMBERSHIP
+    )
 
 
 def _given_format(records: Records, options: Options, max_length: int | None) -> Format:
     """The encoding of a checkpoint that was trained elsewhere: the user's word, or assumptions."""
     template = options.template
     if records.kind != "generation" and template is not None:
-        raise ValueError("template must be left out for records with labels: it is for causal "
-                         "language models")
+        raise ValueError(
+            "template must be left out for records with labels: it is for causal language models"
+        )
     if records.plain:
         if template is not None and not Template.parse(template).plain:
-            raise ValueError("template must have {text} alone for plain texts, got "
-                             f"{template!r}: or name --prompt-column and --target-column")
+            raise ValueError(
+                "template must have {text} alone for plain texts, got "
+                f"{template!r}: or name --prompt-column and --target-column"
+            )
         template = template or "{text}"
     elif template is not None and Template.parse(template).plain:
-        raise ValueError("template must have {target} for records of prompts and targets, got "
-                         f"{template!r}: or name --text-column alone for plain texts")
+        raise ValueError(
+            "template must have {target} for records of prompts and targets, got "
+            f"{template!r}: or name --text-column alone for plain texts"
+        )
     given = options.template is not None or options.max_length is not None
-    return Format(_columns(records), template,
-                  max_length if options.max_length is None else options.max_length,
-                  _scored(records, template), "as given" if given else "assumed")
+    return Format(
+        _columns(records),
+        template,
+        max_length if options.max_length is None else options.max_length,
+        _scored(records, template),
+        "as given" if given else "assumed",
+    )
 
 
 def _columns(records: Records) -> str:
-    form = ("plain text" if records.plain else
-            {"generation": "prompt and target", "classification": "text and label",
-             "regression": "text and score"}[records.kind])
+    form = (
+        "plain text"
+        if records.plain
+        else {
+            "generation": "prompt and target",
+            "classification": "text and label",
+            "regression": "text and score",
+        }[records.kind]
+    )
     if records.kind != "generation" and records.examples[0].text_pair is not None:
         form = f"two texts and {form.split()[-1]}"
     return f"{form} ({records.columns})" if records.columns else form
@@ -200,8 +238,11 @@ def _scored(records: Records, template: str | None) -> str:
         return "the label" if records.kind == "classification" else "the score"
     if records.plain:
         return "all tokens but the first"
-    parts = "" if template is not None else (
-        f" after the source and {SEPARATOR!r}, each tokenised by itself")
+    parts = (
+        ""
+        if template is not None
+        else (f" after the source and {SEPARATOR!r}, each tokenised by itself")
+    )
     return f"the target's tokens and the end of sequence{parts}"
 
 
@@ -213,8 +254,10 @@ def _population(records: Records, options: Options, known: Iterable[str]) -> tup
         return tuple(e for e in validation if e.content_hash not in attacked)[:POPULATION]
     given = read_population(options.population, records, columns=options.columns)
     if both := [example.id for example in given if example.content_hash in attacked]:
-        raise ValueError("population must hold no record of the run's or under attack, "
-                         f"{len(both)} are in {options.population}, such as {both[0]}")
+        raise ValueError(
+            "population must hold no record of the run's or under attack, "
+            f"{len(both)} are in {options.population}, such as {both[0]}"
+        )
     return given
 
 
@@ -223,8 +266,13 @@ def _population(records: Records, options: Options, known: Iterable[str]) -> tup
 
 def load_target(target: Target, options: Options) -> tuple[Any, Any]:
     """The checkpoint's model, with the recipe's parameters trainable, and its tokenizer."""
-    return load_checkpoint(target.folder, options.base, task=target.records.task,
-                           device=options.device, **_trained_part(target))
+    return load_checkpoint(
+        target.folder,
+        options.base,
+        task=target.records.task,
+        device=options.device,
+        **_trained_part(target),
+    )
 
 
 def _trained_part(target: Target) -> dict[str, Any]:
@@ -245,18 +293,23 @@ def load_before(target: Target, options: Options, model: Any) -> tuple[Any, str]
     """
     reason = ""
     if target.base is None and not (
-            target.records.kind == "generation" and hasattr(model, "disable_adapter")):
+        target.records.kind == "generation" and hasattr(model, "disable_adapter")
+    ):
         reason = "the model before fine-tuning is not known: give --base"
     elif target.records.kind == "generation":
         if hasattr(model, "disable_adapter"):
             return model, ""
     elif (target.folder / runs.MEMBERSHIP).is_file():
         if not (target.folder / runs.INITIAL_HEAD).is_file():
-            reason = (f"{target.folder} holds no {runs.INITIAL_HEAD}, the head before training, "
-                      "so there is no loss before fine-tuning to compare with")
+            reason = (
+                f"{target.folder} holds no {runs.INITIAL_HEAD}, the head before training, "
+                "so there is no loss before fine-tuning to compare with"
+            )
     elif target.base is not None and not has_label_head(target.base["model"]):
-        reason = (f"--base {target.base['model']} is no classifier, and a head drawn at random has "
-                  "no loss to compare with: it needs a base with its own trained head")
+        reason = (
+            f"--base {target.base['model']} is no classifier, and a head drawn at random has "
+            "no loss to compare with: it needs a base with its own trained head"
+        )
     if reason:
         if asked := [name for name in options.named if name in NEEDS_BASE]:
             raise ValueError(f"attack {asked[0]!r} can't be made: {reason}")
@@ -265,7 +318,9 @@ def load_before(target: Target, options: Options, model: Any) -> tuple[Any, str]
     # not the checkpoint itself under another name: nothing would be left of any score
     found = find_backbone(target.base["model"])
     if Path(found.path).is_dir() and Path(found.path).samefile(target.folder):
-        raise ValueError(f"base must be the model before fine-tuning, got {found.path}, the "
-                         "checkpoint itself")
-    return signals.load_reference(target.folder, target.base, target.records.task,
-                                  device=options.device), ""
+        raise ValueError(
+            f"base must be the model before fine-tuning, got {found.path}, the checkpoint itself"
+        )
+    return signals.load_reference(
+        target.folder, target.base, target.records.task, device=options.device
+    ), ""

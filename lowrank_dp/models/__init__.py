@@ -18,6 +18,14 @@ from lowrank_dp.models.loading import (
 from lowrank_dp.models.tokenizers import load_tokenizer
 
 __all__ = [
-    "KINDS", "METHODS", "NAMES", "PACKAGED", "default_model", "describe", "load_model",
-    "load_tokenizer", "matrix_parameters", "save_model",
+    "KINDS",
+    "METHODS",
+    "NAMES",
+    "PACKAGED",
+    "default_model",
+    "describe",
+    "load_model",
+    "load_tokenizer",
+    "matrix_parameters",
+    "save_model",
 ]

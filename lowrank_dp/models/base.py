@@ -23,8 +23,9 @@ KINDS = ("classification", "regression", "generation")
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 
 
-def load_base(backbone: Backbone, kind: str | None, num_labels: int | None,
-              dtype: torch.dtype) -> tuple[Any, list[str]]:
+def load_base(
+    backbone: Backbone, kind: str | None, num_labels: int | None, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
     """The model on the CPU, and the names of the weights that are not on disk.
 
     Those are drawn from torch's global generator. ``model.lowrank_dp_base_weights`` gets the digest
@@ -35,16 +36,19 @@ def load_base(backbone: Backbone, kind: str | None, num_labels: int | None,
     head: dict[str, Any] = {}
     if kind != "generation":
         head = {"num_labels": num_labels, "problem_type": _PROBLEMS[kind]}
-    auto: Any = (transformers.AutoModelForCausalLM if kind == "generation"
-                 else transformers.AutoModelForSequenceClassification)
+    auto: Any = (
+        transformers.AutoModelForCausalLM
+        if kind == "generation"
+        else transformers.AutoModelForSequenceClassification
+    )
     if backbone.name in tiny.NAMES:
         model, missing = tiny.model(backbone.name, auto, head)
         model = model.to(dtype)
     else:
         model, missing = _from_files(backbone, auto, head, dtype)
-    if "gguf_file" in backbone.load:    # the weights are plain floats by now: let them be saved
+    if "gguf_file" in backbone.load:  # the weights are plain floats by now: let them be saved
         model.hf_quantizer.remove_quantization_config(model)
-    model.name_or_path = backbone.name         # what PEFT writes down as the base of an adapter
+    model.name_or_path = backbone.name  # what PEFT writes down as the base of an adapter
     model.lowrank_dp_note = f"{backbone.note}, {type(model).__name__}"
     model.lowrank_dp_base_weights = weights_digest(model, missing)
     return model, missing
@@ -59,8 +63,13 @@ def weights_digest(model: Any, left_out: Iterable[str] = ()) -> str:
     skipped, state = set(left_out), model.state_dict()
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in state.values()):
         return ""
-    parts = {hashlib.sha256(p.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-             .hexdigest() for name, p in state.items() if name not in skipped}
+    parts = {
+        hashlib.sha256(
+            p.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        ).hexdigest()
+        for name, p in state.items()
+        if name not in skipped
+    }
     return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()
 
 
@@ -72,38 +81,49 @@ def check_base_weights(model: Any, trained_on: object, name: str, base: str) -> 
     """
     found = model.lowrank_dp_base_weights
     if trained_on and found and trained_on != found:
-        raise ValueError(f"checkpoint {name} was trained on a base with other weights than {base} "
-                         "has now: restore those weights, or give their folder as base")
+        raise ValueError(
+            f"checkpoint {name} was trained on a base with other weights than {base} "
+            "has now: restore those weights, or give their folder as base"
+        )
 
 
 def fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
     """Agree on the padding token and the longest text; ``ValueError`` on tokens without a row."""
     rows = model.get_input_embeddings().weight.shape[0] if _has_table(model) else sys.maxsize
     if len(tokenizer) > rows:
-        raise ValueError(f"tokenizer of {name} has {len(tokenizer) - rows} added tokens for which "
-                         f"the model has no embedding ({len(tokenizer):,} tokens, {rows:,} rows): "
-                         "resize the embeddings and train and save them")
+        raise ValueError(
+            f"tokenizer of {name} has {len(tokenizer) - rows} added tokens for which "
+            f"the model has no embedding ({len(tokenizer):,} tokens, {rows:,} rows): "
+            "resize the embeddings and train and save them"
+        )
     tokenizer.model_max_length = min(tokenizer.model_max_length, _context(model))
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def kind_and_labels(backbone: Backbone, kind: str | None,
-                    num_labels: int | None) -> tuple[str, int | None]:
+def kind_and_labels(
+    backbone: Backbone, kind: str | None, num_labels: int | None
+) -> tuple[str, int | None]:
     """The kind of head and its size, from what was asked or else from the checkpoint itself."""
     config = backbone.config
     architecture = next(iter(config.get("architectures") or [""]))
     is_classifier = architecture.endswith("ForSequenceClassification")
-    causal = "gguf_file" in backbone.load or backbone.name == "tiny-llama" or (
-        architecture.endswith(("ForCausalLM", "LMHeadModel")))
+    causal = (
+        "gguf_file" in backbone.load
+        or backbone.name == "tiny-llama"
+        or (architecture.endswith(("ForCausalLM", "LMHeadModel")))
+    )
     labels = label_count(config)
     problem = config.get("problem_type")
     if kind is None and num_labels is not None:
         kind = "regression" if num_labels == 1 and problem == "regression" else "classification"
     elif kind is None and is_classifier:
-        kind = "regression" if problem == "regression" or (
-            problem is None and labels == 1) else "classification"
+        kind = (
+            "regression"
+            if problem == "regression" or (problem is None and labels == 1)
+            else "classification"
+        )
     elif kind is None and causal:
         kind = "generation"
     elif kind is None:
@@ -112,13 +132,17 @@ def kind_and_labels(backbone: Backbone, kind: str | None,
     if kind == "generation":
         encoders = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
         if backbone.name == "tiny" or (
-                config.get("model_type") in encoders and not config.get("is_decoder")):
-            raise ValueError(f"model must be a causal language model to generate text, and "
-                             f"{backbone.name} is an encoder; use smollm2 or tiny-llama")
+            config.get("model_type") in encoders and not config.get("is_decoder")
+        ):
+            raise ValueError(
+                f"model must be a causal language model to generate text, and "
+                f"{backbone.name} is an encoder; use smollm2 or tiny-llama"
+            )
         return kind, None
     if is_classifier and problem not in (None, _PROBLEMS[kind]):
-        raise ValueError(f"problem_type of {backbone.name} must be {_PROBLEMS[kind]} for "
-                         f"{kind}, got {problem}")
+        raise ValueError(
+            f"problem_type of {backbone.name} must be {_PROBLEMS[kind]} for {kind}, got {problem}"
+        )
     if num_labels is None:
         num_labels = 1 if kind == "regression" else labels if is_classifier else None
     if num_labels is None:
@@ -126,8 +150,9 @@ def kind_and_labels(backbone: Backbone, kind: str | None,
     low = 2 if kind == "classification" else 1
     num_labels = _validate.integer("num_labels", num_labels, low=low)
     if is_classifier and labels != num_labels:
-        raise ValueError(f"num_labels must be {labels} for the head of {backbone.name}, "
-                         f"got {num_labels}")
+        raise ValueError(
+            f"num_labels must be {labels} for the head of {backbone.name}, got {num_labels}"
+        )
     return kind, num_labels
 
 
@@ -138,8 +163,9 @@ def label_count(config: dict[str, Any]) -> int:
     return config.get("num_labels") or 2
 
 
-def _from_files(backbone: Backbone, auto: Any, head: dict[str, Any],
-                dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _from_files(
+    backbone: Backbone, auto: Any, head: dict[str, Any], dtype: torch.dtype
+) -> tuple[Any, list[str]]:
     folder = Path(backbone.path)
     if folder.is_dir() and "gguf_file" not in backbone.load:
         with quiet(), one_line(str(folder / "config.json")):
@@ -147,20 +173,26 @@ def _from_files(backbone: Backbone, auto: Any, head: dict[str, Any],
     before = torch.get_rng_state()
     with quiet(), one_line(f"model {backbone.name}"):
         try:
-            model, report = auto.from_pretrained(backbone.path, dtype=dtype, **head,
-                                                 **backbone.load, output_loading_info=True)
+            model, report = auto.from_pretrained(
+                backbone.path, dtype=dtype, **head, **backbone.load, output_loading_info=True
+            )
         except RuntimeError as error:
             if "mismatch" in str(error) and (wrong := _other_shapes(folder, auto, head)):
-                raise ValueError(f"its configuration and task ask for other shapes than those on "
-                                 f"disk: {listed(wrong)}") from None
+                raise ValueError(
+                    f"its configuration and task ask for other shapes than those on "
+                    f"disk: {listed(wrong)}"
+                ) from None
             raise
     if left_out := _left_out(model, report["unexpected_keys"]):
-        raise ValueError(f"model {backbone.name} holds {listed(left_out)}, for which its "
-                         "configuration has no block")
+        raise ValueError(
+            f"model {backbone.name} holds {listed(left_out)}, for which its "
+            "configuration has no block"
+        )
     missing = sorted(report["missing_keys"])
     if not missing and not torch.equal(before, torch.get_rng_state()):
-        raise ValueError(f"model {backbone.name} draws a buffer at random, which no checkpoint "
-                         "would hold")
+        raise ValueError(
+            f"model {backbone.name} draws a buffer at random, which no checkpoint would hold"
+        )
     return model, missing
 
 
@@ -168,8 +200,12 @@ def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
     """Weights on disk of blocks that the configuration leaves out, as by fewer layers."""
     known = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
     numbered = {key for key in known if "#" in key}
-    return [key for key in sorted(unexpected) if (kind := re.sub(r"\.\d+\.", ".#.", key)) != key
-            and (not numbered or any(kind == one or one.endswith(f".{kind}") for one in numbered))]
+    return [
+        key
+        for key in sorted(unexpected)
+        if (kind := re.sub(r"\.\d+\.", ".#.", key)) != key
+        and (not numbered or any(kind == one or one.endswith(f".{kind}") for one in numbered))
+    ]
 
 
 def _other_shapes(folder: Path, auto: Any, head: dict[str, Any]) -> list[str]:
@@ -197,10 +233,14 @@ def _has_table(model: Any) -> bool:
 def _context(model: Any) -> int:
     """How many tokens the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:   # XLNet says -1: it has no limit
+    if not isinstance(positions, int) or positions < 1:  # XLNet says -1: it has no limit
         return sys.maxsize
     # RoBERTa and its kin count positions from the padding index on
-    offsets = [module.padding_idx + 1 for name, module in model.named_modules()
-               if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
-               and name.endswith("position_embeddings")]
+    offsets = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and module.padding_idx is not None
+        and name.endswith("position_embeddings")
+    ]
     return positions - max(offsets, default=0)

@@ -13,8 +13,9 @@ from lowrank_dp.models.adapters import BASE_WEIGHTS
 from lowrank_dp.models.backbones import quiet
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path,
-               weights: Mapping[str, Tensor] | None = None) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: str | Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a Hugging Face folder: safetensors, configuration, tokenizer; no pickle.
 
     A PEFT model leaves its adapter with ``modules_to_save``, to which a new head and a new pooler

@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 # names that hub checkpoints use for GLUE's labels, after `_fold`
 _SYNONYMS = {
-    "neg": "negative", "pos": "positive", "entail": "entailment", "entailed": "entailment",
-    "contradict": "contradiction", "contradicted": "contradiction",
-    "non_entailment": "not_entailment", "no_entailment": "not_entailment",
-    "non_equivalent": "not_equivalent", "non_duplicate": "not_duplicate",
+    "neg": "negative",
+    "pos": "positive",
+    "entail": "entailment",
+    "entailed": "entailment",
+    "contradict": "contradiction",
+    "contradicted": "contradiction",
+    "non_entailment": "not_entailment",
+    "no_entailment": "not_entailment",
+    "non_equivalent": "not_equivalent",
+    "non_duplicate": "not_duplicate",
 }
 
 
@@ -28,11 +34,16 @@ def head_modules(model: Any) -> dict[str, nn.Module]:
     backbone = getattr(model, "base_model", model)
     if backbone is model or not type(model).__name__.endswith("ForSequenceClassification"):
         return {}
-    head = {name: module for name, module in model.named_children()
-            if module is not backbone and any(True for _ in module.parameters())}
-    poolers = {found[1]: model.get_submodule(found[1])
-               for key in getattr(model, "lowrank_dp_new", ())
-               if key.split(".")[0] not in head and (found := _pooler(key))}
+    head = {
+        name: module
+        for name, module in model.named_children()
+        if module is not backbone and any(True for _ in module.parameters())
+    }
+    poolers = {
+        found[1]: model.get_submodule(found[1])
+        for key in getattr(model, "lowrank_dp_new", ())
+        if key.split(".")[0] not in head and (found := _pooler(key))
+    }
     return head | poolers
 
 
@@ -71,12 +82,18 @@ def mark_new(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -
     """
     model.lowrank_dp_new = tuple(sorted(missing))
     head = head_modules(model)
-    refused = [key for key in model.lowrank_dp_new
-               if not new_head or not any(key.startswith(f"{part}.") for part in head)
-               or not _whole_layer(model, key, missing)]
+    refused = [
+        key
+        for key in model.lowrank_dp_new
+        if not new_head
+        or not any(key.startswith(f"{part}.") for part in head)
+        or not _whole_layer(model, key, missing)
+    ]
     if refused:
-        raise ValueError(f"model {name} has no weights for {listed(refused)}: "
-                         f"{'it' if len(refused) == 1 else 'they'} would be drawn at random")
+        raise ValueError(
+            f"model {name} has no weights for {listed(refused)}: "
+            f"{'it' if len(refused) == 1 else 'they'} would be drawn at random"
+        )
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
@@ -93,8 +110,9 @@ def _pooler(key: str) -> re.Match[str] | None:
 def _whole_layer(model: Any, key: str, missing: Sequence[str]) -> bool:
     """Whether all parameters of the layer that ``key`` is in are missing."""
     layer = key.rpartition(".")[0]
-    own = {f"{layer}.{name}" for name, _ in
-           model.get_submodule(layer).named_parameters(recurse=False)}
+    own = {
+        f"{layer}.{name}" for name, _ in model.get_submodule(layer).named_parameters(recurse=False)
+    }
     return own <= set(missing)
 
 
@@ -117,8 +135,10 @@ def own_label_names(config: Mapping[str, Any], where: str) -> list[str] | None:
         others = _in_order({str(i): name for name, i in by_name.items()}, f"{where}: label2id")
     found = [one for one in (names, others) if one is not None and not _is_default(one)]
     if len(found) == 2 and list(map(_fold, found[0])) != list(map(_fold, found[1])):
-        raise ValueError(f"{where}: id2label ({', '.join(found[0])}) and label2id "
-                         f"({', '.join(found[1])}) must have one order")
+        raise ValueError(
+            f"{where}: id2label ({', '.join(found[0])}) and label2id "
+            f"({', '.join(found[1])}) must have one order"
+        )
     return found[0] if found else None
 
 
@@ -135,14 +155,17 @@ def label_rows(own: Sequence[str] | None, task: Sequence[str], name: str) -> lis
     if set(mine) != set(wanted) and set(map(_number, own)) == set(range(len(task))):
         mine, wanted = [str(_number(one)) for one in own], [str(i) for i in range(len(task))]
     if sorted(mine) != sorted(wanted) or len(set(mine)) != len(mine):
-        raise ValueError(f"labels of {name} must be the task's {', '.join(task)} in any order, "
-                         f"got {', '.join(own)}; if they mean the same, rename id2label in its "
-                         "config.json")
+        raise ValueError(
+            f"labels of {name} must be the task's {', '.join(task)} in any order, "
+            f"got {', '.join(own)}; if they mean the same, rename id2label in its "
+            "config.json"
+        )
     return [mine.index(one) for one in wanted]
 
 
-def order_labels(model: Any, config: Mapping[str, Any], label_names: Sequence[str],
-                 name: str) -> None:
+def order_labels(
+    model: Any, config: Mapping[str, Any], label_names: Sequence[str], name: str
+) -> None:
     """Bring the logits of a classifier's own head into the order of the task's labels.
 
     The rows of the head's last linear layer are reordered in place, and ``id2label`` of the
@@ -183,7 +206,8 @@ def _in_order(names: Any, what: str) -> list[str]:
     except (TypeError, ValueError):
         by_number = {}
     if sorted(by_number) != list(range(len(names))) or not all(
-            isinstance(value, str) for value in by_number.values()):
+        isinstance(value, str) for value in by_number.values()
+    ):
         raise ValueError(f"{what} must name the labels 0 to {len(names) - 1}, got {names!r}")
     return [by_number[i] for i in range(len(names))]
 

@@ -28,14 +28,26 @@ __all__ = ["KINDS", "METHODS", "describe", "load_model", "matrix_parameters"]
 METHODS = ("full", "lora", "lora-frozen-a")
 
 
-def load_model(name: str, *, task: Task | None = None, kind: str | None = None,
-               num_labels: int | None = None, method: str = "full", rank: int = 8,
-               lora_alpha: float | None = None, lora_init: str = "peft",
-               target_modules: list[str] | None = None, train_embeddings: bool = False,
-               train_layers: int | str | None = None, dtype: torch.dtype = torch.float32,
-               device: str | torch.device = "cpu", seed: int = 0,
-               revision: str | None = None, new_head: bool = True,
-               base: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str,
+    *,
+    task: Task | None = None,
+    kind: str | None = None,
+    num_labels: int | None = None,
+    method: str = "full",
+    rank: int = 8,
+    lora_alpha: float | None = None,
+    lora_init: str = "peft",
+    target_modules: list[str] | None = None,
+    train_embeddings: bool = False,
+    train_layers: int | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    revision: str | None = None,
+    new_head: bool = True,
+    base: str | None = None,
+) -> tuple[Any, Any]:
     """A model in eval mode with ``requires_grad`` set by ``method``, and its tokenizer.
 
     ``task``, or ``kind`` with ``num_labels``, says what head it gets; a checkpoint that already is
@@ -110,7 +122,8 @@ def describe(model: Any) -> str:
     note = getattr(model, "lowrank_dp_note", type(model).__name__)
     new = ", ".join(getattr(model, "lowrank_dp_new", ()))
     return f"{note}: {total:,} parameters, {trained:,} trained" + (
-        f"; head new: {new}" if new else "")
+        f"; head new: {new}" if new else ""
+    )
 
 
 def matrix_parameters(model: nn.Module) -> list[str]:
@@ -121,12 +134,22 @@ def matrix_parameters(model: nn.Module) -> list[str]:
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
     linear -= {id(p) for p in embeddings(model)}
-    return [name for name, p in model.named_parameters()
-            if p.requires_grad and p.ndim == 2 and id(p) in linear]
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim == 2 and id(p) in linear
+    ]
 
 
-def _load_full(backbone: Backbone, tokenizer: Any, kind: str | None, num_labels: int | None,
-               labels: tuple[str, ...], dtype: torch.dtype, new_head: bool) -> Any:
+def _load_full(
+    backbone: Backbone,
+    tokenizer: Any,
+    kind: str | None,
+    num_labels: int | None,
+    labels: tuple[str, ...],
+    dtype: torch.dtype,
+    new_head: bool,
+) -> Any:
     """A full model; its head is its own, in the task's order, or new."""
     model, missing = load_base(backbone, kind, num_labels, dtype)
     mark_new(model, backbone.name, missing, new_head=new_head)

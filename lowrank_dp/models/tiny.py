@@ -36,13 +36,21 @@ def tokenizer(name: str) -> Any:
     core = Tokenizer.from_str(_bpe())
     if name == "tiny":
         core.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[("[CLS]", _CLS), ("[SEP]", _SEP)])
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", _CLS), ("[SEP]", _SEP)],
+        )
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", eos_token="[SEP]", model_max_length=CONTEXT,
-        model_input_names=[i for i in inputs if name == "tiny" or i != "token_type_ids"])
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        eos_token="[SEP]",
+        model_max_length=CONTEXT,
+        model_input_names=[i for i in inputs if name == "tiny" or i != "token_type_ids"],
+    )
 
 
 def model(name: str, auto: Any, head: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -55,8 +63,9 @@ def model(name: str, auto: Any, head: dict[str, Any]) -> tuple[Any, list[str]]:
     wanted = built.state_dict()
     # a causal LM takes everything, a classifier the backbone
     found = {key: value for key, value in weights.items() if key in wanted}
-    lost = [key for key in wanted if key.startswith(prefix) and key not in found
-            and "pooler" not in key]
+    lost = [
+        key for key in wanted if key.startswith(prefix) and key not in found and "pooler" not in key
+    ]
     if lost:
         raise RuntimeError(f"pretraining of {name} left out {lost[0]}")
     built.load_state_dict(found, strict=False)
@@ -69,15 +78,28 @@ def model(name: str, auto: Any, head: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 def _config(name: str, **head: Any) -> Any:
-    shape = dict(vocab_size=_VOCABULARY, hidden_size=_WIDTH, num_hidden_layers=_LAYERS,
-                 num_attention_heads=_HEADS, intermediate_size=2 * _WIDTH,
-                 max_position_embeddings=CONTEXT, pad_token_id=_PAD,
-                 initializer_range=_WIDTH ** -0.5, **head)
+    shape = dict(
+        vocab_size=_VOCABULARY,
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        intermediate_size=2 * _WIDTH,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=_PAD,
+        initializer_range=_WIDTH**-0.5,
+        **head,
+    )
     if name == "tiny":
-        return transformers.BertConfig(**shape, hidden_dropout_prob=0.0,
-                                       attention_probs_dropout_prob=0.0)
-    return transformers.LlamaConfig(**shape, num_key_value_heads=_HEADS // 2, bos_token_id=None,
-                                    eos_token_id=_SEP, tie_word_embeddings=True)
+        return transformers.BertConfig(
+            **shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+    return transformers.LlamaConfig(
+        **shape,
+        num_key_value_heads=_HEADS // 2,
+        bos_token_id=None,
+        eos_token_id=_SEP,
+        tie_word_embeddings=True,
+    )
 
 
 @functools.cache
@@ -89,8 +111,13 @@ def _corpus() -> list[str]:
 def _bpe() -> str:
     """A byte-level BPE, which can spell any text, trained on the public corpus."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(_corpus(), vocab_size=_VOCABULARY, min_frequency=2,
-                            special_tokens=list(_SPECIAL), show_progress=False)
+    bpe.train_from_iterator(
+        _corpus(),
+        vocab_size=_VOCABULARY,
+        min_frequency=2,
+        special_tokens=list(_SPECIAL),
+        show_progress=False,
+    )
     return bpe._tokenizer.to_str()
 
 
@@ -99,15 +126,18 @@ def _pretrained(name: str) -> dict[str, torch.Tensor]:
     """The weights after pretraining: masked LM for ``tiny``, causal LM for ``tiny-llama``."""
     rows = _rows(name)
     with _reproducibly():
-        auto = (transformers.AutoModelForMaskedLM if name == "tiny"
-                else transformers.AutoModelForCausalLM)
+        auto = (
+            transformers.AutoModelForMaskedLM
+            if name == "tiny"
+            else transformers.AutoModelForCausalLM
+        )
         learner = auto.from_config(_config(name)).train()
         optimizer = torch.optim.AdamW(learner.parameters(), lr=_PEAK_RATE)
         steps = _STEPS[name]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps)
         for step in progress(range(steps), f"pretraining {name}"):
             start = step * _BATCH[name] % (len(rows) - _BATCH[name])
-            batch = collate(rows[start:start + _BATCH[name]], _PAD)
+            batch = collate(rows[start : start + _BATCH[name]], _PAD)
             learner(**(_masked(batch) if name == "tiny" else batch)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -124,8 +154,10 @@ def _rows(name: str) -> list[dict[str, Any]]:
         sentences = [Example(text, text) for text, line, _ in parts if not line]
         return encode(sentences, tokenizer(name), kind="classification", with_target=False)
     tables = [Example(table, table, target=text) for table, line, text in parts if line]
-    return [{"input_ids": row["input_ids"], "labels": row["input_ids"]}
-            for row in encode(tables, tokenizer(name), kind="generation")]
+    return [
+        {"input_ids": row["input_ids"], "labels": row["input_ids"]}
+        for row in encode(tables, tokenizer(name), kind="generation")
+    ]
 
 
 def _masked(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,7 +178,7 @@ def _masked(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _reproducibly() -> Iterator[None]:
     """One thread and a seed of its own; the caller's generator and threads stay as they were."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)   # sums in another order would give other weights
+    torch.set_num_threads(1)  # sums in another order would give other weights
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

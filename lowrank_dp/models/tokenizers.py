@@ -44,12 +44,16 @@ def tokenizer_of(backbone: Backbone) -> Any:
     with quiet(), one_line(f"tokenizer of {backbone.name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.path, **load)
         names = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
-        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) - {
-            str(token) for token in tokenizer.added_tokens_decoder.values()}
+        words = (
+            tokenizer.get_vocab().keys()
+            - set(tokenizer.all_special_tokens)
+            - {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        )
     if type(tokenizer).vocab_files_names and not (
-            words and (not local or any((folder / file).is_file() for file in names))):
+        words and (not local or any((folder / file).is_file() for file in names))
+    ):
         _refuse(folder, "holds a tokenizer without a vocabulary, to which all words are unknown")
-    if tokenizer.pad_token_id is None:      # GPT-2, Llama: padding is masked, so any token will do
+    if tokenizer.pad_token_id is None:  # GPT-2, Llama: padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ValueError(f"tokenizer of {backbone.name} must have a pad, eos or unk token")
@@ -63,10 +67,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _files(folder: Path) -> list[str]:
     """Files in which tokenizers keep themselves."""
-    return [name for name in sorted(os.listdir(folder)) if name.endswith((".model", ".spm")) or
-            name.startswith(("tokenizer", "vocab", "merges", "bpe.codes", "tekken"))]
+    return [
+        name
+        for name in sorted(os.listdir(folder))
+        if name.endswith((".model", ".spm"))
+        or name.startswith(("tokenizer", "vocab", "merges", "bpe.codes", "tekken"))
+    ]
 
 
 def _refuse(folder: Path, what: str) -> None:
-    raise ValueError(f"folder {folder} {what}: save the tokenizer of the model it was made from "
-                     f"there, by tokenizer.save_pretrained({str(folder)!r})")
+    raise ValueError(
+        f"folder {folder} {what}: save the tokenizer of the model it was made from "
+        f"there, by tokenizer.save_pretrained({str(folder)!r})"
+    )

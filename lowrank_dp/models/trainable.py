@@ -15,8 +15,9 @@ from lowrank_dp import _validate
 from lowrank_dp.models.heads import head_modules
 
 
-def choose_trainable(model: nn.Module, train_embeddings: bool,
-                     train_layers: int | str | None) -> None:
+def choose_trainable(
+    model: nn.Module, train_embeddings: bool, train_layers: int | str | None
+) -> None:
     """Set ``requires_grad``: linear layers and norms, narrowed by ``train_layers``, and the head.
 
     The whole head trains, whatever ``train_layers`` is. A weight shared with an embedding counts
@@ -24,8 +25,16 @@ def choose_trainable(model: nn.Module, train_embeddings: bool,
     """
     tables = {id(p) for p in embeddings(model)}
     head = {id(p) for module in head_modules(model).values() for p in module.parameters()}
-    wanted = {id(p) for m in model.modules() for p in m.parameters(recurse=False)
-              if isinstance(m, (nn.Linear, Conv1D)) or _is_norm(m)} - tables - head
+    wanted = (
+        {
+            id(p)
+            for m in model.modules()
+            for p in m.parameters(recurse=False)
+            if isinstance(m, (nn.Linear, Conv1D)) or _is_norm(m)
+        }
+        - tables
+        - head
+    )
     wanted |= tables if train_embeddings else set()
     named = dict(model.named_parameters())
     names = [name for name, p in named.items() if id(p) in wanted]
@@ -44,11 +53,13 @@ def _narrow(model: nn.Module, names: list[str], train_layers: int | str | None) 
         try:
             kept = [name for name in names if re.search(train_layers, name)]
         except re.error as error:
-            raise ValueError(f"train_layers must be a regular expression ({error}), "
-                             f"got {train_layers!r}") from None
+            raise ValueError(
+                f"train_layers must be a regular expression ({error}), got {train_layers!r}"
+            ) from None
         if not kept:
-            raise ValueError(f"train_layers {train_layers!r} matches no trainable parameter, such "
-                             f"as {names[0]}")
+            raise ValueError(
+                f"train_layers {train_layers!r} matches no trainable parameter, such as {names[0]}"
+            )
         return kept
     found = blocks(model)
     first = len(found) - _validate.integer("train_layers", train_layers, high=len(found))
@@ -59,8 +70,14 @@ def _narrow(model: nn.Module, names: list[str], train_layers: int | str | None) 
     return [name for name in names if name in after]
 
 
-def add_lora(model: Any, rank: int, alpha: float, init: str, target_modules: list[str] | None,
-             train_layers: int | str | None) -> Any:
+def add_lora(
+    model: Any,
+    rank: int,
+    alpha: float,
+    init: str,
+    target_modules: list[str] | None,
+    train_layers: int | str | None,
+) -> Any:
     """The model with LoRA pairs beside the linear layers of its blocks.
 
     The head trains in full, as PEFT's ``modules_to_save``, with which it is also saved. Raises
@@ -69,36 +86,51 @@ def add_lora(model: Any, rank: int, alpha: float, init: str, target_modules: lis
     import peft
 
     head = list(head_modules(model))
-    linear = {name: m for name, m in model.named_modules()
-              if isinstance(m, (nn.Linear, Conv1D)) and not _inside(name, head)}
+    linear = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and not _inside(name, head)
+    }
     inside = [name for name in linear if _inside(name, itertools.chain(*blocks(model)))]
     if target_modules is not None:
-        inside = [name for name in linear if any(
-            name == target or name.endswith(f".{target}") for target in target_modules)]
+        inside = [
+            name
+            for name in linear
+            if any(name == target or name.endswith(f".{target}") for target in target_modules)
+        ]
         if linear and not inside:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            _validate.fail("target_modules", f"names of linear layers such as {', '.join(known)}",
-                           target_modules)
+            _validate.fail(
+                "target_modules",
+                f"names of linear layers such as {', '.join(known)}",
+                target_modules,
+            )
     if not inside:
-        raise ValueError(f"method must be full for {type(model).__name__}: its blocks have no "
-                         "linear layer that LoRA could be added to")
+        raise ValueError(
+            f"method must be full for {type(model).__name__}: its blocks have no "
+            "linear layer that LoRA could be added to"
+        )
     kept = _narrow(model, [f"{name}.weight" for name in inside], train_layers)
     targets = [name.removesuffix(".weight") for name in kept]
     if len({isinstance(linear[name], Conv1D) for name in targets}) > 1:
         _validate.fail("target_modules", "layers that store their weights one way round", targets)
     kind: Any = "SEQ_CLS" if head else "CAUSAL_LM"
     config = peft.LoraConfig(
-        task_type=kind, r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=targets, modules_to_save=head or None,
-        fan_in_fan_out=isinstance(linear[targets[0]], Conv1D))
+        task_type=kind,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        modules_to_save=head or None,
+        fan_in_fan_out=isinstance(linear[targets[0]], Conv1D),
+    )
     note = model.lowrank_dp_note
-    with warnings.catch_warnings():   # peft 0.21 calls a name that transformers 5.23 renames
+    with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renames
         warnings.simplefilter("ignore", FutureWarning)
         adapted: Any = peft.get_peft_model(model, config)
     if init == "gaussian":
         for name, p in adapted.named_parameters():
             if "lora_A" in name:
-                nn.init.normal_(p, std=rank ** -0.5)
+                nn.init.normal_(p, std=rank**-0.5)
     adapted.lowrank_dp_note = f"{note}, LoRA of rank {rank} on {len(targets)} layers"
     return adapted
 
@@ -122,16 +154,25 @@ def blocks(model: Any) -> list[list[str]]:
     lists: dict[tuple[str, int], list[str]] = {}
     seen: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not _inside(name, [*seen, *head]) and any(
+        if (
+            isinstance(module, nn.ModuleList)
+            and not _inside(name, [*seen, *head])
+            and any(
                 isinstance(m, (nn.Linear, Conv1D, nn.Conv1d)) or _is_norm(m)
-                for m in module.modules()):
+                for m in module.modules()
+            )
+        ):
             seen.append(name)
             lists.setdefault((name.rpartition(".")[0], len(module)), []).append(name)
     if not lists:
-        raise ValueError(f"model must have a list of transformer blocks, found none in "
-                         f"{type(model).__name__}")
-    return [[f"{name}.{i}" for name in names]
-            for (_, length), names in lists.items() for i in range(length)]
+        raise ValueError(
+            f"model must have a list of transformer blocks, found none in {type(model).__name__}"
+        )
+    return [
+        [f"{name}.{i}" for name in names]
+        for (_, length), names in lists.items()
+        for i in range(length)
+    ]
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:

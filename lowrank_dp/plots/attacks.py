@@ -30,12 +30,29 @@ if TYPE_CHECKING:
     from lowrank_dp.experiments import membership
     from lowrank_dp.mia.report import Report
 
-ATTACK_COLOUR = {"loss": GREY, "base": RED, "zlib": YELLOW, "min-k": SKY, "min-k++": BLUE,
-                 "ez": GREEN, "quantile": PINK, "gradient": ORANGE, "projection": GREEN,
-                 "lira": BLACK, "lira-offline": PINK, "rmia": BLUE, "rmia-offline": SKY}
+ATTACK_COLOUR = {
+    "loss": GREY,
+    "base": RED,
+    "zlib": YELLOW,
+    "min-k": SKY,
+    "min-k++": BLUE,
+    "ez": GREEN,
+    "quantile": PINK,
+    "gradient": ORANGE,
+    "projection": GREEN,
+    "lira": BLACK,
+    "lira-offline": PINK,
+    "rmia": BLUE,
+    "rmia-offline": SKY,
+}
 # kind of method -> colour, marker
-METHOD_STYLE = {"full": (BLACK, "s"), "LoRA": (BLUE, "o"), "frozen A": (ORANGE, "^"),
-                "full, DP": (GREY, "D"), "full, DP restored": (RED, "*")}
+METHOD_STYLE = {
+    "full": (BLACK, "s"),
+    "LoRA": (BLUE, "o"),
+    "frozen A": (ORANGE, "^"),
+    "full, DP": (GREY, "D"),
+    "full, DP restored": (RED, "*"),
+}
 
 
 @styled
@@ -49,13 +66,24 @@ def plot_roc(report: Report) -> Figure:
         roc = roc_points(report.scores[attack.name], report.is_member)
         star = "*" if attack.name == report.primary else ""
         shadowed = attack.name in ("rmia", "rmia-offline", "lira", "lira-offline")
-        axis.plot(roc.fpr, roc.tpr, "--" if shadowed else "-", color=ATTACK_COLOUR[attack.name],
-                  label=f"{attack.name}{star} {attack.auc.value:.3f}")
+        axis.plot(
+            roc.fpr,
+            roc.tpr,
+            "--" if shadowed else "-",
+            color=ATTACK_COLOUR[attack.name],
+            label=f"{attack.name}{star} {attack.auc.value:.3f}",
+        )
     least = 1 / max(1, int((~report.is_member).sum()))
     line = np.array([least, 1.0])
     axis.plot(line, line, ":", color=GREY, linewidth=0.8)
-    axis.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.05),
-             xlabel="false-positive rate", ylabel="true-positive rate")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlim=(least, 1),
+        ylim=(least, 1.05),
+        xlabel="false-positive rate",
+        ylabel="true-positive rate",
+    )
     axis.legend(loc="lower right", title="AUC (* primary)", title_fontsize=7)
     return figure
 
@@ -74,20 +102,35 @@ def plot_membership(result: membership.Result) -> Figure:
     variance.set_ylabel("variance of the projection noise", color=GREEN)
     variance.grid(False)
     if np.isnan(result.tpr).all():  # such a rate needs 100 non-members
-        axes[0, 1].text(0.5, 0.5, "too few non-members", ha="center", va="center",
-                        transform=axes[0, 1].transAxes)
+        axes[0, 1].text(
+            0.5,
+            0.5,
+            "too few non-members",
+            ha="center",
+            va="center",
+            transform=axes[0, 1].transAxes,
+        )
     else:
         _against_rank(axes[0, 1], result, result.tpr)
         axes[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
     axes[0, 1].set(ylabel="TPR at 1% FPR", ylim=(0, None))
     letter(axes[0, 1], f"b  {steps} steps")
     for axis, values, name, mark in (
-            (axes[1, 0], result.train_loss, "training loss", "c"),
-            (axes[1, 1], result.utility, f"held-out {result.utility_name}", "d")):
+        (axes[1, 0], result.train_loss, "training loss", "c"),
+        (axes[1, 1], result.utility, f"held-out {result.utility_name}", "d"),
+    ):
         for i, arm in enumerate(result.arms):
             colour, marker = METHOD_STYLE[arm.split(" r=")[0]]
-            axis.plot(values[i].mean(0), result.auc[i].mean(0), "-", color=colour, marker=marker,
-                      markersize=3, linewidth=0.8, alpha=0.8)
+            axis.plot(
+                values[i].mean(0),
+                result.auc[i].mean(0),
+                "-",
+                color=colour,
+                marker=marker,
+                markersize=3,
+                linewidth=0.8,
+                alpha=0.8,
+            )
         axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
         axis.set(xlabel=name, ylabel=f"AUC, {result.config.attack}")
         letter(axis, mark)
@@ -105,8 +148,16 @@ def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> 
         ranks = [int(result.arms[i].split("=")[1]) for i in chosen]
         bands = [result.band(values, i) for i in chosen]
         colour, marker = METHOD_STYLE[family]
-        axis.errorbar(ranks, [mean[-1] for mean, _ in bands], [half[-1] for _, half in bands],
-                      color=colour, marker=marker, label=family, elinewidth=0.8, capsize=2)
+        axis.errorbar(
+            ranks,
+            [mean[-1] for mean, _ in bands],
+            [half[-1] for _, half in bands],
+            color=colour,
+            marker=marker,
+            label=family,
+            elinewidth=0.8,
+            capsize=2,
+        )
     for arm in ("full", "full, DP", "full, DP restored"):
         mean, half = result.band(values, result.arms.index(arm))
         colour, _ = METHOD_STYLE[arm]

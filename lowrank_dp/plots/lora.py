@@ -44,20 +44,39 @@ def plot_lora_noise(result: lora_noise.Result) -> Figure:
     ranks = np.array(result.config.ranks)
     variance, density, kurtosis = axes[0]
     for i, label in enumerate(result.sources):
-        style = {"color": _COLOURS[i % 7], "marker": _MARKERS[i % 8], "linestyle": "none",
-                 "markersize": 3.5, "elinewidth": 0.8}
+        style = {
+            "color": _COLOURS[i % 7],
+            "marker": _MARKERS[i % 8],
+            "linestyle": "none",
+            "markersize": 3.5,
+            "elinewidth": 0.8,
+        }
         variance.errorbar(ranks, result.variance[i], result.variance_ci[i], label=label, **style)
         kurtosis.errorbar(ranks, result.kurtosis[i], result.kurtosis_ci[i], **style)
         kurtosis.plot(ranks, result.kurtosis_exact[i], color=_COLOURS[i % 7], linewidth=0.8)
-    variance.plot(ranks, result.variance_exact[0], color=BLACK, linewidth=0.8,
-                  label="formula, ≈ 1/r")
+    variance.plot(
+        ranks, result.variance_exact[0], color=BLACK, linewidth=0.8, label="formula, ≈ 1/r"
+    )
     for init, values, half, exact, marker, line in zip(
-            result.one_hot_inits, result.one_hot_variance, result.one_hot_variance_ci,
-            result.one_hot_variance_exact, "1x", ("--", ":"), strict=False):
-        variance.errorbar(ranks, values, half, color=GREY, marker=marker, linestyle="none",
-                          elinewidth=0.8)
-        variance.plot(ranks, exact, line, color=GREY, linewidth=0.8,
-                      label=f"one-hot q, {init} A: {exact[0] * ranks[0]:.2g}/r")
+        result.one_hot_inits,
+        result.one_hot_variance,
+        result.one_hot_variance_ci,
+        result.one_hot_variance_exact,
+        "1x",
+        ("--", ":"),
+        strict=False,
+    ):
+        variance.errorbar(
+            ranks, values, half, color=GREY, marker=marker, linestyle="none", elinewidth=0.8
+        )
+        variance.plot(
+            ranks,
+            exact,
+            line,
+            color=GREY,
+            linewidth=0.8,
+            label=f"one-hot q, {init} A: {exact[0] * ranks[0]:.2g}/r",
+        )
     _log_ranks(variance, ranks)
     variance.set(yscale="log", ylabel="variance of $u_j$  (units of $|q|^2$)")
     letter(variance, "a  measured ●, formula —")
@@ -65,9 +84,14 @@ def plot_lora_noise(result: lora_noise.Result) -> Figure:
     x = result.density_x
     for i, rank in enumerate(result.config.density_ranks):
         density.plot(x, result.density[i], color=_COLOURS[i], label=f"r = {rank}")
-    density.plot(x, np.exp(-x**2 / 2) / np.sqrt(2 * np.pi), "--", color=BLACK, label="Gaussian")
-    density.set(yscale="log", ylim=(1e-5, 3), xlim=(-6, 6),
-                xlabel="$u_j$  (standard deviations)", ylabel="density")
+    density.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), "--", color=BLACK, label="Gaussian")
+    density.set(
+        yscale="log",
+        ylim=(1e-5, 3),
+        xlim=(-6, 6),
+        xlabel="$u_j$  (standard deviations)",
+        ylabel="density",
+    )
     density.legend(loc="lower center", handlelength=1.4)
     letter(density, "b  exact")
 
@@ -78,8 +102,13 @@ def plot_lora_noise(result: lora_noise.Result) -> Figure:
     kurtosis.set_yticks([3, 4, 6, 9, 12], ["3", "4", "6", "9", "12"])
     kurtosis.minorticks_off()
     letter(kurtosis, "c  measured ●, exact —")
-    figure.legend(*variance.get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  handlelength=1.6, fontsize=6.5)
+    figure.legend(
+        *variance.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        handlelength=1.6,
+        fontsize=6.5,
+    )
     return figure
 
 
@@ -90,11 +119,12 @@ def plot_total_variation(result: total_variation.Result) -> Figure:
     config = result.config
     by_rank, by_width, joint = axes[0]
     for values, label, colour, line in (
-            (result.berry_esseen, "Berry–Esseen bound", GREY, "-"),
-            (result.kolmogorov, "Kolmogorov, exact", GREY, ":"),
-            (result.upper, "TV, upper bound", ORANGE, "--"),
-            (result.exact, "TV, exact", BLUE, "-"),
-            (result.lower, "TV, lower bound", GREEN, "-.")):
+        (result.berry_esseen, "Berry–Esseen bound", GREY, "-"),
+        (result.kolmogorov, "Kolmogorov, exact", GREY, ":"),
+        (result.upper, "TV, upper bound", ORANGE, "--"),
+        (result.exact, "TV, exact", BLUE, "-"),
+        (result.lower, "TV, lower bound", GREEN, "-."),
+    ):
         by_rank.plot(config.ranks, values, line, color=colour, label=label)
     _log_ranks(by_rank, np.array(config.ranks))
     by_rank.set(yscale="log", ylabel="distance to the Gaussian", ylim=(1e-5, 2))
@@ -106,25 +136,49 @@ def plot_total_variation(result: total_variation.Result) -> Figure:
         by_width.plot(config.widths, result.by_width_exact[i], color=colour)
         by_width.plot(config.widths, result.by_width_upper[i], "--", color=colour, linewidth=0.9)
         by_width.plot(config.widths, result.by_width_paper[i], ":", color=colour, linewidth=0.9)
-        by_width.text(config.widths[-1] * 1.2, result.by_width_exact[i, -1], f"r={rank}",
-                      color=colour, fontsize=7, va="center")
+        by_width.text(
+            config.widths[-1] * 1.2,
+            result.by_width_exact[i, -1],
+            f"r={rank}",
+            color=colour,
+            fontsize=7,
+            va="center",
+        )
     for line, label in (("-", "exact"), ("--", "upper bound"), (":", "exact, paper's Gaussian")):
         by_width.plot([], [], line, color=BLACK, label=label)
-    by_width.set(xscale="log", yscale="log", xlabel="width n", ylabel="TV of one coordinate",
-                 ylim=(result.by_width_exact.min() / 12, 1),
-                 xlim=(config.widths[0] / 1.2, config.widths[-1] * 6))
+    by_width.set(
+        xscale="log",
+        yscale="log",
+        xlabel="width n",
+        ylabel="TV of one coordinate",
+        ylim=(result.by_width_exact.min() / 12, 1),
+        xlim=(config.widths[0] / 1.2, config.widths[-1] * 6),
+    )
     by_width.legend(loc="lower left", handlelength=1.8, fontsize=6.5)
     letter(by_width, "b  one coordinate, by width")
 
     ratios = np.array(config.joint_ratios)
     joint.plot(ratios, result.joint_limit, color=BLACK, label="limit")
     for i, rank in enumerate(config.joint_ranks):
-        joint.plot(ratios, result.joint[i], linestyle="none", marker=_MARKERS[i],
-                   color=_COLOURS[i], markersize=3.5, label=f"r = {rank}")
-    joint.plot(ratios, result.joint_paper[-1], ":", color=_COLOURS[len(config.joint_ranks) - 1],
-               label="paper's Gaussian")
-    joint.set(xscale="log", xlabel="width / rank  (n/r)", ylabel="TV of all coordinates",
-              ylim=(0, 1.02))
+        joint.plot(
+            ratios,
+            result.joint[i],
+            linestyle="none",
+            marker=_MARKERS[i],
+            color=_COLOURS[i],
+            markersize=3.5,
+            label=f"r = {rank}",
+        )
+    joint.plot(
+        ratios,
+        result.joint_paper[-1],
+        ":",
+        color=_COLOURS[len(config.joint_ranks) - 1],
+        label="paper's Gaussian",
+    )
+    joint.set(
+        xscale="log", xlabel="width / rank  (n/r)", ylabel="TV of all coordinates", ylim=(0, 1.02)
+    )
     joint.legend(loc="lower right", handlelength=1.4, fontsize=6.5)
     letter(joint, "c  all coordinates, exact")
     return figure
@@ -139,19 +193,30 @@ def plot_projection_privacy(result: projection_privacy.Result) -> Figure:
     for i, rank in enumerate(config.profile_ranks):
         profile.plot(config.epsilons, result.profile[i], color=_COLOURS[i], label=f"r = {rank}")
         profile.plot(config.epsilons, result.profile_gaussian[i], "--", color=_COLOURS[i])
-    profile.set(yscale="log", ylim=(1e-10, 1), xlim=(0, config.epsilons[-1]),
-                xlabel="ε", ylabel="δ(ε) of one vector query")
-    profile.legend(loc="lower right", title_fontsize=7,
-                   title=f"n = {config.profile_width}, {config.angle:g} rad")
+    profile.set(
+        yscale="log",
+        ylim=(1e-10, 1),
+        xlim=(0, config.epsilons[-1]),
+        xlabel="ε",
+        ylabel="δ(ε) of one vector query",
+    )
+    profile.legend(
+        loc="lower right",
+        title_fontsize=7,
+        title=f"n = {config.profile_width}, {config.angle:g} rad",
+    )
     letter(profile, "a  computed: exact —, Gaussian reading – –")
 
     for i, n in enumerate(config.widths):
-        by_rank.plot(config.rank_grid, result.by_rank[i], color=_COLOURS[i + 2],
-                     label=f"exact, n = {n}")
-        by_rank.plot(np.sqrt(n / 2), 1.15e-3, marker="^", color=_COLOURS[i + 2], markersize=5,
-                     clip_on=False)
-    by_rank.plot(config.rank_grid, result.by_rank_gaussian, "--", color=BLACK,
-                 label="Gaussian reading")
+        by_rank.plot(
+            config.rank_grid, result.by_rank[i], color=_COLOURS[i + 2], label=f"exact, n = {n}"
+        )
+        by_rank.plot(
+            np.sqrt(n / 2), 1.15e-3, marker="^", color=_COLOURS[i + 2], markersize=5, clip_on=False
+        )
+    by_rank.plot(
+        config.rank_grid, result.by_rank_gaussian, "--", color=BLACK, label="Gaussian reading"
+    )
     by_rank.plot([], [], "^", color=GREY, label="rank $\\sqrt{n/2}$")
     _log_ranks(by_rank, np.array(config.rank_grid))
     by_rank.set(yscale="log", ylim=(1e-3, 1), ylabel="δ at ε = 1")
@@ -160,32 +225,57 @@ def plot_projection_privacy(result: projection_privacy.Result) -> Figure:
 
     for i, rows in enumerate(config.rows):
         name = "likelihood ratio" if rows == 1 else "symmetry score"
-        roc.plot(result.fpr, result.tpr[i], color=_COLOURS[i], linewidth=2.2 - 0.6 * i,
-                 linestyle=("-", "-", "--")[i % 3],
-                 label=f"{rows} row{'s' * (rows > 1)}, {name}: {result.auc[i, 0, 0]:.3f}")
-    roc.plot(result.fpr, result.tpr_gaussian_reading, "--", color=BLACK, linewidth=1,
-             label=f"1 row, Gaussian reading: {result.auc_gaussian_reading:.3f}")
+        roc.plot(
+            result.fpr,
+            result.tpr[i],
+            color=_COLOURS[i],
+            linewidth=2.2 - 0.6 * i,
+            linestyle=("-", "-", "--")[i % 3],
+            label=f"{rows} row{'s' * (rows > 1)}, {name}: {result.auc[i, 0, 0]:.3f}",
+        )
+    roc.plot(
+        result.fpr,
+        result.tpr_gaussian_reading,
+        "--",
+        color=BLACK,
+        linewidth=1,
+        label=f"1 row, Gaussian reading: {result.auc_gaussian_reading:.3f}",
+    )
     roc.plot([0, 1], [0, 1], ":", color=GREY)
-    roc.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.04), xlabel="false positive rate",
-            ylabel="true positive rate")
+    roc.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.04),
+        xlabel="false positive rate",
+        ylabel="true positive rate",
+    )
     roc.legend(title="attack: AUC", title_fontsize=7, loc="lower right", handlelength=1.6)
     letter(roc, f"c  measured: n = {config.attack_width}, r = {config.attack_rank}, synthetic")
 
     levels = np.array(config.noise_levels)
     position = np.arange(len(levels))
-    for data, label, line, filled in ((result.auc, "synthetic", "-", True),
-                                      (result.real_auc, "real layer", "--", False)):
+    for data, label, line, filled in (
+        (result.auc, "synthetic", "-", True),
+        (result.real_auc, "real layer", "--", False),
+    ):
         for i, rows in enumerate(config.rows):
             value, low, high = data[i].T
             shift = 0.08 * (i - 1) + (0.0 if filled else 0.04)
-            noise.errorbar(position + shift, value, [value - low, high - value],
-                           color=_COLOURS[i], linestyle=line, marker=_MARKERS[i],
-                           markerfacecolor=_COLOURS[i] if filled else "white", elinewidth=0.8,
-                           label=f"{label}, {rows} row{'s' * (rows > 1)}")
+            noise.errorbar(
+                position + shift,
+                value,
+                [value - low, high - value],
+                color=_COLOURS[i],
+                linestyle=line,
+                marker=_MARKERS[i],
+                markerfacecolor=_COLOURS[i] if filled else "white",
+                elinewidth=0.8,
+                label=f"{label}, {rows} row{'s' * (rows > 1)}",
+            )
     noise.axhline(0.5, color=GREY, linestyle=":")
     noise.set_xticks(position, [f"{level:g}" for level in levels])
-    noise.set(ylim=(0.2, 1.03), xlabel="added noise  (std / rms entry of the release)",
-              ylabel="AUC")
+    noise.set(
+        ylim=(0.2, 1.03), xlabel="added noise  (std / rms entry of the release)", ylabel="AUC"
+    )
     noise.legend(ncols=2, loc="lower left", handlelength=2.2)
     letter(noise, "d  measured: 95% intervals")
     return figure
@@ -196,15 +286,19 @@ def plot_dynamics(result: dynamics.Result) -> Figure:
     """Distance to full fine-tuning over steps, difference of losses, final distance by rank."""
     figure, axes = new_figure(2, 2, height=4.8)
     ranks, steps = result.config.ranks, np.arange(1, result.config.num_steps + 1)
-    distance, difference = result.distance_band, result.loss_band     # mean, low, high
+    distance, difference = result.distance_band, result.loss_band  # mean, low, high
     for column, r in enumerate((0, len(ranks) - 1)):
         axis = axes[0, column]
         for a, arm in enumerate(result.arms):
             _, colour, _, line = _ARM_STYLE[arm]
             _band(axis, steps, [part[a, r] for part in distance], colour, line)
         axis.axhline(result.one_step_distance[r], color=BLACK, linestyle=":")
-        axis.set(yscale="log", xlabel="step", xlim=(1, steps[-1]),
-                 ylabel="$|W - W_{full}|$ / $|W_{full} - W_0|$")
+        axis.set(
+            yscale="log",
+            xlabel="step",
+            xlim=(1, steps[-1]),
+            ylabel="$|W - W_{full}|$ / $|W_{full} - W_0|$",
+        )
         _plain_log(axis)
         letter(axis, f"{'ab'[column]}  weights, rank {ranks[r]}")
     for a, arm in enumerate(result.arms):
@@ -212,14 +306,20 @@ def plot_dynamics(result: dynamics.Result) -> Figure:
         _band(axes[1, 0], steps, [part[a, 0] for part in difference], colour, line)
         middle, low, high = (part[a, :, -1] for part in distance)
         offset = 1.06 ** (a - 1.5)
-        axes[1, 1].errorbar(np.array(ranks) * offset, middle,
-                            [middle - low, high - middle],
-                            color=colour, marker=marker, linestyle=line, elinewidth=0.8,
-                            label=label)
-    axes[1, 1].plot(ranks, result.one_step_distance, ":", color=BLACK,
-                    label="one step, expected")
-    axes[1, 0].set(xlabel="step", ylabel="|loss − loss of full|  (nats)", xlim=(1, steps[-1]),
-                   ylim=(0, None))
+        axes[1, 1].errorbar(
+            np.array(ranks) * offset,
+            middle,
+            [middle - low, high - middle],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            elinewidth=0.8,
+            label=label,
+        )
+    axes[1, 1].plot(ranks, result.one_step_distance, ":", color=BLACK, label="one step, expected")
+    axes[1, 0].set(
+        xlabel="step", ylabel="|loss − loss of full|  (nats)", xlim=(1, steps[-1]), ylim=(0, None)
+    )
     letter(axes[1, 0], f"c  losses, rank {ranks[0]}")
     _log_ranks(axes[1, 1], np.array(ranks))
     axes[1, 1].set(yscale="log", ylabel=f"relative distance at step {steps[-1]}")

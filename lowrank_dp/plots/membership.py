@@ -29,12 +29,24 @@ def plot_matrix_attack(result: matrix_attack.Result) -> Figure:
             colour, marker, line = _ROW_STYLES[i % len(_ROW_STYLES)]
             shift = 0.12 * (i - (len(config.rows) - 1) / 2)
             value, low, high = result.auc[k, i].T
-            axis.errorbar(position + shift, value, [value - low, high - value], color=colour,
-                          marker=marker, linestyle=line, elinewidth=0.8,
-                          label=("1 row, likelihood ratio" if rows == 1
-                                 else f"{rows} rows, symmetry score"))
-            axis.plot(ticks[0] - 0.45 + shift, result.gaussian_reading[k, i], marker=marker,
-                      markerfacecolor="white", color=colour, linestyle="none")
+            axis.errorbar(
+                position + shift,
+                value,
+                [value - low, high - value],
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                elinewidth=0.8,
+                label=("1 row, likelihood ratio" if rows == 1 else f"{rows} rows, symmetry score"),
+            )
+            axis.plot(
+                ticks[0] - 0.45 + shift,
+                result.gaussian_reading[k, i],
+                marker=marker,
+                markerfacecolor="white",
+                color=colour,
+                linestyle="none",
+            )
         rms = result.release_rms[k] / config.gradients.max_grad_norm
         axis.axvline(np.log10(rms), color=GREY, linestyle=":", linewidth=1)
         axis.axhline(0.5, color=GREY, linewidth=0.8)
@@ -43,11 +55,16 @@ def plot_matrix_attack(result: matrix_attack.Result) -> Figure:
         letter(axis, f"{chr(ord('a') + k)}  rank {rank}")
     axes[0, 0].set_ylabel("AUC")
     curves, names = axes[0, 0].get_legend_handles_labels()
-    marks = [*axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white"),
-             *axes[0, 0].plot([], [], ":", color=GREY, linewidth=1)]
-    figure.legend([*curves, *marks],
-                  [*names, "Gaussian reading, no noise", "rms entry of the release"],
-                  loc="outside lower center", ncols=3)
+    marks = [
+        *axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white"),
+        *axes[0, 0].plot([], [], ":", color=GREY, linewidth=1),
+    ]
+    figure.legend(
+        [*curves, *marks],
+        [*names, "Gaussian reading, no noise", "rms entry of the release"],
+        loc="outside lower center",
+        ncols=3,
+    )
     return figure
 
 
@@ -57,5 +74,8 @@ def _decades(levels: np.ndarray) -> tuple[np.ndarray, list[float], list[str]]:
     first, last = float(np.floor(logs.min())), float(logs.max())
     position = np.where(levels > 0, np.log10(np.where(levels > 0, levels, 1)), first - 1)
     decades = np.arange(first, last - 0.9, 2)
-    return (position, [first - 1, *decades, last],
-            ["0", *(f"$10^{{{d:.0f}}}$" for d in decades), f"{10 ** last:.2g}"])
+    return (
+        position,
+        [first - 1, *decades, last],
+        ["0", *(f"$10^{{{d:.0f}}}$" for d in decades), f"{10**last:.2g}"],
+    )

@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
 # arm -> colour, marker, line: schemes as in every other figure
 ARM_STYLE = {
-    "DP-SGD": (GREY, "o", "-"), "denoise": (BLUE, "X", "--"),
-    "optimal, zeroed": (RED, ".", ":"), "low-pass filter": (GREEN, "s", "--"),
-    "momentum + optimal": (RED, "*", "--"), "momentum + optimal, zeroed": (RED, "*", "-"),
-    "DP-LoRA": (SKY, "v", "-"), "DP-LoRA, frozen A": (ORANGE, "^", "-"),
+    "DP-SGD": (GREY, "o", "-"),
+    "denoise": (BLUE, "X", "--"),
+    "optimal, zeroed": (RED, ".", ":"),
+    "low-pass filter": (GREEN, "s", "--"),
+    "momentum + optimal": (RED, "*", "--"),
+    "momentum + optimal, zeroed": (RED, "*", "-"),
+    "DP-LoRA": (SKY, "v", "-"),
+    "DP-LoRA, frozen A": (ORANGE, "^", "-"),
     "DP-LoRA, momentum + optimal, zeroed": (PINK, "D", "-"),
 }
 
@@ -45,10 +49,12 @@ def plot_efficiency(result: efficiency.Result) -> Figure:
         for i, arm in enumerate(result.arms):
             colour, marker, line = ARM_STYLE[arm]
             mean, half = result.band(i, values)
-            axis.plot(result.steps, mean, line, color=colour, marker=marker, markersize=3,
-                      label=arm)
-            axis.fill_between(result.steps, mean - half, mean + half, color=colour, alpha=0.12,
-                              linewidth=0)
+            axis.plot(
+                result.steps, mean, line, color=colour, marker=marker, markersize=3, label=arm
+            )
+            axis.fill_between(
+                result.steps, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0
+            )
         axis.set(xlabel="step", ylabel=f"validation {name}")
         _limit(axis, values)
         letter(axis, f"{panel}  each at its own rate")
@@ -67,8 +73,15 @@ def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
     shift = np.linspace(-0.25, 0.25, len(result.arms))  # or equal values would hide each other
     for i, arm in enumerate(result.arms):
         colour, marker, line = ARM_STYLE[arm]
-        axis.plot(rates + shift[i], np.where(np.isinf(steps[i]), never, steps[i]), line,
-                  color=colour, marker=marker, markersize=4, linewidth=0.6)
+        axis.plot(
+            rates + shift[i],
+            np.where(np.isinf(steps[i]), never, steps[i]),
+            line,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=0.6,
+        )
     axis.set_ylim(0, 1.05 * never)
     axis.set_xticks(rates, [f"{rate:g}" for rate in result.config.learning_rates])
     ticks = [step for step in axis.get_yticks() if 0 <= step <= result.steps[-1]]

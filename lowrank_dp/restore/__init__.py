@@ -12,7 +12,16 @@ from lowrank_dp.restore.restoration import Report, restore, restore_with_report,
 from lowrank_dp.restore.schemes import EDGE_SCHEMES, NON_PRIVATE_SCHEMES, SCHEMES
 
 __all__ = [
-    "EDGE_SCHEMES", "NON_PRIVATE_SCHEMES", "SCHEMES", "LowPass", "Report", "momentum",
-    "oracle_values", "project", "restore", "restore_gradients", "restore_with_report",
+    "EDGE_SCHEMES",
+    "NON_PRIVATE_SCHEMES",
+    "SCHEMES",
+    "LowPass",
+    "Report",
+    "momentum",
+    "oracle_values",
+    "project",
+    "restore",
+    "restore_gradients",
+    "restore_with_report",
     "restored_values",
 ]

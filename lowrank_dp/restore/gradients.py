@@ -12,8 +12,9 @@ from lowrank_dp import _validate
 from lowrank_dp.restore.restoration import Report, restore_with_report
 
 
-def restore_gradients(noisy: Mapping[str, Tensor], noise_std: float, scheme: str = "optimal",
-                      **arguments: Any) -> tuple[dict[str, Tensor], dict[str, Report]]:
+def restore_gradients(
+    noisy: Mapping[str, Tensor], noise_std: float, scheme: str = "optimal", **arguments: Any
+) -> tuple[dict[str, Tensor], dict[str, Report]]:
     """:func:`restore` on every matrix of a model's noisy gradient; other tensors pass unchanged.
 
     Args:
@@ -38,8 +39,11 @@ def restore_gradients(noisy: Mapping[str, Tensor], noise_std: float, scheme: str
     reports: dict[str, Report] = {}
     for names in groups.values():
         try:
-            batch = (torch.stack([noisy[name] for name in names]) if len(names) > 1
-                     else noisy[names[0]].unsqueeze(0))
+            batch = (
+                torch.stack([noisy[name] for name in names])
+                if len(names) > 1
+                else noisy[names[0]].unsqueeze(0)
+            )
             batch, report = restore_with_report(batch, noise_std, scheme, **arguments)
         except ValueError as error:
             raise ValueError(f"gradient of {', '.join(names)}: {error}") from error

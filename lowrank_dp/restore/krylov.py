@@ -43,8 +43,13 @@ class Leading:
         return right.mT @ left.mT if transpose else left @ right
 
 
-def leading_triplets(matrix: Tensor, weight: Callable[[Tensor], Tensor], *,
-                     level: float | None, tolerance: float = 0.02) -> Leading | None:
+def leading_triplets(
+    matrix: Tensor,
+    weight: Callable[[Tensor], Tensor],
+    *,
+    level: float | None,
+    tolerance: float = 0.02,
+) -> Leading | None:
     """Triplets of ``matrix`` (..., m, n), m <= n, until the sum of ``weight(s)`` has settled.
 
     Args:
@@ -118,8 +123,9 @@ def _eigenvalues(gram: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(gram.double()).to(gram.dtype)
 
 
-def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator
-                ) -> tuple[Tensor, Tensor | None]:
+def _next_block(
+    block: Tensor, basis: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
     """Orthonormal columns (..., m, w) that span ``block`` outside of ``basis``.
 
     Where ``basis`` already holds a column of ``block`` to rounding, or the columns depend on each
@@ -130,6 +136,7 @@ def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator
         The columns; and for each matrix whether *no* column of ``block`` was left, or None if
         every column of every matrix was.
     """
+
     def outside(columns: Tensor) -> Tensor:
         return columns - basis @ (basis.mT @ columns)
 

@@ -61,10 +61,13 @@ class LowPass:
             output = output.sub(tensor, alpha=a)
             weight[: len(past)] -= a * past
         keep = max(len(self.a), 1)
-        return replace(self, inputs=inputs[: len(self.b) - 1],
-                       outputs=(output, *self.outputs)[:keep],
-                       weights=(weight, *self.weights)[:keep],
-                       noise_stds=np.append(self.noise_stds, noise_std))
+        return replace(
+            self,
+            inputs=inputs[: len(self.b) - 1],
+            outputs=(output, *self.outputs)[:keep],
+            weights=(weight, *self.weights)[:keep],
+            noise_stds=np.append(self.noise_stds, noise_std),
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -81,24 +84,32 @@ class LowPass:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as tensors under flat names, fit for safetensors; coefficients not included."""
-        numbered = [("input", self.inputs), ("output", self.outputs),
-                    ("weights", tuple(map(torch.from_numpy, self.weights)))]
-        state = {f"{kind}{i}": tensor for kind, tensors in numbered
-                 for i, tensor in enumerate(tensors)}
+        numbered = [
+            ("input", self.inputs),
+            ("output", self.outputs),
+            ("weights", tuple(map(torch.from_numpy, self.weights))),
+        ]
+        state = {
+            f"{kind}{i}": tensor for kind, tensors in numbered for i, tensor in enumerate(tensors)
+        }
         return state | {"noise_stds": torch.from_numpy(self.noise_stds)}
 
-    def with_tensors(self, state: Mapping[str, Tensor],
-                     device: torch.device | str = "cpu") -> LowPass:
+    def with_tensors(
+        self, state: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> LowPass:
         """This filter in the state that :meth:`tensors` gave; a copy, on ``device``."""
+
         def numbered(kind: str) -> list[Tensor]:
             names = [name for name in state if name.rstrip("0123456789") == kind]
             return [state[f"{kind}{i}"].detach() for i in range(len(names))]
 
         return replace(
-            self, inputs=tuple(t.to(device, copy=True) for t in numbered("input")),
+            self,
+            inputs=tuple(t.to(device, copy=True) for t in numbered("input")),
             outputs=tuple(t.to(device, copy=True) for t in numbered("output")),
             weights=tuple(t.cpu().numpy().copy() for t in numbered("weights")),
-            noise_stds=state["noise_stds"].cpu().numpy().copy())
+            noise_stds=state["noise_stds"].cpu().numpy().copy(),
+        )
 
     def _require_input(self) -> None:
         if not self.outputs:

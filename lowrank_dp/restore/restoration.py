@@ -39,9 +39,16 @@ class Report:
     norm_after: float
 
 
-def restore(noisy: Tensor, noise_std: float, scheme: str = "optimal", *, method: str = "fast",
-            below: str = "keep", false_spike_rate: float | None = None,
-            **options: Any) -> Tensor:
+def restore(
+    noisy: Tensor,
+    noise_std: float,
+    scheme: str = "optimal",
+    *,
+    method: str = "fast",
+    below: str = "keep",
+    false_spike_rate: float | None = None,
+    **options: Any,
+) -> Tensor:
     """Noisy gradient with its singular values restored by ``scheme``.
 
     Args:
@@ -76,10 +83,16 @@ def restore(noisy: Tensor, noise_std: float, scheme: str = "optimal", *, method:
     return _run(plan, noisy)[0]
 
 
-def restore_with_report(noisy: Tensor, noise_std: float, scheme: str = "optimal", *,
-                        method: str = "fast", below: str = "keep",
-                        false_spike_rate: float | None = None,
-                        **options: Any) -> tuple[Tensor, list[Report]]:
+def restore_with_report(
+    noisy: Tensor,
+    noise_std: float,
+    scheme: str = "optimal",
+    *,
+    method: str = "fast",
+    below: str = "keep",
+    false_spike_rate: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, list[Report]]:
     """:func:`restore`, and a :class:`Report` for each matrix of the batch in row-major order."""
     norm = _finite_norm(noisy)
     plan = _plan(norm, noisy.shape, noise_std, scheme, method, below, false_spike_rate, options)
@@ -93,14 +106,32 @@ def restore_with_report(noisy: Tensor, noise_std: float, scheme: str = "optimal"
         action = "passed" if scheme == "none" else "restored"
         if top is not None and scheme in EDGE_SCHEMES and top <= plan.trigger:
             action = "kept" if below == "keep" else "zeroed"
-        reports.append(Report(scheme, plan.shape, plan.noise_std, plan.edge, top, above, action,
-                              norm_before, norm_after))
+        reports.append(
+            Report(
+                scheme,
+                plan.shape,
+                plan.noise_std,
+                plan.edge,
+                top,
+                above,
+                action,
+                norm_before,
+                norm_after,
+            )
+        )
     return restored, reports
 
 
-def restored_values(singular_values: Tensor, shape: tuple[int, int], noise_std: float,
-                    scheme: str = "optimal", *, below: str = "keep",
-                    false_spike_rate: float | None = None, **options: Any) -> Tensor:
+def restored_values(
+    singular_values: Tensor,
+    shape: tuple[int, int],
+    noise_std: float,
+    scheme: str = "optimal",
+    *,
+    below: str = "keep",
+    false_spike_rate: float | None = None,
+    **options: Any,
+) -> Tensor:
     """What :func:`restore` with method "exact" puts in the place of a matrix's singular values.
 
     For when the decomposition is at hand, to compare schemes on it.
@@ -118,13 +149,17 @@ def restored_values(singular_values: Tensor, shape: tuple[int, int], noise_std: 
     """
     s = _validate.floating("singular_values", singular_values)
     if len(shape) != 2 or s.shape[-1:] != (min(shape),):
-        _validate.fail("singular_values", f"(..., min(m, n)) for a matrix of shape {tuple(shape)}",
-                       tuple(s.shape))
+        _validate.fail(
+            "singular_values",
+            f"(..., min(m, n)) for a matrix of shape {tuple(shape)}",
+            tuple(s.shape),
+        )
     if not bool((s >= 0).all() and (s.diff(dim=-1) <= 0).all()):
         raise ValueError("singular_values must be nonnegative and descending")
     norm = torch.linalg.vector_norm(s, dim=-1)
-    plan = _plan(norm, (*s.shape[:-1], *shape), noise_std, scheme, "exact", below,
-                 false_spike_rate, options)
+    plan = _plan(
+        norm, (*s.shape[:-1], *shape), noise_std, scheme, "exact", below, false_spike_rate, options
+    )
     new = _new_values(plan, s, norm)
     if scheme not in EDGE_SCHEMES:
         return new
@@ -147,8 +182,16 @@ class _Plan:
     tail: float  # what the scheme multiplies values up to the edge by
 
 
-def _plan(norm: Tensor, shape: tuple[int, ...], noise_std: float, scheme: str, method: str,
-          below: str, false_spike_rate: float | None, options: Mapping[str, Any]) -> _Plan:
+def _plan(
+    norm: Tensor,
+    shape: tuple[int, ...],
+    noise_std: float,
+    scheme: str,
+    method: str,
+    below: str,
+    false_spike_rate: float | None,
+    options: Mapping[str, Any],
+) -> _Plan:
     """``shape`` (..., m, n) is that of the noisy matrices, ``norm`` (...,) their norms."""
     _validate.choice("scheme", scheme, SCHEMES)
     _validate.choice("method", method, ["fast", "exact"])
@@ -156,8 +199,10 @@ def _plan(norm: Tensor, shape: tuple[int, ...], noise_std: float, scheme: str, m
     full_options = _complete(scheme, options)
     noise_std = _validate.real("noise_std", noise_std, low=0, low_open=scheme in EDGE_SCHEMES)
     if noise_std > 0 and bool((norm == 0).any()):
-        raise ValueError(f"noisy must have a nonzero entry, got all zeros: noise of noise_std = "
-                         f"{noise_std:g} was not added to it")
+        raise ValueError(
+            f"noisy must have a nonzero entry, got all zeros: noise of noise_std = "
+            f"{noise_std:g} was not added to it"
+        )
     matrix = (shape[-2], shape[-1])
     # a trial on some spectrum refuses bad options before any work is done
     trial = torch.ones(*shape[:-2] if scheme == "oracle" else (), min(matrix))
@@ -170,9 +215,11 @@ def _plan(norm: Tensor, shape: tuple[int, ...], noise_std: float, scheme: str, m
 
 def _complete(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` with the scheme's defaults filled in; unknown or missing ones are refused."""
-    parameters = {name: parameter for name, parameter
-                  in inspect.signature(SCHEMES[scheme]).parameters.items()
-                  if parameter.kind is parameter.KEYWORD_ONLY and name != "norm"}
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(SCHEMES[scheme]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "norm"
+    }
     for name in options:
         if not parameters:
             raise ValueError(f"scheme {scheme!r} takes no options, got {name!r}")
@@ -190,8 +237,9 @@ def _finite_norm(noisy: Tensor) -> Tensor:
     norm = _norms(noisy.detach())
     if not bool(norm.isfinite().all()):
         _validate.matrix("noisy", noisy)  # raises, unless the norm merely overflowed
-        raise ValueError(f"noisy must have a Frobenius norm that {noisy.dtype} can hold, got "
-                         "infinity")
+        raise ValueError(
+            f"noisy must have a Frobenius norm that {noisy.dtype} can hold, got infinity"
+        )
     return norm
 
 
@@ -213,8 +261,9 @@ def _run(plan: _Plan, noisy: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     if plan.scheme != "none" and not _ordinary(plan, norms):
         parts = [_apply_to_unit(plan, index, matrix) for index, matrix in enumerate(stack.split(1))]
     else:
-        parts = [_apply(plan, *part)
-                 for part in zip(stack.split(size), norms.split(size), strict=True)]
+        parts = [
+            _apply(plan, *part) for part in zip(stack.split(size), norms.split(size), strict=True)
+        ]
     restored = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
     values = [row for part, s in parts for row in ([None] * len(part) if s is None else s)]
     return restored.reshape(noisy.shape), values
@@ -243,7 +292,9 @@ def _apply_to_unit(plan: _Plan, index: int, noisy: Tensor) -> tuple[Tensor, Tens
     norm = torch.linalg.matrix_norm(unit)
     restored, s = _apply(
         replace(plan, noise_std=level, edge=edge, trigger=trigger, norm=norm, options=options),
-        unit, norm)
+        unit,
+        norm,
+    )
     return restored * size, None if s is None else s * size
 
 
@@ -267,8 +318,13 @@ def _new_values(plan: _Plan, s: Tensor, norm: Tensor) -> Tensor:
     extra = {"norm": norm} if plan.scheme == "denoise" else {}
     cut = plan.scheme in EDGE_SCHEMES and not _needs_every_value(plan)
     above = s > plan.edge
-    new = SCHEMES[plan.scheme](torch.where(above, s, 0.0) if cut else s, plan.shape,
-                               plan.noise_std, **plan.options, **extra)
+    new = SCHEMES[plan.scheme](
+        torch.where(above, s, 0.0) if cut else s,
+        plan.shape,
+        plan.noise_std,
+        **plan.options,
+        **extra,
+    )
     return torch.where(above, new, plan.tail * s) if cut else new
 
 
@@ -300,8 +356,9 @@ def _fast(plan: _Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | N
             return rmt.shrink_frobenius(s / scale, aspect) ** 2
 
     tall = plan.shape[0] > plan.shape[1]
-    lead = leading_triplets(noisy.mT if tall else noisy, weight,
-                            level=None if plan.scheme == "truncate" else plan.edge)
+    lead = leading_triplets(
+        noisy.mT if tall else noisy, weight, level=None if plan.scheme == "truncate" else plan.edge
+    )
     if lead is None:
         return None
     # on top of tail * noisy, the leading values are moved to where the scheme wants them

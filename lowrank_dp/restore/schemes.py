@@ -20,8 +20,11 @@ from lowrank_dp import _validate
 from lowrank_dp.spectrum import random_matrix as rmt
 
 Shape = tuple[int, ...]
-_SHRINKERS = {"frobenius": rmt.shrink_frobenius, "operator": rmt.shrink_operator,
-              "nuclear": rmt.shrink_nuclear}
+_SHRINKERS = {
+    "frobenius": rmt.shrink_frobenius,
+    "operator": rmt.shrink_operator,
+    "nuclear": rmt.shrink_nuclear,
+}
 
 
 def none(s: Tensor, shape: Shape, noise_std: float) -> Tensor:
@@ -61,8 +64,15 @@ def optimal(s: Tensor, shape: Shape, noise_std: float, *, loss: str = "frobenius
     return shrink(s / scale, aspect) * scale
 
 
-def denoise(s: Tensor, shape: Shape, noise_std: float, *, kappa: float = 1.0,
-            norm_correction: bool = True, norm: Tensor | None = None) -> Tensor:
+def denoise(
+    s: Tensor,
+    shape: Shape,
+    noise_std: float,
+    *,
+    kappa: float = 1.0,
+    norm_correction: bool = True,
+    norm: Tensor | None = None,
+) -> Tensor:
     """First version of arXiv 2510.01137: shrink, then rescale to the noisy matrix's norm.
 
     A matrix whose top value is not above ``kappa`` times the edge is left alone (kappa below 1
@@ -78,8 +88,9 @@ def denoise(s: Tensor, shape: Shape, noise_std: float, *, kappa: float = 1.0,
     return torch.where(s[..., :1] > trigger, shrunk, s)
 
 
-def partial(s: Tensor, shape: Shape, noise_std: float, *, alpha: float = 0.5,
-            target: str | Tensor = "rmt") -> Tensor:
+def partial(
+    s: Tensor, shape: Shape, noise_std: float, *, alpha: float = 0.5, target: str | Tensor = "rmt"
+) -> Tensor:
     """Move the values a share ``alpha`` of the way to a target: ``(1-alpha) s + alpha t``.
 
     ``target``: "rmt" (the clean value that the model of noise implies, 0 below the edge);
@@ -127,8 +138,15 @@ def oracle(s: Tensor, shape: Shape, noise_std: float, *, values: Tensor) -> Tens
 
 
 SCHEMES: dict[str, Callable[..., Tensor]] = {
-    "none": none, "hard": hard, "soft": soft, "truncate": truncate, "optimal": optimal,
-    "denoise": denoise, "partial": partial, "power": power, "oracle": oracle,
+    "none": none,
+    "hard": hard,
+    "soft": soft,
+    "truncate": truncate,
+    "optimal": optimal,
+    "denoise": denoise,
+    "partial": partial,
+    "power": power,
+    "oracle": oracle,
 }
 # what the schemes that read the noise level need to know; the others act on every matrix alike
 EDGE_SCHEMES = ("hard", "soft", "optimal", "denoise", "partial")

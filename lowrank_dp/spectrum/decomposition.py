@@ -101,8 +101,9 @@ def decompose(matrix: Tensor, noise_std: float) -> Spectrum:
     u, s, vh = torch.linalg.svd(unit, full_matrices=False)
     s = s * scale
     if not bool(s.isfinite().all()):
-        raise ValueError(f"matrix must have singular values that {matrix.dtype} can hold, got "
-                         "infinity")
+        raise ValueError(
+            f"matrix must have singular values that {matrix.dtype} can hold, got infinity"
+        )
     return Spectrum(u, s, vh, noise_std)
 
 

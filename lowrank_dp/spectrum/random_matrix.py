@@ -40,8 +40,9 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
     return _validate.integer("shape", shape[-2]), _validate.integer("shape", shape[-1])
 
 
-def bulk_edge(shape: tuple[int, ...], noise_std: float, *,
-              false_spike_rate: float | None = None) -> float:
+def bulk_edge(
+    shape: tuple[int, ...], noise_std: float, *, false_spike_rate: float | None = None
+) -> float:
     """Level above which a singular value is more than noise.
 
     Args:
@@ -59,8 +60,9 @@ def bulk_edge(shape: tuple[int, ...], noise_std: float, *,
     noise_std = _validate.real("noise_std", noise_std, low=0)
     if false_spike_rate is None:
         return noise_std * (math.sqrt(m) + math.sqrt(n))
-    rate = _validate.real("false_spike_rate", false_spike_rate, low=0, high=1,
-                          low_open=True, high_open=True)
+    rate = _validate.real(
+        "false_spike_rate", false_spike_rate, low=0, high=1, low_open=True, high_open=True
+    )
     a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
     quantile = gamma.isf(rate, _TW_SHAPE, scale=_TW_SCALE) - _TW_SHIFT
     top_eigenvalue = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * quantile

@@ -14,8 +14,14 @@ FloatOrArray = float | Array
 REFERENCES = ("matched", "paper")
 
 
-def reals(name: str, value: ArrayLike, *, low: float = -np.inf, high: float = np.inf,
-          low_open: bool = False) -> Array:
+def reals(
+    name: str,
+    value: ArrayLike,
+    *,
+    low: float = -np.inf,
+    high: float = np.inf,
+    low_open: bool = False,
+) -> Array:
     """``value`` as a float64 array with every entry finite and in the interval.
 
     >>> reals("beta2", [0.5, 1.5], low=0, high=1)
@@ -73,8 +79,9 @@ def _numbers(name: str, value: ArrayLike, requirement: str) -> Array:
     return array.astype(np.float64)
 
 
-def _all_good(name: str, requirement: str, value: ArrayLike, array: Array,
-              good: NDArray[np.bool_]) -> Array:
+def _all_good(
+    name: str, requirement: str, value: ArrayLike, array: Array, good: NDArray[np.bool_]
+) -> Array:
     if not good.all():
         # of a scalar the value as it was given, of an array its first bad entry
         entry = value if array.ndim == 0 else np.asarray(value)[~good].flat[0].item()

@@ -39,8 +39,10 @@ def integrate(function: Function, edges: Array, tolerance: float = 1e-14) -> flo
         second = panel_integrals(function, middle, right)
         open_ = np.abs(first + second - whole) > tolerance
         total += float(np.sum((first + second)[~open_]))
-        left, right = (np.concatenate([left[open_], middle[open_]]),
-                       np.concatenate([middle[open_], right[open_]]))
+        left, right = (
+            np.concatenate([left[open_], middle[open_]]),
+            np.concatenate([middle[open_], right[open_]]),
+        )
         whole = np.concatenate([first[open_], second[open_]])
         if not left.size:
             break

@@ -24,8 +24,9 @@ def stirling_defect(a: float | Array) -> Array:
     a = np.asarray(a, dtype=np.float64)
     big = np.maximum(a, 10.0)
     series = _poly(big**-2, [1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188]) / big
-    return np.where(a < 10, special.xlogy(a, a) - a - special.gammaln(a),
-                    (np.log(big) - LOG_2PI) / 2 - series)
+    return np.where(
+        a < 10, special.xlogy(a, a) - a - special.gammaln(a), (np.log(big) - LOG_2PI) / 2 - series
+    )
 
 
 def log_minus_digamma(a: Array) -> Array:
@@ -38,8 +39,13 @@ def log_minus_digamma(a: Array) -> Array:
 
 def log_half_step(a: float) -> Array:
     """Stable ln Gamma(a + 1/2) - ln Gamma(a)."""
-    return (a * np.log1p(0.5 / a) + np.log(a + 0.5) / 2 - 0.5
-            + stirling_defect(a) - stirling_defect(a + 0.5))
+    return (
+        a * np.log1p(0.5 / a)
+        + np.log(a + 0.5) / 2
+        - 0.5
+        + stirling_defect(a)
+        - stirling_defect(a + 0.5)
+    )
 
 
 def log_mean_square_density(s: Array, rank: float | Array) -> Array:
@@ -82,8 +88,7 @@ def _log_tail(probability, a, x, fraction):
         out = np.log(probability)
         deep = (probability < _UNDERFLOW) & (x > 0)
         x = x[deep]
-        out[deep] = (a * (np.log(x / a) + 1 - x / a) + stirling_defect(a)
-                     - np.log(fraction(a, x)))
+        out[deep] = a * (np.log(x / a) + 1 - x / a) + stirling_defect(a) - np.log(fraction(a, x))
     return out
 
 

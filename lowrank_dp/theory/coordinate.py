@@ -53,8 +53,13 @@ def _he3(x):
 
 # c_k = E|He_k(Z)|, the L1 norm of the k-th derivative of the normal density.
 C3 = float(2 * _phi(0) + 8 * _phi(np.sqrt(3)))
-C4 = float(4 * (_he3(np.sqrt(3 + np.sqrt(6))) * _phi(np.sqrt(3 + np.sqrt(6)))
-                - _he3(np.sqrt(3 - np.sqrt(6))) * _phi(np.sqrt(3 - np.sqrt(6)))))
+C4 = float(
+    4
+    * (
+        _he3(np.sqrt(3 + np.sqrt(6))) * _phi(np.sqrt(3 + np.sqrt(6)))
+        - _he3(np.sqrt(3 - np.sqrt(6))) * _phi(np.sqrt(3 - np.sqrt(6)))
+    )
+)
 # Shevtsova (2013), for identically distributed terms.
 BERRY_ESSEEN_CONSTANT = 0.4690
 
@@ -63,8 +68,9 @@ _TAIL = 1e-16
 _GAUSSIAN_REACH = 8.5
 
 
-def noise_variance(rank: ArrayLike, n: ArrayLike, *,
-                   beta2: ArrayLike | None = None) -> FloatOrArray:
+def noise_variance(
+    rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None
+) -> FloatOrArray:
     """Variance of one coordinate of the noise, in units of |q|^2: (1 + beta2) / rank.
 
     >>> noise_variance(8, 768, beta2=0)
@@ -74,8 +80,9 @@ def noise_variance(rank: ArrayLike, n: ArrayLike, *,
     return unwrap((1 + b2) / r)
 
 
-def noise_kurtosis(rank: ArrayLike, n: ArrayLike, *,
-                   beta2: ArrayLike | None = None) -> FloatOrArray:
+def noise_kurtosis(
+    rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None
+) -> FloatOrArray:
     """Kurtosis E u^4 / (E u^2)^2 of one coordinate: 3 for a Gaussian, up to 15 at rank 1.
 
     >>> noise_kurtosis(1, 768, beta2=0)
@@ -95,13 +102,15 @@ def noise_logpdf(x: ArrayLike, rank: ArrayLike, *, beta2: ArrayLike) -> FloatOrA
     >>> round(noise_logpdf(0.5, 2, beta2=0), 12)    # at rank 2, beta2 0: Laplace, exp(-2|x|)
     -1.0
     """
-    x_, r, b2 = np.broadcast_arrays(reals("x", x), integers("rank", rank),
-                                    reals("beta2", beta2, low=0, high=1))
+    x_, r, b2 = np.broadcast_arrays(
+        reals("x", x), integers("rank", rank), reals("beta2", beta2, low=0, high=1)
+    )
     return unwrap(_log_density(x_ + np.sqrt(b2), r, b2))
 
 
-def tv_exact(rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None,
-             reference: str = "matched") -> FloatOrArray:
+def tv_exact(
+    rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None, reference: str = "matched"
+) -> FloatOrArray:
     """Total variation distance, in [0, 1], between one coordinate of the noise and a Gaussian.
 
     Accurate to 1e-10: the densities' crossings are found and their signed difference integrated
@@ -113,8 +122,9 @@ def tv_exact(rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None,
     return _from_increments(lambda gaps: np.abs(gaps).sum() / 2, rank, n, beta2, reference)
 
 
-def kolmogorov_exact(rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None,
-                     reference: str = "matched") -> FloatOrArray:
+def kolmogorov_exact(
+    rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None, reference: str = "matched"
+) -> FloatOrArray:
     """Kolmogorov distance, the largest gap between the two distribution functions, to 1e-10.
 
     >>> round(kolmogorov_exact(16, 4096, beta2=0), 4)
@@ -123,8 +133,9 @@ def kolmogorov_exact(rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None =
     return _from_increments(lambda gaps: np.abs(np.cumsum(gaps)).max(), rank, n, beta2, reference)
 
 
-def tv_bound(rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None,
-             reference: str = "matched") -> FloatOrArray:
+def tv_bound(
+    rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None, reference: str = "matched"
+) -> FloatOrArray:
     """A proved upper bound, at most 1, on the total variation distance that `tv_exact` computes.
 
     The smallest of 1 and two bounds against the matched Gaussian: a Taylor expansion along the
@@ -141,16 +152,18 @@ def tv_bound(rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None,
     with np.errstate(divide="ignore"):
         skew = C3 / 2 * beta * (1 + b2 / 3) / rest**1.5
     taylor = C4 / 8 * log_minus_digamma(r / 2) + skew / np.sqrt(r)
-    replace = (_per_unique(_chi2_tv, r)
-               + np.sqrt(2) * C3 / 6 * (rest / (1 + beta) ** 2) ** 3 / np.sqrt(r))
+    replace = _per_unique(_chi2_tv, r) + np.sqrt(2) * C3 / 6 * (
+        rest / (1 + beta) ** 2
+    ) ** 3 / np.sqrt(r)
     bound = np.minimum(taylor, replace)
     if reference == "paper":
         bound = bound + _normal_tv(1 + b2)
     return unwrap(np.minimum(bound, 1.0))
 
 
-def tv_lower_bound(rank: ArrayLike, n: ArrayLike, *,
-                   beta2: ArrayLike | None = None) -> FloatOrArray:
+def tv_lower_bound(
+    rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None
+) -> FloatOrArray:
     """A proved lower bound on `tv_exact` against the matched Gaussian.
 
     Half the gap between the two characteristic functions of sqrt(rank) u_j / |q| at 2. It stays
@@ -169,8 +182,9 @@ def tv_lower_bound(rank: ArrayLike, n: ArrayLike, *,
     return unwrap(np.abs(gap) / 2)
 
 
-def berry_esseen_bound(rank: ArrayLike, n: ArrayLike, *,
-                       beta2: ArrayLike | None = None) -> FloatOrArray:
+def berry_esseen_bound(
+    rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None
+) -> FloatOrArray:
     """The classical Berry-Esseen bound on `kolmogorov_exact`, at most 1.
 
     0.4690 E|xi|^3 / sqrt(rank) with xi one of the rank standardised terms whose mean is u_j. It
@@ -211,12 +225,22 @@ def _log_density_bessel(y, r, b2):
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = special.kve(nu, z)
         # Where kve overflows z is so small that z^nu K_nu(z) is its limit Gamma(nu) 2^(nu-1).
-        log_zk = np.where(np.isinf(scaled), special.gammaln(nu) + (nu - 1) * np.log(2),
-                          special.xlogy(nu, z) + np.log(scaled))
+        log_zk = np.where(
+            np.isinf(scaled),
+            special.gammaln(nu) + (nu - 1) * np.log(2),
+            special.xlogy(nu, z) + np.log(scaled),
+        )
     # r beta y/rest - z without the cancellation for y > 0
     exponent = r * np.abs(y) * np.where(y > 0, 1 / (1 + beta), (1 + beta) / rest)
-    return (np.log(2) + stirling_defect(r / 2) + r / 2 - (LOG_2PI + np.log(rest / r)) / 2
-            + nu * np.log(rest / r) + log_zk - exponent)
+    return (
+        np.log(2)
+        + stirling_defect(r / 2)
+        + r / 2
+        - (LOG_2PI + np.log(rest / r)) / 2
+        + nu * np.log(rest / r)
+        + log_zk
+        - exponent
+    )
 
 
 def _log_density_debye(y, r, b2, w):
@@ -232,13 +256,20 @@ def _log_density_debye(y, r, b2, w):
     quarter_less_h2 = (1 - 0.5 / r) / (2 * r)
     s_excess = (2 * beta * x + x**2 - quarter_less_h2 * rest**2) / (s + (1 + b2) / 2)
     half_less_ratio = (s_excess + 2 * quarter_less_h2 * rest - 3 * beta * x - 2 * x**2) / (
-        2 * np.where(central, beta * y + s, 1.0))
+        2 * np.where(central, beta * y + s, 1.0)
+    )
     exponent = r * np.where(central, half_less_ratio, 0.5 - ratio)
-    log_sum = np.where(central, np.log1p(np.where(central, s_excess - rest / (2 * r), 0.0)),
-                       np.log(h * rest + s))
+    log_sum = np.where(
+        central, np.log1p(np.where(central, s_excess - rest / (2 * r), 0.0)), np.log(h * rest + s)
+    )
     p2 = ((r - 1) / 2 / w) ** 2
-    return (stirling_defect(r / 2) + exponent + (r - 1) / 2 * log_sum - np.log(s) / 2
-            + log_bessel_series(w, p2))
+    return (
+        stirling_defect(r / 2)
+        + exponent
+        + (r - 1) / 2 * log_sum
+        - np.log(s) / 2
+        + log_bessel_series(w, p2)
+    )
 
 
 # --- exact distances -------------------------------------------------------------------------
@@ -276,8 +307,12 @@ def _increments(r: float, b2: float, variance: float) -> Array:
     flips = np.flatnonzero(above[1:] != above[:-1])
     rising = above[flips + 1]
     # The distance is flat in the crossings, so a modest precision of theirs is ample.
-    roots = bisect(log_ratio, np.where(rising, nodes[flips], nodes[flips + 1]),
-                   np.where(rising, nodes[flips + 1], nodes[flips]), iterations=30)
+    roots = bisect(
+        log_ratio,
+        np.where(rising, nodes[flips], nodes[flips + 1]),
+        np.where(rising, nodes[flips + 1], nodes[flips]),
+        iterations=30,
+    )
     edges = np.unique(np.concatenate([edges, roots]))
     return panel_integrals(difference, edges[:-1], edges[1:])
 
@@ -315,14 +350,16 @@ def _chi2_increments(r: Array, variance: float) -> Array:
     sd = np.sqrt(variance / r)
 
     def log_ratio(s):
-        return (log_mean_square_density(s, r) + ((s - 1) / sd) ** 2 / 2
-                + LOG_2PI / 2 + np.log(sd))
+        return log_mean_square_density(s, r) + ((s - 1) / sd) ** 2 / 2 + LOG_2PI / 2 + np.log(sd)
 
     zero = np.zeros_like(r)
-    crossings = np.stack([
-        np.where(r <= 2, 0.0, bisect(log_ratio, zero, np.maximum(first, zero))),
-        bisect(log_ratio, second, np.maximum(first, zero)),
-        bisect(log_ratio, second, second + 8 * sd)])
+    crossings = np.stack(
+        [
+            np.where(r <= 2, 0.0, bisect(log_ratio, zero, np.maximum(first, zero))),
+            bisect(log_ratio, second, np.maximum(first, zero)),
+            bisect(log_ratio, second, second + 8 * sd),
+        ]
+    )
     gap = special.gammainc(r / 2, r / 2 * crossings) - special.ndtr((crossings - 1) / sd)
     return np.diff(np.concatenate([zero[None], gap, zero[None]]), axis=0)
 
@@ -344,8 +381,9 @@ def _third_moment_ratio(beta2: Array) -> Array:
     """
     b2 = np.asarray(beta2, dtype=np.float64)[:, None]
     graded = 4.0 ** -np.arange(1.0, 14)
-    edges = np.unique(np.concatenate([[0.0, 1.0], graded, 1 - graded, 1 + graded,
-                                      np.arange(1.5, 12.1, 0.5)]))
+    edges = np.unique(
+        np.concatenate([[0.0, 1.0], graded, 1 - graded, 1 + graded, np.arange(1.5, 12.1, 0.5)])
+    )
 
     def integrand(w):
         # one row an entry of beta2; panels and nodes along the other axes
@@ -353,8 +391,9 @@ def _third_moment_ratio(beta2: Array) -> Array:
         mean, sd = np.sqrt(b) * (nodes**2 - 1), np.sqrt(1 - b) * nodes
         with np.errstate(divide="ignore"):
             m = mean / sd
-        third = (2 * sd * (mean**2 + 2 * sd**2) * _phi(m)
-                 + mean * (mean**2 + 3 * sd**2) * special.erf(m / np.sqrt(2)))
+        third = 2 * sd * (mean**2 + 2 * sd**2) * _phi(m) + mean * (
+            mean**2 + 3 * sd**2
+        ) * special.erf(m / np.sqrt(2))
         return 2 * third * _phi(nodes)
 
     return panel_integrals(integrand, edges[:-1], edges[1:]).sum(axis=-1) / (1 + b2[:, 0]) ** 1.5

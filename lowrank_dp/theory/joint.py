@@ -80,7 +80,7 @@ def joint_tv_lower_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
     True
     """
     r, n_ = integers("rank", rank), integers("n", n)
-    across = np.maximum(n_ - 1, 0.5)        # n = 1 gives an eta above 1, and so 0
+    across = np.maximum(n_ - 1, 0.5)  # n = 1 gives an eta above 1, and so 0
     # the eta in (0, 1) that is best to first order
     eta = (4 / across * np.sqrt(np.pi / r)) ** (1 / 3)
     usable = np.minimum(eta, 0.999)
@@ -112,12 +112,13 @@ def projection_logpdf(y: ArrayLike, q: ArrayLike, rank: ArrayLike) -> FloatOrArr
     unit = q_ / norm[..., None]
     along = np.sum(y_ * unit, axis=-1)
     across = y_ - along[..., None] * unit
-    s = along / norm                               # chi^2_rank / rank
+    s = along / norm  # chi^2_rank / rank
     safe = np.where(s > 0, s, 1.0)
-    variance = safe * norm**2 / r                  # of each coordinate across q, given s
+    variance = safe * norm**2 / r  # of each coordinate across q, given s
     log_along = log_mean_square_density(safe, r) - np.log(norm)
-    log_across = -(np.sum(across**2, axis=-1) / variance
-                   + (n - 1) * (LOG_2PI + np.log(variance))) / 2
+    log_across = (
+        -(np.sum(across**2, axis=-1) / variance + (n - 1) * (LOG_2PI + np.log(variance))) / 2
+    )
     return unwrap(np.where(s > 0, log_along + log_across, -np.inf))
 
 
@@ -133,7 +134,7 @@ def _joint_tv(r: float, n: float, variance: float) -> float:
     k, sd = n - 1, np.sqrt(variance / r)
 
     def excess(root):
-        s = root**2                 # removes the pole of the density of s at 0 for rank 1
+        s = root**2  # removes the pole of the density of s at 0 for rank 1
         log_p = log_mean_square_density(s, r)
         log_g = -(((s - 1) / sd) ** 2 + LOG_2PI) / 2 - np.log(sd)
         alpha = log_p - log_g - k / 2 * np.log(s)
@@ -146,8 +147,9 @@ def _joint_tv(r: float, n: float, variance: float) -> float:
     left, right = np.sqrt(special.chdtri(r, [1 - _TAIL, _TAIL]) / r)
     # The excess turns within |s - 1| of order sqrt(1/n), and of order 1/(rank n) at the smallest.
     graded = 4.0 ** -np.arange(24.0)
-    edges = np.concatenate([np.linspace(left, 1, 17), np.linspace(1, right, 17),
-                            1 - graded, 1 + graded])
+    edges = np.concatenate(
+        [np.linspace(left, 1, 17), np.linspace(1, right, 17), 1 - graded, 1 + graded]
+    )
     return integrate(excess, np.unique(edges[(edges >= left) & (edges <= right)]))
 
 

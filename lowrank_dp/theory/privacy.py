@@ -33,8 +33,14 @@ _TOLERANCE = 1e-12
 _HUGE_EPSILON = 600.0
 
 
-def privacy_profile(epsilon: ArrayLike, rank: ArrayLike, n: ArrayLike, *, angle: ArrayLike,
-                    norm_ratio: ArrayLike = 1.0) -> FloatOrArray:
+def privacy_profile(
+    epsilon: ArrayLike,
+    rank: ArrayLike,
+    n: ArrayLike,
+    *,
+    angle: ArrayLike,
+    norm_ratio: ArrayLike = 1.0,
+) -> FloatOrArray:
     """The exact delta, in [0, 1], of one release of A^T A q against q', to 1e-9.
 
     It never falls below `privacy_floor`, tends to 1 with n at fixed rank, and is not monotone in
@@ -65,8 +71,9 @@ def privacy_floor(rank: ArrayLike, *, angle: ArrayLike) -> FloatOrArray:
     return unwrap(np.where(theta <= np.pi / 2, half, 1 - half))
 
 
-def gaussian_privacy_profile(epsilon: ArrayLike, rank: ArrayLike, *, angle: ArrayLike,
-                             norm_ratio: ArrayLike = 1.0) -> FloatOrArray:
+def gaussian_privacy_profile(
+    epsilon: ArrayLike, rank: ArrayLike, *, angle: ArrayLike, norm_ratio: ArrayLike = 1.0
+) -> FloatOrArray:
     """The delta of the Gaussian reading of the same query: that of N(0, 1) against N(mu, 1).
 
     mu = sqrt(rank) |q - q'| / |q|. It misses that the spread of the noise depends on q.
@@ -86,8 +93,10 @@ def gaussian_privacy_profile(epsilon: ArrayLike, rank: ArrayLike, *, angle: Arra
 
 
 def _pair(angle, norm_ratio):
-    return (reals("angle", angle, low=0, high=np.pi),
-            reals("norm_ratio", norm_ratio, low=0, low_open=True))
+    return (
+        reals("angle", angle, low=0, high=np.pi),
+        reals("norm_ratio", norm_ratio, low=0, low_open=True),
+    )
 
 
 def _profile(epsilon: float, r: float, n: float, theta: float, kappa: float) -> float:
@@ -109,10 +118,13 @@ def _profile(epsilon: float, r: float, n: float, theta: float, kappa: float) -> 
 
     def excess(phi):
         cos = np.cos(phi)
-        less_one = np.sin(theta) * np.tan(phi) - 2 * np.sin(theta / 2) ** 2       # c - 1
+        less_one = np.sin(theta) * np.tan(phi) - 2 * np.sin(theta / 2) ** 2  # c - 1
         near = np.abs(less_one) < 0.5
-        log_c = np.where(near, np.log1p(np.where(near, less_one, 0.0)),
-                         np.log(np.maximum(np.cos(phi - theta), 1e-300) / cos))
+        log_c = np.where(
+            near,
+            np.log1p(np.where(near, less_one, 0.0)),
+            np.log(np.maximum(np.cos(phi - theta), 1e-300) / cos),
+        )
         density = np.exp((r - 1) * np.log(cos) - log_z)
         return density * _excess_given_angle(log_c, epsilon, r, n, kappa)
 
@@ -120,8 +132,9 @@ def _profile(epsilon: float, r: float, n: float, theta: float, kappa: float) -> 
     # a narrow notch where kappa c = 1: all of these get geometric panels.
     marks = np.concatenate([[low, high], _turning_angles(epsilon, r, n, theta, kappa)])
     graded = (high - low) * 4.0 ** -np.arange(2.0, 25)
-    edges = np.concatenate([np.linspace(low, high, 33), marks,
-                            np.add.outer(marks, [graded, -graded]).ravel()])
+    edges = np.concatenate(
+        [np.linspace(low, high, 33), marks, np.add.outer(marks, [graded, -graded]).ravel()]
+    )
     edges = np.unique(edges[(edges >= low) & (edges <= high)])
     return float(np.clip(floor + integrate(excess, edges, _TOLERANCE), floor, 1.0))
 
@@ -144,13 +157,13 @@ def _excess_given_angle(log_c: Array, epsilon: float, r: float, n: float, kappa:
     """
     dof = r + n - 1
     ell = log_c + np.log(kappa)
-    ell = np.where(ell == 0, 1e-300, ell)       # kappa c = 1 exactly: take either side's limit
+    ell = np.where(ell == 0, 1e-300, ell)  # kappa c = 1 exactly: take either side's limit
     with np.errstate(divide="ignore", over="ignore"):
-        slope = -np.expm1(-ell)                 # 1 - 1/(kappa c)
+        slope = -np.expm1(-ell)  # 1 - 1/(kappa c)
         v = 2 * ((r - 1) * np.log(kappa) - (r - n - 1) / 2 * ell - epsilon) / slope
         v = np.clip(v, 0.0, 1e250)
         other = np.clip(v * np.exp(-ell), 0.0, 1e250)
-    below = ell > 0                             # L > epsilon means V < v there, V > v elsewhere
+    below = ell > 0  # L > epsilon means V < v there, V > v elsewhere
     p, log_other = np.empty_like(v), np.empty_like(v)
     p[below] = special.gammainc(dof / 2, v[below] / 2)
     p[~below] = special.gammaincc(dof / 2, v[~below] / 2)

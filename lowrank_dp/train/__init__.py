@@ -56,9 +56,15 @@ __all__ = ["Setup", "TrainConfig", "TrainResult", "load_result", "take_step", "t
 MOVEMENT_STEPS = 3  # after so many steps every weight with a gradient must have moved
 
 
-def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
-          keep_model: bool = True, show_progress: bool = True,
-          announce: Callable[[Setup, int], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    keep_model: bool = True,
+    show_progress: bool = True,
+    announce: Callable[[Setup, int], None] | None = None,
+) -> TrainResult:
     """Fine-tune, and leave a checkpoint in ``output``.
 
     Args:
@@ -78,8 +84,11 @@ def train(config: TrainConfig, output: str | Path, *, resume: bool = False,
         OSError: if the folder can't be written; the last snapshot is intact.
         SystemExit: with 130 or 143 after SIGINT or SIGTERM, once the step is done and saved.
     """
-    with (parallel.processes(config.device), _own_random_numbers(config),
-          guards.memory(config.micro_batch_size)):
+    with (
+        parallel.processes(config.device),
+        _own_random_numbers(config),
+        guards.memory(config.micro_batch_size),
+    ):
         if parallel.rank() > 0:
             return _follow(config, keep_model)
         with runs.open_run(output, resume=resume) as folder:
@@ -108,8 +117,10 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
         if (here := environment(config.device)) != found["environment"]:
             differences.append(f"environment: {here} / {found['environment']}")
         if differences:
-            raise ValueError(f"every process must be given the same; process {parallel.rank()} and "
-                             f"the first differ in {'; '.join(differences)}")
+            raise ValueError(
+                f"every process must be given the same; process {parallel.rank()} and "
+                f"the first differ in {'; '.join(differences)}"
+            )
         setup = prepare(config, found["seed"])
         document, tensors = parallel.from_first()
         state = unpack(setup, document, tensors)
@@ -132,8 +143,13 @@ def _before_the_first(setup: Setup, state: State, folder: runs.RunFolder | None)
         _snapshot(setup, state, folder)
 
 
-def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progress: bool,
-           asked_to_stop: Sequence[int]) -> None:
+def _steps(
+    setup: Setup,
+    state: State,
+    folder: runs.RunFolder | None,
+    show_progress: bool,
+    asked_to_stop: Sequence[int],
+) -> None:
     """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along.
 
     Without a folder nothing is written: another process does, and evaluates unless all must.
@@ -146,8 +162,11 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
     left = range(state.step, config.steps)
     for step in progress(left, f"training {config.task}") if show_progress else left:
         if folder is not None:
-            folder.begin_release(state.stream, step, *(
-                () if config.non_private else (digest_of_draws(state), sums_depend_on)))
+            folder.begin_release(
+                state.stream,
+                step,
+                *(() if config.non_private else (digest_of_draws(state), sums_depend_on)),
+            )
         take_step(setup, state)
 
         if step - first_step < MOVEMENT_STEPS:
@@ -165,8 +184,11 @@ def _steps(setup: Setup, state: State, folder: runs.RunFolder | None, show_progr
             if last or stopping or state.step % config.snapshot_every == 0:
                 _snapshot(setup, state, folder)
         if stopping:
-            stop = Stopped(stopping[0], f"step {state.step} of {config.steps} is saved; to go on, "
-                           "repeat the command, training with --resume")
+            stop = Stopped(
+                stopping[0],
+                f"step {state.step} of {config.steps} is saved; to go on, "
+                "repeat the command, training with --resume",
+            )
             raise stop if folder is not None else SystemExit(stop.code)  # one process says it
 
 
@@ -187,18 +209,22 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     setup.model.train(config.dropout)
     bound = float("inf") if config.non_private else mechanism.max_grad_norm
     if config.dropout and parallel.rank() > 0:  # snapshots hold the first process's generator only
-        torch.manual_seed(draw_seed(
-            setup.seed, f"dropout {state.stream} {state.step} {parallel.rank()}"))
+        torch.manual_seed(
+            draw_seed(setup.seed, f"dropout {state.stream} {state.step} {parallel.rank()}")
+        )
     with guards.diverging(state.step):
         sums, norms = _clipped(setup, _sample(setup, state.sampler, state.checks), bound)
     if state.checks:
         state.checks.clipped(sums, norms)
         if rows := state.checks.rows_to_compare(state.step):
-            state.checks.row_by_row(next(_batches(setup, rows)), lambda batch, bound:
-                                    _clipped(setup, iter([batch]), bound)[0])
+            state.checks.row_by_row(
+                next(_batches(setup, rows)),
+                lambda batch, bound: _clipped(setup, iter([batch]), bound)[0],
+            )
     guards.check_covered(setup.model, setup.optimizer, sums)
-    clean, noisy = layout.noised(sums, None if config.non_private else (
-        lambda sums: mechanism.add_noise(sums, state.noise)))
+    clean, noisy = layout.noised(
+        sums, None if config.non_private else (lambda sums: mechanism.add_noise(sums, state.noise))
+    )
     if state.checks:
         state.checks.noised(clean, noisy, state.noise, state.step)
 
@@ -206,8 +232,9 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     gradient = _restored(setup, state, noisy, clean)  # post-processing of noisy, but for an oracle
     restored = _clock(config)
 
-    layout.assign(setup.trained, {name: total / config.batch_size
-                                  for name, total in gradient.items()})
+    layout.assign(
+        setup.trained, {name: total / config.batch_size for name, total in gradient.items()}
+    )
     if state.checks:
         state.checks.assigned(noisy, state.step)
     for group in setup.optimizer.param_groups:
@@ -219,27 +246,35 @@ def take_step(setup: Setup, state: State) -> tuple[Mapping[str, Tensor], Mapping
     return clean, noisy
 
 
-def _clipped(setup: Setup, batches: Iterator[Batch | Idle], bound: float
-             ) -> tuple[dict[str, Tensor], Tensor]:
+def _clipped(
+    setup: Setup, batches: Iterator[Batch | Idle], bound: float
+) -> tuple[dict[str, Tensor], Tensor]:
     """This process's clipped sums, and its rows' norms before."""
     config = setup.config
     return clipped_sum_over(
-        setup.model, batches, bound,
+        setup.model,
+        batches,
+        bound,
         autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-        backend="compiled" if config.compile else "bookkeeping", padding=config.padding,
-        check_rows=False, reduce=setup.layout.reduce)  # prepare has checked public rows
+        backend="compiled" if config.compile else "bookkeeping",
+        padding=config.padding,
+        check_rows=False,
+        reduce=setup.layout.reduce,
+    )  # prepare has checked public rows
 
 
 def _batches(setup: Setup, chosen: Sequence[int]) -> Iterator[Batch]:
     """Micro-batches of some rows, on the device."""
     rows = [setup.rows[row] for row in chosen]
-    for _, batch in micro_batches(rows, setup.config.micro_batch_size,
-                                  setup.tokenizer.pad_token_id, length=setup.pad_to):
+    for _, batch in micro_batches(
+        rows, setup.config.micro_batch_size, setup.tokenizer.pad_token_id, length=setup.pad_to
+    ):
         yield {key: value.to(setup.config.device) for key, value in batch.items()}
 
 
-def _sample(setup: Setup, generator: Generator, checks: StepChecks | None = None
-            ) -> Iterator[Batch | Idle]:
+def _sample(
+    setup: Setup, generator: Generator, checks: StepChecks | None = None
+) -> Iterator[Batch | Idle]:
     """Micro-batches of this process's share of one Poisson sample.
 
     Where processes share the model each has as many as the first, whose share is the largest.
@@ -249,7 +284,7 @@ def _sample(setup: Setup, generator: Generator, checks: StepChecks | None = None
     if checks:
         checks.sampled(chosen, generator)
     world, size = parallel.world_size(), setup.config.micro_batch_size
-    mine = chosen[parallel.rank()::world]
+    mine = chosen[parallel.rank() :: world]
     yield from _batches(setup, mine)
     missing = math.ceil(len(chosen[::world]) / size) - math.ceil(len(mine) / size)  # 0 or 1
     if setup.layout.all_work and missing:
@@ -266,24 +301,33 @@ def _draw(setup: Setup, generator: Generator) -> list[int]:
     return [row for unit in rows for row in unit]
 
 
-def _restored(setup: Setup, state: State, noisy: Mapping[str, Tensor],
-              clean: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _restored(
+    setup: Setup, state: State, noisy: Mapping[str, Tensor], clean: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
     """The gradient sum that the optimizer gets: from ``noisy`` alone, except with an oracle."""
     config, noise_std = setup.config, setup.mechanism.noise_std
     start = config.low_pass
     if start is not None and noisy:
-        state.low_passes = {name: state.low_passes.get(name, start).update(total, noise_std)
-                            for name, total in noisy.items()}
+        state.low_passes = {
+            name: state.low_passes.get(name, start).update(total, noise_std)
+            for name, total in noisy.items()
+        }
         noisy = {name: low_pass.mean for name, low_pass in state.low_passes.items()}
         noise_std = next(iter(state.low_passes.values())).noise_std
     if config.scheme == "none":
         return noisy
     if config.scheme == "oracle":
         clean = setup.layout.known(clean)
-        return setup.layout.restored(lambda some: {
-            name: _oracle(total, clean[name], noise_std) for name, total in some.items()}, noisy)
-    return setup.layout.restored(lambda some: restore_gradients(
-        some, noise_std, config.scheme, **config.restoration)[0], noisy)
+        return setup.layout.restored(
+            lambda some: {
+                name: _oracle(total, clean[name], noise_std) for name, total in some.items()
+            },
+            noisy,
+        )
+    return setup.layout.restored(
+        lambda some: restore_gradients(some, noise_std, config.scheme, **config.restoration)[0],
+        noisy,
+    )
 
 
 def _oracle(noisy: Tensor, clean: Tensor, noise_std: float) -> Tensor:
@@ -295,20 +339,31 @@ def _oracle(noisy: Tensor, clean: Tensor, noise_std: float) -> Tensor:
 
 def _evaluate(setup: Setup, state: State, *, generate: bool = False) -> None:
     """Add an entry to the curve, and stop a run that has diverged."""
-    entry = {"step": state.step, **_scores(setup, generate=generate), "seconds": state.seconds,
-             "restore_seconds": state.restore_seconds}
+    entry = {
+        "step": state.step,
+        **_scores(setup, generate=generate),
+        "seconds": state.seconds,
+        "restore_seconds": state.restore_seconds,
+    }
     state.curve.append(entry)
     guards.check_loss(entry["loss"], state.curve[0]["loss"], state.step)
 
 
-def _scores(setup: Setup, split: str = "validation", *, generate: bool = False
-            ) -> dict[str, float]:
+def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) -> dict[str, float]:
     config = setup.config
     return evaluation.evaluate(
-        setup.model, setup.tokenizer, setup.task, split, max_length=setup.max_length,
-        pad_to=setup.pad_to, batch_size=config.micro_batch_size, max_examples=config.eval_examples,
-        generate=generate and setup.task.kind == "generation", num_beams=config.num_beams,
-        max_new_tokens=config.max_new_tokens)
+        setup.model,
+        setup.tokenizer,
+        setup.task,
+        split,
+        max_length=setup.max_length,
+        pad_to=setup.pad_to,
+        batch_size=config.micro_batch_size,
+        max_examples=config.eval_examples,
+        generate=generate and setup.task.kind == "generation",
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+    )
 
 
 def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
@@ -325,8 +380,10 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
         _require_same(config, TrainConfig.from_json(document["config"]))
         setup = _prepare(config, document["seed"])
         state = unpack(setup, document, tensors)
-    parallel.from_first({**document, "stream": state.stream}, {
-        name: tensor for name, tensor in tensors.items() if not name.startswith("generator.")})
+    parallel.from_first(
+        {**document, "stream": state.stream},
+        {name: tensor for name, tensor in tensors.items() if not name.startswith("generator.")},
+    )
     releases = _releases_at_the_end(config, state, folder)
     spent = setup.epsilon(releases)
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
@@ -335,18 +392,23 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
             f"{releases - config.steps} steps would be drawn anew, and counted again, since the "
             "steps after the snapshot can't be repeated exactly (then / now: "
             f"{state.restarted or 'nothing now, but steps were drawn anew before'}); "
-            "resume where nothing differs, or start afresh in another folder")
+            "resume where nothing differs, or start afresh in another folder"
+        )
     if state.restarted:
-        warnings.warn(f"resuming with new noise from step {state.step} on, and counting its "
-                      f"releases beside those made: the steps after the snapshot can't be "
-                      f"repeated exactly (then / now: {state.restarted})", stacklevel=2)
+        warnings.warn(
+            f"resuming with new noise from step {state.step} on, and counting its "
+            f"releases beside those made: the steps after the snapshot can't be "
+            f"repeated exactly (then / now: {state.restarted})",
+            stacklevel=2,
+        )
     return setup, state
 
 
 def _prepare(config: TrainConfig, seed: int) -> Setup:
     """On the first process, once it is known what the others are to load."""
-    parallel.from_first({"seed": seed, "config": config.as_json(),
-                         "environment": environment(config.device)})
+    parallel.from_first(
+        {"seed": seed, "config": config.as_json(), "environment": environment(config.device)}
+    )
     return prepare(config, seed)
 
 
@@ -356,14 +418,20 @@ def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFold
 
 def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
     if differences := asked.differences(begun):
-        raise ValueError("resume must be given the configuration that the run began with; asked "
-                         f"and begun differ in {'; '.join(differences)}")
+        raise ValueError(
+            "resume must be given the configuration that the run began with; asked "
+            f"and begun differ in {'; '.join(differences)}"
+        )
 
 
 def _loss_on_members(setup: Setup) -> float:
     """NON-PRIVATE."""
-    members = {example.id for unit, member in zip(setup.units, setup.members, strict=True)
-               if member for example in unit}
+    members = {
+        example.id
+        for unit, member in zip(setup.units, setup.members, strict=True)
+        if member
+        for example in unit
+    }
     return _scores(replace(setup, task=setup.task.restrict(members)), "train")["loss"]
 
 

@@ -55,8 +55,10 @@ class StepChecks:
         bound = self._setup.mechanism.max_grad_norm
         if parallel.world_size() == 1:
             if len(norms) != len(self._rows):
-                raise ValueError("the step's sum is not over the rows of its sample: a row was "
-                                 "left out, or counts twice, and the privacy stated would not hold")
+                raise ValueError(
+                    "the step's sum is not over the rows of its sample: a row was "
+                    "left out, or counts twice, and the privacy stated would not hold"
+                )
             guards.check_sum(sums, float(norms.clamp(max=bound).sum()))
         else:
             guards.check_sum(sums, len(self._rows) * bound)
@@ -73,18 +75,27 @@ class StepChecks:
             return []  # another graph would be compiled; all processes would have to take part
         return self._rows[:_ROWS]
 
-    def row_by_row(self, batch: Mapping[str, Tensor],
-                   clip: Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]) -> None:
+    def row_by_row(
+        self,
+        batch: Mapping[str, Tensor],
+        clip: Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]],
+    ) -> None:
         """Rows in ``batch``, clipped as the step does it, against autograd."""
         config, model = self._setup.config, self._setup.model
         training = model.training
         model.eval()
-        guards.check_clipping(model, batch, self._setup.mechanism.max_grad_norm, clip,
-                              torch.bfloat16 if config.precision == "bf16" else None)
+        guards.check_clipping(
+            model,
+            batch,
+            self._setup.mechanism.max_grad_norm,
+            clip,
+            torch.bfloat16 if config.precision == "bf16" else None,
+        )
         model.train(training)
 
-    def noised(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise: Generator,
-               step: int) -> None:
+    def noised(
+        self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise: Generator, step: int
+    ) -> None:
         """The sums before and after the noise."""
         if parallel.rank() == 0:
             self._draws_noise.check(noise)
@@ -95,14 +106,23 @@ class StepChecks:
         setup, config = self._setup, self._setup.config
         if setup.layout.all_work or config.low_pass is not None or config.diagnostic:
             return
-        plain = {name: total for name, total in noisy.items()
-                 if config.scheme == "none" or total.ndim != 2 or min(total.shape) == 1}
+        plain = {
+            name: total
+            for name, total in noisy.items()
+            if config.scheme == "none" or total.ndim != 2 or min(total.shape) == 1
+        }
         matrices = [name for name in noisy if name not in plain]
         if matrices and self.closely(step):
             name = matrices[step % len(matrices)]
-            plain |= restore_gradients({name: noisy[name]}, setup.mechanism.noise_std,
-                                       config.scheme, **config.restoration)[0]
-        guards.check_gradient(setup.trained, {
-            name: total.flatten()[:guards.SOME] / config.batch_size
-            for name, total in plain.items()}, setup.mechanism.noise_std / config.batch_size)
+            plain |= restore_gradients(
+                {name: noisy[name]}, setup.mechanism.noise_std, config.scheme, **config.restoration
+            )[0]
+        guards.check_gradient(
+            setup.trained,
+            {
+                name: total.flatten()[: guards.SOME] / config.batch_size
+                for name, total in plain.items()
+            },
+            setup.mechanism.noise_std / config.batch_size,
+        )
         self._first = False

@@ -18,10 +18,10 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PADDINGS = ("longest", "max-length")
-_MOST = 2**63 - 1       # the largest integer that torch takes
+_MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
-_MOST_REAL = 1e20       # times _MOST_NOISE it fits a float32, with room for a sum
-_MOST_NOISE = 1e9       # as GaussianMechanism.calibrate has it
+_MOST_REAL = 1e20  # times _MOST_NOISE it fits a float32, with room for a sum
+_MOST_NOISE = 1e9  # as GaussianMechanism.calibrate has it
 
 
 @dataclass(frozen=True)
@@ -152,17 +152,35 @@ class TrainConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, options in (("method", METHODS), ("unit", ("example", "group")),
-                              ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
-                              ("scheme", SCHEMES), ("below", ("keep", "zero")),
-                              ("restore_method", ("fast", "exact")),
-                              ("membership", MEMBERSHIPS), ("precision", PRECISIONS),
-                              ("padding", PADDINGS)):
+        for name, options in (
+            ("method", METHODS),
+            ("unit", ("example", "group")),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("scheme", SCHEMES),
+            ("below", ("keep", "zero")),
+            ("restore_method", ("fast", "exact")),
+            ("membership", MEMBERSHIPS),
+            ("precision", PRECISIONS),
+            ("padding", PADDINGS),
+        ):
             _validate.choice(name, getattr(self, name), options)
-        for name in ("steps", "batch_size", "rank", "micro_batch_size", "eval_every",
-                     "eval_examples", "num_beams", "max_new_tokens", "snapshot_every"):
-            _validate.integer(name, getattr(self, name), high={
-                "rank": _MOST_RANK, "num_beams": 1000}.get(name, _MOST))
+        for name in (
+            "steps",
+            "batch_size",
+            "rank",
+            "micro_batch_size",
+            "eval_every",
+            "eval_examples",
+            "num_beams",
+            "max_new_tokens",
+            "snapshot_every",
+        ):
+            _validate.integer(
+                name,
+                getattr(self, name),
+                high={"rank": _MOST_RANK, "num_beams": 1000}.get(name, _MOST),
+            )
         for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 _validate.integer(name, getattr(self, name), low=low, high=_MOST)
@@ -170,8 +188,10 @@ class TrainConfig:
         _validate.integer("holdout", self.holdout, low=0, high=_MOST)
         _validate.integer("warmup_steps", self.warmup_steps, low=0, high=self.steps)
         if self.warmup_steps and self.schedule == "constant":
-            raise ValueError("warmup_steps must be 0 with schedule 'constant'; use "
-                             "'constant_with_warmup', 'linear' or 'cosine'")
+            raise ValueError(
+                "warmup_steps must be 0 with schedule 'constant'; use "
+                "'constant_with_warmup', 'linear' or 'cosine'"
+            )
         if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", self.device):
             _validate.fail("device", "cpu, cuda or cuda:N", self.device)
         _validate.positive("learning_rate", self.learning_rate)
@@ -185,37 +205,55 @@ class TrainConfig:
         self._check_restoration()
 
     def _check_privacy(self) -> None:
-        given = [name for name, value in (("epsilon", self.epsilon), ("noise_multiplier",
-                 self.noise_multiplier), ("non_private", self.non_private or None))
-                 if value is not None]
+        given = [
+            name
+            for name, value in (
+                ("epsilon", self.epsilon),
+                ("noise_multiplier", self.noise_multiplier),
+                ("non_private", self.non_private or None),
+            )
+            if value is not None
+        ]
         if len(given) != 1:
-            raise ValueError("exactly one of epsilon, noise_multiplier and non_private must be "
-                             f"given, got {' and '.join(given) or 'none of them'}")
+            raise ValueError(
+                "exactly one of epsilon, noise_multiplier and non_private must be "
+                f"given, got {' and '.join(given) or 'none of them'}"
+            )
         if self.epsilon is not None:
             _validate.positive("epsilon", self.epsilon)
         if self.noise_multiplier is not None:
-            _validate.real("noise_multiplier", self.noise_multiplier, low=0, low_open=True,
-                           high=_MOST_NOISE)
+            _validate.real(
+                "noise_multiplier", self.noise_multiplier, low=0, low_open=True, high=_MOST_NOISE
+            )
         if self.delta is not None:
             _validate.real("delta", self.delta, low=0, high=1, low_open=True, high_open=True)
         _validate.real("max_grad_norm", self.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
         if self.secure_rng and (self.seed is not None or self.non_private):
-            raise ValueError("secure_rng must go without a seed, which would make the noise "
-                             "reproducible, and without non_private, which draws none")
+            raise ValueError(
+                "secure_rng must go without a seed, which would make the noise "
+                "reproducible, and without non_private, which draws none"
+            )
 
     def _check_restoration(self) -> None:
         if self.scheme in NON_PRIVATE_SCHEMES and not self.diagnostic:
-            raise ValueError(f"scheme {self.scheme!r} reads clean gradients, so the run would not "
-                             "be private: choose another, or mark the run with diagnostic")
+            raise ValueError(
+                f"scheme {self.scheme!r} reads clean gradients, so the run would not "
+                "be private: choose another, or mark the run with diagnostic"
+            )
         if self.diagnostic and self.scheme not in NON_PRIVATE_SCHEMES:
-            raise ValueError("diagnostic must go with a scheme that reads clean gradients "
-                             f"({', '.join(NON_PRIVATE_SCHEMES)}), got {self.scheme!r}")
+            raise ValueError(
+                "diagnostic must go with a scheme that reads clean gradients "
+                f"({', '.join(NON_PRIVATE_SCHEMES)}), got {self.scheme!r}"
+            )
         if self.non_private and self.scheme != "none":
-            raise ValueError(f"scheme must be 'none' without noise, got {self.scheme!r}: there is "
-                             "nothing to restore")
+            raise ValueError(
+                f"scheme must be 'none' without noise, got {self.scheme!r}: there is "
+                "nothing to restore"
+            )
         if self.scheme in ("none", *NON_PRIVATE_SCHEMES) and self.scheme_options:
-            raise ValueError(f"scheme {self.scheme!r} takes no options, got "
-                             f"{', '.join(self.scheme_options)}")
+            raise ValueError(
+                f"scheme {self.scheme!r} takes no options, got {', '.join(self.scheme_options)}"
+            )
         for name in ("noisy", "noise_std", "scheme", "method", "below"):
             if name in self.scheme_options:
                 raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
@@ -228,11 +266,17 @@ class TrainConfig:
         averaged = self.low_pass is not None  # which checks its coefficients
         for coefficient in (*self.filter_b, *self.filter_a):
             if coefficient:
-                _validate.real("the size of a filter's coefficient", abs(coefficient),
-                               low=1 / _MOST_REAL, high=_MOST_REAL)
+                _validate.real(
+                    "the size of a filter's coefficient",
+                    abs(coefficient),
+                    low=1 / _MOST_REAL,
+                    high=_MOST_REAL,
+                )
         if averaged and self.beta1:
-            raise ValueError(f"beta1 must be 0 or left out beside a running mean of gradients, "
-                             f"got {self.beta1:g}")
+            raise ValueError(
+                f"beta1 must be 0 or left out beside a running mean of gradients, "
+                f"got {self.beta1:g}"
+            )
 
     @property
     def low_pass(self) -> LowPass | None:
@@ -269,5 +313,8 @@ class TrainConfig:
     def differences(self, other: TrainConfig) -> list[str]:
         """``field: here / there`` for each field that differs."""
         mine, theirs = self.as_json(), other.as_json()
-        return [f"{name}: {mine[name]!r} / {theirs[name]!r}" for name in mine
-                if mine[name] != theirs[name]]
+        return [
+            f"{name}: {mine[name]!r} / {theirs[name]!r}"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]

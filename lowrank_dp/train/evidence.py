@@ -19,8 +19,9 @@ from scipy.stats import binom
 Evidence = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _TWO_SIDED = np.concatenate([-(grid := np.geomspace(1e-4, 16, 32)), grid])
-_OF_SQUARES = np.concatenate([-np.geomspace(1e-6, 1e6, 48), np.geomspace(1e-6, 0.25, 30),
-                              [0.35, 0.45, 0.49]])
+_OF_SQUARES = np.concatenate(
+    [-np.geomspace(1e-6, 1e6, 48), np.geomspace(1e-6, 0.25, 30), [0.35, 0.45, 0.49]]
+)
 _DEVIATIONS = 12.0  # of a binomial count, beyond which its probability is taken as if at the mean
 
 
@@ -61,8 +62,10 @@ def too_even(trials: int, rate: float) -> Evidence:
     A sample size that is fixed has no spread; that of a Poisson sample is binomial.
     """
     mean, deviation = trials * rate, math.sqrt(trials * rate * (1 - rate))
-    sizes = np.arange(max(0, math.floor(mean - _DEVIATIONS * deviation)),
-                      min(trials, math.ceil(mean + _DEVIATIONS * deviation)) + 1)
+    sizes = np.arange(
+        max(0, math.floor(mean - _DEVIATIONS * deviation)),
+        min(trials, math.ceil(mean + _DEVIATIONS * deviation)) + 1,
+    )
     mass = binom.pmf(sizes, trials, rate)
     grid = np.geomspace(1e-3, 100, 32)
     moments = np.exp(-grid[:, None] * spread(sizes, trials, rate)) @ mass + max(0.0, 1 - mass.sum())
@@ -92,13 +95,22 @@ class Watch:
 
     def __init__(self, evidence: Evidence, streams: int, steps: int, false_alarms: float) -> None:
         self._evidence = evidence
-        self._total, self._count, self._slack = np.zeros(streams), np.zeros(streams), np.zeros(
-            streams)
+        self._total, self._count, self._slack = (
+            np.zeros(streams),
+            np.zeros(streams),
+            np.zeros(streams),
+        )
         self._run = math.log(2 * streams / false_alarms)
         self._step = self._run + math.log(steps)
 
-    def add(self, total: np.ndarray, count: np.ndarray, *, mean: float = 0.0,
-            slack: np.ndarray | float = 0.0) -> int | None:
+    def add(
+        self,
+        total: np.ndarray,
+        count: np.ndarray,
+        *,
+        mean: float = 0.0,
+        slack: np.ndarray | float = 0.0,
+    ) -> int | None:
         """Index of the sum with the most evidence, if that is too much to be chance; else None.
 
         Args:
@@ -110,8 +122,10 @@ class Watch:
         self._total += total
         self._count += count
         self._slack += slack
-        for sums, level in (((total, count, slack), self._step),
-                            ((self._total, self._count, self._slack), self._run)):
+        for sums, level in (
+            ((total, count, slack), self._step),
+            ((self._total, self._count, self._slack), self._run),
+        ):
             found = self._evidence(_towards(sums[0], mean * sums[1], sums[2]), sums[1])
             if not bool((found < level).all()):  # nor NaN
                 return int(np.argmax(np.where(np.isnan(found), np.inf, found)))

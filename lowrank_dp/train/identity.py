@@ -28,8 +28,9 @@ _SWITCHES = ("MKL_", "ONEDNN_", "DNNL_", "ATEN_", "CUBLAS_", "CUDNN_", "NVIDIA_T
 _PATHS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
 
 
-def digests(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
-            ) -> dict[str, str]:
+def digests(
+    model: torch.nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
     """SHA-256 of a run's model and data, before its first step and before anything is sharded.
 
     Returns:
@@ -41,9 +42,12 @@ def digests(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
     settings: list[Any] = [_settings(getattr(model, "config", None))]
     settings += [_settings(config) for config in getattr(model, "peft_config", {}).values()]
     settings.append(str(getattr(getattr(model, "config", None), "_attn_implementation", None)))
-    return {"weights": _of_tensors(chain(model.named_parameters(), model.named_buffers())),
-            "configuration": _of_text(settings), "tokenizer": _of_text(_vocabulary(tokenizer)),
-            "rows": _of_text(rows)}
+    return {
+        "weights": _of_tensors(chain(model.named_parameters(), model.named_buffers())),
+        "configuration": _of_text(settings),
+        "tokenizer": _of_text(_vocabulary(tokenizer)),
+        "rows": _of_text(rows),
+    }
 
 
 def versions_and_machine(device: str) -> dict[str, str]:
@@ -54,12 +58,17 @@ def versions_and_machine(device: str) -> dict[str, str]:
     """
     kind = torch.device(device).type
     found = {name: metadata.version(name) for name in _LIBRARIES} | _torch_settings()
-    found |= {name: value for name, value in os.environ.items()
-              if name.startswith(_SWITCHES) and not name.endswith("_NUM_THREADS")}  # below
-    found |= {"lowrank_dp": f"{lowrank_dp.__version__} ({_source()[:12]})",
-              "threads": str(torch.get_num_threads()),
-              "instructions": torch.backends.cpu.get_cpu_capability(),
-              "processes": str(world_size())}
+    found |= {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_SWITCHES) and not name.endswith("_NUM_THREADS")
+    }  # below
+    found |= {
+        "lowrank_dp": f"{lowrank_dp.__version__} ({_source()[:12]})",
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processes": str(world_size()),
+    }
     if kind == "cuda" and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(torch.device(device))
     return found
@@ -71,8 +80,10 @@ def not_repeatable(config: TrainConfig) -> str:
         return "a compiled step can't be replayed to the bit"
     on_gpu = torch.device(config.device).type == "cuda"
     if on_gpu and not torch.are_deterministic_algorithms_enabled():
-        return ("a GPU adds in an order that changes, so that a step can't be replayed to the bit "
-                "without torch.use_deterministic_algorithms(True)")
+        return (
+            "a GPU adds in an order that changes, so that a step can't be replayed to the bit "
+            "without torch.use_deterministic_algorithms(True)"
+        )
     return ""
 
 
@@ -83,16 +94,22 @@ def _torch_settings() -> dict[str, str]:
         "default dtype": torch.get_default_dtype(),
         "float32 matrix products": [  # "none" is the default, which is "ieee"
             part.matmul.fp32_precision.replace("none", "ieee")
-            for part in (backends.mkldnn, backends.cuda)],
+            for part in (backends.mkldnn, backends.cuda)
+        ],
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "mkldnn": backends.mkldnn.enabled,
-        "attention kernels": [backends.cuda.flash_sdp_enabled(), backends.cuda.math_sdp_enabled(),
-                              backends.cuda.mem_efficient_sdp_enabled()]}
+        "attention kernels": [
+            backends.cuda.flash_sdp_enabled(),
+            backends.cuda.math_sdp_enabled(),
+            backends.cuda.mem_efficient_sdp_enabled(),
+        ],
+    }
     return {name: str(value) for name, value in settings.items()}
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     """``name: before / now`` of each part that differs; of a digest, that the content does."""
+
     def words(name: str) -> str:
         values = [str(part.get(name, "not set")) for part in (before, now)]
         if all(len(value) == 64 for value in values):
@@ -126,8 +143,12 @@ def _settings(config: Any) -> dict[str, Any]:
 def _vocabulary(tokenizer: Any) -> list[Any]:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     whole = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
-    return [whole, str(tokenizer.special_tokens_map), tokenizer.padding_side,
-            tokenizer.model_max_length]
+    return [
+        whole,
+        str(tokenizer.special_tokens_map),
+        tokenizer.padding_side,
+        tokenizer.model_max_length,
+    ]
 
 
 @lru_cache(maxsize=1)

@@ -82,8 +82,9 @@ class Shards(Copies):
 
     def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
         self._trained = trained
-        self._owner = parallel.owners({name: tuple(p.shape) for name, p in trained.items()},
-                                      parallel.world_size())
+        self._owner = parallel.owners(
+            {name: tuple(p.shape) for name, p in trained.items()}, parallel.world_size()
+        )
 
     def owns(self, name: str) -> bool:
         """Whether this process has what is known of the parameter's gradient."""
@@ -112,8 +113,9 @@ class Shards(Copies):
                 noisy[name] = torch.empty_like(clean[name])
                 dist.recv(noisy[name], 0)
             elif here == 0:
-                total = torch.empty(p.shape, dtype=torch.promote_types(torch.float32, p.dtype),
-                                    device=p.device)
+                total = torch.empty(
+                    p.shape, dtype=torch.promote_types(torch.float32, p.dtype), device=p.device
+                )
                 dist.recv(total, owner)
                 dist.send(add_noise({name: total})[name], owner)
         return clean, noisy
@@ -129,8 +131,11 @@ class Shards(Copies):
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
         """Put rows of the gradients into ``.grad``, a parameter at a time from its owner."""
         for name, p in trained.items():
-            whole = (gradient[name].to(p.dtype) if self.owns(name)
-                     else torch.empty(p.shape, dtype=p.dtype, device=p.device))
+            whole = (
+                gradient[name].to(p.dtype)
+                if self.owns(name)
+                else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            )
             p.grad = self.placed(whole, p, source=self._owner[name])
 
     def whole(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -153,8 +158,9 @@ class Shards(Copies):
         here: Any = like
         if tuple(whole.shape) != tuple(like.shape):
             return whole  # such as a counter of steps
-        return distribute_tensor(whole.to(like.device), here.device_mesh, here.placements,
-                                 src_data_rank=source)
+        return distribute_tensor(
+            whole.to(like.device), here.device_mesh, here.placements, src_data_rank=source
+        )
 
 
 def equalise(model: nn.Module) -> None:

@@ -16,8 +16,7 @@ MEMBERSHIPS = ("all", "bernoulli", "half")
 SCHEMA_VERSION = 1
 
 
-def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int
-                 ) -> list[bool]:
+def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int) -> list[bool]:
     """For each unit of privacy, whether it is trained on.
 
     "all" takes all. "bernoulli" gives each unit an independent fair coin: a hash of the unit's
@@ -43,14 +42,21 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def manifest(units: Sequence[Sequence[Example]], members: Sequence[bool], *, membership: str,
-             coin_seed: int, **context: Any) -> dict[str, Any]:
+def manifest(
+    units: Sequence[Sequence[Example]],
+    members: Sequence[bool],
+    *,
+    membership: str,
+    coin_seed: int,
+    **context: Any,
+) -> dict[str, Any]:
     """``membership.json``: ids and content hashes of every record, never a text.
 
     ``context`` is what an attack needs to know beside it: task, base model, recipe, losses.
     """
-    records = [(example, member) for unit, member in zip(units, members, strict=True)
-               for example in unit]
+    records = [
+        (example, member) for unit, member in zip(units, members, strict=True) for example in unit
+    ]
     probability = {"bernoulli": 0.5, "half": 0.5, "all": 1.0}[membership]
     scheme = {"bernoulli": "bernoulli", "half": "fixed", "all": "all"}[membership]
     return {
@@ -58,7 +64,8 @@ def manifest(units: Sequence[Sequence[Example]], members: Sequence[bool], *, mem
         "sensitive": "membership bits: whoever has this file knows who was trained on",
         **context,
         "coins": {"scheme": scheme, "probability": probability, "seed": coin_seed},
-        "num_members": sum(member for _, member in records), "num_records": len(records),
+        "num_members": sum(member for _, member in records),
+        "num_records": len(records),
         "ids": [example.id for example, _ in records],
         "content_hashes": [example.content_hash for example, _ in records],
         "groups": [example.group for example, _ in records],

@@ -55,8 +55,9 @@ class NoiseCheck:
         self._products = np.zeros((0, 0))
         self._seen = 0
 
-    def check(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], *,
-              spectrum: bool = False) -> None:
+    def check(
+        self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], *, spectrum: bool = False
+    ) -> None:
         """Look at one step; raise ``ValueError`` if its noise, or the run's, is not as stated.
 
         ``spectrum``: look at one matrix's top singular value as well, which takes longer.
@@ -65,10 +66,13 @@ class NoiseCheck:
         if not names:  # of shards, there may be fewer than processes
             return
         names.sort(key=lambda name: -clean[name].numel())
-        moments = torch.stack(
-            [self._moments(clean[name], noisy[name]) for name in names]).cpu().numpy()
-        prints = [torch.stack([_print(tensors[name]) for name in names]).cpu().numpy()
-                  for tensors in (clean, noisy)]
+        moments = (
+            torch.stack([self._moments(clean[name], noisy[name]) for name in names]).cpu().numpy()
+        )
+        prints = [
+            torch.stack([_print(tensors[name]) for name in names]).cpu().numpy()
+            for tensors in (clean, noisy)
+        ]
         self._seen += 1
         totals = [clean[name] for name in names]
         entries = np.array([total.numel() for total in totals], dtype=float)
@@ -79,8 +83,7 @@ class NoiseCheck:
         self._check_means(names, totals, rounding, moments)
         sizes = np.array([min(clean[name].numel(), _PRINT) for name in names])
         noise = (prints[1] - prints[0]) / self._std
-        self._check_distribution(noise, prints[1] / self._std,
-                                 np.arange(_PRINT) < sizes[:, None])
+        self._check_distribution(noise, prints[1] / self._std, np.arange(_PRINT) < sizes[:, None])
         self._check_tensors(names, noise)
         self._check_steps(names, noise, np.arange(_PRINT) < sizes[:, None])
 
@@ -91,8 +94,10 @@ class NoiseCheck:
         found = [flat @ flat, flat.sum()]
         if clean.ndim == 2 and min(clean.shape) > 1:
             m, n = clean.shape
-            found += [(noise @ self._direction(n, noise)).square().sum(),
-                      (self._direction(m, noise) @ noise).square().sum()]
+            found += [
+                (noise @ self._direction(n, noise)).square().sum(),
+                (self._direction(m, noise) @ noise).square().sum(),
+            ]
         else:
             found += [flat.new_zeros(())] * 2
         norm = torch.linalg.vector_norm(clean.to(noise.dtype))
@@ -111,22 +116,29 @@ class NoiseCheck:
             self._watches[name] = Watch(kind, streams, self._steps, self._share)
         return self._watches[name]
 
-    def _check_size(self, names: list[str], entries: np.ndarray, rounding: np.ndarray,
-                    squares: np.ndarray) -> None:
+    def _check_size(
+        self, names: list[str], entries: np.ndarray, rounding: np.ndarray, squares: np.ndarray
+    ) -> None:
         slack = 2 * rounding * np.sqrt(squares) + rounding**2 + 1e-6 * entries
         found = self._watch("size", evidence.squares, len(names) + 1).add(
-            *(np.append(x, x.sum()) for x in (squares, entries)), mean=1.0,
-            slack=np.append(slack, slack.sum()))
+            *(np.append(x, x.sum()) for x in (squares, entries)),
+            mean=1.0,
+            slack=np.append(slack, slack.sum()),
+        )
         if found is not None:
             where = names[found] if found < len(names) else "all tensors together"
-            self._refuse(f"noise has standard deviation that is not as stated in {where}, and "
-                         f"must have {self._std:.4g} within what chance allows")
+            self._refuse(
+                f"noise has standard deviation that is not as stated in {where}, and "
+                f"must have {self._std:.4g} within what chance allows"
+            )
 
-    def _check_means(self, names: list[str], clean: list[Tensor], rounding: np.ndarray,
-                     moments: np.ndarray) -> None:
+    def _check_means(
+        self, names: list[str], clean: list[Tensor], rounding: np.ndarray, moments: np.ndarray
+    ) -> None:
         entries = np.array([total.numel() for total in clean], dtype=float)
         found = self._watch("mean", evidence.normal, len(names)).add(
-            moments[:, 1] / np.sqrt(entries), np.ones(len(names)), slack=rounding)
+            moments[:, 1] / np.sqrt(entries), np.ones(len(names)), slack=rounding
+        )
         if found is not None:
             self._refuse(f"noise of {names[found]} has a mean that is not 0")
         matrices = [i for i, total in enumerate(clean) if total.ndim == 2 and min(total.shape) > 1]
@@ -134,29 +146,46 @@ class NoiseCheck:
             if matrices:
                 totals, error = moments[matrices, column], rounding[matrices]
                 found = self._watch(what, evidence.squares, len(matrices)).add(
-                    totals, np.array([clean[i].shape[axis] for i in matrices]), mean=1.0,
-                    slack=2 * error * np.sqrt(totals) + error**2 + 1e-6 * totals)
+                    totals,
+                    np.array([clean[i].shape[axis] for i in matrices]),
+                    mean=1.0,
+                    slack=2 * error * np.sqrt(totals) + error**2 + 1e-6 * totals,
+                )
                 if found is not None:
-                    self._refuse(f"noise of {names[matrices[found]]} is not independent between "
-                                 f"its entries: its {what} are correlated")
+                    self._refuse(
+                        f"noise of {names[matrices[found]]} is not independent between "
+                        f"its entries: its {what} are correlated"
+                    )
 
     def _check_distribution(self, noise: np.ndarray, noisy: np.ndarray, real: np.ndarray) -> None:
         size = np.abs(noise[real])
         count = np.array([size.size])
-        for name, rate, hits in (("inner", 0.5, size < _INNER), ("outer", _OUTER_RATE,
-                                                                 size > _OUTER)):
-            if self._watch(name, evidence.successes(rate), 1).add(
-                    np.array([hits.sum()]), count) is not None:
-                self._refuse("noise is not normal: its entries have another distribution than the "
-                             "Gaussian that the accounting assumes")
+        for name, rate, hits in (
+            ("inner", 0.5, size < _INNER),
+            ("outer", _OUTER_RATE, size > _OUTER),
+        ):
+            if (
+                self._watch(name, evidence.successes(rate), 1).add(np.array([hits.sum()]), count)
+                is not None
+            ):
+                self._refuse(
+                    "noise is not normal: its entries have another distribution than the "
+                    "Gaussian that the accounting assumes"
+                )
         # a sum that is rounded to float32 shows a half-precision grid only where it is not large
         fine = size > np.abs(noisy[real]) / 128
         for name, factor in (("grid", 1.0), ("scaled grid", self._std)):
             on_grid = _near_half_precision(size[fine] * factor)
-            if self._watch(name, evidence.successes(0.15, more_only=True), 1).add(
-                    np.array([on_grid.sum()]), np.array([on_grid.size])) is not None:
-                self._refuse("noise was drawn or rounded in half precision: its low bits would "
-                             "reveal the sum")
+            if (
+                self._watch(name, evidence.successes(0.15, more_only=True), 1).add(
+                    np.array([on_grid.sum()]), np.array([on_grid.size])
+                )
+                is not None
+            ):
+                self._refuse(
+                    "noise was drawn or rounded in half precision: its low bits would "
+                    "reveal the sum"
+                )
 
     def _check_tensors(self, names: list[str], noise: np.ndarray) -> None:
         """Each tensor against the shorter ones after it, whose noise is taken as given."""
@@ -167,25 +196,30 @@ class NoiseCheck:
             self._products = np.zeros_like(products)
         self._products += products
         run = math.log(2 * streams / self._share)
-        for total, count, level in ((products, 1, run + math.log(self._steps)),
-                                    (self._products, self._seen, run)):
+        for total, count, level in (
+            (products, 1, run + math.log(self._steps)),
+            (self._products, self._seen, run),
+        ):
             # evidence is at most total^2 / (2 count): few pairs need a closer look
             rows, columns = np.nonzero(total**2 >= 2 * count * level)
             found = evidence.normal(total[rows, columns], np.full(len(rows), count)) >= level
             if found.any():
                 i = int(np.argmax(found))
-                self._refuse(f"noise of {names[rows[i]]} and of {names[columns[i]]} is the same "
-                             "or correlated")
+                self._refuse(
+                    f"noise of {names[rows[i]]} and of {names[columns[i]]} is the same "
+                    "or correlated"
+                )
 
     def _check_steps(self, names: list[str], noise: np.ndarray, real: np.ndarray) -> None:
         for lag, before in enumerate(self._last, 1):
             norms = np.linalg.norm(before, axis=1)
             products = (noise * before).sum(1) / np.where(norms > 0, norms, 1.0)
             found = self._watch(f"lag {lag}", evidence.normal, len(names)).add(
-                products, np.ones(len(names)))
+                products, np.ones(len(names))
+            )
             if found is not None:
                 self._refuse(f"noise of {names[found]} repeats that of {_ago(lag)}")
-        self._last = [noise, *self._last[:_LAGS - 1]]
+        self._last = [noise, *self._last[: _LAGS - 1]]
         kept = noise[real][:_KEPT].astype(np.float32)
         if self._kept:
             earlier = np.stack(self._kept)
@@ -214,12 +248,15 @@ class NoiseCheck:
         deviations = math.sqrt(2 * math.log(self._steps / self._share))
         most = bulk_edge((noise.shape[0], noise.shape[1]), 1.0) + deviations
         if not top <= most + rounding:
-            self._refuse(f"noise of {name} has a singular value above {most * self._std:.4g}, "
-                         "which independent noise stays below: its entries are correlated")
+            self._refuse(
+                f"noise of {name} has a singular value above {most * self._std:.4g}, "
+                "which independent noise stays below: its entries are correlated"
+            )
 
     def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(f"{what} (step {self._seen} of those seen): the privacy stated would not "
-                         "hold")
+        raise ValueError(
+            f"{what} (step {self._seen} of those seen): the privacy stated would not hold"
+        )
 
 
 class GeneratorCheck:
@@ -241,12 +278,16 @@ class GeneratorCheck:
         if state is None:  # it has none, and draws from the operating system
             return
         if origin != self._origin:
-            raise ValueError(f"the generator of the {self._what} was seeded anew within the run: "
-                             "its draws may repeat, and the privacy stated would not hold")
+            raise ValueError(
+                f"the generator of the {self._what} was seeded anew within the run: "
+                "its draws may repeat, and the privacy stated would not hold"
+            )
         if state in self._states:
-            raise ValueError(f"the generator of the {self._what} has not moved on in this step, or "
-                             "was set back: draws repeat, or come from another generator, and the "
-                             "privacy stated would not hold")
+            raise ValueError(
+                f"the generator of the {self._what} has not moved on in this step, or "
+                "was set back: draws repeat, or come from another generator, and the "
+                "privacy stated would not hold"
+            )
         self._states.add(state)
 
 

@@ -58,16 +58,23 @@ def processes(device: str) -> Iterator[None]:
     if on_gpu:
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if device != "cuda" or local >= count:
-            raise ValueError(f"device must be cpu, or cuda with a GPU for each process, got "
-                             f"{device!r} for process {local} of a machine with {count} GPUs")
+            raise ValueError(
+                f"device must be cpu, or cuda with a GPU for each process, got "
+                f"{device!r} for process {local} of a machine with {count} GPUs"
+            )
         torch.cuda.set_device(local)
     with _explained():
         store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # a second run of the same processes must not find the first one's addresses
         group = (store.add("lowrank_dp groups", 1) - 1) // world
         store = dist.PrefixStore(f"lowrank_dp {group}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store,
-                                rank=number, world_size=world, timeout=TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=number,
+            world_size=world,
+            timeout=TIMEOUT,
+        )
     try:
         with _explained():
             yield
@@ -102,7 +109,8 @@ def _explained() -> Iterator[None]:
         raise ConnectionError(
             f"another process of this run has stopped or can't be reached ({reason}): go on with "
             "--resume; with another number of processes, the steps since the last snapshot count "
-            "again") from error
+            "again"
+        ) from error
 
 
 def _meet() -> None:
@@ -110,8 +118,9 @@ def _meet() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
-def from_first(document: Any = None, tensors: Mapping[str, Tensor] | None = None
-               ) -> tuple[Any, dict[str, Tensor]]:
+def from_first(
+    document: Any = None, tensors: Mapping[str, Tensor] | None = None
+) -> tuple[Any, dict[str, Tensor]]:
     """What the first process passes, on every process: a JSON document, and tensors (on the CPU).
 
     Nothing is pickled. The others pass nothing.
@@ -125,8 +134,11 @@ def from_first(document: Any = None, tensors: Mapping[str, Tensor] | None = None
 def _bytes(data: bytes) -> bytes:
     size = torch.tensor(len(data))
     dist.broadcast(size, 0)
-    buffer = (torch.frombuffer(bytearray(data), dtype=torch.uint8) if rank() == 0
-              else torch.empty(int(size), dtype=torch.uint8))
+    buffer = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if rank() == 0
+        else torch.empty(int(size), dtype=torch.uint8)
+    )
     dist.broadcast(buffer, 0)
     return buffer.numpy().tobytes()
 
@@ -173,8 +185,10 @@ def _flat(exchange: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> d
         _meet()  # gloo notices a process that has died, NCCL would wait for it
     exchange(flat)
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view(tensor.shape).to(tensor.dtype)
-            for part, (name, tensor) in zip(parts, tensors.items(), strict=True)}
+    return {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for part, (name, tensor) in zip(parts, tensors.items(), strict=True)
+    }
 
 
 def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
@@ -194,19 +208,22 @@ def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
     return owner
 
 
-def spread(work: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
-           tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def spread(
+    work: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """``work(tensors)``, each matrix done by its owner and handed to all.
 
     ``work`` treats every matrix by itself, and leaves other tensors as they are.
     """
     if world_size() == 1:
         return dict(work(tensors))
-    owner = owners({name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2},
-                   world_size())
+    owner = owners(
+        {name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2}, world_size()
+    )
     done = dict(tensors)
     done.update(work({name: tensors[name] for name in owner if owner[name] == rank()}))
     for source in sorted(set(owner.values())):
-        done.update(broadcast({name: done[name] for name in owner if owner[name] == source},
-                              source))
+        done.update(
+            broadcast({name: done[name] for name in owner if owner[name] == source}, source)
+        )
     return done

@@ -21,8 +21,9 @@ from lowrank_dp.train.config import TrainConfig
 LENGTHS = (4, 9, 23)  # tokens of the texts of the three rows, where the model has room for them
 
 
-def require_independent_rows(model: Any, tokenizer: Any, task: Task, max_length: int | None,
-                             config: TrainConfig) -> None:
+def require_independent_rows(
+    model: Any, tokenizer: Any, task: Task, max_length: int | None, config: TrainConfig
+) -> None:
     """Raise ``ValueError`` if the gradient of one row depends on another row, or on padding.
 
     With padding "max-length" every row has ``max_length`` tokens, and padding may matter. The model
@@ -30,12 +31,15 @@ def require_independent_rows(model: Any, tokenizer: Any, task: Task, max_length:
     """
     pad_to = max_length if config.padding == "max-length" else None
     room = max_length or tokenizer.model_max_length - 8
-    lengths = [max(1, min(length, room * part // 4)) for length, part in
-               zip(LENGTHS, (1, 2, 4), strict=True)]
+    lengths = [
+        max(1, min(length, room * part // 4))
+        for length, part in zip(LENGTHS, (1, 2, 4), strict=True)
+    ]
 
     def rows(lengths: list[int]) -> list[dict[str, Any]]:
-        return encode(_examples(tokenizer, task, lengths), tokenizer, kind=task.kind,
-                      max_length=max_length)
+        return encode(
+            _examples(tokenizer, task, lengths), tokenizer, kind=task.kind, max_length=max_length
+        )
 
     batches = [rows(lengths)]
     if pad_to is None:
@@ -46,14 +50,19 @@ def require_independent_rows(model: Any, tokenizer: Any, task: Task, max_length:
         device = next(model.parameters()).device
         for batch in batches:
             tensors = collate(batch, tokenizer.pad_token_id, length=pad_to)
-            clipped_sum(model, {name: value.to(device) for name, value in tensors.items()}, 1.0,
-                        padding=config.padding)
+            clipped_sum(
+                model,
+                {name: value.to(device) for name, value in tensors.items()},
+                1.0,
+                padding=config.padding,
+            )
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's own code raises
-        raise ValueError(f"model {config.model} cannot be trained on rows of random tokens "
-                         f"({type(error).__name__}: {first_line(error)}): correct its config.json"
-                         ) from error
+        raise ValueError(
+            f"model {config.model} cannot be trained on rows of random tokens "
+            f"({type(error).__name__}: {first_line(error)}): correct its config.json"
+        ) from error
     finally:
         model.train(mode)
 
@@ -86,7 +95,13 @@ def _examples(tokenizer: Any, task: Task, lengths: list[int]) -> list[Example]:
             label = i % task.num_labels
         elif task.kind == "regression":
             label = i / 2
-        examples.append(Example(
-            id=f"public/{i}", text=text(length), text_pair=text(2) if paired else None,
-            label=label, target=text(3) if task.kind == "generation" else None))
+        examples.append(
+            Example(
+                id=f"public/{i}",
+                text=text(length),
+                text_pair=text(2) if paired else None,
+                label=label,
+                target=text(3) if task.kind == "generation" else None,
+            )
+        )
     return examples

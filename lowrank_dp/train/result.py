@@ -70,30 +70,53 @@ def load_result(folder: str | Path) -> TrainResult:
 def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> TrainResult:
     """The result of a run that has made so many releases in all."""
     return TrainResult(
-        config=setup.config, epsilon=setup.epsilon(releases), delta=setup.delta,
-        releases=releases, privacy=setup.statement(releases),
+        config=setup.config,
+        epsilon=setup.epsilon(releases),
+        delta=setup.delta,
+        releases=releases,
+        privacy=setup.statement(releases),
         noise_multiplier=setup.mechanism.noise_multiplier,
-        sample_rate=setup.mechanism.sample_rate, curve=tuple(state.curve), seconds=state.seconds,
-        restore_seconds=state.restore_seconds, train_loss=train_loss,
-        majority=majority(setup.task), description=setup.description,
-        provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device))
+        sample_rate=setup.mechanism.sample_rate,
+        curve=tuple(state.curve),
+        seconds=state.seconds,
+        restore_seconds=state.restore_seconds,
+        train_loss=train_loss,
+        majority=majority(setup.task),
+        description=setup.description,
+        provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device),
+    )
 
 
-def save_run(setup: Setup, result: TrainResult, folder: runs.RunFolder,
-             weights: dict[str, Tensor] | None) -> None:
+def save_run(
+    setup: Setup, result: TrainResult, folder: runs.RunFolder, weights: dict[str, Tensor] | None
+) -> None:
     """Put the checkpoint in place, or without weights ``training.json`` alone."""
     documents = {runs.TRAINING: artifacts.plain(result)}
     if weights is not None:
         config, task = setup.config, setup.task
         documents[runs.MEMBERSHIP] = manifest(
-            setup.units, setup.members, membership=config.membership, coin_seed=setup.seed,
-            task=task.name, split="train", source=task.source, kind=task.kind, unit=config.unit,
+            setup.units,
+            setup.members,
+            membership=config.membership,
+            coin_seed=setup.seed,
+            task=task.name,
+            split="train",
+            source=task.source,
+            kind=task.kind,
+            unit=config.unit,
             template={"separator": SEPARATOR} if task.kind == "generation" else None,
-            max_length=setup.max_length, base={
-                "model": config.model, "seed": setup.seed,
-                "weights": getattr(setup.model, "lowrank_dp_base_weights", "")},
-            recipe=config.as_json(), seed=config.seed, privacy=result.privacy,
-            train_loss=result.train_loss, eval_loss=result.curve[-1]["loss"])
+            max_length=setup.max_length,
+            base={
+                "model": config.model,
+                "seed": setup.seed,
+                "weights": getattr(setup.model, "lowrank_dp_base_weights", ""),
+            },
+            recipe=config.as_json(),
+            seed=config.seed,
+            privacy=result.privacy,
+            train_loss=result.train_loss,
+            eval_loss=result.curve[-1]["loss"],
+        )
 
     def write(aside: Path) -> None:
         if weights is None:

@@ -77,19 +77,28 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
     if config.seed is None:
         on_cpu = config.secure_rng or torch.device(config.device).type == "cpu"
         return SecureRandom(), SecureRandom() if on_cpu else os_seeded_generator(config.device)
-    return (torch.Generator().manual_seed(draw_seed(config.seed, f"sampler {stream}")),
-            torch.Generator(config.device).manual_seed(draw_seed(config.seed, f"noise {stream}")))
+    return (
+        torch.Generator().manual_seed(draw_seed(config.seed, f"sampler {stream}")),
+        torch.Generator(config.device).manual_seed(draw_seed(config.seed, f"noise {stream}")),
+    )
 
 
 def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON and tensors of a snapshot; of shards on the first process, and all must ask for it."""
     tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
     for index, entry in setup.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()
-                    if isinstance(value, Tensor)}
+        tensors |= {
+            f"optimizer.{index}.{key}": value
+            for key, value in entry.items()
+            if isinstance(value, Tensor)
+        }
     tensors = setup.layout.whole(tensors) | setup.layout.gathered(
-        {f"low_pass.{name}.{key}": value for name, low_pass in state.low_passes.items()
-         for key, value in low_pass.tensors().items()})
+        {
+            f"low_pass.{name}.{key}": value
+            for name, low_pass in state.low_passes.items()
+            for key, value in low_pass.tensors().items()
+        }
+    )
     tensors["generator.dropout"] = torch.get_rng_state()
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
         tensors[f"generator.{name}"] = _saved(generator)
@@ -101,9 +110,16 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
 def summary(setup: Setup, state: State) -> dict[str, Any]:
     """JSON of a snapshot."""
     return {
-        "config": setup.config.as_json(), "seed": setup.seed, "data": setup.data_fingerprint,
-        "identity": identity(setup), "stream": state.stream, "step": state.step,
-        "curve": state.curve, "seconds": state.seconds, "restore_seconds": state.restore_seconds}
+        "config": setup.config.as_json(),
+        "seed": setup.seed,
+        "data": setup.data_fingerprint,
+        "identity": identity(setup),
+        "stream": state.stream,
+        "step": state.step,
+        "curve": state.curve,
+        "seconds": state.seconds,
+        "restore_seconds": state.restore_seconds,
+    }
 
 
 def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
@@ -118,8 +134,10 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         ValueError: if the training records are not those that the run began with.
     """
     if document["data"] != setup.data_fingerprint:
-        raise ValueError(f"training records of {setup.task.name} are not those that the run began "
-                         "with: give it the same data, or start afresh in another folder")
+        raise ValueError(
+            f"training records of {setup.task.name} are not those that the run began "
+            "with: give it the same data, or start afresh in another folder"
+        )
     with torch.no_grad():
         for name, p in setup.trained.items() if tensors else ():
             p.copy_(setup.layout.placed(tensors[f"parameter.{name}"], p))
@@ -129,13 +147,20 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         if key.startswith("optimizer."):
             _, index, entry = key.split(".", 2)
             entries.setdefault(int(index), {})[entry] = setup.layout.placed(
-                tensor, parameters[int(index)])
+                tensor, parameters[int(index)]
+            )
     groups = setup.optimizer.state_dict()["param_groups"]
     setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     generators = fresh_generators(setup.config, document["stream"])
-    state = State(document["step"], document["stream"], *generators,
-                  _low_passes(setup, tensors), list(document["curve"]), document["seconds"],
-                  document["restore_seconds"])
+    state = State(
+        document["step"],
+        document["stream"],
+        *generators,
+        _low_passes(setup, tensors),
+        list(document["curve"]),
+        document["seconds"],
+        document["restore_seconds"],
+    )
     if not tensors:
         return state
     here = identity(setup)
@@ -186,8 +211,11 @@ def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPas
     start, found = setup.config.low_pass, {}
     for name, p in setup.trained.items():
         prefix = f"low_pass.{name}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()
-               if key.startswith(prefix)}
+        own = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
         if own and start is not None and setup.layout.owns(name):
             found[name] = start.with_tensors(own, p.device)
     return found
