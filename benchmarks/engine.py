@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, logging
 
-from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.clipping import clipped_sum
 
 ROWS, LENGTH, CLIP = 64, 32, 1.0
 MODES = ("plain", "bookkeeping", "compiled", "hooks", "ew", "ghost")

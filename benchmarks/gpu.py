@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.restore import restore, restore_gradients

@@ -9,7 +9,7 @@ the noisy sum back) is the least wall time of several, over loopback. The model 
 processes, fitted to one process and to exchanges of other sizes, and checked against two:
 
     clip      c + a * rows / N          exchange   latency + 2 bytes / bandwidth
-    restore   k * the longest share of the cost of the matrices, as ``parallel.owners`` splits them
+    restore   k * the longest share of the cost of the matrices, as ``processes.owners`` splits them
     hand out  N latencies + bytes / bandwidth, which splitting the restoration costs
 
 The cost of one matrix is m n or m n min(m, n), whichever fits restorations of single matrices.
@@ -37,11 +37,12 @@ import torch
 
 from lowrank_dp import artifacts, train
 from lowrank_dp.figures import default_task
-from lowrank_dp.plots import BLACK, BLUE, FULL, GREY, RED, letter, new_figure, styled
+from lowrank_dp.plots.style import BLACK, BLUE, FULL, GREY, RED, letter, new_figure, styled
 from lowrank_dp.restore import restore
-from lowrank_dp.train import TrainConfig, parallel, take_step
+from lowrank_dp.train import TrainConfig, processes
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.step import take_step
 
 BATCHES, SIGMA = (32, 64, 128), 0.6
 SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (1024, 2560), (2560, 2560)]
@@ -84,7 +85,7 @@ def measure(folder, rounds):
     spent = {}
     for name in ("clipped_sum_over", "restore_gradients"):
         timed(name, spent)
-    with parallel.processes("cpu"):
+    with processes.processes("cpu"):
         for batch in BATCHES:
             config = TrainConfig(
                 task=default_task(),
@@ -114,13 +115,13 @@ def measure(folder, rounds):
             found["exchanges"][size] = exchange(torch.ones(size))
         sums = {name: p.detach().clone() for name, p in setup.trained.items()}
         found["exchanges"]["model"] = exchange(torch.cat([t.flatten() for t in sums.values()]))
-        found["hand out"] = least(lambda: parallel.spread(lambda some: some, sums))
-        rank = parallel.rank()
+        found["hand out"] = least(lambda: processes.spread(lambda some: some, sums))
+        rank = processes.rank()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
 def exchange(tensor):
-    return least(lambda: parallel.broadcast(parallel.summed({"sum": tensor})))
+    return least(lambda: processes.broadcast(processes.summed({"sum": tensor})))
 
 
 def least(call):
@@ -173,7 +174,7 @@ def single_matrices(rounds):
 
 def longest_share(shapes, count, cost):
     """Of the matrices' total cost, what the busiest of ``count`` processes has."""
-    owner = parallel.owners(shapes, count)
+    owner = processes.owners(shapes, count)
     loads = [0.0] * count
     for name, rank in owner.items():
         loads[rank] += cost(*shapes[name])

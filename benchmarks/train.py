@@ -30,9 +30,10 @@ from torch.nn import functional
 
 from lowrank_dp import train
 from lowrank_dp.figures import default_task
-from lowrank_dp.train import TrainConfig, take_step
+from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.step import take_step
 
 MODES = {
     "none": {},

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from lowrank_dp import __version__, _cli, _validate
+from lowrank_dp import __version__, _terminal, _validate
 
 COMMANDS = {
-    "spectrum": ("lowrank_dp.spectrum.__main__", "measure the spectra of a model's gradients"),
-    "restore": ("lowrank_dp.restore.__main__", "restore noisy gradients in a file"),
-    "lora": ("lowrank_dp.lora.__main__", "measure LoRA's implicit noise on real layers"),
-    "train": ("lowrank_dp.train.__main__", "differentially private fine-tuning"),
-    "mia": ("lowrank_dp.mia.__main__", "membership inference from a checkpoint"),
-    "figures": ("lowrank_dp.figures", "draw the papers' figures"),
+    "spectrum": ("lowrank_dp.commands.spectrum", "measure the spectra of a model's gradients"),
+    "restore": ("lowrank_dp.commands.restore", "restore noisy gradients in a file"),
+    "lora": ("lowrank_dp.commands.lora", "measure LoRA's implicit noise on real layers"),
+    "train": ("lowrank_dp.commands.train", "differentially private fine-tuning"),
+    "mia": ("lowrank_dp.commands.mia", "membership inference from a checkpoint"),
+    "figures": ("lowrank_dp.commands.figures", "draw the papers' figures"),
 }
 
 
@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         module, _ = COMMANDS[_validate.choice("command", arguments[0], COMMANDS)]
     except ValueError as error:
-        sys.exit(_cli.report(str(error)))
-    _cli.run(import_module(module).app, arguments[1:])
+        sys.exit(_terminal.report(str(error)))
+    _terminal.run(import_module(module).app, arguments[1:])
 
 
 if __name__ == "__main__":

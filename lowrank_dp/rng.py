@@ -152,7 +152,7 @@ def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     return generator.set_state(state)
 
 
-def draw_seed(seed: int | None, purpose: str) -> int:
+def derive_seed(seed: int | None, purpose: str) -> int:
     """63 bits for one purpose: derived from ``seed``, or from the operating system if None."""
     if seed is None:
         return int.from_bytes(os.urandom(8), "little") >> 1

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from lowrank_dp import _validate, engines
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
-from lowrank_dp.train import TrainConfig, TrainResult, train
+from lowrank_dp.train import TrainConfig, TrainResult
+from lowrank_dp.train.loop import train
 
 PATIENCE = 600.0  # seconds to wait for a run that another process, perhaps a dying one, holds
 DIED = (

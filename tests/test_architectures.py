@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.models.trainable import choose_trainable
 
 pytestmark = pytest.mark.slow

@@ -14,14 +14,10 @@ import pytest
 from PIL import Image
 
 from lowrank_dp import artifacts, plots
-from lowrank_dp.artifacts import (
-    atomic_write,
-    load_result,
-    provenance,
-    save_figure,
-    save_result,
-    save_table,
-)
+from lowrank_dp.artifacts.files import atomic_write
+from lowrank_dp.artifacts.provenance import provenance
+from lowrank_dp.artifacts.results import load_result, save_result
+from lowrank_dp.artifacts.tables import save_figure, save_table
 
 
 @dataclass(frozen=True)

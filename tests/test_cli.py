@@ -143,7 +143,7 @@ def test_the_console_script_lists_its_commands():
 
 def test_progress_is_silent_without_a_terminal_whatever_the_environment_says():
     """A notebook sets FORCE_COLOR, and its workers would fill the cell with bars."""
-    code = "from lowrank_dp._cli import progress; print(list(progress(range(3), 'counting')))"
+    code = "from lowrank_dp._terminal import progress; print(list(progress(range(3), 'counting')))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -578,7 +578,7 @@ def test_each_source_is_written_once_and_meets_all_its_references(llama, monkeyp
         asked.append((sources, options))
         return [references[source][-1] for source in sources]
 
-    monkeypatch.setattr(evaluation, "generate_texts", last_reference)
+    monkeypatch.setattr(evaluation.models, "generate_texts", last_reference)
     found = evaluate(
         model,
         tokenizer,

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from lowrank_dp import artifacts, figures
+from lowrank_dp.commands import figures as figure_command
 from lowrank_dp.data import collate
 from lowrank_dp.experiments import (
     ablation,
     alignment,
-    comparison,
     gradients,
     momentum,
+    scheme_scores,
     spectra,
     tasks,
 )
-from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.restore import restore
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def test_one_decomposition_measures_what_restoring_makes(source):
                 "profile": torch.linalg.svdvals(clean.double()),
                 "weights": torch.from_numpy(((u.T @ truth) * vh).sum(1)),
             }
-            products, acted = comparison.compare(
+            products, acted = scheme_scores.compare(
                 x, clean, noise_std, schemes.values(), values["profile"].float()
             )
             for (scheme, options), product, did in zip(
@@ -112,8 +113,8 @@ def test_one_decomposition_measures_what_restoring_makes(source):
                     if made.any()
                     else 0.0
                 )
-                assert comparison.cosine(product) == pytest.approx(expected, abs=1e-4)
-                assert comparison.distance(product) == pytest.approx(
+                assert scheme_scores.cosine(product) == pytest.approx(expected, abs=1e-4)
+                assert scheme_scores.distance(product) == pytest.approx(
                     np.linalg.norm(made - truth) / np.linalg.norm(truth), rel=1e-4, abs=1e-4
                 )
                 assert did == (made.any() and not np.allclose(made, x.double().numpy()))
@@ -336,9 +337,11 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
 def test_recomputing_keeps_the_task_of_a_lengthy_experiment(monkeypatch, name, scale, task):
     seen = []
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
-    monkeypatch.setattr(figures, "compute", lambda name, config, sources: seen.append(config))
     monkeypatch.setattr(
-        figures,
+        figures.catalog, "compute", lambda name, config, sources: seen.append(config)
+    )
+    monkeypatch.setattr(
+        figures.catalog,
         "FIGURES",
         {name: dataclasses.replace(figures.FIGURES[name], plot=lambda result: None)},
     )
@@ -411,9 +414,9 @@ def test_what_is_lengthy_can_be_tried_small(names, tmp_path, monkeypatch):
 def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, capsys):
     folder = Path(__file__).parent.parent / "paper_artifacts"
     shutil.copytree(folder, tmp_path / "kept")
-    monkeypatch.setattr(figures, "compute", None)
+    monkeypatch.setattr(figure_command, "compute", None)
     lengthy = [name for name, recipe in figures.FIGURES.items() if recipe.lengthy]
-    figures.main(
+    figure_command.main(
         only=lengthy, scale="small", output=tmp_path / "figures", artifact_folder=tmp_path / "kept"
     )
     said = " ".join(capsys.readouterr().err.split())

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from lowrank_dp import artifacts, theory
 from lowrank_dp.experiments import dynamics, lora_noise, projection_privacy, total_variation
 from lowrank_dp.experiments.gradients import GradientConfig
+from lowrank_dp.mia import metrics
 from lowrank_dp.plots import lora as plots
 
 TINY = GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32)
@@ -115,10 +116,10 @@ def test_auc_interval_matches_simulation_and_covers_the_ends():
     member = np.arange(400) < 200
     inside = 0
     for _ in range(200):
-        _, low, high = projection_privacy.auc_with_interval(rng.normal(size=400) + member, member)
+        _, low, high = metrics.auc_with_interval(rng.normal(size=400) + member, member)
         inside += low < 0.760250 < high  # Phi(1 / sqrt 2)
     assert 180 <= inside <= 199  # 95 % of 200, beyond 3 sigma on both sides
-    assert projection_privacy.auc_with_interval(member * 1.0, member) == (
+    assert metrics.auc_with_interval(member * 1.0, member) == (
         1.0,
         pytest.approx(0.025 ** (1 / 200)),
         1.0,

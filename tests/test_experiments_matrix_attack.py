@@ -12,7 +12,7 @@ from lowrank_dp import artifacts, figures, theory
 from lowrank_dp.experiments import matrix_attack as attack
 from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.mia.metrics import auc
-from lowrank_dp.plots.membership import plot_matrix_attack
+from lowrank_dp.plots.lora import plot_matrix_attack
 
 TINY = replace(
     attack.SMALL,

@@ -7,7 +7,7 @@ import pytest
 
 from lowrank_dp import artifacts
 from lowrank_dp.experiments import membership
-from lowrank_dp.plots.attacks import plot_membership
+from lowrank_dp.plots.membership import plot_membership
 from lowrank_dp.theory import noise_variance
 from lowrank_dp.train import TrainConfig
 

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from lowrank_dp.sweep import run_folder, sweep
-from lowrank_dp.train import load_result, train
+from lowrank_dp.train import load_result
+from lowrank_dp.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -291,7 +292,7 @@ def test_signals_wait_for_the_end_of_the_step(base, tmp_path):
 def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
     import os
 
-    from lowrank_dp import _cli
+    from lowrank_dp import _terminal
     from lowrank_dp.train import __main__ as command
 
     def interrupted(config, output, **options):
@@ -299,16 +300,16 @@ def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             return take_step(*args)
 
-        from lowrank_dp.train import take_step
+        from lowrank_dp.train.step import take_step
 
         with monkeypatch.context() as patch:
-            patch.setattr("lowrank_dp.train.take_step", step)
+            patch.setattr("lowrank_dp.train.loop.take_step", step)
             return train(config, output, **options)
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(command, "train", interrupted)
     with pytest.raises(SystemExit) as stop:
-        _cli.run(
+        _terminal.run(
             command.app,
             [
                 "--model",

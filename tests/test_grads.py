@@ -28,7 +28,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from lowrank_dp.grads import clipped_sum, clipped_sum_over
+from lowrank_dp.grads.clipping import clipped_sum, clipped_sum_over
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")  # Opacus's hooks
 

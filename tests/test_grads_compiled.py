@@ -23,10 +23,11 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lowrank_dp.artifacts.runs import RunFolder
-from lowrank_dp.grads import clipped_sum, clipped_sum_over
+from lowrank_dp.grads.clipping import clipped_sum, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models.trainable import add_lora
-from lowrank_dp.train import TrainConfig, train
+from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(

@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_dp import _cli
-from lowrank_dp.mia.__main__ import app as mia
-from lowrank_dp.train import TrainConfig, train
-from lowrank_dp.train.__main__ import app as train_app
+from lowrank_dp import _terminal
+from lowrank_dp.commands.mia import app as mia
+from lowrank_dp.commands.train import app as train_app
+from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.loop import train
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -156,7 +157,7 @@ class Trial:
         self.capsys.readouterr()
         try:
             with warnings.catch_warnings():
-                _cli.run(app, [str(word) for word in arguments])
+                _terminal.run(app, [str(word) for word in arguments])
         except SystemExit as stopped:
             code = stopped.code
         except BaseException as error:
@@ -223,7 +224,7 @@ def made(small_bert, tmp_path_factory):
         )
         train(recipe, folder / "full", show_progress=False)
         train(replace(recipe, method="lora"), folder / "lora", show_progress=False)
-        patch.setattr("lowrank_dp.train.save_run", killed)
+        patch.setattr("lowrank_dp.train.loop.save_run", killed)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, folder / "killed", show_progress=False)
     return folder

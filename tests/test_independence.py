@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp.data import collate, micro_batches
-from lowrank_dp.grads import clipped_sum, clipped_sum_over
-from lowrank_dp.grads.backends import settle_doubts
-from lowrank_dp.grads.factors import Outer, settle, squared_norms, weighted_sum
-from lowrank_dp.grads.layers import Tape
+from lowrank_dp.grads.backends import recheck_norms
+from lowrank_dp.grads.clipping import clipped_sum, clipped_sum_over
+from lowrank_dp.grads.factors import Outer, materialize_if_cheaper, squared_norms, weighted_sum
+from lowrank_dp.grads.recording import Tape
 from lowrank_dp.models import load_tokenizer
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.setup import prepare
@@ -522,9 +522,9 @@ def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, boun
         whole = [Outer(torch.randint(0, 3, (1, count), generator=generator), right[None])]
     elif count > 3:  # a weight that is used twice
         whole = [Outer(left[None, :2], right[None, :2]), Outer(left[None, 2:], right[None, 2:])]
-    tape = Tape(factors={"w": settle(whole)})
+    tape = Tape(factors={"w": materialize_if_cheaper(whole)})
     tape.squares["w"] = squared_norms(tape.factors["w"])
-    settle_doubts(tape)
+    recheck_norms(tape)
     norm = tape.squares["w"].squared.sqrt()
     shape = torch.Size((3 if ids else rows, cols))
     part = weighted_sum(tape.factors["w"], (bound / norm).clamp(max=1).float(), shape)
@@ -539,12 +539,12 @@ def test_norms_whose_squares_leave_float32_are_exact():
                 Outer(torch.full((1, positions, 8), left), torch.full((1, positions, 9), right))
             ]
             tape = Tape(factors={"w": factors}, squares={"w": squared_norms(factors)})
-            settle_doubts(tape)
+            recheck_norms(tape)
             norm = float(tape.squares["w"].squared.sqrt())
             assert norm == pytest.approx(left * right * positions * 72**0.5, rel=1e-5)
             formed = [torch.full((1, 8, 9), left * right)]
             tape = Tape(factors={"w": formed}, squares={"w": squared_norms(formed)})
-            settle_doubts(tape)
+            recheck_norms(tape)
             assert float(tape.squares["w"].squared.sqrt()) == pytest.approx(
                 float(formed[0].double().norm()), rel=1e-6
             )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from scipy import signal
 
-from lowrank_dp.restore import LowPass, momentum, restore
+from lowrank_dp.restore import LowPassFilter, momentum, restore
 
 FILTERS = {
     "mean of 3": ((1.0, 1.0, 1.0), ()),
@@ -47,7 +47,7 @@ def test_against_scipys_filter(name):
     b, a = FILTERS[name]
     rng = np.random.default_rng(1)
     inputs, stds = rng.standard_normal((9, 2, 3)), rng.uniform(0.5, 2, 9)
-    state = LowPass(b=b, a=a)
+    state = LowPassFilter(b=b, a=a)
     for step in range(1, 10):
         state = state.update(torch.from_numpy(inputs[step - 1]), stds[step - 1])
         filtered = signal.lfilter(b, (1.0, *a), inputs[:step], axis=0)[-1]
@@ -72,11 +72,11 @@ def test_naive_loop(name):
             sum(b[i] for i in range(len(b)) if i <= t)
             - sum(a[i] * ones[t - 1 - i] for i in range(len(a)) if i < t)
         )
-    state = feed(LowPass(b=b, a=a), inputs, [1.0] * 6)
+    state = feed(LowPassFilter(b=b, a=a), inputs, [1.0] * 6)
     np.testing.assert_allclose(state.mean, out[-1] / ones[-1], rtol=1e-9)
 
 
-@pytest.mark.parametrize("state", [momentum(0.8), LowPass(*FILTERS["order 2"])])
+@pytest.mark.parametrize("state", [momentum(0.8), LowPassFilter(*FILTERS["order 2"])])
 def test_noise_std_by_simulation(state):
     """20000 entries of pure noise whose level changes from step to step: within 3%."""
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def test_state_is_frozen_and_separate():
     second = first.update(value, 1.0)
     assert torch.equal(first.mean, mean) and not torch.equal(second.mean, mean)
     assert first.noise_std == 1.0 and second.noise_std < 1
-    state = LowPass(b=(1.0, 1.0)).update(value, 1.0)  # keeps its inputs
+    state = LowPassFilter(b=(1.0, 1.0)).update(value, 1.0)  # keeps its inputs
     value.zero_()
     assert torch.equal(state.update(value, 1.0).mean, torch.full((2, 2), 50.0))
     grad = torch.ones(2, 2, requires_grad=True)
@@ -137,9 +137,9 @@ def test_a_state_survives_as_tensors(name, seen):
     generator = torch.Generator().manual_seed(4)
     inputs = torch.randn(seen + 13, 3, 5, generator=generator)
     stds = [0.5 + 0.1 * i for i in range(seen + 13)]
-    state = feed(LowPass(b=b, a=a), inputs[:seen], stds[:seen])
+    state = feed(LowPassFilter(b=b, a=a), inputs[:seen], stds[:seen])
     stored = load(save(state.tensors()))
-    again = LowPass(b=b, a=a).with_tensors(stored)
+    again = LowPassFilter(b=b, a=a).with_tensors(stored)
     for value, std in zip(inputs[seen:], stds[seen:], strict=True):
         state, again = state.update(value, std), again.update(value, std)
         assert torch.equal(state.mean, again.mean) and state.noise_std == again.noise_std
@@ -151,9 +151,9 @@ def test_a_state_survives_as_tensors(name, seen):
 
 
 def test_a_stored_state_is_a_copy():
-    state = LowPass(b=(0.5, 0.5)).update(torch.ones(2, 2), 1.0)
+    state = LowPassFilter(b=(0.5, 0.5)).update(torch.ones(2, 2), 1.0)
     stored = state.tensors()
-    again = LowPass(b=(0.5, 0.5)).with_tensors(stored)
+    again = LowPassFilter(b=(0.5, 0.5)).with_tensors(stored)
     want = state.update(torch.ones(2, 2), 1.0)
     for tensor in stored.values():
         tensor.fill_(77.0)
@@ -169,10 +169,10 @@ def test_a_stored_state_is_a_copy():
         (lambda: momentum(-0.1), "^beta must be"),
         (lambda: momentum(math.nan), "^beta must be"),
         (lambda: momentum("0.9"), "^beta must be"),
-        (lambda: LowPass(b=()), "^b must be"),
-        (lambda: LowPass(b=(1.0, -1.0)), "^b must be"),
-        (lambda: LowPass(b=(math.inf,)), "^b must be"),
-        (lambda: LowPass(b=(1.0,), a=("x",)), "^a must be"),
+        (lambda: LowPassFilter(b=()), "^b must be"),
+        (lambda: LowPassFilter(b=(1.0, -1.0)), "^b must be"),
+        (lambda: LowPassFilter(b=(math.inf,)), "^b must be"),
+        (lambda: LowPassFilter(b=(1.0,), a=("x",)), "^a must be"),
         (lambda: momentum(0.5).update(torch.ones(2), -1.0), "^noise_std must be"),
         (lambda: momentum(0.5).update(torch.ones(2), math.inf), "^noise_std must be"),
         (lambda: momentum(0.5).update(np.ones(2), 1.0), "^noisy must be a torch tensor"),

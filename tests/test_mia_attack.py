@@ -13,16 +13,18 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lowrank_dp import _cli
+from lowrank_dp import _terminal, membership
+from lowrank_dp.commands.mia import app
 from lowrank_dp.data import load_task
+from lowrank_dp.membership.manifest import read_manifest
 from lowrank_dp.mia import compare, projection, quantile, records, signals
-from lowrank_dp.mia.__main__ import app
 from lowrank_dp.mia.attack import Options, attack, open_target
-from lowrank_dp.mia.manifest import read_manifest
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
+from lowrank_dp.mia.target import load_reference
 from lowrank_dp.models import load_model
-from lowrank_dp.train import TrainConfig, membership, train
+from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.loop import train
 
 # A small pool, many steps: the checkpoint remembers its members. By this seed the coins fall evenly
 # on both labels; else even a private model's preference for one label tells a little.
@@ -73,7 +75,7 @@ def checkpoints(tmp_path_factory):
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        _cli.run(app, [str(word) for word in arguments])
+        _terminal.run(app, [str(word) for word in arguments])
     captured = capsys.readouterr()
     return stopped.value.code, captured.out, captured.err
 
@@ -83,7 +85,7 @@ def test_signals_against_one_record_at_a_time(checkpoints):
     target = open_target(checkpoints / "overfit", Options())
     task, examples = target.records.task, target.records.examples[:7]
     model, tokenizer = load_model(str(target.folder), task=task)
-    reference = signals.load_reference(target.folder, target.base, task)
+    reference = load_reference(target.folder, target.base, task)
     found = signals.measure(
         model, tokenizer, task, examples, max_length=128, batch_size=3, reference=reference
     )
@@ -194,7 +196,7 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
     seeds = [config.seed for config in shadow_configs(target.recipe, 10, options.seed)]
     assert len(set(seeds)) == 10 and target.recipe.seed not in seeds
 
-    monkeypatch.setattr("lowrank_dp.train.prepare", None)  # nothing is trained again
+    monkeypatch.setattr("lowrank_dp.train.loop.prepare", None)  # nothing is trained again
     found = replace(options, num_shadows=0, shadow_dir=tmp_path / "shadows")
     again = attack(target, found, tmp_path / "other")
     np.testing.assert_allclose(
@@ -286,7 +288,7 @@ def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
     assert report.attacks[0].auc.value == 1.0
 
     task, examples = target.records.task, target.records.examples
-    model = signals.load_reference(target.folder, target.base, task)
+    model = load_reference(target.folder, target.base, task)
     _, tokenizer = load_model("tiny", task=task)
     layer, released = projection._released(target.folder / "adapter_model.safetensors")
     weight = model.get_parameter(f"{layer}.weight")

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowrank_dp import membership
 from lowrank_dp.data import Example, load_task
-from lowrank_dp.mia import manifest as reading
+from lowrank_dp.membership import manifest as reading
 from lowrank_dp.mia.records import Manifest, load_records, read_manifest
-from lowrank_dp.train import TrainConfig, membership
+from lowrank_dp.train import TrainConfig
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
@@ -122,7 +123,7 @@ def e2e(data):
 def test_a_manifest_is_what_the_run_wrote(tmp_path, sst2):
     written = document(sst2)
     found = read_manifest(save(tmp_path, written))
-    assert reading.SCHEMA_VERSION == membership.SCHEMA_VERSION == found.schema_version
+    assert reading.SCHEMA_VERSION == membership.units.SCHEMA_VERSION == found.schema_version
     assert found.is_member.dtype == bool and not found.is_member.flags.writeable
     for name in COLUMNS:
         assert list(getattr(found, name)) == written[name]

@@ -22,21 +22,23 @@ import torch
 import transformers
 from transformers.models.bert.modeling_bert import BertPooler
 
-import lowrank_dp.train as module
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import tasks
-from lowrank_dp.grads import clipped_sum
-from lowrank_dp.grads.work import Work
+from lowrank_dp.grads.clipping import clipped_sum
+from lowrank_dp.grads.microbatch import MicroBatch
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.train import guards, train
+from lowrank_dp.train import guards
+from lowrank_dp.train import loop as module
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import state as saved_state
-from lowrank_dp.train.layout import Copies
+from lowrank_dp.train import step as step_module
+from lowrank_dp.train.layout import Replicated
+from lowrank_dp.train.loop import train
 
 STEPS = 30
 HEAD = ("classifier.weight", "classifier.bias")
-ADD_NOISE, CLIP, DRAW = GaussianMechanism.add_noise, module.clipped_sum_over, module._draw
-NOISED, ASSIGN, PREPARE = Copies.noised, Copies.assign, preparation._mechanism
+ADD_NOISE, CLIP, DRAW = GaussianMechanism.add_noise, step_module.clipped_sum_over, step_module._draw
+NOISED, ASSIGN, PREPARE = Replicated.noised, Replicated.assign, preparation._mechanism
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +191,7 @@ def clip_bug(total_of):
                 return CLIP(model, [], bound, **arguments)
             return total_of(rows, bound), torch.cat(norms)
 
-        patch.setattr(module, "clipped_sum_over", clip)
+        patch.setattr(step_module, "clipped_sum_over", clip)
 
     return plant
 
@@ -227,7 +229,7 @@ def after_summing(rows, bound):
 def bound_times(factor):
     def plant(patch):
         patch.setattr(
-            module,
+            step_module,
             "clipped_sum_over",
             lambda model, batches, bound, **arguments: CLIP(
                 model, batches, bound * factor, **arguments
@@ -242,7 +244,7 @@ def first_batch_twice(patch):
         batches = [*batches]
         return CLIP(model, chain(batches[:1], batches), bound, **arguments)
 
-    patch.setattr(module, "clipped_sum_over", clip)
+    patch.setattr(step_module, "clipped_sum_over", clip)
 
 
 def first_row_left_out(patch):
@@ -251,7 +253,7 @@ def first_row_left_out(patch):
         batches[0] = {key: value[1:] for key, value in batches[0].items()}
         return CLIP(model, batches, bound, **arguments)
 
-    patch.setattr(module, "clipped_sum_over", clip)
+    patch.setattr(step_module, "clipped_sum_over", clip)
 
 
 # Sampling: functions of (rows of an honest draw, number of rows, numpy generator) -> rows
@@ -265,7 +267,7 @@ def sample_bug(change):
             honest = DRAW(setup, generator)
             return [int(row) for row in change(honest, len(setup.unit_rows), random, memory)]
 
-        patch.setattr(module, "_draw", draw)
+        patch.setattr(step_module, "_draw", draw)
 
     return plant
 
@@ -281,7 +283,7 @@ def first_again(honest, count, random, memory):
 
 
 def own_sampler(patch):
-    patch.setattr(module, "_draw", lambda setup, generator: DRAW(setup, torch.Generator()))
+    patch.setattr(step_module, "_draw", lambda setup, generator: DRAW(setup, torch.Generator()))
 
 
 # Head, optimizer, restoration
@@ -292,7 +294,7 @@ def head_outside(patch):
         sums, norms = CLIP(model, batches, bound, **arguments)
         return {name: total for name, total in sums.items() if name not in HEAD}, norms
 
-    patch.setattr(module, "clipped_sum_over", clip)
+    patch.setattr(step_module, "clipped_sum_over", clip)
 
 
 def remember_clean(patch):
@@ -302,14 +304,14 @@ def remember_clean(patch):
         kept.update({name: total.clone() for name, total in clean.items()})
         return NOISED(self, clean, add_noise)
 
-    patch.setattr(Copies, "noised", noised)
+    patch.setattr(Replicated, "noised", noised)
     return kept
 
 
 def clean_to_optimizer(patch):
     kept = remember_clean(patch)
     patch.setattr(
-        Copies,
+        Replicated,
         "assign",
         lambda self, trained, gradient: ASSIGN(
             self, trained, {name: kept[name] / 10 for name in gradient}
@@ -320,7 +322,7 @@ def clean_to_optimizer(patch):
 def clean_added_later(patch):
     kept = remember_clean(patch)
     patch.setattr(
-        Copies,
+        Replicated,
         "assign",
         lambda self, trained, gradient: ASSIGN(
             self, trained, {name: g + kept[name] / 10 for name, g in gradient.items()}
@@ -330,9 +332,9 @@ def clean_added_later(patch):
 
 def clean_restored(patch):
     kept = remember_clean(patch)
-    restore = module.restore_gradients
+    restore = step_module.restore_gradients
     patch.setattr(
-        module,
+        step_module,
         "restore_gradients",
         lambda noisy, *arguments, **options: restore(
             {name: kept[name] for name in noisy}, *arguments, **options
@@ -740,7 +742,7 @@ def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
 
     guards.check_clipping(model, batch, 0.01, clip_by("bookkeeping"))
     assert bool((model.linear.weight.grad == 1).all()) and model.linear.bias.grad is None
-    right = Work.clip
+    right = MicroBatch.clip
 
     def wrong(self, squared):
         norms, factors = right(self, squared)
@@ -748,6 +750,6 @@ def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
 
     for backend in ("bookkeeping", "loop"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Work, "clip", wrong)
+            patch.setattr(MicroBatch, "clip", wrong)
             with pytest.raises(ValueError, match=CLIPPED):
                 guards.check_clipping(model, batch, 0.01, clip_by(backend))

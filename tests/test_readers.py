@@ -179,8 +179,8 @@ def test_data(folder, draw):
 
 def test_files_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 20)
-    monkeypatch.setattr(artifacts, "MAX_BYTES", 1 << 20)
-    monkeypatch.setattr(runs, "MAX_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(artifacts.results, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(artifacts.files, "MAX_JSON_BYTES", 1 << 20)
     line = json.dumps(ROWS[0] | {"sentence": "x" * 1000}) + "\n"
     with gzip.open(tmp_path / "bomb.jsonl.gz", "wt") as file:
         for _ in range(20_000):

@@ -14,8 +14,8 @@ from scipy import stats
 from lowrank_dp.data import Example, group_units, load_task
 from lowrank_dp.data.selection import partition, rounded_count, threshold
 from lowrank_dp.data.task import Task
-from lowrank_dp.train.membership import draw_members
-from lowrank_dp.train.setup import set_aside
+from lowrank_dp.membership.units import draw_members
+from lowrank_dp.train.setup import hold_out
 
 
 def records(rng, count, grouped):
@@ -86,8 +86,8 @@ def test_one_record_more_changes_that_record_alone():
             if 30 < size < len(rows) // 2 and len(before) > 100:
                 for split in ("train", "validation"):
                     assert difference(
-                        set_aside(task, size, "example").split(split),
-                        set_aside(again, size, "example").split(split),
+                        hold_out(task, size, "example").split(split),
+                        hold_out(again, size, "example").split(split),
                     ) in ((0, 0), (0, 1)), trial
         members = [
             [

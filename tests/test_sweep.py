@@ -13,7 +13,8 @@ import lowrank_dp.sweep as sweep_module
 from lowrank_dp import engines
 from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
-from lowrank_dp.train import TrainConfig, load_result, train
+from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +63,7 @@ def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
         prepared.append(config)
         return prepare(config, seed)
 
-    monkeypatch.setattr("lowrank_dp.train.prepare", counted)
+    monkeypatch.setattr("lowrank_dp.train.loop.prepare", counted)
     grown = [replace(base, seed=1), base]
     again = sweep(grown, tmp_path, engine="sequential")
     assert again[1] == first[0] and prepared == grown[:1]
@@ -78,10 +79,10 @@ def test_a_run_that_was_broken_off_goes_on(base, tmp_path, monkeypatch):
 
     config = replace(base, steps=3, snapshot_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_dp.train.result_of", stop)
+        patch.setattr("lowrank_dp.train.loop.result_of", stop)
         with pytest.raises(Stop):
             sweep([config], tmp_path, engine="sequential")
-    monkeypatch.setattr("lowrank_dp.train.take_step", stop)  # all its steps are done
+    monkeypatch.setattr("lowrank_dp.train.loop.take_step", stop)  # all its steps are done
     (outcome,) = sweep([config], tmp_path, engine="sequential")
     assert outcome.result.releases == 3
 

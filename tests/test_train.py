@@ -15,14 +15,15 @@ from dp_accounting import pld
 from scipy import stats
 from torch import nn
 
-import lowrank_dp.train as train_module
 from lowrank_dp.data import collate, encode, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.membership.units import draw_members, fingerprint, group_units
 from lowrank_dp.models import load_model, load_tokenizer
-from lowrank_dp.train import TrainConfig, guards, load_result, train
+from lowrank_dp.train import TrainConfig, guards, load_result
 from lowrank_dp.train import setup as preparation
-from lowrank_dp.train.membership import draw_members, fingerprint, group_units
+from lowrank_dp.train import step as step_module
+from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import fresh_generators, new_stream
 
@@ -447,7 +448,7 @@ def test_a_sampled_group_takes_part_with_one_of_its_rows():
     sampler, again = (torch.Generator().manual_seed(0) for _ in range(2))
     for _ in range(400):
         rows = []
-        for batch in train_module._sample(setup, sampler):
+        for batch in step_module._sample(setup, sampler):
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                 rows.append(tuple(ids[mask.bool()].tolist()))
         groups = [group_of[row] for row in rows]
@@ -539,9 +540,7 @@ def test_the_oracle_puts_the_best_diagonal_in_place(tmp_path):
     setup = prepare(config, 3)
     before = {name: p.detach().clone() for name, p in setup.trained.items()}
     sampler, noise = fresh_generators(config, new_stream(config, 0))
-    clean, _ = train_module.clipped_sum_over(
-        setup.model, train_module._sample(setup, sampler), BOUND
-    )
+    clean, _ = step_module.clipped_sum_over(setup.model, step_module._sample(setup, sampler), BOUND)
     train(config, tmp_path)
     got = weights_of(tmp_path, config)
     for name, total in clean.items():
@@ -874,10 +873,10 @@ def test_groups_by_a_column(tmp_path):
     assert "label from 'label' (2 classes: 0, 1), group from 'user_id'" in setup.description
     rows = [
         int(row)
-        for batch in train_module._sample(setup, torch.Generator().manual_seed(0))
+        for batch in step_module._sample(setup, torch.Generator().manual_seed(0))
         for row in batch["input_ids"].shape[:1]
     ]
-    taken = train_module._draw(setup, torch.Generator().manual_seed(0))
+    taken = step_module._draw(setup, torch.Generator().manual_seed(0))
     users = [i // 20 for i in taken]
     assert len(taken) == sum(rows) == len(set(users)) > 0
     with (

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from lowrank_dp.__main__ import main
+from lowrank_dp.commands.train import main as command
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, load_result
-from lowrank_dp.train.__main__ import main as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"

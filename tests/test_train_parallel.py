@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-import lowrank_dp.train as train_module
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.data import load_task
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.train import TrainConfig, load_result, parallel, take_step, train
+from lowrank_dp.train import TrainConfig, load_result, processes
+from lowrank_dp.train import loop as train_module
+from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, environment, fresh_generators
+from lowrank_dp.train.step import take_step
 
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 5, 60
 TRAIN = len(load_task("generated", max_examples=ABOUT).train)
@@ -67,11 +69,12 @@ TOGETHER = """
 import hashlib, json, os, sys
 import torch
 from safetensors.torch import save_file
-import lowrank_dp.train as module
+from lowrank_dp.train import loop as module
+from lowrank_dp.train import step as step_module
 from lowrank_dp.__main__ import main
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.restore import restore_gradients
-from lowrank_dp.train import TrainConfig, parallel, train
+from lowrank_dp.train import TrainConfig, processes, train
 torch.set_num_threads(1)
 folder, rank = sys.argv[2], int(os.environ["RANK"])
 configs = {name: TrainConfig.from_json(document)
@@ -94,7 +97,7 @@ def looking(setup, state):
                       f"{folder}/{name}-{kind}-{state.step}.safetensors")
     return clean, noisy
 
-draw, batches = module._draw, module.micro_batches
+draw, batches = step_module._draw, step_module.micro_batches
 def drawing(setup, generator):
     chosen = draw(setup, generator)
     report["drawn"].setdefault(name, []).append([setup.rows[row]["input_ids"] for row in chosen])
@@ -104,12 +107,12 @@ def taking(rows, *others, **named):
     report["taken"].setdefault(name, []).append([row["input_ids"] for row in rows])
     return batches(rows, *others, **named)
 
-module.take_step, module._draw, module.micro_batches = looking, drawing, taking
-module.StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
+module.take_step, step_module._draw, step_module.micro_batches = looking, drawing, taking
+step_module.StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
 for name, config in configs.items():
     result = train(config, f"{folder}/{name}", show_progress=False)
     report[name] = [result.epsilon, result.releases, result.privacy]
-module.take_step, module._draw, module.micro_batches = original, draw, batches
+module.take_step, step_module._draw, step_module.micro_batches = original, draw, batches
 
 generator = torch.Generator().manual_seed(0)
 sums = {f"m{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(
@@ -119,8 +122,8 @@ done = []
 def work(some):
     done.extend(some)
     return restore_gradients(some, 1.0, "optimal")[0]
-with parallel.processes("cpu"):
-    spread = parallel.spread(work, sums)
+with processes.processes("cpu"):
+    spread = processes.map_over_ranks(work, sums)
 report["spread"] = [done, digest(spread), digest(restore_gradients(sums, 1.0, "optimal")[0])]
 
 def failing(owner, what, at, error, count):
@@ -136,9 +139,9 @@ def failing(owner, what, at, error, count):
 config, last = configs["dropout"], f"{folder}/failing"
 for case, arguments in {
         "disk": (RunFolder, "begin_release", 0, OSError("ledger could not be written"), 3),
-        "gradient": (module, "clipped_sum_over", 1, ValueError("row 3 is not finite"), 2),
+        "gradient": (step_module, "clipped_sum_over", 1, ValueError("row 3 is not finite"), 2),
         "evaluation": (module, "_evaluate", 0, KeyError("a bug"), 1),
-        "memory": (module, "restore_gradients", 1, torch.OutOfMemoryError("too large"), 1),
+        "memory": (step_module, "restore_gradients", 1, torch.OutOfMemoryError("too large"), 1),
         "other": None}.items():
     restore = failing(*arguments) if arguments else lambda: None
     try:
@@ -432,20 +435,20 @@ def test_owners():
     }
     cost = {name: math.prod(shape) for name, shape in shapes.items()}
     for count in (1, 2, 3, 20):
-        owner = parallel.owners(shapes, count)
+        owner = processes.owners(shapes, count)
         assert owner.keys() == cost.keys() and set(owner.values()) <= set(range(count))
         loads = [sum(cost[n] for n in owner if owner[n] == rank) for rank in range(count)]
         best = max(sum(cost.values()) / count, max(cost.values()))  # no division does better
         assert max(loads) <= 4 / 3 * best
-    assert parallel.owners(dict(reversed(shapes.items())), 3) == parallel.owners(shapes, 3)
+    assert processes.owners(dict(reversed(shapes.items())), 3) == processes.owners(shapes, 3)
 
 
 def test_alone_nothing_is_connected(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with parallel.processes("cpu"):
+    with processes.processes("cpu"):
         assert not torch.distributed.is_initialized()
-        assert (parallel.rank(), parallel.world_size()) == (0, 1)
-        assert parallel.from_first({"a": 1}, {"t": torch.ones(2)})[0] == {"a": 1}
+        assert (processes.rank(), processes.world_size()) == (0, 1)
+        assert processes.broadcast_from_rank0({"a": 1}, {"t": torch.ones(2)})[0] == {"a": 1}
     assert "processes" not in environment("cpu")
 
 
@@ -456,6 +459,6 @@ def test_a_process_without_a_gpu_is_refused(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", local)
         with (
             pytest.raises(ValueError, match="device must be cpu, or cuda with a GPU for each"),
-            parallel.processes(device),
+            processes.processes(device),
         ):
             pass

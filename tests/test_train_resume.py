@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import lowrank_dp.train as train_module
 import lowrank_dp.train.result as result_module
 from lowrank_dp.artifacts import runs
 from lowrank_dp.artifacts.runs import RunFolder, open_run
 from lowrank_dp.mechanism import GaussianMechanism, SecureRandom
-from lowrank_dp.train import TrainConfig, load_result, train
+from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train import loop as train_module
 from lowrank_dp.train import state as state_module
+from lowrank_dp.train.loop import train
 
 STEPS = 7
 LORA = {

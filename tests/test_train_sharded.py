@@ -16,12 +16,14 @@ from torch import nn
 import lowrank_dp
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.data import load_task
-from lowrank_dp.grads import Idle, clipped_sum, clipped_sum_over
+from lowrank_dp.grads.clipping import PaddingBatch, clipped_sum, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia.shadows import shadow_configs
-from lowrank_dp.train import TrainConfig, load_result, take_step, train
+from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.step import take_step
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 4, 60
@@ -71,7 +73,8 @@ WORKER = """
 import json, os, sys
 import torch
 from safetensors.torch import save_file
-import lowrank_dp.train as module
+from lowrank_dp.train import loop as module
+from lowrank_dp.train import step as step_module
 from lowrank_dp.train import TrainConfig, train
 torch.set_num_threads(1)
 folder, rank = sys.argv[2], int(os.environ["RANK"])
@@ -246,13 +249,13 @@ KILLED = """
 import os, signal, sys
 from lowrank_dp.__main__ import main
 import lowrank_dp.train.layout as layout
-reduce, calls = layout.Shards.reduce, []
+reduce, calls = layout.Sharded.reduce, []
 def dying(self, name, part):
     calls.append(name)
     if os.environ["RANK"] == "1" and len(calls) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return reduce(self, name, part)
-layout.Shards.reduce = dying
+layout.Sharded.reduce = dying
 main(sys.argv[2:])
 """
 
@@ -338,12 +341,14 @@ def test_an_idle_batch_adds_nothing():
         seen.append(name)
         return 2 * part
 
-    got, same = clipped_sum_over(model, [Idle(batch), batch, Idle(batch)], 0.1, reduce=reduce)
+    got, same = clipped_sum_over(
+        model, [PaddingBatch(batch), batch, PaddingBatch(batch)], 0.1, reduce=reduce
+    )
     torch.testing.assert_close(same, norms)
     assert seen == ["layer.weight", "layer.bias"] * 3
     for name in want:
         torch.testing.assert_close(got[name], 2 * want[name])
-    empty, none = clipped_sum_over(model, [Idle(batch)], 0.1)
+    empty, none = clipped_sum_over(model, [PaddingBatch(batch)], 0.1)
     assert not any(total.any() for total in empty.values()) and len(none) == 0
 
 

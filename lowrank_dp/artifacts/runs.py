@@ -31,12 +31,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowrank_dp import _validate
-from lowrank_dp.artifacts import atomic_write, umask
+from lowrank_dp.artifacts.files import atomic_write, read_json, umask, write_json
 
 KEPT_SNAPSHOTS = 2
 FORMAT = 2  # of snapshots and ledger; the first had no hashes
 _LINE_BYTES = 4096  # no line of the ledger is longer
-MAX_JSON_BYTES = 64 << 20  # a run's own are a thousandth of that
 TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
 
@@ -391,23 +390,3 @@ def _leave_nothing_empty(path: Path) -> None:
         (path / ".lock").unlink()
         with contextlib.suppress(OSError):
             path.rmdir()
-
-
-def write_json(path: str | Path, document: Any, *, mode: int | None = None) -> None:
-    """A JSON file, atomically; NaN and infinity are refused. ``mode`` as in ``atomic_write``."""
-    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
-    with atomic_write(path, mode=mode) as file:
-        file.write(text.encode() + b"\n")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object; ``ValueError`` naming the file if it is over 64 MiB or holds anything else."""
-    if (size := Path(path).stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got {size:,}")
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(document).__name__}")
-    return document

@@ -12,8 +12,8 @@ import torch
 
 from lowrank_dp import _validate
 from lowrank_dp.data.examples import Example
+from lowrank_dp.losses import IGNORE
 
-IGNORE = -100  # the label that torch's cross-entropy leaves out
 SEPARATOR = "\n"  # between the source and the target of a generation example
 _FIELDS = {
     "source": "source",

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lowrank_dp import _validate
+from lowrank_dp._hub import hub_reachable, hub_switched_off, offline_requested
 from lowrank_dp.data import generated
 from lowrank_dp.data.examples import Example, Spec, read_jsonl, record_group, to_examples
-from lowrank_dp.data.hub import hub_reachable, hub_switched_off, offline_requested
 from lowrank_dp.data.own import Columns, own_task
 from lowrank_dp.data.readers import SUFFIXES
 from lowrank_dp.data.selection import partition, require_alone, threshold

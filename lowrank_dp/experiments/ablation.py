@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_dp import _validate, artifacts
-from lowrank_dp._cli import progress
-from lowrank_dp.experiments.comparison import Array, Scheme, compare, cosine, distance
+from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
+from lowrank_dp.experiments.scheme_scores import Array, Scheme, compare, cosine, distance
 
 # label -> scheme and options; a layer with nothing above the edge is kept, or zeroed if it says so
 VARIANTS: dict[str, Scheme] = {

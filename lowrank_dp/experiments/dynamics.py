@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp import _validate, artifacts, lora
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.experiments.gradients import GradientConfig
 from lowrank_dp.experiments.intervals import mean_and_interval

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp import _validate
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches
-from lowrank_dp.grads import clipped_sum_over
+from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 
 PART = 512  # examples; sums are added up in these, so that no size's rounding hangs on the others
@@ -192,3 +192,20 @@ def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str
         )
         noisy[name] = matrix + noise_std * noise
     return noisy
+
+
+def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:
+    """Up to ``count`` layers from the middle of the model, one for each shape; never a head."""
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, matrix in gradients.items():
+        if min(matrix.shape) >= 16 and bool(matrix.any()):
+            by_shape.setdefault(tuple(matrix.shape), []).append(name)
+    if not by_shape:
+        raise ValueError("model must have a layer of 16 x 16 or more with a nonzero gradient")
+    return [names[len(names) // 2] for names in by_shape.values()][:count]
+
+
+def largest_rows(matrix: Tensor, count: int) -> Tensor:
+    """The ``count`` rows of largest norm, or all of them, in their own order."""
+    norms = torch.linalg.vector_norm(matrix, dim=1)
+    return matrix[norms.topk(min(count, len(norms))).indices.sort().values]

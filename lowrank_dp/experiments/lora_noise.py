@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import artifacts, lora
-from lowrank_dp._cli import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare
+from lowrank_dp._terminal import progress
+from lowrank_dp.experiments.gradients import (
+    GradientConfig,
+    Source,
+    largest_rows,
+    prepare,
+    spread_layers,
+)
 from lowrank_dp.theory import noise_logpdf
 
 CAPTION = (
@@ -179,23 +185,6 @@ def headline(result: Result) -> dict[str, str]:
             for rank, value in zip(result.config.ranks, excess, strict=True)
         ),
     }
-
-
-def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:
-    """Up to ``count`` layers from the middle of the model, one for each shape; never a head."""
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, matrix in gradients.items():
-        if min(matrix.shape) >= 16 and bool(matrix.any()):
-            by_shape.setdefault(tuple(matrix.shape), []).append(name)
-    if not by_shape:
-        raise ValueError("model must have a layer of 16 x 16 or more with a nonzero gradient")
-    return [names[len(names) // 2] for names in by_shape.values()][:count]
-
-
-def largest_rows(matrix: Tensor, count: int) -> Tensor:
-    """The ``count`` rows of largest norm, or all of them, in their own order."""
-    norms = torch.linalg.vector_norm(matrix, dim=1)
-    return matrix[norms.topk(min(count, len(norms))).indices.sort().values]
 
 
 def _label(model: str, name: str, matrix: Tensor) -> str:

@@ -22,9 +22,8 @@ from scipy import special
 from torch import Tensor
 
 from lowrank_dp import _validate, artifacts, lora, theory
-from lowrank_dp._cli import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare
-from lowrank_dp.experiments.lora_noise import spread_layers
+from lowrank_dp._terminal import progress
+from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare, spread_layers
 from lowrank_dp.mia.metrics import auc
 
 Array = NDArray[np.float64]

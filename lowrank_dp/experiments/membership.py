@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import _validate, artifacts
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.mia.attack import Options, attack, open_target
 from lowrank_dp.mia.compare import utility_metric

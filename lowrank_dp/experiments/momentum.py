@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import _validate, artifacts
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.restore import LowPass, momentum, restore
+from lowrank_dp.restore import LowPassFilter, momentum, restore
 from lowrank_dp.spectrum import alignment
 
 CAPTION = (
@@ -86,7 +86,7 @@ def run(config: Config, source: Source | None = None) -> Result:
         clean = source.clean_sum(drawn.nonzero().flatten().tolist())
         noisy = add_noise(clean, mechanism.noise_std, 1000 * (config.gradients.seed + seed) + step)
         for j, beta in enumerate(config.betas):
-            states: dict[str, LowPass] = {
+            states: dict[str, LowPassFilter] = {
                 name: state.update(noisy[name], mechanism.noise_std)
                 for name, state in means[beta].items()
             }

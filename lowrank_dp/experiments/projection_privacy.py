@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import special, stats
-from sklearn.metrics import roc_auc_score, roc_curve
+from scipy import special
+from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from lowrank_dp import artifacts, lora, theory
-from lowrank_dp._cli import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare
-from lowrank_dp.experiments.lora_noise import spread_layers
+from lowrank_dp._terminal import progress
+from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare, spread_layers
+from lowrank_dp.mia.metrics import auc_with_interval
 
 CAPTION = (
     "Privacy of LoRA's projection alone. (a) Exact privacy profile of one vector query (solid) and "
@@ -200,27 +200,6 @@ def headline(result: Result) -> dict[str, str]:
         for n, k in zip(result.config.widths, best, strict=True)
     )
     return numbers
-
-
-def auc_with_interval(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
-    """AUC and its 95 % interval: DeLong's variance on the logit scale.
-
-    At an AUC of 0 or 1, where that variance is 0, the Clopper-Pearson bound of the smaller class.
-    """
-    positive, negative = scores[member], scores[~member]
-    value = float(roc_auc_score(member, scores))
-    least = min(len(positive), len(negative))
-    if value in (0.0, 1.0):
-        bound = 0.025 ** (1 / least)
-        return (value, bound, 1.0) if value else (value, 0.0, 1 - bound)
-    # the share of the other class that each score beats, ties as halves
-    ranks = stats.rankdata(scores)
-    above = (ranks[member] - stats.rankdata(positive)) / len(negative)
-    below = 1 - (ranks[~member] - stats.rankdata(negative)) / len(positive)
-    error = np.sqrt(above.var(ddof=1) / len(positive) + below.var(ddof=1) / len(negative))
-    half = stats.norm.ppf(0.975) * error / (value * (1 - value))
-    low, high = special.expit(special.logit(value) + np.array([-half, half]))
-    return value, float(low), float(high)
 
 
 def _attack(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lowrank_dp import artifacts
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
 from lowrank_dp.restore import restore_with_report
 from lowrank_dp.spectrum import Spectrum, alignment, decompose

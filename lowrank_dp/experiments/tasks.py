@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lowrank_dp import _validate, artifacts
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
 from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.restore import restore_with_report

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import artifacts, theory
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 
 CAPTION = (
     "Distance between LoRA's noise and a Gaussian; everything is computed, nothing simulated. "

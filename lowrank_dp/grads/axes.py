@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_dp.grads.work import refuse
+from lowrank_dp.grads.microbatch import refuse
 
 ROWS_FIRST, POSITIONS_FIRST, ONE_LIST = "rows first", "positions first", "one list of tokens"
 Layouts = dict[nn.Module, tuple[str, ...]]  # what a layer may see

@@ -20,9 +20,8 @@ from lowrank_dp.grads.axes import (
     Layouts,
     reading_layouts,
 )
-from lowrank_dp.grads.compiled import Graph, calls_of, graphs_of
+from lowrank_dp.grads.compiled import Graph, compiled_graphs, trace_calls
 from lowrank_dp.grads.factors import careful_norm, squared_norms, weighted_sum, wide
-from lowrank_dp.grads.layers import Tape, recording, sites_of
 from lowrank_dp.grads.losses import (
     forward,
     forward_losses,
@@ -31,13 +30,14 @@ from lowrank_dp.grads.losses import (
     require_alone,
     row_losses,
 )
-from lowrank_dp.grads.work import Work, copied, refuse, rows_of, width
+from lowrank_dp.grads.microbatch import MicroBatch, copied, refuse, rows_of, width
+from lowrank_dp.grads.recording import Tape, recording, trained_layers
 
 SumOf = Callable[[str], Tensor | None]
 PLAIN = 'backend="bookkeeping" (training: no --compile)'
 
 
-def first_alone(work: Work, backend: str) -> tuple[Tensor | None, Layouts]:
+def first_alone(work: MicroBatch, backend: str) -> tuple[Tensor | None, Layouts]:
     """The model's loss of the first row by itself, and where its trained layers have the rows.
 
     Takes no random numbers. Raises ``UnsupportedParameters`` for a layer in whose input the backend
@@ -60,7 +60,9 @@ def first_alone(work: Work, backend: str) -> tuple[Tensor | None, Layouts]:
         ]
         problem = "have no exact per-example gradients in Opacus: they "
     else:
-        modules = [(module, [*own.values()]) for module, own in sites_of(work.model, work.trained)]
+        modules = [
+            (module, [*own.values()]) for module, own in trained_layers(work.model, work.trained)
+        ]
         others = ["bookkeeping", "loop"]
         if backend == "bookkeeping":
             allowed, others = [ROWS_FIRST, POSITIONS_FIRST, ONE_LIST], ["opacus", "loop"]
@@ -73,7 +75,7 @@ def first_alone(work: Work, backend: str) -> tuple[Tensor | None, Layouts]:
         return getattr(forward(one), "loss", None), layouts
 
 
-def _bookkeeping(work: Work) -> tuple[Tensor, SumOf]:
+def _bookkeeping(work: MicroBatch) -> tuple[Tensor, SumOf]:
     with recording(work) as tape:
         losses = forward_losses(work)
         if losses.requires_grad:
@@ -84,11 +86,11 @@ def _bookkeeping(work: Work) -> tuple[Tensor, SumOf]:
     return _clipped(work, tape)
 
 
-def _clipped(work: Work, tape: Tape) -> tuple[Tensor, SumOf]:
+def _clipped(work: MicroBatch, tape: Tape) -> tuple[Tensor, SumOf]:
     """What a tape gives when forward and backward are over."""
     with torch.no_grad(), torch.autocast(work.device.type, enabled=False):
         tape.close_all()
-        settle_doubts(tape)
+        recheck_norms(tape)
         norms, weights = work.clip(squares.squared for squares in tape.squares.values())
     return (
         norms,
@@ -100,7 +102,7 @@ def _clipped(work: Work, tape: Tape) -> tuple[Tensor, SumOf]:
     )
 
 
-def settle_doubts(tape: Tape) -> None:
+def recheck_norms(tape: Tape) -> None:
     """Take again the norms that are in doubt, where a row's other parameters leave it open."""
     if not tape.squares:
         return
@@ -114,7 +116,7 @@ def settle_doubts(tape: Tape) -> None:
         tape.squares[name].squared[row] = careful_norm(tape.factors[name], row) ** 2
 
 
-def require_compilable(work: Work) -> None:
+def require_compilable(work: MicroBatch) -> None:
     """Refuse a batch or a mode that no graph is made for."""
     if not isinstance(work.batch.get("input_ids"), Tensor):
         raise ValueError(
@@ -127,15 +129,17 @@ def require_compilable(work: Work) -> None:
         )
 
 
-def _compiled(work: Work) -> tuple[Tensor, SumOf]:
-    graphs, plain = graphs_of(work.model), isinstance(work.autocast, nullcontext)
+def _compiled(work: MicroBatch) -> tuple[Tensor, SumOf]:
+    graphs, plain = compiled_graphs(work.model), isinstance(work.autocast, nullcontext)
     # the mode and autocast decide the layers and types of a graph, trained names where it is read
     key = tuple(work.trained), work.model.training, plain
     known, expected = graphs.get(key), None
     if known is None:  # every refusal of book-keeping, and the norms to be found again
         expected, _ = _bookkeeping(work)
         with work.autocast:
-            calls, output = calls_of(work.model, sites_of(work.model, work.trained), work.batch)
+            calls, output = trace_calls(
+                work.model, trained_layers(work.model, work.trained), work.batch
+            )
         known = Graph(calls), losses_of(work, output.loss, output.logits)[0]
     (graph, kind), tape = known, Tape()
     try:
@@ -161,7 +165,7 @@ def _compiled(work: Work) -> tuple[Tensor, SumOf]:
     return norms, sum_of
 
 
-def _opacus(work: Work) -> tuple[Tensor, SumOf]:
+def _opacus(work: MicroBatch) -> tuple[Tensor, SumOf]:
     from opacus.grad_sample import GradSampleHooks
 
     class Hooks(GradSampleHooks):
@@ -215,7 +219,7 @@ def _opacus(work: Work) -> tuple[Tensor, SumOf]:
     tape = Tape(squares={name: squared_norms([s]) for name, s in samples.items()})
     with torch.no_grad():
         tape.factors.update({name: [sample] for name, sample in samples.items()})
-        settle_doubts(tape)
+        recheck_norms(tape)
         norms, weights = work.clip(squares.squared for squares in tape.squares.values())
     return (
         norms,
@@ -233,7 +237,7 @@ def _adds_up(sample: Tensor, gradient: Tensor, largest: float, half: bool) -> bo
     return bool(((sample.sum(0) - gradient).abs() <= allowed).all())
 
 
-def _loop(work: Work) -> tuple[Tensor, SumOf]:
+def _loop(work: MicroBatch) -> tuple[Tensor, SumOf]:
     sums: dict[str, Tensor] = {}
     norms = []
     for row in range(work.num_rows):
@@ -261,7 +265,7 @@ def _loop(work: Work) -> tuple[Tensor, SumOf]:
     return torch.cat(norms), sums.get
 
 
-BACKENDS: dict[str, Callable[[Work], tuple[Tensor, SumOf]]] = {
+BACKENDS: dict[str, Callable[[MicroBatch], tuple[Tensor, SumOf]]] = {
     "bookkeeping": _bookkeeping,
     "compiled": _compiled,
     "opacus": _opacus,

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp.grads.axes import layer_input
-from lowrank_dp.grads.layers import Sites, Tape, rules_for
-from lowrank_dp.grads.work import refuse
+from lowrank_dp.grads.layers import rules_for
+from lowrank_dp.grads.microbatch import refuse
+from lowrank_dp.grads.recording import Sites, Tape
 
 Batch = Mapping[str, Any]
 
@@ -118,7 +119,7 @@ class Graph:
                 p.requires_grad_(True)
 
 
-def calls_of(model: nn.Module, sites: Sites, batch: Batch) -> tuple[list[Call], Any]:
+def trace_calls(model: nn.Module, sites: Sites, batch: Batch) -> tuple[list[Call], Any]:
     """What an ordinary forward calls, and its output; a layer's must be (B, T, d) or (B, d).
 
     Raises ``ValueError`` for one of another shape.
@@ -151,6 +152,6 @@ def calls_of(model: nn.Module, sites: Sites, batch: Batch) -> tuple[list[Call], 
 _GRAPHS: WeakKeyDictionary[nn.Module, dict[Any, tuple[Graph, str]]] = WeakKeyDictionary()
 
 
-def graphs_of(model: nn.Module) -> dict[Any, tuple[Graph, str]]:
+def compiled_graphs(model: nn.Module) -> dict[Any, tuple[Graph, str]]:
     """The graphs that were made of a model, and its kind of loss, by what else they depend on."""
     return _GRAPHS.setdefault(model, {})

@@ -64,7 +64,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def settle(factors: Sequence[Factor]) -> list[Factor]:
+def materialize_if_cheaper(factors: Sequence[Factor]) -> list[Factor]:
     """The cheaper form of a parameter's complete list of factors.
 
     ``rows * cols <= T (rows + cols)`` makes forming the gradients cheaper than their Gram
@@ -86,7 +86,7 @@ def settle(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def squared_norms(factors: Sequence[Factor]) -> Squares:
-    """Squared norm of each example's summed gradient, for factors that ``settle`` has settled."""
+    """Squared norm of each example's summed gradient, for factors that ``materialize_if_cheaper`` has settled."""
     if isinstance(factors[0], Tensor):
         flat = factors[0].flatten(1)
         squared = flat.square().sum(1).double()

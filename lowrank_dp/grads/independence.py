@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from lowrank_dp.grads.factors import wide
 from lowrank_dp.grads.losses import (
     APART,
-    IGNORED,
     first_line,
     forward,
     forward_losses,
     loss_tolerance,
     no_loss,
 )
+from lowrank_dp.grads.microbatch import Batch, MicroBatch, copied, refuse, width
 from lowrank_dp.grads.undisturbed import WithoutDropout, in_float64, undisturbed
-from lowrank_dp.grads.work import Batch, Work, copied, refuse, width
+from lowrank_dp.losses import IGNORED
 
 PADDINGS = ("longest", "max-length")
 ROWS = 3  # that are looked at
@@ -47,7 +47,7 @@ VANISHING = 1e-7  # a gradient norm of which nothing is asked
 FADING = 1e-3  # a loss below it has a gradient of differences, which rounding moves further
 
 SumOf = Callable[[str], Tensor | None]
-Backend = Callable[[Work], tuple[Tensor, SumOf]]
+Backend = Callable[[MicroBatch], tuple[Tensor, SumOf]]
 Backends = Mapping[str, Backend]
 
 
@@ -61,7 +61,9 @@ class Alone:
     bound: float
 
 
-def verified(work: Work, backend: str, backends: Backends, padding: str, fingerprint: int) -> bool:
+def verified(
+    work: MicroBatch, backend: str, backends: Backends, padding: str, fingerprint: int
+) -> bool:
     """Examine a model when it is first met in a situation; whether its forward is repeatable.
 
     The situation is the model, its trained parameters, its mode, the backend and the layout of the
@@ -107,7 +109,7 @@ def known_repeatable(model: nn.Module, fingerprint: int) -> bool:
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
-def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool | None:
+def examine(work: MicroBatch, backend: str, backends: Backends, padding: str) -> bool | None:
     """Compare a few rows of ``work`` together, alone, and alone at their own lengths.
 
     Returns whether the model's forward is repeatable in its mode, or None if a row has no finite
@@ -141,7 +143,7 @@ def examine(work: Work, backend: str, backends: Backends, padding: str) -> bool 
     return repeatable if found else None
 
 
-def _agree_in_float64(work: Work, backend: str, backends: Backends, padding: str) -> bool:
+def _agree_in_float64(work: MicroBatch, backend: str, backends: Backends, padding: str) -> bool:
     """Whether rows agree once the model computes in float64."""
     batch = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -153,7 +155,7 @@ def _agree_in_float64(work: Work, backend: str, backends: Backends, padding: str
         return False
 
 
-def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> bool:
+def _agreeing(work: MicroBatch, backend: str, backends: Backends, padding: str) -> bool:
     """True if rows agree, False if a row has no finite loss or gradient; else ``ValueError``."""
     lengths = _own_lengths(work.model, work.batch)
     chosen = _chosen(lengths)
@@ -181,7 +183,10 @@ def _agreeing(work: Work, backend: str, backends: Backends, padding: str) -> boo
 
 
 def _alone(
-    work: Work, order: Sequence[int], lengths: Sequence[tuple[int, int]] | None, bound: float = 0.0
+    work: MicroBatch,
+    order: Sequence[int],
+    lengths: Sequence[tuple[int, int]] | None,
+    bound: float = 0.0,
 ) -> Alone | None:
     """Each row through autograd, and again at its own length, which must change nothing.
 
@@ -206,7 +211,7 @@ def _alone(
 
 
 def _require_own_length(
-    work: Work, row: int, own: tuple[int, int], loss: float, gradient: Mapping[str, Tensor]
+    work: MicroBatch, row: int, own: tuple[int, int], loss: float, gradient: Mapping[str, Tensor]
 ) -> None:
     """Refuse a model to which padding is more than nothing."""
     trouble = f"model must take no notice of padding, and row {work.first_row + row} "
@@ -235,7 +240,7 @@ def _require_own_length(
         )
 
 
-def _require_no_memory(work: Work, row: int, loss: float) -> None:
+def _require_no_memory(work: MicroBatch, row: int, loss: float) -> None:
     """Refuse a model whose loss of a row depends on the rows that it saw before."""
     with torch.no_grad():
         again = float(work.model(**copied(work.batch, [row])).loss)
@@ -248,7 +253,7 @@ def _require_no_memory(work: Work, row: int, loss: float) -> None:
 
 
 def _compare(
-    work: Work, alone: Alone, order: Sequence[int], backend: str, backends: Backends
+    work: MicroBatch, alone: Alone, order: Sequence[int], backend: str, backends: Backends
 ) -> None:
     """Refuse a model that mixes rows, and a backend that is wrong about the model."""
     with torch.no_grad():
@@ -276,7 +281,7 @@ def _compare(
         )
 
 
-def _gives(work: Work, alone: Alone, order: Sequence[int], run: Backend) -> bool:
+def _gives(work: MicroBatch, alone: Alone, order: Sequence[int], run: Backend) -> bool:
     """Whether a backend is right about the model."""
     try:
         return not _differing(work, alone, order, run)
@@ -284,11 +289,11 @@ def _gives(work: Work, alone: Alone, order: Sequence[int], run: Backend) -> bool
         return False
 
 
-def _together(work: Work, order: Sequence[int]) -> Work:
+def _together(work: MicroBatch, order: Sequence[int]) -> MicroBatch:
     return replace(work, num_rows=len(order), batch=copied(work.batch, order))
 
 
-def _differing(work: Work, alone: Alone, order: Sequence[int], run: Backend) -> list[str]:
+def _differing(work: MicroBatch, alone: Alone, order: Sequence[int], run: Backend) -> list[str]:
     """The parameters whose clipped sum is not the loop's; all where only the norms differ."""
     norms, sum_of = _run(work, alone.bound, order, run)
     wrong, zero = [], torch.zeros((), device=work.device)
@@ -311,7 +316,9 @@ def _differing(work: Work, alone: Alone, order: Sequence[int], run: Backend) -> 
     return wrong or (list(work.trained) if off else [])
 
 
-def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[Tensor, SumOf]:
+def _run(
+    work: MicroBatch, bound: float, order: Sequence[int], run: Backend
+) -> tuple[Tensor, SumOf]:
     """The backend on the rows together; ``ValueError`` where it fails."""
     try:
         return run(replace(_together(work, order), bound=bound))
@@ -326,7 +333,7 @@ def _run(work: Work, bound: float, order: Sequence[int], run: Backend) -> tuple[
             p.grad = None
 
 
-def gradient_alone(work: Work, row: Batch) -> tuple[float, dict[str, Tensor]]:
+def gradient_alone(work: MicroBatch, row: Batch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of the model on one row, as any training loop has them.
 
     A parameter that the loss does not depend on has no gradient. ``.grad`` must be None before.
@@ -350,20 +357,20 @@ def _norm(tensors: Any) -> float:
     )
 
 
-def _half(work: Work) -> bool:
+def _half(work: MicroBatch) -> bool:
     return any(p.dtype in (torch.bfloat16, torch.float16) for p in work.model.parameters())
 
 
-def _tolerance(work: Work) -> tuple[float, float]:
+def _tolerance(work: MicroBatch) -> tuple[float, float]:
     return HALF if _half(work) else TOLERANCE[next(iter(work.trained.values())).dtype]
 
 
-def _allowed(work: Work, loss: float) -> float:
+def _allowed(work: MicroBatch, loss: float) -> float:
     """How far rounding may move a gradient, relative to its norm."""
     return _tolerance(work)[0] * max(1.0, FADING / max(abs(loss), 1e-30))
 
 
-def _loss_allowed(work: Work, loss: float) -> float:
+def _loss_allowed(work: MicroBatch, loss: float) -> float:
     """How far rounding may move a loss."""
     return loss_tolerance(_half(work)) * max(1.0, abs(loss))
 
@@ -371,7 +378,7 @@ def _loss_allowed(work: Work, loss: float) -> float:
 # Rows: which, and how long each is by itself.
 
 
-def _square(work: Work) -> bool:
+def _square(work: MicroBatch) -> bool:
     """Whether the batch has as many rows as some tensor in it has positions."""
     return work.num_rows > 1 and any(
         isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == work.num_rows
@@ -430,7 +437,7 @@ def _trimmed(row: Batch, first: int, last: int) -> Batch:
     }
 
 
-def _repeatable(work: Work) -> tuple[bool, Any]:
+def _repeatable(work: MicroBatch) -> tuple[bool, Any]:
     """Whether a row has the same loss twice, and a context in which it has; None if there is none.
 
     The mode of the model is left where it must be for that: eval, if dropout is not all.

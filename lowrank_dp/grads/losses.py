@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowrank_dp.grads.factors import wide
-from lowrank_dp.grads.work import Batch, UnsupportedParameters, Work, copied
+from lowrank_dp.grads.microbatch import Batch, MicroBatch, UnsupportedParameters, copied
+from lowrank_dp.losses import IGNORED, LOSSES
 
-IGNORED = -100  # the label that transformers leaves out of a loss
 APART = (
     "no clipping of rows bounds what a record does to such a model; use a model that handles "
     'each row by itself, or backend="loop"'
 )
 
 
-def _token_mean(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over each row's own targets, and their number."""
-    losses = functional.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    counts = targets.ne(IGNORED).view(len(targets), -1).sum(1)
-    return losses.view(len(targets), -1).sum(1) / counts, counts
-
-
-def _next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return _token_mean(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
-
-
-def _single_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return _token_mean(logits, labels.view(len(logits)))
-
-
-def _squared_error(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    losses = functional.mse_loss(logits, labels.view_as(logits).to(logits), reduction="none")
-    return losses.view(len(logits), -1).mean(1), labels.new_ones(len(logits))
-
-
-def _multi_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    losses = functional.binary_cross_entropy_with_logits(
-        logits, labels.to(logits), reduction="none"
-    )
-    return losses.mean(1), labels.new_ones(len(logits))
-
-
-# logits, labels -> each row's loss (B,) and its weight in the batch's loss (B,)
-LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "single_label_classification": _single_label,
-    "multi_label_classification": _multi_label,
-    "regression": _squared_error,
-    "next_token": _next_token,
-    "each_token": _token_mean,
-}
 # what transformers calls its models -> the loss; None: the config's problem_type says it
 LOSS_OF_CLASS = {
     "ForSequenceClassification": None,
@@ -68,7 +29,7 @@ LOSS_OF_CLASS = {
 }
 
 
-def forward_losses(work: Work) -> Tensor:
+def forward_losses(work: MicroBatch) -> Tensor:
     """The model's loss on each row alone (B,), from one forward, checked against its own loss."""
     _labels(work)
     output = forward(work)
@@ -77,7 +38,7 @@ def forward_losses(work: Work) -> Tensor:
     return losses
 
 
-def forward(work: Work) -> Any:
+def forward(work: MicroBatch) -> Any:
     """The model's output on the batch; ``ValueError`` that names the first row it cannot run."""
     with work.autocast:
         try:
@@ -102,7 +63,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def require_alone(work: Work, losses: Tensor) -> None:
+def require_alone(work: MicroBatch, losses: Tensor) -> None:
     """Refuse a model whose loss of the first row depends on the rows beside it.
 
     ``losses`` are those in the batch (B,); ``work.alone`` is the first row's by itself, or None.
@@ -184,7 +145,7 @@ def _num_classes(base: Any, kind: str) -> int | None:
     return None if weight is None or weight.ndim != 2 else len(weight)
 
 
-def losses_of(work: Work, own: Any, logits: Any) -> tuple[str, Tensor]:
+def losses_of(work: MicroBatch, own: Any, logits: Any) -> tuple[str, Tensor]:
     """The kind of loss whose mean is the model's ``own``, and each row's (B,)."""
     if own is None:
         no_loss()
@@ -211,7 +172,7 @@ def losses_of(work: Work, own: Any, logits: Any) -> tuple[str, Tensor]:
     return matching[0]
 
 
-def row_losses(work: Work, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:
+def row_losses(work: MicroBatch, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and weights (B,), of one kind; refuses rows without a target or a finite loss."""
     losses, weights = LOSSES[kind](logits, _labels(work).to(logits.device))
     work.require(weights > 0, f"has no target: every label is {IGNORED}")
@@ -219,7 +180,7 @@ def row_losses(work: Work, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:
     return losses, weights
 
 
-def _labels(work: Work) -> Tensor:
+def _labels(work: MicroBatch) -> Tensor:
     labels = work.batch.get("labels")
     if not isinstance(labels, Tensor):
         raise ValueError(

@@ -162,7 +162,7 @@ def _why_no_projection(target: Target, options: Options) -> str:
         or target.records.left_out
     ):
         return "it needs every record of membership.json, and the base"
-    return projection.why_not(target.result)
+    return projection.unavailable_reason(target.result)
 
 
 def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows | None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_dp import artifacts
-from lowrank_dp.artifacts import runs
+from lowrank_dp.artifacts import files
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.mia import guards, metrics
 from lowrank_dp.mia.report import Report
@@ -160,7 +160,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def save(comparison: Comparison, folder: Path) -> None:
     """``compare.json`` and the table as CSV, Markdown and LaTeX."""
-    runs.write_json(folder / "compare.json", as_json(comparison))
+    files.write_json(folder / "compare.json", as_json(comparison))
     columns, rows = table(comparison)
     artifacts.save_table(columns, rows, folder, "compare", caption=" ".join(notes(comparison)))
 

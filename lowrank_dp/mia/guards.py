@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from lowrank_dp import _validate
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.data import Example
 from lowrank_dp.mia._arrays import Array, Mask, membership, real_array
 from lowrank_dp.mia.metrics import Auc, auc

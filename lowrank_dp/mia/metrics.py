@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, special, stats
+from sklearn.metrics import roc_auc_score
 
 from lowrank_dp._validate import fail, integer, real
 from lowrank_dp.mia._arrays import Array, Mask, membership, real_array
@@ -412,3 +413,24 @@ def _confidence(value: float) -> float:
 
 def _delta(value: float) -> float:
     return real("delta", value, low=0, high=1, high_open=True)
+
+
+def auc_with_interval(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
+    """AUC and its 95 % interval: DeLong's variance on the logit scale.
+
+    At an AUC of 0 or 1, where that variance is 0, the Clopper-Pearson bound of the smaller class.
+    """
+    positive, negative = scores[member], scores[~member]
+    value = float(roc_auc_score(member, scores))
+    least = min(len(positive), len(negative))
+    if value in (0.0, 1.0):
+        bound = 0.025 ** (1 / least)
+        return (value, bound, 1.0) if value else (value, 0.0, 1 - bound)
+    # the share of the other class that each score beats, ties as halves
+    ranks = stats.rankdata(scores)
+    above = (ranks[member] - stats.rankdata(positive)) / len(negative)
+    below = 1 - (ranks[~member] - stats.rankdata(negative)) / len(positive)
+    error = np.sqrt(above.var(ddof=1) / len(positive) + below.var(ddof=1) / len(negative))
+    half = stats.norm.ppf(0.975) * error / (value * (1 - value))
+    low, high = special.expit(special.logit(value) + np.array([-half, half]))
+    return value, float(low), float(high)

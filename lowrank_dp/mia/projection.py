@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_dp.data import Example, Task, encode, micro_batches
-from lowrank_dp.evaluation import LOSS_OF_KIND
-from lowrank_dp.grads import LOSSES
-from lowrank_dp.mia.signals import Array, load_reference
+from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
+from lowrank_dp.mia.signals import Array
+from lowrank_dp.mia.target import load_reference
 from lowrank_dp.theory import symmetry_score
 from lowrank_dp.train import TrainResult
 
@@ -37,7 +37,7 @@ NEEDED = {
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
-def why_not(result: TrainResult | None) -> str:
+def unavailable_reason(result: TrainResult | None) -> str:
     """What of the recipe stands in the attack's way; "" if nothing does."""
     if result is None:
         return "it needs training.json"

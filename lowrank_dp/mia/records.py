@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import TASKS, Columns, Example, Task, load_task, subset
+from lowrank_dp.membership.manifest import Manifest, read_manifest
 from lowrank_dp.mia import files, guards
 from lowrank_dp.mia.checkpoint import Checkpoint
-from lowrank_dp.mia.manifest import Manifest, read_manifest
 
 __all__ = ["MIN_RECORDS", "Manifest", "Records", "load_records", "read_manifest", "read_population"]
 MIN_RECORDS = 20  # of either side: below, no interval says anything

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_dp import artifacts
-from lowrank_dp.artifacts import runs
+from lowrank_dp.artifacts import files
 from lowrank_dp.mia.options import ATTACKS, SHADOW_ATTACKS
 from lowrank_dp.mia.report import Attack, Report
 
@@ -24,7 +24,7 @@ LABEL = "NON-PRIVATE: computed from membership bits"
 
 def save(report: Report, folder: Path) -> None:
     """Write the three files, each atomically."""
-    runs.write_json(folder / "report.json", as_json(report))
+    files.write_json(folder / "report.json", as_json(report))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "is_member", *report.scores])

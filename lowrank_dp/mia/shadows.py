@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import _validate
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example, Task
 from lowrank_dp.mia import signals
@@ -27,7 +27,7 @@ from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 
 # what may differ between a target and its shadows: nothing that shapes the weights' law
-INCIDENTAL = (
+SHADOW_MAY_DIFFER = (
     "seed",
     "device",
     "micro_batch_size",
@@ -110,7 +110,7 @@ def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
         raise ValueError(f"--shadow-dir {folder} must hold checkpoints in subfolders, found none")
     for path in found:
         other = load_result(path).config
-        same = replace(other, **{name: getattr(recipe, name) for name in INCIDENTAL})
+        same = replace(other, **{name: getattr(recipe, name) for name in SHADOW_MAY_DIFFER})
         if differences := recipe.differences(same):
             raise ValueError(
                 f"shadow {path.name} must be trained as the target was; target and "

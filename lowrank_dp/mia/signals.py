@@ -16,18 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lowrank_dp import artifacts
-from lowrank_dp.artifacts import runs
 from lowrank_dp.data import IGNORE, Example, Task, encode, micro_batches
-from lowrank_dp.grads import LOSSES, clipped_sum_over
+from lowrank_dp.grads.clipping import clipped_sum_over
+from lowrank_dp.losses import LOSSES
 from lowrank_dp.mia import scores
 from lowrank_dp.mia._arrays import Array
-from lowrank_dp.models import load_model
-from lowrank_dp.models.backbones import one_line
-from lowrank_dp.models.base import check_base_weights
 
 LOGITS_AT_A_TIME = 2**24  # in float64: 128 MiB, and a few times that on the way
 
@@ -229,41 +225,6 @@ def switched_off(reference: Any, model: Any) -> Iterator[Any]:
 
 
 # Models.
-
-
-def load_reference(
-    folder: str | Path, base: Mapping[str, Any], task: Task, *, device: str = "cpu"
-) -> Any:
-    """The model before fine-tuning: the manifest's base, with the head that training kept.
-
-    A checkpoint without ``initial_head.safetensors`` was not trained here: its reference is a base
-    that brings a head of its own. Raises ``ValueError`` if the reference would have a weight that
-    was drawn at random, or if the base's weights are not those that the manifest names.
-    """
-    file = Path(folder) / runs.INITIAL_HEAD
-    with one_line(str(file)):
-        head = load_file(file) if file.is_file() else {}
-    try:
-        model, _ = load_model(
-            base["model"], task=task, seed=base["seed"], device=device, new_head=bool(head)
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"base: {error}; without a base nothing can be calibrated: give another, "
-            "or leave out the attack 'base'"
-        ) from None
-    check_base_weights(model, base.get("weights"), Path(folder).name, base["model"])
-    if lost := sorted(set(getattr(model, "lowrank_dp_new", ())) - head.keys()):
-        raise ValueError(
-            f"{file} must hold what the base {base['model']} lacks, {', '.join(lost)}:"
-            " they would be drawn at random; train again, or leave out the attack "
-            "'base'"
-        )
-    with one_line(str(file)):
-        _, unexpected = model.load_state_dict(head, strict=False)
-    if unexpected:
-        raise ValueError(f"{file} must fit the base model, got {unexpected[0]}")
-    return model.eval()
 
 
 # what decides, beside the weights, which numbers a checkpoint gives

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import SEPARATOR, Example
+from lowrank_dp.data import SEPARATOR, Example, Task
 from lowrank_dp.data.batches import Template
-from lowrank_dp.mia import signals
+from lowrank_dp.membership.manifest import Manifest
 from lowrank_dp.mia.checkpoint import has_label_head, load_checkpoint, read_checkpoint
-from lowrank_dp.mia.manifest import Manifest
 from lowrank_dp.mia.options import NEEDS_BASE, POPULATION, Options
 from lowrank_dp.mia.records import Records, load_records, read_manifest, read_population
-from lowrank_dp.models.backbones import find_backbone
+from lowrank_dp.models import load_model
+from lowrank_dp.models.backbones import find_backbone, one_line
+from lowrank_dp.models.base import check_base_weights
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
 
 
@@ -321,6 +324,41 @@ def load_before(target: Target, options: Options, model: Any) -> tuple[Any, str]
         raise ValueError(
             f"base must be the model before fine-tuning, got {found.path}, the checkpoint itself"
         )
-    return signals.load_reference(
+    return load_reference(
         target.folder, target.base, target.records.task, device=options.device
     ), ""
+
+
+def load_reference(
+    folder: str | Path, base: Mapping[str, Any], task: Task, *, device: str = "cpu"
+) -> Any:
+    """The model before fine-tuning: the manifest's base, with the head that training kept.
+
+    A checkpoint without ``initial_head.safetensors`` was not trained here: its reference is a base
+    that brings a head of its own. Raises ``ValueError`` if the reference would have a weight that
+    was drawn at random, or if the base's weights are not those that the manifest names.
+    """
+    file = Path(folder) / runs.INITIAL_HEAD
+    with one_line(str(file)):
+        head = load_file(file) if file.is_file() else {}
+    try:
+        model, _ = load_model(
+            base["model"], task=task, seed=base["seed"], device=device, new_head=bool(head)
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"base: {error}; without a base nothing can be calibrated: give another, "
+            "or leave out the attack 'base'"
+        ) from None
+    check_base_weights(model, base.get("weights"), Path(folder).name, base["model"])
+    if lost := sorted(set(getattr(model, "lowrank_dp_new", ())) - head.keys()):
+        raise ValueError(
+            f"{file} must hold what the base {base['model']} lacks, {', '.join(lost)}:"
+            " they would be drawn at random; train again, or leave out the attack "
+            "'base'"
+        )
+    with one_line(str(file)):
+        _, unexpected = model.load_state_dict(head, strict=False)
+    if unexpected:
+        raise ValueError(f"{file} must fit the base model, got {unexpected[0]}")
+    return model.eval()

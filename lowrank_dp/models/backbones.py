@@ -17,7 +17,7 @@ import transformers
 from safetensors import safe_open
 
 from lowrank_dp import _validate
-from lowrank_dp.artifacts import runs
+from lowrank_dp.artifacts import files
 from lowrank_dp.data import hub_reachable, offline_requested
 from lowrank_dp.models import tiny
 
@@ -150,7 +150,7 @@ def _nearest(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ``ValueError`` naming the file if it is none."""
     try:
-        return runs.read_json(path)
+        return files.read_json(path)
     except OSError as error:
         raise ValueError(f"{path} must be readable JSON ({error.strerror})") from None
 

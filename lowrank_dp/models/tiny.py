@@ -15,10 +15,11 @@ import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
-from lowrank_dp._cli import progress
+from lowrank_dp._terminal import progress
 from lowrank_dp.data import generated
-from lowrank_dp.data.batches import IGNORE, SEPARATOR, collate, encode
+from lowrank_dp.data.batches import SEPARATOR, collate, encode
 from lowrank_dp.data.examples import Example
+from lowrank_dp.losses import IGNORE
 
 NAMES = ("tiny", "tiny-llama")
 CONTEXT = 256

@@ -5,77 +5,113 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from lowrank_dp.plots import BLUE, GREEN, GREY, ORANGE, RED, letter, new_figure, styled
+from lowrank_dp.experiments import membership
+from lowrank_dp.plots.style import (
+    BLACK,
+    BLUE,
+    FULL,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    letter,
+    new_figure,
+    styled,
+)
 
 if TYPE_CHECKING:
-    from lowrank_dp.experiments import matrix_attack
+    pass
 
-# by number of released rows: colour, marker, line
-_ROW_STYLES = ((RED, "o", ":"), (ORANGE, "s", "--"), (GREEN, "D", "-"), (BLUE, "^", "-."))
+
+# kind of method -> colour, marker
+METHOD_STYLE = {
+    "full": (BLACK, "s"),
+    "LoRA": (BLUE, "o"),
+    "frozen A": (ORANGE, "^"),
+    "full, DP": (GREY, "D"),
+    "full, DP restored": (RED, "*"),
+}
 
 
 @styled
-def plot_matrix_attack(result: matrix_attack.Result) -> Figure:
-    """AUC against added noise, one panel a rank and one curve a number of rows."""
-    config = result.config
-    figure, axes = new_figure(1, len(config.ranks), height=2.7, sharey=True)
-    noise = np.array(config.noise_multipliers)
-    position, ticks, labels = _decades(noise)
-    bottom = min(0.4, float(result.auc.min())) - 0.04
-    for k, (axis, rank) in enumerate(zip(axes[0], config.ranks, strict=True)):
-        for i, rows in enumerate(config.rows):
-            colour, marker, line = _ROW_STYLES[i % len(_ROW_STYLES)]
-            shift = 0.12 * (i - (len(config.rows) - 1) / 2)
-            value, low, high = result.auc[k, i].T
-            axis.errorbar(
-                position + shift,
-                value,
-                [value - low, high - value],
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                elinewidth=0.8,
-                label=("1 row, likelihood ratio" if rows == 1 else f"{rows} rows, symmetry score"),
-            )
+def plot_membership(result: membership.Result) -> Figure:
+    """AUC and TPR against rank; AUC against training loss and against utility."""
+    figure, axes = new_figure(2, 2, width=FULL, height=4.8)
+    steps = result.config.steps[-1]
+    _against_rank(axes[0, 0], result, result.auc)
+    axes[0, 0].set_ylabel(f"AUC, {result.config.attack}")
+    letter(axes[0, 0], f"a  {steps} steps")
+    variance = axes[0, 0].twinx()
+    variance.plot(result.config.ranks, result.noise_variance, "--", color=GREEN, linewidth=1)
+    variance.set(yscale="log")
+    variance.set_ylabel("variance of the projection noise", color=GREEN)
+    variance.grid(False)
+    if np.isnan(result.tpr).all():  # such a rate needs 100 non-members
+        axes[0, 1].text(
+            0.5,
+            0.5,
+            "too few non-members",
+            ha="center",
+            va="center",
+            transform=axes[0, 1].transAxes,
+        )
+    else:
+        _against_rank(axes[0, 1], result, result.tpr)
+        axes[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
+    axes[0, 1].set(ylabel="TPR at 1% FPR", ylim=(0, None))
+    letter(axes[0, 1], f"b  {steps} steps")
+    for axis, values, name, mark in (
+        (axes[1, 0], result.train_loss, "training loss", "c"),
+        (axes[1, 1], result.utility, f"held-out {result.utility_name}", "d"),
+    ):
+        for i, arm in enumerate(result.arms):
+            colour, marker = METHOD_STYLE[arm.split(" r=")[0]]
             axis.plot(
-                ticks[0] - 0.45 + shift,
-                result.gaussian_reading[k, i],
-                marker=marker,
-                markerfacecolor="white",
+                values[i].mean(0),
+                result.auc[i].mean(0),
+                "-",
                 color=colour,
-                linestyle="none",
+                marker=marker,
+                markersize=3,
+                linewidth=0.8,
+                alpha=0.8,
             )
-        rms = result.release_rms[k] / config.gradients.max_grad_norm
-        axis.axvline(np.log10(rms), color=GREY, linestyle=":", linewidth=1)
-        axis.axhline(0.5, color=GREY, linewidth=0.8)
-        axis.set_xticks(ticks, labels)
-        axis.set(xlabel="added noise, std / C", ylim=(bottom, 1.03))
-        letter(axis, f"{chr(ord('a') + k)}  rank {rank}")
-    axes[0, 0].set_ylabel("AUC")
-    curves, names = axes[0, 0].get_legend_handles_labels()
-    marks = [
-        *axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white"),
-        *axes[0, 0].plot([], [], ":", color=GREY, linewidth=1),
-    ]
-    figure.legend(
-        [*curves, *marks],
-        [*names, "Gaussian reading, no noise", "rms entry of the release"],
-        loc="outside lower center",
-        ncols=3,
-    )
+        axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
+        axis.set(xlabel=name, ylabel=f"AUC, {result.config.attack}")
+        letter(axis, mark)
+    axes[1, 0].xaxis.set_major_formatter(ScalarFormatter())
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
-def _decades(levels: np.ndarray) -> tuple[np.ndarray, list[float], list[str]]:
-    """Positions log10(level), with 0 left of the smallest; ticks at 0, decades and the largest."""
-    logs = np.log10(levels[levels > 0]) if levels.any() else np.zeros(1)
-    first, last = float(np.floor(logs.min())), float(logs.max())
-    position = np.where(levels > 0, np.log10(np.where(levels > 0, levels, 1)), first - 1)
-    decades = np.arange(first, last - 0.9, 2)
-    return (
-        position,
-        [first - 1, *decades, last],
-        ["0", *(f"$10^{{{d:.0f}}}$" for d in decades), f"{10**last:.2g}"],
-    )
+def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> None:
+    """``values`` (arms, seeds, steps) at the last number of steps."""
+    for family in ("LoRA", "frozen A"):
+        chosen = [i for i, arm in enumerate(result.arms) if arm.startswith(family)]
+        if not chosen:
+            continue
+        ranks = [int(result.arms[i].split("=")[1]) for i in chosen]
+        bands = [result.band(values, i) for i in chosen]
+        colour, marker = METHOD_STYLE[family]
+        axis.errorbar(
+            ranks,
+            [mean[-1] for mean, _ in bands],
+            [half[-1] for _, half in bands],
+            color=colour,
+            marker=marker,
+            label=family,
+            elinewidth=0.8,
+            capsize=2,
+        )
+    for arm in ("full", "full, DP", "full, DP restored"):
+        mean, half = result.band(values, result.arms.index(arm))
+        colour, _ = METHOD_STYLE[arm]
+        axis.axhline(mean[-1], color=colour, linewidth=1, label=arm)
+        axis.axhspan(mean[-1] - half[-1], mean[-1] + half[-1], color=colour, alpha=0.08)
+    axis.set(xscale="log", xlabel="rank")
+    axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])
+    axis.xaxis.set_minor_formatter(NullFormatter())

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowrank_dp.plots import (
+from lowrank_dp.plots.style import (
     BLACK,
     BLUE,
     FULL,

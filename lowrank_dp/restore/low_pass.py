@@ -13,7 +13,7 @@ from lowrank_dp import _validate
 
 
 @dataclass(frozen=True)
-class LowPass:
+class LowPassFilter:
     """Linear filter over a sequence of noisy gradients, bias-corrected, with its noise known.
 
     ``m_t = sum_i b_i g_(t-i) - sum_i a_i m_(t-i)``, divided by its response to a constant sequence.
@@ -45,7 +45,7 @@ class LowPass:
         if not self.b or sum(self.b) == 0:
             _validate.fail("b", "coefficients whose sum is not zero", self.b)
 
-    def update(self, noisy: Tensor, noise_std: float) -> LowPass:
+    def update(self, noisy: Tensor, noise_std: float) -> LowPassFilter:
         """The state after one more noisy gradient, whose noise has ``noise_std``, absolute."""
         noise_std = _validate.real("noise_std", noise_std, low=0)
         _validate.floating("noisy", noisy)
@@ -96,7 +96,7 @@ class LowPass:
 
     def with_tensors(
         self, state: Mapping[str, Tensor], device: torch.device | str = "cpu"
-    ) -> LowPass:
+    ) -> LowPassFilter:
         """This filter in the state that :meth:`tensors` gave; a copy, on ``device``."""
 
         def numbered(kind: str) -> list[Tensor]:
@@ -113,10 +113,10 @@ class LowPass:
 
     def _require_input(self) -> None:
         if not self.outputs:
-            raise ValueError("LowPass must have seen a gradient first: call update")
+            raise ValueError("LowPassFilter must have seen a gradient first: call update")
 
 
-def momentum(beta: float) -> LowPass:
+def momentum(beta: float) -> LowPassFilter:
     """Running mean ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
     beta = _validate.real("beta", beta, low=0, high=1, high_open=True)
-    return LowPass(b=(1 - beta,), a=(-beta,))
+    return LowPassFilter(b=(1 - beta,), a=(-beta,))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_dp.mechanism import Generator
 from lowrank_dp.restore import restore_gradients
-from lowrank_dp.train import guards, parallel
+from lowrank_dp.train import guards, processes
 from lowrank_dp.train.noise_checks import GeneratorCheck, NoiseCheck
 from lowrank_dp.train.sampling_checks import SamplingCheck
 from lowrank_dp.train.setup import Setup
@@ -45,7 +45,7 @@ class StepChecks:
 
     def sampled(self, rows: Sequence[int], sampler: Generator) -> None:
         """The rows of the step's sample, over all processes."""
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             self._draws_samples.check(sampler)
             self._sampling.check(rows, one_each=self._setup.config.unit == "group")
         self._rows = list(rows)
@@ -53,7 +53,7 @@ class StepChecks:
     def clipped(self, sums: Mapping[str, Tensor], norms: Tensor) -> None:
         """This process's clipped sums, and its rows' norms before."""
         bound = self._setup.mechanism.max_grad_norm
-        if parallel.world_size() == 1:
+        if processes.world_size() == 1:
             if len(norms) != len(self._rows):
                 raise ValueError(
                     "the step's sum is not over the rows of its sample: a row was "
@@ -71,7 +71,7 @@ class StepChecks:
     def rows_to_compare(self, step: int) -> list[int]:
         """Rows of the sample for :meth:`row_by_row`; none in most steps."""
         config = self._setup.config
-        if not self.closely(step) or config.compile or self._setup.layout.all_work:
+        if not self.closely(step) or config.compile or self._setup.layout.collective:
             return []  # another graph would be compiled; all processes would have to take part
         return self._rows[:_ROWS]
 
@@ -97,14 +97,14 @@ class StepChecks:
         self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise: Generator, step: int
     ) -> None:
         """The sums before and after the noise."""
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             self._draws_noise.check(noise)
         self._noise.check(clean, noisy, spectrum=self.closely(step))
 
     def assigned(self, noisy: Mapping[str, Tensor], step: int) -> None:
         """The gradients in ``.grad``: released sums, or one of them restored once more."""
         setup, config = self._setup, self._setup.config
-        if setup.layout.all_work or config.low_pass is not None or config.diagnostic:
+        if setup.layout.collective or config.low_pass is not None or config.diagnostic:
             return
         plain = {
             name: total

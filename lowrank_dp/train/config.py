@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lowrank_dp import _validate, artifacts
+from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models import METHODS
-from lowrank_dp.restore import NON_PRIVATE_SCHEMES, SCHEMES, LowPass, momentum, restore
-from lowrank_dp.train.membership import MEMBERSHIPS
+from lowrank_dp.restore import NON_PRIVATE_SCHEMES, SCHEMES, LowPassFilter, momentum, restore
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -53,7 +53,7 @@ class TrainConfig:
             them; "none" is plain DP-SGD.
         momentum_beta: restore the running mean of the noisy gradients in place of each one.
         filter_b, filter_a: the same with a low-pass filter of higher order (DOPPLER, arXiv
-            2408.13460): coefficients as in ``restore.LowPass``.
+            2408.13460): coefficients as in ``restore.LowPassFilter``.
         diagnostic: allow schemes that read clean gradients; the whole run is then NON-PRIVATE.
         dropout: train with the model's dropout; off by default, as is usual with DP.
         max_examples: expected number of examples of each split that are kept, each chosen alone
@@ -279,11 +279,11 @@ class TrainConfig:
             )
 
     @property
-    def low_pass(self) -> LowPass | None:
+    def low_pass(self) -> LowPassFilter | None:
         """The running mean that takes the place of each noisy gradient, before its first input."""
         if self.momentum_beta is not None:
             return momentum(self.momentum_beta)
-        return LowPass(b=self.filter_b, a=self.filter_a) if self.filter_b else None
+        return LowPassFilter(b=self.filter_b, a=self.filter_a) if self.filter_b else None
 
     @property
     def restoration(self) -> dict[str, Any]:

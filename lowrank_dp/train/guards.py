@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowrank_dp.grads import row_gradients
+from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import NON_PRIVATE_SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.noise_checks import NoiseCheck
 
-EXPLODED = 20.0  # times the loss before the first step
+MAX_LOSS_RATIO = 20.0  # times the loss before the first step
 ROUNDING = 1.01  # times the longest a sum may be: clip factors in bfloat16 are off by less
 SOME = 128  # entries of each gradient that are compared
 
@@ -40,7 +40,7 @@ def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Iter
 
 def check_loss(loss: float, first: float, step: int) -> None:
     """Refuse an evaluation loss that is not finite or has exploded."""
-    if not math.isfinite(loss) or loss > EXPLODED * max(first, 0.1):
+    if not math.isfinite(loss) or loss > MAX_LOSS_RATIO * max(first, 0.1):
         raise ValueError(
             f"loss on the validation split is {loss:.4g} after {step} steps ("
             f"{first:.4g} before the first): lower the learning rate or the noise"

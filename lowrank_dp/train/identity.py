@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lowrank_dp
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.parallel import world_size
+from lowrank_dp.train.processes import world_size
 
 _LIBRARIES = ("transformers", "peft", "numpy", "scipy", "randomgen")
 _SWITCHES = ("MKL_", "ONEDNN_", "DNNL_", "ATEN_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32")

@@ -3,9 +3,9 @@
 Both layouts answer the same questions of a step, in its order: what becomes of a micro-batch's
 clipped sum, who adds the noise, who restores, and how weights get their gradients.
 
-- :class:`Copies`: every process holds the model. The first adds the sums up and the noise once, and
+- :class:`Replicated`: every process holds the model. The first adds the sums up and the noise once, and
   hands the noisy sum to all; each matrix is restored by one process and handed round.
-- :class:`Shards` (FSDP2): every process holds some rows of each weight and of its optimizer state,
+- :class:`Sharded` (FSDP2): every process holds some rows of each weight and of its optimizer state,
   and the whole weights of one block while that runs. Each parameter has an owner, to which its sum
   is reduced as soon as a micro-batch has it, which has the first process add the noise, restores
   the noisy sum, and hands out its rows: a process holds its share of the sums, and for a moment one
@@ -23,35 +23,35 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lowrank_dp.models.trainable import blocks
-from lowrank_dp.train import parallel
+from lowrank_dp.train import processes
 
 Tensors = Mapping[str, Tensor]
-Work = Callable[[Tensors], Tensors]
+Collective = Callable[[Tensors], Tensors]
 
 
-class Copies:
+class Replicated:
     """Every process holds everything; alone, nothing is exchanged."""
 
     reduce = None
-    all_work = False  # evaluating and saving is the first process's
+    collective = False  # evaluating and saving is the first process's
 
-    def noised(self, clean: Tensors, add_noise: Work | None) -> tuple[Tensors, Tensors]:
+    def noised(self, clean: Tensors, add_noise: Collective | None) -> tuple[Tensors, Tensors]:
         """``(clean, noisy)`` totals over all processes; ``clean`` has a meaning on the first only.
 
         The first process draws the noise for all: it is added once, after its release is in the
         ledger, and all get the same bits, which equal generators on unlike devices would not give.
         """
-        clean = parallel.summed(clean)
-        draws = add_noise is not None and parallel.rank() == 0
-        return clean, parallel.broadcast(add_noise(clean) if draws and add_noise else clean)
+        clean = processes.reduce_to_rank0(clean)
+        draws = add_noise is not None and processes.rank() == 0
+        return clean, processes.broadcast(add_noise(clean) if draws and add_noise else clean)
 
-    def restored(self, work: Work, noisy: Tensors) -> Tensors:
+    def restored(self, work: Collective, noisy: Tensors) -> Tensors:
         """``work(noisy)``, which treats each matrix by itself and leaves other tensors alone."""
-        return parallel.spread(work, noisy)
+        return processes.map_over_ranks(work, noisy)
 
     def known(self, clean: Tensors) -> Tensors:
         """NON-PRIVATE: the clean totals of what this process restores."""
-        return parallel.broadcast(clean)
+        return processes.broadcast(clean)
 
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
         """Put gradients into ``.grad``."""
@@ -75,27 +75,27 @@ class Copies:
         return True
 
 
-class Shards(Copies):
+class Sharded(Replicated):
     """Of a model that ``shard`` has sharded; ``trained`` are its parameters."""
 
-    all_work = True  # the weights of a forward come from all processes
+    collective = True  # the weights of a forward come from all processes
 
     def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
         self._trained = trained
-        self._owner = parallel.owners(
-            {name: tuple(p.shape) for name, p in trained.items()}, parallel.world_size()
+        self._owner = processes.owners(
+            {name: tuple(p.shape) for name, p in trained.items()}, processes.world_size()
         )
 
     def owns(self, name: str) -> bool:
         """Whether this process has what is known of the parameter's gradient."""
-        return self._owner[name] == parallel.rank()
+        return self._owner[name] == processes.rank()
 
     def reduce(self, name: str, part: Tensor) -> Tensor:  # type: ignore[override]
         """Of the processes' parts, their sum on the owner, and nothing elsewhere."""
         dist.reduce(part, self._owner[name])
         return part if self.owns(name) else part.new_empty(0)
 
-    def noised(self, clean: Tensors, add_noise: Work | None) -> tuple[Tensors, Tensors]:
+    def noised(self, clean: Tensors, add_noise: Collective | None) -> tuple[Tensors, Tensors]:
         """``(clean, noisy)`` totals of what this process owns.
 
         The first process adds all noise, a parameter at a time, as it does to copies.
@@ -103,7 +103,7 @@ class Shards(Copies):
         clean = {name: total for name, total in clean.items() if self.owns(name)}
         if add_noise is None:
             return clean, clean
-        noisy, here = dict(clean), parallel.rank()
+        noisy, here = dict(clean), processes.rank()
         for name, p in self._trained.items():
             owner = self._owner[name]
             if here == owner == 0:
@@ -120,7 +120,7 @@ class Shards(Copies):
                 dist.send(add_noise({name: total})[name], owner)
         return clean, noisy
 
-    def restored(self, work: Work, noisy: Tensors) -> Tensors:
+    def restored(self, work: Collective, noisy: Tensors) -> Tensors:
         """``work`` on what this process owns."""
         return work(noisy)
 
@@ -143,13 +143,13 @@ class Shards(Copies):
         found = {}
         for name, tensor in tensors.items():
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if parallel.rank() == 0:
+            if processes.rank() == 0:
                 found[name] = tensor.cpu()
         return found
 
     def gathered(self, tensors: Tensors) -> dict[str, Tensor]:
         """On the first process: what any process has."""
-        return parallel.to_first(tensors)
+        return processes.gather_to_rank0(tensors)
 
     def placed(self, whole: Tensor, like: Tensor, source: int | None = None) -> Tensor:
         """``source``: the process that has it; None where each has."""
@@ -165,7 +165,7 @@ class Shards(Copies):
 
 def equalise(model: nn.Module) -> None:
     """Give every process the first one's weights, however each came to its own."""
-    if parallel.world_size() > 1:
+    if processes.world_size() > 1:
         for tensor in chain(model.parameters(), model.buffers()):
             dist.broadcast(tensor.data, 0)
 
@@ -178,7 +178,7 @@ def shard(model: Any, device: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(torch.device(device).type, (parallel.world_size(),))
+    mesh = init_device_mesh(torch.device(device).type, (processes.world_size(),))
     parts = [model.get_submodule(name) for block in blocks(model) for name in block]
     for module in (*parts, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -14,7 +14,7 @@ import torch
 
 from lowrank_dp.data import Example, Task, encode
 from lowrank_dp.data.batches import collate
-from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.grads.losses import first_line
 from lowrank_dp.train.config import TrainConfig
 

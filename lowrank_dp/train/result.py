@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dp import artifacts
-from lowrank_dp.artifacts import runs
+from lowrank_dp.artifacts import files, runs
 from lowrank_dp.data import SEPARATOR
+from lowrank_dp.evaluation.metrics import majority
+from lowrank_dp.membership.units import manifest
 from lowrank_dp.models import save_model
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.membership import manifest
-from lowrank_dp.train.setup import Setup, majority
+from lowrank_dp.train.setup import Setup
 from lowrank_dp.train.state import State
 
 
@@ -59,7 +60,7 @@ def load_result(folder: str | Path) -> TrainResult:
     """What :func:`train` left in a folder; ``ValueError`` if it is no finished run."""
     path = Path(folder) / runs.TRAINING
     try:
-        document = runs.read_json(path)
+        document = files.read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{folder} must hold a finished run, found no {path.name}") from None
     if document.get("schema_version") != artifacts.SCHEMA_VERSION:

@@ -21,14 +21,14 @@ from lowrank_dp.data.selection import (
     unit_content,
 )
 from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.membership.units import draw_members, fingerprint, group_units
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
-from lowrank_dp.rng import draw_seed as draw_seed
+from lowrank_dp.rng import derive_seed as derive_seed
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
-from lowrank_dp.train.layout import Copies, Shards, equalise, shard
-from lowrank_dp.train.membership import draw_members, fingerprint, group_units
-from lowrank_dp.train.parallel import world_size
+from lowrank_dp.train.layout import Replicated, Sharded, equalise, shard
+from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.public_rows import require_independent_rows
 
 LABELLED_LENGTH = 128  # tokens that a text with a label is cut to, unless told otherwise
@@ -67,7 +67,7 @@ class Setup:
     seed: int
     data_fingerprint: str
     digests: dict[str, str]
-    layout: Copies
+    layout: Replicated
 
     @property
     def pad_to(self) -> int | None:
@@ -152,7 +152,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         warn=False,
     )
     _check_unit(config, task)
-    task = set_aside(task, config.holdout, config.unit) if config.holdout else task
+    task = hold_out(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
     members = _members(units, config.membership, seed)
     trained_on = [unit for unit, member in zip(units, members, strict=True) if member]
@@ -214,11 +214,11 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         seed=seed,
         data_fingerprint=fingerprint(examples),
         digests=identity,
-        layout=Shards(trained) if config.shard else Copies(),
+        layout=Sharded(trained) if config.shard else Replicated(),
     )
 
 
-def set_aside(task: Task, count: int, unit: str) -> Task:
+def hold_out(task: Task, count: int, unit: str) -> Task:
     """The task with about ``count`` units of its train split in place of the validation split.
 
     The held-out units are the same for every seed. Each group is held out alone, with all its
@@ -359,11 +359,3 @@ def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable
     return lambda step: (
         config.learning_rate * factor(step + shift if step < config.warmup_steps else step)
     )
-
-
-def majority(task: Task) -> float | None:
-    """Accuracy of always answering the most frequent validation label; None without classes."""
-    if task.kind != "classification":
-        return None
-    labels = [example.label for example in task.validation]
-    return max(map(labels.count, set(labels))) / len(labels) if labels else math.nan

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.restore import LowPass
-from lowrank_dp.rng import Generator, SecureRandom, draw_seed, os_seeded_generator
+from lowrank_dp.restore import LowPassFilter
+from lowrank_dp.rng import Generator, SecureRandom, derive_seed, os_seeded_generator
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
-from lowrank_dp.train.parallel import world_size
+from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.setup import Setup
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class State:
     stream: str
     sampler: Generator
     noise: Generator
-    low_passes: dict[str, LowPass] = field(default_factory=dict)
+    low_passes: dict[str, LowPassFilter] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     restore_seconds: float = 0.0
@@ -78,8 +78,8 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
         on_cpu = config.secure_rng or torch.device(config.device).type == "cpu"
         return SecureRandom(), SecureRandom() if on_cpu else os_seeded_generator(config.device)
     return (
-        torch.Generator().manual_seed(draw_seed(config.seed, f"sampler {stream}")),
-        torch.Generator(config.device).manual_seed(draw_seed(config.seed, f"noise {stream}")),
+        torch.Generator().manual_seed(derive_seed(config.seed, f"sampler {stream}")),
+        torch.Generator(config.device).manual_seed(derive_seed(config.seed, f"noise {stream}")),
     )
 
 
@@ -167,12 +167,12 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     differences, attempt = changed(document["identity"], here), ""
     if reason := not_repeatable(setup.config):  # and so not twice under one name either
         differences.append(reason)
-        attempt = f"{draw_seed(None, 'attempt')}"
+        attempt = f"{derive_seed(None, 'attempt')}"
     if differences:
         state.restarted = "; ".join(differences)
         state.stream = new_stream(setup.config, state.step, f"{document} {here} {attempt}")
         state.sampler, state.noise = fresh_generators(setup.config, state.stream)
-        torch.manual_seed(draw_seed(setup.config.seed, f"dropout {state.stream}"))
+        torch.manual_seed(derive_seed(setup.config.seed, f"dropout {state.stream}"))
         return state
     if "generator.noise" in tensors:  # on the first process, which draws
         state.sampler = _restored(state.sampler, tensors["generator.sampler"])
@@ -200,14 +200,14 @@ def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
     ``resumed`` is what tells one resumption from another, of which a seeded run's name has a hash.
     """
     if config.seed is None:
-        return f"{draw_seed(None, 'stream'):016x}"
+        return f"{derive_seed(None, 'stream'):016x}"
     name = f"seed {config.seed} from step {step} on {environment(config.device)}"
     if not resumed:
         return name
     return f"{name}, resumed {hashlib.sha256(resumed.encode()).hexdigest()[:16]}"
 
 
-def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPass]:
+def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPassFilter]:
     start, found = setup.config.low_pass, {}
     for name, p in setup.trained.items():
         prefix = f"low_pass.{name}."

@@ -19,7 +19,7 @@ T = TypeVar("T")
 BAD_INPUT = 2
 
 
-class Stopped(SystemExit):
+class Interrupted(SystemExit):
     """SIGINT or SIGTERM, obeyed where nothing is lost: exits with 130 or 143."""
 
     def __init__(self, number: int, what_is_kept: str) -> None:
@@ -32,7 +32,7 @@ class Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def held_signals() -> Iterator[list[int]]:
+def deferred_signals() -> Iterator[list[int]]:
     """A list that SIGINT and SIGTERM are added to, in place of their effect; a second one has it.
 
     It stays empty outside the main thread, where Python handles no signals.
@@ -84,7 +84,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):
             raise
         code = report(error.format_message())
-    except Stopped as stopped:
+    except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         code = stopped.code
     except KeyboardInterrupt:

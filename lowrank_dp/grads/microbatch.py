@@ -16,7 +16,7 @@ Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Work:
+class MicroBatch:
     """One micro-batch and what to do with it.
 
     ``first_row`` counts rows for messages. ``bound`` is C; 0 for rows that do not count.

@@ -24,7 +24,7 @@ from lowrank_dp import _validate
 from lowrank_dp.restore import (
     NON_PRIVATE_SCHEMES,
     SCHEMES,
-    LowPass,
+    LowPassFilter,
     Report,
     momentum,
     restore_gradients,
@@ -125,7 +125,7 @@ class Restoration:
         self.reports: dict[str, Report] = {}
         self._scheme, self._options = scheme, options
         self._momentum = None if momentum_beta is None else momentum(momentum_beta)
-        self._states: dict[str, LowPass] = {}
+        self._states: dict[str, LowPassFilter] = {}
         if self._opacus:
             self._clip_bound = float(self._opacus.max_grad_norm)
             _effective_multiplier(self._opacus)

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch import distributed as dist
 
-from lowrank_dp import _cli
+from lowrank_dp import _terminal
 
 # how long the others may wait for the first, which evaluates alone; one that died is noticed at
 # once, by its closed connection
@@ -78,10 +78,10 @@ def processes(device: str) -> Iterator[None]:
     try:
         with _explained():
             yield
-            _meet()  # or one would close its connections before another has read from them
+            barrier()  # or one would close its connections before another has read from them
     except Exception as error:
         if not _first_to_say(store) and isinstance(error, (ValueError, OSError)):
-            raise SystemExit(_cli.BAD_INPUT) from error
+            raise SystemExit(_terminal.BAD_INPUT) from error
         raise
     finally:
         dist.destroy_process_group()
@@ -113,12 +113,12 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _meet() -> None:
+def barrier() -> None:
     """Wait for all processes, by gloo."""
     dist.all_reduce(torch.zeros(1))
 
 
-def from_first(
+def broadcast_from_rank0(
     document: Any = None, tensors: Mapping[str, Tensor] | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
     """What the first process passes, on every process: a JSON document, and tensors (on the CPU).
@@ -143,7 +143,7 @@ def _bytes(data: bytes) -> bytes:
     return buffer.numpy().tobytes()
 
 
-def to_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the first process, the tensors of all under their names, on the CPU; elsewhere nothing."""
     found = {name: tensor.cpu() for name, tensor in tensors.items()} if rank() == 0 else {}
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
@@ -160,7 +160,7 @@ def to_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def summed(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reduce_to_rank0(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All processes' ``sums`` added up, on the first; the others get numbers without a meaning.
 
     NON-PRIVATE, which is why it is a reduction to one and not to all: together with
@@ -182,7 +182,7 @@ def _flat(exchange: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> d
     """``exchange`` on all tensors as one, since each exchange has its latency."""
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     if flat.is_cuda:
-        _meet()  # gloo notices a process that has died, NCCL would wait for it
+        barrier()  # gloo notices a process that has died, NCCL would wait for it
     exchange(flat)
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {
@@ -208,7 +208,7 @@ def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
     return owner
 
 
-def spread(
+def map_over_ranks(
     work: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """``work(tensors)``, each matrix done by its owner and handed to all.

@@ -9,41 +9,19 @@ as ``lowrank_dp.grads`` defines them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowrank_dp import _validate
 from lowrank_dp.data import Example, Task, encode, micro_batches, subset
 from lowrank_dp.data.examples import record_group
-from lowrank_dp.grads import LOSSES
+from lowrank_dp.evaluation.metrics import label_metrics, text_metrics
+from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
 
-__all__ = ["HIGHER_IS_BETTER", "evaluate", "generate_texts", "label_metrics", "text_metrics"]
-
-HIGHER_IS_BETTER: dict[str, bool] = {
-    "loss": False,
-    "perplexity": False,
-    "accuracy": True,
-    "f1": True,
-    "matthews": True,
-    "pearson": True,
-    "spearman": True,
-    "bleu": True,
-    "rouge_l": True,
-}
-
-# the name in grads.LOSSES of each kind of task's loss
-LOSS_OF_KIND = {
-    "classification": "single_label_classification",
-    "regression": "regression",
-    "generation": "next_token",
-}
 # A checkpoint may bring its own way of decoding (chat models sample); these settings undo it.
 _PLAIN_DECODING = {
     "do_sample": False,
@@ -55,7 +33,6 @@ _PLAIN_DECODING = {
     "length_penalty": 1.0,
     "use_cache": True,
 }
-Array = NDArray[np.float64]
 
 
 def evaluate(
@@ -153,46 +130,6 @@ def evaluate(
     return found | label_metrics(task.metrics, logits, [e.label for e in examples])
 
 
-def label_metrics(names: Iterable[str], outputs: Any, labels: Any) -> dict[str, float]:
-    """Metrics of predicted classes or scores, by name.
-
-    ``accuracy``, and ``f1`` of class 1 against class 0, are fractions in [0, 1]; ``matthews``,
-    ``pearson`` and ``spearman`` are correlations in [-1, 1]. What is undefined counts as 0.0, as
-    in GLUE's tables: a correlation where predictions or labels are all the same, and F1 where
-    class 1 is neither predicted nor there.
-
-    Args:
-        names: which metrics.
-        outputs: logits (N, C) of C > 1 classes, of which the largest counts; or predicted classes
-            or scores, (N,) or (N, 1). Tensors, arrays or lists.
-        labels: (N,), classes or scores.
-
-    Raises:
-        ValueError: an unknown name, shapes that don't fit, no or non-finite entries, and F1 of
-            other classes than 0 and 1.
-
-    >>> label_metrics(["accuracy", "f1", "matthews"], [1, 1, 0, 1], [1, 0, 0, 1])
-    {'accuracy': 0.75, 'f1': 0.8, 'matthews': 0.5773502691896258}
-    >>> label_metrics(["pearson"], [2.0, 2.0, 2.0], [0.0, 1.0, 5.0])
-    {'pearson': 0.0}
-    """
-    names = [_validate.choice("metric", name, _LABEL_METRICS) for name in names]
-    predictions, truth = _float64("outputs", outputs), _float64("labels", labels)
-    if predictions.ndim == 2 and predictions.shape[1] > 1:
-        if scores := {"pearson", "spearman"}.intersection(names):
-            _validate.fail("outputs", f"(N,) or (N, 1) for {min(scores)}", predictions.shape)
-        predictions = predictions.argmax(1).astype(np.float64)
-    elif predictions.ndim == 2:
-        predictions = predictions[:, 0]
-    if truth.ndim != 1 or predictions.shape != truth.shape:
-        _validate.fail(
-            "outputs and labels",
-            "of shapes (N,) or (N, C) and (N,)",
-            (predictions.shape, truth.shape),
-        )
-    return {name: float(_LABEL_METRICS[name](predictions, truth)) for name in names}
-
-
 def generate_texts(
     model: Any,
     tokenizer: Any,
@@ -265,53 +202,6 @@ def generate_texts(
             ):
                 texts[i] = text
     return texts
-
-
-def text_metrics(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """``bleu`` and ``rouge_l`` of texts, each with one or more references; both from 0 to 100.
-
-    BLEU (Papineni et al., ACL 2002) is sacrebleu's over the corpus, with its defaults: 13a
-    tokens, case kept, exponential smoothing. ROUGE-L (Lin, 2004) is rouge-score's F-measure
-    without stemming, the best over a text's references, averaged over texts; it folds case and
-    reads only ASCII letters and digits.
-
-    Blank references are left out, since the closest reference of a text cut short would be a blank
-    one; a text whose references are all blank is left out of both scores.
-
-    Raises ``ValueError`` in one line: no texts, another number of reference lists, a text without
-    any reference, or nothing but blank ones.
-
-    >>> text_metrics(["the cat sat on the mat"], [["a cat sat", "the cat sat on the mat"]])
-    {'bleu': 100.0, 'rouge_l': 100.0}
-    """
-    if isinstance(hypotheses, str) or not hypotheses or len(hypotheses) != len(references):
-        _validate.fail(
-            "hypotheses and references",
-            "non-empty lists of one length",
-            (len(hypotheses), len(references)),
-        )
-    for i, several in enumerate(references):
-        if isinstance(several, str) or not several:
-            _validate.fail(f"references[{i}]", "a non-empty list of strings", several)
-    pairs = [
-        (text, kept)
-        for text, several in zip(hypotheses, references, strict=True)
-        if (kept := [reference for reference in several if reference.strip()])
-    ]
-    if not pairs:
-        raise ValueError("references must hold a text that is not blank, got none")
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import BLEU
-
-    # sacrebleu takes the first, second, ... references of all texts, None where there is none;
-    # force: no advice to detokenise texts, which are scored as they are
-    streams = [*map(list, zip_longest(*(kept for _, kept in pairs)))]
-    bleu = BLEU(force=True).corpus_score([text for text, _ in pairs], streams).score
-    scorer = RougeScorer(["rougeL"])
-    rouge = [scorer.score_multi(kept, text)["rougeL"].fmeasure for text, kept in pairs]
-    return {"bleu": min(bleu, 100.0), "rouge_l": 100 * float(np.mean(rouge))}
 
 
 # Running the model.
@@ -390,60 +280,3 @@ def _groups(examples: Iterable[Example]) -> list[list[Example]]:
 
 # Label metrics: predictions (N,), labels (N,) -> value. Their libraries take half a second each to
 # import, so only for those who ask.
-
-
-def _float64(name: str, values: Any) -> Array:
-    array = torch.as_tensor(values).detach().double().cpu().numpy()
-    if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite and at least one, got shape {array.shape}")
-    return array
-
-
-def _accuracy(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return accuracy_score(labels, predictions)
-
-
-def _f1(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import f1_score
-
-    if not np.isin([predictions, labels], (0, 1)).all():
-        raise ValueError("outputs and labels must be classes 0 and 1 for f1, got others")
-    return f1_score(labels, predictions, zero_division=0.0)
-
-
-def _matthews(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(labels, predictions)
-
-
-def _pearson(predictions: Array, labels: Array) -> float:
-    from scipy.stats import pearsonr
-
-    return pearsonr(predictions, labels).statistic
-
-
-def _spearman(predictions: Array, labels: Array) -> float:
-    from scipy.stats import spearmanr
-
-    return spearmanr(predictions, labels).statistic
-
-
-def _zero_if_constant(
-    correlation: Callable[[Array, Array], float],
-) -> Callable[[Array, Array], float]:
-    """The correlation, without a warning where there is none."""
-    return lambda predictions, labels: (
-        0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else correlation(predictions, labels)
-    )
-
-
-_LABEL_METRICS: dict[str, Callable[[Array, Array], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "matthews": _zero_if_constant(_matthews),
-    "pearson": _zero_if_constant(_pearson),
-    "spearman": _zero_if_constant(_spearman),
-}

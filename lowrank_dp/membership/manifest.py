@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lowrank_dp.data import TASKS, Columns
 from lowrank_dp.data.examples import without_repeats
 
-SCHEMA_VERSION = 1  # that of lowrank_dp.train.membership, as a test makes sure
+SCHEMA_VERSION = 1  # that of lowrank_dp.membership.units, as a test makes sure
 MAX_BYTES = 256 << 20
 MAX_VALUES = 10_000_000  # 2.5 million records; parsed, a value takes up to some 60 bytes
 SCHEMES = {"bernoulli": 0.5, "fixed": 0.5, "all": 1.0}  # coins -> probability

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy import stats
 
-from lowrank_dp.plots import (
+from lowrank_dp.experiments.intervals import _interval
+from lowrank_dp.plots.style import (
     BLACK,
     BLUE,
     FULL,
@@ -175,15 +175,6 @@ def plot_alignment(result: alignment.Result) -> Figure:
     letter(axes[0, 2], f"c  batch {size}, noise {sigma:g}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
-
-
-def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the last axis and half-width of its 95% t-interval (zero for one value)."""
-    count = values.shape[-1]
-    if count < 2:
-        return values.mean(-1), np.zeros(values.shape[:-1])
-    half = stats.t.ppf(0.975, count - 1) * values.std(-1, ddof=1) / np.sqrt(count)
-    return values.mean(-1), half
 
 
 @styled

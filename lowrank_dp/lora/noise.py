@@ -1,0 +1,245 @@
+"""Draw and measure LoRA's implicit noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+from lowrank_dp.rng import os_seeded_generator
+from lowrank_dp.theory import noise_kurtosis
+
+# Distribution of A's entries -> their kurtosis: all that the variance of the noise needs of it.
+ENTRY_KURTOSIS = {"gaussian": 3.0, "kaiming": 9 / 5}
+
+
+_CONFIDENCE_95 = 1.959964
+
+
+def draw_a(
+    rank: int,
+    n: int,
+    *,
+    init: str = "gaussian",
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A (rank, n) with independent entries of mean 0 and variance 1/rank, so E[A^T A] = I.
+
+    Args:
+        rank, n: rows and columns, >= 1.
+        init: "gaussian", or "kaiming" for the uniform distribution that PEFT draws from by default
+            (there with variance 1/(3 n), here rescaled).
+        generator: on ``device``; None takes a fresh one seeded from the operating system.
+        dtype, device: of the result.
+    """
+    rank, n = _validate.integer("rank", rank), _validate.integer("n", n)
+    _validate.choice("init", init, ENTRY_KURTOSIS)
+    device = torch.device(device)
+    generator = _generator(generator, device)
+    if init == "gaussian":
+        return torch.randn(rank, n, generator=generator, dtype=dtype, device=device).mul_(
+            rank**-0.5
+        )
+    uniform = torch.rand(rank, n, generator=generator, dtype=dtype, device=device)
+    return uniform.mul_(2).sub_(1).mul_((3 / rank) ** 0.5)
+
+
+def project(
+    gradient: Tensor, rank: int, *, init: str = "gaussian", generator: torch.Generator | None = None
+) -> Tensor:
+    """The gradient that LoRA follows at B = 0: ``G A^T A`` with one A shared by all rows.
+
+    Its mean over A is ``gradient``. A is drawn by :func:`draw_a` and not returned.
+
+    Args:
+        gradient: G (m, n), float32 or float64, finite, on any device; m may be 1.
+        rank: rows of A, >= 1; it may exceed n.
+        init: "gaussian" (the theory's) or "kaiming" (PEFT's shape).
+        generator: on the gradient's device; None takes a fresh one seeded from the operating
+            system.
+
+    Raises:
+        ValueError: on anything else, naming the argument.
+    """
+    _matrix("gradient", gradient)
+    a = draw_a(
+        rank,
+        gradient.shape[1],
+        init=init,
+        generator=generator,
+        dtype=gradient.dtype,
+        device=gradient.device,
+    )
+    return (gradient @ a.T) @ a
+
+
+def sample_noise(
+    q: Tensor, rank: int, num_samples: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Independent samples (num_samples, n) of u = q (A^T A - I) by its exact law, without any A.
+
+    With q rotated to the first axis, u / |q| = (s - 1, sqrt(s) g): s is chi^2_rank / rank, and g is
+    N(0, I / rank) in the n - 1 dimensions across q. So a sample costs O(n), whatever the rank.
+
+    Args:
+        q: (n,), float32 or float64, finite and not all zero, on any device.
+        rank: of A, >= 1.
+        num_samples: >= 1.
+        generator: on q's device; None takes a fresh one seeded from the operating system.
+
+    Raises:
+        ValueError: on anything else, naming the argument.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> sample_noise(torch.tensor([3.0, 4.0]), 8, 1000, generator=generator).shape
+    torch.Size([1000, 2])
+    """
+    _validate.floating("q", q)
+    if q.ndim != 1:
+        _validate.fail("q", "a tensor of shape (n,)", f"shape {tuple(q.shape)}")
+    rank, num_samples = (
+        _validate.integer("rank", rank),
+        _validate.integer("num_samples", num_samples),
+    )
+    generator = _generator(generator, q.device)
+    q = q.detach()
+    largest = q.abs().max()
+    if largest == 0:
+        raise ValueError("q must have a nonzero entry, got all zeros")
+    unit = (q / largest).double()
+    norm = torch.linalg.vector_norm(unit) * largest  # |q|, without overflow on the way
+    unit = (unit / torch.linalg.vector_norm(unit)).to(q)
+
+    # torch's own sampler behind distributions.Gamma, which takes no generator
+    half = torch.full((num_samples,), rank / 2, dtype=torch.float64, device=q.device)
+    s = torch._standard_gamma(half, generator=generator) / half
+    noise = torch.randn(num_samples, len(q), generator=generator, dtype=q.dtype, device=q.device)
+    spread = (norm * (s / rank).sqrt()).to(q)
+    along = (norm * (s - 1)).to(q) - spread * (noise @ unit)
+    return noise.mul_(spread[:, None]).addr_(along, unit)
+
+
+def matched_noise(
+    gradient: Tensor, rank: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Independent Gaussian noise (m, n) with the variance that ``G A^T A - G`` has in each entry.
+
+    What the Gaussian reading puts in the place of the projection: same variances, but no
+    correlation between entries, rows or calls.
+    """
+    _matrix("gradient", gradient)
+    rank = _validate.integer("rank", rank)
+    noise = torch.randn(
+        gradient.shape,
+        generator=_generator(generator, gradient.device),
+        dtype=gradient.dtype,
+        device=gradient.device,
+    )
+    return noise * _variance(gradient, rank, "gaussian").sqrt()
+
+
+@dataclass(frozen=True)
+class NoiseMoments:
+    """Moments of projection noise, measured over independent draws of A, beside the formulas.
+
+    Attributes:
+        rank, num_draws, init: what was drawn.
+        variance: mean over entries of u_ij^2 / |g_i|^2; dimensionless.
+        variance_exact: what it is on average, (1 + beta^2) / rank averaged over the entries.
+        kurtosis: mean over entries of (u_ij / its exact standard deviation)^4 ...
+        kurtosis_exact: ... what it is on average; NaN for A that is not Gaussian.
+        variance_ci, kurtosis_ci: half-widths of 95 % intervals, by the normal approximation over
+            draws of A (all entries of a draw share its A); for the kurtosis at rank 1 to 2, whose
+            own variance is an eighth moment, they are rough.
+    """
+
+    rank: int
+    num_draws: int
+    init: str
+    variance: float
+    variance_ci: float
+    variance_exact: float
+    kurtosis: float
+    kurtosis_ci: float
+    kurtosis_exact: float
+
+
+def measure_noise(
+    gradient: Tensor,
+    rank: int,
+    num_draws: int,
+    *,
+    init: str = "gaussian",
+    generator: torch.Generator | None = None,
+) -> NoiseMoments:
+    """Variance and kurtosis of U = G A^T A - G over ``num_draws`` draws that form A.
+
+    Args:
+        gradient: G (m, n), float32 or float64, finite; rows of zeros, which get no noise, are left
+            out, and at least one row must remain.
+        rank: >= 1.
+        num_draws: >= 2.
+        init: of A, "gaussian" or "kaiming".
+        generator: on the gradient's device; None takes one seeded from the operating system.
+    """
+    _matrix("gradient", gradient)
+    rank, num_draws = (
+        _validate.integer("rank", rank),
+        _validate.integer("num_draws", num_draws, low=2),
+    )
+    _validate.choice("init", init, ENTRY_KURTOSIS)
+    generator = _generator(generator, gradient.device)
+    rows = gradient.detach().double()
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows = (rows / norms)[norms[:, 0] > 0]
+    if not len(rows):
+        raise ValueError("gradient must have a nonzero entry, got all zeros")
+    variance = _variance(rows, rank, init)
+    second, fourth = torch.zeros(2, num_draws, dtype=torch.float64)
+    for draw in range(num_draws):
+        square = (project(rows, rank, init=init, generator=generator) - rows).square_()
+        second[draw] = square.mean()
+        fourth[draw] = square.div_(variance).square_().mean()
+    beta2 = rows.square().clamp(max=1).cpu().numpy()
+    exact = (
+        float(np.mean(noise_kurtosis(rank, 1, beta2=beta2))) if init == "gaussian" else float("nan")
+    )
+    half_width = _CONFIDENCE_95 / num_draws**0.5
+    return NoiseMoments(
+        rank=rank,
+        num_draws=num_draws,
+        init=init,
+        variance=float(second.mean()),
+        variance_ci=half_width * float(second.std()),
+        variance_exact=float(variance.mean()),
+        kurtosis=float(fourth.mean()),
+        kurtosis_ci=half_width * float(fourth.std()),
+        kurtosis_exact=exact,
+    )
+
+
+def _variance(gradient: Tensor, rank: int, init: str) -> Tensor:
+    """Var u_ij = (|g_i|^2 + (kurtosis - 2) g_ij^2) / rank, for A with independent entries."""
+    square = gradient.square()
+    return (square.sum(1, keepdim=True) + (ENTRY_KURTOSIS[init] - 2) * square) / rank
+
+
+def _matrix(name: str, value: Tensor) -> None:
+    _validate.matrix(name, value)
+    if value.ndim != 2:
+        _validate.fail(name, "a tensor of shape (m, n)", f"shape {tuple(value.shape)}")
+
+
+def _generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    if generator is None:
+        return os_seeded_generator(device)
+    if not isinstance(generator, torch.Generator):
+        _validate.fail("generator", "a torch.Generator or None", type(generator).__name__)
+    if generator.device.type != device.type:
+        _validate.fail("generator", f"on the data's device, {device.type}", generator.device.type)
+    return generator

@@ -1,0 +1,75 @@
+"""Figures of membership inference: ROC curves of one report, and methods over ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lowrank_dp.plots.style import (
+    BLACK,
+    BLUE,
+    COLUMN,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    new_figure,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from lowrank_dp.mia.report import Report
+
+ATTACK_COLOUR = {
+    "loss": GREY,
+    "base": RED,
+    "zlib": YELLOW,
+    "min-k": SKY,
+    "min-k++": BLUE,
+    "ez": GREEN,
+    "quantile": PINK,
+    "gradient": ORANGE,
+    "projection": GREEN,
+    "lira": BLACK,
+    "lira-offline": PINK,
+    "rmia": BLUE,
+    "rmia-offline": SKY,
+}
+
+
+@styled
+def plot_roc(report: Report) -> Figure:
+    """ROC curves on log-log axes; a dashed line is chance."""
+    from lowrank_dp.mia.metrics import roc_points
+
+    figure, axes = new_figure(1, 1, width=COLUMN, height=3.2)
+    axis = axes[0, 0]
+    for attack in report.attacks:
+        roc = roc_points(report.scores[attack.name], report.is_member)
+        star = "*" if attack.name == report.primary else ""
+        shadowed = attack.name in ("rmia", "rmia-offline", "lira", "lira-offline")
+        axis.plot(
+            roc.fpr,
+            roc.tpr,
+            "--" if shadowed else "-",
+            color=ATTACK_COLOUR[attack.name],
+            label=f"{attack.name}{star} {attack.auc.value:.3f}",
+        )
+    least = 1 / max(1, int((~report.is_member).sum()))
+    line = np.array([least, 1.0])
+    axis.plot(line, line, ":", color=GREY, linewidth=0.8)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlim=(least, 1),
+        ylim=(least, 1.05),
+        xlabel="false-positive rate",
+        ylabel="true-positive rate",
+    )
+    axis.legend(loc="lower right", title="AUC (* primary)", title_fontsize=7)
+    return figure

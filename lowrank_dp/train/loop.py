@@ -1,0 +1,289 @@
+"""A training run, from its first step to its result."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import artifacts, evaluation
+from lowrank_dp._terminal import Interrupted, deferred_signals, progress
+from lowrank_dp.artifacts import runs
+from lowrank_dp.rng import derive_seed
+from lowrank_dp.train import guards, processes
+from lowrank_dp.train.checks import StepChecks
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
+from lowrank_dp.train.setup import Setup, prepare
+from lowrank_dp.train.state import (
+    State,
+    digest_of_draws,
+    digest_of_identity,
+    environment,
+    fresh_generators,
+    new_stream,
+    pack,
+    summary,
+    unpack,
+)
+from lowrank_dp.train.step import take_step
+
+MOVEMENT_STEPS = 3  # after so many steps every weight with a gradient must have moved
+
+
+def train(
+    config: TrainConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    keep_model: bool = True,
+    show_progress: bool = True,
+    announce: Callable[[Setup, int], None] | None = None,
+) -> TrainResult:
+    """Fine-tune, and leave a checkpoint in ``output``.
+
+    Args:
+        config: what to do.
+        output: a new or empty folder. When finished, a Hugging Face folder (safetensors; a PEFT
+            adapter for LoRA) with ``training.json``, ``membership.json`` and, for a classifier,
+            the head before the first step in ``initial_head.safetensors``.
+        resume: go on from the last snapshot in ``output``; starts afresh in an empty folder, and
+            returns the result of a finished run.
+        keep_model: False leaves ``training.json`` only, for sweeps.
+        show_progress: a bar on stderr, if that is a terminal.
+        announce: called before the first step, with the :class:`Setup` and the number of releases
+            that the run will have made at its end.
+
+    Raises:
+        ValueError: in one line, on bad input, or when a guard stops the run: the snapshots stay.
+        OSError: if the folder can't be written; the last snapshot is intact.
+        SystemExit: with 130 or 143 after SIGINT or SIGTERM, once the step is done and saved.
+    """
+    with (
+        processes.processes(config.device),
+        _own_random_numbers(config),
+        guards.memory(config.micro_batch_size),
+    ):
+        if processes.rank() > 0:
+            return _follow(config, keep_model)
+        with runs.open_run(output, resume=resume) as folder:
+            if folder.finished:
+                result = load_result(output)
+                _require_same(config, result.config)
+            else:
+                setup, state = _begin_or_resume(config, folder)
+                if announce is not None:
+                    announce(setup, _releases_at_the_end(config, state, folder))
+                _before_the_first(setup, state, folder)
+                with deferred_signals() as asked_to_stop:
+                    _steps(setup, state, folder, show_progress, asked_to_stop)
+                guards.check_releases(folder.num_releases(), state.step)
+                result = result_of(setup, state, folder.num_releases(), _loss_on_members(setup))
+                save_run(setup, result, folder, _weights(setup) if keep_model else None)
+            processes.broadcast_from_rank0({"result": artifacts.plain(result)})
+            return result
+
+
+def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
+    """What every process but the first does: the same steps from the same state."""
+    found, _ = processes.broadcast_from_rank0()
+    if "result" not in found:
+        differences = config.differences(TrainConfig.from_json(found["config"]))
+        if (here := environment(config.device)) != found["environment"]:
+            differences.append(f"environment: {here} / {found['environment']}")
+        if differences:
+            raise ValueError(
+                f"every process must be given the same; process {processes.rank()} and "
+                f"the first differ in {'; '.join(differences)}"
+            )
+        setup = prepare(config, found["seed"])
+        document, tensors = processes.broadcast_from_rank0()
+        state = unpack(setup, document, tensors)
+        state.stream = document["stream"]  # that of the first, which draws
+        _before_the_first(setup, state, None)
+        with deferred_signals():  # the first process, which has the folder, obeys for all
+            _steps(setup, state, None, False, [])
+        if setup.layout.collective:
+            _loss_on_members(setup)
+            if keep_model:
+                _weights(setup)
+        found, _ = processes.broadcast_from_rank0()
+    return artifacts.typed("result", found["result"], TrainResult)
+
+
+def _before_the_first(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
+    """Evaluate what is not yet trained, and keep that."""
+    if not state.curve and (folder is not None or setup.layout.collective):
+        _evaluate(setup, state)
+        _snapshot(setup, state, folder)
+
+
+def _steps(
+    setup: Setup,
+    state: State,
+    folder: runs.RunFolder | None,
+    show_progress: bool,
+    asked_to_stop: Sequence[int],
+) -> None:
+    """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along.
+
+    Without a folder nothing is written: another process does, and evaluates unless all must.
+    """
+    config, layout, first_step = setup.config, setup.layout, state.step
+    movement = guards.MovementCheck(setup.trained)
+    if not config.non_private and (folder is not None or layout.collective):
+        state.checks = StepChecks(setup, state.sampler, state.noise)
+    sums_depend_on = digest_of_identity(setup)
+    left = range(state.step, config.steps)
+    for step in progress(left, f"training {config.task}") if show_progress else left:
+        if folder is not None:
+            folder.begin_release(
+                state.stream,
+                step,
+                *(() if config.non_private else (digest_of_draws(state), sums_depend_on)),
+            )
+        take_step(setup, state)
+
+        if step - first_step < MOVEMENT_STEPS:
+            movement.note()
+        if step - first_step == MOVEMENT_STEPS - 1:
+            movement.check(MOVEMENT_STEPS)
+        setup.optimizer.zero_grad()
+        # looked at once: a signal may come at any line
+        stopping, _ = processes.broadcast_from_rank0([*asked_to_stop[:1]])
+        if folder is not None or layout.collective:
+            last = state.step == config.steps
+            evaluating = last or state.step % config.eval_every == 0
+            if evaluating:
+                _evaluate(setup, state, generate=last and config.generate)
+            if last or stopping or state.step % config.snapshot_every == 0:
+                _snapshot(setup, state, folder)
+        if stopping:
+            stop = Interrupted(
+                stopping[0],
+                f"step {state.step} of {config.steps} is saved; to go on, "
+                "repeat the command, training with --resume",
+            )
+            raise stop if folder is not None else SystemExit(stop.code)  # one process says it
+
+
+def _snapshot(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
+    packed = pack(setup, state)
+    if folder is not None:
+        folder.save_snapshot(state.step, *packed)
+
+
+def _evaluate(setup: Setup, state: State, *, generate: bool = False) -> None:
+    """Add an entry to the curve, and stop a run that has diverged."""
+    entry = {
+        "step": state.step,
+        **_scores(setup, generate=generate),
+        "seconds": state.seconds,
+        "restore_seconds": state.restore_seconds,
+    }
+    state.curve.append(entry)
+    guards.check_loss(entry["loss"], state.curve[0]["loss"], state.step)
+
+
+def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) -> dict[str, float]:
+    config = setup.config
+    return evaluation.evaluate(
+        setup.model,
+        setup.tokenizer,
+        setup.task,
+        split,
+        max_length=setup.max_length,
+        pad_to=setup.pad_to,
+        batch_size=config.micro_batch_size,
+        max_examples=config.eval_examples,
+        generate=generate and setup.task.kind == "generation",
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
+    """A run at its last snapshot, or at its beginning; every process has been told of it."""
+    found, tensors = folder.load_snapshot(), dict[str, Tensor]()
+    if found is None:
+        seed = config.seed if config.seed is not None else derive_seed(None, "run")
+        setup, stream = _prepare(config, seed), new_stream(config, 0)
+        torch.manual_seed(seed)
+        state = State(0, stream, *fresh_generators(config, stream))
+        document = summary(setup, state)
+    else:
+        document, tensors = found
+        _require_same(config, TrainConfig.from_json(document["config"]))
+        setup = _prepare(config, document["seed"])
+        state = unpack(setup, document, tensors)
+    processes.broadcast_from_rank0(
+        {**document, "stream": state.stream},
+        {name: tensor for name, tensor in tensors.items() if not name.startswith("generator.")},
+    )
+    releases = _releases_at_the_end(config, state, folder)
+    spent = setup.epsilon(releases)
+    if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
+        raise ValueError(
+            f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
+            f"{releases - config.steps} steps would be drawn anew, and counted again, since the "
+            "steps after the snapshot can't be repeated exactly (then / now: "
+            f"{state.restarted or 'nothing now, but steps were drawn anew before'}); "
+            "resume where nothing differs, or start afresh in another folder"
+        )
+    if state.restarted:
+        warnings.warn(
+            f"resuming with new noise from step {state.step} on, and counting its "
+            f"releases beside those made: the steps after the snapshot can't be "
+            f"repeated exactly (then / now: {state.restarted})",
+            stacklevel=2,
+        )
+    return setup, state
+
+
+def _prepare(config: TrainConfig, seed: int) -> Setup:
+    """On the first process, once it is known what the others are to load."""
+    processes.broadcast_from_rank0(
+        {"seed": seed, "config": config.as_json(), "environment": environment(config.device)}
+    )
+    return prepare(config, seed)
+
+
+def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFolder) -> int:
+    return folder.num_releases(state.stream, range(state.step, config.steps))
+
+
+def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
+    if differences := asked.differences(begun):
+        raise ValueError(
+            "resume must be given the configuration that the run began with; asked "
+            f"and begun differ in {'; '.join(differences)}"
+        )
+
+
+def _loss_on_members(setup: Setup) -> float:
+    """NON-PRIVATE."""
+    members = {
+        example.id
+        for unit, member in zip(setup.units, setup.members, strict=True)
+        if member
+        for example in unit
+    }
+    return _scores(replace(setup, task=setup.task.restrict(members)), "train")["loss"]
+
+
+def _weights(setup: Setup) -> dict[str, Tensor]:
+    """The state dict as one process would have it."""
+    return setup.layout.whole(setup.model.state_dict())
+
+
+@contextmanager
+def _own_random_numbers(config: TrainConfig) -> Iterator[None]:
+    """The global generators, which dropout draws from, are as they were afterwards."""
+    cuda = config.device.startswith("cuda") and torch.cuda.is_available()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
+        yield
