@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_dp import _terminal, _validate, artifacts
-from lowrank_dp.figures.catalog import FIGURES, _at_hand, compute, configure, show
+from lowrank_dp.figures import NAMES, compute, config_of, find, show
 
 app = _terminal.new_app("Draw the figures: PNG and PDF in figures/, arrays in paper_artifacts/.")
 
@@ -21,7 +21,7 @@ app = _terminal.new_app("Draw the figures: PNG and PDF in figures/, arrays in pa
 def main(
     only: Annotated[
         list[str] | None,
-        typer.Option(help=f"Figure to make, may be repeated: {', '.join(FIGURES)}. Default: all."),
+        typer.Option(help=f"Figure to make, may be repeated: {', '.join(NAMES)}. Default: all."),
     ] = None,
     scale: Annotated[str, typer.Option(help="small (minutes on 2 cores) or full.")] = "small",
     model: Annotated[
@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """Make the figures, one after the other, and print what they show."""
     _validate.choice("scale", scale, ["small", "full"])
-    names = [_validate.choice("--only", name, FIGURES) for name in only or FIGURES]
+    names = [_validate.choice("--only", name, NAMES) for name in only or NAMES]
     for folder in (output, artifact_folder):
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable place fails now, not at the end
     changes = (
@@ -59,7 +59,8 @@ def main(
     sources: dict[Any, Any] = {}
     for name in names:
         started = time.perf_counter()
-        redrawn = redraw or (FIGURES[name].lengthy and scale == "small")
+        spec = find(name)
+        redrawn = redraw or (spec.lengthy and scale == "small")
         if redrawn and not redraw:
             console.print(
                 f"{name}: drawn from the saved result; --scale full computes it, which "
@@ -70,28 +71,21 @@ def main(
         elif console.is_terminal:
             console.print(f"{name}: {'redrawing' if redrawn else 'computing'} ...", highlight=False)
         if not redrawn:
-            config = configure(getattr(FIGURES[name], scale), **(_at_hand(FIGURES[name]) | changes))
-            if hasattr(FIGURES[name].experiment, "plan"):
-                console.print(
-                    f"plan: {FIGURES[name].experiment.plan(config)}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-            artifacts.save_result(compute(name, config, sources), artifact_folder, name)
+            config = config_of(name, scale, **changes)
+            if spec.plan is not None:
+                console.print(f"plan: {spec.plan(config)}", highlight=False, soft_wrap=True)
+            artifacts.save_result(
+                compute(name, config, sources), artifact_folder, name, seed=seed, device=device
+            )
         result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
         artifacts.save_figure(figure, output, name)
-        experiment = FIGURES[name].experiment
-        columns, rows = (
-            experiment.table(result)
-            if hasattr(experiment, "table")
-            else (["quantity", "value"], list(experiment.headline(result).items()))
-        )
-        artifacts.save_table(columns, rows, artifact_folder, name, caption=experiment.CAPTION)
+        columns, rows = spec.rows(result)
+        artifacts.save_table(columns, rows, artifact_folder, name, caption=spec.caption)
         summary.append(
             {
                 "figure": name,
                 "seconds": round(time.perf_counter() - started, 1),
-                "headline": FIGURES[name].experiment.headline(result),
+                "headline": spec.headline(result),
                 "privacy": result.privacy,
                 "ran on": getattr(result, "description", ""),
                 "files": [

@@ -58,7 +58,7 @@ def measure(
     )
     result = lora_noise.run(config)
     if output is not None:
-        artifacts.save_result(result, output, "lora")
+        artifacts.save_result(result, output, "lora", seed=seed, device=device)
     rows, laws = measured_rows(result), exact_laws(result)
     if as_json:
         print(
@@ -66,7 +66,7 @@ def measure(
                 {
                     "privacy": result.privacy,
                     "description": result.description,
-                    "provenance": result.provenance,
+                    "provenance": artifacts.provenance(seed=seed, device=device),
                     "rows": rows,
                     "laws": laws,
                 },

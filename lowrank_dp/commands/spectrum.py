@@ -13,7 +13,7 @@ from rich.table import Table
 from lowrank_dp import _terminal, _validate, artifacts
 from lowrank_dp.experiments import spectra
 from lowrank_dp.experiments.gradients import GradientConfig
-from lowrank_dp.plots.restoration import plot_spectra
+from lowrank_dp.plots.spectra import plot_spectra
 from lowrank_dp.restore import EDGE_SCHEMES
 
 app = _terminal.new_app("Singular values of a model's gradients, clean, noisy and restored.")
@@ -71,7 +71,7 @@ def main(
     )
     result = spectra.run(spectra.Config(gradients, batch_size, noise_multiplier, scheme))
     if output is not None:
-        artifacts.save_result(result, output, "spectra")
+        artifacts.save_result(result, output, "spectra", seed=seed, device=device)
         artifacts.save_figure(plot_spectra(result), output, "spectra")
     if as_json:
         print(

@@ -357,7 +357,7 @@ def main(
         if processes.rank() > 0:
             return
         if as_json:
-            print(json.dumps(artifacts.plain(result), indent=1, allow_nan=False))
+            print(json.dumps(artifacts.to_jsonable(result), indent=1, allow_nan=False))
         else:
             _print(console, result, output)
 

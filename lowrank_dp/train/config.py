@@ -299,7 +299,7 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration in JSON's own types."""
-        return artifacts.plain(self)
+        return artifacts.to_jsonable(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
@@ -308,7 +308,7 @@ class TrainConfig:
             _validate.fail("configuration", "a JSON object", type(document).__name__)
         for name in document:
             _validate.choice("field of the configuration", name, [f.name for f in fields(cls)])
-        return artifacts.typed("configuration", dict(document), cls)
+        return artifacts.from_jsonable("configuration", dict(document), cls)
 
     def differences(self, other: TrainConfig) -> list[str]:
         """``field: here / there`` for each field that differs."""
