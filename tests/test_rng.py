@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -85,11 +86,17 @@ def test_words_that_were_lost_or_drawn_by_another_thread_never_come_again(monkey
         with pytest.raises(KeyboardInterrupt):
             secure.words(7)
     assert torch.equal(secure.state(), at(KEY, 7).state())
-    secure = SecureRandom(KEY)
-    with ThreadPoolExecutor(4) as threads:
-        drawn = np.concatenate([*threads.map(secure.words, [1001] * 400)])
-    assert torch.equal(secure.state(), at(KEY, 400 * 1001).state())
-    assert set(drawn.tolist()) == set(SecureRandom(KEY).words(400 * 1001).tolist())
+    secure, size, calls = SecureRandom(KEY), 70_001, 40  # more words than are encrypted at once
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            drawn = {words.tobytes() for words in threads.map(secure.words, [size] * calls)}
+    finally:
+        sys.setswitchinterval(before)
+    assert torch.equal(secure.state(), at(KEY, calls * size).state())
+    whole = SecureRandom(KEY).words(calls * size).reshape(calls, size)
+    assert drawn == {words.tobytes() for words in whole}
 
 
 def test_draws_follow_their_laws():
