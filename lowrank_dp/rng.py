@@ -110,8 +110,9 @@ class SecureRandom:
         1 - |x| taken to 52 bits more: so no tail is cut off or coarse.
         """
         drawn = self.words(size).view(np.int64)
+        in_tail = size > 0 and (drawn.max() >= _TAIL or drawn.min() < -_TAIL)  # still in the cache
         normal = torch.from_numpy(drawn).double().mul_(2.0**-63).erfinv_().mul_(math.sqrt(2) * std)
-        if size and (drawn.max() >= _TAIL or drawn.min() < -_TAIL):
+        if in_tail:
             rare = np.flatnonzero((drawn >= _TAIL) | (drawn < -_TAIL))
             left = (2**63 - 1) - (drawn[rare] ^ (drawn[rare] >> 63))  # numbers up to the end
             tail = -ndtri((left + self.uniform(len(rare)).numpy()) * 2.0**-64) * std
