@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ _FILLERS = (
 def plot_spectra(result: spectra.Result) -> Figure:
     """Plot four layers' singular values, then top value, effective rank and overlaps of all."""
     figure = Figure(figsize=(FULL, 4.4))
-    panels = figure.subplot_mosaic("aaabbbcccddd;eeeeffffgggg")
+    upper, lower = figure.subfigures(2, 1)
+    panels = upper.subplot_mosaic("abcd") | lower.subplot_mosaic("efg")
     for name, layer in zip("abcd", _spread(result, 4), strict=False):
         _plot_layer(result, panels[name], layer)
         m, n = result.shapes[layer]
@@ -94,7 +95,7 @@ def _plot_top_values(result: spectra.Result, axis: Axes) -> None:
     axis.plot(order, expected / result.edges, "+", color=BLUE, label="noisy, expected")
     axis.axhline(1, color=GREEN, linewidth=0.8)
     axis.set(xlabel="matrix, in the model's order", ylabel="top value / edge", yscale="log")
-    axis.legend(loc="upper left", handletextpad=0, borderpad=0)
+    axis.legend(loc="upper left", handletextpad=0, borderpad=0, borderaxespad=0.1)
 
 
 def _plot_effective_ranks(result: spectra.Result, axis: Axes) -> None:
@@ -109,7 +110,7 @@ def _plot_effective_ranks(result: spectra.Result, axis: Axes) -> None:
     axis.plot(order, result.effective_rank_clean, "o", color=BLACK, label="clean", markersize=3)
     axis.plot(order, noise, "+", color=BLUE, label="pure noise")
     axis.set(xlabel="matrix, in the model's order", ylabel="effective rank", yscale="log")
-    axis.legend(loc="lower left", handletextpad=0, borderpad=0)
+    axis.legend(loc="lower left", handletextpad=0, borderpad=0, borderaxespad=0.1)
     entropy = axis.twinx()  # the logarithm of the effective rank
     entropy.set(ylim=np.log(axis.get_ylim()), ylabel="entropy (nats)")
     entropy.grid(False)
@@ -117,29 +118,36 @@ def _plot_effective_ranks(result: spectra.Result, axis: Axes) -> None:
 
 def _plot_overlaps(result: spectra.Result, axis: Axes) -> None:
     """Plot squared cosines of the leading singular vectors, measured against theory."""
-    for side, colour, marker in (("shorter", ORANGE, "o"), ("longer", BLUE, "s")):
-        expected, measured = [], []
-        for i, shape in enumerate(result.shapes):
-            aspect, scale = aspect_and_scale(tuple(shape.tolist()), result.noise_std)
-            count = min(result.overlap_left.shape[1], *shape)
-            theta = torch.from_numpy(result.clean[i, :count]) / scale
-            left_is_asked = (shape[0] <= shape[1]) == (side == "shorter")
-            expected += overlaps(theta, aspect)[0 if side == "shorter" else 1].tolist()
-            overlap = result.overlap_left if left_is_asked else result.overlap_right
-            measured += overlap[i, :count].tolist()
-        axis.plot(
-            expected,
-            measured,
-            marker,
-            color=colour,
-            markersize=2.5,
-            markerfacecolor="none",
-            markeredgewidth=0.7,
-            label=f"{side} side",
-        )
+    import seaborn
+
+    points: dict[str, list[Any]] = {"expected": [], "measured": [], "side": []}
+    for i, (m, n) in enumerate(result.shapes):
+        aspect, scale = aspect_and_scale((int(m), int(n)), result.noise_std)
+        count = min(result.overlap_left.shape[1], m, n)
+        theta = torch.from_numpy(result.clean[i, :count]) / scale
+        measured = result.overlap_left[i, :count], result.overlap_right[i, :count]
+        short_side_first = measured if m <= n else measured[::-1]
+        for side, expected, values in zip(
+            ("shorter side", "longer side"), overlaps(theta, aspect), short_side_first, strict=True
+        ):
+            points["expected"] += expected.tolist()
+            points["measured"] += values.tolist()
+            points["side"] += [side] * count
+    seaborn.scatterplot(
+        points,
+        x="expected",
+        y="measured",
+        hue="side",
+        style="side",
+        markers=["o", "s"],
+        palette=[ORANGE, BLUE],
+        s=9,
+        linewidth=0,
+        ax=axis,
+    )
     axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
     axis.set(xlabel="squared cosine, expected", ylabel="squared cosine, measured")
-    axis.legend(loc="upper left", handletextpad=0, borderpad=0)
+    axis.legend(loc="lower right", handletextpad=0, borderpad=0, borderaxespad=0.1)
 
 
 def _spread(result: spectra.Result, count: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The style of all figures: sizes, colours and fonts.
 
-The settings are matplotlib's own: seaborn's styles would change every figure, and would replace
-none of these lines.
+The settings are given to matplotlib directly: seaborn's styles set other values, so each of these
+lines would still be needed.
 """
 
 from __future__ import annotations
