@@ -1,9 +1,10 @@
-"""Results, tables and figures on disk: round trips, atomicity, and files that lie."""
+"""Results, tables and figures on disk: round trips, atomicity, and damaged files."""
 
 import csv
 import json
 import math
 import os
+import re
 import stat
 import sys
 import zipfile
@@ -106,22 +107,19 @@ def test_atomic_write(tmp_path):
         assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize(
-    "bad, words",
-    [
+def test_what_cannot_be_saved_leaves_the_old_files(tmp_path):
+    save_result(result(), tmp_path, "r")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for bad, words in (
         (result(values=np.array([object()])), "^values must be an array of numbers"),
         (result(score=math.nan), "not JSON compliant"),
         (Reserved("x"), "^result must be without a field 'kind'"),
         (Result, "^result must be a dataclass instance"),
         ({"a": 1}, "^result must be a dataclass"),
-    ],
-)
-def test_what_cannot_be_saved_leaves_the_old_files(tmp_path, bad, words):
-    save_result(result(), tmp_path, "r")
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=words):
-        save_result(bad, tmp_path, "r")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    ):
+        with pytest.raises(ValueError, match=words):
+            save_result(bad, tmp_path, "r")
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before, words
 
 
 def test_disk_trouble(tmp_path):
@@ -156,36 +154,36 @@ def change_json(folder, **changes):
     (folder / "r.json").write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:-30]),
-        lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:100]),
-        lambda f: (f / "r.npz").write_bytes(b""),
-        lambda f: (f / "r.npz").write_bytes(b"\x80\x04]."),
-        corrupt_middle,
-        lambda f: np.save((f / "r.npz").open("wb"), np.ones(3)),
-        lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\x10\x00{'descr': nonsens"),
-        lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535),
-        lambda f: (f / "r.json").write_bytes((f / "r.json").read_bytes()[:-40]),
-        lambda f: (f / "r.json").write_text(""),
-        lambda f: (f / "r.json").write_bytes(b"\xff\xfe\x00"),
-        lambda f: (f / "r.json").write_text("[" * 100000),
-        lambda f: (f / "r.json").write_text("[1, 2]"),
-        lambda f: (f / "r.json").write_text("null"),
-        lambda f: change_json(f, schema_version=2),
-        lambda f: change_json(f, kind="Other"),
-        lambda f: change_json(f, config={"model": "a", "unknown": 1}),
-        lambda f: npz_with(f / "r.npz"),
-    ],
-    ids=range(18),
+DAMAGES = (
+    lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:-30]),
+    lambda f: (f / "r.npz").write_bytes((f / "r.npz").read_bytes()[:100]),
+    lambda f: (f / "r.npz").write_bytes(b""),
+    lambda f: (f / "r.npz").write_bytes(b"\x80\x04]."),
+    corrupt_middle,
+    lambda f: np.save((f / "r.npz").open("wb"), np.ones(3)),
+    lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\x10\x00{'descr': nonsens"),
+    lambda f: npz_with(f / "r.npz", values=b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535),
+    lambda f: (f / "r.json").write_bytes((f / "r.json").read_bytes()[:-40]),
+    lambda f: (f / "r.json").write_text(""),
+    lambda f: (f / "r.json").write_bytes(b"\xff\xfe\x00"),
+    lambda f: (f / "r.json").write_text("[" * 100000),
+    lambda f: (f / "r.json").write_text("[1, 2]"),
+    lambda f: (f / "r.json").write_text("null"),
+    lambda f: change_json(f, schema_version=2),
+    lambda f: change_json(f, kind="Other"),
+    lambda f: change_json(f, config={"model": "a", "unknown": 1}),
+    lambda f: npz_with(f / "r.npz"),
 )
-def test_damaged_files(tmp_path, damage):
-    save_result(result(), tmp_path, "r")
-    damage(tmp_path)
-    with pytest.raises(ValueError) as caught:
-        load_result(tmp_path, "r", Result)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+
+
+def test_damaged_files(tmp_path):
+    for i, damage in enumerate(DAMAGES):
+        save_result(result(), tmp_path, "r")
+        damage(tmp_path)
+        with pytest.raises(ValueError) as caught:
+            load_result(tmp_path, "r", Result)
+            pytest.fail(f"damage {i} was not noticed")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000, i
 
 
 def test_pickles_are_not_read(tmp_path, monkeypatch):
@@ -226,6 +224,41 @@ def test_provenance_without_folders(tmp_path, monkeypatch):
     assert found["time"].endswith("+00:00") and found["git_commit"]
     save_result(Loose(found), tmp_path, "p")
     assert load_result(tmp_path, "p", Loose).value == found
+
+
+@dataclass(frozen=True)
+class Stamped:
+    score: float
+    provenance: dict = field(default_factory=dict)
+
+
+def test_an_empty_provenance_is_filled_and_a_loaded_one_stays(tmp_path):
+    first = save_result(Stamped(0.5), tmp_path, "r", seed=3, device="cuda").read_bytes()
+    loaded = load_result(tmp_path, "r", Stamped)
+    assert loaded.provenance["seed"] == 3 and loaded.provenance["device"] == "cuda"
+    assert loaded.provenance["command"] and loaded.provenance["time"].endswith("+00:00")
+    assert save_result(loaded, tmp_path, "r", seed=4).read_bytes() == first
+
+
+def test_json_files_are_read_in_one_way(tmp_path):
+    path = tmp_path / "a.json"
+    for text, limits, words in (
+        ("[1]", {}, f"{path} must hold a JSON object, got list"),
+        ("{", {}, f"{path} must be JSON ("),
+        ("[" * 100_000, {}, f"{path} must be JSON ("),
+        ('{"a": 1}', {"max_bytes": 7}, f"{path} must have at most 7 bytes, got 8"),
+        ('{"a": 1, "a": 2}', {"strict": True}, "the name 'a' occurs twice"),
+        ('{"a": NaN}', {"strict": True}, "NaN is not a finite number"),
+        ('{"a": 1e999}', {"strict": True}, "1e999 is not a finite number"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            artifacts.read_json(path, **limits)
+        assert "\n" not in str(caught.value), text
+    path.write_text('{"a": 1, "a": 2, "b": NaN}')
+    assert artifacts.read_json(path)["a"] == 2
+    with pytest.raises(FileNotFoundError):
+        artifacts.read_json(tmp_path / "none.json")
 
 
 def test_commit_unknown_without_git(monkeypatch):

@@ -21,7 +21,10 @@ BASE = TrainConfig(
     eval_examples=100,
     max_examples=300,
 )
-ARMS = ("DP-SGD", "momentum + optimal, zeroed")
+ARMS = ("DP-SGD", "low-pass filter")  # of one scheme
+CONFIG = efficiency.Config(
+    BASE, ARMS, learning_rates=(1e-3, 1e-2), num_seeds=2, tuning_holdout=50, num_workers=1
+)
 
 
 def made(score, metric="accuracy"):
@@ -76,9 +79,17 @@ def test_steps_of_the_tuning_runs_at_each_learning_rate():
     )
 
 
-def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The folder and the result of one real small sweep."""
+    folder = tmp_path_factory.mktemp("sweep") / "runs"
+    return folder, efficiency.run(CONFIG, folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, swept):
     """Two arms of one scheme, as DP-SGD and the low-pass filter are, must not look alike."""
-    real, arms = efficiency.sweep, ("DP-SGD", "low-pass filter")
+    real = efficiency.sweep
 
     def broken(configs, folder, **options):
         return [
@@ -89,16 +100,7 @@ def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, tmp_path):
         ]
 
     monkeypatch.setattr(efficiency, "sweep", broken)
-    result = efficiency.run(
-        efficiency.Config(
-            replace(BASE, steps=2),
-            arms,
-            learning_rates=(1e-3, 1e-2),
-            num_seeds=2,
-            tuning_holdout=50,
-        ),
-        tmp_path,
-    )
+    result = efficiency.run(CONFIG, swept[0])
     assert result.failures == ("low-pass filter, learning rate 0.01, seed 1000: loss is 20",)
     assert np.isnan(result.tuning[1, 1]).all() and result.learning_rate[1] == 1e-3
 
@@ -125,35 +127,36 @@ def test_interval_against_scipy():
     assert (mean - half, mean + half) == pytest.approx((low, high))
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
+def test_bad_configurations(tmp_path):
+    for changes, words in (
         ({"arms": ("DP-SGD", "optmal")}, "arm must be one of"),
         ({"arms": ("denoise",)}, "baseline"),
         ({"score": "acuracy"}, "did you mean 'accuracy'"),
         ({"num_seeds": 1}, "num_seeds"),
         ({"tuning_seed": 0}, "tuning_seed must not be one of the 3 reported seeds"),
-    ],
-)
-def test_bad_configurations(changes, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        efficiency.run(efficiency.Config(BASE, **changes), tmp_path)
+    ):
+        with pytest.raises(ValueError, match=words):
+            efficiency.run(efficiency.Config(BASE, **changes), tmp_path)
+            pytest.fail(f"{changes} was accepted")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_small_sweep_tunes_on_other_data_and_other_seeds(tmp_path):
-    config = efficiency.Config(
-        BASE, ARMS, learning_rates=(1e-3, 1e-2), num_seeds=2, tuning_holdout=50, num_workers=1
-    )
-    result = efficiency.run(config, tmp_path / "runs")
+def test_a_small_sweep_tunes_on_other_data_and_other_seeds(swept, tmp_path):
+    folder, result = swept
     assert result.score.shape == (2, 2, 3) and result.steps.tolist() == [0, 2, 4]
-    runs = [load_result(path) for path in (tmp_path / "runs").iterdir()]
-    assert len(runs) == 2 * 2 + 2 * 2
+    runs = [load_result(path) for path in folder.iterdir()]
     tuning = [run for run in runs if run.config.holdout]
+    chosen = {(arm, result.learning_rate[arm], seed) for arm in range(2) for seed in range(2)}
+    kept = {
+        (int(bool(run.config.filter_b)), run.config.learning_rate, run.config.seed)
+        for run in runs
+        if not run.config.holdout
+    }
+    assert chosen <= kept  # the runs of the test above may be there too
     assert {run.config.seed for run in tuning} == {1000} and len(tuning) == 4
     for i, arm in enumerate(ARMS):
-        of_arm = [r for r in tuning if (r.config.scheme != "none") == (i == 1)]
+        of_arm = [r for r in tuning if bool(r.config.filter_b) == (i == 1)]
         mean = {r.config.learning_rate: np.mean([e["accuracy"] for e in r.curve]) for r in of_arm}
         assert mean[result.learning_rate[i]] == max(mean.values()), arm
     path = artifacts.save_result(result, tmp_path, "efficiency")

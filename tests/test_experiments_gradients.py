@@ -18,7 +18,7 @@ from lowrank_dp.experiments import (
     spectra,
     tasks,
 )
-from lowrank_dp.figures import restoration
+from lowrank_dp.figures import restoration, training
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.restore import restore
 
@@ -233,16 +233,13 @@ def test_ablation_agrees_with_the_formulas(source, tmp_path):
     assert all(len(row) == len(columns) for row in rows)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
+def test_ablation_refuses_what_it_cannot_measure():
+    for change, message in (
         ({"noise_seeds": 1}, "noise_seeds must be an integer >= 2"),
         ({"kappas": (0.5,)}, "kappas must be a finite number >= 1"),
-    ],
-)
-def test_ablation_refuses_what_it_cannot_measure(change, message):
-    with pytest.raises(ValueError, match=message):
-        ablation.run(dataclasses.replace(ablation.SMALL, **change))
+    ):
+        with pytest.raises(ValueError, match=message):
+            ablation.run(dataclasses.replace(ablation.SMALL, **change))
 
 
 def test_momentum_starts_where_it_must_and_lifts_the_signal():
@@ -325,14 +322,37 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
         figures.show("momentum", artifact_folder=tmp_path)
 
 
-# what is lengthy, run small: one figure for each experiment, and both tasks of the runs
-TRIALS = ("tasks", "momentum", "efficiency", "membership", "efficiency_e2e", "membership_e2e")
+# the small scale with fewer and shorter runs; the other lengthy figures differ in task or arms, and
+# test_experiments_efficiency and test_experiments_membership run them on generated sentences
+TRIALS = {
+    "tasks": {},
+    "momentum": {"steps": 3, "batch_size": 128},
+    "efficiency_e2e": {
+        "steps": 2,
+        "eval_every": 1,
+        "eval_examples": 30,
+        "batch_size": 64,
+        "generate": False,
+        "arms": ("DP-SGD", "momentum + optimal, zeroed"),
+        "learning_rates": (1e-2,),
+        "max_examples": 200,
+        "tuning_holdout": 40,
+        "num_workers": 1,
+    },
+    "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
+}
 
 
 @pytest.mark.parametrize("name", TRIALS)
 def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # which holds the folder of the runs
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    spec = figures.find(name)
+    short = figures.configure(spec.small, **TRIALS[name])
+    if name == "membership_e2e":  # its numbers of steps are not those of its base
+        short = dataclasses.replace(short, steps=(4,))
+    room = training if name in training.FIGURES else restoration
+    monkeypatch.setitem(room.FIGURES, name, dataclasses.replace(spec, small=short))
     result, figure = figures.show(name, recompute=True)
     assert re.search(r"; generated(-table)? from ", result.description)
     assert not getattr(result, "failures", ())
@@ -341,4 +361,4 @@ def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch):
     ):
         assert np.isfinite(values).all() and np.ptp(values) > 1e-3
     figure.canvas.draw()
-    assert figures.find(name).headline(result)
+    assert spec.headline(result)

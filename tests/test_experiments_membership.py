@@ -24,13 +24,13 @@ BASE = TrainConfig(
     eval_examples=30,
 )
 CONFIG = membership.Config(
-    base=BASE, ranks=(1, 2), frozen_ranks=(1,), steps=(2,), num_seeds=2, num_workers=1
+    base=BASE, ranks=(2,), frozen_ranks=(1,), steps=(2,), num_seeds=2, num_workers=1
 )
 
 
 def test_the_plan_counts_runs_and_steps():
     text = membership.plan(replace(CONFIG, steps=(2, 5), num_seeds=3))
-    assert "6 methods x 3 seeds" in text and "36 runs" in text and "126 training steps" in text
+    assert "5 methods x 3 seeds" in text and "30 runs" in text and "105 training steps" in text
 
 
 @pytest.mark.slow
@@ -38,21 +38,20 @@ def test_a_small_sweep(tmp_path):
     result = membership.run(CONFIG, tmp_path / "runs")
     assert result.arms == (
         "full",
-        "LoRA r=1",
         "LoRA r=2",
         "frozen A r=1",
         "full, DP",
         "full, DP restored",
     )
-    assert result.auc.shape == (6, 2, 1) and np.all((result.auc >= 0) & (result.auc <= 1))
-    assert np.isinf(result.epsilon[:4]).all() and (result.epsilon[4:] <= 8).all()
-    assert result.noise_variance.tolist() == [noise_variance(rank, 64) for rank in (1, 2)]
+    assert result.auc.shape == (5, 2, 1) and np.all((result.auc >= 0) & (result.auc <= 1))
+    assert np.isinf(result.epsilon[:3]).all() and (result.epsilon[3:] <= 8).all()
+    assert result.noise_variance.tolist() == [noise_variance(2, 64)]
     assert "NON-PRIVATE" in result.privacy
     path = artifacts.save_result(result, tmp_path, "membership")
     again = artifacts.load_result(tmp_path, path.stem, membership.Result)
     assert membership.headline(again) == membership.headline(result)
     columns, rows = membership.table(again)
-    assert len(rows) == 6 and rows[0][columns.index("epsilon")] == "none"
+    assert len(rows) == 5 and rows[0][columns.index("epsilon")] == "none"
     assert np.isnan(again.tpr).all()  # of fewer than 100 non-members there is no TPR at 1% FPR
     figure = plot_membership(again)
     figure.canvas.draw()
