@@ -70,11 +70,13 @@ import hashlib, json, os, sys
 import torch
 from safetensors.torch import save_file
 from lowrank_dp.train import loop as module
+from lowrank_dp.train import setup as setup_module
 from lowrank_dp.train import step as step_module
 from lowrank_dp.__main__ import main
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.restore import restore_gradients
 from lowrank_dp.train import TrainConfig, processes, train
+from lowrank_dp.train.layout import Replicated
 torch.set_num_threads(1)
 folder, rank = sys.argv[2], int(os.environ["RANK"])
 configs = {name: TrainConfig.from_json(document)
@@ -88,6 +90,9 @@ def digest(tensors):
 original = module.take_step
 def looking(setup, state):
     clean, noisy = original(setup, state)
+    rows = report["drawn"].get(name, [])
+    if rows:
+        rows[-1] = [setup.rows[row]["input_ids"] for row in rows[-1]]
     gradients = {n: p.grad for n, p in setup.trained.items()}
     report["steps"].setdefault(name, []).append(
         [digest(noisy), digest(setup.trained), digest(gradients), state.stream])
@@ -97,22 +102,22 @@ def looking(setup, state):
                       f"{folder}/{name}-{kind}-{state.step}.safetensors")
     return clean, noisy
 
-draw, batches = step_module._draw, step_module.micro_batches
-def drawing(setup, generator):
-    chosen = draw(setup, generator)
-    report["drawn"].setdefault(name, []).append([setup.rows[row]["input_ids"] for row in chosen])
+draw, batches = step_module._draw, setup_module.micro_batches
+def drawing(*arguments):
+    chosen = draw(*arguments)
+    report["drawn"].setdefault(name, []).append(chosen)
     return chosen
 
 def taking(rows, *others, **named):
     report["taken"].setdefault(name, []).append([row["input_ids"] for row in rows])
     return batches(rows, *others, **named)
 
-module.take_step, step_module._draw, step_module.micro_batches = looking, drawing, taking
+module.take_step, step_module._draw, setup_module.micro_batches = looking, drawing, taking
 step_module.StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
 for name, config in configs.items():
     result = train(config, f"{folder}/{name}", show_progress=False)
     report[name] = [result.epsilon, result.releases, result.privacy]
-module.take_step, step_module._draw, step_module.micro_batches = original, draw, batches
+module.take_step, step_module._draw, setup_module.micro_batches = original, draw, batches
 
 generator = torch.Generator().manual_seed(0)
 sums = {f"m{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(
@@ -123,7 +128,8 @@ def work(some):
     done.extend(some)
     return restore_gradients(some, 1.0, "optimal")[0]
 with processes.processes("cpu"):
-    spread = processes.map_over_ranks(work, sums)
+    layout = Replicated()
+    spread = layout.exchange(work(layout.share(sums)), sums)
 report["spread"] = [done, digest(spread), digest(restore_gradients(sums, 1.0, "optimal")[0])]
 
 def failing(owner, what, at, error, count):

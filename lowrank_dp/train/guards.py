@@ -21,7 +21,7 @@ from lowrank_dp.train.noise_checks import NoiseCheck
 
 MAX_LOSS_RATIO = 20.0  # times the loss before the first step
 ROUNDING = 1.01  # times the longest a sum may be: clip factors in bfloat16 are off by less
-SOME = 128  # entries of each gradient that are compared
+COMPARED_ENTRIES = 128  # number of entries of each gradient that are compared
 
 
 def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Iterable[str]) -> None:
@@ -135,8 +135,12 @@ def check_gradient(
     """Refuse gradients in ``.grad`` that are not ``expected``, by some entries of each."""
     for name, want in expected.items():
         grad = parameters[name].grad
-        some = want.flatten()[:SOME].double()
-        found = torch.full_like(some, math.nan) if grad is None else grad.flatten()[:SOME].double()
+        some = want.flatten()[:COMPARED_ENTRIES].double()
+        found = (
+            torch.full_like(some, math.nan)
+            if grad is None
+            else grad.flatten()[:COMPARED_ENTRIES].double()
+        )
         if not bool(((found - some).abs() <= 0.02 * (some.abs() + noise_std)).all()):
             raise ValueError(
                 f"the optimizer's gradient of {name} is not what the mechanism "
