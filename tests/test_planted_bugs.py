@@ -27,6 +27,7 @@ from lowrank_dp.data import tasks
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.grads.microbatch import MicroBatch
 from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.train import guards, records
 from lowrank_dp.train import loop as module
 from lowrank_dp.train import setup as preparation
@@ -335,12 +336,12 @@ def clean_added_later(patch):
 
 def clean_restored(patch):
     kept = remember_clean(patch)
-    restore = step_module.restore_gradients
+    restore = GradientRestorer.restore
     patch.setattr(
-        step_module,
-        "restore_gradients",
-        lambda noisy, *arguments, **options: restore(
-            {name: kept[name] for name in noisy}, *arguments, **options
+        GradientRestorer,
+        "restore",
+        lambda self, noisy, *arguments, **options: restore(
+            self, {name: kept[name] for name in noisy}, *arguments, **options
         ),
     )
 

@@ -19,7 +19,7 @@ from lowrank_dp.train import TrainConfig, load_result, processes
 from lowrank_dp.train import loop as train_module
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, environment, fresh_generators
+from lowrank_dp.train.state import environment, first_state
 from lowrank_dp.train.step import take_step
 
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 5, 60
@@ -74,9 +74,8 @@ from lowrank_dp.train import setup as setup_module
 from lowrank_dp.train import step as step_module
 from lowrank_dp.__main__ import main
 from lowrank_dp.artifacts.runs import RunFolder
-from lowrank_dp.restore import restore_gradients
+from lowrank_dp.restore import GradientRestorer, restore_gradients
 from lowrank_dp.train import TrainConfig, processes, train
-from lowrank_dp.train.layout import Replicated
 torch.set_num_threads(1)
 folder, rank = sys.argv[2], int(os.environ["RANK"])
 configs = {name: TrainConfig.from_json(document)
@@ -128,8 +127,7 @@ def work(some):
     done.extend(some)
     return restore_gradients(some, 1.0, "optimal")[0]
 with processes.processes("cpu"):
-    layout = Replicated()
-    spread = layout.exchange(work(layout.share(sums)), sums)
+    spread = processes.map_over_ranks(work, sums)
 report["spread"] = [done, digest(spread), digest(restore_gradients(sums, 1.0, "optimal")[0])]
 
 def failing(owner, what, at, error, count):
@@ -147,7 +145,7 @@ for case, arguments in {
         "disk": (RunFolder, "begin_release", 0, OSError("ledger could not be written"), 3),
         "gradient": (step_module, "clipped_sum_over", 1, ValueError("row 3 is not finite"), 2),
         "evaluation": (module, "_evaluate", 0, KeyError("a bug"), 1),
-        "memory": (step_module, "restore_gradients", 1, torch.OutOfMemoryError("too large"), 1),
+        "memory": (GradientRestorer, "restore", 1, torch.OutOfMemoryError("too large"), 1),
         "other": None}.items():
     restore = failing(*arguments) if arguments else lambda: None
     try:
@@ -252,7 +250,7 @@ def test_two_processes_train_as_one_does(name, together):
     setup = prepare(configs[name], 5)
     start = {n: p.detach().clone() for n, p in setup.trained.items()}
     stream = reports[0]["steps"][name][0][-1]
-    state = State(0, stream, *fresh_generators(configs[name], stream))
+    state = first_state(configs[name], stream)
     for step in range(1, STEPS + 1):
         clean, noisy = take_step(setup, state)
         for kind, want in (("clean", clean), ("noisy", noisy)):

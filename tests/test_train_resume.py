@@ -15,10 +15,10 @@ import lowrank_dp.train.result as result_module
 from lowrank_dp.artifacts import runs
 from lowrank_dp.artifacts.runs import RunFolder, open_run
 from lowrank_dp.mechanism import GaussianMechanism, SecureRandom
+from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train import loop as train_module
 from lowrank_dp.train import state as state_module
-from lowrank_dp.train import step as step_module
 from lowrank_dp.train.loop import train
 
 STEPS = 7
@@ -150,8 +150,8 @@ PLACES = {
     "after the first is noted": (RunFolder, "begin_release", 1, True),
     "after a release is noted": (RunFolder, "begin_release", 6, True),
     "after the noise": (GaussianMechanism, "add_noise", 4, True),
-    "before restoring": (step_module, "_restore", 6, False),
-    "after restoring": (step_module, "_restore", 2, True),
+    "before restoring": (GradientRestorer, "restore", 6, False),
+    "after restoring": (GradientRestorer, "restore", 2, True),
     "in the first evaluation": (train_module, "_evaluate", 1, False),
     "in an evaluation": (train_module, "_evaluate", 4, True),
     "in the last evaluation": (train_module, "_evaluate", 5, True),
@@ -205,8 +205,8 @@ def test_several_interruptions_in_a_row(places, uninterrupted, tmp_path, monkeyp
             monkeypatch,
             config,
             tmp_path,
-            step_module,
-            "_restore",
+            GradientRestorer,
+            "restore",
             count,
             resume=resume,
             after=True,
@@ -227,7 +227,7 @@ def test_a_replayed_step_makes_the_same_release(seed, places, tmp_path, monkeypa
         return noisy
 
     monkeypatch.setattr(GaussianMechanism, "add_noise", recording)
-    interrupt(monkeypatch, config, tmp_path, step_module, "_restore", 6)
+    interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 6)
     assert len(made) == 6
     result = train(config, tmp_path, resume=True)
     replayed = made[6:]  # from step 3 on
@@ -262,10 +262,10 @@ def go_elsewhere(patch):
 def test_steps_drawn_anew_count_again(seed, places, tmp_path, monkeypatch):
     """Six releases here, then steps 3 to 6 elsewhere; then, killed there as well, still those."""
     config = make_config(places, **FULL | {"seed": seed})
-    interrupt(monkeypatch, config, tmp_path, step_module, "_restore", 6)
+    interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 6)
     with monkeypatch.context() as patch:
         go_elsewhere(patch)
-        interrupt(monkeypatch, config, tmp_path, step_module, "_restore", 4, resume=True)
+        interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 4, resume=True)
         seen = []
         result = train(config, tmp_path, resume=True, on_start=lambda _, count: seen.append(count))
     # without a seed the second attempt elsewhere draws anew once more from step 6's snapshot, or
@@ -282,7 +282,7 @@ def test_steps_drawn_anew_count_again(seed, places, tmp_path, monkeypatch):
 
 def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp_path, monkeypatch):
     config = make_config(places, noise_multiplier=None, epsilon=4.0, steps=5)
-    interrupt(monkeypatch, config, tmp_path, step_module, "_restore", 5)
+    interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 5)
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "snapshots").iterdir())
     with monkeypatch.context() as patch:
         go_elsewhere(patch)
@@ -312,7 +312,7 @@ def test_secure_draws_are_replayed_and_count_once(changes, places, tmp_path, mon
         return made[-1]
 
     monkeypatch.setattr(GaussianMechanism, "add_noise", recording)
-    interrupt(monkeypatch, config, tmp_path, step_module, "_restore", 6)
+    interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 6)
     for path in (tmp_path / "snapshots").iterdir():  # they hold the key
         assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
     result = train(config, tmp_path, resume=True)
@@ -363,10 +363,10 @@ def test_what_changes_the_sums_begins_new_noise_that_counts(
 
     monkeypatch.setattr(GaussianMechanism, "add_noise", recording)
     run = tmp_path / "run"
-    interrupt(monkeypatch, config, run, step_module, "_restore", 5)  # snapshot of step 3
+    interrupt(monkeypatch, config, run, GradientRestorer, "restore", 5)  # snapshot of step 3
     change(tmp_path / "model")
     with pytest.warns(UserWarning, match=f"resuming with new noise from step 3.*{named}: "):
-        interrupt(monkeypatch, config, run, step_module, "_restore", 2, resume=True)
+        interrupt(monkeypatch, config, run, GradientRestorer, "restore", 2, resume=True)
     change_word_embeddings(tmp_path / "model")
     with pytest.warns(UserWarning, match="then / now: .*weights: "):
         result = train(config, run, resume=True)
@@ -382,7 +382,7 @@ def test_what_changes_the_sums_begins_new_noise_that_counts(
 def test_a_copied_folder_makes_the_same_releases(places, tmp_path, monkeypatch):
     """Two resumptions of one snapshot are one sequence, so that nothing is drawn for two sums."""
     config = make_config(places, **FULL | {"seed": None})
-    interrupt(monkeypatch, config, tmp_path / "a", step_module, "_restore", 5)
+    interrupt(monkeypatch, config, tmp_path / "a", GradientRestorer, "restore", 5)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for name in "ab":
         assert train(config, tmp_path / name, resume=True).releases == STEPS
@@ -394,7 +394,7 @@ def test_a_copied_folder_makes_the_same_releases(places, tmp_path, monkeypatch):
 
 def half_done(monkeypatch, config, folder):
     """Broken off in step 7; snapshots of steps 3 and 6."""
-    interrupt(monkeypatch, config, folder, step_module, "_restore", 7)
+    interrupt(monkeypatch, config, folder, GradientRestorer, "restore", 7)
     names = {path.name for path in (folder / "snapshots").iterdir()}
     assert names == {
         "releases.jsonl",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.restore import restore_gradients
+from lowrank_dp.restore import SCHEMES, restore_gradients
 from lowrank_dp.rng import Generator
 from lowrank_dp.train import guards, processes
 from lowrank_dp.train.noise_checks import GeneratorCheck, NoiseCheck
@@ -139,7 +139,7 @@ class StepChecks:
         expected = {
             name: total
             for name, total in noisy.items()
-            if config.scheme == "none" or total.ndim != 2 or min(total.shape) == 1
+            if SCHEMES[config.scheme].is_identity or total.ndim != 2 or min(total.shape) == 1
         }
         matrices = [name for name in noisy if name not in expected]
         if matrices and self.closely(step):

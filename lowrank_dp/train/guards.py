@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.restore import NON_PRIVATE_SCHEMES
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.noise_checks import NoiseCheck
 
@@ -153,7 +153,7 @@ def check_mechanism(
     config: TrainConfig, mechanism: GaussianMechanism, num_units: int, delta: float
 ) -> None:
     """Refuse a mechanism, or a scheme, other than the configuration asks for."""
-    if config.scheme in NON_PRIVATE_SCHEMES and not config.diagnostic:
+    if not (SCHEMES[config.scheme].private or config.diagnostic):
         raise ValueError(
             f"scheme {config.scheme!r} reads clean gradients, so the run would not be "
             "private: choose another, or mark the run with diagnostic"

@@ -52,14 +52,14 @@ class Layout(Protocol):
         devices would not give equal bits. Without a mechanism both totals are clean.
         """
 
-    def share(self, noisy: Tensors) -> Tensors:
-        """Return the tensors that this rank restores."""
+    def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
+        """Return what :meth:`assign` needs of ``work(noisy)``, each matrix done by one rank.
 
-    def share_clean(self, clean: Tensors) -> Tensors:
+        ``work`` treats every matrix by itself, and leaves other tensors as they are.
+        """
+
+    def restored_clean(self, clean: Tensors) -> Tensors:
         """Return the clean totals of what this rank restores, for an oracle. NON-PRIVATE."""
-
-    def exchange(self, restored: Tensors, noisy: Tensors) -> Tensors:
-        """Return what :meth:`assign` needs: ``restored`` and, where needed, other ranks' shares."""
 
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
         """Put the gradients into ``.grad``, in the parameters' type."""
@@ -92,22 +92,13 @@ class Replicated:
         noisy = mechanism.add_noise(clean, generator) if private and mechanism else clean
         return clean, processes.broadcast(noisy)
 
-    def share(self, noisy: Tensors) -> Tensors:
-        """Return the matrices that this rank owns; alone, all tensors."""
-        if processes.world_size() == 1:
-            return noisy
-        owner = _matrix_owners(noisy)
-        return {name: noisy[name] for name in owner if owner[name] == processes.rank()}
+    def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
+        """Return ``work(noisy)``, each matrix done by its owner and broadcast."""
+        return processes.map_over_ranks(work, noisy)
 
-    def share_clean(self, clean: Tensors) -> Tensors:
+    def restored_clean(self, clean: Tensors) -> Tensors:
         """Return the clean totals of rank 0. NON-PRIVATE."""
         return processes.broadcast(clean)
-
-    def exchange(self, restored: Tensors, noisy: Tensors) -> Tensors:
-        """Return all tensors: each matrix from its owner, vectors as in ``noisy``."""
-        if processes.world_size() == 1:
-            return restored
-        return processes.broadcast_from_owners({**noisy, **restored}, _matrix_owners(noisy))
 
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
         """Put the gradients into ``.grad``."""
@@ -179,17 +170,13 @@ class Sharded:
                 dist.send(mechanism.add_noise({name: total}, generator)[name], owner)
         return clean, noisy
 
-    def share(self, noisy: Tensors) -> Tensors:
-        """Return the tensors, which this rank owns."""
-        return noisy
+    def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
+        """Return ``work(noisy)`` of what this rank owns; :meth:`assign` scatters the rows."""
+        return work(noisy)
 
-    def share_clean(self, clean: Tensors) -> Tensors:
+    def restored_clean(self, clean: Tensors) -> Tensors:
         """Return the clean totals, which this rank owns. NON-PRIVATE."""
         return clean
-
-    def exchange(self, restored: Tensors, noisy: Tensors) -> Tensors:
-        """Return what this rank restored: :meth:`assign` scatters the rows."""
-        return restored
 
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
         """Scatter the rows of each gradient from its owner into ``.grad``, one at a time."""
@@ -217,14 +204,6 @@ class Sharded:
     def distribute(self, whole: Tensor, like: Tensor) -> Tensor:
         """Return this rank's rows of a tensor that every rank has whole."""
         return _distribute(whole, like, source=None)
-
-
-def _matrix_owners(tensors: Tensors) -> dict[str, int]:
-    """Return the rank that restores each matrix."""
-    return processes.owners(
-        {name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2},
-        processes.world_size(),
-    )
 
 
 def _distribute(whole: Tensor, like: Tensor, source: int | None) -> Tensor:

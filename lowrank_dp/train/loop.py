@@ -25,7 +25,7 @@ from lowrank_dp.train.state import (
     digest_of_draws,
     digest_of_identity,
     environment,
-    fresh_generators,
+    first_state,
     new_stream,
     pack,
     summary,
@@ -220,7 +220,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
         seed = config.seed if config.seed is not None else derive_seed(None, "run")
         setup, stream = _prepare(config, seed), new_stream(config, 0)
         torch.manual_seed(seed)
-        state = State(0, stream, *fresh_generators(config, stream))
+        state = first_state(config, stream)
         document = summary(setup, state)
     else:
         document, tensors = found

@@ -115,8 +115,8 @@ def _lost_connections() -> Iterator[None]:
         reason = str(error).splitlines()[0].split(". ")[0].split("] ", 1)[-1]
         raise ConnectionError(
             f"another process of this run has stopped or can't be reached ({reason}): continue "
-            "with --resume; with another number of processes, the steps since the last snapshot count "
-            "again"
+            "with --resume; with another number of processes, the steps since the last snapshot "
+            "count again"
         ) from error
 
 
@@ -218,11 +218,20 @@ def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
     return owner
 
 
-def broadcast_from_owners(
-    tensors: Mapping[str, Tensor], owner: Mapping[str, int]
+def map_over_ranks(
+    work: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors with each one in ``owner`` replaced by that of the rank that owns it."""
-    found = dict(tensors)
+    """Return ``work(tensors)`` on every rank, each matrix done by its owner and broadcast.
+
+    ``work`` treats every matrix by itself, and leaves other tensors as they are.
+    """
+    if world_size() == 1:
+        return dict(work(tensors))
+    owner = owners(
+        {name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2}, world_size()
+    )
+    done = dict(tensors)
+    done.update(work({name: tensors[name] for name in owner if owner[name] == rank()}))
     for source in sorted(set(owner.values())):
-        found.update(broadcast({n: found[n] for n in owner if owner[n] == source}, source))
-    return found
+        done.update(broadcast({n: done[n] for n in owner if owner[n] == source}, source))
+    return done

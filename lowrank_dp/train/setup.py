@@ -218,7 +218,7 @@ def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
 
 
 def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
-    """Return the mechanism that the configuration asks for, calibrated if it has a target; delta."""
+    """Return the mechanism, calibrated if the configuration has a target epsilon, and delta."""
     sample_rate = config.batch_size / num_units
     delta = num_units**-1.1 if config.delta is None else config.delta
     if delta >= 1 / num_units and not config.non_private:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.restore import LowPassFilter
+from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.rng import Generator, SecureRandom, derive_seed, os_seeded_generator
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
@@ -26,6 +26,9 @@ from lowrank_dp.train.setup import Setup
 
 if TYPE_CHECKING:
     from lowrank_dp.train.checks import StepChecks
+
+
+_RUNNING_MEANS = "low_pass."  # prefix of the restorer's tensors in a snapshot
 
 
 @dataclass
@@ -37,7 +40,7 @@ class State:
         stream: name of the unbroken sequence of random draws that sampler and noise belong to.
         sampler: generator of the Poisson samples, on the CPU.
         noise: generator of the DP noise, on the model's device.
-        low_passes: running mean of each parameter's noisy gradients; empty without a filter.
+        restorer: of the noisy gradients; it keeps their running means, if the run has a filter.
         curve: evaluations so far.
         seconds, restore_seconds: time spent in steps, and the part of it spent restoring.
         restarted: why the stream differs from the snapshot's, in words; empty if it does not.
@@ -48,12 +51,18 @@ class State:
     stream: str
     sampler: Generator
     noise: Generator
-    low_passes: dict[str, LowPassFilter] = field(default_factory=dict)
+    restorer: GradientRestorer
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     restore_seconds: float = 0.0
     restarted: str = ""
     checks: StepChecks | None = None
+
+
+def first_state(config: TrainConfig, stream: str) -> State:
+    """Return the state of a run before its first step, at the start of a stream of draws."""
+    restorer = GradientRestorer(config.scheme, low_pass=config.low_pass, **config.restoration)
+    return State(0, stream, *fresh_generators(config, stream), restorer)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -100,11 +109,7 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
             if isinstance(value, Tensor)
         }
     tensors = setup.layout.full_tensors(tensors) | setup.layout.gather(
-        {
-            f"low_pass.{name}.{key}": value
-            for name, low_pass in state.low_passes.items()
-            for key, value in low_pass.tensors().items()
-        }
+        {f"{_RUNNING_MEANS}{name}": value for name, value in state.restorer.tensors().items()}
     )
     tensors["generator.dropout"] = torch.get_rng_state()
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
@@ -162,15 +167,16 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
             )
     groups = setup.optimizer.state_dict()["param_groups"]
     setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    generators = fresh_generators(setup.config, document["stream"])
-    state = State(
-        document["step"],
-        document["stream"],
-        *generators,
-        _low_passes(setup, tensors),
-        list(document["curve"]),
-        document["seconds"],
-        document["restore_seconds"],
+    state = first_state(setup.config, document["stream"])
+    state.step, state.curve = document["step"], list(document["curve"])
+    state.seconds, state.restore_seconds = document["seconds"], document["restore_seconds"]
+    state.restorer.load_tensors(
+        {
+            name.removeprefix(_RUNNING_MEANS): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_RUNNING_MEANS)
+        },
+        {name: p for name, p in setup.trained.items() if setup.layout.owns(name)},
     )
     if not tensors:
         return state
@@ -220,17 +226,3 @@ def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
     if not resumed:
         return name
     return f"{name}, resumed {hashlib.sha256(resumed.encode()).hexdigest()[:16]}"
-
-
-def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPassFilter]:
-    start, found = setup.config.low_pass, {}
-    for name, p in setup.trained.items():
-        prefix = f"low_pass.{name}."
-        own = {
-            key.removeprefix(prefix): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(prefix)
-        }
-        if own and start is not None and setup.layout.owns(name):
-            found[name] = start.with_tensors(own, p.device)
-    return found

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_dp.grads import Batch
-from lowrank_dp.grads.clipping import PaddingBatch, clipped_sum_over
+from lowrank_dp.grads.clipping import PaddingBatch, Reduce, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.restore import oracle_values, restore_gradients, restore_with_report
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.rng import Generator, derive_seed, uniform
 from lowrank_dp.train import guards, processes
+from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.layout import Tensors
 from lowrank_dp.train.setup import Setup
 from lowrank_dp.train.state import State
@@ -49,38 +51,36 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
             derive_seed(setup.seed, f"dropout {state.stream} {state.step} {processes.rank()}")
         )
 
-    def clip(batches: Iterable[Batch | PaddingBatch], max_norm: float) -> tuple[Tensors, Tensor]:
-        return clipped_sum_over(
-            setup.model,
-            batches,
-            max_norm,
-            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            backend="compiled" if config.compile else "bookkeeping",
-            padding=config.padding,
-            check_rows=False,  # public rows have been examined
-            reduce=layout.reduce,
-        )
-
+    # 1. sample
     rows = _sample(setup.unit_rows, mechanism, state.sampler, one_each=config.unit == "group")
     if checks:
         checks.sampled(rows, state.sampler)
 
+    # 2. clip
+    clip = partial(_clipped_sum, setup.model, config, layout.reduce)
+    max_norm = math.inf if config.non_private else mechanism.max_grad_norm
     with guards.diverging(state.step):
-        max_norm = math.inf if config.non_private else mechanism.max_grad_norm
         sums, norms = clip(_batches_of_rank(setup, rows), max_norm)
+    guards.check_covered(setup.model, setup.optimizer, sums)
     if checks:
         checks.clipped(sums, norms, clip, state.step)
-    guards.check_covered(setup.model, setup.optimizer, sums)
 
+    # 3. noise
     clean, noisy = layout.add_noise(sums, None if config.non_private else mechanism, state.noise)
     if checks:
         checks.noised(clean, noisy, state.noise, state.step)
 
+    # 4. restore
     restoring = _seconds(config.device)
-    means, levels = _average(setup, state, noisy)
-    gradient = layout.exchange(_restore(setup, layout.share(means), levels, clean), means)
+    gradient = state.restorer.restore(
+        noisy,
+        mechanism.noise_std,
+        clean=None if SCHEMES[config.scheme].private else layout.restored_clean(clean),
+        distribute=layout.map_over_ranks,
+    )
     restored = _seconds(config.device)
 
+    # 5. update
     layout.assign(setup.trained, {n: total / config.batch_size for n, total in gradient.items()})
     if checks:
         checks.assigned(noisy, state.step)
@@ -124,6 +124,26 @@ def _draw(
     return [unit[int(pick * len(unit))] for unit, pick in zip(units, picks, strict=True)]
 
 
+def _clipped_sum(
+    model: nn.Module,
+    config: TrainConfig,
+    reduce: Reduce | None,
+    batches: Iterable[Batch | PaddingBatch],
+    max_norm: float,
+) -> tuple[Tensors, Tensor]:
+    """Return this rank's sum of clipped gradients, and the norms of its rows before clipping."""
+    return clipped_sum_over(
+        model,
+        batches,
+        max_norm,
+        autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        backend="compiled" if config.compile else "bookkeeping",
+        padding=config.padding,
+        check_rows=False,  # the model was examined on public rows before the first step
+        reduce=reduce,
+    )
+
+
 def _batches_of_rank(setup: Setup, rows: Sequence[int]) -> Iterator[Batch | PaddingBatch]:
     """Yield micro-batches of the rows that this rank clips: every ``world_size``-th one.
 
@@ -137,41 +157,6 @@ def _batches_of_rank(setup: Setup, rows: Sequence[int]) -> Iterator[Batch | Padd
         len(rows[::world]) / size
     ):
         yield from map(PaddingBatch, setup.batches(rows[:1]))
-
-
-def _average(setup: Setup, state: State, noisy: Tensors) -> tuple[Tensors, dict[str, float]]:
-    start, noise_std = setup.config.low_pass, setup.mechanism.noise_std
-    if start is None:
-        return noisy, dict.fromkeys(noisy, noise_std)
-    state.low_passes = {
-        name: state.low_passes.get(name, start).update(total, noise_std)
-        for name, total in noisy.items()
-    }
-    filters = state.low_passes
-    return {n: f.mean for n, f in filters.items()}, {n: f.noise_std for n, f in filters.items()}
-
-
-def _restore(
-    setup: Setup, noisy: Tensors, noise_std: Mapping[str, float], clean: Tensors
-) -> Tensors:
-    config = setup.config
-    if config.scheme == "none":
-        return noisy
-    if config.scheme == "oracle":
-        clean = setup.layout.share_clean(clean)
-        return {n: _oracle(total, clean[n], noise_std[n]) for n, total in noisy.items()}
-    done: dict[str, Tensor] = {}
-    for level in sorted({noise_std[n] for n in noisy}):
-        some = {n: total for n, total in noisy.items() if noise_std[n] == level}
-        done |= restore_gradients(some, level, config.scheme, **config.restoration)[0]
-    return done
-
-
-def _oracle(noisy: Tensor, clean: Tensor, noise_std: float) -> Tensor:
-    """NON-PRIVATE."""
-    if noisy.ndim != 2:
-        return noisy
-    return restore_with_report(noisy, noise_std, "oracle", values=oracle_values(noisy, clean))[0]
 
 
 def _seconds(device: str) -> float:
