@@ -76,6 +76,7 @@ from lowrank_dp.__main__ import main
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.restore import GradientRestorer, restore_gradients
 from lowrank_dp.train import TrainConfig, processes, train
+from lowrank_dp.train.checks import StepChecks
 torch.set_num_threads(1)
 folder, rank = sys.argv[2], int(os.environ["RANK"])
 configs = {name: TrainConfig.from_json(document)
@@ -112,7 +113,7 @@ def taking(rows, *others, **named):
     return batches(rows, *others, **named)
 
 module.take_step, step_module._draw, setup_module.micro_batches = looking, drawing, taking
-step_module.StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
+StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
 for name, config in configs.items():
     result = train(config, f"{folder}/{name}", show_progress=False)
     report[name] = [result.epsilon, result.releases, result.privacy]
