@@ -38,9 +38,10 @@ figures: $(STAMP)
 	$(BIN)/python -m lowrank_dp.figures $(ARGS)
 
 # Without HF_HUB_OFFLINE each attempt to reach a hub that is not there takes half a minute.
-# Two processes of one thread each; the tests of one file stay together, since they share fixtures.
+# Two processes of one thread each; the tests of one file stay together, since they share fixtures,
+# and the files keep the order of tests/conftest.py: those with the most slow tests first.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-  $(BIN)/python -m pytest -n 2 --dist loadfile
+  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint
 	@echo "== running the quick tests"
