@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """``torchrun(count, script, *arguments)``: the finished launch of ``count`` processes, exit 0."""
+    """``torchrun(count, script, *arguments)``: what ``count`` processes printed, exit code 0."""
 
     def run(count, *arguments):
         done = subprocess.run(
@@ -45,7 +45,7 @@ def torchrun():
 
 @pytest.fixture(scope="session")
 def start():
-    """``start(count, *arguments)``: ``count`` connected Python processes without torchrun's agent."""
+    """``start(count, *arguments)``: connected Python processes without the agent of torchrun."""
 
     def begin(count, *arguments):
         with socket.socket() as free:
