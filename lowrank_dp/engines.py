@@ -134,6 +134,7 @@ def _connected(
 
 
 def _loky(stack: contextlib.ExitStack, num_workers: int) -> Any:
+    """Use processes of this machine."""
     from concurrent.futures.process import BrokenProcessPool
 
     # loky warns when it replaces a worker, between two jobs, since the worker's memory has grown
@@ -143,6 +144,7 @@ def _loky(stack: contextlib.ExitStack, num_workers: int) -> Any:
 
 
 def _ray(stack: contextlib.ExitStack, num_workers: int) -> Any:
+    """Use the Ray cluster of RAY_ADDRESS or of this machine, or start one until ``stack`` ends."""
     import ray
     from ray.util.joblib.ray_backend import RayBackend
 
@@ -163,6 +165,7 @@ def _ray(stack: contextlib.ExitStack, num_workers: int) -> Any:
 
 
 def _dask(stack: contextlib.ExitStack, num_workers: int) -> Any:
+    """Use the open Dask client or the configured cluster, or start one until ``stack`` ends."""
     import dask
     import distributed
     from joblib._dask import DaskDistributedBackend

@@ -69,7 +69,7 @@ def train(
     """
     with (
         processes.processes(config.device),
-        _own_random_numbers(config),
+        _preserved_generators(config),
         guards.memory(config.micro_batch_size),
     ):
         if processes.rank() > 0:
@@ -290,7 +290,7 @@ def _weights(setup: Setup) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _own_random_numbers(config: TrainConfig) -> Iterator[None]:
+def _preserved_generators(config: TrainConfig) -> Iterator[None]:
     """Restore torch's global generators, which dropout draws from, after the block."""
     cuda = config.device.startswith("cuda") and torch.cuda.is_available()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):

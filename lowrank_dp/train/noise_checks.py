@@ -270,6 +270,7 @@ class NoiseCheck:
             )
 
     def _refuse(self, what: str) -> NoReturn:
+        """Raise ``ValueError``: the noise's fault, and the number of steps seen."""
         raise ValueError(
             f"{what} (step {self._seen} of those seen): the privacy stated would not hold"
         )

@@ -80,6 +80,7 @@ class SamplingCheck:
             self._refuse("takes a unit more or less often than the others")
 
     def _refuse(self, what: str) -> NoReturn:
+        """Raise ``ValueError``: the sample's fault, and what must hold."""
         raise ValueError(
             f"the sample {what}: units must take part independently, each with the "
             "same probability, and the privacy stated would not hold"

@@ -40,7 +40,7 @@ class State:
         stream: name of the unbroken sequence of random draws that sampler and noise belong to.
         sampler: generator of the Poisson samples, on the CPU.
         noise: generator of the DP noise, on the model's device.
-        restorer: of the noisy gradients; it keeps their running means, if the run has a filter.
+        restorer: restorer of the noisy gradients, with their running means if the run has a filter.
         curve: evaluations so far.
         seconds, restore_seconds: time spent in steps, and the part of it spent restoring.
         restarted: why the stream differs from the snapshot's, in words; empty if it does not.
@@ -137,9 +137,9 @@ def summary(setup: Setup, state: State) -> dict[str, Any]:
 def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
     """Put a snapshot's weights and optimizer state into ``setup``, and return its :class:`State`.
 
-    Two sums that differ only in rounding, released with the same noise, would reveal it. If the
-    identity of ``setup`` differs from the snapshot's, a new stream is therefore started, whose
-    releases count beside the old ones.
+    Two sums that are released with the same noise reveal their difference, even if they differ only
+    in rounding. If the identity of ``setup`` differs from the snapshot's, a new stream is therefore
+    started, whose releases count beside the old ones.
 
     Args:
         setup: as loaded, before any step.
@@ -154,19 +154,6 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
             f"training records of {setup.task.name} are not those that the run began "
             "with: give it the same data, or start afresh in another folder"
         )
-    with torch.no_grad():
-        for name, p in setup.trained.items() if tensors else ():
-            p.copy_(setup.layout.distribute(tensors[f"parameter.{name}"], p))
-    parameters = [*setup.trained.values()]  # in the optimizer's order
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, entry = key.split(".", 2)
-            entries.setdefault(int(index), {})[entry] = setup.layout.distribute(
-                tensor, parameters[int(index)]
-            )
-    groups = setup.optimizer.state_dict()["param_groups"]
-    setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     state = first_state(setup.config, document["stream"])
     state.step, state.curve = document["step"], list(document["curve"])
     state.seconds, state.restore_seconds = document["seconds"], document["restore_seconds"]
@@ -180,6 +167,7 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     )
     if not tensors:
         return state
+    _load_weights(setup, tensors)
     here = identity(setup)
     differences, attempt = changed(document["identity"], here), ""
     if reason := not_repeatable(setup.config):  # two resumptions need two names then
@@ -198,6 +186,23 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     if "generator.dropout_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
     return state
+
+
+def _load_weights(setup: Setup, tensors: Mapping[str, Tensor]) -> None:
+    """Put a snapshot's parameters and optimizer state in place, in the run's layout."""
+    with torch.no_grad():
+        for name, p in setup.trained.items():
+            p.copy_(setup.layout.distribute(tensors[f"parameter.{name}"], p))
+    parameters = [*setup.trained.values()]  # in the optimizer's order
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, entry = key.split(".", 2)
+            entries.setdefault(int(index), {})[entry] = setup.layout.distribute(
+                tensor, parameters[int(index)]
+            )
+    groups = setup.optimizer.state_dict()["param_groups"]
+    setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 def _generator_state(generator: Generator) -> Tensor:
