@@ -13,6 +13,8 @@ from lowrank_dp.restore import (
     EDGE_SCHEMES,
     NON_PRIVATE_SCHEMES,
     SCHEMES,
+    GradientRestorer,
+    exponential_average,
     oracle_values,
     project,
     restore,
@@ -460,6 +462,67 @@ def test_gradients_of_a_model():
         restore_gradients({"w": torch.full((3, 3), math.nan)}, 1.0)
     with pytest.raises(ValueError, match=r"^gradient of w must be a torch tensor"):
         restore_gradients({"w": np.ones((3, 3))}, 1.0)
+
+
+def test_a_noise_level_per_gradient():
+    grads = {"w": spiked((60, 90), [3.0])[0], "v": 2 * spiked((60, 90), [2.0], seed=1)[0]}
+    restored, reports = restore_gradients(grads, {"w": 0.7, "v": 1.4})
+    for name, noise_std in (("w", 0.7), ("v", 1.4)):
+        assert torch.equal(restored[name], restore(grads[name], noise_std)), name
+        assert reports[name].noise_std == noise_std
+
+
+def test_oracle_from_clean_gradients():
+    pairs = {"w": spiked((60, 90), [3.0, 1.0]), "row": spiked((1, 9), [2.0])}
+    noisy, clean = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    restored, _ = restore_gradients(noisy | {"b": torch.ones(3)}, 0.7, "oracle", clean=clean)
+    for name in pairs:
+        values = oracle_values(noisy[name], clean[name])
+        assert torch.equal(restored[name], restore(noisy[name], 0.7, "oracle", values=values))
+    assert torch.equal(restored["b"], torch.ones(3))
+    for scheme in SCHEMES:
+        if scheme not in NON_PRIVATE_SCHEMES:
+            words = "^clean must not be given for the private scheme"
+            refused(words, restore_gradients, noisy, 0.7, scheme, clean=clean)
+
+
+def test_restorer_keeps_running_means():
+    """Each mean is restored at its own noise level, here and through a round trip of the state."""
+    steps = [
+        {"w": spiked((60, 90), [3.0], seed=i)[0], "b.c": torch.full((5,), 1.0 * i)}
+        for i in range(4)
+    ]
+    late = spiked((40, 30), [2.0])[0]
+    filters = {"w": exponential_average(0.8), "b.c": exponential_average(0.8)}
+    restorer = GradientRestorer("soft", low_pass=exponential_average(0.8), below="zero")
+    for step in steps[:3]:
+        filters = {name: filters[name].update(step[name], 0.7) for name in step}
+        got = restorer.restore(step, 0.7)
+        want = restore(filters["w"].mean, filters["w"].noise_std, "soft", below="zero")
+        assert torch.equal(got["w"], want) and torch.equal(got["b.c"], filters["b.c"].mean)
+    again = GradientRestorer("soft", low_pass=exponential_average(0.8), below="zero")
+    again.load_tensors(restorer.tensors(), steps[0])
+    shares = []
+
+    def distribute(work, gradients):
+        shares.extend(gradients)
+        return {name: work({name: gradients[name]})[name] for name in gradients}
+
+    last = steps[3] | {"late": late}
+    for one, options in ((restorer, {}), (again, {"distribute": distribute})):
+        got = one.restore(last, 0.7, **options)
+        torch.testing.assert_close(got["late"], restore(late, 0.7, "soft", below="zero"))
+        assert one.reports["late"].noise_std == pytest.approx(0.7)
+        assert one.reports["w"].noise_std < 0.5
+    assert shares == ["w", "b.c", "late"]
+    for name, tensor in restorer.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+    before = restorer.tensors()
+    refused("^noisy must have finite", restorer.restore, {"w": math.nan * last["w"]}, 0.7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in restorer.tensors().items())
+    plain = GradientRestorer("none", low_pass=exponential_average(0.8))
+    torch.testing.assert_close(plain.restore(last, 0.7)["w"], last["w"])
+    refused("^k must be given", GradientRestorer, "truncate")
 
 
 def test_projection():
