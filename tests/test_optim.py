@@ -1,4 +1,4 @@
-"""The adapter against hand-restored gradients, Opacus's own noise, and its accountant."""
+"""The hook against gradients restored by hand, the noise of Opacus, and its accountant."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def data():
 
 
 def private(mode="hooks", inner=torch.optim.SGD, learning_rate=0.5, wrap=True, **arguments):
-    """Model, optimizer, loader, loss and engine, all seeded."""
+    """Model, optimizer, loader, loss and engine, with fixed seeds."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     engine = PrivacyEngine()
@@ -62,7 +62,7 @@ def private(mode="hooks", inner=torch.optim.SGD, learning_rate=0.5, wrap=True, *
 
 
 def record(optimizer, kept):
-    """Keep a copy of every gradient as the inner optimizer would see it at this point."""
+    """Append to ``kept`` a copy of every gradient that the inner optimizer sees from now on."""
 
     def hook(inner, args, kwargs):
         kept.append([p.grad.clone() for group in inner.param_groups for p in group["params"]])
@@ -176,7 +176,7 @@ def test_accumulated_batches_lower_the_noise():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_noise_level_against_what_opacus_draws(reduction):
-    """Zero per-sample gradients leave the noise alone: 6 standard errors of its deviation."""
+    """Gradients of zero leave noise alone; its level agrees within 6 standard errors."""
     weight = nn.Parameter(torch.zeros(200, 150))
     optimizer = DPOptimizer(
         torch.optim.SGD([weight], lr=1.0),
@@ -243,7 +243,7 @@ def test_ddp_averages_the_noise_over_workers():
 
 
 def noisy_problem(inner=torch.optim.SGD, dtype=torch.float32, **settings):
-    """Parameters (matrix, bias, kernel, frozen, unused) in two groups, and noisy gradients."""
+    """Parameters (matrix, bias, kernel, frozen, unused) in two groups, optimizer, and gradients."""
     torch.manual_seed(0)
     shapes = [(20, 12), (20,), (4, 3, 2, 2), (6, 6), (5, 5)]
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
@@ -531,7 +531,7 @@ def test_the_example_runs():
 
 
 def test_an_optimizer_with_a_restoration_refuses_to_be_copied():
-    """A copy would lose torch's hooks, and step without restoration."""
+    """A copy would lose the hooks of torch, and step without restoration."""
 
     def pickled(optimizer):
         return pickle.loads(pickle.dumps(optimizer))

@@ -1,4 +1,4 @@
-"""Random-matrix facts: against integrals, brute force, and simulated noise and spiked matrices."""
+"""Random-matrix formulas against integrals, brute force, and simulated matrices."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Every scheme against a naive float64 transcription; the fast path against the exact one."""
+"""Every scheme against naive float64 formulas; the fast path against the exact path."""
 
 import itertools
 import math
@@ -52,7 +52,7 @@ CASES = [
 
 
 def spiked(shape, factors, noise_std=0.7, seed=0, dtype=torch.float64):
-    """(noisy, clean): spikes at ``factors`` times the transition (mn)^(1/4) noise_std."""
+    """``(noisy, clean)`` with spikes at ``factors`` times the transition (mn)^(1/4) noise_std."""
     g = generator(seed)
     k = len(factors)
     u, v = (torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0] for n in shape)
@@ -135,7 +135,7 @@ def naive_values(
 
 
 def naive(noisy, noise_std, name, below="keep", **options):
-    """Restored matrix by numpy's SVD in float64."""
+    """Matrix restored by numpy's SVD in float64."""
     x = noisy.double().numpy()
     u, s, vh = np.linalg.svd(x, full_matrices=False)
     edge = noise_std * (math.sqrt(x.shape[0]) + math.sqrt(x.shape[1]))
@@ -288,7 +288,7 @@ def test_kappa_moves_the_trigger():
 
 
 def test_values_between_the_edge_and_the_threshold_are_zeroed():
-    """Above the edge but below lambda*: nothing is left, in both methods alike."""
+    """A value above the edge but below lambda* leaves nothing, with both methods."""
     noise = torch.randn(200, 300, generator=generator(0))
     u, s, vh = torch.linalg.svd(noise, full_matrices=False)
     s[0] = 34.0  # edge 31.5, lambda* 36.4
@@ -300,7 +300,7 @@ def test_values_between_the_edge_and_the_threshold_are_zeroed():
 
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_false_spike_rate(method):
-    """About one draw in eight of pure noise passes the edge, about one in a hundred this level."""
+    """Pure noise passes the edge in about one draw of eight, and the level in one of a hundred."""
     g = generator(7)
     acted = np.zeros(2)
     for _ in range(150):
@@ -601,7 +601,7 @@ def test_many_spikes_fall_back_to_the_exact_path():
 
 
 def test_wide_dynamic_range_in_single_precision():
-    """A spike 1e5 times the edge does not hide a small one beside it."""
+    """A spike 1e5 times the edge does not hide a small spike."""
     noisy, clean = spiked((300, 500), [1e5, 3.0])
     want = naive(noisy, 0.7, "optimal")
     noisy = noisy.float()

@@ -1,4 +1,4 @@
-"""One coordinate: against reference values, mpmath, simulation that forms A, and its limits."""
+"""The law of one coordinate against reference values, mpmath, simulations that form A, limits."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ beta2s = st.one_of(
 
 
 def mp_log_density(x, rank, beta2):
-    """By mpmath's own Bessel function."""
+    """Log-density by mpmath's Bessel function."""
     x, b2, r = mp.mpf(x), mp.mpf(beta2), mp.mpf(rank)
     y, rest, nu = x + mp.sqrt(b2), 1 - b2, (r - 1) / 2
     return (
@@ -42,7 +42,7 @@ def mp_log_density(x, rank, beta2):
 
 
 def mp_mixture_log_density(x, rank, beta2):
-    """By integrating the normal density given s = chi^2_rank / rank: no Bessel function at all."""
+    """Log-density by integrating the normal density given s = chi^2_rank / rank."""
     x, b2, r = mp.mpf(x), mp.mpf(beta2), mp.mpf(rank)
     beta, rest = mp.sqrt(b2), 1 - b2
 
@@ -64,7 +64,7 @@ def mp_mixture_log_density(x, rank, beta2):
 
 
 def simulated_coordinate(rank, q, j, count, seed):
-    """u_j / |q| with A formed, ``count`` times."""
+    """``count`` draws of u_j / |q|, each with an A that is formed."""
     a = np.random.default_rng(seed).standard_normal((count, rank, len(q))) / np.sqrt(rank)
     projected = np.einsum("srn,n->sr", a, q)
     return (np.einsum("sr,sr->s", projected, a[:, :, j]) - q[j]) / np.linalg.norm(q)
@@ -139,6 +139,7 @@ def test_logpdf_against_bessel():
             assert got == pytest.approx(want, rel=3e-13, abs=rounding), (rank, beta2, sds)
 
 
+@pytest.mark.slow
 def test_logpdf_against_mixture():
     points = [(4, 0.4), (1000, 0.0), (1000, 0.5), (10**5, 1e-5), (10**5, 0.5), (10**5, 0.999)]
     with mp.workdps(30):

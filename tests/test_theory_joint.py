@@ -1,4 +1,4 @@
-"""The joint law: against reference values, mpmath, simulation that forms A, and its limits."""
+"""The joint law against reference values, mpmath, simulations that form A, limits."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ REFERENCE = json.loads((Path(__file__).parent / "data" / "theory_ref.json").read
 
 
 def released(rank, q, count, seed):
-    """A^T A q with A formed, ``count`` times."""
+    """``count`` draws of A^T A q, each with an A that is formed."""
     a = np.random.default_rng(seed).standard_normal((count, rank, len(q))) / np.sqrt(rank)
     return np.einsum("srn,sr->sn", a, a @ np.asarray(q))
 
@@ -54,7 +54,7 @@ def test_reference_upper_and_limit():
     ],
 )
 def test_joint_tv_against_mpmath(rank, n, reference):
-    """The complementary integral, of the Gaussian's excess, by another quadrature."""
+    """The oracle integrates the complement, the excess of the Gaussian, by another quadrature."""
     k, variance = n - 1, (2 if reference == "matched" else 1) / mp.mpf(rank)
     r = mp.mpf(rank)
 
@@ -115,7 +115,7 @@ def test_lower_exact_upper(rank, n):
     exact = theory.joint_tv(rank, n)
     assert 0 <= theory.joint_tv_lower_bound(rank, n) <= exact + 1e-10
     assert exact <= theory.joint_tv_upper_bound(rank, n) + 1e-10
-    assert exact >= theory.tv_exact(rank, n) - 1e-10  # one coordinate shows less
+    assert exact >= theory.tv_exact(rank, n) - 1e-10  # one coordinate reveals less
 
 
 def test_lower_bound_is_nearly_the_best_of_its_family():

@@ -1,4 +1,4 @@
-"""Privacy profiles: against reference values, mpmath, simulation that forms A, and limits."""
+"""Privacy profiles against reference values, mpmath, simulations that form A, limits."""
 
 import itertools
 import json
@@ -58,7 +58,7 @@ def test_reference_gap():
 
 
 def mp_profile(epsilon, rank, n, theta, kappa):
-    """The same reduction, integrated by tanh-sinh at high precision with mpmath's gammas."""
+    """The same reduction, integrated in high precision by tanh-sinh with mpmath."""
     r, theta, kappa, epsilon = mp.mpf(rank), mp.mpf(theta), mp.mpf(kappa), mp.mpf(epsilon)
     half_dof = (r + n - 1) / 2
     z = mp.beta(mp.mpf(1) / 2, r / 2)
@@ -128,8 +128,8 @@ def test_profile_against_mpmath(epsilon, rank, n, theta, kappa):
 def test_profile_by_simulation(rank, n, theta, kappa):
     """delta = E max(0, 1 - e^(epsilon - L)), with A formed; 5.2 standard errors (2e-7 by chance).
 
-    The privacy loss L is the log-ratio of the densities at the release itself, so that nothing of
-    the reduction to an angle and a chi^2 is used.
+    The privacy loss L is the log-ratio of the densities of the release, so the reduction to an
+    angle and a chi^2 variable is not used.
     """
     count = 100_000
     a = np.random.default_rng([rank, n]).standard_normal((count, rank, n)) / np.sqrt(rank)
@@ -171,7 +171,7 @@ def test_special_pairs():
         assert theory.privacy_profile(0.0, rank, n, angle=0) == 0
         assert theory.privacy_profile(2.0, rank, n, angle=np.pi) == 1
         assert theory.gaussian_privacy_profile(0.0, rank, angle=0) == 0
-    # near theta = 0 and pi it gets there continuously
+    # the profile is continuous at theta = 0 and pi
     assert theory.privacy_profile(0.0, 4, 16, angle=1e-9) < 1e-8
     assert theory.privacy_profile(1.0, 4, 16, angle=1e-9, norm_ratio=1.1) == pytest.approx(
         theory.privacy_profile(1.0, 4, 16, angle=0, norm_ratio=1.1), abs=1e-7
@@ -213,7 +213,7 @@ def test_floor():
 def test_profile_properties(rank, n, angle, log_ratio, epsilon):
     pair = dict(angle=angle, norm_ratio=float(np.exp(log_ratio)))
     delta = theory.privacy_profile([0, epsilon, epsilon + 1], rank, n, **pair)
-    # convex and falling in e^epsilon, and at least 1 - e^epsilon (1 - TV), as any profile
+    # every profile decreases in epsilon and is at least 1 - e^epsilon (1 - TV)
     assert delta[0] + 1e-9 >= delta[1] >= delta[2] - 1e-9
     assert delta[1] >= 1 - np.exp(epsilon) * (1 - delta[0]) - 1e-9 * np.exp(epsilon)
     assert 1 >= delta[2] >= theory.privacy_floor(rank, angle=angle)
