@@ -22,6 +22,7 @@ from lowrank_dp.restore import (
     restore_with_report,
     restored_values,
 )
+from lowrank_dp.restore.gradients import _batches
 from lowrank_dp.spectrum.random_matrix import NoiseModel
 from tests.refusals import refused
 from tests.tasks import seeded as generator
@@ -472,6 +473,28 @@ def test_a_noise_level_per_gradient():
         assert reports[name].noise_std == noise_std
 
 
+def test_only_matrices_alike_share_a_batch():
+    def on_a_device(*shape, dtype=torch.float32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    grads = {
+        "a": on_a_device(3, 4),
+        "b": on_a_device(3, 4),
+        "louder": on_a_device(3, 4),
+        "turned": on_a_device(4, 3),
+        "finer": on_a_device(3, 4, dtype=torch.float64),
+        "row": on_a_device(1, 4),
+        "vector": on_a_device(4),
+        "here": torch.ones(3, 4),
+        "here too": torch.ones(3, 4),
+    }
+    noise_stds = dict.fromkeys(grads, 1.0) | {"louder": 2.0}
+    alone = [["louder"], ["turned"], ["finer"], ["row"], ["here"], ["here too"]]
+    assert _batches(grads, noise_stds, smallest_side=1) == [["a", "b"], *alone]
+    alone.remove(["row"])
+    assert _batches(grads, noise_stds, smallest_side=2) == [["a", "b"], *alone]
+
+
 def test_oracle_from_clean_gradients():
     pairs = {"w": spiked((60, 90), [3.0, 1.0]), "row": spiked((1, 9), [2.0])}
     noisy, clean = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
@@ -520,8 +543,13 @@ def test_restorer_keeps_running_means():
     before = restorer.tensors()
     refused("^noisy must have finite", restorer.restore, {"w": math.nan * last["w"]}, 0.7)
     assert all(torch.equal(tensor, before[name]) for name, tensor in restorer.tensors().items())
+    again.restore(steps[3], 0.7)  # without a gradient of the third parameter, whose mean stays
+    torch.testing.assert_close(again.filters["late"].mean, late)
+    shares.clear()
     plain = GradientRestorer("none", low_pass=exponential_average(0.8))
-    torch.testing.assert_close(plain.restore(last, 0.7)["w"], last["w"])
+    got = plain.restore(last, 0.7, distribute=distribute)
+    torch.testing.assert_close(got["w"], last["w"])
+    assert not shares  # the identity is no work to distribute
     refused("^k must be given", GradientRestorer, "truncate")
 
 
