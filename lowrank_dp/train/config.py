@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-
 from lowrank_dp import _validate, artifacts
 from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models import METHODS
-from lowrank_dp.restore import NON_PRIVATE_SCHEMES, SCHEMES, LowPassFilter, momentum, restore
+from lowrank_dp.restore import (
+    NON_PRIVATE_SCHEMES,
+    SCHEMES,
+    LowPassFilter,
+    check_arguments,
+    exponential_average,
+)
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -257,8 +261,8 @@ class TrainConfig:
         for name in ("noisy", "noise_std", "scheme", "method", "below"):
             if name in self.scheme_options:
                 raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
-        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):  # a trial refuses bad options
-            restore(torch.ones(2, 2), 1.0, self.scheme, **self.restoration)
+        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):
+            check_arguments(self.scheme, **self.restoration)
         if self.momentum_beta is not None and self.filter_b:
             raise ValueError("momentum_beta and filter_b must not both be given")
         if self.filter_a and not self.filter_b:
@@ -282,7 +286,7 @@ class TrainConfig:
     def low_pass(self) -> LowPassFilter | None:
         """The running mean that takes the place of each noisy gradient, before its first input."""
         if self.momentum_beta is not None:
-            return momentum(self.momentum_beta)
+            return exponential_average(self.momentum_beta)
         return LowPassFilter(b=self.filter_b, a=self.filter_a) if self.filter_b else None
 
     @property
