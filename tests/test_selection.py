@@ -15,7 +15,7 @@ from lowrank_dp.data import Example, group_units, load_task
 from lowrank_dp.data.selection import partition, rounded_count, threshold
 from lowrank_dp.data.task import Task
 from lowrank_dp.membership.units import draw_members
-from lowrank_dp.train.setup import hold_out
+from lowrank_dp.train.records import hold_out
 
 
 def records(rng, count, grouped):
@@ -55,6 +55,7 @@ def naive(content, purpose, seed, number=0):
     return int.from_bytes(digest, "big") / 2**64
 
 
+@pytest.mark.slow
 def test_one_record_more_changes_that_record_alone():
     """Random data, positions, sizes and seeds; a group's row more moves no other row either."""
     rng = random.Random(1)
@@ -158,6 +159,7 @@ def test_copies_have_coins_of_their_own_and_one_side_of_a_holdout():
         assert {len(chosen), len(rest)} == {0, 500}
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_a_binomial():
     """Each size within its binomial law (false alarm 1e-9 each), on average within 5 errors."""
     for count, size in ((400, 100), (1000, 30), (5000, 1000), (4000, 3999)):
@@ -209,6 +211,7 @@ def test_max_examples_of_a_file_with_one_record_more(tmp_path):
             load_task(str(path), max_examples=1, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set")
 def test_sst2_with_one_record_inserted(tmp_path):
     """906 of 1,000 chosen records changed where a random sample of positions was taken."""

@@ -349,11 +349,11 @@ def main(
         )
         console = Console(stderr=as_json)
 
-        def announce(setup: Setup, releases: int) -> None:
+        def on_start(setup: Setup, releases: int) -> None:
             _say(console, f"trains: {setup.description}")
             _say(console, f"privacy: {setup.statement(releases)}")
 
-        result = train(config, output, resume=resume, announce=announce)
+        result = train(config, output, resume=resume, on_start=on_start)
         if processes.rank() > 0:
             return
         if as_json:
