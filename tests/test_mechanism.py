@@ -36,6 +36,7 @@ def test_stored_values():
         assert fine - 1e-4 <= epsilon(*setting) <= fine + 2e-3, setting
 
 
+@pytest.mark.slow
 def test_upper_bound_next_to_a_finer_one():
     for setting in ((0.05, 1.0, 200, 1e-5), (0.3, 3.0, 50, 1e-7), (0.01, 0.5, 20, 1e-6)):
         q, sigma, steps, delta = setting
