@@ -6,18 +6,31 @@ reader never meets half of one. Nothing is pickled, and nothing that was pickled
 holds what a training run writes: its ledger, snapshots and checkpoint.
 """
 
-from lowrank_dp.artifacts.files import MAX_JSON_BYTES, atomic_write, read_json, umask, write_json
-from lowrank_dp.artifacts.jsonable import plain, typed
-from lowrank_dp.artifacts.provenance import provenance
-from lowrank_dp.artifacts.results import (
-    MAX_BYTES,
-    NO_RECORDS,
-    NON_PRIVATE,
-    SCHEMA_VERSION,
-    load_result,
-    save_result,
-)
-from lowrank_dp.artifacts.tables import markdown_table, save_figure, save_table
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.artifacts.files import (
+        MAX_JSON_BYTES,
+        atomic_write,
+        read_json,
+        umask,
+        write_json,
+    )
+    from lowrank_dp.artifacts.jsonable import plain, typed
+    from lowrank_dp.artifacts.provenance import provenance
+    from lowrank_dp.artifacts.results import (
+        MAX_BYTES,
+        NO_RECORDS,
+        NON_PRIVATE,
+        SCHEMA_VERSION,
+        load_result,
+        save_result,
+    )
+    from lowrank_dp.artifacts.tables import markdown_table, save_figure, save_table
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "MAX_BYTES",

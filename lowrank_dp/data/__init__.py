@@ -10,14 +10,21 @@ From there :func:`encode` makes token rows, :func:`collate` one padded batch, an
     selection  who is chosen   generated  public and private English   batches  token rows
 """
 
-from lowrank_dp._hub import hub_reachable, offline_requested
-from lowrank_dp.data.batches import SEPARATOR, collate, encode, micro_batches
-from lowrank_dp.data.examples import Example
-from lowrank_dp.data.own import Columns
-from lowrank_dp.data.selection import group_units, subset
-from lowrank_dp.data.task import Task, train_on_validation
-from lowrank_dp.data.tasks import TASKS, generated_corpus, load_task
-from lowrank_dp.losses import IGNORE
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp._hub import hub_reachable, offline_requested
+    from lowrank_dp.data.batches import SEPARATOR, collate, encode, micro_batches
+    from lowrank_dp.data.examples import Example
+    from lowrank_dp.data.own import Columns
+    from lowrank_dp.data.selection import group_units, subset
+    from lowrank_dp.data.task import Task, train_on_validation
+    from lowrank_dp.data.tasks import TASKS, generated_corpus, load_task
+    from lowrank_dp.losses import IGNORE
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "IGNORE",

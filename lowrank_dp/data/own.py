@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
+from lowrank_dp._options import option
 from lowrank_dp.data.examples import Spec, bad_cell, cell, check_unicode, to_examples
 from lowrank_dp.data.readers import Row, Table, read_tables, stem_of, unread_splits
 from lowrank_dp.data.task import Task, build_task
@@ -38,20 +39,36 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 class Columns:
     """Names of the columns of a user's own data; None is found by the column's own name.
 
-    Attributes:
-        text, pair: the text of a labelled record, and its second text if there are two.
-        label: its class (a string, a truth value or an integer >= 0) or its score (a float).
-        prompt, target: the source text and the reference of a record to generate.
-        group: what the records of one person, or of one source, have in common: the unit of
-            privacy with ``unit="group"``. None: the source text of a record to generate.
+    The help texts document the fields. A label is a class (a string, a truth value or an integer
+    >= 0) or a score (a float). ``group`` None: the source text of a record to generate.
     """
 
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-    prompt: str | None = None
-    target: str | None = None
-    group: str | None = None
+    text: str | None = option(
+        None,
+        "Column of own data with the text of a labelled record, or with plain texts (attacks only).",
+        name="text_column",
+    )
+    pair: str | None = option(
+        None, "Column of own data with the second text of a labelled record.", name="pair_column"
+    )
+    label: str | None = option(
+        None,
+        "Column of own data with classes (strings, integers) or scores (floats).",
+        name="label_column",
+    )
+    prompt: str | None = option(
+        None,
+        "Column of own data with the source that a text is generated from.",
+        name="prompt_column",
+    )
+    target: str | None = option(
+        None, "Column of own data with the text to generate.", name="target_column"
+    )
+    group: str | None = option(
+        None,
+        "Column of own data that rows of one person share: the groups of --unit group.",
+        name="group_column",
+    )
 
     def __post_init__(self) -> None:
         for role, name in asdict(self).items():
@@ -66,6 +83,11 @@ class Columns:
 
     def __bool__(self) -> bool:
         return any(asdict(self).values())
+
+
+def own_column(role: str) -> Any:
+    """Declare the option of a column in another dataclass, with the help text that Columns has."""
+    return option(None, next(f.metadata["help"] for f in fields(Columns) if f.name == role))
 
 
 def own_task(path: Path, columns: Columns) -> Task:

@@ -10,15 +10,22 @@ The noise is that of one A: shared by the rows of G, and by the steps if A stays
 in `lowrank_dp.theory`; here it is drawn and measured.
 """
 
-from lowrank_dp.lora.noise import (
-    ENTRY_KURTOSIS,
-    NoiseMoments,
-    draw_a,
-    matched_noise,
-    measure_noise,
-    project,
-    sample_noise,
-)
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.lora.noise import (
+        ENTRY_KURTOSIS,
+        NoiseMoments,
+        draw_a,
+        matched_noise,
+        measure_noise,
+        project,
+        sample_noise,
+    )
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "ENTRY_KURTOSIS",

@@ -5,11 +5,18 @@
 restored in its place.
 """
 
-from lowrank_dp.restore.gradients import restore_gradients
-from lowrank_dp.restore.low_pass import LowPassFilter, momentum
-from lowrank_dp.restore.oracle import oracle_values, project
-from lowrank_dp.restore.restoration import Report, restore, restore_with_report, restored_values
-from lowrank_dp.restore.schemes import EDGE_SCHEMES, NON_PRIVATE_SCHEMES, SCHEMES
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.restore.gradients import restore_gradients
+    from lowrank_dp.restore.low_pass import LowPassFilter, momentum
+    from lowrank_dp.restore.oracle import oracle_values, project
+    from lowrank_dp.restore.restoration import Report, restore, restore_with_report, restored_values
+    from lowrank_dp.restore.schemes import EDGE_SCHEMES, NON_PRIVATE_SCHEMES, SCHEMES
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "EDGE_SCHEMES",

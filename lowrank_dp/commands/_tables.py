@@ -1,0 +1,131 @@
+"""Tables that lose nothing at 80 columns or in a log: cells wrap, and are never cut."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GAP = 2  # blanks between columns
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?|nan|inf|")
+_WORD = re.compile(r"\[[^\]]*\]\S*|\S+")  # an interval [low, high] stays on one line
+_IN_NAMES = re.compile(r"(?<=[A-Za-z_]\.)|(?<=\d\.)(?=[A-Za-z])")  # layer. | 0. | attention.
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line to the letter: rich would read a folder called [red] as a colour."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_table(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = ""
+) -> None:
+    """Print a table as wide as the console; see :func:`table_lines`."""
+    for line in ([title] if title else []) + table_lines(columns, rows, console.width):
+        say(console, line)
+
+
+def table_lines(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 80
+) -> list[str]:
+    """Lay a table out in lines of at most ``width`` characters.
+
+    Cells wrap between words, before an interval in brackets, and after the dots of a name. If even
+    then the columns do not fit side by side, each row becomes a block of ``column  cell`` lines.
+
+    >>> print(*table_lines(["attack", "AUC [95%]"], [["loss", "0.61 [0.50, 0.72]"]], 24), sep="\\n")
+    attack  AUC
+            [95%]
+    ------  ------------
+    loss    0.61
+            [0.50, 0.72]
+    """
+    table = [list(columns), *(list(row) for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    least = [
+        max(len(piece) for cell in cells for _, piece in [(0, ""), *_pieces(cell)])
+        for cells in zip(*table, strict=True)
+    ]
+    room = width - GAP * (len(columns) - 1)
+    if sum(least) > room:
+        return _blocks(columns, rows, width)
+    while sum(widths) > room:  # the widest column that can wrap gives way
+        slack = [now - low and now for now, low in zip(widths, least, strict=True)]
+        widths[slack.index(max(slack))] -= 1
+    right = [i > 0 and all(_NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(columns))]
+    lines = [*_row(columns, widths, right), (" " * GAP).join("-" * width for width in widths)]
+    for row in rows:
+        lines += _row(row, widths, right)
+    return lines
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+    """One row of a table, in as many lines as its tallest cell."""
+    columns = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    lines = []
+    for parts in zip_longest(*columns, fillvalue=""):
+        padded = (
+            part.rjust(width) if to_the_right else part.ljust(width)
+            for part, width, to_the_right in zip(parts, widths, right, strict=True)
+        )
+        lines.append((" " * GAP).join(padded).rstrip())
+    return lines
+
+
+def _blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """One block of lines per row."""
+    left = min(max(map(len, columns)), max(width // 3, 1))
+    lines = []
+    for row in rows:
+        for column, cell in zip(columns, row, strict=True):
+            lines += _row([column, cell], [left, max(width - left - GAP, 1)], [False, False])
+        lines.append("")
+    return lines[:-1]
+
+
+def _pieces(cell: str) -> list[tuple[str, str]]:
+    """What a cell may be broken into: (the blank before a piece, or nothing; the piece)."""
+    pieces = []
+    for word in _WORD.findall(cell):
+        parts = [word] if word.startswith("[") else _IN_NAMES.split(word)
+        pieces += [(" " if i == 0 else "", part) for i, part in enumerate(parts)]
+    return pieces
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    """The lines of a cell in a column of ``width`` characters."""
+    if len(cell) <= width:
+        return [cell]
+    lines = [""]
+    for blank, piece in _pieces(cell):
+        joined = f"{lines[-1]}{blank if lines[-1] else ''}{piece}"
+        if len(joined) <= width or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(piece)
+    return lines
+
+
+def without_common_parts(names: Sequence[str]) -> tuple[list[str], str]:
+    """Drop the dotted parts that all names begin and end with; also say what was dropped.
+
+    >>> without_common_parts(["bert.layer.0.query.weight", "bert.layer.1.key.weight"])
+    (['0.query', '1.key'], 'bert.layer.*.weight')
+    """
+    parts = [name.split(".") for name in names]
+    spare = min(map(len, parts), default=1) - 1  # one part of each name stays
+    first = len(os.path.commonprefix(parts)[:spare]) if len(names) > 1 else 0
+    reverse = [part[::-1] for part in parts]
+    last = len(os.path.commonprefix(reverse)[: spare - first]) if len(names) > 1 else 0
+    if not first + last:
+        return list(names), ""
+    ending = parts[0][len(parts[0]) - last :]
+    return (
+        [".".join(part[first : len(part) - last]) for part in parts],
+        ".".join([*parts[0][:first], "*", *ending]),
+    )
