@@ -33,21 +33,7 @@ else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
-    "MAX_BYTES",
-    "MAX_JSON_BYTES",
-    "NON_PRIVATE",
-    "NO_RECORDS",
-    "SCHEMA_VERSION",
-    "atomic_write",
-    "load_result",
-    "markdown_table",
-    "plain",
-    "provenance",
-    "read_json",
-    "save_figure",
-    "save_result",
-    "save_table",
-    "typed",
-    "umask",
-    "write_json",
-]
+    "MAX_BYTES", "MAX_JSON_BYTES", "NON_PRIVATE", "NO_RECORDS", "SCHEMA_VERSION",
+    "atomic_write", "load_result", "markdown_table", "plain", "provenance", "read_json",
+    "save_figure", "save_result", "save_table", "typed", "umask", "write_json",
+]  # fmt: skip

@@ -27,20 +27,7 @@ else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
-    "IGNORE",
-    "SEPARATOR",
-    "TASKS",
-    "Columns",
-    "Example",
-    "Task",
-    "collate",
-    "encode",
-    "generated_corpus",
-    "group_units",
-    "hub_reachable",
-    "load_task",
-    "micro_batches",
-    "offline_requested",
-    "subset",
-    "train_on_validation",
-]
+    "IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode",
+    "generated_corpus", "group_units", "hub_reachable", "load_task", "micro_batches",
+    "offline_requested", "subset", "train_on_validation",
+]  # fmt: skip

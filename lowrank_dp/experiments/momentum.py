@@ -18,7 +18,7 @@ from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.restore import LowPassFilter, momentum, restore
+from lowrank_dp.restore import LowPassFilter, exponential_average, restore
 from lowrank_dp.spectrum import alignment
 
 CAPTION = (
@@ -80,7 +80,9 @@ def run(config: Config, source: Source | None = None) -> Result:
             _reset(source, start)
             trained = {name: source.model.get_parameter(name) for name in source.matrices}
             optimizer = torch.optim.Adam(trained.values(), lr=config.learning_rate)
-            means = {beta: {name: momentum(beta) for name in trained} for beta in config.betas}
+            means = {
+                beta: {name: exponential_average(beta) for name in trained} for beta in config.betas
+            }
             last: dict[str, Tensor] = {}
         drawn = torch.rand(len(source.rows), generator=generator) < rate
         clean = source.clean_sum(drawn.nonzero().flatten().tolist())

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from lowrank_dp._lazy import lazy
 
 if TYPE_CHECKING:
+    from lowrank_dp.optim.callback import RestorationCallback
     from lowrank_dp.optim.hook import Restoration, attach_restoration
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["Restoration", "attach_restoration"]
+__all__ = ["Restoration", "RestorationCallback", "attach_restoration"]

@@ -17,7 +17,7 @@ class LowPassFilter:
     """Linear filter over a sequence of noisy gradients, bias-corrected, with its noise known.
 
     ``m_t = sum_i b_i g_(t-i) - sum_i a_i m_(t-i)``, divided by its response to a constant sequence.
-    It reads released gradients only, so it is post-processing. :func:`momentum` is the first-order
+    It reads released gradients only, so it is post-processing. is the first-order
     case; higher orders are the filters of DOPPLER (Zhang et al., arXiv 2408.13460).
 
     Attributes:
@@ -26,7 +26,7 @@ class LowPassFilter:
         weights: for each kept output, the weight (t,) of every input so far in it, oldest first.
         noise_stds: (t,) each input's noise, absolute.
 
-    >>> state = momentum(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
+    >>> state = exponential_average(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
     >>> state.mean[0, 0].item(), round(state.noise_std, 4)
     (1.0, 0.7454)
     """
@@ -116,7 +116,7 @@ class LowPassFilter:
             raise ValueError("LowPassFilter must have seen a gradient first: call update")
 
 
-def momentum(beta: float) -> LowPassFilter:
-    """Running mean ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
+def exponential_average(beta: float) -> LowPassFilter:
+    """Filter ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
     beta = _validate.real("beta", beta, low=0, high=1, high_open=True)
     return LowPassFilter(b=(1 - beta,), a=(-beta,))

@@ -14,6 +14,7 @@ values are measured as ``y = s / scale`` (noisy) and ``theta`` (clean). Sources:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,17 +28,48 @@ from lowrank_dp import _validate
 _TW_SHAPE, _TW_SCALE, _TW_SHIFT = 46.446, 0.186054, 9.84801
 
 
+@dataclass(frozen=True)
+class NoiseModel:
+    """I.i.d. noise of one level on a matrix, and the scales of its singular values.
+
+    The arguments are trusted: :func:`bulk_edge` and :func:`aspect_and_scale` check theirs.
+
+    Attributes:
+        shape: (..., m, n) of the matrix.
+        noise_std: standard deviation of the noise on one entry, absolute, >= 0.
+    """
+
+    shape: tuple[int, ...]
+    noise_std: float
+
+    @property
+    def aspect(self) -> float:
+        """min(m, n) / max(m, n)."""
+        return min(self.shape[-2:]) / max(self.shape[-2:])
+
+    @property
+    def scale(self) -> float:
+        """Unit of singular values: ``noise_std * sqrt(max(m, n))``."""
+        return self.noise_std * math.sqrt(max(self.shape[-2:]))
+
+    @property
+    def edge(self) -> float:
+        """Asymptotic bulk edge: ``noise_std * (sqrt(m) + sqrt(n))``."""
+        m, n = self.shape[-2:]
+        return self.noise_std * (math.sqrt(m) + math.sqrt(n))
+
+    def false_spike_level(self, rate: float) -> float:
+        """Level that the top singular value of pure noise exceeds with probability ``rate``."""
+        a, b = (math.sqrt(side - 0.5) for side in self.shape[-2:])
+        quantile = gamma.isf(rate, _TW_SHAPE, scale=_TW_SCALE) - _TW_SHIFT
+        top_eigenvalue = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * quantile
+        return self.noise_std * math.sqrt(max(top_eigenvalue, 0.0))
+
+
 def aspect_and_scale(shape: tuple[int, ...], noise_std: float) -> tuple[float, float]:
-    """``(aspect, scale)`` of a matrix of ``shape`` (..., m, n): see the module's setting."""
-    short, long = sorted(_sides(shape))
-    return short / long, _validate.positive("noise_std", noise_std) * math.sqrt(long)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(m, n), checked."""
-    if not isinstance(shape, tuple | list) or len(shape) < 2:
-        _validate.fail("shape", "(..., m, n)", shape)
-    return _validate.integer("shape", shape[-2]), _validate.integer("shape", shape[-1])
+    """``(aspect, scale)`` of a matrix of ``shape`` (..., m, n), as the module defines them."""
+    noise = NoiseModel(_sides(shape), _validate.positive("noise_std", noise_std))
+    return noise.aspect, noise.scale
 
 
 def bulk_edge(
@@ -47,26 +79,36 @@ def bulk_edge(
 
     Args:
         shape: (..., m, n).
-        noise_std: standard deviation of one entry's noise, absolute, >= 0.
+        noise_std: standard deviation of the noise on one entry, absolute, >= 0.
         false_spike_rate: None gives the asymptotic edge ``noise_std * (sqrt(m) + sqrt(n))``,
             which the top value of pure noise exceeds in about one draw in seven. A rate in
             (0, 1) gives the level that pure noise exceeds with that probability
-            (Tracy-Widom fluctuation, relative order ``min(m, n) ** (-2/3)``).
+            (Tracy-Widom fluctuation, of relative order ``min(m, n) ** (-2/3)``).
+
+    Raises:
+        ValueError: on a bad argument.
 
     >>> bulk_edge((100, 400), 0.5)
     15.0
     """
-    m, n = _sides(shape)
-    noise_std = _validate.real("noise_std", noise_std, low=0)
+    noise = NoiseModel(_sides(shape), _validate.real("noise_std", noise_std, low=0))
     if false_spike_rate is None:
-        return noise_std * (math.sqrt(m) + math.sqrt(n))
-    rate = _validate.real(
+        return noise.edge
+    return noise.false_spike_level(check_rate(false_spike_rate))
+
+
+def check_rate(false_spike_rate: float) -> float:
+    """``false_spike_rate`` as a float in (0, 1)."""
+    return _validate.real(
         "false_spike_rate", false_spike_rate, low=0, high=1, low_open=True, high_open=True
     )
-    a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
-    quantile = gamma.isf(rate, _TW_SHAPE, scale=_TW_SCALE) - _TW_SHIFT
-    top_eigenvalue = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * quantile
-    return noise_std * math.sqrt(max(top_eigenvalue, 0.0))
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(m, n), checked."""
+    if not isinstance(shape, tuple | list) or len(shape) < 2:
+        _validate.fail("shape", "(..., m, n)", shape)
+    return _validate.integer("shape", shape[-2]), _validate.integer("shape", shape[-1])
 
 
 def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float) -> np.ndarray:

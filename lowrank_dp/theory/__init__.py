@@ -30,21 +30,8 @@ from lowrank_dp.theory.matrix import symmetry_score
 from lowrank_dp.theory.privacy import gaussian_privacy_profile, privacy_floor, privacy_profile
 
 __all__ = [
-    "berry_esseen_bound",
-    "gaussian_privacy_profile",
-    "joint_tv",
-    "joint_tv_limit",
-    "joint_tv_lower_bound",
-    "joint_tv_upper_bound",
-    "kolmogorov_exact",
-    "noise_kurtosis",
-    "noise_logpdf",
-    "noise_variance",
-    "privacy_floor",
-    "privacy_profile",
-    "projection_logpdf",
-    "symmetry_score",
-    "tv_bound",
-    "tv_exact",
-    "tv_lower_bound",
-]
+    "berry_esseen_bound", "gaussian_privacy_profile", "joint_tv", "joint_tv_limit",
+    "joint_tv_lower_bound", "joint_tv_upper_bound", "kolmogorov_exact", "noise_kurtosis",
+    "noise_logpdf", "noise_variance", "privacy_floor", "privacy_profile", "projection_logpdf",
+    "symmetry_score", "tv_bound", "tv_exact", "tv_lower_bound",
+]  # fmt: skip

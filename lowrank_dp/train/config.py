@@ -296,12 +296,10 @@ class TrainConfig:
         for name in ("noisy", "noise_std", "scheme", "method", "below"):
             if name in self.scheme_options:
                 raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
-        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):  # a trial refuses bad options
-            import torch
+        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):
+            from lowrank_dp.restore import check_arguments  # torch comes with it
 
-            from lowrank_dp.restore import restore
-
-            restore(torch.ones(2, 2), 1.0, self.scheme, **self.restoration)
+            check_arguments(self.scheme, **self.restoration)
         if self.momentum_beta is not None and self.filter_b:
             raise ValueError("momentum_beta and filter_b must not both be given")
         if self.filter_a and not self.filter_b:
@@ -326,10 +324,10 @@ class TrainConfig:
         """The running mean that takes the place of each noisy gradient, before its first input."""
         if self.momentum_beta is None and not self.filter_b:
             return None
-        from lowrank_dp.restore import LowPassFilter, momentum  # torch comes with them
+        from lowrank_dp.restore import LowPassFilter, exponential_average  # torch comes with them
 
         if self.momentum_beta is not None:
-            return momentum(self.momentum_beta)
+            return exponential_average(self.momentum_beta)
         return LowPassFilter(b=self.filter_b, a=self.filter_a)
 
     @property
