@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one subcommand, importing its module alone; SIGINT at any moment is one line, exit 130."""
+    """Run one subcommand and exit; SIGINT at any moment is one line and exit code 130."""
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:

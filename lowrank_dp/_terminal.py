@@ -1,4 +1,4 @@
-"""What any module may say on the terminal: progress bars, errors and warnings of one line, signals."""
+"""What any module may say on the terminal: progress, one-line errors and warnings, signals."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lowrank_dp import _terminal, membership
+from lowrank_dp import membership
+from lowrank_dp.commands import _console
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import load_task
 from lowrank_dp.membership.manifest import read_manifest
@@ -75,7 +76,7 @@ def checkpoints(tmp_path_factory):
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        _terminal.run(app, [str(word) for word in arguments])
+        _console.run(app, [str(word) for word in arguments])
     captured = capsys.readouterr()
     return stopped.value.code, captured.out, captured.err
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from lowrank_dp import _terminal
+from lowrank_dp.commands import _console
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import IGNORE, Example, encode, load_task
 from lowrank_dp.data.batches import Template
@@ -23,7 +23,7 @@ SIDE = 50  # members, and as many others
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        _terminal.run(app, [str(word) for word in arguments])
+        _console.run(app, [str(word) for word in arguments])
     captured = capsys.readouterr()
     return stopped.value.code, captured.out, captured.err
 

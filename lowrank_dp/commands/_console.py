@@ -128,7 +128,8 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     flags = [f"--{name.replace('_', '-')}"]
     if default is True:
         flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
-    shown = "" if default in (None, MISSING, "", (), False, True) else f" [default: {default}]"
+    silent = default is MISSING or isinstance(default, bool) or default in (None, "", ())
+    shown = "" if silent or field.metadata.get("parse") else f" [default: {default}]"
     option = typer.Option(*flags, help=field.metadata["help"] + shown, show_default=False)
     typed = Annotated[_typed(field, hint) | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=typed)

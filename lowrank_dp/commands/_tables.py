@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -33,12 +32,12 @@ def print_table(
 def table_lines(
     columns: Sequence[str], rows: Sequence[Sequence[str]], width: int = 80
 ) -> list[str]:
-    """Lay a table out in lines of at most ``width`` characters.
+    r"""Lay a table out in lines of at most ``width`` characters.
 
     Cells wrap between words, before an interval in brackets, and after the dots of a name. If even
     then the columns do not fit side by side, each row becomes a block of ``column  cell`` lines.
 
-    >>> print(*table_lines(["attack", "AUC [95%]"], [["loss", "0.61 [0.50, 0.72]"]], 24), sep="\\n")
+    >>> print(*table_lines(["attack", "AUC [95%]"], [["loss", "0.61 [0.50, 0.72]"]], 24), sep="\n")
     attack  AUC
             [95%]
     ------  ------------
@@ -118,14 +117,21 @@ def without_common_parts(names: Sequence[str]) -> tuple[list[str], str]:
     (['0.query', '1.key'], 'bert.layer.*.weight')
     """
     parts = [name.split(".") for name in names]
-    spare = min(map(len, parts), default=1) - 1  # one part of each name stays
-    first = len(os.path.commonprefix(parts)[:spare]) if len(names) > 1 else 0
-    reverse = [part[::-1] for part in parts]
-    last = len(os.path.commonprefix(reverse)[: spare - first]) if len(names) > 1 else 0
+    spare = min(map(len, parts)) - 1 if len(parts) > 1 else 0  # one part of each name stays
+    first = min(spare, _alike(parts))
+    last = min(spare - first, _alike([part[::-1] for part in parts]))
     if not first + last:
         return list(names), ""
     ending = parts[0][len(parts[0]) - last :]
     return (
         [".".join(part[first : len(part) - last]) for part in parts],
         ".".join([*parts[0][:first], "*", *ending]),
+    )
+
+
+def _alike(lists: Sequence[Sequence[str]]) -> int:
+    """Number of leading items that are the same in all lists."""
+    return next(
+        (i for i, items in enumerate(zip(*lists, strict=False)) if len(set(items)) > 1),
+        min(map(len, lists), default=0),
     )

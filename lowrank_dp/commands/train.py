@@ -98,7 +98,7 @@ def _configuration(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The fields that a configuration file sets; ValueError if the file is no valid configuration."""
+    """The fields that a configuration file sets; ValueError if the configuration is not valid."""
     from lowrank_dp.data.examples import without_repeats
 
     try:

@@ -45,7 +45,8 @@ class Columns:
 
     text: str | None = option(
         None,
-        "Column of own data with the text of a labelled record, or with plain texts (attacks only).",
+        "Column of own data with the text of a labelled record, or with plain texts "
+        "(attacks only).",
         name="text_column",
     )
     pair: str | None = option(

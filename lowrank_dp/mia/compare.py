@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files
@@ -145,17 +143,6 @@ def matched(points: Sequence[Point], by: str) -> tuple[float, dict[str, float]] 
         values, aucs = zip(*sorted(found), strict=True)
         read[name] = float(np.interp(middle, values, aucs))
     return middle, read
-
-
-def show(comparison: Comparison, console: Console) -> None:
-    """Print it."""
-    columns, rows = table(comparison)
-    drawn = Table(*columns)
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-    for line in notes(comparison):
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 def save(comparison: Comparison, folder: Path) -> None:

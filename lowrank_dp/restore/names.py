@@ -1,4 +1,4 @@
-"""Names of the schemes, importable without torch; :mod:`lowrank_dp.restore.schemes` defines them."""
+"""Names of the schemes, importable without torch; :mod:`~lowrank_dp.restore.schemes` has them."""
 
 EDGE_SCHEMES = ("hard", "soft", "optimal", "denoise", "partial")  # they read the noise level
 NON_PRIVATE_SCHEMES = ("oracle",)

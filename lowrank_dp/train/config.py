@@ -41,8 +41,8 @@ class TrainConfig:
     model: str = option("minilm", "Hub id, folder, or minilm, smollm2, tiny, tiny-llama.")
     task: str = option(
         "sst2",
-        "Task name, or own data: a file (CSV, TSV, JSON Lines, JSON, Parquet), a folder with a train "
-        "and a validation file, or a folder saved by datasets.",
+        "Task name, or own data: a file (CSV, TSV, JSON Lines, JSON, Parquet), a folder "
+        "with a train and a validation file, or a folder saved by datasets.",
     )
     method: str = option("full", "What is trained.", choices=METHODS)
     epsilon: float | None = option(None, "Privacy budget; the noise is calibrated to it.")
@@ -56,9 +56,9 @@ class TrainConfig:
     )
     unit: str = option(
         "example",
-        "Unit of privacy: example (one row), or group: all rows that share a --group-column's value, "
-        "or, for generation, all rows of one source record. A sampled group takes part in a step with "
-        "one of its rows, drawn at random.",
+        "Unit of privacy: example (one row), or group: all rows that share a "
+        "--group-column's value, or, for generation, all rows of one source record. A "
+        "sampled group takes part in a step with one of its rows, drawn at random.",
     )
     text_column: str | None = own_column("text")
     pair_column: str | None = own_column("pair")
@@ -82,7 +82,8 @@ class TrainConfig:
     warmup_steps: int = option(0, "Steps in which the learning rate rises to its full value.")
     scheme: str = option(
         "none",
-        "How noisy gradients are restored, as lowrank_dp.restore.restore does; none is plain DP-SGD.",
+        "How noisy gradients are restored, as lowrank_dp.restore.restore does; none is "
+        "plain DP-SGD.",
         choices=SCHEME_NAMES,
     )
     scheme_options: Mapping[str, Any] = option(
@@ -126,8 +127,8 @@ class TrainConfig:
     )
     max_examples: int | None = option(
         None,
-        "Use a random subset of each split, of this expected size, chosen in whole groups by a hash "
-        "of each record's content.",
+        "Use a random subset of each split, of this expected size, chosen in whole "
+        "groups by a hash of each record's content.",
     )
     data_seed: int = option(
         0,
@@ -147,8 +148,8 @@ class TrainConfig:
     )
     holdout: int = option(
         0,
-        "Expected number of units that are taken out of the train split and evaluated on in place of "
-        "the validation split, for tuning; the same units for every seed.",
+        "Expected number of units that are taken out of the train split and evaluated on "
+        "in place of the validation split, for tuning; the same units for every seed.",
     )
     membership: str = option(
         "all",
