@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-GAP = 2  # blanks between columns
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?|nan|inf|")
 _WORD = re.compile(r"\[[^\]]*\]\S*|\S+")  # an interval [low, high] stays on one line
 _IN_NAMES = re.compile(r"(?<=[A-Za-z_]\.)|(?<=\d\.)(?=[A-Za-z])")  # layer. | 0. | attention.
@@ -36,34 +35,43 @@ def table_lines(
 
     Cells wrap between words, before an interval in brackets, and after the dots of a name. If even
     then the columns do not fit side by side, each row becomes a block of ``column  cell`` lines.
+    A row of one cell heads the rows below and spans the table.
 
     >>> print(*table_lines(["attack", "AUC [95%]"], [["loss", "0.61 [0.50, 0.72]"]], 24), sep="\n")
-    attack  AUC
-            [95%]
-    ------  ------------
-    loss    0.61
-            [0.50, 0.72]
+    attack AUC [95%]
+    ------ -----------------
+    loss   0.61 [0.50, 0.72]
     """
-    table = [list(columns), *(list(row) for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    cells = [row for row in rows if len(row) == len(columns)]
+    by_column = list(zip(columns, *cells, strict=True))
+    widths = [max(map(len, column)) for column in by_column]
     least = [
-        max(len(piece) for cell in cells for _, piece in [(0, ""), *_pieces(cell)])
-        for cells in zip(*table, strict=True)
+        max(
+            (len(piece) + cell.startswith(" ") for cell in column for _, piece in _pieces(cell)),
+            default=0,
+        )
+        for column in by_column
     ]
-    room = width - GAP * (len(columns) - 1)
+    gap = 2 if sum(widths) + 2 * len(widths) - 2 <= width else 1
+    room = width - gap * (len(columns) - 1)
     if sum(least) > room:
         return _blocks(columns, rows, width)
-    while sum(widths) > room:  # the widest column that can wrap gives way
-        slack = [now - low and now for now, low in zip(widths, least, strict=True)]
+    if sum(widths) > room:  # headers give way first
+        widths = [max(low, *map(len, c[1:]), 0) for low, c in zip(least, by_column, strict=True)]
+    while sum(widths) > room:  # then the widest column that can wrap
+        slack = [now if now > low else 0 for now, low in zip(widths, least, strict=True)]
         widths[slack.index(max(slack))] -= 1
-    right = [i > 0 and all(_NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(columns))]
-    lines = [*_row(columns, widths, right), (" " * GAP).join("-" * width for width in widths)]
+    right = [
+        i > 0 and all(map(_NUMBER.fullmatch, column[1:])) for i, column in enumerate(by_column)
+    ]
+    lines = _row(columns, widths, right, gap)
+    lines.append((" " * gap).join("-" * width for width in widths))
     for row in rows:
-        lines += _row(row, widths, right)
+        lines += _row(row, widths, right, gap) if len(row) == len(columns) else row
     return lines
 
 
-def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], gap: int) -> list[str]:
     """One row of a table, in as many lines as its tallest cell."""
     columns = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
     lines = []
@@ -72,19 +80,22 @@ def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> 
             part.rjust(width) if to_the_right else part.ljust(width)
             for part, width, to_the_right in zip(parts, widths, right, strict=True)
         )
-        lines.append((" " * GAP).join(padded).rstrip())
+        lines.append((" " * gap).join(padded).rstrip())
     return lines
 
 
 def _blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
     """One block of lines per row."""
     left = min(max(map(len, columns)), max(width // 3, 1))
-    lines = []
+    lines: list[str] = []
     for row in rows:
+        if len(row) < len(columns):
+            lines += row
+            continue
         for column, cell in zip(columns, row, strict=True):
-            lines += _row([column, cell], [left, max(width - left - GAP, 1)], [False, False])
+            lines += _row([column, cell], [left, max(width - left - 2, 1)], [False, False], 2)
         lines.append("")
-    return lines[:-1]
+    return lines
 
 
 def _pieces(cell: str) -> list[tuple[str, str]]:
@@ -100,14 +111,34 @@ def _wrapped(cell: str, width: int) -> list[str]:
     """The lines of a cell in a column of ``width`` characters."""
     if len(cell) <= width:
         return [cell]
-    lines = [""]
+    indent = " " * (len(cell) - len(cell.lstrip()))
+    lines = [indent]
     for blank, piece in _pieces(cell):
-        joined = f"{lines[-1]}{blank if lines[-1] else ''}{piece}"
-        if len(joined) <= width or not lines[-1]:
+        joined = f"{lines[-1]}{blank if lines[-1] != indent else ''}{piece}"
+        if len(joined) <= width or lines[-1] == indent:
             lines[-1] = joined
         else:
-            lines.append(piece)
+            lines.append(indent + piece)
     return lines
+
+
+def in_sections(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Put the names of a model's matrices before ``rows``, each under a line with its block's name.
+
+    >>> in_sections(["bert.layer.0.query", "bert.layer.0.key", "classifier"], [["a"], ["b"], ["c"]])
+    [['bert.layer.0'], [' query', 'a'], [' key', 'b'], ['classifier', 'c']]
+    """
+    found, before = list[list[str]](), ""
+    for name, row in zip(names, rows, strict=True):
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        start = numbers[-1] + 1 if numbers else len(parts) - 1
+        section = ".".join(parts[:start])
+        if section and section != before:
+            found.append([section])
+        before = section
+        found.append([" " * bool(section) + ".".join(parts[start:]), *row])
+    return found
 
 
 def without_common_parts(names: Sequence[str]) -> tuple[list[str], str]:

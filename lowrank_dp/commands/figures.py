@@ -123,7 +123,7 @@ def _to_compute(
         )
     say(
         console,
-        f"{name}: drawn from the saved result, which is {other}; --force computes and replaces it",
+        f"{name}: not computed but drawn, from {other}; --force computes and replaces it",
     )
     return None
 

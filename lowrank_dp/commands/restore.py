@@ -11,7 +11,7 @@ import typer
 
 from lowrank_dp._options import name_value_pairs
 from lowrank_dp.commands import _console
-from lowrank_dp.commands._tables import print_table, say, without_common_parts
+from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
 from lowrank_dp.restore.names import SCHEME_NAMES
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def main(
 
 
 def _check_output(input: Path, output: Path, force: bool) -> None:
-    """Raise ValueError if ``output`` is the input, by whatever name, or exists without ``force``."""
+    """Raise ValueError if ``output`` is the input under any name, or exists without ``force``."""
     if not output.exists():
         return
     if input.exists() and output.samefile(input):
@@ -114,7 +114,6 @@ def _print(reports: Mapping[str, Report]) -> None:
     names, pattern = without_common_parts(list(reports))
     rows = [
         [
-            name,
             "×".join(map(str, report.shape)),
             f"{report.edge:.3g}",
             "" if report.top is None else f"{report.top:.3g}",
@@ -123,10 +122,10 @@ def _print(reports: Mapping[str, Report]) -> None:
             f"{report.norm_before:.3g}",
             f"{report.norm_after:.3g}",
         ]
-        for name, report in zip(names, reports.values(), strict=True)
+        for report in reports.values()
     ]
     console = Console()
     if pattern:
         say(console, f"matrices: {pattern}")
     columns = ["matrix", "shape", "edge", "top", "above", "action", "norm before", "norm after"]
-    print_table(console, columns, rows)
+    print_table(console, columns, in_sections(names, rows))

@@ -12,7 +12,7 @@ import typer
 from lowrank_dp import _validate
 from lowrank_dp._options import option
 from lowrank_dp.commands import _console
-from lowrank_dp.commands._tables import print_table, say, without_common_parts
+from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
 from lowrank_dp.restore.names import EDGE_SCHEMES
 
 if TYPE_CHECKING:
@@ -128,11 +128,10 @@ def _print(result: Result, headline: dict[str, str]) -> None:
         "eff. rank clean",
         "eff. rank noisy",
         "align. noisy",
-        f"align. {result.config.scheme}",
+        "align. after",
     ]
     rows = [
         [
-            name,
             "×".join(map(str, result.shapes[i])),
             f"{result.edges[i]:.1f}",
             f"{result.clean[i, 0]:.1f}",
@@ -143,12 +142,12 @@ def _print(result: Result, headline: dict[str, str]) -> None:
             f"{result.alignment_noisy[i]:.3f}",
             f"{result.alignment_restored[i]:.3f}",
         ]
-        for i, name in enumerate(names)
+        for i in range(len(names))
     ]
     console = Console()
     if pattern:
         say(console, f"matrices: {pattern}")
-    print_table(console, columns, rows)
+    print_table(console, columns, in_sections(names, rows))
     for what, value in headline.items():
         say(console, f"{what}: {value}")
     say(console, f"ran on: {result.description}")
