@@ -15,7 +15,7 @@ from lowrank_dp.data import Example, group_units, load_task
 from lowrank_dp.data.selection import partition, rounded_count, threshold
 from lowrank_dp.data.task import Task
 from lowrank_dp.membership.units import draw_members
-from lowrank_dp.train.setup import hold_out
+from lowrank_dp.train.records import hold_out
 
 
 def records(rng, count, grouped):

@@ -64,7 +64,7 @@ def main(
             say(console, f"privacy: {setup.statement(releases)}")
 
         asked = _configuration(given, config, saved)
-        result = train(asked, output, resume=resume, announce=on_start)
+        result = train(asked, output, resume=resume, on_start=on_start)
         if processes.rank() > 0:
             return
         if as_json:
