@@ -76,7 +76,7 @@ def mutate(draw, document):
 
 
 CONFIG = TrainConfig(epsilon=2.0, scheme="truncate", scheme_options={"k": 2}, filter_b=(0.5,))
-RESULT = artifacts.plain(
+RESULT = artifacts.to_jsonable(
     TrainResult(
         config=CONFIG,
         epsilon=2.0,

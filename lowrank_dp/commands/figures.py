@@ -14,7 +14,7 @@ from lowrank_dp import _validate
 from lowrank_dp._options import option
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import print_table, say
-from lowrank_dp.figures.names import FIGURE_NAMES
+from lowrank_dp.figures.catalog import NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ class Options:
     """Which figures are made, and from which experiments."""
 
     only: tuple[str, ...] = option(
-        (), "Figure to make; may be repeated. Default: all.", choices=FIGURE_NAMES
+        (), "Figure to make; may be repeated. Default: all.", choices=NAMES
     )
     scale: str = option("small", "Scale of the experiments: small (minutes on 2 cores) or full.")
     model: str = option(
@@ -40,7 +40,7 @@ class Options:
     def __post_init__(self) -> None:
         _validate.choice("scale", self.scale, ["small", "full"])
         for name in self.only:
-            _validate.choice("--only", name, FIGURE_NAMES)
+            _validate.choice("--only", name, NAMES)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def main(
         name: None
         if redraw
         else _to_compute(name, asked, explicit, artifact_folder, force, console)
-        for name in asked.only or FIGURE_NAMES
+        for name in asked.only or NAMES
     }
     summary: list[dict[str, Any]] = []
     sources: dict[Any, Any] = {}
@@ -86,7 +86,7 @@ def main(
         if console.is_terminal:
             say(console, f"{name}: {'redrawing' if config is None else 'computing'} ...")
         started = time.perf_counter()
-        entry = _make(name, config, output, artifact_folder, sources, console)
+        entry = _make(name, config, asked, output, artifact_folder, sources, console)
         summary.append(entry | {"seconds": round(time.perf_counter() - started, 1)})
     if as_json:
         print(json.dumps(summary, indent=1))
@@ -102,9 +102,9 @@ def _to_compute(
     Raises ValueError if the saved result is of another configuration than the one asked for, unless
     ``force``. A configuration that was not asked for by any option gives way to the saved result.
     """
-    from lowrank_dp.figures.catalog import FIGURES, _at_hand, configure
+    from lowrank_dp.figures import config_of, find
 
-    spec = FIGURES[name]
+    spec = find(name)
     if spec.lengthy and asked.scale == "small":
         say(
             console,
@@ -112,8 +112,8 @@ def _to_compute(
             "to hours",
         )
         return None
-    config = configure(getattr(spec, asked.scale), **(_at_hand(spec) | asked.changes))
-    other = "" if force else _other_result(folder, name, spec.experiment.Result, config)
+    config = config_of(name, asked.scale, **asked.changes)
+    other = "" if force else _other_result(folder, name, spec.result, config)
     if not other:
         return config
     if explicit:
@@ -144,7 +144,7 @@ def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
 
 
 def _first_difference(saved: Any, asked: Any) -> str:
-    from lowrank_dp.artifacts.jsonable import plain
+    from lowrank_dp.artifacts.jsonable import to_jsonable
 
     def flat(value: Any, path: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -152,7 +152,7 @@ def _first_difference(saved: Any, asked: Any) -> str:
         inner = (flat(item, f"{path}.{key}" if path else key) for key, item in value.items())
         return {key: item for part in inner for key, item in part.items()}
 
-    before, now = flat(plain(saved)), flat(plain(asked))
+    before, now = flat(to_jsonable(saved)), flat(to_jsonable(asked))
     name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
     return f"{name} {before.get(name)!r}, asked {now.get(name)!r}"
 
@@ -160,6 +160,7 @@ def _first_difference(saved: Any, asked: Any) -> str:
 def _make(
     name: str,
     config: Any,
+    asked: Options,
     output: Path,
     artifact_folder: Path,
     sources: dict[Any, Any],
@@ -167,26 +168,27 @@ def _make(
 ) -> dict[str, Any]:
     """Compute a figure's result if there is a ``config``; draw it, and say what it shows."""
     from lowrank_dp import artifacts
-    from lowrank_dp.figures.catalog import FIGURES, compute, show
+    from lowrank_dp.figures import compute, find, show
 
-    experiment = FIGURES[name].experiment
+    spec = find(name)
     if config is not None:
-        if hasattr(experiment, "plan"):
-            say(console, f"plan: {experiment.plan(config)}")
-        artifacts.save_result(compute(name, config, sources), artifact_folder, name)
+        if spec.plan is not None:
+            say(console, f"plan: {spec.plan(config)}")
+        artifacts.save_result(
+            compute(name, config, sources),
+            artifact_folder,
+            name,
+            seed=asked.seed,
+            device=asked.device,
+        )
     result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
     artifacts.save_figure(figure, output, name)
-    headline = experiment.headline(result)
-    columns, rows = (
-        experiment.table(result)
-        if hasattr(experiment, "table")
-        else (["quantity", "value"], list(headline.items()))
-    )
-    artifacts.save_table(columns, rows, artifact_folder, name, caption=experiment.CAPTION)
+    columns, rows = spec.rows(result)
+    artifacts.save_table(columns, rows, artifact_folder, name, caption=spec.caption)
     return {
         "figure": name,
         "seconds": 0.0,
-        "headline": headline,
+        "headline": spec.headline(result),
         "privacy": result.privacy,
         "ran on": getattr(result, "description", ""),
         "files": [

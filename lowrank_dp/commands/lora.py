@@ -78,12 +78,12 @@ def main(
     )
     result = lora_noise.run(config)
     if output is not None:
-        artifacts.save_result(result, output, "lora")
+        artifacts.save_result(result, output, "lora", seed=asked.seed, device=asked.device)
     if as_json:
         document = {
             "privacy": result.privacy,
             "description": result.description,
-            "provenance": result.provenance,
+            "provenance": artifacts.provenance(seed=asked.seed, device=asked.device),
             "rows": measured_rows(result),
             "laws": exact_laws(result),
         }

@@ -100,10 +100,10 @@ def _folder(output: Path | None) -> Iterator[Path]:
 
 def _asked(targets: Sequence[Target], options: Options) -> dict[str, Any]:
     """What decides a report: the checkpoints' weights, and the options but those of computing."""
-    from lowrank_dp.artifacts.jsonable import plain
+    from lowrank_dp.artifacts.jsonable import to_jsonable
     from lowrank_dp.mia.signals import weight_hash
 
-    asked = {name: value for name, value in plain(options).items() if name not in COMPUTING}
+    asked = {name: value for name, value in to_jsonable(options).items() if name not in COMPUTING}
     return asked | {"checkpoints": [weight_hash(target.folder) for target in targets]}
 
 

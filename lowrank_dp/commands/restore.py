@@ -69,7 +69,7 @@ def main(
     with artifacts.atomic_write(output) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in restored.items()}))
     if as_json:
-        document = {name: artifacts.plain(report) for name, report in reports.items()}
+        document = {name: artifacts.to_jsonable(report) for name, report in reports.items()}
         print(json.dumps(document, indent=1))
     else:
         _print(reports)

@@ -78,9 +78,9 @@ def main(
         spectra.Config(gradients, asked.batch_size, asked.noise_multiplier, asked.scheme)
     )
     if output is not None:
-        from lowrank_dp.plots.restoration import plot_spectra
+        from lowrank_dp.plots.spectra import plot_spectra
 
-        artifacts.save_result(result, output, "spectra")
+        artifacts.save_result(result, output, "spectra", seed=asked.seed, device=asked.device)
         artifacts.save_figure(plot_spectra(result), output, "spectra")
     if as_json:
         print(json.dumps(_document(result, spectra.headline(result)), indent=1))

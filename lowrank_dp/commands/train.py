@@ -48,7 +48,7 @@ def main(
     """Fine-tune a classifier or a causal language model; leave a Hugging Face checkpoint."""
     from rich.console import Console
 
-    from lowrank_dp.artifacts.jsonable import plain
+    from lowrank_dp.artifacts.jsonable import to_jsonable
     from lowrank_dp.train import processes
     from lowrank_dp.train.loop import train
 
@@ -68,7 +68,7 @@ def main(
         if processes.rank() > 0:
             return
         if as_json:
-            print(json.dumps(plain(result), indent=1, allow_nan=False))
+            print(json.dumps(to_jsonable(result), indent=1, allow_nan=False))
         else:
             _print(console, result, output)
 
@@ -99,7 +99,7 @@ def _configuration(
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The fields that a configuration file sets; ValueError if the configuration is not valid."""
-    from lowrank_dp.data.examples import without_repeats
+    from lowrank_dp.artifacts.files import without_repeats
 
     try:
         document = json.loads(path.read_bytes(), object_pairs_hook=without_repeats)

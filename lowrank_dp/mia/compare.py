@@ -201,4 +201,4 @@ def notes(comparison: Comparison) -> list[str]:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """In JSON's own types."""
-    return artifacts.plain(comparison)
+    return artifacts.to_jsonable(comparison)

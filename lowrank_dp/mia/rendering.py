@@ -125,7 +125,7 @@ def footer(report: Report) -> list[str]:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Everything but the scores, in JSON's own types."""
-    document = artifacts.plain(report)
+    document = artifacts.to_jsonable(report)
     document.pop("scores")
     document["is_member"] = report.is_member.astype(int).tolist()
     document["label"] = LABEL

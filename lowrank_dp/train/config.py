@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_dp import _validate
 from lowrank_dp._options import name_value_pairs, number_or_text, option
-from lowrank_dp.artifacts.jsonable import plain, typed
+from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
 from lowrank_dp.data.own import own_column
 from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models.names import METHODS
@@ -345,7 +345,7 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration in JSON's own types."""
-        return plain(self)
+        return to_jsonable(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
@@ -354,7 +354,7 @@ class TrainConfig:
             _validate.fail("configuration", "a JSON object", type(document).__name__)
         for name in document:
             _validate.choice("field of the configuration", name, [f.name for f in fields(cls)])
-        return typed("configuration", dict(document), cls)
+        return from_jsonable("configuration", dict(document), cls)
 
     def differences(self, other: TrainConfig) -> list[str]:
         """``field: here / there`` for each field that differs."""

@@ -76,7 +76,7 @@ def load_result(folder: str | Path) -> TrainResult:
         raise ValueError(f"{folder} must hold a finished run, found no {path.name}") from None
     if document.get("schema_version") != artifacts.SCHEMA_VERSION:
         raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION}; train again")
-    return artifacts.typed(str(path), document, TrainResult)
+    return artifacts.from_jsonable(str(path), document, TrainResult)
 
 
 def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> TrainResult:
@@ -103,7 +103,7 @@ def save_run(
     setup: Setup, result: TrainResult, folder: runs.RunFolder, weights: dict[str, Tensor] | None
 ) -> None:
     """Write the checkpoint and its manifest; without weights, write ``training.json`` alone."""
-    documents = {runs.TRAINING: artifacts.plain(result)}
+    documents = {runs.TRAINING: artifacts.to_jsonable(result)}
     if weights is not None:
         config, task = setup.config, setup.task
         documents[runs.MEMBERSHIP] = manifest(
