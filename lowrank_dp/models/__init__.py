@@ -6,16 +6,23 @@ seconds on generated public text. Code from a model repository is never run and 
 refused.
 """
 
-from lowrank_dp.models.backbones import NAMES, PACKAGED, default_model
-from lowrank_dp.models.checkpoints import save_model
-from lowrank_dp.models.loading import (
-    KINDS,
-    METHODS,
-    describe,
-    load_model,
-    matrix_parameters,
-)
-from lowrank_dp.models.tokenizers import load_tokenizer
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.models.backbones import NAMES, PACKAGED, default_model
+    from lowrank_dp.models.checkpoints import save_model
+    from lowrank_dp.models.loading import (
+        KINDS,
+        METHODS,
+        describe,
+        load_model,
+        matrix_parameters,
+    )
+    from lowrank_dp.models.tokenizers import load_tokenizer
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "KINDS",

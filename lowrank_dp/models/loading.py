@@ -21,11 +21,11 @@ from lowrank_dp.models.heads import (
     name_labels,
     order_labels,
 )
+from lowrank_dp.models.names import METHODS
 from lowrank_dp.models.tokenizers import has_tokenizer, tokenizer_of
 from lowrank_dp.models.trainable import add_lora, choose_trainable, embeddings, freeze_a
 
 __all__ = ["KINDS", "METHODS", "describe", "load_model", "matrix_parameters"]
-METHODS = ("full", "lora", "lora-frozen-a")
 
 
 def load_model(
