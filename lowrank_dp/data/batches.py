@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_dp import _validate
 from lowrank_dp.data.examples import Example
@@ -310,13 +312,11 @@ def collate(
     length = longest if length is None else length
 
     def padded(sequences: Iterable[Sequence[int]], fill: int) -> torch.Tensor:
-        padding = [[fill] * length] * len(rows)
-        return torch.tensor(
-            [
-                [*ids, *empty[len(ids) :]] if side == "right" else [*empty[len(ids) :], *ids]
-                for ids, empty in zip(sequences, padding, strict=True)
-            ]
-        )
+        tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+        together = pad_sequence(tensors, True, fill, padding_side=side)
+        left_over = length - together.shape[1]
+        ends = (0, left_over) if side == "right" else (left_over, 0)
+        return functional.pad(together, ends, value=fill)
 
     batch = {
         "input_ids": padded((row["input_ids"] for row in rows), pad_token_id),
