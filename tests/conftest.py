@@ -1,26 +1,13 @@
 """What several test files share."""
 
-import json
-import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
-import lowrank_dp
-from lowrank_dp.models import load_tokenizer
-from lowrank_dp.train import TrainConfig
-
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1]),
-}
+from tests.tasks import ENVIRONMENT, save_bert, write_reviews
 
 
 @pytest.fixture(scope="session")
@@ -96,25 +83,6 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr("time.sleep", sleep)
 
 
-def save_bert(folder, **sizes):
-    """A BERT with dropout at random weights, for texts of up to 64 tokens."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(
-            transformers.BertConfig(
-                vocab_size=768,
-                num_attention_heads=2,
-                max_position_embeddings=64,
-                pad_token_id=0,
-                num_labels=2,
-                **sizes,
-            )
-        ).save_pretrained(folder)
-    tokenizer = load_tokenizer("tiny")
-    tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def small_bert(tmp_path_factory):
     """Folder of a BERT of two layers; to be read only."""
@@ -126,17 +94,11 @@ def small_bert(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A configuration that takes a moment: a BERT of one layer, forty sentences, two steps."""
+    from lowrank_dp.train import TrainConfig
+
     folder = tmp_path_factory.mktemp("places")
     save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=16)
-    (folder / "data").mkdir()
-    for split, count in (("train", 40), ("validation", 12)):
-        (folder / "data" / f"{split}.jsonl").write_text(
-            "".join(
-                json.dumps({"sentence": f"film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2})
-                + "\n"
-                for i in range(count)
-            )
-        )
+    write_reviews(folder / "data")
     return TrainConfig(
         model=str(folder / "model"),
         task=str(folder / "data"),

@@ -241,7 +241,7 @@ def test_last_blocks_of_every_family(tmp_path):
             model, _ = load_model(
                 base,
                 kind="classification",
-                num_labels=2,  # noqa: B023
+                num_labels=2,
                 **options,
             )
             return {n for n, p in model.named_parameters() if p.requires_grad}

@@ -1,7 +1,5 @@
 """Tasks, readers, generated text, tokenisation and batching."""
 
-import gzip
-import json
 import os
 import re
 from collections import Counter
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from lowrank_dp import data
 from lowrank_dp.data import Example, collate, encode, generated, load_task, micro_batches
 from lowrank_dp.models import tiny
+from tests.tasks import write_jsonl as write
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
@@ -31,15 +30,6 @@ def no_local_data(monkeypatch):
 @pytest.fixture(scope="module")
 def tokenizers():
     return {name: tiny.tokenizer(name) for name in tiny.NAMES}
-
-
-def write(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as out:
-        out.write(text)
-    return path
 
 
 # --- real data: counts of the official releases ------------------------------------------------

@@ -13,6 +13,7 @@ from lowrank_dp.experiments import matrix_attack as attack
 from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.mia.metrics import auc
 from lowrank_dp.plots.lora import plot_matrix_attack
+from tests.tasks import seeded
 
 TINY = replace(
     attack.SMALL,
@@ -22,10 +23,6 @@ TINY = replace(
     noise_multipliers=(0.0, 1e-5, 1e-3, 0.5),
     gradients=GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32),
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def worlds(num, m=2, n=24, size=0.3, seed=1):

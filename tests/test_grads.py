@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from lowrank_dp.grads.clipping import clipped_sum, clipped_sum_over
+from tests.oracles import clip_one_by_one as one_by_one
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ackward hook.*:UserWarning")  # Opacus's hooks
 
@@ -123,22 +124,6 @@ def make_batch(task="sequence", rows=ROWS, length=LENGTH, seed=1, num_labels=3):
         labels[:, :2] = -100
         labels[0, :4] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def one_by_one(model, batch, bound):
-    """The definition: clip each row's own gradient, then add up."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    total = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in trained.items()}
-    norms = []
-    for row in range(len(batch["labels"])):
-        loss = model(**{k: v[row : row + 1] for k, v in batch.items()}).loss
-        grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        norm = sum(g.double().square().sum() for g in grads if g is not None).sqrt()
-        norms.append(norm)
-        for name, g in zip(trained, grads, strict=True):
-            if g is not None:
-                total[name] += g.double() * min(1.0, bound / max(float(norm), 1e-300))
-    return total, torch.stack(norms)
 
 
 def worst(found, expected):

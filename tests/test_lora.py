@@ -15,12 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp import lora, theory
+from tests.tasks import seeded
 
 F64 = torch.float64
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def vector(n, seed=1, dtype=F64):

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lowrank_dp import _terminal, membership
+from lowrank_dp import membership
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import load_task
 from lowrank_dp.membership.manifest import read_manifest
@@ -25,6 +25,7 @@ from lowrank_dp.mia.target import load_reference
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
+from tests.tasks import run_command
 
 # A small pool, many steps: the checkpoint remembers its members. By this seed the coins fall evenly
 # on both labels; else even a private model's preference for one label tells a little.
@@ -74,10 +75,7 @@ def checkpoints(tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        _terminal.run(app, [str(word) for word in arguments])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
+    return run_command(capsys, app, *arguments)
 
 
 def test_signals_against_one_record_at_a_time(checkpoints):

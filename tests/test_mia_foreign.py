@@ -9,12 +9,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from lowrank_dp import _terminal
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import IGNORE, Example, encode, load_task
 from lowrank_dp.data.batches import Template
 from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.models import load_tokenizer
+from tests.tasks import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "### Input: {prompt}\n### Response: {target}"
@@ -22,10 +22,7 @@ SIDE = 50  # members, and as many others
 
 
 def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        _terminal.run(app, [str(word) for word in arguments])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
+    return run_command(capsys, app, *arguments)
 
 
 def overfit(model, batch, steps, rate):

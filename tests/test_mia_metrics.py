@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from lowrank_dp.mia import metrics
+from tests.oracles import naive_auc
 
 # few distinct values, so many ties
 tied = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=4, max_size=40)
@@ -29,11 +30,6 @@ def binormal(rng, n1, n0, effect):
     """Scores of n1 members and n0 others, ``effect`` standard deviations apart."""
     truth = np.arange(n1 + n0) < n1
     return rng.standard_normal(n1 + n0) + effect * truth, truth
-
-
-def naive_auc(scores, truth):
-    wins = [(a > b) + (a == b) / 2 for a in scores[truth] for b in scores[~truth]]
-    return sum(wins) / len(wins)
 
 
 def naive_delong(many_scores, truth):

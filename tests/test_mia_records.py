@@ -1,6 +1,5 @@
 """The manifest against hostile files, and the join of its ids to texts against dictionaries."""
 
-import gzip
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from lowrank_dp.data import Example, load_task
 from lowrank_dp.membership import manifest as reading
 from lowrank_dp.mia.records import Manifest, load_records, read_manifest
 from lowrank_dp.train import TrainConfig
+from tests.tasks import write_jsonl as write
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
@@ -72,14 +72,6 @@ def save(folder, content):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "membership.json"
     path.write_text(json.dumps(content))
-    return path
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_dp.mia import scores
+from tests.oracles import naive_auc
 
 TEXTS = ["the cat sat on the mat", "aaaaaaaaaaaaaaaaaaaaaaaa", "naïve café, 東京"]
 
@@ -31,11 +32,6 @@ def shadow_world(num_shadows, num_records, seed, effect=2.0):
 def loss_of(phi):
     """-ln p of a confidence phi = ln(p / (1 - p))."""
     return np.logaddexp(0, -phi)
-
-
-def naive_auc(values, truth):
-    a, b = values[truth][:, None], values[~truth]
-    return np.mean((a > b) + (a == b) / 2)
 
 
 # --- one model -------------------------------------------------------------------------------

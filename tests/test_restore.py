@@ -19,6 +19,7 @@ from lowrank_dp.restore import (
     restore_with_report,
     restored_values,
 )
+from tests.tasks import seeded as generator
 
 SHAPES = [(60, 90), (90, 60), (70, 70), (8, 384), (384, 8), (1, 50), (50, 1)]
 CASES = [
@@ -44,10 +45,6 @@ CASES = [
     ("power", {"p": 1.5}),
 ]
 IDS = [" ".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in CASES]
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def spiked(shape, factors, noise_std=0.7, seed=0, dtype=torch.float64):

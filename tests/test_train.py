@@ -19,13 +19,15 @@ from lowrank_dp.data import collate, encode, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import draw_members, fingerprint, group_units
-from lowrank_dp.models import load_model, load_tokenizer
+from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, guards, load_result
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as step_module
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import fresh_generators, new_stream
+from tests.oracles import optimal_values
+from tests.tasks import save_bert
 
 SIGMA, BOUND, BATCH, STEPS, RATE = 0.8, 0.5, 20, 4, 1e-2
 COUNT = len(load_task("generated", max_examples=80).train)  # about 80
@@ -170,17 +172,10 @@ SCHEDULES = {
 def shrink(matrix, std):
     """Gavish & Donoho 2017, Frobenius loss; a matrix with nothing above the edge stays."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    short, long = sorted(matrix.shape)
-    aspect, scale = short / long, std * math.sqrt(long)
-    values = []
-    for y in (s / scale).tolist():
-        above = y > 1 + math.sqrt(aspect)
-        values.append(
-            math.sqrt((y * y - aspect - 1) ** 2 - 4 * aspect) / y * scale if above else 0.0
-        )
-    if not any(values):
+    values = optimal_values(s.tolist(), matrix.shape, std)
+    if not values.any():
         return matrix, False
-    return (u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ vh).to(matrix), True
+    return (u @ torch.diag(torch.from_numpy(values)) @ vh).to(matrix), True
 
 
 def weights_of(folder, config):
@@ -366,24 +361,14 @@ def backbone(folder, dropout=0.1):
     """A BERT of two layers with dropout, at random weights."""
     path = folder / "backbone"
     if not path.exists():
-        tokenizer = load_tokenizer("tiny")
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(
-            transformers.BertConfig(
-                vocab_size=768,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=48,
-                max_position_embeddings=64,
-                pad_token_id=0,
-                hidden_dropout_prob=dropout,
-                attention_probs_dropout_prob=dropout,
-                num_labels=2,
-            )
-        ).save_pretrained(path)
-        tokenizer.model_max_length = 64
-        tokenizer.save_pretrained(path)
+        save_bert(
+            path,
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
     return path
 
 

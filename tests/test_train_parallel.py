@@ -21,6 +21,7 @@ from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import State, environment, fresh_generators
 from lowrank_dp.train.step import take_step
+from tests.tasks import Stop, train_words
 
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 5, 60
 TRAIN = len(load_task("generated", max_examples=ABOUT).train)
@@ -162,27 +163,6 @@ json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
 """
 
 
-def words(config, folder):
-    default = TrainConfig(non_private=True).as_json()
-    values = {
-        name: value
-        for name, value in config.as_json().items()
-        if value != default[name] and name != "non_private"
-    }
-    return [
-        "train",
-        "--output",
-        str(folder),
-        "--resume",
-        *(
-            f"--{name.replace('_', '-')}"
-            if value is True
-            else f"--{name.replace('_', '-')}={value}"
-            for name, value in values.items()
-        ),
-    ]
-
-
 @pytest.fixture(scope="module")
 def together(model, torchrun, tmp_path_factory):
     """What two processes saw: the configurations, the folder, a report from each."""
@@ -201,7 +181,7 @@ def together(model, torchrun, tmp_path_factory):
     (folder / "worker.py").write_text(TOGETHER)
     (folder / "full").mkdir()
     (folder / "full" / "thesis.tex").write_text("x")
-    good = words(make_config(model), folder / "full")
+    good = train_words(make_config(model), folder / "full", "--resume")
     bad = [word.replace(f"multiplier={SIGMA}", "multiplier=-1") for word in good]
     done = torchrun(
         2,
@@ -341,10 +321,6 @@ def ledger(folder):
     return [(line["stream"], line["step"]) for line in lines]
 
 
-class Stop(BaseException):
-    """What breaks a run off here."""
-
-
 KILLED = """
 import os, signal, sys
 from lowrank_dp.__main__ import main
@@ -376,7 +352,7 @@ def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_pat
             train(config, tmp_path)
     assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
 
-    three = start(3, "-c", KILLED, *words(config, tmp_path))
+    three = start(3, "-c", KILLED, *train_words(config, tmp_path, "--resume"))
     said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
     assert [process.returncode for process in three] == [-signal.SIGKILL, 2, 2]
     for out, err in said[1:]:
@@ -407,7 +383,7 @@ def test_signals_stop_all_after_one_step(layout, model, start, tmp_path):
     config = make_config(
         model, steps=100_000, snapshot_every=100_000, eval_every=100_000, shard=layout == "shards"
     )
-    two = start(2, "-m", "lowrank_dp", *words(config, tmp_path))
+    two = start(2, "-m", "lowrank_dp", *train_words(config, tmp_path, "--resume"))
     end = time.monotonic() + 120
     while len(ledger(tmp_path)) < 3 and time.monotonic() < end:
         time.sleep(0.1)
