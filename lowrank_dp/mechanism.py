@@ -122,7 +122,7 @@ class GaussianMechanism:
         shift = 1.5 * 2.0**52 * 2.0 ** math.floor(math.log2(self.noise_std * _GRID))
         for part in flat.split(_CHUNK):
             noise = generator.normal(len(part), self.noise_std).to(part.device)
-            part.copy_(noise.add_(part.double()).add_(shift).sub_(shift))
+            part.copy_(noise.add_(part).add_(shift).sub_(shift))  # in float64
         return released
 
     def epsilon(self, steps: int, delta: float, *, accountant: str = "pld") -> float:

@@ -14,11 +14,12 @@ import math
 import os
 import random
 import sys
+from threading import Lock
 from typing import NoReturn
 
 import numpy as np
 import torch
-from randomgen import AESCounter
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy.special import ndtri
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from lowrank_dp import _validate
 
 KEY_BYTES = 16
 _STATE_BYTES = KEY_BYTES + 16  # and the number of words that have been drawn
-_BLOCK_WORDS, _BLOCK_COUNTS = 8, 4  # 64-bit words that the generator makes at once, of counters
+_ZEROS = memoryview(bytes(1 << 18))  # what is encrypted, to have the keystream itself
 _TAIL = 2**63 - 2**43  # the word of a normal number beyond which twice the bits are taken
 _TWISTER_WORDS = 624  # of the Mersenne Twister's state, which is torch's CPU generator
 
@@ -34,12 +35,13 @@ _TWISTER_WORDS = 624  # of the Mersenne Twister's state, which is torch's CPU ge
 class SecureRandom:
     """Cryptographic random numbers on the CPU, which whoever has the key can replay.
 
-    The bits are AES-128 (ten rounds, the standard's key schedule) of a 128-bit counter that begins
-    at 0: two words of 64 bits for each count. The ``randomgen`` package computes them, by the
-    processor's AES instructions where there are any, else in software, which gives the same
-    numbers, but reads tables in an order that a process on the same machine might time.
-    The generator refuses to be copied, pickled, or used in a forked process, where two would draw
-    the same numbers for different sums.
+    The bits are AES-128 (FIPS 197) in counter mode (NIST SP 800-38A): block i is the encryption of
+    i, a big-endian number of 128 bits, and gives two little-endian words of 64 bits. OpenSSL
+    computes the blocks, through the ``cryptography`` package. OpenSSL uses the processor's AES
+    instructions where there are any. Without these instructions its software gives the same
+    numbers, but parts of it may read tables in an order that a process on the same machine could
+    time. The generator refuses to be copied, pickled, or used in a forked process, where two
+    generators would draw the same numbers for different sums.
 
     Args:
         key: 16 bytes; None takes them from the operating system.
@@ -59,18 +61,16 @@ class SecureRandom:
         self._start(key, 0)
 
     def _start(self, key: bytes, position: int) -> None:
-        blocks, rest = divmod(position, _BLOCK_WORDS)
-        self._key, self._process = key, os.getpid()
-        self._bits = AESCounter(key=int.from_bytes(key, "little"), counter=blocks * _BLOCK_COUNTS)
-        self._bits.random_raw(rest, output=False)
+        block, rest = divmod(position, 2)
+        self._key, self._process, self._lock = key, os.getpid(), Lock()
+        self._cipher = Cipher(algorithms.AES(key), modes.CTR(block.to_bytes(16, "big"))).encryptor()
+        self._position = position - rest
+        self.words(rest)
 
     def state(self) -> Tensor:
         """Key and position, 32 bytes (uint8): SECRET, for :meth:`from_state` to go on from."""
-        inner = self._bits.state["s"]
-        counter = int(inner["counter"][0]) + (int(inner["counter"][1]) << 64)
-        position = (counter - _BLOCK_COUNTS) * 2 + int(inner["offset"]) // 8
         return torch.frombuffer(
-            bytearray(self._key + position.to_bytes(16, "little")), dtype=torch.uint8
+            bytearray(self._key + self._position.to_bytes(16, "little")), dtype=torch.uint8
         )
 
     @classmethod
@@ -96,7 +96,14 @@ class SecureRandom:
                 "this SecureRandom was made by another process and would draw the "
                 "same numbers here and there: make a new one after a fork"
             )
-        return np.asarray(self._bits.random_raw(size))
+        drawn = np.empty(size, dtype="<u8")
+        keystream = drawn.view(np.uint8).data
+        with self._lock:
+            self._position += drawn.size  # first: words of an interrupted draw never come again
+            for start in range(0, len(keystream), len(_ZEROS)):
+                part = keystream[start : start + len(_ZEROS)]
+                self._cipher.update_into(_ZEROS[: len(part)], part)
+        return drawn.astype(np.uint64, copy=False)
 
     def uniform(self, size: int) -> Tensor:
         """(size,) float64 on the CPU, in (0, 1): odd multiples of 2^-53, all of them exact."""
@@ -110,8 +117,9 @@ class SecureRandom:
         1 - |x| taken to 52 bits more: so no tail is cut off or coarse.
         """
         drawn = self.words(size).view(np.int64)
-        normal = torch.from_numpy(drawn * 2.0**-63).erfinv_().mul_(math.sqrt(2) * std)
-        if size and (drawn.max() >= _TAIL or drawn.min() < -_TAIL):
+        in_tail = size > 0 and (drawn.max() >= _TAIL or drawn.min() < -_TAIL)  # still in the cache
+        normal = torch.from_numpy(drawn).double().mul_(2.0**-63).erfinv_().mul_(math.sqrt(2) * std)
+        if in_tail:
             rare = np.flatnonzero((drawn >= _TAIL) | (drawn < -_TAIL))
             left = (2**63 - 1) - (drawn[rare] ^ (drawn[rare] >> 63))  # numbers up to the end
             tail = -ndtri((left + self.uniform(len(rare)).numpy()) * 2.0**-64) * std

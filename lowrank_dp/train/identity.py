@@ -23,7 +23,7 @@ import lowrank_dp
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.processes import world_size
 
-_LIBRARIES = ("transformers", "peft", "numpy", "scipy", "randomgen")
+_LIBRARIES = ("transformers", "peft", "numpy", "scipy", "cryptography")
 _SWITCHES = ("MKL_", "ONEDNN_", "DNNL_", "ATEN_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32")
 _PATHS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
 
