@@ -9,9 +9,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from conftest import save_bert
+from safetensors.torch import load_file, save_file
 
 import lowrank_dp.train.result as result_module
 from lowrank_dp.artifacts import runs

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         atomic_write,
         read_json,
         umask,
-        without_repeats,
         write_json,
     )
     from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
@@ -29,5 +28,5 @@ else:
 __all__ = [
     "MAX_BYTES", "MAX_JSON_BYTES", "SCHEMA_VERSION", "atomic_write", "from_jsonable",
     "load_result", "markdown_table", "provenance", "read_json", "save_figure", "save_result",
-    "save_table", "to_jsonable", "umask", "without_repeats", "write_json",
+    "save_table", "to_jsonable", "umask", "write_json",
 ]  # fmt: skip

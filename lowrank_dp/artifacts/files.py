@@ -6,13 +6,13 @@ import contextlib
 import fcntl
 import glob
 import json
-import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lowrank_dp._json import parse_json
 
 MAX_JSON_BYTES = 64 << 20  # about a thousand times the size of a run's own JSON files
 
@@ -93,32 +93,11 @@ def read_json(
     limit = MAX_JSON_BYTES if max_bytes is None else max_bytes
     if (size := Path(path).stat().st_size) > limit:
         raise ValueError(f"{path} must have at most {limit:,} bytes, got {size:,}")
-    checks: dict[str, Any] = {
-        "object_pairs_hook": without_repeats,
-        "parse_constant": _finite,
-        "parse_float": _finite,
-    }
     try:
-        document = json.loads(Path(path).read_bytes(), **(checks if strict else {}))
+        data = Path(path).read_bytes()
+        document = parse_json(data, finite=True) if strict else json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the JSON object of ``pairs``, for ``json.loads(..., object_pairs_hook=...)``.
-
-    Raises ValueError if a name stands twice.
-    """
-    if len(found := dict(pairs)) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {twice[:80]!r} occurs twice")
-    return found
-
-
-def _finite(token: str) -> float:
-    if not math.isfinite(value := float(token)):
-        raise ValueError(f"{token[:20]} is not a finite number")
-    return value

@@ -99,13 +99,13 @@ def _configuration(
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The fields that a configuration file sets; ValueError if the configuration is not valid."""
-    from lowrank_dp.artifacts.files import without_repeats
+    from lowrank_dp._json import parse_json
 
     try:
-        document = json.loads(path.read_bytes(), object_pairs_hook=without_repeats)
+        document = parse_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"--config {path} must be JSON: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"--config {path} must hold one JSON object")
