@@ -1,4 +1,4 @@
-"""Restore the singular values of a noisy gradient: post-processing, at no cost in privacy.
+"""Restoration of the singular values of a noisy gradient: post-processing, at no cost in privacy.
 
 :func:`restore` applies a scheme of :mod:`lowrank_dp.restore.schemes` to a matrix.
 :class:`LowPassFilter` keeps a running mean of noisy gradients, whose noise is smaller and known.

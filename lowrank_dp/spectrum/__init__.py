@@ -1,4 +1,4 @@
-"""Singular values of a matrix against its noise level."""
+"""Singular values of noisy gradients, compared with the bulk of the noise."""
 
 from typing import TYPE_CHECKING
 
