@@ -9,6 +9,7 @@ never sees an incomplete file. Nothing is pickled, and pickled data is never rea
 from typing import TYPE_CHECKING
 
 from lowrank_dp._lazy import lazy
+from lowrank_dp.artifacts.provenance import provenance  # not lazy: its module has the same name
 
 if TYPE_CHECKING:
     from lowrank_dp.artifacts.files import (
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         write_json,
     )
     from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
-    from lowrank_dp.artifacts.provenance import provenance
     from lowrank_dp.artifacts.results import MAX_BYTES, SCHEMA_VERSION, load_result, save_result
     from lowrank_dp.artifacts.tables import markdown_table, save_figure, save_table
 else:

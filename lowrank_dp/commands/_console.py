@@ -85,7 +85,7 @@ def options_of(
     return decorate
 
 
-def _declared(kind: type) -> Iterator[tuple[Field[Any], Any]]:
+def _declared(kind: Any) -> Iterator[tuple[Field[Any], Any]]:
     """The fields that become options, with their types; nested dataclasses are flattened."""
     hints = typing.get_type_hints(kind)
     for field in fields(kind):
@@ -95,11 +95,13 @@ def _declared(kind: type) -> Iterator[tuple[Field[Any], Any]]:
             yield field, hints[field.name]
 
 
-def _given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _given(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``kind`` whose options were given, nested dataclasses built."""
-    hints, given = typing.get_type_hints(kind), {}
+    hints: dict[str, Any] = typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
     for field in fields(kind):
-        if is_dataclass(inner := hints[field.name]):
+        inner = hints[field.name]
+        if is_dataclass(inner):
             found = _given(inner, values)
             value = inner(**found) if found else None
         else:

@@ -135,7 +135,7 @@ def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
     if not (folder / f"{name}.json").exists():
         return ""
     try:
-        saved = artifacts.load_result(folder, name, kind)
+        saved: Any = artifacts.load_result(folder, name, kind)
     except (ValueError, OSError):
         return "a result of another command or version"
     if saved.config == config:
