@@ -35,13 +35,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 
-from lowrank_dp import artifacts, train
+from lowrank_dp import artifacts
 from lowrank_dp.figures import default_task
 from lowrank_dp.plots.style import BLACK, BLUE, FULL, GREY, RED, letter, new_figure, styled
-from lowrank_dp.restore import restore
+from lowrank_dp.restore import GradientRestorer, restore
 from lowrank_dp.train import TrainConfig, processes
+from lowrank_dp.train import step as step_module
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step
 
 BATCHES, SIGMA = (32, 64, 128), 0.6
@@ -65,9 +66,9 @@ TOKENS, LARGE_BATCH = 512, 4096
 GPU = {"train": 3e14, "restore": 3e13, "bandwidth": 5e10, "latency": 1e-4}
 
 
-def timed(name, spent):
-    """Add the CPU time of a function that ``train`` calls to ``spent[name]``."""
-    function = getattr(train, name)
+def timed(owner, name, spent):
+    """Add the CPU time of a function that a step calls to ``spent[name]``."""
+    function = getattr(owner, name)
 
     def call(*args, **kwargs):
         started = time.process_time()
@@ -76,15 +77,15 @@ def timed(name, spent):
         finally:
             spent[name] = spent.get(name, 0.0) + time.process_time() - started
 
-    setattr(train, name, call)
+    setattr(owner, name, call)
 
 
 def measure(folder, rounds):
     """In each process: seconds a step of each part by batch, and of exchanges by size."""
     found = {"steps": {}, "exchanges": {}}
     spent = {}
-    for name in ("clipped_sum_over", "restore_gradients"):
-        timed(name, spent)
+    timed(step_module, "clipped_sum_over", spent)
+    timed(GradientRestorer, "restore", spent)
     with processes.processes("cpu"):
         for batch in BATCHES:
             config = TrainConfig(
@@ -96,7 +97,7 @@ def measure(folder, rounds):
                 max_examples=5000,
             )
             setup = prepare(config, 0)
-            state = State(0, "benchmark", *fresh_generators(config, "benchmark"))
+            state = first_state(config, "benchmark")
             values = []
             for _ in range(rounds + 1):
                 spent.clear()
@@ -106,7 +107,7 @@ def measure(folder, rounds):
                 ).numel()
                 take_step(setup, state)
                 values.append(
-                    [spent["clipped_sum_over"] * batch / drawn, spent["restore_gradients"]]
+                    [spent["clipped_sum_over"] * batch / drawn, spent["restore"]]
                 )
             found["steps"][batch] = np.median(values[1:], axis=0).tolist()
         found["shapes"] = {name: list(p.shape) for name, p in setup.trained.items()}
@@ -115,13 +116,13 @@ def measure(folder, rounds):
             found["exchanges"][size] = exchange(torch.ones(size))
         sums = {name: p.detach().clone() for name, p in setup.trained.items()}
         found["exchanges"]["model"] = exchange(torch.cat([t.flatten() for t in sums.values()]))
-        found["hand out"] = least(lambda: processes.spread(lambda some: some, sums))
+        found["hand out"] = least(lambda: processes.map_over_ranks(lambda some: some, sums))
         rank = processes.rank()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
 def exchange(tensor):
-    return least(lambda: processes.broadcast(processes.summed({"sum": tensor})))
+    return least(lambda: processes.broadcast(processes.reduce_to_rank0({"sum": tensor})))
 
 
 def least(call):

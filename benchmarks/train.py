@@ -28,11 +28,11 @@ import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch.nn import functional
 
-from lowrank_dp import train
 from lowrank_dp.figures import default_task
 from lowrank_dp.train import TrainConfig
+from lowrank_dp.train import step as step_module
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step
 
 MODES = {
@@ -54,7 +54,7 @@ def setup_for(mode):
         **MODES.get(mode, {}),
     )
     setup = prepare(config, 0)
-    return setup, State(0, "benchmark", *fresh_generators(config, "benchmark"))
+    return setup, first_state(config, "benchmark")
 
 
 class Ours:
@@ -76,7 +76,6 @@ class Theirs:
 
     def __init__(self, mode):
         self.setup, self.state = setup_for(mode)
-        self.sample = lambda: train._sample(self.setup, self.state.sampler)
         model = self.setup.model.train()
         self.ghost = mode == "ghost"
         self.model = (
@@ -90,7 +89,10 @@ class Theirs:
         started = time.process_time()
         trained = self.setup.trained.values()
         sums = [torch.zeros_like(p) for p in trained]
-        for batch in self.sample():
+        rows = step_module._sample(
+            self.setup.unit_rows, self.setup.mechanism, self.state.sampler, one_each=False
+        )
+        for batch in self.setup.batches(rows):
             labels = batch.pop("labels")
             if self.ghost:
                 self.model.enable_hooks()
@@ -142,7 +144,7 @@ def main():
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2)
-    train._clock = lambda config: time.process_time()
+    step_module._seconds = lambda device: time.process_time()
     if arguments.peak:
         step = build(arguments.peak)
         for _ in range(2):

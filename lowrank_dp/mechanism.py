@@ -24,6 +24,8 @@ from lowrank_dp.rng import Generator, SecureRandom, os_seeded_generator, uniform
 
 __all__ = [
     "NEIGHBOURS",
+    "NON_PRIVATE",
+    "NO_RECORDS",
     "GaussianMechanism",
     "Generator",
     "SecureRandom",
@@ -31,6 +33,9 @@ __all__ = [
     "uniform",
 ]
 NEIGHBOURS = "add or remove one"
+# what a result says where no mechanism protects it
+NON_PRIVATE = "NON-PRIVATE: computed from clean gradients, which no mechanism protects"
+NO_RECORDS = "no private records: computed from formulas, or from generated or public data only"
 _ACCOUNTANTS = ("pld", "rdp")
 _CHUNK = 1 << 15  # entries drawn at once
 _GRID = 2.0**-24  # upper end of a release's rounding grid, in standard deviations of its noise

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from scipy import signal
 
-from lowrank_dp.restore import LowPassFilter, momentum, restore
+from lowrank_dp.restore import LowPassFilter, exponential_average, restore
 
 FILTERS = {
     "mean of 3": ((1.0, 1.0, 1.0), ()),
@@ -31,7 +31,7 @@ def feed(state, inputs, stds):
 def test_momentum_is_the_bias_corrected_mean(beta):
     rng = np.random.default_rng(0)
     inputs, stds = rng.standard_normal((7, 3, 4)), rng.uniform(0.5, 2, 7)
-    state, running = momentum(beta), np.zeros((3, 4))
+    state, running = exponential_average(beta), np.zeros((3, 4))
     for step, (value, std) in enumerate(zip(inputs, stds, strict=True), start=1):
         state = state.update(torch.from_numpy(value), std)
         running = beta * running + (1 - beta) * value
@@ -76,7 +76,7 @@ def test_naive_loop(name):
     np.testing.assert_allclose(state.mean, out[-1] / ones[-1], rtol=1e-9)
 
 
-@pytest.mark.parametrize("state", [momentum(0.8), LowPassFilter(*FILTERS["order 2"])])
+@pytest.mark.parametrize("state", [exponential_average(0.8), LowPassFilter(*FILTERS["order 2"])])
 def test_noise_std_by_simulation(state):
     """20000 entries of pure noise whose level changes from step to step: within 3%."""
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +87,7 @@ def test_noise_std_by_simulation(state):
 
 @given(st.floats(0, 0.999), st.integers(1, 30))
 def test_a_constant_comes_back(beta, steps):
-    state = feed(momentum(beta), [np.full(3, 5.0)] * steps, [2.0] * steps)
+    state = feed(exponential_average(beta), [np.full(3, 5.0)] * steps, [2.0] * steps)
     np.testing.assert_allclose(state.mean, 5, rtol=1e-9)
     assert 0 < state.noise_std <= 2.0 * (1 + 1e-9)
     assert len(state.outputs) == len(state.weights) == 1 and len(state.inputs) == 0
@@ -95,7 +95,7 @@ def test_a_constant_comes_back(beta, steps):
 
 def test_state_is_frozen_and_separate():
     value = torch.ones(2, 2)
-    first = momentum(0.5).update(value, 1.0)
+    first = exponential_average(0.5).update(value, 1.0)
     mean = first.mean.clone()
     value.mul_(100)
     second = first.update(value, 1.0)
@@ -105,7 +105,7 @@ def test_state_is_frozen_and_separate():
     value.zero_()
     assert torch.equal(state.update(value, 1.0).mean, torch.full((2, 2), 50.0))
     grad = torch.ones(2, 2, requires_grad=True)
-    assert not momentum(0.5).update(grad, 1.0).mean.requires_grad
+    assert not exponential_average(0.5).update(grad, 1.0).mean.requires_grad
 
 
 def test_momentum_lifts_a_signal_over_the_edge():
@@ -113,7 +113,7 @@ def test_momentum_lifts_a_signal_over_the_edge():
     generator = torch.Generator().manual_seed(3)
     u, v = (torch.linalg.qr(torch.randn(n, 1, generator=generator))[0] for n in (60, 90))
     clean = 8.0 * u @ v.T  # the transition is at (60 * 90) ** 0.25 = 8.6
-    state = momentum(0.9)
+    state = exponential_average(0.9)
     for _ in range(20):
         noisy = clean + torch.randn(60, 90, generator=generator)
         state = state.update(noisy, 1.0)
@@ -165,26 +165,32 @@ def test_a_stored_state_is_a_copy():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: momentum(1.0), "^beta must be"),
-        (lambda: momentum(-0.1), "^beta must be"),
-        (lambda: momentum(math.nan), "^beta must be"),
-        (lambda: momentum("0.9"), "^beta must be"),
+        (lambda: exponential_average(1.0), "^beta must be"),
+        (lambda: exponential_average(-0.1), "^beta must be"),
+        (lambda: exponential_average(math.nan), "^beta must be"),
+        (lambda: exponential_average("0.9"), "^beta must be"),
         (lambda: LowPassFilter(b=()), "^b must be"),
         (lambda: LowPassFilter(b=(1.0, -1.0)), "^b must be"),
         (lambda: LowPassFilter(b=(math.inf,)), "^b must be"),
         (lambda: LowPassFilter(b=(1.0,), a=("x",)), "^a must be"),
-        (lambda: momentum(0.5).update(torch.ones(2), -1.0), "^noise_std must be"),
-        (lambda: momentum(0.5).update(torch.ones(2), math.inf), "^noise_std must be"),
-        (lambda: momentum(0.5).update(np.ones(2), 1.0), "^noisy must be a torch tensor"),
-        (lambda: momentum(0.5).update(torch.ones(2, dtype=torch.int64), 1.0), "^noisy must be"),
-        (lambda: momentum(0.5).update(torch.ones(2).half(), 1.0), "^noisy must be"),
-        (lambda: momentum(0.5).update(torch.tensor([math.nan]), 1.0), "^noisy must have finite"),
+        (lambda: exponential_average(0.5).update(torch.ones(2), -1.0), "^noise_std must be"),
+        (lambda: exponential_average(0.5).update(torch.ones(2), math.inf), "^noise_std must be"),
+        (lambda: exponential_average(0.5).update(np.ones(2), 1.0), "^noisy must be a torch tensor"),
         (
-            lambda: momentum(0.5).update(torch.ones(2), 1.0).update(torch.ones(3), 1.0),
+            lambda: exponential_average(0.5).update(torch.ones(2, dtype=torch.int64), 1.0),
             "^noisy must be",
         ),
-        (lambda: momentum(0.5).mean, "must have seen a gradient"),
-        (lambda: momentum(0.5).noise_std, "must have seen a gradient"),
+        (lambda: exponential_average(0.5).update(torch.ones(2).half(), 1.0), "^noisy must be"),
+        (
+            lambda: exponential_average(0.5).update(torch.tensor([math.nan]), 1.0),
+            "^noisy must have finite",
+        ),
+        (
+            lambda: exponential_average(0.5).update(torch.ones(2), 1.0).update(torch.ones(3), 1.0),
+            "^noisy must be",
+        ),
+        (lambda: exponential_average(0.5).mean, "must have seen a gradient"),
+        (lambda: exponential_average(0.5).noise_std, "must have seen a gradient"),
     ],
 )
 def test_bad_input(call, words):

@@ -19,8 +19,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank_dp.optim as optim
-from lowrank_dp.optim import attach_restoration
-from lowrank_dp.restore import momentum, restore
+from lowrank_dp.optim import attach_restoration, hook
+from lowrank_dp.restore import exponential_average, restore
+from lowrank_dp.restore.noise_floor import least_norm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Secure RNG turned off:UserWarning"),
@@ -292,7 +293,7 @@ def test_bfloat16_is_restored_in_float32():
 def test_momentum_restores_the_running_mean_at_its_own_noise():
     parameters, optimizer, steps = noisy_problem(lr=1.0)
     handle = attach_restoration(optimizer, mean_noise_std=0.1, momentum_beta=0.8)
-    states = [momentum(0.8) for _ in range(3)]
+    states = [exponential_average(0.8) for _ in range(3)]
     want = [torch.zeros_like(p) for p in parameters[:3]]
     for grads in steps:
         run(parameters, optimizer, [grads])
@@ -416,8 +417,8 @@ def test_the_floor_on_the_norm_is_never_crossed_by_noise():
     generator = torch.Generator().manual_seed(0)
     for entries in (4, 16, 100, 2500):
         norms = torch.randn(20_000, entries, generator=generator).norm(dim=1)
-        assert optim._least_norm(entries) < float(norms.min())
-    assert optim._least_norm(10**8) == pytest.approx(0.9e4, rel=1e-3)
+        assert least_norm(entries) < float(norms.min())
+    assert least_norm(10**8) == pytest.approx(0.9e4, rel=1e-3)
 
 
 def test_a_closure_is_refused():
@@ -503,7 +504,7 @@ def test_hugging_face_callback(tmp_path):
     first = callback.handle
     run.train()  # attaches anew
     assert callback.handle is not first
-    assert not optim._unwrap(run.optimizer)._optimizer_step_pre_hooks
+    assert not hook._unwrap(run.optimizer)._optimizer_step_pre_hooks
 
 
 def test_hugging_face_clipping_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_dp.restore import SCHEMES, oracle_values, restoration, restore, restore_with_report
+from lowrank_dp.restore.plan import make_plan
 from lowrank_dp.spectrum import alignment, decompose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,7 +142,7 @@ def test_a_batch_with_such_matrices_among_ordinary_ones():
     batch = torch.stack([ordinary, one_entry(), one_row(300, 200), thirty, ordinary.flip(0)])
     want = torch.stack([by_numpy(noisy, 1.0) for noisy in batch])
     norms = torch.linalg.matrix_norm(batch)
-    plan = restoration._plan(norms, batch.shape, 1.0, "optimal", "fast", "keep", None, {})
+    plan = make_plan(batch.shape, 1.0)
     for got in (restore(batch, 1.0), restoration._apply(plan, batch, norms)[0]):
         for index, limit in enumerate((0.05, 1e-3, 1e-3, 1e-3, 0.05)):
             assert distance(got[index], want[index]) < limit, index

@@ -15,6 +15,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train.loop import train
+from lowrank_dp.train.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,8 +56,6 @@ def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
 
 def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
     first = sweep([base], tmp_path, engine="sequential")
-    from lowrank_dp.train import prepare
-
     prepared = []
 
     def counted(config, seed):

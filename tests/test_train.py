@@ -432,10 +432,8 @@ def test_a_sampled_group_takes_part_with_one_of_its_rows():
     per_group = [0] * len(setup.unit_rows)
     sampler, again = (torch.Generator().manual_seed(0) for _ in range(2))
     for _ in range(400):
-        rows = []
-        for batch in step_module._sample(setup, sampler):
-            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                rows.append(tuple(ids[mask.bool()].tolist()))
+        chosen = step_module._sample(setup.unit_rows, setup.mechanism, sampler, one_each=True)
+        rows = [tuple(setup.rows[row]["input_ids"]) for row in chosen]
         groups = [group_of[row] for row in rows]
         drawn = torch.rand(len(per_group), generator=again, dtype=torch.float64)
         taken = (drawn < setup.mechanism.sample_rate).nonzero().flatten().tolist()
@@ -525,7 +523,8 @@ def test_the_oracle_puts_the_best_diagonal_in_place(tmp_path):
     setup = prepare(config, 3)
     before = {name: p.detach().clone() for name, p in setup.trained.items()}
     sampler, noise = fresh_generators(config, new_stream(config, 0))
-    clean, _ = step_module.clipped_sum_over(setup.model, step_module._sample(setup, sampler), BOUND)
+    rows = step_module._sample(setup.unit_rows, setup.mechanism, sampler, one_each=False)
+    clean, _ = step_module.clipped_sum_over(setup.model, setup.batches(rows), BOUND)
     train(config, tmp_path)
     got = weights_of(tmp_path, config)
     for name, total in clean.items():
@@ -856,12 +855,10 @@ def test_groups_by_a_column(tmp_path):
     assert [len(unit) for unit in setup.units] == [20] * 20
     assert setup.mechanism.sample_rate == 5 / 20 and "20 of 20 groups" in setup.description
     assert "label from 'label' (2 classes: 0, 1), group from 'user_id'" in setup.description
-    rows = [
-        int(row)
-        for batch in step_module._sample(setup, torch.Generator().manual_seed(0))
-        for row in batch["input_ids"].shape[:1]
-    ]
-    taken = step_module._draw(setup, torch.Generator().manual_seed(0))
+    taken = step_module._sample(
+        setup.unit_rows, setup.mechanism, torch.Generator().manual_seed(0), one_each=True
+    )
+    rows = [len(batch["input_ids"]) for batch in step_module._batches_of_rank(setup, taken)]
     users = [i // 20 for i in taken]
     assert len(taken) == sum(rows) == len(set(users)) > 0
     with (

@@ -22,7 +22,7 @@ from lowrank_dp.mia.shadows import shadow_configs
 from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -90,7 +90,7 @@ def looking(setup, state):
         "weights": sum(p.to_local().numel() for p in setup.model.parameters()),
         "moments": sum(t.to_local().numel() for t in moments if hasattr(t, "to_local")),
         "sums": sum(t.numel() for t in clean.values()),
-        "means": sum(t.outputs[0].numel() for t in state.low_passes.values())}
+        "means": sum(t.outputs[0].numel() for t in state.restorer.filters.values())}
     report["streams"].setdefault(name, []).append(state.stream)
     return clean, noisy
 
@@ -126,7 +126,7 @@ def alone(config, stream):
     """The same steps in this process, with the same draws: (clean, noisy) of each, and the run."""
     setup = prepare(replace(config, shard=False), 5)
     start = {n: p.detach().clone() for n, p in setup.trained.items()}
-    state = State(0, stream, *fresh_generators(config, stream))
+    state = first_state(config, stream)
     return [take_step(setup, state) for _ in range(STEPS)], setup, start
 
 
