@@ -205,7 +205,7 @@ def extrapolate(clip, latency, transfer, restoring, shapes, cost):
 
 
 def show(title, lines):
-    """Print a table; "split buys" is a step's time without a split restoration over that with it."""
+    """Print a table; "split buys" is the time of a step with unsplit over split restoration."""
     print(
         f"\n{title}\n{'devices':>9}"
         + "".join(f"{part:>11}" for part in PARTS)
