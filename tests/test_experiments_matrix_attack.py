@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lowrank_dp.plots.lora import plot_matrix_attack
 from matplotlib.figure import Figure
 from scipy import special, stats
 
@@ -12,7 +13,6 @@ from lowrank_dp import artifacts, figures, theory
 from lowrank_dp.experiments import matrix_attack as attack
 from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.mia.metrics import auc
-from lowrank_dp.plots.lora import plot_matrix_attack
 from tests.tasks import seeded
 
 TINY = replace(
