@@ -238,13 +238,8 @@ def test_last_blocks_of_every_family(tmp_path):
     for name, pattern in first.items():
         base = save_base(tmp_path / name, name)
 
-        def names(**options):
-            model, _ = load_model(
-                base,
-                kind="classification",
-                num_labels=2,
-                **options,
-            )
+        def names(base=base, **options):
+            model, _ = load_model(base, kind="classification", num_labels=2, **options)
             return {n for n, p in model.named_parameters() if p.requires_grad}
 
         everything, last = names(), names(train_layers=1)
@@ -366,7 +361,7 @@ def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
     folder = save_base(tmp_path / "bert", "bert")
     task = load_task(base.task)
     for method in ("full", "lora"):
-        config = replace(base, model=str(folder), method=method, learning_rate=0.3)
+        config = replace(base, model=str(folder), method=method, learning_rate=1.0)
         result = train(config, tmp_path / method)
         assert "; head new: bert.pooler.dense.bias, bert.pooler.dense.w" in result.description
         manifest = json.loads((tmp_path / method / "membership.json").read_text())
