@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from lowrank_dp.data import Example, Task, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.models import describe, load_model, load_tokenizer, save_model, tiny
-from lowrank_dp.models.heads import final_layer, head_state, label_rows, own_label_names
+from lowrank_dp.models.heads import final_layer, head_state
+from lowrank_dp.models.labels import label_rows, own_label_names
 from lowrank_dp.train.loop import train
 
 SEQUENCE = transformers.AutoModelForSequenceClassification

@@ -6,8 +6,8 @@ of examples, :func:`collate` one padded batch, and :func:`micro_batches` batches
 
     examples  records       task     splits of records     tasks     tasks by name
     rows  rows to records   formats  files to rows         readers   folders to splits
-    own  a user's own data  selection  random subsets      batches   token rows and batches
-    generated  English, private and public
+    own  a user's columns   labels   classes and scores    selection  random subsets
+    generated  English      batches  token rows and padded batches
 """
 
 from typing import TYPE_CHECKING

@@ -146,6 +146,7 @@ def encode(
 def _encode_classification(
     examples: Sequence[Example], tokenizer: Any, max_length: int | None, with_target: bool
 ) -> list[dict[str, Any]]:
+    """Encode texts or pairs with a class or a score."""
     pairs = [e.text_pair for e in examples if e.text_pair is not None]
     if pairs and len(pairs) < len(examples):
         raise ValueError("examples must all have a text_pair, or none")
@@ -172,6 +173,7 @@ def _encode_classification(
 def _encode_generation(
     examples: Sequence[Example], tokenizer: Any, max_length: int | None, with_target: bool
 ) -> list[dict[str, Any]]:
+    """Encode source, separator, target and end of sequence."""
     _require_eos(tokenizer)
 
     def tokens(texts: list[str]) -> list[list[int]]:
