@@ -208,6 +208,7 @@ def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
             load_model(base, task=TASK, new_head=False)
 
 
+@pytest.mark.slow
 def test_the_head_trains_whatever_train_layers_is(tmp_path):
     """The head is what transformers reports as missing; parameters off the pattern are frozen."""
     for name in FAMILIES:
@@ -225,6 +226,7 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
         assert final_layer(model) and model.get_submodule(final_layer(model)).out_features == 3
 
 
+@pytest.mark.slow
 def test_last_blocks_of_every_family(tmp_path):
     """The last block of each list trains; blocks of encoders come before those of decoders."""
     first = {
@@ -392,6 +394,7 @@ def save_classifier(folder, name, id2label=OTHER, **changes):
     return folder
 
 
+@pytest.mark.slow
 def test_labels_are_mapped_by_name(tmp_path):
     for name in ("bert", "roberta", "distilbert", "bart", "t5", "xlnet", "xlm", "gpt2"):
         folder = save_classifier(tmp_path / name, name)
@@ -650,6 +653,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "adapter"), base=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
 def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):

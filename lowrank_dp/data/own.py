@@ -35,10 +35,11 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a user's own data; None is found by the column's own name.
+    """Names of the columns of a user's own data, by the role of the column.
 
-    The help texts document the fields. A label is a class (a string, a truth value or an integer
-    >= 0) or a score (a float). ``group`` None: the source text of a record to generate.
+    The help texts document the roles. A role that is None takes a column with a known name, such as
+    "sentence" or "label". A label is a class (a string, a truth value or an integer >= 0) or a
+    score (a float). Without ``group``, records to generate with one source text are a group.
     """
 
     text: str | None = option(
@@ -84,7 +85,7 @@ class Columns:
 
 
 def own_column(role: str) -> Any:
-    """Declare the option of a column in another dataclass, with the help text that Columns has."""
+    """Declare a column's option in another dataclass, with the help text of ``Columns``."""
     return option(None, next(f.metadata["help"] for f in fields(Columns) if f.name == role))
 
 
@@ -178,6 +179,7 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
 
 
 def _roles_in_words(roles: Columns, classes: tuple[str, ...]) -> str:
+    """Write which column has which role, for the ``source`` of a task."""
     count = f"{len(classes)} class{'es' * (len(classes) != 1)}: {in_words(classes)}"
     labels = f" ({count})" if classes else " (a score)"
     return ", ".join(
