@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowrank_dp import _validate
 from lowrank_dp.data import Columns
-from lowrank_dp.data.batches import Template
+from lowrank_dp.data.template import Template
 from lowrank_dp.engines import check_engine
 
 # name -> what it needs and means, in words
