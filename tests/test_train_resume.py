@@ -36,10 +36,6 @@ FULL = {"method": "full", "optimizer": "sgd", "beta1": 0.9, "schedule": "linear"
 FILTER = {"method": "lora-frozen-a", "filter_b": (0.2, 0.1), "filter_a": (-0.5, -0.2)}
 
 
-class Stop(BaseException):
-    """What breaks a run off; no error, which a failed write would be explained as."""
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -50,21 +46,6 @@ def places(tmp_path_factory):
     save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=24)
     write_reviews(folder / "data")
     return folder
-
-
-def write_data(folder, change=lambda rows: rows):
-    folder.mkdir(exist_ok=True)
-    for split, count in (("train", 40), ("validation", 12)):
-        rows = [
-            {
-                "idx": i,
-                "sentence": f"The film number {i} is {('dull', 'fresh')[i % 2]} .",
-                "label": i % 2,
-            }
-            for i in range(count)
-        ]
-        rows = change(rows) if split == "train" else rows
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -797,15 +778,6 @@ print(json.dumps(codes))
 """
 
 
-def arguments(config, folder):
-    words = ["train", "--output", str(folder)]
-    for name, value in config.as_json().items():
-        if value != TrainConfig(non_private=True).as_json()[name] and name != "non_private":
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}={item}" for item in values]
-    return words
-
-
 @pytest.mark.slow
 def test_a_full_disk_costs_nothing_that_was_done(places, tmp_path, monkeypatch):
     """While a snapshot is written; and the checkpoint. Afterwards the run goes on."""
@@ -828,7 +800,7 @@ def test_a_full_disk_costs_nothing_that_was_done(places, tmp_path, monkeypatch):
     assert later > 1.5 * first and len(references[1]) > 1.5 * small
     limits = (first + later) // 2, (small + len(references[1])) // 2
     jobs = [
-        (limit, arguments(config, tmp_path / name))
+        (limit, train_words(config, tmp_path / name))
         for limit, config, name in zip(
             limits, (growing, narrow), ("snapshot", "checkpoint"), strict=True
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from lowrank_dp import _validate
 from lowrank_dp._options import option
 from lowrank_dp.data import Columns
-from lowrank_dp.data.template import Template
 from lowrank_dp.engines import ENGINES, check_engine
 
 # name -> what it needs and means, in words
