@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_dp import data
-from lowrank_dp.data import Example, collate, encode, load_task, micro_batches
+from lowrank_dp.data import Example, collate, encode, generated, load_task, micro_batches
 from lowrank_dp.models import tiny
 from tests.tasks import write_jsonl as write
 
@@ -288,10 +288,10 @@ def test_content_hash_sees_the_text_and_not_its_dress():
 def test_restrict_keeps_order_and_refuses_strangers():
     task = load_task("generated")
     ids = [task.train[i].id for i in (5, 2, 9)]
-    assert [e.id for e in task.restrict(ids).train] == sorted(ids)
-    assert task.restrict(ids).validation == task.validation
+    assert [e.id for e in task.select(ids).train] == sorted(ids)
+    assert task.select(ids).validation == task.validation
     with pytest.raises(ValueError, match="1 are not, such as 'nobody'"):
-        task.restrict([*ids, "nobody"])
+        task.select([*ids, "nobody"])
     with pytest.raises(ValueError, match="no test split"):
         _ = task.test
 
@@ -330,9 +330,9 @@ def test_generated_tasks_are_reproducible_distinct_and_balanced():
 
 
 def test_public_corpus_shares_nothing_with_any_private_set():
-    public = set(data.generated_corpus(4000, seed=3))
+    public = set(generated.corpus(4000, seed=3))
     assert len(public) == 4000
-    assert data.generated_corpus(10) == data.generated_corpus(10) != data.generated_corpus(10, 1)
+    assert generated.corpus(10, 0) == generated.corpus(10, 0) != generated.corpus(10, 1)
     sources = {text.partition("\n")[0] for text in public}
     for seed in (0, 3):
         for name in ("generated", "generated-table"):

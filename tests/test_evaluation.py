@@ -653,14 +653,14 @@ def test_real_tables(llama):
     assert 0 < found["rouge_l"] < 100 and 0 <= found["bleu"] < 100
     dart = load_task("dart")
     blank = next(e for e in dart.test if not e.target)
-    task = dart.restrict([e.id for e in dart.test if e.group == blank.group], "test")
+    task = dart.select([e.id for e in dart.test if e.group == blank.group], "test")
     assert len(task.test) == 2
     found = evaluate(model, tokenizer, task, "test", generate=True, max_new_tokens=20)
     assert all(math.isfinite(value) for value in found.values())
-    only = evaluate(model, tokenizer, dart.restrict([blank.id], "test"), "test")
+    only = evaluate(model, tokenizer, dart.select([blank.id], "test"), "test")
     assert math.log(only["perplexity"]) == pytest.approx(only["loss"])  # the end token alone
     with pytest.raises(ValueError, match="not blank"):
-        evaluate(model, tokenizer, dart.restrict([blank.id], "test"), "test", generate=True)
+        evaluate(model, tokenizer, dart.select([blank.id], "test"), "test", generate=True)
 
 
 @needs_data
@@ -679,7 +679,7 @@ def test_real_sentences():
     [
         (lambda m, t: evaluate(m, t, TABLES, "dev"), "no dev split"),
         (
-            lambda m, t: evaluate(m, t, TABLES.restrict([], "validation")),
+            lambda m, t: evaluate(m, t, TABLES.select([], "validation")),
             "got none: choose another",
         ),
         (lambda m, t: evaluate(m, t, TABLES, max_examples=0), "^max_examples must be"),

@@ -14,6 +14,9 @@ ROOT = Path(lowrank_dp.__file__).parent
 ORDER = (
     "_validate",
     "_terminal",
+    "_lazy",
+    "_options",
+    "_json",
     "_hub",
     "losses",
     "rng",

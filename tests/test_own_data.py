@@ -9,8 +9,8 @@ from collections import Counter
 import pandas as pd
 import pytest
 
-from lowrank_dp.data import Columns, load_task
-from lowrank_dp.data.readers import Table, _has_bare_quotes, read_table
+from lowrank_dp.data import Columns, formats, load_task
+from lowrank_dp.data.formats import Table, _has_bare_quotes, read_table
 
 REVIEW = Columns(text="review", label="stars", group="user")
 ROWS = [
@@ -392,9 +392,7 @@ def test_damaged_files_of_every_format(tmp_path):
 
 
 def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
-    from lowrank_dp.data import examples
-
-    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 16)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1 << 16)
     bomb = b"text,label\n" + b"a" * (1 << 17) + b",1\n"
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(bomb))
     (tmp_path / "a.json").write_bytes(b"[" + b" " * (1 << 17) + b"]")
@@ -404,8 +402,8 @@ def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
     for name in ("a.csv.gz", "a.json", "a.parquet"):
         with pytest.raises(ValueError, match="at most 65,536 bytes"):
             load(tmp_path / name, None)
-    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 30)
-    monkeypatch.setattr(examples, "MAX_ROWS", 300)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1 << 30)
+    monkeypatch.setattr(formats, "MAX_ROWS", 300)
     same.to_csv(tmp_path / "b.csv", index=False)
     same.to_json(tmp_path / "b.json", orient="records")
     for name in ("b.csv", "b.json", "a.parquet"):

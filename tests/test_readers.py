@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import lowrank_dp
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import Task, examples, load_task
+from lowrank_dp.data import Task, formats, load_task
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
 
 thousand = settings(
@@ -178,7 +178,7 @@ def test_data(folder, draw):
 
 
 def test_files_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1 << 20)
     monkeypatch.setattr(artifacts.results, "MAX_BYTES", 1 << 20)
     monkeypatch.setattr(artifacts.files, "MAX_JSON_BYTES", 1 << 20)
     line = json.dumps(ROWS[0] | {"sentence": "x" * 1000}) + "\n"

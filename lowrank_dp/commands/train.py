@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_dp import _terminal, artifacts
-from lowrank_dp.data.examples import without_repeats
+from lowrank_dp._json import without_repeats
 from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models import METHODS
 from lowrank_dp.restore import SCHEMES

@@ -1,4 +1,4 @@
-"""Examples to token rows, token rows to padded batches."""
+"""Encode examples as token rows, and collate token rows into padded batches."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Template:
-    """The text that a generation example is written into, around its source and its target.
+    """Text around the source and the target of a generation example.
 
-    The written text is ``before + source + between + target + after``. A template of plain text
-    has no target: ``between`` and ``after`` are empty and ``plain`` is True. A template without a
-    source has an empty ``before``.
+    The written text is ``before + source + between + target + after``. With ``plain`` there is no
+    target, ``between`` is empty, and the written text is ``before + text + after``. Without a
+    source, ``before`` is empty.
     """
 
     before: str
@@ -41,13 +41,13 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        r"""The template that ``text`` spells.
+        r"""Parse a template.
 
         ``{source}`` or ``{prompt}`` stands for the source, ``{target}`` or ``{response}`` for the
         target, and ``{text}`` alone for a plain text. ``\n``, ``\t`` and ``\\`` are read as in a
         Python string, because a shell passes them on as two characters.
 
-        Raises ``ValueError`` for a field that is unknown, twice there, or in another order.
+        Raises ValueError for a field that is unknown, repeated or out of order.
 
         >>> Template.parse("Q: {prompt} A: {target}").between
         ' A: '
@@ -74,7 +74,7 @@ class Template:
         )
 
     def parts(self, example: Example) -> tuple[str, str, str, str]:
-        """The written text of ``example`` in four parts: before, source, between, the scored."""
+        """Split the written text of ``example``: before, source, between, scored text."""
         if self.plain:
             return "", "", "", self.before + example.text + self.after
         if example.target is None:
@@ -92,23 +92,25 @@ def encode(
     with_target: bool = True,
     template: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Token rows, one an example, in order: ``input_ids``, ``labels``, ``token_type_ids`` if used.
+    """Encode examples as token rows, one row per example, in order.
 
-    Classification and regression: the text or the pair with the tokenizer's special tokens; what
-    exceeds ``max_length`` is cut from the longer text of a pair. Generation: source, a line break,
-    target, end of sequence; the labels are -100 on everything before the target, and what exceeds
-    ``max_length`` is cut from the end of the source, never from the target. ``with_target=False``
-    gives the prompts alone, to generate from.
+    A row has ``input_ids``, ``labels`` (with ``with_target``) and, if the tokenizer uses them,
+    ``token_type_ids``.
 
-    ``template`` is for causal language models that were trained elsewhere; its form is that of
-    :meth:`Template.parse`. The whole written text is then tokenised at once, with the tokenizer's
-    own special tokens. With ``{target}``, the tokens of the target and of what the template writes
-    after the target are labelled, and an end of sequence is added. With ``{text}``, all tokens but
-    the first are labelled, no end of sequence is added, and what exceeds ``max_length`` is cut
-    from the end.
+    - Classification and regression: a row holds the text or the pair, with the tokenizer's special
+      tokens. Tokens beyond ``max_length`` are cut from the longer text of a pair.
+    - Generation: a row holds source, line break, target and end of sequence. Labels are -100 before
+      the target. Tokens beyond ``max_length`` are cut from the end of the source, never from the
+      target. ``with_target=False`` gives the prompts alone, to generate from.
 
-    Without ``max_length`` nothing is cut: a text longer than the model's context is an error, as is
-    a target that leaves no room for its source, each named by its id.
+    ``template`` (see :meth:`Template.parse`) is for causal language models that were trained
+    elsewhere. The written text is then tokenised as a whole, with the tokenizer's own special
+    tokens. With ``{target}``, the target and the text after it are labelled, and an end of sequence
+    is added. With ``{text}``, all tokens except the first are labelled, no end of sequence is
+    added, and tokens beyond ``max_length`` are cut from the end.
+
+    Without ``max_length`` nothing is cut. Raises ValueError, with the example's id, for a text
+    longer than the model's context and for a target that leaves no room for its source.
     """
     _validate.choice("kind", kind, ("classification", "regression", "generation"))
     if not examples:
@@ -152,7 +154,7 @@ def _encode_classification(
         truncation=max_length is not None,
         verbose=False,
     )
-    # a blank text under a tokenizer without special tokens still needs one position to read
+    # a tokenizer without special tokens makes no token of a blank text, but a model needs one
     blank = [tokenizer.eos_token_id]
     rows: list[dict[str, Any]] = [{"input_ids": ids or blank} for ids in encoded["input_ids"]]
     for i, kinds in enumerate(encoded.get("token_type_ids", ())):
@@ -173,7 +175,7 @@ def _encode_generation(
     def tokens(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    # parts are tokenised apart, so that the prompt is the same with and without its target
+    # source and target are tokenised apart, so that the prompt does not depend on the target
     opening = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
     separator = tokens([SEPARATOR])[0]
     sources = tokens([e.text for e in examples])
@@ -198,7 +200,7 @@ def _encode_generation(
 def _cut(
     example: Example, source: list[int], others: int, target: int, max_length: int | None
 ) -> list[int]:
-    """The source's tokens that fit beside the target's and ``others``."""
+    """Cut the source to the tokens that fit beside the target and ``others`` more tokens."""
     if max_length is None:
         return source
     room = max_length - others - target
@@ -213,7 +215,7 @@ def _cut(
 def _encode_template(
     examples: Sequence[Example], tokenizer: Any, max_length: int | None, template: Template
 ) -> list[dict[str, Any]]:
-    """Rows of written texts, whose target is found by the characters that each token covers."""
+    """Encode written texts; the characters that each token covers tell where the target starts."""
     _require_eos(tokenizer)
     if not tokenizer.is_fast:
         raise ValueError(
@@ -229,7 +231,7 @@ def _encode_template(
         examples, parts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         begin, end, scored = (sum(map(len, four[:count])) for count in (1, 2, 3))
-        # a token that covers a space of the template and the target's first word is the target's
+        # a token over the template's last space and the target's first word belongs to the target
         first = next(
             (i for i, (left, right) in enumerate(spans) if right > max(scored, left)), len(ids)
         )
@@ -249,7 +251,7 @@ def _encode_template(
 def _encode_plain(
     examples: Sequence[Example], tokenizer: Any, max_length: int | None, template: Template
 ) -> list[dict[str, Any]]:
-    """Rows of whole texts; the first token has none before it that could predict it."""
+    """Encode whole texts; the first token is not labelled, because no token precedes it."""
     encoded = tokenizer(
         [template.parts(example)[3] for example in examples],
         verbose=False,
@@ -279,13 +281,20 @@ def collate(
     side: str = "right",
     length: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """One batch of (B, T) ``input_ids`` and ``attention_mask``, padded to one length.
+    """Collate token rows into one batch, padded to one length.
 
-    T is ``length``, or that of the longest row if ``length`` is None. A row that is longer than
-    ``length`` raises ``ValueError``.
+    Args:
+        rows: token rows of :func:`encode`, all with the same keys.
+        pad_token_id: the token on padding.
+        side: the side of the padding: "right", or "left" for prompts to generate from.
+        length: tokens per row; None takes the length of the longest row.
 
-    ``token_type_ids`` (B, T) if the rows have them; ``labels`` (B,) int64 classes or float32 scores
-    or, for generation, (B, T) with -100 on padding. ``side="left"`` is for generating.
+    Returns:
+        ``input_ids`` and ``attention_mask`` (B, T); ``token_type_ids`` (B, T) if the rows have
+        them; ``labels``: (B,) int64 classes, (B,) float32 scores or, for generation, (B, T) int64
+        with -100 on padding.
+
+    Raises ValueError for no rows, rows with different keys, and a row longer than ``length``.
     """
     _validate.choice("side", side, ("right", "left"))
     if not rows:
@@ -333,11 +342,11 @@ def micro_batches(
     side: str = "right",
     length: int | None = None,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """``(indices, batch)`` over all rows, of similar length within a batch; ``indices[j]`` is the
-    position in ``rows`` of the batch's row ``j``. No rows give no batch. Each batch is padded to
-    its longest row, or to ``length``.
+    """Yield ``(indices, batch)`` over all rows, with rows of similar length in one batch.
 
-    The longest come first, so that a batch too large for the memory fails at once.
+    ``indices[j]`` is the position in ``rows`` of the batch's row ``j``. Each batch is padded to its
+    longest row, or to ``length``. The longest rows come first, so that a batch too large for the
+    memory fails at once. No rows give no batch.
     """
     batch_size = _validate.integer("batch_size", batch_size)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))

@@ -273,7 +273,7 @@ def _loss_on_members(setup: Setup) -> float:
         if member
         for example in unit
     }
-    return _scores(replace(setup, task=setup.task.restrict(members)), "train")["loss"]
+    return _scores(replace(setup, task=setup.task.select(members)), "train")["loss"]
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files, runs
 from lowrank_dp.data import SEPARATOR
 from lowrank_dp.evaluation.metrics import majority
-from lowrank_dp.membership.units import manifest
+from lowrank_dp.membership.manifest import Manifest
 from lowrank_dp.models import save_model
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.setup import Setup
@@ -95,11 +95,11 @@ def save_run(
     documents = {runs.TRAINING: artifacts.plain(result)}
     if weights is not None:
         config, task = setup.config, setup.task
-        documents[runs.MEMBERSHIP] = manifest(
+        documents[runs.MEMBERSHIP] = Manifest.of(
             setup.units,
             setup.members,
             membership=config.membership,
-            coin_seed=setup.seed,
+            sampling_seed=setup.seed,
             task=task.name,
             split="train",
             source=task.source,
@@ -117,7 +117,7 @@ def save_run(
             privacy=result.privacy,
             train_loss=result.train_loss,
             eval_loss=result.curve[-1]["loss"],
-        )
+        ).as_json()
 
     def write(aside: Path) -> None:
         if weights is None:
