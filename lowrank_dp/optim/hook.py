@@ -175,7 +175,8 @@ class Restoration:
         saved = float(tensors.pop("momentum_beta")) if tensors else None
         if saved != self._beta:
             _validate.fail("momentum_beta of the state", f"{self._beta}, as attached", saved)
-        parameters, loaded = self._parameters(), {}
+        parameters = self._parameters()
+        loaded: dict[str, Tensor] = {}
         for index in dict.fromkeys(name.partition(".")[0] for name in tensors):
             try:
                 shape = parameters[index].shape

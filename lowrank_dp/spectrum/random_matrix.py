@@ -1,14 +1,17 @@
-"""Random-matrix facts about one matrix of i.i.d. noise plus a low-rank signal.
+"""Random-matrix theory of i.i.d. noise plus a low-rank signal: edge, bulk, spikes, shrinkers.
 
-Setting, here and in :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`:
+The setting, here and in :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`, is
 ``N = G + noise_std * Z`` of shape (m, n), Z i.i.d. N(0, 1). With ``aspect = min(m, n) /
 max(m, n)`` (called beta in the literature) and ``scale = noise_std * sqrt(max(m, n))``, singular
 values are measured as ``y = s / scale`` (noisy) and ``theta`` (clean). Sources:
 
 * Benaych-Georges & Nadakuditi, J. Multivariate Anal. 111 (2012): the visible spikes and overlaps.
 * Gavish & Donoho, IEEE Trans. Inf. Theory 60 (2014) and 63 (2017): thresholds and shrinkers.
-* Johnstone, Ann. Statist. 29 (2001); Chiani, J. Multivariate Anal. 129 (2014): the edge's
-  fluctuation and a gamma approximation of the Tracy-Widom law.
+* Johnstone, Ann. Statist. 29 (2001); Chiani, J. Multivariate Anal. 129 (2014): the fluctuation of
+  the edge, and a gamma approximation of the Tracy-Widom law.
+
+The functions of y or theta take tensors of any shape, in units of ``scale``, and an ``aspect`` in
+(0, 1].
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 
-# Gamma approximation of Tracy-Widom beta=1, matching its first three moments (Chiani 2014, Table 1)
+# gamma approximation of the Tracy-Widom law for beta = 1, of the same first three moments
+# (Chiani 2014, Table 1)
 _TW_SHAPE, _TW_SCALE, _TW_SHIFT = 46.446, 0.186054, 9.84801
 
 
@@ -112,9 +116,18 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
-    """Density of the ``min(m, n)`` singular values of pure noise, at ``s`` (absolute units).
+    """Compute the density of the ``min(m, n)`` singular values of pure noise, at ``s``.
 
-    Integrates to one over ``s``; zero outside the bulk.
+    Args:
+        s: singular values, absolute, of any shape.
+        shape: (..., m, n).
+        noise_std: standard deviation of the noise on one entry, absolute, > 0.
+
+    Returns:
+        The density with respect to ``s``, which integrates to one and is zero outside the bulk.
+
+    Raises:
+        ValueError: on a bad shape or noise level.
     """
     aspect, scale = aspect_and_scale(shape, noise_std)
     x = np.asarray(s, dtype=np.float64) / scale
@@ -124,10 +137,13 @@ def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float
 
 
 def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
-    """``count`` singular values, descending, as the bulk law places them (mid-point quantiles)."""
+    """Compute ``count`` mid-point quantiles of the bulk law: singular values, descending.
+
+    ``shape`` and ``noise_std`` are as for :func:`marchenko_pastur_pdf`; ``count`` >= 1.
+    """
     count = _validate.integer("count", count)
     aspect, scale = aspect_and_scale(shape, noise_std)
-    # the angle substitution removes the square-root ends of the density
+    # the substitution of an angle removes the square-root singularities at the ends of the bulk
     angle = np.linspace(0, math.pi, 4097)
     x = 1 - math.sqrt(aspect) * np.cos(angle)
     weight = marchenko_pastur_pdf(x * scale, shape, noise_std) * np.sin(angle)
@@ -137,7 +153,7 @@ def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: fl
 
 
 def visible_value(theta: Tensor, aspect: float) -> Tensor:
-    """Noisy singular value y at which a clean value theta >= 0 shows: the bulk edge if invisible.
+    """Noisy singular value y of a clean value theta >= 0; the bulk edge if theta is invisible.
 
     ``y^2 = (theta + 1/theta)(theta + aspect/theta)`` for ``theta > aspect ** 0.25``.
     """
@@ -147,15 +163,15 @@ def visible_value(theta: Tensor, aspect: float) -> Tensor:
 
 
 def clean_value(y: Tensor, aspect: float) -> Tensor:
-    """Clean singular value theta that shows at y; 0 at or below the edge (inverse of the above)."""
+    """Clean value theta of a noisy value y, the inverse of `visible_value`; 0 up to the edge."""
     to_high, to_low = _edge_distances(y, aspect)
     return torch.where(to_high > 0, (to_high + to_low) / 2, 0.0)
 
 
 def _edge_distances(y: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
-    """``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the bulk's two ends; 0 inside.
+    """``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the two ends of the bulk; 0 inside.
 
-    Their product is ``sqrt((y^2 - aspect - 1)^2 - 4 aspect)``. As factors they neither overflow at
+    Their product is ``sqrt((y^2 - aspect - 1)^2 - 4 aspect)``. The two factors neither overflow at
     a large y nor cancel next to the edge.
     """
     high, low = 1 + math.sqrt(aspect), 1 - math.sqrt(aspect)
@@ -166,26 +182,27 @@ def _edge_distances(y: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
 def overlaps(theta: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
     """Squared cosines between noisy and clean singular vectors: ``(short side, long side)``.
 
-    The short side (min(m, n) entries) is the better estimated one. Zero for an invisible theta.
+    The vectors on the short side, with min(m, n) entries, are estimated better. Both cosines are
+    zero for an invisible theta.
     """
-    inverse = theta.clamp(min=aspect**0.25) ** -2  # goes to 0, not to overflow, for a large theta
+    inverse = theta.clamp(min=aspect**0.25) ** -2  # does not overflow at a large theta
     signal = torch.where(theta > aspect**0.25, (1 - aspect * inverse**2).clamp(min=0), 0.0)
     return signal / (1 + aspect * inverse), signal / (1 + inverse)
 
 
 def shrink_frobenius(y: Tensor, aspect: float) -> Tensor:
-    """Optimal shrinker for squared error: theta times both overlaps' cosines; 0 below the edge."""
+    """Optimal shrinker for squared error: theta times both cosines; 0 up to the edge."""
     to_high, to_low = _edge_distances(y, aspect)
     return to_high * (to_low / y.clamp(min=1))
 
 
 def shrink_operator(y: Tensor, aspect: float) -> Tensor:
-    """Optimal shrinker for the operator norm: the clean value itself."""
+    """Shrinker for the operator norm: the clean value, optimal for a square matrix."""
     return clean_value(y, aspect)
 
 
 def shrink_nuclear(y: Tensor, aspect: float) -> Tensor:
-    """Optimal shrinker for the nuclear norm (Gavish & Donoho 2017, eq. 7's third case)."""
+    """Optimal shrinker for the nuclear norm (Gavish & Donoho 2017, third case of eq. 7)."""
     theta = clean_value(y, aspect)
     t, y = theta.clamp(min=aspect**0.25), y.clamp(min=1)
     # (t^4 - aspect - sqrt(aspect) t y) / (t^2 y), without the fourth power
@@ -194,7 +211,7 @@ def shrink_nuclear(y: Tensor, aspect: float) -> Tensor:
 
 
 def hard_threshold(aspect: float) -> float:
-    """Optimal hard threshold in units of ``scale`` for known noise (Gavish & Donoho 2014).
+    """Optimal hard threshold for a known noise level, in units of ``scale`` (Gavish & Donoho 2014).
 
     >>> round(hard_threshold(1.0), 6) == round(4 / 3**0.5, 6)
     True

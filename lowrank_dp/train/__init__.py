@@ -15,10 +15,17 @@ snapshot with the same draws. Processes that torchrun starts share one run::
     processes  ranks, their exchanges   layout  replicated or sharded tensors
 """
 
-from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.loop import train
-from lowrank_dp.train.result import TrainResult, load_result
-from lowrank_dp.train.setup import Setup
-from lowrank_dp.train.step import take_step
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.train.config import TrainConfig
+    from lowrank_dp.train.loop import train
+    from lowrank_dp.train.result import TrainResult, load_result
+    from lowrank_dp.train.setup import Setup
+    from lowrank_dp.train.step import take_step
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = ["Setup", "TrainConfig", "TrainResult", "load_result", "take_step", "train"]

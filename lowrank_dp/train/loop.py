@@ -88,7 +88,7 @@ def train(
                 guards.check_releases(folder.num_releases(), state.step)
                 result = result_of(setup, state, folder.num_releases(), _loss_on_members(setup))
                 save_run(setup, result, folder, _weights(setup) if keep_model else None)
-            processes.broadcast_from_rank0({"result": artifacts.plain(result)})
+            processes.broadcast_from_rank0({"result": artifacts.to_jsonable(result)})
             return result
 
 
@@ -116,7 +116,7 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
             if keep_model:
                 _weights(setup)
         found, _ = processes.broadcast_from_rank0()
-    return artifacts.typed("result", found["result"], TrainResult)
+    return artifacts.from_jsonable("result", found["result"], TrainResult)
 
 
 def _evaluate_before_training(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
@@ -281,7 +281,7 @@ def _loss_on_members(setup: Setup) -> float:
         if member
         for example in unit
     }
-    return _scores(replace(setup, task=setup.task.restrict(members)), "train")["loss"]
+    return _scores(replace(setup, task=setup.task.select(members)), "train")["loss"]
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:

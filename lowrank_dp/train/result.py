@@ -14,7 +14,7 @@ from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files, runs
 from lowrank_dp.data import SEPARATOR
 from lowrank_dp.evaluation.metrics import majority
-from lowrank_dp.membership.units import manifest
+from lowrank_dp.membership.manifest import Manifest
 from lowrank_dp.models import save_model
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.setup import Setup
@@ -76,7 +76,7 @@ def load_result(folder: str | Path) -> TrainResult:
         raise ValueError(f"{folder} must hold a finished run, found no {path.name}") from None
     if document.get("schema_version") != artifacts.SCHEMA_VERSION:
         raise ValueError(f"{path} must have schema_version {artifacts.SCHEMA_VERSION}; train again")
-    return artifacts.typed(str(path), document, TrainResult)
+    return artifacts.from_jsonable(str(path), document, TrainResult)
 
 
 def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> TrainResult:
@@ -103,14 +103,14 @@ def save_run(
     setup: Setup, result: TrainResult, folder: runs.RunFolder, weights: dict[str, Tensor] | None
 ) -> None:
     """Write the checkpoint and its manifest; without weights, write ``training.json`` alone."""
-    documents = {runs.TRAINING: artifacts.plain(result)}
+    documents = {runs.TRAINING: artifacts.to_jsonable(result)}
     if weights is not None:
         config, task = setup.config, setup.task
-        documents[runs.MEMBERSHIP] = manifest(
+        documents[runs.MEMBERSHIP] = Manifest.of(
             setup.units,
             setup.members,
             membership=config.membership,
-            coin_seed=setup.seed,
+            sampling_seed=setup.seed,
             task=task.name,
             split="train",
             source=task.source,
@@ -128,7 +128,7 @@ def save_run(
             privacy=result.privacy,
             train_loss=result.train_loss,
             eval_loss=result.curve[-1]["loss"],
-        )
+        ).as_json()
 
     def write(aside: Path) -> None:
         if weights is None:
