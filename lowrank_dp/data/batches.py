@@ -10,7 +10,6 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_dp import _validate
-from lowrank_dp.data.template import Template as Template
 from lowrank_dp.losses import IGNORE
 
 
