@@ -1,4 +1,4 @@
-"""Collate token rows into padded batches."""
+"""Collate token rows into padded batches, and sort rows of similar length into one batch."""
 
 from __future__ import annotations
 
