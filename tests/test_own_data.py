@@ -359,6 +359,7 @@ def test_what_is_refused_in_one_line(tmp_path):
         load("sst2", REVIEW)
 
 
+@pytest.mark.slow
 def test_damaged_files_of_every_format(tmp_path):
     """1,350 files with bytes overwritten, removed or inserted give a task or a one-line error."""
     rng = random.Random(5)

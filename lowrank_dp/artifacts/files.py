@@ -76,25 +76,33 @@ def encode_json(document: Any) -> bytes:
 
 
 def read_json(
-    path: str | Path, *, max_bytes: int | None = None, strict: bool = False
+    path: str | Path,
+    *,
+    max_bytes: int | None = None,
+    max_values: int | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: file to read.
         max_bytes: largest accepted size; None means ``MAX_JSON_BYTES`` (64 MiB).
+        max_values: largest accepted number of values, which bounds the memory of parsing; None
+            means any number.
         strict: also refuse NaN, infinity, and an object in which a name stands twice.
 
     Raises:
-        ValueError: if the file is too large or holds anything other than a JSON object; the one
-            line of the message names the file.
+        ValueError: if the file is too large, holds too many values, or holds anything other than a
+            JSON object; the one line of the message names the file.
         OSError: if the file cannot be read.
     """
     limit = MAX_JSON_BYTES if max_bytes is None else max_bytes
     if (size := Path(path).stat().st_size) > limit:
         raise ValueError(f"{path} must have at most {limit:,} bytes, got {size:,}")
+    data = Path(path).read_bytes()
+    if max_values is not None and sum(map(data.count, (b",", b"[", b"{"))) > max_values:
+        raise ValueError(f"{path} must hold at most {max_values:,} values")
     try:
-        data = Path(path).read_bytes()
         document = parse_json(data, finite=True) if strict else json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None

@@ -1,4 +1,4 @@
-"""Collate token rows into padded batches."""
+"""Collate token rows into padded batches, and sort rows of similar length into one batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_dp import _validate
-from lowrank_dp.data.template import Template as Template
 from lowrank_dp.losses import IGNORE
 
 

@@ -1,4 +1,4 @@
-"""Encode examples as token rows."""
+"""Encode examples as token rows: special tokens, truncation and labels."""
 
 from __future__ import annotations
 

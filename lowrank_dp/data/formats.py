@@ -1,4 +1,4 @@
-"""Files in CSV, TSV, JSON Lines, JSON and Parquet, and folders of `datasets`, as tables of rows.
+"""Read CSV, TSV, JSON Lines, JSON, Parquet and folders of `datasets` as tables of rows.
 
 Every format gives the same rows for the same table, except for the types that the format lacks: a
 cell of a CSV file is always a string. No content of a file is executed or copied to a cache, and

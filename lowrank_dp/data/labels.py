@@ -1,4 +1,4 @@
-"""Labels of a user's own data: classes or scores, read from the values of a column."""
+"""Read the labels of a user's own data: classes or scores, by the values of a column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own data as a task: the role of each column."""
+"""Make a task of a user's own data: find the role of each column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own file or folder as tables, one per split: which file holds which split."""
+"""Read a user's own file or folder as tables, one per split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a split to checked examples: which column is the text, the label, the reference."""
+"""Make checked examples of a split's rows: text, pair, label, reference, group."""
 
 from __future__ import annotations
 

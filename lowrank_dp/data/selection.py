@@ -1,4 +1,4 @@
-"""Subsets of records: random subsets in which each record is chosen alone, and exact sizes.
+"""Subsets of records for max_examples, hold-outs and members, each record chosen alone.
 
 Private training reads a part of a data set if the user asks for a number of records, for a
 hold-out or for random members. Differential privacy compares two data sets that differ in one

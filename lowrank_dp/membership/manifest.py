@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_dp._json import parse_json
+from lowrank_dp.artifacts.files import read_json
 from lowrank_dp.data.examples import Example
 from lowrank_dp.data.own import Columns
 from lowrank_dp.data.tasks import TASKS
@@ -199,26 +199,9 @@ def _parse(path: Path) -> dict[str, Any]:
             "shift check is then mandatory)"
         )
     try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= MAX_BYTES else b""
+        return read_json(path, max_bytes=MAX_BYTES, max_values=MAX_VALUES, strict=True)
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror})") from None
-    if size > MAX_BYTES:
-        raise ValueError(
-            f"{path} must have at most {MAX_BYTES:,} bytes, got {size:,}: it is no "
-            "manifest of a run"
-        )
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ValueError(
-            f"{path} must hold at most {MAX_VALUES:,} values: it is no manifest of a run"
-        )
-    try:
-        document = parse_json(data.decode(), finite=True)
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {shown(document)}")
-    return document
 
 
 def _records(top: CheckedObject) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Options:
         if self.max_length is not None:
             _validate.integer("max_length", self.max_length)
         if self.template is not None:
-            from lowrank_dp.data.batches import Template  # torch comes with it
+            from lowrank_dp.data.template import Template
 
             Template.parse(self.template)
         if self.num_shadows and self.shadow_dir is not None:
