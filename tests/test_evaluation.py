@@ -43,7 +43,7 @@ def few(name, size):
 
 TABLES = few("generated-table", 40)
 GREEN = few("generated", 37)
-# the same sentences under three classes, and under scores
+# the same sentences with three classes, and with scores
 THREE = replace(
     GREEN,
     kind="classification",
@@ -63,7 +63,7 @@ F1 = replace(GREEN, metrics=("accuracy", "f1", "matthews"))
 
 @pytest.fixture(scope="module")
 def llama():
-    """A small Llama that writes well, and one that is unsure where to stop."""
+    """A small pretrained Llama, a copy with perturbed weights, and their tokenizer."""
     sure, tokenizer = load_model("tiny-llama", task=TABLES)
     unsure, _ = load_model("tiny-llama", task=TABLES)
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +83,7 @@ def rows_of(task, tokenizer, split="validation"):
 
 @torch.no_grad()
 def greedy(model, tokenizer, source, max_new_tokens):
-    """One source, one token at a time, no padding and no cache."""
+    """Greedy text of one source, token by token, without padding or cache."""
     ids = encode([Example("x", source)], tokenizer, kind="generation", with_target=False)[0][
         "input_ids"
     ]
@@ -108,7 +108,7 @@ def test_labels_against_one_example_at_a_time(task):
         for _, row in rows_of(task, tokenizer)
     ]
     with torch.no_grad():
-        # a fresh head may give every text the same class; about their mean, logits differ in sign
+        # a new head may predict one class for all texts; centred logits differ in sign
         model.classifier.bias -= torch.cat([model(**x).logits for x in inputs]).mean(0)
         for example, x in zip(task.validation, inputs, strict=True):
             logits = model(**x).logits[0].double()
@@ -120,7 +120,7 @@ def test_labels_against_one_example_at_a_time(task):
                 losses.append(float(logits.exp().sum().log() - logits[example.label]))
                 outputs.append(int(logits.argmax()))
     if task.kind == "regression":
-        # a fresh head's scores are all alike, so they have ranks only to rounding
+        # the scores of a new head are nearly equal, so rounding decides their ranks
         want = {"pearson": np.corrcoef(outputs, labels)[0, 1]}
     else:
         assert len(set(outputs)) > 1
@@ -162,7 +162,7 @@ def test_generation_loss_against_one_example_at_a_time(llama):
         assert list(found) == ["loss", "perplexity"]
         assert found["loss"] == pytest.approx(np.mean(means), rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
-    # the two means weigh long texts differently, so one cannot stand for the other
+    # the two means weigh long texts differently, so they differ
     assert abs(math.log(found["perplexity"]) - found["loss"]) > 1e-3
 
 
@@ -175,7 +175,7 @@ def test_worse_models_have_larger_losses(llama):
 
 def test_perplexity_beyond_floats_is_infinite(llama):
     class Certain(torch.nn.Module):
-        """Sure that token 7 comes next, which it never does."""
+        """A model that always predicts token 7, which never comes."""
 
         def __init__(self):
             super().__init__()
@@ -220,7 +220,7 @@ def test_mode_gradients_and_generator_are_left_alone():
 
 
 def test_half_precision_is_measured_in_single(llama):
-    """Cross-entropy in bfloat16 would be wrong in its third digit."""
+    """Losses are computed in float32: bfloat16 would be wrong in the third digit."""
     _, _, tokenizer = llama
     model, _ = load_model("tiny-llama", task=TABLES, dtype=torch.bfloat16)
     losses = []
@@ -250,7 +250,7 @@ def test_texts_against_a_greedy_loop(llama, which):
     sources = sources_of(TABLES.validation)[:12]
     want = {source: greedy(model, tokenizer, source, 24) for source in sources}
     ended = [tokens[-1] == tokenizer.eos_token_id for _, tokens in want.values()]
-    assert any(ended) and not all(ended)  # both ways of stopping are seen
+    assert any(ended) and not all(ended)  # both kinds of ending occur
     for batch_size in (1, 5, 64):
         random.Random(batch_size).shuffle(sources)
         assert generate_texts(
@@ -370,7 +370,7 @@ def test_texts_of_smollm2():
 
 
 def shuffled(task):
-    """The references of a source far apart from each other."""
+    """Shuffle the examples, so that the references of a source are far apart."""
     examples = list(task.validation)
     random.Random(0).shuffle(examples)
     return replace(task, splits={"validation": tuple(examples)})
@@ -413,7 +413,7 @@ def test_generated_texts_are_scored(llama):
     for e in TABLES.validation:
         references.setdefault(e.text, []).append(e.target)
         texts[e.text] = texts.get(e.text) or greedy(model, tokenizer, e.text, 24)[0]
-    # sacrebleu's own tokens, one space apart, are what the naive loop splits at
+    # the naive loop splits at spaces: join the tokens of sacrebleu by spaces
     split = BLEU().tokenizer
     want = naive_bleu(
         [split(texts[source]) for source in references],

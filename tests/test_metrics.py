@@ -1,4 +1,4 @@
-"""Metrics of labels and texts against formulas by hand and naive loops."""
+"""Metrics of labels and texts, compared with formulas by hand and naive loops."""
 
 import math
 import re
@@ -46,7 +46,7 @@ def test_two_classes_from_the_counts(pairs, shuffler):
 )
 @settings(deadline=None)
 def test_correlations(pairs, scale, shift):
-    """Pearson by its formula, Spearman as Pearson of mean ranks; neither sees units."""
+    """Pearson by its formula, Spearman as Pearson of mean ranks; both ignore scale and shift."""
 
     def correlation(x, y):
         x, y = x - x.mean(), y - y.mean()
@@ -88,7 +88,7 @@ def test_f1_is_of_class_one():
 
 
 def test_directions():
-    """Every metric has one, and goes that way from bad answers to good ones."""
+    """Every metric has a direction, in which it moves from bad answers to good ones."""
     named = {name for spec in TASKS.values() if spec for name in spec.metrics}
     assert HIGHER_IS_BETTER.keys() == named | {"loss", "perplexity"}
     labels = [0, 1, 1, 0, 1]
