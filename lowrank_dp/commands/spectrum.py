@@ -62,7 +62,7 @@ def main(
     asked = Options(**given)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra
-    from lowrank_dp.experiments.gradients import GradientConfig
+    from lowrank_dp.experiments.gradients import GradientConfig, prepare
 
     gradients = GradientConfig(
         model=asked.model,
@@ -74,9 +74,9 @@ def main(
         seed=asked.seed,
         device=asked.device,
     )
-    result = spectra.run(
-        spectra.Config(gradients, asked.batch_size, asked.noise_multiplier, asked.scheme)
-    )
+    config = spectra.Config(gradients, asked.batch_size, asked.noise_multiplier, asked.scheme)
+    source = prepare(gradients, asked.batch_size, _say_what_is_measured)
+    result = spectra.run(config, source)
     if output is not None:
         from lowrank_dp.plots.spectra import plot_spectra
 
@@ -86,6 +86,12 @@ def main(
         print(json.dumps(_document(result, spectra.headline(result)), indent=1))
     else:
         _print(result, spectra.headline(result))
+
+
+def _say_what_is_measured(description: str) -> None:
+    from rich.console import Console
+
+    say(Console(stderr=True), f"measures: {description}")
 
 
 def _document(result: Result, headline: dict[str, str]) -> dict[str, Any]:

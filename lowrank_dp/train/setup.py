@@ -253,7 +253,9 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
     """Return the learning rate as a function of the step, which has no state to save."""
-    import transformers
+    if config.schedule == "constant":
+        return lambda step: config.learning_rate
+    import transformers  # its schedulers bring peft along
 
     scheduler: Any = transformers.get_scheduler(
         config.schedule,
