@@ -171,6 +171,17 @@ def peak_megabytes(mode, method):
     return float(out.stdout.split()[-1])
 
 
+def show(rows):
+    """Print measured values beside their limits."""
+    print(f"{'':42}{'measured':>9}{'range':>14}{'asked':>9}")
+    for label, value, low, high, sign, asked in rows:
+        met = value <= asked if sign == "<=" else value >= asked
+        print(
+            f"{label:42}{value:9.2f}{low:8.2f}-{high:.2f}{sign:>5} {asked:.2f}"
+            f"  {'met' if met else 'MISSED'}"
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 11")
@@ -221,13 +232,7 @@ def main():
     for method, by_mode in (("full", full), ("lora", lora)):
         value, low, high = ratio(by_mode, "bookkeeping", "compiled")
         print(f"{method}: compiled is {value:.2f} times as fast ({low:.2f}-{high:.2f})")
-    print(f"{'':42}{'measured':>9}{'range':>14}{'asked':>9}")
-    for label, value, low, high, sign, asked in rows:
-        met = value <= asked if sign == "<=" else value >= asked
-        print(
-            f"{label:42}{value:9.2f}{low:8.2f}-{high:.2f}{sign:>5} {asked:.2f}"
-            f"  {'met' if met else 'MISSED'}"
-        )
+    show(rows)
     if arguments.json:
         keys = ("figure", "measured", "low", "high", "relation", "asked")
         arguments.json.write_text(

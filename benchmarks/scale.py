@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -223,6 +224,140 @@ def show(title, lines):
         )
 
 
+@dataclass(frozen=True)
+class Fit:
+    """The model of a step.
+
+    Attributes:
+        law: the cost of a matrix, a key of ``COSTS``.
+        single: seconds per unit of cost of restoring single matrices.
+        restoring: seconds per unit of cost of restoring in a step.
+        fixed: seconds of clipping that do not depend on the number of rows.
+        per_row: seconds of clipping per row.
+        latency: seconds of a small exchange.
+        transfer: seconds of sending all sums one way.
+        shapes: shapes of the matrices by name.
+        parameters: number of all trained parameters.
+        tokens: mean number of tokens per row.
+    """
+
+    law: str
+    single: float
+    restoring: float
+    fixed: float
+    per_row: float
+    latency: float
+    transfer: float
+    shapes: dict[str, tuple[int, int]]
+    parameters: int
+    tokens: float
+
+    @property
+    def cost(self):
+        """Cost of a matrix (m, n) by the fitted law."""
+        return COSTS[self.law]
+
+
+def fit_model(one, two, rounds):
+    """Fit the model to one process, to exchanges of two, and to single matrices."""
+    singles, fits = single_matrices(rounds), {}
+    for name, cost in COSTS.items():
+        costs = np.array([cost(*shape) for shape in SHAPES], dtype=float)
+        factor = float(np.exp(np.mean(np.log(singles / costs))))
+        fits[name] = float(np.exp(np.abs(np.log(singles / costs / factor)).max())), factor
+    law = min(fits, key=fits.get)
+    print(
+        "restoring single matrices: "
+        + "; ".join(f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items())
+    )
+    shapes = {name: tuple(shape) for name, shape in one["shapes"].items() if len(shape) == 2}
+    parameters = sum(math.prod(shape) for shape in one["shapes"].values())
+    per_row, fixed = np.polyfit(
+        [int(b) for b in one["steps"]], [seconds[0] for seconds in one["steps"].values()], 1
+    ).tolist()
+    restored = float(np.median([seconds[1] for seconds in one["steps"].values()]))
+    exchanges = two[0]["exchanges"]
+    sizes = {int(size): exchanges[size] for size in exchanges if size != "model"}
+    per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
+    return Fit(
+        law=law,
+        single=fits[law][1],
+        restoring=restored / longest_share(shapes, 1, COSTS[law]),
+        fixed=fixed,
+        per_row=per_row,
+        latency=sizes[10**3],
+        transfer=4 * parameters * per_byte,
+        shapes=shapes,
+        parameters=parameters,
+        tokens=one["tokens"],
+    )
+
+
+def compare_model(fit, one, two):
+    """Rows of (label, seconds by the model, measured seconds) for one process and for two."""
+    rows, batch = BATCHES[-1], str(BATCHES[-1])
+    return [
+        ("clip, 1 process", fit.fixed + fit.per_row * rows, one["steps"][batch][0]),
+        (
+            "clip, 2 processes",
+            fit.fixed + fit.per_row * rows / 2,
+            max(r["steps"][batch][0] for r in two),
+        ),
+        (
+            "restore, 1 process",
+            fit.restoring * longest_share(fit.shapes, 1, fit.cost),
+            one["steps"][batch][1],
+        ),
+        (
+            "restore, 2 processes",
+            fit.restoring * longest_share(fit.shapes, 2, fit.cost),
+            max(statistics.median(s[1] for s in r["steps"].values()) for r in two),
+        ),
+        (
+            f"exchange of {fit.parameters:,} floats",
+            fit.latency + 2 * fit.transfer,
+            two[0]["exchanges"]["model"],
+        ),
+        ("hand out", 2 * fit.latency + fit.transfer, two[0]["hand out"]),
+    ]
+
+
+def extrapolate_here(fit):
+    """Print and return the steps of MiniLM on more devices, with a core as a device."""
+    clip = fit.fixed, fit.per_row * BATCHES[-1]
+    lines = extrapolate(clip, fit.latency, fit.transfer, fit.restoring, fit.shapes, fit.cost)
+    show(f"MiniLM, batch {BATCHES[-1]}: EXTRAPOLATED from the above", lines)
+    return lines
+
+
+def extrapolate_to_gpus(fit):
+    """Print and return the steps of a 4B model on ASSUMED GPUs, after its number of parameters."""
+    parameters = sum(m * n for m, n in LARGE.values())
+    flops = 6 * parameters * TOKENS * LARGE_BATCH
+    # FLOP per unit of cost: its time here, at the FLOP/s that training reaches here
+    weights = sum(math.prod(shape) for shape in fit.shapes.values())
+    work = fit.single / (fit.per_row / (6 * weights * fit.tokens))
+    lines = extrapolate(
+        (0.0, flops / GPU["train"]),
+        GPU["latency"],
+        4 * parameters / GPU["bandwidth"],
+        work / GPU["restore"],
+        LARGE,
+        fit.cost,
+    )
+    show(
+        f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
+        f"GPU {GPU}",
+        lines,
+    )
+    uneven = 512 * longest_share(LARGE, 512, fit.cost) / longest_share(LARGE, 1, fit.cost)
+    print(
+        f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
+        "even one, since a matrix is not divided"
+    )
+    return parameters, lines
+
+
 @styled
 def draw(document):
     """Draw the parts of a step against devices, as measured here and for the assumed GPU."""
@@ -272,81 +407,15 @@ def main():
     rounds = 2 if arguments.quick else 7
     (one,) = launch(1, rounds)
     two = launch(2, rounds)
-    count = sum(math.prod(shape) for shape in one["shapes"].values())
-    shapes = {name: tuple(shape) for name, shape in one["shapes"].items() if len(shape) == 2}
-
-    singles, fits = single_matrices(rounds), {}
-    for name, cost in COSTS.items():
-        costs = np.array([cost(*shape) for shape in SHAPES], dtype=float)
-        factor = float(np.exp(np.mean(np.log(singles / costs))))
-        fits[name] = float(np.exp(np.abs(np.log(singles / costs / factor)).max())), factor
-    law = min(fits, key=fits.get)
-    cost = COSTS[law]
-    print(
-        "restoring single matrices: "
-        + "; ".join(f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items())
-    )
-
-    per_row, fixed = np.polyfit(
-        [int(b) for b in one["steps"]], [seconds[0] for seconds in one["steps"].values()], 1
-    ).tolist()
-    restored = float(np.median([seconds[1] for seconds in one["steps"].values()]))
-    factor = restored / longest_share(shapes, 1, cost)
-    sizes = {
-        int(size): two[0]["exchanges"][size] for size in two[0]["exchanges"] if size != "model"
-    }
-    per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
-    latency = sizes[10**3]
-    transfer = 4 * count * per_byte
-    batch = str(BATCHES[-1])
-    rows = [
-        ("clip, 1 process", fixed + per_row * BATCHES[-1], one["steps"][batch][0]),
-        (
-            "clip, 2 processes",
-            fixed + per_row * BATCHES[-1] / 2,
-            max(r["steps"][batch][0] for r in two),
-        ),
-        ("restore, 1 process", factor * longest_share(shapes, 1, cost), one["steps"][batch][1]),
-        (
-            "restore, 2 processes",
-            factor * longest_share(shapes, 2, cost),
-            max(statistics.median(s[1] for s in r["steps"].values()) for r in two),
-        ),
-        (f"exchange of {count:,} floats", latency + 2 * transfer, two[0]["exchanges"]["model"]),
-        ("hand out", 2 * latency + transfer, two[0]["hand out"]),
-    ]
-    print(f"\nseconds a step, batch {batch}{'':17}{'model':>10}{'measured':>10}{'ratio':>8}")
+    fit = fit_model(one, two, rounds)
+    rows = compare_model(fit, one, two)
+    print(f"\nseconds a step, batch {BATCHES[-1]}{'':17}{'model':>10}{'measured':>10}{'ratio':>8}")
     for label, model, measured in rows:
         print(f"{label:40}{model:10.3f}{measured:10.3f}{measured / model:8.2f}")
-
-    here = extrapolate((fixed, per_row * BATCHES[-1]), latency, transfer, factor, shapes, cost)
-    show(f"MiniLM, batch {batch}: EXTRAPOLATED from the above", here)
-    parameters = sum(m * n for m, n in LARGE.values())
-    flops = 6 * parameters * TOKENS * LARGE_BATCH
-    # what a unit of cost takes here, in the FLOP that training does here meanwhile
-    weights = sum(math.prod(shape) for shape in shapes.values())
-    work = fits[law][1] / (per_row / (6 * weights * one["tokens"]))
-    assumed = extrapolate(
-        (0.0, flops / GPU["train"]),
-        GPU["latency"],
-        4 * parameters / GPU["bandwidth"],
-        work / GPU["restore"],
-        LARGE,
-        cost,
-    )
-    show(
-        f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
-        f"GPU {GPU}",
-        assumed,
-    )
-    uneven = 512 * longest_share(LARGE, 512, cost) / longest_share(LARGE, 1, cost)
-    print(
-        f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
-        "even one, since a matrix is not divided"
-    )
+    here, (parameters, assumed) = extrapolate_here(fit), extrapolate_to_gpus(fit)
     document = {
         "rows": [dict(zip(("figure", "model", "measured"), row, strict=True)) for row in rows],
-        "here": {"title": f"MiniLM, batch {batch}, CPU cores", "lines": here},
+        "here": {"title": f"MiniLM, batch {BATCHES[-1]}, CPU cores", "lines": here},
         "assumed": {
             "title": f"{parameters / 1e9:.1f}B parameters, ASSUMED GPUs",
             "gpu": GPU,
@@ -355,7 +424,7 @@ def main():
             "lines": assumed,
         },
         "rounds": rounds,
-        "law": law,
+        "law": fit.law,
         "provenance": artifacts.provenance(seed=0, device="cpu"),
     }
     if arguments.json:

@@ -4,8 +4,10 @@ An oracle here follows the definition in the paper or in the textbook, one row o
 time, and imports nothing from ``lowrank_dp``.
 """
 
+import functools
 import math
 import subprocess
+from collections import Counter
 
 import numpy as np
 import torch
@@ -67,6 +69,47 @@ def naive_auc(scores, truth):
     """Compute the AUC as the share of (member, non-member) pairs in the right order."""
     members, others = np.asarray(scores)[truth][:, None], np.asarray(scores)[~truth]
     return float(np.mean((members > others) + (members == others) / 2))
+
+
+def naive_bleu(hypotheses, references):
+    """Compute BLEU in percent on words; the n-th order without a hit counts as 2**-n hits."""
+    precisions, zeros = [], 0
+    for n in range(1, 5):
+        hits = total = 0
+        for text, several in zip(hypotheses, references, strict=True):
+            grams = [
+                Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+                for words in map(str.split, [text, *several])
+            ]
+            total += sum(grams[0].values())
+            hits += sum(
+                min(count, max(other[gram] for other in grams[1:]))
+                for gram, count in grams[0].items()
+            )
+        if total == 0 or (n == 1 and hits == 0):
+            return 0.0
+        zeros += hits == 0
+        precisions.append(hits / total or 2.0**-zeros / total)
+    length = sum(len(text.split()) for text in hypotheses)
+    nearest = sum(
+        min((abs(len(r.split()) - len(text.split())), len(r.split())) for r in several)[1]
+        for text, several in zip(hypotheses, references, strict=True)
+    )
+    brevity = min(1.0, math.exp(1 - nearest / length))
+    return 100 * brevity * math.prod(precisions) ** (1 / 4)
+
+
+def naive_rouge(text, reference):
+    """Compute ROUGE-L in percent by the longest common subsequence of words, recursively."""
+    x, y = text.split(), reference.split()
+
+    @functools.cache
+    def common(i, j):
+        if i == len(x) or j == len(y):
+            return 0
+        return 1 + common(i + 1, j + 1) if x[i] == y[j] else max(common(i + 1, j), common(i, j + 1))
+
+    return 200 * common(0, 0) / (len(x) + len(y)) if x or y else 0.0
 
 
 def assert_refused(done, *words):

@@ -1,4 +1,4 @@
-"""A table of transformers' architectures: each is right, or refused with one line."""
+"""Architectures of transformers: the clipped sum is right, or refused in one line."""
 
 import collections
 import warnings
@@ -98,7 +98,7 @@ SIZES = {
         "attention_dropout_prob",
     ),
 }
-OWN = {  # what a name alone does not tell
+OWN = {  # sizes that depend on other sizes
     "gptj": dict(rotary_dim=4),
     "codegen": dict(rotary_dim=4),
     "funnel": dict(block_sizes=[1, 1], num_decoder_layers=1),
@@ -178,7 +178,7 @@ def batch_of(kind, padded, rows=4, length=9):
 
 
 def outcome(model, batch):
-    """``"right"``, or the line of a refusal; anything else that happens."""
+    """``"right"``, ``"refused"``, or a description of the fault."""
     try:
         sums, norms = clipped_sum(model, batch, 0.1)
     except ValueError as error:
@@ -187,14 +187,14 @@ def outcome(model, batch):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     off = deviation(model, batch, sums, norms)
-    if 1e-5 <= off < 1e-4:  # rounding of float32, which weights in float64 have less of
+    if 1e-5 <= off < 1e-4:  # perhaps rounding of float32: decide in float64
         model = model.double()
         off = deviation(model, batch, *clipped_sum(model, batch, 0.1))
     return "right" if off < 1e-5 else f"wrong by {off:.1e}"
 
 
 def deviation(model, batch, sums, norms):
-    """The largest error of a norm or of a parameter's sum, relative to it or to 1% of the whole."""
+    """Largest relative error of a norm or of a parameter's sum (at least 1% of the whole norm)."""
     total, true = clip_one_by_one(model, batch, 0.1, own_length=True)
     whole = torch.stack([t.norm() for t in total.values()]).norm()
     off = max(

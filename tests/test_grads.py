@@ -1,4 +1,4 @@
-"""The clipped sum against one example at a time and against Opacus, for every architecture."""
+"""Clipped sums compared with one example at a time and with Opacus, for several architectures."""
 
 import contextlib
 import importlib.util
@@ -65,7 +65,7 @@ CONFIGS = {
     "llama": lambda **k: LlamaConfig(**SHARED, num_key_value_heads=1, **k),
     "qwen3": lambda **k: Qwen3Config(**SHARED, num_key_value_heads=1, head_dim=8, **k),
 }
-FAST_FIRST = [  # two architectures in every run, the others beside the slow tests
+FAST_FIRST = [  # two architectures in every run, the others with the slow tests
     arch if arch in ("gpt2", "llama") else pytest.param(arch, marks=pytest.mark.slow)
     for arch in CONFIGS
 ]
@@ -85,7 +85,7 @@ AUTO = {
 
 
 def build(arch, task="sequence", method="full", seed=0, **options):
-    """A tiny random model whose biases and norms are not at their neutral initial values."""
+    """A tiny random model; its biases and norm weights differ from their neutral initial values."""
     torch.manual_seed(seed)
     if arch in ("bert", "roberta") and task == "causal":
         options["is_decoder"] = True
@@ -133,7 +133,7 @@ def make_batch(task="sequence", rows=ROWS, length=LENGTH, seed=1, num_labels=3):
 
 
 def worst(found, expected):
-    """Largest error of a parameter's sum, relative to that sum's norm (or a part of the whole)."""
+    """Largest error of a parameter's sum, relative to the sum's norm or to 1% of the whole norm."""
     (sums, norms), (true_sums, true_norms) = found, expected
     assert list(sums) == list(true_sums)
     whole = torch.stack([t.norm() for t in true_sums.values()]).norm()
@@ -141,13 +141,13 @@ def worst(found, expected):
     for name, true in true_sums.items():
         assert sums[name].shape == true.shape
         assert not sums[name].requires_grad
-        # a key bias's gradient is zero but for rounding: hence the floor
+        # the gradient of a key bias is zero up to rounding, hence the floor
         errors.append(float((sums[name] - true).norm() / torch.maximum(true.norm(), 1e-2 * whole)))
     return max(errors)
 
 
 def check(model, batch, tolerance=1e-5, bound=None, expected=None, case=None, **options):
-    """The clipped sum is the loop's; without a bound, one that clips some rows and not others."""
+    """Compare with the loop; without ``bound``, C is the median norm, so some rows are clipped."""
     expected = expected or one_by_one(model, batch, bound)
     bound = float(expected[1].median()) if bound is None else bound
     error = worst(clipped_sum(model, batch, bound, **options), expected)
@@ -293,7 +293,7 @@ def test_mixed_precision_accumulates_in_float32(arch, method):
     check(model, batch, tolerance=0.06, autocast_dtype=torch.bfloat16)
     sums, norms = clipped_sum(model, batch, 1.0, autocast_dtype=torch.bfloat16)
     assert norms.dtype == torch.float32 and {s.dtype for s in sums.values()} == {torch.float32}
-    with torch.autocast("cpu", torch.bfloat16):  # the caller's own context is the same thing
+    with torch.autocast("cpu", torch.bfloat16):  # autocast of the caller is equivalent
         outer, _ = clipped_sum(model, batch, 1.0)
     assert all(torch.equal(outer[n], sums[n]) for n in sums)
 
@@ -336,7 +336,7 @@ def test_gradient_checkpointing(arch, method):
 
 
 class Toy(nn.Module):
-    """Any module: returns .loss and .logits, here with a layer used twice and one not at all."""
+    """A module that uses one layer several times and another layer never."""
 
     def __init__(self, width=6, classes=3, repeats=2):
         super().__init__()
@@ -381,7 +381,7 @@ def test_layers_on_pooled_inputs_and_unused_parameters():
 
 
 class Table(nn.Module):
-    """Rows of padding only, whose gradient is zero, and a loss without a trained parameter."""
+    """A model for rows of padding only, whose gradient is zero."""
 
     def __init__(self):
         super().__init__()
@@ -400,7 +400,7 @@ def test_zero_gradients(backend):
     )
     with torch.no_grad():
         model.table.weight[0] = 0
-    if backend == "opacus":  # its embedding rule forgets padding_idx, which our check notices
+    if backend == "opacus":  # its embedding rule ignores padding_idx, which the check detects
         with pytest.raises(ValueError, match=r"^model parameters table\.weight have no exact"):
             clipped_sum(model, batch, 1.0, backend=backend)
         model.table.padding_idx = None
@@ -498,7 +498,7 @@ def test_layers_from_outside_are_taken_by_their_numbers():
 
 
 class Refused(nn.Module):
-    """Trained parameters where the engine cannot or must not guess."""
+    """A model with trained parameters that book-keeping must refuse."""
 
     def __init__(self, case):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Book-keeping on a compiled graph, against book-keeping layer by layer; and what it refuses."""
+"""Book-keeping on a compiled graph compared with ordinary book-keeping, and its refusals."""
 
 import gc
 import json
@@ -46,7 +46,7 @@ SIZES = dict(
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Every graph that dynamo makes. The graphs run without a C++ compiler.
+    """Collect every graph that dynamo makes; graphs run without a C++ compiler.
 
     ``graphs.lower`` says whether AOT autograd traces them first, as it does for inductor.
     """
@@ -85,7 +85,7 @@ def make(name):
         model.lowrank_dp_note = "a model"
         model.requires_grad_(False)
         model = add_lora(model, 2, 2.0, "gaussian", None, None)
-        for parameter_name, p in model.named_parameters():  # B is zero, which hides A
+        for parameter_name, p in model.named_parameters():  # else A has no gradient
             if "lora_B" in parameter_name:
                 nn.init.normal_(p)
     return model.eval()
@@ -138,7 +138,7 @@ def test_sums_and_norms_are_those_of_book_keeping(name, graphs):
 
 
 def test_another_choice_of_layers_is_another_graph(graphs):
-    """The current weights count, not those that the graph was made with."""
+    """A graph uses the current weights, not the weights at the time of its making."""
     model = Model().requires_grad_(True)
     assert len(clipped_sum(model, TOY_BATCH, 0.5, backend="compiled")[0]) == 3
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_bf16(graphs):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor():
-    """The real compiler."""
+    """The default compiler, inductor, gives the same sums and norms."""
     torch._dynamo.reset()
     model = make("bert")
     parts = [batch_of(model, 3, 7), batch_of(model, 4, 5, 1)]
@@ -242,7 +242,7 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(graphs):
             message = refusal_of(clipped_sum, model, batch, 1.0, backend="compiled")
             assert re.search(words, message) and "\n" not in message, (case, message)
         assert "forward" not in vars(model.layer) and model.layer.weight.requires_grad, case
-        assert_same(clipped_sum(model, batch, 1.0)[0], want)  # book-keeping goes on as before
+        assert_same(clipped_sum(model, batch, 1.0)[0], want)  # book-keeping still works
 
 
 def test_batches_and_modes_that_no_graph_is_made_for(graphs):

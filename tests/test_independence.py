@@ -1,4 +1,4 @@
-"""Rows are kept apart, or the model is refused; and no row contributes more than C."""
+"""Models that mix rows are refused, and no row contributes more than C."""
 
 import re
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ MINDING = {
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder of 128 short records and one long one, and one for each model."""
+    """A folder with a task of 128 short records and a long one, and with the models."""
     folder = tmp_path_factory.mktemp("minding")
     for split, count in (("train", 129), ("validation", 8)):
         words = ["the film was a very dull " + "film " * (120 * (i == 128)) for i in range(count)]
@@ -59,7 +59,7 @@ def places(tmp_path_factory):
     for name, config in MINDING.items():
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-        with torch.no_grad():  # padding's row of a trained embedding is not zero
+        with torch.no_grad():  # the embedding of the padding token must not be zero
             for p in model.parameters():
                 p.add_(0.1 * torch.randn(p.shape))
         model.save_pretrained(folder / name)
@@ -155,7 +155,7 @@ def out(logits, labels):
 
 
 class Small(nn.Module):
-    """Embedding, one layer in between, mean over the positions, head; ``how`` says what is odd."""
+    """Embedding, a layer, mean over positions, head; ``how`` names a peculiarity of the forward."""
 
     def __init__(self, how, width=8, layer=None):
         super().__init__()
@@ -207,7 +207,7 @@ class Small(nn.Module):
 
 
 def change(how, y):
-    """``y`` changed in place, where ``how`` says so."""
+    """Change ``y`` in place if ``how`` names a change."""
     if how in ("mul_", "flat"):
         y.mul_(2)
     elif how == "add_":
@@ -268,7 +268,7 @@ def test_a_model_that_mixes_rows_is_refused_where_rows_run_together():
                 clipped_sum(model, batch_of(), 1.0, backend=backend)
     require_loop(Small("mixed").eval(), batch_of(), backend="loop")
     clipped_sum(Small("mixed in training").eval(), batch_of(), 1.0)
-    model = Small("")  # and one that begins to mix after it was examined
+    model = Small("")  # a model that begins to mix rows after its examination
     clipped_sum(model, batch_of(), 1.0)
     model.how = "mixed"
     with pytest.raises(ValueError, match=r"^model must keep .* row 0 is .* in the batch"):
@@ -289,7 +289,7 @@ def test_layouts_and_shared_positions_are_refused_or_right():
             if length > 1:
                 with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias"):
                     clipped_sum(Small(how, 16), batch, 1.0, backend="opacus")
-        # a row of one position first, which alone has both layouts
+        # the first micro-batch has one position, which fits both layouts
         model = Small("transposed", 16)
         parts = [batch_of(3, 1), batch_of(5, 5), batch_of(4, 6)]
         sums, norms = clipped_sum_over(model, parts, 0.3)
@@ -396,7 +396,7 @@ def test_the_model_is_as_it_was_after_the_examination():
     model = Counting().train()
     model.head.weight.grad = torch.ones_like(model.head.weight)
     clipped_sum(model, batch_of(), 1.0)
-    assert model.calls == 2  # the look at the first row, and the step itself
+    assert model.calls == 2  # the first row alone, and the step itself
     torch.manual_seed(1)
     first = clipped_sum(model, batch_of(), 1.0)[1]  # examined before
     torch.manual_seed(1)
@@ -442,7 +442,7 @@ def test_labels_and_ids_that_the_model_does_not_know_are_named_by_row():
             )
 
 
-# Ghost norms that cancel.
+# Ghost norms of positions that cancel.
 
 
 def test_opposite_positions_move_the_sum_by_at_most_the_bound():
@@ -476,7 +476,7 @@ def test_opposite_positions_move_the_sum_by_at_most_the_bound():
     half=st.booleans(),
 )
 def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, bound, ids, half):
-    """Positions that nearly cancel, of any scale within float32, of any kind of factor."""
+    """Positions that nearly cancel, at any scale within float32, for every kind of factor."""
     generator = torch.Generator().manual_seed(seed)
     count, rows, cols = len(scales), 40, 48
     left = torch.randn(1, rows, generator=generator).expand(count, rows).clone()
@@ -485,7 +485,7 @@ def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, boun
     left = left * (1 + spread * torch.randn(count, rows, generator=generator)) * signs
     right = right * (1 + spread * torch.randn(count, cols, generator=generator))
     first = data.draw(st.floats(-20, 18))
-    same = data.draw(st.booleans())  # one scale for all positions, so that they do cancel
+    same = data.draw(st.booleans())  # one scale for all positions makes them cancel
     down = torch.tensor([scales[0] if same else s for s in scales])[:, None]
     left, right = left * 10.0**first, right * 10.0 ** down.clamp(max=36 - max(first, 0.0))
     assume(bool(left.isfinite().all()) and bool(right.isfinite().all()))

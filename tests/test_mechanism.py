@@ -1,4 +1,4 @@
-"""The Gaussian mechanism's noise and its accounting, against dp-accounting and Opacus directly."""
+"""Noise and accounting of the Gaussian mechanism, compared with dp-accounting and Opacus."""
 
 import math
 import re
@@ -85,7 +85,7 @@ def test_edges():
     assert epsilon(0.1, 1.0, 0, 1e-5) == 0
     assert epsilon(0.1, 0.0, 10, 1e-5) == math.inf == epsilon(1, 0, 1, 0.5, accountant="rdp")
     assert epsilon(1.0, 1.0, 10, 1e-5) > epsilon(0.5, 1.0, 10, 1e-5)
-    # clip bound and unit scale nothing
+    # epsilon depends on neither the clip norm nor the unit
     assert GaussianMechanism(1.0, 7.0, 0.1, unit="group").epsilon(5, 1e-5) == epsilon(
         0.1, 1.0, 5, 1e-5
     )
@@ -150,7 +150,7 @@ def test_noise():
     assert np.abs(correlations - np.eye(4)).max() < 4.5 / math.sqrt(60000)
     again = mechanism.add_noise(sums, torch.Generator().manual_seed(0))
     assert all(torch.equal(again[name], noisy[name]) for name in sums)
-    other = mechanism.add_noise(sums, generator)  # the generator moved on
+    other = mechanism.add_noise(sums, generator)  # the generator has advanced
     assert not torch.equal(other["a"], noisy["a"])
 
 
@@ -166,7 +166,7 @@ def test_noise_from_the_operating_system():
 
 
 def test_a_generator_from_the_operating_system_is_not_one_of_2_to_the_32(monkeypatch):
-    """torch's CPU generator keeps 32 bits of a seed; with the whole state drawn, all of it counts.
+    """torch's CPU generator keeps 32 bits of a seed; here the whole state is random.
 
     numpy's Mersenne Twister, given the same words, must give the same numbers.
     """
@@ -187,7 +187,7 @@ def test_a_generator_from_the_operating_system_is_not_one_of_2_to_the_32(monkeyp
     "rate", [1 / 3, *(pytest.param(rate, marks=pytest.mark.slow) for rate in (0.01, 0.97))]
 )
 def test_sample_takes_each_unit_with_the_stated_probability(rate):
-    """400 samples of 500 units: in all, unit by unit and as pairs; false alarm 1e-6 in all."""
+    """400 samples of 500 units, in total, per unit and in pairs; overall false alarm rate 1e-6."""
     generator = torch.Generator().manual_seed(0)
     sampled = [GaussianMechanism(1.0, 1.0, rate).sample(500, generator) for _ in range(400)]
     taken = np.zeros((400, 500), dtype=int)
@@ -222,7 +222,7 @@ def test_sample_may_be_empty_or_whole_and_follows_its_generator():
 
 
 def test_noise_too_small_for_any_epsilon_has_an_infinite_one():
-    """Where the accountant's own arithmetic overflows."""
+    """Epsilon is infinite if the arithmetic of the accountant would overflow."""
     assert epsilon(0.25, 1e-6, 4, 1e-3) == math.inf == epsilon(1.0, 1e-6, 4, 1e-3)
     assert math.isfinite(epsilon(0.25, 1e-3, 4, 1e-3))
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 GRAM_ELEMENTS = 1 << 24  # elements of the largest Gram matrices held at once; rows go in chunks
 # A ghost norm counts as exact, to a relative error of 1e-4, if its square is at least OF_DIAGONAL
 # times the sum of the positions' squared norms, and OF_SPREAD times the square of the sum of their
@@ -69,7 +70,7 @@ class Squares(NamedTuple):
 
 def upcast(tensor: Tensor) -> Tensor:
     """Convert a half-precision tensor to float32; return another tensor unchanged."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in HALF_DTYPES else tensor
 
 
 def materialize_if_cheaper(factors: Sequence[Factor]) -> list[Factor]:

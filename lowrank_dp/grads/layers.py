@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dp.grads.factors import Factor, Outer, upcast
+from lowrank_dp.grads.factors import HALF_DTYPES, Factor, Outer, upcast
 
 Rule = Callable[[Any, Tensor, Tensor], Factor]
 
@@ -100,7 +100,7 @@ def is_rms_norm(module: Any, x: Tensor, y: Tensor) -> bool:
     Both have the per-example weight gradient ``sum_t b_t u_t``. Only the first example is compared.
     """
     unit, given, weight = _rms_unit(module, x[:1]), upcast(y[:1]), upcast(module.weight)
-    half = torch.bfloat16 in (x.dtype, y.dtype) or torch.float16 in (x.dtype, y.dtype)
+    half = x.dtype in HALF_DTYPES or y.dtype in HALF_DTYPES
     allowed = (3e-2 if half else 1e-4) * given.abs().amax()
     return any(
         bool(((scale * unit - given).abs() <= allowed).all()) for scale in (weight, 1 + weight)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lowrank_dp.grads.factors import upcast
+from lowrank_dp.grads.factors import HALF_DTYPES, upcast
 from lowrank_dp.grads.microbatch import Batch, MicroBatch, UnsupportedParameters, copy_rows
 from lowrank_dp.grads.tolerances import loss_tolerance
 from lowrank_dp.losses import IGNORE, LOSSES
@@ -87,7 +87,7 @@ def require_loss_alone(micro_batch: MicroBatch, losses: Tensor) -> None:
     if micro_batch.loss_alone is None:
         return
     own, here = float(micro_batch.loss_alone), float(losses[0].detach())
-    half = micro_batch.loss_alone.dtype in (torch.bfloat16, torch.float16) or not isinstance(
+    half = micro_batch.loss_alone.dtype in HALF_DTYPES or not isinstance(
         micro_batch.autocast, nullcontext
     )
     if math.isfinite(own) and abs(own - here) > loss_tolerance(half) * max(1.0, abs(own)):
@@ -176,7 +176,7 @@ def match_loss(micro_batch: MicroBatch, own: Any, logits: Any) -> tuple[str, Ten
     for kind in _loss_kinds(micro_batch.model, logits, labels):
         losses, weights = row_losses(micro_batch, kind, logits)
         mean = float((losses.detach() * weights).sum() / weights.sum())
-        tolerance = 2e-2 if own.dtype in (torch.bfloat16, torch.float16) else 2e-5
+        tolerance = 2e-2 if own.dtype in HALF_DTYPES else 2e-5
         if math.isclose(mean, float(own.detach()), rel_tol=tolerance, abs_tol=1e-6):
             matching.append((kind, losses))
     if len(matching) != 1:

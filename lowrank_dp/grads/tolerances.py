@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lowrank_dp.grads.factors import HALF_DTYPES
 from lowrank_dp.grads.microbatch import MicroBatch
 
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Rounding of a gradient in a dtype: the first number is relative to the gradient; the second is
 # the part of one parameter's gradient that is relative to the gradient of all parameters.
 _GRADIENT = {torch.float64: (1e-7, 1e-10), torch.float32: (1e-4, 2e-5)}
