@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1]),
 }
+
+
+@contextmanager
+def case(*what):
+    """Add ``what`` to the report of a failure: the case of a loop."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"case: {', '.join(map(str, what))}")
+        raise
 
 
 class Stop(BaseException):
@@ -81,10 +92,10 @@ def save_bert(folder, **sizes):
 
 def run_command(capsys, app, *arguments):
     """Run a command line in this process: exit code, stdout, stderr."""
-    from lowrank_dp import _terminal
+    from lowrank_dp.commands import _console
 
     with pytest.raises(SystemExit) as stop:
-        _terminal.run(app, [str(word) for word in arguments])
+        _console.run(app, [str(word) for word in arguments])
     captured = capsys.readouterr()
     return stop.value.code, captured.out, captured.err
 

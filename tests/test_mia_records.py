@@ -45,11 +45,11 @@ def document(
         model="tiny", task=task, non_private=True, unit=unit, membership=coins, steps=1, seed=seed
     )
     return (
-        membership.manifest(
+        membership.Manifest.of(
             units,
             members,
             membership=coins,
-            coin_seed=seed,
+            sampling_seed=seed,
             task=task,
             split="train",
             source="local folder",
@@ -63,7 +63,7 @@ def document(
             privacy="NON-PRIVATE: no clipping and no noise",
             train_loss=0.25,
             eval_loss=1,
-        )
+        ).as_json()
         | changes
     )
 
@@ -115,7 +115,7 @@ def e2e(data):
 def test_a_manifest_is_what_the_run_wrote(tmp_path, sst2):
     written = document(sst2)
     found = read_manifest(save(tmp_path, written))
-    assert reading.SCHEMA_VERSION == membership.units.SCHEMA_VERSION == found.schema_version
+    assert reading.SCHEMA_VERSION == written["schema_version"] == found.schema_version
     assert found.is_member.dtype == bool and not found.is_member.flags.writeable
     for name in COLUMNS:
         assert list(getattr(found, name)) == written[name]
@@ -133,9 +133,9 @@ def test_a_manifest_is_what_the_run_wrote(tmp_path, sst2):
         "privacy",
         "train_loss",
         "eval_loss",
-        "coins",
     ):
         assert getattr(found, name) == written[name], name
+    assert found.sampling == written["coins"]
     assert TrainConfig.from_json(found.recipe).model == "tiny"
 
 

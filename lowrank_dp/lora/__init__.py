@@ -7,15 +7,22 @@ Var U_ij = (|g_i|^2 + g_ij^2) / rank for the rows g_i of G. All rows of G share 
 steps if A stays frozen. `lowrank_dp.theory` has the exact law of the noise.
 """
 
-from lowrank_dp.lora.noise import (
-    ENTRY_KURTOSIS,
-    NoiseMoments,
-    draw_a,
-    matched_noise,
-    measure_noise,
-    project,
-    sample_noise,
-)
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.lora.noise import (
+        ENTRY_KURTOSIS,
+        NoiseMoments,
+        draw_a,
+        matched_noise,
+        measure_noise,
+        project,
+        sample_noise,
+    )
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "ENTRY_KURTOSIS",

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files
@@ -148,17 +146,6 @@ def matched(points: Sequence[Point], by: str) -> tuple[float, dict[str, float]] 
     return middle, read
 
 
-def show(comparison: Comparison, console: Console) -> None:
-    """Print it."""
-    columns, rows = table(comparison)
-    drawn = Table(*columns)
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-    for line in notes(comparison):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
 def save(comparison: Comparison, folder: Path) -> None:
     """``compare.json`` and the table as CSV, Markdown and LaTeX."""
     files.write_json(folder / "compare.json", as_json(comparison))
@@ -215,4 +202,4 @@ def notes(comparison: Comparison) -> list[str]:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """In JSON's own types."""
-    return artifacts.plain(comparison)
+    return artifacts.to_jsonable(comparison)

@@ -162,7 +162,7 @@ def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) 
         examples,
         manifest.is_member.copy(),
         runs.MEMBERSHIP,
-        manifest.coins["scheme"],
+        manifest.sampling["scheme"],
     )
 
 

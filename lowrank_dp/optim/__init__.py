@@ -1,18 +1,13 @@
 """Restored gradients inside an optimizer: one more line in an Opacus or torch training script."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lowrank_dp.optim.hook import Restoration, attach_restoration
+from lowrank_dp._lazy import lazy
 
 if TYPE_CHECKING:
     from lowrank_dp.optim.callback import RestorationCallback
+    from lowrank_dp.optim.hook import Restoration, attach_restoration
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = ["Restoration", "RestorationCallback", "attach_restoration"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "RestorationCallback":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lowrank_dp.optim.callback import RestorationCallback  # imports transformers: seconds
-
-    return RestorationCallback
