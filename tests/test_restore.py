@@ -22,6 +22,7 @@ from lowrank_dp.restore import (
     restore_with_report,
     restored_values,
 )
+from lowrank_dp.restore import names as light
 from lowrank_dp.restore.gradients import _batches
 from lowrank_dp.spectrum.random_matrix import NoiseModel
 from tests.refusals import refused
@@ -177,6 +178,14 @@ def test_values_are_those_of_the_formula():
                     atol=1e-9 * float(noisy.norm()),
                     err_msg=str((shape, name, options, below)),
                 )
+
+
+def test_the_light_names_are_those_of_the_schemes():
+    assert light.SCHEME_NAMES == tuple(SCHEMES)
+    assert light.EDGE_SCHEMES == EDGE_SCHEMES == ("hard", "soft", "optimal", "denoise", "partial")
+    assert light.NON_PRIVATE_SCHEMES == NON_PRIVATE_SCHEMES == ("oracle",)
+    for name, scheme in SCHEMES.items():
+        assert scheme.new_values.__name__ == name
 
 
 def test_pure_functions_of_the_values():

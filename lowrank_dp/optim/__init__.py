@@ -1,4 +1,4 @@
-"""Restored gradients inside an optimizer: one line added to an Opacus or torch training script."""
+"""Restored gradients inside an optimizer: one more line in an Opacus or torch training script."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Restoration of all gradients of a model, step by step, with running means where asked for."""
+"""Restoration of all gradients of a model, step by step, with or without running means."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class GradientRestorer:
     def __init__(
         self, scheme: str = "optimal", *, low_pass: LowPassFilter | None = None, **arguments: Any
     ) -> None:
-        """Check the arguments; ``ValueError`` on a bad one.
+        """Check the arguments; raise ``ValueError`` on a bad argument.
 
         Args:
             scheme: a name in ``SCHEMES``.
@@ -125,7 +125,7 @@ class GradientRestorer:
         clean: Tensors | None = None,
         distribute: Distribute | None = None,
     ) -> Tensors:
-        """Restored gradients of one step, or restored running means; the state moves on.
+        """Restore the gradients of one step, or their running means, and advance the state.
 
         If an error is raised, the state stays as it was.
 
@@ -167,7 +167,7 @@ class GradientRestorer:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as ``NAME.KEY`` -> tensor, with the keys of :meth:`LowPassFilter.tensors`.
+        """Return the state: ``NAME.KEY`` -> tensor, with the keys of `LowPassFilter.tensors`.
 
         The state may be published: it is computed from noisy gradients. It is fit for safetensors.
         """
@@ -178,9 +178,11 @@ class GradientRestorer:
         }
 
     def load_tensors(self, tensors: Tensors, parameters: Tensors) -> None:
-        """Continue from a state of :meth:`tensors`; tensors are copied to the parameters' devices.
+        """Continue from a state of :meth:`tensors`.
 
-        Names that are not among ``parameters`` are left out.
+        Args:
+            tensors: the state; copied to the devices of the parameters.
+            parameters: name -> parameter. States of other names are left out.
         """
         states: dict[str, dict[str, Tensor]] = {}
         for full_name, tensor in tensors.items():

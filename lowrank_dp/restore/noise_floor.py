@@ -1,4 +1,4 @@
-"""Refusal of gradients that cannot hold the noise they are said to hold."""
+"""Check that a gradient is large enough to hold its stated noise."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def require_noise(
 ) -> None:
     """Raise ``ValueError`` if ``noisy`` is too small to hold noise of ``noise_std``, or not finite.
 
-    Gradients that hold the noise pass but once in 1e12 draws. A gradient without the noise also
-    passes if its norm is large enough.
+    A gradient that holds the noise is refused at most once in 1e12 draws. A gradient without the
+    noise is accepted if its norm is large enough.
 
     Args:
         name: subject of the message, such as "gradient of parameter 0".
@@ -36,7 +36,7 @@ def require_noise(
 
 @lru_cache(maxsize=1024)
 def least_norm(entries: int) -> float:
-    """Norm that standard normal noise falls below at most once in 1e12 draws, less a tenth.
+    """Nine tenths of the norm that standard normal noise falls below once in 1e12 draws.
 
     With a signal the squared norm is noncentral chi-squared, which is stochastically larger than
     the central law used here. The tenth allows for a noise level that is stated roughly.

@@ -20,7 +20,7 @@ from lowrank_dp.spectrum.decomposition import to_unit
 
 
 def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Definition of a restoration, on matrices (L, m, n); and their singular values (L, k)."""
+    """Restore matrices (L, m, n) by the definition; also return their singular values (L, k)."""
     u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
     new_values = plan.new_values(s, norm).unsqueeze(-2)
     return (u * new_values) @ vh, s
@@ -150,7 +150,7 @@ def restored_values(
 ) -> Tensor:
     """Compute the singular values of :func:`restore` with method "exact" from the noisy ones.
 
-    With the decomposition at hand, schemes can be compared without another one.
+    Schemes can thus be compared on one decomposition.
 
     Args:
         singular_values: (..., min(m, n)), all values of the noisy matrix, descending, >= 0.
@@ -190,7 +190,10 @@ def restored_values(
 
 
 def _finite_norms(noisy: Tensor) -> Tensor:
-    """Frobenius norms (...,) of checked matrices; their norms tell at once whether NaN occurs."""
+    """Check the matrices, and return their Frobenius norms (...,).
+
+    A norm is finite only if all entries are, so one pass over the entries suffices.
+    """
     _validate.matrix("noisy", noisy, check_finite=False)
     norms = _norms(noisy.detach())
     if not bool(norms.isfinite().all()):
