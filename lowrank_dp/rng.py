@@ -1,4 +1,4 @@
-"""Random generators of a run's noise, its samples and its seeds.
+"""Random generators of a run's noise (AES-128 in counter mode), its samples and its seeds.
 
 There are three sources; a run's privacy statement names the source that the run used:
 

@@ -36,7 +36,7 @@ def faces_with_more_than_names(path, tree):
     """Every statement of a face that is no docstring, import or assignment."""
     for node in tree.body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        plain = isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign)
+        plain = isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AugAssign)
         if not (docstring or plain or is_typing_only(node)):
             yield where(path, node)
 

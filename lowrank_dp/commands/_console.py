@@ -101,7 +101,7 @@ def _given(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for field in fields(kind):
         inner = hints[field.name]
-        if is_dataclass(inner):
+        if isinstance(inner, type) and is_dataclass(inner):
             found = _given(inner, values)
             value = inner(**found) if found else None
         else:

@@ -1,4 +1,4 @@
-"""Load a task: by name from a local folder, the hub or the generator; own data by path.
+"""Table of the known tasks (GLUE, E2E, DART); load a task by name, or own data by path.
 
 Sources of the tasks: GLUE, Wang et al., ICLR 2019; E2E, Novikova et al., SIGDIAL 2017; DART, Nan et
 al., NAACL 2021.
