@@ -116,14 +116,11 @@ def test_auc_interval_matches_simulation_and_covers_the_ends():
     member = np.arange(400) < 200
     inside = 0
     for _ in range(200):
-        _, low, high = metrics.auc_with_interval(rng.normal(size=400) + member, member)
+        low, high = metrics.auc(rng.normal(size=400) + member, member).ci
         inside += low < 0.760250 < high  # Phi(1 / sqrt 2)
     assert 180 <= inside <= 199  # 95 % of 200, beyond 3 sigma on both sides
-    assert metrics.auc_with_interval(member * 1.0, member) == (
-        1.0,
-        pytest.approx(0.025 ** (1 / 200)),
-        1.0,
-    )
+    ends = metrics.auc(member * 1.0, member)
+    assert (ends.value, *ends.ci) == (1.0, pytest.approx(0.025 ** (1 / 200)), 1.0)
 
 
 def test_every_arm_starts_like_full_fine_tuning_and_ends_elsewhere(results):

@@ -17,11 +17,11 @@ from lowrank_dp import membership
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import load_task
 from lowrank_dp.membership.manifest import read_manifest
-from lowrank_dp.mia import compare, projection, quantile, records, signals
+from lowrank_dp.mia import compare, metrics, projection, quantile, records, signals
 from lowrank_dp.mia.attack import Options, attack, open_target
+from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
-from lowrank_dp.mia.target import load_reference
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
@@ -288,7 +288,7 @@ def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
     task, examples = target.records.task, target.records.examples
     model = load_reference(target.folder, target.base, task)
     _, tokenizer = load_model("tiny", task=task)
-    layer, released = projection._released(target.folder / "adapter_model.safetensors")
+    layer, released = projection._released_product(target.folder / "adapter_model.safetensors")
     weight = model.get_parameter(f"{layer}.weight")
     loss = sum(
         model(**tokenizer([e.text], return_tensors="pt"), labels=torch.tensor([e.label])).loss
@@ -403,9 +403,7 @@ def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, 
 
 def test_matched_reads_off_where_all_methods_have_been():
     def point(method, loss, auc):
-        return compare.Point(
-            "", method, 1, loss, 1 - loss, compare.metrics.Auc(auc, 0.0, (auc, auc))
-        )
+        return compare.Point("", method, 1, loss, 1 - loss, metrics.Auc(auc, 0.0, (auc, auc)))
 
     points = [
         point("full", 0.6, 0.5),
@@ -578,7 +576,7 @@ def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
         code, _, err = run(capsys, "--model", checkpoints / "tables", option, value)
         assert code == 2 and "must be left out: membership.json says" in err, option
     target = open_target(checkpoints / "overfit", Options(max_length=128))
-    assert target.max_length == 128 and target.format.source == "membership.json"
+    assert target.max_length == 128 and target.format.origin == "membership.json"
     path = shutil.copytree(checkpoints / "tables", tmp_path / "other") / "membership.json"
     path.write_text(path.read_text().replace('"separator": "\\n"', '"separator": " = "'))
     code, _, err = run(capsys, "--model", tmp_path / "other")
@@ -620,11 +618,11 @@ def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
     config = TrainConfig(
         model="tiny", task="pool", non_private=True, membership="bernoulli", steps=1, seed=3
     )
-    document = membership.manifest(
+    document = membership.Manifest.of(
         units,
         coins,
         membership="bernoulli",
-        coin_seed=3,
+        sampling_seed=3,
         task="pool",
         split="train",
         source="local",
@@ -638,7 +636,7 @@ def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
         privacy="none",
         train_loss=0.25,
         eval_loss=1,
-    )
+    ).as_json()
     (tmp_path / "membership.json").write_text(json.dumps(document))
     found = records.load_records(tmp_path, data_dir=tmp_path / "pool.jsonl")
     assert [e.text for e in found.examples] == [row["text"] for row in lines[12:80]]

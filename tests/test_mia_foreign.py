@@ -167,7 +167,7 @@ def test_full_texts_are_scored_but_for_the_first_token(place, tmp_path):
     for name in ("loss", "base", "zlib", "min-k", "min-k++"):
         assert auc(report, name) > 0.9, name
     assert report.verdict == "LEAKS" and report.learning.better
-    assert report.format.template == "{text}" and report.format.source == "assumed"
+    assert report.format.template == "{text}" and report.format.origin == "assumed"
     assert report.format.scored == "all tokens but the first"
 
     tokenizer = load_tokenizer(str(place / "lm"))
@@ -183,9 +183,9 @@ def test_full_texts_are_scored_but_for_the_first_token(place, tmp_path):
 
 def test_a_template_is_what_the_model_was_trained_with(place, tmp_path):
     report = found(place, tmp_path, "templated", **files(place, "pairs"), template=TEMPLATE)
-    assert auc(report, "loss") > 0.9 and report.format.source == "as given"
+    assert auc(report, "loss") > 0.9 and report.format.origin == "as given"
     other = found(place, tmp_path, "templated", **files(place, "pairs"))
-    assert other.format.template is None and other.format.source == "assumed"
+    assert other.format.template is None and other.format.origin == "assumed"
     wrong = -other.scores["loss"][other.is_member].mean()
     assert wrong > 2 * report.learning.loss, "another template hides what was learned"
 
@@ -246,7 +246,7 @@ def test_base_replaces_what_an_adapter_names(place, tmp_path, capsys):
     assert code == 2 and err.count("\n") == 1 and "/gone/away" in err
     report = found(place, tmp_path, "adapter", **files(place, "texts"), base=str(place / "lm-base"))
     assert auc(report, "base") > 0.9 and report.verdict == "LEAKS"
-    assert report.untuned is not None, "the adapter is switched off for the losses before"
+    assert report.base is not None, "the adapter is switched off for the losses before"
 
 
 @pytest.mark.filterwarnings("always")

@@ -261,23 +261,6 @@ def test_clopper_pearson_covers_exactly():
         assert stats.binom.pmf(k, trials, p)[(low <= p) & (p <= high)].sum() >= 0.9
 
 
-def test_seed_interval():
-    values = np.array([0.61, 0.55, 0.58])
-    got = metrics.seed_interval(values)
-    want = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
-    assert (got.mean, got.se) == (pytest.approx(values.mean()), pytest.approx(stats.sem(values)))
-    assert got.ci == pytest.approx(want, rel=1e-12)
-    flat = metrics.seed_interval([0.5, 0.5])
-    assert (flat.mean, flat.se, flat.ci) == (0.5, 0.0, (0.5, 0.5))
-    # coverage with 3 seeds, exact for normal values: 2000 runs, fails with p < 1e-4
-    rng = np.random.default_rng(6)
-    hits = sum(
-        low <= 1.0 <= high
-        for low, high in (metrics.seed_interval(1 + rng.standard_normal(3)).ci for _ in range(2000))
-    )
-    assert 1858 < hits < 1938
-
-
 # --- epsilon from two rates ------------------------------------------------------------------
 
 
@@ -582,11 +565,6 @@ RNG = np.random.default_rng(0)
         (lambda: metrics.clopper_pearson(-1, 4), "successes must be"),
         (lambda: metrics.clopper_pearson(0, 0), "trials must be an integer >= 1, got 0"),
         (lambda: metrics.clopper_pearson(1.5, 4), "successes must be an integer"),
-        (
-            lambda: metrics.seed_interval([0.5]),
-            "values must be one number for each of at least 2 seed",
-        ),
-        (lambda: metrics.seed_interval([0.5, np.inf]), "values must be finite"),
         (lambda: metrics.epsilon_lower_bound(5, 4, 0, 4), "tp must be .* got 5"),
         (lambda: metrics.epsilon_lower_bound(1, 4, 5, 4), "fp must be .* got 5"),
         (lambda: metrics.epsilon_lower_bound(0, 0, 1, 4), "num_members must be"),

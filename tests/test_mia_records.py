@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from lowrank_dp import membership
 from lowrank_dp.data import Example, load_task
 from lowrank_dp.membership import manifest as reading
-from lowrank_dp.mia.records import Manifest, load_records, read_manifest
+from lowrank_dp.membership.manifest import Manifest, read_manifest
+from lowrank_dp.mia.records import load_records
 from lowrank_dp.train import TrainConfig
 from tests.tasks import write_jsonl as write
 
@@ -446,8 +447,12 @@ def test_ids_are_joined_to_the_texts_of_the_task(tmp_path, data, sst2):
     assert [e.id for e in records.examples] == written["ids"]
     assert records.is_member.tolist() == [bool(bit) for bit in written["is_member"]]
     assert records.examples == tuple(pool[:90])
-    assert (records.kind, records.unit, records.coins) == ("classification", "example", "bernoulli")
-    assert records.source == "membership.json" and not records.shift_check_mandatory
+    assert (records.kind, records.unit, records.sampling) == (
+        "classification",
+        "example",
+        "bernoulli",
+    )
+    assert records.origin == "membership.json"
     assert records.task.name == "sst2" and len(records.task.train) == 120
     assert not records.is_member.flags.writeable
 
@@ -543,8 +548,8 @@ def test_two_files(tmp_path):
         tmp_path / "b" / "train.jsonl.gz", [{**row, "label": 2} for row in sentences(25, "other")]
     )
     records = load_records(tmp_path / "nowhere", members=inside, nonmembers=outside)
-    assert records.coins is None and records.shift_check_mandatory
-    assert records.source == "train.jsonl and train.jsonl.gz"
+    assert records.sampling is None
+    assert records.origin == "train.jsonl and train.jsonl.gz"
     assert Counter(records.is_member.tolist()) == {True: 30, False: 25}
     assert [e.id for e in records.examples] == [
         *(f"members/{i}" for i in range(30)),
@@ -568,8 +573,8 @@ def test_nonmembers_beside_a_manifest(tmp_path, data, sst2, e2e):
     save(tmp_path, document(sst2, coins="all"))
     outside = write(tmp_path / "out.jsonl", sentences(40, "other"))
     records = load_records(tmp_path, data_dir=data, nonmembers=outside)
-    assert records.coins is None and records.shift_check_mandatory
-    assert records.source == "membership.json and out.jsonl"
+    assert records.sampling is None
+    assert records.origin == "membership.json and out.jsonl"
     assert records.examples[:120] == sst2 and records.task.name == "sst2"
     assert Counter(records.is_member.tolist()) == {True: 120, False: 40}
     # the file takes the place of the manifest's own non-members

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dp.mia import scores
+from lowrank_dp.mia import scores, shadow_scores
 from tests.oracles import naive_auc
 
 TEXTS = ["the cat sat on the mat", "aaaaaaaaaaaaaaaaaaaaaaaa", "naïve café, 東京"]
@@ -279,7 +279,7 @@ def test_chunks_do_not_show(monkeypatch):
 
     whole = everything()
     for size in (1, 7, 60):
-        monkeypatch.setattr(scores, "_CHUNK", size)
+        monkeypatch.setattr(shadow_scores, "_CHUNK", size)
         np.testing.assert_allclose(everything(), whole, rtol=1e-12)
 
 

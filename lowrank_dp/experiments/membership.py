@@ -189,7 +189,7 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
                 np.nan if rate is None else rate.tpr,
                 target.trained.train_loss,
                 target.trained.curve[-1][name],
-                np.nan if found.untuned is None else found.untuned.value,
+                np.nan if found.base is None else found.base.value,
             )
         )
         if found.shift != "ok":

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank_dp import artifacts, lora, theory
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare, spread_layers
-from lowrank_dp.mia.metrics import auc_with_interval
+from lowrank_dp.mia import metrics
 
 CAPTION = (
     "Privacy of LoRA's projection alone. (a) Exact privacy profile of one vector query (solid) and "
@@ -155,10 +155,10 @@ def run(config: Config, source: Source | None = None) -> Result:
             scores, member = _attack(
                 partial(synthetic, rows), config.attack_rank, level, config.num_trials, generator
             )
-            auc[i, j] = auc_with_interval(scores, member)
+            auc[i, j] = _auc_with_interval(scores, member)
             if level == 0:
                 tpr[i] = np.interp(FPR_GRID, *roc_curve(member, scores)[:2])
-            real_auc[i, j] = auc_with_interval(
+            real_auc[i, j] = _auc_with_interval(
                 *_attack(partial(real, rows), config.real_rank, level, config.num_trials, generator)
             )
 
@@ -200,6 +200,11 @@ def headline(result: Result) -> dict[str, str]:
         for n, k in zip(result.config.widths, best, strict=True)
     )
     return numbers
+
+
+def _auc_with_interval(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
+    found = metrics.auc(scores, member)
+    return found.value, *found.ci
 
 
 def _attack(

@@ -1,4 +1,4 @@
-"""What an attack will do and how long it will take, before it starts."""
+"""Estimate what an attack will do, and how long it takes, before it starts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from lowrank_dp.mia.options import Options
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
 from lowrank_dp.mia.target import Target
 
-FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: backward is twice forward
+FORWARD_SHARE = 1 / 3  # of a training step's operations: the backward pass takes 2/3
 
 
 def plan(targets: Sequence[Target], options: Options) -> list[str]:
-    """A line for each thing to be done; times from how long the checkpoint's own training took.
+    """Describe each piece of work in one line.
 
-    Checks what can be checked beforehand: shadows need a recipe with coins, or the same recipe.
+    Durations follow from how long the checkpoint's own training took. Raises ValueError if shadows
+    are unavailable: for a recipe that trains on every record, or shadows of another recipe.
     """
     lines = []
     for target in targets:
@@ -43,12 +44,12 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
 
 
 def _scoring_seconds(target: Target, count: int) -> float:
-    """Of passes over ``count`` records, through each of the target's models; 0 if not known."""
+    """Seconds of the passes over ``count`` records through the models; 0 if not known."""
     if target.result is None:
         return 0.0
     result = target.result
-    a_record = result.seconds / (result.config.steps * result.config.batch_size)
-    return FORWARD_SHARE * a_record * count * (2 if target.base is not None else 1)
+    per_record = result.seconds / (result.config.steps * result.config.batch_size)
+    return FORWARD_SHARE * per_record * count * (2 if target.base is not None else 1)
 
 
 def _duration(seconds: float) -> str:
