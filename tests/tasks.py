@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1]),
 }
+
+
+@contextmanager
+def case(*what):
+    """Add ``what`` to the report of a failure: the case of a loop."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"case: {', '.join(map(str, what))}")
+        raise
 
 
 class Stop(BaseException):

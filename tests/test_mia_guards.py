@@ -15,6 +15,7 @@ from scipy import stats
 from lowrank_dp.data import Example, load_task
 from lowrank_dp.mia import duplicates, metrics, shift, units
 from lowrank_dp.mia.duplicates import Pair
+from tests.tasks import case
 
 
 @pytest.fixture(scope="module")
@@ -154,30 +155,27 @@ def test_why_the_folds_go_forwards():
 # --- a shift ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda e: replace(e, text=e.text + " , all in all"),
-        lambda e: replace(e, text=f"notably {e.text}"),
-        lambda e: replace(e, text=e.text.upper()),
-        lambda e: replace(e, label=1),
-        lambda e: replace(e, text_pair="a second text"),
-    ],
-    ids=["length", "word", "case", "label", "pair"],
-)
-def test_a_planted_shift_is_found(sentences, change):
+def test_a_planted_shift_is_found(sentences):
     """Two in five members differ: the AUC of seeing just that is 0.7 (for the label 0.6)."""
-    rng = np.random.default_rng(6)
-    truth = rng.random(1200) < 0.5
-    examples = [
-        change(e) if bit and rng.random() < 0.4 else e
-        for e, bit in zip(sentences[:1200], truth, strict=True)
-    ]
-    found = shift.blind_baseline(examples, truth)
-    assert found.ci[0] > 0.5
-    assert shift.shift_verdict(found, None) == "INVALID (shift)"
-    flipped = shift.blind_baseline(examples, ~truth)  # whoever is called a member
-    assert flipped.value == pytest.approx(found.value, abs=0.01)
+    for name, change in {
+        "length": lambda e: replace(e, text=e.text + " , all in all"),
+        "word": lambda e: replace(e, text=f"notably {e.text}"),
+        "case": lambda e: replace(e, text=e.text.upper()),
+        "label": lambda e: replace(e, label=1),
+        "pair": lambda e: replace(e, text_pair="a second text"),
+    }.items():
+        with case(name):
+            rng = np.random.default_rng(6)
+            truth = rng.random(1200) < 0.5
+            examples = [
+                change(e) if bit and rng.random() < 0.4 else e
+                for e, bit in zip(sentences[:1200], truth, strict=True)
+            ]
+            found = shift.blind_baseline(examples, truth)
+            assert found.ci[0] > 0.5
+            assert shift.shift_verdict(found, None) == "INVALID (shift)"
+            flipped = shift.blind_baseline(examples, ~truth)  # whoever is called a member
+            assert flipped.value == pytest.approx(found.value, abs=0.01)
 
 
 def test_real_scores_and_targets_are_seen():
@@ -374,22 +372,18 @@ def test_near_duplicates_of_one_in_a_thousand_is_found_in_linear_memory():
 # --- bad input -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "guard", [shift.blind_baseline, duplicates.overlap, duplicates.near_duplicates]
-)
-@pytest.mark.parametrize(
-    "truth, message",
-    [
-        ([1, 1, 1], "is_member must have members and non-members, got 3 of 3"),
-        ([0, 0, 0], "is_member must have members and non-members, got 0 of 3"),
-        ([1, 0], "is_member must be of shape"),
-        ([1, 0, 2], "True and False, or 1 and 0"),
-    ],
-)
-def test_bad_truth(guard, truth, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        guard(texts("a b", "c d", "e f"), truth)
-    assert "\n" not in str(caught.value)
+def test_bad_truth():
+    for guard in [shift.blind_baseline, duplicates.overlap, duplicates.near_duplicates]:
+        for truth, message in [
+            ([1, 1, 1], "is_member must have members and non-members, got 3 of 3"),
+            ([0, 0, 0], "is_member must have members and non-members, got 0 of 3"),
+            ([1, 0], "is_member must be of shape"),
+            ([1, 0, 2], "True and False, or 1 and 0"),
+        ]:
+            with case(guard.__name__, truth, message):
+                with pytest.raises(ValueError, match=message) as caught:
+                    guard(texts("a b", "c d", "e f"), truth)
+                assert "\n" not in str(caught.value)
 
 
 def test_other_bad_input():

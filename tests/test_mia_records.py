@@ -20,6 +20,7 @@ from lowrank_dp.membership import manifest as reading
 from lowrank_dp.membership.manifest import Manifest, read_manifest
 from lowrank_dp.mia.records import load_records
 from lowrank_dp.train import TrainConfig
+from tests.tasks import case
 from tests.tasks import write_jsonl as write
 
 needs_data = pytest.mark.skipif(
@@ -241,15 +242,16 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("damage, message", BROKEN)
-def test_each_broken_field_is_named(tmp_path, sst2, damage, message):
-    found = json.loads(json.dumps(document(sst2)))
-    damage(found)
-    path = save(tmp_path, found)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_manifest(path)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    assert len(str(caught.value)) < len(str(path)) + 250
+def test_each_broken_field_is_named(tmp_path, sst2):
+    for damage, message in BROKEN:
+        with case(message):
+            found = json.loads(json.dumps(document(sst2)))
+            damage(found)
+            path = save(tmp_path, found)
+            with pytest.raises(ValueError, match=message) as caught:
+                read_manifest(path)
+            assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+            assert len(str(caught.value)) < len(str(path)) + 250
 
 
 def test_coins_that_cannot_have_fallen_so(tmp_path, e2e, sst2):
@@ -279,9 +281,8 @@ def test_a_path_as_base_is_the_users_to_give(tmp_path, sst2):
     assert read_manifest(save(tmp_path, content)).base["model"] == "./models/x"
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
+def test_files_that_are_no_manifest(tmp_path):
+    for content, message in [
         (b"", "must be JSON"),
         (b"{", "must be JSON"),
         (b"\xff\xfe", "must be JSON"),
@@ -297,14 +298,13 @@ def test_a_path_as_base_is_the_users_to_give(tmp_path, sst2):
         (b'{"seed": ' + b"9" * 5000 + b"}", "must be JSON"),
         (pickle.dumps({"schema_version": 1}), "must be JSON"),
         (b'{"schema_version": 1}', "num_records is missing"),
-    ],
-)
-def test_files_that_are_no_manifest(tmp_path, content, message):
-    path = tmp_path / "membership.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_manifest(path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    ]:
+        with case(message, len(content)):
+            path = tmp_path / "membership.json"
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=message) as caught:
+                read_manifest(path)
+            assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 def test_a_file_of_any_size_takes_bounded_memory(tmp_path, monkeypatch):
@@ -457,19 +457,20 @@ def test_ids_are_joined_to_the_texts_of_the_task(tmp_path, data, sst2):
     assert not records.is_member.flags.writeable
 
 
-@pytest.mark.parametrize(
-    "name, kind", [("generated", "classification"), ("generated-table", "generation")]
-)
-def test_generated_data_comes_from_its_own_seed(tmp_path, name, kind):
-    examples = load_task(name, seed=8).train[:100]
-    written = document(examples, task=name, kind=kind)
-    written["recipe"]["data_seed"] = 8
-    save(tmp_path, written)
-    assert load_records(tmp_path).examples == examples
-    written["recipe"]["data_seed"] = 9
-    save(tmp_path, written)
-    with pytest.raises(ValueError, match=r"records of membership.json (have another|are not in)"):
-        load_records(tmp_path)
+def test_generated_data_comes_from_its_own_seed(tmp_path):
+    for name, kind in [("generated", "classification"), ("generated-table", "generation")]:
+        with case(name, kind):
+            examples = load_task(name, seed=8).train[:100]
+            written = document(examples, task=name, kind=kind)
+            written["recipe"]["data_seed"] = 8
+            save(tmp_path, written)
+            assert load_records(tmp_path).examples == examples
+            written["recipe"]["data_seed"] = 9
+            save(tmp_path, written)
+            with pytest.raises(
+                ValueError, match=r"records of membership.json (have another|are not in)"
+            ):
+                load_records(tmp_path)
 
 
 def test_other_data_than_was_trained_on_is_refused(tmp_path, data, sst2):
@@ -516,9 +517,8 @@ def test_a_task_of_the_users_own_is_taken_from_the_user(tmp_path, sst2):
         load_records(tmp_path / "run", data_dir=other)
 
 
-@pytest.mark.parametrize(
-    "members, message",
-    [
+def test_too_few_of_a_side(tmp_path, data, sst2):
+    for members, message in [
         (
             [True] * 120,
             "every record is a member: train with --membership bernoulli, or pass --nonmem",
@@ -526,12 +526,11 @@ def test_a_task_of_the_users_own_is_taken_from_the_user(tmp_path, sst2):
         ([False] * 120, "no record is a member: train with"),
         ([True] * 19 + [False] * 101, "at least 20 members and as many others, got 19 and 101"),
         ([False] * 19 + [True] * 101, "at least 20 members and as many others, got 101 and 19"),
-    ],
-)
-def test_too_few_of_a_side(tmp_path, data, sst2, members, message):
-    save(tmp_path, document(sst2, members=members))
-    with pytest.raises(ValueError, match=message):
-        load_records(tmp_path, data_dir=data)
+    ]:
+        with case(message):
+            save(tmp_path, document(sst2, members=members))
+            with pytest.raises(ValueError, match=message):
+                load_records(tmp_path, data_dir=data)
 
 
 def test_no_manifest(tmp_path):
