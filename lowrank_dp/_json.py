@@ -16,9 +16,11 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     Raises ValueError with the reason, without the file's name: for text that is not JSON or not
     UTF-8, a name that occurs twice in an object, a document nested too deeply.
     """
-    number = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+    numbers: dict[str, Any] = {}
+    if finite:
+        numbers = {"parse_constant": _finite, "parse_float": _finite}
     try:
-        return json.loads(text, object_pairs_hook=without_repeats, **number)
+        return json.loads(text, object_pairs_hook=without_repeats, **numbers)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -20,6 +20,9 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
             from lowrank_dp.spectrum.decomposition import decompose
         else:
             __getattr__, __dir__ = lazy(__name__)
+
+    A name that is also the name of its module is imported ordinarily, since Python would bind the
+    name to the module.
     """
 
     @cache

@@ -1,4 +1,4 @@
-"""Options declared once: a field of a dataclass carries the help text of its command-line option."""
+"""Options declared once: a dataclass field carries the help text of its command-line option."""
 
 from __future__ import annotations
 

@@ -1,18 +1,25 @@
-"""What several test files share."""
+"""Fixtures that several test files use."""
 
-import socket
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
+from tests.forks import Forks
 from tests.tasks import ENVIRONMENT, save_bert, write_reviews
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that have the most slow tests, so that no worker is left waiting."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: within a file the order stays
 
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """``torchrun(count, script, *arguments)``: what so many processes did, all of them well."""
+    """``torchrun(count, script, *arguments)``: what ``count`` processes printed, exit code 0."""
 
     def run(count, *arguments):
         done = subprocess.run(
@@ -38,35 +45,14 @@ def torchrun():
 
 @pytest.fixture(scope="session")
 def start():
-    """``start(count, *arguments)`` of python: so many connected processes, which no agent stops."""
-
-    def begin(count, *arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        return [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={
-                    **ENVIRONMENT,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                    "WORLD_SIZE": str(count),
-                    "RANK": str(rank),
-                },
-            )
-            for rank in range(count)
-        ]
-
-    return begin
+    """``start(count, script, *arguments)``: connected processes, without the agent of torchrun."""
+    with Forks() as forks:
+        yield forks.start
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Sums of a few numbers gain nothing from threads, and lose much on a busy machine."""
+    """One torch thread: threads slow small sums down on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,7 +61,7 @@ def one_thread():
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """A call of ``time.sleep`` fails: the hub's libraries wait between their attempts."""
+    """Let ``time.sleep`` fail, because the hub's libraries wait between their attempts."""
 
     def sleep(seconds):
         raise AssertionError(f"a wait of {seconds} s")
@@ -93,7 +79,7 @@ def small_bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A configuration that takes a moment: a BERT of one layer, forty sentences, two steps."""
+    """A configuration of a quick run: a BERT of one layer, forty sentences, two steps."""
     from lowrank_dp.train import TrainConfig
 
     folder = tmp_path_factory.mktemp("places")

@@ -14,27 +14,41 @@ import torch
 def clip_one_by_one(model, batch, max_grad_norm, own_length=False):
     """Compute the clipped sum by its definition: a backward pass per row, clip, add up.
 
-    With ``own_length`` a row is fed without its padding. Returns the float64 sums by parameter
-    name and the norm of each row's gradient before clipping.
+    ``max_grad_norm=None`` clips at the median norm, and so some rows but not all. With
+    ``own_length`` a row is fed without its padding. Returns the float64 sums by parameter name and
+    the norm of each row's gradient before clipping.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
-    norms = []
+    gradients = []
     for row in range(len(batch["labels"])):
-        one = {name: value[row : row + 1] for name, value in batch.items()}
+        one = {name: value[row : row + 1].clone() for name, value in batch.items()}
         if own_length:
             length = int(one["attention_mask"].sum())
             one = {k: v[:, :length] if v.ndim == 2 else v for k, v in one.items()}
         loss = model(**one).loss
-        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        norm = sum(g.double().square().sum() for g in gradients if g is not None).sqrt()
-        norms.append(norm)
-        for name, gradient in zip(trained, gradients, strict=True):
-            if gradient is not None:
-                total[name] += gradient.double() * min(
-                    1.0, max_grad_norm / max(float(norm), 1e-300)
-                )
-    return total, torch.stack(norms)
+        gradients.append(torch.autograd.grad(loss, list(trained.values()), allow_unused=True))
+    norms = torch.stack(
+        [
+            torch.stack([g.double().norm() for g in gradient if g is not None]).norm()
+            for gradient in gradients
+        ]
+    )
+    clip = float(norms.median()) if max_grad_norm is None else max_grad_norm
+    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
+    for gradient, norm in zip(gradients, norms.tolist(), strict=True):
+        for name, g in zip(trained, gradient, strict=True):
+            if g is not None:
+                total[name] += g.double() * min(1.0, clip / max(norm, 1e-300))
+    return total, norms
+
+
+def refusal_of(call, *arguments, **options):
+    """Return the message of the ValueError that a call raises; "" if the call returns."""
+    try:
+        call(*arguments, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def optimal_values(values, shape, noise_std):

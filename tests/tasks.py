@@ -92,10 +92,10 @@ def save_bert(folder, **sizes):
 
 def run_command(capsys, app, *arguments):
     """Run a command line in this process: exit code, stdout, stderr."""
-    from lowrank_dp import _terminal
+    from lowrank_dp.commands import _console
 
     with pytest.raises(SystemExit) as stop:
-        _terminal.run(app, [str(word) for word in arguments])
+        _console.run(app, [str(word) for word in arguments])
     captured = capsys.readouterr()
     return stop.value.code, captured.out, captured.err
 

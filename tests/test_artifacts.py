@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowrank_dp import artifacts, plots
+from lowrank_dp import artifacts
 from lowrank_dp.artifacts.files import atomic_write
 from lowrank_dp.artifacts.provenance import provenance
 from lowrank_dp.artifacts.results import load_result, save_result
 from lowrank_dp.artifacts.tables import save_figure, save_table
+from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE
+from lowrank_dp.plots.style import new_figure
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ def test_tables(tmp_path):
 
 
 def test_figures(tmp_path):
-    figure, axes = plots.new_figure(1, 2, width=3.0, height=2.0)
+    figure, axes = new_figure(1, 2, width=3.0, height=2.0)
     axes[0, 0].plot([0, 1], [1, 0])
     axes[0, 0].set_xlabel("singular value σ")
     png, pdf = save_figure(figure, tmp_path / "figures", "f")
@@ -270,7 +272,7 @@ def test_figures(tmp_path):
 
 
 def test_markers():
-    assert "NON-PRIVATE" in artifacts.NON_PRIVATE and "no private records" in artifacts.NO_RECORDS
+    assert "NON-PRIVATE" in NON_PRIVATE and "no private records" in NO_RECORDS
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):

@@ -26,7 +26,7 @@ def noisy_file(tmp_path):
     tensors = {
         "weight": signal + torch.randn(40, 60),
         "bias": torch.randn(40),
-        "noise": torch.randn(30, 30) * 0.5,
+        "noise": torch.randn(30, 30),
     }
     save_file(tensors, tmp_path / "noisy.safetensors")
     return tmp_path / "noisy.safetensors", tensors

@@ -28,7 +28,7 @@ import torch
 from lowrank_dp import figures  # imported once, with all that the jobs need
 from lowrank_dp.__main__ import main
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.mia import __main__, attack
+from lowrank_dp.mia import attack
 from lowrank_dp.models import load_model
 from lowrank_dp.sweep import sweep
 from lowrank_dp.train import TrainConfig, train
@@ -292,25 +292,19 @@ def test_signals_wait_for_the_end_of_the_step(base, tmp_path):
 def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
     import os
 
-    from lowrank_dp import _terminal
-    from lowrank_dp.train import __main__ as command
+    from lowrank_dp.commands import _console
+    from lowrank_dp.commands.train import app
+    from lowrank_dp.train.step import take_step
 
-    def interrupted(config, output, **options):
-        def step(*args):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return take_step(*args)
-
-        from lowrank_dp.train.step import take_step
-
-        with monkeypatch.context() as patch:
-            patch.setattr("lowrank_dp.train.loop.take_step", step)
-            return train(config, output, **options)
+    def step(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*args)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(command, "train", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        _terminal.run(
-            command.app,
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr("lowrank_dp.train.loop.take_step", step)
+        _console.run(
+            app,
             [
                 "--model",
                 base.model,

@@ -50,6 +50,17 @@ def test_settings_that_choose_kernels_are_part_of_a_runs_identity(monkeypatch):
     assert changed(before, versions_and_machine("cpu")) == []
 
 
+def test_a_stream_of_another_library_is_not_read_as_this_ones():
+    """Snapshots from the time of randomgen hold a key and a position too, of other words."""
+    now = versions_and_machine("cpu")
+    before = {name: value for name, value in now.items() if name != "cryptography"}
+    before["randomgen"] = "2.5.1"
+    assert changed(before, now) == [
+        f"cryptography: not set / {now['cryptography']}",
+        "randomgen: 2.5.1 / not set",
+    ]
+
+
 def test_a_digest_that_differs_is_told_in_words():
     assert changed(
         {"weights": "0" * 64, "threads": "1"}, {"weights": "1" * 64, "threads": "2"}

@@ -4,13 +4,17 @@ import copy
 import math
 import os
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from randomgen import AESCounter
-from scipy import stats
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special, stats
 
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.rng import SecureRandom, os_seeded_generator, uniform
@@ -20,32 +24,105 @@ from lowrank_dp.train.setup import Setup
 # --- the generator ------------------------------------------------------------------------------
 
 
+KEY = b"sixteen bytes ok"
+
+
+def at(key, position):
+    """The generator of ``key`` after ``position`` words, as its state is documented."""
+    return SecureRandom.from_state(
+        torch.tensor([*key, *position.to_bytes(16, "little")], dtype=torch.uint8)
+    )
+
+
+def keystream(key, position, size):
+    """Words from single blocks, each of which is encrypted by itself."""
+    cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    halves = [(i // 2, i % 2 * 8) for i in range(position, position + size)]
+    blocks = {block: cipher.update(block.to_bytes(16, "big")) for block, _ in halves}
+    return [int.from_bytes(blocks[block][byte : byte + 8], "little") for block, byte in halves]
+
+
 def test_bits_are_those_of_aes_128():
-    """FIPS-197, appendix C.1: the block 00112233..ff under the key 000102..0f; in software too."""
-    key, block = bytes(range(16)), bytes(0x11 * i for i in range(16))
-    cipher = bytes.fromhex("69c4e0d86a7b0430d8cdb78070b4c55a")
-    for hardware in {AESCounter().use_aesni, False}:
-        bits = AESCounter(
-            key=int.from_bytes(key, "little"), counter=int.from_bytes(block, "little")
-        )
-        before = bits.use_aesni
-        try:
-            bits.use_aesni = hardware
-            assert bits.random_raw(2).tobytes() == cipher
-            words = SecureRandom(key).words(1000)
-        finally:
-            bits.use_aesni = before
-        np.testing.assert_array_equal(words, SecureRandom(key).words(1000))
+    """FIPS-197, appendix C.1, and SP 800-38A, appendix F.1.1, blocks 1 and 3."""
+    other = "2b7e151628aed2a6abf7158809cf4f3c"
+    for key, block, cipher in (
+        (
+            "000102030405060708090a0b0c0d0e0f",
+            "00112233445566778899aabbccddeeff",
+            "69c4e0d86a7b0430d8cdb78070b4c55a",
+        ),
+        (other, "6bc1bee22e409f96e93d7e117393172a", "3ad77bb40d7a3660a89ecaf32466ef97"),
+        (other, "30c81c46a35ce411e5fbc1191a0a52ef", "43b1cd7f598ece23881b00e3ed030688"),
+    ):
+        secure = at(bytes.fromhex(key), 2 * int(block, 16))
+        assert secure.words(2).astype("<u8").tobytes().hex() == cipher
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.integers(0, 2**127),
+        *(st.integers(2**n - 9, 2**n + 9) for n in (33, 34, 64, 65, 66, 97, 127)),
+    ),
+    st.lists(st.integers(0, 9), max_size=5),
+)
+def test_any_position_gives_the_blocks_of_the_counter(position, sizes):
+    """The counter carries at 32, 64 and 96 bits; draws begin and end within a block."""
+    secure = at(KEY, position)
+    for size in sizes:
+        assert secure.words(size).tolist() == keystream(KEY, position, size)
+        position += size
+        assert secure.state().tolist() == [*KEY, *position.to_bytes(16, "little")]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 70_000), st.integers(0, 70_000))
+def test_words_from_a_position_are_those_of_one_long_draw(start, size):
+    long = SecureRandom(KEY).words(140_000)
+    assert long.dtype == np.uint64
+    np.testing.assert_array_equal(at(KEY, start).words(size), long[start : start + size])
+
+
+def test_words_that_were_lost_or_drawn_by_another_thread_never_come_again(monkeypatch):
+    """A position behind the words that are out would draw them twice, for two sums."""
+
+    class Interrupted:
+        def update_into(self, *arguments):
+            raise KeyboardInterrupt
+
+    secure = SecureRandom(KEY)
+    with monkeypatch.context() as patch:
+        patch.setattr(secure, "_cipher", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            secure.words(7)
+    assert torch.equal(secure.state(), at(KEY, 7).state())
+    secure, size, calls = SecureRandom(KEY), 70_001, 40  # more words than are encrypted at once
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            drawn = {words.tobytes() for words in threads.map(secure.words, [size] * calls)}
+    finally:
+        sys.setswitchinterval(before)
+    assert torch.equal(secure.state(), at(KEY, calls * size).state())
+    whole = SecureRandom(KEY).words(calls * size).reshape(calls, size)
+    assert drawn == {words.tobytes() for words in whole}
 
 
 def test_draws_follow_their_laws():
-    secure = SecureRandom(b"sixteen bytes ok")
+    secure = SecureRandom(KEY)
     numbers, normal = secure.uniform(200_000).numpy(), secure.normal(200_000, 3.0).numpy() / 3
     assert 0 < numbers.min() and numbers.max() < 1
     assert stats.kstest(numbers, "uniform").pvalue > 1e-3
     assert stats.kstest(normal, "norm").pvalue > 1e-3
     assert abs(np.corrcoef(normal[:-1], normal[1:])[0, 1]) < 5 / math.sqrt(200_000)
     assert SecureRandom().normal(0).shape == SecureRandom().uniform(0).shape == (0,)
+    words = SecureRandom(KEY).words(100_000).view(np.int64)
+    np.testing.assert_allclose(
+        SecureRandom(KEY).normal(100_000, 3.0).numpy(),
+        3 * math.sqrt(2) * special.erfinv(words / 2.0**63),
+        rtol=1e-12,
+    )
 
 
 def test_tails_are_neither_cut_nor_coarse(monkeypatch):
@@ -76,7 +153,7 @@ def test_the_ends_of_a_draw_are_finite(byte, monkeypatch):
     monkeypatch.setattr(
         SecureRandom,
         "words",
-        lambda self, size: np.frombuffer(bytes([byte]) * (8 * size), dtype=np.uint64),
+        lambda self, size: np.frombuffer(bytearray([byte]) * (8 * size), dtype=np.uint64),
     )
     secure = SecureRandom()
     assert 0 < float(secure.uniform(1)) < 1 and abs(float(secure.normal(1))) < 10
@@ -99,8 +176,7 @@ def test_a_state_goes_on_where_it_was_exported():
 
 def test_any_calls_after_a_state_are_those_of_the_uninterrupted_generator():
     rng = np.random.default_rng(0)
-    key = b"sixteen bytes ok"
-    whole, broken_off = SecureRandom(key), SecureRandom(key)
+    whole, broken_off = SecureRandom(KEY), SecureRandom(KEY)
     for call in range(400):
         size, kind = int(rng.choice([0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 5000])), rng.integers(3)
         broken_off = SecureRandom.from_state(broken_off.state())
@@ -160,7 +236,7 @@ def test_noise_in_parts_is_the_noise_of_the_whole_law_and_on_a_fixed_grid():
     mechanism = GaussianMechanism(0.6, 2.5, 0.1)  # noise_std 1.5: a grid of 2^-24
     for dtype in (torch.float32, torch.float64):
         sums = {"a": torch.full((300, 200), 4.1, dtype=dtype), "b": torch.zeros((), dtype=dtype)}
-        noisy = mechanism.add_noise(sums, SecureRandom(b"sixteen bytes ok"))
+        noisy = mechanism.add_noise(sums, SecureRandom(KEY))
         assert noisy["a"].dtype == dtype and noisy["b"].shape == ()
         noise = (noisy["a"] - 4.1).double().flatten().numpy()
         assert stats.kstest(noise / 1.5, "norm").pvalue > 1e-3
@@ -168,10 +244,24 @@ def test_noise_in_parts_is_the_noise_of_the_whole_law_and_on_a_fixed_grid():
         assert torch.equal(steps, steps.round())
         assert float((sums["a"] - 4.1).abs().max()) < 1e-6
         turned = {"a": torch.full((200, 300), 4.1, dtype=dtype).mT}  # not contiguous
-        again = mechanism.add_noise(turned, SecureRandom(b"sixteen bytes ok"))
+        again = mechanism.add_noise(turned, SecureRandom(KEY))
         assert torch.equal(again["a"], noisy["a"])
     tiny = GaussianMechanism(1e-20, 1e-10, 0.1).add_noise({"a": torch.zeros(1000)}, SecureRandom())
     assert float(tiny["a"].std()) == pytest.approx(1e-30, rel=0.2)
+
+
+def test_a_release_is_the_sum_and_the_noise_in_float64_rounded_to_the_grid_and_then_once():
+    mechanism = GaussianMechanism(0.7, 2.0, 0.1)  # noise_std 1.4: a grid of 2^-24
+    noise = SecureRandom(KEY).normal(3000, 1.4).tolist()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        total = (torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
+        noisy = mechanism.add_noise({"a": total}, SecureRandom(KEY))["a"]
+        exact = [
+            round((drawn + entry) * 2**24) / 2**24
+            for drawn, entry in zip(noise, total.tolist(), strict=True)
+        ]
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        assert torch.equal(noisy, torch.tensor(exact, dtype=torch.float64).to(kept))
 
 
 def test_statements_say_where_noise_comes_from():

@@ -1,4 +1,4 @@
-"""Write and read files: no reader meets half of one."""
+"""Write files atomically, and read and write JSON objects."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lowrank_dp._json import parse_json
+
+MAX_JSON_BYTES = 64 << 20  # about a thousand times the size of a run's own JSON files
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
-    """A binary file that takes the name ``path`` only when the block ends without an error.
+    """Yield a binary file that is renamed to ``path`` when the block ends without an error.
 
-    Until then it is its owner's only; ``mode`` is what it becomes, None for the process's default.
+    If the block raises, the file is removed and what was at ``path`` stays. Missing folders are
+    created. Only the owner can read the file before it is renamed; ``mode`` sets the permissions
+    of the final file, and None means the process's default.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +31,7 @@ def atomic_write(path: str | Path, *, mode: int | None = None) -> Iterator[Binar
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
+            with contextlib.suppress(OSError):  # some file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
@@ -39,7 +45,7 @@ def atomic_write(path: str | Path, *, mode: int | None = None) -> Iterator[Binar
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete what writers of ``path`` that were killed left: files that nobody holds locked."""
+    """Delete the temporary files of killed writers of ``path``: those that no process locks."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with contextlib.suppress(OSError), left.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,28 +53,49 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def umask() -> int:
-    """The process's file mode mask; reading it is setting it."""
+    """Return the process's file mode mask; the system can only read the mask by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-MAX_JSON_BYTES = 64 << 20  # a run's own are a thousandth of that
-
-
 def write_json(path: str | Path, document: Any, *, mode: int | None = None) -> None:
-    """A JSON file, atomically; NaN and infinity are refused. ``mode`` as in ``atomic_write``."""
-    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    """Write ``document`` as JSON, atomically; ``mode`` is that of :func:`atomic_write`.
+
+    Raises ValueError if ``document`` holds NaN or infinity.
+    """
+    content = encode_json(document)
     with atomic_write(path, mode=mode) as file:
-        file.write(text.encode() + b"\n")
+        file.write(content)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object; ``ValueError`` naming the file if it is over 64 MiB or holds anything else."""
-    if (size := Path(path).stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got {size:,}")
+def encode_json(document: Any) -> bytes:
+    """Encode ``document`` as the package's JSON files have it; ValueError on NaN or infinity."""
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    return text.encode() + b"\n"
+
+
+def read_json(
+    path: str | Path, *, max_bytes: int | None = None, strict: bool = False
+) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: file to read.
+        max_bytes: largest accepted size; None means ``MAX_JSON_BYTES`` (64 MiB).
+        strict: also refuse NaN, infinity, and an object in which a name stands twice.
+
+    Raises:
+        ValueError: if the file is too large or holds anything other than a JSON object; the one
+            line of the message names the file.
+        OSError: if the file cannot be read.
+    """
+    limit = MAX_JSON_BYTES if max_bytes is None else max_bytes
+    if (size := Path(path).stat().st_size) > limit:
+        raise ValueError(f"{path} must have at most {limit:,} bytes, got {size:,}")
     try:
-        document = json.loads(Path(path).read_bytes())
+        data = Path(path).read_bytes()
+        document = parse_json(data, finite=True) if strict else json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):

@@ -15,64 +15,78 @@ import numpy as np
 from lowrank_dp import _validate
 
 
-def plain(value: Any) -> Any:
-    """``value`` in JSON's own types: dataclasses, tuples, mappings, paths and numpy scalars."""
+def to_jsonable(value: Any) -> Any:
+    """Convert dataclasses, tuples, mappings, paths and numpy scalars to JSON's own types.
+
+    A value of any other type is returned as it is.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_jsonable(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
     return str(value) if isinstance(value, Path) else value
 
 
-def typed(name: str, value: Any, hint: Any) -> Any:
-    """A value read from JSON as the annotation ``hint`` says; ``ValueError`` if it does not fit.
+def from_jsonable(name: str, value: Any, hint: Any) -> Any:
+    """Convert a value that was read from JSON to the type that the annotation ``hint`` states.
 
-    Lists become tuples and objects dataclasses; where ``hint`` says nothing, anything passes.
+    Objects become dataclasses, and lists become tuples. Numbers and text are never converted into
+    each other. Where ``hint`` is Any or object, every value is accepted.
+
+    Args:
+        name: what the value is called in error messages.
+        value: the value, in JSON's own types (arrays of a result may stand among them).
+        hint: a type annotation.
+
+    Raises:
+        ValueError: if the value does not fit ``hint``, or an object has a field that its dataclass
+            lacks; the message is one line that names the field.
     """
     try:
-        return _typed(name, value, hint)
+        return _convert(name, value, hint)
     except RecursionError:
         raise ValueError(f"{name} must not be nested so deeply") from None
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
+def _convert(name: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        inner = get_type_hints(hint)
-        if unknown := value.keys() - inner.keys():
-            _validate.fail(hint.__name__, f"one with fields {', '.join(inner)}", sorted(unknown))
-        values = {key: _typed(f"{name}: {key}", item, inner[key]) for key, item in value.items()}
-        try:
-            return hint(**values)
-        except TypeError as error:  # a field is missing
-            raise ValueError(f"{name} must be a whole {hint.__name__} ({error})") from None
+        return _to_dataclass(name, value, hint)
     origin, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for option in inside:
             with contextlib.suppress(ValueError):
-                return _typed(name, value, option)
+                return _convert(name, value, option)
     elif origin is tuple and isinstance(value, list):
         hints = inside if inside and inside[-1] is not ... else inside[:1] * len(value)
         if len(hints or value) == len(value):
             return tuple(
-                _typed(name, item, one)
-                for item, one in zip(value, hints or [Any] * len(value), strict=True)
+                _convert(name, item, of_item)
+                for item, of_item in zip(value, hints or [Any] * len(value), strict=True)
             )
     elif origin in (dict, Mapping) and isinstance(value, dict):
-        return {key: _typed(name, item, (*inside, Any, Any)[1]) for key, item in value.items()}
+        return {key: _convert(name, item, (*inside, Any, Any)[1]) for key, item in value.items()}
     elif origin in (Any, object):
         if isinstance(value, list):
-            return tuple(_typed(name, item, Any) for item in value)
+            return tuple(_convert(name, item, Any) for item in value)
         return value
     elif type(value) in ((int, float) if origin is float else (origin,)) or (
         value is None and origin is types.NoneType
     ):
         return value
-    _validate.fail(name, f"of the type {getattr(hint, '__name__', hint)}", _short(value))
+    shown = value if isinstance(value, int | float | None) else type(value).__name__
+    _validate.fail(name, f"of the type {getattr(hint, '__name__', hint)}", shown)
 
 
-def _short(value: object) -> object:
-    return value if isinstance(value, int | float | None) else type(value).__name__
+def _to_dataclass(name: str, value: dict[str, Any], kind: type) -> Any:
+    hints = get_type_hints(kind)
+    if unknown := value.keys() - hints.keys():
+        _validate.fail(kind.__name__, f"one with fields {', '.join(hints)}", sorted(unknown))
+    values = {key: _convert(f"{name}: {key}", item, hints[key]) for key, item in value.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field is missing
+        raise ValueError(f"{name} must be a whole {kind.__name__} ({error})") from None

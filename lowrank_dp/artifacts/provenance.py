@@ -1,4 +1,4 @@
-"""Provenance of a result: versions, machine, commit and command."""
+"""State how a result was made: versions, machine, commit and command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _VERSIONS = ("torch", "numpy", "scipy", "transformers", "peft", "opacus", "dp-ac
 
 
 def provenance(*, seed: int | None = None, device: str = "cpu") -> dict[str, Any]:
-    """Where and with what a result was computed: versions, machine, commit, command, time (UTC)."""
+    """Describe this process: versions, machine, commit, command and time (UTC).
+
+    Args:
+        seed: random seed of the experiment; None if it uses no random numbers or no fixed seed.
+        device: device of the experiment.
+
+    Returns:
+        A dict in JSON's own types. It names no folder of this machine.
+    """
     versions = {name: metadata.version(name) for name in _VERSIONS if _installed(name)}
     return {
         "lowrank_dp": lowrank_dp.__version__,
@@ -42,32 +50,27 @@ def _installed(name: str) -> bool:
 
 
 def _git_commit() -> str:
-    """Commit of the checkout the package runs from, "+changes" if it differs, else "unknown"."""
-    folder = Path(lowrank_dp.__file__).parent
+    """Return the commit of the package's checkout, or "unknown" without git.
+
+    "+changes" follows if the working tree differs from the commit.
+    """
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "."],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout
+        commit = _git("rev-parse", "HEAD").strip()
+        return commit + ("+changes" if _git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit + ("+changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(lowrank_dp.__file__).parent
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout
 
 
 def _command() -> str:
-    """The command line, without the folders of the machine it ran on."""
+    """Return the command line without the folders of this machine."""
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = module.name.removesuffix(".__main__") if module and module.name else None
     program = f"python -m {name}" if name else Path(sys.argv[0]).name
@@ -75,7 +78,7 @@ def _command() -> str:
 
 
 def _without_folders(word: str) -> str:
-    """``/folder/name`` as ``name``, also in ``--option=/folder/name``."""
+    """Shorten ``/folder/name`` to ``name``, also in ``--option=/folder/name``."""
     option, equals, value = word.partition("=")
     if equals and os.path.isabs(value):
         return option + equals + Path(value).name

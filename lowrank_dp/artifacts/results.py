@@ -1,9 +1,8 @@
-"""Write and read results: ``NAME.json`` and ``NAME.npz``."""
+"""Save results as ``NAME.json`` and ``NAME.npz``, and load them."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,29 +10,40 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lowrank_dp import _validate
-from lowrank_dp.artifacts.files import atomic_write
-from lowrank_dp.artifacts.jsonable import plain, typed
+from lowrank_dp.artifacts.files import atomic_write, encode_json, read_json
+from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
+from lowrank_dp.artifacts.provenance import provenance
 
 R = TypeVar("R")
 
-
 SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 30  # of the JSON, and of the unpacked arrays: a small .npz can unpack to any size
+_OWN_KEYS = ("schema_version", "kind", "arrays")
 
 
-MAX_BYTES = 1 << 30  # of a result's JSON, and of its arrays unpacked: a small .npz can hold any
+def save_result(
+    result: Any, folder: str | Path, name: str, *, seed: int | None = None, device: str = "cpu"
+) -> Path:
+    """Save a frozen dataclass: its arrays as ``NAME.npz``, and all other fields as ``NAME.json``.
 
+    If the dataclass has a field ``provenance`` and it is empty, the saved field states the
+    versions, the machine, the commit, the command and the time (UTC) of this process. A result
+    that was loaded keeps the provenance that it was saved with.
 
-NON_PRIVATE = "NON-PRIVATE: computed from clean gradients, which no mechanism protects"
+    Args:
+        result: instance of a dataclass; numpy arrays may be fields, but not inside other fields.
+        folder: where to save; created if missing.
+        name: file name without suffix.
+        seed: random seed of the experiment, for the provenance.
+        device: device of the experiment, for the provenance.
 
+    Returns:
+        The path of the JSON file.
 
-NO_RECORDS = "no private records: computed from formulas, or from generated or public data only"
-
-
-def save_result(result: Any, folder: str | Path, name: str) -> Path:
-    """Write a frozen dataclass as ``NAME.npz`` (its arrays) and ``NAME.json`` (all the rest).
-
-    Returns the path of the JSON file. Raises ``OSError`` if the folder can't be written; what was
-    there before is then intact.
+    Raises:
+        ValueError: if ``result`` is no dataclass instance, or holds what neither file can hold
+            (objects that would be pickled, NaN outside an array).
+        OSError: if the folder cannot be written; the previous files are then intact.
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         _validate.fail("result", "a dataclass instance", type(result).__name__)
@@ -42,54 +52,58 @@ def save_result(result: Any, folder: str | Path, name: str) -> Path:
     for key, value in arrays.items():
         if value.dtype.hasobject:
             _validate.fail(key, "an array of numbers or text", "objects, which would be pickled")
-    for key in ("schema_version", "kind", "arrays"):
+    for key in _OWN_KEYS:
         if key in fields:
             _validate.fail("result", f"without a field {key!r}, which names its file's own", key)
-    rest = {key: plain(value) for key, value in fields.items() if key not in arrays}
+    if fields.get("provenance") == {}:
+        fields["provenance"] = provenance(seed=seed, device=device)
     document = {
         "schema_version": SCHEMA_VERSION,
         "kind": type(result).__name__,
         "arrays": sorted(arrays),
-        **rest,
+        **{key: to_jsonable(value) for key, value in fields.items() if key not in arrays},
     }
-    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     path = Path(folder) / f"{name}.json"
+    content = encode_json(document)  # raises before either file is touched
     with atomic_write(path.with_suffix(".npz")) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     with atomic_write(path) as file:
-        file.write(text.encode() + b"\n")
+        file.write(content)
     return path
 
 
 def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
-    """Read what :func:`save_result` wrote, as an instance of the dataclass ``kind``.
+    """Load what :func:`save_result` saved, as an instance of the dataclass ``kind``.
 
     Raises:
         FileNotFoundError: if there is no such result.
-        ValueError: if a file is truncated, of another kind or schema, or lacks a field.
+        ValueError: if a file is damaged, of another kind or schema, or lacks a field.
     """
     path = Path(folder) / f"{name}.json"
     try:
-        document = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
-        with zipfile.ZipFile(path.with_suffix(".npz")) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if document is None or unpacked > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES:,} bytes")
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        document = read_json(path, max_bytes=MAX_BYTES)
+        arrays = _read_arrays(path.with_suffix(".npz"))
     except FileNotFoundError as error:
         message = f"no result {path.name} in {path.parent}; compute it first"
         raise FileNotFoundError(message) from error
-    except Exception as error:  # what a damaged zip, array header or JSON raises is open-ended
+    except Exception as error:  # a damaged zip or array header can raise errors of any type
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"result {path} cannot be read: {reason}") from error
-    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+    if document.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"result {path} must have schema_version {SCHEMA_VERSION}; recompute it")
     if document.get("kind") != kind.__name__:
         raise ValueError(f"result {path} must be a {kind.__name__}, got {document.get('kind')!r}")
     fields = {**document, **arrays}
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for name in names:
-        if name not in fields:
-            raise ValueError(f"result {path} lacks the field {name!r}; recompute it")
-    return typed(f"result {path}", {name: fields[name] for name in names}, kind)
+    for field in names:
+        if field not in fields:
+            raise ValueError(f"result {path} lacks the field {field!r}; recompute it")
+    return from_jsonable(f"result {path}", {field: fields[field] for field in names}, kind)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}

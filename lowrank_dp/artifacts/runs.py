@@ -1,19 +1,16 @@
-"""The folder of a training run: its lock, its ledger of releases, its snapshots, its checkpoint.
+"""The folder of a training run: its lock, its ledger, its snapshots and its checkpoint.
 
     OUTPUT/                 a Hugging Face folder once the run is finished
         training.json       written last: a folder that has it is finished
         membership.json
-        .lock               held by the process that works here; dies with it
-        snapshots/          gone when the run is finished
-            releases.jsonl  one line for each release, written before it is made
+        .lock               held by the process that works here; released when the process ends
+        snapshots/          removed when the run is finished
+            releases.jsonl  the ledger: one line per release, written before the release is made
             step-000020.json, step-000020.safetensors
 
-A snapshot is valid once its JSON has its name. The JSON holds the SHA-256 of itself and of the
-tensors, and the length and head of the ledger at that time; a damaged snapshot is passed over for
-the one before. Each line of the ledger holds the SHA-256 of all before it, so that a line that was
-changed, lost or moved is noticed, but for whole lines lost from the end since the last snapshot:
-their steps are drawn again, in the same way, and count once. The hashes find damage, not forgery.
-Snapshots are readable by their owner only. Nothing is pickled.
+A snapshot is valid once its JSON file has its final name. The JSON file holds the SHA-256 of
+itself and of the tensors, and the length and head of the ledger at that time. If a snapshot is
+damaged, the snapshot before it is loaded. Only the owner can read snapshots. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -32,10 +29,10 @@ from typing import Any, BinaryIO
 
 from lowrank_dp import _validate
 from lowrank_dp.artifacts.files import atomic_write, read_json, umask, write_json
+from lowrank_dp.artifacts.ledger import EarlierVersion, Ledger
 
 KEPT_SNAPSHOTS = 2
-FORMAT = 2  # of snapshots and ledger; the first had no hashes
-_LINE_BYTES = 4096  # no line of the ledger is longer
+FORMAT = 2  # of snapshots and ledger; format 1 had no hashes
 TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
 
@@ -46,7 +43,7 @@ class InUse(ValueError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder; open it with :func:`open_run`, which holds its lock."""
+    """The folder of one run; open it with :func:`open_run`, which locks it."""
 
     path: Path
 
@@ -57,114 +54,65 @@ class RunFolder:
 
     @property
     def snapshots(self) -> Path:
-        """The folder of the intermediate states."""
+        """Folder of the ledger and the snapshots."""
         return self.path / "snapshots"
 
     # releases ------------------------------------------------------------------------------
 
     def begin_release(self, stream: str, step: int, noise: str = "", sums: str = "") -> None:
-        """Note, durably, that the release of ``step`` is about to be drawn from ``stream``.
+        """Record, durably, that the release of ``step`` is about to be drawn from ``stream``.
 
         A stream is one unbroken sequence of random draws. Replaying a step from saved generator
-        states repeats its line, and the pair counts once. ``noise`` is a digest of the state that
-        the noise is drawn from, and ``sums`` one of what the sums depend on; :meth:`num_releases`
-        compares both. Empty digests are not compared.
-        """
-        with _explained(f"ledger in {self.snapshots}"), self._ledger.open("ab+") as file:
-            os.chmod(file.fileno(), 0o600)
-            number, head = self._end(file)
-            entry = {
-                "number": number + 1,
-                "stream": stream,
-                "step": step,
-                "noise": noise,
-                "sums": sums,
-            }
-            file.write(_line(entry, head))
-            file.flush()
-            os.fsync(file.fileno())
+        states records the same pair of stream and step again, and the pair counts once.
 
-    def num_releases(self, stream: str = "", steps: Iterable[int] = ()) -> int:
-        """Distinct releases that may have been made, those of broken-off attempts included.
-
-        ``steps`` of ``stream`` are counted with them, as if they had been made.
+        Args:
+            stream: name of the stream.
+            step: number of the step, from 0.
+            noise: digest of the generator state that the noise is drawn from; "" if unknown.
+            sums: digest of what the gradient sums depend on; "" if unknown.
 
         Raises:
-            ValueError: if the ledger is damaged, or was written by an earlier version; if a
-                release was repeated with other noise or other sums, or a noise was drawn again for
-                another release, so that counting pairs would count too few.
+            ValueError: if the ledger is damaged.
+            OSError: if the ledger cannot be written; the release must not be made then.
         """
-        entries, head = dict[tuple[str, int], tuple[str, str]](), ""
-        release_of: dict[str, tuple[str, int]] = {}
-        for number, line in enumerate(self._lines(), 1):
-            entry = _entry(self._ledger, line)
-            if _line(entry, head) != line + b"\n" or entry["number"] != number:
-                raise _damaged(self._ledger, f"line {number} does not follow from those before")
-            head = entry["chain"]
-            release, drawn = (entry["stream"], entry["step"]), (entry["noise"], entry["sums"])
-            if entries.setdefault(release, drawn) != drawn:
-                raise _reused(
-                    self._ledger,
-                    f"step {entry['step'] + 1} was repeated with other "
-                    f"{'noise' if entries[release][0] != drawn[0] else 'sums'}",
-                )
-            if drawn[0] and release_of.setdefault(drawn[0], release) != release:
-                raise _reused(
-                    self._ledger,
-                    f"step {entry['step'] + 1} has the noise of step {release_of[drawn[0]][1] + 1}",
-                )
-        return len(entries.keys() | {(stream, step) for step in steps})
+        with _explained(f"ledger in {self.snapshots}"):
+            self._ledger.append(stream, step, noise, sums)
+
+    def num_releases(self, stream: str = "", steps: Iterable[int] = ()) -> int:
+        """Count the distinct releases that may have been made, in interrupted attempts too.
+
+        ``steps`` of ``stream`` are counted as if their releases had been made.
+
+        Raises:
+            ValueError: if the ledger is damaged or was written by an earlier version, if a
+                release was repeated with another noise or other sums, or if one noise was drawn
+                for two releases. Counting pairs would count too few releases then.
+        """
+        return self._ledger.count(stream, steps)
 
     @property
-    def _ledger(self) -> Path:
-        return self.snapshots / "releases.jsonl"
-
-    def _lines(self) -> list[bytes]:
-        """Whole lines.
-
-        A last line that is cut short was being written when the process was killed, before its
-        release was made, and is dropped. If it lacks nothing but the line's end, it counts.
-        """
-        lines = self._ledger.read_bytes().split(b"\n") if self._ledger.is_file() else [b""]
-        if lines[-1]:
-            if lines[-1].endswith(b"}"):
-                lines.append(b"")
-            with atomic_write(self._ledger, mode=0o600) as file:
-                file.write(b"".join(line + b"\n" for line in lines[:-1]))
-        return lines[:-1]
-
-    def _end(self, file: BinaryIO) -> tuple[int, str]:
-        """Number and hash of the last line of the open ledger; (0, "") where there is none."""
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _LINE_BYTES))
-        lines = file.read().splitlines()
-        if not lines:
-            return 0, ""
-        entry = _entry(self._ledger, lines[-1])
-        return entry["number"], entry["chain"]
+    def _ledger(self) -> Ledger:
+        return Ledger(self.snapshots / "releases.jsonl")
 
     # snapshots -----------------------------------------------------------------------------
 
     def save_snapshot(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Any]
     ) -> None:
-        """Write one snapshot, then drop all but the newest ``KEPT_SNAPSHOTS``.
+        """Save one snapshot, then delete all but the newest ``KEPT_SNAPSHOTS``.
 
-        If this fails (a full disk), the snapshots before are intact.
+        Raises OSError if the snapshot cannot be written (for instance on a full disk); the
+        previous snapshots are then intact.
         """
         from safetensors.torch import save
 
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         name = f"step-{step:06d}"
-        lines, head = 0, ""
-        if self._ledger.is_file():
-            with self._ledger.open("rb") as ledger:
-                lines, head = self._end(ledger)
         document = {
             **state,
             "step": step,
             "format": FORMAT,
-            "ledger": {"lines": lines, "head": head},
+            "ledger": self._ledger.state(),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
         with _explained(f"snapshot of step {step} in {self.path}"):
@@ -180,12 +128,12 @@ class RunFolder:
                 (self.snapshots / f"step-{old:06d}{suffix}").unlink(missing_ok=True)
 
     def load_snapshot(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """State and tensors of the newest whole snapshot; None where no step has been taken.
+        """Load state and tensors of the newest intact snapshot; None if no step was taken.
 
         Raises:
-            ValueError: if what was spent or how to go on is not known: the ledger is damaged or
-                shorter than the snapshot's, releases were made but no snapshot is whole, or an
-                earlier version wrote them.
+            ValueError: if the privacy spent, or the state to continue from, is unknown: the ledger
+                is damaged or shorter than the snapshot states, releases were made but no snapshot
+                is intact, or an earlier version wrote the files.
         """
         from safetensors.torch import load
 
@@ -198,13 +146,13 @@ class RunFolder:
             except (ValueError, FileNotFoundError):
                 continue
             if "digest" not in document and "format" not in document and "sha256" in document:
-                raise _earlier(path)
+                raise EarlierVersion(path)
             if (
                 document.pop("digest", None) == _digest(document)
                 and document["step"] == step
                 and document["sha256"] == hashlib.sha256(data).hexdigest()
             ):
-                self._require_ledger(document["ledger"])
+                self._ledger.require(document["ledger"])
                 return document, load(data)
         if made or any(step > 0 for step in self._steps()):
             raise ValueError(
@@ -214,17 +162,17 @@ class RunFolder:
             )
         return None
 
-    def _require_ledger(self, then: Mapping[str, Any]) -> None:
-        lines = self._lines()
-        count = then["lines"]
-        if count and (
-            len(lines) < count or _entry(self._ledger, lines[count - 1])["chain"] != then["head"]
-        ):
-            raise _damaged(
-                self._ledger,
-                f"it had {count} lines when the last snapshot was made, "
-                f"and has {len(lines)} or others",
-            )
+    def configuration(self) -> Any:
+        """What the run began with, by its result or its last whole snapshot; None if unknown."""
+        with contextlib.suppress(ValueError, OSError):
+            if self.finished:
+                return read_json(self.path / TRAINING).get("config")
+        for step in reversed(self._steps()):
+            with contextlib.suppress(ValueError, OSError):
+                document = read_json(self.snapshots / f"step-{step:06d}.json")
+                if document.pop("digest", None) == _digest(document):
+                    return document.get("config")
+        return None
 
     def _steps(self) -> list[int]:
         if not self.snapshots.is_dir():
@@ -235,10 +183,17 @@ class RunFolder:
     # checkpoint ----------------------------------------------------------------------------
 
     def save_checkpoint(self, write: Callable[[Path], None], documents: Mapping[str, Any]) -> None:
-        """Put a finished model in place: ``write(folder)`` fills a folder beside it first.
+        """Save the finished model, then delete the snapshots.
 
-        ``documents`` are JSON files by name; ``training.json`` comes last, after which the
-        snapshots, whose generator states could undo the noise, are removed.
+        The snapshots' generator states would reveal the noise.
+
+        Args:
+            write: function that writes the model's files into an empty folder, from which they
+                are moved into place.
+            documents: content of JSON files, by name; ``training.json`` is written last.
+
+        Raises:
+            OSError: if a file cannot be written; the snapshots are then intact.
         """
         aside = Path(tempfile.mkdtemp(dir=self.path, prefix=".checkpoint-"))
         try:
@@ -246,7 +201,7 @@ class RunFolder:
                 write(aside)
             for item in sorted(aside.iterdir()):
                 if item.is_file():
-                    item.chmod(0o666 & ~umask())  # safetensors keeps its files to their owner
+                    item.chmod(0o666 & ~umask())  # safetensors lets only the owner read its files
                 os.replace(item, self.path / item.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -256,67 +211,17 @@ class RunFolder:
         shutil.rmtree(self.snapshots, ignore_errors=True)
 
 
-def _line(entry: Mapping[str, Any], head: str) -> bytes:
-    """A line of the ledger, after one whose hash is ``head``."""
-    content = {name: entry[name] for name in ("number", "stream", "step", "noise", "sums")}
-    chain = hashlib.sha256(f"{head} {json.dumps(content)}".encode()).hexdigest()
-    return json.dumps({**content, "chain": chain}).encode() + b"\n"
-
-
-def _entry(path: Path, line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-        if isinstance(entry, dict) and entry.keys() == {"stream", "step"}:
-            raise _earlier(path)
-        kinds = [
-            type(entry[name]) for name in ("number", "stream", "step", "noise", "sums", "chain")
-        ]
-    except _Earlier:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, type(error).__name__) from None
-    if kinds != [int, str, int, str, str, str]:
-        raise _damaged(path, "it holds something other than releases")
-    return entry
-
-
-class _Earlier(ValueError):
-    pass
-
-
-def _earlier(path: Path) -> ValueError:
-    return _Earlier(
-        f"{path} was written by an earlier version of lowrank_dp, which did not "
-        "protect it against damage: finish the run with that version, or start afresh "
-        "in another folder, and add what was spent"
-    )
-
-
-def _reused(ledger: Path, what: str) -> ValueError:
-    return ValueError(
-        f"{ledger}: {what}, so the privacy spent is more than the ledger counts: "
-        "start afresh in another folder"
-    )
-
-
-def _damaged(ledger: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{ledger} is damaged, so the privacy spent is unknown: start afresh in "
-        f"another folder ({reason})"
-    )
-
-
 def _digest(document: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON document's content."""
+    """Return the SHA-256 of a JSON document's content."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """A failed write as an ``OSError`` that says what it was, and how to go on."""
+    """Turn a failed write into an OSError that names ``what`` and states how to continue."""
     try:
         yield
-    except Exception as error:  # what the model libraries raise on a full disk varies
+    except Exception as error:  # on a full disk, model libraries raise errors of many types
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise OSError(
             f"{what} could not be written ({reason}): free some space, then go on with "
@@ -326,10 +231,15 @@ def _explained(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
-    """A run's folder, made if need be, locked until the block ends or the process dies.
+    """Open a run's folder, which stays locked until the block or the process ends.
 
-    Raises :class:`InUse` if another process holds it; ``ValueError`` if it is not empty and
-    ``resume`` is False, or holds something other than a run; ``OSError`` if it can't be written.
+    A missing folder is created.
+
+    Raises:
+        InUse: if another process has locked the folder.
+        ValueError: if the folder is not empty and ``resume`` is False, or if it holds something
+            other than a run.
+        OSError: if the folder cannot be written.
     """
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
@@ -337,55 +247,66 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
     with (path / ".lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUse(
-                f"output {path} is in use by another run: wait for it, or choose another folder"
-            ) from None
-        if not _is_at(lock, path / ".lock"):
-            raise InUse(f"output {path} was being left by another run: try again")
-        found = [
-            item.name
-            for item in path.iterdir()
-            if item.name != ".lock" and not item.name.startswith(".checkpoint-")
-        ]
-        if found and not resume:
-            raise ValueError(
-                f"output {path} must be empty, found {sorted(found)[0]}: choose "
-                "another folder, or continue that run with --resume"
-            )
-        if found and not (folder.finished or folder.snapshots.is_dir()):
-            raise ValueError(
-                f"output {path} must be empty or hold a run to resume, found {sorted(found)[0]}"
-            )
-        for aside in path.glob(".checkpoint-*"):
-            shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was killed
-        for name in (TRAINING, MEMBERSHIP):
-            for torn in path.glob(f".{name}.*"):
-                torn.unlink(missing_ok=True)
-        if folder.finished:
-            shutil.rmtree(folder.snapshots, ignore_errors=True)  # killed just before it could
-        else:
-            folder.snapshots.mkdir(mode=0o700, exist_ok=True)  # they tell the noise
+        _take(lock, path)
+        _require_room(folder, resume)
+        _clear_remains(folder)
+        if not folder.finished:
+            folder.snapshots.mkdir(mode=0o700, exist_ok=True)  # snapshots reveal the noise
         try:
             yield folder
         finally:
-            _leave_nothing_empty(path)
+            _remove_if_empty(path)
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is still the one at ``path``: a run that leaves unlinks its lock."""
+def _take(lock: BinaryIO, path: Path) -> None:
+    """Lock the open file ``lock``, or raise :class:`InUse`."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUse(
+            f"output {path} is in use by another run: wait for it, or choose another folder"
+        ) from None
+    try:
+        in_place = os.path.samestat(os.fstat(lock.fileno()), (path / ".lock").stat())
+    except FileNotFoundError:  # the run that leaves removes its lock file
+        in_place = False
+    if not in_place:
+        raise InUse(f"output {path} was being left by another run: try again")
 
 
-def _leave_nothing_empty(path: Path) -> None:
-    """A run that was refused before its first snapshot leaves no trace in the way of the next."""
+def _require_room(folder: RunFolder, resume: bool) -> None:
+    """Raise ValueError unless the folder is empty, or holds a run to resume."""
+    found = [
+        item.name
+        for item in folder.path.iterdir()
+        if item.name != ".lock" and not item.name.startswith(".checkpoint-")
+    ]
+    if found and not resume:
+        raise ValueError(
+            f"output {folder.path} must be empty, found {sorted(found)[0]}: choose "
+            "another folder, or continue that run with --resume"
+        )
+    if found and not (folder.finished or folder.snapshots.is_dir()):
+        raise ValueError(
+            f"output {folder.path} must be empty or hold a run to resume, found {sorted(found)[0]}"
+        )
+
+
+def _clear_remains(folder: RunFolder) -> None:
+    """Delete what a killed attempt left: partial checkpoints, and snapshots of a finished run."""
+    for aside in folder.path.glob(".checkpoint-*"):
+        shutil.rmtree(aside, ignore_errors=True)
+    for name in (TRAINING, MEMBERSHIP):
+        for torn in folder.path.glob(f".{name}.*"):
+            torn.unlink(missing_ok=True)
+    if folder.finished:
+        shutil.rmtree(folder.snapshots, ignore_errors=True)
+
+
+def _remove_if_empty(path: Path) -> None:
+    """Remove the folder of a run that was refused before its first snapshot."""
     with contextlib.suppress(OSError):
-        (path / "snapshots").rmdir()  # only succeeds where it is empty
+        (path / "snapshots").rmdir()  # succeeds only for an empty folder
     if [item.name for item in path.iterdir()] == [".lock"]:
         (path / ".lock").unlink()
         with contextlib.suppress(OSError):

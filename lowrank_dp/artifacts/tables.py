@@ -1,4 +1,8 @@
-"""Write tables (CSV, Markdown, LaTeX) and figures (PNG, PDF)."""
+"""Save tables (CSV, Markdown, LaTeX) and figures (PNG, PDF).
+
+The tables are written by hand: pandas needs two more packages for Markdown and LaTeX, and its
+output differs from the committed tables in rules and escapes.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,21 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from lowrank_dp.artifacts.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        **{c: "\\" + c for c in "&%$#_{}"},
+    }
+)
 
 
 def save_table(
@@ -22,17 +35,47 @@ def save_table(
     *,
     caption: str,
 ) -> list[Path]:
-    """Write a table as ``NAME.csv``, ``NAME.md`` and ``NAME.tex``; ``caption`` heads the last two.
+    """Save a table as ``NAME.csv``, ``NAME.md`` and ``NAME.tex``.
 
-    Cells are written as given: format numbers beforehand.
+    Args:
+        columns: names of the columns.
+        rows: cells of each row, one per column; every cell is written as ``str(cell)``, so numbers
+            are formatted beforehand.
+        folder: where to save; created if missing.
+        name: file name without suffix.
+        caption: text above the Markdown table and in the LaTeX table; the CSV file has none.
+
+    Returns:
+        The paths of the three files.
+
+    Raises:
+        ValueError: if a row has not as many cells as there are columns; no file is touched then.
     """
     if any(len(row) != len(columns) for row in rows):
         raise ValueError(f"rows must each have {len(columns)} cells, one for each column")
     cells = [[str(cell) for cell in row] for row in rows]
+    paths = []
+    for suffix, content in (
+        (".csv", _csv_table(columns, cells)),
+        (".md", f"{caption}\n\n{markdown_table(columns, rows)}\n"),
+        (".tex", _latex_table(columns, cells, caption)),
+    ):
+        path = Path(folder) / f"{name}{suffix}"
+        with atomic_write(path) as file:
+            file.write(content.encode())
+        paths.append(path)
+    return paths
+
+
+def _csv_table(columns: Sequence[str], cells: list[list[str]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *cells])
+    return text.getvalue()
+
+
+def _latex_table(columns: Sequence[str], cells: list[list[str]], caption: str) -> str:
     body = [" & ".join(map(_latex, row)) + r" \\" for row in cells]
-    tex = [
+    lines = [
         r"\begin{table}",
         rf"\caption{{{_latex(caption)}}}",
         rf"\begin{{tabular}}{{{'l' * len(columns)}}}",
@@ -44,21 +87,15 @@ def save_table(
         r"\end{tabular}",
         r"\end{table}",
     ]
-    paths = []
-    for suffix, content in (
-        (".csv", text.getvalue()),
-        (".md", f"{caption}\n\n{markdown_table(columns, rows)}\n"),
-        (".tex", "\n".join(tex) + "\n"),
-    ):
-        path = Path(folder) / f"{name}{suffix}"
-        with atomic_write(path) as file:
-            file.write(content.encode())
-        paths.append(path)
-    return paths
+    return "\n".join(lines) + "\n"
+
+
+def _latex(text: str) -> str:
+    return text.translate(_LATEX)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows under ``columns`` as a Markdown table; cells are written as given.
+    """Format ``rows`` under ``columns`` as a Markdown table; each cell is ``str(cell)``.
 
     >>> print(markdown_table(["rank", "AUC"], [(1, "0.873")]))
     | rank | AUC |
@@ -72,27 +109,19 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     return "\n".join([head, "|" + "---|" * len(columns), *rest])
 
 
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        **{c: "\\" + c for c in "&%$#_{}"},
-    }
-)
-
-
-def _latex(text: str) -> str:
-    return text.translate(_LATEX)
-
-
 def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
-    """Write ``NAME.png`` (200 dpi) and ``NAME.pdf`` (vector, fonts embedded)."""
+    """Save a figure as ``NAME.png`` (200 dpi) and ``NAME.pdf`` (vector graphics, embedded fonts).
+
+    Returns the paths of the two files. The PDF states no date: one figure gives one sequence of
+    bytes.
+    """
+    import matplotlib as mpl
+
     paths = []
     for suffix, options in ((".png", {"dpi": 200}), (".pdf", {"metadata": {"CreationDate": None}})):
         path = Path(folder) / f"{name}{suffix}"
         with atomic_write(path) as file:
-            with mpl.rc_context({"pdf.fonttype": 42}):  # read when saving, not when drawing
+            with mpl.rc_context({"pdf.fonttype": 42}):  # matplotlib reads this when it saves
                 figure.savefig(file, format=suffix[1:], **options)
         paths.append(path)
     return paths

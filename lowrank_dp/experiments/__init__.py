@@ -1,4 +1,5 @@
-"""One module a claim of the papers: a frozen config goes in, a frozen result comes out.
+"""One module per claim of the papers: a frozen config in, a frozen result out.
 
-Each has ``run(config) -> result``; nothing here draws or saves.
+Each module has ``run(config) -> Result``. Nothing here draws or saves:
+:func:`lowrank_dp.artifacts.save_result` fills the field ``provenance`` of a result.
 """

@@ -1,8 +1,8 @@
-"""What each part of restoring is worth: kappa, norm correction, the threshold, what is zeroed.
+"""Ablation of restoration: kappa, norm correction, the threshold, and zeroing.
 
-``denoise``, the first version of 2510.01137, (A) leaves a layer alone whose top value is not above
-kappa times the bulk edge, (B) shrinks, (C) rescales to the noisy norm. Each part is varied alone,
-on the same noisy gradients as in ``alignment``.
+The scheme ``denoise`` (arXiv 2510.01137, version 1) has three parts. It (A) keeps a layer whose top
+singular value is at most kappa times the bulk edge, (B) shrinks the values of the others, and (C)
+rescales to the noisy norm. Each part is varied alone, on the noisy gradients of ``alignment``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_dp import _validate, artifacts
+from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
+from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
-from lowrank_dp.experiments.scheme_scores import Array, Scheme, compare, cosine, distance
+from lowrank_dp.experiments.scheme_scores import Array, Scheme, cosine, distance, measure_schemes
+from lowrank_dp.mechanism import NON_PRIVATE
 
-# label -> scheme and options; a layer with nothing above the edge is kept, or zeroed if it says so
+# label -> scheme and options; a layer with nothing above the edge is kept, or zeroed as labelled
 VARIANTS: dict[str, Scheme] = {
     "noisy": ("none", {}),
     "hard(edge), zeroed": ("hard", {"threshold": "edge", "below": "zero"}),
@@ -47,7 +48,15 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Config:
-    """Batches as in ``alignment``: prefixes of the largest, one noise multiplier."""
+    """Batches, noise level and kappas of the ablation.
+
+    Attributes:
+        gradients: model, task and clipping.
+        batch_sizes: smaller batches are prefixes of the largest.
+        noise_multiplier: sigma, relative to ``gradients.max_grad_norm``.
+        kappas: thresholds of ``denoise`` in units of the bulk edge, 1 or more.
+        noise_seeds: number of noise draws, 2 or more.
+    """
 
     gradients: GradientConfig = field(default_factory=GradientConfig)
     batch_sizes: tuple[int, ...] = (512, 1024, 2048, 4000)
@@ -61,16 +70,17 @@ SMALL = Config(batch_sizes=(512, 2048), kappas=(1.0, 1.25, 1.5, 2.0, 3.0, 5.0), 
 
 @dataclass(frozen=True)
 class Result:
-    """Arrays are (batch sizes, variants, noise seeds), batch sizes rising.
+    """Alignment and error of every variant.
 
-    ``alignment`` is a mean over layers (0 for a layer that was zeroed), ``overall`` the cosine of
-    all layers as one vector, ``error`` relative to the clean norm, ``restored`` the number of
-    layers that were neither kept nor zeroed. The last variants are denoise at every kappa, with
-    norm correction and then without: see ``by_kappa``.
+    Arrays are (batch sizes, variants, noise seeds), batch sizes in rising order. ``alignment`` is
+    the mean cosine over layers (0 for a zeroed layer), ``overall`` the cosine of all layers as one
+    vector, ``error`` the distance relative to the clean norm, and ``restored`` the number of
+    layers that were neither kept nor zeroed. The last variants are ``denoise`` at every kappa, with
+    norm correction and then without; :meth:`by_kappa` returns these.
     """
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     description: str
     loss: float
@@ -82,13 +92,16 @@ class Result:
     restored: NDArray[np.int64]
 
     def by_kappa(self, values: np.ndarray) -> np.ndarray:
-        """(batch sizes, norm correction on and off, kappas, noise seeds) of an array above."""
+        """Select ``denoise``: (batch sizes, norm correction on and off, kappas, noise seeds)."""
         count = len(self.config.kappas)
         return values[:, -2 * count :].reshape(len(values), 2, count, -1)
 
 
-def run(config: Config, source: Source | None = None) -> Result:
-    """Measure every variant (on ``source``, if it was prepared already)."""
+def run(config: Config, source: GradientSource | None = None) -> Result:
+    """Measure every variant; ``source`` is prepared here unless it is given.
+
+    Raises ValueError if ``noise_seeds`` is below 2 or a kappa below 1.
+    """
     _validate.integer("noise_seeds", config.noise_seeds, low=2)
     kappas = [_validate.real("kappas", kappa, low=1) for kappa in config.kappas]
     source = source or prepare(config.gradients, max(config.batch_sizes))
@@ -110,14 +123,13 @@ def run(config: Config, source: Source | None = None) -> Result:
         clean = sums[sorted(sums)[i]]
         noisy = add_noise(clean, noise_std, config.gradients.seed + seed)
         for layer, (name, target) in enumerate(clean.items()):
-            products[i, :, seed, layer], acted = compare(
+            products[i, :, seed, layer], acted = measure_schemes(
                 noisy[name], target, noise_std, variants.values()
             )
             restored[i, :, seed] += acted
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE,
+        privacy=NON_PRIVATE,
         description=source.description,
         loss=source.loss,
         variants=tuple(variants),
@@ -130,7 +142,7 @@ def run(config: Config, source: Source | None = None) -> Result:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """A variant each: what is measured, at every batch size."""
+    """Tabulate each variant at every batch size."""
     sizes = sorted(result.config.batch_sizes)
     columns = ["variant"] + [
         f"{what}, batch {size}"
@@ -152,15 +164,16 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(result: Result) -> dict[str, str]:
-    """At the largest batch: the parts in a few numbers."""
+    """Summarise the parts at the largest batch."""
     aligned, error, restored = (
         result.by_kappa(values)[-1].mean(-1)
         for values in (result.alignment, result.error, result.restored)
     )
     kappas = result.config.kappas
     numbers = {
-        f"kappa {kappas[k]:g}: layers restored; mean alignment": f"{restored[0, k]:.1f} of {len(result.layers)}; "
-        f"{aligned[0, k]:.3f}"
+        f"kappa {kappas[k]:g}: layers restored; mean alignment": (
+            f"{restored[0, k]:.1f} of {len(result.layers)}; {aligned[0, k]:.3f}"
+        )
         for k in (0, len(kappas) - 1)
     }
     numbers[f"error at kappa {kappas[0]:g}, norm correction on; off"] = (

@@ -1,8 +1,9 @@
-"""How near each scheme brings the noisy gradient to the clean one, by batch size and noise.
+"""Alignment of each scheme's restored gradient with the clean one, by batch size and noise.
 
-Alignment is the cosine with the clean clipped sum, by layer. Cosine ignores scale, so there is
-error too: the Frobenius distance to the clean sum over all layers together, relative to its norm.
-Schemes act on the exact decomposition; ``spectra`` and training take the fast path.
+Alignment is the cosine with the clean clipped sum, by layer. The cosine ignores scale, so the
+error is measured too: the Frobenius distance to the clean sum over all layers together, relative
+to the norm of the clean sum. Schemes act on the exact decomposition here; ``spectra`` and training
+use the fast path.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank_dp import _validate, artifacts
+from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
+from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
-from lowrank_dp.experiments.scheme_scores import Scheme, compare, cosine, distance
+from lowrank_dp.experiments.scheme_scores import Scheme, cosine, distance, measure_schemes
+from lowrank_dp.mechanism import NON_PRIVATE
 
-# label -> scheme and options; the two oracles are NON-PRIVATE ceilings
+# label -> scheme and options; the two oracles are NON-PRIVATE upper limits
 SCHEMES: dict[str, Scheme] = {
     "noisy": ("none", {}),
     "truncate(8)": ("truncate", {"k": 8}),
@@ -44,9 +46,15 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Config:
-    """Batch sizes at the first noise multiplier, then the other multipliers at the largest batch.
+    """Batch sizes and noise levels of the comparison.
 
-    Batches are nested: the smaller are prefixes of the largest.
+    Attributes:
+        gradients: model, task and clipping.
+        batch_sizes: measured at the first noise multiplier; smaller batches are prefixes of the
+            largest.
+        noise_multipliers: sigma, relative to ``gradients.max_grad_norm``; all but the first are
+            measured at the largest batch only.
+        noise_seeds: number of noise draws, 2 or more.
     """
 
     gradients: GradientConfig = field(default_factory=GradientConfig)
@@ -57,10 +65,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """``alignment`` is (settings, schemes, noise seeds, layers), ``error`` without the layers."""
+    """Alignment and error of every scheme.
+
+    ``alignment`` is (settings, schemes, noise seeds, layers), ``error`` the same without layers.
+    """
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     description: str
     loss: float
@@ -73,8 +84,11 @@ class Result:
     num_above_edge: np.ndarray  # (settings, noise seeds): layers with a value above the edge
 
 
-def run(config: Config, source: Source | None = None) -> Result:
-    """Measure every scheme at every setting (on ``source``, if it was prepared already)."""
+def run(config: Config, source: GradientSource | None = None) -> Result:
+    """Measure every scheme at every setting; ``source`` is prepared here unless it is given.
+
+    Raises ValueError if ``noise_seeds`` is below 2.
+    """
     _validate.integer("noise_seeds", config.noise_seeds, low=2)
     source = source or prepare(config.gradients, max(config.batch_sizes))
     sizes = sorted(config.batch_sizes)
@@ -94,14 +108,13 @@ def run(config: Config, source: Source | None = None) -> Result:
         noise_std = sigma * config.gradients.max_grad_norm
         noisy = add_noise(sums[size], noise_std, config.gradients.seed + seed)
         for layer, name in enumerate(source.matrices):
-            products[i, :, seed, layer], acted = compare(
+            products[i, :, seed, layer], acted = measure_schemes(
                 noisy[name], sums[size][name], noise_std, SCHEMES.values(), profiles[size, name]
             )
             above[i, seed] += acted[list(SCHEMES).index("optimal")]
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE,
+        privacy=NON_PRIVATE,
         description=source.description,
         loss=source.loss,
         schemes=tuple(SCHEMES),
@@ -115,7 +128,7 @@ def run(config: Config, source: Source | None = None) -> Result:
 
 
 def headline(result: Result) -> dict[str, str]:
-    """Mean alignment of each scheme at the largest batch and the first noise multiplier."""
+    """Summarise: mean alignment per scheme at the largest batch and first noise multiplier."""
     best = np.flatnonzero(
         (result.batch_size == result.batch_size.max())
         & (result.noise_multiplier == result.noise_multiplier[0])
@@ -127,7 +140,7 @@ def headline(result: Result) -> dict[str, str]:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """A setting and scheme each, with 95% t-intervals over noise draws."""
+    """Tabulate each scheme at each setting, with 95% t-intervals over noise draws."""
     settings = zip(result.batch_size, result.noise_multiplier, strict=True)
     rows = [
         [

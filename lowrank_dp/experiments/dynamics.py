@@ -1,9 +1,10 @@
-"""Claim: LoRA trains like noisy full fine-tuning (2409.17538).
+"""Claim: LoRA trains like noisy full fine-tuning (arXiv 2409.17538).
 
-From one start, on the same batches, against noiseless full fine-tuning: LoRA with A and B trained,
-LoRA with A frozen, and full fine-tuning whose gradient has, in every step anew, either the exact
-projection noise (a fresh A) or Gaussian noise of the same variance. The first step is alike; then
-fresh noise averages out, and the noise of a frozen A, the same in each step, does not.
+Four arms start from the same weights, train on the same batches, and are compared with noiseless
+full fine-tuning: LoRA with A and B trained, LoRA with A frozen, and full fine-tuning whose gradient
+has fresh noise in every step, either the exact projection noise (a new A) or Gaussian noise of the
+same variance. The arms' first steps agree in mean and variance. Later, fresh noise averages out;
+the noise of a frozen A is the same in each step and does not.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowrank_dp import _validate, artifacts, lora
+from lowrank_dp import _validate, lora
 from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.experiments.gradients import GradientConfig
 from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 from lowrank_dp.models.heads import head_modules
 
@@ -42,16 +44,18 @@ ARMS = ("lora", "lora-frozen-a", "fresh-a", "gaussian")
 
 @dataclass(frozen=True)
 class Config:
-    """A short run of plain SGD.
+    """A short run of plain SGD, the same for every arm.
 
     Attributes:
-        gradients: of it the model, task, max_length, seed (the first of ``num_seeds``) and device
-            are used.
-        ranks: of A; LoRA is scaled by 1 and A drawn from N(0, 1/rank), so that its first step is
-            the full gradient on average.
-        num_blocks: the last so many transformer blocks are adapted.
-        num_seeds: of head, A, noise and batches.
-        num_steps, batch_size, learning_rate: of plain SGD, the same for every arm.
+        gradients: model, task, max_length, device, and the first of ``num_seeds`` seeds; the
+            other fields are not used.
+        ranks: ranks of A. LoRA is scaled by 1 and A is drawn from N(0, 1/rank), so that LoRA's
+            first step is the full gradient on average.
+        num_blocks: number of adapted transformer blocks, counted from the last.
+        num_seeds: number of random seeds (of head, A, noise and batches), 2 or more.
+        num_steps: number of SGD steps.
+        batch_size: examples per step.
+        learning_rate: learning rate of SGD.
     """
 
     gradients: GradientConfig = field(default_factory=lambda: GradientConfig(max_length=64))
@@ -75,10 +79,10 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """By arm, rank, seed and step; step 0 is the common start, before any update."""
+    """Losses and distances by arm, rank, seed and step; step 0 is the common start."""
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     description: str
     layers: tuple[str, ...]
@@ -91,105 +95,133 @@ class Result:
 
     @property
     def distance_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Geometric mean over seeds of `relative_distance`, and the ends of its 95% interval."""
+        """Geometric mean over seeds of `relative_distance`, and the ends of its 95% t-interval."""
         mean, half = mean_and_interval(np.log(relative_distance(self)), axis=-2)
         return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
 
     @property
     def loss_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean over seeds of `loss_difference`, and the ends of its 95% interval."""
+        """Mean over seeds of `loss_difference`, and the ends of its 95% t-interval."""
         mean, half = mean_and_interval(loss_difference(self), axis=-2)
         return mean, mean - half, mean + half
 
 
 def run(config: Config) -> Result:
-    """Train every arm; deterministic given the seeds."""
+    """Train every arm from every seed; the result depends on the seeds alone.
+
+    Raises ValueError for fewer than 2 seeds, too few examples for the steps, or a learning rate
+    at which the loss is not finite.
+    """
     _validate.integer("num_seeds", config.num_seeds, low=2)
-    num_steps = _validate.integer("num_steps", config.num_steps)
+    _validate.integer("num_steps", config.num_steps)
     _validate.positive("learning_rate", config.learning_rate)
-    first_seed = config.gradients.seed
     task = load_task(
-        config.gradients.task, seed=first_seed, max_examples=4 * num_steps * config.batch_size
+        config.gradients.task,
+        seed=config.gradients.seed,
+        max_examples=4 * config.num_steps * config.batch_size,
     )
-    shape = len(ARMS), len(config.ranks), config.num_seeds
-    loss, distance = np.zeros((*shape, num_steps)), np.zeros((*shape, num_steps + 1))
-    reference_loss = np.zeros((config.num_seeds, num_steps))
-    moved = np.zeros((config.num_seeds, num_steps + 1))
-    one_step = np.zeros((config.num_seeds, len(config.ranks)))
-
-    def load(method: str, seed: int, rank: int = 1) -> tuple[nn.Module, Any]:
-        return load_model(
-            config.gradients.model or default_model(),
-            task=task,
-            method=method,
-            rank=rank,
-            lora_init="gaussian",
-            train_layers=config.num_blocks,
-            device=config.gradients.device,
-            seed=seed,
-        )
-
-    for seed in progress(range(config.num_seeds), "training dynamics"):
-        full, tokenizer = load("full", first_seed + seed)
-        batches = _batches(task, tokenizer, config, first_seed + seed)
-        adapters = [load("lora", first_seed + seed, rank)[0] for rank in config.ranks]
-        layers = _adapted(adapters[0])
-        _train_only(full, layers)
-        start = _effective(full, layers)
-        path: list[Tensor] = []
-        noise_to_gradient = 0.0
-        with _restored(full):
-            for step, value in enumerate(_sgd(full, batches, config.learning_rate)):
-                if step == 0:
-                    noise_to_gradient = _noise_to_gradient(full, layers)
-                reference_loss[seed, step] = value
-                path.append(_effective(full, layers))
-                moved[seed, step + 1] = _gap(path[-1], start)
-        one_step[seed] = np.sqrt(noise_to_gradient / np.array(config.ranks))
-
-        for r, rank in enumerate(config.ranks):
-            for a, arm in enumerate(ARMS):
-                model = adapters[r] if arm.startswith("lora") else full
-                generator = torch.Generator(config.gradients.device).manual_seed(
-                    1_000_003 * (first_seed + seed) + 101 * rank + a
-                )
-                with _restored(model), _frozen_a(model, arm == "lora-frozen-a"):
-                    steps = _sgd(model, batches, config.learning_rate, layers, arm, rank, generator)
-                    for step, value in enumerate(steps):
-                        loss[a, r, seed, step] = value
-                        distance[a, r, seed, step + 1] = _gap(_effective(model, layers), path[step])
+    seeds = [config.gradients.seed + i for i in range(config.num_seeds)]
+    runs = [_run_seed(config, task, seed) for seed in progress(seeds, "training dynamics")]
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=first_seed, device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE,
-        description=f"{describe(full)}; {task.name} from {task.source}; plain SGD, learning rate "
+        privacy=NON_PRIVATE,
+        description=f"{runs[0].model}; {task.name} from {task.source}; plain SGD, learning rate "
         f"{config.learning_rate:g}, batch {config.batch_size}",
-        layers=tuple(layers),
+        layers=tuple(runs[0].layers),
         arms=ARMS,
-        one_step_distance=one_step.mean(axis=0),
+        one_step_distance=np.stack([run.one_step_distance for run in runs]).mean(axis=0),
+        reference_loss=np.stack([run.reference_loss for run in runs]),
+        reference_moved=np.stack([run.reference_moved for run in runs]),
+        loss=np.stack([run.loss for run in runs], axis=2),
+        distance=np.stack([run.distance for run in runs], axis=2),
+    )
+
+
+@dataclass(frozen=True)
+class _SeedRun:
+    """All arms of one seed; arrays as in :class:`Result`, without the axis of the seeds."""
+
+    model: str
+    layers: list[str]
+    one_step_distance: np.ndarray
+    reference_loss: np.ndarray
+    reference_moved: np.ndarray
+    loss: np.ndarray
+    distance: np.ndarray
+
+
+def _run_seed(config: Config, task: Any, seed: int) -> _SeedRun:
+    full, tokenizer = _load(config, task, "full", seed)
+    batches = _batches(task, tokenizer, config, seed)
+    adapters = [_load(config, task, "lora", seed, rank)[0] for rank in config.ranks]
+    layers = _adapted(adapters[0])
+    _train_only(full, layers)
+    path = [_effective(full, layers)]  # the weights of full fine-tuning, before and after each step
+    reference_loss, noise_to_gradient = np.zeros(config.num_steps), 0.0
+    with _restored(full):
+        for step, value in enumerate(_sgd(full, batches, config.learning_rate)):
+            if step == 0:
+                noise_to_gradient = _noise_to_gradient(full, layers)
+            reference_loss[step] = value
+            path.append(_effective(full, layers))
+
+    shape = len(ARMS), len(config.ranks)
+    loss = np.zeros((*shape, config.num_steps))
+    distance = np.zeros((*shape, config.num_steps + 1))
+    for r, rank in enumerate(config.ranks):
+        for a, arm in enumerate(ARMS):
+            model = adapters[r] if arm.startswith("lora") else full
+            generator = torch.Generator(config.gradients.device).manual_seed(
+                1_000_003 * seed + 101 * rank + a
+            )
+            with _restored(model), _frozen_a(model, arm == "lora-frozen-a"):
+                steps = _sgd(model, batches, config.learning_rate, layers, arm, rank, generator)
+                for step, value in enumerate(steps):
+                    loss[a, r, step] = value
+                    distance[a, r, step + 1] = _gap(_effective(model, layers), path[step + 1])
+    return _SeedRun(
+        model=describe(full),
+        layers=layers,
+        one_step_distance=np.sqrt(noise_to_gradient / np.array(config.ranks)),
         reference_loss=reference_loss,
-        reference_moved=moved,
+        reference_moved=np.array([_gap(weights, path[0]) for weights in path]),
         loss=loss,
         distance=distance,
     )
 
 
+def _load(
+    config: Config, task: Any, method: str, seed: int, rank: int = 1
+) -> tuple[nn.Module, Any]:
+    return load_model(
+        config.gradients.model or default_model(),
+        task=task,
+        method=method,
+        rank=rank,
+        lora_init="gaussian",
+        train_layers=config.num_blocks,
+        device=config.gradients.device,
+        seed=seed,
+    )
+
+
 def relative_distance(result: Result) -> np.ndarray:
-    """(arms, ranks, seeds, T): distance over how far full fine-tuning has moved, from step 1."""
+    """Return |W - W_full| / |W_full - W_0| from step 1 on: (arms, ranks, seeds, T)."""
     return result.distance[..., 1:] / result.reference_moved[:, 1:]
 
 
 def loss_difference(result: Result) -> np.ndarray:
-    """(arms, ranks, seeds, T): |loss - full fine-tuning's loss| on the same batch."""
+    """Return |loss - full fine-tuning's loss| on the same batch: (arms, ranks, seeds, T)."""
     return np.abs(result.loss - result.reference_loss)
 
 
 def headline(result: Result) -> dict[str, str]:
-    """The result in a few numbers."""
+    """Summarise the result in a few numbers."""
     middle, low, high = result.distance_band
     numbers = {
-        f"learning rate {result.config.learning_rate:g}, full fine-tuning's loss": f"{result.reference_loss[:, 0].mean():.3f} to "
-        f"{result.reference_loss[:, -1].mean():.3f}"
+        f"learning rate {result.config.learning_rate:g}, full fine-tuning's loss": (
+            f"{result.reference_loss[:, 0].mean():.3f} to {result.reference_loss[:, -1].mean():.3f}"
+        )
     }
     for r, rank in enumerate(result.config.ranks):
         numbers[f"distance to full, relative, rank {rank}"] = ", ".join(
@@ -200,7 +232,7 @@ def headline(result: Result) -> dict[str, str]:
 
 
 def _batches(task: Any, tokenizer: Any, config: Config, seed: int) -> list[dict[str, Tensor]]:
-    """``num_steps`` random batches of texts of similar length, in random order."""
+    """Draw ``num_steps`` random batches of texts of similar length, in random order."""
     rows = encode(task.train, tokenizer, kind=task.kind, max_length=config.gradients.max_length)
     wanted = config.num_steps * config.batch_size
     if len(rows) < wanted:
@@ -223,7 +255,11 @@ def _sgd(
     rank: int = 1,
     generator: torch.Generator | None = None,
 ) -> Iterator[float]:
-    """One plain SGD step a batch; yields the loss before the step, after having made it."""
+    """Take one plain SGD step per batch, and yield the loss before the step.
+
+    ``arm`` selects the noise that is added to the gradient of ``layers``: "fresh-a", "gaussian",
+    or none.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     noisy = (
         [model.get_parameter(f"{name}.weight") for name in layers or ()]
@@ -253,7 +289,7 @@ def _sgd(
 
 
 def _adapted(model: nn.Module) -> list[str]:
-    """Names of the layers with a LoRA pair, as the model without LoRA has them."""
+    """Return the names of the layers with a LoRA pair, as in the model without LoRA."""
     return [
         name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
@@ -263,7 +299,7 @@ def _adapted(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _effective(model: nn.Module, layers: list[str]) -> Tensor:
-    """The adapted layers' weights, LoRA's share included, as one vector."""
+    """Return the adapted layers' weights, W + BA for LoRA, as one vector."""
 
     def weight(name: str) -> Tensor:
         prefix = "base_model.model." if hasattr(model, "peft_config") else ""
@@ -280,14 +316,14 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 
 def _noise_to_gradient(model: nn.Module, layers: list[str]) -> float:
-    """E|G A^T A - G|^2 / |G|^2 over the layers' gradients, at rank 1: n + 1, if all had one n."""
+    """Return E|G A^T A - G|^2 / |G|^2 over all layers at rank 1 (n + 1 if all have width n)."""
     gradients: list[Any] = [model.get_parameter(f"{name}.weight").grad for name in layers]
     squares = [float(g.square().sum()) for g in gradients]
     return sum(g.shape[1] * s + s for g, s in zip(gradients, squares, strict=True)) / sum(squares)
 
 
 def _train_only(model: nn.Module, layers: list[str]) -> None:
-    """What LoRA trains: the adapted weights, and a head if there is one."""
+    """Train the parameters that LoRA trains: the adapted weights, and a head if there is one."""
     heads = {id(p) for module in head_modules(model).values() for p in module.parameters()}
     wanted = {f"{name}.weight" for name in layers}
     if wanted - set(matrix_parameters(model)):
@@ -298,7 +334,7 @@ def _train_only(model: nn.Module, layers: list[str]) -> None:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Put the trained parameters back afterwards."""
+    """Restore the trained parameters after the block."""
     kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     try:
         yield
@@ -310,7 +346,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen_a(model: nn.Module, freeze: bool) -> Iterator[None]:
-    """A is fixed inside the block, if ``freeze``."""
+    """Freeze A inside the block if ``freeze``."""
     a = [p for name, p in model.named_parameters() if "lora_A" in name] if freeze else []
     for p in a:
         p.requires_grad_(False)

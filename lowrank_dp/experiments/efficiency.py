@@ -1,25 +1,57 @@
-"""Claim: restoring singular values makes DP-SGD need fewer steps (2510.01137), at no privacy cost.
+"""Claim: DP-SGD with restored singular values needs fewer steps (arXiv 2510.01137).
 
-Every arm trains with the same data, sampling rate, clipping norm, noise and number of steps, so at
-the same (epsilon, delta). Its learning rate comes from one grid, by one seed that is not reported,
-on training examples set aside; then every seed that is reported runs on the validation split.
+All arms train with the same data, sampling rate, clipping norm, noise and number of steps, and so
+at the same (epsilon, delta). The learning rate of each arm is chosen from one grid, by one seed
+that is not reported, on held-out training examples. The reported seeds are scored on the
+validation split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank_dp import _validate, artifacts
+from lowrank_dp import _validate
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.experiments.efficiency_configs import (
+    ARMS,
+    BASELINE,
+    E2E,
+    MNLI,
+    SHARES,
+    SMALL,
+    SMALL_TABLES,
+    SMOLLM2,
+    SST2,
+    Config,
+)
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 
+__all__ = [
+    "ARMS",
+    "BASELINE",
+    "CAPTION",
+    "E2E",
+    "MNLI",
+    "SMALL",
+    "SMALL_TABLES",
+    "SMOLLM2",
+    "SST2",
+    "Config",
+    "Result",
+    "headline",
+    "run",
+    "seconds_to",
+    "steps_to",
+    "table",
+    "tuning_steps_to",
+]
 CAPTION = (
     "Score on the validation split over steps of DP training, mean over seeds with 95% "
     "t-intervals, every arm at the same epsilon and delta and at the learning rate that did best "
@@ -28,195 +60,28 @@ CAPTION = (
     "share of DP-SGD's best there, at every learning rate of the grid."
 )
 
-# arm -> what differs from the base configuration
-ARMS: dict[str, dict[str, Any]] = {
-    "DP-SGD": {},
-    "denoise": {"scheme": "denoise"},
-    "optimal, zeroed": {"scheme": "optimal", "below": "zero"},
-    # of DOPPLER's kind: one pole at beta, a zero at the highest frequency, restored by nothing
-    "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},
-    "momentum + optimal": {"scheme": "optimal", "momentum_beta": 0.9},
-    "momentum + optimal, zeroed": {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9},
-    "DP-LoRA": {"method": "lora"},
-    "DP-LoRA, frozen A": {"method": "lora-frozen-a"},
-    "DP-LoRA, momentum + optimal, zeroed": {
-        "method": "lora",
-        "scheme": "optimal",
-        "below": "zero",
-        "momentum_beta": 0.9,
-    },
-}
-BASELINE = "DP-SGD"
-SHARES = (0.9, 0.95)
-
-
-@dataclass(frozen=True)
-class Config:
-    """What is trained.
-
-    Attributes:
-        base: shared by all arms; its seed and learning rate are replaced.
-        arms: names in ``ARMS``.
-        learning_rates: the grid, the same for every arm.
-        num_seeds: reported, from 0; tuning_seed is not one of them.
-        tuning_holdout: training units set aside, on which the learning rate is chosen.
-        score: metric of the curves.
-        num_workers: runs at a time.
-    """
-
-    base: TrainConfig
-    arms: tuple[str, ...] = tuple(ARMS)
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    num_seeds: int = 3
-    tuning_seed: int = 1000
-    tuning_holdout: int = 1000
-    score: str = "accuracy"
-    num_workers: int | None = None
-
-
-SST2 = Config(
-    base=TrainConfig(
-        model="minilm",
-        task="sst2",
-        epsilon=8.0,
-        delta=1e-5,
-        batch_size=1024,
-        steps=30,
-        train_layers=1,
-        max_length=64,
-        eval_every=3,
-    ),
-    arms=(
-        "DP-SGD",
-        "denoise",
-        "optimal, zeroed",
-        "low-pass filter",
-        "momentum + optimal, zeroed",
-        "DP-LoRA",
-        "DP-LoRA, frozen A",
-    ),
-    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
-)
-
-MNLI = Config(
-    base=TrainConfig(
-        model="minilm",
-        task="mnli",
-        epsilon=8.0,
-        delta=1e-5,
-        batch_size=1024,
-        steps=21,
-        train_layers=1,
-        max_length=64,
-        eval_every=3,
-    ),
-    arms=("DP-SGD", "denoise", "momentum + optimal, zeroed", "DP-LoRA"),
-    learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-)
-
-E2E = Config(
-    base=TrainConfig(
-        model="tiny-llama",
-        task="e2e",
-        epsilon=8.0,
-        delta=1e-5,
-        batch_size=512,
-        steps=24,
-        eval_every=3,
-        eval_examples=300,
-    ),
-    arms=(
-        "DP-SGD",
-        "denoise",
-        "low-pass filter",
-        "momentum + optimal, zeroed",
-        "DP-LoRA",
-        "DP-LoRA, frozen A",
-    ),
-    learning_rates=(3e-3, 1e-2, 3e-2),
-    score="loss",
-    tuning_holdout=300,
-)
-
-# eight rows at a time: each token has logits for 49,152 words
-SMOLLM2 = Config(
-    base=TrainConfig(
-        model="smollm2",
-        task="e2e",
-        epsilon=8.0,
-        delta=1e-5,
-        batch_size=128,
-        steps=8,
-        train_layers=2,
-        eval_every=2,
-        eval_examples=64,
-        generate=False,
-        micro_batch_size=8,
-    ),
-    arms=(
-        "DP-SGD",
-        "denoise",
-        "momentum + optimal, zeroed",
-        "DP-LoRA",
-        "DP-LoRA, momentum + optimal, zeroed",
-    ),
-    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
-    score="loss",
-    tuning_holdout=64,
-)
-
-# to try in a minute, on generated text with models that are always at hand
-SMALL = Config(
-    base=TrainConfig(
-        model="tiny",
-        task="generated",
-        epsilon=8.0,
-        delta=1e-5,
-        batch_size=512,
-        steps=24,
-        eval_every=3,
-    ),
-    arms=("DP-SGD", "momentum + optimal, zeroed", "DP-LoRA"),
-    learning_rates=(3e-3, 1e-2),
-    num_seeds=2,
-    tuning_holdout=300,
-)
-SMALL_TABLES = replace(
-    SMALL,
-    base=TrainConfig(
-        model="tiny-llama",
-        task="generated-table",
-        epsilon=8.0,
-        delta=1e-5,
-        batch_size=128,
-        steps=12,
-        eval_every=3,
-        eval_examples=60,
-    ),
-    score="loss",
-    tuning_holdout=100,
-)
-
 
 @dataclass(frozen=True)
 class Result:
-    """``score``, ``loss`` and ``seconds`` are (arms, seeds, evaluations); NaN after a run stopped.
+    """Curves of every arm; NaN for a run that stopped.
 
-    ``tuning`` (arms, learning rates, evaluations) are the tuning runs' scores, NaN where one
-    stopped; ``learning_rate`` (arms,) is that of the highest mean over them. ``restore_share``
-    (arms, seeds) is the share of the steps' time spent restoring; ``failures`` says why runs
-    stopped.
+    ``score``, ``loss`` and ``seconds`` are (arms, seeds, evaluations). ``tuning`` (arms, learning
+    rates, evaluations) are the scores of the tuning runs, and ``learning_rate`` (arms,) has the
+    best mean score over them. ``restore_share`` (arms, seeds) is the share of the steps' time
+    that restoration takes. ``failures`` states why runs stopped.
     """
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     epsilon: float
     delta: float
     description: str
     arms: tuple[str, ...]
     failures: tuple[str, ...]
-    final: dict[str, dict[str, list[float]]]  # arm -> metric -> one value a seed, at the last step
+    final: dict[
+        str, dict[str, list[float]]
+    ]  # arm -> metric -> one value per seed, at the last step
     steps: np.ndarray  # (evaluations,)
     score: np.ndarray
     loss: np.ndarray
@@ -227,41 +92,37 @@ class Result:
 
     @property
     def higher_is_better(self) -> bool:
-        """Of ``score``."""
+        """Whether a higher ``score`` is better."""
         return HIGHER_IS_BETTER[self.config.score]
 
     @property
     def start(self) -> float:
-        """Score before training, mean over the baseline's seeds."""
+        """Score before training, mean over the seeds of the baseline."""
         return float(np.nanmean(self.score[self.arms.index(BASELINE), :, 0]))
 
     @property
     def best(self) -> float:
-        """The baseline's best point of its mean curve."""
+        """Best score on the baseline's mean curve."""
         curve = np.nanmean(self.score[self.arms.index(BASELINE)], axis=0)
         return float(curve.max() if self.higher_is_better else curve.min())
 
     @property
     def tuning_steps(self) -> np.ndarray:
-        """(arms, learning rates): steps to 90% of the baseline's best gain in the tuning runs."""
+        """Steps to 90% of the baseline's best gain in the tuning runs: (arms, learning rates)."""
         return tuning_steps_to(self, 0.9)
 
     def band(self, arm: int, values: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Mean over seeds of an arm's curve and half-width of its 95% t-interval."""
+        """Return the mean curve of an arm over seeds, and the half-width of its 95% t-interval."""
         return mean_and_interval((self.score if values is None else values)[arm])
 
 
 def run(config: Config, folder: str | Path = Path("runs") / "efficiency") -> Result:
-    """Tune and train every arm; what is finished in ``folder`` is not repeated."""
-    for arm in config.arms:
-        _validate.choice("arm", arm, ARMS)
-    if BASELINE not in config.arms:
-        raise ValueError(f"arms must include the baseline {BASELINE!r}")
-    _validate.choice("score", config.score, HIGHER_IS_BETTER)
-    if config.tuning_seed < _validate.integer("num_seeds", config.num_seeds, low=2):
-        raise ValueError(f"tuning_seed must not be one of the {config.num_seeds} reported seeds")
-    sign = 1.0 if HIGHER_IS_BETTER[config.score] else -1.0
+    """Tune and train every arm; a run that is finished in ``folder`` is not repeated.
 
+    Raises ValueError for a config that cannot be run, or if every run of an arm failed.
+    """
+    _check(config)
+    sign = 1.0 if HIGHER_IS_BETTER[config.score] else -1.0
     grid = [
         _arm_config(config, arm, rate, config.tuning_seed, config.tuning_holdout)
         for arm in config.arms
@@ -288,6 +149,16 @@ def run(config: Config, folder: str | Path = Path("runs") / "efficiency") -> Res
     return _collect(config, tuning, chosen, tuned, outcomes)
 
 
+def _check(config: Config) -> None:
+    for arm in config.arms:
+        _validate.choice("arm", arm, ARMS)
+    if BASELINE not in config.arms:
+        raise ValueError(f"arms must include the baseline {BASELINE!r}")
+    _validate.choice("score", config.score, HIGHER_IS_BETTER)
+    if config.tuning_seed < _validate.integer("num_seeds", config.num_seeds, low=2):
+        raise ValueError(f"tuning_seed must not be one of the {config.num_seeds} reported seeds")
+
+
 def _arm_config(
     config: Config, arm: str, learning_rate: float, seed: int, holdout: int = 0
 ) -> TrainConfig:
@@ -297,7 +168,7 @@ def _arm_config(
 
 
 def _curve(outcome: Outcome, metric: str) -> np.ndarray:
-    """One value an evaluation, NaN where the run was stopped."""
+    """Return one value per evaluation, NaN if the run stopped."""
     steps, every = outcome.config.steps, outcome.config.eval_every
     count = -(-steps // every) + 1
     if outcome.result is None:
@@ -332,7 +203,6 @@ def _collect(
     seconds, restoring = stack("seconds"), stack("restore_seconds")
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=0, device=config.base.device),
         privacy=done[0].privacy,
         epsilon=float(done[0].epsilon or np.inf),
         delta=done[0].delta,
@@ -351,7 +221,7 @@ def _collect(
 
 
 def _failures(arms: tuple[str, ...], outcomes: list[Outcome]) -> list[str]:
-    """A line for each run that stopped; ``outcomes`` has as many of each arm, arm by arm."""
+    """Describe each run that stopped; ``outcomes`` has equally many of each arm, arm by arm."""
     each = len(outcomes) // len(arms)
     return [
         f"{arms[i // each]}, learning rate {outcome.config.learning_rate:g}, seed "
@@ -362,17 +232,18 @@ def _failures(arms: tuple[str, ...], outcomes: list[Outcome]) -> list[str]:
 
 
 def steps_to(result: Result, share: float) -> np.ndarray:
-    """(arms, seeds): step of the first evaluation with ``share`` of the baseline's best gain.
+    """Return the step of the first evaluation with ``share`` of the baseline's best gain.
 
-    The gain is over the model before training; infinity where a seed never gets there.
+    The gain is the difference from the score before training. The result is (arms, seeds), with
+    infinity for a seed that never gets there.
     """
     return _first_step(result, result.score, result.start, result.best, share)
 
 
 def tuning_steps_to(result: Result, share: float) -> np.ndarray:
-    """(arms, learning rates): the same for the tuning runs, one seed each, on the held-out units.
+    """Return :func:`steps_to` for the tuning runs: (arms, learning rates).
 
-    The baseline's best is there its best at any learning rate of the grid.
+    The best score of the baseline is its best at any learning rate of the grid.
     """
     baseline = result.tuning[result.arms.index(BASELINE)]
     best = np.nanmax(baseline) if result.higher_is_better else np.nanmin(baseline)
@@ -390,7 +261,7 @@ def _first_step(
 
 
 def seconds_to(result: Result, share: float) -> np.ndarray:
-    """(arms, seeds): the same in seconds of steps on the machine that ran them."""
+    """Return :func:`steps_to` in seconds of steps on the machine that ran them: (arms, seeds)."""
     steps = steps_to(result, share)
     index = np.searchsorted(result.steps, np.where(np.isinf(steps), 0, steps))
     found = np.take_along_axis(result.seconds, index[..., None], axis=-1)[..., 0]
@@ -398,7 +269,7 @@ def seconds_to(result: Result, share: float) -> np.ndarray:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, an arm each: the numbers that the protocol asks for."""
+    """Tabulate each arm: final score, steps to the targets, and time of restoration."""
     columns = [
         "arm",
         "learning rate",
@@ -432,7 +303,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(result: Result) -> Mapping[str, str]:
-    """What the figure shows, in a few lines."""
+    """Summarise the figure in a few lines."""
     lines = {
         "epsilon of every arm": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
         f"{result.config.score} before training": f"{result.start:.4g}",
@@ -452,5 +323,5 @@ def _unless_stopped(values: np.ndarray) -> str:
 
 
 def _each(values: np.ndarray) -> str:
-    """One value a seed: a mean would hide the runs that never got there."""
+    """Format one value per seed; a mean would hide the runs that never got there."""
     return ", ".join("not reached" if np.isinf(v) else f"{v:.0f}" for v in values)

@@ -1,12 +1,12 @@
-"""Clean gradients of a real model on a real task: what the experiments measure against.
+"""Clean gradients of a real model on a real task, which the experiments measure against.
 
-NON-PRIVATE throughout: a warm-up without noise, and sums before noise is added.
+NON-PRIVATE throughout: the warm-up has no noise, and the sums are read before noise is added.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +19,26 @@ from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 
-PART = 512  # examples; sums are added up in these, so that no size's rounding hangs on the others
+PART = 512  # examples per partial sum: then the rounding of a sum depends on its own size alone
 
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """Which gradients are measured.
+    """Model, task and clipping of the measured gradients.
 
     Attributes:
-        model: backbone for ``models.load_model``; "" takes ``models.default_model()``.
-        task, split: for ``data.load_task``; the split whose gradients are measured.
-        max_grad_norm: C, over all trained parameters of one example.
-        warm_loss: train until the running mean of the training loss is at or below it; None
-            measures the model as it was loaded (cold).
-        max_warm_steps: give up then; the loss that was reached is part of every result.
-        warm_learning_rate, warm_batch_size: of the warm-up's AdamW.
-        max_length: tokens a text is cut to.
+        model: backbone for ``models.load_model``; "" means ``models.default_model()``.
+        task: name for ``data.load_task``.
+        split: split of the task whose gradients are measured.
+        max_grad_norm: clipping norm C of one example's gradient, over all trained parameters.
+        warm_loss: training loss at which the warm-up ends, a running mean in nats; None measures
+            the model as it was loaded (cold).
+        max_warm_steps: largest number of warm-up steps; every result states the loss reached.
+        warm_learning_rate: learning rate of the warm-up's AdamW.
+        warm_batch_size: batch size of the warm-up.
+        max_length: tokens to which a text is cut.
         micro_batch_size: examples in memory at a time.
-        seed: of head, warm-up and sampling.
+        seed: random seed of the head, the warm-up and the sampling.
         device: "cpu" or "cuda".
     """
 
@@ -54,23 +56,36 @@ class GradientConfig:
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model at a known training loss, and the training set its gradients are taken on."""
+@dataclass(eq=False)
+class GradientSource:
+    """A model at a known training loss, and the training set on which gradients are taken.
+
+    The object is mutable: :meth:`nested_sums` keeps the sums that it computes.
+
+    Attributes:
+        model: the model, in eval mode.
+        rows: encoded examples of the split.
+        pad_token_id: token that fills short texts.
+        matrices: names of the trainable matrices.
+        description: model and data in words.
+        config: the config that the source was prepared from.
+        loss: training loss at the end of the warm-up, or of the cold model.
+        warm_steps: number of warm-up steps.
+        sums: clean sum by batch size, kept because several experiments measure the same sums.
+    """
 
     model: nn.Module
     rows: list[dict[str, Any]]
     pad_token_id: int
-    matrices: list[str]  # names of the trainable matrices
-    description: str  # model and data, in words
-    loss: float  # training loss at the end of the warm-up, or of the cold model
-    warm_steps: int
+    matrices: list[str]
+    description: str
     config: GradientConfig
-    # batch size -> clean sum, for the next figure: it takes longer than what is made of it
-    sums: dict[int, dict[str, Tensor]] = field(default_factory=lambda: {0: {}}, repr=False)
+    loss: float = float("nan")
+    warm_steps: int = 0
+    sums: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def clean_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """NON-PRIVATE sum of the clipped gradients of ``rows[i]``, for every trainable matrix."""
+        """Sum the clipped gradients of ``rows[i]``, by trainable matrix. NON-PRIVATE."""
         rows = [self.rows[i] for i in indices]
         batches = micro_batches(rows, self.config.micro_batch_size, self.pad_token_id)
         sums, _ = clipped_sum_over(
@@ -79,15 +94,15 @@ class Source:
         return {name: sums[name] for name in self.matrices}
 
     def nested_sums(self, batch_sizes: Iterable[int]) -> dict[int, dict[str, Tensor]]:
-        """NON-PRIVATE ``clean_sum`` by batch size, rising; the smaller are prefixes of the largest.
+        """Compute ``clean_sum`` for several batch sizes, in rising order. NON-PRIVATE.
 
-        The batch is the same in every experiment of one seed.
+        Smaller batches are prefixes of the largest batch, which depends on the seed alone.
         """
         sizes = sorted(set(batch_sizes))
         chosen = self.sample(sizes[-1], torch.Generator().manual_seed(self.config.seed + 1))
         for size in progress([size for size in sizes if size not in self.sums], "clean gradients"):
-            done = max(smaller for smaller in self.sums if smaller < size)
-            total = self.sums[done]
+            done = max((smaller for smaller in self.sums if smaller < size), default=0)
+            total = self.sums.get(done, {})
             for start, stop in itertools.pairwise([*range(done, size, PART), size]):
                 part = self.clean_sum(chosen[start:stop])
                 total = {name: total[name] + part[name] if total else part[name] for name in part}
@@ -95,7 +110,7 @@ class Source:
         return {size: self.sums[size] for size in sizes}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[int]:
-        """``batch_size`` distinct positions in ``rows``, uniformly."""
+        """Draw ``batch_size`` distinct positions in ``rows``, uniformly."""
         _validate.integer("batch_size", batch_size, high=len(self.rows))
         return torch.randperm(len(self.rows), generator=generator)[:batch_size].tolist()
 
@@ -103,11 +118,18 @@ class Source:
         return {key: value.to(self.config.device) for key, value in batch.items()}
 
 
-def prepare(config: GradientConfig, batch_size: int = 1) -> Source:
-    """Load model and task, and warm the model up if ``config.warm_loss`` says so.
+def prepare(
+    config: GradientConfig,
+    batch_size: int = 1,
+    on_load: Callable[[str], None] | None = None,
+) -> GradientSource:
+    """Load model and task, and train the model to ``config.warm_loss``.
 
-    The model ends in eval mode: measured gradients have no dropout in them. A training set smaller
-    than ``batch_size`` is refused before the warm-up.
+    The model ends in eval mode, so that the measured gradients are free of dropout. ``on_load`` is
+    called with the source's description before the warm-up.
+
+    Raises ValueError, before the warm-up, if the split has fewer than ``batch_size`` examples or
+    the model has no trainable matrix.
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
     task = load_task(config.task, seed=config.seed)
@@ -120,24 +142,22 @@ def prepare(config: GradientConfig, batch_size: int = 1) -> Source:
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trainable Linear layer, got none")
     rows = encode(examples, tokenizer, kind=task.kind, max_length=config.max_length)
-    source = Source(
+    source = GradientSource(
         model,
         rows,
         tokenizer.pad_token_id,
         matrices,
         f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
-        float("nan"),
-        0,
         config,
     )
-    loss, steps = _warm_up(source)
-    return Source(
-        model, rows, tokenizer.pad_token_id, matrices, source.description, loss, steps, config
-    )
+    if on_load is not None:
+        on_load(source.description)
+    source.loss, source.warm_steps = _warm_up(source)
+    return source
 
 
-def _warm_up(source: Source) -> tuple[float, int]:
-    """Train without privacy to the wanted loss; returns the loss and the number of steps."""
+def _warm_up(source: GradientSource) -> tuple[float, int]:
+    """Train without privacy to the wanted loss; return the loss and the number of steps."""
     config, model = source.config, source.model
     generator = torch.Generator().manual_seed(config.seed)
     if config.warm_loss is None:
@@ -150,7 +170,7 @@ def _warm_up(source: Source) -> tuple[float, int]:
     model.train()
     cuda = [torch.cuda.current_device()] if config.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(config.seed)  # dropout's masks
+        torch.manual_seed(config.seed)  # of dropout
         for step, batch in enumerate(_bucketed(source, generator), 1):
             value = model(**source._place(batch)).loss
             value.backward()
@@ -163,8 +183,8 @@ def _warm_up(source: Source) -> tuple[float, int]:
     return loss, step
 
 
-def _bucketed(source: Source, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Random batches without end; within 16 batches, texts of one length go together."""
+def _bucketed(source: GradientSource, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Yield random batches without end; of every 16 batches, texts of one length go together."""
     size = source.config.warm_batch_size
     while True:
         chosen = source.sample(min(16 * size, len(source.rows)), generator)
@@ -174,7 +194,7 @@ def _bucketed(source: Source, generator: torch.Generator) -> Iterator[dict[str, 
 
 
 @torch.no_grad()
-def _mean_loss(source: Source, indices: Iterable[int]) -> float:
+def _mean_loss(source: GradientSource, indices: Iterable[int]) -> float:
     rows = [source.rows[i] for i in indices]
     total = 0.0
     for part, batch in micro_batches(rows, source.config.micro_batch_size, source.pad_token_id):
@@ -183,7 +203,10 @@ def _mean_loss(source: Source, indices: Iterable[int]) -> float:
 
 
 def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str, Tensor]:
-    """Clean sums plus N(0, noise_std^2), from a stated seed (so the noise is not secret)."""
+    """Add N(0, noise_std^2) to every entry of the sums; ``noise_std`` is absolute.
+
+    The noise is not secret: anyone who knows ``seed`` can reproduce it.
+    """
     noisy = {}
     for offset, (name, matrix) in enumerate(clean.items()):
         generator = torch.Generator(matrix.device).manual_seed(1_000_003 * seed + offset)
@@ -195,7 +218,10 @@ def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str
 
 
 def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:
-    """Up to ``count`` layers from the middle of the model, one for each shape; never a head."""
+    """Choose up to ``count`` layers from the middle of the model, one per shape; never a head.
+
+    Raises ValueError if no layer of at least 16 x 16 has a nonzero gradient.
+    """
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, matrix in gradients.items():
         if min(matrix.shape) >= 16 and bool(matrix.any()):
@@ -206,6 +232,6 @@ def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:
 
 
 def largest_rows(matrix: Tensor, count: int) -> Tensor:
-    """The ``count`` rows of largest norm, or all of them, in their own order."""
+    """Return the ``count`` rows of largest norm (all, if there are fewer), in their own order."""
     norms = torch.linalg.vector_norm(matrix, dim=1)
     return matrix[norms.topk(min(count, len(norms))).indices.sort().values]

@@ -1,4 +1,4 @@
-"""Means over seeds with their uncertainty."""
+"""Means over seeds with Student's t-intervals."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from scipy import stats
 
 
 def mean_and_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds, which lie along ``axis``, and half-width of its 95% t-interval."""
+    """Return the mean along ``axis`` and the half-width of its 95% t-interval.
+
+    ``axis`` is the axis of the seeds (or noise draws), of length 2 or more. Both results have the
+    shape of ``values`` without that axis.
+    """
     count = values.shape[axis]
     half = stats.t.ppf(0.975, count - 1) * values.std(axis=axis, ddof=1) / np.sqrt(count)
     return values.mean(axis=axis), half
 
 
 def with_interval(values: np.ndarray) -> str:
-    """``mean ± half-width`` of ``values`` (seeds,) to three decimals, as the tables have it."""
+    """Format the mean over ``values`` (seeds,) as ``mean ± half-width``, to three decimals."""
     mean, half = mean_and_interval(values)
     return f"{mean:.3f} ± {half:.3f}"
-
-
-def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the last axis and half-width of its 95% t-interval (zero for one value)."""
-    count = values.shape[-1]
-    if count < 2:
-        return values.mean(-1), np.zeros(values.shape[:-1])
-    half = stats.t.ppf(0.975, count - 1) * values.std(-1, ddof=1) / np.sqrt(count)
-    return values.mean(-1), half

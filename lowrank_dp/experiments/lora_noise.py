@@ -1,7 +1,7 @@
-"""Claim: LoRA's projection adds nearly Gaussian noise of variance |q|^2 / rank (2409.17538).
+"""Claim: LoRA's projection adds nearly Gaussian noise of variance |q|^2 / rank (arXiv 2409.17538).
 
-The variance is right up to the coordinate's own share of q. The law is not Gaussian: its kurtosis
-is 3 + 6/rank and more, at any width.
+The variance holds up to the coordinate's own share of q. The distribution is not Gaussian: its
+kurtosis is 3 + 6/rank or more, at any width.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_dp import artifacts, lora
+from lowrank_dp import lora
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import (
     GradientConfig,
-    Source,
+    GradientSource,
     largest_rows,
     prepare,
     spread_layers,
 )
+from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.theory import noise_logpdf
 
 CAPTION = (
@@ -40,20 +41,21 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """Measured models, layers and ranks.
 
     Attributes:
-        gradients: the model and task; the law does not depend on how far it is trained, so by
-            default it is measured cold.
-        more_models: further backbones on the same task; one that is not installed is left out,
-            and ``Result.skipped`` says so.
+        gradients: model, task and clipping; cold by default, since the distribution does not
+            depend on how far the model is trained.
+        more_models: further backbones on the same task; ``Result.skipped`` names the ones that
+            are not installed.
         batch_size: examples whose clipped gradients are summed.
-        ranks: of A.
-        num_layers, num_rows: of each model at most so many layers, of different shapes, and so
-            many rows of each.
-        num_draws: of A, for each layer and rank.
-        vector_size, vector_draws: n of the fixed vector, and its draws.
-        density_ranks: of the exact densities.
+        ranks: ranks of A.
+        num_layers: largest number of layers per model, each of another shape.
+        num_rows: largest number of rows per layer.
+        num_draws: draws of A per layer and rank.
+        vector_size: length n of the fixed vector.
+        vector_draws: draws of A for the fixed vector.
+        density_ranks: ranks of the exact densities.
     """
 
     gradients: GradientConfig = field(
@@ -83,10 +85,10 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """Moments are (sources, ranks), in the order of ``sources`` and ``config.ranks``."""
+    """Moments of the noise: (sources, ranks), in the order of ``sources`` and ``config.ranks``."""
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     description: str
     skipped: tuple[str, ...]
@@ -105,18 +107,12 @@ class Result:
     density: np.ndarray  # (density_ranks, X) of the standardised noise
 
 
-def run(config: Config, source: Source | None = None) -> Result:
-    """Measure, on ``source`` (of ``config.gradients``) if it was prepared already."""
-    seed, device = config.gradients.seed, config.gradients.device
-    generator = torch.Generator().manual_seed(seed + 1)
+def run(config: Config, source: GradientSource | None = None) -> Result:
+    """Measure the moments; ``source`` is prepared here unless it is given."""
+    generator = torch.Generator().manual_seed(config.gradients.seed + 1)
     vector = torch.randn(1, config.vector_size, generator=generator, dtype=torch.float64)
     measured = {f"fixed vector, n={config.vector_size}": (vector, config.vector_draws)}
-    sources, skipped = [source or prepare(config.gradients)], []
-    for name in config.more_models:
-        try:
-            sources.append(prepare(replace(config.gradients, model=name)))
-        except ValueError as error:
-            skipped.append(str(error))
+    sources, skipped = _prepare_all(config, source)
     for each in sources:
         clean = each.clean_sum(each.sample(config.batch_size, generator))
         model = each.description.split()[0]
@@ -138,42 +134,51 @@ def run(config: Config, source: Source | None = None) -> Result:
         ]
         for init in inits
     ]
-    x = np.linspace(-6, 6, 800)  # an even number of points: none at the pole near 0
-    beta2 = 1 / config.vector_size
-
-    def density(rank: int) -> np.ndarray:
-        sd = np.sqrt((1 + beta2) / rank)
-        return np.exp(noise_logpdf(x * sd, rank, beta2=beta2)) * sd
-
+    x = np.linspace(-6, 6, 800)  # an even number of points avoids the pole at 0
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=seed, device=device),
-        privacy=artifacts.NON_PRIVATE,
+        privacy=NON_PRIVATE,
         description="; ".join(each.description for each in sources),
         skipped=tuple(skipped),
         sources=tuple(measured),
-        **{
-            key: _table(moments, key)
-            for key in (
-                "variance",
-                "variance_ci",
-                "variance_exact",
-                "kurtosis",
-                "kurtosis_ci",
-                "kurtosis_exact",
-            )
-        },
+        variance=_collect(moments, "variance"),
+        variance_ci=_collect(moments, "variance_ci"),
+        variance_exact=_collect(moments, "variance_exact"),
+        kurtosis=_collect(moments, "kurtosis"),
+        kurtosis_ci=_collect(moments, "kurtosis_ci"),
+        kurtosis_exact=_collect(moments, "kurtosis_exact"),
         one_hot_inits=inits,
-        one_hot_variance=_table(one_hot, "variance"),
-        one_hot_variance_ci=_table(one_hot, "variance_ci"),
-        one_hot_variance_exact=_table(one_hot, "variance_exact"),
+        one_hot_variance=_collect(one_hot, "variance"),
+        one_hot_variance_ci=_collect(one_hot, "variance_ci"),
+        one_hot_variance_exact=_collect(one_hot, "variance_exact"),
         density_x=x,
-        density=np.array([density(rank) for rank in config.density_ranks]),
+        density=np.array(
+            [_density(x, rank, 1 / config.vector_size) for rank in config.density_ranks]
+        ),
     )
 
 
+def _prepare_all(
+    config: Config, source: GradientSource | None
+) -> tuple[list[GradientSource], list[str]]:
+    """Prepare every model; return the sources, and an error message per missing model."""
+    sources, skipped = [source or prepare(config.gradients)], []
+    for name in config.more_models:
+        try:
+            sources.append(prepare(replace(config.gradients, model=name)))
+        except ValueError as error:
+            skipped.append(str(error))
+    return sources, skipped
+
+
+def _density(x: np.ndarray, rank: int, beta2: float) -> np.ndarray:
+    """Return the density of the noise, standardised to variance 1, at ``x``."""
+    sd = np.sqrt((1 + beta2) / rank)
+    return np.exp(noise_logpdf(x * sd, rank, beta2=beta2)) * sd
+
+
 def headline(result: Result) -> dict[str, str]:
-    """The result in a few numbers."""
+    """Summarise the result in a few numbers."""
     ratio = result.variance / result.variance_exact
     inside = np.abs(result.variance - result.variance_exact) <= result.variance_ci
     excess = result.kurtosis[0] - 3
@@ -188,10 +193,10 @@ def headline(result: Result) -> dict[str, str]:
 
 
 def _label(model: str, name: str, matrix: Tensor) -> str:
-    """``minilm 3.attention.query 384x384``: the model, what tells the layer, m x n."""
+    """Label a layer by model, shortened name and shape: ``minilm 3.attention.query 384x384``."""
     parts = re.sub(r"^.*?\.(?=\d)|(\.dense)?\.weight$|\.(self|self_attn|mlp)(?=\.)", "", name)
     return f"{model} {parts} {matrix.shape[0]}x{matrix.shape[1]}"
 
 
-def _table(moments: Sequence[Sequence[lora.NoiseMoments]], key: str) -> np.ndarray:
+def _collect(moments: Sequence[Sequence[lora.NoiseMoments]], key: str) -> np.ndarray:
     return np.array([[getattr(point, key) for point in row] for row in moments])

@@ -1,17 +1,19 @@
-"""Claim: LoRA's projection hides a record like privacy noise does (2409.17538).
+"""Claim: LoRA's projection hides a record like privacy noise does (arXiv 2409.17538).
 
-For a matrix it does not (2601.21719): rows that share A make R G^T symmetric for the true gradient
-G alone, and two rows of a real layer suffice, at every rank. One row, a vector query, has no such
-test: there the likelihood ratio is the best there is. Independent noise added to the release is
-what ends the attack.
+For a matrix the claim fails (arXiv 2601.21719): if rows share A, R G^T is symmetric for the true
+gradient G alone, and two rows of a real layer suffice at every rank. One row, a vector query, has
+no such test; there the likelihood ratio is the most powerful test. Independent noise that is added
+to the release ends the attack.
 
-The two worlds differ in one record: G0 is some rows of a layer's clipped gradient sum over a batch
-without it, G1 = G0 + the record's own clipped gradient. The adversary sees R = G A^T A + noise for
-a fresh, secret A, knows both candidates, and scores R; a higher score says "the record is in".
+The two hypotheses differ in one record: G0 is some rows of a layer's clipped gradient sum over a
+batch without the record, and G1 = G0 + the record's own clipped gradient. The adversary sees
+R = G A^T A + noise for a fresh, secret A, knows both candidates, and scores R. A higher score means
+that the record is in the batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +23,10 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
-from lowrank_dp import _validate, artifacts, lora, theory
+from lowrank_dp import _validate, lora, theory
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare, spread_layers
+from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.mia.metrics import auc
 
 Array = NDArray[np.float64]
@@ -48,15 +51,15 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Config:
-    """What is attacked, and how often.
+    """Releases and trials of the attack.
 
     Attributes:
-        gradients: the real model and task, cold by default.
-        batch_size: records behind G0.
-        num_trials: with the record, and as many without; each has its own record.
-        ranks: of A.
-        rows: numbers of released rows, those of largest norm in G0; one row is attacked by the
-            likelihood ratio, several by the symmetry score.
+        gradients: model, task and clipping norm C; cold by default.
+        batch_size: records in G0.
+        num_trials: trials with the record, and as many without; each trial has its own record.
+        ranks: ranks of A.
+        rows: numbers of released rows, the ones of largest norm in G0. One row is attacked by the
+            likelihood ratio, several rows by the symmetry score.
         noise_multipliers: standard deviation of the noise added to each entry of the release, in
             units of C; rising, 0 allowed.
     """
@@ -76,30 +79,30 @@ SMALL = Config(num_trials=100)
 
 @dataclass(frozen=True)
 class Result:
-    """K ranks, M numbers of rows, L noise levels, in the order of the config.
+    """Scores and AUCs for K ranks, M numbers of rows and L noise levels, in the config's order.
 
-    Scores are ``(K, M, L, N)``: N = 2 num_trials, the first half with the record in.
+    ``scores`` are (K, M, L, N) with N = 2 num_trials; in the first half the record is in the batch.
     """
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     description: str
     layer: str
     shape: tuple[int, ...]  # (m, n) of the whole layer
     noise_std: Array  # (L,) absolute, on the release: noise_multipliers x C
-    release_rms: Array  # (K,) root-mean-square entry of the noise-free releases
+    release_rms: Array  # (K,) root-mean-square entry of the releases without noise
     relative_size: Array  # (N,) |record| / |G0| over the rows taken
     scores: Array
     auc: Array  # (K, M, L, 3): value, lower and upper end of 95 % intervals
-    gaussian_reading: Array  # (K, M): AUC promised without added noise
+    gaussian_reading: Array  # (K, M): AUC that the reading promises without added noise
 
 
-def run(config: Config, source: Source | None = None) -> Result:
-    """Attack, on ``source`` (of ``config.gradients``) if it was prepared already.
+def run(config: Config, source: GradientSource | None = None) -> Result:
+    """Run the attack; ``source`` is prepared here unless it is given.
 
-    Raises ``ValueError`` for a config that cannot be run, before any gradient is computed where
-    the model is not needed to tell.
+    Raises ValueError for a config that cannot be run; before the model is loaded, if the config
+    alone shows the fault.
     """
     _check(config)
     source = source or prepare(config.gradients)
@@ -115,15 +118,14 @@ def run(config: Config, source: Source | None = None) -> Result:
         noise = torch.randn(released.shape, generator=generator, dtype=released.dtype)
         release_rms[k] = released.square().mean().sqrt()
         for i, rows in enumerate(config.rows):
-            without, with_ = rest[:rows].numpy(), (rest + records)[:, :rows].numpy()
+            g0, g1 = rest[:rows].numpy(), (rest + records)[:, :rows].numpy()
             for j, std in enumerate(noise_std):
                 seen = (released + std * noise)[:, :rows].numpy()
-                scores[k, i, j] = score(seen, without, with_, rank, float(std))
+                scores[k, i, j] = score(seen, g0, g1, rank, float(std))
     sizes = torch.linalg.vector_norm(records, dim=2) / torch.linalg.vector_norm(rest, dim=1)
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE,
+        privacy=NON_PRIVATE,
         description=source.description,
         layer=layer,
         shape=shape,
@@ -142,7 +144,7 @@ def run(config: Config, source: Source | None = None) -> Result:
 
 
 def headline(result: Result) -> dict[str, str]:
-    """The result in a few numbers."""
+    """Summarise the result in a few numbers."""
     config = result.config
     which = ", ".join(map(str, config.rows))
     numbers = {}
@@ -164,15 +166,20 @@ def headline(result: Result) -> dict[str, str]:
 
 
 def real_rows(
-    source: Source,
+    source: GradientSource,
     config: Config,
     generator: torch.Generator,
 ) -> tuple[str, tuple[int, ...], Tensor, Tensor]:
-    """A middle layer's name and shape, and of its largest rows G0 and every record's own part.
+    """Compute G0 and the records' gradients for the largest rows of a middle layer. NON-PRIVATE.
 
-    The rows are chosen by G0 alone, the largest first, and there are max(rows) = m of them. G0 is
-    (m, n) and the records are (N, m, n) for N = 2 num_trials; float64 on the CPU, clipped, as
-    summed in training.
+    The m = max(rows) rows are chosen by their norm in G0 alone, the largest first.
+
+    Returns:
+        Name and shape of the layer, G0 (m, n), and the clipped gradients of N = 2 num_trials
+        records (N, m, n); both in float64 on the CPU.
+
+    Raises:
+        ValueError: if the split has too few records, or the layer too few rows.
     """
     needed = config.batch_size + 2 * config.num_trials
     if needed > len(source.rows):
@@ -201,14 +208,14 @@ def real_rows(
 def release(
     rest: Tensor, records: Tensor, member: NDArray[np.bool_], rank: int, generator: torch.Generator
 ) -> Tensor:
-    """(N, m, n): for each trial G A^T A with its own A; G has the record in it iff ``member``.
+    """Release G A^T A (N, m, n) with a fresh A per trial.
 
     Args:
         rest: G0 (m, n).
-        records: (N, m, n), one a trial.
-        member: (N,).
-        rank: of A, rank x n with independent N(0, 1/rank) entries.
-        generator: of A, on the CPU.
+        records: one record's gradient per trial (N, m, n).
+        member: whether G includes the record (N,).
+        rank: rows of A, which is rank x n with independent N(0, 1/rank) entries.
+        generator: random generator of A, on the CPU.
     """
     return torch.stack(
         [
@@ -219,17 +226,18 @@ def release(
 
 
 def score(released: Array, without: Array, with_: Array, rank: int, noise_std: float) -> Array:
-    """(N,) one score a trial, higher = the record is in.
+    """Score each trial (N,); a higher score means that the record is in the batch.
 
-    One row: the log-likelihood ratio, the best test there is. Several: the difference of symmetry
-    scores T0 - T1, where the true candidate has T = 0 up to rounding if there is no noise; it uses
-    neither rank nor noise level.
+    The score of one row is the log-likelihood ratio, the most powerful test. The score of several
+    rows is the difference of symmetry scores T0 - T1: without noise, T is 0 up to rounding for the
+    true candidate. The symmetry score uses neither the rank nor the noise level.
 
     Args:
         released: R (N, m, n), noise included.
-        without, with_: the candidates G0 and G1, (m, n) or (N, m, n), no row of them zero.
-        rank: of A.
-        noise_std: standard deviation of the noise in each entry of R, >= 0.
+        without: candidate G0, (m, n) or (N, m, n), without a row of zeros.
+        with_: candidate G1, of the same form.
+        rank: rank of A.
+        noise_std: standard deviation of the noise in each entry of R, absolute, >= 0.
     """
     without, with_ = (np.broadcast_to(g, released.shape) for g in (without, with_))
     if released.shape[1] == 1:
@@ -244,13 +252,13 @@ def score(released: Array, without: Array, with_: Array, rank: int, noise_std: f
 
 
 def row_logpdf(y: Array, q: Array, rank: int, noise_std: float) -> Array:
-    """Log-density of A^T A q + N(0, noise_std^2 I) at ``y``; both (..., n), result (...).
+    """Return the log-density of A^T A q + N(0, noise_std^2 I) at ``y``.
 
-    Without noise that is `theory.projection_logpdf`, -inf off its support. With it, given
-    s = |A q|^2 / |q|^2 (chi^2_rank / rank), y is Gaussian: along q with mean s |q| and variance
-    noise_std^2, in each direction across q with mean 0 and variance s |q|^2 / rank + noise_std^2.
-    What remains is one integral over s, taken in t = ln s by the trapezoidal rule on the part of
-    the axis that holds all but e^-40 of it, and so exact to about 1e-7.
+    ``y`` and ``q`` are (..., n), the result is (...). Without noise the density is
+    `theory.projection_logpdf`, with -inf off its support. With noise, and given
+    s = |A q|^2 / |q|^2 (distributed as chi^2_rank / rank), y is Gaussian: along q with mean s |q|
+    and variance noise_std^2, and in each direction across q with mean 0 and variance
+    s |q|^2 / rank + noise_std^2. The remaining integral over s is exact to about 1e-7.
     """
     if noise_std == 0:
         return np.asarray(theory.projection_logpdf(y, q, rank))
@@ -269,15 +277,7 @@ def row_logpdf(y: Array, q: Array, rank: int, noise_std: float) -> Array:
 
     # every factor falls beyond the largest of 1 and the two estimates of s
     largest = np.maximum(np.maximum(1.0, along / norm), across2 * rank / (max(n - 1, 1) * norm**2))
-    low, high = np.full_like(norm, -70.0), np.log(largest) + 6
-    for points in (200, 200, 200, 200, 1000):
-        t = np.linspace(low, high, points)  # (points, ...)
-        values = log_integrand(t)
-        matters = values > values.max(axis=0) - 40
-        first = np.maximum(matters.argmax(axis=0) - 1, 0)
-        last = np.minimum(points - matters[::-1].argmax(axis=0), points - 1)
-        low, high = (np.take_along_axis(t, end[None], axis=0)[0] for end in (first, last))
-    integral = special.logsumexp(values, axis=0) + np.log(t[1] - t[0])
+    integral = _log_integral(log_integrand, np.full_like(norm, -70.0), np.log(largest) + 6)
     constant = (
         rank / 2 * np.log(rank / 2)
         - special.gammaln(rank / 2)
@@ -287,18 +287,35 @@ def row_logpdf(y: Array, q: Array, rank: int, noise_std: float) -> Array:
     return integral + constant
 
 
-def gaussian_reading(sizes: Array, member: NDArray[np.bool_], rank: int) -> float:
-    """AUC of the best attack without added noise, were the projection's noise Gaussian.
+def _log_integral(log_integrand: Callable[[Array], Array], low: Array, high: Array) -> Array:
+    """Return the log of the integral over t = ln s, by the trapezoidal rule.
 
-    Reads row i of G A^T A as g_i + N(0, |g_i|^2 I / rank), independent of the others and the same
-    in both worlds (2409.17538). The log-likelihood ratio of a record is then N(+-mu^2 / 2, mu^2)
-    with mu^2 = rank sum_i ``sizes``_i^2, so that a member with mu beats a non-member with mu' with
-    probability Phi(sqrt(mu^2 + mu'^2) / 2); averaged over all pairs.
+    The interval from ``low`` to ``high`` is narrowed first to the part where the integrand is
+    above e^-40 of its maximum.
+    """
+    for points in (200, 200, 200, 200, 1000):
+        t = np.linspace(low, high, points)  # (points, ...)
+        values = log_integrand(t)
+        matters = values > values.max(axis=0) - 40
+        first = np.maximum(matters.argmax(axis=0) - 1, 0)
+        last = np.minimum(points - matters[::-1].argmax(axis=0), points - 1)
+        low, high = (np.take_along_axis(t, end[None], axis=0)[0] for end in (first, last))
+    return special.logsumexp(values, axis=0) + np.log(t[1] - t[0])
+
+
+def gaussian_reading(sizes: Array, member: NDArray[np.bool_], rank: int) -> float:
+    """Return the best attack's AUC without added noise, if the projection's noise were Gaussian.
+
+    The Gaussian reading (arXiv 2409.17538) takes row i of G A^T A as g_i + N(0, |g_i|^2 I / rank),
+    independent of the other rows and the same under both hypotheses. The log-likelihood ratio of a
+    record is then N(+-mu^2 / 2, mu^2) with mu^2 = rank sum_i ``sizes``_i^2. A member with mu scores
+    higher than a non-member with mu' with probability Phi(sqrt(mu^2 + mu'^2) / 2), and the AUC is
+    the mean of this probability over all pairs.
 
     Args:
-        sizes: (N, m), |row i of the record| / |row i of G0|.
-        member: (N,).
-        rank: of A.
+        sizes: |row i of the record| / |row i of G0| (N, m).
+        member: whether each trial includes the record (N,).
+        rank: rank of A.
     """
     mu2 = rank * np.square(sizes).sum(axis=1)
     return float(special.ndtr(np.sqrt(mu2[member][:, None] + mu2[~member]) / 2).mean())
@@ -310,7 +327,7 @@ def _auc(scores: Array, member: NDArray[np.bool_]) -> tuple[float, float, float]
 
 
 def _check(config: Config) -> None:
-    """Refuse a config that no model could run."""
+    """Raise ValueError for a config that no model could run."""
     _validate.integer("num_trials", config.num_trials, low=2)
     for name, values in (("ranks", config.ranks), ("rows", config.rows)):
         if not values:

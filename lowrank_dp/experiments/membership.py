@@ -1,21 +1,21 @@
-"""Claim: LoRA resists membership inference, more so at a smaller rank (2409.17538).
+"""Claim: LoRA resists membership inference, more so at a smaller rank (arXiv 2409.17538).
 
-Every method fine-tunes on the same records by the same coins, at several numbers of steps, and is
-attacked by one attack named beforehand. A method that fits less leaks less, so AUCs are compared at
-equal steps, at matched training loss and at matched utility; and beside the variance of the
-projection noise that the claim rests on.
+All methods fine-tune on the same records with the same membership bits, for several numbers of
+steps, and are attacked by one attack that is named beforehand. A method that fits less leaks less,
+so AUCs are compared at equal steps, at matched training loss and at matched utility. The variance
+of the projection noise, on which the claim rests, is shown beside the AUCs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank_dp import _validate, artifacts
+from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.mia.attack import Options, attack, open_target
@@ -39,7 +39,7 @@ RESTORED = {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9}
 
 
 def arms(ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """Name -> what differs from the base configuration."""
+    """Return the fields of each arm that differ from the base configuration, by name."""
     lora = {f"LoRA r={rank}": {"method": "lora", "rank": rank} for rank in ranks}
     frozen = {
         f"frozen A r={rank}": {"method": "lora-frozen-a", "rank": rank} for rank in frozen_ranks
@@ -49,18 +49,23 @@ def arms(ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> dict[str, dic
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained and attacked.
+    """Runs and attack of the experiment.
+
+    The learning rates were chosen with another seed, so that the methods' ranges of training loss
+    overlap.
 
     Attributes:
-        base: shared by all; its method, rank, steps, learning rate and seed are replaced.
-        ranks, frozen_ranks: of LoRA, and of LoRA with a frozen A.
-        steps: numbers of steps, each a run of its own (with a constant rate, the longer ones pass
-            through the shorter ones' states).
-        full_learning_rate, lora_learning_rate, frozen_learning_rate: of full fine-tuning, LoRA,
-            and LoRA with a frozen A; by a run with another seed, so that the methods' ranges of
-            training loss meet.
-        num_seeds: from 0, each with its own coins.
-        attack: the primary one.
+        base: configuration that all arms share; its method, rank, steps, learning rate and seed
+            are replaced.
+        ranks: ranks of LoRA.
+        frozen_ranks: ranks of LoRA with a frozen A.
+        steps: numbers of steps, in rising order, each a separate run.
+        full_learning_rate: learning rate of full fine-tuning.
+        lora_learning_rate: learning rate of LoRA.
+        frozen_learning_rate: learning rate of LoRA with a frozen A.
+        num_seeds: number of seeds, counted from 0, each with its own membership bits; 2 or more.
+        attack: name of the primary attack.
+        num_workers: number of concurrent runs; None means one per CPU core.
     """
 
     base: TrainConfig
@@ -110,7 +115,7 @@ E2E = Config(
     frozen_learning_rate=5e-2,
 )
 
-# to try in a minute, on generated text with models that are always at hand
+# trials of one minute on generated text, with models that need no download
 SMALL = Config(
     base=replace(SST2.base, model="tiny", task="generated", max_examples=400, max_length=None),
     ranks=(1, 8),
@@ -130,15 +135,16 @@ SMALL_TABLES = replace(
 
 @dataclass(frozen=True)
 class Result:
-    """Of every arm, seed and number of steps.
+    """Attack results of every arm, seed and number of steps.
 
-    ``auc``, ``tpr`` (at 1% FPR, of the primary attack), ``train_loss``, ``utility`` and
-    ``untuned`` (the base's AUC, a check for shift) are (arms, seeds, steps). ``epsilon`` (arms,)
-    is the accountant's, infinite without privacy; ``noise_variance`` (ranks,) in units of |q|^2.
+    ``auc`` and ``tpr`` (at 1% FPR) of the primary attack, ``train_loss``, ``utility`` and
+    ``untuned`` are (arms, seeds, steps); ``untuned`` is the AUC on the model before fine-tuning, a
+    check for distribution shift. ``epsilon`` (arms,) is the accountant's, infinite without
+    privacy. ``noise_variance`` (ranks,) is in units of |q|^2.
     """
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     description: str
     arms: tuple[str, ...]
@@ -153,16 +159,19 @@ class Result:
     noise_variance: np.ndarray
 
     def band(self, values: np.ndarray, arm: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mean over seeds at each number of steps, and half-width of its 95% t-interval."""
+        """Return the mean over seeds per number of steps, and the half-width of its t-interval."""
         return mean_and_interval(values[arm])
 
     def at(self, by: str) -> np.ndarray:
-        """(arms, seeds) AUC at one value of "train_loss" or "utility", see `at_matched`."""
+        """Return the AUC at one value of "train_loss" or "utility" (see `at_matched`)."""
         return at_matched(self, by)
 
 
 def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Result:
-    """Train and attack every arm; what is there is not repeated."""
+    """Train and attack every arm; a run that is finished in ``folder`` is not repeated.
+
+    Raises ValueError for fewer than 2 seeds, or if a run failed.
+    """
     table = arms(config.ranks, config.frozen_ranks)
     _validate.integer("num_seeds", config.num_seeds, low=2)
     configs = [
@@ -175,54 +184,66 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
     if failed := [outcome.error for outcome in outcomes if outcome.result is None]:
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed: {failed[0]}")
     options = Options(primary=config.attack, seed=config.base.data_seed, device=config.base.device)
-    rows, shift, name, description = [], [], "", ""
-    for one in progress(configs, "attacks"):
-        path = run_folder(one, folder)
-        target = open_target(path, options)
-        found = attack(target, options, Path(folder) / "cache")
-        best = next(a for a in found.attacks if a.name == config.attack)
-        name, description = utility_metric(target), target.trained.description
-        rate = best.tpr["0.01"]
-        rows.append(
-            (
-                best.auc.value,
-                np.nan if rate is None else rate.tpr,
-                target.trained.train_loss,
-                target.trained.curve[-1][name],
-                np.nan if found.base is None else found.base.value,
-            )
-        )
-        if found.shift != "ok":
-            shift.append(
-                f"{one.method} r={one.rank} seed {one.seed} steps {one.steps}: {found.shift}"
-            )
+    attacked = [_attack_run(one, folder, options) for one in progress(configs, "attacks")]
     shape = len(table), config.num_seeds, len(config.steps)
-    auc, tpr, loss, utility, untuned = (
-        np.array(column).reshape(shape) for column in zip(*rows, strict=True)
-    )
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(run, name) for run in attacked]).reshape(shape)
+
     claimed = [outcome.result.epsilon for outcome in outcomes if outcome.result is not None]
     per_arm = np.array([np.inf if value is None else value for value in claimed])
     width = _width(config)
     return Result(
         config=config,
-        provenance=artifacts.provenance(seed=0, device=config.base.device),
         privacy="NON-PRIVATE: computed from membership bits",
-        description=description,
+        description=attacked[-1].description,
         arms=tuple(table),
-        utility_name=name,
-        shift=tuple(shift),
+        utility_name=attacked[-1].utility_name,
+        shift=tuple(run.shift for run in attacked if run.shift),
         epsilon=per_arm.reshape(shape)[:, 0, -1],
-        auc=auc,
-        tpr=tpr,
-        train_loss=loss,
-        utility=utility,
-        untuned=untuned,
+        auc=column("auc"),
+        tpr=column("tpr"),
+        train_loss=column("train_loss"),
+        utility=column("utility"),
+        untuned=column("untuned"),
         noise_variance=np.array([noise_variance(rank, width) for rank in config.ranks]),
     )
 
 
+@dataclass(frozen=True)
+class _AttackedRun:
+    auc: float
+    tpr: float
+    train_loss: float
+    utility: float
+    untuned: float
+    utility_name: str
+    description: str
+    shift: str  # a verdict other than "ok", with its run; else ""
+
+
+def _attack_run(config: TrainConfig, folder: str | Path, options: Options) -> _AttackedRun:
+    target = open_target(run_folder(config, folder), options)
+    found = attack(target, options, Path(folder) / "cache")
+    best = next(one for one in found.attacks if one.name == options.primary)
+    rate, utility_name = best.tpr["0.01"], utility_metric(target)
+    return _AttackedRun(
+        auc=best.auc.value,
+        tpr=np.nan if rate is None else rate.tpr,
+        train_loss=target.trained.train_loss,
+        utility=target.trained.curve[-1][utility_name],
+        untuned=np.nan if found.base is None else found.base.value,
+        utility_name=utility_name,
+        description=target.trained.description,
+        shift=""
+        if found.shift == "ok"
+        else f"{config.method} r={config.rank} seed {config.seed} steps {config.steps}: "
+        f"{found.shift}",
+    )
+
+
 def plan(config: Config) -> str:
-    """What :func:`run` will do, before it starts."""
+    """Describe what :func:`run` will do: numbers of runs and steps, and the attack."""
     names = arms(config.ranks, config.frozen_ranks)
     runs = len(names) * config.num_seeds * len(config.steps)
     return (
@@ -249,7 +270,7 @@ def _arm_config(config: Config, changes: Mapping[str, Any], steps: int, seed: in
 
 
 def _width(config: Config) -> int:
-    """The model's width: the length n of the rows that LoRA's A projects."""
+    """Return the width of the model: the length n of the rows that LoRA's A projects."""
     from lowrank_dp.models import load_model
 
     model, _ = load_model(config.base.model, num_labels=2)
@@ -257,10 +278,11 @@ def _width(config: Config) -> int:
 
 
 def at_matched(result: Result, by: str) -> np.ndarray:
-    """(arms, seeds) AUC at the one value of ``by`` that most non-private arms pass on average.
+    """Return the AUC at the one value of ``by`` that most non-private arms pass on average.
 
-    Of several such values the lowest. Interpolated within each seed over its numbers of steps,
-    never extrapolated: NaN for a seed that has not passed the value.
+    ``by`` is "train_loss" or "utility". Of several such values the lowest is taken. The AUC
+    (arms, seeds) is interpolated within each seed over the numbers of steps and never
+    extrapolated: it is NaN for a seed that has not passed the value.
     """
     values = result.train_loss if by == "train_loss" else result.utility
     means = values[["DP" not in arm for arm in result.arms]].mean(axis=1)  # (arms, steps)
@@ -278,9 +300,10 @@ def at_matched(result: Result, by: str) -> np.ndarray:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """An arm each: AUC at equal steps, at matched loss and at matched utility.
+    """Tabulate each arm: AUC at equal steps, at matched loss and at matched utility.
 
-    The differences from full fine-tuning are within seeds, which share records and coins.
+    Differences from full fine-tuning are taken within seeds, whose records and membership bits
+    are the same.
     """
     columns = [
         "method",
@@ -316,10 +339,12 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(result: Result) -> Mapping[str, str]:
-    """AUC of each method at equal steps and at matched loss."""
+    """Summarise: AUC of each arm at equal steps and at matched loss."""
     by_loss = result.at("train_loss")
     return {
-        f"AUC, {arm}: at {result.config.steps[-1]} steps; at matched train loss": f"{_pm(result.auc[i, :, -1])}; {_pm(by_loss[i])}"
+        f"AUC, {arm}: at {result.config.steps[-1]} steps; at matched train loss": (
+            f"{_pm(result.auc[i, :, -1])}; {_pm(by_loss[i])}"
+        )
         for i, arm in enumerate(result.arms)
     }
 

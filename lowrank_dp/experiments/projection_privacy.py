@@ -1,7 +1,7 @@
-"""Claim: LoRA's projection noise is private like Gaussian noise, more so at low rank (2409.17538).
+"""Claim: LoRA's projection is private like Gaussian noise, more so at low rank (arXiv 2409.17538).
 
-The exact privacy profile of one vector query is far worse than its Gaussian reading and is not
-monotone in the rank; two rows that share A give the candidate away by symmetry.
+The exact privacy profile of one vector query is far worse than its Gaussian reading, and is not
+monotone in the rank. Two rows that share A reveal the candidate by symmetry.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from scipy import special
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from lowrank_dp import artifacts, lora, theory
+from lowrank_dp import lora, theory
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, prepare, spread_layers
-from lowrank_dp.mia import metrics
+from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.mechanism import NON_PRIVATE
+from lowrank_dp.mia.metrics import auc
 
 CAPTION = (
     "Privacy of LoRA's projection alone. (a) Exact privacy profile of one vector query (solid) and "
@@ -39,20 +40,26 @@ FPR_GRID = np.concatenate([[0.0], np.geomspace(1e-3, 1, 121)])
 
 @dataclass(frozen=True)
 class Config:
-    """Profiles, attack on synthetic gradients, attack on real ones.
+    """Grids of the profiles, and the attacks on synthetic and on real gradients.
 
     Attributes:
-        gradients: the real model and task, cold by default.
-        angle: between the query and its neighbour, radians; equal norms.
-        epsilons, profile_ranks, profile_width: grid of panel (a).
-        rank_grid, widths: of panel (b), at epsilon 1.
-        attack_width, attack_rank, relative_size: n, rank and |candidate| / |rest| of the synthetic
-            attack.
-        rows: numbers of released rows; one row is attacked by the likelihood ratio.
+        gradients: model, task and clipping of the real gradients; cold by default.
+        angle: angle between the query and its neighbour, in radians; their norms are equal.
+        epsilons: epsilons of panel (a).
+        profile_ranks: ranks of panel (a).
+        profile_width: n of panel (a).
+        rank_grid: ranks of panel (b), at epsilon 1.
+        widths: n of panel (b).
+        attack_width: n of the synthetic attack.
+        attack_rank: rank of the synthetic attack.
+        relative_size: |candidate| / |rest| of the synthetic attack.
+        rows: numbers of released rows. One row is attacked by the likelihood ratio, several rows
+            by the symmetry score.
         noise_levels: standard deviation of added Gaussian noise, relative to the release's
             root-mean-square entry.
-        num_trials: with the candidate, and as many without.
-        real_rank, batch_size: of the attack on real gradients.
+        num_trials: trials with the candidate, and as many without.
+        real_rank: rank of the attack on real gradients.
+        batch_size: batch size of the attack on real gradients.
     """
 
     gradients: GradientConfig = field(
@@ -105,35 +112,58 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """AUCs are (rows, noise_levels, 3): value, lower and upper end of a 95 % interval.
+    """Profiles and AUCs.
 
-    One row is attacked without added noise only; its other levels are NaN.
+    AUCs are (rows, noise_levels, 3): the value and both ends of its 95% interval. One row is
+    attacked without added noise only; its other levels are NaN.
     """
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     description: str
     real_layer: str
-    real_relative_size: float  # |candidate| / |rest| over the 8 (or most) rows taken
+    real_relative_size: float  # |candidate| / |rest| over max(rows) rows
     profile: np.ndarray  # (profile_ranks, epsilons)
     profile_gaussian: np.ndarray
     by_rank: np.ndarray  # (widths, rank_grid) at epsilon 1
     by_rank_gaussian: np.ndarray  # (rank_grid,)
     auc: np.ndarray
-    auc_gaussian_reading: float  # what it allows for one row
+    auc_gaussian_reading: float  # AUC that the reading allows for one row
     real_auc: np.ndarray
     fpr: np.ndarray  # (F,)
     tpr: np.ndarray  # (rows, F), synthetic, no added noise
     tpr_gaussian_reading: np.ndarray
 
 
-def run(config: Config, source: Source | None = None) -> Result:
-    """Compute the profiles and attack, on ``source`` if it was prepared already."""
+def run(config: Config, source: GradientSource | None = None) -> Result:
+    """Compute the profiles and run the attacks; ``source`` is prepared here unless it is given."""
     source = source or prepare(config.gradients)
-    generator = torch.Generator().manual_seed(config.gradients.seed + 1)
     ranks, grid = np.array(config.profile_ranks)[:, None], np.array(config.rank_grid)
     epsilons, widths = np.array(config.epsilons), np.array(config.widths)[:, None]
+    mu = np.sqrt(config.attack_rank) * config.relative_size
+    return Result(
+        config=config,
+        privacy=NON_PRIVATE,
+        description=source.description,
+        profile=np.asarray(
+            theory.privacy_profile(epsilons, ranks, config.profile_width, angle=config.angle)
+        ),
+        profile_gaussian=np.asarray(
+            theory.gaussian_privacy_profile(epsilons, ranks, angle=config.angle)
+        ),
+        by_rank=np.asarray(theory.privacy_profile(1.0, grid, widths, angle=config.angle)),
+        by_rank_gaussian=np.asarray(theory.gaussian_privacy_profile(1.0, grid, angle=config.angle)),
+        auc_gaussian_reading=float(special.ndtr(mu / np.sqrt(2))),
+        fpr=FPR_GRID,
+        tpr_gaussian_reading=special.ndtr(special.ndtri(FPR_GRID) + mu),
+        **_attacks(config, source),
+    )
+
+
+def _attacks(config: Config, source: GradientSource) -> dict[str, Any]:
+    """Attack synthetic and real gradients; return the measured fields of :class:`Result`."""
+    generator = torch.Generator().manual_seed(config.gradients.seed + 1)
 
     def synthetic(rows: int) -> tuple[Tensor, Tensor]:
         rest = torch.randn(rows, config.attack_width, generator=generator, dtype=torch.float64)
@@ -146,49 +176,36 @@ def run(config: Config, source: Source | None = None) -> Result:
     def real(rows: int) -> tuple[Tensor, Tensor]:
         return rest[:rows], candidate[:rows]
 
-    auc, real_auc = (
-        np.full((len(config.rows), len(config.noise_levels), 3), np.nan) for _ in range(2)
-    )
+    shape = len(config.rows), len(config.noise_levels), 3
+    measured, real_measured = np.full(shape, np.nan), np.full(shape, np.nan)
     tpr = np.zeros((len(config.rows), len(FPR_GRID)))
     for i, rows in progress(list(enumerate(config.rows)), "attacks"):
         for j, level in enumerate(config.noise_levels if rows > 1 else (0.0,)):
             scores, member = _attack(
                 partial(synthetic, rows), config.attack_rank, level, config.num_trials, generator
             )
-            auc[i, j] = _auc_with_interval(scores, member)
+            measured[i, j] = _auc(scores, member)
             if level == 0:
                 tpr[i] = np.interp(FPR_GRID, *roc_curve(member, scores)[:2])
-            real_auc[i, j] = _auc_with_interval(
+            real_measured[i, j] = _auc(
                 *_attack(partial(real, rows), config.real_rank, level, config.num_trials, generator)
             )
+    return {
+        "real_layer": layer,
+        "real_relative_size": float(candidate.norm() / rest.norm()),
+        "auc": measured,
+        "real_auc": real_measured,
+        "tpr": tpr,
+    }
 
-    mu = np.sqrt(config.attack_rank) * config.relative_size
-    return Result(
-        config=config,
-        provenance=artifacts.provenance(seed=config.gradients.seed, device=config.gradients.device),
-        privacy=artifacts.NON_PRIVATE,
-        description=source.description,
-        real_layer=layer,
-        real_relative_size=float(candidate.norm() / rest.norm()),
-        profile=np.asarray(
-            theory.privacy_profile(epsilons, ranks, config.profile_width, angle=config.angle)
-        ),
-        profile_gaussian=np.asarray(
-            theory.gaussian_privacy_profile(epsilons, ranks, angle=config.angle)
-        ),
-        by_rank=np.asarray(theory.privacy_profile(1.0, grid, widths, angle=config.angle)),
-        by_rank_gaussian=np.asarray(theory.gaussian_privacy_profile(1.0, grid, angle=config.angle)),
-        auc=auc,
-        auc_gaussian_reading=float(special.ndtr(mu / np.sqrt(2))),
-        real_auc=real_auc,
-        fpr=FPR_GRID,
-        tpr=tpr,
-        tpr_gaussian_reading=special.ndtr(special.ndtri(FPR_GRID) + mu),
-    )
+
+def _auc(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
+    measured = auc(scores, member)
+    return measured.value, *measured.ci
 
 
 def headline(result: Result) -> dict[str, str]:
-    """The result in a few numbers."""
+    """Summarise the result in a few numbers."""
     best = result.by_rank.argmin(axis=1)
     numbers = {"Gaussian reading's AUC, 1 row": f"{result.auc_gaussian_reading:.3f}"}
     for i, rows in enumerate(result.config.rows):
@@ -202,11 +219,6 @@ def headline(result: Result) -> dict[str, str]:
     return numbers
 
 
-def _auc_with_interval(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
-    found = metrics.auc(scores, member)
-    return found.value, *found.ci
-
-
 def _attack(
     pair: Callable[[], tuple[Tensor, Tensor]],
     rank: int,
@@ -214,7 +226,10 @@ def _attack(
     num_trials: int,
     generator: torch.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (higher = candidate in) and truth of ``num_trials`` releases with, and without it."""
+    """Score ``num_trials`` releases with the candidate and as many without; return the truth too.
+
+    A higher score means that the candidate is in.
+    """
     member = np.arange(2 * num_trials) < num_trials
     return np.array(
         [_trial(*pair(), bool(inside), rank, level, generator) for inside in member]
@@ -229,7 +244,7 @@ def _trial(
     level: float,
     generator: torch.Generator,
 ) -> float:
-    """Release G A^T A, with the candidate in G or not, and score which of the two it was."""
+    """Release G A^T A, with the candidate in G or not, and score the two hypotheses."""
     both = rest + candidate
     released = lora.project(both if inside else rest, rank, generator=generator)
     if level:
@@ -244,9 +259,9 @@ def _trial(
 
 
 def _real_pair(
-    source: Source, config: Config, generator: torch.Generator
+    source: GradientSource, config: Config, generator: torch.Generator
 ) -> tuple[str, Tensor, Tensor]:
-    """A layer, and of it the rows where one example weighs most: the rest's sum, and its own."""
+    """Return a layer's name, and G without and of one example, in the example's largest rows."""
     indices = source.sample(config.batch_size, generator)
     rest, own = source.clean_sum(indices[1:]), source.clean_sum(indices[:1])
     name = spread_layers(rest, 1)[0]

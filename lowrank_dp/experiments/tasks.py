@@ -1,22 +1,23 @@
-"""Claim: fine-tuning gradients are low-rank, so restoring them helps, on any task (2510.01137).
+"""Claim: fine-tuning gradients are low-rank on any task, so restoration helps (arXiv 2510.01137).
 
-The same measurement on several models, tasks, batch sizes and moments of training: how many layers
-stand out of the noise, and what restoration makes of them.
+Repeats one measurement on several models, tasks, batch sizes and stages of training: how many
+layers have a singular value above the bulk edge, and how well restoration recovers the gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lowrank_dp import _validate, artifacts
+from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, Source, add_noise, prepare
+from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, add_noise, prepare
 from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.restore import restore_with_report
 from lowrank_dp.spectrum import alignment, decompose
 
@@ -33,7 +34,16 @@ Case = tuple[str, str, str, int, float]  # model, task, split, batch size, warm-
 
 @dataclass(frozen=True)
 class Config:
-    """``cases`` are rows of the figure; ``noise_multiplier`` is relative to C = 1."""
+    """Cases and noise of the measurement.
+
+    Attributes:
+        cases: model, task, split, batch size and warm-up loss of each row of the figure.
+        noise_multiplier: sigma, relative to the clipping norm C = 1.
+        num_draws: noise draws per case, 2 or more.
+        max_length: tokens to which a text is cut.
+        device: "cpu" or "cuda".
+        seed: random seed of head, warm-up, sampling and noise.
+    """
 
     cases: tuple[Case, ...] = (
         ("minilm", "sst2", "train", 2048, 0.0),
@@ -55,7 +65,7 @@ class Config:
     seed: int = 0
 
 
-# to try in a minute, on generated text with models that are always at hand
+# a trial of one minute on generated text, with models that need no download
 SMALL = Config(
     cases=(
         ("tiny", "generated", "train", 1024, 0.0),
@@ -67,15 +77,16 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """K cases. ``above``: layers with a value above the edge, of ``num_layers``.
+    """Measurements of K cases.
 
-    ``noisy`` and ``restored`` (K, draws) are mean cosines; ``effective_rank`` (K, 2) is the median
-    over layers of the effective rank over min(m, n), clean and noisy; ``loss`` is that of the
-    model measured.
+    ``above`` (K, draws) counts the layers with a value above the edge, of ``num_layers`` (K,).
+    ``noisy`` and ``restored`` (K, draws) are cosines with the clean sum, means over layers.
+    ``effective_rank`` (K, 2) is the median over layers of the effective rank divided by min(m, n),
+    clean and noisy. ``loss`` (K,) is the training loss of the measured model.
     """
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     descriptions: tuple[str, ...]
     loss: np.ndarray
@@ -87,37 +98,37 @@ class Result:
 
     @property
     def description(self) -> str:
-        """What ran, each once."""
+        """Every model and task, once."""
         return "; ".join(dict.fromkeys(self.descriptions))
 
     def band(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean over draws of each case, and half-width of its 95% t-interval."""
+        """Return the mean over draws of each case, and the half-width of its 95% t-interval."""
         return mean_and_interval(values, axis=1)
 
     def label(self, case: int) -> str:
-        """Model, task, batch size and loss in words."""
+        """Return model, task, batch size and loss of a case in words."""
         model, task, _, batch_size, _ = self.config.cases[case]
         return f"{model}, {task}, B={batch_size}, loss {self.loss[case]:.2f}"
 
 
 def run(config: Config) -> Result:
-    """Measure one case after the other."""
+    """Measure every case; ValueError if ``num_draws`` is below 2."""
     _validate.integer("num_draws", config.num_draws, low=2)
     rows = [_measure(config, case) for case in progress(config.cases, "models and tasks")]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     descriptions = tuple(columns.pop("descriptions"))
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in columns.items()}
     return Result(
         config=config,
-        privacy=artifacts.NON_PRIVATE,
+        privacy=NON_PRIVATE,
         descriptions=descriptions,
-        provenance=artifacts.provenance(seed=config.seed, device=config.device),
-        **{name: np.array(values) for name, values in columns.items()},
+        **arrays,
     )
 
 
 def _measure(config: Config, case: Case) -> dict[str, Any]:
     model, task, split, batch_size, warm_loss = case
-    source: Source = prepare(
+    source: GradientSource = prepare(
         GradientConfig(
             model=model,
             task=task,
@@ -133,16 +144,16 @@ def _measure(config: Config, case: Case) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(config.seed + 1)
     clean = source.clean_sum(source.sample(batch_size, generator))
     std = config.noise_multiplier * source.config.max_grad_norm
-    draws = [add_noise(clean, std, config.seed + draw) for draw in range(config.num_draws)]
+    noisy = [add_noise(clean, std, config.seed + draw) for draw in range(config.num_draws)]
     restored = [
-        {name: restore_with_report(matrix, std) for name, matrix in noisy.items()}
-        for noisy in draws
+        {name: restore_with_report(matrix, std) for name, matrix in matrices.items()}
+        for matrices in noisy
     ]
 
     def cosine(matrices: Mapping[str, torch.Tensor]) -> float:
         return float(np.mean([alignment(matrix, clean[name]) for name, matrix in matrices.items()]))
 
-    share = [[_effective_share(matrix) for matrix in one.values()] for one in (clean, draws[0])]
+    share = [[_effective_share(matrix) for matrix in one.values()] for one in (clean, noisy[0])]
     return {
         "descriptions": source.description,
         "loss": source.loss,
@@ -150,7 +161,7 @@ def _measure(config: Config, case: Case) -> dict[str, Any]:
         "above": [
             sum(report.action == "restored" for _, (report,) in one.values()) for one in restored
         ],
-        "noisy": [cosine(noisy) for noisy in draws],
+        "noisy": [cosine(matrices) for matrices in noisy],
         "restored": [
             cosine({name: matrix for name, (matrix, _) in one.items()}) for one in restored
         ],
@@ -163,7 +174,7 @@ def _effective_share(matrix: torch.Tensor) -> float:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """A case each."""
+    """Tabulate the cases."""
     (noisy, noisy_half), (restored, restored_half) = map(
         result.band, (result.noisy, result.restored)
     )
@@ -196,7 +207,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(result: Result) -> Mapping[str, str]:
-    """Cosine before and after, and how many layers stand out."""
+    """Summarise each case: cosines before and after, and layers above the edge."""
     return {
         result.label(i): f"cosine {result.noisy[i].mean():.3f} noisy, "
         f"{result.restored[i].mean():.3f} restored; {result.above[i].mean():.1f} of "

@@ -1,18 +1,19 @@
-"""Claim: LoRA's noise is close to a Gaussian in total variation (2409.17538).
+"""Claim: LoRA's noise is close to a Gaussian in total variation (arXiv 2409.17538).
 
-One coordinate is, at a rate 1/rank, but no closer as the width n grows; all coordinates together
-are only for rank >> n. Formulas alone: nothing here is simulated.
+The distance of one coordinate falls as 1/rank, and does not fall as the width n grows. All
+coordinates together are close only for rank >> n. Every value is computed; nothing is simulated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lowrank_dp import artifacts, theory
+from lowrank_dp import theory
 from lowrank_dp._terminal import progress
+from lowrank_dp.mechanism import NO_RECORDS
 
 CAPTION = (
     "Distance between LoRA's noise and a Gaussian; everything is computed, nothing simulated. "
@@ -27,10 +28,15 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Config:
-    """Grids: (a) ``ranks`` at ``width``; (b) ``widths`` at ``fixed_ranks``; (c) joint.
+    """Grids of the three panels.
 
-    The joint distance is computed at ``joint_ranks`` and at n = ratio * rank for each of
-    ``joint_ratios`` where that n is at least 2.
+    Attributes:
+        width: n of panel (a).
+        ranks: ranks of panel (a).
+        fixed_ranks: ranks of panel (b).
+        widths: n of panel (b).
+        joint_ranks: ranks of panel (c).
+        joint_ratios: n / rank of panel (c); computed where n is an integer of at least 2.
     """
 
     width: int = 768
@@ -89,10 +95,10 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """Distances in [0, 1]; ``joint*`` are NaN where n < 2."""
+    """Distances in [0, 1]; ``joint`` and ``joint_paper`` are NaN where n is below 2."""
 
     config: Config
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
     exact: np.ndarray  # (ranks,) at config.width, against the matched Gaussian
     exact_paper: np.ndarray
@@ -109,7 +115,7 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Evaluate the theory on the grids."""
+    """Compute the distances on the grids."""
     ranks, n = np.array(config.ranks), config.width
     fixed, widths = np.array(config.fixed_ranks)[:, None], np.array(config.widths)
     ratios = np.array(config.joint_ratios)
@@ -120,13 +126,12 @@ def run(config: Config) -> Result:
         for k, reference in enumerate(("matched", "paper")):
             joint[k, i, whole] = theory.joint_tv(rank, sizes[whole], reference=reference)
 
-    def exact(rank, width, reference="matched"):
+    def exact(rank: np.ndarray, width: Any, reference: str = "matched") -> np.ndarray:
         return np.asarray(theory.tv_exact(rank, width, reference=reference))
 
     return Result(
         config=config,
-        provenance=artifacts.provenance(),
-        privacy=artifacts.NO_RECORDS,
+        privacy=NO_RECORDS,
         exact=exact(ranks, n),
         exact_paper=exact(ranks, n, "paper"),
         upper=np.asarray(theory.tv_bound(ranks, n)),
@@ -143,15 +148,17 @@ def run(config: Config) -> Result:
 
 
 def headline(result: Result) -> dict[str, str]:
-    """The result in a few numbers."""
+    """Summarise the result in a few numbers."""
     tightness = result.upper / result.exact
     last = result.by_width_exact[:, -1]
+    gap = np.nanmax(np.abs(result.joint - result.joint_limit), axis=1)[-1]
     return {
-        f"bound / exact at n = {result.config.width}": f"{tightness.min():.2f} to {tightness.max():.2f}",
+        f"bound / exact at n = {result.config.width}": (
+            f"{tightness.min():.2f} to {tightness.max():.2f}"
+        ),
         f"exact TV at n = {result.config.widths[-1]}": ", ".join(
             f"rank {rank}: {tv:.4f}"
             for rank, tv in zip(result.config.fixed_ranks, last, strict=True)
         ),
-        "largest |joint TV - limit|": f"{np.nanmax(np.abs(result.joint - result.joint_limit), axis=1)[-1]:.3f} "
-        f"at rank {result.config.joint_ranks[-1]}",
+        "largest |joint TV - limit|": f"{gap:.3f} at rank {result.config.joint_ranks[-1]}",
     }

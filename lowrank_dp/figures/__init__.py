@@ -1,5 +1,23 @@
-"""The papers' figures: which experiment and which plot makes each."""
+"""The papers' figures: an experiment, a plot and a caption for each name."""
 
-from lowrank_dp.figures.catalog import FIGURES, compute, configure, default_task, show
+from typing import TYPE_CHECKING
 
-__all__ = ["FIGURES", "compute", "configure", "default_task", "show"]
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.figures.catalog import NAMES, find
+    from lowrank_dp.figures.making import compute, config_of, configure, default_task, show
+    from lowrank_dp.figures.spec import FigureSpec
+else:
+    __getattr__, __dir__ = lazy(__name__)
+
+__all__ = [
+    "NAMES",
+    "FigureSpec",
+    "compute",
+    "config_of",
+    "configure",
+    "default_task",
+    "find",
+    "show",
+]

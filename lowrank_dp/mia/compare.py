@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files
@@ -22,6 +20,7 @@ from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.mia import metrics
 from lowrank_dp.mia.report import Report, independent_scores
 from lowrank_dp.mia.target import Target
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import TrainConfig
 
 
@@ -112,7 +111,7 @@ def method_name(config: TrainConfig) -> str:
             else f"sigma {config.noise_multiplier:g}"
         )
         words.append(f"DP, {noise}")
-    if config.scheme != "none" or config.low_pass is not None:
+    if not SCHEMES[config.scheme].is_identity or config.low_pass is not None:
         words.append(("running mean + " if config.low_pass is not None else "") + config.scheme)
     return ", ".join(words)
 
@@ -158,17 +157,6 @@ def matched(points: Sequence[Point], by: str) -> tuple[float, dict[str, float]] 
         values, aucs = zip(*sorted(found), strict=True)
         read[name] = float(np.interp(middle, values, aucs))
     return middle, read
-
-
-def show(comparison: Comparison, console: Console) -> None:
-    """Print it."""
-    columns, rows = table(comparison)
-    drawn = Table(*columns)
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-    for line in notes(comparison):
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 def save(comparison: Comparison, folder: Path) -> None:
@@ -227,4 +215,4 @@ def notes(comparison: Comparison) -> list[str]:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison in JSON's types."""
-    return artifacts.plain(comparison)
+    return artifacts.to_jsonable(comparison)

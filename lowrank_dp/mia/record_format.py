@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import SEPARATOR
-from lowrank_dp.data.batches import Template
+from lowrank_dp.data.template import Template
 
 if TYPE_CHECKING:
     from lowrank_dp.membership import Manifest

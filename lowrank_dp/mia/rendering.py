@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files
@@ -23,9 +22,9 @@ LABEL = "NON-PRIVATE: computed from membership bits"
 _KEYS = {"sampling": "coins", "base": "untuned", "origin": "source"}  # field -> key in the JSON
 
 
-def save(report: Report, folder: Path) -> None:
-    """Write the three files, each atomically."""
-    files.write_json(folder / "report.json", as_json(report))
+def save(report: Report, folder: Path, asked: Mapping[str, Any]) -> None:
+    """Write the three files, each atomically; ``asked`` is what the report was made from."""
+    files.write_json(folder / "report.json", as_json(report) | {"asked": asked})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "is_member", *report.scores])
@@ -49,19 +48,6 @@ def save(report: Report, folder: Path) -> None:
     ]
     with artifacts.atomic_write(folder / "summary.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
-
-
-def show(report: Report, console: Console) -> None:
-    """Print it."""
-    for line in header(report):
-        console.print(line, highlight=False, soft_wrap=True)
-    columns, rows = table(report)
-    drawn = Table(*columns)
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-    for line in (*footer(report), LABEL):
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 def header(report: Report) -> list[str]:
@@ -140,7 +126,9 @@ def footer(report: Report) -> list[str]:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return all of the report but the scores, in JSON's types."""
-    document = {_KEYS.get(name, name): value for name, value in artifacts.plain(report).items()}
+    document = {
+        _KEYS.get(name, name): value for name, value in artifacts.to_jsonable(report).items()
+    }
     document.pop("scores")
     form = document["format"]
     document["format"] = {_KEYS.get(name, name): value for name, value in form.items()}

@@ -1,6 +1,6 @@
-"""Results to figures: computes nothing, saves nothing.
+"""Plot results: each ``plot_*`` takes a result and returns a matplotlib figure.
 
-One style: Okabe-Ito colours, which colour-blind readers can tell apart, and one colour and marker
-for a scheme in every figure. Each ``plot_*`` takes a result and returns a matplotlib figure; it
-is decorated with ``styled``, so that the user's own matplotlib settings stay as they are.
+Nothing here computes or saves results. Colours are Okabe and Ito's, which colour-blind readers can
+distinguish, and a scheme has one colour and marker in every figure. The decorator ``styled`` leaves
+the user's own matplotlib settings unchanged.
 """

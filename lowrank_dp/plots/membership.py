@@ -1,4 +1,4 @@
-"""Figures of membership inference."""
+"""Figure of membership inference: AUC by method, rank, training loss and utility."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from lowrank_dp.experiments import membership
 from lowrank_dp.plots.style import (
     BLACK,
     BLUE,
@@ -24,10 +23,9 @@ from lowrank_dp.plots.style import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from lowrank_dp.experiments import membership
 
-
-# kind of method -> colour, marker
+# method -> colour and marker
 METHOD_STYLE = {
     "full": (BLACK, "s"),
     "LoRA": (BLUE, "o"),
@@ -39,7 +37,7 @@ METHOD_STYLE = {
 
 @styled
 def plot_membership(result: membership.Result) -> Figure:
-    """AUC and TPR against rank; AUC against training loss and against utility."""
+    """Plot AUC and TPR against rank, and AUC against training loss and utility."""
     figure, axes = new_figure(2, 2, width=FULL, height=4.8)
     steps = result.config.steps[-1]
     _against_rank(axes[0, 0], result, result.auc)
@@ -50,7 +48,7 @@ def plot_membership(result: membership.Result) -> Figure:
     variance.set(yscale="log")
     variance.set_ylabel("variance of the projection noise", color=GREEN)
     variance.grid(False)
-    if np.isnan(result.tpr).all():  # such a rate needs 100 non-members
+    if np.isnan(result.tpr).all():  # an FPR of 1% needs 100 non-members
         axes[0, 1].text(
             0.5,
             0.5,
@@ -89,7 +87,7 @@ def plot_membership(result: membership.Result) -> Figure:
 
 
 def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> None:
-    """``values`` (arms, seeds, steps) at the last number of steps."""
+    """Plot ``values`` (arms, seeds, steps) at the last number of steps."""
     for family in ("LoRA", "frozen A"):
         chosen = [i for i, arm in enumerate(result.arms) if arm.startswith(family)]
         if not chosen:

@@ -1,4 +1,4 @@
-"""Figures of membership inference: ROC curves of one report, and methods over ranks."""
+"""Figure of one membership-inference report: ROC curves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ATTACK_COLOUR = {
 
 @styled
 def plot_roc(report: Report) -> Figure:
-    """ROC curves on log-log axes; a dashed line is chance."""
+    """Plot the ROC curve of every attack on log-log axes; the dotted line is chance."""
     from lowrank_dp.mia.metrics import roc_points
 
     figure, axes = new_figure(1, 1, width=COLUMN, height=3.2)

@@ -1,16 +1,19 @@
-"""The style of every figure: sizes, colours and fonts."""
+"""The style of all figures: sizes, colours and fonts.
+
+The settings are given to matplotlib directly: seaborn's styles set other values, so each of these
+lines would still be needed.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLUMN, FULL = 3.4, 7.0  # inches: one and two columns of a paper
-
-
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = (
     "#000000",
     "#E69F00",
@@ -22,7 +25,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = (
     "#CC79A7",
     "#7F7F7F",
 )
-
+COLOURS = (RED, ORANGE, GREEN, BLUE, PINK, SKY, BLACK, GREY)  # of series without a name
+MARKERS = "osD^vPX*"
 
 styled = mpl.rc_context(
     {
@@ -50,14 +54,39 @@ styled = mpl.rc_context(
 def new_figure(
     rows: int, columns: int, *, width: float = FULL, height: float = 2.4, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure of ``width`` by ``height`` inches and its array of axes (rows, columns).
+    """Make a figure of ``width`` by ``height`` inches with an array of axes (rows, columns).
 
-    Made without pyplot, so nothing global is touched and nothing has to be closed.
+    The figure is made without pyplot, so no global state changes and nothing has to be closed.
     """
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def letter(axes: Axes, text: str, size: float = 8) -> None:
-    """Put a panel's letter above its upper left corner."""
+    """Write a panel's letter and title above its upper left corner."""
     axes.set_title(text, loc="left", fontweight="bold", fontsize=size)
+
+
+def log_ranks(axis: Axes, ranks: np.ndarray) -> None:
+    """Make the x-axis a base-2 axis of ranks with plain numbers at every second power."""
+    powers = 2 ** np.arange(int(np.log2(ranks.max())) + 1)
+    powers = powers[(powers >= ranks.min()) & (np.log2(powers) % 2 == 0)]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(powers, [str(p) for p in powers])
+    axis.minorticks_off()
+    axis.set_xlabel("rank r")
+
+
+def band(
+    axis: Axes,
+    x: np.ndarray,
+    middle: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    *,
+    alpha: float,
+    **line: Any,
+) -> None:
+    """Draw the curve ``middle`` in the style ``line``, and a band from ``low`` to ``high``."""
+    axis.plot(x, middle, **line)
+    axis.fill_between(x, low, high, color=line["color"], alpha=alpha, linewidth=0)

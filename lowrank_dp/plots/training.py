@@ -1,4 +1,4 @@
-"""Figures of training runs: learning curves and steps to a target."""
+"""Figure of training runs: learning curves, and steps to a target."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lowrank_dp.plots.style import (
     PINK,
     RED,
     SKY,
+    band,
     letter,
     new_figure,
     styled,
@@ -26,7 +27,7 @@ from lowrank_dp.plots.style import (
 if TYPE_CHECKING:
     from lowrank_dp.experiments import efficiency
 
-# arm -> colour, marker, line: schemes as in every other figure
+# arm -> colour, marker and line; schemes as in plots.restoration
 ARM_STYLE = {
     "DP-SGD": (GREY, "o", "-"),
     "denoise": (BLUE, "X", "--"),
@@ -42,18 +43,28 @@ ARM_STYLE = {
 
 @styled
 def plot_efficiency(result: efficiency.Result) -> Figure:
-    """Score and loss over steps at the chosen rates; steps to the target at every rate."""
-    curves = {result.config.score: result.score, "loss": result.loss}  # one, if the score is it
+    """Plot score and loss over steps, and steps to the target at every learning rate."""
+    curves = {
+        result.config.score: result.score,
+        "loss": result.loss,
+    }  # one panel if the score is the loss
     figure, axes = new_figure(1, len(curves) + 1, width=FULL, height=2.9)
     for panel, axis, (name, values) in zip("ab", axes[0, :-1], curves.items(), strict=False):
         for i, arm in enumerate(result.arms):
             colour, marker, line = ARM_STYLE[arm]
             mean, half = result.band(i, values)
-            axis.plot(
-                result.steps, mean, line, color=colour, marker=marker, markersize=3, label=arm
-            )
-            axis.fill_between(
-                result.steps, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0
+            band(
+                axis,
+                result.steps,
+                mean,
+                mean - half,
+                mean + half,
+                alpha=0.12,
+                color=colour,
+                linestyle=line,
+                marker=marker,
+                markersize=3,
+                label=arm,
             )
         axis.set(xlabel="step", ylabel=f"validation {name}")
         _limit(axis, values)
@@ -67,10 +78,12 @@ def plot_efficiency(result: efficiency.Result) -> Figure:
 
 
 def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
-    """Steps to 90% against the learning rate, one tuning run each; the top row never got there."""
+    """Plot steps to 90% against the learning rate; runs in the top row never got there."""
     steps, rates = result.tuning_steps, np.arange(len(result.config.learning_rates))
     never = 1.15 * float(result.steps[-1])
-    shift = np.linspace(-0.25, 0.25, len(result.arms))  # or equal values would hide each other
+    shift = np.linspace(
+        -0.25, 0.25, len(result.arms)
+    )  # so that equal values do not hide each other
     for i, arm in enumerate(result.arms):
         colour, marker, line = ARM_STYLE[arm]
         axis.plot(
@@ -89,9 +102,9 @@ def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
     axis.set(xlabel="learning rate", ylabel="steps to 90% (tuning run)")
 
 
-def _limit(axis: object, values: np.ndarray) -> None:
-    """The range of the means: with three seeds an interval can leave every scale."""
+def _limit(axis: Axes, values: np.ndarray) -> None:
+    """Limit the y-axis to the means: an interval of three seeds can be far wider."""
     means = values.mean(axis=1)
     low, high = float(np.nanmin(means)), float(np.nanmax(means))
     room = 0.08 * (high - low) or 0.1
-    axis.set_ylim(low - room, high + room)  # type: ignore[attr-defined]
+    axis.set_ylim(low - room, high + room)

@@ -1,0 +1,64 @@
+"""Figures of arXiv 2409.17538 and 2601.21719: LoRA's implicit noise, its privacy, its dynamics."""
+
+from lowrank_dp.experiments import (
+    dynamics,
+    lora_noise,
+    matrix_attack,
+    projection_privacy,
+    total_variation,
+)
+from lowrank_dp.figures.spec import FigureSpec
+from lowrank_dp.plots.dynamics import plot_dynamics
+from lowrank_dp.plots.lora_noise import plot_lora_noise, plot_total_variation
+from lowrank_dp.plots.projection import plot_matrix_attack, plot_projection_privacy
+
+FIGURES = {
+    "lora_noise": FigureSpec(
+        run=lora_noise.run,
+        result=lora_noise.Result,
+        small=lora_noise.SMALL,
+        full=lora_noise.Config(),
+        plot=plot_lora_noise,
+        headline=lora_noise.headline,
+        caption=lora_noise.CAPTION,
+        takes_source=True,
+    ),
+    "total_variation": FigureSpec(
+        run=total_variation.run,
+        result=total_variation.Result,
+        small=total_variation.SMALL,
+        full=total_variation.Config(),
+        plot=plot_total_variation,
+        headline=total_variation.headline,
+        caption=total_variation.CAPTION,
+    ),
+    "projection_privacy": FigureSpec(
+        run=projection_privacy.run,
+        result=projection_privacy.Result,
+        small=projection_privacy.SMALL,
+        full=projection_privacy.Config(),
+        plot=plot_projection_privacy,
+        headline=projection_privacy.headline,
+        caption=projection_privacy.CAPTION,
+        takes_source=True,
+    ),
+    "matrix_attack": FigureSpec(
+        run=matrix_attack.run,
+        result=matrix_attack.Result,
+        small=matrix_attack.SMALL,
+        full=matrix_attack.Config(),
+        plot=plot_matrix_attack,
+        headline=matrix_attack.headline,
+        caption=matrix_attack.CAPTION,
+        takes_source=True,
+    ),
+    "dynamics": FigureSpec(
+        run=dynamics.run,
+        result=dynamics.Result,
+        small=dynamics.SMALL,
+        full=dynamics.Config(),
+        plot=plot_dynamics,
+        headline=dynamics.headline,
+        caption=dynamics.CAPTION,
+    ),
+}

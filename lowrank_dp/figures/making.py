@@ -1,0 +1,102 @@
+"""Compute a figure's result, or load it, and draw it.
+
+By default nothing here uses the hub: the task is SST-2 where LOWRANK_DP_DATA holds it, else the
+generated task, and the model is the packaged MiniLM where it is installed, else a tiny model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_dp import _validate, artifacts
+from lowrank_dp.figures.catalog import find
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCALES = ("small", "full")
+
+
+def default_task() -> str:
+    """Return "sst2" where LOWRANK_DP_DATA holds it, else "generated"."""
+    folder = os.environ.get("LOWRANK_DP_DATA")
+    if folder and (Path(folder) / "glue" / "sst2" / "train.jsonl.gz").is_file():
+        return "sst2"
+    return "generated"
+
+
+def config_of(name: str, scale: str, **changes: Any) -> Any:
+    """Return a figure's config at a scale, with ``changes`` applied as by :func:`configure`.
+
+    A lengthy figure has a task of its own; the others take :func:`default_task` unless
+    ``changes`` names a task.
+    """
+    spec = find(name)
+    config = spec.small if _validate.choice("scale", scale, SCALES) == "small" else spec.full
+    return configure(config, **({} if spec.lengthy else {"task": default_task()}) | changes)
+
+
+def configure(config: Any, **changes: Any) -> Any:
+    """Return ``config`` with ``changes`` put into the fields of these names, at any depth.
+
+    A change whose name no field has is ignored.
+    """
+    known = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in changes:
+            known[field.name] = changes[field.name]
+        elif dataclasses.is_dataclass(value):
+            known[field.name] = configure(value, **changes)
+    return dataclasses.replace(config, **known)
+
+
+def compute(name: str, config: Any, sources: dict[Any, Any] | None = None) -> Any:
+    """Run a figure's experiment and return its result.
+
+    ``sources`` maps a ``GradientConfig`` to its prepared source. A dict that is given to several
+    calls keeps the last prepared model for the next figure that measures the same model.
+    """
+    spec = find(name)
+    if not spec.takes_source:
+        return spec.run(config)
+    from lowrank_dp.experiments import gradients
+
+    sources = {} if sources is None else sources
+    if config.gradients not in sources:
+        sources.clear()  # keeps one model in memory at a time
+        sources[config.gradients] = gradients.prepare(config.gradients)
+    return spec.run(config, sources[config.gradients])
+
+
+def show(
+    name: str,
+    *,
+    artifact_folder: str | Path = "paper_artifacts",
+    recompute: bool = False,
+    scale: str = "small",
+    sources: dict[Any, Any] | None = None,
+) -> tuple[Any, Figure]:
+    """Return result and figure, for notebooks; nothing is saved.
+
+    Args:
+        name: name in ``figures.NAMES``.
+        artifact_folder: folder of saved results.
+        recompute: run the experiment instead of loading its saved result.
+        scale: "small" or "full", for ``recompute``.
+        sources: as in :func:`compute`; an empty dict at first.
+
+    Raises:
+        FileNotFoundError: if there is no saved result and ``recompute`` is False.
+        ValueError: on an unknown name or scale, or a damaged result.
+    """
+    spec = find(name)
+    _validate.choice("scale", scale, SCALES)
+    if recompute:
+        result = compute(name, config_of(name, scale), sources)
+    else:
+        result = artifacts.load_result(artifact_folder, name, spec.result)
+    return result, spec.plot(result)

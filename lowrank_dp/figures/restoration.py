@@ -1,0 +1,64 @@
+"""Figures of arXiv 2510.01137: gradient spectra, and what restoration makes of them."""
+
+from lowrank_dp.experiments import ablation, alignment, momentum, spectra, tasks
+from lowrank_dp.figures.spec import FigureSpec
+from lowrank_dp.plots import restoration as plots
+from lowrank_dp.plots.spectra import plot_spectra
+
+FIGURES = {
+    "spectra": FigureSpec(
+        run=spectra.run,
+        result=spectra.Result,
+        small=spectra.Config(),
+        full=spectra.Config(batch_size=4000),
+        plot=plot_spectra,
+        headline=spectra.headline,
+        caption=spectra.CAPTION,
+        takes_source=True,
+    ),
+    "alignment": FigureSpec(
+        run=alignment.run,
+        result=alignment.Result,
+        small=alignment.Config(batch_sizes=(512, 1024, 2048), noise_multipliers=(0.6, 0.3, 1.0)),
+        full=alignment.Config(),
+        plot=plots.plot_alignment,
+        headline=alignment.headline,
+        caption=alignment.CAPTION,
+        table=alignment.table,
+        takes_source=True,
+    ),
+    "tasks": FigureSpec(
+        run=tasks.run,
+        result=tasks.Result,
+        small=tasks.SMALL,
+        full=tasks.Config(),
+        plot=plots.plot_tasks,
+        headline=tasks.headline,
+        caption=tasks.CAPTION,
+        table=tasks.table,
+        lengthy=True,
+    ),
+    "ablation": FigureSpec(
+        run=ablation.run,
+        result=ablation.Result,
+        small=ablation.SMALL,
+        full=ablation.Config(),
+        plot=plots.plot_ablation,
+        headline=ablation.headline,
+        caption=ablation.CAPTION,
+        table=ablation.table,
+        takes_source=True,
+    ),
+    "momentum": FigureSpec(
+        run=momentum.run,
+        result=momentum.Result,
+        small=momentum.SMALL,
+        full=momentum.Config(),
+        plot=plots.plot_momentum,
+        headline=momentum.headline,
+        caption=momentum.CAPTION,
+        table=momentum.table,
+        takes_source=True,
+        lengthy=True,
+    ),
+}

@@ -1,0 +1,52 @@
+"""What defines a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Table = tuple[list[str], list[list[str]]]  # columns and rows
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """An experiment, its configuration at each scale, and how its result is shown.
+
+    Attributes:
+        run: the experiment: config (and source, if ``takes_source``) to result.
+        result: dataclass of the result.
+        small: config that takes minutes on 2 cores.
+        full: config of the published figure.
+        plot: result to figure.
+        headline: result to a summary, by the name of each quantity.
+        caption: text above the table.
+        table: result to columns and rows; None tabulates the headline.
+        plan: config to a description of the work, printed before the experiment; None prints none.
+        takes_source: whether ``run`` accepts a prepared ``experiments.gradients.GradientSource``
+            of ``config.gradients``.
+        lengthy: whether ``full`` takes from minutes to hours. The saved result of a lengthy figure
+            is that of the full scale. The small scale is then a trial on generated text, which
+            :func:`lowrank_dp.figures.show` computes, and never replaces the saved result.
+    """
+
+    run: Callable[..., Any]
+    result: type
+    small: Any
+    full: Any
+    plot: Callable[[Any], Figure]
+    headline: Callable[[Any], Mapping[str, str]]
+    caption: str
+    table: Callable[[Any], Table] | None = None
+    plan: Callable[[Any], str] | None = None
+    takes_source: bool = False
+    lengthy: bool = False
+
+    def rows(self, result: Any) -> Table:
+        """Tabulate a result: columns and rows of formatted cells."""
+        if self.table is not None:
+            return self.table(result)
+        return ["quantity", "value"], [list(item) for item in self.headline(result).items()]

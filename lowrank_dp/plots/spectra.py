@@ -1,0 +1,165 @@
+"""Figure of gradient spectra: singular values, effective rank, and overlaps of singular vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lowrank_dp.plots.style import BLACK, BLUE, FULL, GREEN, GREY, ORANGE, RED, letter, styled
+from lowrank_dp.spectrum.random_matrix import (
+    aspect_and_scale,
+    marchenko_pastur_quantiles,
+    overlaps,
+    visible_value,
+)
+
+if TYPE_CHECKING:
+    from lowrank_dp.experiments import spectra
+
+# parts of a parameter's name that say nothing about the layer
+_FILLERS = (
+    "base_model",
+    "model",
+    "bert",
+    "roberta",
+    "encoder",
+    "layer",
+    "layers",
+    "self",
+    "dense",
+    "transformer",
+    "h",
+)
+
+
+@styled
+def plot_spectra(result: spectra.Result) -> Figure:
+    """Plot four layers' singular values, then top value, effective rank and overlaps of all."""
+    figure = Figure(figsize=(FULL, 4.4))
+    halves: Any = figure.subfigures(2, 1)
+    upper, lower = halves
+    panels = upper.subplot_mosaic("abcd") | lower.subplot_mosaic("efg")
+    for name, layer in zip("abcd", _spread(result, 4), strict=False):
+        _plot_layer(result, panels[name], layer)
+        m, n = result.shapes[layer]
+        letter(panels[name], f"{name}  {_short(result.layers[layer])}\n    {m}×{n}", size=7)
+    panels["a"].set_ylabel("singular value / edge")
+    handles = panels["a"].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5)
+    _plot_top_values(result, panels["e"])
+    _plot_effective_ranks(result, panels["f"])
+    _plot_overlaps(result, panels["g"])
+    for name in "efg":
+        letter(panels[name], name)
+    return figure
+
+
+def _plot_layer(result: spectra.Result, axis: Axes, layer: int) -> None:
+    """Plot one layer's singular values in units of its bulk edge."""
+    edge, (m, n) = result.edges[layer], result.shapes[layer]
+    for values, label, colour, style in (
+        (result.noisy, "noisy", GREY, "-"),
+        (result.restored, "restored", RED, "-"),
+        (result.clean, "clean (non-private)", BLACK, "--"),
+    ):
+        row = values[layer][~np.isnan(values[layer])] / edge
+        row = row[row > 1e-4]  # a logarithmic axis has no place for zero
+        axis.plot(
+            np.arange(1, len(row) + 1),
+            row,
+            style,
+            color=colour,
+            label=label,
+            marker="." if len(row) < 20 else None,  # a line of one point is invisible
+        )
+    bulk = marchenko_pastur_quantiles(min(m, n), (m, n), result.noise_std) / edge
+    axis.plot(np.arange(1, len(bulk) + 1), bulk, ":", color=BLUE, label="pure noise (MP law)")
+    axis.axhline(1, color=GREEN, linewidth=0.8, label="bulk edge")
+    axis.set(xscale="log", yscale="log", xlabel="index", ylim=(1e-2, None))
+
+
+def _plot_top_values(result: spectra.Result, axis: Axes) -> None:
+    """Plot each layer's top value: noisy, clean, and where theory expects the noisy value."""
+    order = np.arange(len(result.layers))
+    expected = []
+    for shape, clean in zip(result.shapes, result.clean[:, 0], strict=True):
+        aspect, scale = aspect_and_scale(tuple(shape.tolist()), result.noise_std)
+        expected.append(scale * float(visible_value(torch.tensor(clean / scale), aspect)))
+    axis.plot(order, result.noisy[:, 0] / result.edges, "x", color=GREY, label="noisy")
+    axis.plot(
+        order, result.clean[:, 0] / result.edges, "o", color=BLACK, label="clean", markersize=3
+    )
+    axis.plot(order, expected / result.edges, "+", color=BLUE, label="noisy, expected")
+    axis.axhline(1, color=GREEN, linewidth=0.8)
+    axis.set(xlabel="matrix, in the model's order", ylabel="top value / edge", yscale="log")
+    axis.legend(loc="upper left", handletextpad=0, borderpad=0, borderaxespad=0.1)
+
+
+def _plot_effective_ranks(result: spectra.Result, axis: Axes) -> None:
+    """Plot each layer's effective rank and entropy: noisy, clean, and of pure noise."""
+    order = np.arange(len(result.layers))
+    noise = []
+    for m, n in result.shapes:
+        bulk = marchenko_pastur_quantiles(min(m, n), (m, n), result.noise_std)
+        share = bulk / bulk.sum()
+        noise.append(np.exp(-(share * np.log(share)).sum()))
+    axis.plot(order, result.effective_rank_noisy, "x", color=GREY, label="noisy")
+    axis.plot(order, result.effective_rank_clean, "o", color=BLACK, label="clean", markersize=3)
+    axis.plot(order, noise, "+", color=BLUE, label="pure noise")
+    axis.set(xlabel="matrix, in the model's order", ylabel="effective rank", yscale="log")
+    axis.legend(loc="lower left", handletextpad=0, borderpad=0, borderaxespad=0.1)
+    entropy = axis.twinx()  # the logarithm of the effective rank
+    entropy.set(ylim=np.log(axis.get_ylim()), ylabel="entropy (nats)")
+    entropy.grid(False)
+
+
+def _plot_overlaps(result: spectra.Result, axis: Axes) -> None:
+    """Plot squared cosines of the leading singular vectors, measured against theory."""
+    import seaborn
+
+    points: dict[str, list[Any]] = {"expected": [], "measured": [], "side": []}
+    for i, (m, n) in enumerate(result.shapes):
+        aspect, scale = aspect_and_scale((int(m), int(n)), result.noise_std)
+        count = min(result.overlap_left.shape[1], m, n)
+        theta = torch.from_numpy(result.clean[i, :count]) / scale
+        measured = result.overlap_left[i, :count], result.overlap_right[i, :count]
+        short_side_first = measured if m <= n else measured[::-1]
+        for side, expected, values in zip(
+            ("shorter side", "longer side"), overlaps(theta, aspect), short_side_first, strict=True
+        ):
+            points["expected"] += expected.tolist()
+            points["measured"] += values.tolist()
+            points["side"] += [side] * count
+    seaborn.scatterplot(
+        points,
+        x="expected",
+        y="measured",
+        hue="side",
+        style="side",
+        markers=["o", "s"],
+        palette=[ORANGE, BLUE],
+        s=9,
+        linewidth=0,
+        ax=axis,
+    )
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+    axis.set(xlabel="squared cosine, expected", ylabel="squared cosine, measured")
+    axis.legend(loc="lower right", handletextpad=0, borderpad=0, borderaxespad=0.1)
+
+
+def _spread(result: spectra.Result, count: int) -> list[int]:
+    """Choose layers spread over the order of clean top value / edge, largest first."""
+    wide = np.flatnonzero(result.shapes.min(1) >= 64)
+    wide = wide if len(wide) >= count else np.arange(len(result.layers))
+    order = wide[np.argsort(-(result.clean[wide, 0] / result.edges[wide]))]
+    return [int(i) for i in order[np.linspace(0, len(order) - 1, count).astype(int)]]
+
+
+def _short(name: str) -> str:
+    """Shorten a parameter's name to its last three informative parts."""
+    words = [word for word in name.removesuffix(".weight").split(".") if word not in _FILLERS]
+    return ".".join(words[-3:])
