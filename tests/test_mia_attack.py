@@ -1,4 +1,4 @@
-"""An attack from a checkpoint, end to end: what it finds, what it writes, what it refuses."""
+"""Attacks on a checkpoint from end to end: what they find, write and refuse."""
 
 import csv
 import functools
@@ -27,8 +27,8 @@ from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
 from tests.tasks import case, run_command
 
-# A small pool, many steps: the checkpoint remembers its members. By this seed the coins fall evenly
-# on both labels; else even a private model's preference for one label tells a little.
+# A small pool and many steps, so that the checkpoint remembers its members. With this seed members
+# have both labels equally often; otherwise a private model's preference for one label tells a bit.
 OVERFIT = TrainConfig(
     model="tiny",
     task="generated",
@@ -248,7 +248,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
     assert code == 2 and "train both with one --seed" in err and err.count("\n") == 1
 
 
-def test_rows_that_share_a_coin_count_once(tmp_path):
+def test_rows_that_were_sampled_together_count_once(tmp_path):
     grouped = replace(TABLES, unit="group", method="full", steps=1, batch_size=10)
     train(grouped, tmp_path / "grouped")
     target = open_target(tmp_path / "grouped", Options())
@@ -357,13 +357,13 @@ def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys
     assert code == 2 and "under attack, 1 are in" in err and err.count("\n") == 1
 
 
-def test_shuffled_coins_read_a_half(checkpoints, tmp_path):
+def test_permuted_membership_has_an_auc_of_one_half(checkpoints, tmp_path):
     report = attack(open_target(checkpoints / "overfit", Options()), Options(), tmp_path)
     low, high = report.control.ci
     assert low < 0.5 < high
-    coins = np.random.default_rng(0).permutation(report.is_member)
-    assert report.control.value == pytest.approx(roc_auc_score(coins, report.scores["base"]))
-    # over many deals it is a half: 400 of standard deviation .046 leave .5 by .01 once in 10^5
+    permuted = np.random.default_rng(0).permutation(report.is_member)
+    assert report.control.value == pytest.approx(roc_auc_score(permuted, report.scores["base"]))
+    # the mean of 400 AUCs of standard deviation .046 is off .5 by .01 with probability 1e-5
     many = [
         roc_auc_score(
             np.random.default_rng(seed).permutation(report.is_member), report.scores["base"]
@@ -538,7 +538,7 @@ def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_
 
 
 def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
-    """One line that names the file, exit 2, and nothing written."""
+    """Each damage gives one line that names the file, and exit code 2."""
     for name in ("initial_head.safetensors", "config.json", "model.safetensors", "tokenizer.json"):
         data = (checkpoints / "overfit" / name).read_bytes()
         damages = [b"", b"{}", data[: len(data) // 2], b"\xff" * 100]
@@ -605,20 +605,20 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
     assert code == 2 and "30 of 30 non-members have the text of a member" in err
 
 
-def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
-    """So the coins of the others stay fair and independent."""
+def test_copies_in_a_manifests_pool_are_left_out_on_both_sides(tmp_path):
+    """The membership of the other records stays independent."""
     lines = [{"text": f"text {i} of a pool", "label": i % 2} for i in range(80)]
     lines += [{"text": f"TEXT {i} of a  pool", "label": 1} for i in range(12)]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     pool = load_task(str(tmp_path / "pool.jsonl")).train
-    coins = np.random.default_rng(0).integers(0, 2, 92).astype(bool).tolist()
+    members = np.random.default_rng(0).integers(0, 2, 92).astype(bool).tolist()
     units = membership.group_units(pool, "example")
     config = TrainConfig(
         model="tiny", task="pool", non_private=True, membership="bernoulli", steps=1, seed=3
     )
     document = membership.Manifest.of(
         units,
-        coins,
+        members,
         membership="bernoulli",
         sampling_seed=3,
         task="pool",
@@ -638,5 +638,5 @@ def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
     (tmp_path / "membership.json").write_text(json.dumps(document))
     found = records.load_records(tmp_path, data_dir=tmp_path / "pool.jsonl")
     assert [e.text for e in found.examples] == [row["text"] for row in lines[12:80]]
-    assert found.is_member.tolist() == coins[12:80]
+    assert found.is_member.tolist() == members[12:80]
     assert found.left_out == tuple(pool[i].id for i in (*range(12), *range(80, 92)))

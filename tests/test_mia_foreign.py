@@ -55,8 +55,8 @@ def table(folder, name, rows):
 def place(tmp_path_factory):
     """Classifiers, causal language models and adapters, each with its base; members and others.
 
-    Labels are coins, so that only memory tells them: a classifier that is sure of itself is right
-    about half of the non-members, and the best AUC is 3/4 and what its confidence adds.
+    Labels are random, so that only memory predicts them. A confident classifier is right on half
+    of the non-members, so the best AUC is 3/4 plus what the confidence adds.
     """
     root = tmp_path_factory.mktemp("foreign")
     rng = np.random.default_rng(1)
@@ -277,7 +277,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_source(place, tmp_path, ca
 
 
 def test_no_false_reassurance(place, tmp_path, capsys):
-    """Each was an exit 0 with an AUC near or below a half."""
+    """Each case once ended with exit code 0 and an AUC of at most about 1/2."""
     (tmp_path / "run").mkdir()
     load_tokenizer(str(place / "classifier")).save_pretrained(tmp_path / "run")
     for folder in ("run/checkpoint-500", "alone"):
@@ -412,7 +412,7 @@ def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, c
 
 
 def test_labels_count_in_the_models_own_classes(place, tmp_path):
-    """By number, by name in whatever order a file has them, and never by their rank in a file."""
+    """Labels are matched by number or by name, never by their rank in a file."""
     rows = {
         side: [
             json.loads(line) for line in (place / f"labels-{side}.jsonl").read_text().splitlines()
@@ -521,7 +521,7 @@ def test_templates():
 
 
 def test_loading_does_not_run_the_model(place, monkeypatch):
-    """What --dry-run calls refuses without a forward pass."""
+    """Loading, which --dry-run does, makes no forward pass."""
 
     def forward(*arguments, **options):
         raise AssertionError("a forward pass")

@@ -1,4 +1,4 @@
-"""The shift check under coins and under planted shifts; copies across sides against brute force.
+"""The shift check with and without a shift; near-duplicates against brute force.
 
 Simulations have fixed seeds; the error rates stated are those of the test's idea over all seeds.
 """
@@ -37,9 +37,9 @@ def draw(rng, examples, count):
     return [examples[i] for i in rng.choice(len(examples), count, replace=False)]
 
 
-def coins_by_group(rng, examples):
-    coin = {group: rng.random() < 0.5 for group in sorted({e.group for e in examples})}
-    return np.array([coin[e.group] for e in examples])
+def members_by_group(rng, examples):
+    member = {group: rng.random() < 0.5 for group in sorted({e.group for e in examples})}
+    return np.array([member[e.group] for e in examples])
 
 
 def z_score(auc):
@@ -54,7 +54,7 @@ def excludes_half(auc):
 
 
 @pytest.mark.slow
-def test_coins_are_called_a_shift_in_one_audit_of_a_hundred(sentences):
+def test_the_shift_check_has_one_false_alarm_in_a_hundred(sentences):
     """With 150 audits at a true rate of 1%, more than 7 alarms come up with probability 2e-4;
     a mean or spread outside these bounds with less than 1e-3."""
     rng = np.random.default_rng(1)
@@ -69,8 +69,8 @@ def test_coins_are_called_a_shift_in_one_audit_of_a_hundred(sentences):
 
 
 @pytest.mark.slow
-def test_coins_thrown_for_groups_are_no_shift_either(tables):
-    """The rows of a group are alike and share a coin: row by row the interval would be too short.
+def test_the_shift_check_keeps_its_level_for_sampled_groups(tables):
+    """Rows of a group are similar and sampled together: counted singly, they shorten the interval.
 
     150 audits as above; the wrong spread is about sqrt(2.3), the mean square of a group's size
     over its mean."""
@@ -80,7 +80,7 @@ def test_coins_thrown_for_groups_are_no_shift_either(tables):
     for i in range(150):
         chosen = set(rng.choice(groups, 80, replace=False))
         examples = [e for e in tables if e.group in chosen]
-        auc = shift.blind_baseline(examples, coins_by_group(rng, examples), seed=i)
+        auc = shift.blind_baseline(examples, members_by_group(rng, examples), seed=i)
         z.append(z_score(auc))
         alarms += excludes_half(auc)
     assert alarms <= 7
@@ -98,9 +98,9 @@ def test_a_fixed_half_is_no_shift_and_a_few_records_widen_the_interval(sentences
 
 
 def test_copies_and_groups_do_not_leak_across_folds(sentences):
-    """Four copies of each text with one coin: a model that saw a copy would know the others."""
+    """Four copies of each text are sampled together: a copy in training gives away the others."""
     rng = np.random.default_rng(4)
-    coin = rng.random(150) < 0.5
+    member = rng.random(150) < 0.5
     copies = [
         replace(e, id=f"{e.id}/{i}", group=f"{e.id}/{i}", text=("  " * i) + e.text.title())
         for e in sentences[:150]
@@ -108,7 +108,7 @@ def test_copies_and_groups_do_not_leak_across_folds(sentences):
     ]
     apart = [replace(e, text=f"{e.text} {i}") for i, e in enumerate(copies)]
     grouped = [replace(e, group=e.id.rsplit("/", 1)[0]) for e in apart]
-    truth = np.repeat(coin, 4)
+    truth = np.repeat(member, 4)
     assert not excludes_half(shift.blind_baseline(copies, truth))
     assert not excludes_half(shift.blind_baseline(grouped, truth))
     leaking = shift.blind_baseline(apart, truth)
@@ -228,8 +228,8 @@ def test_unit_auc_by_hand():
     assert found.value == 5 / 6
 
 
-def test_unit_auc_keeps_its_level_where_rows_share_a_coin():
-    """Groups of 8 rows with one loss and one coin: 300 audits, of which 1% may alarm; more than
+def test_unit_auc_keeps_its_level_where_rows_are_sampled_together():
+    """Groups of 8 rows with one loss and one bit: 300 audits, of which 1% may alarm; more than
     11 have a probability of 1e-4. Row by row the spread is sqrt(8): some 36% alarm."""
     rng = np.random.default_rng(9)
     examples = [

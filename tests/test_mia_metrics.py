@@ -480,9 +480,9 @@ def test_one_run_epsilon_monotone(r, v, extra, delta, confidence):
 
 
 def test_one_run_epsilon_holds_exactly():
-    """Each coin is released with probability delta, else by randomised response: (eps, delta)-DP.
+    """Each bit is released with probability delta, else by randomised response: (eps, delta)-DP.
 
-    All coins guessed: the bound exceeds epsilon with probability at most 5%.
+    All bits are guessed: the bound exceeds epsilon with probability at most 5%.
     """
     for epsilon, delta in [
         (0.0, 0.0),
@@ -506,7 +506,7 @@ def test_one_run_epsilon_holds_exactly():
 
 @pytest.mark.slow
 def test_no_leakage_reads_zero_in_one_run():
-    """1000 runs of fair coins on 1000 records: a true rate of 5% exceeds 7.5% with p < 4e-4.
+    """1000 runs with 1000 fair bits each: a true rate of 5% exceeds 7.5% with p < 4e-4.
 
     The exact rate at 200 guesses is P[Bin(200, 1/2) >= 113] = 3.8%; the best of many numbers of
     guesses is too often above 0, so the test can tell.

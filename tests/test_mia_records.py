@@ -33,7 +33,7 @@ def document(
     examples,
     *,
     unit="example",
-    coins="bernoulli",
+    sampling="bernoulli",
     task="sst2",
     kind="classification",
     seed=3,
@@ -42,15 +42,21 @@ def document(
 ):
     """What a run writes, by its own function."""
     units = membership.group_units(examples, unit)
-    members = membership.draw_members(units, coins, seed) if members is None else members
+    members = membership.draw_members(units, sampling, seed) if members is None else members
     config = TrainConfig(
-        model="tiny", task=task, non_private=True, unit=unit, membership=coins, steps=1, seed=seed
+        model="tiny",
+        task=task,
+        non_private=True,
+        unit=unit,
+        membership=sampling,
+        steps=1,
+        seed=seed,
     )
     return (
         membership.Manifest.of(
             units,
             members,
-            membership=coins,
+            membership=sampling,
             sampling_seed=seed,
             task=task,
             split="train",
@@ -254,14 +260,14 @@ def test_each_broken_field_is_named(tmp_path, sst2):
             assert len(str(caught.value)) < len(str(path)) + 250
 
 
-def test_coins_that_cannot_have_fallen_so(tmp_path, e2e, sst2):
+def test_membership_that_does_not_fit_the_sampling(tmp_path, e2e, sst2):
     split_group = document(e2e, unit="group", task="e2e", kind="generation")
     split_group["is_member"][0] ^= 1
     split_group["num_members"] = sum(split_group["is_member"])
-    uneven = document(sst2, coins="half")
+    uneven = document(sst2, sampling="half")
     uneven["is_member"][:] = [1] * 61 + [0] * 59
     uneven["num_members"] = 61
-    not_all = document(sst2, coins="all")
+    not_all = document(sst2, sampling="all")
     not_all["is_member"][3], not_all["num_members"] = 0, 119
     for content, message in (
         (split_group, "is_member must be the same for all records of group 'e2e/record/"),
@@ -569,7 +575,7 @@ def test_groups_of_two_files_agree(tmp_path):
 
 
 def test_nonmembers_beside_a_manifest(tmp_path, data, sst2, e2e):
-    save(tmp_path, document(sst2, coins="all"))
+    save(tmp_path, document(sst2, sampling="all"))
     outside = write(tmp_path / "out.jsonl", sentences(40, "other"))
     records = load_records(tmp_path, data_dir=data, nonmembers=outside)
     assert records.sampling is None
@@ -584,7 +590,7 @@ def test_nonmembers_beside_a_manifest(tmp_path, data, sst2, e2e):
         i: True for i, bit in zip(written["ids"], written["is_member"], strict=True) if bit
     } | {f"nonmembers/{i}": False for i in range(40)}
     # references of one table are of one group, wherever they lie
-    save(tmp_path, document(e2e, task="e2e", kind="generation", coins="all"))
+    save(tmp_path, document(e2e, task="e2e", kind="generation", sampling="all"))
     records = load_records(
         tmp_path, data_dir=data, nonmembers=write(tmp_path / "e.jsonl", tables(20, 2, "another"))
     )
@@ -658,12 +664,12 @@ def test_every_record_is_as_likely_to_be_kept(tmp_path, data, sst2):
     assert len(kept) == 120 and 64 < min(kept.values()) and max(kept.values()) < 136
 
 
-def test_groups_stay_whole_where_coins_were_thrown_for_groups(tmp_path, data, e2e):
-    save(tmp_path, document(e2e, unit="group", task="e2e", kind="generation", coins="half"))
+def test_groups_stay_whole_if_groups_were_sampled(tmp_path, data, e2e):
+    save(tmp_path, document(e2e, unit="group", task="e2e", kind="generation", sampling="half"))
     records = load_records(tmp_path, data_dir=data, max_records=50)
     assert set(Counter(e.group for e in records.examples).values()) == {3}
     assert Counter(records.is_member.tolist()) == {True: 24, False: 24}
-    save(tmp_path, document(e2e, task="e2e", kind="generation", coins="half"))
+    save(tmp_path, document(e2e, task="e2e", kind="generation", sampling="half"))
     records = load_records(tmp_path, data_dir=data, max_records=50)
     assert set(Counter(e.group for e in records.examples).values()) != {3}
     assert Counter(records.is_member.tolist()) == {True: 25, False: 25}
@@ -675,7 +681,7 @@ def test_groups_stay_whole_where_coins_were_thrown_for_groups(tmp_path, data, e2
 @needs_data
 @pytest.mark.slow
 def test_real_data(tmp_path):
-    """E2E with coins thrown for groups; their rows are not together in the file."""
+    """E2E with groups as units; the rows of a group are not adjacent in the file."""
     examples = load_task("e2e").train
     written = document(examples, task="e2e", kind="generation", unit="group")
     save(tmp_path, written)

@@ -1,4 +1,4 @@
-"""Estimate what an attack will do, and how long it takes, before it starts."""
+"""Describe what an attack will do, and estimate how long it takes."""
 
 from __future__ import annotations
 

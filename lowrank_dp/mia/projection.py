@@ -1,4 +1,4 @@
-"""Projection attack: is a record in a released first step? The symmetry of ``B A`` tells.
+"""Projection attack: test by the symmetry of ``B A`` whether a record is in a released step.
 
 One full-batch step of gradient descent on LoRA with a frozen A leaves ``B = -rate G A^T``. So
 ``B A`` is a multiple of ``G A^T A``, and ``(B A) G^T`` is symmetric for the true G alone: a shared

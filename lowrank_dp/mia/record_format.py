@@ -1,4 +1,4 @@
-"""How a record becomes tokens: the checkpoint's own encoding, or one that is given or assumed."""
+"""Format of a record: the checkpoint's own encoding, or an encoding that is given or assumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of an audit: the numbers of each attack, the checks, the verdict."""
+"""Report of an audit: the numbers of each attack, the checks, the verdict."""
 
 from __future__ import annotations
 

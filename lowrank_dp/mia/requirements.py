@@ -1,4 +1,4 @@
-"""What an attack needs of the checkpoint and of the options, checked before the first forward pass.
+"""Requirements of an attack on checkpoint and options, checked before the first forward pass.
 
 Functions called ``..._unavailable`` return the reason why something is unavailable, or "".
 """

@@ -1,4 +1,4 @@
-"""A checkpoint under attack: its records, its recipe, and how its records become tokens."""
+"""Checkpoint under attack: its records, its recipe, and how its records become tokens."""
 
 from __future__ import annotations
 

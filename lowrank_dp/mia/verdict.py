@@ -1,4 +1,4 @@
-"""The verdict of an audit: what its numbers allow one to say in words."""
+"""Verdict of an audit: what the numbers support, in words."""
 
 from __future__ import annotations
 
