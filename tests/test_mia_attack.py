@@ -51,14 +51,14 @@ TABLES = TrainConfig(
     rank=8,
     non_private=True,
     batch_size=30,
-    steps=25,
+    steps=4,
     learning_rate=2e-2,
     max_examples=120,
     membership="half",
     seed=5,
-    eval_every=25,
-    snapshot_every=25,
-    eval_examples=40,
+    eval_every=4,
+    snapshot_every=4,
+    eval_examples=20,
     generate=False,
 )
 
@@ -66,11 +66,23 @@ TABLES = TrainConfig(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+SHORT = replace(OVERFIT, steps=2, eval_every=2, snapshot_every=2, eval_examples=20)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
+    """A classifier and a causal language model after a few steps; to be read only."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    train(OVERFIT, folder / "overfit")
+    train(SHORT, folder / "short")
     train(TABLES, folder / "tables")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overfit(tmp_path_factory):
+    """A classifier that remembers its members; to be read only."""
+    folder = tmp_path_factory.mktemp("overfit") / "overfit"
+    train(OVERFIT, folder)
     return folder
 
 
@@ -80,7 +92,7 @@ def run(capsys, *arguments):
 
 def test_signals_against_one_record_at_a_time(checkpoints):
     """Loss, phi and the reference's loss by hand, from logits in float64."""
-    target = open_target(checkpoints / "overfit", Options())
+    target = open_target(checkpoints / "short", Options())
     task, examples = target.records.task, target.records.examples[:7]
     model, tokenizer = load_model(str(target.folder), task=task)
     reference = load_reference(target.folder, target.base, task)
@@ -126,7 +138,7 @@ def test_signals_of_texts_token_by_token(checkpoints):
 
 
 def test_gradient_norms_against_autograd(checkpoints):
-    target = open_target(checkpoints / "overfit", Options())
+    target = open_target(checkpoints / "short", Options())
     task, examples = target.records.task, target.records.examples[:4]
     model, tokenizer = load_model(str(target.folder), task=task)
     found = signals.gradient_norms(model, tokenizer, task, examples, batch_size=3)
@@ -146,11 +158,11 @@ def test_gradient_norms_against_autograd(checkpoints):
 
 
 @pytest.mark.slow
-def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, tmp_path, capsys):
+def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(overfit, tmp_path, capsys):
     code, out, err = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        overfit,
         "--output",
         tmp_path / "a",
         "--white-box",
@@ -185,12 +197,14 @@ def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, 
 
 @pytest.mark.slow
 def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
-    short = replace(OVERFIT, steps=2, eval_examples=20)
-    train(short, tmp_path / "target")
-    options = Options(num_shadows=10, num_workers=1, primary="lira-offline", max_records=40)
+    train(SHORT, tmp_path / "target")
+    # with this seed each of the 40 records is left out by one of the 3 shadows
+    options = Options(
+        num_shadows=3, num_workers=1, primary="lira-offline", max_records=40, seed=361
+    )
     target = open_target(tmp_path / "target", options)
     report = attack(target, options, tmp_path)
-    assert report.num_shadows == 10 and "rmia-offline" in {one.name for one in report.attacks}
+    assert report.num_shadows == 3 and "rmia-offline" in {one.name for one in report.attacks}
     seeds = [config.seed for config in shadow_configs(target.recipe, 10, options.seed)]
     assert len(set(seeds)) == 10 and target.recipe.seed not in seeds
 
@@ -213,7 +227,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
     code, out, _ = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--compare",
         tmp_path / "shorter",
         "--compare",
@@ -223,7 +237,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
         "--json",
     )
     comparison = json.loads(out)["comparison"]
-    assert code == 0 and [p["steps"] for p in comparison["points"]] == [60, 5, 5]
+    assert code == 0 and [p["steps"] for p in comparison["points"]] == [2, 5, 5]
     aucs = [p["auc"]["value"] for p in comparison["points"]]
     for paired, value in zip(comparison["paired"], aucs[1:], strict=True):
         assert paired["difference"] == pytest.approx(value - aucs[0])
@@ -239,7 +253,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
     code, _, err = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--compare",
         tmp_path / "other",
         "--output",
@@ -315,7 +329,7 @@ def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
 
 def test_the_projection_attack_names_what_its_recipe_lacks(checkpoints):
     options = Options(attacks=("projection",))
-    target = open_target(checkpoints / "overfit", options)
+    target = open_target(checkpoints / "short", options)
     with pytest.raises(
         ValueError,
         match=r"method 'lora-frozen-a', optimizer 'sgd', steps 1.*"
@@ -324,8 +338,7 @@ def test_the_projection_attack_names_what_its_recipe_lacks(checkpoints):
         attack(target, options, checkpoints / "cache")
 
 
-def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys):
-    """Of a known law, its quantile; then from a checkpoint, with the user's own population."""
+def test_the_predicted_quantile_is_that_of_a_known_law():
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (4000, 1))
     phi = 2 * x[:, 0] + rng.standard_normal(4000)
@@ -334,7 +347,10 @@ def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys
     right = 2 * x[2000:, 0] + stats.norm.ppf(quantile.QUANTILE)
     assert np.abs(found - right).mean() < 0.3
 
-    target = open_target(checkpoints / "overfit", Options())
+
+@pytest.mark.slow
+def test_the_quantile_attack_and_a_file_of_its_population(overfit, tmp_path, capsys):
+    target = open_target(overfit, Options())
     report = attack(target, Options(), tmp_path / "cache")
     by_name = {one.name: one for one in report.attacks}
     assert by_name["quantile"].auc.value > 0.5, "members are more confident than predicted"
@@ -342,23 +358,21 @@ def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys
     members = target.records.examples
     lines = [json.dumps({"text": f"one more text, number {i}", "label": i % 2}) for i in range(120)]
     (tmp_path / "public.jsonl").write_text("\n".join(lines))
-    given = open_target(checkpoints / "overfit", Options(population=tmp_path / "public.jsonl"))
+    given = open_target(overfit, Options(population=tmp_path / "public.jsonl"))
     assert len(given.population) == 120
     (tmp_path / "few.jsonl").write_text("\n".join(lines[:99]))
     few = Options(population=tmp_path / "few.jsonl", attacks=("quantile",))
     with pytest.raises(ValueError, match="it needs 100 records in no model, got 99"):
-        attack(open_target(checkpoints / "overfit", few), few, tmp_path / "cache")
+        attack(open_target(overfit, few), few, tmp_path / "cache")
     (tmp_path / "both.jsonl").write_text(
         json.dumps({"text": members[3].text, "label": members[3].label}) + "\n" + lines[0]
     )
-    code, _, err = run(
-        capsys, "--model", checkpoints / "overfit", "--population", tmp_path / "both.jsonl"
-    )
+    code, _, err = run(capsys, "--model", overfit, "--population", tmp_path / "both.jsonl")
     assert code == 2 and "under attack, 1 are in" in err and err.count("\n") == 1
 
 
 def test_permuted_membership_has_an_auc_of_one_half(checkpoints, tmp_path):
-    report = attack(open_target(checkpoints / "overfit", Options()), Options(), tmp_path)
+    report = attack(open_target(checkpoints / "short", Options()), Options(), tmp_path)
     low, high = report.control.ci
     assert low < 0.5 < high
     permuted = np.random.default_rng(0).permutation(report.is_member)
@@ -374,7 +388,7 @@ def test_permuted_membership_has_an_auc_of_one_half(checkpoints, tmp_path):
 
 
 def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
-    shutil.copytree(checkpoints / "overfit", tmp_path / "mixed")
+    shutil.copytree(checkpoints / "short", tmp_path / "mixed")
     document = json.loads((tmp_path / "mixed" / "training.json").read_text())
     document["config"]["learning_rate"] = 0.5
     (tmp_path / "mixed" / "training.json").write_text(json.dumps(document))
@@ -383,7 +397,7 @@ def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
 
 
 def test_a_checkpoint_from_before_a_field_was_there(checkpoints, tmp_path):
-    shutil.copytree(checkpoints / "overfit", tmp_path / "old")
+    shutil.copytree(checkpoints / "short", tmp_path / "old")
     for name, config in (("training.json", "config"), ("membership.json", "recipe")):
         path = tmp_path / "old" / name
         document = json.loads(path.read_text())
@@ -393,7 +407,7 @@ def test_a_checkpoint_from_before_a_field_was_there(checkpoints, tmp_path):
 
 
 def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):
-    shutil.copytree(checkpoints / "overfit", tmp_path / "lying")
+    shutil.copytree(checkpoints / "short", tmp_path / "lying")
     document = json.loads((tmp_path / "lying" / "training.json").read_text())
     document["epsilon"] = -1.0  # below any bound, which is never negative
     (tmp_path / "lying" / "training.json").write_text(json.dumps(document))
@@ -430,7 +444,7 @@ def test_bad_input_is_one_line(checkpoints, tmp_path, capsys):
     ]:
         with case(arguments, words):
             code, _, err = run(
-                capsys, "--model", checkpoints / "overfit", "--output", tmp_path / "out", *arguments
+                capsys, "--model", checkpoints / "short", "--output", tmp_path / "out", *arguments
             )
             assert code == 2 and err.count("\n") == 1, err
             assert all(word in err for word in words), err
@@ -449,14 +463,14 @@ def test_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
     code, out, _ = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--shadows",
         "8",
         "--dry-run",
         "--output",
         tmp_path / "out",
     )
-    assert code == 0 and "8 shadows of 60 steps each" in out and not (tmp_path / "out").exists()
+    assert code == 0 and "8 shadows of 2 steps each" in out and not (tmp_path / "out").exists()
 
 
 # --- damaged files -----------------------------------------------------------------------------
@@ -507,15 +521,16 @@ def mutated(text, rng):
     return json.dumps(document).encode()
 
 
+@pytest.mark.slow
 def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_path, monkeypatch):
     """400 mutations of membership.json and training.json, also as those of a shadow."""
     monkeypatch.setattr(records, "load_task", functools.cache(records.load_task))
-    recipe = open_target(checkpoints / "overfit", Options()).recipe
-    for name in ("overfit", "shadows/one"):
-        shutil.copytree(checkpoints / "overfit", tmp_path / name)
+    recipe = open_target(checkpoints / "short", Options()).recipe
+    for name in ("short", "shadows/one"):
+        shutil.copytree(checkpoints / "short", tmp_path / name)
     rng, refused = random.Random(0), 0
     for number in range(400):
-        folder = tmp_path / ("overfit" if number % 4 else "shadows/one")
+        folder = tmp_path / ("short" if number % 4 else "shadows/one")
         path = folder / ("membership.json", "training.json")[number % 2]
         text = path.read_text()
         path.write_bytes(mutated(text, rng))
@@ -537,10 +552,11 @@ def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_
     assert refused > 200
 
 
+@pytest.mark.slow
 def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
     """Each damage gives one line that names the file, and exit code 2."""
     for name in ("initial_head.safetensors", "config.json", "model.safetensors", "tokenizer.json"):
-        data = (checkpoints / "overfit" / name).read_bytes()
+        data = (checkpoints / "short" / name).read_bytes()
         damages = [b"", b"{}", data[: len(data) // 2], b"\xff" * 100]
         if name == "config.json":
             damages += [
@@ -555,7 +571,7 @@ def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
             ] + [b"[]", b"3"]
         for number, damage in enumerate(damages):
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
-            shutil.copytree(checkpoints / "overfit", tmp_path / "run")
+            shutil.copytree(checkpoints / "short", tmp_path / "run")
             (tmp_path / "run" / name).write_bytes(damage)
             code, _, err = run(capsys, "--model", tmp_path / "run", "--dry-run")
             case = (name, number, err)
@@ -573,7 +589,7 @@ def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
     for option, value in (("--max-length", "7"), ("--template", "{source} {target}")):
         code, _, err = run(capsys, "--model", checkpoints / "tables", option, value)
         assert code == 2 and "must be left out: membership.json says" in err, option
-    target = open_target(checkpoints / "overfit", Options(max_length=128))
+    target = open_target(checkpoints / "short", Options(max_length=128))
     assert target.max_length == 128 and target.format.origin == "membership.json"
     path = shutil.copytree(checkpoints / "tables", tmp_path / "other") / "membership.json"
     path.write_text(path.read_text().replace('"separator": "\\n"', '"separator": " = "'))
@@ -583,7 +599,7 @@ def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
 
 def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys):
     """Members that are given as non-members, from two files without an overlap."""
-    found = open_target(checkpoints / "overfit", Options()).records
+    found = open_target(checkpoints / "short", Options()).records
     inside = [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit]
     for name, part in (("a", inside[:30]), ("b", inside[30:60])):
         (tmp_path / f"{name}.jsonl").write_text(
@@ -592,7 +608,7 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
     code, _, err = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--members",
         tmp_path / "a.jsonl",
         "--nonmembers",
@@ -600,7 +616,7 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
     )
     assert code == 2 and "30 given records are on the other side in membership.json" in err
     code, _, err = run(
-        capsys, "--model", checkpoints / "overfit", "--nonmembers", tmp_path / "b.jsonl"
+        capsys, "--model", checkpoints / "short", "--nonmembers", tmp_path / "b.jsonl"
     )
     assert code == 2 and "30 of 30 non-members have the text of a member" in err
 

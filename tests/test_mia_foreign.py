@@ -18,7 +18,7 @@ from tests.tasks import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "### Input: {prompt}\n### Response: {target}"
-SIDE = 50  # members, and as many others
+SIDE = 36  # members, and as many others
 
 
 def run(capsys, *arguments):
@@ -91,7 +91,7 @@ def place(tmp_path_factory):
     save(classifier, root / "classifier-base", words)
     save(classifier.bert, root / "headless", words)
     batch = words(texts[:SIDE], return_tensors="pt", padding=True)
-    overfit(classifier, {**batch, "labels": torch.tensor(labels[:SIDE])}, 120, 1e-2)
+    overfit(classifier, {**batch, "labels": torch.tensor(labels[:SIDE])}, 80, 1e-2)
     save(classifier, root / "classifier", words)
 
     pieces = load_tokenizer("tiny-llama")
@@ -109,14 +109,14 @@ def place(tmp_path_factory):
     )
     language = transformers.GPT2LMHeadModel(config)
     save(language, root / "lm-base", pieces)
-    overfit(language, padded(pieces, texts[:SIDE]), 120, 1e-2)
+    overfit(language, padded(pieces, texts[:SIDE]), 80, 1e-2)
     save(language, root / "lm", pieces)
 
     written = [
         "### Input: {}\n### Response: {}".format(*pair) + pieces.eos_token for pair in pairs[:SIDE]
     ]
     templated = transformers.GPT2LMHeadModel.from_pretrained(root / "lm-base")
-    overfit(templated, padded(pieces, written), 120, 1e-2)
+    overfit(templated, padded(pieces, written), 80, 1e-2)
     save(templated, root / "templated", pieces)
 
     adapted = get_peft_model(
@@ -125,7 +125,7 @@ def place(tmp_path_factory):
             task_type="CAUSAL_LM", r=16, lora_alpha=64, target_modules=["c_attn", "c_proj", "c_fc"]
         ),
     )
-    overfit(adapted, padded(pieces, texts[:SIDE]), 150, 2e-2)
+    overfit(adapted, padded(pieces, texts[:SIDE]), 80, 2e-2)
     save(adapted, root / "adapter", pieces)
     file = root / "adapter" / "adapter_config.json"
     file.write_text(

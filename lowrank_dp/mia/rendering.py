@@ -107,8 +107,9 @@ def footer(report: Report) -> list[str]:
     )
     lines = [
         f"epsilon >= {report.lower_bound:.3g} (95%, {report.primary}, split threshold, delta "
-        f"{report.delta:.3g}{one_run}); accountant: {claimed}. Evidence, never a certificate.",
-        "single run, not a ranking: compare methods over at least 3 seeds",
+        f"{report.delta:.3g}{one_run}); accountant: {claimed}. The bound is "
+        "evidence of a leak; a low bound is no guarantee.",
+        "This is a single run and no ranking: compare methods over at least 3 seeds.",
         f"verdict  {report.verdict}",
     ]
     if report.contradiction:
