@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
-from sklearn.feature_extraction.text import HashingVectorizer
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
@@ -104,6 +103,8 @@ def whole_text(example: Example) -> str:
 
 def _grams(examples: Sequence[Example]) -> sparse.csr_array:
     """Mark which n-grams each record has, as ones, (N, G) for G n-grams in all."""
+    from sklearn.feature_extraction.text import HashingVectorizer  # loaded when used: 1 s
+
     hashed = HashingVectorizer(
         analyzer="char",
         ngram_range=(NGRAM, NGRAM),
