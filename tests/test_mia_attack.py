@@ -18,7 +18,7 @@ from lowrank_dp.commands.mia import app
 from lowrank_dp.data import load_task
 from lowrank_dp.membership.manifest import read_manifest
 from lowrank_dp.mia import compare, metrics, projection, quantile, records, signals
-from lowrank_dp.mia.attack import Options, attack, open_target
+from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
@@ -385,6 +385,20 @@ def test_permuted_membership_has_an_auc_of_one_half(checkpoints, tmp_path):
         for seed in range(400)
     ]
     assert np.mean(many) == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_one_run_audit_needs_every_record_and_independent_members(checkpoints, tmp_path):
+    options = Options(primary="loss", guesses=40)
+    for folder, asked in (("tables", options), ("short", replace(options, max_records=60))):
+        with case(folder), pytest.raises(ValueError, match="guesses of the one-run audit need"):
+            load(open_target(checkpoints / folder, asked), asked)
+    report = attack(open_target(checkpoints / "short", options), options, tmp_path)
+    correct = metrics.one_run_correct(
+        report.scores["loss"], report.is_member, 40, np.random.default_rng(0)
+    )
+    assert report.one_run_epsilon == metrics.one_run_epsilon(
+        len(report.ids), 40, correct, delta=report.delta
+    )
 
 
 def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
