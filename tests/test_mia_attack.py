@@ -170,6 +170,7 @@ def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(overfit, tmp_
     )
     document = json.loads(out)
     assert code == 0 and document["verdict"] == "LEAKS" and "NON-PRIVATE" in document["label"]
+    assert document["coins"] == "bernoulli" and document["untuned"]["ci"][0] < 0.5
     by_name = {one["name"]: one for one in document["attacks"]}
     assert document["primary"] == "base" and by_name["base"]["auc"]["ci"][0] > 0.55
     assert by_name["gradient"]["auc"]["value"] > 0.5 and "single run" in err

@@ -1,5 +1,7 @@
 """Whether a model learned anything of its members, and what a verdict may say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -160,6 +162,21 @@ def test_a_leak_that_only_another_attack_finds_is_not_called_safe():
             assert found.startswith("LEAKS by zlib, AUC 0.730") and "no leak" not in found
             assert "LEAKS" not in verdict(primary, better=better, other=0.72)
     assert "--members and --nonmembers were swapped" in verdict((0.2, 0.4))
+
+
+def test_a_verdict_names_what_is_not_known_of_the_training():
+    def words(kind, origin, reference_loss):
+        target = SimpleNamespace(
+            records=SimpleNamespace(kind=kind), format=SimpleNamespace(origin=origin)
+        )
+        learned = learning.Learning(0.7, 0.69, 0.693, None, None, reference_loss, True)
+        return report._caveat(target, learned)
+
+    assert words("classification", "membership.json", None) == ""
+    assert words("generation", "as given", 0.7) == ""
+    assert words("generation", "as given", None).endswith("give --base")
+    assert words("classification", "assumed", None).endswith("a leak: give --max-length")
+    assert words("generation", "assumed", 0.7).endswith("give --template and --max-length")
 
 
 def test_what_an_attack_would_have_found():
