@@ -18,7 +18,7 @@ from tests.tasks import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "### Input: {prompt}\n### Response: {target}"
-SIDE = 36  # members, and as many others
+SIDE = 50  # members, and as many others
 
 
 def run(capsys, *arguments):
