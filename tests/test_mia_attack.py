@@ -201,7 +201,7 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
     train(SHORT, tmp_path / "target")
     # with this seed each of the 40 records is left out by one of the 3 shadows
     options = Options(
-        num_shadows=3, num_workers=1, primary="lira-offline", max_records=40, seed=361
+        num_shadows=3, engine="sequential", primary="lira-offline", max_records=40, seed=361
     )
     target = open_target(tmp_path / "target", options)
     report = attack(target, options, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_dp.mia.options import Options
-from lowrank_dp.mia.shadows import find_shadows, shadow_configs
 from lowrank_dp.mia.target import Target
 
 FORWARD_SHARE = 1 / 3  # of a training step's operations: the backward pass takes 2/3
@@ -27,20 +26,24 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
         passes += f", about {_duration(scoring)}" if target.result else ""
         lines.append(f"plan     {target.folder.name}: {passes}")
         lines.append(f"format   {target.format.description}")
-        if options.shadow_dir is not None:
-            lines.append(
-                f"plan     {len(find_shadows(target.recipe, options.shadow_dir))} shadows "
-                f"found in {options.shadow_dir.name}"
-            )
-        elif options.num_shadows:
-            configs = shadow_configs(target.recipe, options.num_shadows, options.seed)
-            seconds = target.result.seconds + scoring if target.result else 0.0
-            lines.append(
-                f"plan     {len(configs)} shadows of {target.recipe.steps} steps each, "
-                f"about {_duration(seconds * len(configs))} at the speed of the "
-                "checkpoint's own training; what is there is not redone"
-            )
+        if options.shadow_dir is not None or options.num_shadows:
+            lines.append(_shadow_line(target, options, scoring))
     return lines
+
+
+def _shadow_line(target: Target, options: Options, scoring: float) -> str:
+    from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # training comes with them
+
+    if options.shadow_dir is not None:
+        found = find_shadows(target.recipe, options.shadow_dir)
+        return f"plan     {len(found)} shadows found in {options.shadow_dir.name}"
+    count = len(shadow_configs(target.recipe, options.num_shadows, options.seed))
+    seconds = target.result.seconds + scoring if target.result else 0.0
+    return (
+        f"plan     {count} shadows of {target.recipe.steps} steps each, "
+        f"about {_duration(seconds * count)} at the speed of the checkpoint's own training; "
+        "finished shadows are not trained again"
+    )
 
 
 def _scoring_seconds(target: Target, count: int) -> float:
