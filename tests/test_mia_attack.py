@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lowrank_dp.commands.mia import app
 from lowrank_dp.data import load_task
 from lowrank_dp.membership.manifest import read_manifest
 from lowrank_dp.mia import compare, metrics, projection, quantile, records, signals
+from lowrank_dp.mia import plan as planning
 from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
@@ -263,6 +265,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
     assert code == 2 and "train both with one --seed" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_rows_that_were_sampled_together_count_once(tmp_path):
     grouped = replace(TABLES, unit="group", method="full", steps=1, batch_size=10)
     train(grouped, tmp_path / "grouped")
@@ -472,6 +475,19 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     code, _, err = run(capsys, "--model", tmp_path / "empty")
     assert code == 2 and "membership.json" in err and "--nonmembers" in err
+
+
+def test_the_plan_estimates_seconds_from_the_training():
+    """240 s for 2 steps of 40 records are 3 s per record; a forward pass takes a third."""
+    config = SimpleNamespace(steps=2, batch_size=40)
+    target = SimpleNamespace(result=SimpleNamespace(seconds=240.0, config=config), base=None)
+    assert planning._scoring_seconds(target, 100) == pytest.approx(100.0)
+    target.base = {"model": "tiny"}
+    assert planning._scoring_seconds(target, 100) == pytest.approx(200.0)
+    target.result = None
+    assert planning._scoring_seconds(target, 100) == 0.0
+    shown = [planning._duration(seconds) for seconds in (89, 300, 5399, 9000)]
+    assert shown == ["89 s", "5 min", "90 min", "2.5 h"]
 
 
 def test_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
