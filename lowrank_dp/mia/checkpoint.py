@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
-from lowrank_dp.models import load_model
 from lowrank_dp.models.backbones import find_backbone, read_json
 
 _TOKENIZER = (
@@ -81,6 +80,8 @@ def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any
     to ``models.load_model``. Raises ValueError for a folder without a tokenizer, with a hint if the
     parent folder has one, as is common for a trainer's ``checkpoint-500``.
     """
+    from lowrank_dp.models import load_model  # loaded when used: transformers comes with it
+
     if base and (folder / "adapter_config.json").is_file():
         arguments["base"] = base
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,8 +17,10 @@ from lowrank_dp.evaluation.metrics import majority
 from lowrank_dp.membership.manifest import Manifest
 from lowrank_dp.models import save_model
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.setup import Setup
-from lowrank_dp.train.state import State
+
+if TYPE_CHECKING:
+    from lowrank_dp.train.setup import Setup
+    from lowrank_dp.train.state import State
 
 
 @dataclass(frozen=True)
