@@ -15,7 +15,6 @@ from lowrank_dp.artifacts import files, runs
 from lowrank_dp.data import SEPARATOR
 from lowrank_dp.evaluation.metrics import majority
 from lowrank_dp.membership.manifest import Manifest
-from lowrank_dp.models import save_model
 from lowrank_dp.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -135,6 +134,8 @@ def save_run(
     def write(aside: Path) -> None:
         if weights is None:
             return
+        from lowrank_dp.models import save_model  # loaded when used: transformers comes with it
+
         save_model(setup.model, setup.tokenizer, aside, weights)
         if setup.initial_head:
             save_file(setup.initial_head, aside / runs.INITIAL_HEAD)
