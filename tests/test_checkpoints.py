@@ -324,7 +324,7 @@ def test_a_pooler_that_an_earlier_version_did_not_save_is_refused(tmp_path):
 
 
 def test_initial_head_holds_the_new_pooler_too(tmp_path):
-    from lowrank_dp.mia.target import load_reference
+    from lowrank_dp.mia.loading import load_reference
 
     base = save_base(tmp_path / "base", "bert")
     for method in ("full", "lora"):
@@ -359,7 +359,7 @@ def test_initial_head_holds_the_new_pooler_too(tmp_path):
 
 def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
     """The checkpoint has the run's last loss, and its reference the loss before step 1."""
-    from lowrank_dp.mia.target import load_reference
+    from lowrank_dp.mia.loading import load_reference
 
     folder = save_base(tmp_path / "bert", "bert")
     task = load_task(base.task)
@@ -574,7 +574,7 @@ def test_an_adapter_with_two_added_tokens(tmp_path):
 def test_a_base_that_was_changed_is_noticed(tmp_path, base):
     """Adapter and reference are refused on a base with other weights of the same shapes."""
     from lowrank_dp.membership.manifest import read_manifest
-    from lowrank_dp.mia.target import load_reference
+    from lowrank_dp.mia.loading import load_reference
 
     folder, task = save_base(tmp_path / "bert", "bert"), load_task(base.task)
     for method in ("full", "lora"):

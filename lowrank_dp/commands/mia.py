@@ -60,15 +60,18 @@ def main(
     """Attack a checkpoint, and say what it leaks. Exit 3: more than its accountant claims."""
     from rich.console import Console
 
-    from lowrank_dp.mia.attack import attack, load, open_target
-    from lowrank_dp.mia.compare import compare
     from lowrank_dp.mia.plan import plan
+    from lowrank_dp.mia.target import open_target
 
     options = Options(**given)
     targets = [open_target(path, options) for path in (model, *(compare_with or []))]
     console = Console(stderr=as_json)
     for line in plan(targets, options):
         say(console, line)
+
+    from lowrank_dp.mia.attack import attack, load  # after the first line of output
+    from lowrank_dp.mia.compare import compare
+
     if dry_run:
         for target in targets:
             load(target, options)  # refuses what an attack would refuse

@@ -1,4 +1,4 @@
-"""What an attack is asked to do: the attacks' names, and the options with their checks."""
+"""Options of an attack, each with its help text and its check, and the attacks' names."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from pathlib import Path
 from lowrank_dp import _validate
 from lowrank_dp._options import option
 from lowrank_dp.data import Columns
+from lowrank_dp.data.template import Template
 from lowrank_dp.engines import ENGINES, check_engine
 
-# name -> what it needs and means, in words
+# name -> the score, in words
 ATTACKS = {
-    "loss": "-loss",
+    "loss": "minus the loss",
     "base": "loss before fine-tuning minus loss",
-    "zlib": "-loss over the compressed length",
-    "min-k": "mean of the least likely 20% of tokens",
-    "min-k++": "the same, standardised over the vocabulary",
-    "ez": "error zone: where tokens were wrong, gains over losses against the base",
-    "quantile": "confidence over the non-members' quantile that its features predict",
-    "gradient": "-norm of the loss gradient (white-box)",
-    "projection": "symmetry of B A against the gradient sum with the record, over that without "
-    "(white-box; one step with a frozen A, all other records known)",
-    "lira": "likelihood ratio against shadows with and without the record",
+    "zlib": "minus the loss, divided by the compressed length of the text",
+    "min-k": "mean log-probability of the least likely 20% of tokens",
+    "min-k++": "mean standardised log-probability of the lowest 20% of tokens",
+    "ez": "error zone: upward share of the change against the base, at tokens predicted wrongly",
+    "quantile": "confidence minus the non-members' quantile predicted from the record's features",
+    "gradient": "minus the norm of the loss gradient (white-box)",
+    "projection": "asymmetry of B A against the gradient sum without the record, minus that with "
+    "the record (white-box; one step with a frozen A, all other records known)",
+    "lira": "log-likelihood ratio under shadows with and without the record",
     "lira-offline": "z-score against shadows without the record",
-    "rmia": "share of population records whose likelihood ratio is beaten",
-    "rmia-offline": "the same, from shadows without the record",
+    "rmia": "share of population records with a smaller likelihood ratio",
+    "rmia-offline": "share of population records with a smaller likelihood ratio, from shadows "
+    "without the record",
 }
 WHITE_BOX = ("gradient", "projection")
 SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
@@ -96,7 +98,7 @@ class Options:
     guesses: int = option(
         0,
         "Number of guesses of the one-run audit, fixed beforehand; 0 for none. The audit needs "
-        "independent coins.",
+        "a checkpoint trained with --membership bernoulli.",
     )
     white_box: bool = option(
         False,
@@ -105,7 +107,7 @@ class Options:
     )
     max_records: int | None = option(None, "Attack a random subset of this many records.")
     batch_size: int = option(64, "Records in memory at a time.")
-    seed: int = option(0, "Seed of shadows, halves and subsets.")
+    seed: int = option(0, "Seed of shadows, splits and subsets.")
     device: str = option("cpu", "Device of the models: cpu or cuda.")
     num_workers: int | None = option(
         None, "Number of shadows trained at a time. Default: one per CPU core."
@@ -136,13 +138,11 @@ class Options:
         if self.max_length is not None:
             _validate.integer("max_length", self.max_length)
         if self.template is not None:
-            from lowrank_dp.data.template import Template
-
             Template.parse(self.template)
         if self.num_shadows and self.shadow_dir is not None:
             raise ValueError("shadows and shadow_dir must not both be given")
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The attacks that were asked for by name: each is made, or the reason is an error."""
+        """The attacks that were named; an attack that was named and can't be made is an error."""
         return (*self.attacks, *filter(None, [self.primary]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,10 +15,11 @@ from lowrank_dp.artifacts import files, runs
 from lowrank_dp.data import SEPARATOR
 from lowrank_dp.evaluation.metrics import majority
 from lowrank_dp.membership.manifest import Manifest
-from lowrank_dp.models import save_model
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.setup import Setup
-from lowrank_dp.train.state import State
+
+if TYPE_CHECKING:
+    from lowrank_dp.train.setup import Setup
+    from lowrank_dp.train.state import State
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def save_run(
     def write(aside: Path) -> None:
         if weights is None:
             return
+        from lowrank_dp.models import save_model  # loaded when used: transformers comes with it
+
         save_model(setup.model, setup.tokenizer, aside, weights)
         if setup.initial_head:
             save_file(setup.initial_head, aside / runs.INITIAL_HEAD)
