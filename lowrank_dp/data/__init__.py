@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode"]
-__all__ += ["group_units", "hub_reachable", "load_task", "micro_batches", "offline_requested"]
-__all__ += ["subset", "train_on_validation"]
+__all__ = [
+    "IGNORE", "SEPARATOR", "TASKS", "Columns", "Example", "Task", "collate", "encode",
+    "group_units", "hub_reachable", "load_task", "micro_batches", "offline_requested", "subset",
+    "train_on_validation",
+]  # fmt: skip

@@ -14,5 +14,6 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["MEMBERSHIPS", "Manifest", "draw_members", "fingerprint", "group_units"]
-__all__ += ["read_manifest"]
+__all__ = [
+    "MEMBERSHIPS", "Manifest", "draw_members", "fingerprint", "group_units", "read_manifest",
+]  # fmt: skip

@@ -23,5 +23,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["KINDS", "METHODS", "NAMES", "PACKAGED", "default_model", "describe", "load_model"]
-__all__ += ["load_tokenizer", "matrix_parameters", "save_model"]
+__all__ = [
+    "KINDS", "METHODS", "NAMES", "PACKAGED", "default_model", "describe", "load_model",
+    "load_tokenizer", "matrix_parameters", "save_model",
+]  # fmt: skip
