@@ -1,9 +1,12 @@
-"""Speed and memory of membership inference: `python benchmarks/mia.py [--quick]`.
+"""Time and memory of membership inference.
 
-Scoring beside the forward passes that it needs (of the model and of its reference), in CPU seconds
-of this process, taking turns; and LiRA and RMIA of 256 shadows x 50,000 records beside the formulas
-in numpy, a record at a time (on a sample of records), with the peak of memory that they add. Of
-RMIA's loop most is the population's part, the same for each record.
+    python benchmarks/mia.py [--quick]
+
+Scoring is compared with the forward passes that it needs, of the model and of its reference. LiRA
+and RMIA with 256 shadows and 50,000 records are compared with their formulas in numpy, one record
+at a time on a sample of records, and the memory that they add is measured. Most of RMIA's loop is
+the part of the population, which is the same for each record. Times are CPU seconds of this
+process, in rounds in which the methods take turns.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def cpu_seconds(function: Callable[[], object]) -> float:
 
 
 def scoring(model_name: str, task_name: str, count: int, rounds: int) -> tuple[float, float]:
-    """Median seconds of the plain passes, and median ratio of scoring to them."""
+    """Median seconds of the forward passes, and median ratio of scoring to these passes."""
     task = load_task(task_name)
     length = None if task.kind == "generation" else 64
     task = replace(task, splits={"train": task.train[:count]})
@@ -58,7 +61,7 @@ def scoring(model_name: str, task_name: str, count: int, rounds: int) -> tuple[f
 
 
 def looped_lira(phi: Any, shadow_phi: Any, inside: Any, count: int) -> None:
-    """Online LiRA with each record's own variance, a record at a time."""
+    """Online LiRA with a variance per record, one record at a time."""
     from scipy import stats
 
     for i in range(count):
@@ -69,7 +72,7 @@ def looped_lira(phi: Any, shadow_phi: Any, inside: Any, count: int) -> None:
 def looped_rmia(
     loss: Any, shadow: Any, inside: Any, z_loss: Any, z_shadow: Any, count: int
 ) -> None:
-    """Offline RMIA, a record at a time."""
+    """Offline RMIA, one record at a time."""
     a = 0.3
     for i in range(count):
         ratio_z = np.exp(-z_loss) / (((1 + a) * np.exp(-z_shadow).mean(0) + 1 - a) / 2)

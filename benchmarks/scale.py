@@ -1,21 +1,22 @@
-"""Time of a DP training step over several processes: measured with 1 and 2, modelled, extrapolated.
+"""Time of a DP training step over several processes: measured for 1 and 2, then extrapolated.
 
     python benchmarks/scale.py [--quick] [--json FILE] [--figure FILE]
 
-Packaged MiniLM, full fine-tuning, SST-2 where LOWRANK_DP_DATA holds it, else the generated task;
-micro-batches of 64, sigma 0.6, scheme optimal, one thread a process. Clipping and restoring are in
-process-CPU seconds, so other load matters little; an exchange (the sum to the first process and
-the noisy sum back) is the least wall time of several, over loopback. The model of a step with N
-processes, fitted to one process and to exchanges of other sizes, and checked against two:
+The model is the packaged MiniLM with full fine-tuning, on SST-2 if LOWRANK_DP_DATA holds it, else
+on the generated task, with micro-batches of 64, sigma 0.6, scheme optimal and one thread per
+process. Clipping and restoration are in process-CPU seconds, which other load changes little. An
+exchange (the sums to rank 0 and the noisy sum back) is the smallest wall time of several, over
+loopback. The time of a step with N processes is modelled as follows. The model is fitted to one
+process and to exchanges of other sizes, and checked against two processes:
 
     clip      c + a * rows / N          exchange   latency + 2 bytes / bandwidth
     restore   k * the longest share of the cost of the matrices, as ``processes.owners`` splits them
     hand out  N latencies + bytes / bandwidth, which splitting the restoration costs
 
 The cost of one matrix is m n or m n min(m, n), whichever fits restorations of single matrices.
-Tables of more devices are extrapolations: the first from what was measured here, a core taken as a
-device; the second from numbers of a GPU that are ASSUMED, and printed with it. ``scale.json`` and
-``figures/scaling.png`` are what it once gave.
+Tables of more devices are extrapolations: the first from these measurements, with a core as a
+device; the second from ASSUMED numbers of a GPU, which are printed with it. ``scale.json`` and
+``figures/scaling.png`` are the results of one run.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def timed(owner, name, spent):
 
 
 def measure(folder, rounds):
-    """In each process: seconds a step of each part by batch, and of exchanges by size."""
+    """Measure, in each process, the seconds of a step's parts by batch and of exchanges by size."""
     found = {"steps": {}, "exchanges": {}}
     spent = {}
     timed(step_module, "clipped_sum_over", spent)
@@ -101,14 +102,12 @@ def measure(folder, rounds):
             values = []
             for _ in range(rounds + 1):
                 spent.clear()
-                # the sample's size is random: the time is one of the expected size's
+                # the size of the sample is random: times are scaled to the expected size
                 drawn = setup.mechanism.sample(
                     len(setup.unit_rows), state.sampler.clone_state()
                 ).numel()
                 take_step(setup, state)
-                values.append(
-                    [spent["clipped_sum_over"] * batch / drawn, spent["restore"]]
-                )
+                values.append([spent["clipped_sum_over"] * batch / drawn, spent["restore"]])
             found["steps"][batch] = np.median(values[1:], axis=0).tolist()
         found["shapes"] = {name: list(p.shape) for name, p in setup.trained.items()}
         found["tokens"] = statistics.mean(len(row["input_ids"]) for row in setup.rows)
@@ -126,7 +125,7 @@ def exchange(tensor):
 
 
 def least(call):
-    """Wall seconds of the fastest of several calls."""
+    """Smallest wall time of several calls, in seconds."""
     times = []
     for _ in range(7):
         started = time.perf_counter()
@@ -136,7 +135,7 @@ def least(call):
 
 
 def launch(processes, rounds):
-    """What each of so many processes measured."""
+    """Measurements of each of ``processes`` processes."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [
@@ -159,7 +158,7 @@ def launch(processes, rounds):
 
 
 def single_matrices(rounds):
-    """CPU seconds of restoring one matrix with eight spikes, by shape."""
+    """CPU seconds of the restoration of one matrix with eight spikes, by shape."""
     generator, seconds = torch.Generator().manual_seed(0), []
     for m, n in SHAPES:
         spikes = torch.randn(m, 8, generator=generator) @ torch.randn(8, n, generator=generator)
@@ -174,7 +173,7 @@ def single_matrices(rounds):
 
 
 def longest_share(shapes, count, cost):
-    """Of the matrices' total cost, what the busiest of ``count`` processes has."""
+    """Cost of the matrices of the busiest of ``count`` processes."""
     owner = processes.owners(shapes, count)
     loads = [0.0] * count
     for name, rank in owner.items():
@@ -183,10 +182,11 @@ def longest_share(shapes, count, cost):
 
 
 def extrapolate(clip, latency, transfer, restoring, shapes, cost):
-    """Seconds of a step's parts for each number of devices, and of restoring unsplit.
+    """Seconds of a step's parts, and of an unsplit restoration, for each number of devices.
 
-    ``clip`` is the seconds that do not shrink with devices, and those that do; ``restoring`` is
-    that of a unit of cost; ``transfer`` is of all sums, one way.
+    ``clip`` holds the seconds that do not shrink with the number of devices, and the seconds that
+    do; ``restoring`` is the seconds per unit of cost; ``transfer`` is the seconds of sending all
+    sums one way.
     """
     lines = []
     for count in DEVICES:
@@ -205,7 +205,7 @@ def extrapolate(clip, latency, transfer, restoring, shapes, cost):
 
 
 def show(title, lines):
-    """The table; "split buys" is the step's time with all restoring everything, over the split."""
+    """Print a table; "split buys" is the time of a step with unsplit over split restoration."""
     print(
         f"\n{title}\n{'devices':>9}"
         + "".join(f"{part:>11}" for part in PARTS)
@@ -225,7 +225,7 @@ def show(title, lines):
 
 @styled
 def draw(document):
-    """Parts of a step against devices: what was measured here, and the assumed GPU."""
+    """Draw the parts of a step against devices, as measured here and for the assumed GPU."""
     figure, axes = new_figure(1, 2, width=FULL, height=2.8)
     for axis, key, mark in ((axes[0, 0], "here", "a"), (axes[0, 1], "assumed", "b")):
         lines = document[key]["lines"]

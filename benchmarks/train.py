@@ -1,15 +1,15 @@
-"""Time and memory of a whole DP training step, with and without restoration, beside Opacus.
+"""Time and memory of a DP training step with and without restoration, compared with Opacus.
 
     python benchmarks/train.py [--quick] [--json FILE]
 
-Packaged MiniLM, full fine-tuning (linear and norm layers), SST-2 where LOWRANK_DP_DATA holds it,
-else the generated task; expected batch 512 in micro-batches of 64, sigma 0.6, Adam, 2 threads. A
-step is everything from the Poisson sample to the moved weights. Restoration's share is its time
-over the rest of the same steps. Opacus's fastest exact mode (ghost clipping) does its step on the
-same rows in the same micro-batches, its noise and Adam included, without restoration. Times are
-process-CPU seconds of both threads, so other load on the machine matters little; ratios are medians
-over rounds in which the modes take turns. Peak memory is that of a process that runs one mode only;
-"plain" is a step of ordinary training.
+The model is the packaged MiniLM with full fine-tuning (linear and norm layers), on SST-2 if
+LOWRANK_DP_DATA holds it, else on the generated task; the expected batch is 512 in micro-batches of
+64, with sigma 0.6, Adam and 2 threads. A step goes from the Poisson sample to the updated weights.
+The share of restoration is its time over the rest of the same steps. Opacus's fastest exact mode
+(ghost clipping) takes a step on the same kind of sample in the same micro-batches, with noise and
+Adam, without restoration; "plain" is a step of ordinary training. Times are process-CPU seconds of
+both threads, which other load on the machine changes little. Ratios are medians over rounds in
+which the modes take turns. Peak memory is that of a process that runs one mode only.
 """
 
 import argparse
@@ -58,13 +58,13 @@ def setup_for(mode):
 
 
 class Ours:
-    """Steps of ``lowrank_dp.train``; remembers how long restoring took."""
+    """Steps of ``lowrank_dp.train``."""
 
     def __init__(self, mode):
         self.setup, self.state = setup_for(mode)
 
     def __call__(self):
-        """Seconds of one step, and those of them that restoring took."""
+        """Take one step; return its seconds, and the seconds of restoration among them."""
         seconds, restoring = self.state.seconds, self.state.restore_seconds
         take_step(self.setup, self.state)
         self.setup.optimizer.zero_grad()
@@ -72,7 +72,7 @@ class Ours:
 
 
 class Theirs:
-    """A step on the same kind of sample: Opacus's ghost clipping, or no privacy at all."""
+    """Steps on the same kind of sample by Opacus's ghost clipping, or without privacy."""
 
     def __init__(self, mode):
         self.setup, self.state = setup_for(mode)
@@ -85,7 +85,7 @@ class Theirs:
         )
 
     def __call__(self):
-        """Seconds of one step, and 0."""
+        """Take one step; return its seconds, and 0."""
         started = time.process_time()
         trained = self.setup.trained.values()
         sums = [torch.zeros_like(p) for p in trained]

@@ -1,6 +1,5 @@
 """Fixtures that several test files use."""
 
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.forks import Forks
 from tests.tasks import ENVIRONMENT, save_bert, write_reviews
 
 
@@ -45,30 +45,9 @@ def torchrun():
 
 @pytest.fixture(scope="session")
 def start():
-    """``start(count, *arguments)``: connected Python processes without the agent of torchrun."""
-
-    def begin(count, *arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        return [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={
-                    **ENVIRONMENT,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                    "WORLD_SIZE": str(count),
-                    "RANK": str(rank),
-                },
-            )
-            for rank in range(count)
-        ]
-
-    return begin
+    """``start(count, script, *arguments)``: connected processes, without the agent of torchrun."""
+    with Forks() as forks:
+        yield forks.start
 
 
 @pytest.fixture(scope="module")

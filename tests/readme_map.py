@@ -24,11 +24,12 @@ def first_line(path: Path) -> str:
 
 
 def modules_of(room: str) -> list[Path]:
-    """A room's files: the package's face first, then its modules by name."""
+    """A room's files by name, without its own face; a package inside a room has its face first."""
     if (PACKAGE / f"{room}.py").exists():
         return [PACKAGE / f"{room}.py"]
-    inner = sorted((PACKAGE / room).glob("*.py"))
-    return [path for path in inner if path.name not in ("__init__.py", "__main__.py")]
+    face = PACKAGE / room / "__init__.py"
+    inner = sorted((PACKAGE / room).rglob("*.py"))
+    return [path for path in inner if path != face and path.name != "__main__.py"]
 
 
 def table() -> str:
@@ -39,7 +40,7 @@ def table() -> str:
         if face.exists():
             lines.append(f"| **`{room}/`** | **{first_line(face)}** |")
         for path in modules_of(room):
-            name = path.relative_to(PACKAGE).as_posix()
+            name = path.relative_to(PACKAGE).as_posix().replace("__init__.py", "")
             lines.append(f"| `{name}` | {first_line(path)} |")
     return "\n".join(lines)
 

@@ -171,6 +171,7 @@ def test_renyi_divergences_at_integers_are_binomial_sums():
             )
 
 
+@pytest.mark.slow
 def test_monotone_in_everything():
     """Up to a percent, which the interval of the discretisation may take."""
     rng = np.random.default_rng(0)
@@ -187,6 +188,7 @@ def test_monotone_in_everything():
             assert epsilon(*more) >= 0.99 * here, ((sigma, rate, steps, delta), more)
 
 
+@pytest.mark.slow
 def test_calibrated_noise_is_the_smallest_and_takes_no_many_evaluations(monkeypatch):
     calls, bound = [], accounting.bound
     monkeypatch.setattr(accounting, "bound", lambda *a: calls.append(a) or bound(*a))

@@ -18,6 +18,7 @@ from lowrank_dp.artifacts.files import atomic_write
 from lowrank_dp.artifacts.provenance import provenance
 from lowrank_dp.artifacts.results import load_result, save_result
 from lowrank_dp.artifacts.tables import save_figure, save_table
+from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE
 from lowrank_dp.plots.style import new_figure
 
 
@@ -271,7 +272,7 @@ def test_figures(tmp_path):
 
 
 def test_markers():
-    assert "NON-PRIVATE" in artifacts.NON_PRIVATE and "no private records" in artifacts.NO_RECORDS
+    assert "NON-PRIVATE" in NON_PRIVATE and "no private records" in NO_RECORDS
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):

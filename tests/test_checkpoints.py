@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from lowrank_dp.data import Example, Task, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.models import describe, load_model, load_tokenizer, save_model, tiny
-from lowrank_dp.models.heads import final_layer, head_state, label_rows, own_label_names
+from lowrank_dp.models.heads import final_layer, head_state
+from lowrank_dp.models.labels import label_rows, own_label_names
 from lowrank_dp.train.loop import train
 
 SEQUENCE = transformers.AutoModelForSequenceClassification
@@ -207,6 +208,7 @@ def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
             load_model(base, task=TASK, new_head=False)
 
 
+@pytest.mark.slow
 def test_the_head_trains_whatever_train_layers_is(tmp_path):
     """The head is what transformers reports as missing; parameters off the pattern are frozen."""
     for name in FAMILIES:
@@ -224,6 +226,7 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
         assert final_layer(model) and model.get_submodule(final_layer(model)).out_features == 3
 
 
+@pytest.mark.slow
 def test_last_blocks_of_every_family(tmp_path):
     """The last block of each list trains; blocks of encoders come before those of decoders."""
     first = {
@@ -238,13 +241,8 @@ def test_last_blocks_of_every_family(tmp_path):
     for name, pattern in first.items():
         base = save_base(tmp_path / name, name)
 
-        def names(**options):
-            model, _ = load_model(
-                base,
-                kind="classification",
-                num_labels=2,
-                **options,
-            )
+        def names(base=base, **options):
+            model, _ = load_model(base, kind="classification", num_labels=2, **options)
             return {n for n, p in model.named_parameters() if p.requires_grad}
 
         everything, last = names(), names(train_layers=1)
@@ -366,7 +364,7 @@ def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
     folder = save_base(tmp_path / "bert", "bert")
     task = load_task(base.task)
     for method in ("full", "lora"):
-        config = replace(base, model=str(folder), method=method, learning_rate=0.3)
+        config = replace(base, model=str(folder), method=method, learning_rate=1.0)
         result = train(config, tmp_path / method)
         assert "; head new: bert.pooler.dense.bias, bert.pooler.dense.w" in result.description
         manifest = json.loads((tmp_path / method / "membership.json").read_text())
@@ -396,6 +394,7 @@ def save_classifier(folder, name, id2label=OTHER, **changes):
     return folder
 
 
+@pytest.mark.slow
 def test_labels_are_mapped_by_name(tmp_path):
     for name in ("bert", "roberta", "distilbert", "bart", "t5", "xlnet", "xlm", "gpt2"):
         folder = save_classifier(tmp_path / name, name)
@@ -654,6 +653,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "adapter"), base=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
 def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):

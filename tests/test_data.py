@@ -1,5 +1,6 @@
 """Tasks, readers, generated text, tokenisation and batching."""
 
+import functools
 import os
 import re
 from collections import Counter
@@ -35,6 +36,7 @@ def tokenizers():
 
 # --- real data: counts of the official releases ------------------------------------------------
 
+released = functools.cache(load_task)  # the tests below only read
 COUNTS = {  # task -> split -> (examples, groups, labels)
     "sst2": {
         "train": (67_349, 67_349, {0: 29_780, 1: 37_569}),
@@ -60,7 +62,7 @@ COUNTS = {  # task -> split -> (examples, groups, labels)
 @needs_data
 def test_counts_of_the_official_releases():
     for name, splits in COUNTS.items():
-        task = load_task(name)
+        task = released(name)
         for split, (examples, groups, labels) in splits.items():
             found = task.split(split)
             assert len(found) == len({e.id for e in found}) == examples, (name, split)
@@ -71,20 +73,20 @@ def test_counts_of_the_official_releases():
 
 @needs_data
 def test_ids_come_from_the_idx_column_or_the_row():
-    mrpc = load_task("mrpc")
+    mrpc = released("mrpc")
     assert mrpc.train[1].id == "mrpc/train/1"
     assert {e.id.split("/")[2] for e in mrpc.train}.isdisjoint(
         e.id.split("/")[2] for e in mrpc.validation
     )  # idx numbers both splits together
-    assert load_task("mnli").train[0].id == "mnli/train/40"
-    assert load_task("e2e").validation[7].id == "e2e/validation/7"
-    assert load_task("dart").test[0].id == "dart/test/0-0"
-    assert load_task("mnli").splits.keys() == {"train", "validation", "validation_mismatched"}
+    assert released("mnli").train[0].id == "mnli/train/40"
+    assert released("e2e").validation[7].id == "e2e/validation/7"
+    assert released("dart").test[0].id == "dart/test/0-0"
+    assert released("mnli").splits.keys() == {"train", "validation", "validation_mismatched"}
 
 
 @needs_data
 def test_dart_trains_on_validation_without_what_test_has():
-    dart = load_task("dart")
+    dart = released("dart")
     with pytest.raises(ValueError, match=r"no train split.*train_on_validation"):
         _ = dart.train
     swapped = data.train_on_validation(dart)

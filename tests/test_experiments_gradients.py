@@ -2,15 +2,12 @@
 
 import dataclasses
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from lowrank_dp import artifacts, figures
-from lowrank_dp.commands import figures as figure_command
 from lowrank_dp.data import collate
 from lowrank_dp.experiments import (
     ablation,
@@ -21,6 +18,7 @@ from lowrank_dp.experiments import (
     spectra,
     tasks,
 )
+from lowrank_dp.figures import restoration
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.restore import restore
 
@@ -99,7 +97,7 @@ def test_one_decomposition_measures_what_restoring_makes(source):
                 "profile": torch.linalg.svdvals(clean.double()),
                 "weights": torch.from_numpy(((u.T @ truth) * vh).sum(1)),
             }
-            products, acted = scheme_scores.compare(
+            products, acted = scheme_scores.measure_schemes(
                 x, clean, noise_std, schemes.values(), values["profile"].float()
             )
             for (scheme, options), product, did in zip(
@@ -121,11 +119,11 @@ def test_one_decomposition_measures_what_restoring_makes(source):
 
 
 def test_clean_sums_are_taken_once_and_nest(source, monkeypatch):
-    fresh = dataclasses.replace(source, sums={0: {}})
+    fresh = dataclasses.replace(source, sums={})
     chosen = source.sample(1100, torch.Generator().manual_seed(GRADIENTS.seed + 1))
-    taken, real = [], gradients.Source.clean_sum
+    taken, real = [], gradients.GradientSource.clean_sum
     monkeypatch.setattr(
-        gradients.Source,
+        gradients.GradientSource,
         "clean_sum",
         lambda self, indices: taken.append(len(indices)) or real(self, indices),
     )
@@ -309,7 +307,7 @@ def test_tasks_measure_each_case_as_the_exact_path_would(tmp_path):
     artifacts.save_result(result, tmp_path, "tasks")
     again = artifacts.load_result(tmp_path, "tasks", tasks.Result)
     assert tasks.table(again) == tasks.table(result) and "B=30" in again.label(1)
-    assert figures.FIGURES["tasks"].plot(again).axes
+    assert figures.find("tasks").plot(again).axes
 
 
 def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
@@ -317,7 +315,8 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
     sources = {}
     artifacts.save_result(figures.compute("spectra", config, sources), tmp_path, "spectra")
     assert list(sources) == [GRADIENTS]
-    monkeypatch.setattr(spectra, "run", None)
+    spec = dataclasses.replace(figures.find("spectra"), run=None)
+    monkeypatch.setitem(restoration.FIGURES, "spectra", spec)
     result, figure = figures.show("spectra", artifact_folder=tmp_path)
     assert result.config == config
     for path in artifacts.save_figure(figure, tmp_path, "spectra"):
@@ -326,111 +325,20 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
         figures.show("momentum", artifact_folder=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name, scale, task",
-    [
-        ("efficiency_e2e", "full", "e2e"),
-        ("efficiency_e2e", "small", "generated-table"),
-        ("spectra", "small", "generated"),
-    ],
-)
-def test_recomputing_keeps_the_task_of_a_lengthy_experiment(monkeypatch, name, scale, task):
-    seen = []
+# what is lengthy, run small: one figure for each experiment, and both tasks of the runs
+TRIALS = ("tasks", "momentum", "efficiency", "membership", "efficiency_e2e", "membership_e2e")
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # which holds the folder of the runs
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
-    monkeypatch.setattr(
-        figures.catalog, "compute", lambda name, config, sources: seen.append(config)
-    )
-    monkeypatch.setattr(
-        figures.catalog,
-        "FIGURES",
-        {name: dataclasses.replace(figures.FIGURES[name], plot=lambda result: None)},
-    )
-    figures.show(name, recompute=True, scale=scale)
-    config = seen[0]
-    assert (config.base if name == "efficiency_e2e" else config.gradients).task == task
-
-
-def test_figures_of_one_model_can_share_it(monkeypatch):
-    prepared = []
-    monkeypatch.setattr(
-        figures.gradients, "prepare", lambda config: prepared.append(config) or object()
-    )
-    for name in ("alignment", "ablation"):
-        monkeypatch.setattr(figures.FIGURES[name].experiment, "run", lambda config, source: source)
-        monkeypatch.setitem(
-            figures.FIGURES,
-            name,
-            dataclasses.replace(figures.FIGURES[name], plot=lambda result: None),
-        )
-    sources = {}
-    first, second = (
-        figures.show(name, recompute=True, sources=sources)[0] for name in ("alignment", "ablation")
-    )
-    assert first is second and len(prepared) == 1
-    assert figures.show("ablation", recompute=True)[0] is not first
-
-
-@pytest.mark.parametrize("name", figures.FIGURES)
-def test_every_figure_has_both_scales_a_caption_and_takes_the_options(name):
-    recipe = figures.FIGURES[name]
-    assert recipe.experiment.CAPTION and recipe.experiment.headline
-    for config in (recipe.small, recipe.full):
-        changed = figures.configure(config, model="m", task="t", seed=7, device="cuda")
-        assert type(changed) is type(config)
-        assert "7" in str(changed) and config == figures.configure(config)
-
-
-TRIALS = [
-    ("tasks",),
-    ("momentum",),
-    ("efficiency", "efficiency_mnli"),
-    ("membership",),
-    ("efficiency_e2e", "efficiency_smollm2"),
-    ("membership_e2e",),
-]
-
-
-def test_every_lengthy_figure_has_a_trial():
-    lengthy = [name for name, recipe in figures.FIGURES.items() if recipe.lengthy]
-    assert sorted(sum(TRIALS, ())) == sorted(lengthy)
-
-
-@pytest.mark.parametrize("names", TRIALS, ids=lambda names: names[0])
-def test_what_is_lengthy_can_be_tried_small(names, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the runs of one figure are not repeated for the next
-    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
-    for name in names:
-        result, figure = figures.show(name, recompute=True)
-        assert re.search(r"; generated(-table)? from ", result.description)
-        assert not getattr(result, "failures", ())
-        for values in (
-            getattr(result, key) for key in ("score", "auc", "restored") if hasattr(result, key)
-        ):
-            assert np.isfinite(values).all() and np.ptp(values) > 1e-3
-        figure.canvas.draw()
-        assert figures.FIGURES[name].experiment.headline(result)
-
-
-def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, capsys):
-    folder = Path(__file__).parent.parent / "paper_artifacts"
-    shutil.copytree(folder, tmp_path / "kept")
-    monkeypatch.setattr(figure_command, "compute", None)
-    lengthy = [name for name, recipe in figures.FIGURES.items() if recipe.lengthy]
-    figure_command.main(
-        only=lengthy, scale="small", output=tmp_path / "figures", artifact_folder=tmp_path / "kept"
-    )
-    said = " ".join(capsys.readouterr().err.split())
-    for name in lengthy:
-        for path in folder.glob(f"{name}.*"):
-            assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
-        assert f"{name}: drawn from the saved result" in said
-
-
-def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):
-    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
-    assert figures.default_task() == "generated"
-    monkeypatch.setenv("LOWRANK_DP_DATA", str(tmp_path))
-    assert figures.default_task() == "generated"
-    (tmp_path / "glue/sst2").mkdir(parents=True)
-    (tmp_path / "glue/sst2/train.jsonl.gz").touch()
-    assert figures.default_task() == "sst2"
+    result, figure = figures.show(name, recompute=True)
+    assert re.search(r"; generated(-table)? from ", result.description)
+    assert not getattr(result, "failures", ())
+    for values in (
+        getattr(result, key) for key in ("score", "auc", "restored") if hasattr(result, key)
+    ):
+        assert np.isfinite(values).all() and np.ptp(values) > 1e-3
+    figure.canvas.draw()
+    assert figures.find(name).headline(result)

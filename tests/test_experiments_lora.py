@@ -7,11 +7,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from lowrank_dp import artifacts, theory
+from lowrank_dp import artifacts, figures, theory
 from lowrank_dp.experiments import dynamics, lora_noise, projection_privacy, total_variation
 from lowrank_dp.experiments.gradients import GradientConfig
-from lowrank_dp.mia import metrics
-from lowrank_dp.plots import lora as plots
+from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE
 
 TINY = GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32)
 CONFIGS = {
@@ -66,10 +65,10 @@ def test_result_reloads_and_plots(name, results, tmp_path):
     for key, value in vars(results[name]).items():
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(getattr(loaded, key), value)
-    assert isinstance(getattr(plots, f"plot_{name}")(loaded), Figure)
+    assert isinstance(figures.find(name).plot(loaded), Figure)
     assert module.headline(loaded) == module.headline(results[name])
     assert "2409.17538" in module.CAPTION
-    expected = artifacts.NO_RECORDS if name == "total_variation" else artifacts.NON_PRIVATE
+    expected = NO_RECORDS if name == "total_variation" else NON_PRIVATE
     assert loaded.privacy == expected
 
 
@@ -109,21 +108,6 @@ def test_two_rows_give_the_candidate_away_and_one_does_not(results):
     assert np.isnan(result.auc[0, 1:]).all()
     assert (result.profile >= result.profile_gaussian)[:3].all()  # rank << n
     assert result.by_rank[0, 1] < min(result.by_rank[0, [0, 2]])  # not monotone in the rank
-
-
-def test_auc_interval_matches_simulation_and_covers_the_ends():
-    rng = np.random.default_rng(0)
-    member = np.arange(400) < 200
-    inside = 0
-    for _ in range(200):
-        _, low, high = metrics.auc_with_interval(rng.normal(size=400) + member, member)
-        inside += low < 0.760250 < high  # Phi(1 / sqrt 2)
-    assert 180 <= inside <= 199  # 95 % of 200, beyond 3 sigma on both sides
-    assert metrics.auc_with_interval(member * 1.0, member) == (
-        1.0,
-        pytest.approx(0.025 ** (1 / 200)),
-        1.0,
-    )
 
 
 def test_every_arm_starts_like_full_fine_tuning_and_ends_elsewhere(results):

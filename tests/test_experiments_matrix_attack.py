@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lowrank_dp.plots.lora import plot_matrix_attack
 from matplotlib.figure import Figure
 from scipy import special, stats
 
 from lowrank_dp import artifacts, figures, theory
 from lowrank_dp.experiments import matrix_attack as attack
 from lowrank_dp.experiments.gradients import GradientConfig, prepare
+from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.mia.metrics import auc
+from lowrank_dp.plots.projection import plot_matrix_attack
 from tests.tasks import seeded
 
 TINY = replace(
@@ -230,13 +231,13 @@ def test_noise_is_in_units_of_the_clipping_norm(source, result):
 def test_result_reloads_plots_and_repeats(result, source, tmp_path):
     artifacts.save_result(result, tmp_path, "matrix_attack")
     loaded = artifacts.load_result(tmp_path, "matrix_attack", attack.Result)
-    assert loaded.config == TINY and loaded.privacy == artifacts.NON_PRIVATE
+    assert loaded.config == TINY and loaded.privacy == NON_PRIVATE
     assert attack.headline(loaded) == attack.headline(result)
     figure = plot_matrix_attack(loaded)
     assert isinstance(figure, Figure) and len(figure.axes) == len(TINY.ranks)
     np.testing.assert_array_equal(attack.run(TINY, source).scores, loaded.scores)
     assert "2409.17538" in attack.CAPTION and "knows all other records" in attack.CAPTION
-    assert figures.FIGURES["matrix_attack"].experiment is attack
+    assert figures.find("matrix_attack").run is attack.run
 
 
 @pytest.mark.parametrize("noise", [(0.0,), (0.5,), (0.0, 0.5), (1e-7, 1.0)])

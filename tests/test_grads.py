@@ -65,6 +65,10 @@ CONFIGS = {
     "llama": lambda **k: LlamaConfig(**SHARED, num_key_value_heads=1, **k),
     "qwen3": lambda **k: Qwen3Config(**SHARED, num_key_value_heads=1, head_dim=8, **k),
 }
+FAST_FIRST = [  # two architectures in every run, the others beside the slow tests
+    arch if arch in ("gpt2", "llama") else pytest.param(arch, marks=pytest.mark.slow)
+    for arch in CONFIGS
+]
 TARGETS = {
     "roberta": ["query", "value"],
     "bert": ["query", "value"],
@@ -152,7 +156,7 @@ def check(model, batch, tolerance=1e-5, bound=None, expected=None, case=None, **
 
 
 @pytest.mark.parametrize("task", ["sequence", "causal"])
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", FAST_FIRST)
 def test_equals_the_loop(arch, task):
     for method in ("full", "lora", "frozen-a"):
         model, batch = build(arch, task, method), make_batch(task)
@@ -163,7 +167,7 @@ def test_equals_the_loop(arch, task):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", FAST_FIRST)
 def test_equals_opacus_hooks(arch, method):
     model, batch = build(arch, "sequence", method), make_batch()
     if method == "full":  # Opacus cannot tell shared position ids from a batch of one
@@ -317,6 +321,7 @@ def test_dropout_follows_the_mode():
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch, method", [("llama", "full"), ("bert", "full"), ("gpt2", "full"), ("llama", "lora")]
 )

@@ -269,6 +269,7 @@ def test_bad_values_are_refused_as_elsewhere(graphs):
 # In training
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_as_another(base, graphs, tmp_path):
     config = replace(base, steps=3, noise_multiplier=0.3, learning_rate=1e-2)
     want = train(config, tmp_path / "plain", show_progress=False)
@@ -278,6 +279,7 @@ def test_a_compiled_run_trains_as_another(base, graphs, tmp_path):
     assert got.curve[-1]["loss"] != want.curve[0]["loss"]
 
 
+@pytest.mark.slow
 def test_steps_that_were_lost_count_again(base, graphs, tmp_path, monkeypatch):
     """Another graph may round differently: with the same noise, its sums are a second release."""
     config = replace(base, steps=5, snapshot_every=2, compile=True)

@@ -71,7 +71,7 @@ def imported(source, package):
 
 
 def violations(room, source, package):
-    for target, for_types in imported(source, package):
+    for target, _ in imported(source, package):
         if target == room or target.startswith("__"):
             continue
         if target not in ORDER or ORDER.index(target) >= ORDER.index(room):

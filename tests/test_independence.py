@@ -1,6 +1,6 @@
 """Rows are kept apart, or the model is refused; and no row contributes more than C."""
 
-import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +20,8 @@ from lowrank_dp.grads.recording import Tape
 from lowrank_dp.models import load_tokenizer
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.setup import prepare
+from tests.oracles import clip_one_by_one, refusal_of
+from tests.tasks import write_jsonl
 
 SIZES = dict(
     vocab_size=768,
@@ -49,21 +51,10 @@ MINDING = {
 def places(tmp_path_factory):
     """A folder of 128 short records and one long one, and one for each model."""
     folder = tmp_path_factory.mktemp("minding")
-    (folder / "data").mkdir()
     for split, count in (("train", 129), ("validation", 8)):
-        (folder / "data" / f"{split}.jsonl").write_text(
-            "".join(
-                json.dumps(
-                    {
-                        "sentence": "the film was a very dull "
-                        + "film " * (120 if i == 128 else 0),
-                        "label": i % 2,
-                    }
-                )
-                + "\n"
-                for i in range(count)
-            )
-        )
+        words = ["the film was a very dull " + "film " * (120 * (i == 128)) for i in range(count)]
+        rows = [{"sentence": text, "label": i % 2} for i, text in enumerate(words)]
+        write_jsonl(folder / "data" / f"{split}.jsonl", rows)
     tokenizer = load_tokenizer("tiny")
     for name, config in MINDING.items():
         torch.manual_seed(0)
@@ -93,6 +84,7 @@ def config_of(places, name, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MINDING)
 def test_a_model_that_minds_padding_is_refused_and_accepted_with_public_lengths(places, name):
     with pytest.raises(ValueError, match=r"take no notice of padding.*--padding max-length"):
@@ -240,22 +232,8 @@ def batch_of(rows=5, length=7):
     }
 
 
-def loop(model, batch, bound):
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
-    norms = []
-    for row in range(len(batch["labels"])):
-        loss = model(**{k: v[row : row + 1].clone() for k, v in batch.items()}).loss
-        grads = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
-        norms.append(torch.stack([g.double().norm() for g in grads if g is not None]).norm())
-        for name, g in zip(trained, grads, strict=True):
-            if g is not None:
-                total[name] += g.double() * min(1.0, bound / float(norms[-1]))
-    return total, torch.stack(norms)
-
-
 def require_loop(model, batch, backend="bookkeeping"):
-    total, true = loop(model, batch, 0.3)
+    total, true = clip_one_by_one(model, batch, 0.3)
     sums, norms = clipped_sum(model, batch, 0.3, backend=backend)
     torch.testing.assert_close(norms.double(), true, rtol=1e-5, atol=1e-9)
     for name, t in total.items():
@@ -315,7 +293,7 @@ def test_layouts_and_shared_positions_are_refused_or_right():
         model = Small("transposed", 16)
         parts = [batch_of(3, 1), batch_of(5, 5), batch_of(4, 6)]
         sums, norms = clipped_sum_over(model, parts, 0.3)
-        totals, true = zip(*(loop(model, part, 0.3) for part in parts), strict=True)
+        totals, true = zip(*(clip_one_by_one(model, part, 0.3) for part in parts), strict=True)
         torch.testing.assert_close(norms.double(), torch.cat(true), rtol=1e-5, atol=1e-9)
         for name in sums:
             torch.testing.assert_close(
@@ -444,14 +422,10 @@ def test_labels_and_ids_that_the_model_does_not_know_are_named_by_row():
         ([0.0, 1.0, 2.0, 0.0], r"^batch row 0 has a label of torch.float32"),
         ([[0, 1], [1, 2], [0, 0], [1, 1]], r"^batch row 0 has labels of shape \(2,\)"),
     ):
+        batch = {"input_ids": ids, "labels": torch.as_tensor(labels)}
         for backend in ("bookkeeping", "opacus", "loop"):
-            with pytest.raises(ValueError, match=line):
-                clipped_sum(
-                    model,
-                    {"input_ids": ids, "labels": torch.as_tensor(labels)},
-                    1.0,
-                    backend=backend,
-                )
+            message = refusal_of(clipped_sum, model, batch, 1.0, backend=backend)
+            assert re.search(line, message), (line, backend, message)
     with pytest.raises(ValueError, match=r"^batch row 3 cannot be run by the model \(index out"):
         clipped_sum(
             model,

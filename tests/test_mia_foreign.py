@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import IGNORE, Example, encode, load_task
-from lowrank_dp.data.batches import Template
+from lowrank_dp.data.template import Template
 from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.models import load_tokenizer
 from tests.tasks import run_command

@@ -479,7 +479,12 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", BUGS)
+QUICK = {"no noise", "no clipping", "the same rows each step", "clean sums to the optimizer"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in BUGS]
+)
 def test_a_planted_bug_stops_the_run_by_name(name, base, tmp_path, monkeypatch):
     plant, words, *changes = BUGS[name]
     plant(monkeypatch)
@@ -548,6 +553,7 @@ def other_weights(patch):
     patch.setattr(preparation, "load_model", load_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plant, begun_with, words",
     [
@@ -570,6 +576,7 @@ def test_a_bug_of_resuming_stops_the_run_by_name(
     assert "\n" not in str(error.value) and not (tmp_path / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_an_honest_run_is_resumed(base, tmp_path, monkeypatch):
     config = replace(base, steps=12, snapshot_every=6, seed=None)
     half_made(monkeypatch, config, tmp_path, 9)
@@ -606,6 +613,7 @@ def hash_of(row, *key):
     return hashlib.sha256(f"{key} {row.text}".encode()).digest()
 
 
+@pytest.mark.slow
 def test_a_bug_of_selection_stops_the_run_by_name(base, tmp_path, monkeypatch):
     for number, choose in enumerate((first_rows, smallest_hashes, shuffled)):
         for place, changes, words in (
@@ -646,6 +654,7 @@ def test_a_scheme_that_reads_clean_gradients_is_refused_whatever_the_config_says
         train(config, tmp_path / "run", show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -699,6 +708,7 @@ def not_finite(output):
     output.loss = output.loss * math.nan
 
 
+@pytest.mark.slow
 def test_a_stop_by_private_rows_names_none_of_their_numbers(base, tmp_path, monkeypatch):
     for name, patched, forward, words in (
         ("mixing", BertPooler, mixing, r"loss of row \d+ is not the same alone and in the batch"),

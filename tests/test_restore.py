@@ -1,4 +1,4 @@
-"""Every scheme against a naive float64 transcription; the fast path against the exact one."""
+"""Every scheme against naive float64 formulas; the fast path against the exact path."""
 
 import itertools
 import math
@@ -13,6 +13,8 @@ from lowrank_dp.restore import (
     EDGE_SCHEMES,
     NON_PRIVATE_SCHEMES,
     SCHEMES,
+    GradientRestorer,
+    exponential_average,
     oracle_values,
     project,
     restore,
@@ -20,6 +22,7 @@ from lowrank_dp.restore import (
     restore_with_report,
     restored_values,
 )
+from lowrank_dp.restore.gradients import _batches
 from lowrank_dp.spectrum.random_matrix import NoiseModel
 from tests.refusals import refused
 from tests.tasks import seeded as generator
@@ -50,7 +53,7 @@ CASES = [
 
 
 def spiked(shape, factors, noise_std=0.7, seed=0, dtype=torch.float64):
-    """(noisy, clean): spikes at ``factors`` times the transition (mn)^(1/4) noise_std."""
+    """``(noisy, clean)`` with spikes at ``factors`` times the transition (mn)^(1/4) noise_std."""
     g = generator(seed)
     k = len(factors)
     u, v = (torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0] for n in shape)
@@ -133,7 +136,7 @@ def naive_values(
 
 
 def naive(noisy, noise_std, name, below="keep", **options):
-    """Restored matrix by numpy's SVD in float64."""
+    """Matrix restored by numpy's SVD in float64."""
     x = noisy.double().numpy()
     u, s, vh = np.linalg.svd(x, full_matrices=False)
     edge = noise_std * (math.sqrt(x.shape[0]) + math.sqrt(x.shape[1]))
@@ -286,7 +289,7 @@ def test_kappa_moves_the_trigger():
 
 
 def test_values_between_the_edge_and_the_threshold_are_zeroed():
-    """Above the edge but below lambda*: nothing is left, in both methods alike."""
+    """A value above the edge but below lambda* leaves nothing, with both methods."""
     noise = torch.randn(200, 300, generator=generator(0))
     u, s, vh = torch.linalg.svd(noise, full_matrices=False)
     s[0] = 34.0  # edge 31.5, lambda* 36.4
@@ -298,7 +301,7 @@ def test_values_between_the_edge_and_the_threshold_are_zeroed():
 
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_false_spike_rate(method):
-    """About one draw in eight of pure noise passes the edge, about one in a hundred this level."""
+    """Pure noise passes the edge in about one draw of eight, and the level in one of a hundred."""
     g = generator(7)
     acted = np.zeros(2)
     for _ in range(150):
@@ -462,6 +465,94 @@ def test_gradients_of_a_model():
         restore_gradients({"w": np.ones((3, 3))}, 1.0)
 
 
+def test_a_noise_level_per_gradient():
+    grads = {"w": spiked((60, 90), [3.0])[0], "v": 2 * spiked((60, 90), [2.0], seed=1)[0]}
+    restored, reports = restore_gradients(grads, {"w": 0.7, "v": 1.4})
+    for name, noise_std in (("w", 0.7), ("v", 1.4)):
+        assert torch.equal(restored[name], restore(grads[name], noise_std)), name
+        assert reports[name].noise_std == noise_std
+
+
+def test_only_matrices_alike_share_a_batch():
+    def on_a_device(*shape, dtype=torch.float32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    grads = {
+        "a": on_a_device(3, 4),
+        "b": on_a_device(3, 4),
+        "louder": on_a_device(3, 4),
+        "turned": on_a_device(4, 3),
+        "finer": on_a_device(3, 4, dtype=torch.float64),
+        "row": on_a_device(1, 4),
+        "vector": on_a_device(4),
+        "here": torch.ones(3, 4),
+        "here too": torch.ones(3, 4),
+    }
+    noise_stds = dict.fromkeys(grads, 1.0) | {"louder": 2.0}
+    alone = [["louder"], ["turned"], ["finer"], ["row"], ["here"], ["here too"]]
+    assert _batches(grads, noise_stds, smallest_side=1) == [["a", "b"], *alone]
+    alone.remove(["row"])
+    assert _batches(grads, noise_stds, smallest_side=2) == [["a", "b"], *alone]
+
+
+def test_oracle_from_clean_gradients():
+    pairs = {"w": spiked((60, 90), [3.0, 1.0]), "row": spiked((1, 9), [2.0])}
+    noisy, clean = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    restored, _ = restore_gradients(noisy | {"b": torch.ones(3)}, 0.7, "oracle", clean=clean)
+    for name in pairs:
+        values = oracle_values(noisy[name], clean[name])
+        assert torch.equal(restored[name], restore(noisy[name], 0.7, "oracle", values=values))
+    assert torch.equal(restored["b"], torch.ones(3))
+    for scheme in SCHEMES:
+        if scheme not in NON_PRIVATE_SCHEMES:
+            words = "^clean must not be given for the private scheme"
+            refused(words, restore_gradients, noisy, 0.7, scheme, clean=clean)
+
+
+def test_restorer_keeps_running_means():
+    """Each mean is restored at its own noise level, here and through a round trip of the state."""
+    steps = [
+        {"w": spiked((60, 90), [3.0], seed=i)[0], "b.c": torch.full((5,), 1.0 * i)}
+        for i in range(4)
+    ]
+    late = spiked((40, 30), [2.0])[0]
+    filters = {"w": exponential_average(0.8), "b.c": exponential_average(0.8)}
+    restorer = GradientRestorer("soft", low_pass=exponential_average(0.8), below="zero")
+    for step in steps[:3]:
+        filters = {name: filters[name].update(step[name], 0.7) for name in step}
+        got = restorer.restore(step, 0.7)
+        want = restore(filters["w"].mean, filters["w"].noise_std, "soft", below="zero")
+        assert torch.equal(got["w"], want) and torch.equal(got["b.c"], filters["b.c"].mean)
+    again = GradientRestorer("soft", low_pass=exponential_average(0.8), below="zero")
+    again.load_tensors(restorer.tensors(), steps[0])
+    shares = []
+
+    def distribute(work, gradients):
+        shares.extend(gradients)
+        return {name: work({name: gradients[name]})[name] for name in gradients}
+
+    last = steps[3] | {"late": late}
+    for one, options in ((restorer, {}), (again, {"distribute": distribute})):
+        got = one.restore(last, 0.7, **options)
+        torch.testing.assert_close(got["late"], restore(late, 0.7, "soft", below="zero"))
+        assert one.reports["late"].noise_std == pytest.approx(0.7)
+        assert one.reports["w"].noise_std < 0.5
+    assert shares == ["w", "b.c", "late"]
+    for name, tensor in restorer.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+    before = restorer.tensors()
+    refused("^noisy must have finite", restorer.restore, {"w": math.nan * last["w"]}, 0.7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in restorer.tensors().items())
+    again.restore(steps[3], 0.7)  # without a gradient of the third parameter, whose mean stays
+    torch.testing.assert_close(again.filters["late"].mean, late)
+    shares.clear()
+    plain = GradientRestorer("none", low_pass=exponential_average(0.8))
+    got = plain.restore(last, 0.7, distribute=distribute)
+    torch.testing.assert_close(got["w"], last["w"])
+    assert not shares  # the identity is no work to distribute
+    refused("^k must be given", GradientRestorer, "truncate")
+
+
 def test_projection():
     noisy = torch.randn(2, 20, 30, generator=generator(0), dtype=torch.float64)
     basis = torch.linalg.qr(torch.randn(20, 4, generator=generator(1), dtype=torch.float64))[0]
@@ -538,7 +629,7 @@ def test_many_spikes_fall_back_to_the_exact_path():
 
 
 def test_wide_dynamic_range_in_single_precision():
-    """A spike 1e5 times the edge does not hide a small one beside it."""
+    """A spike 1e5 times the edge does not hide a small spike."""
     noisy, clean = spiked((300, 500), [1e5, 3.0])
     want = naive(noisy, 0.7, "optimal")
     noisy = noisy.float()

@@ -55,6 +55,7 @@ def naive(content, purpose, seed, number=0):
     return int.from_bytes(digest, "big") / 2**64
 
 
+@pytest.mark.slow
 def test_one_record_more_changes_that_record_alone():
     """Data, positions, sizes and seeds are random; half of the trials have groups."""
     rng = random.Random(1)
@@ -158,6 +159,7 @@ def test_copies_are_drawn_apart_for_membership_and_together_for_a_holdout():
         assert {len(chosen), len(rest)} == {0, 500}
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_a_binomial():
     """Each size fits its binomial distribution (false alarm 1e-9); the mean is within 5 errors."""
     for count, size in ((400, 100), (1000, 30), (5000, 1000), (4000, 3999)):
@@ -209,6 +211,7 @@ def test_max_examples_of_a_file_with_one_record_more(tmp_path):
             load_task(str(path), max_examples=1, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set")
 def test_sst2_with_one_record_inserted(tmp_path):
     """A random sample of positions changed 906 of 1,000 records; the draw changes one at most."""

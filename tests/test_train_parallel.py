@@ -21,6 +21,7 @@ from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import environment, first_state
 from lowrank_dp.train.step import take_step
+from tests.forks import MAIN
 from tests.tasks import Stop, train_words
 
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 5, 60
@@ -357,7 +358,7 @@ def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_pat
             train(config, tmp_path)
     assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
 
-    three = start(3, "-c", KILLED, *train_words(config, tmp_path, "--resume"))
+    three = start(3, KILLED, *train_words(config, tmp_path, "--resume"))
     said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
     assert [process.returncode for process in three] == [-signal.SIGKILL, 2, 2]
     for out, err in said[1:]:
@@ -388,7 +389,7 @@ def test_signals_stop_all_after_one_step(layout, model, start, tmp_path):
     config = make_config(
         model, steps=100_000, snapshot_every=100_000, eval_every=100_000, shard=layout == "shards"
     )
-    two = start(2, "-m", "lowrank_dp", *train_words(config, tmp_path, "--resume"))
+    two = start(2, MAIN, *train_words(config, tmp_path, "--resume"))
     end = time.monotonic() + 120
     while len(ledger(tmp_path)) < 3 and time.monotonic() < end:
         time.sleep(0.1)

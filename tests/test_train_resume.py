@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from conftest import save_bert
 from safetensors.torch import load_file, save_file
 
 import lowrank_dp.train.result as result_module
@@ -21,6 +20,7 @@ from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train import loop as train_module
 from lowrank_dp.train import state as state_module
 from lowrank_dp.train.loop import train
+from tests.tasks import Stop, save_bert, train_words, write_reviews
 
 STEPS = 7
 LORA = {
@@ -36,10 +36,6 @@ FULL = {"method": "full", "optimizer": "sgd", "beta1": 0.9, "schedule": "linear"
 FILTER = {"method": "lora-frozen-a", "filter_b": (0.2, 0.1), "filter_a": (-0.5, -0.2)}
 
 
-class Stop(BaseException):
-    """What breaks a run off; no error, which a failed write would be explained as."""
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -48,23 +44,8 @@ def places(tmp_path_factory):
     """A BERT of one layer with dropout, at random weights, and a task of sentences with labels."""
     folder = tmp_path_factory.mktemp("places")
     save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=24)
-    write_data(folder / "data")
+    write_reviews(folder / "data")
     return folder
-
-
-def write_data(folder, change=lambda rows: rows):
-    folder.mkdir(exist_ok=True)
-    for split, count in (("train", 40), ("validation", 12)):
-        rows = [
-            {
-                "idx": i,
-                "sentence": f"The film number {i} is {('dull', 'fresh')[i % 2]} .",
-                "label": i % 2,
-            }
-            for i in range(count)
-        ]
-        rows = change(rows) if split == "train" else rows
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -636,7 +617,7 @@ def test_another_configuration_is_refused(config, places, half_done, tmp_path):
 
 
 def test_other_data_is_refused(places, tmp_path, half_done):
-    write_data(tmp_path / "data")
+    write_reviews(tmp_path / "data")
     config = make_config(places, task=str(tmp_path / "data"))
     half_done(config, tmp_path / "run")
 
@@ -649,7 +630,7 @@ def test_other_data_is_refused(places, tmp_path, half_done):
         lambda rows: rows[:-1],
         lambda rows: rows[::-1],
     ):
-        write_data(tmp_path / "data", change)
+        write_reviews(tmp_path / "data", change)
         with pytest.raises(ValueError, match="not those that the run began with"):
             train(config, tmp_path / "run", resume=True)
 
@@ -797,15 +778,6 @@ print(json.dumps(codes))
 """
 
 
-def arguments(config, folder):
-    words = ["train", "--output", str(folder)]
-    for name, value in config.as_json().items():
-        if value != TrainConfig(non_private=True).as_json()[name] and name != "non_private":
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}={item}" for item in values]
-    return words
-
-
 @pytest.mark.slow
 def test_a_full_disk_costs_nothing_that_was_done(places, tmp_path, monkeypatch):
     """While a snapshot is written; and the checkpoint. Afterwards the run goes on."""
@@ -828,7 +800,7 @@ def test_a_full_disk_costs_nothing_that_was_done(places, tmp_path, monkeypatch):
     assert later > 1.5 * first and len(references[1]) > 1.5 * small
     limits = (first + later) // 2, (small + len(references[1])) // 2
     jobs = [
-        (limit, arguments(config, tmp_path / name))
+        (limit, train_words(config, tmp_path / name))
         for limit, config, name in zip(
             limits, (growing, narrow), ("snapshot", "checkpoint"), strict=True
         )

@@ -106,18 +106,15 @@ json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def sharded(small_bert, torchrun, tmp_path_factory):
+def sharded(small_bert, start, tmp_path_factory):
     """What two processes did: configurations, folder, and a report from each."""
     folder = tmp_path_factory.mktemp("sharded")
     configs = {name: TrainConfig(**BASE | changes) for name, changes in RUNS.items()}
     configs["classifier"] = replace(configs["classifier"], model=str(small_bert))
-    (folder / "worker.py").write_text(WORKER)
-    torchrun(
-        2,
-        str(folder / "worker.py"),
-        json.dumps({name: config.as_json() for name, config in configs.items()}),
-        str(folder),
-    )
+    documents = json.dumps({name: config.as_json() for name, config in configs.items()})
+    two = start(2, WORKER, documents, folder)
+    said = [process.communicate(timeout=300) for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
     reports = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     return configs, folder, reports
 
@@ -267,7 +264,6 @@ def test_killed_mid_step_and_resumed(sharded, start, tmp_path):
         """Exit codes, and what was said; after so many sums the second process is killed."""
         running = start(
             count,
-            "-c",
             KILLED,
             str(after),
             "train",

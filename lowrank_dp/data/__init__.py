@@ -6,7 +6,8 @@ of examples, :func:`collate` one padded batch, and :func:`micro_batches` batches
 
     examples  records       task     splits of records     tasks     tasks by name
     rows  rows to records   formats  files to rows         readers   folders to splits
-    own  a user's own data  selection  random subsets      batches   token rows and batches
+    own  a user's columns   labels   classes and scores    selection  random subsets
+    template  texts around  encoding  records to token rows  batches  padded rows
     generated  English, private and public
 """
 
@@ -16,7 +17,8 @@ from lowrank_dp._lazy import lazy
 
 if TYPE_CHECKING:
     from lowrank_dp._hub import hub_reachable, offline_requested
-    from lowrank_dp.data.batches import SEPARATOR, collate, encode, micro_batches
+    from lowrank_dp.data.batches import collate, micro_batches
+    from lowrank_dp.data.encoding import SEPARATOR, encode
     from lowrank_dp.data.examples import Example
     from lowrank_dp.data.own import Columns
     from lowrank_dp.data.selection import group_units, subset

@@ -262,6 +262,7 @@ def _has_bare_quotes(data: bytes) -> bool:
 
 
 def _parquet(path: Path) -> Table:
+    """Read a Parquet file; sizes are checked before and while its rows are converted."""
     import pyarrow.parquet
 
     try:

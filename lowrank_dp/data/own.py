@@ -1,26 +1,23 @@
-"""A user's own data as a task: the role of each column, and the classes of the labels."""
+"""A user's own data as a task: the role of each column."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
 from lowrank_dp._options import option
-from lowrank_dp.data.examples import bad_cell, cell, check_unicode
+from lowrank_dp.data.examples import bad_cell, cell
 from lowrank_dp.data.formats import Table
+from lowrank_dp.data.labels import MAX_SHOWN, in_words, is_empty, read_labels
 from lowrank_dp.data.readers import read_tables, stem_of, unread_splits
 from lowrank_dp.data.rows import Row, to_examples
 from lowrank_dp.data.task import Task, TaskSpec, build_task
 
-MAX_CLASSES = 1000
-_SHOWN = 10  # classes that a message lists
-_LARGEST = 2**63
 # (text or source, pair, target): columns that are found by their own names
 _KNOWN = (
     ("meaning_representation", None, "human_reference"),
@@ -34,15 +31,15 @@ _KNOWN = (
     ("sentence", None, None),
     ("text", None, None),
 )
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a user's own data; None is found by the column's own name.
+    """Names of the columns of a user's own data, by the role of the column.
 
-    The help texts document the fields. A label is a class (a string, a truth value or an integer
-    >= 0) or a score (a float). ``group`` None: the source text of a record to generate.
+    The help texts document the roles. A role that is None takes a column with a known name, such as
+    "sentence" or "label". A label is a class (a string, a truth value or an integer >= 0) or a
+    score (a float). Without ``group``, records to generate with one source text are a group.
     """
 
     text: str | None = option(
@@ -88,7 +85,7 @@ class Columns:
 
 
 def own_column(role: str) -> Any:
-    """Declare the option of a column in another dataclass, with the help text that Columns has."""
+    """Declare a column's option in another dataclass, with the help text of ``Columns``."""
     return option(None, next(f.metadata["help"] for f in fields(Columns) if f.name == role))
 
 
@@ -132,11 +129,11 @@ def _doubtful_classes(task: Task) -> list[str]:
         used = {example.label for examples in task.splits.values() for example in examples}
         used -= {example.label for example in task.train}
         if absent := [name for place, name in enumerate(names) if place in used]:
-            remarks.append(f"no row of the train split has the class {_in_words(absent)}")
+            remarks.append(f"no row of the train split has the class {in_words(absent)}")
     folded = [" ".join(name.casefold().split()) for name in names]
     if alike := [name for name, key in zip(names, folded, strict=True) if folded.count(key) > 1]:
         remarks.append(
-            f"the classes {', '.join(map(repr, alike[:_SHOWN]))} differ only in case or "
+            f"the classes {', '.join(map(repr, alike[:MAX_SHOWN]))} differ only in case or "
             "white space: write them alike if they are the same"
         )
     return remarks
@@ -152,7 +149,7 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
     rows = {split: [_checked(row, texts) for row in table.rows] for split, table in tables.items()}
     classes: tuple[str, ...] = ()
     if roles.label:
-        classes, values = _labels(roles.label, tables, path)
+        classes, values = read_labels(roles.label, tables, path)
         rows = {
             split: [(where, row | {roles.label: values[row[roles.label]]}) for where, row in found]
             for split, found in rows.items()
@@ -182,7 +179,8 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
 
 
 def _roles_in_words(roles: Columns, classes: tuple[str, ...]) -> str:
-    count = f"{len(classes)} class{'es' * (len(classes) != 1)}: {_in_words(classes)}"
+    """Write which column has which role, for the ``source`` of a task."""
+    count = f"{len(classes)} class{'es' * (len(classes) != 1)}: {in_words(classes)}"
     labels = f" ({count})" if classes else " (a score)"
     return ", ".join(
         f"{role} from {name!r}{labels if role == 'label' else ''}"
@@ -260,7 +258,7 @@ def _checked(row: Row, texts: Iterable[str]) -> Row:
     where, cells = row
     for column in texts:
         value = cell(where, cells, column)
-        if _is_empty(value):
+        if is_empty(value):
             bad_cell(
                 where, column, "a text that is not empty: fill it in or leave the row out", value
             )
@@ -270,126 +268,3 @@ def _checked(row: Row, texts: Iterable[str]) -> Row:
     ):
         return where, cells | {"idx": int(index)}
     return row
-
-
-def _labels(
-    column: str, tables: Mapping[str, Table], path: Path
-) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
-    """Map the values of the label column, over all splits, to numbers of classes or to scores.
-
-    Strings and truth values are classes in sorted order. Integers >= 0 are classes in numeric
-    order, whether or not they start at 0. Floats are classes if all are whole numbers, and scores
-    otherwise. A column that holds such numbers as strings is read like the numbers. The classes of
-    a ``datasets.ClassLabel`` keep their order.
-
-    Returns:
-        The names of the classes, () for scores; and the number or score of each value.
-    """
-    found = [
-        (where, cell(where, row, column)) for table in tables.values() for where, row in table.rows
-    ]
-    declared = {
-        table.class_names[column] for table in tables.values() if column in table.class_names
-    }
-    if declared:
-        return _declared_classes(column, path, declared, found)
-    for where, value in found:
-        _check_label(where, column, value, found[0][1])
-    read = {value: _number(value) if isinstance(value, str) else value for _, value in found}
-    numbers = [number for number in read.values() if not isinstance(number, str)]
-    if isinstance(found[0][1], str) and len(numbers) < len(read):
-        for where, value in found if numbers else ():
-            if isinstance(read[value], str) and not value.isdigit():
-                bad_cell(
-                    where,
-                    column,
-                    "a number like other labels in this column: fill it in, or "
-                    "write every label as a word",
-                    value,
-                )
-        read = {value: value for value in read}
-    elif any(isinstance(number, float) and not number.is_integer() for number in numbers):
-        return (), {value: float(number) for value, number in read.items()}
-    else:
-        for where, value in found:
-            if not 0 <= read[value] < _LARGEST:
-                bad_cell(
-                    where,
-                    column,
-                    "a class: an integer >= 0, or a name (-1 often stands for a missing label)",
-                    value,
-                )
-    classes = sorted(set(read.values()))
-    if len(classes) > MAX_CLASSES:
-        raise ValueError(
-            f"{path}: column {column!r} must hold at most {MAX_CLASSES:,} classes, or "
-            f"floats that are not all whole, got {len(classes):,} different values"
-        )
-    places = {value: place for place, value in enumerate(classes)}
-    return (
-        tuple(str(int(c)) if isinstance(c, float) else str(c) for c in classes),
-        {value: places[number] for value, number in read.items()},
-    )
-
-
-def _declared_classes(
-    column: str, path: Path, declared: set[tuple[str, ...]], found: Sequence[tuple[str, Any]]
-) -> tuple[tuple[str, ...], Mapping[Any, int | float]]:
-    """Take the classes that ``datasets.ClassLabel`` declares; raise ValueError if splits differ."""
-    if len(declared) > 1:
-        raise ValueError(f"{path}: column {column!r} must have the same class names in every split")
-    names = next(iter(declared))
-    for where, value in found:
-        if type(value) is not int or not 0 <= value < len(names):
-            bad_cell(
-                where, column, f"a class from 0 to {len(names) - 1} ({_in_words(names)})", value
-            )
-    return names, {place: place for place in range(len(names))}
-
-
-def _is_empty(value: Any) -> bool:
-    """Tell whether a cell is null, NaN or blank."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _check_label(where: str, column: str, value: Any, first: Any) -> None:
-    """Raise ValueError for an empty or non-finite label, or one unlike ``first`` in its type."""
-    if _is_empty(value):
-        bad_cell(where, column, "a label that is not empty: fill it in or leave the row out", value)
-    if type(value) not in (str, int, float, bool):
-        bad_cell(
-            where,
-            column,
-            "a class (a string, a truth value or an integer) or a score (a float)",
-            value,
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        bad_cell(where, column, "a finite number", value)
-    if isinstance(value, int) and abs(value) >= _LARGEST:
-        bad_cell(where, column, "below 2^63", value)
-    if isinstance(value, str):
-        check_unicode(where, column, value)
-    kind = type(first) if isinstance(first, (str, bool)) else (int, float)
-    if not isinstance(value, kind) or isinstance(value, bool) != isinstance(first, bool):
-        bad_cell(
-            where, column, f"of one type in all rows, like {first!r:.40} in the first row", value
-        )
-
-
-def _number(text: str) -> Any:
-    """Return the number that a string spells, or the string if the spelling is unusual ("007")."""
-    if re.fullmatch(r"0|-?[1-9]\d{0,17}", text):
-        return int(text)
-    if (
-        _NUMBER.fullmatch(text)
-        and math.isfinite(number := float(text))
-        and re.search(r"[.eE]", text)
-    ):
-        return number
-    return text
-
-
-def _in_words(names: Sequence[str]) -> str:
-    """List class names for a message, shortened, with unprintable ones escaped."""
-    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
-    return ", ".join([*(name[:40] for name in shown), *(["..."] if len(names) > _SHOWN else [])])

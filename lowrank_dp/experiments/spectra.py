@@ -145,7 +145,7 @@ def headline(result: Result) -> dict[str, str]:
     }
 
 
-def _stack(values: list[Any]) -> np.ndarray:
+def _stack(values: list[Any]) -> Any:
     """Stack numbers to an array, and vectors to rows that are padded with NaN to one length."""
     if not isinstance(values[0], Tensor):
         return np.asarray(values)

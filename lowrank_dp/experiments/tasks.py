@@ -115,13 +115,14 @@ def run(config: Config) -> Result:
     """Measure every case; ValueError if ``num_draws`` is below 2."""
     _validate.integer("num_draws", config.num_draws, low=2)
     rows = [_measure(config, case) for case in progress(config.cases, "models and tasks")]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     descriptions = tuple(columns.pop("descriptions"))
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in columns.items()}
     return Result(
         config=config,
         privacy=NON_PRIVATE,
         descriptions=descriptions,
-        **{name: np.array(values) for name, values in columns.items()},
+        **arrays,
     )
 
 

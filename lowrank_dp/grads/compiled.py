@@ -155,7 +155,7 @@ def trace_calls(model: nn.Module, layers: TrainedLayers, batch: Batch) -> tuple[
                     refuse(
                         own.values(),
                         f"give an output of shape {tuple(output.shape)}, which "
-                        "compiling knows nothing of",
+                        "the compiled backend does not take",
                         ("bookkeeping",),
                     )
                 calls.append(Call(module, own, output.ndim, output.shape[-1], output.dtype))

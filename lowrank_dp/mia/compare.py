@@ -20,6 +20,7 @@ from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.mia import guards, metrics
 from lowrank_dp.mia.report import Report
 from lowrank_dp.mia.target import Target
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import TrainConfig
 
 
@@ -98,7 +99,7 @@ def method_name(config: TrainConfig) -> str:
             else f"sigma {config.noise_multiplier:g}"
         )
         words.append(f"DP, {noise}")
-    if config.scheme != "none" or config.low_pass is not None:
+    if not SCHEMES[config.scheme].is_identity or config.low_pass is not None:
         words.append(("running mean + " if config.low_pass is not None else "") + config.scheme)
     return ", ".join(words)
 

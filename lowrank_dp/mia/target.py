@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import SEPARATOR, Example, Task
-from lowrank_dp.data.batches import Template
+from lowrank_dp.data.template import Template
 from lowrank_dp.membership.manifest import Manifest
 from lowrank_dp.mia.checkpoint import has_label_head, load_checkpoint, read_checkpoint
 from lowrank_dp.mia.options import NEEDS_BASE, POPULATION, Options

@@ -5,8 +5,9 @@ A backbone is a hub id, a local Hugging Face folder (a full model or a PEFT adap
 Code from a model repository is never executed, and pickled weights are refused.
 
     backbones  find the files   base  read a model          adapters  read a PEFT adapter
-    heads  head and labels      trainable  what trains      loading  the public functions
+    heads  layers of a head     labels  their order         trainable  what trains
     tokenizers  read one        checkpoints  write a model  tiny  the embedded backbones
+    loading  the public functions
 """
 
 from typing import TYPE_CHECKING

@@ -20,11 +20,9 @@ from lowrank_dp.models.backbones import (
     read_json,
 )
 from lowrank_dp.models.base import check_base_weights, label_count, load_base
-from lowrank_dp.models.heads import (
-    final_layer,
-    is_missing,
+from lowrank_dp.models.heads import final_layer, is_missing, listed
+from lowrank_dp.models.labels import (
     label_rows,
-    listed,
     name_labels,
     order_labels,
     own_label_names,

@@ -181,6 +181,7 @@ def label_count(config: dict[str, Any]) -> int:
 def _from_files(
     backbone: Backbone, auto: Any, head: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
+    """Read a model that transformers can read, and the names of its missing weights."""
     folder = Path(backbone.path)
     if folder.is_dir() and "gguf_file" not in backbone.load:
         with quiet(), one_line(str(folder / "config.json")):

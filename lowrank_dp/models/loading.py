@@ -13,13 +13,8 @@ from lowrank_dp.data.task import Task
 from lowrank_dp.models.adapters import load_adapter
 from lowrank_dp.models.backbones import Backbone, adapter_file, find_backbone, find_base
 from lowrank_dp.models.base import fit_tokenizer, load_base
-from lowrank_dp.models.heads import (
-    final_layer,
-    is_missing,
-    mark_new,
-    name_labels,
-    order_labels,
-)
+from lowrank_dp.models.heads import final_layer, is_missing, mark_new
+from lowrank_dp.models.labels import name_labels, order_labels
 from lowrank_dp.models.names import METHODS
 from lowrank_dp.models.tokenizers import has_tokenizer, tokenizer_of
 from lowrank_dp.models.trainable import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def _plot_moments(result: lora_noise.Result, variance: Axes, kurtosis: Axes) -> 
     """Plot measured moments with their intervals, and the formulas."""
     ranks = np.array(result.config.ranks)
     for i, label in enumerate(result.sources):
-        style = {
+        style: dict[str, Any] = {
             "color": COLOURS[i % 7],
             "marker": MARKERS[i % 8],
             "linestyle": "none",

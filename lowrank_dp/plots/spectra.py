@@ -40,7 +40,8 @@ _FILLERS = (
 def plot_spectra(result: spectra.Result) -> Figure:
     """Plot four layers' singular values, then top value, effective rank and overlaps of all."""
     figure = Figure(figsize=(FULL, 4.4))
-    upper, lower = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
+    upper, lower = halves
     panels = upper.subplot_mosaic("abcd") | lower.subplot_mosaic("efg")
     for name, layer in zip("abcd", _spread(result, 4), strict=False):
         _plot_layer(result, panels[name], layer)

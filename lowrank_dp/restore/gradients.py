@@ -49,16 +49,9 @@ def restore_gradients(
     if clean is not None and SCHEMES[_validate.choice("scheme", scheme, SCHEMES)].private:
         raise ValueError(f"clean must not be given for the private scheme {scheme!r}")
     noise_stds = noise_std if isinstance(noise_std, Mapping) else dict.fromkeys(noisy, noise_std)
-    batches: dict[tuple, list[str]] = {}
-    for name, tensor in noisy.items():
-        if not isinstance(tensor, Tensor):
-            _validate.fail(f"gradient of {name}", "a torch tensor", type(tensor).__name__)
-        if tensor.ndim == 2 and (min(tensor.shape) > 1 or clean is not None):
-            alike = (tensor.shape, tensor.dtype, tensor.device, noise_stds[name])
-            batches.setdefault((name,) if tensor.device.type == "cpu" else alike, []).append(name)
     restored = dict(noisy)
     reports: dict[str, Report] = {}
-    for names in batches.values():
+    for names in _batches(noisy, noise_stds, smallest_side=2 if clean is None else 1):
         matrices = [noisy[name] for name in names]
         try:
             if clean is not None:
@@ -75,6 +68,20 @@ def restore_gradients(
         restored.update(zip(names, batch, strict=True))
         reports.update(zip(names, report, strict=True))
     return restored, {name: reports[name] for name in noisy if name in reports}
+
+
+def _batches(
+    noisy: Tensors, noise_stds: Mapping[str, float], smallest_side: int
+) -> list[list[str]]:
+    """Names of the matrices that are restored together: on a CPU, each matrix by itself."""
+    batches: dict[tuple, list[str]] = {}
+    for name, tensor in noisy.items():
+        if not isinstance(tensor, Tensor):
+            _validate.fail(f"gradient of {name}", "a torch tensor", type(tensor).__name__)
+        if tensor.ndim == 2 and min(tensor.shape) >= smallest_side:
+            alike = (tensor.shape, tensor.dtype, tensor.device, noise_stds[name])
+            batches.setdefault((name,) if tensor.device.type == "cpu" else alike, []).append(name)
+    return list(batches.values())
 
 
 class GradientRestorer:

@@ -22,7 +22,8 @@ from tokenizers import ByteLevelBPETokenizer
 
 from lowrank_dp._terminal import progress
 from lowrank_dp.data import generated
-from lowrank_dp.data.batches import SEPARATOR, collate, encode
+from lowrank_dp.data.batches import collate
+from lowrank_dp.data.encoding import SEPARATOR, encode
 from lowrank_dp.data.examples import Example
 from lowrank_dp.losses import IGNORE
 from lowrank_dp.models.tiny.architecture import (

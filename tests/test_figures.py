@@ -1,0 +1,149 @@
+"""The catalogue of figures: every entry is whole, and which config and model an entry is run on."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowrank_dp import artifacts, figures
+from lowrank_dp.commands import figures as figure_command
+from lowrank_dp.experiments import gradients
+from lowrank_dp.figures import catalog, lora, restoration, training
+
+PAPER = Path(__file__).parent.parent / "paper_artifacts"
+LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
+
+
+def replaced(monkeypatch, name, **fields):
+    """Change some fields of a figure for one test."""
+    module = {"restoration": restoration, "lora": lora, "training": training}[catalog.ROOMS[name]]
+    spec = dataclasses.replace(figures.find(name), **fields)
+    monkeypatch.setitem(module.FIGURES, name, spec)
+
+
+def test_every_figure_is_found_and_listed_once():
+    listed = [*restoration.FIGURES, *lora.FIGURES, *training.FIGURES]
+    assert listed == list(figures.NAMES) == list(catalog.ROOMS)
+    with pytest.raises(ValueError, match=r"^figure must be one of .*did you mean 'spectra'"):
+        figures.find("spectr")
+
+
+def test_the_names_load_no_experiment():
+    code = (
+        "import sys, lowrank_dp.figures; lowrank_dp.figures.NAMES; "
+        "print(*[name for name in ('torch', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_every_figure_has_both_scales_a_caption_and_takes_the_options():
+    for name in figures.NAMES:
+        spec = figures.find(name)
+        assert spec.caption and callable(spec.headline) and callable(spec.plot), name
+        for config in (spec.small, spec.full):
+            changed = figures.configure(config, model="m", task="t", seed=7, device="cuda")
+            assert type(changed) is type(config), name
+            assert "7" in str(changed) and config == figures.configure(config), name
+        assert spec.takes_source == ("source" in spec.run.__annotations__), name
+
+
+def holds(saved, kept):
+    """Whether ``saved`` has every field of ``kept``, at any depth, with the same value."""
+    if isinstance(kept, dict):
+        return all(name in saved and holds(saved[name], kept[name]) for name in kept)
+    return saved == kept and type(saved) is type(kept)
+
+
+def test_committed_results_load_draw_and_save_again_to_the_digit(tmp_path):
+    for name in figures.NAMES:
+        spec = figures.find(name)
+        result = artifacts.load_result(PAPER, name, spec.result)
+        path = artifacts.save_result(result, tmp_path, name)
+        saved, kept = (json.loads(p.read_text()) for p in (path, PAPER / path.name))
+        assert holds(saved, kept), name  # and perhaps fields that came later
+        with np.load(tmp_path / f"{name}.npz") as ours, np.load(PAPER / f"{name}.npz") as theirs:
+            assert sorted(ours.files) == sorted(theirs.files), name
+            for key in ours.files:
+                np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{name}: {key}")
+        artifacts.save_table(*spec.rows(result), tmp_path, name, caption=spec.caption)
+        for suffix in (".csv", ".md", ".tex"):
+            table = (tmp_path / name).with_suffix(suffix)
+            assert table.read_bytes() == (PAPER / table.name).read_bytes(), table.name
+        assert spec.plot(result).axes, name
+
+
+def test_recomputing_keeps_the_task_of_a_lengthy_experiment(monkeypatch):
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    for name, scale, task in (
+        ("efficiency_e2e", "full", "e2e"),
+        ("efficiency_e2e", "small", "generated-table"),
+        ("spectra", "small", "generated"),
+    ):
+        seen = []
+        replaced(monkeypatch, name, takes_source=False, run=seen.append, plot=lambda result: None)
+        figures.show(name, recompute=True, scale=scale)
+        config = seen[0]
+        config = config.base if name == "efficiency_e2e" else config.gradients
+        assert config.task == task, (name, scale)
+    assert figures.config_of("spectra", "full", task="own").gradients.task == "own"
+    with pytest.raises(ValueError, match="scale must be one of small, full"):
+        figures.show("spectra", scale="smal")
+
+
+def test_figures_of_one_model_can_share_it(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(gradients, "prepare", lambda config: prepared.append(config) or object())
+    for name in ("alignment", "ablation"):
+        replaced(monkeypatch, name, run=lambda config, source: source, plot=lambda result: None)
+    sources = {}
+    first, second = (
+        figures.show(name, recompute=True, sources=sources)[0] for name in ("alignment", "ablation")
+    )
+    assert first is second and len(prepared) == 1
+    assert figures.show("ablation", recompute=True)[0] is not first
+
+
+def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, capsys):
+    shutil.copytree(PAPER, tmp_path / "kept")
+    for name in LENGTHY:
+        replaced(monkeypatch, name, run=None)
+    figure_command.main(
+        only=LENGTHY, scale="small", output=tmp_path / "figures", artifact_folder=tmp_path / "kept"
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert len(LENGTHY) == 8
+    for name in LENGTHY:
+        for path in PAPER.glob(f"{name}.*"):
+            assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert f"{name}: drawn from the saved result" in said
+
+
+def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    assert figures.default_task() == "generated"
+    monkeypatch.setenv("LOWRANK_DP_DATA", str(tmp_path))
+    assert figures.default_task() == "generated"
+    (tmp_path / "glue/sst2").mkdir(parents=True)
+    (tmp_path / "glue/sst2/train.jsonl.gz").touch()
+    assert figures.default_task() == "sst2"
+
+
+def test_a_computed_result_says_how_it_was_made(monkeypatch, tmp_path):
+    """The experiments return no provenance: the command's writer adds it, with seed and device."""
+    computed = figures.find("total_variation").small
+    computed = figures.compute(
+        "total_variation",
+        dataclasses.replace(computed, ranks=(1, 4), widths=(2, 64), joint_ranks=(4,)),
+    )
+    assert computed.provenance == {}
+    replaced(monkeypatch, "total_variation", run=lambda config: computed)
+    figure_command.main(only=["total_variation"], seed=3, output=tmp_path, artifact_folder=tmp_path)
+    found = json.loads((tmp_path / "total_variation.json").read_text())["provenance"]
+    assert found["seed"] == 3 and found["device"] == "cpu"
+    assert found["git_commit"] and found["versions"]["numpy"] == np.__version__
