@@ -10,9 +10,27 @@ from lowrank_dp._lazy import lazy
 
 __version__ = "0.1.0"
 __all__ = [
-    "accounting", "artifacts", "data", "evaluation", "experiments", "figures", "grads", "losses",
-    "lora", "mechanism", "membership", "mia", "models", "optim", "plots", "restore", "rng",
-    "spectrum", "sweep", "theory", "train",
+    "accounting",
+    "artifacts",
+    "data",
+    "evaluation",
+    "experiments",
+    "figures",
+    "grads",
+    "lora",
+    "losses",
+    "mechanism",
+    "membership",
+    "mia",
+    "models",
+    "optim",
+    "plots",
+    "restore",
+    "rng",
+    "spectrum",
+    "sweep",
+    "theory",
+    "train",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:
