@@ -10,9 +10,6 @@ import pytest
 
 import lowrank_dp
 from lowrank_dp._lazy import _typing_imports
-from lowrank_dp.restore import names, schemes
-from lowrank_dp.restore.names import SCHEME_NAMES
-from lowrank_dp.restore.schemes import SCHEMES
 
 ROOT = Path(lowrank_dp.__file__).parent
 # a module imports only from those before it, and from its own package's inner modules
@@ -137,6 +134,8 @@ def test_lazy_faces_give_every_name_and_no_module_hides_one():
 
 
 def test_names_that_options_choose_from_are_those_that_are_defined():
-    assert tuple(SCHEMES) == SCHEME_NAMES
+    from lowrank_dp.restore import names, schemes
+
+    assert tuple(schemes.SCHEMES) == names.SCHEME_NAMES
     assert schemes.EDGE_SCHEMES == names.EDGE_SCHEMES
     assert schemes.NON_PRIVATE_SCHEMES == names.NON_PRIVATE_SCHEMES
