@@ -66,7 +66,7 @@ def main(
 
     options = Options(**given)
     targets = [open_target(path, options) for path in (model, *(compare_with or []))]
-    asked = _asked(targets, options)
+    asked = _asked(targets, options) if output is not None else {}
     if output is not None and not force:
         _check_replaceable(output, asked)
     console = Console(stderr=as_json)
