@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 
-def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy(
+    package: str, submodules: Collection[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of a face: a name's module is imported when the name is used.
 
     The names are those that the face imports under ``if TYPE_CHECKING:``, so that a type checker
@@ -21,6 +23,8 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
         else:
             __getattr__, __dir__ = lazy(__name__)
 
+    ``submodules`` are names of modules of the package, which load on first use too.
+
     A name that is also the name of its module is imported ordinarily, since Python would bind the
     name to the module.
     """
@@ -30,14 +34,16 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
         return _typing_imports(sys.modules[package])
 
     def load(name: str) -> Any:
-        if name.startswith("__") or name not in modules():
+        if name.startswith("__") or name not in {*submodules, *modules()}:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if name in submodules:
+            return import_module(f"{package}.{name}")
         value = getattr(import_module(modules()[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *modules()})
+        return sorted({*vars(sys.modules[package]), *submodules, *modules()})
 
     return load, names
 

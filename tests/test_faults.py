@@ -17,6 +17,7 @@ from PIL import Image
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import load_result
 from lowrank_dp.train.loop import train
+from tests.oracles import assert_refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,6 +271,42 @@ def test_a_place_that_cannot_be_written_is_one_line(what, target, tmp_path, caps
         main(words(what, target, tmp_path / "file" / "below"))
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+@pytest.mark.slow
+def test_a_report_is_replaced_only_by_the_same_attack(target, tmp_path, capsys):
+    """Without --output nothing is written, neither beside the checkpoint nor elsewhere."""
+    from lowrank_dp.__main__ import main
+
+    config, place = target
+    beside = sorted(path.name for path in (place / "model").iterdir())
+
+    def attack(*words):
+        with pytest.raises(SystemExit) as stop:
+            main(["mia", "--model", str(place / "model"), "--data-dir", config.task, *words])
+        return stop.value.code, *capsys.readouterr()
+
+    code, out, _ = attack("--base", config.model)
+    assert code in (0, 3) and "none written" in out
+    assert sorted(path.name for path in (place / "model").iterdir()) == beside
+    output = ["--output", str(tmp_path / "report")]
+    words = ["--base", config.model, *output]
+    code, out, _ = attack(*words, "--attacks", "loss")
+    assert code in (0, 3) and f"files: {tmp_path / 'report'}" in out
+    before = (tmp_path / "report" / "report.json").read_bytes()
+    code, *_ = attack(*words, "--attacks", "loss", "--batch-size", "32")  # not what it finds
+    assert code in (0, 3)
+    for other in (["--attacks", "base"], ["--attacks", "loss", "--seed", "3"]):
+        assert_refused(attack(*words, *other), "holds a report of other", "--force")
+    assert json.loads(before) == json.loads((tmp_path / "report" / "report.json").read_bytes()) | {
+        "provenance": json.loads(before)["provenance"]
+    }
+    (tmp_path / "report" / "report.json").write_text("{}")  # of an earlier version
+    assert_refused(attack(*words, "--attacks", "loss"), "--force")
+    code, *_ = attack(*words, "--attacks", "base", "--force")
+    assert code in (0, 3)
+    found = json.loads((tmp_path / "report" / "report.json").read_bytes())
+    assert found["primary"] == "base"
 
 
 @pytest.mark.slow

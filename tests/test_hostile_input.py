@@ -24,7 +24,11 @@ from lowrank_dp.commands.train import app as train_app
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 ODD = (
     None,

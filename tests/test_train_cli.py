@@ -19,6 +19,7 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia.options import Options as Attack
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.step import take_step
 from tests.oracles import assert_refused
 from tests.tasks import write_reviews
 
@@ -262,6 +263,44 @@ def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):
     assert_refused(
         call({"--config": str(tmp_path / "gone.json")}), "--config", "gone.json can't be read"
     )
+
+
+def test_resume_alone_goes_on_from_the_saved_configuration(call, tmp_path, capsys, monkeypatch):
+    """Options and files given beside it must agree; the run is killed after its first step."""
+    output, taken = tmp_path / "out", []
+
+    def broken_off(*arguments):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return take_step(*arguments)
+
+    def resume(*words):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--resume", "--output", str(output), *words])
+        return stop.value.code, *capsys.readouterr()
+
+    assert_refused(resume(), "exactly one of epsilon")  # there is nothing to go on with
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank_dp.train.loop.take_step", broken_off)
+        code, _, err = call({"--snapshot-every": "1", "--scheme": "denoise"}, output)
+    assert code == 130 and err == "stopped by SIGINT\n"
+    (tmp_path / "other.json").write_text('{"noise_multiplier": 0.8, "learning_rate": 0.5}')
+    (tmp_path / "same.json").write_text('{"noise_multiplier": 0.8, "scheme": "denoise"}')
+    for words, expected in (
+        (["--steps", "3"], "steps: 3 / 2"),
+        (["--noise-multiplier", "0.9", "--seed", "1"], "noise_multiplier: 0.9 / 0.8"),
+        (["--epsilon", "8"], "epsilon: 8.0 / None"),
+        (["--config", str(tmp_path / "other.json")], "learning_rate: 0.5 / 0.0001"),
+    ):
+        assert_refused(resume(*words), "the configuration that the run began with", expected)
+    code, _, err = resume("--seed", "1", "--config", str(tmp_path / "same.json"))
+    config = load_result(output).config
+    assert code == 0 and not err, err
+    assert (config.steps, config.scheme, config.seed) == (2, "denoise", 1)
+    code, out, _ = resume()  # finished: says the same again
+    assert code == 0 and f"checkpoint: {output}" in out
+    assert_refused(resume("--steps", "3"), "steps: 3 / 2")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)

@@ -103,7 +103,7 @@ def _given(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         inner = hints[field.name]
         if isinstance(inner, type) and is_dataclass(inner):
             found = _given(inner, values)
-            value = inner(**found) if found else None
+            value = typing.cast(Any, inner)(**found) if found else None
         else:
             value = values.get(_name(field))
         if value is not None:

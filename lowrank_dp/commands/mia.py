@@ -65,6 +65,9 @@ def main(
 
     options = Options(**given)
     targets = [open_target(path, options) for path in (model, *(compare_with or []))]
+    asked = _asked(targets, options) if output is not None else {}
+    if output is not None and not force:
+        _check_replaceable(output, asked)
     console = Console(stderr=as_json)
     for line in plan(targets, options):
         say(console, line)
@@ -76,9 +79,6 @@ def main(
         for target in targets:
             load(target, options)  # refuses what an attack would refuse
         return
-    asked = _asked(targets, options)
-    if output is not None and not force:
-        _check_replaceable(output, asked)
     with _folder(output) as folder:
         reports = [attack(target, options, folder / "cache") for target in targets]
     comparison = compare(targets, reports) if len(reports) > 1 else None
