@@ -6,14 +6,17 @@ STAMP := $(VENV)/.installed
 # options for the commands below, e.g. make figures ARGS="--only spectra --scale full"
 ARGS ?=
 
-.PHONY: help install figures test faults lint benchmarks notebooks clean
+.PHONY: help install figures check test coverage faults lint map benchmarks notebooks clean
 
 help:
 	@echo "make install     virtual environment in $(VENV) with every tested version"
 	@echo "make figures     the papers' figures, in figures/ and paper_artifacts/ (no hub, no GPU)"
-	@echo "make test        all tests"
+	@echo "make check       the quick tests, style and types (under 3 minutes on 2 cores)"
+	@echo "make test        all tests (under 10 minutes on 2 cores)"
+	@echo "make coverage    all tests, and the share of lines that they run (at least 90%)"
 	@echo "make faults      a hundred kill -9 over every command that writes"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff's rules, ruff's format and mypy"
+	@echo "make map         write the table of modules in README.md anew"
 	@echo "make benchmarks  speeds and memory, beside what is asked of them"
 	@echo "make notebooks   execute every notebook"
 	@echo "make clean       remove $(VENV) and caches"
@@ -35,10 +38,23 @@ figures: $(STAMP)
 	$(BIN)/python -m lowrank_dp.figures $(ARGS)
 
 # Without HF_HUB_OFFLINE each attempt to reach a hub that is not there takes half a minute.
-# Two processes of one thread each; the tests of one file stay together, since they share fixtures.
+# Two processes of one thread each; the tests of one file stay together, since they share fixtures,
+# and the files keep the order of tests/conftest.py: those with the most slow tests first.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: lint
+	@echo "== running the quick tests"
+	$(PYTEST) -m "not slow and not long" $(ARGS)
+
 test: $(STAMP)
 	@echo "== running the tests"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# Counting lines makes the tests take half as long again, so CI does not do it.
+coverage: $(STAMP)
+	@echo "== running the tests and counting the lines that they reach"
+	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 faults: $(STAMP)
 	@echo "== killing commands at random moments"
@@ -47,7 +63,12 @@ faults: $(STAMP)
 lint: $(STAMP)
 	@echo "== checking style and types"
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+map: $(STAMP)
+	@echo "== writing the table of modules in README.md"
+	$(BIN)/python -m tests.readme_map
 
 benchmarks: $(STAMP)
 	@echo "== running the benchmarks, one after the other"
@@ -60,5 +81,5 @@ notebooks: $(STAMP)
 	  echo "-- $$file"; HF_HUB_OFFLINE=1 $(BIN)/jupyter execute $$file; done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
-"""Epsilon by other hands, for tests/data/accounting.json: slow, and run only to make that file.
+"""Reference values of epsilon from other implementations, for tests/data/accounting.json.
 
-Where dp-accounting's own composition is precise (delta >= 1e-8), its PLD at an interval of 1e-5, or
-a tenth of one step's standard deviation where that is smaller; everywhere its RDP with 400 orders;
-without sampling, the exact profile of Balle & Wang (2018) by mpmath.
+The script is slow and is run only to make that file. It takes dp-accounting's RDP with 400 orders
+everywhere; dp-accounting's PLD where its composition is precise (delta >= 1e-8), at an interval of
+at most 1e-3 or a twentieth of one step's standard deviation; and without sampling the exact profile
+of Balle & Wang (2018) by mpmath.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python benchmarks/engine.py [--quick] [--json FILE]
 
-One CPU thread; packaged MiniLM with a classification head, 64 examples of 32 tokens; all Linear
-and LayerNorm layers trained with the embeddings frozen ("full"), or LoRA of rank 8 on query and
-value ("lora"). "compiled" is ours on a graph of torch.compile, once that is made. Times are
-process-CPU seconds, so other load on the machine matters little, and each ratio is the median over
-rounds in which the modes take turns. "plain" is a forward and a backward without privacy. Opacus's
-modes are its hooks, expanded weights (ew) and ghost clipping, all exact, each up to the clipped
-sum. Peak memory is that of a process that runs one mode only.
+The model is the packaged MiniLM with a classification head, on 64 examples of 32 tokens and one
+CPU thread. "full" trains all Linear and LayerNorm layers with frozen embeddings; "lora" trains LoRA
+of rank 8 on query and value. The modes are "plain", a forward and a backward without privacy; this
+package's "bookkeeping" and "compiled" (the time of making the graph is not counted); and Opacus's
+hooks, expanded weights (ew) and ghost clipping, which are all exact and run up to the clipped sum.
+Times are process-CPU seconds, which other load on the machine changes little. A ratio is the median
+over rounds in which the modes take turns. Peak memory is that of a process that runs one mode only.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def make_batch():
 
 
 def make_step(mode, method):
-    """A function without arguments that does one step and returns the (clipped) sums."""
+    """A function without arguments that takes one step and returns the (clipped) sums."""
     model, batch = build(method), make_batch()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if mode in ("bookkeeping", "compiled"):
@@ -134,7 +134,7 @@ def seconds(step):
 
 
 def measure(method, modes, rounds):
-    """Seconds of each step, mode to list, in rounds; and the worst disagreement between modes."""
+    """Seconds of each round by mode, and the largest relative difference between private modes."""
     steps = {mode: make_step(mode, method) for mode in modes}
     first = {mode: step() for mode, step in steps.items()}
     whole = {mode: torch.cat([g.flatten() for g in sums.values()]) for mode, sums in first.items()}
@@ -151,13 +151,13 @@ def measure(method, modes, rounds):
 
 
 def ratio(times, above, below):
-    """Median and range of paired ratios."""
+    """Median, minimum and maximum of the ratios of two modes in the same round."""
     ratios = [a / b for a, b in zip(times[above], times[below], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def own_peak_megabytes():
-    """Peak resident memory of this process; ru_maxrss alone may be its parent's on Linux."""
+    """Peak resident memory of this process in MB; on Linux ru_maxrss may be its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -169,6 +169,17 @@ def peak_megabytes(mode, method):
     command = [sys.executable, __file__, "--peak", mode, method]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(out.stdout.split()[-1])
+
+
+def show(rows):
+    """Print measured values beside their limits."""
+    print(f"{'':42}{'measured':>9}{'range':>14}{'asked':>9}")
+    for label, value, low, high, sign, asked in rows:
+        met = value <= asked if sign == "<=" else value >= asked
+        print(
+            f"{label:42}{value:9.2f}{low:8.2f}-{high:.2f}{sign:>5} {asked:.2f}"
+            f"  {'met' if met else 'MISSED'}"
+        )
 
 
 def main():
@@ -221,13 +232,7 @@ def main():
     for method, by_mode in (("full", full), ("lora", lora)):
         value, low, high = ratio(by_mode, "bookkeeping", "compiled")
         print(f"{method}: compiled is {value:.2f} times as fast ({low:.2f}-{high:.2f})")
-    print(f"{'':42}{'measured':>9}{'range':>14}{'asked':>9}")
-    for label, value, low, high, sign, asked in rows:
-        met = value <= asked if sign == "<=" else value >= asked
-        print(
-            f"{label:42}{value:9.2f}{low:8.2f}-{high:.2f}{sign:>5} {asked:.2f}"
-            f"  {'met' if met else 'MISSED'}"
-        )
+    show(rows)
     if arguments.json:
         keys = ("figure", "measured", "low", "high", "relation", "asked")
         arguments.json.write_text(

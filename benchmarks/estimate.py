@@ -1,11 +1,13 @@
-"""What the runs in paper_artifacts/configs would take: `python benchmarks/estimate.py`.
+"""Estimated time and memory of the runs in paper_artifacts/configs, by arithmetic.
 
-NOT RUN: there was no GPU. Arithmetic: a trained step takes 6 operations a parameter and token with
-full fine-tuning and 4 with LoRA (no gradients of the frozen weights), times the cost of
-book-keeping over a plain step that benchmarks/engine.py measures (on a CPU), at an assumed share
-of a GPU's bf16 peak. Memory: float32 weights, and for each trained parameter the clipped sum, its
-micro-batch's part, the noisy sum, the running mean and Adam's second moment, plus activations kept
-for the backward pass and the logits of a micro-batch. Evaluation and generation come on top.
+    python benchmarks/estimate.py
+
+NOT MEASURED: there was no GPU. A training step takes 6 operations per parameter and token with full
+fine-tuning and 4 with LoRA (no gradients of the frozen weights), times the cost of book-keeping
+relative to a plain step (benchmarks/engine.py, on a CPU), at an assumed share of a GPU's bf16 peak.
+Memory holds the float32 weights; for each trained parameter the clipped sum, the part of a
+micro-batch, the noisy sum, the running mean and Adam's second moment; the activations kept for the
+backward pass; and the logits of a micro-batch. Evaluation and generation are not included.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from lowrank_dp.train import TrainConfig
 FOLDER = Path(__file__).parent.parent / "paper_artifacts" / "configs"
 PEAK, SHARE = 989e12, 0.25  # H100, dense bf16; assumed share
 OVERHEAD = {"full": 1.25, "lora": 1.05, "lora-frozen-a": 1.05}  # benchmarks/engine.py, on a CPU
-TOKENS = {"sst2": 13, "mnli": 40, "e2e": 59, "dart": 79}  # of a mean row, in MiniLM or SmolLM2
+TOKENS = {"sst2": 13, "mnli": 40, "e2e": 59, "dart": 79}  # mean per row, by MiniLM or SmolLM2
 # blocks, width, inner width, width of keys and values, of queries, matrices in the MLP, vocabulary
 SHAPES = {
     "FacebookAI/roberta-base": (12, 768, 3072, 768, 768, 2, 50265),
@@ -31,7 +33,7 @@ SHAPES = {
 
 
 def estimate(config: TrainConfig) -> tuple[float, float, float, float]:
-    """Parameters in all and trained, in billions; minutes; GiB."""
+    """All and trained parameters in billions, minutes, and GiB of memory."""
     blocks, width, inner, kv, q, mlp, vocabulary = SHAPES[config.model]
     matrices = [(q, width), (kv, width), (kv, width), (width, q), *[(inner, width)] * mlp]
     body = blocks * sum(m * n for m, n in matrices)

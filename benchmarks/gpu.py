@@ -1,12 +1,14 @@
-"""Restoration on a GPU: `python benchmarks/gpu.py [--quick] [--json FILE]`.
+"""Time and accuracy of restoration on a GPU, and its share of a DP training step.
 
-NOT YET RUN on a GPU. Matrices of the shapes of RoBERTa-base and of a 4B model, eight spikes in unit
-noise. Each row: the fast path over all same-shaped layers as one batch, beside one SVD and rebuild
-a layer; the same with TF32 products, with the distance of the two results; and both precisions'
-alignment with the exact path. Then a step of DP training of the packaged MiniLM: its clipped sum in
-float32, in bf16, and in bf16 on a compiled graph, and the share of the step that restoring takes.
-Times are medians over rounds in which the ways take turns, between synchronisations. ``--device
-cpu`` runs the same code on small shapes, to try it.
+    python benchmarks/gpu.py [--quick] [--json FILE]
+
+NOT YET RUN on a GPU. The matrices have the shapes of RoBERTa-base and of a 4B model, with eight
+spikes in unit noise. Each row compares the fast path over all layers of one shape, as one batch,
+with one SVD and rebuild per layer; the fast path in float32 with TF32 products, and the distance of
+their results; and the alignment of both with the exact path. Then follows a step of DP training of
+the packaged MiniLM: its clipped sum in float32, in bf16 and in bf16 on a compiled graph, and the
+share of the step that restoration takes. Times are medians over rounds in which the methods take
+turns, between synchronisations. ``--device cpu`` runs the same code on small shapes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ SPIKES = (6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.2)  # in units of the transition
 
 
 def layers(shape: tuple[int, int], count: int, device: str) -> Tensor:
-    """(count, m, n): signal of rank 8 in unit noise."""
+    """Matrices (count, m, n) of rank-8 signal in unit noise."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -81,7 +83,7 @@ def exact(noisy: Tensor) -> Tensor:
 
 
 def step(device: str, rounds: int) -> dict[str, float]:
-    """Seconds of a clipped sum by ways, and of restoring it."""
+    """Seconds of a clipped sum by each method, and seconds of restoring the sum."""
     rows, length = (16, 16) if device == "cpu" else (256, 64)
     model, _ = load_model("tiny" if device == "cpu" else "minilm", num_labels=2, device=device)
     generator = torch.Generator().manual_seed(0)

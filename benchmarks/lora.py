@@ -1,8 +1,10 @@
-"""Cost of drawing LoRA's noise by its exact law, beside forming A: `python benchmarks/lora.py`.
+"""Time per sample of LoRA's noise: drawn by its exact law, and by forming A.
 
-One CPU thread, rank 256, n = 4096, float32; the two take turns in one run, and the ratio is the
-median over rounds of process-CPU seconds a sample. Forming A means drawing its rank x n entries
-and two matrix-vector products.
+    python benchmarks/lora.py [--quick]
+
+Rank 256, n = 4096, float32, one CPU thread. Forming A means drawing its rank x n entries and taking
+two matrix-vector products. The ratio is the median over rounds, in which the methods take turns, of
+process-CPU seconds per sample.
 """
 
 from __future__ import annotations

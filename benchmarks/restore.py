@@ -1,12 +1,12 @@
-"""Speed and alignment of the fast restoration, beside a full SVD and rebuild.
+"""Time and alignment of the fast restoration, compared with a full SVD and rebuild.
 
     python benchmarks/restore.py [--threads 2] [--quick] [--json FILE]
 
-Float32 matrices of rank-k signal and unit noise, k from 0 to 40. Spikes are given in units of the
-transition (mn)^(1/4) below which a clean singular value cannot be seen; "edge" puts them just above
-it. "exact" is `torch.linalg.svd` and the product of the shrunk factors. Each ratio is the median
-over rounds in which fast and exact take turns, in wall time. Alignment is the cosine with the
-clean signal, as the fast path's share of the exact path's.
+The matrices are float32, of rank-k signal and unit noise, k from 0 to 40. Spikes are in units of
+the phase transition (mn)^(1/4), below which a clean singular value cannot be detected; "edge" means
+spikes just above it. "exact" is `torch.linalg.svd` and the product of the shrunk factors. A ratio
+is the median over rounds in which fast and exact take turns, in wall time. Alignment is the cosine
+with the clean signal, of the fast path relative to the exact path.
 """
 
 import argparse
@@ -38,11 +38,11 @@ SPIKES = {
 
 
 def spiked(shape, factors, seed=0):
-    """(noisy, clean) with unit noise."""
+    """A noisy matrix with unit noise, and its clean signal."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(shape, generator=generator)
     if not factors:
-        # the largest draws of pure noise may pass the asymptotic edge: one that does not
+        # a draw of pure noise may exceed the asymptotic edge: draw until none does
         while decompose(noise, 1.0).num_above_edge:
             noise = torch.randn(shape, generator=generator)
         return noise, torch.zeros(shape)
@@ -54,14 +54,14 @@ def spiked(shape, factors, seed=0):
 
 
 def exact(noisy):
-    """What the fast path replaces, written out."""
+    """Optimal shrinkage by a full SVD, which the fast path replaces."""
     u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
     aspect, scale = aspect_and_scale(noisy.shape, 1.0)
     return (u * (scale * shrink_frobenius(s / scale, aspect))) @ vh
 
 
 def detect(noisy):
-    """The fast path's search alone: is there anything above the edge?"""
+    """The search of the fast path for singular values above the edge, alone."""
     aspect, scale = aspect_and_scale(noisy.shape, 1.0)
     edge = sum(map(math.sqrt, noisy.shape))
     return krylov.leading_triplets(
@@ -77,7 +77,7 @@ def seconds(function, argument, repeats=1):
 
 
 def paired(first, second, argument, rounds, repeats=1):
-    """Median seconds of both, and median and range of first / second, taking turns."""
+    """Median seconds of both functions, and median and range of the paired ratios."""
     first(argument), second(argument)
     times = []
     for turn in range(rounds):

@@ -1,21 +1,22 @@
-"""Time of a DP training step over several processes: measured with 1 and 2, modelled, extrapolated.
+"""Time of a DP training step over several processes: measured for 1 and 2, then extrapolated.
 
     python benchmarks/scale.py [--quick] [--json FILE] [--figure FILE]
 
-Packaged MiniLM, full fine-tuning, SST-2 where LOWRANK_DP_DATA holds it, else the generated task;
-micro-batches of 64, sigma 0.6, scheme optimal, one thread a process. Clipping and restoring are in
-process-CPU seconds, so other load matters little; an exchange (the sum to the first process and
-the noisy sum back) is the least wall time of several, over loopback. The model of a step with N
-processes, fitted to one process and to exchanges of other sizes, and checked against two:
+The model is the packaged MiniLM with full fine-tuning, on SST-2 if LOWRANK_DP_DATA holds it, else
+on the generated task, with micro-batches of 64, sigma 0.6, scheme optimal and one thread per
+process. Clipping and restoration are in process-CPU seconds, which other load changes little. An
+exchange (the sums to rank 0 and the noisy sum back) is the smallest wall time of several, over
+loopback. The time of a step with N processes is modelled as follows. The model is fitted to one
+process and to exchanges of other sizes, and checked against two processes:
 
     clip      c + a * rows / N          exchange   latency + 2 bytes / bandwidth
     restore   k * the longest share of the cost of the matrices, as ``processes.owners`` splits them
     hand out  N latencies + bytes / bandwidth, which splitting the restoration costs
 
 The cost of one matrix is m n or m n min(m, n), whichever fits restorations of single matrices.
-Tables of more devices are extrapolations: the first from what was measured here, a core taken as a
-device; the second from numbers of a GPU that are ASSUMED, and printed with it. ``scale.json`` and
-``figures/scaling.png`` are what it once gave.
+Tables of more devices are extrapolations: the first from these measurements, with a core as a
+device; the second from ASSUMED numbers of a GPU, which are printed with it. ``scale.json`` and
+``figures/scaling.png`` are the results of one run.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,13 +37,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 
-from lowrank_dp import artifacts, train
+from lowrank_dp import artifacts
 from lowrank_dp.figures import default_task
 from lowrank_dp.plots.style import BLACK, BLUE, FULL, GREY, RED, letter, new_figure, styled
-from lowrank_dp.restore import restore
+from lowrank_dp.restore import GradientRestorer, restore
 from lowrank_dp.train import TrainConfig, processes
+from lowrank_dp.train import step as step_module
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step
 
 BATCHES, SIGMA = (32, 64, 128), 0.6
@@ -65,9 +68,9 @@ TOKENS, LARGE_BATCH = 512, 4096
 GPU = {"train": 3e14, "restore": 3e13, "bandwidth": 5e10, "latency": 1e-4}
 
 
-def timed(name, spent):
-    """Add the CPU time of a function that ``train`` calls to ``spent[name]``."""
-    function = getattr(train, name)
+def timed(owner, name, spent):
+    """Add the CPU time of a function that a step calls to ``spent[name]``."""
+    function = getattr(owner, name)
 
     def call(*args, **kwargs):
         started = time.process_time()
@@ -76,15 +79,15 @@ def timed(name, spent):
         finally:
             spent[name] = spent.get(name, 0.0) + time.process_time() - started
 
-    setattr(train, name, call)
+    setattr(owner, name, call)
 
 
 def measure(folder, rounds):
-    """In each process: seconds a step of each part by batch, and of exchanges by size."""
+    """Measure, in each process, the seconds of a step's parts by batch and of exchanges by size."""
     found = {"steps": {}, "exchanges": {}}
     spent = {}
-    for name in ("clipped_sum_over", "restore_gradients"):
-        timed(name, spent)
+    timed(step_module, "clipped_sum_over", spent)
+    timed(GradientRestorer, "restore", spent)
     with processes.processes("cpu"):
         for batch in BATCHES:
             config = TrainConfig(
@@ -96,18 +99,16 @@ def measure(folder, rounds):
                 max_examples=5000,
             )
             setup = prepare(config, 0)
-            state = State(0, "benchmark", *fresh_generators(config, "benchmark"))
+            state = first_state(config, "benchmark")
             values = []
             for _ in range(rounds + 1):
                 spent.clear()
-                # the sample's size is random: the time is one of the expected size's
+                # the size of the sample is random: times are scaled to the expected size
                 drawn = setup.mechanism.sample(
                     len(setup.unit_rows), state.sampler.clone_state()
                 ).numel()
                 take_step(setup, state)
-                values.append(
-                    [spent["clipped_sum_over"] * batch / drawn, spent["restore_gradients"]]
-                )
+                values.append([spent["clipped_sum_over"] * batch / drawn, spent["restore"]])
             found["steps"][batch] = np.median(values[1:], axis=0).tolist()
         found["shapes"] = {name: list(p.shape) for name, p in setup.trained.items()}
         found["tokens"] = statistics.mean(len(row["input_ids"]) for row in setup.rows)
@@ -115,17 +116,17 @@ def measure(folder, rounds):
             found["exchanges"][size] = exchange(torch.ones(size))
         sums = {name: p.detach().clone() for name, p in setup.trained.items()}
         found["exchanges"]["model"] = exchange(torch.cat([t.flatten() for t in sums.values()]))
-        found["hand out"] = least(lambda: processes.spread(lambda some: some, sums))
+        found["hand out"] = least(lambda: processes.map_over_ranks(lambda some: some, sums))
         rank = processes.rank()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
 def exchange(tensor):
-    return least(lambda: processes.broadcast(processes.summed({"sum": tensor})))
+    return least(lambda: processes.broadcast(processes.reduce_to_rank0({"sum": tensor})))
 
 
 def least(call):
-    """Wall seconds of the fastest of several calls."""
+    """Smallest wall time of several calls, in seconds."""
     times = []
     for _ in range(7):
         started = time.perf_counter()
@@ -135,7 +136,7 @@ def least(call):
 
 
 def launch(processes, rounds):
-    """What each of so many processes measured."""
+    """Measurements of each of ``processes`` processes."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [
@@ -158,7 +159,7 @@ def launch(processes, rounds):
 
 
 def single_matrices(rounds):
-    """CPU seconds of restoring one matrix with eight spikes, by shape."""
+    """CPU seconds of the restoration of one matrix with eight spikes, by shape."""
     generator, seconds = torch.Generator().manual_seed(0), []
     for m, n in SHAPES:
         spikes = torch.randn(m, 8, generator=generator) @ torch.randn(8, n, generator=generator)
@@ -173,7 +174,7 @@ def single_matrices(rounds):
 
 
 def longest_share(shapes, count, cost):
-    """Of the matrices' total cost, what the busiest of ``count`` processes has."""
+    """Cost of the matrices of the busiest of ``count`` processes."""
     owner = processes.owners(shapes, count)
     loads = [0.0] * count
     for name, rank in owner.items():
@@ -182,10 +183,11 @@ def longest_share(shapes, count, cost):
 
 
 def extrapolate(clip, latency, transfer, restoring, shapes, cost):
-    """Seconds of a step's parts for each number of devices, and of restoring unsplit.
+    """Seconds of a step's parts, and of an unsplit restoration, for each number of devices.
 
-    ``clip`` is the seconds that do not shrink with devices, and those that do; ``restoring`` is
-    that of a unit of cost; ``transfer`` is of all sums, one way.
+    ``clip`` holds the seconds that do not shrink with the number of devices, and the seconds that
+    do; ``restoring`` is the seconds per unit of cost; ``transfer`` is the seconds of sending all
+    sums one way.
     """
     lines = []
     for count in DEVICES:
@@ -204,7 +206,7 @@ def extrapolate(clip, latency, transfer, restoring, shapes, cost):
 
 
 def show(title, lines):
-    """The table; "split buys" is the step's time with all restoring everything, over the split."""
+    """Print a table; "split buys" is the time of a step with unsplit over split restoration."""
     print(
         f"\n{title}\n{'devices':>9}"
         + "".join(f"{part:>11}" for part in PARTS)
@@ -222,9 +224,143 @@ def show(title, lines):
         )
 
 
+@dataclass(frozen=True)
+class Fit:
+    """The model of a step.
+
+    Attributes:
+        law: the cost of a matrix, a key of ``COSTS``.
+        single: seconds per unit of cost of restoring single matrices.
+        restoring: seconds per unit of cost of restoring in a step.
+        fixed: seconds of clipping that do not depend on the number of rows.
+        per_row: seconds of clipping per row.
+        latency: seconds of a small exchange.
+        transfer: seconds of sending all sums one way.
+        shapes: shapes of the matrices by name.
+        parameters: number of all trained parameters.
+        tokens: mean number of tokens per row.
+    """
+
+    law: str
+    single: float
+    restoring: float
+    fixed: float
+    per_row: float
+    latency: float
+    transfer: float
+    shapes: dict[str, tuple[int, int]]
+    parameters: int
+    tokens: float
+
+    @property
+    def cost(self):
+        """Cost of a matrix (m, n) by the fitted law."""
+        return COSTS[self.law]
+
+
+def fit_model(one, two, rounds):
+    """Fit the model to one process, to exchanges of two, and to single matrices."""
+    singles, fits = single_matrices(rounds), {}
+    for name, cost in COSTS.items():
+        costs = np.array([cost(*shape) for shape in SHAPES], dtype=float)
+        factor = float(np.exp(np.mean(np.log(singles / costs))))
+        fits[name] = float(np.exp(np.abs(np.log(singles / costs / factor)).max())), factor
+    law = min(fits, key=fits.get)
+    print(
+        "restoring single matrices: "
+        + "; ".join(f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items())
+    )
+    shapes = {name: tuple(shape) for name, shape in one["shapes"].items() if len(shape) == 2}
+    parameters = sum(math.prod(shape) for shape in one["shapes"].values())
+    per_row, fixed = np.polyfit(
+        [int(b) for b in one["steps"]], [seconds[0] for seconds in one["steps"].values()], 1
+    ).tolist()
+    restored = float(np.median([seconds[1] for seconds in one["steps"].values()]))
+    exchanges = two[0]["exchanges"]
+    sizes = {int(size): exchanges[size] for size in exchanges if size != "model"}
+    per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
+    return Fit(
+        law=law,
+        single=fits[law][1],
+        restoring=restored / longest_share(shapes, 1, COSTS[law]),
+        fixed=fixed,
+        per_row=per_row,
+        latency=sizes[10**3],
+        transfer=4 * parameters * per_byte,
+        shapes=shapes,
+        parameters=parameters,
+        tokens=one["tokens"],
+    )
+
+
+def compare_model(fit, one, two):
+    """Rows of (label, seconds by the model, measured seconds) for one process and for two."""
+    rows, batch = BATCHES[-1], str(BATCHES[-1])
+    return [
+        ("clip, 1 process", fit.fixed + fit.per_row * rows, one["steps"][batch][0]),
+        (
+            "clip, 2 processes",
+            fit.fixed + fit.per_row * rows / 2,
+            max(r["steps"][batch][0] for r in two),
+        ),
+        (
+            "restore, 1 process",
+            fit.restoring * longest_share(fit.shapes, 1, fit.cost),
+            one["steps"][batch][1],
+        ),
+        (
+            "restore, 2 processes",
+            fit.restoring * longest_share(fit.shapes, 2, fit.cost),
+            max(statistics.median(s[1] for s in r["steps"].values()) for r in two),
+        ),
+        (
+            f"exchange of {fit.parameters:,} floats",
+            fit.latency + 2 * fit.transfer,
+            two[0]["exchanges"]["model"],
+        ),
+        ("hand out", 2 * fit.latency + fit.transfer, two[0]["hand out"]),
+    ]
+
+
+def extrapolate_here(fit):
+    """Print and return the steps of MiniLM on more devices, with a core as a device."""
+    clip = fit.fixed, fit.per_row * BATCHES[-1]
+    lines = extrapolate(clip, fit.latency, fit.transfer, fit.restoring, fit.shapes, fit.cost)
+    show(f"MiniLM, batch {BATCHES[-1]}: EXTRAPOLATED from the above", lines)
+    return lines
+
+
+def extrapolate_to_gpus(fit):
+    """Print and return the steps of a 4B model on ASSUMED GPUs, after its number of parameters."""
+    parameters = sum(m * n for m, n in LARGE.values())
+    flops = 6 * parameters * TOKENS * LARGE_BATCH
+    # FLOP per unit of cost: its time here, at the FLOP/s that training reaches here
+    weights = sum(math.prod(shape) for shape in fit.shapes.values())
+    work = fit.single / (fit.per_row / (6 * weights * fit.tokens))
+    lines = extrapolate(
+        (0.0, flops / GPU["train"]),
+        GPU["latency"],
+        4 * parameters / GPU["bandwidth"],
+        work / GPU["restore"],
+        LARGE,
+        fit.cost,
+    )
+    show(
+        f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
+        f"GPU {GPU}",
+        lines,
+    )
+    uneven = 512 * longest_share(LARGE, 512, fit.cost) / longest_share(LARGE, 1, fit.cost)
+    print(
+        f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
+        "even one, since a matrix is not divided"
+    )
+    return parameters, lines
+
+
 @styled
 def draw(document):
-    """Parts of a step against devices: what was measured here, and the assumed GPU."""
+    """Draw the parts of a step against devices, as measured here and for the assumed GPU."""
     figure, axes = new_figure(1, 2, width=FULL, height=2.8)
     for axis, key, mark in ((axes[0, 0], "here", "a"), (axes[0, 1], "assumed", "b")):
         lines = document[key]["lines"]
@@ -271,81 +407,15 @@ def main():
     rounds = 2 if arguments.quick else 7
     (one,) = launch(1, rounds)
     two = launch(2, rounds)
-    count = sum(math.prod(shape) for shape in one["shapes"].values())
-    shapes = {name: tuple(shape) for name, shape in one["shapes"].items() if len(shape) == 2}
-
-    singles, fits = single_matrices(rounds), {}
-    for name, cost in COSTS.items():
-        costs = np.array([cost(*shape) for shape in SHAPES], dtype=float)
-        factor = float(np.exp(np.mean(np.log(singles / costs))))
-        fits[name] = float(np.exp(np.abs(np.log(singles / costs / factor)).max())), factor
-    law = min(fits, key=fits.get)
-    cost = COSTS[law]
-    print(
-        "restoring single matrices: "
-        + "; ".join(f"{name} fits to a factor of {worst:.2f}" for name, (worst, _) in fits.items())
-    )
-
-    per_row, fixed = np.polyfit(
-        [int(b) for b in one["steps"]], [seconds[0] for seconds in one["steps"].values()], 1
-    ).tolist()
-    restored = float(np.median([seconds[1] for seconds in one["steps"].values()]))
-    factor = restored / longest_share(shapes, 1, cost)
-    sizes = {
-        int(size): two[0]["exchanges"][size] for size in two[0]["exchanges"] if size != "model"
-    }
-    per_byte = (sizes[10**7] - sizes[10**6]) / (4 * 9 * 10**6) / 2  # one way
-    latency = sizes[10**3]
-    transfer = 4 * count * per_byte
-    batch = str(BATCHES[-1])
-    rows = [
-        ("clip, 1 process", fixed + per_row * BATCHES[-1], one["steps"][batch][0]),
-        (
-            "clip, 2 processes",
-            fixed + per_row * BATCHES[-1] / 2,
-            max(r["steps"][batch][0] for r in two),
-        ),
-        ("restore, 1 process", factor * longest_share(shapes, 1, cost), one["steps"][batch][1]),
-        (
-            "restore, 2 processes",
-            factor * longest_share(shapes, 2, cost),
-            max(statistics.median(s[1] for s in r["steps"].values()) for r in two),
-        ),
-        (f"exchange of {count:,} floats", latency + 2 * transfer, two[0]["exchanges"]["model"]),
-        ("hand out", 2 * latency + transfer, two[0]["hand out"]),
-    ]
-    print(f"\nseconds a step, batch {batch}{'':17}{'model':>10}{'measured':>10}{'ratio':>8}")
+    fit = fit_model(one, two, rounds)
+    rows = compare_model(fit, one, two)
+    print(f"\nseconds a step, batch {BATCHES[-1]}{'':17}{'model':>10}{'measured':>10}{'ratio':>8}")
     for label, model, measured in rows:
         print(f"{label:40}{model:10.3f}{measured:10.3f}{measured / model:8.2f}")
-
-    here = extrapolate((fixed, per_row * BATCHES[-1]), latency, transfer, factor, shapes, cost)
-    show(f"MiniLM, batch {batch}: EXTRAPOLATED from the above", here)
-    parameters = sum(m * n for m, n in LARGE.values())
-    flops = 6 * parameters * TOKENS * LARGE_BATCH
-    # what a unit of cost takes here, in the FLOP that training does here meanwhile
-    weights = sum(math.prod(shape) for shape in shapes.values())
-    work = fits[law][1] / (per_row / (6 * weights * one["tokens"]))
-    assumed = extrapolate(
-        (0.0, flops / GPU["train"]),
-        GPU["latency"],
-        4 * parameters / GPU["bandwidth"],
-        work / GPU["restore"],
-        LARGE,
-        cost,
-    )
-    show(
-        f"{parameters / 1e9:.1f}B parameters, batch {LARGE_BATCH} of {TOKENS} tokens: ASSUMED "
-        f"GPU {GPU}",
-        assumed,
-    )
-    uneven = 512 * longest_share(LARGE, 512, cost) / longest_share(LARGE, 1, cost)
-    print(
-        f"\n{len(LARGE)} matrices over 512 devices: the longest share is {uneven:.1f} times an "
-        "even one, since a matrix is not divided"
-    )
+    here, (parameters, assumed) = extrapolate_here(fit), extrapolate_to_gpus(fit)
     document = {
         "rows": [dict(zip(("figure", "model", "measured"), row, strict=True)) for row in rows],
-        "here": {"title": f"MiniLM, batch {batch}, CPU cores", "lines": here},
+        "here": {"title": f"MiniLM, batch {BATCHES[-1]}, CPU cores", "lines": here},
         "assumed": {
             "title": f"{parameters / 1e9:.1f}B parameters, ASSUMED GPUs",
             "gpu": GPU,
@@ -354,7 +424,7 @@ def main():
             "lines": assumed,
         },
         "rounds": rounds,
-        "law": law,
+        "law": fit.law,
         "provenance": artifacts.provenance(seed=0, device="cpu"),
     }
     if arguments.json:

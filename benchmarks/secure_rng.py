@@ -1,4 +1,4 @@
-"""What noise from a cryptographic generator costs beside torch's own, on one thread."""
+"""Time of noise from the cryptographic generator, compared with torch's, on one thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MILLION = 10**6
 
 
 def seconds(generator: object, size: int = 4 * MILLION, repeats: int = 7) -> float:
-    """Processor seconds for a million entries, the best of ``repeats``."""
+    """CPU seconds per million entries, the smallest of ``repeats`` runs."""
     mechanism, sums = GaussianMechanism(1.0, 1.0, 0.1), {"w": torch.zeros(size)}
     best = float("inf")
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Costs of `lowrank_dp.theory`, measured beside what is asked: `python benchmarks/theory.py`."""
+"""Time of `lowrank_dp.theory`, compared with its limits: `python benchmarks/theory.py`."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Time and memory of a whole DP training step, with and without restoration, beside Opacus.
+"""Time and memory of a DP training step with and without restoration, compared with Opacus.
 
     python benchmarks/train.py [--quick] [--json FILE]
 
-Packaged MiniLM, full fine-tuning (linear and norm layers), SST-2 where LOWRANK_DP_DATA holds it,
-else the generated task; expected batch 512 in micro-batches of 64, sigma 0.6, Adam, 2 threads. A
-step is everything from the Poisson sample to the moved weights. Restoration's share is its time
-over the rest of the same steps. Opacus's fastest exact mode (ghost clipping) does its step on the
-same rows in the same micro-batches, its noise and Adam included, without restoration. Times are
-process-CPU seconds of both threads, so other load on the machine matters little; ratios are medians
-over rounds in which the modes take turns. Peak memory is that of a process that runs one mode only;
-"plain" is a step of ordinary training.
+The model is the packaged MiniLM with full fine-tuning (linear and norm layers), on SST-2 if
+LOWRANK_DP_DATA holds it, else on the generated task; the expected batch is 512 in micro-batches of
+64, with sigma 0.6, Adam and 2 threads. A step goes from the Poisson sample to the updated weights.
+The share of restoration is its time over the rest of the same steps. Opacus's fastest exact mode
+(ghost clipping) takes a step on the same kind of sample in the same micro-batches, with noise and
+Adam, without restoration; "plain" is a step of ordinary training. Times are process-CPU seconds of
+both threads, which other load on the machine changes little. Ratios are medians over rounds in
+which the modes take turns. Peak memory is that of a process that runs one mode only.
 """
 
 import argparse
@@ -28,11 +28,11 @@ import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch.nn import functional
 
-from lowrank_dp import train
 from lowrank_dp.figures import default_task
 from lowrank_dp.train import TrainConfig
+from lowrank_dp.train import step as step_module
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step
 
 MODES = {
@@ -54,17 +54,17 @@ def setup_for(mode):
         **MODES.get(mode, {}),
     )
     setup = prepare(config, 0)
-    return setup, State(0, "benchmark", *fresh_generators(config, "benchmark"))
+    return setup, first_state(config, "benchmark")
 
 
 class Ours:
-    """Steps of ``lowrank_dp.train``; remembers how long restoring took."""
+    """Steps of ``lowrank_dp.train``."""
 
     def __init__(self, mode):
         self.setup, self.state = setup_for(mode)
 
     def __call__(self):
-        """Seconds of one step, and those of them that restoring took."""
+        """Take one step; return its seconds, and the seconds of restoration among them."""
         seconds, restoring = self.state.seconds, self.state.restore_seconds
         take_step(self.setup, self.state)
         self.setup.optimizer.zero_grad()
@@ -72,11 +72,10 @@ class Ours:
 
 
 class Theirs:
-    """A step on the same kind of sample: Opacus's ghost clipping, or no privacy at all."""
+    """Steps on the same kind of sample by Opacus's ghost clipping, or without privacy."""
 
     def __init__(self, mode):
         self.setup, self.state = setup_for(mode)
-        self.sample = lambda: train._sample(self.setup, self.state.sampler)
         model = self.setup.model.train()
         self.ghost = mode == "ghost"
         self.model = (
@@ -86,11 +85,14 @@ class Theirs:
         )
 
     def __call__(self):
-        """Seconds of one step, and 0."""
+        """Take one step; return its seconds, and 0."""
         started = time.process_time()
         trained = self.setup.trained.values()
         sums = [torch.zeros_like(p) for p in trained]
-        for batch in self.sample():
+        rows = step_module._sample(
+            self.setup.unit_rows, self.setup.mechanism, self.state.sampler, one_each=False
+        )
+        for batch in self.setup.batches(rows):
             labels = batch.pop("labels")
             if self.ghost:
                 self.model.enable_hooks()
@@ -142,7 +144,7 @@ def main():
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2)
-    train._clock = lambda config: time.process_time()
+    step_module._seconds = lambda device: time.process_time()
     if arguments.peak:
         step = build(arguments.peak)
         for _ in range(2):

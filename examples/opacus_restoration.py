@@ -1,9 +1,9 @@
-"""Train with Opacus, and again with one more line that restores the gradients at no privacy cost.
+"""A stock Opacus loop, and the same loop with one more line, at the same privacy cost.
 
 Run: python examples/opacus_restoration.py
 
-The example shows how to use restoration, not how much it gains: it uses one seed and one learning
-rate. At a learning rate of 0.01 the plain loop does better here.
+The example shows how to attach a restoration; it is not evidence that restoration helps. It uses
+one seed and one learning rate; at a learning rate of 0.01 the plain loop does better.
 """
 
 import warnings
@@ -19,7 +19,7 @@ FEATURES, CLASSES, EXAMPLES, BATCH, EPOCHS, DELTA = 96, 4, 4096, 512, 4, 1e-5
 
 
 def low_rank_data() -> TensorDataset:
-    """Generate classes that depend on four directions of 96 noisy features."""
+    """Records whose class depends on four directions of 96 noisy features."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(FEATURES, CLASSES, generator=generator)).Q
     label = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
@@ -28,13 +28,13 @@ def low_rank_data() -> TensorDataset:
 
 
 def train(restored: bool) -> tuple[float, float]:
-    """Train a small network; return its loss on the data, and the epsilon spent."""
+    """Train, and return the loss on the data and the epsilon spent."""
     torch.manual_seed(0)
     data = low_rank_data()
     model = nn.Sequential(
         nn.Linear(FEATURES, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, CLASSES)
     )
-    # beta1 = 0: the restored running mean below replaces the momentum
+    # beta1 = 0, because the restored running mean below serves as momentum
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003, betas=(0.0, 0.999))
     privacy_engine = PrivacyEngine()
     model, optimizer, loader = privacy_engine.make_private(
@@ -43,7 +43,7 @@ def train(restored: bool) -> tuple[float, float]:
         data_loader=DataLoader(data, batch_size=BATCH),
         noise_multiplier=8.0,
         max_grad_norm=1.0,
-        # a fixed seed makes the example reproducible; without it the noise is secret
+        # a fixed seed makes the example reproducible; leave it out to draw secret noise
         noise_generator=torch.Generator().manual_seed(1),
     )
     if restored:

@@ -1,15 +1,15 @@
 """What low rank does for private fine-tuning, and what noise does to low rank.
 
-Submodules load on first use, so that ``import lowrank_dp`` and ``lowrank_dp.theory`` cost nothing
-of torch, transformers or opacus.
+Submodules load on first use, so that ``import lowrank_dp`` and ``lowrank_dp.theory`` do not import
+torch, transformers or opacus.
 """
 
-from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
 
 __version__ = "0.1.0"
-
-_SUBMODULES = (
+__all__ = [
     "accounting",
     "artifacts",
     "data",
@@ -18,7 +18,9 @@ _SUBMODULES = (
     "figures",
     "grads",
     "lora",
+    "losses",
     "mechanism",
+    "membership",
     "mia",
     "models",
     "optim",
@@ -29,14 +31,7 @@ _SUBMODULES = (
     "sweep",
     "theory",
     "train",
-)
+]  # fmt: skip
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name in _SUBMODULES:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_SUBMODULES])
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, __all__)

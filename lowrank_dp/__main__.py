@@ -1,41 +1,51 @@
-"""The console script ``lowrank-dp`` and ``python -m lowrank_dp``: one subcommand a module."""
+"""The console script ``lowrank-dp`` and ``python -m lowrank_dp``: one subcommand per module."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 
-from lowrank_dp import __version__, _terminal, _validate
+from lowrank_dp import __version__
 
 COMMANDS = {
-    "spectrum": ("lowrank_dp.commands.spectrum", "measure the spectra of a model's gradients"),
-    "restore": ("lowrank_dp.commands.restore", "restore noisy gradients in a file"),
-    "lora": ("lowrank_dp.commands.lora", "measure LoRA's implicit noise on real layers"),
-    "train": ("lowrank_dp.commands.train", "differentially private fine-tuning"),
-    "mia": ("lowrank_dp.commands.mia", "membership inference from a checkpoint"),
-    "figures": ("lowrank_dp.commands.figures", "draw the papers' figures"),
+    "spectrum": "measure the spectra of a model's gradients",
+    "restore": "restore noisy gradients in a file",
+    "lora": "measure LoRA's implicit noise on real layers",
+    "train": "differentially private fine-tuning",
+    "mia": "membership inference from a checkpoint",
+    "figures": "draw the papers' figures",
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one subcommand; only its own module is imported."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run one subcommand and exit; SIGINT at any moment is one line and exit code 130."""
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
             f"lowrank-dp {__version__}: what low rank does for private fine-tuning, and what "
             "noise does to low rank\n\nusage: lowrank-dp COMMAND [OPTIONS]   "
             "(lowrank-dp COMMAND --help)\n"
         )
-        print("\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
         return
     if arguments[0] == "--version":
         print(__version__)
         return
+    from lowrank_dp import _terminal, _validate
+
     try:
-        module, _ = COMMANDS[_validate.choice("command", arguments[0], COMMANDS)]
+        command = _validate.choice("command", arguments[0], COMMANDS)
     except ValueError as error:
         sys.exit(_terminal.report(str(error)))
-    _terminal.run(import_module(module).app, arguments[1:])
+    console = import_module("lowrank_dp.commands._console")
+    console.run(import_module(f"lowrank_dp.commands.{command}").app, arguments[1:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub may be asked, and whether the hub answers."""
+"""The Hugging Face hub: whether the environment allows it, and whether it can be reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def offline_requested() -> bool:
-    """Whether the environment asks Hugging Face libraries to stay off the network."""
+    """Tell whether the environment asks Hugging Face libraries to stay off the network."""
     return any(
         os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -20,9 +20,10 @@ def offline_requested() -> bool:
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the hub answers; the Hugging Face libraries retry for half a minute before they say.
+    """Tell whether the hub accepts a connection within ``timeout`` seconds.
 
-    Behind a proxy a direct connection proves nothing, so there the libraries are left to find out.
+    The Hugging Face libraries retry for half a minute before they fail, so callers ask here first.
+    Behind a proxy a direct connection proves nothing, and the answer is True.
     """
     if urllib.request.getproxies().get("https"):
         return True
@@ -37,7 +38,7 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
 @contextlib.contextmanager
 def hub_switched_off() -> Iterator[None]:
-    """``HF_HUB_OFFLINE=1`` for a while: the libraries read that variable at import only."""
+    """Run a block as under ``HF_HUB_OFFLINE=1``, which the libraries read at import only."""
     import datasets
     import huggingface_hub
 

@@ -1,7 +1,7 @@
-"""Argument checks in one message style: ``<name> must be <what>, got <value>``.
+"""Argument checks with messages of one form: ``<name> must be <requirement>, got <value>``.
 
-Imports nothing heavy, so that every module can use it. Tensors and arrays are handled by the
-methods that torch and numpy share.
+The module imports nothing heavy, so that every other module can import it. Tensors and arrays are
+checked by the methods that torch and numpy share.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 
 def fail(name: str, requirement: str, value: object) -> NoReturn:
-    """Raise the package's one kind of ``ValueError``."""
+    """Raise ``ValueError``: ``<name> must be <requirement>, got <value>``."""
     raise ValueError(f"{name} must be {requirement}, got {value!r:.300}")
 
 
@@ -26,7 +26,10 @@ def real(
     low_open: bool = False,
     high_open: bool = False,
 ) -> float:
-    """``value`` as a finite float in the interval from ``low`` to ``high``.
+    """Convert ``value`` to a finite float in the interval from ``low`` to ``high``.
+
+    Raises ``ValueError`` for anything else, bools and strings included. An end of the interval is
+    excluded if ``low_open`` or ``high_open`` is true.
 
     >>> real("noise_std", 0.5, low=0)
     0.5
@@ -52,12 +55,14 @@ def real(
 
 
 def positive(name: str, value: Any) -> float:
-    """``value`` as a finite float above zero."""
+    """Convert ``value`` to a finite float above zero, or raise ``ValueError``."""
     return real(name, value, low=0, low_open=True)
 
 
 def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> int:
-    """``value`` as an integer in ``[low, high]``; 8.0 is accepted, 8.5 and True are not.
+    """Convert ``value`` to an integer in ``[low, high]``.
+
+    8.0 is accepted; ``ValueError`` is raised for 8.5, True and strings.
 
     >>> integer("rank", 8.5)
     Traceback (most recent call last):
@@ -77,7 +82,9 @@ def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> i
 
 
 def choice(name: str, value: Any, options: Iterable[str]) -> str:
-    """``value`` if it is one of ``options``; the error names the nearest one.
+    """Return ``value`` if it is one of ``options``; else raise ``ValueError``.
+
+    The message names the most similar option.
 
     >>> choice("scheme", "optmal", ["none", "optimal"])
     Traceback (most recent call last):
@@ -92,7 +99,11 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
 
 
 def floating(name: str, value: Any, *, min_ndim: int = 0, check_finite: bool = True) -> Any:
-    """``value`` if it is a float32 or float64 tensor with finite entries and enough axes."""
+    """Return ``value`` if it is a non-empty float32 or float64 tensor of finite entries.
+
+    Raises ``ValueError`` for another value, and for a tensor of fewer than ``min_ndim`` axes.
+    ``check_finite=False`` accepts any entries.
+    """
     if not hasattr(value, "is_floating_point"):
         fail(name, "a torch tensor", type(value).__name__)
     if str(value.dtype) not in ("torch.float32", "torch.float64"):
@@ -107,12 +118,14 @@ def floating(name: str, value: Any, *, min_ndim: int = 0, check_finite: bool = T
 
 
 def matrix(name: str, value: Any, *, check_finite: bool = True) -> Any:
-    """A finite float32 or float64 tensor of shape (..., m, n)."""
+    """Return ``value`` if it is a float32 or float64 tensor (..., m, n) of finite entries."""
     return floating(name, value, min_ndim=2, check_finite=check_finite)
 
 
 def clip_bound(name: str, value: Any) -> float:
-    """``value`` as a number above zero; infinity, which clips nothing, is accepted.
+    """Convert ``value`` to a float above zero, or raise ``ValueError``.
+
+    Infinity is accepted: it clips nothing.
 
     >>> clip_bound("max_grad_norm", 0)
     Traceback (most recent call last):

@@ -1,21 +1,25 @@
-"""Upper bounds on the epsilon of composed Gaussian releases, of which the smallest is taken.
+"""Upper bounds on the epsilon of composed, Poisson-sampled Gaussian mechanisms.
 
-A step releases a sum of contributions of norm at most 1, with N(0, noise_multiplier^2) added, over
-a Poisson sample of rate q; neighbours differ by adding or removing one unit. Three bounds:
+A step takes a Poisson sample of rate q, sums contributions of norm at most 1, and adds
+N(0, noise_multiplier^2). Neighbours differ by adding or removing one unit. Epsilon is the smallest
+of three upper bounds:
 
 - *exact*: without sampling (q = 1), T steps are one Gaussian mechanism of noise multiplier
-  sigma / sqrt(T), whose privacy profile is known (Balle & Wang 2018, theorem 8). It also bounds
-  every q < 1.
-- *PLD*: the discretised privacy-loss distribution of one step (connect the dots, Doroshenko et al.
-  2022), which is pessimistic at every interval, composed by a Fourier transform. It is
-  dp-accounting's distribution, which that package computes point by point in Python.
-- *RDP*: Renyi DP (Mironov, Talwar & Zhang 2019), with the conversion of Canonne, Kamath & Steinke
-  2020.
+  sigma / sqrt(T), whose privacy profile is known (Balle & Wang 2018, theorem 8). The value also
+  bounds epsilon for every q < 1.
+- *PLD*: the privacy-loss distribution of one step is discretised pessimistically at any interval
+  (connect the dots, Doroshenko et al. 2022) and composed by a Fourier transform.
+- *RDP*: Renyi DP (Mironov, Talwar & Zhang 2019), converted as in Canonne, Kamath & Steinke 2020.
 
-The transform of a plain distribution has an absolute error near 1e-13, which hides a delta below
-1e-10 or so and can put epsilon below the truth. The distribution is therefore multiplied by
-exp(theta * loss) first, with the theta of Chernoff's bound, and divided by it afterwards: the error
-is then relative to delta.
+The Fourier transform of the distribution itself has an absolute error near 1e-13, which exceeds a
+delta below about 1e-10 and can put epsilon below the truth. The distribution is therefore tilted:
+multiplied by exp(theta * loss), with the theta of Chernoff's bound, before the transform, and
+divided by it afterwards. The error is then relative to delta.
+
+This composition and the search of ``GaussianMechanism.calibrate`` stay instead of dp-accounting's
+``PLDAccountant`` and ``calibrate_dp_mechanism``. In six measured settings the latter also met the
+target epsilon, but took 14 to 23 times as long (3 to 11 s per calibration) and asked for more
+noise: up to 9%, and six times as much for epsilon 1e-3 in 1000 steps.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ from dp_accounting.pld import common
 from dp_accounting.rdp import rdp_privacy_accountant
 from scipy import fft, optimize, signal, special
 
-INTERVAL = 1e-3  # of the discretised privacy loss, at most, for an epsilon up to 200
-_CELLS = 200_000  # up to epsilon; past 200 the interval grows, or memory would
+INTERVAL = 1e-3  # largest interval of the discretised privacy loss, for an epsilon up to 200
+_CELLS = 200_000  # number of intervals up to epsilon; the interval grows past epsilon 200
 _ORDERS = np.array(
     [
         1.02,
@@ -42,10 +46,10 @@ _ORDERS = np.array(
         *(64 * 1.18**k for k in range(60)),
     ]
 )
-_POINTS = 200_000  # of an integral, at most
-_MOST = 1e9  # a larger epsilon bounds nothing
-_MARGIN = 1 + 1e-9  # for what floating point may take from an exact value
-_TRUNCATED = 1e-15  # of the tilted distribution
+_POINTS = 200_000  # largest number of points of an integral
+_MOST = 1e9  # a larger epsilon is reported as infinite
+_MARGIN = 1 + 1e-9  # factor that covers the rounding error of an exact value
+_TRUNCATED = 1e-15  # mass of the tilted distribution that may be cut off
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Bound:
     """An upper bound on epsilon.
 
     Attributes:
-        epsilon: the bound; infinite where it would be above 1e9.
-        accountant: "exact", "PLD" or "RDP": what gave it.
-        interval: of the discretised privacy loss; None but for "PLD".
+        epsilon: the bound; infinite if it would exceed 1e9.
+        accountant: the method that gave it: "exact", "PLD" or "RDP".
+        interval: interval of the discretised privacy loss; None unless the accountant is "PLD".
         rdp: epsilon by RDP alone.
     """
 
@@ -67,7 +71,14 @@ class Bound:
 
 @lru_cache(maxsize=256)
 def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
-    """The smallest of the bounds on epsilon after ``steps`` steps, at ``delta``."""
+    """The smallest upper bound on epsilon after ``steps`` steps, at ``delta``.
+
+    Args:
+        noise_multiplier: sigma, relative to the clip norm; >= 0.
+        sample_rate: q in (0, 1].
+        steps: number of steps, >= 0.
+        delta: in (0, 1).
+    """
     found = quick_bound(noise_multiplier, sample_rate, steps, delta)
     if sample_rate == 1 or not 0 < found.epsilon < math.inf:
         return found
@@ -83,13 +94,13 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
 
 
 def quick_bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
-    """As :func:`bound`, without the distribution: never smaller, and in milliseconds."""
+    """An upper bound as :func:`bound`, without the PLD: never smaller, computed in milliseconds."""
     if steps == 0:
         return Bound(0.0, "exact", None, 0.0)
-    if noise_multiplier < 1e-5:  # one sampled step has more than _MOST
+    if noise_multiplier < 1e-5:  # epsilon of one sampled step exceeds _MOST
         return Bound(math.inf, "exact", None, math.inf)
     if delta >= steps * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8)):
-        return Bound(0.0, "exact", None, 0.0)  # the total variation of all steps
+        return Bound(0.0, "exact", None, 0.0)  # bounds the total variation of all steps
     whole = _checked(gaussian_epsilon(math.sqrt(steps) / noise_multiplier, delta))
     by_rdp = _checked(renyi_epsilon(noise_multiplier, sample_rate, steps, delta))
     if by_rdp < whole:
@@ -105,10 +116,11 @@ def _checked(epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon at ``delta`` of one Gaussian mechanism whose sensitivity is ``mu`` > 0 times its std.
+    """Epsilon at ``delta`` of one Gaussian mechanism, exact.
 
-    delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu). The ratio of the
-    two terms is one of Mills ratios, so that no tail underflows.
+    ``mu`` > 0 is the sensitivity over the standard deviation of the noise. The profile is
+    delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu) (Balle & Wang
+    2018). The ratio of its two terms is computed from Mills ratios, so that no tail underflows.
     """
 
     def excess(epsilon: float) -> float:
@@ -135,7 +147,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Epsilon by RDP, the best of about 150 orders from 1.02 to a million."""
+    """Epsilon at ``delta`` by Renyi DP, the smallest over the orders in ``_ORDERS``."""
     divergences = steps * _divergences(noise_multiplier, sample_rate)
     kept = np.isfinite(divergences)
     if not kept.any():
@@ -146,11 +158,11 @@ def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta
 
 @lru_cache(maxsize=256)
 def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
-    """Renyi divergences of one step, infinite where they are not computed.
+    """Renyi divergence of one step for each order; infinite for orders that are not computed.
 
-    log E (1 - q + q exp((2x - 1) / 2 sigma^2))^order over x ~ N(0, sigma^2), by the trapezoid rule,
-    which for so smooth an integrand is exact to rounding. Adding and removing a unit have the same
-    bound (Mironov, Talwar & Zhang 2019).
+    log E (1 - q + q exp((2x - 1) / 2 sigma^2))^order / (order - 1) over x ~ N(0, sigma^2), by the
+    trapezoid rule, which is exact to rounding for this smooth integrand. The bound is the same for
+    adding and for removing a unit (Mironov, Talwar & Zhang 2019).
     """
     if sample_rate == 1:
         return _ORDERS / 2 / noise_multiplier**2
@@ -162,7 +174,7 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
             break
         x = np.arange(low, high, interval)
         log_ratio = (x - 0.5) / noise_multiplier**2
-        loss = np.where(  # the first form keeps the relative precision of a small loss
+        loss = np.where(  # log1p and expm1 keep the relative precision of a small loss
             log_ratio < 30,
             np.log1p(sample_rate * np.expm1(np.minimum(log_ratio, 30))),
             np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio),
@@ -183,13 +195,14 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
 def loss_epsilon(
     noise_multiplier: float, sample_rate: float, steps: int, delta: float, interval: float
 ) -> float:
-    """Epsilon by the privacy loss of one step, discretised with ``interval`` and composed.
+    """Epsilon at ``delta`` by the privacy-loss distribution, discretised with ``interval``.
 
-    Losses whose probability over all steps is below a thousandth of delta count as infinite.
+    Losses whose probability over all steps is below a thousandth of delta count as infinite. The
+    result is the larger one of adding and of removing a unit.
     """
     reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
     if (reach + 0.5 / noise_multiplier) / noise_multiplier > 700:
-        return math.inf  # its exponential would overflow
+        return math.inf  # the exponential of the largest loss would overflow
     return max(
         _composed_epsilon(
             *_one_step(noise_multiplier, sample_rate, interval, reach, sign), interval, steps, delta
@@ -201,10 +214,11 @@ def loss_epsilon(
 def _interval(
     noise_multiplier: float, sample_rate: float, steps: int, delta: float, epsilon: float
 ) -> float:
-    """The interval that leaves epsilon within a percent of its limit; larger past epsilon 200.
+    """Interval of the discretised loss that leaves epsilon within a percent of its limit.
 
-    A loss that lies between two points is moved to both, which adds about E|loss| * interval to
-    one step's variance: little beside that variance, or too little to move epsilon.
+    Discretisation splits a loss between its two neighbouring points, which adds about
+    E|loss| * interval to the variance of one step. The interval keeps this small beside the
+    variance, or too small to change epsilon. It is larger past epsilon 200, to limit memory.
     """
     spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
     mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))
@@ -215,12 +229,13 @@ def _interval(
 def _one_step(
     noise_multiplier: float, sample_rate: float, interval: float, reach: float, sign: int
 ) -> tuple[int, np.ndarray, float]:
-    """The loss of one step, for a removed unit (``sign`` 1) or an added one (-1).
+    """Discretised privacy loss of one step, for a removed (``sign`` 1) or an added unit (-1).
 
     Returns:
-        The lowest loss in intervals, the probabilities of it and those that follow, and that of an
-        infinite loss. The hockey-stick divergence delta(epsilon) is exact at every point, and
-        linear in exp(epsilon) between them, which is never below (Doroshenko et al. 2022).
+        The lowest loss in units of ``interval``; the probabilities of this loss and the following
+        ones; and the probability of an infinite loss. The hockey-stick divergence delta(epsilon) of
+        the distribution is exact at every multiple of the interval and linear in exp(epsilon)
+        between two of them, which is an upper bound (Doroshenko et al. 2022).
     """
 
     def loss(x: float) -> float:
@@ -229,11 +244,11 @@ def _one_step(
             np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio)
         )
 
-    # on each side as far as the noise of either neighbour reaches
+    # the range of losses within ``reach`` standard deviations under either neighbour
     ends = sorted([loss(-reach * noise_multiplier), loss(1 + reach * noise_multiplier)])
     lowest, highest = math.floor(ends[0] / interval), math.ceil(ends[1] / interval)
     epsilon = interval * np.arange(lowest, max(highest, lowest + 1) + 1)
-    growth = np.expm1(sign * epsilon) + sample_rate  # of exp(loss), over 1 - sample_rate
+    growth = np.expm1(sign * epsilon) + sample_rate  # exp(sign * epsilon) - (1 - sample_rate)
     inside = growth > 0
     x = noise_multiplier * np.log(growth[inside] / sample_rate) + 0.5 / noise_multiplier
     weight = sign * (1.0 if sign > 0 else np.exp(epsilon[inside]))
@@ -246,8 +261,9 @@ def _one_step(
         growth[inside] * special.ndtr(sign * x)
         - sample_rate * special.ndtr(sign * (x - 1 / noise_multiplier))
     )
-    # delta is above, or 1 - exp(epsilon) + below: for losses < 0 the latter has no difference of
-    # numbers near 1, and the same bends, since 1 - exp(epsilon) is linear in exp(epsilon)
+    # delta(epsilon) equals ``above``, and 1 - exp(epsilon) + ``below``. For epsilon < 0 the second
+    # form avoids a difference of numbers near 1. Both have the same second differences, from which
+    # the probabilities follow, since 1 - exp(epsilon) is linear in exp(epsilon).
     negative = epsilon < 0
     delta = np.where(negative, below - np.expm1(epsilon), above)
     rest = np.where(negative, below, above + np.expm1(epsilon))
@@ -271,7 +287,10 @@ def _composed_epsilon(
     steps: int,
     delta: float,
 ) -> float:
-    """Epsilon at ``delta`` of ``steps`` independent losses of one distribution."""
+    """Epsilon at ``delta`` of the sum of ``steps`` independent losses of one distribution.
+
+    The first four arguments are a result of :func:`_one_step` and its interval.
+    """
     lost = -math.expm1(steps * math.log1p(-infinite))
     if lost >= delta:
         return math.inf
@@ -281,7 +300,7 @@ def _composed_epsilon(
     log_tilted = log_one + tilt * interval * (lowest + np.arange(len(log_one)))
     log_mass = _log_sum(log_tilted)
     tilted = np.exp(log_tilted - log_mass)
-    with np.errstate(over="ignore"):  # at orders that are then not the best
+    with np.errstate(over="ignore"):  # an order that overflows is not the best one
         lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
     composed = np.roll(fft.irfft(fft.rfft(tilted, size) ** steps, size), -lower)[
@@ -297,9 +316,10 @@ def _composed_epsilon(
 
 
 def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: float) -> float:
-    """The theta of Chernoff's bound, which puts the tilted distribution where delta is decided.
+    """The theta of Chernoff's bound, which centres the tilted distribution near epsilon.
 
-    The bound is quasi-convex in theta. Any theta is right; near the best one rounding is smallest.
+    The bound is quasi-convex in theta. The result is right for any theta; the rounding error is
+    smallest near the best one.
     """
     losses = interval * (lowest + np.arange(len(log_one)))
 
@@ -318,13 +338,13 @@ def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: 
 
 
 def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: float) -> float:
-    """Where the sum of ``weights * (1 - exp(epsilon - loss))`` over losses above epsilon is goal.
+    """Epsilon at which the sum of ``weights * (1 - exp(epsilon - loss))`` equals ``goal``.
 
-    Between two points it is linear in exp(epsilon).
+    The sum is over losses above epsilon. It is linear in exp(epsilon) between two losses.
     """
     above = np.cumsum(weights[::-1])[::-1]
     shrink = -math.expm1(-interval)
-    # at[j - 1] = at[j] exp(-interval) + above[j] (1 - exp(-interval)), without a difference
+    # the sum at loss j - 1 is at[j] exp(-interval) + above[j] (1 - exp(-interval)): no differences
     at = signal.lfilter([0.0, shrink], [1.0, shrink - 1], above[::-1])[::-1]
     over = np.flatnonzero(at > goal)
     if not len(over):
@@ -337,7 +357,7 @@ def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: fl
 
 
 def _log_sum(logs: np.ndarray, signs: np.ndarray | float = 1.0) -> float:
-    """Logarithm of the sum of ``signs * exp(logs)``; -inf where that is not positive."""
+    """Logarithm of the sum of ``signs * exp(logs)``; -inf if the sum is not positive."""
     largest = float(logs.max())
     total = float((signs * np.exp(logs - largest)).sum())
     return largest + math.log(total) if total > 0 else -math.inf

@@ -1,7 +1,11 @@
-"""Where the jobs of a sweep run, through joblib: on this machine's cores, on Ray or on Dask.
+"""Engines of a sweep, through joblib: the cores of this machine, a Ray cluster, a Dask cluster.
 
-A worker may die at any time (kill -9, out of memory, a machine that is switched off). What it was
-at is tried again, and a job that kills its worker each time takes no other with it.
+A worker may die at any time (kill -9, out of memory, a machine that is switched off). Its job is
+repeated, at last with no other job beside it. A job that kills its worker every time fails alone.
+
+The retries are our own. Ray's and Dask's retry a task beside other tasks, so that a job too large
+for the memory of a shared machine would fail where it can finish alone; Ray repeats a task that ran
+out of memory without a limit; and Dask counts a worker's death against every task assigned to it.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ from typing import Any, TypeVar
 from lowrank_dp import _validate
 
 ENGINES = ("loky", "ray", "dask", "sequential")
-ATTEMPTS = 3  # of a job whose worker dies; the last one with no other job beside it
-# what decides which data and models a worker finds, and that it stays off the network
+ATTEMPTS = 3  # attempts at a job whose worker dies, the last with no other job beside it
+# Environment variables that decide which data and models a worker finds, and whether it may use the
+# network.
 SETTINGS = (
     "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE",
@@ -31,7 +36,7 @@ R = TypeVar("R")
 
 
 def check_engine(engine: str) -> None:
-    """Raise ``ValueError`` if there is no such engine, it is not installed, or torchrun is here."""
+    """Raise ``ValueError`` on an unknown engine, one that is not installed, and torchrun."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             "sweeps and attacks must be started as one process, not by torchrun "
@@ -48,17 +53,21 @@ def check_engine(engine: str) -> None:
 def run(
     function: Callable[[J], R], jobs: Sequence[J], engine: str, num_workers: int
 ) -> Iterator[tuple[int, R | None]]:
-    """``(i, function(jobs[i]))`` as they finish; the result is None if each worker died of it.
-
-    Args:
-        function: pickled by reference, so the workers must have the same package installed.
-        jobs: what it is called with, each pickled alone.
-        engine: "loky" (processes here), "ray" (the cluster that RAY_ADDRESS names, else the one
-            that runs here, else a new one for as long as this lasts), "dask" (likewise, by
-            DASK_SCHEDULER_ADDRESS; workers of one thread each), or "sequential" in this process.
-        num_workers: jobs at a time.
+    """Yield ``(i, function(jobs[i]))`` as jobs finish.
 
     An exception in ``function`` is raised here.
+
+    Args:
+        function: pickled by reference, so that workers must have the same package installed.
+        jobs: arguments of ``function``, each pickled alone.
+        engine: "loky" (processes of this machine); "ray" (the cluster that RAY_ADDRESS names, or
+            the one that runs on this machine, or a new one that ends with the jobs); "dask" (the
+            same with DASK_SCHEDULER_ADDRESS, and workers of one thread each); "sequential" (this
+            process).
+        num_workers: number of concurrent jobs.
+
+    Yields:
+        The index of a job and its result, or None if every worker died that tried it.
     """
     if engine == "sequential":
         yield from ((i, function(job)) for i, job in enumerate(jobs))
@@ -74,7 +83,7 @@ def run(
                     for i, result in _pool(function, jobs, waiting, begun, backend(), num_workers):
                         begun.remove(i)
                         yield i, result
-                except died:  # and the pool with it: a fresh one goes on with what was not begun
+                except died:  # the pool is lost; a new one gets the jobs that were not begun
                     left += begun
                     if waiting:
                         groups.append(waiting)
@@ -89,7 +98,7 @@ def _pool(
     backend: Any,
     num_workers: int,
 ) -> Iterator[tuple[int, R]]:
-    """Results as they finish; jobs move from ``waiting`` to ``begun`` as they are handed out."""
+    """Yield results as jobs finish; a job moves from ``waiting`` to ``begun`` when it starts."""
     from joblib import Parallel, delayed
 
     def hand_out() -> Iterator[Any]:
@@ -97,7 +106,7 @@ def _pool(
             begun.add(i := waiting.pop(0))
             yield delayed(_numbered)(i, function, jobs[i])
 
-    # with n_jobs = 1 joblib would work in this process, where no death can be survived
+    # with n_jobs = 1 joblib would run jobs in this process, which could not survive a death
     yield from Parallel(
         n_jobs=max(2, num_workers),
         pre_dispatch=num_workers,
@@ -108,6 +117,7 @@ def _pool(
 
 
 def _numbered(i: int, function: Callable[[J], R], job: J) -> tuple[int, R]:
+    """Return a job's number with its result."""
     return i, function(job)
 
 
@@ -115,29 +125,31 @@ def _numbered(i: int, function: Callable[[J], R], job: J) -> tuple[int, R]:
 def _connected(
     engine: str, num_workers: int
 ) -> Iterator[tuple[Callable[[], Any], tuple[type[Exception], ...]]]:
-    """What makes joblib's backend for ``engine``, and what is raised when a worker dies.
+    """Yield a maker of joblib's backend, and the exceptions that a worker's death raises.
 
-    A cluster that was there before stays when the block ends.
+    A cluster that existed before the block stays after it.
     """
     with contextlib.ExitStack() as stack:
         yield {"loky": _loky, "ray": _ray, "dask": _dask}[engine](stack, num_workers)
 
 
 def _loky(stack: contextlib.ExitStack, num_workers: int) -> Any:
+    """Use processes of this machine."""
     from concurrent.futures.process import BrokenProcessPool
 
-    # loky replaces a worker whose memory has grown, between two jobs, and warns of it
+    # loky warns when it replaces a worker, between two jobs, since the worker's memory has grown
     stack.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", "A worker stopped while some jobs")
     return lambda: "loky", (BrokenProcessPool,)
 
 
 def _ray(stack: contextlib.ExitStack, num_workers: int) -> Any:
+    """Use the Ray cluster of RAY_ADDRESS or of this machine, or start one until ``stack`` ends."""
     import ray
     from ray.util.joblib.ray_backend import RayBackend
 
     class Backend(RayBackend):
-        supports_return_generator = True  # unlike those of the pool it derives from, results call
+        supports_return_generator = True  # unlike its base class: Ray's results do call back
 
     if not ray.is_initialized():
         settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
@@ -153,17 +165,18 @@ def _ray(stack: contextlib.ExitStack, num_workers: int) -> Any:
 
 
 def _dask(stack: contextlib.ExitStack, num_workers: int) -> Any:
+    """Use the open Dask client or the configured cluster, or start one until ``stack`` ends."""
     import dask
     import distributed
     from joblib._dask import DaskDistributedBackend
 
     class Backend(DaskDistributedBackend):
         def effective_n_jobs(self, n_jobs: int) -> int:
-            """Never 1, with one worker left: joblib would then work in this process."""
+            """Return at least 2: with one worker, joblib would run the jobs in this process."""
             return max(2, super().effective_n_jobs(n_jobs))
 
         def submit(self, func: Any, callback: Any = None) -> Any:
-            """Joblib's own never calls back for a result that died with its worker."""
+            """Call back for a job whose worker died too, which joblib's own method does not."""
             ((call, arguments, _),) = func.items  # batches are of one
             future = self.client.submit(call, *arguments, pure=False)
             future.add_done_callback(lambda done: callback(done.exception() or [done.result()]))

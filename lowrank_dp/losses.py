@@ -1,4 +1,9 @@
-"""Loss functions per kind of task, and the label that they leave out."""
+"""Per-example loss functions, one per kind of task.
+
+The formulas are those of transformers' heads. A function takes the logits and labels of a batch
+and returns the loss of each row alone, so that the gradient of a row follows from its own loss.
+B is rows, T positions, K classes.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +12,20 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100  # the label that transformers leaves out of a loss
+IGNORE = -100  # label without a target: torch's cross-entropy and transformers leave it out
 
 
 def _token_mean(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over each row's own targets, and their number."""
+    """Mean cross-entropy over each row's own targets (B,), and the number of targets (B,)."""
     losses = functional.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    counts = targets.ne(IGNORED).view(len(targets), -1).sum(1)
+    counts = targets.ne(IGNORE).view(len(targets), -1).sum(1)
     return losses.view(len(targets), -1).sum(1) / counts, counts
 
 
 def _next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return _token_mean(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
+    return _token_mean(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORE))
 
 
 def _single_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +44,8 @@ def _multi_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses.mean(1), labels.new_ones(len(logits))
 
 
-# logits, labels -> each row's loss (B,) and its weight in the batch's loss (B,)
+# (logits, labels) -> (loss of each row (B,), weight of the row in the mean loss of a batch (B,)).
+# Logits are (B, K), or (B, T, K) for the two token losses, whose labels are (B, T).
 LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "single_label_classification": _single_label,
     "multi_label_classification": _multi_label,
@@ -48,13 +54,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "each_token": _token_mean,
 }
 
-
-# the name in grads.LOSSES of each kind of task's loss
+# kind of task -> name of its loss in LOSSES
 LOSS_OF_KIND = {
     "classification": "single_label_classification",
     "regression": "regression",
     "generation": "next_token",
 }
-
-
-IGNORE = -100  # the label that torch's cross-entropy leaves out

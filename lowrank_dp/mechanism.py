@@ -1,12 +1,12 @@
-"""What is private: the Gaussian mechanism on a clipped gradient sum, and its privacy accounting.
+"""Gaussian mechanism on clipped gradient sums, and its privacy accounting.
 
-Each step samples every record independently with probability ``sample_rate`` (Poisson sampling),
-clips each record's gradient to Euclidean norm ``max_grad_norm``, sums, and adds
+Each step samples every unit of privacy independently with probability ``sample_rate`` (Poisson
+sampling), clips the gradient of each unit to Euclidean norm ``max_grad_norm``, sums, and adds
 N(0, (noise_multiplier * max_grad_norm)^2) to every entry. Guarantees hold for neighbours that
-differ by adding or removing one unit of privacy. Restoration reads only what this releases.
+differ by adding or removing one unit. Restoration is post-processing: it reads only the noisy sums.
 
-Epsilon is the smallest of several upper bounds (:mod:`lowrank_dp.accounting`). No central-limit
-("GDP") approximation is offered: it under-reports epsilon.
+Epsilon is the smallest of several upper bounds (:mod:`lowrank_dp.accounting`). The central-limit
+approximation ("GDP") is not offered, since it under-reports epsilon.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ NEIGHBOURS = "add or remove one"
 NON_PRIVATE = "NON-PRIVATE: computed from clean gradients, which no mechanism protects"
 NO_RECORDS = "no private records: computed from formulas, or from generated or public data only"
 _ACCOUNTANTS = ("pld", "rdp")
-_CHUNK = 1 << 15  # entries that are drawn at once
-_GRID = 2.0**-24  # of a release, in standard deviations of its noise
-_MOST_NOISE = 1e9  # largest noise multiplier that is looked for
+_CHUNK = 1 << 15  # entries drawn at once
+_GRID = 2.0**-24  # upper end of a release's rounding grid, in standard deviations of its noise
+_MOST_NOISE = 1e9  # largest noise multiplier that calibration considers
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,14 @@ class GaussianMechanism:
     """Gaussian mechanism on Poisson-sampled, clipped sums.
 
     Attributes:
-        noise_multiplier: sigma, relative to ``max_grad_norm``; >= 0, and 0 means no privacy.
-        max_grad_norm: C, the largest Euclidean norm one unit contributes to a sum; > 0.
-        sample_rate: q, the probability with which a unit takes part in a step; in (0, 1].
-        unit: what is sampled and clipped as one: "example", or "group" (for instance a meaning
-            representation with all its references).
+        noise_multiplier: sigma >= 0, relative to ``max_grad_norm``; 0 gives no privacy.
+        max_grad_norm: C > 0, the largest Euclidean norm that one unit contributes to a sum.
+        sample_rate: q in (0, 1], the probability that a unit takes part in a step.
+        unit: unit of privacy, which is sampled and clipped as a whole: "example" or "group" (for
+            instance a meaning representation with all its references).
+
+    Raises:
+        ValueError: if an attribute is out of range.
 
     >>> mechanism = GaussianMechanism(noise_multiplier=2.0, max_grad_norm=1.0, sample_rate=0.1)
     >>> round(mechanism.epsilon(steps=1000, delta=1e-6), 2)
@@ -75,32 +78,49 @@ class GaussianMechanism:
         return self.noise_multiplier * self.max_grad_norm
 
     def sample(self, num_units: int, generator: Generator) -> Tensor:
-        """Indices of a Poisson sample: each of ``num_units`` with probability ``sample_rate``.
+        """Indices of a Poisson sample of ``num_units`` units, int64, in ascending order.
 
-        May be empty.
+        Each unit is in the sample with probability ``sample_rate``, independently of the others.
+        The sample may be empty.
         """
         return (uniform(num_units, generator) < self.sample_rate).nonzero().flatten()
 
     def add_noise(
         self, clipped_sums: Mapping[str, Tensor], generator: Generator | None = None
     ) -> dict[str, Tensor]:
-        """Noisy copies of clipped sums: each entry plus N(0, noise_std^2), in float32 or better.
-
-        From a :class:`SecureRandom`, an entry is drawn, scaled and added in float64; the sum is
-        rounded to a multiple of a power of two between 2^-25 and 2^-24 of ``noise_std``, then once
-        to its dtype. At least a thousand draws within 4 ``noise_std``, and millions where most
-        fall, lead to each value that can be released, so that its low bits do not tell the draw
-        or the sum (Mironov 2012). This holds for float32 and for float64 sums, and is a hardening:
-        a proof would need noise that is discrete by its law. From a torch generator an entry is
-        drawn in the sum's dtype, without any of this.
+        """Add independent N(0, noise_std^2) noise to every entry of the clipped sums.
 
         Args:
             clipped_sums: parameter name -> sum of clipped gradients; not mutated.
-            generator: source of the noise; a torch generator must be on the sums' device, and is
-                not cryptographically secure; None takes a new :class:`SecureRandom`, which is.
+            generator: source of the noise. A torch generator must be on the sums' device and is
+                not cryptographically secure. None takes a new :class:`SecureRandom`, which is.
+
+        Returns:
+            The noisy sums by name, in float32, or float64 for float64 sums.
 
         Raises:
             ValueError: if a sum is not a floating-point tensor.
+
+        Formal guarantees:
+            Mechanism: if one unit changes the sums, concatenated over all parameters, by at most
+                ``max_grad_norm`` in Euclidean norm, and the units were drawn by :meth:`sample`,
+                then T releases are (``epsilon(T, delta)``, delta)-DP together for every delta,
+                also if each step depends on the results of earlier ones.
+            Noise: ``noise_std = noise_multiplier * max_grad_norm``, absolute, on each entry of the
+                sum (not of the mean).
+            Unit: ``unit``, one example or one group.
+            Neighbouring relation: add or remove one unit.
+            Rounding: from a :class:`SecureRandom`, an entry is drawn, scaled and added in float64;
+                the result is rounded to a multiple of a power of two between 2^-25 and 2^-24 of
+                ``noise_std``, then once to its dtype. At least a thousand draws within 4
+                ``noise_std``, and millions where most of them fall, lead to each value that can be
+                released, so that the low bits reveal neither the draw nor the sum (Mironov 2012).
+                This is hardening, not a proof, which would need noise with a discrete law. From a
+                torch generator, an entry is drawn and added in the sum's dtype, without hardening.
+            Checked: that the sums are floating-point tensors.
+            Assumed: the sensitivity (``lowrank_dp.grads.clipped_sum`` bounds it), Poisson sampling,
+                noise that the adversary cannot predict, and no two different sums with the same
+                draws of the generator.
         """
         generator = SecureRandom() if generator is None else generator
         noisy = {}
@@ -119,6 +139,7 @@ class GaussianMechanism:
         return noisy
 
     def _secure_release(self, total: Tensor, generator: SecureRandom) -> Tensor:
+        """``total`` plus noise, rounded to a fixed grid; see "Rounding" in :meth:`add_noise`."""
         released = total.clone(memory_format=torch.contiguous_format)
         if self.noise_std == 0:
             return released
@@ -134,12 +155,12 @@ class GaussianMechanism:
         """An upper bound on epsilon after ``steps`` adaptive steps; infinite without noise.
 
         Args:
-            steps: number of releases, >= 0 (a step with an empty sample counts).
-            delta: in (0, 1); it should be below 1 / N for N units of privacy, which this class
-                does not know: ``train`` warns where it is not.
-            accountant: "pld" (default), the smallest bound of :mod:`lowrank_dp.accounting`, at
-                most some percent above the exact epsilon; "rdp", by Renyi DP alone, which is
-                looser where there is sampling.
+            steps: number of releases, >= 0; a step with an empty sample counts.
+            delta: in (0, 1). It should be below 1 / N for N units of privacy. This class does not
+                know N; ``train`` warns if delta is larger.
+            accountant: "pld" (default), the smallest bound of :mod:`lowrank_dp.accounting`, a few
+                percent above the exact epsilon at most; "rdp", the bound of Renyi DP alone, which
+                is looser for ``sample_rate`` < 1.
 
         Raises:
             ValueError: if an argument is out of range.
@@ -165,17 +186,17 @@ class GaussianMechanism:
         unit: str = "example",
         tolerance: float = 1e-4,
     ) -> GaussianMechanism:
-        """Mechanism with the smallest noise multiplier that meets ``(epsilon, delta)``.
+        """Find the smallest noise multiplier that meets ``(epsilon, delta)``.
 
         Args:
-            epsilon: target, > 0; :meth:`epsilon` of the mechanism is at most this.
+            epsilon: target, > 0. :meth:`epsilon` of the result never exceeds the target.
             delta: target, in (0, 1); see :meth:`epsilon`.
             steps: number of releases, >= 1.
-            sample_rate: in (0, 1].
-            max_grad_norm: > 0.
-            unit: "example" or "group".
-            tolerance: largest excess of the noise multiplier over the smallest that would do,
-                relative to a hundredth of the noise multiplier where that is above 100.
+            sample_rate: q in (0, 1].
+            max_grad_norm: C > 0.
+            unit: unit of privacy, "example" or "group".
+            tolerance: > 0, largest excess of the noise multiplier over the smallest sufficient one;
+                absolute for a noise multiplier up to 100, times a hundredth of it above.
 
         Raises:
             ValueError: if a value is out of range, or no noise multiplier below 1e9 suffices.
@@ -184,17 +205,16 @@ class GaussianMechanism:
         delta = _validate.real("delta", delta, low=0, high=1, low_open=True, high_open=True)
         steps = _validate.integer("steps", steps)
         tolerance = _validate.positive("tolerance", tolerance)
-        probe = cls(1.0, max_grad_norm, sample_rate, unit)  # checks the rest
-
+        probe = cls(1.0, max_grad_norm, sample_rate, unit)  # checks the other arguments
         setting = (float(probe.sample_rate), steps, delta)
 
         def excess(log_noise_multiplier: float) -> float:
-            """Return log(spent / target), at least -5: it is nearly linear in the argument."""
+            """log(spent / target), at least -5: nearly linear in the argument."""
             spent = accounting.bound(math.exp(log_noise_multiplier), *setting).epsilon
             return math.log(min(max(spent, epsilon * math.exp(-5)), 1e300) / epsilon)
 
         high = 1.0
-        while accounting.quick_bound(high, *setting).epsilon > epsilon:  # cheap, never below
+        while accounting.quick_bound(high, *setting).epsilon > epsilon:  # fast upper bound
             high *= 2
             if high > _MOST_NOISE:
                 raise ValueError(
@@ -212,9 +232,9 @@ class GaussianMechanism:
         return cls(min(math.exp(found), high), max_grad_norm, sample_rate, unit)
 
     def statement(self, steps: int, delta: float) -> str:
-        """The whole privacy claim in words; print it with every epsilon.
+        """The complete privacy claim in words, to be printed with every epsilon.
 
-        It does not say where the noise comes from, which only the caller knows.
+        The source of the noise is not part of it, since only the caller knows the source.
         """
         if self.noise_multiplier == 0:
             return "NOT private: noise_multiplier = 0"

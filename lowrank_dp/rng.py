@@ -1,11 +1,12 @@
-"""Random numbers: where the noise, the samples and the seeds of a run come from.
+"""Random generators of a run's noise (AES-128 in counter mode), its samples and its seeds.
 
-Three sources, of which a run's privacy statement names the one that it used:
+There are three sources; a run's privacy statement names the source that the run used:
 
 - :class:`SecureRandom`, AES-128 in counter mode with a key from the operating system: the default
-  on the CPU. Without the key, its output can't be told from random bits by any known attack.
-- torch's generators from the operating system's random bits (:func:`os_seeded_generator`): on CUDA.
-- torch's generators from a user's seed: reproducible by everyone who knows the seed.
+  on the CPU. No known attack tells its output from random bits without the key.
+- torch's generators, started from the operating system's random bits
+  (:func:`os_seeded_generator`): the default on CUDA.
+- torch's generators, started from a user's seed: anyone who knows the seed can reproduce the draws.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from torch import Tensor
 from lowrank_dp import _validate
 
 KEY_BYTES = 16
-_STATE_BYTES = KEY_BYTES + 16  # and the number of words that have been drawn
-_ZEROS = memoryview(bytes(1 << 18))  # what is encrypted, to have the keystream itself
-_TAIL = 2**63 - 2**43  # the word of a normal number beyond which twice the bits are taken
-_TWISTER_WORDS = 624  # of the Mersenne Twister's state, which is torch's CPU generator
+_STATE_BYTES = KEY_BYTES + 16  # the key, and the number of words drawn so far
+_ZEROS = memoryview(bytes(1 << 18))  # plaintext: encrypted zeros are the keystream itself
+_TAIL = 2**63 - 2**43  # a normal number whose word is beyond +-_TAIL takes a second word
+_TWISTER_WORDS = 624  # words in the state of the Mersenne Twister, torch's CPU generator
 
 
 class SecureRandom:
-    """Cryptographic random numbers on the CPU, which whoever has the key can replay.
+    """Cryptographic random generator on the CPU, replayable with its key.
 
     The bits are AES-128 (FIPS 197) in counter mode (NIST SP 800-38A): block i is the encryption of
     i, a big-endian number of 128 bits, and gives two little-endian words of 64 bits. OpenSSL
@@ -68,14 +69,14 @@ class SecureRandom:
         self.words(rest)
 
     def state(self) -> Tensor:
-        """Key and position, 32 bytes (uint8): SECRET, for :meth:`from_state` to go on from."""
+        """Key and position, 32 bytes (uint8), for :meth:`from_state`. The state is SECRET."""
         return torch.frombuffer(
             bytearray(self._key + self._position.to_bytes(16, "little")), dtype=torch.uint8
         )
 
     @classmethod
     def from_state(cls, state: Tensor) -> SecureRandom:
-        """Restore a generator from a ``state`` that :meth:`state` gave.
+        """Create a generator that continues from the result of :meth:`state`.
 
         Raises:
             ValueError: if ``state`` is not 32 bytes in a uint8 tensor.
@@ -90,7 +91,11 @@ class SecureRandom:
         return generator
 
     def words(self, size: int) -> np.ndarray:
-        """(size,) words of 64 random bits (uint64)."""
+        """Draw ``size`` words of 64 random bits, (size,) uint64.
+
+        Raises:
+            ValueError: in a process other than the one that made the generator.
+        """
         if os.getpid() != self._process:
             raise ValueError(
                 "this SecureRandom was made by another process and would draw the "
@@ -106,22 +111,22 @@ class SecureRandom:
         return drawn.astype(np.uint64, copy=False)
 
     def uniform(self, size: int) -> Tensor:
-        """(size,) float64 on the CPU, in (0, 1): odd multiples of 2^-53, all of them exact."""
+        """Draw uniform numbers in (0, 1), (size,) float64: exact odd multiples of 2^-53."""
         return torch.from_numpy(((self.words(size) >> np.uint64(12)) + 0.5) * 2.0**-52)
 
     def normal(self, size: int, std: float = 1.0) -> Tensor:
-        """(size,) normal numbers of standard deviation ``std``, float64, on the CPU.
+        """Draw normal numbers of standard deviation ``std``, (size,) float64 on the CPU.
 
-        By inversion of a signed uniform number x of 64 bits, z = sqrt(2) erfinv(x). Where |x| is
-        within 2^-20 of 1 (|z| > 4.9), where float64 rounds x coarsely, the number is the inverse of
-        1 - |x| taken to 52 bits more: so no tail is cut off or coarse.
+        A number is z = sqrt(2) erfinv(x) for a signed uniform number x of 64 bits. If |x| is within
+        2^-20 of 1 (|z| > 4.9), float64 rounds x coarsely; z is then computed from 1 - |x|, which is
+        extended by 52 bits of a second word. The tails are thus neither cut off nor coarse.
         """
         drawn = self.words(size).view(np.int64)
         in_tail = size > 0 and (drawn.max() >= _TAIL or drawn.min() < -_TAIL)  # still in the cache
         normal = torch.from_numpy(drawn).double().mul_(2.0**-63).erfinv_().mul_(math.sqrt(2) * std)
         if in_tail:
             rare = np.flatnonzero((drawn >= _TAIL) | (drawn < -_TAIL))
-            left = (2**63 - 1) - (drawn[rare] ^ (drawn[rare] >> 63))  # numbers up to the end
+            left = (2**63 - 1) - (drawn[rare] ^ (drawn[rare] >> 63))  # words up to the end
             tail = -ndtri((left + self.uniform(len(rare)).numpy()) * 2.0**-64) * std
             normal[torch.from_numpy(rare)] = torch.from_numpy(np.copysign(tail, drawn[rare]))
         return normal
@@ -137,31 +142,38 @@ Generator = torch.Generator | SecureRandom
 
 
 def uniform(size: int, generator: Generator) -> Tensor:
-    """(size,) uniform numbers in float64, whose grid is fine enough to leave a rate as stated."""
+    """Draw uniform numbers in [0, 1), (size,) float64.
+
+    Their grid of 2^-52 or finer makes ``uniform(...) < rate`` true with probability ``rate``, to
+    within the grid.
+    """
     if isinstance(generator, SecureRandom):
         return generator.uniform(size)
     return torch.rand(size, generator=generator, dtype=torch.float64)
 
 
 def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator that starts from the operating system's random bits.
+    """Create a torch generator whose start comes from the operating system's random bits.
 
-    It is not cryptographic. Of a CPU generator, a Mersenne Twister, the bits are the whole state
-    (``manual_seed`` would keep 32 of a seed's), yet some thousands of its outputs give that state.
-    A GPU's is Philox 4x32-10 with a key of the 63 bits that it is given.
+    The generator is not cryptographic. On the CPU it is a Mersenne Twister, whose whole state is
+    drawn (``manual_seed`` would keep only 32 bits of a seed); some thousands of outputs reveal the
+    state. On a GPU it is Philox 4x32-10 with a key of 63 random bits.
     """
     generator = torch.Generator(device)
     if generator.device.type != "cpu":
         return generator.manual_seed(int.from_bytes(os.urandom(8), sys.byteorder) >> 1)
     state = generator.manual_seed(0).get_state()
-    words = state[24 : 24 + 8 * _TWISTER_WORDS].view(torch.int64)  # of 32 bits, after the counters
+    words = state[24 : 24 + 8 * _TWISTER_WORDS].view(torch.int64)  # after the counters
     drawn = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), dtype=np.uint32)
     words.copy_(torch.from_numpy(drawn.astype(np.int64)))
     return generator.set_state(state)
 
 
 def derive_seed(seed: int | None, purpose: str) -> int:
-    """63 bits for one purpose: derived from ``seed``, or from the operating system if None."""
+    """Derive a seed of 63 bits for one purpose from ``seed``.
+
+    With ``seed=None``, the bits come from the operating system.
+    """
     if seed is None:
         return int.from_bytes(os.urandom(8), "little") >> 1
     return random.Random(f"lowrank_dp {purpose} {seed}").getrandbits(63)

@@ -1,7 +1,8 @@
-"""A list of training configurations to their results: in parallel, resumable, each run once.
+"""Sweeps: the results of many training configurations, in parallel and resumable, each run once.
 
-Every configuration has a folder named after the hash of its contents, so a sweep that is repeated
-or grown computes only what is missing, and a run that was killed goes on from its last snapshot.
+Every configuration has a folder that is named after the hash of the configuration. A sweep that is
+repeated or extended therefore computes only what is missing, and a killed run resumes from its last
+snapshot.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.train import TrainConfig, TrainResult
 from lowrank_dp.train.loop import train
 
-PATIENCE = 600.0  # seconds to wait for a run that another process, perhaps a dying one, holds
+PATIENCE = 600.0  # seconds to wait for a run that another process holds, which may be dying
 DIED = (
     f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it: out "
     "of memory, or killed? What it had done is kept: sweep again"
@@ -32,7 +33,13 @@ DIED = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A configuration with its result, or with the one line that says why there is none."""
+    """A configuration with its result, or with the reason why there is none.
+
+    Attributes:
+        config: of the run.
+        result: of the run; None if it failed.
+        error: the reason in one line; empty if the run did not fail.
+    """
 
     config: TrainConfig
     result: TrainResult | None
@@ -40,9 +47,10 @@ class Outcome:
 
 
 def run_folder(config: TrainConfig, folder: str | Path) -> Path:
-    """Where a configuration's run lies: a folder named after the hash of all its fields.
+    """Return the folder of a configuration's run, which is named after the hash of all fields.
 
-    A configuration without a seed draws anew each time, and so is refused: it names no result.
+    Raises:
+        ValueError: if ``config.seed`` is None: an unseeded run cannot be identified later.
     """
     if config.seed is None:
         raise ValueError("seed must be given for a sweep: without one a run can't be found again")
@@ -58,25 +66,30 @@ def sweep(
     engine: str = "loky",
     keep_model: bool = False,
 ) -> list[Outcome]:
-    """Train every configuration, equal ones once; outcomes in the order of ``configs``.
+    """Train every configuration; equal configurations are trained once.
+
+    A run that fails (bad configuration, divergence, full disk) does not stop the others. A run
+    whose worker was killed resumes from its last snapshot; after three deaths it has failed.
 
     Args:
         configs: each with a seed.
-        folder: of the runs; finished ones found there are read, not repeated.
-        num_workers: runs at a time; None takes one a core of this machine.
-        engine: "loky" (processes here, each with its share of the cores), "ray" or "dask" (a
-            cluster, see ``engines.run``: its machines share ``folder``, data and models under
-            the same paths), or "sequential" in this process.
-        keep_model: keep each run's checkpoint too.
+        folder: folder of the runs. Finished runs in it are read, and not repeated.
+        num_workers: number of concurrent runs; default: one per CPU core.
+        engine: "loky" (processes of this machine, which share its cores evenly), "ray" or "dask"
+            (a cluster, see :func:`lowrank_dp.engines.run`, whose machines share ``folder``, data
+            and models under the same paths), or "sequential" (this process).
+        keep_model: whether to keep each run's checkpoint.
 
-    A run that fails (bad configuration, diverged, disk full) does not stop the others: its
-    outcome says why. So does one whose worker died three times; a run whose worker was killed
-    otherwise goes on from its last snapshot.
+    Returns:
+        An outcome per configuration, in the order of ``configs``.
+
+    Raises:
+        ValueError: if a configuration has no seed, or an argument is bad.
     """
     engines.check_engine(engine)
     cores = os.cpu_count() or 1
     workers = _validate.integer("num_workers", cores if num_workers is None else num_workers)
-    folder = Path(folder).absolute()  # a worker may stand elsewhere
+    folder = Path(folder).absolute()  # a worker may have another working folder
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
     job = functools.partial(
         _run, keep_model=keep_model, threads=max(1, cores // workers) if engine == "loky" else None
@@ -90,6 +103,7 @@ def sweep(
 
 
 def _run(job: tuple[str, TrainConfig], *, keep_model: bool, threads: int | None) -> Outcome:
+    """Train one configuration in its folder; wait for another process that holds the folder."""
     path, config = job
     if threads is not None:
         torch.set_num_threads(threads)
@@ -102,4 +116,4 @@ def _run(job: tuple[str, TrainConfig], *, keep_model: bool, threads: int | None)
         except (ValueError, OSError) as error:
             if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
                 return Outcome(config, None, " ".join(str(error).split()))
-        time.sleep(1)  # then its result is read, or what a dead process left is gone on with
+        time.sleep(1)  # then the other's result is read, or its last snapshot is resumed

@@ -1,4 +1,4 @@
-"""Bounds on epsilon, against exact profiles by mpmath and against dp-accounting."""
+"""Bounds on epsilon, compared with exact profiles by mpmath and with dp-accounting."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def epsilon(sigma, rate, steps, delta):
 
 
 def exact_step(rate, sigma, delta, sign):
-    """Epsilon of one sampled step, from its two hypotheses, by mpmath."""
+    """Epsilon of one sampled step from its two distributions, by mpmath."""
     with mpmath.workdps(45):
 
         def spent(e):
@@ -40,7 +40,7 @@ def exact_step(rate, sigma, delta, sign):
 
 
 def test_stored_references():
-    """Never below the exact value, and at most 5% above the best of the others."""
+    """Epsilon is never below the exact value, and at most 5% above the best reference."""
     assert len(REFERENCE) == 60
     for row in REFERENCE:
         setting = (row["sigma"], row["rate"], row["steps"], row["delta"])
@@ -50,13 +50,13 @@ def test_stored_references():
             continue
         best = min(row["rdp"], row.get("pld", math.inf))
         assert found <= 1.05 * best, (found, row)
-        if "pld" in row:  # whose own discretisation leaves it this much above the limit
+        if "pld" in row:  # its discretisation leaves it up to 1.5% above the limit
             assert found >= 0.985 * row["pld"], (found, row)
 
 
 def test_lines_of_the_table_of_faults():
     assert epsilon(754.8, 0.01, 100_000, 1e-5) == pytest.approx(0.0103, abs=1e-4)
-    assert epsilon(1.0, 1e-4, 10**6, 1e-5) <= 0.482  # a fine PLD has .459
+    assert epsilon(1.0, 1e-4, 10**6, 1e-5) <= 0.482  # a PLD with a fine interval gives .459
     assert epsilon(10.0, 1.0, 1, 1e-18) == pytest.approx(0.829, abs=1e-3)
     assert epsilon(1000.0, 0.01, 1000, 1e-6) == pytest.approx(0.00074, abs=1e-5)
     for target, delta, steps, rate in ((0.1, 1e-5, 100_000, 0.01), (1e-3, 1e-6, 1000, 0.01)):
@@ -66,7 +66,7 @@ def test_lines_of_the_table_of_faults():
 
 
 def test_one_step_is_exact_in_both_directions():
-    """Down to delta = 1e-20, where a difference of numbers near 1 would show nothing."""
+    """Exact down to delta = 1e-20, which a difference of numbers near 1 could not resolve."""
     for rate, sigma in ((0.1, 1.0), (1e-4, 0.4), (0.9, 5.0)):
         for delta in (1e-4, 1e-12, 1e-20):
             exact = max(exact_step(rate, sigma, delta, sign) for sign in (1, -1))
@@ -76,7 +76,7 @@ def test_one_step_is_exact_in_both_directions():
 
 
 def test_composed_losses_are_exact_where_nothing_is_sampled_out():
-    """The discretised loss of a rate of nearly 1 beside the exact Gaussian; never below it."""
+    """At a rate of nearly 1 the PLD is never below the exact epsilon, and at most 3% above."""
     for sigma, steps in ((1.0, 1), (50.0, 10**4), (300.0, 10**6), (0.5, 3)):
         for delta in (1e-3, 1e-12, 1e-20):
             exact = accounting.gaussian_epsilon(math.sqrt(steps) / sigma, delta)
@@ -85,7 +85,7 @@ def test_composed_losses_are_exact_where_nothing_is_sampled_out():
 
 
 def exact_composed(rate, sigma, steps, delta, sign, near):
-    """Epsilon of sampled steps without any discretised loss: a contour integral.
+    """Epsilon of sampled steps by a contour integral, without a discretised loss.
 
     With K(z) = log E exp(z loss), delta(epsilon) is the integral of exp(steps K(z) - z epsilon) /
     (2 pi i z (z + 1)) along c + i t for any c > 0, here the saddle point. Both integrals are by the
@@ -103,7 +103,7 @@ def exact_composed(rate, sigma, steps, delta, sign, near):
             math.log((x[1] - x[0]) / sigma / math.sqrt(2 * math.pi)) - (x / sigma) ** 2 / 2
         )
         top = (log_density + power.real * loss).max(1)
-        if top.max() < 0:  # the mean of expm1 is small, and keeps its relative precision
+        if top.max() < 0:  # the mean of expm1 keeps its relative precision
             return np.log1p((np.exp(log_density) * np.expm1(power * loss)).sum(1))
         return top + np.log(np.exp(log_density + power * loss - top[:, None]).sum(1))
 
@@ -132,7 +132,7 @@ def exact_composed(rate, sigma, steps, delta, sign, near):
 
 
 def test_composed_steps_against_the_exact_integral():
-    """Between exact and 1% above, in both directions, down to a delta of 1e-20."""
+    """Epsilon is at least exact and at most 1% above, in both directions, down to delta 1e-20."""
     for rate, sigma, steps, delta in (
         (0.01, 1.0, 2000, 1e-5),
         (0.01, 1.0, 2000, 1e-15),
@@ -171,8 +171,9 @@ def test_renyi_divergences_at_integers_are_binomial_sums():
             )
 
 
+@pytest.mark.slow
 def test_monotone_in_everything():
-    """Up to a percent, which the interval of the discretisation may take."""
+    """Epsilon is monotone up to a percent, the error of the discretisation."""
     rng = np.random.default_rng(0)
     for _ in range(8):
         sigma, rate = 10 ** rng.uniform(-0.3, 2), 10 ** rng.uniform(-4, 0)
@@ -187,6 +188,7 @@ def test_monotone_in_everything():
             assert epsilon(*more) >= 0.99 * here, ((sigma, rate, steps, delta), more)
 
 
+@pytest.mark.slow
 def test_calibrated_noise_is_the_smallest_and_takes_no_many_evaluations(monkeypatch):
     calls, bound = [], accounting.bound
     monkeypatch.setattr(accounting, "bound", lambda *a: calls.append(a) or bound(*a))

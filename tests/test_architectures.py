@@ -1,4 +1,4 @@
-"""A table of transformers' architectures: each is right, or refused with one line."""
+"""Architectures of transformers: the clipped sum is right, or refused in one line."""
 
 import collections
 import warnings
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.models.trainable import choose_trainable
+from tests.oracles import clip_one_by_one
 
 pytestmark = pytest.mark.slow
 TYPES = {
@@ -97,7 +98,7 @@ SIZES = {
         "attention_dropout_prob",
     ),
 }
-OWN = {  # what a name alone does not tell
+OWN = {  # sizes that depend on other sizes
     "gptj": dict(rotary_dim=4),
     "codegen": dict(rotary_dim=4),
     "funnel": dict(block_sizes=[1, 1], num_decoder_layers=1),
@@ -176,25 +177,8 @@ def batch_of(kind, padded, rows=4, length=9):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def alone(model, batch, bound):
-    """The definition: each row's gradient by itself and without padding, clipped, added up."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
-    norms = []
-    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-        one = {name: value[row : row + 1] for name, value in batch.items()}
-        one = {name: value[:, :length] if value.ndim == 2 else value for name, value in one.items()}
-        gradient = torch.autograd.grad(model(**one).loss, [*trained.values()], allow_unused=True)
-        norm = torch.stack([g.double().norm() for g in gradient if g is not None]).norm()
-        norms.append(norm)
-        for name, g in zip(trained, gradient, strict=True):
-            if g is not None:
-                total[name] += g.double() * min(1.0, bound / float(norm))
-    return total, torch.stack(norms)
-
-
 def outcome(model, batch):
-    """``"right"``, or the line of a refusal; anything else that happens."""
+    """``"right"``, ``"refused"``, or a description of the fault."""
     try:
         sums, norms = clipped_sum(model, batch, 0.1)
     except ValueError as error:
@@ -203,15 +187,15 @@ def outcome(model, batch):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     off = deviation(model, batch, sums, norms)
-    if 1e-5 <= off < 1e-4:  # rounding of float32, which weights in float64 have less of
+    if 1e-5 <= off < 1e-4:  # perhaps rounding of float32: decide in float64
         model = model.double()
         off = deviation(model, batch, *clipped_sum(model, batch, 0.1))
     return "right" if off < 1e-5 else f"wrong by {off:.1e}"
 
 
 def deviation(model, batch, sums, norms):
-    """The largest error of a norm or of a parameter's sum, relative to it or to 1% of the whole."""
-    total, true = alone(model, batch, 0.1)
+    """Largest relative error of a norm or of a parameter's sum (at least 1% of the whole norm)."""
+    total, true = clip_one_by_one(model, batch, 0.1, own_length=True)
     whole = torch.stack([t.norm() for t in total.values()]).norm()
     off = max(
         float((sums[name] - total[name]).norm() / torch.maximum(t.norm(), 1e-2 * whole))

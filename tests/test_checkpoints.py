@@ -1,4 +1,4 @@
-"""A checkpoint holds what was trained, or it is not loaded: by this package and by others."""
+"""Checkpoints hold what was trained, for this package and for others; others are refused."""
 
 import json
 import re
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from lowrank_dp.data import Example, Task, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.models import describe, load_model, load_tokenizer, save_model, tiny
-from lowrank_dp.models.heads import final_layer, head_state, label_rows, own_label_names
+from lowrank_dp.models.heads import final_layer, head_state
+from lowrank_dp.models.labels import label_rows, own_label_names
 from lowrank_dp.train.loop import train
 
 SEQUENCE = transformers.AutoModelForSequenceClassification
@@ -118,14 +119,14 @@ def configuration(name, **changes):
 
 @pytest.fixture(autouse=True)
 def quietly():
-    """transformers reports on every load."""
+    """Silence the reports of transformers on each load."""
     transformers.utils.logging.set_verbosity_error()
     yield
     transformers.utils.logging.set_verbosity_warning()
 
 
 def save_base(folder, name, auto=None, seed=0, **changes):
-    """A backbone at random weights, as a language model saves it: without pooler or head."""
+    """Save a backbone at random weights as a language model does: without pooler and head."""
     config = configuration(name, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -145,7 +146,7 @@ def save_base(folder, name, auto=None, seed=0, **changes):
 
 
 def perturb(model, seed=1):
-    """What training does to everything that trains."""
+    """Move every parameter that trains, as training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -171,9 +172,10 @@ def edit_json(path, **changes):
 # --- every family comes back -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "lora-frozen-a"])
 def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
-    """With a new head and pooler, in a process whose generators are elsewhere."""
+    """Head and pooler are new; the global generator is in another state at each load."""
     families = FAMILIES if method != "lora-frozen-a" else ["bert", "distilbert", "xlnet"]
     for number, name in enumerate(families):
         base, saved = save_base(tmp_path / f"{name}", name), tmp_path / f"{name}-saved"
@@ -206,8 +208,9 @@ def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
             load_model(base, task=TASK, new_head=False)
 
 
+@pytest.mark.slow
 def test_the_head_trains_whatever_train_layers_is(tmp_path):
-    """And the rest is frozen: what transformers reports as missing is what is the head."""
+    """The head is what transformers reports as missing; parameters off the pattern are frozen."""
     for name in FAMILIES:
         base = save_base(tmp_path / name, name)
         _, report = SEQUENCE.from_pretrained(base, num_labels=3, output_loading_info=True)
@@ -223,8 +226,9 @@ def test_the_head_trains_whatever_train_layers_is(tmp_path):
         assert final_layer(model) and model.get_submodule(final_layer(model)).out_features == 3
 
 
+@pytest.mark.slow
 def test_last_blocks_of_every_family(tmp_path):
-    """The last block, of each list if there are several; encoders come before decoders."""
+    """The last block of each list trains; blocks of encoders come before those of decoders."""
     first = {
         "bert": r"\.layer\.0\.",
         "distilbert": r"\.layer\.0\.",
@@ -237,13 +241,8 @@ def test_last_blocks_of_every_family(tmp_path):
     for name, pattern in first.items():
         base = save_base(tmp_path / name, name)
 
-        def names(**options):
-            model, _ = load_model(
-                base,
-                kind="classification",
-                num_labels=2,  # noqa: B023
-                **options,
-            )
+        def names(base=base, **options):
+            model, _ = load_model(base, kind="classification", num_labels=2, **options)
             return {n for n, p in model.named_parameters() if p.requires_grad}
 
         everything, last = names(), names(train_layers=1)
@@ -325,7 +324,7 @@ def test_a_pooler_that_an_earlier_version_did_not_save_is_refused(tmp_path):
 
 
 def test_initial_head_holds_the_new_pooler_too(tmp_path):
-    from lowrank_dp.mia.target import load_reference
+    from lowrank_dp.mia.loading import load_reference
 
     base = save_base(tmp_path / "base", "bert")
     for method in ("full", "lora"):
@@ -359,13 +358,13 @@ def test_initial_head_holds_the_new_pooler_too(tmp_path):
 
 
 def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
-    """The checkpoint evaluates as the run did, its reference as the run did before step 1."""
-    from lowrank_dp.mia.target import load_reference
+    """The checkpoint has the run's last loss, and its reference the loss before step 1."""
+    from lowrank_dp.mia.loading import load_reference
 
     folder = save_base(tmp_path / "bert", "bert")
     task = load_task(base.task)
     for method in ("full", "lora"):
-        config = replace(base, model=str(folder), method=method, learning_rate=0.3)
+        config = replace(base, model=str(folder), method=method, learning_rate=1.0)
         result = train(config, tmp_path / method)
         assert "; head new: bert.pooler.dense.bias, bert.pooler.dense.w" in result.description
         manifest = json.loads((tmp_path / method / "membership.json").read_text())
@@ -385,7 +384,7 @@ OTHER = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
 
 
 def save_classifier(folder, name, id2label=OTHER, **changes):
-    """A classifier with labels of its own, and a head as large as a trained one's."""
+    """Save a classifier with labels of its own and a head on the scale of a trained head."""
     save_base(folder, name, SEQUENCE, num_labels=3, initializer_range=0.5, **changes)
     edit_json(
         folder / "config.json",
@@ -395,6 +394,7 @@ def save_classifier(folder, name, id2label=OTHER, **changes):
     return folder
 
 
+@pytest.mark.slow
 def test_labels_are_mapped_by_name(tmp_path):
     for name in ("bert", "roberta", "distilbert", "bart", "t5", "xlnet", "xlm", "gpt2"):
         folder = save_classifier(tmp_path / name, name)
@@ -409,7 +409,7 @@ def test_labels_are_mapped_by_name(tmp_path):
 
 
 def test_names_of_labels(tmp_path):
-    """Which names are the same, and which are none."""
+    """Names are matched across spellings; default names count as no names."""
     assert label_rows(["Not-Entailment", "entailed"], ["entailment", "not_entailment"], "m") == [
         1,
         0,
@@ -461,7 +461,7 @@ def test_the_problem_must_be_the_head_s(tmp_path):
 
 
 def adapt(base, folder, tokens=0, seed=1, **options):
-    """A plain PEFT adapter that some other program has trained."""
+    """Save a PEFT adapter as another program does, and return its logits."""
     model = SEQUENCE.from_pretrained(base, num_labels=3)
     if tokens:
         model.resize_token_embeddings(tokens, mean_resizing=False)
@@ -572,9 +572,9 @@ def test_an_adapter_with_two_added_tokens(tmp_path):
 
 
 def test_a_base_that_was_changed_is_noticed(tmp_path, base):
-    """An adapter on other weights of the same shapes is another model, as is the one before."""
+    """Adapter and reference are refused on a base with other weights of the same shapes."""
     from lowrank_dp.membership.manifest import read_manifest
-    from lowrank_dp.mia.target import load_reference
+    from lowrank_dp.mia.loading import load_reference
 
     folder, task = save_base(tmp_path / "bert", "bert"), load_task(base.task)
     for method in ("full", "lora"):
@@ -608,7 +608,7 @@ def test_a_base_that_was_changed_is_noticed(tmp_path, base):
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
-    """transformers makes one to which every word is unknown."""
+    """transformers would make a tokenizer to which every word is unknown."""
     for name in ("bert", "roberta", "gpt2", "t5"):
         folder = save_classifier(tmp_path / name, name, LABELS)
         kept = {file.name: file.read_bytes() for file in folder.glob("tokenizer*")}
@@ -653,10 +653,11 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "adapter"), base=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
 def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
-    """Or loaded, where the field means nothing."""
+    """A field without a meaning may hold anything."""
     base = save_classifier(tmp_path / "bert", "bert", LABELS)
     folder = base
     if file.startswith("adapter"):

@@ -1,28 +1,37 @@
-"""Command lines as a user runs them: results, exit codes, one line on bad input."""
+"""Command lines as a user runs them: results, exit codes, one line on bad input, nothing lost."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowrank_dp import artifacts
+from lowrank_dp.__main__ import COMMANDS, main
+from lowrank_dp.commands import _tables
 from lowrank_dp.restore import restore
+from tests.oracles import assert_refused
+
+HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "datasets", "matplotlib", "scipy")
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture
+def call(capsys):
+    """``call(command, *words)`` in this process: exit code, stdout, stderr."""
 
+    def run(*words):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        return stop.value.code, *capsys.readouterr()
 
-def assert_one_line(done, *words):
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+    return run
 
 
 @pytest.fixture
@@ -32,28 +41,29 @@ def noisy_file(tmp_path):
     tensors = {
         "weight": signal + torch.randn(40, 60),
         "bias": torch.randn(40),
-        "noise": torch.randn(30, 30) * 0.5,
+        "noise": torch.randn(30, 30),
     }
     save_file(tensors, tmp_path / "noisy.safetensors")
     return tmp_path / "noisy.safetensors", tensors
 
 
+def restore_words(path, output, changes):
+    options = {"--input": path, "--noise-std": "1", "--output": output} | changes
+    words = [word for name, value in options.items() for word in (name, value) if value is not True]
+    return ["restore", *words]
+
+
+@pytest.mark.slow
 def test_restore_writes_what_the_function_returns(noisy_file, tmp_path):
+    """In a process of its own, as ``python -m`` starts one."""
     path, tensors = noisy_file
     out = tmp_path / "out.safetensors"
-    done = run(
-        "lowrank_dp.restore",
-        "--input",
-        str(path),
-        "--noise-std",
-        "1",
-        "--output",
-        str(out),
-        "--scheme",
-        "denoise",
-        "--option",
-        "kappa=1.1",
-        "--json",
+    words = restore_words(path, out, {"--scheme": "denoise", "--option": "kappa=1.1"})[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_dp.restore", *map(str, words), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -65,9 +75,10 @@ def test_restore_writes_what_the_function_returns(noisy_file, tmp_path):
     assert torch.equal(restored["bias"], tensors["bias"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
+    path, _ = noisy_file
+    out = tmp_path / "out.safetensors"
+    for changes, words in (
         ({"--scheme": "optmal"}, ["did you mean 'optimal'"]),
         ({"--noise-std": "-1"}, ["noise_std", "-1"]),
         ({"--option": "kapa=1", "--scheme": "denoise"}, ["kappa"]),
@@ -75,34 +86,38 @@ def test_restore_writes_what_the_function_returns(noisy_file, tmp_path):
         ({"--input": "missing.safetensors"}, ["missing.safetensors"]),
         ({"--input": __file__}, ["safetensors file"]),
         ({"--nonsense": "1"}, ["--nonsense"]),
-    ],
-)
-def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, changes, words):
-    path, _ = noisy_file
-    out = tmp_path / "out.safetensors"
-    options = {"--input": str(path), "--noise-std": "1", "--output": str(out)} | changes
-    assert_one_line(
-        run("lowrank_dp.restore", *[word for pair in options.items() for word in pair]), *words
-    )
-    assert not out.exists()
+        ({"--noise-std": "1.5"}, ["matrix noise (30, 30) must hold noise", "--noise-std"]),
+    ):
+        assert_refused(call(*restore_words(path, out, changes)), *words)
+        assert not out.exists(), changes
+
+
+def test_restore_replaces_a_file_only_if_told_to_and_never_its_input(noisy_file, tmp_path, call):
+    path, tensors = noisy_file
+    out, before = tmp_path / "out.safetensors", path.read_bytes()
+    out.write_text("another's")
+    assert_refused(call(*restore_words(path, out, {})), "out.safetensors exists", "--force")
+    assert out.read_text() == "another's"
+    (tmp_path / "symbolic").symlink_to(path)
+    (tmp_path / "hard").hardlink_to(path)
+    for same in (path, tmp_path / "symbolic", tmp_path / "hard", tmp_path / "." / path.name):
+        for words in ([], ["--force"]):
+            done = call(*restore_words(path, same, {}), *words)
+            assert_refused(done, "another file than --input")
+            assert path.read_bytes() == before, same
+    code, printed, _ = call(*restore_words(path, out, {}), "--force")
+    assert code == 0 and load_file(out).keys() == tensors.keys()
+    assert "40×60" in printed and "restored" in printed
 
 
 @pytest.mark.slow
-def test_spectrum_measures_saves_and_prints(tmp_path):
-    done = run(
-        "lowrank_dp.spectrum",
-        "--model",
-        "tiny",
-        "--batch-size",
-        "256",
-        "--warm-loss",
-        "0",
-        "--output",
-        str(tmp_path),
-        "--json",
+def test_spectrum_measures_saves_and_prints(tmp_path, call):
+    code, out, err = call(
+        *("spectrum", "--model", "tiny", "--batch-size", "256", "--warm-loss", "0"),
+        *("--output", tmp_path, "--json"),
     )
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    assert code == 0 and err.startswith("measures: tiny"), err
+    document = json.loads(out)
     assert document["privacy"].startswith("NON-PRIVATE")
     layer = document["layers"][0]
     m, n = layer["shape"]
@@ -113,41 +128,151 @@ def test_spectrum_measures_saves_and_prints(tmp_path):
         "spectra.png",
         "spectra.pdf",
     }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["lowrank_dp.spectrum", "--task", "sst3"], ["did you mean 'sst2'"]),
-        (["lowrank_dp.spectrum", "--batch-size", "0"], ["--batch-size", "0"]),
-        (["lowrank_dp.spectrum", "--noise-multiplier", "nan"], ["--noise-multiplier"]),
-        (["lowrank_dp.spectrum", "--model", "nobody/nothing"], ["minilm (packaged)"]),
-        (["lowrank_dp.spectrum", "--device", "toaster"], ["device"]),
-        (["lowrank_dp.figures", "--only", "spectrums"], ["did you mean 'spectra'"]),
-        (["lowrank_dp.figures", "--scale", "huge"], ["small, full"]),
-        (["lowrank_dp.figures", "--redraw", "--artifacts", "nowhere"], ["no result spectra.json"]),
-        (["lowrank_dp", "spectrums"], ["did you mean 'spectrum'"]),
-    ],
-)
-def test_commands_refuse_bad_input_in_one_line(arguments, words):
-    assert_one_line(run(*arguments), *words)
-
-
-def test_the_console_script_lists_its_commands():
-    done = run("lowrank_dp", "--help")
-    assert done.returncode == 0
-    for command in ("spectrum", "restore", "lora", "train", "mia", "figures"):
-        assert command in done.stdout
-    assert run("lowrank_dp", "--version").stdout.strip() == "0.1.0"
-
-
-def test_progress_is_silent_without_a_terminal_whatever_the_environment_says():
-    """A notebook sets FORCE_COLOR, and its workers would fill the cell with bars."""
-    code = "from lowrank_dp._terminal import progress; print(list(progress(range(3), 'counting')))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "FORCE_COLOR": "1"},
+    code, out, _ = call(
+        *("spectrum", "--model", "tiny", "--batch-size", "64", "--warm-loss", "0"),
+        *("--scheme", "none"),
     )
-    assert done.stdout == "[0, 1, 2]\n" and done.stderr == ""
+    assert code == 0 and max(map(len, out.splitlines()[:20])) <= 80
+    names = [line.split()[0] for line in out.splitlines()]
+    assert "attention.self.query" in names and "bert.encoder.layer.1" in names
+
+
+def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
+    for words, expected in (
+        (["spectrum", "--task", "sst3"], ["did you mean 'sst2'"]),
+        (["spectrum", "--batch-size", "0"], ["--batch-size", "0"]),
+        (["spectrum", "--noise-multiplier", "nan"], ["--noise-multiplier"]),
+        (["spectrum", "--model", "nobody/nothing"], ["minilm (packaged)"]),
+        (["spectrum", "--device", "toaster"], ["device"]),
+        (["lora", "--rank", "0"], ["rank must be"]),
+        (["figures", "--only", "spectrums"], ["did you mean 'spectra'"]),
+        (["figures", "--scale", "huge"], ["small, full"]),
+        (
+            ["figures", "--redraw", "--artifacts", tmp_path / "no", "--output", tmp_path / "f"],
+            ["no result spectra.json"],
+        ),
+        (["spectrums"], ["did you mean 'spectrum'"]),
+    ):
+        assert_refused(call(*words), *expected)
+
+
+FORMULAS = ["figures", "--only", "total_variation"]
+
+
+@pytest.mark.slow
+def test_figures_replace_only_results_of_the_same_configuration(tmp_path, call, monkeypatch):
+    from lowrank_dp.figures import lora
+
+    quick = replace(
+        lora.FIGURES["total_variation"].small,
+        ranks=(1, 4),
+        fixed_ranks=(1,),
+        widths=(2, 8),
+        joint_ranks=(1,),
+        joint_ratios=(0.5, 2.0),
+    )
+    spec = replace(lora.FIGURES["total_variation"], small=quick, full=replace(quick, ranks=(1, 8)))
+    monkeypatch.setitem(lora.FIGURES, "total_variation", spec)
+    folders = ["--artifacts", tmp_path / "a", "--output", tmp_path / "f"]
+    saved = tmp_path / "a" / "total_variation.json"
+    code, *_ = call(*FORMULAS, *folders)
+    assert code == 0
+    before = json.loads(saved.read_text())["config"]
+    code, _, err = call(*FORMULAS, *folders)  # the same again
+    assert code == 0 and "not computed" not in err
+    words = [*FORMULAS, *folders, "--scale", "full"]
+    assert_refused(call(*words), "total_variation.json", "ranks", "--force")
+    assert json.loads(saved.read_text())["config"] == before
+    code, *_ = call(*words, "--force")
+    assert code == 0 and json.loads(saved.read_text())["config"]["ranks"] == [1, 8]
+    # a configuration that nobody asked for gives way to the saved result
+    code, _, err = call(*FORMULAS, *folders)
+    assert code == 0 and "not computed but drawn" in err and "--force" in err
+    assert json.loads(saved.read_text())["config"]["ranks"] == [1, 8]
+    for content in ("{}", "no JSON"):  # another command's
+        saved.write_text(content)
+        assert_refused(call(*words), "another command", "--force")
+        assert saved.read_text() == content
+
+
+def test_committed_results_are_those_of_the_default_configurations():
+    """Or ``make figures`` on a clean checkout would draw, and compute nothing."""
+    from lowrank_dp.figures import NAMES, config_of, find
+
+    folder = Path(__file__).parents[1] / "paper_artifacts"
+    for name in NAMES:
+        if find(name).lengthy:  # drawn from its saved result anyway
+            continue
+        config = config_of(name, "small", task="sst2")
+        saved = artifacts.load_result(folder, name, find(name).result)
+        assert saved.config == config, name
+
+
+def test_the_console_script_lists_its_commands(capsys):
+    main(["--help"])
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_help_loads_nothing_heavy():
+    """One process for all commands; each starts with a module, whose face must be light too."""
+    code = f"""
+import importlib, sys
+from lowrank_dp.__main__ import COMMANDS, main
+for command in COMMANDS:
+    importlib.import_module(f"lowrank_dp.{{command}}")
+    try:
+        main([command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+    print("heavy:", command, *[name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = [line for line in done.stdout.splitlines() if line.startswith("heavy:")]
+    assert heavy == [f"heavy: {command}" for command in COMMANDS]
+
+
+def test_a_signal_during_imports_is_one_line(tmp_path):
+    """A module that is imported slowly, and a SIGINT meanwhile."""
+    (tmp_path / "numpy.py").write_text(
+        f"open({str(tmp_path / 'begun')!r}, 'w').close()\nimport time\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    for words in (["lowrank_dp.train"], ["lowrank_dp", "mia", "--model", "x"]):
+        (tmp_path / "begun").unlink(missing_ok=True)
+        child = subprocess.Popen(
+            [sys.executable, "-m", *words], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        while not (tmp_path / "begun").exists():
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+        assert (child.returncode, said) == (130, "stopped by SIGINT\n"), words
+
+
+def test_tables_lose_nothing_at_any_width():
+    columns = ["attack", "AUC [95%]", "TPR@0.01 [95%]", "epsilon >="]
+    rows = [
+        ["lira-offline*", "0.512 [0.400, 0.600]", "n/a (needs 100 out)", "0.5"],
+        ["bert.encoder.layer.0.query", "0.5 [0.4, 0.6]", "", "12"],
+    ]
+    for width in (200, 80, 60, 45, 30, 20):
+        lines = _tables.table_lines(columns, rows, width)
+        assert width < 30 or max(map(len, lines)) <= width, (width, lines)
+        text = "".join("".join(lines).split())
+        for cell in (cell for row in [columns, *rows] for cell in row):
+            for word in cell.replace(".", ". ").split():
+                assert word in text, (width, word)
+    assert "[0.400, 0.600]" in "\n".join(_tables.table_lines(columns, rows, 60))
+
+
+def test_progress_is_silent_without_a_terminal_whatever_the_environment_says(capsys, monkeypatch):
+    """A notebook sets FORCE_COLOR, and its workers would fill the cell with bars."""
+    from lowrank_dp._terminal import progress
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(progress(range(3), "counting")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")

@@ -1,7 +1,6 @@
 """Tasks, readers, generated text, tokenisation and batching."""
 
-import gzip
-import json
+import functools
 import os
 import re
 from collections import Counter
@@ -14,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_dp import data
-from lowrank_dp.data import Example, collate, encode, load_task, micro_batches
+from lowrank_dp.data import Example, collate, encode, generated, load_task, micro_batches
 from lowrank_dp.models import tiny
+from tests.tasks import case
+from tests.tasks import write_jsonl as write
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
@@ -33,17 +34,9 @@ def tokenizers():
     return {name: tiny.tokenizer(name) for name in tiny.NAMES}
 
 
-def write(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as out:
-        out.write(text)
-    return path
-
-
 # --- real data: counts of the official releases ------------------------------------------------
 
+released = functools.cache(load_task)  # the tests below only read
 COUNTS = {  # task -> split -> (examples, groups, labels)
     "sst2": {
         "train": (67_349, 67_349, {0: 29_780, 1: 37_569}),
@@ -67,33 +60,33 @@ COUNTS = {  # task -> split -> (examples, groups, labels)
 
 
 @needs_data
-@pytest.mark.parametrize("name", COUNTS)
-def test_counts_of_the_official_releases(name):
-    task = load_task(name)
-    for split, (examples, groups, labels) in COUNTS[name].items():
-        found = task.split(split)
-        assert len(found) == len({e.id for e in found}) == examples
-        assert len({e.group for e in found}) == groups
-        if labels:
-            assert Counter(e.label for e in found) == labels
+def test_counts_of_the_official_releases():
+    for name, splits in COUNTS.items():
+        task = released(name)
+        for split, (examples, groups, labels) in splits.items():
+            found = task.split(split)
+            assert len(found) == len({e.id for e in found}) == examples, (name, split)
+            assert len({e.group for e in found}) == groups, (name, split)
+            if labels:
+                assert Counter(e.label for e in found) == labels, (name, split)
 
 
 @needs_data
 def test_ids_come_from_the_idx_column_or_the_row():
-    mrpc = load_task("mrpc")
+    mrpc = released("mrpc")
     assert mrpc.train[1].id == "mrpc/train/1"
     assert {e.id.split("/")[2] for e in mrpc.train}.isdisjoint(
         e.id.split("/")[2] for e in mrpc.validation
     )  # idx numbers both splits together
-    assert load_task("mnli").train[0].id == "mnli/train/40"
-    assert load_task("e2e").validation[7].id == "e2e/validation/7"
-    assert load_task("dart").test[0].id == "dart/test/0-0"
-    assert load_task("mnli").splits.keys() == {"train", "validation", "validation_mismatched"}
+    assert released("mnli").train[0].id == "mnli/train/40"
+    assert released("e2e").validation[7].id == "e2e/validation/7"
+    assert released("dart").test[0].id == "dart/test/0-0"
+    assert released("mnli").splits.keys() == {"train", "validation", "validation_mismatched"}
 
 
 @needs_data
 def test_dart_trains_on_validation_without_what_test_has():
-    dart = load_task("dart")
+    dart = released("dart")
     with pytest.raises(ValueError, match=r"no train split.*train_on_validation"):
         _ = dart.train
     swapped = data.train_on_validation(dart)
@@ -106,20 +99,17 @@ def test_dart_trains_on_validation_without_what_test_has():
 # --- finding a task ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "alias, name",
-    [
+def test_aliases(tmp_path):
+    rows = [{"sentence": "a", "sentence1": "a", "sentence2": "b", "label": 1, "idx": 0}]
+    write(tmp_path / "train.jsonl", rows)
+    for alias, name in (
         ("SST-2", "sst2"),
         ("sts-b", "stsb"),
         ("STS_B", "stsb"),
         ("glue/CoLA", "cola"),
         ("Generated-Table", "generated-table"),
-    ],
-)
-def test_aliases(alias, name, tmp_path):
-    rows = [{"sentence": "a", "sentence1": "a", "sentence2": "b", "label": 1, "idx": 0}]
-    write(tmp_path / "train.jsonl", rows)
-    assert load_task(alias, data_dir=tmp_path).name == name
+    ):
+        assert load_task(alias, data_dir=tmp_path).name == name, alias
 
 
 def test_unknown_task_names_the_nearest():
@@ -129,10 +119,13 @@ def test_unknown_task_names_the_nearest():
         load_task("no/such/folder")
 
 
-@pytest.mark.parametrize("name", ["qnli", "e2e", "dart"])
-def test_offline_hub_task_fails_at_once_and_says_what_to_use(name, no_local_data, no_waiting):
-    with pytest.raises(ValueError, match=r"LOWRANK_DP_DATA.*--task generated"):
-        load_task(name)
+def test_offline_hub_task_fails_at_once_and_says_what_to_use(no_local_data, no_waiting):
+    for name in ("qnli", "e2e", "dart"):
+        with (
+            case(name),
+            pytest.raises(ValueError, match=r"LOWRANK_DP_DATA.*--task generated"),
+        ):
+            load_task(name)
 
 
 def test_unreachable_hub_fails_at_once(monkeypatch, no_waiting):
@@ -207,53 +200,53 @@ def test_own_files(tmp_path):
         load_task(str(odd))
 
 
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        (["{}\n"], "line 1: column 'sentence' is missing"),
-        ([{"sentence": "a", "label": 1}, "nonsense\n"], "line 2: not JSON"),
-        (["[1]\n"], "line 1: must be a JSON object"),
-        (["[" * 100_000 + "\n"], "line 1: not JSON"),
-        ([{"sentence": 3, "label": 1}], "column 'sentence' must be a string"),
-        ([{"sentence": "a", "label": 2}], "column 'label' must be an integer from 0 to 1, got 2"),
-        ([{"sentence": "a", "label": -1}], "from 0 to 1, got -1"),
-        ([{"sentence": "a", "label": True}], "got True"),
-        ([{"sentence": "a", "label": "1"}], "got '1'"),
-        ([{"sentence": "a", "label": 1, "idx": "x"}], "column 'idx' must be an integer"),
-        ([{"sentence": "a", "label": 1, "idx": 4}] * 2, "line 2: idx 4 occurs twice"),
-        (['{"sentence": "\\ud800", "label": 1}\n'], "valid Unicode"),
-        (
-            ['{"sentence": "' + "a" * data_limit + '", "label": 1}\n' for data_limit in [1 << 20]],
-            "line 1: longer than",
-        ),
-        ([], "must not be empty"),
-    ],
+BROKEN_ROWS = (
+    (["{}\n"], "line 1: column 'sentence' is missing"),
+    ([{"sentence": "a", "label": 1}, "nonsense\n"], "line 2: not JSON"),
+    (["[1]\n"], "line 1: must be a JSON object"),
+    (["[" * 100_000 + "\n"], "line 1: not JSON"),
+    ([{"sentence": 3, "label": 1}], "column 'sentence' must be a string"),
+    ([{"sentence": "a", "label": 2}], "column 'label' must be an integer from 0 to 1, got 2"),
+    ([{"sentence": "a", "label": -1}], "from 0 to 1, got -1"),
+    ([{"sentence": "a", "label": True}], "got True"),
+    ([{"sentence": "a", "label": "1"}], "got '1'"),
+    ([{"sentence": "a", "label": 1, "idx": "x"}], "column 'idx' must be an integer"),
+    ([{"sentence": "a", "label": 1, "idx": 4}] * 2, "line 2: idx 4 occurs twice"),
+    (['{"sentence": "\\ud800", "label": 1}\n'], "valid Unicode"),
+    (
+        ['{"sentence": "' + "a" * data_limit + '", "label": 1}\n' for data_limit in [1 << 20]],
+        "line 1: longer than",
+    ),
+    ([], "must not be empty"),
 )
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
-def test_broken_rows_are_named(tmp_path, lines, message, ending):
-    write(tmp_path / f"train.{ending}", lines)
-    with pytest.raises(ValueError, match=re.escape(message).replace(r"\ ", " ")) as caught:
-        load_task("sst2", data_dir=tmp_path)
-    assert "\n" not in str(caught.value) and "train" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda b: b[:-20],
-        lambda b: b[:40] + b"\0" * 30 + b[70:],
-        lambda b: b"not gzip",
-        lambda b: b"\xff\xfe" + b,
-    ],
-)
-def test_broken_gzip_is_named(tmp_path, damage):
-    path = write(
-        tmp_path / "train.jsonl.gz",
-        [{"sentence": f"text {i * i}", "label": 0} for i in range(2000)],
-    )
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"train.jsonl.gz"):
-        load_task("sst2", data_dir=tmp_path)
+def test_broken_rows_are_named(tmp_path):
+    for number, (lines, message) in enumerate(BROKEN_ROWS):
+        for ending in ("jsonl", "jsonl.gz"):
+            folder = tmp_path / f"{number}-{ending}"
+            write(folder / f"train.{ending}", lines)
+            with (
+                case(message, ending),
+                pytest.raises(ValueError, match=re.escape(message)) as caught,
+            ):
+                load_task("sst2", data_dir=folder)
+            assert "\n" not in str(caught.value) and "train" in str(caught.value), message
+
+
+def test_broken_gzip_is_named(tmp_path):
+    rows = [{"sentence": f"text {i * i}", "label": 0} for i in range(2000)]
+    path = write(tmp_path / "train.jsonl.gz", rows)
+    whole = path.read_bytes()
+    for name, damaged in (
+        ("cut off", whole[:-20]),
+        ("overwritten", whole[:40] + b"\0" * 30 + whole[70:]),
+        ("another format", b"not gzip"),
+        ("bytes in front", b"\xff\xfe" + whole),
+    ):
+        path.write_bytes(damaged)
+        with case(name), pytest.raises(ValueError, match=r"train.jsonl.gz"):
+            load_task("sst2", data_dir=tmp_path)
 
 
 def test_not_utf8_and_odd_scores(tmp_path):
@@ -268,26 +261,23 @@ def test_not_utf8_and_odd_scores(tmp_path):
             load_task("stsb", data_dir=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
+def test_broken_dart_rows(tmp_path):
+    for row in (
         {"tripleset": [["a", "b"]], "annotations": {"text": ["t"]}},
         {"tripleset": [], "annotations": {"text": ["t"]}},
         {"tripleset": [["a", "b", "c"]], "annotations": ["t"]},
         {"tripleset": [["a", "b", "c"]], "annotations": {"text": [None]}},
         {"tripleset": [["a", "b", "c"]]},
-    ],
-)
-def test_broken_dart_rows(tmp_path, row):
-    write(tmp_path / "test.jsonl", [row])
-    with pytest.raises(ValueError, match=r"test.jsonl line 1: column"):
-        load_task("dart", data_dir=tmp_path)
+    ):
+        write(tmp_path / "test.jsonl", [row])
+        with case(row), pytest.raises(ValueError, match=r"test.jsonl line 1: column"):
+            load_task("dart", data_dir=tmp_path)
 
 
 # --- examples ----------------------------------------------------------------------------------
 
 
-def test_content_hash_sees_the_text_and_not_its_dress():
+def test_content_hash_ignores_form_case_and_space():
     base = Example("a", "Café  au lait ", None, 1)
     assert base.content_hash == Example("b", "CAFE\u0301 au LAIT", None, 0).content_hash
     assert base.content_hash != Example("a", "Café au lait", "", 1).content_hash
@@ -295,19 +285,19 @@ def test_content_hash_sees_the_text_and_not_its_dress():
     assert re.fullmatch("[0-9a-f]{64}", base.content_hash)
 
 
-def test_restrict_keeps_order_and_refuses_strangers():
+def test_select_keeps_order_and_refuses_strangers():
     task = load_task("generated")
     ids = [task.train[i].id for i in (5, 2, 9)]
-    assert [e.id for e in task.restrict(ids).train] == sorted(ids)
-    assert task.restrict(ids).validation == task.validation
+    assert [e.id for e in task.select(ids).train] == sorted(ids)
+    assert task.select(ids).validation == task.validation
     with pytest.raises(ValueError, match="1 are not, such as 'nobody'"):
-        task.restrict([*ids, "nobody"])
+        task.select([*ids, "nobody"])
     with pytest.raises(ValueError, match="no test split"):
         _ = task.test
 
 
 def test_max_examples_is_a_seeded_subset_of_whole_groups():
-    """Its size is random: about 100 rows of some 700 groups, within 5 standard deviations."""
+    """The size is random: about 100 rows of about 700 groups, within 5 standard deviations."""
     full, few = load_task("generated-table"), load_task("generated-table", max_examples=100)
     assert few == load_task("generated-table", max_examples=100)
     assert set(few.train) < set(full.train) and 25 <= len(few.train) <= 175
@@ -340,9 +330,9 @@ def test_generated_tasks_are_reproducible_distinct_and_balanced():
 
 
 def test_public_corpus_shares_nothing_with_any_private_set():
-    public = set(data.generated_corpus(4000, seed=3))
+    public = set(generated.corpus(4000, seed=3))
     assert len(public) == 4000
-    assert data.generated_corpus(10) == data.generated_corpus(10) != data.generated_corpus(10, 1)
+    assert generated.corpus(10, 0) == generated.corpus(10, 0) != generated.corpus(10, 1)
     sources = {text.partition("\n")[0] for text in public}
     for seed in (0, 3):
         for name in ("generated", "generated-table"):
@@ -399,8 +389,7 @@ def test_generation_rows_put_the_loss_on_the_target(tokenizers):
     assert tokenizer.decode(row["labels"][size:]) == example.target + tokenizer.eos_token
 
 
-@pytest.mark.parametrize("max_length", range(8, 30))
-def test_the_target_is_never_cut(tokenizers, max_length):
+def test_the_target_is_never_cut(tokenizers):
     tokenizer = tokenizers["tiny-llama"]
     example = Example(
         "e2e/train/3",
@@ -408,15 +397,17 @@ def test_the_target_is_never_cut(tokenizers, max_length):
         target="The Jade Mill has food.",
     )
     target = [*tokenizer(example.target)["input_ids"], tokenizer.eos_token_id]
-    if max_length < len(target) + 2:
-        with pytest.raises(ValueError, match="e2e/train/3 has a target of"):
-            encode([example], tokenizer, kind="generation", max_length=max_length)
-        return
-    (row,) = encode([example], tokenizer, kind="generation", max_length=max_length)
     (full,) = encode([example], tokenizer, kind="generation")
-    assert len(row["input_ids"]) == min(max_length, len(full["input_ids"]))
-    assert row["input_ids"][-len(target) :] == target
-    assert tokenizer.decode(row["input_ids"][: -len(target)]).endswith("\n")
+    for max_length in range(8, 30):
+        with case(max_length):
+            if max_length < len(target) + 2:
+                with pytest.raises(ValueError, match="e2e/train/3 has a target of"):
+                    encode([example], tokenizer, kind="generation", max_length=max_length)
+                continue
+            (row,) = encode([example], tokenizer, kind="generation", max_length=max_length)
+            assert len(row["input_ids"]) == min(max_length, len(full["input_ids"]))
+            assert row["input_ids"][-len(target) :] == target
+            assert tokenizer.decode(row["input_ids"][: -len(target)]).endswith("\n")
 
 
 def test_texts_beyond_the_context_are_refused_unless_cut(tokenizers):

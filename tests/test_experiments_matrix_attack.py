@@ -15,6 +15,7 @@ from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.mia.metrics import auc
 from lowrank_dp.plots.projection import plot_matrix_attack
+from tests.tasks import seeded
 
 TINY = replace(
     attack.SMALL,
@@ -24,10 +25,6 @@ TINY = replace(
     noise_multipliers=(0.0, 1e-5, 1e-3, 0.5),
     gradients=GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32),
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def worlds(num, m=2, n=24, size=0.3, seed=1):

@@ -17,6 +17,7 @@ from PIL import Image
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import load_result
 from lowrank_dp.train.loop import train
+from tests.oracles import assert_refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +29,7 @@ import torch
 from lowrank_dp import figures  # imported once, with all that the jobs need
 from lowrank_dp.__main__ import main
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.mia import __main__, attack
+from lowrank_dp.mia import attack
 from lowrank_dp.models import load_model
 from lowrank_dp.sweep import sweep
 from lowrank_dp.train import TrainConfig, train
@@ -273,6 +274,42 @@ def test_a_place_that_cannot_be_written_is_one_line(what, target, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_a_report_is_replaced_only_by_the_same_attack(target, tmp_path, capsys):
+    """Without --output nothing is written, neither beside the checkpoint nor elsewhere."""
+    from lowrank_dp.__main__ import main
+
+    config, place = target
+    beside = sorted(path.name for path in (place / "model").iterdir())
+
+    def attack(*words):
+        with pytest.raises(SystemExit) as stop:
+            main(["mia", "--model", str(place / "model"), "--data-dir", config.task, *words])
+        return stop.value.code, *capsys.readouterr()
+
+    code, out, _ = attack("--base", config.model)
+    assert code in (0, 3) and "none written" in out
+    assert sorted(path.name for path in (place / "model").iterdir()) == beside
+    output = ["--output", str(tmp_path / "report")]
+    words = ["--base", config.model, *output]
+    code, out, _ = attack(*words, "--attacks", "loss")
+    assert code in (0, 3) and f"files: {tmp_path / 'report'}" in out
+    before = (tmp_path / "report" / "report.json").read_bytes()
+    code, *_ = attack(*words, "--attacks", "loss", "--batch-size", "32")  # not what it finds
+    assert code in (0, 3)
+    for other in (["--attacks", "base"], ["--attacks", "loss", "--seed", "3"]):
+        assert_refused(attack(*words, *other), "holds a report of other", "--force")
+    assert json.loads(before) == json.loads((tmp_path / "report" / "report.json").read_bytes()) | {
+        "provenance": json.loads(before)["provenance"]
+    }
+    (tmp_path / "report" / "report.json").write_text("{}")  # of an earlier version
+    assert_refused(attack(*words, "--attacks", "loss"), "--force")
+    code, *_ = attack(*words, "--attacks", "base", "--force")
+    assert code in (0, 3)
+    found = json.loads((tmp_path / "report" / "report.json").read_bytes())
+    assert found["primary"] == "base"
+
+
+@pytest.mark.slow
 def test_signals_wait_for_the_end_of_the_step(base, tmp_path):
     """SIGINT, then SIGTERM, each with a snapshot of the step; then on to the same end."""
     config = replace(base, steps=40, snapshot_every=1000, seed=3)
@@ -292,25 +329,19 @@ def test_signals_wait_for_the_end_of_the_step(base, tmp_path):
 def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
     import os
 
-    from lowrank_dp import _terminal
-    from lowrank_dp.train import __main__ as command
+    from lowrank_dp.commands import _console
+    from lowrank_dp.commands.train import app
+    from lowrank_dp.train.step import take_step
 
-    def interrupted(config, output, **options):
-        def step(*args):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return take_step(*args)
-
-        from lowrank_dp.train.step import take_step
-
-        with monkeypatch.context() as patch:
-            patch.setattr("lowrank_dp.train.loop.take_step", step)
-            return train(config, output, **options)
+    def step(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*args)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(command, "train", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        _terminal.run(
-            command.app,
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr("lowrank_dp.train.loop.take_step", step)
+        _console.run(
+            app,
             [
                 "--model",
                 base.model,

@@ -18,13 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_dp import _terminal
+from lowrank_dp.commands import _console
 from lowrank_dp.commands.mia import app as mia
 from lowrank_dp.commands.train import app as train_app
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 ODD = (
     None,
@@ -157,7 +161,7 @@ class Trial:
         self.capsys.readouterr()
         try:
             with warnings.catch_warnings():
-                _terminal.run(app, [str(word) for word in arguments])
+                _console.run(app, [str(word) for word in arguments])
         except SystemExit as stopped:
             code = stopped.code
         except BaseException as error:

@@ -1,6 +1,7 @@
 """Values walk through the package in one direction, and imports with them."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,16 @@ from pathlib import Path
 import pytest
 
 import lowrank_dp
+from lowrank_dp._lazy import _typing_imports
 
 ROOT = Path(lowrank_dp.__file__).parent
 # a module imports only from those before it, and from its own package's inner modules
 ORDER = (
     "_validate",
     "_terminal",
+    "_lazy",
+    "_options",
+    "_json",
     "_hub",
     "losses",
     "rng",
@@ -41,19 +46,9 @@ ORDER = (
 )
 
 
-def type_checking_nodes(tree):
-    """Every node under ``if TYPE_CHECKING:``."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for statement in node.body:
-                yield from ast.walk(statement)
-
-
 def imported(source, package):
-    """(room, only for types) of every import of ``lowrank_dp`` in a module of ``package``."""
-    tree = ast.parse(source)
-    typing_only = {id(node) for node in type_checking_nodes(tree)}
-    for node in ast.walk(tree):
+    """The room of every import of ``lowrank_dp`` in a module of ``package``, for types too."""
+    for node in ast.walk(ast.parse(source)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -64,36 +59,32 @@ def imported(source, package):
             names = [f"{base}.{alias.name}" for alias in node.names]
         for name in names:
             if name.startswith("lowrank_dp."):
-                yield name.split(".")[1], id(node) in typing_only
+                yield name.split(".")[1]
 
 
 def violations(room, source, package):
-    for target, for_types in imported(source, package):
+    for target in imported(source, package):
         if target == room or target.startswith("__"):
             continue
         if target not in ORDER or ORDER.index(target) >= ORDER.index(room):
             yield target
 
 
-FILES = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if path.name != "__main__.py" and path != ROOT / "__init__.py"
-)
+def test_direction():
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if path.name == "__main__.py" or parts == ("__init__",):
+            continue
+        assert parts[0] in ORDER, f"add {parts[0]!r} to ORDER where it belongs"
+        package = ".".join(["lowrank_dp", *parts[:-1]])
+        for target in violations(parts[0], path.read_text(), package):
+            wrong.append(f"{'/'.join(parts)} comes before {target}")
+    assert not wrong, wrong
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_direction(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    assert parts[0] in ORDER, f"add {parts[0]!r} to ORDER where it belongs"
-    package = ".".join(["lowrank_dp", *parts[:-1]])
-    wrong = list(violations(parts[0], path.read_text(), package))
-    assert not wrong, f"{parts[0]} comes before {', '.join(wrong)}"
-
-
-@pytest.mark.parametrize(
-    "room, package, source, wrong",
-    [
+def test_the_check_itself():
+    for room, package, source, wrong in (
         ("grads", "lowrank_dp.grads", "from lowrank_dp import _validate, __version__", []),
         ("grads", "lowrank_dp.grads", "from lowrank_dp import restore", ["restore"]),
         ("grads", "lowrank_dp.grads", "def f():\n    import lowrank_dp.figures as x", ["figures"]),
@@ -101,36 +92,50 @@ def test_direction(path):
         ("grads", "lowrank_dp.grads", "from .layers import x\nfrom ..train import y", ["train"]),
         ("data", "lowrank_dp", "from . import models", ["models"]),
         ("train", "lowrank_dp", "from lowrank_dp.unheard import x", ["unheard"]),
-        (
-            "plots",
-            "lowrank_dp.plots",
-            "if TYPE_CHECKING:\n from lowrank_dp.experiments import R",
-            [],
-        ),
-        ("plots", "lowrank_dp.plots", "from lowrank_dp.experiments import R", []),
+        ("plots", "lowrank_dp.plots", "if TYPE_CHECKING:\n from lowrank_dp.mia import R", []),
+        ("mia", "lowrank_dp.mia", "if TYPE_CHECKING:\n from lowrank_dp.plots import R", ["plots"]),
         ("experiments", "lowrank_dp.experiments", "from lowrank_dp.plots import R", ["plots"]),
-    ],
-)
-def test_the_check_itself(room, package, source, wrong):
-    assert list(violations(room, source, package)) == wrong
+    ):
+        assert list(violations(room, source, package)) == wrong, source
 
 
-@pytest.mark.parametrize(
-    "module, heavy",
-    [
-        ("lowrank_dp", ("torch", "transformers", "peft", "opacus", "matplotlib", "scipy", "numpy")),
-        ("lowrank_dp.theory", ("torch", "transformers", "peft", "opacus", "matplotlib")),
-    ],
-)
-def test_light_imports(module, heavy):
-    code = f"import sys, {module}; print(*[n for n in {heavy!r} if n in sys.modules])"
+def test_light_imports():
+    """In one process, the lightest first."""
+    heavy = ("torch", "transformers", "peft", "opacus", "matplotlib")
+    code = f"""
+import sys
+import lowrank_dp
+print(*[name for name in {(*heavy, "scipy", "numpy")!r} if name in sys.modules])
+print(lowrank_dp.theory.tv_bound(8, 100) > 0, "mechanism" in dir(lowrank_dp))
+print(*[name for name in {heavy!r} if name in sys.modules])
+import lowrank_dp.train.config, lowrank_dp.mia.options
+lowrank_dp.train.config.TrainConfig(non_private=True)
+print(*[name for name in {heavy!r} if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
-def test_lazy_submodules():
-    code = "import lowrank_dp; print(lowrank_dp.theory.tv_bound(8, 100) > 0, dir(lowrank_dp))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("True") and "'mechanism'" in done.stdout
+    assert done.stdout.splitlines() == ["", "True True", "", ""]
     with pytest.raises(AttributeError, match="no attribute 'theroy'"):
         lowrank_dp.theroy  # noqa: B018
+
+
+def test_lazy_faces_give_every_name_and_no_module_hides_one():
+    for path in sorted(ROOT.rglob("__init__.py")):
+        if path == ROOT / "__init__.py" or "lazy(__name__)" not in path.read_text():
+            continue
+        package = ".".join(["lowrank_dp", *path.parent.relative_to(ROOT).parts])
+        face = importlib.import_module(package)
+        for name, module in _typing_imports(face).items():
+            assert name in face.__all__ and name in dir(face), (package, name)
+            assert module != f"{package}.{name}", f"{package}: the module {name} hides the name"
+            expected = getattr(importlib.import_module(module), name)
+            assert getattr(face, name) is expected, (package, name)
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            face.nothing  # noqa: B018
+
+
+def test_names_that_options_choose_from_are_those_that_are_defined():
+    from lowrank_dp.restore import names, schemes
+
+    assert tuple(schemes.SCHEMES) == names.SCHEME_NAMES
+    assert schemes.EDGE_SCHEMES == names.EDGE_SCHEMES
+    assert schemes.NON_PRIVATE_SCHEMES == names.NON_PRIVATE_SCHEMES

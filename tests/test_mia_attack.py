@@ -1,4 +1,4 @@
-"""An attack from a checkpoint, end to end: what it finds, what it writes, what it refuses."""
+"""Attacks on a checkpoint from end to end: what they find, write and refuse."""
 
 import csv
 import functools
@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,21 +14,23 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lowrank_dp import _terminal, membership
+from lowrank_dp import membership
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import load_task
 from lowrank_dp.membership.manifest import read_manifest
-from lowrank_dp.mia import compare, projection, quantile, records, signals
-from lowrank_dp.mia.attack import Options, attack, open_target
+from lowrank_dp.mia import compare, metrics, projection, quantile, records, signals
+from lowrank_dp.mia import plan as planning
+from lowrank_dp.mia.attack import Options, attack, load, open_target
+from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
-from lowrank_dp.mia.target import load_reference
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
+from tests.tasks import case, run_command
 
-# A small pool, many steps: the checkpoint remembers its members. By this seed the coins fall evenly
-# on both labels; else even a private model's preference for one label tells a little.
+# A small pool and many steps, so that the checkpoint remembers its members. With this seed members
+# have both labels equally often; otherwise a private model's preference for one label tells a bit.
 OVERFIT = TrainConfig(
     model="tiny",
     task="generated",
@@ -50,14 +53,14 @@ TABLES = TrainConfig(
     rank=8,
     non_private=True,
     batch_size=30,
-    steps=25,
+    steps=4,
     learning_rate=2e-2,
     max_examples=120,
     membership="half",
     seed=5,
-    eval_every=25,
-    snapshot_every=25,
-    eval_examples=40,
+    eval_every=4,
+    snapshot_every=4,
+    eval_examples=20,
     generate=False,
 )
 
@@ -65,24 +68,33 @@ TABLES = TrainConfig(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+SHORT = replace(OVERFIT, steps=2, eval_every=2, snapshot_every=2, eval_examples=20)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
+    """A classifier and a causal language model after a few steps; to be read only."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    train(OVERFIT, folder / "overfit")
+    train(SHORT, folder / "short")
     train(TABLES, folder / "tables")
     return folder
 
 
+@pytest.fixture(scope="module")
+def overfit(tmp_path_factory):
+    """A classifier that remembers its members; to be read only."""
+    folder = tmp_path_factory.mktemp("overfit") / "overfit"
+    train(OVERFIT, folder)
+    return folder
+
+
 def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        _terminal.run(app, [str(word) for word in arguments])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
+    return run_command(capsys, app, *arguments)
 
 
 def test_signals_against_one_record_at_a_time(checkpoints):
     """Loss, phi and the reference's loss by hand, from logits in float64."""
-    target = open_target(checkpoints / "overfit", Options())
+    target = open_target(checkpoints / "short", Options())
     task, examples = target.records.task, target.records.examples[:7]
     model, tokenizer = load_model(str(target.folder), task=task)
     reference = load_reference(target.folder, target.base, task)
@@ -128,7 +140,7 @@ def test_signals_of_texts_token_by_token(checkpoints):
 
 
 def test_gradient_norms_against_autograd(checkpoints):
-    target = open_target(checkpoints / "overfit", Options())
+    target = open_target(checkpoints / "short", Options())
     task, examples = target.records.task, target.records.examples[:4]
     model, tokenizer = load_model(str(target.folder), task=task)
     found = signals.gradient_norms(model, tokenizer, task, examples, batch_size=3)
@@ -148,11 +160,11 @@ def test_gradient_norms_against_autograd(checkpoints):
 
 
 @pytest.mark.slow
-def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, tmp_path, capsys):
+def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(overfit, tmp_path, capsys):
     code, out, err = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        overfit,
         "--output",
         tmp_path / "a",
         "--white-box",
@@ -160,6 +172,7 @@ def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, 
     )
     document = json.loads(out)
     assert code == 0 and document["verdict"] == "LEAKS" and "NON-PRIVATE" in document["label"]
+    assert document["coins"] == "bernoulli" and document["untuned"]["ci"][0] < 0.5
     by_name = {one["name"]: one for one in document["attacks"]}
     assert document["primary"] == "base" and by_name["base"]["auc"]["ci"][0] > 0.55
     assert by_name["gradient"]["auc"]["value"] > 0.5 and "single run" in err
@@ -187,12 +200,14 @@ def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(checkpoints, 
 
 @pytest.mark.slow
 def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
-    short = replace(OVERFIT, steps=2, eval_examples=20)
-    train(short, tmp_path / "target")
-    options = Options(num_shadows=10, num_workers=1, primary="lira-offline", max_records=40)
+    train(SHORT, tmp_path / "target")
+    # with this seed each of the 40 records is left out by one of the 3 shadows
+    options = Options(
+        num_shadows=3, engine="sequential", primary="lira-offline", max_records=40, seed=361
+    )
     target = open_target(tmp_path / "target", options)
     report = attack(target, options, tmp_path)
-    assert report.num_shadows == 10 and "rmia-offline" in {one.name for one in report.attacks}
+    assert report.num_shadows == 3 and "rmia-offline" in {one.name for one in report.attacks}
     seeds = [config.seed for config in shadow_configs(target.recipe, 10, options.seed)]
     assert len(set(seeds)) == 10 and target.recipe.seed not in seeds
 
@@ -210,12 +225,12 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys):
-    train(replace(OVERFIT, steps=20), tmp_path / "shorter")
-    train(replace(OVERFIT, method="lora", steps=20, seed=OVERFIT.seed), tmp_path / "lora")
+    train(replace(OVERFIT, steps=5), tmp_path / "shorter")
+    train(replace(OVERFIT, method="lora", steps=5), tmp_path / "lora")
     code, out, _ = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--compare",
         tmp_path / "shorter",
         "--compare",
@@ -225,7 +240,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
         "--json",
     )
     comparison = json.loads(out)["comparison"]
-    assert code == 0 and [p["steps"] for p in comparison["points"]] == [60, 20, 20]
+    assert code == 0 and [p["steps"] for p in comparison["points"]] == [2, 5, 5]
     aucs = [p["auc"]["value"] for p in comparison["points"]]
     for paired, value in zip(comparison["paired"], aucs[1:], strict=True):
         assert paired["difference"] == pytest.approx(value - aucs[0])
@@ -241,7 +256,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
     code, _, err = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--compare",
         tmp_path / "other",
         "--output",
@@ -250,7 +265,8 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
     assert code == 2 and "train both with one --seed" in err and err.count("\n") == 1
 
 
-def test_rows_that_share_a_coin_count_once(tmp_path):
+@pytest.mark.slow
+def test_rows_that_were_sampled_together_count_once(tmp_path):
     grouped = replace(TABLES, unit="group", method="full", steps=1, batch_size=10)
     train(grouped, tmp_path / "grouped")
     target = open_target(tmp_path / "grouped", Options())
@@ -290,7 +306,7 @@ def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
     task, examples = target.records.task, target.records.examples
     model = load_reference(target.folder, target.base, task)
     _, tokenizer = load_model("tiny", task=task)
-    layer, released = projection._released(target.folder / "adapter_model.safetensors")
+    layer, released = projection._released_product(target.folder / "adapter_model.safetensors")
     weight = model.get_parameter(f"{layer}.weight")
     loss = sum(
         model(**tokenizer([e.text], return_tensors="pt"), labels=torch.tensor([e.label])).loss
@@ -317,7 +333,7 @@ def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
 
 def test_the_projection_attack_names_what_its_recipe_lacks(checkpoints):
     options = Options(attacks=("projection",))
-    target = open_target(checkpoints / "overfit", options)
+    target = open_target(checkpoints / "short", options)
     with pytest.raises(
         ValueError,
         match=r"method 'lora-frozen-a', optimizer 'sgd', steps 1.*"
@@ -326,8 +342,7 @@ def test_the_projection_attack_names_what_its_recipe_lacks(checkpoints):
         attack(target, options, checkpoints / "cache")
 
 
-def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys):
-    """Of a known law, its quantile; then from a checkpoint, with the user's own population."""
+def test_the_predicted_quantile_is_that_of_a_known_law():
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (4000, 1))
     phi = 2 * x[:, 0] + rng.standard_normal(4000)
@@ -336,7 +351,10 @@ def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys
     right = 2 * x[2000:, 0] + stats.norm.ppf(quantile.QUANTILE)
     assert np.abs(found - right).mean() < 0.3
 
-    target = open_target(checkpoints / "overfit", Options())
+
+@pytest.mark.slow
+def test_the_quantile_attack_and_a_file_of_its_population(overfit, tmp_path, capsys):
+    target = open_target(overfit, Options())
     report = attack(target, Options(), tmp_path / "cache")
     by_name = {one.name: one for one in report.attacks}
     assert by_name["quantile"].auc.value > 0.5, "members are more confident than predicted"
@@ -344,28 +362,26 @@ def test_a_quantile_of_the_population_and_its_file(checkpoints, tmp_path, capsys
     members = target.records.examples
     lines = [json.dumps({"text": f"one more text, number {i}", "label": i % 2}) for i in range(120)]
     (tmp_path / "public.jsonl").write_text("\n".join(lines))
-    given = open_target(checkpoints / "overfit", Options(population=tmp_path / "public.jsonl"))
+    given = open_target(overfit, Options(population=tmp_path / "public.jsonl"))
     assert len(given.population) == 120
     (tmp_path / "few.jsonl").write_text("\n".join(lines[:99]))
     few = Options(population=tmp_path / "few.jsonl", attacks=("quantile",))
     with pytest.raises(ValueError, match="it needs 100 records in no model, got 99"):
-        attack(open_target(checkpoints / "overfit", few), few, tmp_path / "cache")
+        attack(open_target(overfit, few), few, tmp_path / "cache")
     (tmp_path / "both.jsonl").write_text(
         json.dumps({"text": members[3].text, "label": members[3].label}) + "\n" + lines[0]
     )
-    code, _, err = run(
-        capsys, "--model", checkpoints / "overfit", "--population", tmp_path / "both.jsonl"
-    )
+    code, _, err = run(capsys, "--model", overfit, "--population", tmp_path / "both.jsonl")
     assert code == 2 and "under attack, 1 are in" in err and err.count("\n") == 1
 
 
-def test_shuffled_coins_read_a_half(checkpoints, tmp_path):
-    report = attack(open_target(checkpoints / "overfit", Options()), Options(), tmp_path)
+def test_permuted_membership_has_an_auc_of_one_half(checkpoints, tmp_path):
+    report = attack(open_target(checkpoints / "short", Options()), Options(), tmp_path)
     low, high = report.control.ci
     assert low < 0.5 < high
-    coins = np.random.default_rng(0).permutation(report.is_member)
-    assert report.control.value == pytest.approx(roc_auc_score(coins, report.scores["base"]))
-    # over many deals it is a half: 400 of standard deviation .046 leave .5 by .01 once in 10^5
+    permuted = np.random.default_rng(0).permutation(report.is_member)
+    assert report.control.value == pytest.approx(roc_auc_score(permuted, report.scores["base"]))
+    # the mean of 400 AUCs of standard deviation .046 is off .5 by .01 with probability 1e-5
     many = [
         roc_auc_score(
             np.random.default_rng(seed).permutation(report.is_member), report.scores["base"]
@@ -375,8 +391,22 @@ def test_shuffled_coins_read_a_half(checkpoints, tmp_path):
     assert np.mean(many) == pytest.approx(0.5, abs=0.01)
 
 
+def test_the_one_run_audit_needs_every_record_and_independent_members(checkpoints, tmp_path):
+    options = Options(primary="loss", guesses=40)
+    for folder, asked in (("tables", options), ("short", replace(options, max_records=60))):
+        with case(folder), pytest.raises(ValueError, match="guesses of the one-run audit need"):
+            load(open_target(checkpoints / folder, asked), asked)
+    report = attack(open_target(checkpoints / "short", options), options, tmp_path)
+    correct = metrics.one_run_correct(
+        report.scores["loss"], report.is_member, 40, np.random.default_rng(0)
+    )
+    assert report.one_run_epsilon == metrics.one_run_epsilon(
+        len(report.ids), 40, correct, delta=report.delta
+    )
+
+
 def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
-    shutil.copytree(checkpoints / "overfit", tmp_path / "mixed")
+    shutil.copytree(checkpoints / "short", tmp_path / "mixed")
     document = json.loads((tmp_path / "mixed" / "training.json").read_text())
     document["config"]["learning_rate"] = 0.5
     (tmp_path / "mixed" / "training.json").write_text(json.dumps(document))
@@ -385,7 +415,7 @@ def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
 
 
 def test_a_checkpoint_from_before_a_field_was_there(checkpoints, tmp_path):
-    shutil.copytree(checkpoints / "overfit", tmp_path / "old")
+    shutil.copytree(checkpoints / "short", tmp_path / "old")
     for name, config in (("training.json", "config"), ("membership.json", "recipe")):
         path = tmp_path / "old" / name
         document = json.loads(path.read_text())
@@ -395,7 +425,7 @@ def test_a_checkpoint_from_before_a_field_was_there(checkpoints, tmp_path):
 
 
 def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):
-    shutil.copytree(checkpoints / "overfit", tmp_path / "lying")
+    shutil.copytree(checkpoints / "short", tmp_path / "lying")
     document = json.loads((tmp_path / "lying" / "training.json").read_text())
     document["epsilon"] = -1.0  # below any bound, which is never negative
     (tmp_path / "lying" / "training.json").write_text(json.dumps(document))
@@ -405,9 +435,7 @@ def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, 
 
 def test_matched_reads_off_where_all_methods_have_been():
     def point(method, loss, auc):
-        return compare.Point(
-            "", method, 1, loss, 1 - loss, compare.metrics.Auc(auc, 0.0, (auc, auc))
-        )
+        return compare.Point("", method, 1, loss, 1 - loss, metrics.Auc(auc, 0.0, (auc, auc)))
 
     points = [
         point("full", 0.6, 0.5),
@@ -422,9 +450,8 @@ def test_matched_reads_off_where_all_methods_have_been():
     assert compare.matched(points[:2], "train_loss") is None
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_bad_input_is_one_line(checkpoints, tmp_path, capsys):
+    for arguments, words in [
         (["--attacks", "losss"], ["did you mean 'loss'"]),
         (["--attacks", "lira"], ["'lira'", "--shadows"]),
         (["--fpr", "a"], ["--fpr must be numbers"]),
@@ -432,15 +459,14 @@ def test_matched_reads_off_where_all_methods_have_been():
         (["--shadows", "4", "--shadow-dir", "."], ["must not both"]),
         (["--max-records", "3"], ["max_records"]),
         (["--members", "nowhere.jsonl"], ["nonmembers"]),
-    ],
-)
-def test_bad_input_is_one_line(arguments, words, checkpoints, tmp_path, capsys):
-    code, _, err = run(
-        capsys, "--model", checkpoints / "overfit", "--output", tmp_path / "out", *arguments
-    )
-    assert code == 2 and err.count("\n") == 1, err
-    assert all(word in err for word in words), err
-    assert not (tmp_path / "out" / "report.json").exists()
+    ]:
+        with case(arguments, words):
+            code, _, err = run(
+                capsys, "--model", checkpoints / "short", "--output", tmp_path / "out", *arguments
+            )
+            assert code == 2 and err.count("\n") == 1, err
+            assert all(word in err for word in words), err
+            assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_missing_and_pickled_checkpoints(tmp_path, capsys):
@@ -451,18 +477,31 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
     assert code == 2 and "membership.json" in err and "--nonmembers" in err
 
 
+def test_the_plan_estimates_seconds_from_the_training():
+    """240 s for 2 steps of 40 records are 3 s per record; a forward pass takes a third."""
+    config = SimpleNamespace(steps=2, batch_size=40)
+    target = SimpleNamespace(result=SimpleNamespace(seconds=240.0, config=config), base=None)
+    assert planning._scoring_seconds(target, 100) == pytest.approx(100.0)
+    target.base = {"model": "tiny"}
+    assert planning._scoring_seconds(target, 100) == pytest.approx(200.0)
+    target.result = None
+    assert planning._scoring_seconds(target, 100) == 0.0
+    shown = [planning._duration(seconds) for seconds in (89, 300, 5399, 9000)]
+    assert shown == ["89 s", "5 min", "90 min", "2.5 h"]
+
+
 def test_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
     code, out, _ = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--shadows",
         "8",
         "--dry-run",
         "--output",
         tmp_path / "out",
     )
-    assert code == 0 and "8 shadows of 60 steps each" in out and not (tmp_path / "out").exists()
+    assert code == 0 and "8 shadows of 2 steps each" in out and not (tmp_path / "out").exists()
 
 
 # --- damaged files -----------------------------------------------------------------------------
@@ -513,15 +552,16 @@ def mutated(text, rng):
     return json.dumps(document).encode()
 
 
+@pytest.mark.slow
 def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_path, monkeypatch):
     """400 mutations of membership.json and training.json, also as those of a shadow."""
     monkeypatch.setattr(records, "load_task", functools.cache(records.load_task))
-    recipe = open_target(checkpoints / "overfit", Options()).recipe
-    for name in ("overfit", "shadows/one"):
-        shutil.copytree(checkpoints / "overfit", tmp_path / name)
+    recipe = open_target(checkpoints / "short", Options()).recipe
+    for name in ("short", "shadows/one"):
+        shutil.copytree(checkpoints / "short", tmp_path / name)
     rng, refused = random.Random(0), 0
     for number in range(400):
-        folder = tmp_path / ("overfit" if number % 4 else "shadows/one")
+        folder = tmp_path / ("short" if number % 4 else "shadows/one")
         path = folder / ("membership.json", "training.json")[number % 2]
         text = path.read_text()
         path.write_bytes(mutated(text, rng))
@@ -543,10 +583,11 @@ def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_
     assert refused > 200
 
 
+@pytest.mark.slow
 def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
-    """One line that names the file, exit 2, and nothing written."""
+    """Each damage gives one line that names the file, and exit code 2."""
     for name in ("initial_head.safetensors", "config.json", "model.safetensors", "tokenizer.json"):
-        data = (checkpoints / "overfit" / name).read_bytes()
+        data = (checkpoints / "short" / name).read_bytes()
         damages = [b"", b"{}", data[: len(data) // 2], b"\xff" * 100]
         if name == "config.json":
             damages += [
@@ -561,7 +602,7 @@ def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
             ] + [b"[]", b"3"]
         for number, damage in enumerate(damages):
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
-            shutil.copytree(checkpoints / "overfit", tmp_path / "run")
+            shutil.copytree(checkpoints / "short", tmp_path / "run")
             (tmp_path / "run" / name).write_bytes(damage)
             code, _, err = run(capsys, "--model", tmp_path / "run", "--dry-run")
             case = (name, number, err)
@@ -579,8 +620,8 @@ def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
     for option, value in (("--max-length", "7"), ("--template", "{source} {target}")):
         code, _, err = run(capsys, "--model", checkpoints / "tables", option, value)
         assert code == 2 and "must be left out: membership.json says" in err, option
-    target = open_target(checkpoints / "overfit", Options(max_length=128))
-    assert target.max_length == 128 and target.format.source == "membership.json"
+    target = open_target(checkpoints / "short", Options(max_length=128))
+    assert target.max_length == 128 and target.format.origin == "membership.json"
     path = shutil.copytree(checkpoints / "tables", tmp_path / "other") / "membership.json"
     path.write_text(path.read_text().replace('"separator": "\\n"', '"separator": " = "'))
     code, _, err = run(capsys, "--model", tmp_path / "other")
@@ -589,7 +630,7 @@ def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
 
 def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys):
     """Members that are given as non-members, from two files without an overlap."""
-    found = open_target(checkpoints / "overfit", Options()).records
+    found = open_target(checkpoints / "short", Options()).records
     inside = [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit]
     for name, part in (("a", inside[:30]), ("b", inside[30:60])):
         (tmp_path / f"{name}.jsonl").write_text(
@@ -598,7 +639,7 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
     code, _, err = run(
         capsys,
         "--model",
-        checkpoints / "overfit",
+        checkpoints / "short",
         "--members",
         tmp_path / "a.jsonl",
         "--nonmembers",
@@ -606,27 +647,27 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
     )
     assert code == 2 and "30 given records are on the other side in membership.json" in err
     code, _, err = run(
-        capsys, "--model", checkpoints / "overfit", "--nonmembers", tmp_path / "b.jsonl"
+        capsys, "--model", checkpoints / "short", "--nonmembers", tmp_path / "b.jsonl"
     )
     assert code == 2 and "30 of 30 non-members have the text of a member" in err
 
 
-def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
-    """So the coins of the others stay fair and independent."""
+def test_copies_in_a_manifests_pool_are_left_out_on_both_sides(tmp_path):
+    """The membership of the other records stays independent."""
     lines = [{"text": f"text {i} of a pool", "label": i % 2} for i in range(80)]
     lines += [{"text": f"TEXT {i} of a  pool", "label": 1} for i in range(12)]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     pool = load_task(str(tmp_path / "pool.jsonl")).train
-    coins = np.random.default_rng(0).integers(0, 2, 92).astype(bool).tolist()
+    members = np.random.default_rng(0).integers(0, 2, 92).astype(bool).tolist()
     units = membership.group_units(pool, "example")
     config = TrainConfig(
         model="tiny", task="pool", non_private=True, membership="bernoulli", steps=1, seed=3
     )
-    document = membership.manifest(
+    document = membership.Manifest.of(
         units,
-        coins,
+        members,
         membership="bernoulli",
-        coin_seed=3,
+        sampling_seed=3,
         task="pool",
         split="train",
         source="local",
@@ -640,9 +681,9 @@ def test_copies_in_a_manifests_pool_are_left_out_whatever_their_coins(tmp_path):
         privacy="none",
         train_loss=0.25,
         eval_loss=1,
-    )
+    ).as_json()
     (tmp_path / "membership.json").write_text(json.dumps(document))
     found = records.load_records(tmp_path, data_dir=tmp_path / "pool.jsonl")
     assert [e.text for e in found.examples] == [row["text"] for row in lines[12:80]]
-    assert found.is_member.tolist() == coins[12:80]
+    assert found.is_member.tolist() == members[12:80]
     assert found.left_out == tuple(pool[i].id for i in (*range(12), *range(80, 92)))

@@ -9,12 +9,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from lowrank_dp import _terminal
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import IGNORE, Example, encode, load_task
-from lowrank_dp.data.batches import Template
+from lowrank_dp.data.template import Template
 from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.models import load_tokenizer
+from tests.tasks import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "### Input: {prompt}\n### Response: {target}"
@@ -22,10 +22,7 @@ SIDE = 50  # members, and as many others
 
 
 def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        _terminal.run(app, [str(word) for word in arguments])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
+    return run_command(capsys, app, *arguments)
 
 
 def overfit(model, batch, steps, rate):
@@ -58,8 +55,8 @@ def table(folder, name, rows):
 def place(tmp_path_factory):
     """Classifiers, causal language models and adapters, each with its base; members and others.
 
-    Labels are coins, so that only memory tells them: a classifier that is sure of itself is right
-    about half of the non-members, and the best AUC is 3/4 and what its confidence adds.
+    Labels are random, so that only memory predicts them. A confident classifier is right on half
+    of the non-members, so the best AUC is 3/4 plus what the confidence adds.
     """
     root = tmp_path_factory.mktemp("foreign")
     rng = np.random.default_rng(1)
@@ -94,7 +91,7 @@ def place(tmp_path_factory):
     save(classifier, root / "classifier-base", words)
     save(classifier.bert, root / "headless", words)
     batch = words(texts[:SIDE], return_tensors="pt", padding=True)
-    overfit(classifier, {**batch, "labels": torch.tensor(labels[:SIDE])}, 120, 1e-2)
+    overfit(classifier, {**batch, "labels": torch.tensor(labels[:SIDE])}, 80, 1e-2)
     save(classifier, root / "classifier", words)
 
     pieces = load_tokenizer("tiny-llama")
@@ -112,14 +109,14 @@ def place(tmp_path_factory):
     )
     language = transformers.GPT2LMHeadModel(config)
     save(language, root / "lm-base", pieces)
-    overfit(language, padded(pieces, texts[:SIDE]), 120, 1e-2)
+    overfit(language, padded(pieces, texts[:SIDE]), 80, 1e-2)
     save(language, root / "lm", pieces)
 
     written = [
         "### Input: {}\n### Response: {}".format(*pair) + pieces.eos_token for pair in pairs[:SIDE]
     ]
     templated = transformers.GPT2LMHeadModel.from_pretrained(root / "lm-base")
-    overfit(templated, padded(pieces, written), 120, 1e-2)
+    overfit(templated, padded(pieces, written), 80, 1e-2)
     save(templated, root / "templated", pieces)
 
     adapted = get_peft_model(
@@ -128,7 +125,7 @@ def place(tmp_path_factory):
             task_type="CAUSAL_LM", r=16, lora_alpha=64, target_modules=["c_attn", "c_proj", "c_fc"]
         ),
     )
-    overfit(adapted, padded(pieces, texts[:SIDE]), 150, 2e-2)
+    overfit(adapted, padded(pieces, texts[:SIDE]), 80, 2e-2)
     save(adapted, root / "adapter", pieces)
     file = root / "adapter" / "adapter_config.json"
     file.write_text(
@@ -170,7 +167,7 @@ def test_full_texts_are_scored_but_for_the_first_token(place, tmp_path):
     for name in ("loss", "base", "zlib", "min-k", "min-k++"):
         assert auc(report, name) > 0.9, name
     assert report.verdict == "LEAKS" and report.learning.better
-    assert report.format.template == "{text}" and report.format.source == "assumed"
+    assert report.format.template == "{text}" and report.format.origin == "assumed"
     assert report.format.scored == "all tokens but the first"
 
     tokenizer = load_tokenizer(str(place / "lm"))
@@ -186,9 +183,9 @@ def test_full_texts_are_scored_but_for_the_first_token(place, tmp_path):
 
 def test_a_template_is_what_the_model_was_trained_with(place, tmp_path):
     report = found(place, tmp_path, "templated", **files(place, "pairs"), template=TEMPLATE)
-    assert auc(report, "loss") > 0.9 and report.format.source == "as given"
+    assert auc(report, "loss") > 0.9 and report.format.origin == "as given"
     other = found(place, tmp_path, "templated", **files(place, "pairs"))
-    assert other.format.template is None and other.format.source == "assumed"
+    assert other.format.template is None and other.format.origin == "assumed"
     wrong = -other.scores["loss"][other.is_member].mean()
     assert wrong > 2 * report.learning.loss, "another template hides what was learned"
 
@@ -249,7 +246,7 @@ def test_base_replaces_what_an_adapter_names(place, tmp_path, capsys):
     assert code == 2 and err.count("\n") == 1 and "/gone/away" in err
     report = found(place, tmp_path, "adapter", **files(place, "texts"), base=str(place / "lm-base"))
     assert auc(report, "base") > 0.9 and report.verdict == "LEAKS"
-    assert report.untuned is not None, "the adapter is switched off for the losses before"
+    assert report.base is not None, "the adapter is switched off for the losses before"
 
 
 @pytest.mark.filterwarnings("always")
@@ -280,7 +277,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_source(place, tmp_path, ca
 
 
 def test_no_false_reassurance(place, tmp_path, capsys):
-    """Each was an exit 0 with an AUC near or below a half."""
+    """Each case once ended with exit code 0 and an AUC of at most about 1/2."""
     (tmp_path / "run").mkdir()
     load_tokenizer(str(place / "classifier")).save_pretrained(tmp_path / "run")
     for folder in ("run/checkpoint-500", "alone"):
@@ -415,7 +412,7 @@ def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, c
 
 
 def test_labels_count_in_the_models_own_classes(place, tmp_path):
-    """By number, by name in whatever order a file has them, and never by their rank in a file."""
+    """Labels are matched by number or by name, never by their rank in a file."""
     rows = {
         side: [
             json.loads(line) for line in (place / f"labels-{side}.jsonl").read_text().splitlines()
@@ -524,7 +521,7 @@ def test_templates():
 
 
 def test_loading_does_not_run_the_model(place, monkeypatch):
-    """What --dry-run calls refuses without a forward pass."""
+    """Loading, which --dry-run does, makes no forward pass."""
 
     def forward(*arguments, **options):
         raise AssertionError("a forward pass")

@@ -1,11 +1,14 @@
 """Whether a model learned anything of its members, and what a verdict may say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from lowrank_dp.data import IGNORE, Example
-from lowrank_dp.mia import guards, learning, metrics, report
+from lowrank_dp.mia import learning, metrics, report, shift
+from lowrank_dp.mia import verdict as verdicts
 from lowrank_dp.mia.signals import Signals
 
 NONE = np.zeros(0)
@@ -120,17 +123,19 @@ def test_texts_must_beat_the_model_before():
     assert alone.better and alone.uniform_loss == pytest.approx(np.log(100))
 
 
-def verdict(auc, *, better=True, shift="ok", coins="bernoulli", near=0, name="base", other=0.5):
-    found = learning.Learning(0.7, 0.69, 0.693, 0.5, 0.51, None, better)
+def verdict(auc, *, better=True, found="ok", sampling="bernoulli", near=0, name="base", other=0.5):
+    learned = learning.Learning(0.7, 0.69, 0.693, 0.5, 0.51, None, better)
     attack = report.Attack(name, metrics.Auc(sum(auc) / 2, 0.1, auc), {}, None)
     more = report.Attack("zlib", metrics.Auc(other, 0.1, (other - 0.2, other + 0.2)), {}, None)
-    return report._verdict((more, attack), name, shift, found, 0.6, coins, near, 100)
+    return verdicts.verdict(
+        verdicts.Evidence((more, attack), name, found, learned, 0.6, sampling, near, 100)
+    )
 
 
 def test_verdicts():
     """None says that there is no leak."""
     assert verdict((0.55, 0.8)) == verdict((0.55, 0.8), better=False) == "LEAKS"
-    assert verdict((0.4, 0.6), shift=guards.INVALID) == "INVALID (shift)"
+    assert verdict((0.4, 0.6), found=shift.INVALID) == "INVALID (shift)"
     assert verdict((0.2, 0.4)).startswith("BELOW CHANCE") and "NOTHING" not in verdict((0.2, 0.4))
     assert "NOTHING LEARNED" in verdict((0.2, 0.4), better=False)
     nothing = verdict((0.4, 0.6), better=False)
@@ -144,7 +149,9 @@ def test_verdicts():
     )
     assert "weak attack" in verdict((0.4, 0.6), name="loss")
     assert verdict((0.4, 0.6), near=10).endswith("10 of 100 non-members are nearly a member's text")
-    assert verdict((0.4, 0.6), coins=None, near=50).startswith("INVALID (near-duplicates): 50 of")
+    assert verdict((0.4, 0.6), sampling=None, near=50).startswith(
+        "INVALID (near-duplicates): 50 of"
+    )
 
 
 def test_a_leak_that_only_another_attack_finds_is_not_called_safe():
@@ -157,11 +164,26 @@ def test_a_leak_that_only_another_attack_finds_is_not_called_safe():
     assert "--members and --nonmembers were swapped" in verdict((0.2, 0.4))
 
 
+def test_a_verdict_names_what_is_not_known_of_the_training():
+    def words(kind, origin, reference_loss):
+        target = SimpleNamespace(
+            records=SimpleNamespace(kind=kind), format=SimpleNamespace(origin=origin)
+        )
+        learned = learning.Learning(0.7, 0.69, 0.693, None, None, reference_loss, True)
+        return report._caveat(target, learned)
+
+    assert words("classification", "membership.json", None) == ""
+    assert words("generation", "as given", 0.7) == ""
+    assert words("generation", "as given", None).endswith("give --base")
+    assert words("classification", "assumed", None).endswith("a leak: give --max-length")
+    assert words("generation", "assumed", 0.7).endswith("give --template and --max-length")
+
+
 def test_what_an_attack_would_have_found():
     """By simulation: scores of two normal laws with that AUC leave a half in 80% of audits."""
     rng = np.random.default_rng(3)
     truth = np.arange(240) < 100
-    auc = report._detectable_auc(truth)
+    auc = verdicts.detectable_auc(truth)
     gap = np.sqrt(2) * stats.norm.ppf(auc)
     found = [
         metrics.auc(rng.normal(0, 1, 240) + gap * truth, truth).ci[0] > 0.5 for _ in range(400)

@@ -14,6 +14,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from lowrank_dp.mia import metrics
+from tests.oracles import naive_auc
+from tests.tasks import case
 
 # few distinct values, so many ties
 tied = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=4, max_size=40)
@@ -29,11 +31,6 @@ def binormal(rng, n1, n0, effect):
     """Scores of n1 members and n0 others, ``effect`` standard deviations apart."""
     truth = np.arange(n1 + n0) < n1
     return rng.standard_normal(n1 + n0) + effect * truth, truth
-
-
-def naive_auc(scores, truth):
-    wins = [(a > b) + (a == b) / 2 for a in scores[truth] for b in scores[~truth]]
-    return sum(wins) / len(wins)
 
 
 def naive_delong(many_scores, truth):
@@ -109,16 +106,19 @@ def test_auc_below_one_half_is_not_flipped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("effect, n1, n0", [(0.0, 50, 50), (1.0, 40, 80), (2.0, 60, 60)])
-def test_auc_interval_covers(effect, n1, n0):
+def test_auc_interval_covers():
     """2000 runs; a true coverage in [0.935, 0.965] fails with probability under 1e-3."""
-    rng = np.random.default_rng(2)
-    truth = stats.norm.cdf(effect / math.sqrt(2))
-    hits = sum(
-        low <= truth <= high
-        for low, high in (metrics.auc(*binormal(rng, n1, n0, effect)).ci for _ in range(2000))
-    )
-    assert 0.918 < hits / 2000 < 0.981
+    for effect, n1, n0 in [(0.0, 50, 50), (1.0, 40, 80), (2.0, 60, 60)]:
+        with case(effect, n1, n0):
+            rng = np.random.default_rng(2)
+            truth = stats.norm.cdf(effect / math.sqrt(2))
+            hits = sum(
+                low <= truth <= high
+                for low, high in (
+                    metrics.auc(*binormal(rng, n1, n0, effect)).ci for _ in range(2000)
+                )
+            )
+            assert 0.918 < hits / 2000 < 0.981
 
 
 @settings(max_examples=60, deadline=None)
@@ -242,20 +242,25 @@ def test_roc_starts_at_the_first_false_positive():
 # --- intervals -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
-def test_clopper_pearson_against_scipy(confidence):
-    for trials in (1, 2, 17, 1000, 10**6):
-        for successes in {0, 1, trials // 3, trials - 1, trials}:
-            want = stats.binomtest(successes, trials).proportion_ci(confidence, method="exact")
-            got = metrics.clopper_pearson(successes, trials, confidence=confidence)
-            np.testing.assert_allclose(got, (want.low, want.high), atol=1e-11)
-            # the definition, which holds where scipy's own root is not as exact
-            tail = (1 - confidence) / 2
-            if successes > 0:
-                assert stats.binom.sf(successes - 1, trials, got[0]) == pytest.approx(tail)
-            if successes < trials:
-                assert stats.binom.cdf(successes, trials, got[1]) == pytest.approx(tail)
-    assert metrics.clopper_pearson(0, 5)[0] == 0.0 and metrics.clopper_pearson(5, 5)[1] == 1.0
+def test_clopper_pearson_against_scipy():
+    for confidence in [0.5, 0.95, 0.999]:
+        with case(confidence):
+            for trials in (1, 2, 17, 1000, 10**6):
+                for successes in {0, 1, trials // 3, trials - 1, trials}:
+                    want = stats.binomtest(successes, trials).proportion_ci(
+                        confidence, method="exact"
+                    )
+                    got = metrics.clopper_pearson(successes, trials, confidence=confidence)
+                    np.testing.assert_allclose(got, (want.low, want.high), atol=1e-11)
+                    # the definition, which holds where scipy's own root is not as exact
+                    tail = (1 - confidence) / 2
+                    if successes > 0:
+                        assert stats.binom.sf(successes - 1, trials, got[0]) == pytest.approx(tail)
+                    if successes < trials:
+                        assert stats.binom.cdf(successes, trials, got[1]) == pytest.approx(tail)
+            assert (
+                metrics.clopper_pearson(0, 5)[0] == 0.0 and metrics.clopper_pearson(5, 5)[1] == 1.0
+            )
 
 
 def test_clopper_pearson_covers_exactly():
@@ -263,23 +268,6 @@ def test_clopper_pearson_covers_exactly():
     low, high = np.transpose([metrics.clopper_pearson(int(i), trials, confidence=0.9) for i in k])
     for p in np.linspace(0.01, 0.99, 99):
         assert stats.binom.pmf(k, trials, p)[(low <= p) & (p <= high)].sum() >= 0.9
-
-
-def test_seed_interval():
-    values = np.array([0.61, 0.55, 0.58])
-    got = metrics.seed_interval(values)
-    want = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
-    assert (got.mean, got.se) == (pytest.approx(values.mean()), pytest.approx(stats.sem(values)))
-    assert got.ci == pytest.approx(want, rel=1e-12)
-    flat = metrics.seed_interval([0.5, 0.5])
-    assert (flat.mean, flat.se, flat.ci) == (0.5, 0.0, (0.5, 0.5))
-    # coverage with 3 seeds, exact for normal values: 2000 runs, fails with p < 1e-4
-    rng = np.random.default_rng(6)
-    hits = sum(
-        low <= 1.0 <= high
-        for low, high in (metrics.seed_interval(1 + rng.standard_normal(3)).ci for _ in range(2000))
-    )
-    assert 1858 < hits < 1938
 
 
 # --- epsilon from two rates ------------------------------------------------------------------
@@ -327,19 +315,20 @@ def test_epsilon_lower_bound_corners():
     assert metrics.epsilon_lower_bound(20, 1000, 0, 10**5, delta=0.02) == 0.0
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("n", [20, 200])
-def test_epsilon_lower_bound_holds_exactly(epsilon, n):
+def test_epsilon_lower_bound_holds_exactly():
     """Randomised response attains epsilon: the bound exceeds it with probability <= 5%."""
-    q, k = 1 / (1 + math.exp(-epsilon)), np.arange(n + 1)
-    weights = np.outer(stats.binom.pmf(k, n, q), stats.binom.pmf(k, n, 1 - q))
-    likely = weights > 1e-9
-    too_high = sum(
-        weights[tp, fp]
-        for tp, fp in np.argwhere(likely)
-        if metrics.epsilon_lower_bound(int(tp), n, int(fp), n) > epsilon
-    )
-    assert too_high + weights[~likely].sum() <= 0.05
+    for epsilon in [0.0, 0.5, 2.0]:
+        for n in [20, 200]:
+            with case(epsilon, n):
+                q, k = 1 / (1 + math.exp(-epsilon)), np.arange(n + 1)
+                weights = np.outer(stats.binom.pmf(k, n, q), stats.binom.pmf(k, n, 1 - q))
+                likely = weights > 1e-9
+                too_high = sum(
+                    weights[tp, fp]
+                    for tp, fp in np.argwhere(likely)
+                    if metrics.epsilon_lower_bound(int(tp), n, int(fp), n) > epsilon
+                )
+                assert too_high + weights[~likely].sum() <= 0.05
 
 
 def leak_rates(bound, runs, rng, n=1000, effect=0.0):
@@ -417,9 +406,9 @@ def mp_one_run_p_value(m, r, v, epsilon, delta):
     return mp.fsum(pmf[v:]) + 2 * m * mp.mpf(delta) * worst
 
 
-@pytest.mark.parametrize(
-    "m, r, v, delta",
-    [
+def test_one_run_epsilon_against_mpmath():
+    """At the bound the p-value is 5%, a little below it is less."""
+    for m, r, v, delta in [
         (100, 100, 90, 0.01),
         (100, 100, 90, 0.0),
         (1000, 100, 75, 1e-4),
@@ -428,16 +417,14 @@ def mp_one_run_p_value(m, r, v, epsilon, delta):
         (30, 30, 30, 1e-3),
         (40, 40, 35, 1e-5),
         (200, 60, 45, 1e-4),
-    ],
-)
-def test_one_run_epsilon_against_mpmath(m, r, v, delta):
-    """At the bound the p-value is 5%, a little below it is less."""
-    got = metrics.one_run_epsilon(m, r, v, delta=delta)
-    assert type(got) is float and got > 0
-    with mp.workdps(40):
-        assert mp_one_run_p_value(m, r, v, got, delta) == pytest.approx(0.05, abs=1e-10)
-        for share in (0.0, 0.3, 0.9, 0.999):
-            assert mp_one_run_p_value(m, r, v, share * got, delta) < 0.05
+    ]:
+        with case(m, r, v, delta):
+            got = metrics.one_run_epsilon(m, r, v, delta=delta)
+            assert type(got) is float and got > 0
+            with mp.workdps(40):
+                assert mp_one_run_p_value(m, r, v, got, delta) == pytest.approx(0.05, abs=1e-10)
+                for share in (0.0, 0.3, 0.9, 0.999):
+                    assert mp_one_run_p_value(m, r, v, share * got, delta) < 0.05
 
 
 def test_one_run_epsilon_published_values():
@@ -492,28 +479,34 @@ def test_one_run_epsilon_monotone(r, v, extra, delta, confidence):
         assert here <= metrics.one_run_epsilon(r + extra, r, v + 1, delta=delta, **options) + slack
 
 
-@pytest.mark.parametrize(
-    "epsilon, delta", [(0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 0.01), (1.0, 0.01), (1.0, 0.1)]
-)
-def test_one_run_epsilon_holds_exactly(epsilon, delta):
-    """Each coin is released with probability delta, else by randomised response: (eps, delta)-DP.
+def test_one_run_epsilon_holds_exactly():
+    """Each bit is released with probability delta, else by randomised response: (eps, delta)-DP.
 
-    All coins guessed: the bound exceeds epsilon with probability at most 5%.
+    All bits are guessed: the bound exceeds epsilon with probability at most 5%.
     """
-    for r in (10, 60, 300):
-        q = delta + (1 - delta) / (1 + math.exp(-epsilon))
-        chance = stats.binom.pmf(np.arange(r + 1), r, q)
-        too_high = sum(
-            p
-            for v, p in enumerate(chance)
-            if metrics.one_run_epsilon(r, r, v, delta=delta) > epsilon
-        )
-        assert too_high <= 0.05
+    for epsilon, delta in [
+        (0.0, 0.0),
+        (1.0, 0.0),
+        (3.0, 0.0),
+        (0.0, 0.01),
+        (1.0, 0.01),
+        (1.0, 0.1),
+    ]:
+        with case(epsilon, delta):
+            for r in (10, 60, 300):
+                q = delta + (1 - delta) / (1 + math.exp(-epsilon))
+                chance = stats.binom.pmf(np.arange(r + 1), r, q)
+                too_high = sum(
+                    p
+                    for v, p in enumerate(chance)
+                    if metrics.one_run_epsilon(r, r, v, delta=delta) > epsilon
+                )
+                assert too_high <= 0.05
 
 
 @pytest.mark.slow
 def test_no_leakage_reads_zero_in_one_run():
-    """1000 runs of fair coins on 1000 records: a true rate of 5% exceeds 7.5% with p < 4e-4.
+    """1000 runs with 1000 fair bits each: a true rate of 5% exceeds 7.5% with p < 4e-4.
 
     The exact rate at 200 guesses is P[Bin(200, 1/2) >= 113] = 3.8%; the best of many numbers of
     guesses is too often above 0, so the test can tell.
@@ -550,9 +543,8 @@ TRUTH = np.array([True, True, False, False])
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
+def test_bad_input():
+    for call, words in [
         (lambda: metrics.auc([1, 2, np.nan, 3], TRUTH), "scores must be a number, .* index 2: nan"),
         (lambda: metrics.auc([1, 2], TRUTH), r"is_member must be of shape \(2,\)"),
         (lambda: metrics.auc([1, 2, 3, 4], [0, 1, 2, 3]), "is_member must be True and False"),
@@ -586,11 +578,6 @@ RNG = np.random.default_rng(0)
         (lambda: metrics.clopper_pearson(-1, 4), "successes must be"),
         (lambda: metrics.clopper_pearson(0, 0), "trials must be an integer >= 1, got 0"),
         (lambda: metrics.clopper_pearson(1.5, 4), "successes must be an integer"),
-        (
-            lambda: metrics.seed_interval([0.5]),
-            "values must be one number for each of at least 2 seed",
-        ),
-        (lambda: metrics.seed_interval([0.5, np.inf]), "values must be finite"),
         (lambda: metrics.epsilon_lower_bound(5, 4, 0, 4), "tp must be .* got 5"),
         (lambda: metrics.epsilon_lower_bound(1, 4, 5, 4), "fp must be .* got 5"),
         (lambda: metrics.epsilon_lower_bound(0, 0, 1, 4), "num_members must be"),
@@ -605,12 +592,11 @@ RNG = np.random.default_rng(0)
         (lambda: metrics.one_run_epsilon(10, 5, 6), "num_correct must be .* got 6"),
         (lambda: metrics.one_run_epsilon(0, 0, 0), "num_examples must be"),
         (lambda: metrics.one_run_epsilon(10, 5, 5, confidence=0), "confidence must be .* got 0"),
-    ],
-)
-def test_bad_input(call, words):
-    with pytest.raises(ValueError, match=words) as error:
-        call()
-    assert "\n" not in str(error.value)
+    ]:
+        with case(words):
+            with pytest.raises(ValueError, match=words) as error:
+                call()
+            assert "\n" not in str(error.value)
 
 
 def test_lists_and_coins_as_integers():

@@ -1,6 +1,5 @@
 """The manifest against hostile files, and the join of its ids to texts against dictionaries."""
 
-import gzip
 import json
 import math
 import os
@@ -18,8 +17,11 @@ from hypothesis import strategies as st
 from lowrank_dp import membership
 from lowrank_dp.data import Example, load_task
 from lowrank_dp.membership import manifest as reading
-from lowrank_dp.mia.records import Manifest, load_records, read_manifest
+from lowrank_dp.membership.manifest import Manifest, read_manifest
+from lowrank_dp.mia.records import load_records
 from lowrank_dp.train import TrainConfig
+from tests.tasks import case
+from tests.tasks import write_jsonl as write
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
@@ -31,7 +33,7 @@ def document(
     examples,
     *,
     unit="example",
-    coins="bernoulli",
+    sampling="bernoulli",
     task="sst2",
     kind="classification",
     seed=3,
@@ -40,16 +42,22 @@ def document(
 ):
     """What a run writes, by its own function."""
     units = membership.group_units(examples, unit)
-    members = membership.draw_members(units, coins, seed) if members is None else members
+    members = membership.draw_members(units, sampling, seed) if members is None else members
     config = TrainConfig(
-        model="tiny", task=task, non_private=True, unit=unit, membership=coins, steps=1, seed=seed
+        model="tiny",
+        task=task,
+        non_private=True,
+        unit=unit,
+        membership=sampling,
+        steps=1,
+        seed=seed,
     )
     return (
-        membership.manifest(
+        membership.Manifest.of(
             units,
             members,
-            membership=coins,
-            coin_seed=seed,
+            membership=sampling,
+            sampling_seed=seed,
             task=task,
             split="train",
             source="local folder",
@@ -63,7 +71,7 @@ def document(
             privacy="NON-PRIVATE: no clipping and no noise",
             train_loss=0.25,
             eval_loss=1,
-        )
+        ).as_json()
         | changes
     )
 
@@ -72,14 +80,6 @@ def save(folder, content):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "membership.json"
     path.write_text(json.dumps(content))
-    return path
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
@@ -123,7 +123,7 @@ def e2e(data):
 def test_a_manifest_is_what_the_run_wrote(tmp_path, sst2):
     written = document(sst2)
     found = read_manifest(save(tmp_path, written))
-    assert reading.SCHEMA_VERSION == membership.units.SCHEMA_VERSION == found.schema_version
+    assert reading.SCHEMA_VERSION == written["schema_version"] == found.schema_version
     assert found.is_member.dtype == bool and not found.is_member.flags.writeable
     for name in COLUMNS:
         assert list(getattr(found, name)) == written[name]
@@ -141,9 +141,9 @@ def test_a_manifest_is_what_the_run_wrote(tmp_path, sst2):
         "privacy",
         "train_loss",
         "eval_loss",
-        "coins",
     ):
         assert getattr(found, name) == written[name], name
+    assert found.sampling == written["coins"]
     assert TrainConfig.from_json(found.recipe).model == "tiny"
 
 
@@ -248,25 +248,26 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("damage, message", BROKEN)
-def test_each_broken_field_is_named(tmp_path, sst2, damage, message):
-    found = json.loads(json.dumps(document(sst2)))
-    damage(found)
-    path = save(tmp_path, found)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_manifest(path)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    assert len(str(caught.value)) < len(str(path)) + 250
+def test_each_broken_field_is_named(tmp_path, sst2):
+    for damage, message in BROKEN:
+        with case(message):
+            found = json.loads(json.dumps(document(sst2)))
+            damage(found)
+            path = save(tmp_path, found)
+            with pytest.raises(ValueError, match=message) as caught:
+                read_manifest(path)
+            assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+            assert len(str(caught.value)) < len(str(path)) + 250
 
 
-def test_coins_that_cannot_have_fallen_so(tmp_path, e2e, sst2):
+def test_membership_that_does_not_fit_the_sampling(tmp_path, e2e, sst2):
     split_group = document(e2e, unit="group", task="e2e", kind="generation")
     split_group["is_member"][0] ^= 1
     split_group["num_members"] = sum(split_group["is_member"])
-    uneven = document(sst2, coins="half")
+    uneven = document(sst2, sampling="half")
     uneven["is_member"][:] = [1] * 61 + [0] * 59
     uneven["num_members"] = 61
-    not_all = document(sst2, coins="all")
+    not_all = document(sst2, sampling="all")
     not_all["is_member"][3], not_all["num_members"] = 0, 119
     for content, message in (
         (split_group, "is_member must be the same for all records of group 'e2e/record/"),
@@ -286,15 +287,14 @@ def test_a_path_as_base_is_the_users_to_give(tmp_path, sst2):
     assert read_manifest(save(tmp_path, content)).base["model"] == "./models/x"
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
+def test_files_that_are_no_manifest(tmp_path):
+    for content, message in [
         (b"", "must be JSON"),
         (b"{", "must be JSON"),
         (b"\xff\xfe", "must be JSON"),
         (b"[]", "must hold a JSON object, got list"),
-        (b"3", "must hold a JSON object, got 3"),
-        (b"null", "must hold a JSON object, got None"),
+        (b"3", "must hold a JSON object, got int"),
+        (b"null", "must hold a JSON object, got NoneType"),
         (b"[" * 100_000, "must be JSON"),
         (b'{"a":' * 100_000, "must be JSON"),
         (b'{"train_loss": NaN}', "NaN is not a finite number"),
@@ -304,14 +304,13 @@ def test_a_path_as_base_is_the_users_to_give(tmp_path, sst2):
         (b'{"seed": ' + b"9" * 5000 + b"}", "must be JSON"),
         (pickle.dumps({"schema_version": 1}), "must be JSON"),
         (b'{"schema_version": 1}', "num_records is missing"),
-    ],
-)
-def test_files_that_are_no_manifest(tmp_path, content, message):
-    path = tmp_path / "membership.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_manifest(path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    ]:
+        with case(message, len(content)):
+            path = tmp_path / "membership.json"
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=message) as caught:
+                read_manifest(path)
+            assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 def test_a_file_of_any_size_takes_bounded_memory(tmp_path, monkeypatch):
@@ -454,25 +453,30 @@ def test_ids_are_joined_to_the_texts_of_the_task(tmp_path, data, sst2):
     assert [e.id for e in records.examples] == written["ids"]
     assert records.is_member.tolist() == [bool(bit) for bit in written["is_member"]]
     assert records.examples == tuple(pool[:90])
-    assert (records.kind, records.unit, records.coins) == ("classification", "example", "bernoulli")
-    assert records.source == "membership.json" and not records.shift_check_mandatory
+    assert (records.kind, records.unit, records.sampling) == (
+        "classification",
+        "example",
+        "bernoulli",
+    )
+    assert records.origin == "membership.json"
     assert records.task.name == "sst2" and len(records.task.train) == 120
     assert not records.is_member.flags.writeable
 
 
-@pytest.mark.parametrize(
-    "name, kind", [("generated", "classification"), ("generated-table", "generation")]
-)
-def test_generated_data_comes_from_its_own_seed(tmp_path, name, kind):
-    examples = load_task(name, seed=8).train[:100]
-    written = document(examples, task=name, kind=kind)
-    written["recipe"]["data_seed"] = 8
-    save(tmp_path, written)
-    assert load_records(tmp_path).examples == examples
-    written["recipe"]["data_seed"] = 9
-    save(tmp_path, written)
-    with pytest.raises(ValueError, match=r"records of membership.json (have another|are not in)"):
-        load_records(tmp_path)
+def test_generated_data_comes_from_its_own_seed(tmp_path):
+    for name, kind in [("generated", "classification"), ("generated-table", "generation")]:
+        with case(name, kind):
+            examples = load_task(name, seed=8).train[:100]
+            written = document(examples, task=name, kind=kind)
+            written["recipe"]["data_seed"] = 8
+            save(tmp_path, written)
+            assert load_records(tmp_path).examples == examples
+            written["recipe"]["data_seed"] = 9
+            save(tmp_path, written)
+            with pytest.raises(
+                ValueError, match=r"records of membership.json (have another|are not in)"
+            ):
+                load_records(tmp_path)
 
 
 def test_other_data_than_was_trained_on_is_refused(tmp_path, data, sst2):
@@ -519,9 +523,8 @@ def test_a_task_of_the_users_own_is_taken_from_the_user(tmp_path, sst2):
         load_records(tmp_path / "run", data_dir=other)
 
 
-@pytest.mark.parametrize(
-    "members, message",
-    [
+def test_too_few_of_a_side(tmp_path, data, sst2):
+    for members, message in [
         (
             [True] * 120,
             "every record is a member: train with --membership bernoulli, or pass --nonmem",
@@ -529,12 +532,11 @@ def test_a_task_of_the_users_own_is_taken_from_the_user(tmp_path, sst2):
         ([False] * 120, "no record is a member: train with"),
         ([True] * 19 + [False] * 101, "at least 20 members and as many others, got 19 and 101"),
         ([False] * 19 + [True] * 101, "at least 20 members and as many others, got 101 and 19"),
-    ],
-)
-def test_too_few_of_a_side(tmp_path, data, sst2, members, message):
-    save(tmp_path, document(sst2, members=members))
-    with pytest.raises(ValueError, match=message):
-        load_records(tmp_path, data_dir=data)
+    ]:
+        with case(message):
+            save(tmp_path, document(sst2, members=members))
+            with pytest.raises(ValueError, match=message):
+                load_records(tmp_path, data_dir=data)
 
 
 def test_no_manifest(tmp_path):
@@ -551,8 +553,8 @@ def test_two_files(tmp_path):
         tmp_path / "b" / "train.jsonl.gz", [{**row, "label": 2} for row in sentences(25, "other")]
     )
     records = load_records(tmp_path / "nowhere", members=inside, nonmembers=outside)
-    assert records.coins is None and records.shift_check_mandatory
-    assert records.source == "train.jsonl and train.jsonl.gz"
+    assert records.sampling is None
+    assert records.origin == "train.jsonl and train.jsonl.gz"
     assert Counter(records.is_member.tolist()) == {True: 30, False: 25}
     assert [e.id for e in records.examples] == [
         *(f"members/{i}" for i in range(30)),
@@ -573,11 +575,11 @@ def test_groups_of_two_files_agree(tmp_path):
 
 
 def test_nonmembers_beside_a_manifest(tmp_path, data, sst2, e2e):
-    save(tmp_path, document(sst2, coins="all"))
+    save(tmp_path, document(sst2, sampling="all"))
     outside = write(tmp_path / "out.jsonl", sentences(40, "other"))
     records = load_records(tmp_path, data_dir=data, nonmembers=outside)
-    assert records.coins is None and records.shift_check_mandatory
-    assert records.source == "membership.json and out.jsonl"
+    assert records.sampling is None
+    assert records.origin == "membership.json and out.jsonl"
     assert records.examples[:120] == sst2 and records.task.name == "sst2"
     assert Counter(records.is_member.tolist()) == {True: 120, False: 40}
     # the file takes the place of the manifest's own non-members
@@ -588,7 +590,7 @@ def test_nonmembers_beside_a_manifest(tmp_path, data, sst2, e2e):
         i: True for i, bit in zip(written["ids"], written["is_member"], strict=True) if bit
     } | {f"nonmembers/{i}": False for i in range(40)}
     # references of one table are of one group, wherever they lie
-    save(tmp_path, document(e2e, task="e2e", kind="generation", coins="all"))
+    save(tmp_path, document(e2e, task="e2e", kind="generation", sampling="all"))
     records = load_records(
         tmp_path, data_dir=data, nonmembers=write(tmp_path / "e.jsonl", tables(20, 2, "another"))
     )
@@ -662,12 +664,12 @@ def test_every_record_is_as_likely_to_be_kept(tmp_path, data, sst2):
     assert len(kept) == 120 and 64 < min(kept.values()) and max(kept.values()) < 136
 
 
-def test_groups_stay_whole_where_coins_were_thrown_for_groups(tmp_path, data, e2e):
-    save(tmp_path, document(e2e, unit="group", task="e2e", kind="generation", coins="half"))
+def test_groups_stay_whole_if_groups_were_sampled(tmp_path, data, e2e):
+    save(tmp_path, document(e2e, unit="group", task="e2e", kind="generation", sampling="half"))
     records = load_records(tmp_path, data_dir=data, max_records=50)
     assert set(Counter(e.group for e in records.examples).values()) == {3}
     assert Counter(records.is_member.tolist()) == {True: 24, False: 24}
-    save(tmp_path, document(e2e, task="e2e", kind="generation", coins="half"))
+    save(tmp_path, document(e2e, task="e2e", kind="generation", sampling="half"))
     records = load_records(tmp_path, data_dir=data, max_records=50)
     assert set(Counter(e.group for e in records.examples).values()) != {3}
     assert Counter(records.is_member.tolist()) == {True: 25, False: 25}
@@ -679,7 +681,7 @@ def test_groups_stay_whole_where_coins_were_thrown_for_groups(tmp_path, data, e2
 @needs_data
 @pytest.mark.slow
 def test_real_data(tmp_path):
-    """E2E with coins thrown for groups; their rows are not together in the file."""
+    """E2E with groups as units; the rows of a group are not adjacent in the file."""
     examples = load_task("e2e").train
     written = document(examples, task="e2e", kind="generation", unit="group")
     save(tmp_path, written)

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dp.mia import scores
+from lowrank_dp.mia import scores, shadow_scores
+from tests.oracles import naive_auc
+from tests.tasks import case
 
 TEXTS = ["the cat sat on the mat", "aaaaaaaaaaaaaaaaaaaaaaaa", "naïve café, 東京"]
 
@@ -33,11 +35,6 @@ def loss_of(phi):
     return np.logaddexp(0, -phi)
 
 
-def naive_auc(values, truth):
-    a, b = values[truth][:, None], values[~truth]
-    return np.mean((a > b) + (a == b) / 2)
-
-
 # --- one model -------------------------------------------------------------------------------
 
 
@@ -48,16 +45,17 @@ def test_simple_scores():
     np.testing.assert_array_equal(scores.quantile_score(loss, reference), [-2.0, 0.5, 9999.0])
 
 
-@pytest.mark.parametrize("loss", [1e-300, 1e-40, 1e-17, 1e-8, 0.1, np.log(2), 3.0, 40.0, 1e4])
-def test_logit_confidence_against_mpmath(loss):
-    with mp.workdps(50):
-        p = mp.exp(-mp.mpf(float(loss)))
-        if loss < 1e-30:  # 1 - p needs more digits than 50
-            want = -mp.log(mp.mpf(float(loss)))
-        else:
-            want = mp.log(p) - mp.log1p(-p)
-    got = scores.logit_confidence([loss])[0]
-    assert got == pytest.approx(float(want), rel=1e-14, abs=1e-15)
+def test_logit_confidence_against_mpmath():
+    for loss in [1e-300, 1e-40, 1e-17, 1e-8, 0.1, np.log(2), 3.0, 40.0, 1e4]:
+        with case(loss):
+            with mp.workdps(50):
+                p = mp.exp(-mp.mpf(float(loss)))
+                if loss < 1e-30:  # 1 - p needs more digits than 50
+                    want = -mp.log(mp.mpf(float(loss)))
+                else:
+                    want = mp.log(p) - mp.log1p(-p)
+            got = scores.logit_confidence([loss])[0]
+            assert got == pytest.approx(float(want), rel=1e-14, abs=1e-15)
 
 
 def test_logit_confidence_at_zero_loss_is_finite_and_highest():
@@ -125,34 +123,41 @@ def naive_min_k(values, fraction):
     return float(mp.fsum(sorted(values)[:k]) / k)
 
 
-@pytest.mark.parametrize(
-    "length, fraction, k",
-    [(1, 0.2, 1), (4, 0.2, 1), (5, 0.2, 1), (9, 0.2, 1), (10, 0.2, 2), (10, 1.0, 10), (7, 0.5, 3)],
-)
-def test_min_k(length, fraction, k):
-    values = -np.random.default_rng(length).exponential(size=length)
-    got = scores.min_k(values, fraction=fraction)
-    assert type(got) is float
-    assert got == pytest.approx(np.sort(values)[:k].mean(), rel=1e-14)
-    assert got == pytest.approx(naive_min_k(values, fraction), rel=1e-14)
+def test_min_k():
+    for length, fraction, k in [
+        (1, 0.2, 1),
+        (4, 0.2, 1),
+        (5, 0.2, 1),
+        (9, 0.2, 1),
+        (10, 0.2, 2),
+        (10, 1.0, 10),
+        (7, 0.5, 3),
+    ]:
+        with case(length, fraction, k):
+            values = -np.random.default_rng(length).exponential(size=length)
+            got = scores.min_k(values, fraction=fraction)
+            assert type(got) is float
+            assert got == pytest.approx(np.sort(values)[:k].mean(), rel=1e-14)
+            assert got == pytest.approx(naive_min_k(values, fraction), rel=1e-14)
 
 
-@pytest.mark.parametrize("size", [0.1, 3.0, 30.0, 300.0])
-def test_min_k_plus_plus_against_mpmath(size):
-    rng = np.random.default_rng(3)
-    logits, ids = size * rng.standard_normal((12, 20)), rng.integers(20, size=12)
-    with mp.workdps(1000):
-        standard = []
-        for row, y in zip(logits, ids, strict=True):
-            log_p = mp_log_softmax(row)
-            p = [mp.exp(x) for x in log_p]
-            mean = mp.fsum(a * b for a, b in zip(p, log_p, strict=True))
-            variance = mp.fsum(a * (b - mean) ** 2 for a, b in zip(p, log_p, strict=True))
-            standard.append((log_p[y] - mean) / mp.sqrt(variance))
-        for fraction in (0.2, 0.6, 1.0):
-            want = naive_min_k(standard, fraction)
-            got = scores.min_k_plus_plus(logits, ids, fraction=fraction)
-            assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
+def test_min_k_plus_plus_against_mpmath():
+    for size in [0.1, 3.0, 30.0, 300.0]:
+        with case(size):
+            rng = np.random.default_rng(3)
+            logits, ids = size * rng.standard_normal((12, 20)), rng.integers(20, size=12)
+            with mp.workdps(1000):
+                standard = []
+                for row, y in zip(logits, ids, strict=True):
+                    log_p = mp_log_softmax(row)
+                    p = [mp.exp(x) for x in log_p]
+                    mean = mp.fsum(a * b for a, b in zip(p, log_p, strict=True))
+                    variance = mp.fsum(a * (b - mean) ** 2 for a, b in zip(p, log_p, strict=True))
+                    standard.append((log_p[y] - mean) / mp.sqrt(variance))
+                for fraction in (0.2, 0.6, 1.0):
+                    want = naive_min_k(standard, fraction)
+                    got = scores.min_k_plus_plus(logits, ids, fraction=fraction)
+                    assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
 def test_min_k_plus_plus_weights_by_probability():
@@ -189,15 +194,16 @@ def naive_error_zone(logits, reference, ids):
     return float(up / (up + down)) if up + down > 0 else 0.5
 
 
-@pytest.mark.parametrize("size", [0.5, 5.0, 300.0])
-def test_error_zone_against_mpmath(size):
-    rng = np.random.default_rng(5)
-    for _ in range(5):
-        logits, reference = size * rng.standard_normal((2, 15, 9))
-        ids = rng.integers(9, size=15)
-        with mp.workdps(300):
-            want = naive_error_zone(logits, reference, ids)
-        assert scores.error_zone(logits, reference, ids) == pytest.approx(want, rel=1e-12)
+def test_error_zone_against_mpmath():
+    for size in [0.5, 5.0, 300.0]:
+        with case(size):
+            rng = np.random.default_rng(5)
+            for _ in range(5):
+                logits, reference = size * rng.standard_normal((2, 15, 9))
+                ids = rng.integers(9, size=15)
+                with mp.workdps(300):
+                    want = naive_error_zone(logits, reference, ids)
+                assert scores.error_zone(logits, reference, ids) == pytest.approx(want, rel=1e-12)
 
 
 def test_error_zone_corners():
@@ -242,24 +248,27 @@ def naive_lira(phi, shadow_phi, member, location, fixed_variance, online):
     return out
 
 
-@pytest.mark.parametrize("location", ["mean", "median"])
-@pytest.mark.parametrize("fixed_variance", [True, False])
-@pytest.mark.parametrize("num_shadows", [4, 7, 16])
-def test_lira_against_loop(location, fixed_variance, num_shadows):
-    phi, shadow_phi, member, _ = shadow_world(num_shadows, 30, seed=num_shadows)
-    options = dict(location=location, fixed_variance=fixed_variance)
-    for online, score in ((True, scores.lira_online), (False, scores.lira_offline)):
-        want = naive_lira(phi, shadow_phi, member, online=online, **options)
-        np.testing.assert_allclose(
-            score(phi, shadow_phi, member, **options), want, rtol=1e-11, atol=1e-11
-        )
-        # in Fortran order, in single precision of exact numbers, and with 0/1 for the coins
-        np.testing.assert_allclose(
-            score(phi, np.asfortranarray(shadow_phi), member.astype(int), **options),
-            want,
-            rtol=1e-11,
-            atol=1e-11,
-        )
+def test_lira_against_loop():
+    for location in ["mean", "median"]:
+        for fixed_variance in [True, False]:
+            for num_shadows in [4, 7, 16]:
+                with case(location, fixed_variance, num_shadows):
+                    phi, shadow_phi, member, _ = shadow_world(num_shadows, 30, seed=num_shadows)
+                    options = dict(location=location, fixed_variance=fixed_variance)
+                    for online, score in ((True, scores.lira_online), (False, scores.lira_offline)):
+                        want = naive_lira(phi, shadow_phi, member, online=online, **options)
+                        np.testing.assert_allclose(
+                            score(phi, shadow_phi, member, **options), want, rtol=1e-11, atol=1e-11
+                        )
+                        # in Fortran order, and with 0 and 1 for the membership
+                        np.testing.assert_allclose(
+                            score(
+                                phi, np.asfortranarray(shadow_phi), member.astype(int), **options
+                            ),
+                            want,
+                            rtol=1e-11,
+                            atol=1e-11,
+                        )
 
 
 def test_chunks_do_not_show(monkeypatch):
@@ -283,7 +292,7 @@ def test_chunks_do_not_show(monkeypatch):
 
     whole = everything()
     for size in (1, 7, 60):
-        monkeypatch.setattr(scores, "_CHUNK", size)
+        monkeypatch.setattr(shadow_scores, "_CHUNK", size)
         np.testing.assert_allclose(everything(), whole, rtol=1e-12)
 
 
@@ -383,27 +392,28 @@ def naive_rmia(loss, shadow_loss, member, population_loss, population_shadow_los
     return *np.array(shares).T, np.array(logs)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.3, 4.0])
-@pytest.mark.parametrize("a", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("size", [1.0, 100.0])
-def test_rmia_against_mpmath(gamma, a, size):
-    phi, shadow_phi, member, _ = shadow_world(5, 25, seed=7)
-    phi_z, shadow_z, _, _ = shadow_world(5, 33, seed=8)
-    arguments = (
-        [loss_of(size * x) for x in (phi, shadow_phi)]
-        + [member]
-        + [loss_of(size * x) for x in (phi_z, shadow_z)]
-    )
-    low, high, logs = naive_rmia(*arguments, gamma, a)
-    got = scores.rmia_offline(*arguments, a=a, gamma=gamma)
-    assert (low <= got).all() and (got <= high).all()
-    np.testing.assert_allclose(
-        scores.rmia_log_ratio(*arguments[:3], a=a), logs, rtol=1e-12, atol=1e-12
-    )
-    low, high, _ = naive_rmia(*arguments, gamma)
-    got = scores.rmia_online(*arguments, gamma=gamma)
-    assert (low <= got).all() and (got <= high).all()
-    assert size > 1 or (low == high).all()
+def test_rmia_against_mpmath():
+    for gamma in [1.0, 0.3, 4.0]:
+        for a in [0.0, 0.3, 1.0]:
+            for size in [1.0, 100.0]:
+                with case(gamma, a, size):
+                    phi, shadow_phi, member, _ = shadow_world(5, 25, seed=7)
+                    phi_z, shadow_z, _, _ = shadow_world(5, 33, seed=8)
+                    arguments = (
+                        [loss_of(size * x) for x in (phi, shadow_phi)]
+                        + [member]
+                        + [loss_of(size * x) for x in (phi_z, shadow_z)]
+                    )
+                    low, high, logs = naive_rmia(*arguments, gamma, a)
+                    got = scores.rmia_offline(*arguments, a=a, gamma=gamma)
+                    assert (low <= got).all() and (got <= high).all()
+                    np.testing.assert_allclose(
+                        scores.rmia_log_ratio(*arguments[:3], a=a), logs, rtol=1e-12, atol=1e-12
+                    )
+                    low, high, _ = naive_rmia(*arguments, gamma)
+                    got = scores.rmia_online(*arguments, gamma=gamma)
+                    assert (low <= got).all() and (got <= high).all()
+                    assert size > 1 or (low == high).all()
 
 
 def test_rmia_uses_the_mean_of_all_shadows_for_the_population():
@@ -596,9 +606,8 @@ def rmia(**changes):
     return scores.rmia_offline(**(given_ | changes))
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
+def test_bad_input():
+    for call, words in [
         (
             lambda: scores.loss_score([1.0, np.nan, np.inf]),
             r"loss must be finite, got 2 bad of 3, .* "
@@ -676,12 +685,11 @@ def rmia(**changes):
         ),
         (lambda: rmia(population_loss=[]), "population_loss must be non-empty"),
         (lambda: rmia(shadow_is_member=np.ones((2, 3))), "at least 1 OUT shadow"),
-    ],
-)
-def test_bad_input(call, words):
-    with pytest.raises(ValueError, match=words) as error:
-        call()
-    assert "\n" not in str(error.value)
+    ]:
+        with case(words):
+            with pytest.raises(ValueError, match=words) as error:
+                call()
+            assert "\n" not in str(error.value)
 
 
 def test_inputs_are_not_changed():

@@ -1,16 +1,20 @@
-"""Backbones, heads, and which parameters train."""
+"""Backbones, heads, and the parameters that train."""
 
 import importlib.util
+import itertools
 import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lowrank_dp import models
 from lowrank_dp.data import Example, collate, encode, load_task
 from lowrank_dp.models import describe, load_model, matrix_parameters, tiny
+from lowrank_dp.models.tiny import loading, pretrain
+from tests.tasks import case
 
 SHAPE = dict(
     vocab_size=1024,
@@ -49,7 +53,7 @@ HEAD = {"bert": 1, "roberta": 2, "gpt2": 1, "llama": 1, "qwen3": 1}  # its matri
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """A folder for each architecture: random weights, and a tokenizer without padding if causal."""
+    """Save each architecture at random weights; causal models get a tokenizer without padding."""
     root = tmp_path_factory.mktemp("backbones")
     for name, (config, shape) in CONFIGS.items():
         torch.manual_seed(0)
@@ -82,62 +86,75 @@ def batch_of(examples, tokenizer, kind):
     return collate(encode(examples, tokenizer, kind=kind), tokenizer.pad_token_id)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_full_classifier(folders, name):
-    model, tokenizer = load_model(folders / name, kind="classification", num_labels=3)
-    inside, outside = LINEAR[name]
-    assert len(matrix_parameters(model)) == 2 * inside + outside + HEAD[name]
-    assert not any(
-        key in n
-        for n in trained(model)
-        for key in ("embeddings.weight", "wte", "wpe", "embed_tokens")
-    )
-    assert any("norm" in n.lower() or "ln_" in n for n in trained(model))
-    head = [n for n in trained(model) if n.startswith(("classifier", "score"))]
-    assert len(head) >= 1 and not model.training and tokenizer.model_max_length == 64
-    batch = batch_of(TEXTS, tokenizer, "classification")
-    with torch.no_grad():
-        together = model(**batch)
-        alone = [model(**batch_of([e], tokenizer, "classification")) for e in TEXTS]
-    assert together.logits.shape == (2, 3)
-    # padding changes nothing: the head reads each row's own last token or [CLS]
-    torch.testing.assert_close(together.logits, torch.cat([a.logits for a in alone]))
-    torch.testing.assert_close(together.loss, F.cross_entropy(together.logits, batch["labels"]))
-    longest = encode(
-        [Example("z", "film " * 90, label=0)], tokenizer, kind="classification", max_length=64
-    )
-    model(**collate(longest, tokenizer.pad_token_id))
+def test_full_classifier(folders):
+    for name in CONFIGS:
+        with case(name):
+            model, tokenizer = load_model(folders / name, kind="classification", num_labels=3)
+            inside, outside = LINEAR[name]
+            assert len(matrix_parameters(model)) == 2 * inside + outside + HEAD[name]
+            assert not any(
+                key in n
+                for n in trained(model)
+                for key in ("embeddings.weight", "wte", "wpe", "embed_tokens")
+            )
+            assert any("norm" in n.lower() or "ln_" in n for n in trained(model))
+            head = [n for n in trained(model) if n.startswith(("classifier", "score"))]
+            assert len(head) >= 1 and not model.training and tokenizer.model_max_length == 64
+            batch = batch_of(TEXTS, tokenizer, "classification")
+            with torch.no_grad():
+                together = model(**batch)
+                alone = [model(**batch_of([e], tokenizer, "classification")) for e in TEXTS]
+            assert together.logits.shape == (2, 3)
+            # padding changes nothing: the head reads each row's own last token or [CLS]
+            torch.testing.assert_close(together.logits, torch.cat([a.logits for a in alone]))
+            torch.testing.assert_close(
+                together.loss, F.cross_entropy(together.logits, batch["labels"])
+            )
+            longest = encode(
+                [Example("z", "film " * 90, label=0)],
+                tokenizer,
+                kind="classification",
+                max_length=64,
+            )
+            model(**collate(longest, tokenizer.pad_token_id))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_full_generator_counts_the_loss_on_the_target_alone(folders, name):
-    model, tokenizer = load_model(folders / name)  # a causal LM on disk says so itself
-    rows = encode(TABLES, tokenizer, kind="generation")
-    batch = collate(rows, tokenizer.pad_token_id)
-    with torch.no_grad():
-        loss = model(**batch).loss
-        total, count = 0.0, 0
-        for row in rows:
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-            for position, label in enumerate(row["labels"]):
-                if label != -100:
-                    total, count = total - logits[position - 1, label].item(), count + 1
-    assert count == sum(len(tokenizer(e.target)["input_ids"]) + 1 for e in TABLES)
-    assert loss.item() == pytest.approx(total / count, rel=1e-5)
-    tied = model.config.tie_word_embeddings
-    assert ("lm_head.weight" in matrix_parameters(model)) == (not tied)
-    prompts = collate(
-        encode(TABLES, tokenizer, kind="generation", with_target=False),
-        tokenizer.pad_token_id,
-        side="left",
-    )
-    assert model.generate(**prompts, max_new_tokens=3, do_sample=False).shape[0] == 2
+def test_full_generator_counts_the_loss_on_the_target_alone(folders):
+    for name in CAUSAL:
+        with case(name):
+            model, tokenizer = load_model(folders / name)  # a causal LM on disk says so itself
+            rows = encode(TABLES, tokenizer, kind="generation")
+            batch = collate(rows, tokenizer.pad_token_id)
+            with torch.no_grad():
+                loss = model(**batch).loss
+                total, count = 0.0, 0
+                for row in rows:
+                    logits = (
+                        model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+                    )
+                    for position, label in enumerate(row["labels"]):
+                        if label != -100:
+                            total, count = total - logits[position - 1, label].item(), count + 1
+            assert count == sum(len(tokenizer(e.target)["input_ids"]) + 1 for e in TABLES)
+            assert loss.item() == pytest.approx(total / count, rel=1e-5)
+            tied = model.config.tie_word_embeddings
+            assert ("lm_head.weight" in matrix_parameters(model)) == (not tied)
+            prompts = collate(
+                encode(TABLES, tokenizer, kind="generation", with_target=False),
+                tokenizer.pad_token_id,
+                side="left",
+            )
+            assert model.generate(**prompts, max_new_tokens=3, do_sample=False).shape[0] == 2
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("method", ["lora", "lora-frozen-a"])
-@pytest.mark.parametrize("kind", ["classification", "generation"])
-def test_lora(folders, name, method, kind):
+def test_lora(folders):
+    methods, kinds = ("lora", "lora-frozen-a"), ("classification", "generation")
+    for name, method, kind in itertools.product(CONFIGS, methods, kinds):
+        with case(name, method, kind):
+            check_lora(folders, name, method, kind)
+
+
+def check_lora(folders, name, method, kind):
     if kind == "generation" and name not in CAUSAL:
         with pytest.raises(ValueError, match="is an encoder; use smollm2 or tiny-llama"):
             load_model(folders / name, kind=kind, method=method)
@@ -267,30 +284,32 @@ def test_a_classifier_on_disk_comes_back_whole(folders, tmp_path):
         load_model(tmp_path, kind="classification", num_labels=2)
 
 
-@pytest.mark.parametrize("name, kind", [("roberta", "classification"), ("gpt2", "generation")])
-def test_an_adapter_comes_back_on_its_base(folders, tmp_path, name, kind):
-    labels = 3 if kind == "classification" else None
-    model, tokenizer = load_model(
-        folders / name, kind=kind, num_labels=labels, method="lora", rank=2, seed=4
-    )
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if "lora_B" in n:
-                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(n)))
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ] == str(folders / name)
-    again, tokenizer = load_model(tmp_path)
-    batch = batch_of(TEXTS if labels else TABLES, tokenizer, kind)
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, again(**batch).logits)
-    assert trained(again) == trained(model)
-    frozen, _ = load_model(tmp_path, method="lora-frozen-a")
-    assert not any("lora_A" in n for n in trained(frozen))
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors could not be loaded"):
-        load_model(tmp_path)
+def test_an_adapter_comes_back_on_its_base(folders, tmp_path):
+    for name, kind in (("roberta", "classification"), ("gpt2", "generation")):
+        folder = tmp_path / name
+        with case(name):
+            labels = 3 if kind == "classification" else None
+            model, tokenizer = load_model(
+                folders / name, kind=kind, num_labels=labels, method="lora", rank=2, seed=4
+            )
+            with torch.no_grad():
+                for n, p in model.named_parameters():
+                    if "lora_B" in n:
+                        p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(n)))
+            model.save_pretrained(folder)
+            assert json.loads((folder / "adapter_config.json").read_text())[
+                "base_model_name_or_path"
+            ] == str(folders / name)
+            again, tokenizer = load_model(folder)
+            batch = batch_of(TEXTS if labels else TABLES, tokenizer, kind)
+            with torch.no_grad():
+                assert torch.equal(model(**batch).logits, again(**batch).logits)
+            assert trained(again) == trained(model)
+            frozen, _ = load_model(folder, method="lora-frozen-a")
+            assert not any("lora_A" in n for n in trained(frozen))
+            (folder / "adapter_model.safetensors").write_bytes(b"broken")
+            with pytest.raises(ValueError, match=r"adapter_model.safetensors could not be loaded"):
+                load_model(folder)
 
 
 def test_pickles_are_refused(folders, tmp_path):
@@ -431,15 +450,31 @@ def test_tiny_learns_the_generated_sentiment():
     assert right.float().mean() > 0.68
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
-def test_pretraining_is_the_same_each_time(monkeypatch, name):
-    monkeypatch.setattr(tiny, "_STEPS", dict.fromkeys(tiny.NAMES, 4))
+@pytest.mark.slow
+def test_the_shipped_files_are_what_the_script_makes(tmp_path):
+    """The tokenizer agrees to the letter, weights up to the rounding of another processor."""
     torch.manual_seed(5)
     before = torch.get_rng_state(), torch.get_num_threads()
-    first, second = (tiny._pretrained.__wrapped__(name) for _ in range(2))
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    pretrain.main(tmp_path)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == torch.get_num_threads()
+    shipped = {file.name for file in loading.FOLDER.iterdir() if file.suffix[1:] != "py"}
+    assert {file.name for file in tmp_path.iterdir()} == shipped - {"__pycache__"}
+    assert (tmp_path / "tokenizer.json").read_bytes() == (
+        loading.FOLDER / "tokenizer.json"
+    ).read_bytes()
+    for name in tiny.NAMES:
+        made, kept = (load_file(f / f"{name}.safetensors") for f in (tmp_path, loading.FOLDER))
+        assert made.keys() == kept.keys()
+        for key in kept:
+            with case(name, key):  # two threads in place of one move a weight by 3.5e-3
+                torch.testing.assert_close(made[key], kept[key], rtol=0, atol=3e-2)
+
+
+def test_the_shipped_files_are_small():
+    sizes = {file.name: file.stat().st_size for file in loading.FOLDER.glob("*.*")}
+    assert {"tiny.safetensors", "tiny-llama.safetensors", "tokenizer.json"} <= sizes.keys()
+    assert sum(sizes.values()) < 1.5e6, sizes
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A user's own data: one table in every format, labels of every kind, and what is refused."""
+"""A user's own data: one table in every format, labels of every kind, and refused files."""
 
 import gzip
 import json
@@ -9,8 +9,8 @@ from collections import Counter
 import pandas as pd
 import pytest
 
-from lowrank_dp.data import Columns, load_task
-from lowrank_dp.data.readers import Table, _has_bare_quotes, read_table
+from lowrank_dp.data import Columns, formats, load_task
+from lowrank_dp.data.formats import Table, _has_bare_quotes, read_table
 
 REVIEW = Columns(text="review", label="stars", group="user")
 ROWS = [
@@ -28,7 +28,7 @@ def frame(rows=None):
 
 
 def write_all(folder, rows, name="mine"):
-    """The same table in every format, each in a file or folder called ``name``."""
+    """Write one table in every format, each in a file or folder called ``name``."""
     import datasets
 
     table, paths = frame(rows), {}
@@ -54,14 +54,14 @@ def write_all(folder, rows, name="mine"):
 
 
 def load(path, columns=REVIEW):
-    """Without a warning."""
+    """Load own data; a warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load_task(str(path), columns=columns)
 
 
 def test_one_table_in_every_format(tmp_path):
-    """The same ids, texts, classes and groups; CSV with index, a cell that says NA, a newline."""
+    """Ids, texts, classes and groups agree; cells hold NA, quotes and line breaks."""
     tasks = {name: load(path) for name, path in write_all(tmp_path, ROWS).items()}
     for name, task in tasks.items():
         assert task.train == tasks["jsonl"].train, name
@@ -89,7 +89,7 @@ def test_one_table_in_every_format(tmp_path):
 
 
 def test_folders_of_splits(tmp_path):
-    """Other names of splits, other formats side by side, parts, and a test split without labels."""
+    """Splits have other names, other formats, several parts, or no labels."""
     frame().to_csv(tmp_path / "train.csv", index=False)
     frame().to_parquet(tmp_path / "dev.parquet")
     frame()[["review"]].to_json(tmp_path / "test.jsonl", orient="records", lines=True)
@@ -147,7 +147,7 @@ def labelled(tmp_path, labels, ending="jsonl"):
 
 
 def test_labels_of_every_kind(tmp_path):
-    """The same in JSON, CSV and Parquet."""
+    """Labels are read alike from JSON, CSV and Parquet."""
     for labels, names, expected in (
         ([1, 2, 3, 2], ("1", "2", "3"), [0, 1, 2, 1]),
         ([7, 0, 100, 7], ("0", "7", "100"), [1, 0, 2, 1]),  # numeric order, with gaps
@@ -235,7 +235,7 @@ def test_blank_lines_and_the_order_of_lines(tmp_path):
 
 
 def test_quotes_in_tsv_files(tmp_path):
-    """A quote that nothing closes would join the rows up to the next one."""
+    """A quote that no quote closes does not join rows."""
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"Stop, he said\tx\nplain\ty\n"quoted" and on\tx\n')
     assert [e.text for e in load(path, None).train] == [
@@ -359,8 +359,9 @@ def test_what_is_refused_in_one_line(tmp_path):
         load("sst2", REVIEW)
 
 
+@pytest.mark.slow
 def test_damaged_files_of_every_format(tmp_path):
-    """1,350 files with bytes overwritten, removed or put in: a task, or one line."""
+    """1,350 files with bytes overwritten, removed or inserted give a task or a one-line error."""
     rng = random.Random(5)
     paths = write_all(tmp_path, ROWS)
     outcomes = Counter()
@@ -392,9 +393,7 @@ def test_damaged_files_of_every_format(tmp_path):
 
 
 def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
-    from lowrank_dp.data import examples
-
-    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 16)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1 << 16)
     bomb = b"text,label\n" + b"a" * (1 << 17) + b",1\n"
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(bomb))
     (tmp_path / "a.json").write_bytes(b"[" + b" " * (1 << 17) + b"]")
@@ -404,8 +403,8 @@ def test_tables_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
     for name in ("a.csv.gz", "a.json", "a.parquet"):
         with pytest.raises(ValueError, match="at most 65,536 bytes"):
             load(tmp_path / name, None)
-    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 30)
-    monkeypatch.setattr(examples, "MAX_ROWS", 300)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1 << 30)
+    monkeypatch.setattr(formats, "MAX_ROWS", 300)
     same.to_csv(tmp_path / "b.csv", index=False)
     same.to_json(tmp_path / "b.json", orient="records")
     for name in ("b.csv", "b.json", "a.parquet"):

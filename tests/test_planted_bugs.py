@@ -27,7 +27,8 @@ from lowrank_dp.data import tasks
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.grads.microbatch import MicroBatch
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.train import guards
+from lowrank_dp.restore import GradientRestorer
+from lowrank_dp.train import guards, records
 from lowrank_dp.train import loop as module
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import state as saved_state
@@ -38,7 +39,7 @@ from lowrank_dp.train.loop import train
 STEPS = 30
 HEAD = ("classifier.weight", "classifier.bias")
 ADD_NOISE, CLIP, DRAW = GaussianMechanism.add_noise, step_module.clipped_sum_over, step_module._draw
-NOISED, ASSIGN, PREPARE = Replicated.noised, Replicated.assign, preparation._mechanism
+NOISED, ASSIGN, PREPARE = Replicated.add_noise, Replicated.assign, preparation._mechanism
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -263,9 +264,9 @@ def sample_bug(change):
     def plant(patch):
         random, memory = np.random.default_rng(0), {}
 
-        def draw(setup, generator):
-            honest = DRAW(setup, generator)
-            return [int(row) for row in change(honest, len(setup.unit_rows), random, memory)]
+        def draw(unit_rows, mechanism, generator, one_each):
+            honest = DRAW(unit_rows, mechanism, generator, one_each)
+            return [int(row) for row in change(honest, len(unit_rows), random, memory)]
 
         patch.setattr(step_module, "_draw", draw)
 
@@ -283,7 +284,10 @@ def first_again(honest, count, random, memory):
 
 
 def own_sampler(patch):
-    patch.setattr(step_module, "_draw", lambda setup, generator: DRAW(setup, torch.Generator()))
+    def draw(unit_rows, mechanism, generator, one_each):
+        return DRAW(unit_rows, mechanism, torch.Generator(), one_each)
+
+    patch.setattr(step_module, "_draw", draw)
 
 
 # Head, optimizer, restoration
@@ -300,11 +304,11 @@ def head_outside(patch):
 def remember_clean(patch):
     kept = {}
 
-    def noised(self, clean, add_noise):
+    def add_noise(self, clean, mechanism, generator):
         kept.update({name: total.clone() for name, total in clean.items()})
-        return NOISED(self, clean, add_noise)
+        return NOISED(self, clean, mechanism, generator)
 
-    patch.setattr(Replicated, "noised", noised)
+    patch.setattr(Replicated, "add_noise", add_noise)
     return kept
 
 
@@ -332,12 +336,12 @@ def clean_added_later(patch):
 
 def clean_restored(patch):
     kept = remember_clean(patch)
-    restore = step_module.restore_gradients
+    restore = GradientRestorer.restore
     patch.setattr(
-        step_module,
-        "restore_gradients",
-        lambda noisy, *arguments, **options: restore(
-            {name: kept[name] for name in noisy}, *arguments, **options
+        GradientRestorer,
+        "restore",
+        lambda self, noisy, *arguments, **options: restore(
+            self, {name: kept[name] for name in noisy}, *arguments, **options
         ),
     )
 
@@ -475,7 +479,12 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", BUGS)
+QUICK = {"no noise", "no clipping", "the same rows each step", "clean sums to the optimizer"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in BUGS]
+)
 def test_a_planted_bug_stops_the_run_by_name(name, base, tmp_path, monkeypatch):
     plant, words, *changes = BUGS[name]
     plant(monkeypatch)
@@ -544,6 +553,7 @@ def other_weights(patch):
     patch.setattr(preparation, "load_model", load_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plant, begun_with, words",
     [
@@ -566,6 +576,7 @@ def test_a_bug_of_resuming_stops_the_run_by_name(
     assert "\n" not in str(error.value) and not (tmp_path / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_an_honest_run_is_resumed(base, tmp_path, monkeypatch):
     config = replace(base, steps=12, snapshot_every=6, seed=None)
     half_made(monkeypatch, config, tmp_path, 9)
@@ -602,11 +613,12 @@ def hash_of(row, *key):
     return hashlib.sha256(f"{key} {row.text}".encode()).digest()
 
 
+@pytest.mark.slow
 def test_a_bug_of_selection_stops_the_run_by_name(base, tmp_path, monkeypatch):
     for number, choose in enumerate((first_rows, smallest_hashes, shuffled)):
         for place, changes, words in (
             (tasks, {"max_examples": 20}, "max_examples"),
-            (preparation, {"holdout": 10}, "holdout"),
+            (records, {"holdout": 10}, "holdout"),
         ):
             with (
                 monkeypatch.context() as patch,
@@ -625,7 +637,7 @@ def test_a_bug_of_selection_stops_the_run_by_name(base, tmp_path, monkeypatch):
         )
     ):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="'bernoulli' does n"):
-            patch.setattr(preparation, "draw_members", choose)
+            patch.setattr(records, "draw_members", choose)
             train(
                 replace(base, batch_size=4, membership="bernoulli"),
                 tmp_path / f"{number}",
@@ -642,6 +654,7 @@ def test_a_scheme_that_reads_clean_gradients_is_refused_whatever_the_config_says
         train(config, tmp_path / "run", show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -695,6 +708,7 @@ def not_finite(output):
     output.loss = output.loss * math.nan
 
 
+@pytest.mark.slow
 def test_a_stop_by_private_rows_names_none_of_their_numbers(base, tmp_path, monkeypatch):
     for name, patched, forward, words in (
         ("mixing", BertPooler, mixing, r"loss of row \d+ is not the same alone and in the batch"),

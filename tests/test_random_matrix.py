@@ -1,6 +1,7 @@
-"""Random-matrix facts: against integrals, brute force, and simulated noise and spiked matrices."""
+"""Random-matrix formulas against integrals, brute force, and simulated matrices."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 from lowrank_dp.spectrum import random_matrix as rmt
+from tests.refusals import refused
 
 ASPECTS = st.floats(1e-3, 1.0)
 SHAPES = [(40, 100), (100, 40), (50, 50), (1, 30), (7, 3000)]
@@ -23,32 +25,26 @@ def t64(*values):
 # --- the bulk ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "shape, noise_std, edge",
-    [
+def test_edge():
+    for shape, noise_std, edge in (
         ((100, 400), 0.5, 15.0),
         ((400, 100), 0.5, 15.0),
         ((9, 9), 2.0, 12.0),
         ((1, 1), 1.0, 2.0),
         ((3, 4, 25, 36), 1.0, 11.0),
         ((100, 400), 0.0, 0.0),
-    ],
-)
-def test_edge(shape, noise_std, edge):
-    assert rmt.bulk_edge(shape, noise_std) == pytest.approx(edge, rel=1e-15)
+    ):
+        assert rmt.bulk_edge(shape, noise_std) == pytest.approx(edge, rel=1e-15), shape
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("noise_std", [0.01, 3.0])
-def test_density_integrates_to_one(shape, noise_std):
-    edge = rmt.bulk_edge(shape, noise_std)
-    low = noise_std * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
-    total, _ = integrate.quad(
-        lambda s: float(rmt.marchenko_pastur_pdf(s, shape, noise_std)), low, edge, limit=200
-    )
-    assert total == pytest.approx(1, abs=1e-6)
-    outside = rmt.marchenko_pastur_pdf(np.array([0, low * 0.999, edge * 1.001]), shape, noise_std)
-    assert (outside == 0).all()
+def test_density_integrates_to_one():
+    for shape, noise_std in itertools.product(SHAPES, (0.01, 3.0)):
+        pdf = functools.partial(rmt.marchenko_pastur_pdf, shape=shape, noise_std=noise_std)
+        edge = rmt.bulk_edge(shape, noise_std)
+        low = noise_std * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
+        total, _ = integrate.quad(pdf, low, edge, limit=200)
+        assert total == pytest.approx(1, abs=1e-6), (shape, noise_std)
+        assert (pdf(np.array([0, low * 0.999, edge * 1.001])) == 0).all(), (shape, noise_std)
 
 
 @pytest.mark.parametrize("shape", [(300, 800), (800, 300), (400, 400)])
@@ -65,15 +61,14 @@ def test_bulk_matches_simulated_noise(shape):
     np.testing.assert_allclose(quantiles, s, atol=0.02 * s[0])
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_quantiles_invert_the_density(shape):
-    quantiles = rmt.marchenko_pastur_quantiles(5, shape, 2.0)
-    for value, level in zip(quantiles, (0.9, 0.7, 0.5, 0.3, 0.1), strict=True):
+def test_quantiles_invert_the_density():
+    for shape in SHAPES[:3]:
+        pdf = functools.partial(rmt.marchenko_pastur_pdf, shape=shape, noise_std=2.0)
         low = 2 * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
-        below, _ = integrate.quad(
-            lambda s: float(rmt.marchenko_pastur_pdf(s, shape, 2.0)), low, value, limit=200
-        )
-        assert below == pytest.approx(level, abs=1e-5)
+        quantiles = rmt.marchenko_pastur_quantiles(5, shape, 2.0)
+        for value, level in zip(quantiles, (0.9, 0.7, 0.5, 0.3, 0.1), strict=True):
+            below, _ = integrate.quad(pdf, low, value, limit=200)
+            assert below == pytest.approx(level, abs=1e-5), (shape, level)
 
 
 @functools.cache
@@ -82,14 +77,14 @@ def top_values(shape, count):
     return np.array([np.linalg.norm(rng.standard_normal(shape), 2) for _ in range(count)])
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (150, 50)])
-@pytest.mark.parametrize("rate", [0.2, 0.05, 0.01])
-def test_false_spike_rate(shape, rate):
+def test_false_spike_rate():
     """Observed share of pure-noise draws above the level, within 4 standard errors."""
     count = 1500
-    above = (top_values(shape, count) > rmt.bulk_edge(shape, 1.0, false_spike_rate=rate)).mean()
-    # the gamma approximation and finite size allow a tenth of the rate besides
-    assert abs(above - rate) < 4 * math.sqrt(rate * (1 - rate) / count) + 0.1 * rate
+    for shape, rate in itertools.product([(64, 96), (150, 50)], (0.2, 0.05, 0.01)):
+        above = (top_values(shape, count) > rmt.bulk_edge(shape, 1.0, false_spike_rate=rate)).mean()
+        # a tenth of the rate is allowed for the gamma approximation and the finite size
+        limit = 4 * math.sqrt(rate * (1 - rate) / count) + 0.1 * rate
+        assert abs(above - rate) < limit, (shape, rate)
 
 
 def test_asymptotic_edge_is_exceeded_one_time_in_eight():
@@ -227,33 +222,33 @@ def asymptotic_loss(eta, theta, aspect, loss):
     return {"frobenius": (s**2).sum(), "operator": s[0], "nuclear": s.sum()}[loss]
 
 
-@pytest.mark.parametrize("aspect", [1.0, 0.4, 0.05])
-@pytest.mark.parametrize("factor", [1.05, 1.3, 2.0, 6.0])
-@pytest.mark.parametrize("loss", SHRINKERS)
-def test_shrinkers_minimise_their_asymptotic_loss(aspect, factor, loss):
-    theta = factor * aspect**0.25
-    y = rmt.visible_value(t64(theta), aspect)
-    eta = float(SHRINKERS[loss](y, aspect))
-    if loss == "operator" and aspect < 1:  # theta minimises it for a square matrix only
-        assert eta == pytest.approx(theta, rel=1e-6)
-        return
-    grid = np.linspace(0, 1.5 * theta + 1, 400)
-    start = grid[np.argmin([asymptotic_loss(e, theta, aspect, loss) for e in grid])]
-    step = grid[1] - grid[0]
-    best = optimize.minimize_scalar(
-        lambda e: asymptotic_loss(e, theta, aspect, loss),
-        bounds=(max(start - step, 0), start + step),
-        method="bounded",
-        options={"xatol": 1e-10},
-    )
-    lowest = min(best.fun, asymptotic_loss(0.0, theta, aspect, loss))
-    assert asymptotic_loss(eta, theta, aspect, loss) <= lowest + 1e-7 * theta
-    assert eta == pytest.approx(best.x if best.fun <= lowest else 0, abs=2e-4 * theta)
+def test_shrinkers_minimise_their_asymptotic_loss():
+    for case in itertools.product((1.0, 0.4, 0.05), (1.05, 1.3, 2.0, 6.0), SHRINKERS):
+        aspect, factor, loss = case
+        theta = factor * aspect**0.25
+        y = rmt.visible_value(t64(theta), aspect)
+        eta = float(SHRINKERS[loss](y, aspect))
+        if loss == "operator" and aspect < 1:  # theta minimises this loss for a square matrix only
+            assert eta == pytest.approx(theta, rel=1e-6), case
+            continue
+        cost = functools.partial(asymptotic_loss, theta=theta, aspect=aspect, loss=loss)
+        grid = np.linspace(0, 1.5 * theta + 1, 400)
+        start = grid[np.argmin([cost(e) for e in grid])]
+        step = grid[1] - grid[0]
+        best = optimize.minimize_scalar(
+            cost,
+            bounds=(max(start - step, 0), start + step),
+            method="bounded",
+            options={"xatol": 1e-10},
+        )
+        lowest = min(best.fun, cost(0.0))
+        assert cost(eta) <= lowest + 1e-7 * theta, case
+        want = best.x if best.fun <= lowest else 0
+        assert eta == pytest.approx(want, abs=2e-4 * theta), case
 
 
-@functools.cache
 def losses_by_simulation(shape):
-    """loss name -> shrinker name -> mean loss of the shrunk spiked matrices."""
+    """Total loss of the shrunk spiked matrices: loss name -> shrinker name -> loss."""
     rng = np.random.default_rng(5)
     aspect, scale = rmt.aspect_and_scale(shape, 1.0)
     totals = {loss: dict.fromkeys(SHRINKERS, 0.0) for loss in SHRINKERS}
@@ -271,35 +266,30 @@ def losses_by_simulation(shape):
     return totals
 
 
-@pytest.mark.parametrize("shape", [(200, 400), (400, 200)])
-@pytest.mark.parametrize("loss", SHRINKERS)
-def test_each_shrinker_wins_at_its_own_loss(shape, loss):
-    totals = losses_by_simulation(shape)[loss]
-    assert min(totals, key=totals.get) == loss, totals
+def test_each_shrinker_wins_at_its_own_loss():
+    for shape in ((200, 400), (400, 200)):
+        for loss, totals in losses_by_simulation(shape).items():
+            assert min(totals, key=totals.get) == loss, (shape, loss, totals)
 
 
-@pytest.mark.parametrize("aspect", [1.0, 0.5, 0.1, 1e-3])
-def test_hard_threshold(aspect):
-    """lambda*: where keeping and killing a spike cost the same (Gavish & Donoho 2014)."""
-    if aspect == 1:
-        assert rmt.hard_threshold(1.0) == pytest.approx(4 / math.sqrt(3), rel=1e-15)
-    level = rmt.hard_threshold(aspect)
-    theta = float(rmt.clean_value(t64(level), aspect))
-    assert asymptotic_loss(level, theta, aspect, "frobenius") == pytest.approx(theta**2, rel=1e-9)
-    assert level == pytest.approx(
-        math.sqrt(
-            2 * (aspect + 1) + 8 * aspect / (aspect + 1 + math.sqrt(aspect**2 + 14 * aspect + 1))
-        ),
-        rel=1e-15,
-    )
+def test_hard_threshold():
+    """At lambda*, keeping and removing a spike cost the same (Gavish & Donoho 2014)."""
+    assert rmt.hard_threshold(1.0) == pytest.approx(4 / math.sqrt(3), rel=1e-15)
+    for aspect in (1.0, 0.5, 0.1, 1e-3):
+        level = rmt.hard_threshold(aspect)
+        theta = float(rmt.clean_value(t64(level), aspect))
+        cost = asymptotic_loss(level, theta, aspect, "frobenius")
+        assert cost == pytest.approx(theta**2, rel=1e-9), aspect
+        root = math.sqrt(aspect**2 + 14 * aspect + 1)
+        want = math.sqrt(2 * (aspect + 1) + 8 * aspect / (aspect + 1 + root))
+        assert level == pytest.approx(want, rel=1e-15), aspect
 
 
 # --- bad input --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "call, name",
-    [
+def test_bad_input():
+    for call, name in (
         (lambda: rmt.bulk_edge((5,), 1.0), "shape"),
         (lambda: rmt.bulk_edge(5, 1.0), "shape"),
         (lambda: rmt.bulk_edge((0, 5), 1.0), "shape"),
@@ -314,8 +304,5 @@ def test_hard_threshold(aspect):
         (lambda: rmt.marchenko_pastur_pdf(1.0, (0, 5), 1.0), "shape"),
         (lambda: rmt.marchenko_pastur_quantiles(0, (4, 5), 1.0), "count"),
         (lambda: rmt.marchenko_pastur_quantiles(3, (4, 5), -1.0), "noise_std"),
-    ],
-)
-def test_bad_input(call, name):
-    with pytest.raises(ValueError, match=f"^{name} must be"):
-        call()
+    ):
+        refused(f"^{name} must be", call)

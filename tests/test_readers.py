@@ -1,4 +1,4 @@
-"""Readers against a thousand hostile files each: a result, or one line of ValueError or OSError.
+"""Readers against hostile files: 1,000 per reader, each read or refused in one line.
 
 The reader of membership.json is fuzzed in test_mia_records.
 """
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import lowrank_dp
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import Task, examples, load_task
+from lowrank_dp.data import Task, formats, load_task
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
 
 thousand = settings(
@@ -42,7 +42,7 @@ values = st.recursive(
 
 
 def one_line(read, expected):
-    """Require that ``read()`` returns an ``expected``, or raises one line of a known error."""
+    """Check that ``read()`` returns an ``expected``, or raises a one-line ValueError or OSError."""
     try:
         found = read()
     except (ValueError, OSError) as error:
@@ -61,7 +61,7 @@ def spoil(draw, content):
 
 
 def mutate(draw, document):
-    """Replace or remove some fields of ``document``, at any depth."""
+    """Replace or remove some fields of a document, at any depth."""
     document = json.loads(json.dumps(document))
     for _ in range(draw(st.integers(1, 3))):
         place, key = document, draw(st.sampled_from(sorted(document) or ["x"]))
@@ -182,7 +182,7 @@ def test_data(folder, draw):
 
 
 def test_files_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1 << 20)
     monkeypatch.setattr(artifacts.results, "MAX_BYTES", 1 << 20)
     monkeypatch.setattr(artifacts.files, "MAX_JSON_BYTES", 1 << 20)
     line = json.dumps(ROWS[0] | {"sentence": "x" * 1000}) + "\n"
@@ -228,7 +228,7 @@ FLAGS = {"shell": True, "allow_pickle": True, "trust_remote_code": True, "weight
 
 
 def dangers(source):
-    """Yield the calls and imports that could run the content of a file."""
+    """Yield calls and imports that could execute the content of a file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]

@@ -1,4 +1,4 @@
-"""The secure generator's bits, laws and replay, and what an attacker can predict."""
+"""Bits, distributions and replay of the secure generator, and an attack on torch's."""
 
 import copy
 import math
@@ -84,7 +84,7 @@ def test_words_from_a_position_are_those_of_one_long_draw(start, size):
 
 
 def test_words_that_were_lost_or_drawn_by_another_thread_never_come_again(monkeypatch):
-    """A position behind the words that are out would draw them twice, for two sums."""
+    """A position before the drawn words would draw the words again, for another sum."""
 
     class Interrupted:
         def update_into(self, *arguments):
@@ -211,7 +211,7 @@ def test_keys_come_from_the_operating_system_and_no_two_are_alike(monkeypatch):
 
 
 def test_no_two_generators_share_a_sequence():
-    """Neither by copying, nor by pickling, nor in a forked process."""
+    """Copies, pickles and forked processes are refused."""
     secure = SecureRandom()
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="can't be copied or pickled"):
@@ -282,7 +282,7 @@ def test_statements_say_where_noise_comes_from():
 # Here the attacker has 24 bits of each, as torch.rand shows; 8 bits a word are left to solve for.
 
 WORDS, MIDDLE, KNOWN, HIDDEN = 624, 397, 24, 8
-EXTRA = 700  # outputs beyond the state's words: for as many unknowns, and to be sure
+EXTRA = 700  # outputs beyond the state, which overdetermine the unknowns
 
 
 def untempered(y):
@@ -315,14 +315,14 @@ def tempered(rows):
 
 
 def following(first, second, middle):
-    """The word that the twister makes of words k, k + 1 and k + 397."""
+    """The next word of the twister, from the words k, k + 1 and k + 397."""
     mixed = np.concatenate([second[:31], first[31:]])
     odd = np.array([0x9908B0DF >> i & 1 for i in range(32)], dtype=np.uint64)[:, None] * mixed[:1]
     return middle ^ right(mixed, 1) ^ odd
 
 
 def recovered_state(outputs):
-    """The 624 words behind outputs of which 24 low bits are known; None if there are none."""
+    """The 624 words whose outputs have the known 24 low bits; None if no words do."""
     unknowns = HIDDEN * WORDS
     columns = unknowns // 64 + 1  # the constant is the last bit
     inverse = np.array(
@@ -362,7 +362,7 @@ def recovered_state(outputs):
 
 
 def solved(rows, unknowns):
-    """Unknowns that make every row 0, in packed bits; None if no numbers do."""
+    """The unknowns that make every row 0, as packed bits; None if there are none."""
     rank, pivots = 0, []
     for place in range(unknowns):
         column, bit = place // 64, np.uint64(place % 64)
@@ -383,7 +383,7 @@ def solved(rows, unknowns):
 
 
 def test_a_twister_can_be_predicted_from_its_draws_and_the_secure_generator_not():
-    """The noise of the next release, exactly, though all 624 words were random bits."""
+    """An attacker computes the noise of the next release exactly from a twister's earlier draws."""
     mechanism = GaussianMechanism(1.0, 1.0, 0.1)
     generator = os_seeded_generator()
     shown = (torch.rand(WORDS + EXTRA, generator=generator) * 2**KNOWN).long()

@@ -1,4 +1,4 @@
-"""Subsets of records: what one record more changes, against a naive recomputation by hashlib."""
+"""Subsets of records: the change by one more record, and a naive recomputation by hashlib."""
 
 import gzip
 import hashlib
@@ -15,11 +15,11 @@ from lowrank_dp.data import Example, group_units, load_task
 from lowrank_dp.data.selection import partition, rounded_count, threshold
 from lowrank_dp.data.task import Task
 from lowrank_dp.membership.units import draw_members
-from lowrank_dp.train.setup import hold_out
+from lowrank_dp.train.records import hold_out
 
 
 def records(rng, count, grouped):
-    """Rows among which some are copies, and some differ in their label only."""
+    """Make rows; some are copies, and some differ in their label only."""
     rows = []
     for _ in range(count):
         text = f"text {rng.randrange(2 * count)}"
@@ -29,7 +29,7 @@ def records(rng, count, grouped):
 
 
 def numbered(rows):
-    """Examples whose ids are the numbers of their rows, as in a file without ids."""
+    """Make examples with the numbers of their rows as ids, as from a file without ids."""
     return tuple(
         Example(f"t/train/{i}", text, pair, label, group=user or f"t/train/{i}")
         for i, (text, pair, label, user) in enumerate(rows)
@@ -41,7 +41,7 @@ def contents(examples):
 
 
 def difference(before, after):
-    """How many records were removed and added between two multisets."""
+    """Count the records removed and added between two multisets."""
     return (
         (contents(before) - contents(after)).total(),
         (contents(after) - contents(before)).total(),
@@ -49,14 +49,15 @@ def difference(before, after):
 
 
 def naive(content, purpose, seed, number=0):
-    """The hash of a unit as a fraction, from its definition."""
+    """Compute the hash of a unit as a fraction, by its definition."""
     key = hashlib.sha256(f"lowrank_dp {purpose} {seed}".encode()).digest()
     digest = hashlib.blake2b(f"{number} {content}".encode(), digest_size=8, key=key).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
+@pytest.mark.slow
 def test_one_record_more_changes_that_record_alone():
-    """Random data, positions, sizes and seeds; a group's row more moves no other row either."""
+    """Data, positions, sizes and seeds are random; half of the trials have groups."""
     rng = random.Random(1)
     crossed = 0
     for trial in range(250):
@@ -121,7 +122,7 @@ def test_one_group_more_changes_that_group_alone():
 
 
 def test_each_unit_is_chosen_by_its_own_hash():
-    """Against the definition, for rows, groups, copies kept together and copies kept apart."""
+    """Rows, groups, copies kept together and copies kept apart agree with the definition."""
     rng = random.Random(3)
     examples = numbered(records(rng, 200, False) + records(rng, 200, True))
     chosen, rest = partition(examples, 0.3, "max_examples train", 7)
@@ -148,8 +149,8 @@ def test_each_unit_is_chosen_by_its_own_hash():
     ]
 
 
-def test_copies_have_coins_of_their_own_and_one_side_of_a_holdout():
-    """500 copies of one text: their coins are fair and independent (false alarm 1e-8)."""
+def test_copies_are_drawn_apart_for_membership_and_together_for_a_holdout():
+    """500 copies of one text are drawn fairly and independently (false alarm 1e-8)."""
     copies = numbered([("the same", None, 0, None)] * 500)
     heads = sum(draw_members([[e] for e in copies], "bernoulli", 0))
     assert stats.binomtest(heads, 500, 0.5).pvalue > 1e-8
@@ -158,8 +159,9 @@ def test_copies_have_coins_of_their_own_and_one_side_of_a_holdout():
         assert {len(chosen), len(rest)} == {0, 500}
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_a_binomial():
-    """Each size within its binomial law (false alarm 1e-9 each), on average within 5 errors."""
+    """Each size fits its binomial distribution (false alarm 1e-9); the mean is within 5 errors."""
     for count, size in ((400, 100), (1000, 30), (5000, 1000), (4000, 3999)):
         examples = numbered([(f"text {i}", None, i % 2, None) for i in range(count)])
         probability = threshold(size, count)
@@ -185,7 +187,7 @@ def test_the_rounded_count_is_the_nearest_square_and_moves_seldom():
 
 
 def test_max_examples_of_a_file_with_one_record_more(tmp_path):
-    """Through the reader, with rows that have numbers, the user's own ids, or none."""
+    """Rows are read from files, with ids of the user's own or without ids."""
     rng = random.Random(4)
     for trial in range(12):
         rows = [{"text": f"t {rng.random()}", "label": i % 3} for i in range(150)]
@@ -209,9 +211,10 @@ def test_max_examples_of_a_file_with_one_record_more(tmp_path):
             load_task(str(path), max_examples=1, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set")
 def test_sst2_with_one_record_inserted(tmp_path):
-    """906 of 1,000 chosen records changed where a random sample of positions was taken."""
+    """A random sample of positions changed 906 of 1,000 records; the draw changes one at most."""
     source = os.path.join(os.environ["LOWRANK_DP_DATA"], "glue", "sst2", "train.jsonl.gz")
     with gzip.open(source) as file:
         lines = file.read().splitlines(keepends=True)

@@ -15,6 +15,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train.loop import train
+from lowrank_dp.train.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,6 +32,7 @@ def counting(monkeypatch):
     return trained
 
 
+@pytest.mark.slow
 def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
     trained = counting(monkeypatch)
     configs = [
@@ -55,8 +57,6 @@ def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
 
 def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
     first = sweep([base], tmp_path, engine="sequential")
-    from lowrank_dp.train import prepare
-
     prepared = []
 
     def counted(config, seed):
@@ -87,6 +87,7 @@ def test_a_run_that_was_broken_off_goes_on(base, tmp_path, monkeypatch):
     assert outcome.result.releases == 3
 
 
+@pytest.mark.slow
 def test_a_failure_does_not_stop_the_others(base, tmp_path, monkeypatch):
     configs = [
         replace(base, task="sst3"),
@@ -215,6 +216,7 @@ def test_an_engine_that_is_not_installed_is_named(base, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_holds_is_waited_for(base, tmp_path, monkeypatch):
     holding = runs.open_run(run_folder(base, tmp_path))
     holding.__enter__()
@@ -229,28 +231,16 @@ def test_a_run_that_another_process_holds_is_waited_for(base, tmp_path, monkeypa
     assert outcome.result is None and "in use by another run" in outcome.error
 
 
-# Engines, with the runs one after the other in this process as the oracle
+def test_a_worker_that_dies_each_time_is_an_outcome(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "run", lambda job, jobs, engine, workers: [(0, None)])
+    (outcome,) = sweep([base], tmp_path, num_workers=2)
+    assert outcome.result is None and "its worker died 3 times" in outcome.error
+    monkeypatch.undo()  # the worker no longer dies
+    (outcome,) = sweep([base], tmp_path, engine="sequential")
+    assert outcome.result.releases == 2
 
 
-def dying(deaths, folder):
-    """``sweep._run``, killed as by kill -9 in its second step, so often by the run's seed."""
-    run = sweep_module._run
-
-    def run_or_die(job, **options):
-        seed = job[1].seed
-        before = len(list(folder.glob(f"{seed} *")))
-        if before < deaths.get(seed, 0):
-            (folder / f"{seed} {before}").touch()
-
-            def begin_release(self, stream, step, *digests, begin=runs.RunFolder.begin_release):
-                begin(self, stream, step, *digests)
-                if step == 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            runs.RunFolder.begin_release = begin_release
-        return run(job, **options)
-
-    return run_or_die  # not importable, and so pickled with all it needs
+# Engines whose workers die, as by kill -9
 
 
 @pytest.fixture
@@ -261,11 +251,10 @@ def cluster(request):
         yield name
     elif name == "ray":
         cluster_utils = pytest.importorskip("ray.cluster_utils")
-        small = {"num_cpus": 1, "object_store_memory": 80 << 20}
+        small = {"num_cpus": 2, "object_store_memory": 80 << 20}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
             started = cluster_utils.Cluster(initialize_head=True, head_node_args=small)
-            started.add_node(**small)
             patch.setenv("RAY_ADDRESS", started.address)
             yield name
             started.shutdown()
@@ -282,39 +271,71 @@ def cluster(request):
             yield name
 
 
+def killed_once(folder):
+    """``sweep._run``, killed in its second step the first time."""
+    run = sweep_module._run
+
+    def run_or_die(job, **options):
+        if not (folder / "died").exists():
+            (folder / "died").touch()
+
+            def begin_release(self, stream, step, *digests, begin=runs.RunFolder.begin_release):
+                begin(self, stream, step, *digests)
+                if step == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            runs.RunFolder.begin_release = begin_release
+        return run(job, **options)
+
+    return run_or_die  # not importable, and so pickled with all it needs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["loky", "ray", "dask"], indirect=True)
 def test_an_engine_gives_what_this_process_gives_though_workers_die(
     cluster, base, tmp_path, monkeypatch
 ):
-    """One run's worker is killed once, another's each time: that one fails, and alone."""
-    (tmp_path / "deaths").mkdir()
-    configs = [replace(base, seed=seed, steps=3, snapshot_every=1) for seed in (1, 2, 3, 4, 1)]
-    configs.insert(2, replace(base, task="sst3"))
-    alone = sweep(configs, tmp_path / "alone", engine="sequential")
-    monkeypatch.setattr(sweep_module, "_run", dying({2: 1, 3: 1000}, tmp_path / "deaths"))
-    found = sweep(configs, tmp_path / "runs", num_workers=2, engine=cluster)
-    assert [outcome.config for outcome in found] == configs
-    for here, there in zip(found, alone, strict=True):
-        if here.config.seed == 3:
-            assert here.result is None and "its worker died 3 times" in here.error
-            continue
-        assert here.error == there.error
-        if there.result is None:
-            continue
-        assert here.result.releases == there.result.releases == 3
-        assert here.result.epsilon == there.result.epsilon
-        for mine, other in zip(here.result.curve, there.result.curve, strict=True):
-            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    deaths = {seed: len(list((tmp_path / "deaths").glob(f"{seed} *"))) for seed in (2, 3)}
+    """Jobs first: one's worker is killed once, another's each time, which fails alone; then a run.
+
+    The run is killed in its second step, and goes on from its last snapshot in another worker (not
+    on Ray, where a job's worker is killed in the same way above).
+    """
+    here, folder = os.getpid(), tmp_path
+
+    def job(number):
+        before = len(list(folder.glob(f"{number} *")))
+        if before < {2: 1, 3: 1000}.get(number, 0):
+            (folder / f"{number} {before}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert os.getpid() != here
+        return 10 * number
+
+    jobs = [0, 1, 2, 3, 4]
+    if cluster == "ray":  # whose workers take seconds to start
+        monkeypatch.setattr(engines, "ATTEMPTS", 2)
+        jobs = [2, 3]
+    found = {jobs[i]: result for i, result in engines.run(job, jobs, cluster, 2)}
+    assert found == {number: None if number == 3 else 10 * number for number in jobs}
+    deaths = {number: len(list(folder.glob(f"{number} *"))) for number in (2, 3)}
     # where workers share a pool, one's death takes another's job with it, which may not have begun;
     # and on a busy machine a worker of Ray may be lost before its job begins
     assert deaths[2] == 1 and deaths[3] >= {"loky": 1, "ray": 1, "dask": 3}[cluster]
-    # the worker no longer dies: the run goes on, the others are only read
-    monkeypatch.undo()
-    again = sweep(configs, tmp_path / "runs", engine="sequential")
-    assert again[3].result.releases == 3
-    assert again[:3] + again[4:] == found[:3] + found[4:]
+    if cluster == "loky":  # a single worker may die too
+        assert dict(engines.run(job, [3, 4], cluster, 1)) == {0: None, 1: 40}
+
+    configs = [replace(base, steps=3, snapshot_every=1), replace(base, task="sst3")]
+    configs = configs if cluster == "loky" else configs[:1]
+    alone = sweep(configs, tmp_path / "alone", engine="sequential")
+    if cluster != "ray":
+        monkeypatch.setattr(sweep_module, "_run", killed_once(tmp_path))
+    there = sweep(configs, tmp_path / "runs", num_workers=2, engine=cluster)
+    assert (tmp_path / "died").exists() == (cluster != "ray")
+    assert [outcome.config for outcome in there] == configs
+    assert [outcome.error for outcome in there] == [outcome.error for outcome in alone]
+    mine, other = there[0].result, alone[0].result
+    assert mine.releases == other.releases == 3 and mine.epsilon == other.epsilon
+    for one, two in zip(mine.curve, other.curve, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
 def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
@@ -325,16 +346,3 @@ def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
     for begin in (lambda: sweep([base], tmp_path, engine="sequential"), Options):
         with pytest.raises(ValueError, match=r"as one process, not by torchrun .*use --engine"):
             begin()
-
-
-@pytest.mark.slow
-def test_a_single_worker_may_die_too(base, tmp_path):
-    here = os.getpid()
-
-    def job(number):
-        if number == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return os.getpid() != here
-
-    found = dict(engines.run(job, [0, 1, 2], "loky", 1))
-    assert found == {0: True, 1: None, 2: True}

@@ -1,9 +1,8 @@
-"""One coordinate: against reference values, mpmath, simulation that forms A, and its limits."""
+"""The law of one coordinate against reference values, mpmath, simulations that form A, limits."""
 
+import functools
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import mpmath as mp
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lowrank_dp import theory
+from tests.refusals import refused
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "theory_ref.json").read_text())
 
@@ -27,7 +27,7 @@ beta2s = st.one_of(
 
 
 def mp_log_density(x, rank, beta2):
-    """By mpmath's own Bessel function."""
+    """Log-density by mpmath's Bessel function."""
     x, b2, r = mp.mpf(x), mp.mpf(beta2), mp.mpf(rank)
     y, rest, nu = x + mp.sqrt(b2), 1 - b2, (r - 1) / 2
     return (
@@ -42,7 +42,7 @@ def mp_log_density(x, rank, beta2):
 
 
 def mp_mixture_log_density(x, rank, beta2):
-    """By integrating the normal density given s = chi^2_rank / rank: no Bessel function at all."""
+    """Log-density by integrating the normal density given s = chi^2_rank / rank."""
     x, b2, r = mp.mpf(x), mp.mpf(beta2), mp.mpf(rank)
     beta, rest = mp.sqrt(b2), 1 - b2
 
@@ -64,7 +64,7 @@ def mp_mixture_log_density(x, rank, beta2):
 
 
 def simulated_coordinate(rank, q, j, count, seed):
-    """u_j / |q| with A formed, ``count`` times."""
+    """``count`` draws of u_j / |q|, each with an A that is formed."""
     a = np.random.default_rng(seed).standard_normal((count, rank, len(q))) / np.sqrt(rank)
     projected = np.einsum("srn,n->sr", a, q)
     return (np.einsum("sr,sr->s", projected, a[:, :, j]) - q[j]) / np.linalg.norm(q)
@@ -73,42 +73,38 @@ def simulated_coordinate(rank, q, j, count, seed):
 # --- reference values ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "field, function, reference",
-    [
-        ("tv_matched", theory.tv_exact, "matched"),
-        ("tv_paper", theory.tv_exact, "paper"),
-        ("bound_matched", theory.tv_bound, "matched"),
-        ("bound_paper", theory.tv_bound, "paper"),
-        ("lower_cf_matched", theory.tv_lower_bound, None),
-        ("kolmogorov_matched", theory.kolmogorov_exact, "matched"),
-        ("berry_esseen_kolm", theory.berry_esseen_bound, None),
-        ("kurtosis", theory.noise_kurtosis, None),
-    ],
-)
-def test_reference_coordinate(field, function, reference):
-    rows = [row for row in REFERENCE["coord_tv"] if row.get(field) is not None]
-    options = {} if reference is None else {"reference": reference}
-    got = function([row["r"] for row in rows], 7, beta2=[row["beta2"] for row in rows], **options)
-    # 12 digits are given; the Kolmogorov distances carry one less
-    np.testing.assert_allclose(got, [row[field] for row in rows], rtol=5e-12, atol=2e-12)
+def test_reference_coordinate():
+    for field, function, options in (
+        ("tv_matched", theory.tv_exact, {"reference": "matched"}),
+        ("tv_paper", theory.tv_exact, {"reference": "paper"}),
+        ("bound_matched", theory.tv_bound, {"reference": "matched"}),
+        ("bound_paper", theory.tv_bound, {"reference": "paper"}),
+        ("lower_cf_matched", theory.tv_lower_bound, {}),
+        ("kolmogorov_matched", theory.kolmogorov_exact, {"reference": "matched"}),
+        ("berry_esseen_kolm", theory.berry_esseen_bound, {}),
+        ("kurtosis", theory.noise_kurtosis, {}),
+    ):
+        rows = [row for row in REFERENCE["coord_tv"] if row.get(field) is not None]
+        rank, beta2, want = ([row[key] for row in rows] for key in ("r", "beta2", field))
+        # 12 digits are given; the Kolmogorov distances carry one digit less
+        np.testing.assert_allclose(
+            function(rank, 7, beta2=beta2, **options), want, rtol=5e-12, atol=2e-12, err_msg=field
+        )
 
 
-@pytest.mark.parametrize(
-    "field, function, reference",
-    [
-        ("tv_matched", theory.tv_exact, "matched"),
-        ("tv_paper", theory.tv_exact, "paper"),
-        ("bound_matched", theory.tv_bound, "matched"),
-        ("bound_paper", theory.tv_bound, "paper"),
-        ("lower", theory.tv_lower_bound, None),
-    ],
-)
-def test_reference_flat_q(field, function, reference):
+def test_reference_flat_q():
     rows = REFERENCE["flat_grid"]
-    options = {} if reference is None else {"reference": reference}
-    got = function([row["r"] for row in rows], [row["n"] for row in rows], **options)
-    np.testing.assert_allclose(got, [row[field] for row in rows], rtol=0, atol=1e-12)
+    for field, function, options in (
+        ("tv_matched", theory.tv_exact, {"reference": "matched"}),
+        ("tv_paper", theory.tv_exact, {"reference": "paper"}),
+        ("bound_matched", theory.tv_bound, {"reference": "matched"}),
+        ("bound_paper", theory.tv_bound, {"reference": "paper"}),
+        ("lower", theory.tv_lower_bound, {}),
+    ):
+        rank, n, want = ([row[key] for row in rows] for key in ("r", "n", field))
+        np.testing.assert_allclose(
+            function(rank, n, **options), want, rtol=0, atol=1e-12, err_msg=field
+        )
 
 
 def test_reference_chi2():
@@ -127,34 +123,31 @@ def test_reference_third_moment():
 # --- mpmath ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "rank, beta2",
-    list(
-        itertools.product([1, 2, 3, 20, 49, 50, 51, 200], [0.0, 1e-300, 1e-6, 0.3, 0.9, 1 - 1e-6])
-    ),
-)
-def test_logpdf_against_bessel(rank, beta2):
+def test_logpdf_against_bessel():
+    cases = itertools.product(
+        [1, 2, 3, 20, 49, 50, 51, 200],
+        [0.0, 1e-300, 1e-6, 0.3, 0.9, 1 - 1e-6],
+        [-7.0, -1.0, -0.1, 0.3, 2.0, 12.0],
+    )
     with mp.workdps(40):
-        for sds in (-7.0, -1.0, -0.1, 0.3, 2.0, 12.0):
+        for rank, beta2, sds in cases:
             x = sds * np.sqrt((1 + beta2) / rank)
             want = float(mp_log_density(x, rank, beta2))
             # x + beta is rounded, and near beta2 = 1 the slope is rank/(1 - beta2)
             rounding = 3e-13 + 3e-16 * rank / (1 - beta2)
-            assert theory.noise_logpdf(x, rank, beta2=beta2) == pytest.approx(
-                want, rel=3e-13, abs=rounding
-            )
+            got = theory.noise_logpdf(x, rank, beta2=beta2)
+            assert got == pytest.approx(want, rel=3e-13, abs=rounding), (rank, beta2, sds)
 
 
-@pytest.mark.parametrize(
-    "rank, beta2",
-    [(4, 0.4), (1000, 0.0), (1000, 0.5), (10**5, 1e-5), (10**5, 0.5), (10**5, 0.999), (10**6, 0.2)],
-)
-def test_logpdf_against_mixture(rank, beta2):
+@pytest.mark.slow
+def test_logpdf_against_mixture():
+    points = [(4, 0.4), (1000, 0.0), (1000, 0.5), (10**5, 1e-5), (10**5, 0.5), (10**5, 0.999)]
     with mp.workdps(30):
-        for sds in (-4.0, 0.2, 3.0):
+        for (rank, beta2), sds in itertools.product([*points, (10**6, 0.2)], (-4.0, 0.2, 3.0)):
             x = sds * np.sqrt((1 + beta2) / rank)
             want = float(mp_mixture_log_density(x, rank, beta2))
-            assert theory.noise_logpdf(x, rank, beta2=beta2) == pytest.approx(want, abs=3e-12)
+            got = theory.noise_logpdf(x, rank, beta2=beta2)
+            assert got == pytest.approx(want, abs=3e-12), (rank, beta2, sds)
 
 
 def test_logpdf_special_cases():
@@ -221,11 +214,8 @@ def test_tv_against_mpmath(rank, beta2, reference):
     )
 
 
-@pytest.mark.parametrize("beta2", [0.0, 1e-6, 0.4, 1 - 1e-9, 1.0])
-def test_third_moment_against_mpmath(beta2):
-    b2 = mp.mpf(beta2)
-
-    def given_w(w):
+def test_third_moment_against_mpmath():
+    def given_w(w, b2):
         m, t = mp.sqrt(b2) * (w**2 - 1), mp.sqrt(1 - b2) * w
         z = m / t if t else mp.inf
         third = (2 * t * (m**2 + 2 * t**2) * mp.npdf(z) if t else 0) + (
@@ -233,11 +223,14 @@ def test_third_moment_against_mpmath(beta2):
         )
         return 2 * third * mp.npdf(w)
 
-    with mp.workdps(20):
-        edges = [0, 1e-4, 1e-2, 0.5, 1 - 1e-3, 1, 1 + 1e-3, 1.5, 3, 6, 15]
-        ratio = mp.quad(given_w, edges) / (1 + b2) ** mp.mpf(1.5)
-    want = 0.4690 * float(ratio) / 20
-    assert theory.berry_esseen_bound(400, 9, beta2=beta2) == pytest.approx(want, rel=1e-11)
+    edges = [0, 1e-4, 1e-2, 0.5, 1 - 1e-3, 1, 1 + 1e-3, 1.5, 3, 6, 15]
+    for beta2 in (0.0, 1e-6, 0.4, 1 - 1e-9, 1.0):
+        with mp.workdps(20):
+            b2 = mp.mpf(beta2)
+            ratio = mp.quad(functools.partial(given_w, b2=b2), edges) / (1 + b2) ** mp.mpf(1.5)
+        want = 0.4690 * float(ratio) / 20
+        got = theory.berry_esseen_bound(400, 9, beta2=beta2)
+        assert got == pytest.approx(want, rel=1e-11), beta2
 
 
 # --- simulation ------------------------------------------------------------------------------
@@ -300,14 +293,15 @@ def test_limits_in_rank():
     assert theory.tv_exact(10**6, 1, reference="paper") == pytest.approx(0.166064074984, abs=1e-5)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 50, 10**5])
-def test_limits_in_beta(rank):
-    exact = theory.tv_exact(rank, 5, beta2=[0.0, 1e-300, 1 - 2**-53, 1.0])
-    assert exact[0] == pytest.approx(exact[1], abs=1e-12)
-    assert exact[2] == pytest.approx(exact[3], abs=2e-7)  # sqrt(2^-53): the law's own rate
-    assert theory.tv_exact(rank, 1) == exact[3]
-    # there is no 1/n term against the matched Gaussian: even n = 10^12 leaves a distance
-    assert theory.tv_exact(rank, 10**12) > 0.27 / (rank + 3)
+def test_limits_in_beta():
+    for rank in (1, 2, 3, 50, 10**5):
+        exact = theory.tv_exact(rank, 5, beta2=[0.0, 1e-300, 1 - 2**-53, 1.0])
+        assert exact[0] == pytest.approx(exact[1], abs=1e-12), rank
+        # the law approaches its limit at the rate sqrt(1 - beta2), here sqrt(2^-53)
+        assert exact[2] == pytest.approx(exact[3], abs=2e-7), rank
+        assert theory.tv_exact(rank, 1) == exact[3], rank
+        # there is no 1/n term against the matched Gaussian: even n = 10^12 leaves a distance
+        assert theory.tv_exact(rank, 10**12) > 0.27 / (rank + 3), rank
 
 
 def test_kolmogorov_by_symmetry():
@@ -336,22 +330,21 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_scalars_and_arrays(function):
-    for rank, n in [(8, 768), (np.int64(8), np.array(768)), (8.0, np.float64(768))]:
-        assert type(function(rank, n)) is float
-    grid = function([[1], [8], [300]], [1, 2, 768])
-    assert grid.shape == (3, 3) and grid.dtype == np.float64
-    assert grid[1, 2] == function(8, 768) == function(8, 3, beta2=1 / 768)
-    assert function(8, [3, 4], beta2=0.5).shape == (2,)
-    assert function(8, 3, beta2=[0, 0.5, 1]).shape == (3,)
-    assert function(np.zeros((0,)), 3).shape == (0,)
+def test_scalars_and_arrays():
+    for function in FUNCTIONS:
+        name = function.__name__
+        for rank, n in [(8, 768), (np.int64(8), np.array(768)), (8.0, np.float64(768))]:
+            assert type(function(rank, n)) is float, (name, rank, n)
+        grid = function([[1], [8], [300]], [1, 2, 768])
+        assert grid.shape == (3, 3) and grid.dtype == np.float64, name
+        assert grid[1, 2] == function(8, 768) == function(8, 3, beta2=1 / 768), name
+        assert function(8, [3, 4], beta2=0.5).shape == (2,), name
+        assert function(8, 3, beta2=[0, 0.5, 1]).shape == (3,), name
+        assert function(np.zeros((0,)), 3).shape == (0,), name
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
+def test_bad_input():
+    for arguments, words in (
         (dict(rank=0, n=5), "rank .* got 0"),
         (dict(rank=2.5, n=5), "rank .* got 2.5"),
         (dict(rank=float("nan"), n=5), "rank .* got nan"),
@@ -365,26 +358,11 @@ def test_scalars_and_arrays(function):
         (dict(rank=8, n=5, beta2=-1e-9), "beta2 .* got -1e-09"),
         (dict(rank=8, n=5, beta2=[0.1, 1.01]), "beta2 .* got 1.01"),
         (dict(rank=8, n=5, beta2=float("nan")), "beta2 .* got nan"),
-    ],
-)
-def test_bad_input(function, arguments, words):
-    with pytest.raises(ValueError, match=words):
-        function(**arguments)
-
-
-@pytest.mark.parametrize("function", [theory.tv_bound, theory.tv_exact, theory.kolmogorov_exact])
-def test_bad_reference(function):
-    with pytest.raises(ValueError, match=r"reference must be one of .* got 'match'.*matched"):
-        function(8, 5, reference="match")
-
-
-def test_bad_input_logpdf():
-    with pytest.raises(ValueError, match=r"x must .* got nan"):
-        theory.noise_logpdf(np.nan, 4, beta2=0.1)
-    with pytest.raises(ValueError, match=r"beta2 must .* got 2"):
-        theory.noise_logpdf(0.0, 4, beta2=2)
-
-
-def test_import_loads_no_torch():
-    code = "import sys, lowrank_dp.theory; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    ):
+        for function in FUNCTIONS:
+            refused(words, function, **arguments)
+    for function in (theory.tv_bound, theory.tv_exact, theory.kolmogorov_exact):
+        words = r"reference must be one of .* got 'match'.*matched"
+        refused(words, function, 8, 5, reference="match")
+    refused(r"x must .* got nan", theory.noise_logpdf, np.nan, 4, beta2=0.1)
+    refused(r"beta2 must .* got 2", theory.noise_logpdf, 0.0, 4, beta2=2)

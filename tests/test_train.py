@@ -19,13 +19,15 @@ from lowrank_dp.data import collate, encode, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import draw_members, fingerprint, group_units
-from lowrank_dp.models import load_model, load_tokenizer
+from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, guards, load_result
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as step_module
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import fresh_generators, new_stream
+from tests.oracles import optimal_values
+from tests.tasks import save_bert
 
 SIGMA, BOUND, BATCH, STEPS, RATE = 0.8, 0.5, 20, 4, 1e-2
 COUNT = len(load_task("generated", max_examples=80).train)  # about 80
@@ -170,17 +172,10 @@ SCHEDULES = {
 def shrink(matrix, std):
     """Gavish & Donoho 2017, Frobenius loss; a matrix with nothing above the edge stays."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    short, long = sorted(matrix.shape)
-    aspect, scale = short / long, std * math.sqrt(long)
-    values = []
-    for y in (s / scale).tolist():
-        above = y > 1 + math.sqrt(aspect)
-        values.append(
-            math.sqrt((y * y - aspect - 1) ** 2 - 4 * aspect) / y * scale if above else 0.0
-        )
-    if not any(values):
+    values = optimal_values(s.tolist(), matrix.shape, std)
+    if not values.any():
         return matrix, False
-    return (u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ vh).to(matrix), True
+    return (u @ torch.diag(torch.from_numpy(values)) @ vh).to(matrix), True
 
 
 def weights_of(folder, config):
@@ -221,34 +216,37 @@ def lora_b(name):
     return lora(name) and "lora_A" not in name
 
 
+EQUAL = [
+    ({}, full),
+    ({"optimizer": "adam"}, full),
+    ({"method": "lora"}, lora),
+    ({"method": "lora", "optimizer": "adam", "lora_init": "gaussian"}, lora),
+    ({"method": "lora-frozen-a", "optimizer": "adam"}, lora_b),
+    ({"method": "lora-frozen-a", "beta1": 0.9, "schedule": "linear"}, lora_b),
+    (
+        {
+            "beta1": 0.5,
+            "weight_decay": 0.1,
+            "schedule": "constant_with_warmup",
+            "warmup_steps": 2,
+        },
+        full,
+    ),
+    (
+        {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "train_layers": 1},
+        always,
+    ),
+    ({"noise_multiplier": None, "non_private": True, "learning_rate": 0.1}, full),
+    (
+        {"noise_multiplier": None, "non_private": True, "optimizer": "adam", "method": "lora"},
+        lora,
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "trained"),
-    [
-        ({}, full),
-        ({"optimizer": "adam"}, full),
-        ({"method": "lora"}, lora),
-        ({"method": "lora", "optimizer": "adam", "lora_init": "gaussian"}, lora),
-        ({"method": "lora-frozen-a", "optimizer": "adam"}, lora_b),
-        ({"method": "lora-frozen-a", "beta1": 0.9, "schedule": "linear"}, lora_b),
-        (
-            {
-                "beta1": 0.5,
-                "weight_decay": 0.1,
-                "schedule": "constant_with_warmup",
-                "warmup_steps": 2,
-            },
-            full,
-        ),
-        (
-            {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "train_layers": 1},
-            always,
-        ),
-        ({"noise_multiplier": None, "non_private": True, "learning_rate": 0.1}, full),
-        (
-            {"noise_multiplier": None, "non_private": True, "optimizer": "adam", "method": "lora"},
-            lora,
-        ),
-    ],
+    [pytest.param(*case, marks=[pytest.mark.slow] * (i > 0)) for i, case in enumerate(EQUAL)],
 )
 def test_equals_training_one_example_at_a_time(changes, trained, tmp_path):
     config = small(**changes)
@@ -260,6 +258,7 @@ def test_equals_training_one_example_at_a_time(changes, trained, tmp_path):
     assert result.releases == STEPS and load_result(tmp_path) == result
 
 
+@pytest.mark.slow
 def test_equals_it_for_groups_of_rows(tmp_path):
     config = tables(unit="group", optimizer="adam", learning_rate=1e-3)
     result = train(config, tmp_path)
@@ -272,6 +271,7 @@ def test_equals_it_for_groups_of_rows(tmp_path):
     assert "one group" in result.privacy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -289,6 +289,7 @@ def test_equals_restoring_every_matrix_by_hand(changes, tmp_path):
     assert_same_weights(weights_of(tmp_path, config), want, before, always, 1e-3)
 
 
+@pytest.mark.slow
 def test_equals_a_running_mean_by_hand(tmp_path):
     config = small(optimizer="adam", momentum_beta=0.7)
     train(config, tmp_path)
@@ -300,6 +301,7 @@ def test_equals_a_running_mean_by_hand(tmp_path):
     assert float((other[name] - want[name]).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_equals_it_for_scores_and_on_a_decoder(tmp_path):
     """Regression on pairs of texts; and a Llama that classifies."""
     (tmp_path / "pairs").mkdir()
@@ -324,6 +326,7 @@ def test_equals_it_for_scores_and_on_a_decoder(tmp_path):
         assert {"pearson", "spearman"} <= result.curve[-1].keys() or name == "decoder"
 
 
+@pytest.mark.slow
 def test_mixed_precision_stays_near(tmp_path):
     """bf16 keeps 8 bits of a gradient, which noise covers."""
     for precision in ("float32", "bf16"):
@@ -333,6 +336,7 @@ def test_mixed_precision_stays_near(tmp_path):
     assert 0 < largest < 1e-2 * RATE
 
 
+@pytest.mark.slow
 def test_a_filter_of_one_pole_is_the_running_mean(tmp_path):
     by_filter = small(optimizer="adam", filter_b=(0.3,), filter_a=(-0.7,))
     train(by_filter, tmp_path / "filter")
@@ -341,6 +345,7 @@ def test_a_filter_of_one_pole_is_the_running_mean(tmp_path):
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_micro_batch_size(tmp_path):
     runs = {}
     for size in (1, 5, 64):
@@ -352,6 +357,7 @@ def test_the_result_does_not_depend_on_the_micro_batch_size(tmp_path):
             assert float((p - runs[size][name]).abs().max()) < 1e-5, (name, size)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_and_another_seed_another_run(tmp_path):
     model = str(backbone(tmp_path))
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -366,27 +372,18 @@ def backbone(folder, dropout=0.1):
     """A BERT of two layers with dropout, at random weights."""
     path = folder / "backbone"
     if not path.exists():
-        tokenizer = load_tokenizer("tiny")
-        torch.manual_seed(0)
-        transformers.BertForSequenceClassification(
-            transformers.BertConfig(
-                vocab_size=768,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=48,
-                max_position_embeddings=64,
-                pad_token_id=0,
-                hidden_dropout_prob=dropout,
-                attention_probs_dropout_prob=dropout,
-                num_labels=2,
-            )
-        ).save_pretrained(path)
-        tokenizer.model_max_length = 64
-        tokenizer.save_pretrained(path)
+        save_bert(
+            path,
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
     return path
 
 
+@pytest.mark.slow
 def test_dropout_only_where_it_is_asked_for(tmp_path):
     """Without it, training is that of the same weights under a configuration with none."""
     weights = {}
@@ -434,6 +431,7 @@ def test_an_empty_sample_is_a_release_of_noise(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_sampled_group_takes_part_with_one_of_its_rows():
     """Over 400 draws: one row a group, each row of a group equally often (false alarm 1e-6)."""
     setup = prepare(tables(unit="group"), 3)
@@ -447,10 +445,8 @@ def test_a_sampled_group_takes_part_with_one_of_its_rows():
     per_group = [0] * len(setup.unit_rows)
     sampler, again = (torch.Generator().manual_seed(0) for _ in range(2))
     for _ in range(400):
-        rows = []
-        for batch in step_module._sample(setup, sampler):
-            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                rows.append(tuple(ids[mask.bool()].tolist()))
+        chosen = step_module._sample(setup.unit_rows, setup.mechanism, sampler, one_each=True)
+        rows = [tuple(setup.rows[row]["input_ids"]) for row in chosen]
         groups = [group_of[row] for row in rows]
         drawn = torch.rand(len(per_group), generator=again, dtype=torch.float64)
         taken = (drawn < setup.mechanism.sample_rate).nonzero().flatten().tolist()
@@ -477,6 +473,7 @@ def by_dp_accounting(sigma, rate, steps, delta):
     return accountant.compose(event, steps).get_epsilon(delta)
 
 
+@pytest.mark.slow
 def test_epsilon_is_that_of_dp_accounting(tmp_path):
     result = train(small(), tmp_path / "plain", keep_model=False)
     document = json.loads((tmp_path / "plain" / "training.json").read_text())
@@ -505,6 +502,7 @@ def test_epsilon_is_that_of_dp_accounting(tmp_path):
     assert unseeded.epsilon == result.epsilon and "secret" not in unseeded.privacy
 
 
+@pytest.mark.slow
 def test_a_target_epsilon_is_met(tmp_path):
     config = small(noise_multiplier=None, epsilon=3.0, delta=1e-4, steps=3)
     result = train(config, tmp_path, keep_model=False)
@@ -519,6 +517,7 @@ def test_large_delta_is_warned_of():
         prepare(small(delta=1 / COUNT), 3)
 
 
+@pytest.mark.slow
 def test_nothing_is_claimed_where_nothing_holds(tmp_path):
     plain = train(
         small(noise_multiplier=None, non_private=True, steps=1),
@@ -534,13 +533,15 @@ def test_nothing_is_claimed_where_nothing_holds(tmp_path):
         assert document["privacy"].startswith("NON-PRIVATE") and "-DP" not in document["privacy"]
 
 
+@pytest.mark.slow
 def test_the_oracle_puts_the_best_diagonal_in_place(tmp_path):
     """diag(u^T clean v) in the noisy singular vectors; vectors keep their noise."""
     config = small(scheme="oracle", diagnostic=True, steps=1)
     setup = prepare(config, 3)
     before = {name: p.detach().clone() for name, p in setup.trained.items()}
     sampler, noise = fresh_generators(config, new_stream(config, 0))
-    clean, _ = step_module.clipped_sum_over(setup.model, step_module._sample(setup, sampler), BOUND)
+    rows = step_module._sample(setup.unit_rows, setup.mechanism, sampler, one_each=False)
+    clean, _ = step_module.clipped_sum_over(setup.model, setup.batches(rows), BOUND)
     train(config, tmp_path)
     got = weights_of(tmp_path, config)
     for name, total in clean.items():
@@ -580,6 +581,7 @@ def test_an_optimizer_on_other_tensors_stops_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_move_stop_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"has not moved in 3 steps .* too small for float32"):
         train(small(learning_rate=1e-12), tmp_path)
@@ -597,21 +599,25 @@ def test_movement_is_asked_only_of_weights_with_gradients():
         check.check(5)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"learning_rate": 1e4}, {"learning_rate": 1e30}, {"optimizer": "adam", "learning_rate": 1e6}],
-)
-def test_a_run_that_diverges_is_stopped_in_one_line(changes, tmp_path):
-    with pytest.raises(ValueError, match=r"lower (the )?learning rate") as error:
-        train(small(**changes), tmp_path)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "training.json").exists()
+@pytest.mark.slow
+def test_a_run_that_diverges_is_stopped_in_one_line(tmp_path):
+    for number, changes in enumerate(
+        (
+            {"learning_rate": 1e4},
+            {"learning_rate": 1e30},
+            {"optimizer": "adam", "learning_rate": 1e6},
+        )
+    ):
+        with pytest.raises(ValueError, match=r"lower (the )?learning rate") as error:
+            train(small(**changes), tmp_path / str(number))
+        assert "\n" not in str(error.value), changes
+        assert not (tmp_path / str(number) / "training.json").exists(), changes
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, 50.0])
-def test_loss_guard(loss):
-    with pytest.raises(ValueError, match=r"after 7 steps .*lower the learning rate"):
-        guards.check_loss(loss, 0.7, 7)
+def test_loss_guard():
+    for loss in (math.nan, math.inf, 50.0):
+        with pytest.raises(ValueError, match=r"after 7 steps .*lower the learning rate"):
+            guards.check_loss(loss, 0.7, 7)
     guards.check_loss(1.9, 0.01, 7)  # a small first loss is no reason to stop at an ordinary one
     guards.check_loss(13.9, 0.7, 7)
 
@@ -625,41 +631,45 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_right_noise_passes(shapes):
-    """300 draws a model, at false alarms of 2e-8 each; from noise far above to far below sums."""
+def test_right_noise_passes():
+    """100 draws a model, at false alarms of 2e-8 each; from noise far above to far below sums."""
     generator = torch.Generator().manual_seed(0)
-    for draw in range(300):
-        std = 10.0 ** (draw % 6 - 3)
-        clean = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        noisy = GaussianMechanism(std, 1.0, 0.5).add_noise(clean, generator)
-        guards.check_noise(clean, noisy, std)
+    for shapes in SHAPES.values():
+        for draw in range(100):
+            std = 10.0 ** (draw % 6 - 3)
+            clean = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+            noisy = GaussianMechanism(std, 1.0, 0.5).add_noise(clean, generator)
+            guards.check_noise(clean, noisy, std)
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, 0.9, 1.1, 2.0])
-@pytest.mark.parametrize("shapes", [SHAPES["full"], SHAPES["lora"]], ids=["full", "lora"])
-def test_noise_of_another_size_is_refused(shapes, factor):
-    clean = {name: torch.randn(shape) for name, shape in shapes.items()}
-    noisy = GaussianMechanism(0.7 * factor, 1.0, 0.5).add_noise(
-        clean, torch.Generator().manual_seed(0)
-    )
-    with pytest.raises(ValueError, match=r"noise has standard deviation .* must have 0.7 within"):
-        guards.check_noise(clean, noisy, 0.7)
+def test_noise_of_another_size_is_refused():
+    for shapes in (SHAPES["full"], SHAPES["lora"]):
+        for factor in (0.0, 0.5, 0.9, 1.1, 2.0):
+            clean = {name: torch.randn(shape) for name, shape in shapes.items()}
+            noisy = GaussianMechanism(0.7 * factor, 1.0, 0.5).add_noise(
+                clean, torch.Generator().manual_seed(0)
+            )
+            with pytest.raises(
+                ValueError, match=r"noise has standard deviation .* must have 0.7 within"
+            ):
+                guards.check_noise(clean, noisy, 0.7)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (8, 384), (384, 8), (256, 64)])
-def test_correlated_noise_of_the_right_size_is_refused(shape):
+def test_correlated_noise_of_the_right_size_is_refused():
     """Rank one; and every row the same."""
-    generator = torch.Generator().manual_seed(0)
-    m, n = shape
-    rank_one = torch.outer(torch.randn(m, generator=generator), torch.randn(n, generator=generator))
-    for noise in (rank_one, torch.randn(1, n, generator=generator).expand(m, n)):
-        noise = noise / noise.square().mean().sqrt()
-        clean = {"w": torch.randn(shape, generator=generator)}
-        with pytest.raises(ValueError, match=r"noise of w has a singular value .* correlated"):
-            guards.check_noise(clean, {"w": clean["w"] + 0.5 * noise}, 0.5)
+    for m, n in ((64, 64), (8, 384), (384, 8), (256, 64)):
+        generator = torch.Generator().manual_seed(0)
+        rank_one = torch.outer(
+            torch.randn(m, generator=generator), torch.randn(n, generator=generator)
+        )
+        for noise in (rank_one, torch.randn(1, n, generator=generator).expand(m, n)):
+            noise = noise / noise.square().mean().sqrt()
+            clean = {"w": torch.randn(m, n, generator=generator)}
+            with pytest.raises(ValueError, match=r"noise of w has a singular value .* correlated"):
+                guards.check_noise(clean, {"w": clean["w"] + 0.5 * noise}, 0.5)
 
 
+@pytest.mark.slow
 def test_noise_that_is_off_stops_the_run(tmp_path, monkeypatch):
     right = GaussianMechanism.add_noise
 
@@ -681,6 +691,7 @@ def units(count):
     return [[example] for example in task.train[:count]]
 
 
+@pytest.mark.slow
 def test_coins_are_independent_and_fair():
     """200 coins under 300 seeds, against binomial laws; false alarm 1e-6 in all."""
     records = units(200)
@@ -739,6 +750,7 @@ def own_data(folder, *, change=None, text=""):
     return folder
 
 
+@pytest.mark.slow
 def test_only_members_are_trained_on(tmp_path):
     """Another text in a non-member's place leaves every bit; in a member's place it does not.
 
@@ -777,6 +789,7 @@ def test_only_members_are_trained_on(tmp_path):
     assert files["outsider"] == reference != files["member"]
 
 
+@pytest.mark.slow
 def test_the_manifest_says_who_without_saying_what(tmp_path):
     config = small(
         model=str(backbone(tmp_path)),
@@ -806,6 +819,7 @@ def test_the_manifest_says_who_without_saying_what(tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_groups_are_members_as_one(tmp_path):
     train(tables(unit="group", membership="bernoulli", steps=1, batch_size=4), tmp_path)
     document = json.loads((tmp_path / "membership.json").read_text())
@@ -818,6 +832,7 @@ def test_groups_are_members_as_one(tmp_path):
     assert document["template"] == {"separator": "\n"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["example", "group"])
 def test_a_holdout_shares_no_record_with_what_is_trained_on(unit):
     """About 200 units: within 5 standard deviations of a binomial, groups held out whole."""
@@ -842,6 +857,7 @@ def test_a_holdout_shares_no_record_with_what_is_trained_on(unit):
     assert "neighbours are sets of members" in half.statement(4)
 
 
+@pytest.mark.slow
 def test_groups_by_a_column(tmp_path):
     """400 rows of 20 users were 400 groups; a group takes part with one of its rows."""
     rows = [
@@ -871,12 +887,10 @@ def test_groups_by_a_column(tmp_path):
     assert [len(unit) for unit in setup.units] == [20] * 20
     assert setup.mechanism.sample_rate == 5 / 20 and "20 of 20 groups" in setup.description
     assert "label from 'label' (2 classes: 0, 1), group from 'user_id'" in setup.description
-    rows = [
-        int(row)
-        for batch in step_module._sample(setup, torch.Generator().manual_seed(0))
-        for row in batch["input_ids"].shape[:1]
-    ]
-    taken = step_module._draw(setup, torch.Generator().manual_seed(0))
+    taken = step_module._sample(
+        setup.unit_rows, setup.mechanism, torch.Generator().manual_seed(0), one_each=True
+    )
+    rows = [len(batch["input_ids"]) for batch in step_module._batches_of_rank(setup, taken)]
     users = [i // 20 for i in taken]
     assert len(taken) == sum(rows) == len(set(users)) > 0
     with (
@@ -906,58 +920,58 @@ def test_fingerprint_sees_content_label_and_order():
 # Configuration
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"method": "lorra"}, "did you mean 'lora'"),
-        ({"optimizer": "adagrad"}, "optimizer must be one of sgd, adam, adamw"),
-        ({"noise_multiplier": None}, "exactly one of epsilon, noise_multiplier and non_private"),
-        ({"epsilon": 1.0}, "got epsilon and noise_multiplier"),
-        ({"non_private": True}, "got noise_multiplier and non_private"),
-        ({"noise_multiplier": 0.0}, "noise_multiplier must be a finite number > 0"),
-        ({"noise_multiplier": math.inf}, "noise_multiplier"),
-        ({"delta": 1.0}, "delta must be"),
-        ({"delta": 0.0}, "delta must be"),
-        ({"max_grad_norm": math.inf}, "max_grad_norm"),
-        ({"steps": 0}, "steps must be an integer >= 1"),
-        ({"steps": 2.5}, "steps"),
-        ({"batch_size": True}, "batch_size"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**64}, "seed"),
-        ({"warmup_steps": 1}, "warmup_steps must be 0 with schedule 'constant'"),
-        (
-            {"schedule": "linear", "warmup_steps": 5},
-            "warmup_steps must be an integer >= 0 and <= 4",
-        ),
-        ({"scheme": "oracle"}, "diagnostic"),
-        ({"diagnostic": True}, "diagnostic must go with"),
-        (
-            {"noise_multiplier": None, "non_private": True, "scheme": "optimal"},
-            "nothing to restore",
-        ),
-        ({"scheme": "truncate"}, "k must be given"),
-        ({"scheme": "denoise", "scheme_options": {"kapa": 1}}, "did you mean 'kappa'"),
-        ({"scheme_options": {"k": 1}}, "scheme 'none' takes no options"),
-        ({"scheme": "optimal", "scheme_options": {"noise_std": 3}}, "noise_std"),
-        ({"scheme": "optimal", "scheme_options": {"noisy": 3}}, "noisy"),
-        ({"scheme": "optimal", "scheme_options": {"scheme": "soft"}}, "scheme"),
-        ({"scheme": "oracle", "diagnostic": True, "scheme_options": {"foo": 1}}, "foo"),
-        ({"momentum_beta": 1.0}, "beta must be"),
-        ({"momentum_beta": "0.9"}, "beta must be"),
-        ({"momentum_beta": 0.9, "filter_b": (1.0,)}, "must not both be given"),
-        ({"filter_a": (0.5,)}, "filter_a must come with filter_b"),
-        ({"filter_b": (1.0, -1.0)}, "b must be"),
-        ({"filter_b": ("x",)}, "b must be"),
-        ({"momentum_beta": 0.9, "beta1": 0.9}, "beta1 must be 0 or left out"),
-        ({"filter_b": (1.0,), "beta1": 0.9}, "beta1 must be 0 or left out"),
-        ({"beta1": 1.0}, "beta1 must be"),
-        ({"secure_rng": True}, "secure_rng must go without a seed"),
-    ],
-)
-def test_a_bad_configuration_is_refused_before_anything_is_loaded(changes, words):
-    with pytest.raises(ValueError, match=words) as error:
-        small(**changes)
-    assert "\n" not in str(error.value)
+BAD = [
+    ({"method": "lorra"}, "did you mean 'lora'"),
+    ({"optimizer": "adagrad"}, "optimizer must be one of sgd, adam, adamw"),
+    ({"noise_multiplier": None}, "exactly one of epsilon, noise_multiplier and non_private"),
+    ({"epsilon": 1.0}, "got epsilon and noise_multiplier"),
+    ({"non_private": True}, "got noise_multiplier and non_private"),
+    ({"noise_multiplier": 0.0}, "noise_multiplier must be a finite number > 0"),
+    ({"noise_multiplier": math.inf}, "noise_multiplier"),
+    ({"delta": 1.0}, "delta must be"),
+    ({"delta": 0.0}, "delta must be"),
+    ({"max_grad_norm": math.inf}, "max_grad_norm"),
+    ({"steps": 0}, "steps must be an integer >= 1"),
+    ({"steps": 2.5}, "steps"),
+    ({"batch_size": True}, "batch_size"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"warmup_steps": 1}, "warmup_steps must be 0 with schedule 'constant'"),
+    (
+        {"schedule": "linear", "warmup_steps": 5},
+        "warmup_steps must be an integer >= 0 and <= 4",
+    ),
+    ({"scheme": "oracle"}, "diagnostic"),
+    ({"diagnostic": True}, "diagnostic must go with"),
+    (
+        {"noise_multiplier": None, "non_private": True, "scheme": "optimal"},
+        "nothing to restore",
+    ),
+    ({"scheme": "truncate"}, "k must be given"),
+    ({"scheme": "denoise", "scheme_options": {"kapa": 1}}, "did you mean 'kappa'"),
+    ({"scheme_options": {"k": 1}}, "scheme 'none' takes no options"),
+    ({"scheme": "optimal", "scheme_options": {"noise_std": 3}}, "noise_std"),
+    ({"scheme": "optimal", "scheme_options": {"noisy": 3}}, "noisy"),
+    ({"scheme": "optimal", "scheme_options": {"scheme": "soft"}}, "scheme"),
+    ({"scheme": "oracle", "diagnostic": True, "scheme_options": {"foo": 1}}, "foo"),
+    ({"momentum_beta": 1.0}, "beta must be"),
+    ({"momentum_beta": "0.9"}, "beta must be"),
+    ({"momentum_beta": 0.9, "filter_b": (1.0,)}, "must not both be given"),
+    ({"filter_a": (0.5,)}, "filter_a must come with filter_b"),
+    ({"filter_b": (1.0, -1.0)}, "b must be"),
+    ({"filter_b": ("x",)}, "b must be"),
+    ({"momentum_beta": 0.9, "beta1": 0.9}, "beta1 must be 0 or left out"),
+    ({"filter_b": (1.0,), "beta1": 0.9}, "beta1 must be 0 or left out"),
+    ({"beta1": 1.0}, "beta1 must be"),
+    ({"secure_rng": True}, "secure_rng must go without a seed"),
+]
+
+
+def test_a_bad_configuration_is_refused_before_anything_is_loaded():
+    for changes, words in BAD:
+        with pytest.raises(ValueError, match=words) as error:
+            small(**changes)
+        assert "\n" not in str(error.value), changes
 
 
 def test_a_configuration_survives_json():
@@ -984,6 +998,7 @@ def test_a_configuration_survives_json():
 # Checkpoint and evaluation
 
 
+@pytest.mark.slow
 def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     config = small(steps=2)
     result = train(config, tmp_path)
@@ -1036,6 +1051,7 @@ def check_files(folder, expected):
         assert path.stat().st_mode & 0o444 == 0o444, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_head_before_training_is_kept(method, tmp_path):
     from safetensors.torch import load_file
@@ -1056,6 +1072,7 @@ def test_the_head_before_training_is_kept(method, tmp_path):
     assert after and all(not torch.equal(p, head["classifier.weight"]) for p in after.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "lora-frozen-a"])
 def test_an_adapter_loads_with_plain_peft(method, tmp_path):
     import peft
@@ -1078,6 +1095,7 @@ def test_an_adapter_loads_with_plain_peft(method, tmp_path):
     check_files(tmp_path, {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"})
 
 
+@pytest.mark.slow
 def test_an_adapter_on_tiny_loads_whatever_the_seed(tmp_path):
     result = train(small(method="lora", steps=1, seed=3), tmp_path)
     task = load_task("generated", max_examples=80, seed=0)
@@ -1086,6 +1104,7 @@ def test_an_adapter_on_tiny_loads_whatever_the_seed(tmp_path):
     assert loss == pytest.approx(result.curve[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_language_model_loads_and_generates(method, tmp_path):
     import peft
@@ -1125,6 +1144,7 @@ def test_without_a_model_only_the_result_is_left(tmp_path):
         load_result(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_what_could_never_be_generated_is_refused_before_the_first_step(tmp_path):
     """Not after the last one, when the privacy is spent."""
     with pytest.raises(ValueError, match="max_new_tokens"):

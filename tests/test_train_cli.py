@@ -1,11 +1,9 @@
 """``lowrank-dp train`` as a user runs it: results, exit codes, one line on bad input."""
 
-import inspect
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import peft
@@ -13,25 +11,20 @@ import pytest
 import torch
 
 from lowrank_dp.__main__ import main
-from lowrank_dp.commands.train import main as command
+from lowrank_dp.commands import _console
+from lowrank_dp.commands.figures import Options as Figures
+from lowrank_dp.commands.lora import Options as Lora
+from lowrank_dp.commands.spectrum import Options as Spectrum
 from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.mia.options import Options as Attack
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.step import take_step
+from tests.oracles import assert_refused
+from tests.tasks import write_reviews
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"
-
-
-def sentences(count, change=lambda rows: rows):
-    rows = [
-        {
-            "idx": i,
-            "sentence": f"the film number {i} is {('dull', 'fresh')[i % 2]} .",
-            "label": i % 2,
-        }
-        for i in range(count)
-    ]
-    return "".join(json.dumps(row) + "\n" for row in change(rows))
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +32,8 @@ def places(small_bert, tmp_path_factory):
     """A BERT of two layers at random weights, and a task of sentences with labels."""
     folder = tmp_path_factory.mktemp("places")
     shutil.copytree(small_bert, folder / "model")
-    write_task(folder / "data", sentences(40), sentences(12))
+    write_reviews(folder / "data")
     return folder
-
-
-def write_task(folder, train, validation):
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text(train)
-    (folder / "validation.jsonl").write_text(validation)
 
 
 def words(places, output, changes):
@@ -269,31 +256,57 @@ def test_a_configuration_file_gives_the_defaults(call, tmp_path):
 )
 def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
-    refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
-
-
-def test_every_field_of_a_configuration_is_an_option():
-    """A field without an option would be accepted in a file, and not be heeded."""
-    assert {f.name for f in fields(TrainConfig)} - {"scheme_options"} <= {
-        *inspect.signature(command).parameters
-    }
+    assert_refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
 
 
 def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):
-    refused(call({"--config": str(tmp_path / "gone.json")}), "--config", "gone.json can't be read")
+    assert_refused(
+        call({"--config": str(tmp_path / "gone.json")}), "--config", "gone.json can't be read"
+    )
+
+
+def test_resume_alone_goes_on_from_the_saved_configuration(call, tmp_path, capsys, monkeypatch):
+    """Options and files given beside it must agree; the run is killed after its first step."""
+    output, taken = tmp_path / "out", []
+
+    def broken_off(*arguments):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return take_step(*arguments)
+
+    def resume(*words):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--resume", "--output", str(output), *words])
+        return stop.value.code, *capsys.readouterr()
+
+    assert_refused(resume(), "exactly one of epsilon")  # there is nothing to go on with
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank_dp.train.loop.take_step", broken_off)
+        code, _, err = call({"--snapshot-every": "1", "--scheme": "denoise"}, output)
+    assert code == 130 and err == "stopped by SIGINT\n"
+    (tmp_path / "other.json").write_text('{"noise_multiplier": 0.8, "learning_rate": 0.5}')
+    (tmp_path / "same.json").write_text('{"noise_multiplier": 0.8, "scheme": "denoise"}')
+    for words, expected in (
+        (["--steps", "3"], "steps: 3 / 2"),
+        (["--noise-multiplier", "0.9", "--seed", "1"], "noise_multiplier: 0.9 / 0.8"),
+        (["--epsilon", "8"], "epsilon: 8.0 / None"),
+        (["--config", str(tmp_path / "other.json")], "learning_rate: 0.5 / 0.0001"),
+    ):
+        assert_refused(resume(*words), "the configuration that the run began with", expected)
+    code, _, err = resume("--seed", "1", "--config", str(tmp_path / "same.json"))
+    config = load_result(output).config
+    assert code == 0 and not err, err
+    assert (config.steps, config.scheme, config.seed) == (2, "denoise", 1)
+    code, out, _ = resume()  # finished: says the same again
+    assert code == 0 and f"checkpoint: {output}" in out
+    assert_refused(resume("--steps", "3"), "steps: 3 / 2")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_configurations_of_larger_runs_are_valid(path):
     config = TrainConfig.from_json(json.loads(path.read_text()))
     assert config.epsilon == 8 and config.device == "cuda"
-
-
-def refused(done, *expected):
-    code, out, err = done
-    assert code == 2 and not out, (code, out, err)
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert all(word in err for word in expected), err
 
 
 BAD = {
@@ -357,7 +370,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_in_one_line(case, call, tmp_path):
     changes, expected = BAD[case]
-    refused(call(changes), *expected)
+    assert_refused(call(changes), *expected)
     assert not (tmp_path / "out").exists()
 
 
@@ -373,7 +386,7 @@ def test_a_run_that_diverges_ends_in_one_line(steps, call, tmp_path):
 
 def test_cuda_is_refused_where_there_is_none(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(call({"--device": "cuda"}), "device must be cpu")
+    assert_refused(call({"--device": "cuda"}), "device must be cpu")
 
 
 @pytest.mark.parametrize(
@@ -421,8 +434,8 @@ def test_cuda_is_refused_where_there_is_none(call, monkeypatch):
     ],
 )
 def test_bad_records_are_refused_by_file_and_line(change, expected, call, tmp_path):
-    write_task(tmp_path / "own", sentences(40, change), sentences(12))
-    refused(call({"--task": str(tmp_path / "own")}), *expected)
+    write_reviews(tmp_path / "own", change)
+    assert_refused(call({"--task": str(tmp_path / "own")}), *expected)
     assert not (tmp_path / "out").exists()
 
 
@@ -430,15 +443,15 @@ def test_labels_that_a_known_task_does_not_have(call, tmp_path, monkeypatch):
     def three_classes(rows):
         return [{**row, "label": 2} if row["idx"] == 4 else row for row in rows]
 
-    write_task(tmp_path / "glue" / "sst2", sentences(40, three_classes), sentences(12))
+    write_reviews(tmp_path / "glue" / "sst2", three_classes)
     monkeypatch.setenv("LOWRANK_DP_DATA", str(tmp_path))
-    refused(call({"--task": "sst2"}), "sst2/train.jsonl line 5", "from 0 to 1, got 2")
+    assert_refused(call({"--task": "sst2"}), "sst2/train.jsonl line 5", "from 0 to 1, got 2")
 
 
 def test_a_task_without_validation_is_refused(call, tmp_path):
-    write_task(tmp_path / "own", sentences(40), "")
+    write_reviews(tmp_path / "own", validation=0)
     (tmp_path / "own" / "validation.jsonl").unlink()
-    refused(call({"--task": str(tmp_path / "own")}), "has no validation split")
+    assert_refused(call({"--task": str(tmp_path / "own")}), "has no validation split")
     code, *_ = call({"--task": str(tmp_path / "own"), "--holdout": "10", "--steps": "1"})
     assert code == 0  # unless one is set aside
 
@@ -478,7 +491,7 @@ def test_a_table_of_ones_own(call, tmp_path):
     document = json.loads((tmp_path / "out" / "membership.json").read_text())
     assert document["task"] == "reviews" and len(set(document["groups"])) < 15
     assert document["recipe"]["group_column"] == "user"
-    refused(
+    assert_refused(
         call({**named, "--unit": "group", "--holdout": "5"}, tmp_path / "other"),
         "error: unit 'group' must come with groups of rows, reviews has none that are known: "
         "name their column by group_column (not read so far: 'user', 'note')",
@@ -488,32 +501,39 @@ def test_a_table_of_ones_own(call, tmp_path):
 
 def test_places_that_cannot_be_written(call, tmp_path):
     (tmp_path / "file").write_text("x")
-    refused(call(output=tmp_path / "file"), "output must be a folder")
-    refused(call(output=tmp_path / "file" / "below"), "file")
-    refused(call(output="/proc/lowrank_dp"), "/proc/lowrank_dp")
+    assert_refused(call(output=tmp_path / "file"), "output must be a folder")
+    assert_refused(call(output=tmp_path / "file" / "below"), "file")
+    assert_refused(call(output="/proc/lowrank_dp"), "/proc/lowrank_dp")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
-    refused(call(output=tmp_path / "full"), "must be empty, found thesis.tex")
-    refused(call({"--resume": True}, output=tmp_path / "full"), "found thesis.tex")
+    assert_refused(call(output=tmp_path / "full"), "must be empty, found thesis.tex")
+    assert_refused(call({"--resume": True}, output=tmp_path / "full"), "found thesis.tex")
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
 
 
-def test_help_lists_everything(capsys):
-    other_names = {"scheme_options": "--option", "restore_method": ""}
-    options = [
-        other_names.get(field.name, "--" + field.name.replace("_", "-"))
-        for field in fields(TrainConfig)
-    ]
-    for arguments, expected in (
-        (["--help"], ["train", "differentially private fine-tuning"]),
-        (
-            ["train", "--help"],
-            [*options, "--output", "--resume", "--json", "optimal", "lora-frozen-a", "bernoulli"],
-        ),
+def test_help_lists_every_option_with_its_help_text(capsys):
+    """A field without an option would be accepted in a file, and not be heeded."""
+    for command, kind, more in (
+        ("train", TrainConfig, ["--output", "--config", "--resume", "--json"]),
+        ("mia", Attack, ["--model", "--compare", "--output", "--force", "--dry-run", "--json"]),
+        ("spectrum", Spectrum, ["--output", "--json"]),
+        ("lora", Lora, ["--output", "--json"]),
+        ("figures", Figures, ["--output", "--artifacts", "--redraw", "--force", "--json"]),
+        ("restore", None, ["--input", "--noise-std", "--scheme", "--option", "--force"]),
     ):
-        try:
-            main(arguments)
-        except SystemExit as stop:
-            assert stop.code == 0
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
         out, err = capsys.readouterr()
-        assert not err and all(word in out for word in expected)
+        assert stop.value.code == 0 and not err, command
+        shown = "".join(out.split())
+        for field, _ in _console._declared(kind) if kind else ():
+            if command == "mia" and field.name == "group":
+                assert "--group-column" not in out
+                continue
+            name = "--" + (field.metadata["name"] or field.name).replace("_", "-")
+            assert f" {name} " in out or f"{name}/" in out or f"{name}\n" in out, (command, name)
+            assert "".join(field.metadata["help"].split()) in shown, (command, name)
+        for name in more:
+            assert f" {name} " in out or f" {name}\n" in out, (command, name)
+    main(["--help"])
+    assert "differentially private fine-tuning" in capsys.readouterr().out

@@ -19,8 +19,10 @@ from lowrank_dp.train import TrainConfig, load_result, processes
 from lowrank_dp.train import loop as train_module
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, environment, fresh_generators
+from lowrank_dp.train.state import environment, first_state
 from lowrank_dp.train.step import take_step
+from tests.forks import MAIN
+from tests.tasks import Stop, train_words
 
 SIGMA, BOUND, STEPS, ABOUT = 0.3, 0.5, 5, 60
 TRAIN = len(load_task("generated", max_examples=ABOUT).train)
@@ -70,11 +72,13 @@ import hashlib, json, os, sys
 import torch
 from safetensors.torch import save_file
 from lowrank_dp.train import loop as module
+from lowrank_dp.train import setup as setup_module
 from lowrank_dp.train import step as step_module
 from lowrank_dp.__main__ import main
 from lowrank_dp.artifacts.runs import RunFolder
-from lowrank_dp.restore import restore_gradients
+from lowrank_dp.restore import GradientRestorer, restore_gradients
 from lowrank_dp.train import TrainConfig, processes, train
+from lowrank_dp.train.checks import StepChecks
 torch.set_num_threads(1)
 folder, rank = sys.argv[2], int(os.environ["RANK"])
 configs = {name: TrainConfig.from_json(document)
@@ -88,6 +92,9 @@ def digest(tensors):
 original = module.take_step
 def looking(setup, state):
     clean, noisy = original(setup, state)
+    rows = report["drawn"].get(name, [])
+    if rows:
+        rows[-1] = [setup.rows[row]["input_ids"] for row in rows[-1]]
     gradients = {n: p.grad for n, p in setup.trained.items()}
     report["steps"].setdefault(name, []).append(
         [digest(noisy), digest(setup.trained), digest(gradients), state.stream])
@@ -97,22 +104,22 @@ def looking(setup, state):
                       f"{folder}/{name}-{kind}-{state.step}.safetensors")
     return clean, noisy
 
-draw, batches = step_module._draw, step_module.micro_batches
-def drawing(setup, generator):
-    chosen = draw(setup, generator)
-    report["drawn"].setdefault(name, []).append([setup.rows[row]["input_ids"] for row in chosen])
+draw, batches = step_module._draw, setup_module.micro_batches
+def drawing(*arguments):
+    chosen = draw(*arguments)
+    report["drawn"].setdefault(name, []).append(chosen)
     return chosen
 
 def taking(rows, *others, **named):
     report["taken"].setdefault(name, []).append([row["input_ids"] for row in rows])
     return batches(rows, *others, **named)
 
-module.take_step, step_module._draw, step_module.micro_batches = looking, drawing, taking
-step_module.StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
+module.take_step, step_module._draw, setup_module.micro_batches = looking, drawing, taking
+StepChecks.rows_to_compare = lambda self, step: []  # which takes rows beside the sample
 for name, config in configs.items():
     result = train(config, f"{folder}/{name}", show_progress=False)
     report[name] = [result.epsilon, result.releases, result.privacy]
-module.take_step, step_module._draw, step_module.micro_batches = original, draw, batches
+module.take_step, step_module._draw, setup_module.micro_batches = original, draw, batches
 
 generator = torch.Generator().manual_seed(0)
 sums = {f"m{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(
@@ -141,7 +148,7 @@ for case, arguments in {
         "disk": (RunFolder, "begin_release", 0, OSError("ledger could not be written"), 3),
         "gradient": (step_module, "clipped_sum_over", 1, ValueError("row 3 is not finite"), 2),
         "evaluation": (module, "_evaluate", 0, KeyError("a bug"), 1),
-        "memory": (step_module, "restore_gradients", 1, torch.OutOfMemoryError("too large"), 1),
+        "memory": (GradientRestorer, "restore", 1, torch.OutOfMemoryError("too large"), 1),
         "other": None}.items():
     restore = failing(*arguments) if arguments else lambda: None
     try:
@@ -162,27 +169,6 @@ json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
 """
 
 
-def words(config, folder):
-    default = TrainConfig(non_private=True).as_json()
-    values = {
-        name: value
-        for name, value in config.as_json().items()
-        if value != default[name] and name != "non_private"
-    }
-    return [
-        "train",
-        "--output",
-        str(folder),
-        "--resume",
-        *(
-            f"--{name.replace('_', '-')}"
-            if value is True
-            else f"--{name.replace('_', '-')}={value}"
-            for name, value in values.items()
-        ),
-    ]
-
-
 @pytest.fixture(scope="module")
 def together(model, torchrun, tmp_path_factory):
     """What two processes saw: the configurations, the folder, a report from each."""
@@ -201,7 +187,7 @@ def together(model, torchrun, tmp_path_factory):
     (folder / "worker.py").write_text(TOGETHER)
     (folder / "full").mkdir()
     (folder / "full" / "thesis.tex").write_text("x")
-    good = words(make_config(model), folder / "full")
+    good = train_words(make_config(model), folder / "full", "--resume")
     bad = [word.replace(f"multiplier={SIGMA}", "multiplier=-1") for word in good]
     done = torchrun(
         2,
@@ -246,7 +232,7 @@ def test_two_processes_train_as_one_does(name, together):
     setup = prepare(configs[name], 5)
     start = {n: p.detach().clone() for n, p in setup.trained.items()}
     stream = reports[0]["steps"][name][0][-1]
-    state = State(0, stream, *fresh_generators(configs[name], stream))
+    state = first_state(configs[name], stream)
     for step in range(1, STEPS + 1):
         clean, noisy = take_step(setup, state)
         for kind, want in (("clean", clean), ("noisy", noisy)):
@@ -341,10 +327,6 @@ def ledger(folder):
     return [(line["stream"], line["step"]) for line in lines]
 
 
-class Stop(BaseException):
-    """What breaks a run off here."""
-
-
 KILLED = """
 import os, signal, sys
 from lowrank_dp.__main__ import main
@@ -376,7 +358,7 @@ def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_pat
             train(config, tmp_path)
     assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
 
-    three = start(3, "-c", KILLED, *words(config, tmp_path))
+    three = start(3, KILLED, *train_words(config, tmp_path, "--resume"))
     said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
     assert [process.returncode for process in three] == [-signal.SIGKILL, 2, 2]
     for out, err in said[1:]:
@@ -407,7 +389,7 @@ def test_signals_stop_all_after_one_step(layout, model, start, tmp_path):
     config = make_config(
         model, steps=100_000, snapshot_every=100_000, eval_every=100_000, shard=layout == "shards"
     )
-    two = start(2, "-m", "lowrank_dp", *words(config, tmp_path))
+    two = start(2, MAIN, *train_words(config, tmp_path, "--resume"))
     end = time.monotonic() + 120
     while len(ledger(tmp_path)) < 3 and time.monotonic() < end:
         time.sleep(0.1)

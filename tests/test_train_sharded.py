@@ -22,7 +22,7 @@ from lowrank_dp.mia.shadows import shadow_configs
 from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import State, fresh_generators
+from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -90,7 +90,7 @@ def looking(setup, state):
         "weights": sum(p.to_local().numel() for p in setup.model.parameters()),
         "moments": sum(t.to_local().numel() for t in moments if hasattr(t, "to_local")),
         "sums": sum(t.numel() for t in clean.values()),
-        "means": sum(t.outputs[0].numel() for t in state.low_passes.values())}
+        "means": sum(t.outputs[0].numel() for t in state.restorer.filters.values())}
     report["streams"].setdefault(name, []).append(state.stream)
     return clean, noisy
 
@@ -106,18 +106,15 @@ json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def sharded(small_bert, torchrun, tmp_path_factory):
+def sharded(small_bert, start, tmp_path_factory):
     """What two processes did: configurations, folder, and a report from each."""
     folder = tmp_path_factory.mktemp("sharded")
     configs = {name: TrainConfig(**BASE | changes) for name, changes in RUNS.items()}
     configs["classifier"] = replace(configs["classifier"], model=str(small_bert))
-    (folder / "worker.py").write_text(WORKER)
-    torchrun(
-        2,
-        str(folder / "worker.py"),
-        json.dumps({name: config.as_json() for name, config in configs.items()}),
-        str(folder),
-    )
+    documents = json.dumps({name: config.as_json() for name, config in configs.items()})
+    two = start(2, WORKER, documents, folder)
+    said = [process.communicate(timeout=300) for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
     reports = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     return configs, folder, reports
 
@@ -126,7 +123,7 @@ def alone(config, stream):
     """The same steps in this process, with the same draws: (clean, noisy) of each, and the run."""
     setup = prepare(replace(config, shard=False), 5)
     start = {n: p.detach().clone() for n, p in setup.trained.items()}
-    state = State(0, stream, *fresh_generators(config, stream))
+    state = first_state(config, stream)
     return [take_step(setup, state) for _ in range(STEPS)], setup, start
 
 
@@ -267,7 +264,6 @@ def test_killed_mid_step_and_resumed(sharded, start, tmp_path):
         """Exit codes, and what was said; after so many sums the second process is killed."""
         running = start(
             count,
-            "-c",
             KILLED,
             str(after),
             "train",

@@ -6,34 +6,27 @@ never sees an incomplete file. Nothing is pickled, and pickled data is never rea
 :mod:`lowrank_dp.artifacts.runs` holds the ledger, the snapshots and the checkpoint of a run.
 """
 
-from lowrank_dp.artifacts.files import (
-    MAX_JSON_BYTES,
-    atomic_write,
-    read_json,
-    umask,
-    without_repeats,
-    write_json,
-)
-from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
-from lowrank_dp.artifacts.provenance import provenance
-from lowrank_dp.artifacts.results import MAX_BYTES, SCHEMA_VERSION, load_result, save_result
-from lowrank_dp.artifacts.tables import markdown_table, save_figure, save_table
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+from lowrank_dp.artifacts.provenance import provenance  # not lazy: its module has the same name
+
+if TYPE_CHECKING:
+    from lowrank_dp.artifacts.files import (
+        MAX_JSON_BYTES,
+        atomic_write,
+        read_json,
+        umask,
+        write_json,
+    )
+    from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
+    from lowrank_dp.artifacts.results import MAX_BYTES, SCHEMA_VERSION, load_result, save_result
+    from lowrank_dp.artifacts.tables import markdown_table, save_figure, save_table
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
-    "MAX_BYTES",
-    "MAX_JSON_BYTES",
-    "SCHEMA_VERSION",
-    "atomic_write",
-    "from_jsonable",
-    "load_result",
-    "markdown_table",
-    "provenance",
-    "read_json",
-    "save_figure",
-    "save_result",
-    "save_table",
-    "to_jsonable",
-    "umask",
-    "without_repeats",
-    "write_json",
-]
+    "MAX_BYTES", "MAX_JSON_BYTES", "SCHEMA_VERSION", "atomic_write", "from_jsonable",
+    "load_result", "markdown_table", "provenance", "read_json", "save_figure", "save_result",
+    "save_table", "to_jsonable", "umask", "write_json",
+]  # fmt: skip

@@ -6,13 +6,13 @@ import contextlib
 import fcntl
 import glob
 import json
-import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lowrank_dp._json import parse_json
 
 MAX_JSON_BYTES = 64 << 20  # about a thousand times the size of a run's own JSON files
 
@@ -76,49 +76,36 @@ def encode_json(document: Any) -> bytes:
 
 
 def read_json(
-    path: str | Path, *, max_bytes: int | None = None, strict: bool = False
+    path: str | Path,
+    *,
+    max_bytes: int | None = None,
+    max_values: int | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: file to read.
         max_bytes: largest accepted size; None means ``MAX_JSON_BYTES`` (64 MiB).
+        max_values: largest accepted number of values, which bounds the memory of parsing; None
+            means any number.
         strict: also refuse NaN, infinity, and an object in which a name stands twice.
 
     Raises:
-        ValueError: if the file is too large or holds anything other than a JSON object; the one
-            line of the message names the file.
+        ValueError: if the file is too large, holds too many values, or holds anything other than a
+            JSON object; the one line of the message names the file.
         OSError: if the file cannot be read.
     """
     limit = MAX_JSON_BYTES if max_bytes is None else max_bytes
     if (size := Path(path).stat().st_size) > limit:
         raise ValueError(f"{path} must have at most {limit:,} bytes, got {size:,}")
-    checks: dict[str, Any] = {
-        "object_pairs_hook": without_repeats,
-        "parse_constant": _finite,
-        "parse_float": _finite,
-    }
+    data = Path(path).read_bytes()
+    if max_values is not None and sum(map(data.count, (b",", b"[", b"{"))) > max_values:
+        raise ValueError(f"{path} must hold at most {max_values:,} values")
     try:
-        document = json.loads(Path(path).read_bytes(), **(checks if strict else {}))
+        document = parse_json(data, finite=True) if strict else json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the JSON object of ``pairs``, for ``json.loads(..., object_pairs_hook=...)``.
-
-    Raises ValueError if a name stands twice.
-    """
-    if len(found := dict(pairs)) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {twice[:80]!r} occurs twice")
-    return found
-
-
-def _finite(token: str) -> float:
-    if not math.isfinite(value := float(token)):
-        raise ValueError(f"{token[:20]} is not a finite number")
-    return value

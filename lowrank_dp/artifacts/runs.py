@@ -162,6 +162,18 @@ class RunFolder:
             )
         return None
 
+    def configuration(self) -> Any:
+        """What the run began with, by its result or its last whole snapshot; None if unknown."""
+        with contextlib.suppress(ValueError, OSError):
+            if self.finished:
+                return read_json(self.path / TRAINING).get("config")
+        for step in reversed(self._steps()):
+            with contextlib.suppress(ValueError, OSError):
+                document = read_json(self.snapshots / f"step-{step:06d}.json")
+                if document.pop("digest", None) == _digest(document):
+                    return document.get("config")
+        return None
+
     def _steps(self) -> list[int]:
         if not self.snapshots.is_dir():
             return []

@@ -1,126 +1,221 @@
-"""Draw the figures: ``python -m lowrank_dp.figures``."""
+"""``python -m lowrank_dp.figures``: draw the papers' figures."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lowrank_dp import _terminal, _validate, artifacts
-from lowrank_dp.figures import NAMES, compute, config_of, find, show
+from lowrank_dp import _validate
+from lowrank_dp._options import option
+from lowrank_dp.commands import _console
+from lowrank_dp.commands._tables import print_table, say
+from lowrank_dp.figures.catalog import NAMES
 
-app = _terminal.new_app("Draw the figures: PNG and PDF in figures/, arrays in paper_artifacts/.")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = _console.new_app("Draw the figures: PNG and PDF in figures/, arrays in paper_artifacts/.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which figures are made, and from which experiments."""
+
+    only: tuple[str, ...] = option(
+        (), "Figure to make; may be repeated. Default: all.", choices=NAMES
+    )
+    scale: str = option("small", "Scale of the experiments: small (minutes on 2 cores) or full.")
+    model: str = option(
+        "", "Hub id, folder or packaged name. Default: minilm if installed, else tiny."
+    )
+    task: str = option("", "Task name. Default: sst2 if LOWRANK_DP_DATA holds it, else generated.")
+    device: str = option("cpu", "Device of the experiments: cpu or cuda.")
+    seed: int = option(0, "Seed of every random choice.")
+
+    def __post_init__(self) -> None:
+        _validate.choice("scale", self.scale, ["small", "full"])
+        for name in self.only:
+            _validate.choice("--only", name, NAMES)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What takes the place of the experiments' own configuration."""
+        named = {"task": self.task, "model": self.model}
+        return {"device": self.device, "seed": self.seed} | {k: v for k, v in named.items() if v}
 
 
 @app.command()
+@_console.options_of(Options)
 def main(
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Figure to make, may be repeated: {', '.join(NAMES)}. Default: all."),
-    ] = None,
-    scale: Annotated[str, typer.Option(help="small (minutes on 2 cores) or full.")] = "small",
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Hub id, folder or packaged name. Default: minilm if installed, else tiny."
-        ),
-    ] = "",
-    task: Annotated[
-        str, typer.Option(help="Task. Default: sst2 if LOWRANK_DP_DATA holds it, else generated.")
-    ] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    given: dict[str, Any],
     output: Annotated[Path, typer.Option(help="Folder for PNG and PDF.")] = Path("figures"),
     artifact_folder: Annotated[
-        Path, typer.Option("--artifacts", help="Folder for results.")
+        Path, typer.Option("--artifacts", help="Folder for results and tables.")
     ] = Path("paper_artifacts"),
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Draw from saved results, compute nothing.")
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace saved results of another configuration."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Make the figures, one after the other, and print what they show."""
-    _validate.choice("scale", scale, ["small", "full"])
-    names = [_validate.choice("--only", name, NAMES) for name in only or NAMES]
+    asked = Options(**given)
+    from rich.console import Console
+
     for folder in (output, artifact_folder):
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable place fails now, not at the end
-    changes = (
-        {"device": device, "seed": seed}
-        | ({"task": task} if task else {})
-        | ({"model": model} if model else {})
-    )
     console = Console(stderr=True)
+    explicit = bool(given.keys() - {"only"})
+    configs = {
+        name: None
+        if redraw
+        else _to_compute(name, asked, explicit, artifact_folder, force, console)
+        for name in asked.only or NAMES
+    }
     summary: list[dict[str, Any]] = []
     sources: dict[Any, Any] = {}
-    for name in names:
+    for name, config in configs.items():
+        if console.is_terminal:
+            say(console, f"{name}: {'redrawing' if config is None else 'computing'} ...")
         started = time.perf_counter()
-        spec = find(name)
-        redrawn = redraw or (spec.lengthy and scale == "small")
-        if redrawn and not redraw:
-            console.print(
-                f"{name}: drawn from the saved result; --scale full computes it, which "
-                "takes minutes to hours",
-                highlight=False,
-                soft_wrap=True,
-            )
-        elif console.is_terminal:
-            console.print(f"{name}: {'redrawing' if redrawn else 'computing'} ...", highlight=False)
-        if not redrawn:
-            config = config_of(name, scale, **changes)
-            if spec.plan is not None:
-                console.print(f"plan: {spec.plan(config)}", highlight=False, soft_wrap=True)
-            artifacts.save_result(
-                compute(name, config, sources), artifact_folder, name, seed=seed, device=device
-            )
-        result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
-        artifacts.save_figure(figure, output, name)
-        columns, rows = spec.rows(result)
-        artifacts.save_table(columns, rows, artifact_folder, name, caption=spec.caption)
-        summary.append(
-            {
-                "figure": name,
-                "seconds": round(time.perf_counter() - started, 1),
-                "headline": spec.headline(result),
-                "privacy": result.privacy,
-                "ran on": getattr(result, "description", ""),
-                "files": [
-                    str(output / f"{name}.png"),
-                    str(output / f"{name}.pdf"),
-                    str(artifact_folder / f"{name}.json"),
-                ],
-            }
-        )
+        entry = _make(name, config, asked, output, artifact_folder, sources, console)
+        summary.append(entry | {"seconds": round(time.perf_counter() - started, 1)})
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
         _print(summary)
 
 
-def _print(summary: list[dict[str, Any]]) -> None:
-    table = Table("figure", "what it shows", "value", "s")
-    for entry in summary:
-        for i, (what, value) in enumerate(entry["headline"].items()):
-            first = i == 0
-            table.add_row(
-                entry["figure"] if first else "",
-                what,
-                value,
-                f"{entry['seconds']:.0f}" if first else "",
-            )
-        table.add_section()
-    console = Console()
-    console.print(table)
-    for line in sorted({f"{entry['figure']}: {entry['privacy']}" for entry in summary}):
-        console.print(line, highlight=False, soft_wrap=True)
-    for line in dict.fromkeys(entry["ran on"] for entry in summary if entry["ran on"]):
-        console.print(f"ran on: {line}", highlight=False, soft_wrap=True)
-    console.print(
-        "files: " + ", ".join(path for entry in summary for path in entry["files"]),
-        highlight=False,
-        soft_wrap=True,
+def _to_compute(
+    name: str, asked: Options, explicit: bool, folder: Path, force: bool, console: Console
+) -> Any:
+    """The configuration to compute a figure's result by; None to draw from the saved result.
+
+    Raises ValueError if the saved result is of another configuration than the one asked for, unless
+    ``force``. A configuration that was not asked for by any option gives way to the saved result.
+    """
+    from lowrank_dp.figures import config_of, find
+
+    spec = find(name)
+    if spec.lengthy and asked.scale == "small":
+        say(
+            console,
+            f"{name}: drawn from the saved result; --scale full computes it, which takes minutes "
+            "to hours",
+        )
+        return None
+    config = config_of(name, asked.scale, **asked.changes)
+    other = "" if force else _other_result(folder, name, spec.result, config)
+    if not other:
+        return config
+    if explicit:
+        raise ValueError(
+            f"{folder / name}.json holds {other}: choose another folder by --artifacts, or replace "
+            "the result with --force"
+        )
+    say(
+        console,
+        f"{name}: not computed but drawn, from {other}; --force computes and replaces it",
     )
+    return None
+
+
+def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
+    """What a saved result is, if it is not one of ``config``; "" if there is none."""
+    from lowrank_dp import artifacts
+
+    if not (folder / f"{name}.json").exists():
+        return ""
+    try:
+        saved: Any = artifacts.load_result(folder, name, kind)
+    except (ValueError, OSError):
+        return "a result of another command or version"
+    if saved.config == config:
+        return ""
+    return f"a result of another configuration ({_first_difference(saved.config, config)})"
+
+
+def _first_difference(saved: Any, asked: Any) -> str:
+    from lowrank_dp.artifacts.jsonable import to_jsonable
+
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {path: value}
+        inner = (flat(item, f"{path}.{key}" if path else key) for key, item in value.items())
+        return {key: item for part in inner for key, item in part.items()}
+
+    before, now = flat(to_jsonable(saved)), flat(to_jsonable(asked))
+    name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
+    return f"{name} {before.get(name)!r}, asked {now.get(name)!r}"
+
+
+def _make(
+    name: str,
+    config: Any,
+    asked: Options,
+    output: Path,
+    artifact_folder: Path,
+    sources: dict[Any, Any],
+    console: Console,
+) -> dict[str, Any]:
+    """Compute a figure's result if there is a ``config``; draw it, and say what it shows."""
+    from lowrank_dp import artifacts
+    from lowrank_dp.figures import compute, find, show
+
+    spec = find(name)
+    if config is not None:
+        if spec.plan is not None:
+            say(console, f"plan: {spec.plan(config)}")
+        artifacts.save_result(
+            compute(name, config, sources),
+            artifact_folder,
+            name,
+            seed=asked.seed,
+            device=asked.device,
+        )
+    result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
+    artifacts.save_figure(figure, output, name)
+    columns, rows = spec.rows(result)
+    artifacts.save_table(columns, rows, artifact_folder, name, caption=spec.caption)
+    return {
+        "figure": name,
+        "seconds": 0.0,
+        "headline": spec.headline(result),
+        "privacy": result.privacy,
+        "ran on": getattr(result, "description", ""),
+        "files": [
+            str(output / f"{name}.png"),
+            str(output / f"{name}.pdf"),
+            str(artifact_folder / f"{name}.json"),
+        ],
+    }
+
+
+def _print(summary: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    rows = [
+        [
+            entry["figure"] if i == 0 else "",
+            what,
+            value,
+            f"{entry['seconds']:.0f}" if i == 0 else "",
+        ]
+        for entry in summary
+        for i, (what, value) in enumerate(entry["headline"].items())
+    ]
+    print_table(console, ["figure", "what it shows", "value", "s"], rows)
+    for line in sorted({f"{entry['figure']}: {entry['privacy']}" for entry in summary}):
+        say(console, line)
+    for line in dict.fromkeys(entry["ran on"] for entry in summary if entry["ran on"]):
+        say(console, f"ran on: {line}")
+    say(console, "files: " + ", ".join(path for entry in summary for path in entry["files"]))

@@ -3,119 +3,132 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lowrank_dp import _terminal, _validate, artifacts, theory
-from lowrank_dp.experiments import lora_noise
-from lowrank_dp.experiments.gradients import GradientConfig
+from lowrank_dp import _validate
+from lowrank_dp._options import option
+from lowrank_dp.commands import _console
+from lowrank_dp.commands._tables import print_table, say
 
-ANGLE, EPSILON = 0.1, 1.0
-app = _terminal.new_app(
+if TYPE_CHECKING:
+    from lowrank_dp.experiments import lora_noise
+
+ANGLE, EPSILON = 0.1, 1.0  # of the query whose exact delta is printed
+app = _console.new_app(
     "Measure LoRA's projection noise on real layers' gradients, beside the theory."
 )
 
 
+@dataclass(frozen=True)
+class Options:
+    """Which gradients are projected, and how often."""
+
+    model: str = option("", "Backbone. Default: minilm if installed, else tiny.")
+    task: str = option("sst2", "Task whose gradients are projected.")
+    rank: tuple[int, ...] = option(
+        (1, 4, 16, 64), "Rank of A; may be repeated. Default: 1, 4, 16 and 64."
+    )
+    batch_size: int = option(32, "Examples whose clipped gradients are summed.")
+    max_grad_norm: float = option(1.0, "Clipping norm of one example.")
+    max_length: int = option(64, "Tokens a text is cut to.")
+    draws: int = option(200, "Draws of A for each layer and rank.")
+    seed: int = option(0, "Random seed for the head, the batch and A.")
+    device: str = option("cpu", "Device of the model: cpu or cuda.")
+
+    def __post_init__(self) -> None:
+        for value in self.rank:
+            _validate.integer("rank", value)
+        _validate.integer("batch_size", self.batch_size)
+        _validate.integer("draws", self.draws, low=2)
+        _validate.integer("seed", self.seed, low=0)
+
+
 @app.command()
-def measure(
-    model: str = typer.Option("", help="Backbone; the default is minilm if installed, else tiny."),
-    task: str = typer.Option("sst2", help="Task whose gradients are projected."),
-    rank: list[int] = typer.Option([1, 4, 16, 64], help="Rank of A; give it several times."),
-    batch_size: int = typer.Option(32, help="Examples whose clipped gradients are summed."),
-    max_grad_norm: float = typer.Option(1.0, help="Clipping bound of one example's gradient."),
-    max_length: int = typer.Option(64, help="Tokens a text is cut to."),
-    draws: int = typer.Option(200, help="Draws of A for each layer and rank."),
-    seed: int = typer.Option(0, help="Of head, batch and A."),
-    device: str = typer.Option("cpu", help="cpu or cuda."),
-    output: Path | None = typer.Option(None, help="Folder for lora.json and lora.npz."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
+@_console.options_of(Options)
+def main(
+    given: dict[str, Any],
+    output: Annotated[Path | None, typer.Option(help="Folder for lora.json and lora.npz.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure LoRA's projection noise on real layers' gradients, beside the theory."""
-    for value in rank:
-        _validate.integer("rank", value)
-    _validate.integer("batch_size", batch_size)
-    _validate.integer("draws", draws, low=2)
-    _validate.integer("seed", seed, low=0)
+    asked = Options(**given)
+    from lowrank_dp import artifacts
+    from lowrank_dp.experiments import lora_noise
+    from lowrank_dp.experiments.gradients import GradientConfig
+
     config = lora_noise.Config(
         gradients=GradientConfig(
-            model=model,
-            task=task,
-            max_grad_norm=max_grad_norm,
+            model=asked.model,
+            task=asked.task,
+            max_grad_norm=asked.max_grad_norm,
             warm_loss=None,
-            max_length=max_length,
-            seed=seed,
-            device=device,
+            max_length=asked.max_length,
+            seed=asked.seed,
+            device=asked.device,
         ),
         more_models=(),
-        batch_size=batch_size,
-        ranks=tuple(rank),
-        num_draws=draws,
-        vector_draws=draws,
+        batch_size=asked.batch_size,
+        ranks=asked.rank,
+        num_draws=asked.draws,
+        vector_draws=asked.draws,
     )
     result = lora_noise.run(config)
     if output is not None:
-        artifacts.save_result(result, output, "lora", seed=seed, device=device)
-    rows, laws = measured_rows(result), exact_laws(result)
+        artifacts.save_result(result, output, "lora", seed=asked.seed, device=asked.device)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "privacy": result.privacy,
-                    "description": result.description,
-                    "provenance": artifacts.provenance(seed=seed, device=device),
-                    "rows": rows,
-                    "laws": laws,
-                },
-                allow_nan=False,
-            )
-        )
-        return
+        document = {
+            "privacy": result.privacy,
+            "description": result.description,
+            "provenance": artifacts.provenance(seed=asked.seed, device=asked.device),
+            "rows": measured_rows(result),
+            "laws": exact_laws(result),
+        }
+        print(json.dumps(document, allow_nan=False))
+    else:
+        _print(result)
+
+
+def _print(result: lora_noise.Result) -> None:
+    from rich.console import Console
+
     console = Console()
-    console.print(result.privacy, style="bold", markup=False)
-    console.print(result.description, markup=False)
-    console.print(
-        _table(
-            "Noise of G A^T A: measured over draws of A (95% interval), and exact",
-            ("source", "rank", "variance / |q|^2", "exact", "kurtosis", "exact"),
-            [
-                (
-                    r["source"],
-                    str(r["rank"]),
-                    f"{r['variance']:.4g} ± {r['variance_ci']:.2g}",
-                    f"{r['variance_exact']:.4g}",
-                    f"{r['kurtosis']:.3g} ± {r['kurtosis_ci']:.2g}",
-                    f"{r['kurtosis_exact']:.3g}",
-                )
-                for r in rows
-            ],
-        )
+    say(console, result.privacy)
+    say(console, result.description)
+    print_table(
+        console,
+        ("source", "rank", "variance / |q|^2", "exact", "kurtosis", "exact"),
+        [
+            (
+                row["source"],
+                str(row["rank"]),
+                f"{row['variance']:.4g} ± {row['variance_ci']:.2g}",
+                f"{row['variance_exact']:.4g}",
+                f"{row['kurtosis']:.3g} ± {row['kurtosis_ci']:.2g}",
+                f"{row['kurtosis_exact']:.3g}",
+            )
+            for row in measured_rows(result)
+        ],
+        title="Noise of G A^T A: measured over draws of A (95% interval), and exact",
     )
-    console.print(
-        _table(
-            f"Exact laws: TV of one coordinate to a Gaussian, and delta of one vector query at epsilon "
-            f"{EPSILON:g}, angle {ANGLE:g}",
-            ("n", "rank", "TV exact", "TV bound", "joint TV", "delta exact", "Gaussian reading"),
-            [
-                (
-                    str(law["n"]),
-                    str(law["rank"]),
-                    *(
-                        f"{law[key]:.4g}"
-                        for key in ("tv_exact", "tv_bound", "joint_tv", "delta", "delta_gaussian")
-                    ),
-                )
-                for law in laws
-            ],
-        )
+    keys = ("tv_exact", "tv_bound", "joint_tv", "delta", "delta_gaussian")
+    print_table(
+        console,
+        ("n", "rank", "TV exact", "TV bound", "joint TV", "delta exact", "Gaussian reading"),
+        [
+            (str(law["n"]), str(law["rank"]), *(f"{law[key]:.4g}" for key in keys))
+            for law in exact_laws(result)
+        ],
+        title="Exact laws: TV of one coordinate to a Gaussian, and delta of one vector query at "
+        f"epsilon {EPSILON:g}, angle {ANGLE:g}",
     )
 
 
 def measured_rows(result: lora_noise.Result) -> list[dict[str, Any]]:
-    """One dict a source and rank: variance and kurtosis, measured and exact."""
+    """One dict per source and rank: variance and kurtosis, measured and exact."""
     keys = (
         "variance",
         "variance_ci",
@@ -132,7 +145,9 @@ def measured_rows(result: lora_noise.Result) -> list[dict[str, Any]]:
 
 
 def exact_laws(result: lora_noise.Result) -> list[dict[str, Any]]:
-    """One dict a width of the measured layers and rank: distances and one query's delta."""
+    """One dict per width of the measured layers and rank: distances and one query's delta."""
+    from lowrank_dp import theory
+
     widths = sorted({int(name.rsplit("x", 1)[1]) for name in result.sources[1:]})
     return [
         {
@@ -147,17 +162,3 @@ def exact_laws(result: lora_noise.Result) -> list[dict[str, Any]]:
         for n in widths
         for rank in result.config.ranks
     ]
-
-
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(title=title)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def main() -> None:
-    """Run the command line and exit."""
-    _terminal.run(app)

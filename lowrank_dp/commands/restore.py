@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import safetensors
 import typer
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import load_file, save
 
-from lowrank_dp import _terminal, artifacts
-from lowrank_dp.restore import SCHEMES, restore_gradients
+from lowrank_dp._options import name_value_pairs
+from lowrank_dp.commands import _console
+from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
+from lowrank_dp.restore.names import SCHEME_NAMES
 
-app = _terminal.new_app("Restore the singular values of noisy gradients: post-processing.")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowrank_dp.restore import Report
+
+app = _console.new_app("Restore the singular values of noisy gradients: post-processing.")
 
 
 @app.command()
@@ -27,41 +30,102 @@ def main(
         typer.Option(help="Standard deviation of each entry's noise, in the gradients' own units."),
     ],
     output: Annotated[Path, typer.Option(help="safetensors file to write.")],
-    scheme: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEMES)}.")] = "optimal",
-    method: Annotated[str, typer.Option(help="fast or exact.")] = "fast",
+    scheme: Annotated[
+        str, typer.Option(help=f"Scheme. One of {', '.join(SCHEME_NAMES)}.")
+    ] = "optimal",
+    method: Annotated[
+        str, typer.Option(help="How singular values are restored: fast or exact.")
+    ] = "fast",
     below: Annotated[
         str, typer.Option(help="Matrices with nothing above the edge: keep or zero.")
     ] = "keep",
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Option of the scheme as NAME=VALUE, may be repeated, e.g. kappa=1.2."),
+        typer.Option(
+            help="Option of the scheme as NAME=VALUE, such as kappa=1.2; may be repeated."
+        ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file --output if there is one.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Restore every matrix of a file; other tensors pass unchanged."""
-    try:
-        noisy = load_file(input)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"--input must be a safetensors file, got {input.name}: {error}") from None
+    from safetensors.torch import save
+
+    from lowrank_dp import artifacts
+    from lowrank_dp.restore import restore_gradients
+
+    _check_output(input, output, force)
+    noisy = _read(input, noise_std)
     restored, reports = restore_gradients(
-        noisy, noise_std, scheme, method=method, below=below, **_terminal.options(option or [])
+        noisy,
+        noise_std,
+        scheme,
+        method=method,
+        below=below,
+        **name_value_pairs(option or []),
     )
     with artifacts.atomic_write(output) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in restored.items()}))
     if as_json:
-        print(json.dumps({name: dataclasses.asdict(r) for name, r in reports.items()}, indent=1))
+        document = {name: artifacts.to_jsonable(report) for name, report in reports.items()}
+        print(json.dumps(document, indent=1))
+    else:
+        _print(reports)
+
+
+def _check_output(input: Path, output: Path, force: bool) -> None:
+    """Raise ValueError if ``output`` is the input under any name, or exists without ``force``."""
+    if not output.exists():
         return
-    table = Table("matrix", "shape", "edge", "top", "above", "action", "norm before", "after")
-    for name, report in reports.items():
-        m, n = report.shape
-        table.add_row(
-            name,
-            f"{m}×{n}",
+    if input.exists() and output.samefile(input):
+        raise ValueError(f"--output must be another file than --input, got {output} for both")
+    if not force:
+        raise ValueError(
+            f"--output {output} exists: choose another file, or replace it with --force"
+        )
+
+
+def _read(path: Path, noise_std: float) -> dict[str, Tensor]:
+    """The tensors of a file, whose matrices must hold the noise that is stated."""
+    import safetensors
+    from safetensors.torch import load_file
+
+    from lowrank_dp import _validate
+    from lowrank_dp.restore import require_noise
+
+    _validate.real("noise_std", noise_std, low=0)
+    try:
+        tensors = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"--input must be a safetensors file, got {path.name}: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and tensor.is_floating_point():
+            require_noise(
+                f"matrix {name}", tensor, noise_std, remedy="give --noise-std in its own units"
+            )
+    return tensors
+
+
+def _print(reports: Mapping[str, Report]) -> None:
+    from rich.console import Console
+
+    names, pattern = without_common_parts(list(reports))
+    rows = [
+        [
+            "×".join(map(str, report.shape)),
             f"{report.edge:.3g}",
             "" if report.top is None else f"{report.top:.3g}",
             "" if report.num_above_edge is None else str(report.num_above_edge),
             report.action,
             f"{report.norm_before:.3g}",
             f"{report.norm_after:.3g}",
-        )
-    Console().print(table)
+        ]
+        for report in reports.values()
+    ]
+    console = Console()
+    if pattern:
+        say(console, f"matrices: {pattern}")
+    columns = ["matrix", "shape", "edge", "top", "above", "action", "norm before", "norm after"]
+    print_table(console, columns, in_sections(names, rows))

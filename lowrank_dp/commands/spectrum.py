@@ -3,123 +3,142 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lowrank_dp import _terminal, _validate, artifacts
-from lowrank_dp.experiments import spectra
-from lowrank_dp.experiments.gradients import GradientConfig
-from lowrank_dp.plots.spectra import plot_spectra
-from lowrank_dp.restore import EDGE_SCHEMES
+from lowrank_dp import _validate
+from lowrank_dp._options import option
+from lowrank_dp.commands import _console
+from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
+from lowrank_dp.restore.names import EDGE_SCHEMES
 
-app = _terminal.new_app("Singular values of a model's gradients, clean, noisy and restored.")
+if TYPE_CHECKING:
+    from lowrank_dp.experiments.spectra import Result
+
+app = _console.new_app("Singular values of a model's gradients, clean, noisy and restored.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which gradients are measured, and with which noise."""
+
+    model: str = option(
+        "", "Hub id, folder or packaged name. Default: minilm if installed, else tiny."
+    )
+    task: str = option("generated", "Task name, or a folder with train.jsonl.gz.")
+    batch_size: int = option(2048, "Examples in the gradient sum.")
+    noise_multiplier: float = option(0.6, "Noise relative to --max-grad-norm.")
+    max_grad_norm: float = option(1.0, "Clipping norm of one example.")
+    scheme: str = option("optimal", "How gradients are restored.", choices=("none", *EDGE_SCHEMES))
+    warm_loss: float = option(
+        0.36, "Train, without privacy, to this loss first; 0 measures the model as it is."
+    )
+    max_length: int = option(128, "Tokens a text is cut to.")
+    micro_batch_size: int = option(64, "Examples in memory at a time.")
+    seed: int = option(0, "Seed of every random choice.")
+    device: str = option("cpu", "Device of the model: cpu or cuda.")
+
+    def __post_init__(self) -> None:
+        _validate.choice("--scheme", self.scheme, ["none", *EDGE_SCHEMES])
+        _validate.positive("--noise-multiplier", self.noise_multiplier)
+        _validate.integer("--batch-size", self.batch_size)
+        _validate.integer("--micro-batch-size", self.micro_batch_size)
+        _validate.real("--warm-loss", self.warm_loss, low=0)
 
 
 @app.command()
+@_console.options_of(Options)
 def main(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Hub id, folder or packaged name. Default: minilm if installed, else tiny."
-        ),
-    ] = "",
-    task: Annotated[
-        str, typer.Option(help="Task name, or a folder with train.jsonl.gz.")
-    ] = "generated",
-    batch_size: Annotated[int, typer.Option(help="Examples in the gradient sum.")] = 2048,
-    noise_multiplier: Annotated[
-        float, typer.Option(help="Noise relative to --max-grad-norm.")
-    ] = 0.6,
-    max_grad_norm: Annotated[float, typer.Option(help="Clipping norm of one example.")] = 1.0,
-    scheme: Annotated[
-        str, typer.Option(help=f"How to restore: none or {', '.join(EDGE_SCHEMES)}.")
-    ] = "optimal",
-    warm_loss: Annotated[
-        float,
-        typer.Option(
-            help="Train, without privacy, to this loss first; 0 measures the model as it is."
-        ),
-    ] = 0.36,
-    max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 128,
-    micro_batch_size: Annotated[int, typer.Option(help="Examples in memory at a time.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    given: dict[str, Any],
     output: Annotated[
         Path | None, typer.Option(help="Folder for spectra.json, .npz, .png and .pdf.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Measure one batch's clipped gradient sum, layer by layer. NON-PRIVATE."""
-    _validate.choice("--scheme", scheme, ["none", *EDGE_SCHEMES])
-    _validate.positive("--noise-multiplier", noise_multiplier)
-    _validate.integer("--batch-size", batch_size)
-    _validate.integer("--micro-batch-size", micro_batch_size)
-    _validate.real("--warm-loss", warm_loss, low=0)
+    asked = Options(**given)
+    from lowrank_dp import artifacts
+    from lowrank_dp.experiments import spectra
+    from lowrank_dp.experiments.gradients import GradientConfig, prepare
+
     gradients = GradientConfig(
-        model=model,
-        task=task,
-        max_grad_norm=max_grad_norm,
-        warm_loss=warm_loss or None,
-        max_length=max_length,
-        micro_batch_size=micro_batch_size,
-        seed=seed,
-        device=device,
+        model=asked.model,
+        task=asked.task,
+        max_grad_norm=asked.max_grad_norm,
+        warm_loss=asked.warm_loss or None,
+        max_length=asked.max_length,
+        micro_batch_size=asked.micro_batch_size,
+        seed=asked.seed,
+        device=asked.device,
     )
-    result = spectra.run(spectra.Config(gradients, batch_size, noise_multiplier, scheme))
+    config = spectra.Config(gradients, asked.batch_size, asked.noise_multiplier, asked.scheme)
+    source = prepare(gradients, asked.batch_size, _say_what_is_measured)
+    result = spectra.run(config, source)
     if output is not None:
-        artifacts.save_result(result, output, "spectra", seed=seed, device=device)
+        from lowrank_dp.plots.spectra import plot_spectra
+
+        artifacts.save_result(result, output, "spectra", seed=asked.seed, device=asked.device)
         artifacts.save_figure(plot_spectra(result), output, "spectra")
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "privacy": result.privacy,
-                    "ran_on": result.description,
-                    "loss": result.loss,
-                    "noise_std": result.noise_std,
-                    "headline": spectra.headline(result),
-                    "layers": [
-                        {
-                            "name": name,
-                            "shape": result.shapes[i].tolist(),
-                            "edge": float(result.edges[i]),
-                            "top_clean": float(result.clean[i, 0]),
-                            "top_noisy": float(result.noisy[i, 0]),
-                            "num_above_edge": int(result.num_above_edge[i]),
-                            "effective_rank_clean": float(result.effective_rank_clean[i]),
-                            "effective_rank_noisy": float(result.effective_rank_noisy[i]),
-                            "alignment_noisy": float(result.alignment_noisy[i]),
-                            "alignment_restored": float(result.alignment_restored[i]),
-                            "action": result.actions[i],
-                        }
-                        for i, name in enumerate(result.layers)
-                    ],
-                },
-                indent=1,
-            )
-        )
-        return
-    table = Table(
+        print(json.dumps(_document(result, spectra.headline(result)), indent=1))
+    else:
+        _print(result, spectra.headline(result))
+
+
+def _say_what_is_measured(description: str) -> None:
+    from rich.console import Console
+
+    say(Console(stderr=True), f"measures: {description}")
+
+
+def _document(result: Result, headline: dict[str, str]) -> dict[str, Any]:
+    return {
+        "privacy": result.privacy,
+        "ran_on": result.description,
+        "loss": result.loss,
+        "noise_std": result.noise_std,
+        "headline": headline,
+        "layers": [
+            {
+                "name": name,
+                "shape": result.shapes[i].tolist(),
+                "edge": float(result.edges[i]),
+                "top_clean": float(result.clean[i, 0]),
+                "top_noisy": float(result.noisy[i, 0]),
+                "num_above_edge": int(result.num_above_edge[i]),
+                "effective_rank_clean": float(result.effective_rank_clean[i]),
+                "effective_rank_noisy": float(result.effective_rank_noisy[i]),
+                "alignment_noisy": float(result.alignment_noisy[i]),
+                "alignment_restored": float(result.alignment_restored[i]),
+                "action": result.actions[i],
+            }
+            for i, name in enumerate(result.layers)
+        ],
+    }
+
+
+def _print(result: Result, headline: dict[str, str]) -> None:
+    from rich.console import Console
+
+    names, pattern = without_common_parts(result.layers)
+    columns = [
         "matrix",
         "shape",
         "edge",
         "top clean",
         "top noisy",
         "above",
-        "eff. rank",
-        "noisy",
-        "alignment",
-        scheme,
-    )
-    for i, name in enumerate(result.layers):
-        m, n = result.shapes[i]
-        table.add_row(
-            name.removesuffix(".weight"),
-            f"{m}×{n}",
+        "eff. rank clean",
+        "eff. rank noisy",
+        "align. noisy",
+        "align. after",
+    ]
+    rows = [
+        [
+            "×".join(map(str, result.shapes[i])),
             f"{result.edges[i]:.1f}",
             f"{result.clean[i, 0]:.1f}",
             f"{result.noisy[i, 0]:.1f}",
@@ -128,10 +147,14 @@ def main(
             f"{result.effective_rank_noisy[i]:.0f}",
             f"{result.alignment_noisy[i]:.3f}",
             f"{result.alignment_restored[i]:.3f}",
-        )
+        ]
+        for i in range(len(names))
+    ]
     console = Console()
-    console.print(table)
-    for what, value in spectra.headline(result).items():
-        console.print(f"{what}: {value}", highlight=False)
-    console.print(f"ran on: {result.description}", highlight=False, soft_wrap=True)
-    console.print(result.privacy, highlight=False, soft_wrap=True)
+    if pattern:
+        say(console, f"matrices: {pattern}")
+    print_table(console, columns, in_sections(names, rows))
+    for what, value in headline.items():
+        say(console, f"{what}: {value}")
+    say(console, f"ran on: {result.description}")
+    say(console, result.privacy)

@@ -1,275 +1,16 @@
-"""Examples to token rows, token rows to padded batches."""
+"""Collate token rows into padded batches, and sort rows of similar length into one batch."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_dp import _validate
-from lowrank_dp.data.examples import Example
 from lowrank_dp.losses import IGNORE
-
-SEPARATOR = "\n"  # between the source and the target of a generation example
-_FIELDS = {
-    "source": "source",
-    "prompt": "source",
-    "text": "source",
-    "target": "target",
-    "response": "target",
-}
-
-
-@dataclass(frozen=True)
-class Template:
-    """The text that a generation example is written into, around its source and its target.
-
-    The written text is ``before + source + between + target + after``. A template of plain text
-    has no target: ``between`` and ``after`` are empty and ``plain`` is True. A template without a
-    source has an empty ``before``.
-    """
-
-    before: str
-    between: str
-    after: str
-    has_source: bool = True
-    plain: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Template:
-        r"""The template that ``text`` spells.
-
-        ``{source}`` or ``{prompt}`` stands for the source, ``{target}`` or ``{response}`` for the
-        target, and ``{text}`` alone for a plain text. ``\n``, ``\t`` and ``\\`` are read as in a
-        Python string, because a shell passes them on as two characters.
-
-        Raises ``ValueError`` for a field that is unknown, twice there, or in another order.
-
-        >>> Template.parse("Q: {prompt} A: {target}").between
-        ' A: '
-        """
-        if not isinstance(text, str):
-            _validate.fail("template", "a text with {source} and {target}, or with {text}", text)
-        plain = re.sub(
-            r"\\(.)", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}.get(found[1], found[0]), text
-        )
-        pieces = re.split(r"\{(\w*)\}", plain)
-        fields = pieces[1::2]
-        roles = [_FIELDS.get(field) for field in fields]
-        if fields == ["text"]:
-            return cls(pieces[0], "", pieces[2], plain=True)
-        if roles == ["source", "target"] and fields[0] != "text":
-            return cls(pieces[0], pieces[2], pieces[4])
-        if roles == ["target"]:
-            return cls("", pieces[0], pieces[2], has_source=False)
-        return _validate.fail(
-            "template",
-            "a text with {source} (or {prompt}) and then {target} "
-            "(or {response}), once each, or with {text} alone",
-            text,
-        )
-
-    def parts(self, example: Example) -> tuple[str, str, str, str]:
-        """The written text of ``example`` in four parts: before, source, between, the scored."""
-        if self.plain:
-            return "", "", "", self.before + example.text + self.after
-        if example.target is None:
-            raise ValueError(f"{example.id} must have a target for a template with {{target}}")
-        source = example.text if self.has_source else ""
-        return self.before, source, self.between, example.target + self.after
-
-
-def encode(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    *,
-    kind: str,
-    max_length: int | None = None,
-    with_target: bool = True,
-    template: str | None = None,
-) -> list[dict[str, Any]]:
-    """Token rows, one an example, in order: ``input_ids``, ``labels``, ``token_type_ids`` if used.
-
-    Classification and regression: the text or the pair with the tokenizer's special tokens; what
-    exceeds ``max_length`` is cut from the longer text of a pair. Generation: source, a line break,
-    target, end of sequence; the labels are -100 on everything before the target, and what exceeds
-    ``max_length`` is cut from the end of the source, never from the target. ``with_target=False``
-    gives the prompts alone, to generate from.
-
-    ``template`` is for causal language models that were trained elsewhere; its form is that of
-    :meth:`Template.parse`. The whole written text is then tokenised at once, with the tokenizer's
-    own special tokens. With ``{target}``, the tokens of the target and of what the template writes
-    after the target are labelled, and an end of sequence is added. With ``{text}``, all tokens but
-    the first are labelled, no end of sequence is added, and what exceeds ``max_length`` is cut
-    from the end.
-
-    Without ``max_length`` nothing is cut: a text longer than the model's context is an error, as is
-    a target that leaves no room for its source, each named by its id.
-    """
-    _validate.choice("kind", kind, ("classification", "regression", "generation"))
-    if not examples:
-        _validate.fail("examples", "non-empty", examples)
-    context = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
-    if max_length is not None:
-        max_length = _validate.integer("max_length", max_length, high=context or math.inf)
-    if template is not None:
-        if kind != "generation" or not with_target:
-            _validate.fail(
-                "template", "None but for texts that a causal language model scores", template
-            )
-        form = Template.parse(template)
-        rows = (
-            _encode_plain(examples, tokenizer, max_length, form)
-            if form.plain
-            else (_encode_template(examples, tokenizer, max_length, form))
-        )
-    else:
-        build = _encode_generation if kind == "generation" else _encode_classification
-        rows = build(examples, tokenizer, max_length, with_target)
-    for example, row in zip(examples, rows, strict=True):
-        if context and len(row["input_ids"]) > context:
-            raise ValueError(
-                f"{example.id} has {len(row['input_ids'])} tokens, more than the "
-                f"model's context of {context}; give a max_length to cut it"
-            )
-    return rows
-
-
-def _encode_classification(
-    examples: Sequence[Example], tokenizer: Any, max_length: int | None, with_target: bool
-) -> list[dict[str, Any]]:
-    pairs = [e.text_pair for e in examples if e.text_pair is not None]
-    if pairs and len(pairs) < len(examples):
-        raise ValueError("examples must all have a text_pair, or none")
-    encoded = tokenizer(
-        [e.text for e in examples],
-        pairs or None,
-        max_length=max_length,
-        truncation=max_length is not None,
-        verbose=False,
-    )
-    # a blank text under a tokenizer without special tokens still needs one position to read
-    blank = [tokenizer.eos_token_id]
-    rows: list[dict[str, Any]] = [{"input_ids": ids or blank} for ids in encoded["input_ids"]]
-    for i, kinds in enumerate(encoded.get("token_type_ids", ())):
-        rows[i]["token_type_ids"] = kinds or [0]
-    if with_target:
-        for example, row in zip(examples, rows, strict=True):
-            if example.label is None:
-                raise ValueError(f"{example.id} must have a label")
-            row["labels"] = example.label
-    return rows
-
-
-def _encode_generation(
-    examples: Sequence[Example], tokenizer: Any, max_length: int | None, with_target: bool
-) -> list[dict[str, Any]]:
-    _require_eos(tokenizer)
-
-    def tokens(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    # parts are tokenised apart, so that the prompt is the same with and without its target
-    opening = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    separator = tokens([SEPARATOR])[0]
-    sources = tokens([e.text for e in examples])
-    targets: list[list[int]] = [[] for _ in examples]
-    if with_target:
-        if missing := [e.id for e in examples if e.target is None]:
-            raise ValueError(f"{missing[0]} must have a target")
-        targets = [
-            [*ids, tokenizer.eos_token_id] for ids in tokens([e.target or "" for e in examples])
-        ]
-    rows = []
-    for example, source, target in zip(examples, sources, targets, strict=True):
-        source = _cut(example, source, len(opening) + len(separator), len(target), max_length)
-        prompt = [*opening, *source, *separator]
-        row = {"input_ids": prompt + target}
-        if with_target:
-            row["labels"] = [IGNORE] * len(prompt) + target
-        rows.append(row)
-    return rows
-
-
-def _cut(
-    example: Example, source: list[int], others: int, target: int, max_length: int | None
-) -> list[int]:
-    """The source's tokens that fit beside the target's and ``others``."""
-    if max_length is None:
-        return source
-    room = max_length - others - target
-    if room < min(1, len(source)):
-        raise ValueError(
-            f"{example.id} has a target of {target} tokens, which leaves no room for "
-            f"its source in a max_length of {max_length}"
-        )
-    return source[:room]
-
-
-def _encode_template(
-    examples: Sequence[Example], tokenizer: Any, max_length: int | None, template: Template
-) -> list[dict[str, Any]]:
-    """Rows of written texts, whose target is found by the characters that each token covers."""
-    _require_eos(tokenizer)
-    if not tokenizer.is_fast:
-        raise ValueError(
-            "template needs a tokenizer that tells which characters a token covers: "
-            "save the checkpoint with its fast tokenizer (tokenizer.json)"
-        )
-    parts = [template.parts(example) for example in examples]
-    encoded = tokenizer(
-        ["".join(four) for four in parts], return_offsets_mapping=True, verbose=False
-    )
-    rows = []
-    for example, four, ids, spans in zip(
-        examples, parts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        begin, end, scored = (sum(map(len, four[:count])) for count in (1, 2, 3))
-        # a token that covers a space of the template and the target's first word is the target's
-        first = next(
-            (i for i, (left, right) in enumerate(spans) if right > max(scored, left)), len(ids)
-        )
-        inside = [
-            i for i, (left, right) in enumerate(spans[:first]) if begin <= left < right <= end
-        ]
-        start, stop = (inside[0], inside[-1] + 1) if inside else (first, first)
-        target = ids[first:]
-        if target[-1:] != [tokenizer.eos_token_id]:
-            target = [*target, tokenizer.eos_token_id]
-        source = _cut(example, ids[start:stop], first - (stop - start), len(target), max_length)
-        prompt = [*ids[:start], *source, *ids[stop:first]]
-        rows.append({"input_ids": prompt + target, "labels": [IGNORE] * len(prompt) + target})
-    return rows
-
-
-def _encode_plain(
-    examples: Sequence[Example], tokenizer: Any, max_length: int | None, template: Template
-) -> list[dict[str, Any]]:
-    """Rows of whole texts; the first token has none before it that could predict it."""
-    encoded = tokenizer(
-        [template.parts(example)[3] for example in examples],
-        verbose=False,
-        max_length=max_length,
-        truncation=max_length is not None,
-    )
-    rows = []
-    for example, ids in zip(examples, encoded["input_ids"], strict=True):
-        if len(ids) < 2:
-            raise ValueError(
-                f"{example.id} has {len(ids)} tokens, and a text must have 2 for one "
-                "of them to be scored: leave it out, or give a larger max_length"
-            )
-        rows.append({"input_ids": ids, "labels": [IGNORE, *ids[1:]]})
-    return rows
-
-
-def _require_eos(tokenizer: Any) -> None:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an end-of-sequence token to generate text")
 
 
 def collate(
@@ -279,13 +20,20 @@ def collate(
     side: str = "right",
     length: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """One batch of (B, T) ``input_ids`` and ``attention_mask``, padded to one length.
+    """Collate token rows into one batch, padded to one length.
 
-    T is ``length``, or that of the longest row if ``length`` is None. A row that is longer than
-    ``length`` raises ``ValueError``.
+    Args:
+        rows: token rows of :func:`encode`, all with the same keys.
+        pad_token_id: the token on padding.
+        side: the side of the padding: "right", or "left" for prompts to generate from.
+        length: tokens per row; None takes the length of the longest row.
 
-    ``token_type_ids`` (B, T) if the rows have them; ``labels`` (B,) int64 classes or float32 scores
-    or, for generation, (B, T) with -100 on padding. ``side="left"`` is for generating.
+    Returns:
+        ``input_ids`` and ``attention_mask`` (B, T); ``token_type_ids`` (B, T) if the rows have
+        them; ``labels``: (B,) int64 classes, (B,) float32 scores or, for generation, (B, T) int64
+        with -100 on padding.
+
+    Raises ValueError for no rows, rows with different keys, and a row longer than ``length``.
     """
     _validate.choice("side", side, ("right", "left"))
     if not rows:
@@ -301,13 +49,11 @@ def collate(
     length = longest if length is None else length
 
     def padded(sequences: Iterable[Sequence[int]], fill: int) -> torch.Tensor:
-        padding = [[fill] * length] * len(rows)
-        return torch.tensor(
-            [
-                [*ids, *empty[len(ids) :]] if side == "right" else [*empty[len(ids) :], *ids]
-                for ids, empty in zip(sequences, padding, strict=True)
-            ]
-        )
+        tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+        together = pad_sequence(tensors, True, fill, padding_side=side)
+        left_over = length - together.shape[1]
+        ends = (0, left_over) if side == "right" else (left_over, 0)
+        return functional.pad(together, ends, value=fill)
 
     batch = {
         "input_ids": padded((row["input_ids"] for row in rows), pad_token_id),
@@ -333,11 +79,11 @@ def micro_batches(
     side: str = "right",
     length: int | None = None,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """``(indices, batch)`` over all rows, of similar length within a batch; ``indices[j]`` is the
-    position in ``rows`` of the batch's row ``j``. No rows give no batch. Each batch is padded to
-    its longest row, or to ``length``.
+    """Yield ``(indices, batch)`` over all rows, with rows of similar length in one batch.
 
-    The longest come first, so that a batch too large for the memory fails at once.
+    ``indices[j]`` is the position in ``rows`` of the batch's row ``j``. Each batch is padded to its
+    longest row, or to ``length``. The longest rows come first, so that a batch too large for the
+    memory fails at once. No rows give no batch.
     """
     batch_size = _validate.integer("batch_size", batch_size)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))

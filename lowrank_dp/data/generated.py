@@ -1,11 +1,11 @@
 """Generated English: sentiment sentences and tables with descriptions, private and public.
 
-Sentiment is decided by composition, not by counting words: the adjective, whether it is negated,
-and which of two clauses carries the verdict. Tables are in E2E's form, ``name[...], food[...]``,
-with one to three descriptions each.
+The sentiment of a sentence follows from its composition, not from a count of words: from the
+adjective, from a negation, and from which of two clauses carries the verdict. Tables have E2E's
+form, ``name[...], food[...]``, and one to three descriptions each.
 
-A sentence or table is public or private by its own hash (:func:`_is_public`), so the public corpus
-is disjoint from every private set whatever the seeds.
+The hash of a sentence or table makes it public or private (:func:`_is_public`), so that the public
+corpus is disjoint from every private data set for all seeds.
 """
 
 from __future__ import annotations
@@ -148,7 +148,10 @@ ATTRIBUTES = {
 def sentiment(
     seed: int, num_train: int = 4000, num_validation: int = 1000
 ) -> dict[str, list[tuple[str, int]]]:
-    """Private (text, label) pairs, all texts distinct; train and validation share their law."""
+    """Generate private pairs (text, label) with distinct texts; label 1 is positive.
+
+    The train and validation splits have the same distribution.
+    """
     rows = _distinct(_sentence, _rng("sentiment", seed), public=False)
     return {"train": _take(rows, num_train), "validation": _take(rows, num_validation)}
 
@@ -156,7 +159,10 @@ def sentiment(
 def tables(
     seed: int, num_train: int = 1500, num_others: int = 200
 ) -> dict[str, list[tuple[str, str]]]:
-    """Private (table, description) pairs; the sizes count tables, and no two splits share one."""
+    """Generate private pairs (table, description); no two splits share a table.
+
+    ``num_train`` and ``num_others`` (of validation and of test) count tables, not pairs.
+    """
     rng = _rng("tables", seed)
     found = _distinct(_table, rng, public=False)
     sizes = {"train": num_train, "validation": num_others, "test": num_others}
@@ -171,7 +177,7 @@ def tables(
 
 
 def corpus(num_texts: int, seed: int) -> list[str]:
-    """Public texts: half sentences, half a table with its description on the next line."""
+    """Generate public texts: half sentences, half tables with a description on the next line."""
     rng = _rng("corpus", seed)
     sentences = _distinct(_sentence, rng, public=True)
     found = _distinct(_table, rng, public=True)
@@ -186,7 +192,7 @@ def corpus(num_texts: int, seed: int) -> list[str]:
 
 
 def _sentence(rng: random.Random) -> tuple[str, int]:
-    """A sentence with its label (1 positive)."""
+    """Generate a sentence and its label (1 positive)."""
     first, second = rng.sample(SUBJECTS, 2)
     label = rng.randrange(2)
     verdict, opposite = _predicate(rng, label), _predicate(rng, 1 - label)
@@ -209,7 +215,7 @@ def _sentence(rng: random.Random) -> tuple[str, int]:
 
 
 def _predicate(rng: random.Random, label: int) -> str:
-    """A verb phrase of the given polarity; one in seven reaches it through a negation."""
+    """Generate a verb phrase of the given polarity, with a negation in one of seven."""
     negated = rng.random() < 1 / 7
     word = rng.choice(POSITIVE if label != negated else NEGATIVE)
     if negated:
@@ -218,7 +224,7 @@ def _predicate(rng: random.Random, label: int) -> str:
 
 
 def _table(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """A table in E2E's form with its values."""
+    """Generate a table in E2E's form, and its values."""
     values = {"name": f"The {rng.choice(FIRST)} {rng.choice(SECOND)}"}
     chosen = set(rng.sample(sorted(ATTRIBUTES), rng.randint(2, 5)))
     values |= {key: rng.choice(options) for key, options in ATTRIBUTES.items() if key in chosen}
@@ -226,7 +232,7 @@ def _table(rng: random.Random) -> tuple[str, dict[str, str]]:
 
 
 def _descriptions(values: dict[str, str], rng: random.Random) -> list[str]:
-    """One to three different descriptions of one table; each says everything in it."""
+    """Generate one to three different descriptions of a table; each gives all its values."""
     texts = {_description(values, rng) for _ in range(rng.randint(1, 3))}
     return sorted(texts)
 
@@ -265,14 +271,14 @@ def _description(values: dict[str, str], rng: random.Random) -> str:
 
 
 def _is_public(text: str) -> bool:
-    """One in four texts, by its own hash."""
+    """Tell whether a text is public: one text in four is, by its hash."""
     return hashlib.sha256(text.encode()).digest()[0] % 4 == 0
 
 
 def _distinct(
     make: Callable[[random.Random], tuple[str, T]], rng: random.Random, *, public: bool
 ) -> Iterator[tuple[str, T]]:
-    """Endless pairs from ``make`` whose first parts are distinct and on the asked side."""
+    """Yield pairs from ``make`` without end; their texts are distinct and on one side."""
     seen: set[str] = set()
     while True:
         text, value = make(rng)

@@ -1,12 +1,12 @@
-"""Subsets of records that adding one record hardly changes, and subsets of an exact size.
+"""Subsets of records for max_examples, hold-outs and members, each record chosen alone.
 
-Private training reads a part of a data set where the user asks for a number of records, for a
-hold-out, or for random members. Differential privacy compares two data sets that differ by one
-record, so that record must not displace another one. :func:`draw` therefore decides on each unit
-alone: a keyed hash of the unit's content, as a number from 0 to 1, is compared with a threshold.
-The size of such a subset is random, as the size of a Poisson sample is.
+Private training reads a part of a data set if the user asks for a number of records, for a
+hold-out or for random members. Differential privacy compares two data sets that differ in one
+record, so adding a record must not displace another record. :func:`draw` therefore decides on each
+unit of privacy alone: it compares a keyed hash of the unit's content, as a number from 0 to 1, with
+a threshold. The size of such a subset is random, like the size of a Poisson sample.
 
-:func:`subset` has an exact size instead, and is for records that no training reads.
+:func:`subset` has an exact size instead. It is for records that no private training reads.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from lowrank_dp.data.examples import Example
 
 T = TypeVar("T")
 _BITS = 64
-_LOOKED_AT = 5000  # records, by require_alone
+_MOST_CHECKED = 5000  # records that require_alone looks at
 
 
 def group_units(examples: Iterable[Example], unit: str) -> list[list[Example]]:
-    """The units of privacy, in order of first appearance: each row, or all rows of a group."""
+    """Group examples into units of privacy, in order of first appearance.
+
+    A unit is one example, or, with ``unit="group"``, all examples of one group.
+    """
     units: dict[str, list[Example]] = {}
     for example in examples:
         units.setdefault(example.group if unit == "group" else example.id, []).append(example)
@@ -34,13 +37,13 @@ def group_units(examples: Iterable[Example], unit: str) -> list[list[Example]]:
 
 
 def rounded_count(count: int) -> int:
-    """The perfect square nearest to ``count``, which a threshold depends on in place of it.
+    """Round ``count`` to the nearest perfect square, for use in a threshold.
 
     The threshold of a subset of ``size`` of ``count`` units is ``size / rounded_count(count)``.
-    With the count itself the threshold would move, and with it other units' membership, whenever
-    one unit is added. The rounded count moves at one in 2 sqrt(count) sizes only, and differs from
-    the count by at most sqrt(count): the error that it makes in the subset's size is at most one
-    standard deviation of that size.
+    With ``count`` itself, each added unit would move the threshold and so the membership of other
+    units. The rounded count changes at only one in 2 sqrt(count) values of ``count``. It differs
+    from ``count`` by at most sqrt(count), so the error in the subset's size is at most one standard
+    deviation of that size.
 
     >>> [rounded_count(n) for n in (400, 401, 420, 421, 67_349, 67_350)]
     [400, 400, 400, 441, 67600, 67600]
@@ -50,10 +53,10 @@ def rounded_count(count: int) -> int:
 
 
 def threshold(size: int, count: int) -> float:
-    """The probability in [0, 1] that chooses ``size`` of ``count`` units on average.
+    """Return the probability, in [0, 1], that chooses ``size`` of ``count`` units on average.
 
-    The probability is ``size / rounded_count(count)``, and 1 where the two round alike or
-    ``size`` is larger, so that no unit is dropped for a rounding.
+    The probability is ``size / rounded_count(count)``. It is 1 if ``size`` and ``count`` round to
+    the same square or ``size`` is larger, so that rounding alone drops no unit.
 
     >>> threshold(100, 400), threshold(100, 401), threshold(400, 401), threshold(500, 400)
     (0.25, 0.25, 1.0, 1.0)
@@ -70,16 +73,19 @@ def draw(
     *,
     copies: str = "together",
 ) -> list[bool]:
-    """For each unit, whether a keyed hash of the unit's content falls below ``probability``.
+    """Choose each unit whose content has a keyed hash below ``probability``.
 
     Args:
-        contents: what identifies each unit, as :func:`unit_content` gives it.
+        contents: the content of each unit, as :func:`unit_content` gives it.
         probability: the threshold, in [0, 1].
-        purpose, seed: the key. Draws of different purposes or seeds are independent.
-        copies: of units with the same content. "together": all are chosen or none is, so that a
-            copy of a held-out row is not trained on. "apart": the n-th copy is hashed with its
-            number, so that each unit has an independent coin. Either way, a unit that is added
-            changes the multiset of chosen contents by at most that unit.
+        purpose, seed: the key of the hash. Draws with different keys are independent.
+        copies: how units with the same content are chosen. "together": all or none, so that no
+            copy of a held-out row is trained on. "apart": the n-th copy is hashed with its number,
+            so that each unit is drawn independently.
+
+    Returns:
+        For each unit, whether it is chosen. In either mode, adding a unit changes the multiset of
+        chosen contents by at most that unit.
     """
     key = hashlib.sha256(f"lowrank_dp {purpose} {seed}".encode()).digest()
     limit = int(probability * 2**_BITS)
@@ -94,10 +100,10 @@ def draw(
 
 
 def unit_content(unit: Sequence[Example]) -> str:
-    """What a unit of privacy is hashed by: one row to the letter, or the id of a group of rows.
+    """Return the text by which a unit of privacy is hashed: a row's content, or a group's id.
 
-    The label counts, because two rows may differ in the label only. The row's id does not count,
-    because a row that is inserted shifts the numbers of the rows behind it.
+    The content includes the label, because two rows may differ in the label only. It excludes the
+    row's id, because an inserted row shifts the numbers of all rows after it.
     """
     row = unit[0]
     if len(unit) > 1:
@@ -107,18 +113,18 @@ def unit_content(unit: Sequence[Example]) -> str:
 
 
 def has_group(example: Example) -> bool:
-    """Whether the row is known to belong to a source record or to a value of a group column."""
+    """Tell whether the row belongs to a known source record or value of a group column."""
     return example.group not in ("", example.id)
 
 
 def partition(
     examples: Sequence[Example], probability: float, purpose: str, seed: int | str
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The rows whose groups :func:`draw` chooses with ``probability``, and the other rows.
+    """Partition rows into those whose groups :func:`draw` chooses, and the other rows.
 
     The expected number of chosen rows is ``probability * len(examples)``; both parts keep the
-    order of the rows. A known group is hashed by its id alone, so that a row more in a group moves
-    no other row. A row without a known group is hashed by its content; copies stay together.
+    order of the rows. A known group is hashed by its id alone, so that adding a row to a group
+    moves no other row. A row without a known group is hashed by its content; copies stay together.
     """
     contents = [f"group {e.group}" if has_group(e) else unit_content([e]) for e in examples]
     chosen = draw(contents, probability, purpose, seed)
@@ -134,14 +140,15 @@ def require_alone(
     content: Callable[[T], str],
     option: str,
 ) -> None:
-    """Raise ``ValueError`` if ``choose`` does not decide on each of ``everything`` alone.
+    """Raise ValueError if ``choose`` does not decide on each record alone.
 
-    ``choose`` gives the chosen ones of a sequence. It is called on the first thousands, and again
-    without the first that it chose, and without the first that it did not choose: all others must
-    fare as before. They are told apart by their ``content``, so that the order of equal ones does
-    not matter.
+    ``choose`` returns the chosen records of a sequence. The function calls it on the first 5,000
+    records of ``everything``, again without the first record that it chose, and again without the
+    first record that it did not choose. The choice among all other records must be the same.
+    Records are compared by ``content``, so the order of copies does not matter. ``option`` names
+    the user's option in the message.
     """
-    everything = everything[:_LOOKED_AT]
+    everything = everything[:_MOST_CHECKED]
     chosen = choose(everything)
     before, taken = Counter(map(content, chosen)), {*map(id, chosen)}
     for side in (True, False):
@@ -159,11 +166,11 @@ def require_alone(
 
 
 def subset(examples: tuple[Example, ...], size: int, seed: str) -> tuple[Example, ...]:
-    """At most ``size`` examples in their own order: whole groups, in random order, that fit.
+    """Choose at most ``size`` examples, as whole groups; the examples keep their order.
 
-    ``seed`` alone decides which groups. One example more in ``examples`` may change the whole
-    subset, so private training must not read the subset: it is for evaluation and attacks.
-    Raises ``ValueError`` if no group has at most ``size`` examples.
+    The groups are shuffled by ``seed``, and each group that still fits is taken. Adding one example
+    may change the whole subset, so private training must not read it: the function is for
+    evaluation and attacks. Raises ValueError if no group has at most ``size`` examples.
     """
     if len(examples) <= size:
         return examples

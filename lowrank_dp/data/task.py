@@ -1,29 +1,77 @@
-"""A task: named splits of examples, and what kind of task they make."""
+"""Tasks: named splits of examples, and the declaration of where a task lies."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from lowrank_dp.data.examples import Example, Spec
+from lowrank_dp.data.examples import Example
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Where a task lies, and what its columns mean.
+
+    Attributes:
+        folder: folder of the task inside a local data folder.
+        hub_id, config, revision: the data set on the Hugging Face hub.
+        text, pair, target, label: names of the columns.
+        group: name of the column that rows of one person share, or None.
+        labels: names of the classes in the order of their numbers; () for a score or a reference.
+        score_range: smallest and largest score.
+        metrics: names of the task's metrics.
+        splits: pairs of a split's name here and its name in files and on the hub.
+    """
+
+    folder: str
+    hub_id: str
+    config: str | None
+    text: str
+    pair: str | None = None
+    target: str | None = None
+    label: str = "label"
+    group: str | None = None
+    labels: tuple[str, ...] = ()
+    score_range: tuple[float, float] = (-math.inf, math.inf)
+    metrics: tuple[str, ...] = ("accuracy",)
+    splits: tuple[tuple[str, str], ...] = (("train", "train"), ("validation", "validation"))
+    revision: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Kind of the task: "generation", "classification" or "regression"."""
+        return "generation" if self.target else "classification" if self.labels else "regression"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named task with its splits; ``source`` says where the examples came from."""
+    """A named task with its splits.
+
+    Attributes:
+        name: name of the task; for own data, the name of its file or folder.
+        kind: "classification", "regression" or "generation".
+        num_labels: number of classes; 1 for regression, 0 for generation.
+        label_names: names of the classes in the order of their numbers.
+        metrics: names of the task's metrics.
+        splits: the examples of each split.
+        source: where the examples come from, in words.
+        unused: columns of a user's own files that are not read.
+        warning: one line on what looks wrong with a user's own files, or "".
+    """
 
     name: str
-    kind: str  # "classification", "regression", "generation"
-    num_labels: int  # 1 for regression, 0 for generation
+    kind: str
+    num_labels: int
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     splits: Mapping[str, tuple[Example, ...]]
     source: str
-    unused: tuple[str, ...] = ()  # columns of a user's own files that are not read
-    warning: str = ""  # a line that names them
+    unused: tuple[str, ...] = ()
+    warning: str = ""
 
     def split(self, name: str) -> tuple[Example, ...]:
-        """The examples of one split; a ``ValueError`` that says what there is instead."""
+        """Return the examples of one split; raise ValueError, with a hint, if there is none."""
         if name not in self.splits:
             hint = ""
             if name == "train" and "test" in self.splits:
@@ -44,21 +92,24 @@ class Task:
 
     @property
     def train(self) -> tuple[Example, ...]:
-        """The split to train on."""
+        """Examples to train on."""
         return self.split("train")
 
     @property
     def validation(self) -> tuple[Example, ...]:
-        """The split to evaluate on (MNLI: the matched one)."""
+        """Examples to evaluate on; for MNLI, the matched split."""
         return self.split("validation")
 
     @property
     def test(self) -> tuple[Example, ...]:
-        """The test split, where its answers are public."""
+        """Examples of the test split; ValueError if its labels are not public."""
         return self.split("test")
 
-    def restrict(self, ids: Iterable[str], split: str = "train") -> Task:
-        """The task with ``split`` cut down to ``ids``, in the split's own order."""
+    def select(self, ids: Iterable[str], split: str = "train") -> Task:
+        """Return the task with only the examples ``ids`` in ``split``, in the split's own order.
+
+        Raises ValueError if the split lacks one of the ids.
+        """
         wanted = set(ids)
         kept = tuple(e for e in self.split(split) if e.id in wanted)
         if len(kept) < len(wanted):
@@ -71,9 +122,10 @@ class Task:
 
 
 def train_on_validation(task: Task) -> Task:
-    """``validation`` as the train split and ``test`` as validation, for DART without its train.
+    """Return the task with ``validation`` as its train split and ``test`` as its validation split.
 
-    Groups that also occur in test are left out of the new train split; ``source`` says how many.
+    Use the function for a task without a train split, such as a local copy of DART. Groups that
+    also occur in test are left out of the new train split; ``source`` gives their number.
     """
     in_test = {e.group for e in task.test}
     train = tuple(e for e in task.validation if e.group not in in_test)
@@ -87,9 +139,9 @@ def train_on_validation(task: Task) -> Task:
 
 
 def build_task(
-    name: str, spec: Spec, splits: Mapping[str, tuple[Example, ...]], source: str
+    name: str, spec: TaskSpec, splits: Mapping[str, tuple[Example, ...]], source: str
 ) -> Task:
-    """A task of checked examples; ``ValueError`` if a split is empty or none is there."""
+    """Make a task of checked examples; raise ValueError if a split is empty or none is given."""
     num_labels = {"classification": len(spec.labels), "regression": 1, "generation": 0}[spec.kind]
     if not splits:
         raise ValueError(f"{name}: {source} must hold at least one split, found none")

@@ -1,4 +1,4 @@
-"""Tasks by name, from a local folder, the Hugging Face hub or the generator; own files by path.
+"""Table of the known tasks (GLUE, E2E, DART); load a task by name, or own data by path.
 
 Sources of the tasks: GLUE, Wang et al., ICLR 2019; E2E, Novikova et al., SIGDIAL 2017; DART, Nan et
 al., NAACL 2021.
@@ -18,15 +18,16 @@ from typing import Any, NoReturn
 from lowrank_dp import _validate
 from lowrank_dp._hub import hub_reachable, hub_switched_off, offline_requested
 from lowrank_dp.data import generated
-from lowrank_dp.data.examples import Example, Spec, read_jsonl, record_group, to_examples
+from lowrank_dp.data.examples import Example, record_group
+from lowrank_dp.data.formats import SUFFIXES, read_jsonl
 from lowrank_dp.data.own import Columns, own_task
-from lowrank_dp.data.readers import SUFFIXES
+from lowrank_dp.data.rows import to_examples
 from lowrank_dp.data.selection import partition, require_alone, threshold
-from lowrank_dp.data.task import Task, build_task
+from lowrank_dp.data.task import Task, TaskSpec, build_task
 
 
-def _glue(config: str, text: str, pair: str | None = None, **others: Any) -> Spec:
-    return Spec(f"glue/{config}", "nyu-mll/glue", config, text, pair, **others)
+def _glue(config: str, text: str, pair: str | None = None, **others: Any) -> TaskSpec:
+    return TaskSpec(f"glue/{config}", "nyu-mll/glue", config, text, pair, **others)
 
 
 _WITH_TEST = (("train", "train"), ("validation", "validation"), ("test", "test"))
@@ -35,9 +36,9 @@ _WITH_TEST = (("train", "train"), ("validation", "validation"), ("test", "test")
 _PARQUET = "refs/convert/parquet"
 _ENTAILS = ("entailment", "not_entailment")
 
-# Names, label order and metrics are those of the hub's nyu-mll/glue. GLUE's test labels are not
-# public, so its test splits are not read.
-TASKS: dict[str, Spec | None] = {
+# Names, label order and metrics are those of nyu-mll/glue on the hub. GLUE's test splits are left
+# out, because their labels are not public.
+TASKS: dict[str, TaskSpec | None] = {
     "cola": _glue("cola", "sentence", labels=("unacceptable", "acceptable"), metrics=("matthews",)),
     "sst2": _glue("sst2", "sentence", labels=("negative", "positive")),
     "mrpc": _glue(
@@ -71,7 +72,7 @@ TASKS: dict[str, Spec | None] = {
     "qnli": _glue("qnli", "question", "sentence", labels=_ENTAILS),
     "rte": _glue("rte", "sentence1", "sentence2", labels=_ENTAILS),
     "wnli": _glue("wnli", "sentence1", "sentence2", labels=("not_entailment", "entailment")),
-    "e2e": Spec(
+    "e2e": TaskSpec(
         "e2e",
         "tuetschek/e2e_nlg",
         None,
@@ -81,7 +82,7 @@ TASKS: dict[str, Spec | None] = {
         splits=_WITH_TEST,
         revision=_PARQUET,
     ),
-    "dart": Spec(
+    "dart": TaskSpec(
         "dart",
         "Yale-LILY/dart",
         None,
@@ -91,9 +92,10 @@ TASKS: dict[str, Spec | None] = {
         splits=_WITH_TEST,
         revision=_PARQUET,
     ),
-    "generated": None,  # sentiment, made in memory
-    "generated-table": None,  # table to text, made in memory
+    "generated": None,  # sentiment, generated in memory
+    "generated-table": None,  # table to text, generated in memory
 }
+_ALIASES = {"e2enlg": "e2e", "mnlimatched": "mnli", "generatedsentiment": "generated"}
 
 
 def load_task(
@@ -108,44 +110,40 @@ def load_task(
     columns: Columns | None = None,
     warn: bool = True,
 ) -> Task:
-    """A task by name, or the user's own data by path.
+    """Load a task by its name, or the user's own data by path.
 
-    A name is looked for in ``data_dir`` (``glue/sst2/train.jsonl.gz``, ``e2e/...``), else in the
-    folder that ``LOWRANK_DP_DATA`` names, else on the hub (``hub_id`` and ``revision`` replace the
-    defaults there). A path is a file in CSV, TSV, JSON Lines, JSON or Parquet, which becomes the
-    train split; a folder with one file per split; or a folder that ``datasets.save_to_disk`` made.
-    ``columns`` names the columns of such data; without it, columns that are called as GLUE's,
-    E2E's or DART's, or source and target, are found by their names. Of a named task nothing is
-    dropped: blank texts stay (one DART test reference is empty as released). Of own data, an empty
-    cell is refused.
+    Args:
+        name: name of a task, or path of own data: a file in CSV, TSV, JSON Lines, JSON or Parquet,
+            which becomes the train split; a folder with one file per split; or a folder that
+            ``datasets.save_to_disk`` wrote.
+        data_dir: folder with a named task's files (``glue/sst2/train.jsonl.gz``, ``e2e/...``).
+            None takes the folder that ``LOWRANK_DP_DATA`` names, and else the hub.
+        hub_id, revision: on the hub, in place of the task's defaults.
+        offline: whether to leave the hub alone; None asks the environment, then the hub.
+        max_examples: the expected number of rows to keep of each split, in whole groups. Each group
+            is chosen alone, by a keyed hash against a threshold (``selection.partition``), so
+            that adding a record changes the membership of that record only.
+        seed: the seed of that choice and of the generated tasks.
+        columns: names of the columns of own data. Without them, columns that are called as in
+            GLUE, E2E or DART, or source and target, are found by their names.
+        warn: whether a ``UserWarning`` gives the ``warning`` of own data.
 
-    ``max_examples`` is the expected number of rows that are kept of each split. ``seed`` chooses
-    whole groups, so that the references of one record stay together. Each group is chosen alone,
-    by a keyed hash against a threshold (``selection.partition``), so that one more record in the
-    data changes the membership of that record only. ``seed`` also drives the generated tasks.
+    A named task keeps all its rows, blank texts included (DART has one blank reference in test). An
+    empty cell of own data is an error.
 
-    ``warn`` lets one ``UserWarning`` name the columns of own data that are not read; the same line
-    is the task's ``warning``. ``offline=None`` asks the environment, then whether the hub can be
-    reached.
-
-    Raises ``ValueError`` in one line: unknown name (the nearest is given), a broken file (its name
-    and line), a hub out of reach (what to use instead), a subset without any record.
+    Raises ValueError in one line: an unknown name (with the nearest known name), a broken file
+    (with its name and line), a hub out of reach (with the alternatives), a subset without records.
     """
     if max_examples is not None:
         max_examples = _validate.integer("max_examples", max_examples)
-    key = re.sub(r"[-_ ]", "", str(name).lower().removeprefix("glue/"))
-    known = {re.sub("-", "", task): task for task in TASKS} | {
-        "e2enlg": "e2e",
-        "mnlimatched": "mnli",
-        "generatedsentiment": "generated",
-    }
-    if key in known and columns:
+    known = _known_name(name)
+    if known and columns:
         raise ValueError(
             f"text_column, label_column and the like name columns of your own data, "
-            f"and {known[key]}'s are known: leave them out, or give a path"
+            f"and {known}'s are known: leave them out, or give a path"
         )
-    if key in known:
-        task = _named_task(known[key], data_dir, revision, offline, seed, hub_id)
+    if known:
+        task = _named_task(known, data_dir, revision, offline, seed, hub_id)
     elif Path(name).expanduser().exists():
         task = own_task(Path(name).expanduser(), columns or Columns())
         if warn and task.warning:
@@ -156,17 +154,18 @@ def load_task(
         _validate.choice("task", str(name), TASKS)
     if max_examples is None:
         return task
-    return replace(
-        task,
-        splits={
-            split: _about(examples, max_examples, split, seed)
-            for split, examples in task.splits.items()
-        },
-    )
+    splits = {k: _about(rows, max_examples, k, seed) for k, rows in task.splits.items()}
+    return replace(task, splits=splits)
+
+
+def _known_name(name: str | os.PathLike[str]) -> str | None:
+    """Find the task that ``name`` spells, whatever its case and hyphens are: "SST-2" is "sst2"."""
+    key = re.sub(r"[-_ ]", "", str(name).lower().removeprefix("glue/"))
+    return ({task.replace("-", ""): task for task in TASKS} | _ALIASES).get(key)
 
 
 def _about(examples: tuple[Example, ...], size: int, split: str, seed: int) -> tuple[Example, ...]:
-    """About ``size`` examples, and at least one."""
+    """Choose about ``size`` examples of a split; raise ValueError if none is chosen."""
     share = threshold(size, len(examples))
 
     def choose(rows: Sequence[Example]) -> tuple[Example, ...]:
@@ -190,6 +189,7 @@ def _named_task(
     seed: int,
     hub_id: str | None,
 ) -> Task:
+    """Load a named task from ``data_dir``, ``LOWRANK_DP_DATA`` or the hub, in this order."""
     spec = TASKS[name]
     if spec is None:
         return _generated_task(name, seed)
@@ -216,8 +216,8 @@ def _existing_folder(name: str, value: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _files(folder: Path, spec: Spec) -> dict[str, Path]:
-    """The split files that ``folder`` has, by split."""
+def _files(folder: Path, spec: TaskSpec) -> dict[str, Path]:
+    """Find the files of the splits in ``folder``, by split."""
     paths = {
         split: [folder / f"{stem}.jsonl{zipped}" for zipped in (".gz", "")]
         for split, stem in spec.splits
@@ -229,7 +229,7 @@ def _files(folder: Path, spec: Spec) -> dict[str, Path]:
     }
 
 
-def _local_task(name: str, spec: Spec, folder: Path) -> Task:
+def _local_task(name: str, spec: TaskSpec, folder: Path) -> Task:
     splits = {
         split: to_examples(read_jsonl(path), name, split, spec)
         for split, path in _files(folder, spec).items()
@@ -238,7 +238,7 @@ def _local_task(name: str, spec: Spec, folder: Path) -> Task:
 
 
 def _hub_task(
-    name: str, spec: Spec, hub_id: str, revision: str | None, offline: bool | None
+    name: str, spec: TaskSpec, hub_id: str, revision: str | None, offline: bool | None
 ) -> Task:
     def refuse(reason: str) -> NoReturn:
         raise ValueError(
@@ -254,7 +254,7 @@ def _hub_task(
     try:
         with hub_switched_off() if offline else contextlib.nullcontext():
             loaded = datasets.load_dataset(hub_id, spec.config, revision=revision)
-    except Exception as error:  # whatever `datasets` and its file systems raise, said in one line
+    except Exception as error:  # `datasets` and its file systems raise errors of many types
         refuse(
             "it is not cached and the hub is unreachable or switched off"
             if offline
@@ -269,37 +269,21 @@ def _hub_task(
 
 
 def _generated_task(name: str, seed: int) -> Task:
+    """Make the task "generated" (sentiment) or "generated-table" (table to text)."""
+    source = f"generated (seed {seed})"
+    splits = {}
     if name == "generated":
-        splits = {
-            split: tuple(
-                Example(f"{name}/{split}/{i}", text, label=label, group=f"{name}/{split}/{i}")
-                for i, (text, label) in enumerate(rows)
+        for split, sentences in generated.sentiment(seed).items():
+            ids = [f"{name}/{split}/{i}" for i in range(len(sentences))]
+            splits[split] = tuple(
+                Example(id, text, label=label, group=id)
+                for id, (text, label) in zip(ids, sentences, strict=True)
             )
-            for split, rows in generated.sentiment(seed).items()
-        }
-        return Task(
-            name,
-            "classification",
-            2,
-            ("negative", "positive"),
-            ("accuracy",),
-            splits,
-            f"generated (seed {seed})",
+        labels = ("negative", "positive")
+        return Task(name, "classification", 2, labels, ("accuracy",), splits, source)
+    for split, rows in generated.tables(seed).items():
+        splits[split] = tuple(
+            Example(f"{name}/{split}/{i}", table, target=text, group=record_group(name, table))
+            for i, (table, text) in enumerate(rows)
         )
-    splits = {
-        split: tuple(
-            Example(f"{name}/{split}/{i}", table, target=reference, group=record_group(name, table))
-            for i, (table, reference) in enumerate(rows)
-        )
-        for split, rows in generated.tables(seed).items()
-    }
-    return Task(name, "generation", 0, (), ("bleu", "rouge_l"), splits, f"generated (seed {seed})")
-
-
-def generated_corpus(num_texts: int, seed: int = 0) -> list[str]:
-    """Public text in the style of the generated tasks and disjoint from them, for pretraining.
-
-    Every sentence and every table belongs to the public or to the private side by its hash, so
-    that no seed can bring one across.
-    """
-    return generated.corpus(_validate.integer("num_texts", num_texts), seed)
+    return Task(name, "generation", 0, (), ("bleu", "rouge_l"), splits, source)

@@ -1,4 +1,4 @@
-"""Metrics of labels and of generated texts."""
+"""Metrics of predicted labels and of generated texts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lowrank_dp import _validate
 from lowrank_dp.data import Task
 
+# metric -> whether a larger value is better
 HIGHER_IS_BETTER: dict[str, bool] = {
     "loss": False,
     "perplexity": False,
@@ -26,7 +27,6 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "rouge_l": True,
 }
 
-
 Array = NDArray[np.float64]
 
 
@@ -34,19 +34,19 @@ def label_metrics(names: Iterable[str], outputs: Any, labels: Any) -> dict[str, 
     """Metrics of predicted classes or scores, by name.
 
     ``accuracy``, and ``f1`` of class 1 against class 0, are fractions in [0, 1]; ``matthews``,
-    ``pearson`` and ``spearman`` are correlations in [-1, 1]. What is undefined counts as 0.0, as
-    in GLUE's tables: a correlation where predictions or labels are all the same, and F1 where
-    class 1 is neither predicted nor there.
+    ``pearson`` and ``spearman`` are correlations in [-1, 1]. An undefined metric is 0.0, as in
+    GLUE's tables: a correlation with constant predictions or labels, and F1 if class 1 is neither
+    predicted nor present.
 
     Args:
-        names: which metrics.
-        outputs: logits (N, C) of C > 1 classes, of which the largest counts; or predicted classes
-            or scores, (N,) or (N, 1). Tensors, arrays or lists.
-        labels: (N,), classes or scores.
+        names: names of the metrics.
+        outputs: logits (N, C) of C > 1 classes, of which the largest is the prediction; or
+            predicted classes or scores, (N,) or (N, 1). Tensors, arrays or lists.
+        labels: classes or scores, (N,).
 
     Raises:
-        ValueError: an unknown name, shapes that don't fit, no or non-finite entries, and F1 of
-            other classes than 0 and 1.
+        ValueError: for an unknown name, shapes that do not fit, no entries, entries that are not
+            finite, and F1 of classes other than 0 and 1.
 
     >>> label_metrics(["accuracy", "f1", "matthews"], [1, 1, 0, 1], [1, 0, 0, 1])
     {'accuracy': 0.75, 'f1': 0.8, 'matthews': 0.5773502691896258}
@@ -73,18 +73,23 @@ def label_metrics(names: Iterable[str], outputs: Any, labels: Any) -> dict[str, 
 def text_metrics(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """``bleu`` and ``rouge_l`` of texts, each with one or more references; both from 0 to 100.
+    """``bleu`` and ``rouge_l`` of texts with one or more references each, both from 0 to 100.
 
-    BLEU (Papineni et al., ACL 2002) is sacrebleu's over the corpus, with its defaults: 13a
-    tokens, case kept, exponential smoothing. ROUGE-L (Lin, 2004) is rouge-score's F-measure
-    without stemming, the best over a text's references, averaged over texts; it folds case and
-    reads only ASCII letters and digits.
+    BLEU (Papineni et al., ACL 2002) is sacrebleu's corpus score with its defaults: 13a tokens, case
+    kept, exponential smoothing. ROUGE-L (Lin, 2004) is rouge-score's F-measure without stemming,
+    the maximum over a text's references, averaged over texts; it ignores case and all characters
+    but ASCII letters and digits.
 
-    Blank references are left out, since the closest reference of a text cut short would be a blank
-    one; a text whose references are all blank is left out of both scores.
+    Blank references are left out, since a blank one would be the closest reference of a text that
+    is cut short. A text whose references are all blank is left out of both scores.
 
-    Raises ``ValueError`` in one line: no texts, another number of reference lists, a text without
-    any reference, or nothing but blank ones.
+    Args:
+        hypotheses: the texts.
+        references: for each text its references.
+
+    Raises:
+        ValueError: for no texts, lists of different lengths, a text without any reference, or
+            references that are all blank.
 
     >>> text_metrics(["the cat sat on the mat"], [["a cat sat", "the cat sat on the mat"]])
     {'bleu': 100.0, 'rouge_l': 100.0}
@@ -108,13 +113,17 @@ def text_metrics(
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import BLEU
 
-    # sacrebleu takes the first, second, ... references of all texts, None where there is none;
-    # force: no advice to detokenise texts, which are scored as they are
+    # sacrebleu takes the first, second, ... references of all texts, None where there is none.
+    # force=True silences its advice to detokenise: texts are scored as they are.
     streams = [*map(list, zip_longest(*(kept for _, kept in pairs)))]
     bleu = BLEU(force=True).corpus_score([text for text, _ in pairs], streams).score
     scorer = RougeScorer(["rougeL"])
     rouge = [scorer.score_multi(kept, text)["rougeL"].fmeasure for text, kept in pairs]
     return {"bleu": min(bleu, 100.0), "rouge_l": 100 * float(np.mean(rouge))}
+
+
+# Label metrics: predictions (N,), labels (N,) -> value. Each library takes half a second to import,
+# so it is imported when its metric is used.
 
 
 def _float64(name: str, values: Any) -> Array:
@@ -159,7 +168,7 @@ def _spearman(predictions: Array, labels: Array) -> float:
 def _zero_if_constant(
     correlation: Callable[[Array, Array], float],
 ) -> Callable[[Array, Array], float]:
-    """The correlation, without a warning where there is none."""
+    """``correlation``, and 0.0 without a warning where it is undefined."""
     return lambda predictions, labels: (
         0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else correlation(predictions, labels)
     )
@@ -175,7 +184,10 @@ _LABEL_METRICS: dict[str, Callable[[Array, Array], float]] = {
 
 
 def majority(task: Task) -> float | None:
-    """Accuracy of always answering the most frequent validation label; None without classes."""
+    """Accuracy of the most frequent label on the validation split; None without classes.
+
+    NaN for an empty validation split.
+    """
     if task.kind != "classification":
         return None
     labels = [example.label for example in task.validation]

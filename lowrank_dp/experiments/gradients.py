@@ -6,7 +6,7 @@ NON-PRIVATE throughout: the warm-up has no noise, and the sums are read before n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,10 +118,15 @@ class GradientSource:
         return {key: value.to(self.config.device) for key, value in batch.items()}
 
 
-def prepare(config: GradientConfig, batch_size: int = 1) -> GradientSource:
+def prepare(
+    config: GradientConfig,
+    batch_size: int = 1,
+    on_load: Callable[[str], None] | None = None,
+) -> GradientSource:
     """Load model and task, and train the model to ``config.warm_loss``.
 
-    The model ends in eval mode, so that the measured gradients are free of dropout.
+    The model ends in eval mode, so that the measured gradients are free of dropout. ``on_load`` is
+    called with the source's description before the warm-up.
 
     Raises ValueError, before the warm-up, if the split has fewer than ``batch_size`` examples or
     the model has no trainable matrix.
@@ -145,6 +150,8 @@ def prepare(config: GradientConfig, batch_size: int = 1) -> GradientSource:
         f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
         config,
     )
+    if on_load is not None:
+        on_load(source.description)
     source.loss, source.warm_steps = _warm_up(source)
     return source
 

@@ -232,7 +232,7 @@ def _attack_run(config: TrainConfig, folder: str | Path, options: Options) -> _A
         tpr=np.nan if rate is None else rate.tpr,
         train_loss=target.trained.train_loss,
         utility=target.trained.curve[-1][utility_name],
-        untuned=np.nan if found.untuned is None else found.untuned.value,
+        untuned=np.nan if found.base is None else found.base.value,
         utility_name=utility_name,
         description=target.trained.description,
         shift=""

@@ -19,7 +19,7 @@ from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, add_noise, prepare
 from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.mechanism import NON_PRIVATE, GaussianMechanism
-from lowrank_dp.restore import LowPassFilter, momentum, restore
+from lowrank_dp.restore import LowPassFilter, exponential_average, restore
 from lowrank_dp.spectrum import alignment
 
 CAPTION = (
@@ -124,7 +124,7 @@ def _steps(
     generator = torch.Generator().manual_seed(config.gradients.seed + 1 + seed)
     trained = {name: source.model.get_parameter(name) for name in source.matrices}
     optimizer = torch.optim.Adam(trained.values(), lr=config.learning_rate)
-    means = [{name: momentum(beta) for name in trained} for beta in config.betas]
+    means = [{name: exponential_average(beta) for name in trained} for beta in config.betas]
     for step in progress(range(config.steps), f"DP-SGD steps, seed {seed}"):
         drawn = torch.rand(len(source.rows), generator=generator) < mechanism.sample_rate
         clean = source.clean_sum(drawn.nonzero().flatten().tolist())

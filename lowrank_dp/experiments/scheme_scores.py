@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_dp.restore import restored_values
+from lowrank_dp.restore import SCHEMES, restored_values
 
 Array = NDArray[np.float64]
 Scheme = tuple[str, dict[str, Any]]  # a name in restore.SCHEMES, and options of restore
@@ -48,7 +48,7 @@ def measure_schemes(
     norm2 = float(clean.double().square().sum())
     products, acted = [], []
     for scheme, options in schemes:
-        if scheme == "oracle":
+        if not SCHEMES[scheme].private:
             options = options | {"values": oracles[options["values"]]}
         new = restored_values(s, (noisy.shape[0], noisy.shape[1]), noise_std, scheme, **options)
         products.append(

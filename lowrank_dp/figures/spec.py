@@ -1,4 +1,4 @@
-"""What defines a figure."""
+"""Specification of a figure: its experiment, configurations, plot, headline, caption and table."""
 
 from __future__ import annotations
 

@@ -1,20 +1,20 @@
-"""Per-example gradient norms and the clipped gradient sum, in one backward pass.
+"""Clipped sums and norms of per-example gradients, in one backward pass.
 
-Book-keeping (Bu et al. 2022, arXiv 2210.00038): hooks keep each trained layer's input and output
-gradient, from which the norm of every example's gradient follows (Li et al. 2021, arXiv
-2110.05679) and then, in one matrix product a layer, the sum of the clipped gradients. The trained
-weights do not require gradients inside their own layers meanwhile, so autograd never computes the
-unclipped sum that would be thrown away.
+Book-keeping (Bu et al. 2022, arXiv 2210.00038): hooks record each trained layer's input and output
+gradient. They give the norm of every example's gradient (Li et al. 2021, arXiv 2110.05679), and
+then the sum of the clipped gradients in one matrix product per layer. Meanwhile the trained weights
+require no gradients inside their own layers, so autograd never computes the unclipped sum.
 
-    work    one micro-batch, and how its norms become clip factors
-    factors  per-example gradients that are not formed: their norms and their weighted sum
-    axes  where the rows are in what a layer sees
-    layers  the rule of each layer, and the hooks that record it
-    losses  each row's loss alone, from the model's own
-    backends  book-keeping, the same on a compiled graph (``compiled``), Opacus, a loop
-    independence  whether a model and a backend keep rows apart, against an ordinary loop
-
-The model is left as it was found: mode, ``.grad``, ``requires_grad``, buffers and hooks.
+    clipping        the public functions
+    precheck        checks before a micro-batch runs
+    backends        book-keeping, the same on a compiled graph (``compiled``), Opacus, a loop
+    microbatch      a micro-batch, and its clip factors
+    recording       hooks that record a layer's input and output gradient
+    layers          the rule of each kind of layer
+    factors         norms and weighted sums of gradients that are not formed
+    axes            layouts of a layer's input
+    losses          the loss of each row alone
+    independence    examination that rows are kept apart (``alone``, ``own_length``, ``tolerances``)
 """
 
 from lowrank_dp.grads.clipping import (

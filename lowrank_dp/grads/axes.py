@@ -1,9 +1,9 @@
-"""Where the rows of a batch are in what a layer sees.
+"""Layouts of a layer's input: the axis in which it has the rows of the batch.
 
-Most layers see ``(B, ..., d)``. XLNet and Longformer put the positions first, ``(T, B, d)``, and
-OPT runs the tokens of all rows as one list, ``(B T, d)``. A forward of one example tells which of
-these a layer sees: there the axis of the rows has size 1, though in a batch another axis may have
-the size of the batch. B is rows, T positions, d features (ids have none).
+The input of most layers is ``(B, ..., d)``. XLNet and Longformer put the positions first,
+``(T, B, d)``; OPT runs the tokens of all rows as one list, ``(B T, d)``. In a batch another axis
+may have size B by chance. A forward of one example shows the layout, since the axis of the rows
+then has size 1. B is rows, T positions, d features (ids have no axis of features).
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from lowrank_dp.grads.microbatch import refuse
 
 ROWS_FIRST, POSITIONS_FIRST, ONE_LIST = "rows first", "positions first", "one list of tokens"
-Layouts = dict[nn.Module, tuple[str, ...]]  # what a layer may see
+Layouts = dict[nn.Module, tuple[str, ...]]  # layouts that a layer's input may have
 
 
-def layouts_of(seen: Tensor, num_rows: int, width: int) -> tuple[str, ...]:
-    """The layouts that a layer's input may have, by its shape alone.
+def layouts_of(seen: Tensor, num_rows: int, num_positions: int) -> tuple[str, ...]:
+    """Layouts that fit the shape of a layer's input ``seen``.
 
-    ``width`` is the number of positions in a row of the batch.
+    ``num_positions`` is the number of positions per row of the batch.
     """
     axes = seen.ndim - seen.is_floating_point()
     fitting = {
         ROWS_FIRST: axes > 0 and seen.shape[0] == num_rows,
         POSITIONS_FIRST: axes > 1 and seen.shape[1] == num_rows,
-        ONE_LIST: axes == 1 and seen.shape[0] == num_rows * width,
+        ONE_LIST: axes == 1 and seen.shape[0] == num_rows * num_positions,
     }
     return tuple(layout for layout, fits in fitting.items() if fits)
 
 
 def rows_first(tensor: Tensor, layout: str, num_rows: int) -> Tensor:
-    """What a layer sees or gives as ``(B, ..., d)``."""
+    """Bring a layer's input or output gradient from ``layout`` to ``(B, ..., d)``."""
     if layout == POSITIONS_FIRST:
         return tensor.transpose(0, 1)
     return tensor.unflatten(0, (num_rows, -1)) if layout == ONE_LIST else tensor
@@ -44,17 +44,23 @@ def rows_first(tensor: Tensor, layout: str, num_rows: int) -> Tensor:
 @contextmanager
 def reading_layouts(
     modules: Iterable[tuple[nn.Module, Iterable[str]]],
-    width: int,
+    num_positions: int,
     allowed: Sequence[str],
     problem: str,
     backends: Sequence[str],
 ) -> Iterator[Layouts]:
-    """Note each layer's layouts while the model runs on one example.
+    """Record each layer's layouts while the model runs on one example inside the context.
 
-    ``modules`` are layers and the names of their trained parameters; ``allowed`` are the layouts
-    that the backend can take. Raises ``UnsupportedParameters`` for a layer that sees another one,
-    as a table of relative positions ``(T, T)``: ``problem`` begins the line, which offers
-    ``backends``.
+    Args:
+        modules: layers, each with the names of its trained parameters.
+        num_positions: positions per row of the batch.
+        allowed: the layouts that the backend can take.
+        problem: beginning of the message of a refusal.
+        backends: backends that a refusal offers instead.
+
+    Raises:
+        UnsupportedParameters: for a layer whose input has none of the allowed layouts, for
+            instance a table of relative positions ``(T, T)``.
     """
     layouts: Layouts = {}
     handles = []
@@ -62,7 +68,8 @@ def reading_layouts(
         for module, names in modules:
             handles.append(
                 module.register_forward_pre_hook(
-                    _reader(layouts, [*names], width, allowed, problem, backends), with_kwargs=True
+                    _reader(layouts, [*names], num_positions, allowed, problem, backends),
+                    with_kwargs=True,
                 )
             )
         yield layouts
@@ -74,18 +81,20 @@ def reading_layouts(
 def _reader(
     layouts: Layouts,
     names: Sequence[str],
-    width: int,
+    num_positions: int,
     allowed: Sequence[str],
     problem: str,
     backends: Sequence[str],
 ) -> Callable[..., None]:
+    """A forward pre-hook that narrows ``layouts[module]`` to what the layer's input shows."""
+
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen = layer_input(args, kwargs)
         if not isinstance(seen, Tensor):
             return
         found = tuple(
             layout
-            for layout in layouts_of(seen, 1, width)
+            for layout in layouts_of(seen, 1, num_positions)
             if layout in allowed and layout in layouts.get(module, allowed)
         )
         if not found:
@@ -105,12 +114,18 @@ def batch_axis(
     seen: Tensor,
     layouts: Layouts,
     num_rows: int,
-    width: int,
+    num_positions: int,
     names: Iterable[str],
 ) -> str:
-    """The layout of a layer's input in a batch; refuses one that is not the layer's."""
+    """Layout of a layer's input in a batch, among the layer's known ``layouts``.
+
+    Raises:
+        UnsupportedParameters: naming the parameters ``names``, if no layout fits or the axis of the
+            rows is ambiguous.
+    """
     known = layouts.get(module, (ROWS_FIRST,))
-    found = tuple(layout for layout in layouts_of(seen, num_rows, width) if layout in known)
+    fitting = layouts_of(seen, num_rows, num_positions)
+    found = tuple(layout for layout in fitting if layout in known)
     if not found or {ROWS_FIRST, POSITIONS_FIRST} <= {*found}:
         refuse(
             names,
@@ -122,5 +137,5 @@ def batch_axis(
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer was called with."""
+    """The first argument of a layer's call, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))

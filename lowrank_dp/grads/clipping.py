@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_dp import _validate
-from lowrank_dp.grads import independence
-from lowrank_dp.grads.axes import Layouts
-from lowrank_dp.grads.backends import BACKENDS, SumOf, first_alone, require_compilable
-from lowrank_dp.grads.losses import check_labels
+from lowrank_dp.grads.alone import gradient_alone
+from lowrank_dp.grads.backends import BACKENDS
+from lowrank_dp.grads.independence import PADDINGS
 from lowrank_dp.grads.microbatch import (
     Batch,
     MicroBatch,
-    copied,
+    SumOf,
+    copy_rows,
     num_rows_of,
-    rows_of,
-    wide_dtype,
-    width,
+    slice_rows,
+    upcast_dtype,
 )
+from lowrank_dp.grads.precheck import Precheck, trained_parameters
+from lowrank_dp.grads.undisturbed import gradients_set_aside
 
 Sums = dict[str, Tensor]
-
-
 Reduce = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PaddingBatch:
+    """A micro-batch whose rows do not count.
+
+    A process runs it when another process of a sharded model has one micro-batch more.
+    """
+
+    batch: Batch
 
 
 def clipped_sum(
@@ -43,57 +51,77 @@ def clipped_sum(
     padding: str = "longest",
     check_rows: bool = True,
 ) -> tuple[Sums, Tensor]:
-    """Sum over examples of their gradients, each clipped to norm ``max_grad_norm``.
+    """Sum of the per-example gradients, each clipped to Euclidean norm ``max_grad_norm``.
+
+    With the gradient g_i of example i over all trained parameters together, the sum is
+    ``sum_i min(1, C / |g_i|) g_i``. The model keeps its mode, ``.grad``, ``requires_grad``, buffers
+    and hooks. Gradient checkpointing works, but saves less memory than usual, since layer inputs
+    are kept.
 
     Args:
-        model: called as ``model(**batch)``; its output has ``.loss``, and ``.logits`` unless the
+        model: called as ``model(**batch)``. Its output has ``.loss``, and ``.logits`` unless the
             backend is ``"loop"``.
-        batch: tensors with one example a row, ``labels`` among them; values that are not tensors
-            are passed on. An example's loss is the model's own loss on its row alone (a causal
-            language model: the mean over that row's own target tokens).
-        max_grad_norm: C > 0. An example's gradient over all trained parameters together is
-            multiplied by ``min(1, C / norm)``; ``inf`` gives the plain sum.
-        micro_batch_size: rows that are in memory at a time; the result does not depend on it.
-        autocast_dtype: ``torch.bfloat16`` for mixed precision; accumulation stays in float32.
-        backend: ``"bookkeeping"``; ``"compiled"``, the same on a graph of ``torch.compile``, which
-            the first micro-batch of a model makes, in a minute, and checks against book-keeping;
-            ``"opacus"``, per-example gradients by Opacus's hooks, for layers without a rule here;
-            ``"loop"``, one example at a time, for any model.
-        padding: ``"longest"``: the padding of a row is no part of the row, and must not change
-            its gradient, since it follows the longest row beside it. ``"max-length"``: every row
-            is padded to one length that is public, so that padding is part of a row; micro-batches
-            of different lengths are refused.
-        check_rows: whether a model that is met for the first time, or in another mode or layout,
-            is examined on a few of the given rows, as below. False is for callers who have had
-            the same model examined on public rows: then only the first row is looked at, and no
-            message names a loss or a norm of a row.
+        batch: tensors with one example per row, among them ``labels``; other values are passed on.
+            The loss of an example is the model's own loss on its row alone. For a causal language
+            model, this is the mean over the row's own target tokens.
+        max_grad_norm: C > 0, absolute, in the units of the gradient; ``inf`` gives the plain sum.
+        micro_batch_size: number of rows in memory at a time; None takes all. The result does not
+            depend on it.
+        autocast_dtype: ``torch.bfloat16`` for mixed precision. Sums are accumulated in float32.
+        backend: method of computing per-example gradients.
+            ``"bookkeeping"``: from layer inputs and output gradients, in one backward pass.
+            ``"compiled"``: the same on a graph of ``torch.compile``, which is made at the first
+            micro-batch of a model, in about a minute, and checked against ``"bookkeeping"``.
+            ``"opacus"``: by Opacus's hooks, for layers without a rule in this package.
+            ``"loop"``: one example at a time, for any model.
+        padding: ``"longest"``: padding is not part of a row and must not change its gradient, since
+            the length depends on the longest row in the micro-batch. ``"max-length"``: every row
+            is padded to one public length, and padding is part of a row; micro-batches of
+            different lengths are refused.
+        check_rows: whether to examine a model on a few of the given rows when the model is new, in
+            another mode or in another layout (see below). With False, only the loss of the first
+            row is compared, and no message names a loss or a norm of a row. False is for callers
+            whose model was examined on public rows.
 
     Returns:
-        The sums, by ``named_parameters()`` name for every parameter that requires gradients and
-        in its shape, and the per-example norms before clipping, (B,). Both float32, or float64
-        for float64 models. A parameter that the loss does not depend on has a sum of zeros.
+        The sums, by ``named_parameters()`` name and in the parameter's shape, for every parameter
+        that requires gradients; and the per-example norms before clipping, (B,). Both are float32,
+        or float64 for float64 models. A parameter that the loss does not depend on has a sum of
+        zeros.
 
     Raises:
-        ValueError: naming the argument, for bad input; naming the row, for labels that are no
-            classes of the model and for ids that it does not know; naming the parameters, for
-            those in layers without a rule, used outside of their own layer, or with a gradient
-            hook, which no backend would apply to single rows; for a loss that is not a mean of one
-            term an example (as with an auxiliary loss); and for a model that mixes rows, minds
-            padding, or has other gradients than the backend finds.
-        ValueError: naming the row, for a loss or gradient that is not finite. This stop depends on
-            the data: whoever sees it learns one bit about a record. It stays, since such a
-            gradient has no clipped form, and a run that went on without the row would hide that it
-            has diverged or that a record is broken.
+        ValueError: for bad input, naming the argument.
+        ValueError: for labels that are no classes of the model or ids out of range, naming the row.
+        ValueError: for a parameter in a layer without a rule, used outside of its own layer, or
+            with a gradient hook, naming the parameter.
+        ValueError: for a loss that is not a mean of one term per example (for instance with an
+            auxiliary loss).
+        ValueError: for a model that mixes rows, whose gradients depend on padding, or whose
+            gradients differ from the backend's.
+        ValueError: for a loss or gradient that is not finite, naming the row. This error depends
+            on private data: an observer of it learns one bit about a record. It is raised all the
+            same, since such a gradient has no clipped form, and omitting the row would hide
+            divergence or a broken record.
 
-    Rows must be independent, or C bounds nothing. So up to three rows of the first micro-batch of
-    a model (in each mode and layout) are run together through the backend, alone through
-    autograd, and alone without padding, in the model's own precision; losses, norms and the
-    clipped sum must agree within rounding. In every call the loss of the first row alone must be
-    its loss in the batch. What a trained layer sees must be (B, ..., d), or with book-keeping
-    (T, B, ..., d) or the tokens of all rows as one list (B T, d); position ids of shape (1, T) may
-    be common to all examples.
-    Gradient checkpointing works, and saves less than usual because layer inputs are kept.
-
+    Formal guarantees:
+        Sensitivity: adding or removing one row changes the sums of all parameters, concatenated,
+            by at most C in Euclidean norm; replacing one row changes them by at most 2C.
+        Unit: one row of ``batch``. A record that contributes k rows changes the sums by up to k C.
+        Neighbouring relation: add or remove one row.
+        Premise: the gradient of a row depends on that row and public values alone.
+        Checked: up to three rows of the first micro-batch of a model, per mode and layout, run
+            together through the backend, alone through autograd, and alone without padding, in the
+            model's own precision; losses, norms and the clipped sum must agree within rounding. In
+            every call, the loss of the first row alone must equal its loss in the batch. The input
+            of a trained layer must be (B, ..., d), or with book-keeping (T, B, ..., d) or the
+            tokens of all rows as one list (B T, d); position ids (1, T) may be shared.
+        Assumed: the other rows, and later batches in the same situation, behave as the rows that
+            were compared.
+        Rounding: norms and clip factors are float64 functions of gradients in the model's
+            precision. A norm has a relative error of at most about 1e-4, so a row contributes at
+            most about ``C (1 + 1e-4)``. The accumulation of the sum, and a dependence of a row's
+            last bits on the batch size, are not covered by the bound.
+        Not private: the returned norms, and errors that name a row.
     """
     num_rows = num_rows_of(batch)
     size = (
@@ -101,7 +129,7 @@ def clipped_sum(
         if micro_batch_size is None
         else _validate.integer("micro_batch_size", micro_batch_size)
     )
-    parts = (rows_of(batch, start, start + size) for start in range(0, num_rows, size))
+    parts = (slice_rows(batch, start, start + size) for start in range(0, num_rows, size))
     return clipped_sum_over(
         model,
         parts,
@@ -126,154 +154,110 @@ def clipped_sum_over(
 ) -> tuple[Sums, Tensor]:
     """``clipped_sum`` of a logical batch that arrives in micro-batches, one in memory at a time.
 
-    The micro-batches may differ in size and padding. No micro-batch at all, which Poisson sampling
-    can draw, gives sums of zeros and no norms. Arguments, results and errors are those of
-    ``clipped_sum``; rows in messages are counted from the first micro-batch.
+    Micro-batches may differ in size and padding. Without any micro-batch, which Poisson sampling
+    can draw, the sums are zeros and there are no norms. Arguments, results, errors and guarantees
+    are those of :func:`clipped_sum`; messages count rows from the first micro-batch.
 
-    A model that is sharded over processes (FSDP2's ``fully_shard``, with ``reshard_after_forward``)
-    needs book-keeping, as many micro-batches on every process (:class:`PaddingBatch` ones where rows run
-    out) and ``reduce(name, part)``: called for every parameter in the same order on each process
-    with this process's sum over a micro-batch, whole; what it returns is added up in its stead.
+    A model that is sharded over processes (FSDP2's ``fully_shard``, ``reshard_after_forward=True``)
+    needs the backend ``"bookkeeping"`` and equally many micro-batches on every process; a process
+    that has no more rows passes a :class:`PaddingBatch`.
+
+    Args:
+        model: as in :func:`clipped_sum`.
+        batches: micro-batches.
+        max_grad_norm: as in :func:`clipped_sum`.
+        autocast_dtype: as in :func:`clipped_sum`.
+        backend: as in :func:`clipped_sum`.
+        padding: as in :func:`clipped_sum`.
+        check_rows: as in :func:`clipped_sum`.
+        reduce: called as ``reduce(name, part)`` with this process's sum of a parameter over one
+            micro-batch, in the same order on each process; its result is accumulated instead.
     """
-    bound = _validate.clip_bound("max_grad_norm", max_grad_norm)
+    max_grad_norm = _validate.clip_bound("max_grad_norm", max_grad_norm)
     run = BACKENDS[_validate.choice("backend", backend, BACKENDS)]
-    _validate.choice("padding", padding, independence.PADDINGS)
-    trained = _trained(model)
+    _validate.choice("padding", padding, PADDINGS)
+    trained = trained_parameters(model)
     first = next(iter(trained.values()))
-    if sharded := hasattr(first, "full_tensor"):
-        if reduce is None or backend != "bookkeeping":
-            raise ValueError(
-                "model is sharded over processes: it needs backend 'bookkeeping', got "
-                f"{backend!r}, and reduce to add up the processes' sums"
-            )
+    sharded = hasattr(first, "full_tensor")
+    if sharded and (reduce is None or backend != "bookkeeping"):
+        raise ValueError(
+            "model is sharded over processes: it needs backend 'bookkeeping', got "
+            f"{backend!r}, and reduce to add up the processes' sums"
+        )
     autocast = _autocast(first, autocast_dtype)
+    precheck = Precheck(
+        backend, padding, check_rows, sharded, reduce is not None, _fingerprint(model)
+    )
     totals: Sums = {}
-    norms = [torch.zeros(0, dtype=wide_dtype(first), device=first.device)]
+    norms = [torch.zeros(0, dtype=upcast_dtype(first), device=first.device)]
+    rows_before = 0
+    for batch in batches:
+        counts = not isinstance(batch, PaddingBatch)
+        batch = batch.batch if isinstance(batch, PaddingBatch) else batch
+        clip = max_grad_norm if counts else 0.0
+        rows = num_rows_of(batch)
+        micro_batch = MicroBatch(model, trained, batch, rows, rows_before, clip, autocast)
+        with torch.enable_grad(), gradients_set_aside(trained):
+            part_norms, sum_of = run(precheck(micro_batch))
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            _accumulate(totals, trained, sum_of, reduce)
+        if counts:
+            norms.append(part_norms)
+            rows_before += rows
+    if not totals:
+        _accumulate(totals, trained, lambda name: None, reduce)
+    return totals, torch.cat(norms)
 
-    def add(sum_of: SumOf) -> None:
-        for name, p in trained.items():
-            part = sum_of(name)
-            if part is None:  # the loss does not depend on it
-                part = torch.zeros(p.shape, dtype=wide_dtype(p), device=p.device)
-            part = reduce(name, part) if reduce else part
-            totals[name] = totals[name].add_(part) if name in totals else part
 
-    layers = hash(
+def _accumulate(
+    totals: Sums, trained: dict[str, nn.Parameter], sum_of: SumOf, reduce: Reduce | None
+) -> None:
+    """Add one micro-batch's clipped sums to ``totals``."""
+    for name, p in trained.items():
+        part = sum_of(name)
+        if part is None:  # the loss does not depend on the parameter
+            part = torch.zeros(p.shape, dtype=upcast_dtype(p), device=p.device)
+        part = reduce(name, part) if reduce else part
+        totals[name] = totals[name].add_(part) if name in totals else part
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """A number that identifies the model's layers and their modes."""
+    return hash(
         tuple(
             (id(m), m.training, m.__dict__.get("gradient_checkpointing")) for m in model.modules()
         )
     )
-    widths: set[int] = set()
-    layouts: Layouts | None = None
-    narrow = False
-    for batch in batches:
-        idle = isinstance(batch, PaddingBatch)
-        batch = batch.batch if isinstance(batch, PaddingBatch) else batch
-        rows, before = num_rows_of(batch), [*map(len, norms)]
-        check_labels(model, batch, sum(before))
-        widths.add(width(batch))
-        if padding == "max-length" and len(widths) > 1:
-            raise ValueError(
-                "micro-batches must all have one length with padding 'max-length', "
-                f"got {' and '.join(map(str, sorted(widths)))} positions"
-            )
-        work = MicroBatch(
-            model, trained, batch, rows, sum(before), 0.0 if idle else bound, autocast
-        )
-        with torch.enable_grad(), _kept_gradients(trained):
-            if backend == "compiled":
-                require_compilable(work)
-            # processes that share a model look at the same time, whatever their rows; where a row
-            # is one position, layouts are alike, and the next micro-batch is looked at as well
-            looking = not totals if reduce else rows > 1 and (layouts is None or narrow)
-            alone, layouts = first_alone(work, backend) if looking else (None, layouts)
-            narrow = (narrow or looking) and width(batch) == 1
-            work = replace(work, layouts={} if layouts is None else layouts)
-            if not sharded and (
-                independence.verified(work, backend, BACKENDS, padding, layers)
-                if check_rows
-                else independence.known_repeatable(model, layers)
-            ):
-                work = replace(work, alone=alone)
-            part_norms, sum_of = run(work)
-        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
-            add(sum_of)
-        norms += [] if idle else [part_norms]
-    if not totals:
-        add(lambda name: None)
-    return totals, torch.cat(norms)
 
 
 def row_gradients(
     model: nn.Module, batch: Batch, *, autocast_dtype: torch.dtype | None = None
 ) -> list[Sums]:
-    """Each row's gradient, unclipped, as an ordinary training loop has it from that row alone.
+    """Unclipped gradient of each row, as an ordinary training loop has it from that row alone.
 
-    No backend takes part, so a backend can be compared with the gradients. Arguments are those of
-    ``clipped_sum``. A parameter that a row's loss does not depend on is left out.
+    No backend takes part, so the gradients can serve to check a backend.
+
+    Args:
+        model: as in :func:`clipped_sum`.
+        batch: as in :func:`clipped_sum`.
+        autocast_dtype: as in :func:`clipped_sum`.
+
+    Returns:
+        For each row the gradients by parameter name; a parameter that the row's loss does not
+        depend on has no entry.
     """
-    trained = _trained(model)
+    trained = trained_parameters(model)
+    autocast = _autocast(next(iter(trained.values())), autocast_dtype)
     rows = num_rows_of(batch)
-    work = MicroBatch(
-        model,
-        trained,
-        batch,
-        rows,
-        0,
-        math.inf,
-        _autocast(next(iter(trained.values())), autocast_dtype),
-    )
-    with torch.enable_grad(), _kept_gradients(trained):
-        return [independence.gradient_alone(work, copied(batch, [row]))[1] for row in range(rows)]
+    micro_batch = MicroBatch(model, trained, batch, rows, 0, math.inf, autocast)
+    with torch.enable_grad(), gradients_set_aside(trained):
+        return [gradient_alone(micro_batch, copy_rows(batch, [row]))[1] for row in range(rows)]
 
 
 def _autocast(parameter: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Autocast of the parameter's device, or a context that does nothing."""
+    """Autocast on the parameter's device, or a context that does nothing."""
     if dtype not in (None, torch.bfloat16):
         _validate.fail(
             "autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)", dtype
         )
     return torch.autocast(parameter.device.type, dtype) if dtype else nullcontext()
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name; refuses what no backend can clip."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("model must have at least one parameter with requires_grad, got none")
-    for name, p in trained.items():
-        if not hasattr(p, "full_tensor") and (
-            p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-        ):
-            raise ValueError(
-                f"model parameter {name} has a gradient hook, which would not act on "
-                "the gradients of single rows: remove the hook, or freeze the "
-                "parameter"
-            )
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise ValueError(
-                f"model must keep examples apart, got {name!r}: batch normalisation "
-                "in training mode (use .eval() on it, or another norm layer)"
-            )
-    return trained
-
-
-@dataclass(frozen=True)
-class PaddingBatch:
-    """A micro-batch whose rows do not count: run only because other processes have one more."""
-
-    batch: Batch
-
-
-@contextmanager
-def _kept_gradients(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Set ``.grad`` aside, and put it back whatever happens."""
-    kept = {name: p.grad for name, p in trained.items()}
-    try:
-        for p in trained.values():
-            p.grad = None
-        yield
-    finally:
-        for name, p in trained.items():
-            p.grad = kept[name]

@@ -1,13 +1,14 @@
-"""A model's forward and backward as one graph of ``torch.compile`` that book-keeping can read.
+"""Book-keeping on a graph of ``torch.compile``.
 
-Hooks would break the graph at every layer. Instead a zero is added to the output of each trained
-layer: the gradient of the loss in it is the output's. The layer's input is returned beside the
-logits; the loss on them is taken outside. No weight requires a gradient meanwhile.
+Hooks would break the graph at every layer. Instead, the forward adds a tensor of zeros to the
+output of each trained layer: the gradient of the loss in these zeros is the gradient in the output.
+The graph returns the layers' inputs beside the logits, and the loss is computed outside of it. No
+weight requires a gradient meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,14 +18,20 @@ from torch import Tensor, nn
 
 from lowrank_dp.grads.axes import layer_input
 from lowrank_dp.grads.layers import rules_for
-from lowrank_dp.grads.microbatch import refuse
-from lowrank_dp.grads.recording import Sites, Tape
-
-Batch = Mapping[str, Any]
+from lowrank_dp.grads.microbatch import Batch, refuse
+from lowrank_dp.grads.recording import Tape, TrainedLayers
 
 
 class Call(NamedTuple):
-    """One call of a trained layer, with the axes, last size and type of its output."""
+    """One call of a trained layer.
+
+    Attributes:
+        module: the layer.
+        own: its trained parameters, attribute to full name.
+        axes: number of axes of its output.
+        width: last size of its output.
+        dtype: dtype of its output.
+    """
 
     module: nn.Module
     own: dict[str, str]
@@ -34,13 +41,17 @@ class Call(NamedTuple):
 
 
 class Graph:
-    """The graph of one model in one mode: the trained layers that it calls, and its forward."""
+    """The compiled forward of one model in one mode.
+
+    Args:
+        calls: the calls of trained layers, in the order of the forward.
+    """
 
     def __init__(self, calls: list[Call]) -> None:
         self._calls = calls
         self._inputs: list[Tensor] = []
         self._zeros: list[Tensor] = []
-        # the same objects each time, since the graph is guarded by what they are
+        # the same function objects in every run: torch.compile guards the graph by their identity
         self._forwards = {
             module: self._with_zero(module.forward)
             for module in dict.fromkeys(call.module for call in calls)
@@ -55,18 +66,25 @@ class Graph:
         self._compiled = torch.compile(forward, dynamic=True, fullgraph=True)
 
     def _with_zero(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``forward`` that records its input and adds the next tensor of zeros to its output."""
+
         def changed(*args: Any, **kwargs: Any) -> Tensor:
             output = forward(*args, **kwargs)
             zero = self._zeros[len(self._inputs)]
             self._inputs.append(layer_input(args, kwargs).detach())
-            return output.expand(zero.shape) + zero  # position ids are shared by all rows
+            return output.expand(zero.shape) + zero  # shared position ids give one row
 
         return changed
 
     def run(
         self, model: nn.Module, batch: Batch, num_rows: int
     ) -> tuple[Tensor, Callable[[Tensor, Tape], None]]:
-        """The model's logits, and ``fill(total, tape)`` for the gradients of a total loss."""
+        """Run the forward on a batch of ``num_rows`` rows.
+
+        Returns:
+            The logits, and a function ``fill(total, tape)`` that adds the factors of a total loss
+            to a tape.
+        """
         length = batch["input_ids"].shape[1]
         device = batch["input_ids"].device
         zeros = [
@@ -83,14 +101,14 @@ class Graph:
         @torch.no_grad()
         def fill(total: Tensor, tape: Tape) -> None:
             gradients = torch.autograd.grad(total, zeros, allow_unused=True)
-            seen = [
+            reached = [
                 (call, x, b)
                 for call, x, b in zip(self._calls, inputs, gradients, strict=True)
                 if b is not None
             ]
-            for call, _, _ in seen:
+            for call, _, _ in reached:
                 tape.pending.update(call.own.values())
-            for call, x, b in seen:
+            for call, x, b in reached:
                 rules = rules_for(call.module)
                 x = x.expand(num_rows, *x.shape[1:])
                 for key, name in call.own.items():
@@ -100,6 +118,7 @@ class Graph:
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
+        """Put the changed forwards in place, and let no weight require a gradient, inside."""
         parameters = [
             p
             for module in self._forwards
@@ -119,14 +138,15 @@ class Graph:
                 p.requires_grad_(True)
 
 
-def trace_calls(model: nn.Module, sites: Sites, batch: Batch) -> tuple[list[Call], Any]:
-    """What an ordinary forward calls, and its output; a layer's must be (B, T, d) or (B, d).
+def trace_calls(model: nn.Module, layers: TrainedLayers, batch: Batch) -> tuple[list[Call], Any]:
+    """Run an ordinary forward; return the calls of ``layers`` in its order, and its output.
 
-    Raises ``ValueError`` for one of another shape.
+    Raises:
+        UnsupportedParameters: for a layer whose output is neither (B, T, d) nor (B, d).
     """
     calls, handles = [], []
     try:
-        for module, own in sites:
+        for module, own in layers:
 
             def look(
                 module: nn.Module, args: Any, output: Tensor, own: dict[str, str] = own
@@ -135,7 +155,7 @@ def trace_calls(model: nn.Module, sites: Sites, batch: Batch) -> tuple[list[Call
                     refuse(
                         own.values(),
                         f"give an output of shape {tuple(output.shape)}, which "
-                        "compiling knows nothing of",
+                        "the compiled backend does not take",
                         ("bookkeeping",),
                     )
                 calls.append(Call(module, own, output.ndim, output.shape[-1], output.dtype))
@@ -153,5 +173,8 @@ _GRAPHS: WeakKeyDictionary[nn.Module, dict[Any, tuple[Graph, str]]] = WeakKeyDic
 
 
 def compiled_graphs(model: nn.Module) -> dict[Any, tuple[Graph, str]]:
-    """The graphs that were made of a model, and its kind of loss, by what else they depend on."""
+    """Graphs of a model, each with its kind of loss.
+
+    The key holds all else that a graph depends on: trained names, mode and autocast.
+    """
     return _GRAPHS.setdefault(model, {})

@@ -1,7 +1,8 @@
-"""Layers with a rule for their per-example gradients, and the hooks that record them.
+"""Per-example gradient rules of the layers that book-keeping knows.
 
-For a layer with input ``x`` and output gradient ``b``, a rule gives one trained parameter's
-per-example gradients as a factor of ``lowrank_dp.grads.factors``. B is examples, T positions.
+A rule takes a layer, its input ``x`` and its output gradient ``b``, and returns the per-example
+gradients of one of its parameters as a factor of ``lowrank_dp.grads.factors``. B is examples, T
+positions, d features.
 """
 
 from __future__ import annotations
@@ -14,23 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_dp.grads.factors import (
-    Factor,
-    Outer,
-    wide,
-)
+from lowrank_dp.grads.factors import HALF_DTYPES, Factor, Outer, upcast
 
 Rule = Callable[[Any, Tensor, Tensor], Factor]
 
 
 def _tokens(tensor: Tensor) -> Tensor:
-    """(B, ..., d) to (B, T, d)."""
+    """Reshape (B, ..., d) to (B, T, d)."""
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
 def _row_sums(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, ..., *shape) summed to (B, *shape), in float32 or wider."""
-    return wide(tensor).reshape(len(tensor), -1, *shape).sum(1)
+    """Sum (B, ..., *shape) to (B, *shape), in float32 or wider."""
+    return upcast(tensor).reshape(len(tensor), -1, *shape).sum(1)
 
 
 def _linear_weight(module: nn.Linear, x: Tensor, b: Tensor) -> Factor:
@@ -52,19 +49,19 @@ def _embedding_weight(module: nn.Embedding, x: Tensor, b: Tensor) -> Factor:
 
 
 def _layer_norm_weight(module: nn.LayerNorm, x: Tensor, b: Tensor) -> Factor:
-    unit = functional.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
-    return _row_sums(unit.mul_(wide(b)), module.normalized_shape)
+    unit = functional.layer_norm(upcast(x), module.normalized_shape, eps=module.eps)
+    return _row_sums(unit.mul_(upcast(b)), module.normalized_shape)
 
 
 def _rms_norm_weight(module: Any, x: Tensor, b: Tensor) -> Factor:
-    return _row_sums(_rms_unit(module, x).mul_(wide(b)), module.weight.shape)
+    return _row_sums(_rms_unit(module, x).mul_(upcast(b)), module.weight.shape)
 
 
 def _rms_unit(module: Any, x: Tensor) -> Tensor:
-    """``x`` at unit root mean square, in float32 or wider."""
+    """``x`` divided by its root mean square, in float32 or wider."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return functional.rms_norm(wide(x), module.weight.shape, eps=eps)
+    return functional.rms_norm(upcast(x), module.weight.shape, eps=eps)
 
 
 _LINEAR: dict[str, Rule] = {"weight": _linear_weight, "bias": _bias}
@@ -80,11 +77,11 @@ RULES: dict[type[nn.Module], dict[str, Rule]] = {
 
 
 def rules_for(module: nn.Module) -> Mapping[str, Rule]:
-    """Parameter name to rule, empty when the layer's forward is not exactly a known one.
+    """Rules of a layer by parameter name; empty if the layer's forward is not a known one.
 
-    A subclass may scale or shift what its parent computes, so types are matched exactly; the
-    RMSNorm that most architectures define for themselves is matched by name and then checked by
-    ``is_rms_norm`` on what it computed.
+    Types are matched exactly, since a subclass may scale or shift the result of its parent. Most
+    architectures define an RMSNorm of their own: such a layer is matched by name here, and
+    ``is_rms_norm`` then checks its output.
     """
     if "forward" in vars(module):
         return {}
@@ -98,16 +95,13 @@ def rules_for(module: nn.Module) -> Mapping[str, Rule]:
 
 
 def is_rms_norm(module: Any, x: Tensor, y: Tensor) -> bool:
-    """Whether ``module`` gave ``w u`` or ``(1 + w) u`` (Gemma) for ``u = x / rms(x)``.
+    """Whether ``y`` is ``w u`` or ``(1 + w) u`` (Gemma) for ``u = x / rms(x)``, within rounding.
 
-    Both have the per-example weight gradient ``sum_t b_t u_t``. Looks at the first example only.
+    Both have the per-example weight gradient ``sum_t b_t u_t``. Only the first example is compared.
     """
-    unit, given, weight = _rms_unit(module, x[:1]), wide(y[:1]), wide(module.weight)
-    half = torch.bfloat16 in (x.dtype, y.dtype) or torch.float16 in (x.dtype, y.dtype)
+    unit, given, weight = _rms_unit(module, x[:1]), upcast(y[:1]), upcast(module.weight)
+    half = x.dtype in HALF_DTYPES or y.dtype in HALF_DTYPES
     allowed = (3e-2 if half else 1e-4) * given.abs().amax()
     return any(
         bool(((scale * unit - given).abs() <= allowed).all()) for scale in (weight, 1 + weight)
     )
-
-
-# Recording: hooks that collect the factors during one forward and backward.

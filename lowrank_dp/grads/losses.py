@@ -1,4 +1,8 @@
-"""The loss of each row alone, from the logits that gave the model's own loss of the batch."""
+"""The loss of each row of a micro-batch, recovered from the logits of one forward.
+
+A model returns the mean loss of a batch. The functions here find the kind of loss whose mean equals
+the model's own, and compute the loss of each row from the logits by ``lowrank_dp.losses``.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lowrank_dp.grads.factors import wide
-from lowrank_dp.grads.microbatch import Batch, MicroBatch, UnsupportedParameters, copied
-from lowrank_dp.losses import IGNORED, LOSSES
+from lowrank_dp.grads.factors import HALF_DTYPES, upcast
+from lowrank_dp.grads.microbatch import Batch, MicroBatch, UnsupportedParameters, copy_rows
+from lowrank_dp.grads.tolerances import loss_tolerance
+from lowrank_dp.losses import IGNORE, LOSSES
 
 APART = (
-    "no clipping of rows bounds what a record does to such a model; use a model that handles "
-    'each row by itself, or backend="loop"'
+    "clipping each row does not bound the influence of a record on such a model; use a model that "
+    'treats each row by itself, or backend="loop"'
 )
 
-
-# what transformers calls its models -> the loss; None: the config's problem_type says it
-LOSS_OF_CLASS = {
+# part of a transformers class name -> kind of loss; None: the config's problem_type names it
+_LOSS_OF_CLASS = {
     "ForSequenceClassification": None,
     "ForTokenClassification": "each_token",
     "ForMaskedLM": "each_token",
@@ -29,69 +33,78 @@ LOSS_OF_CLASS = {
 }
 
 
-def forward_losses(work: MicroBatch) -> Tensor:
-    """The model's loss on each row alone (B,), from one forward, checked against its own loss."""
-    _labels(work)
-    output = forward(work)
-    losses = losses_of(work, getattr(output, "loss", None), getattr(output, "logits", None))[1]
-    require_alone(work, losses)
+def forward_losses(micro_batch: MicroBatch) -> Tensor:
+    """Loss of each row alone (B,), from one forward.
+
+    Raises:
+        ValueError: if the mean of the losses is not the model's own loss, or the loss of the first
+            row is not its loss alone.
+    """
+    _labels(micro_batch)
+    output = forward(micro_batch)
+    _, losses = match_loss(
+        micro_batch, getattr(output, "loss", None), getattr(output, "logits", None)
+    )
+    require_loss_alone(micro_batch, losses)
     return losses
 
 
-def forward(work: MicroBatch) -> Any:
-    """The model's output on the batch; ``ValueError`` that names the first row it cannot run."""
-    with work.autocast:
+def forward(micro_batch: MicroBatch) -> Any:
+    """Output of the model on the micro-batch.
+
+    Raises:
+        ValueError: naming the first row that the model cannot run by itself.
+    """
+    with micro_batch.autocast:
         try:
-            return work.model(**work.batch)
+            return micro_batch.model(**micro_batch.batch)
         except (torch.OutOfMemoryError, UnsupportedParameters):
             raise
         except (IndexError, RuntimeError, ValueError) as error:
-            for row in range(work.num_rows):
+            for row in range(micro_batch.num_rows):
                 try:
                     with torch.no_grad():
-                        work.model(**copied(work.batch, [row]))
+                        micro_batch.model(**copy_rows(micro_batch.batch, [row]))
                 except (IndexError, RuntimeError, ValueError) as reason:
                     raise ValueError(
-                        f"batch row {work.first_row + row} cannot be run by the model "
+                        f"batch row {micro_batch.first_row + row} cannot be run by the model "
                         f"({first_line(reason)}): correct its labels and ids"
                     ) from error
             raise
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, without a full stop."""
+    """First line of an error's message, without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def require_alone(work: MicroBatch, losses: Tensor) -> None:
-    """Refuse a model whose loss of the first row depends on the rows beside it.
+def require_loss_alone(micro_batch: MicroBatch, losses: Tensor) -> None:
+    """Refuse a model whose loss of the first row depends on the other rows of the batch.
 
-    ``losses`` are those in the batch (B,); ``work.alone`` is the first row's by itself, or None.
-    The rows may be private, so the message names the row and none of the losses.
+    ``losses`` (B,) are the rows' losses in the batch; ``micro_batch.loss_alone`` is the loss of the
+    first row by itself. The message names the row but no loss, since the rows may be private.
     """
-    if work.alone is None:
+    if micro_batch.loss_alone is None:
         return
-    own, here = float(work.alone), float(losses[0].detach())
-    half = work.alone.dtype in (torch.bfloat16, torch.float16) or not isinstance(
-        work.autocast, nullcontext
+    own, here = float(micro_batch.loss_alone), float(losses[0].detach())
+    half = micro_batch.loss_alone.dtype in HALF_DTYPES or not isinstance(
+        micro_batch.autocast, nullcontext
     )
     if math.isfinite(own) and abs(own - here) > loss_tolerance(half) * max(1.0, abs(own)):
         raise ValueError(
             "model must keep the rows of a batch apart, and the loss of row "
-            f"{work.first_row} is not the same alone and in the batch: {APART}"
+            f"{micro_batch.first_row} is not the same alone and in the batch: {APART}"
         )
 
 
-def loss_tolerance(half: bool) -> float:
-    """How far rounding may move a loss, relative to the loss or to 1."""
-    return 5e-2 if half else 1e-4
-
-
 def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
-    """Refuse labels that are no classes of the model, by the row; of other losses nothing is known.
+    """Refuse labels that are not classes of the model.
 
-    Looks at the labels alone, before the model sees them: on a GPU an index out of range ends the
-    process.
+    The labels are checked before the model runs, since an index out of range ends the process on a
+    GPU. Models whose kind of loss is unknown are not checked.
+
+    Raises:
+        ValueError: naming the first row (``first_row`` is added to its index) and its label.
     """
     base = _base(model)
     labels, kind = batch.get("labels"), _kind_of_class(base)
@@ -108,7 +121,7 @@ def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
         and rows.shape[1] == base.config.num_labels
         and base.config.problem_type is None
     ):
-        return  # a 0 or 1 for each class, as transformers reads it
+        return  # transformers reads these labels as one 0 or 1 per class
     if labels.dtype != torch.int64:
         raise ValueError(
             f"batch row {first_row} has a label of {labels.dtype}: labels must be "
@@ -121,23 +134,23 @@ def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
         )
     classes = _num_classes(base, kind)
     bad = (rows < 0) | (rows >= classes) if classes else rows < 0
-    bad = (bad & (rows != IGNORED)).any(1)
+    bad = (bad & (rows != IGNORE)).any(1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         wrong = next(
             int(label)
             for label in rows[row]
-            if label != IGNORED and not 0 <= label < (classes or math.inf)
+            if label != IGNORE and not 0 <= label < (classes or math.inf)
         )
         raise ValueError(
             f"batch row {first_row + row} has label {wrong}: labels must be from 0 to "
             + (f"{classes - 1}" if classes else "the number of classes less 1")
-            + f", or {IGNORED} where there is no target"
+            + f", or {IGNORE} where there is no target"
         )
 
 
 def _num_classes(base: Any, kind: str) -> int | None:
-    """How many classes the model's head tells apart; None where that is not known."""
+    """Number of classes of the model's head; None if it is unknown."""
     if kind == "single_label_classification" or "ForTokenClassification" in type(base).__name__:
         return base.config.num_labels
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -145,21 +158,25 @@ def _num_classes(base: Any, kind: str) -> int | None:
     return None if weight is None or weight.ndim != 2 else len(weight)
 
 
-def losses_of(work: MicroBatch, own: Any, logits: Any) -> tuple[str, Tensor]:
-    """The kind of loss whose mean is the model's ``own``, and each row's (B,)."""
+def match_loss(micro_batch: MicroBatch, own: Any, logits: Any) -> tuple[str, Tensor]:
+    """Kind of loss whose weighted mean over the batch is the model's ``own``, and row losses (B,).
+
+    Raises:
+        ValueError: if the model gave no loss or no logits, or if not exactly one kind matches.
+    """
     if own is None:
-        no_loss()
+        fail_without_loss()
     if not isinstance(logits, Tensor):
         raise ValueError(
             "model must return .logits beside .loss, from which the loss of each "
             'example follows; backend="loop" needs only .loss'
         )
-    logits, labels = wide(logits), _labels(work).to(logits.device)
+    logits, labels = upcast(logits), _labels(micro_batch).to(logits.device)
     matching = []
-    for kind in _loss_kinds(work.model, logits, labels):
-        losses, weights = row_losses(work, kind, logits)
+    for kind in _loss_kinds(micro_batch.model, logits, labels):
+        losses, weights = row_losses(micro_batch, kind, logits)
         mean = float((losses.detach() * weights).sum() / weights.sum())
-        tolerance = 2e-2 if own.dtype in (torch.bfloat16, torch.float16) else 2e-5
+        tolerance = 2e-2 if own.dtype in HALF_DTYPES else 2e-5
         if math.isclose(mean, float(own.detach()), rel_tol=tolerance, abs_tol=1e-6):
             matching.append((kind, losses))
     if len(matching) != 1:
@@ -172,26 +189,30 @@ def losses_of(work: MicroBatch, own: Any, logits: Any) -> tuple[str, Tensor]:
     return matching[0]
 
 
-def row_losses(work: MicroBatch, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and weights (B,), of one kind; refuses rows without a target or a finite loss."""
-    losses, weights = LOSSES[kind](logits, _labels(work).to(logits.device))
-    work.require(weights > 0, f"has no target: every label is {IGNORED}")
-    work.require(losses.detach().isfinite(), "has a loss that is not finite")
+def row_losses(micro_batch: MicroBatch, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (B,) of one kind, and their weights (B,) in the mean loss of the batch.
+
+    Raises:
+        ValueError: naming the first row that has no target or no finite loss.
+    """
+    losses, weights = LOSSES[kind](logits, _labels(micro_batch).to(logits.device))
+    micro_batch.require(weights > 0, f"has no target: every label is {IGNORE}")
+    micro_batch.require(losses.detach().isfinite(), "has a loss that is not finite")
     return losses, weights
 
 
-def _labels(work: MicroBatch) -> Tensor:
-    labels = work.batch.get("labels")
+def _labels(micro_batch: MicroBatch) -> Tensor:
+    labels = micro_batch.batch.get("labels")
     if not isinstance(labels, Tensor):
         raise ValueError(
             "batch must hold a tensor 'labels' for this backend, "
-            f"got {', '.join(map(str, work.batch))}"
+            f"got {', '.join(map(str, micro_batch.batch))}"
         )
     return labels
 
 
 def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
-    """The losses that the model may be using, by its class if that tells, and by shapes."""
+    """Kinds of loss that fit the shapes and, where it determines the loss, the model's class."""
     base = _base(model)
     integer, rows = not labels.is_floating_point(), len(labels)
     fitting = {
@@ -204,7 +225,7 @@ def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
     problem = getattr(getattr(base, "config", None), "problem_type", None)
     known = [
         kind or problem
-        for part, kind in LOSS_OF_CLASS.items()
+        for part, kind in _LOSS_OF_CLASS.items()
         if _is_a(base, part) and (kind or problem)
     ][:1]
     return [
@@ -215,18 +236,18 @@ def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
 
 
 def _base(model: Any) -> Any:
-    """The model below a PEFT adapter, or the model."""
+    """The base model of a PEFT model; another model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_a(base: Any, part: str) -> bool:
-    """Whether ``part`` is in the name of the model's class or of an ancestor."""
+    """Whether the name of the model's class, or of a base class, contains ``part``."""
     return any(part in ancestor.__name__ for ancestor in type(base).__mro__)
 
 
 def _kind_of_class(base: Any) -> str | None:
-    """The loss that a transformers model is known to have by its class and configuration."""
-    for part, kind in LOSS_OF_CLASS.items():
+    """Kind of loss of a transformers model, by its class and configuration; None if unknown."""
+    for part, kind in _LOSS_OF_CLASS.items():
         if _is_a(base, part):
             config = base.config
             return (
@@ -237,8 +258,8 @@ def _kind_of_class(base: Any) -> str | None:
     return None
 
 
-def no_loss() -> NoReturn:
-    """Raise: the model gave none."""
+def fail_without_loss() -> NoReturn:
+    """Raise ``ValueError`` for a model whose output has no loss."""
     raise ValueError(
         "batch must hold the labels (a tensor 'labels') from which the model computes "
         "its .loss, got an output without loss"

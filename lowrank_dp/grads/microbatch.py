@@ -1,8 +1,8 @@
-"""One micro-batch and what a backend is to do with it."""
+"""A micro-batch with the settings of its clipped sum, and helpers on batches and their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -17,11 +17,20 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch and what to do with it.
+    """Rows that run through the model together, and the settings of their clipped sum.
 
-    ``first_row`` counts rows for messages. ``bound`` is C; 0 for rows that do not count.
-    ``alone`` is the loss of the first row by itself, where the loss in the batch must equal it.
-    ``layouts`` are what each layer may see, by ``lowrank_dp.grads.axes``; batches narrow it.
+    Attributes:
+        model: the model that runs.
+        trained: its parameters that require gradients, by name.
+        batch: the dict that ``model(**batch)`` takes.
+        num_rows: B, the rows of ``batch``.
+        first_row: index of the first row in the whole batch; messages count from it.
+        max_grad_norm: C, absolute; 0 for rows that must not count.
+        autocast: context in which the forward runs.
+        loss_alone: the loss of the first row by itself, which the loss in the batch must equal;
+            None where the two are not compared.
+        layouts: the layouts that each layer may see (``lowrank_dp.grads.axes``); a batch can rule
+            out some of them, so the dict is updated.
     """
 
     model: nn.Module
@@ -29,42 +38,52 @@ class MicroBatch:
     batch: Batch
     num_rows: int
     first_row: int
-    bound: float
+    max_grad_norm: float
     autocast: AbstractContextManager
-    alone: Tensor | None = None
+    loss_alone: Tensor | None = None
     layouts: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """Device of the trained parameters."""
         return next(iter(self.trained.values())).device
 
     def clip(self, squared: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Norms (B,) and clip factors ``min(1, C / norm)`` from squared norms of each parameter.
+        """Norms (B,) and clip factors ``min(1, C / norm)`` (B,).
 
-        All in float64, in which the square of no float32 norm overflows or vanishes.
+        ``squared`` holds the squared gradient norms (B,) of each parameter. The sum and the root
+        are in float64, in which the square of no float32 norm overflows or vanishes.
+
+        Raises:
+            ValueError: naming the first row whose gradient is not finite.
         """
         start = torch.zeros(self.num_rows, device=self.device, dtype=torch.float64)
         norms = sum((part.to(start) for part in squared), start).sqrt()
-        given = norms.to(wide_dtype(next(iter(self.trained.values()))))
+        given = norms.to(upcast_dtype(next(iter(self.trained.values()))))
         self.require(given.isfinite(), "has a gradient that is not finite")
-        return given, (self.bound / norms).clamp(max=1) if self.bound else torch.zeros_like(norms)
+        if not self.max_grad_norm:
+            return given, torch.zeros_like(norms)
+        return given, (self.max_grad_norm / norms).clamp(max=1)
 
     def require(self, good: Tensor, problem: str) -> None:
-        """Refuse the first row that is not ``good`` (B,)."""
+        """Raise ``ValueError`` with the index of the first row that is not ``good`` (B,)."""
         if not bool(good.all()):
             row = self.first_row + int(good.logical_not().nonzero()[0])
             raise ValueError(f"batch row {row} {problem}")
 
 
+SumOf = Callable[[str], Tensor | None]  # parameter name -> clipped sum; None: the loss is constant
+Backend = Callable[[MicroBatch], tuple[Tensor, SumOf]]  # -> norms (B,) before clipping, and sums
+
+
 class UnsupportedParameters(ValueError):
-    """Trained parameters that a backend cannot or must not take."""
+    """Trained parameters whose per-example gradients a backend cannot compute."""
 
 
 def refuse(
     names: Iterable[str], problem: str, backends: Iterable[str] = ("opacus", "loop")
 ) -> NoReturn:
-    """One ``ValueError`` that names the parameters and the backends that may do."""
+    """Raise ``UnsupportedParameters``, naming the parameters and the backends to try instead."""
     listed = [*dict.fromkeys(names)]
     shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
     offered = " or ".join(f'backend="{backend}"' for backend in backends)
@@ -75,7 +94,12 @@ def refuse(
 
 
 def num_rows_of(batch: Batch) -> int:
-    """The number of examples in ``batch``, whose tensors must agree on it."""
+    """Number of examples in ``batch``.
+
+    Raises:
+        ValueError: if ``batch`` is not a mapping, has no tensor with a row, or has tensors that
+            differ in the number of rows.
+    """
     if not isinstance(batch, Mapping):
         _validate.fail("batch", "the dict that model(**batch) takes", type(batch).__name__)
     sizes = {
@@ -94,8 +118,8 @@ def num_rows_of(batch: Batch) -> int:
     return next(iter(sizes.values()))
 
 
-def width(batch: Batch) -> int:
-    """Positions in a row of the batch; 0 if it has no tensor of positions."""
+def num_positions_of(batch: Batch) -> int:
+    """Number of positions per row of ``batch``; 0 if no tensor has positions."""
     for name in ("input_ids", "attention_mask", "inputs_embeds"):
         value = batch.get(name)
         if isinstance(value, Tensor) and value.ndim > 1:
@@ -103,22 +127,22 @@ def width(batch: Batch) -> int:
     return 0
 
 
-def rows_of(batch: Batch, start: int, stop: int) -> dict[str, Any]:
-    """Some rows of every tensor, and the other values as they are."""
+def slice_rows(batch: Batch, start: int, stop: int) -> dict[str, Any]:
+    """Views of the rows from ``start`` to ``stop`` of every tensor; other values unchanged."""
     return {
         name: value[start:stop].detach() if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
 
 
-def copied(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
-    """``rows`` of every tensor, as copies that a model may change in place."""
+def copy_rows(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
+    """Copies of ``rows`` of every tensor, which a model may change in place."""
     return {
         name: value.detach()[list(rows)] if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
 
 
-def wide_dtype(parameter: Tensor) -> torch.dtype:
-    """Of sums and norms: float32, or the parameter's own if that is wider."""
+def upcast_dtype(parameter: Tensor) -> torch.dtype:
+    """Dtype of sums and norms: float32, or the parameter's own dtype if that is wider."""
     return torch.promote_types(torch.float32, parameter.dtype)

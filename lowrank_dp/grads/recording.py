@@ -1,4 +1,4 @@
-"""Record the input and the output gradient of each trained layer."""
+"""Hooks that record the input and the output gradient of each trained layer."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from torch import Tensor, nn
 from lowrank_dp.grads.axes import ROWS_FIRST, batch_axis, layer_input, rows_first
 from lowrank_dp.grads.factors import Factor, Squares, materialize_if_cheaper, squared_norms
 from lowrank_dp.grads.layers import RULES, is_rms_norm, rules_for
-from lowrank_dp.grads.microbatch import MicroBatch, refuse, width
+from lowrank_dp.grads.microbatch import MicroBatch, num_positions_of, refuse
 
 
 @dataclass
 class Tape:
-    """Per parameter: its factors, how many are still to come, and its squared norms."""
+    """Factors and squared norms of each parameter, filled during one forward and backward.
+
+    Attributes:
+        factors: the factors of each parameter.
+        pending: the number of factors of each parameter that the backward has yet to add.
+        squares: the squared norms of the parameters that are complete.
+    """
 
     factors: dict[str, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     pending: Counter[str] = field(default_factory=Counter)
     squares: dict[str, Squares] = field(default_factory=dict)
 
     def add(self, name: str, factor: Factor) -> None:
-        """Keep one factor; the last one that was announced settles the parameter."""
+        """Add one factor of a parameter; the last pending one closes the parameter."""
         if name in self.squares:
             refuse([name], "are used in more than one gradient checkpoint")
         self.factors[name].append(factor)
@@ -35,24 +41,28 @@ class Tape:
             self.close(name)
 
     def close(self, name: str) -> None:
-        """Settle a parameter's factors and take their norms."""
+        """Choose the form of a parameter's complete factors and compute their squared norms."""
         self.pending.pop(name)
         self.factors[name] = materialize_if_cheaper(self.factors[name])
         self.squares[name] = squared_norms(self.factors[name])
 
     def close_all(self) -> None:
-        """Settle what has only part of its factors: some outputs did not reach the loss."""
+        """Close parameters with missing factors: some of their outputs did not reach the loss."""
         for name in [name for name in self.pending if name in self.factors]:
             self.close(name)
 
 
-Sites = list[tuple[nn.Module, dict[str, str]]]
+TrainedLayers = list[tuple[nn.Module, dict[str, str]]]
 
 
-def trained_layers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sites:
-    """Layers with trained parameters, each with those parameters: attribute to full name."""
+def trained_layers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> TrainedLayers:
+    """Layers with trained parameters, each with a map from attribute to full parameter name.
+
+    Raises:
+        UnsupportedParameters: naming the parameters that are in layers without a rule.
+    """
     names = {id(p): name for name, p in trained.items()}
-    sites = []
+    layers = []
     for module in model.modules():
         rules = rules_for(module)
         own = {
@@ -60,28 +70,32 @@ def trained_layers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Sit
             for key, p in module._parameters.items()
             if id(p) in names and key in rules
         }
-        sites += [(module, own)] if own else []
-    unknown = set(trained).difference(*(own.values() for _, own in sites))
+        layers += [(module, own)] if own else []
+    unknown = set(trained).difference(*(own.values() for _, own in layers))
     if unknown:
         refuse(
             [name for name in trained if name in unknown],
             "are in layers without a book-keeping rule",
         )
-    return sites
+    return layers
 
 
 @contextmanager
-def recording(work: MicroBatch) -> Iterator[Tape]:
-    """Hooks on every layer with trained parameters, all of which must have a rule.
+def recording(micro_batch: MicroBatch) -> Iterator[Tape]:
+    """Record every layer with trained parameters during the forward and backward inside.
 
-    A trained parameter does not require gradients while its own layer's forward runs, so autograd
-    skips its gradient; a use elsewhere still reaches its ``.grad``, which gives it away.
+    A trained parameter does not require gradients while the forward of its own layer runs, so
+    autograd never computes its unclipped gradient. A use outside of the layer still reaches the
+    parameter's ``.grad``, by which the caller detects it.
+
+    Raises:
+        UnsupportedParameters: for a parameter in a layer without a rule.
     """
-    sites = trained_layers(work.model, work.trained)
+    layers = trained_layers(micro_batch.model, micro_batch.trained)
     tape, handles = Tape(), []
     try:
-        for module, own in sites:
-            before, after = _hooks(module, own, work, tape)
+        for module, own in layers:
+            before, after = _hooks(module, own, micro_batch, tape)
             handles += [
                 module.register_forward_pre_hook(before),
                 module.register_forward_hook(after, prepend=True, with_kwargs=True),
@@ -90,15 +104,15 @@ def recording(work: MicroBatch) -> Iterator[Tape]:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in work.trained.values():
+        for parameter in micro_batch.trained.values():
             parameter.requires_grad_(True)
 
 
 def _hooks(
-    module: nn.Module, own: dict[str, str], work: MicroBatch, tape: Tape
-) -> tuple[Callable, Callable]:
-    """The hooks of one layer: one before its forward, one after."""
-    rules, num_rows = rules_for(module), work.num_rows
+    module: nn.Module, own: dict[str, str], micro_batch: MicroBatch, tape: Tape
+) -> tuple[Callable[..., None], Callable[..., Tensor]]:
+    """Forward pre-hook and forward hook of one layer, which add its factors to ``tape``."""
+    rules, num_rows = rules_for(module), micro_batch.num_rows
 
     def require_grad(required: bool) -> None:
         for key in own:  # looked up each time: while a sharded layer runs, it has other tensors
@@ -115,17 +129,14 @@ def _hooks(
         version = x._version
         if type(module) not in RULES and not is_rms_norm(module, x, output.detach()):
             refuse(own.values(), f"are in a {type(module).__name__} that is no RMSNorm")
-        if not output.requires_grad:
-            output = output.requires_grad_().clone()
-        elif output._is_view():
-            # a view loses its hook when it is changed in place; this shares memory and is no view
-            output = torch.ops.aten._unsafe_view(output, output.shape)
+        output = _with_gradient_hook(output)
         layout = ROWS_FIRST
         if num_rows > 1:
             if isinstance(module, nn.Embedding) and x.ndim == 2 and len(x) == 1:
                 x = x.expand(num_rows, -1)  # position ids that all examples share
                 output = output.expand(num_rows, -1, -1)
-            layout = batch_axis(module, x, work.layouts, num_rows, width(work.batch), own.values())
+            positions = num_positions_of(micro_batch.batch)
+            layout = batch_axis(module, x, micro_batch.layouts, num_rows, positions, own.values())
         tape.pending.update(own.values())
 
         def keep(b: Tensor) -> None:
@@ -144,3 +155,13 @@ def _hooks(
         return output
 
     return before, after
+
+
+def _with_gradient_hook(output: Tensor) -> Tensor:
+    """A layer's output as a tensor whose gradient hook survives a change in place."""
+    if not output.requires_grad:
+        return output.requires_grad_().clone()
+    if output._is_view():
+        # a view loses its hook when it is changed in place; this shares memory and is no view
+        return torch.ops.aten._unsafe_view(output, output.shape)
+    return output

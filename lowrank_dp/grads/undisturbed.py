@@ -1,8 +1,8 @@
-"""Contexts in which a model is looked at, and from which it comes back as it was."""
+"""Contexts that change how a model runs, and restore its state at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Leave dropout out of whatever runs, and the model's mode as it is."""
+    """Context in which dropout does nothing, whatever the model's mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,7 +41,7 @@ _DROPOUTS = {
 
 @contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
-    """Parameters and buffers in float64, and then what they were."""
+    """Run the model with parameters and buffers in float64; restore them afterwards."""
     kept = [
         (tensor, tensor.data)
         for tensor in (*model.parameters(), *model.buffers())
@@ -58,7 +58,7 @@ def in_float64(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Mode, buffers and torch's generators are afterwards what they were; no autocast within."""
+    """Restore mode, buffers and torch's generators afterwards; autocast is off inside."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (
@@ -85,3 +85,16 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                     here = tensors[name]
                     if here is not None and not torch.equal(here, value):
                         here.copy_(value)
+
+
+@contextmanager
+def gradients_set_aside(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Set every ``.grad`` to None inside, and restore the gradients afterwards."""
+    kept = {name: p.grad for name, p in trained.items()}
+    try:
+        for p in trained.values():
+            p.grad = None
+        yield
+    finally:
+        for name, p in trained.items():
+            p.grad = kept[name]

@@ -1,24 +1,28 @@
 """LoRA's implicit noise: G A^T A in place of the gradient G (arXiv 2409.17538).
 
 One SGD step of a LoRA layer with B = 0 and A frozen moves the effective weight by
--learning_rate * scaling^2 * G A^T A. With A of shape (rank, n) and independent N(0, 1/rank)
-entries, E[A^T A] = I, so the step is the full gradient's plus the noise U = G (A^T A - I):
-
-    Var U_ij = (|g_i|^2 + g_ij^2) / rank,      g_i the rows of G.
-
-The noise is that of one A: shared by the rows of G, and by the steps if A stays. Its exact law is
-in `lowrank_dp.theory`; here it is drawn and measured.
+-learning_rate * scaling^2 * G A^T A. If A (rank, n) has independent N(0, 1/rank) entries, then
+E[A^T A] = I, so the step is that of the full gradient plus the noise U = G (A^T A - I), with
+Var U_ij = (|g_i|^2 + g_ij^2) / rank for the rows g_i of G. All rows of G share one A, and so do all
+steps if A stays frozen. `lowrank_dp.theory` has the exact law of the noise.
 """
 
-from lowrank_dp.lora.noise import (
-    ENTRY_KURTOSIS,
-    NoiseMoments,
-    draw_a,
-    matched_noise,
-    measure_noise,
-    project,
-    sample_noise,
-)
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.lora.noise import (
+        ENTRY_KURTOSIS,
+        NoiseMoments,
+        draw_a,
+        matched_noise,
+        measure_noise,
+        project,
+        sample_noise,
+    )
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "ENTRY_KURTOSIS",

@@ -1,4 +1,4 @@
-"""Draw and measure LoRA's implicit noise."""
+"""Samples and measured moments of LoRA's implicit noise."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from lowrank_dp import _validate
 from lowrank_dp.rng import os_seeded_generator
 from lowrank_dp.theory import noise_kurtosis
 
-# Distribution of A's entries -> their kurtosis: all that the variance of the noise needs of it.
+# distribution of the entries of A -> its kurtosis, on which the variance of the noise depends
 ENTRY_KURTOSIS = {"gaussian": 3.0, "kaiming": 9 / 5}
-
-
-_CONFIDENCE_95 = 1.959964
+_CONFIDENCE_95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 
 def draw_a(
@@ -28,14 +26,17 @@ def draw_a(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A (rank, n) with independent entries of mean 0 and variance 1/rank, so E[A^T A] = I.
+    """Draw A (rank, n) with independent entries of mean 0 and variance 1/rank, so E[A^T A] = I.
 
     Args:
         rank, n: rows and columns, >= 1.
-        init: "gaussian", or "kaiming" for the uniform distribution that PEFT draws from by default
+        init: "gaussian", or "kaiming" for the uniform distribution that PEFT uses by default
             (there with variance 1/(3 n), here rescaled).
-        generator: on ``device``; None takes a fresh one seeded from the operating system.
-        dtype, device: of the result.
+        generator: on ``device``; None uses a new generator seeded from the operating system.
+        dtype, device: type and device of the result.
+
+    Raises:
+        ValueError: on a bad argument.
     """
     rank, n = _validate.integer("rank", rank), _validate.integer("n", n)
     _validate.choice("init", init, ENTRY_KURTOSIS)
@@ -52,19 +53,20 @@ def draw_a(
 def project(
     gradient: Tensor, rank: int, *, init: str = "gaussian", generator: torch.Generator | None = None
 ) -> Tensor:
-    """The gradient that LoRA follows at B = 0: ``G A^T A`` with one A shared by all rows.
+    """Project a gradient as LoRA does at B = 0: ``G A^T A`` with one A shared by all rows.
 
-    Its mean over A is ``gradient``. A is drawn by :func:`draw_a` and not returned.
+    The mean of the result over A is ``gradient``. A is drawn by :func:`draw_a` and not returned.
 
     Args:
         gradient: G (m, n), float32 or float64, finite, on any device; m may be 1.
-        rank: rows of A, >= 1; it may exceed n.
-        init: "gaussian" (the theory's) or "kaiming" (PEFT's shape).
-        generator: on the gradient's device; None takes a fresh one seeded from the operating
-            system.
+        rank: number of rows of A, >= 1; may exceed n.
+        init: distribution of the entries of A, as for :func:`draw_a`; the theory assumes
+            "gaussian".
+        generator: on the device of the gradient; None uses a new generator seeded from the
+            operating system.
 
     Raises:
-        ValueError: on anything else, naming the argument.
+        ValueError: on a bad argument, naming it.
     """
     _matrix("gradient", gradient)
     a = draw_a(
@@ -81,19 +83,20 @@ def project(
 def sample_noise(
     q: Tensor, rank: int, num_samples: int, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Independent samples (num_samples, n) of u = q (A^T A - I) by its exact law, without any A.
+    """Draw independent samples (num_samples, n) of u = q (A^T A - I) by its exact law.
 
-    With q rotated to the first axis, u / |q| = (s - 1, sqrt(s) g): s is chi^2_rank / rank, and g is
-    N(0, I / rank) in the n - 1 dimensions across q. So a sample costs O(n), whatever the rank.
+    No A is formed. With q rotated to the first axis, u / |q| = (s - 1, sqrt(s) g), where s is
+    chi^2_rank / rank and g is N(0, I / rank) in the n - 1 dimensions across q. So a sample costs
+    O(n) at every rank.
 
     Args:
         q: (n,), float32 or float64, finite and not all zero, on any device.
-        rank: of A, >= 1.
-        num_samples: >= 1.
-        generator: on q's device; None takes a fresh one seeded from the operating system.
+        rank: rank of A, >= 1.
+        num_samples: number of samples, >= 1.
+        generator: on the device of q; None uses a new generator seeded from the operating system.
 
     Raises:
-        ValueError: on anything else, naming the argument.
+        ValueError: on a bad argument, naming it.
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> sample_noise(torch.tensor([3.0, 4.0]), 8, 1000, generator=generator).shape
@@ -112,10 +115,10 @@ def sample_noise(
     if largest == 0:
         raise ValueError("q must have a nonzero entry, got all zeros")
     unit = (q / largest).double()
-    norm = torch.linalg.vector_norm(unit) * largest  # |q|, without overflow on the way
+    norm = torch.linalg.vector_norm(unit) * largest  # |q|; no intermediate value overflows
     unit = (unit / torch.linalg.vector_norm(unit)).to(q)
 
-    # torch's own sampler behind distributions.Gamma, which takes no generator
+    # the sampler behind torch.distributions.Gamma, which itself takes no generator
     half = torch.full((num_samples,), rank / 2, dtype=torch.float64, device=q.device)
     s = torch._standard_gamma(half, generator=generator) / half
     noise = torch.randn(num_samples, len(q), generator=generator, dtype=q.dtype, device=q.device)
@@ -127,10 +130,10 @@ def sample_noise(
 def matched_noise(
     gradient: Tensor, rank: int, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Independent Gaussian noise (m, n) with the variance that ``G A^T A - G`` has in each entry.
+    """Draw independent Gaussian noise (m, n) with the variance of ``G A^T A - G`` in each entry.
 
-    What the Gaussian reading puts in the place of the projection: same variances, but no
-    correlation between entries, rows or calls.
+    The Gaussian reading replaces the projection by this noise. The variances are the same, but
+    entries, rows and calls are uncorrelated. Arguments and errors are as for :func:`project`.
     """
     _matrix("gradient", gradient)
     rank = _validate.integer("rank", rank)
@@ -145,17 +148,18 @@ def matched_noise(
 
 @dataclass(frozen=True)
 class NoiseMoments:
-    """Moments of projection noise, measured over independent draws of A, beside the formulas.
+    """Moments of the projection noise over independent draws of A, measured and exact.
 
     Attributes:
-        rank, num_draws, init: what was drawn.
-        variance: mean over entries of u_ij^2 / |g_i|^2; dimensionless.
-        variance_exact: what it is on average, (1 + beta^2) / rank averaged over the entries.
-        kurtosis: mean over entries of (u_ij / its exact standard deviation)^4 ...
-        kurtosis_exact: ... what it is on average; NaN for A that is not Gaussian.
-        variance_ci, kurtosis_ci: half-widths of 95 % intervals, by the normal approximation over
-            draws of A (all entries of a draw share its A); for the kurtosis at rank 1 to 2, whose
-            own variance is an eighth moment, they are rough.
+        rank, num_draws, init: the rank of A, the number of draws, the distribution of A.
+        variance: mean over draws and entries of u_ij^2 / |g_i|^2; dimensionless.
+        variance_exact: expectation of ``variance``; for a Gaussian A the mean over the entries of
+            (1 + beta^2) / rank.
+        kurtosis: mean over draws and entries of (u_ij / its exact standard deviation)^4.
+        kurtosis_exact: expectation of ``kurtosis``; NaN for an A that is not Gaussian.
+        variance_ci, kurtosis_ci: half-widths of 95 % intervals by the normal approximation over
+            draws of A, because all entries of a draw share one A. The interval of the kurtosis is
+            rough at ranks 1 and 2, where its variance is an eighth moment.
     """
 
     rank: int
@@ -177,15 +181,19 @@ def measure_noise(
     init: str = "gaussian",
     generator: torch.Generator | None = None,
 ) -> NoiseMoments:
-    """Variance and kurtosis of U = G A^T A - G over ``num_draws`` draws that form A.
+    """Measure variance and kurtosis of U = G A^T A - G over ``num_draws`` draws of A.
 
     Args:
-        gradient: G (m, n), float32 or float64, finite; rows of zeros, which get no noise, are left
-            out, and at least one row must remain.
-        rank: >= 1.
-        num_draws: >= 2.
-        init: of A, "gaussian" or "kaiming".
-        generator: on the gradient's device; None takes one seeded from the operating system.
+        gradient: G (m, n), float32 or float64, finite. Rows of zeros get no noise and are left
+            out; at least one row must remain.
+        rank: rank of A, >= 1.
+        num_draws: number of draws, >= 2.
+        init: distribution of the entries of A, "gaussian" or "kaiming".
+        generator: on the device of the gradient; None uses a new generator seeded from the
+            operating system.
+
+    Raises:
+        ValueError: on a bad argument, naming it.
     """
     _matrix("gradient", gradient)
     rank, num_draws = (

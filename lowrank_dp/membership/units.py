@@ -1,29 +1,31 @@
-"""Who is trained on, drawn before training, and the manifest that remembers it."""
+"""Draw which units of privacy a run trains on."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from lowrank_dp import _validate
-from lowrank_dp.data import Example, group_units
-from lowrank_dp.data.selection import draw, unit_content
+from lowrank_dp.data.examples import Example
+from lowrank_dp.data.selection import draw, group_units, unit_content
 
-__all__ = ["MEMBERSHIPS", "draw_members", "fingerprint", "group_units", "manifest"]
+__all__ = ["MEMBERSHIPS", "draw_members", "fingerprint", "group_units"]
 MEMBERSHIPS = ("all", "bernoulli", "half")
-SCHEMA_VERSION = 1
 
 
 def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int) -> list[bool]:
-    """For each unit of privacy, whether it is trained on.
+    """Draw, for each unit of privacy, whether it is trained on.
 
-    "all" takes all. "bernoulli" gives each unit an independent fair coin: a hash of the unit's
-    content, keyed by ``seed`` (:func:`lowrank_dp.data.selection.draw`), so that a unit more in the
-    data changes no other unit's coin. "half" takes a uniformly random half (rounded down). A half
-    of fixed size depends on all units at once: a unit more may change every bit. The privacy
-    guarantee of a run with "half" is therefore one for neighbouring sets of members.
+    Args:
+        units: the units of privacy, each a list of records.
+        membership: the sampling scheme. "all" takes all units. "bernoulli" draws each unit
+            independently with probability 1/2: a hash of the unit's content, keyed by ``seed``
+            (``data.selection.draw``), decides, so that adding a unit changes no other unit's
+            membership. "half" takes a uniformly random half, rounded down. It has a fixed size and
+            so depends on all units at once: adding a unit may change every bit. The privacy
+            guarantee of a run with "half" therefore holds for neighbouring sets of members.
+        seed: the seed of the draw; it need not be secret.
     """
     if _validate.choice("membership", membership, MEMBERSHIPS) == "all":
         return [True] * len(units)
@@ -35,39 +37,8 @@ def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over ids and contents to the letter: the same records in the same order."""
+    """Return the SHA-256 of the records, their ids and their order, in hexadecimal."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr(example).encode())
     return digest.hexdigest()
-
-
-def manifest(
-    units: Sequence[Sequence[Example]],
-    members: Sequence[bool],
-    *,
-    membership: str,
-    coin_seed: int,
-    **context: Any,
-) -> dict[str, Any]:
-    """``membership.json``: ids and content hashes of every record, never a text.
-
-    ``context`` is what an attack needs to know beside it: task, base model, recipe, losses.
-    """
-    records = [
-        (example, member) for unit, member in zip(units, members, strict=True) for example in unit
-    ]
-    probability = {"bernoulli": 0.5, "half": 0.5, "all": 1.0}[membership]
-    scheme = {"bernoulli": "bernoulli", "half": "fixed", "all": "all"}[membership]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "sensitive": "membership bits: whoever has this file knows who was trained on",
-        **context,
-        "coins": {"scheme": scheme, "probability": probability, "seed": coin_seed},
-        "num_members": sum(member for _, member in records),
-        "num_records": len(records),
-        "ids": [example.id for example, _ in records],
-        "content_hashes": [example.content_hash for example, _ in records],
-        "groups": [example.group for example, _ in records],
-        "is_member": [int(member) for _, member in records],
-    }

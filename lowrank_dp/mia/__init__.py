@@ -1,6 +1,7 @@
-"""Membership inference: signals -> scores -> metrics -> report.
+"""Membership inference: how much a checkpoint reveals about who was trained on.
 
-`scores` turns losses, confidences and logits into one number a record, higher for a member.
-`metrics` turns such numbers and the truth into AUC, TPR at a FPR and lower bounds on epsilon.
-Both see arrays only, on numpy and scipy; nothing is imported before it is asked for.
+A checkpoint under attack (``target``) is loaded (``loading``) and run on its ``records``; the
+``signals`` become ``scores``, the scores ``metrics`` and lower bounds on ``epsilon``, and these a
+``report`` with a ``verdict``. ``scores``, ``metrics`` and ``epsilon`` take arrays alone and need
+numpy and scipy only. Importing this package imports none of its modules.
 """

@@ -1,11 +1,11 @@
-"""Arguments of scores, metrics and guards: arrays of numbers, and of who is a member."""
+"""Checked arguments of scores and metrics: arrays of numbers, arrays of booleans, both sides."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lowrank_dp._validate import fail
+from lowrank_dp._validate import fail, real
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -21,11 +21,11 @@ def real_array(
     low: float = -np.inf,
     finite: bool = True,
 ) -> Array:
-    """``value`` as a non-empty float64 array of numbers >= ``low``, of ``ndim`` axes or ``shape``.
+    """Return ``value`` as a non-empty float64 array of numbers >= ``low``.
 
-    With ``or_more``, an array of more than ``ndim`` axes is accepted as well.
-
-    NaN is always refused, infinities unless ``finite`` is False; the error says how many and where.
+    The array must have ``shape`` if given, else ``ndim`` axes; with ``or_more``, more than ``ndim``
+    axes are accepted as well. NaN is always refused, infinities unless ``finite`` is False. Raises
+    ValueError that says how many entries are bad and where the first one is.
 
     >>> real_array("loss", [0.5, float("nan")])
     Traceback (most recent call last):
@@ -61,8 +61,8 @@ def real_array(
     return array
 
 
-def membership(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Mask:
-    """``value`` as a boolean array of ``shape``; 0 and 1 are accepted."""
+def boolean_array(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Mask:
+    """Return ``value`` as a boolean array of ``shape``; the numbers 0 and 1 are accepted."""
     array = np.asarray(value)
     if array.shape != shape:
         fail(name, f"of shape {shape}", f"shape {array.shape}")
@@ -71,3 +71,24 @@ def membership(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Mask:
     ):
         fail(name, "True and False, or 1 and 0", f"dtype {array.dtype}")
     return array.astype(np.bool_, copy=False)
+
+
+def both_sides(
+    scores: ArrayLike, is_member: ArrayLike, *, at_least: int = 1, name: str = "scores"
+) -> tuple[Array, Array]:
+    """Return the members' scores and the non-members' scores, ``at_least`` many of each."""
+    values = real_array(name, scores, finite=False)
+    truth = boolean_array("is_member", is_member, values.shape)
+    members, others = values[truth], values[~truth]
+    if min(len(members), len(others)) < at_least:
+        fail(
+            "is_member",
+            f"at least {at_least} True and {at_least} False",
+            f"{len(members)} and {len(others)}",
+        )
+    return members, others
+
+
+def confidence_level(value: float) -> float:
+    """Return ``value``, which must be in (0, 1)."""
+    return real("confidence", value, low=0, high=1, low_open=True, high_open=True)

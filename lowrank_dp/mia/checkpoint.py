@@ -1,7 +1,7 @@
-"""What a checkpoint's folder says of its head, without its weights.
+"""Read the head of a checkpoint from its configuration, without its weights.
 
-The configuration may have come from anywhere: what is read here is checked, and what is missing is
-None. Whether the weights fit the configuration is for ``models.load_model`` to say.
+The configuration may come from anywhere: what is read here is checked, and what is missing is None.
+``models.load_model`` checks whether the weights fit the configuration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
-from lowrank_dp.models import load_model
 from lowrank_dp.models.backbones import find_backbone, read_json
 
 _TOKENIZER = (
@@ -31,9 +30,9 @@ class Checkpoint:
     """The head of a checkpoint.
 
     Attributes:
-        kind: "classification", "regression", "generation", or None where the folder does not say.
-        num_labels: number of classes, or None where the folder does not say.
-        label_names: the classes' own names in the model's order, or () for LABEL_0, LABEL_1, ...
+        kind: "classification", "regression", "generation", or None if the folder does not say.
+        num_labels: number of classes, or None if the folder does not say.
+        label_names: names of the classes in the model's order; () for LABEL_0, LABEL_1, ...
         is_adapter: whether the folder holds a PEFT adapter and no whole model.
     """
 
@@ -44,29 +43,29 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, base: str = "") -> Checkpoint:
-    """The head that ``folder`` declares; ``ValueError`` for a configuration that is damaged.
+    """Read the head that ``folder`` declares.
 
-    An adapter that does not say what it is for has the head of its base: ``base``, or the one that
-    the adapter names.
+    An adapter that does not declare its task has the head of its base: ``base``, or the model that
+    the adapter names. Raises ValueError for a damaged configuration.
     """
     if (file := folder / "adapter_config.json").is_file():
         kinds = {"CAUSAL_LM": "generation", "SEQ_CLS": "classification"}
-        document = _object(file)
+        document = _read_object(file)
         task_type = document.get("task_type")
         if isinstance(task_type, str) and task_type in kinds:
             return Checkpoint(kinds[task_type], is_adapter=True)
         try:
             backbone = find_backbone(base or str(document.get("base_model_name_or_path")))
-        except ValueError:  # the loader says what is wrong with it
+        except ValueError:  # loading the model raises the error, with the reason
             return Checkpoint(is_adapter=True)
         return replace(_head(Path(backbone.path) / "config.json", backbone.config), is_adapter=True)
     if (file := folder / "config.json").is_file():
-        return _head(file, _object(file))
+        return _head(file, _read_object(file))
     return Checkpoint()
 
 
 def has_label_head(model: str) -> bool:
-    """Whether ``model`` (a name, hub id or folder) is a classifier by its own configuration."""
+    """Tell whether ``model`` (a name, hub id or folder) is a classifier by its configuration."""
     backbone = find_backbone(model)
     return _head(Path(backbone.path) / "config.json", backbone.config).kind in (
         "classification",
@@ -75,12 +74,14 @@ def has_label_head(model: str) -> bool:
 
 
 def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of ``folder``, of which nothing may be drawn at random.
+    """Load model and tokenizer of ``folder``; no weight may be drawn at random.
 
-    ``base`` stands in for the base model that an adapter names; "" takes the adapter's.
-    ``arguments`` go to ``models.load_model``. A folder without a tokenizer is an error, which says
-    if the folder above has one, as a trainer's ``checkpoint-500`` often does.
+    ``base`` replaces the base model that an adapter names; "" takes the adapter's. ``arguments`` go
+    to ``models.load_model``. Raises ValueError for a folder without a tokenizer, with a hint if the
+    parent folder has one, as is common for a trainer's ``checkpoint-500``.
     """
+    from lowrank_dp.models import load_model  # loaded when used: transformers comes with it
+
     if base and (folder / "adapter_config.json").is_file():
         arguments["base"] = base
     try:
@@ -99,7 +100,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER)
 
 
-def _object(file: Path) -> Mapping[str, Any]:
+def _read_object(file: Path) -> Mapping[str, Any]:
     document: Any = read_json(file)
     if not isinstance(document, dict):
         _validate.fail(str(file), "a JSON object", type(document).__name__)
@@ -107,6 +108,7 @@ def _object(file: Path) -> Mapping[str, Any]:
 
 
 def _head(file: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """The head of a configuration; ``file`` is named in errors."""
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: architectures must be a list of class names, got {names!r:.80}")

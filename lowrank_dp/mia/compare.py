@@ -1,8 +1,8 @@
-"""Several checkpoints on the same records: as they are, and at matched loss or utility.
+"""Compare checkpoints on the same records: as they are, and at matched loss or utility.
 
-A method that learns less leaks less, so AUCs at equal steps compare two things at once. Where a
-method is there at several numbers of steps, its AUC is interpolated over the training loss, and
-over the held-out metric, and read off where all methods have been.
+A method that learns less leaks less, so AUCs at equal numbers of steps confound leakage with
+learning. For a method with checkpoints at several numbers of steps, the AUC is interpolated over
+the training loss and over the held-out metric, and compared at a value that all methods reach.
 """
 
 from __future__ import annotations
@@ -13,21 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
-from lowrank_dp.mia import guards, metrics
-from lowrank_dp.mia.report import Report
+from lowrank_dp.mia import metrics
+from lowrank_dp.mia.report import Report, independent_scores
 from lowrank_dp.mia.target import Target
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import TrainConfig
 
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint: what it learned and what it leaks."""
+    """What one checkpoint learned and what it leaks.
+
+    Attributes:
+        name: the checkpoint's folder.
+        method: the configuration in words, without the number of steps.
+        steps: number of training steps.
+        train_loss: loss on the members after training.
+        utility: the task's first metric on held-out examples.
+        auc: of the primary attack.
+    """
 
     name: str
     method: str
@@ -39,10 +47,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Points in the order given; paired differences of AUC against the first.
+    """Checkpoints in the order given, compared by one attack.
 
-    ``at_loss`` and ``at_utility`` give each method's interpolated AUC at one common value, or None
-    where the methods' ranges do not overlap; ``utility_name`` is the task's first metric.
+    Attributes:
+        attack: the common primary attack.
+        utility_name: the task's first metric.
+        points: one per checkpoint.
+        paired: paired differences of AUC of the second, third, ... checkpoint minus the first.
+        at_loss, at_utility: a common value of loss and of utility, with each method's interpolated
+            AUC; None if the methods' ranges do not overlap.
     """
 
     attack: str
@@ -54,12 +67,15 @@ class Comparison:
 
 
 def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
-    """Compare reports on the same records by their common primary attack."""
+    """Compare reports on the same records by their common primary attack.
+
+    Raises ValueError if records, membership or primary attack differ.
+    """
     first = reports[0]
     for target, report in zip(targets, reports, strict=True):
         if report.ids != first.ids or not np.array_equal(report.is_member, first.is_member):
             raise ValueError(
-                f"{target.folder} must have the records and coins of "
+                f"{target.folder} must have the records and members of "
                 f"{targets[0].folder} to be compared: train both with one --seed"
             )
         if report.primary != first.primary:
@@ -68,9 +84,12 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
                 f"{targets[0].folder} {first.primary}: name one with --primary"
             )
     points = tuple(_point(target, report) for target, report in zip(targets, reports, strict=True))
-    counted = [_counted(target, report) for target, report in zip(targets, reports, strict=True)]
+    counted = [
+        independent_scores(target, report.scores[report.primary])
+        for target, report in zip(targets, reports, strict=True)
+    ]
     paired = tuple(
-        metrics.paired_auc_difference(values, counted[0][0], coins) for values, coins in counted[1:]
+        metrics.paired_auc_difference(values, counted[0][0], truth) for values, truth in counted[1:]
     )
     return Comparison(
         first.primary,
@@ -82,16 +101,8 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
     )
 
 
-def _counted(target: Target, report: Report) -> tuple[np.ndarray, np.ndarray]:
-    """Primary scores and truth, rows that share a coin counted once."""
-    values = report.scores[report.primary]
-    if target.records.unit != "group":
-        return values, report.is_member
-    return guards.unit_scores(values, target.records.examples, report.is_member)
-
-
 def method_name(config: TrainConfig) -> str:
-    """What the configuration is, apart from its length: "lora r=8, sigma 0.6, optimal"."""
+    """Describe a configuration without its number of steps: "lora r=8, DP, sigma 0.6, optimal"."""
     words = [config.method if config.method == "full" else f"{config.method} r={config.rank}"]
     if not config.non_private:
         noise = (
@@ -100,13 +111,13 @@ def method_name(config: TrainConfig) -> str:
             else f"sigma {config.noise_multiplier:g}"
         )
         words.append(f"DP, {noise}")
-    if config.scheme != "none" or config.low_pass is not None:
+    if not SCHEMES[config.scheme].is_identity or config.low_pass is not None:
         words.append(("running mean + " if config.low_pass is not None else "") + config.scheme)
     return ", ".join(words)
 
 
 def utility_metric(target: Target) -> str:
-    """The task's first metric that the learning curve has, else the loss."""
+    """Name the task's first metric that the learning curve has, else "loss"."""
     last = target.trained.curve[-1]
     return next((name for name in target.records.task.metrics if name in last), "loss")
 
@@ -125,10 +136,11 @@ def _point(target: Target, report: Report) -> Point:
 
 
 def matched(points: Sequence[Point], by: str) -> tuple[float, dict[str, float]] | None:
-    """Each method's AUC at one value of ``by`` that all have passed; None if there is none.
+    """Interpolate each method's AUC at one value of ``by``, a field of `Point`.
 
-    The value is the middle of the overlap of the methods' ranges; between a method's points the
-    AUC is interpolated linearly, and never extrapolated.
+    The value is the middle of the overlap of the methods' ranges; the AUC is interpolated linearly
+    between a method's points and never extrapolated. Returns None for fewer than two methods and
+    for ranges that do not overlap.
     """
     methods: dict[str, list[tuple[float, float]]] = {}
     for point in points:
@@ -147,26 +159,15 @@ def matched(points: Sequence[Point], by: str) -> tuple[float, dict[str, float]] 
     return middle, read
 
 
-def show(comparison: Comparison, console: Console) -> None:
-    """Print it."""
-    columns, rows = table(comparison)
-    drawn = Table(*columns)
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-    for line in notes(comparison):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
 def save(comparison: Comparison, folder: Path) -> None:
-    """``compare.json`` and the table as CSV, Markdown and LaTeX."""
+    """Write ``compare.json`` and the table as CSV, Markdown and LaTeX."""
     files.write_json(folder / "compare.json", as_json(comparison))
     columns, rows = table(comparison)
     artifacts.save_table(columns, rows, folder, "compare", caption=" ".join(notes(comparison)))
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, a checkpoint each."""
+    """Return columns and rows, one row per checkpoint."""
     name = comparison.utility_name
     direction = "higher is better" if HIGHER_IS_BETTER[name] else "lower is better"
     columns = [
@@ -202,8 +203,8 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the table does not say by itself."""
-    lines = [f"Attack {comparison.attack}; single run of each, not a ranking. NON-PRIVATE."]
+    """Lines that qualify the table."""
+    lines = [f"Attack {comparison.attack}; one run per checkpoint, not a ranking. NON-PRIVATE."]
     if comparison.at_loss is None or comparison.at_utility is None:
         lines.append(
             "No overlap: give each method at several --steps, so that their ranges of "
@@ -213,5 +214,5 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """In JSON's own types."""
+    """Return the comparison in JSON's types."""
     return artifacts.to_jsonable(comparison)

@@ -1,8 +1,8 @@
-"""Has a model learned anything of its own members? A model that has not cannot leak them.
+"""Test whether a model has learned anything about its own members.
 
-An attack on such a model finds nothing, and that says nothing: the model may as well have been
-loaded with another tokenizer, another order of labels, or a part of its weights. So the members'
-losses are compared with those of answers that know nothing of the record before them.
+An attack on a model that has not finds nothing, and that result is no evidence: the model may have
+been loaded with another tokenizer, another order of labels, or a part of its weights. So the
+members' losses are compared with chance, the best prediction that does not depend on the record.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 from scipy import special
 
 from lowrank_dp.data import IGNORE, Example
-from lowrank_dp.mia import guards, metrics
-from lowrank_dp.mia.signals import Array, Signals
+from lowrank_dp.mia import metrics, units
+from lowrank_dp.mia._arrays import Array
+from lowrank_dp.mia.signals import Signals
 
-ERROR = 0.01  # of a model that knows nothing, such a share is taken for one that knows something
+ERROR = 0.01  # probability that a model at chance is called better than chance
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,16 @@ class Learning:
 
     Attributes:
         loss: mean loss of the members, in nats (squared error for regression).
-        chance_loss: that of the best answer that knows nothing of the record: the labels' own
-            frequencies among the members, their mean score, or, for texts, the frequencies of the
-            tokens in the other members (one added to each count).
-        uniform_loss: ln of the number of classes, or of tokens; None for regression.
-        accuracy, majority: share of members that are answered right, and share of their most
-            frequent label; None but for classification.
+        chance_loss: mean loss of the best prediction that does not depend on the record: the
+            frequencies of the labels among the members, their mean score, or, for texts, the
+            frequencies of the tokens in the other members (one added to each count).
+        uniform_loss: ln of the number of classes or of tokens; None for regression.
+        accuracy, majority: share of members that are classified correctly, and share of their most
+            frequent label; None unless the task is classification.
         reference_loss: mean loss of the members under the model before fine-tuning, or None.
         better: whether the model is better than chance on its members and, for texts, better than
-            the model before fine-tuning, where that is known. Of the models that are not, at most
-            about ``ERROR`` are called better.
+            the model before fine-tuning, if known. At most about ``ERROR`` of the models that are
+            not better are called better.
     """
 
     loss: float
@@ -68,7 +69,7 @@ def judge_learning(
     chance: Array,
     classes: int,
 ) -> Learning:
-    """Compare the members' losses with ``chance`` (N,), which is from `chance_losses`.
+    """Compare the members' losses with ``chance`` (N,), the result of `chance_losses`.
 
     ``found`` has the signals of the N ``examples`` first; ``classes`` is the number of classes, or
     of tokens in the vocabulary. Records of one group count as one.
@@ -109,10 +110,10 @@ def chance_losses(
     rows: Sequence[Mapping[str, Any]],
     vocabulary: int,
 ) -> Array:
-    """Loss (N,) of each record under the best answer that knows nothing of it.
+    """Compute each record's loss (N,) under the best prediction that does not depend on the record.
 
-    ``rows`` are the encoded ``examples``; only members decide the answer. For texts, a record's own
-    tokens are left out of the counts.
+    ``rows`` are the encoded ``examples``; the prediction is made from members alone. For texts, a
+    record's own tokens are left out of the counts.
     """
     if kind == "generation":
         return _unigram_losses(rows, is_member, vocabulary)
@@ -122,7 +123,7 @@ def chance_losses(
         return (labels - inside.mean()) ** 2
     values, counts = np.unique(inside, return_counts=True)
     share = dict(zip(values.tolist(), counts / inside.size, strict=True))
-    # a label that no member has: the share that one more record would have
+    # a label that no member has gets the share of one more record
     return -np.log([share.get(float(label), 1 / (inside.size + 1)) for label in labels])
 
 
@@ -144,8 +145,8 @@ def _unigram_losses(
 def _lower_bound(
     gain: Array, examples: Sequence[Example], is_member: np.ndarray, error: float
 ) -> float:
-    """One-sided lower confidence bound of the members' mean gain, by Student's t over units."""
-    values, inside = guards.unit_scores(gain, examples, is_member)
+    """Bound the members' mean gain from below (one-sided, Student's t over units)."""
+    values, inside = units.unit_scores(gain, examples, is_member)
     own = values[inside]
     spread = own.std(ddof=1) / np.sqrt(own.size)
     return float(own.mean() - special.stdtrit(own.size - 1, 1 - error) * spread)

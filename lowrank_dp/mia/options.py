@@ -1,4 +1,4 @@
-"""What an attack is asked to do: the attacks' names, and the options with their checks."""
+"""Options of an attack, each with its help text and its check, and the attacks' names."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_dp import _validate
+from lowrank_dp._options import option
 from lowrank_dp.data import Columns
-from lowrank_dp.data.batches import Template
-from lowrank_dp.engines import check_engine
+from lowrank_dp.data.template import Template
+from lowrank_dp.engines import ENGINES, check_engine
 
-# name -> what it needs and means, in words
+# name -> the score, in words
 ATTACKS = {
-    "loss": "-loss",
+    "loss": "minus the loss",
     "base": "loss before fine-tuning minus loss",
-    "zlib": "-loss over the compressed length",
-    "min-k": "mean of the least likely 20% of tokens",
-    "min-k++": "the same, standardised over the vocabulary",
-    "ez": "error zone: where tokens were wrong, gains over losses against the base",
-    "quantile": "confidence over the non-members' quantile that its features predict",
-    "gradient": "-norm of the loss gradient (white-box)",
-    "projection": "symmetry of B A against the gradient sum with the record, over that without "
-    "(white-box; one step with a frozen A, all other records known)",
-    "lira": "likelihood ratio against shadows with and without the record",
+    "zlib": "minus the loss, divided by the compressed length of the text",
+    "min-k": "mean log-probability of the least likely 20% of tokens",
+    "min-k++": "mean standardised log-probability of the lowest 20% of tokens",
+    "ez": "error zone: upward share of the change against the base, at tokens predicted wrongly",
+    "quantile": "confidence minus the non-members' quantile predicted from the record's features",
+    "gradient": "minus the norm of the loss gradient (white-box)",
+    "projection": "asymmetry of B A against the gradient sum without the record, minus that with "
+    "the record (white-box; one step with a frozen A, all other records known)",
+    "lira": "log-likelihood ratio under shadows with and without the record",
     "lira-offline": "z-score against shadows without the record",
-    "rmia": "share of population records whose likelihood ratio is beaten",
-    "rmia-offline": "the same, from shadows without the record",
+    "rmia": "share of population records with a smaller likelihood ratio",
+    "rmia-offline": "share of population records with a smaller likelihood ratio, from shadows "
+    "without the record",
 }
 WHITE_BOX = ("gradient", "projection")
 SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
@@ -33,57 +35,93 @@ NEEDS_BASE = ("base", "ez", "projection")
 POPULATION = 1000  # the largest number of validation records; they are in no model
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "auto" else tuple(text.split(","))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        raise ValueError(f"--fpr must be numbers with commas between, got {text!r}") from None
+
+
 @dataclass(frozen=True)
 class Options:
-    r"""What an attack is asked to do.
+    """What an attack is asked to do.
 
-    Attributes:
-        attacks: names in ``ATTACKS``; () takes all that the checkpoint and the shadows allow.
-        primary: the attack that the verdict rests on, named beforehand; "" takes "lira-offline"
-            with shadows, else "base", else "loss".
-        num_shadows, shadow_dir: the number of shadows to train, or the folder of trained shadows.
-        members, nonmembers: files of records, for a checkpoint without membership.json, in any
-            format that ``data.load_task`` reads.
-        population: a file of records that are in no model, for RMIA and the quantile attack;
-            None takes up to 1,000 of the validation split.
-        columns: names of the columns of those files.
-        base: the model that the checkpoint was fine-tuned from, in place of what the manifest or
-            the adapter's configuration says.
-        template: how a causal language model that was trained elsewhere was shown its records, as
-            in ``data.encode``: ``"{source}\n{target}"``, or ``"{text}"`` for plain texts. None
-            takes these two, by the records' form.
-        max_length: number of tokens that each text is cut to, for a checkpoint trained elsewhere.
-        data_dir: of the task, as in ``data.load_task``.
-        fpr: false-positive rates at which the true-positive rate is reported.
-        delta: of the lower bound on epsilon; None takes the accountant's.
-        guesses: of the one-run audit; 0 for none. Needs independent coins.
-        white_box: also the gradient's norm, and the projection attack where the recipe allows it.
-        max_records, batch_size, seed, device: of the computation.
-        num_workers, engine: shadows trained at a time, and where, as in ``sweep``.
+    Every field is an option of ``python -m lowrank_dp.mia``; the help texts here document both.
+    Raises ValueError for a value out of its range and for values that exclude each other.
     """
 
-    attacks: tuple[str, ...] = ()
-    primary: str = ""
-    num_shadows: int = 0
-    shadow_dir: Path | None = None
-    members: Path | None = None
-    nonmembers: Path | None = None
-    population: Path | None = None
-    base: str = ""
-    data_dir: Path | None = None
-    fpr: tuple[float, ...] = (0.01, 0.001)
-    delta: float | None = None
-    guesses: int = 0
-    white_box: bool = False
-    max_records: int | None = None
-    batch_size: int = 64
-    seed: int = 0
-    device: str = "cpu"
-    num_workers: int | None = None
-    engine: str = "loky"
+    attacks: tuple[str, ...] = option(
+        (),
+        f"auto, or names with commas between: {', '.join(ATTACKS)}. Default: auto, all that the "
+        "checkpoint and the shadows allow.",
+        parse=_names,
+    )
+    primary: str = option(
+        "",
+        "Attack that the verdict rests on, named beforehand. Default: lira-offline with shadows, "
+        "else base, else loss.",
+    )
+    num_shadows: int = option(
+        0, "Number of shadow models to train by the checkpoint's own recipe.", name="shadows"
+    )
+    shadow_dir: Path | None = option(None, "Folder of shadow models trained before.")
+    members: Path | None = option(
+        None,
+        "File of records that were trained on, for a checkpoint without membership.json: "
+        "JSON Lines or another table.",
+    )
+    nonmembers: Path | None = option(None, "File of records that were not trained on.")
+    population: Path | None = option(
+        None,
+        "File of records in no model, for RMIA and the quantile attack. Default: up to "
+        f"{POPULATION:,} records of the validation split.",
+    )
+    base: str = option(
+        "",
+        "Model that the checkpoint was fine-tuned from, in place of the one that its "
+        "manifest or its adapter names.",
+    )
+    data_dir: Path | None = option(None, "Folder of the task's data, in place of LOWRANK_DP_DATA.")
+    fpr: tuple[float, ...] = option(
+        (0.01, 0.001),
+        "False-positive rates at which the true-positive rate is reported, with commas between. "
+        "Default: 0.01,0.001.",
+        parse=_rates,
+    )
+    delta: float | None = option(
+        None, "Delta of the lower bound on epsilon. Default: the accountant's."
+    )
+    guesses: int = option(
+        0,
+        "Number of guesses of the one-run audit, fixed beforehand; 0 for none. The audit needs "
+        "a checkpoint trained with --membership bernoulli.",
+    )
+    white_box: bool = option(
+        False,
+        "Attack with the gradient's norm too, and with the projection attack where the recipe "
+        "allows it.",
+    )
+    max_records: int | None = option(None, "Attack a random subset of this many records.")
+    batch_size: int = option(64, "Records in memory at a time.")
+    seed: int = option(0, "Seed of shadows, splits and subsets.")
+    device: str = option("cpu", "Device of the models: cpu or cuda.")
+    num_workers: int | None = option(
+        None, "Number of shadows trained at a time. Default: one per CPU core."
+    )
+    engine: str = option("loky", "Where shadows are trained.", choices=ENGINES)
     columns: Columns = field(default_factory=Columns)
-    template: str | None = None
-    max_length: int | None = None
+    template: str | None = option(
+        None,
+        "How a causal language model that was trained elsewhere was shown its records, such as "
+        "'### Input: {prompt}\\n### Response: {target}', or '{text}' for plain texts.",
+    )
+    max_length: int | None = option(
+        None, "Tokens that each text is cut to, for a checkpoint that was trained elsewhere."
+    )
 
     def __post_init__(self) -> None:
         check_engine(self.engine)
@@ -106,5 +144,5 @@ class Options:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The attacks that were asked for by name: each is made, or the reason is an error."""
+        """The attacks that were named; an attack that was named and can't be made is an error."""
         return (*self.attacks, *filter(None, [self.primary]))

@@ -1,20 +1,20 @@
-"""What an attack will do and how long it will take, before it starts."""
+"""Describe what an attack will do, and estimate how long it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from lowrank_dp.mia.options import Options
-from lowrank_dp.mia.shadows import find_shadows, shadow_configs
 from lowrank_dp.mia.target import Target
 
-FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: backward is twice forward
+FORWARD_SHARE = 1 / 3  # of a training step's operations: the backward pass takes 2/3
 
 
 def plan(targets: Sequence[Target], options: Options) -> list[str]:
-    """A line for each thing to be done; times from how long the checkpoint's own training took.
+    """Describe each piece of work in one line.
 
-    Checks what can be checked beforehand: shadows need a recipe with coins, or the same recipe.
+    Durations follow from how long the checkpoint's own training took. Raises ValueError if shadows
+    are unavailable: for a recipe that trains on every record, or shadows of another recipe.
     """
     lines = []
     for target in targets:
@@ -26,29 +26,33 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
         passes += f", about {_duration(scoring)}" if target.result else ""
         lines.append(f"plan     {target.folder.name}: {passes}")
         lines.append(f"format   {target.format.description}")
-        if options.shadow_dir is not None:
-            lines.append(
-                f"plan     {len(find_shadows(target.recipe, options.shadow_dir))} shadows "
-                f"found in {options.shadow_dir.name}"
-            )
-        elif options.num_shadows:
-            configs = shadow_configs(target.recipe, options.num_shadows, options.seed)
-            seconds = target.result.seconds + scoring if target.result else 0.0
-            lines.append(
-                f"plan     {len(configs)} shadows of {target.recipe.steps} steps each, "
-                f"about {_duration(seconds * len(configs))} at the speed of the "
-                "checkpoint's own training; what is there is not redone"
-            )
+        if options.shadow_dir is not None or options.num_shadows:
+            lines.append(_shadow_line(target, options, scoring))
     return lines
 
 
+def _shadow_line(target: Target, options: Options, scoring: float) -> str:
+    from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # training comes with them
+
+    if options.shadow_dir is not None:
+        found = find_shadows(target.recipe, options.shadow_dir)
+        return f"plan     {len(found)} shadows found in {options.shadow_dir.name}"
+    count = len(shadow_configs(target.recipe, options.num_shadows, options.seed))
+    seconds = target.result.seconds + scoring if target.result else 0.0
+    return (
+        f"plan     {count} shadows of {target.recipe.steps} steps each, "
+        f"about {_duration(seconds * count)} at the speed of the checkpoint's own training; "
+        "finished shadows are not trained again"
+    )
+
+
 def _scoring_seconds(target: Target, count: int) -> float:
-    """Of passes over ``count`` records, through each of the target's models; 0 if not known."""
+    """Seconds of the passes over ``count`` records through the models; 0 if not known."""
     if target.result is None:
         return 0.0
     result = target.result
-    a_record = result.seconds / (result.config.steps * result.config.batch_size)
-    return FORWARD_SHARE * a_record * count * (2 if target.base is not None else 1)
+    per_record = result.seconds / (result.config.steps * result.config.batch_size)
+    return FORWARD_SHARE * per_record * count * (2 if target.base is not None else 1)
 
 
 def _duration(seconds: float) -> str:

@@ -1,9 +1,9 @@
-"""Is a record in a released first step? The symmetry of ``B A`` tells (white-box).
+"""Projection attack: test by the symmetry of ``B A`` whether a record is in a released step.
 
-One full-batch step of gradient descent on LoRA with a frozen A leaves ``B = -rate G A^T``, so
+One full-batch step of gradient descent on LoRA with a frozen A leaves ``B = -rate G A^T``. So
 ``B A`` is a multiple of ``G A^T A``, and ``(B A) G^T`` is symmetric for the true G alone: a shared
 projection of a matrix is not private (Hu et al., arXiv 2601.21719; `theory.symmetry_score`). The
-adversary knows the weights before that step and every other record.
+attack is white-box: the adversary knows the weights before that step and all other records.
 """
 
 from __future__ import annotations
@@ -19,36 +19,12 @@ from torch import Tensor
 
 from lowrank_dp.data import Example, Task, encode, micro_batches
 from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
-from lowrank_dp.mia.signals import Array
-from lowrank_dp.mia.target import load_reference
+from lowrank_dp.mia._arrays import Array
+from lowrank_dp.mia.loading import load_reference
+from lowrank_dp.models import load_tokenizer
 from lowrank_dp.theory import symmetry_score
-from lowrank_dp.train import TrainResult
 
-# what makes B A one projected gradient of known records
-NEEDED = {
-    "method": "lora-frozen-a",
-    "optimizer": "sgd",
-    "steps": 1,
-    "unit": "example",
-    "weight_decay": 0.0,
-    "non_private": True,
-    "dropout": False,
-}
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-
-
-def unavailable_reason(result: TrainResult | None) -> str:
-    """What of the recipe stands in the attack's way; "" if nothing does."""
-    if result is None:
-        return "it needs training.json"
-    wrong = [
-        f"{name} {wanted!r}"
-        for name, wanted in NEEDED.items()
-        if getattr(result.config, name) != wanted
-    ]
-    if result.sample_rate != 1:
-        wrong.append("batch_size the number of members, so that none is left out by chance")
-    return f"it needs a recipe with {', '.join(wrong)}" if wrong else ""
 
 
 def projection_scores(
@@ -62,13 +38,22 @@ def projection_scores(
     pad_to: int | None = None,
     device: str = "cpu",
 ) -> Array:
-    """Symmetry score without each record less that with it, (N,); the true one is near 0.
+    """Compute the symmetry score without each record minus the score with the record, (N,).
 
-    ``examples`` must be all records of the run with their truth ``is_member`` (N,), which stands
-    for the adversary's knowledge of the others. Takes two backward passes a record, on one layer:
-    of those that the adapter changes, the last by name.
+    The symmetry score of the true gradient sum is near 0, so a member's difference is positive and
+    a non-member's negative. Each record takes two backward passes, on one layer: the last by name
+    of those that the adapter changes.
+
+    Args:
+        folder: the checkpoint, with the adapter.
+        base: the manifest's base.
+        task, examples: all records of the run.
+        is_member: (N,), the truth; for each record it stands for what the adversary knows of the
+            others.
+        max_length, pad_to: how a record becomes tokens, as in ``signals.measure``.
+        device: where the gradients are computed.
     """
-    layer, released = _released(Path(folder) / "adapter_model.safetensors")
+    layer, released = _released_product(Path(folder) / "adapter_model.safetensors")
     model = load_reference(folder, base, task, device=device)
     weight = model.get_parameter(f"{layer}.weight")
 
@@ -81,14 +66,14 @@ def projection_scores(
 
     total = sum(member * gradient for member, gradient in each())
     found = []
-    for member, gradient in each():  # again: all of them at once may not fit the memory
+    for member, gradient in each():  # computed again: all gradients at once may not fit the memory
         absent, present = total - member * gradient, total + (not member) * gradient
         found.append(symmetry_score(released, absent) - symmetry_score(released, present))
     return np.array(found)
 
 
-def _released(file: Path) -> tuple[str, Array]:
-    """The adapted layer that is last by name, and its B A in float64."""
+def _released_product(file: Path) -> tuple[str, Array]:
+    """The last adapted layer by name, and its B A in float64."""
     with safe_open(file, framework="pt") as tensors:
         name = max(key for key in tensors.keys() if key.endswith(_A))
         a = tensors.get_tensor(name).double().numpy()
@@ -105,9 +90,7 @@ def _gradients(
     max_length: int | None,
     pad_to: int | None,
 ) -> Iterator[Array]:
-    """The gradient of each record's loss in one layer, in order."""
-    from lowrank_dp.models import load_tokenizer
-
+    """Compute the gradient of each record's loss in one layer, in order."""
     tokenizer = load_tokenizer(base["model"])
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     weight.requires_grad_(True)

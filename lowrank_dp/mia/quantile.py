@@ -1,8 +1,8 @@
-"""The non-members' quantile of a record's confidence, from what is known of it without the model.
+"""Predict the non-members' quantile of a record's confidence from features of the record.
 
-One model and no shadows (Bertran et al. 2023, arXiv 2307.03694): a regression on public records
-that minimises the pinball loss predicts how confident a model is in such a record if it was not
-trained on it.
+The quantile attack needs one model and no shadows (Bertran et al. 2023, arXiv 2307.03694): a
+regression on public records, which minimises the pinball loss, predicts how confident the model is
+in a record that it was not trained on.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from lowrank_dp.data import Example
-from lowrank_dp.mia.signals import Array
+from lowrank_dp.mia._arrays import Array
+from lowrank_dp.mia.duplicates import text_parts
 
-QUANTILE = 0.9  # 1 - the false-positive rate that the threshold of 0 aims at
-MIN_POPULATION = 100  # of fewer, the highest tenth is a handful
+QUANTILE = 0.9  # 1 minus the false-positive rate at a threshold of 0
+MIN_POPULATION = 100  # with fewer records, the highest tenth is less than ten
 
 
 def features(examples: Sequence[Example], reference_loss: Array) -> Array:
-    """Lengths in log characters, label, and the untuned model's loss where known; (N, F)."""
+    """Logarithms of the texts' lengths, the label, and the reference's loss if known; (N, F)."""
     known = [reference_loss] if len(reference_loss) else []
     return np.column_stack(
         [
             *(
                 [np.log1p(len(text or "")) for text in texts]
-                for texts in zip(*((e.text, e.text_pair, e.target) for e in examples), strict=True)
+                for texts in zip(*map(text_parts, examples), strict=True)
             ),
             [0.0 if e.label is None else float(e.label) for e in examples],
             *known,
@@ -37,7 +38,7 @@ def features(examples: Sequence[Example], reference_loss: Array) -> Array:
 def predicted_quantile(
     population: Array, population_phi: Array, wanted: Array, *, seed: int = 0
 ) -> Array:
-    """The ``QUANTILE`` of phi at the features ``wanted`` (N, F), shape (N,).
+    """Predict the ``QUANTILE`` of phi at the features ``wanted`` (N, F), shape (N,).
 
     ``population`` (Z, F) and ``population_phi`` (Z,) are of records that are in no model.
     """

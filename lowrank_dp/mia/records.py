@@ -1,8 +1,8 @@
-"""Who was trained on and who was not: the manifest of a run, joined to the texts of its task.
+"""Records under attack, with the truth about their membership.
 
-``membership.json`` holds ids and hashes and never a text, so the texts come from the task itself
-and are compared with the hashes. In its place the user can give two files. Either way, no text is
-on both sides: the membership of a text that is on both says nothing.
+The truth is in a run's manifest, ``membership.json``, which holds ids and hashes and never a text:
+the texts come from the task itself and are compared with the hashes. The user can give two files
+instead. Either way no text is on both sides, because the membership of such a text says nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import TASKS, Columns, Example, Task, load_task, subset
-from lowrank_dp.membership.manifest import Manifest, read_manifest
-from lowrank_dp.mia import files, guards
+from lowrank_dp.membership import Manifest, read_manifest
+from lowrank_dp.mia import duplicates, given_files
 from lowrank_dp.mia.checkpoint import Checkpoint
 
-__all__ = ["MIN_RECORDS", "Manifest", "Records", "load_records", "read_manifest", "read_population"]
-MIN_RECORDS = 20  # of either side: below, no interval says anything
+MIN_RECORDS = 20  # on either side; with fewer, no interval says anything
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,18 @@ class Records:
     """Records under attack, with the truth about them: SENSITIVE.
 
     Attributes:
-        task: with all its splits; of the members' file alone it has only that as its train split.
+        task: the task with all its splits, or only a train split if it was read from a file.
         kind: "classification", "regression" or "generation".
-        unit: of the coins, "example" or "group".
-        examples: in fixed order, (N,); is_member: (N,) booleans, read-only.
-        source: of the truth: "membership.json", or the files' names.
-        coins: the manifest's scheme, or None where a file was given: then nobody vouches that
-            members and non-members were drawn alike, and an attack may only tell them apart.
-        columns: of a given file of members, which column is what; "" where none was given.
-        left_out: ids of records that are not attacked because their text occurs more than once:
-            in several units of a manifest's pool, or again in a given file.
+        unit: unit of sampling, "example" or "group".
+        examples: in fixed order, (N,).
+        is_member: (N,) booleans, read-only.
+        origin: where the truth comes from: "membership.json", or names of files.
+        sampling: the manifest's sampling scheme, or None if a file was given. In that case members
+            and non-members may come from different distributions, and an attack may only tell the
+            distributions apart.
+        columns: which column of a given file of members has which role; "" without such a file.
+        left_out: ids of records that are not attacked because their text occurs more than once: in
+            several units of a manifest's pool, or again in a given file.
     """
 
     task: Task
@@ -48,20 +49,15 @@ class Records:
     unit: str
     examples: tuple[Example, ...]
     is_member: NDArray[np.bool_]
-    source: str
-    coins: str | None
+    origin: str
+    sampling: str | None
     columns: str = ""
     left_out: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
-        """Whether the records are whole texts, without prompt, target or label."""
+        """Whether the records are plain texts, without prompt, target or label."""
         return self.kind == "generation" and self.examples[0].target is None
-
-    @property
-    def shift_check_mandatory(self) -> bool:
-        """Whether a result means nothing unless the shift check is passed."""
-        return self.coins is None
 
 
 def load_records(
@@ -76,30 +72,31 @@ def load_records(
     columns: Columns | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Records:
-    """The records that a checkpoint was, and was not, trained on.
+    """Load the records that a checkpoint was, and was not, trained on.
+
+    A text that occurs in several units of a manifest's pool is left out with all its copies,
+    whatever their membership, so that the other units stay independent. In given files, a text that
+    occurs again on the same side counts once.
 
     Args:
         folder: the checkpoint, with ``membership.json``; not read if both files are given.
-        data_dir: as in ``data.load_task``. For a run on the user's own files, that folder or file:
-            the manifest's word for it is not taken.
+        data_dir: as in ``data.load_task``. For a run on the user's own files it is that folder or
+            file: the path in the manifest is not followed.
         members, nonmembers: files in any format that ``data.load_task`` reads. ``nonmembers``
-            alone replaces those of the manifest.
-        base: as in :func:`read_manifest`.
-        max_records: keeps a random subset drawn from ``seed``, half of it members as far as there
-            are enough; whole groups where the coins were thrown for groups.
+            alone replaces the non-members of the manifest.
+        base: as in ``membership.read_manifest``.
+        max_records: number of records to keep, a random subset drawn from ``seed``; half of them
+            are members if there are enough. Groups stay whole if they are the unit of sampling.
+        seed: seed of the subset.
         columns: names of the files' columns; None finds them by their names.
-        checkpoint: the head under attack: it decides whether a file of texts is read as plain
-            texts, and its classes' names decide the number of each label.
+        checkpoint: the attacked head: it decides whether a file of texts is read as plain texts,
+            and the names of its classes decide the number of each label.
 
-    A text that occurs in several units of a manifest's pool is left out with all its copies,
-    whatever their coins were, so that the coins of the others stay independent. In given files, a
-    text that occurs again on the same side counts once.
-
-    Raises ``ValueError`` in one line: a broken manifest or file, records that the task does not
-    have or whose texts differ from those trained on, a text that is given on both sides or on the
-    side that the manifest contradicts, fewer than 20 of either side.
+    Raises ValueError in one line for a broken manifest or file, for records that the task does not
+    have or whose texts differ from those trained on, for a text that is given on both sides or on
+    the side that the manifest contradicts, and for fewer than 20 records on either side.
     """
-    reading = files.Reading(columns or Columns(), checkpoint or Checkpoint())
+    reading = given_files.Reading(columns or Columns(), checkpoint or Checkpoint())
     if members is not None and nonmembers is None:
         raise ValueError(
             "members must come with nonmembers: pass both files, or nonmembers alone "
@@ -108,7 +105,7 @@ def load_records(
     if max_records is not None:
         max_records = _validate.integer("max_records", max_records, low=2 * MIN_RECORDS)
     if members is not None and nonmembers is not None:
-        records = _two_files(Path(members), Path(nonmembers), reading)
+        records = _from_two_files(Path(members), Path(nonmembers), reading)
         _check_against_manifest(Path(folder) / runs.MEMBERSHIP, records, base)
     else:
         records = _from_manifest(read_manifest(Path(folder) / runs.MEMBERSHIP, base=base), data_dir)
@@ -116,25 +113,42 @@ def load_records(
             records = _with_nonmembers(records, Path(nonmembers), reading)
         else:
             records = _without_copies(records)
-    counts = np.bincount(records.is_member, minlength=2).tolist()
-    for count, all_are in zip(
-        counts, ("every record is a member", "no record is a member"), strict=True
-    ):
-        if count == 0:
-            raise ValueError(
-                f"{all_are}: train with --membership bernoulli, or pass --nonmembers FILE"
-            )
+    return _enough(records, max_records, seed)
+
+
+def _enough(records: Records, max_records: int | None, seed: int) -> Records:
+    """Draw the subset; ValueError unless both sides have ``MIN_RECORDS`` records."""
+    if records.is_member.all() or not records.is_member.any():
+        side = "every record is" if records.is_member.all() else "no record is"
+        raise ValueError(
+            f"{side} a member: train with --membership bernoulli, or pass --nonmembers FILE"
+        )
     if max_records is not None:
         records = _sample(records, max_records, seed)
-        counts = np.bincount(records.is_member, minlength=2).tolist()
-    if min(counts) < MIN_RECORDS:
+    others, members = np.bincount(records.is_member, minlength=2).tolist()
+    if min(others, members) < MIN_RECORDS:
         raise ValueError(
-            f"{records.source} must give at least {MIN_RECORDS} members and as many "
-            f"others, got {counts[1]} and {counts[0]}: attack a model that was "
+            f"{records.origin} must give at least {MIN_RECORDS} members and as many "
+            f"others, got {members} and {others}: attack a model that was "
             "trained on more, or pass more non-members or a larger max_records"
         )
     records.is_member.setflags(write=False)
     return records
+
+
+def read_population(
+    path: str | os.PathLike[str], records: Records, *, columns: Columns | None = None
+) -> tuple[Example, ...]:
+    """Read a user's file of records that are in no model, of the same form as ``records``."""
+    head = Checkpoint(records.kind)
+    given = given_files.read_file(
+        Path(path), "population", given_files.Reading(columns or Columns(), head), records.task.name
+    )
+    _require_same_form(Path(path), given, records)
+    return given_files.in_classes_of(given, records.task)
+
+
+# --- the manifest of a run -------------------------------------------------------------------
 
 
 def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> Records:
@@ -144,7 +158,7 @@ def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) 
             f"{runs.MEMBERSHIP}: kind must be {task.kind!r}, that of {task.name}, got "
             f"{manifest.kind!r}"
         )
-    # A run with max_examples or a hold-out knew only a part, so the whole split has them all.
+    # a run with max_examples or a hold-out knew a part of the split; the whole split has all ids
     pool = {example.id: example for example in task.split(manifest.split)}
     where = f"{task.name}'s {manifest.split} split ({task.source})"
     _refuse_any(f"are not in {where}", [i for i in manifest.ids if i not in pool], manifest)
@@ -162,15 +176,14 @@ def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) 
         examples,
         manifest.is_member.copy(),
         runs.MEMBERSHIP,
-        manifest.coins["scheme"],
+        manifest.sampling["scheme"],
     )
 
 
 def _load_pool(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> Task:
+    """Load the task of a manifest; generated data come from the recipe's seed."""
     if manifest.task in TASKS:
-        return load_task(
-            manifest.task, data_dir=data_dir, seed=manifest.recipe.get("data_seed", 0)
-        )  # it makes generated data
+        return load_task(manifest.task, data_dir=data_dir, seed=manifest.recipe.get("data_seed", 0))
     if data_dir is None or not Path(data_dir).expanduser().exists():
         raise ValueError(
             f"data_dir must be the folder or file {manifest.task!r} that the model "
@@ -197,86 +210,8 @@ def _refuse_any(what: str, ids: list[str], manifest: Manifest) -> None:
         )
 
 
-def _two_files(members: Path, nonmembers: Path, reading: files.Reading) -> Records:
-    inside = files.read(members, "members", reading)
-    outside = files.read(nonmembers, "nonmembers", reading, inside.task.name)
-    task, (first, second) = files.in_common_classes([inside, outside], reading.checkpoint)
-    blank = Records(
-        task,
-        task.kind,
-        "example",
-        first,
-        np.ones(len(first), np.bool_),
-        members.name,
-        None,
-        inside.columns,
-    )
-    _require_same_form(nonmembers, outside, blank)
-    return _joined(blank, second, nonmembers)
-
-
-def _with_nonmembers(records: Records, path: Path, reading: files.Reading) -> Records:
-    """The members of ``records`` and the rows of a file, which must be of the same form."""
-    given = files.read(path, "nonmembers", reading, records.task.name)
-    _require_same_form(path, given, records)
-    inside = replace(
-        records,
-        examples=tuple(
-            e for e, bit in zip(records.examples, records.is_member, strict=True) if bit
-        ),
-    )
-    return _joined(inside, files.in_classes_of(given, records.task), path)
-
-
-def _joined(inside: Records, outside: Sequence[Example], path: Path) -> Records:
-    """Members and non-members, each text once; ``ValueError`` if one is on both sides."""
-    everything = (*inside.examples, *outside)
-    truth = np.arange(len(everything)) < len(inside.examples)
-    if 0 < truth.sum() < len(truth) and (both := guards.overlap(everything, truth)):
-        raise ValueError(
-            f"{path}: {len(both)} of {len(outside)} non-members have the text of a "
-            f"member, first {', '.join(pair.nonmember for pair in both[:3])}: give "
-            "records that were not trained on"
-        )
-    first: dict[str, str] = {}
-    kept = [first.setdefault(e.content_hash, e.id) == e.id for e in everything]
-    left_out = tuple(e.id for e, keep in zip(everything, kept, strict=True) if not keep)
-    return replace(
-        inside,
-        examples=tuple(e for e, keep in zip(everything, kept, strict=True) if keep),
-        is_member=truth[np.array(kept, np.bool_)],
-        source=f"{inside.source} and {path.name}",
-        coins=None,
-        left_out=left_out,
-    )
-
-
-def _check_against_manifest(path: Path, records: Records, base: str | None) -> None:
-    """Refuse given files that the checkpoint's own manifest, where there is one, contradicts."""
-    if not path.is_file():
-        return
-    manifest = read_manifest(path, base=base)
-    truth = dict(zip(manifest.content_hashes, manifest.is_member.tolist(), strict=True))
-    trained = {
-        content
-        for content, bit in zip(manifest.content_hashes, manifest.is_member, strict=True)
-        if bit
-    }
-    wrong = [
-        example.id
-        for example, bit in zip(records.examples, records.is_member, strict=True)
-        if example.content_hash in truth and bit != (example.content_hash in trained)
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} given records are on the other side in {path.name}, first "
-            f"{', '.join(wrong[:3])}: leave out --members and --nonmembers, or give "
-            "files that agree with it"
-        )
-
-
 def _without_copies(records: Records) -> Records:
-    """The records whose text is of one unit alone."""
+    """Leave out the records whose text occurs in several units."""
     units: dict[str, set[str]] = {}
     for e in records.examples:
         units.setdefault(e.content_hash, set()).add(e.group if records.unit == "group" else e.id)
@@ -291,19 +226,88 @@ def _without_copies(records: Records) -> Records:
     )
 
 
-def read_population(
-    path: str | os.PathLike[str], records: Records, *, columns: Columns | None = None
-) -> tuple[Example, ...]:
-    """A user's file of records that are in no model, of the same form as ``records``."""
-    head = Checkpoint(records.kind)
-    given = files.read(
-        Path(path), "population", files.Reading(columns or Columns(), head), records.task.name
+# --- given files -----------------------------------------------------------------------------
+
+
+def _from_two_files(members: Path, nonmembers: Path, reading: given_files.Reading) -> Records:
+    inside = given_files.read_file(members, "members", reading)
+    outside = given_files.read_file(nonmembers, "nonmembers", reading, inside.task.name)
+    task, (first, second) = given_files.in_common_classes([inside, outside], reading.checkpoint)
+    member_side = Records(
+        task,
+        task.kind,
+        "example",
+        first,
+        np.ones(len(first), np.bool_),
+        members.name,
+        None,
+        inside.columns,
     )
-    _require_same_form(Path(path), given, records)
-    return files.in_classes_of(given, records.task)
+    _require_same_form(nonmembers, outside, member_side)
+    return _joined(member_side, second, nonmembers)
 
 
-def _require_same_form(path: Path, given: files.Given, records: Records) -> None:
+def _with_nonmembers(records: Records, path: Path, reading: given_files.Reading) -> Records:
+    """Join the members of ``records`` with the rows of a file, which must be of the same form."""
+    given = given_files.read_file(path, "nonmembers", reading, records.task.name)
+    _require_same_form(path, given, records)
+    inside = replace(
+        records,
+        examples=tuple(
+            e for e, bit in zip(records.examples, records.is_member, strict=True) if bit
+        ),
+    )
+    return _joined(inside, given_files.in_classes_of(given, records.task), path)
+
+
+def _joined(inside: Records, outside: Sequence[Example], path: Path) -> Records:
+    """Join members and non-members, each text once; ValueError if a text is on both sides."""
+    everything = (*inside.examples, *outside)
+    truth = np.arange(len(everything)) < len(inside.examples)
+    if 0 < truth.sum() < len(truth) and (both := duplicates.overlap(everything, truth)):
+        raise ValueError(
+            f"{path}: {len(both)} of {len(outside)} non-members have the text of a "
+            f"member, first {', '.join(pair.nonmember for pair in both[:3])}: give "
+            "records that were not trained on"
+        )
+    first: dict[str, str] = {}
+    kept = [first.setdefault(e.content_hash, e.id) == e.id for e in everything]
+    left_out = tuple(e.id for e, keep in zip(everything, kept, strict=True) if not keep)
+    return replace(
+        inside,
+        examples=tuple(e for e, keep in zip(everything, kept, strict=True) if keep),
+        is_member=truth[np.array(kept, np.bool_)],
+        origin=f"{inside.origin} and {path.name}",
+        sampling=None,
+        left_out=left_out,
+    )
+
+
+def _check_against_manifest(path: Path, records: Records, base: str | None) -> None:
+    """Raise ValueError if the checkpoint has a manifest that contradicts the given files."""
+    if not path.is_file():
+        return
+    manifest = read_manifest(path, base=base)
+    known = set(manifest.content_hashes)
+    trained = {
+        content
+        for content, bit in zip(manifest.content_hashes, manifest.is_member, strict=True)
+        if bit
+    }
+    wrong = [
+        example.id
+        for example, bit in zip(records.examples, records.is_member, strict=True)
+        if example.content_hash in known and bit != (example.content_hash in trained)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} given records are on the other side in {path.name}, first "
+            f"{', '.join(wrong[:3])}: leave out --members and --nonmembers, or give "
+            "files that agree with it"
+        )
+
+
+def _require_same_form(path: Path, given: given_files.Given, records: Records) -> None:
     theirs, ours = given.examples[0], records.examples[0]
     if (given.task.kind, theirs.text_pair is None, theirs.target is None) != (
         records.kind,
@@ -319,8 +323,11 @@ def _require_same_form(path: Path, given: files.Given, records: Records) -> None
         )
 
 
+# --- a random subset -------------------------------------------------------------------------
+
+
 def _sample(records: Records, size: int, seed: int) -> Records:
-    """At most ``size`` records, in their order."""
+    """Keep at most ``size`` records, in their order."""
     count = int(records.is_member.sum())
     others = len(records.is_member) - count
     half = min(count, max(size // 2, size - others))

@@ -1,18 +1,17 @@
-"""A report on the terminal and in files: report.json, scores.csv and summary.md.
+"""Render a report as lines and a table, and as files: report.json, scores.csv and summary.md.
 
-Every one says that it is NON-PRIVATE: it is computed from membership bits.
+All of them are NON-PRIVATE, because they are computed from membership bits; they say so.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files
@@ -20,11 +19,12 @@ from lowrank_dp.mia.options import ATTACKS, SHADOW_ATTACKS
 from lowrank_dp.mia.report import Attack, Report
 
 LABEL = "NON-PRIVATE: computed from membership bits"
+_KEYS = {"sampling": "coins", "base": "untuned", "origin": "source"}  # field -> key in the JSON
 
 
-def save(report: Report, folder: Path) -> None:
-    """Write the three files, each atomically."""
-    files.write_json(folder / "report.json", as_json(report))
+def save(report: Report, folder: Path, asked: Mapping[str, Any]) -> None:
+    """Write the three files, each atomically; ``asked`` is what the report was made from."""
+    files.write_json(folder / "report.json", as_json(report) | {"asked": asked})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "is_member", *report.scores])
@@ -50,52 +50,39 @@ def save(report: Report, folder: Path) -> None:
         file.write(("\n".join(lines) + "\n").encode())
 
 
-def show(report: Report, console: Console) -> None:
-    """Print it."""
-    for line in header(report):
-        console.print(line, highlight=False, soft_wrap=True)
-    columns, rows = table(report)
-    drawn = Table(*columns)
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-    for line in (*footer(report), LABEL):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
 def header(report: Report) -> list[str]:
-    """What was attacked, and the guards."""
+    """Lines that say what was attacked, and the checks."""
     members = int(report.is_member.sum())
     losses = (
         f"; train loss {report.train_loss:.3g} / eval {report.eval_loss:.3g}"
         if report.train_loss is not None
         else ""
     )
-    untuned = (
-        "untuned base: not known"
-        if report.untuned is None
-        else f"untuned base AUC {_interval(report.untuned)}"
+    base = (
+        "model before fine-tuning: not known"
+        if report.base is None
+        else f"AUC before fine-tuning {_interval(report.base)}"
     )
     return [
         f"model    {Path(report.model).name}: {report.description}{losses}",
-        f"records  {members:,} in / {len(report.is_member) - members:,} out, coins {report.coins}, "
-        f"overlap 0, copies left out {len(report.left_out):,}, near-duplicates across "
-        f"{len(report.near_duplicates):,}",
+        f"records  {members:,} in / {len(report.is_member) - members:,} out, sampling "
+        f"{report.sampling}, overlap 0, copies left out {len(report.left_out):,}, near-duplicates "
+        f"across sides {len(report.near_duplicates):,}",
         f"format   {report.format.description}",
         f"learned  {report.learning.description}: "
         f"{'better' if report.learning.better else 'NO better'} than chance (99%)",
-        f"shift    {report.shift}: blind AUC {_interval(report.blind)}, {untuned} (99%)",
-        f"control  {report.primary} against the coins in a random order: AUC "
+        f"shift    {report.shift}: blind AUC {_interval(report.blind)}, {base} (99%)",
+        f"control  {report.primary} against randomly permuted membership: AUC "
         f"{_interval(report.control)} (99%)",
     ]
 
 
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, an attack each; the primary is starred."""
+    """Return columns and rows, one row per attack; the primary attack has a star."""
     rates = list(report.attacks[0].tpr)
     columns = ["attack", "AUC [95%]"]
     for rate in rates:
-        columns += [f"TPR@{float(rate):.3g} [95%]", "FPR got"]
+        columns += [f"TPR@{float(rate):.3g} [95%]", "realised FPR"]
     columns.append("epsilon >=")
     rows = []
     for attack in report.attacks:
@@ -109,7 +96,7 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def footer(report: Report) -> list[str]:
-    """The verdict, the bound beside the accountant, and what the numbers do not say."""
+    """Lines with the lower bound on epsilon, the accountant's epsilon, and the verdict."""
     claimed = (
         "none"
         if report.accountant_epsilon is None
@@ -120,8 +107,9 @@ def footer(report: Report) -> list[str]:
     )
     lines = [
         f"epsilon >= {report.lower_bound:.3g} (95%, {report.primary}, split threshold, delta "
-        f"{report.delta:.3g}{one_run}); accountant: {claimed}. Evidence, never a certificate.",
-        "single run, not a ranking: compare methods over at least 3 seeds",
+        f"{report.delta:.3g}{one_run}); accountant: {claimed}. The bound is "
+        "evidence of a leak; a low bound is no guarantee.",
+        "This is a single run and no ranking: compare methods over at least 3 seeds.",
         f"verdict  {report.verdict}",
     ]
     if report.contradiction:
@@ -138,9 +126,13 @@ def footer(report: Report) -> list[str]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Everything but the scores, in JSON's own types."""
-    document = artifacts.to_jsonable(report)
+    """Return all of the report but the scores, in JSON's types."""
+    document = {
+        _KEYS.get(name, name): value for name, value in artifacts.to_jsonable(report).items()
+    }
     document.pop("scores")
+    form = document["format"]
+    document["format"] = {_KEYS.get(name, name): value for name, value in form.items()}
     document["is_member"] = report.is_member.astype(int).tolist()
     document["label"] = LABEL
     document["contradiction"], document["lower_bound"] = report.contradiction, report.lower_bound

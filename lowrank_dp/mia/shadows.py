@@ -1,8 +1,8 @@
-"""Shadow models: the checkpoint's own recipe, trained again on records drawn by fresh coins.
+"""Shadow models: the checkpoint's own recipe, trained again on newly drawn members.
 
-The only module of the attack that trains. Method, rank, frozen A, noise, restoration, steps and
-batch are the target's; each shadow has its own seed and so its own coins, head and noise. They are
-content-addressed: a second attack reads what the first one trained.
+This is the only module of the attack that trains. Method, rank, frozen A, noise, restoration, steps
+and batch size are the target's. Each shadow has its own seed and so its own members, head and
+noise. Shadows are content-addressed: a second attack reads what the first attack trained.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example, Task
+from lowrank_dp.membership import read_manifest
 from lowrank_dp.mia import signals
+from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.checkpoint import load_checkpoint
-from lowrank_dp.mia.records import read_manifest
-from lowrank_dp.mia.signals import Array
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 
-# what may differ between a target and its shadows: nothing that shapes the weights' law
+# fields that may differ between a target and its shadows: none shapes the weights' distribution
 SHADOW_MAY_DIFFER = (
     "seed",
     "device",
@@ -41,12 +41,18 @@ SHADOW_MAY_DIFFER = (
     "compile",
     "shard",
 )
-EVALUATED = 100  # examples, at a shadow's beginning and end: enough to see that it diverged
+EVALUATED = 100  # examples, before and after training: enough to see that a shadow diverged
 
 
 @dataclass(frozen=True)
 class Shadows:
-    """``loss``, ``phi`` and ``is_member`` are (K, N); ``population_loss`` is (K, Z)."""
+    """Signals of K shadows.
+
+    Attributes:
+        loss, phi: on the N attacked records, (K, N).
+        is_member: whether each shadow was trained on each record, (K, N).
+        population_loss: on Z records that are in no model, (K, Z).
+    """
 
     loss: Array
     phi: Array
@@ -55,11 +61,14 @@ class Shadows:
 
 
 def shadow_configs(recipe: TrainConfig, count: int, seed: int) -> list[TrainConfig]:
-    """The recipe ``count`` times, each with its own seed, none of which is the target's."""
+    """Make the configurations of ``count`` shadows: the recipe with distinct seeds.
+
+    No seed is the target's. Raises ValueError for a recipe that trains on every record.
+    """
     if recipe.membership == "all":
         raise ValueError(
             "shadows need a checkpoint trained with --membership bernoulli or half: "
-            "this one was trained on every record, so none is left to compare with"
+            "this checkpoint was trained on every record, so no record is left to compare with"
         )
     rng = random.Random(f"lowrank_dp shadows {seed}")
     seeds: dict[int, None] = {}
@@ -91,7 +100,11 @@ def train_shadows(
     num_workers: int | None = None,
     engine: str = "loky",
 ) -> list[Path]:
-    """Train what is missing of ``count`` shadows; their checkpoints' folders."""
+    """Train those of ``count`` shadows that ``folder`` lacks; return all checkpoints' folders.
+
+    ``num_workers`` and ``engine`` are those of ``sweep``. Raises ValueError if a shadow fails; the
+    others are kept.
+    """
     configs = shadow_configs(recipe, count, seed)
     outcomes = sweep(configs, folder, num_workers=num_workers, engine=engine, keep_model=True)
     failed = [outcome.error for outcome in outcomes if outcome.result is None]
@@ -104,7 +117,11 @@ def train_shadows(
 
 
 def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
-    """Checkpoints in ``folder`` that were trained by the target's recipe; others are refused."""
+    """Find the checkpoints in the subfolders of ``folder``.
+
+    Raises ValueError if there are none, if one was trained by another recipe than the target, or if
+    one has the target's seed.
+    """
     found = sorted(path.parent for path in folder.glob(f"*/{runs.MEMBERSHIP}"))
     if not found:
         raise ValueError(f"--shadow-dir {folder} must hold checkpoints in subfolders, found none")
@@ -135,9 +152,11 @@ def measure_shadows(
     cache: Path,
     base: str = "",
 ) -> Shadows:
-    """Signals of every shadow on the attacked records and on the population.
+    """Measure every shadow's signals on the attacked records and on the population.
 
-    ``encoding`` has the arguments of ``signals.measure`` that say how a record becomes tokens.
+    ``encoding`` has the arguments of ``signals.measure`` that say how a record becomes tokens;
+    signals are kept in ``cache``; ``base`` is as in ``checkpoint.load_checkpoint``. Raises
+    ValueError if an attacked record is not in a shadow's pool with the same text.
     """
     together = [*examples, *population]
     losses, phis, members = [], [], []
@@ -150,8 +169,8 @@ def measure_shadows(
         ]
         if missing:
             raise ValueError(
-                f"shadow {path.name} must have drawn a coin for every attacked record,"
-                f" {len(missing)} are not in its pool with the same text, such as "
+                f"shadow {path.name} must have every attacked record in its pool, "
+                f"{len(missing)} are not there with the same text, such as "
                 f"{missing[0]}"
             )
         members.append([truth[example.id] for example in examples])
@@ -162,7 +181,7 @@ def measure_shadows(
                 model, tokenizer, task, together, batch_size=batch_size, **encoding
             )
 
-        found = signals.cached(cache, signals.key(path, together, encoding), measure)
+        found = signals.cached(cache, signals.cache_key(path, together, encoding), measure)
         losses.append(found.loss)
         phis.append(found.phi)
     loss, phi = np.stack(losses), np.stack(phis)

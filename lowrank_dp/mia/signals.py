@@ -1,8 +1,7 @@
-"""From a checkpoint to numbers about each record: one forward pass, in eval mode and float32.
+"""Measure a checkpoint's signals of each record: one forward pass, in eval mode and float32.
 
-A checkpoint is a Hugging Face folder, full or PEFT. The reference is the model before fine-tuning:
-the base with the head as it was before the first step, which training keeps for this purpose.
-What was measured is cached under the hash of the weights and of the records.
+A checkpoint is a Hugging Face folder, full or PEFT. The reference is the model before fine-tuning.
+Signals are cached under a hash of the weights and of the records.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from lowrank_dp import artifacts
 from lowrank_dp.data import IGNORE, Example, Task, encode, micro_batches
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.losses import LOSSES
-from lowrank_dp.mia import scores
+from lowrank_dp.mia import scores, token_scores
 from lowrank_dp.mia._arrays import Array
 
-LOGITS_AT_A_TIME = 2**24  # in float64: 128 MiB, and a few times that on the way
+LOGITS_AT_A_TIME = 2**24  # 128 MiB in float64; intermediate results take a few times as much
 
 
 @dataclass(frozen=True)
 class Signals:
-    """One value a record, (N,), float64; a field that a task does not have is empty, (0,).
+    """One value per record, (N,), float64; a field that a task does not have is empty, (0,).
 
     Attributes:
-        loss: of the model, in nats: cross-entropy of the label, squared error, or the mean over
-            the target's own tokens.
-        correct: 1 where the label has the largest logit of all, else 0 (classification).
-        phi: logit confidence: of the label; for texts of exp(-loss); for scores -loss.
-        min_k, min_k_plus_plus: of the target's tokens (causal language models).
-        error_zone: against the reference's logits (causal language models with a reference).
-        reference_loss: the reference's, where there is one.
+        loss: the model's loss: cross-entropy of the label in nats, squared error, or mean
+            cross-entropy of the target's own tokens in nats.
+        reference_loss: the reference's loss, if there is a reference.
+        correct: 1 if the label has strictly the largest logit, else 0 (classification).
+        phi: logit confidence of the label, or of exp(-loss) for texts; -loss for regression.
+        min_k, min_k_plus_plus: scores of the target's tokens (causal language models).
+        error_zone: score against the reference's logits (causal language models).
     """
 
     loss: Array
@@ -63,15 +62,19 @@ def measure(
     reference: Any = None,
     template: str | None = None,
 ) -> Signals:
-    """Signals of ``examples`` in their order, from one forward pass of ``model``.
+    """Measure the signals of ``examples``, in their order, by one forward pass of ``model``.
 
-    Every row is padded to ``pad_to`` tokens, as the model was trained, or to the longest row of its
-    batch if that is None.
+    Args:
+        model, tokenizer: of a checkpoint.
+        task, examples: the records.
+        max_length, template: as in ``data.encode``.
+        pad_to: length that every row is padded to, as in training; None pads to the longest row of
+            the batch.
+        batch_size: number of records per forward pass.
+        reference: the model before fine-tuning, which runs on the same batches; or ``model`` itself
+            if it is a PEFT model whose head was not trained: then its adapter is switched off.
 
-    ``reference`` is the model before fine-tuning, run on the same batches, or ``model`` itself if
-    it is a PEFT model whose head did not train: its adapter is then switched off. ``template`` is
-    that of ``data.encode``. Every loss that
-    is not finite is an error that lists the records' ids; none is dropped.
+    Raises ValueError with the records' ids if a loss is not finite; no record is dropped.
     """
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
@@ -90,8 +93,18 @@ def measure(
                     other = base(**batch).logits.float()
             for name, values in _SIGNALS[task.kind](logits, labels, other).items():
                 found[name][indices] = values
+    _require_finite(examples, found, with_reference=reference is not None)
+    empty = np.zeros(0)
+    return Signals(
+        **{name: empty if np.isnan(values).any() else values for name, values in found.items()}
+    )
+
+
+def _require_finite(
+    examples: Sequence[Example], found: Mapping[str, Array], *, with_reference: bool
+) -> None:
     bad = ~np.isfinite(found["loss"])
-    if reference is not None:
+    if with_reference:
         bad |= ~np.isfinite(found["reference_loss"])
     if bad.any():
         ids = [example.id for example, wrong in zip(examples, bad, strict=True) if wrong]
@@ -100,10 +113,6 @@ def measure(
             f"{', '.join(ids[:5])}: the checkpoint has diverged, or its weights are "
             "damaged"
         )
-    empty = np.zeros(0)
-    return Signals(
-        **{name: empty if np.isnan(values).any() else values for name, values in found.items()}
-    )
 
 
 def gradient_norms(
@@ -117,7 +126,10 @@ def gradient_norms(
     batch_size: int = 64,
     template: str | None = None,
 ) -> Array:
-    """Norm (N,) of each record's loss gradient over the trainable parameters: white-box."""
+    """Compute the norm (N,) of each record's loss gradient over the trainable parameters.
+
+    This signal is white-box. The arguments are those of `measure`.
+    """
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
     batches = list(micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to))
@@ -137,7 +149,7 @@ def _classification(logits: Tensor, labels: Tensor, other: Tensor | None) -> dic
     z, y = logits.double().cpu().numpy(), labels.cpu().numpy()
     phi = scores.logit_confidence_from_logits(z, y) if np.isfinite(z).all() else np.nan
     own = np.take_along_axis(z, y[:, None], axis=1)
-    correct = (z < own).sum(axis=1) == z.shape[1] - 1  # a tie is no answer
+    correct = (z < own).sum(axis=1) == z.shape[1] - 1  # a tie is not correct
     return {
         "phi": phi,
         "correct": correct,
@@ -159,7 +171,7 @@ def _losses(kind: str, logits: Tensor, labels: Tensor, other: Tensor | None) -> 
 
 
 def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
-    """The targets' tokens of all rows at once, in parts that fit the memory, then row by row.
+    """Score the targets' tokens of all rows, in parts that fit the memory, and sum up per row.
 
     Position t is scored by the logits at t - 1.
     """
@@ -185,7 +197,7 @@ def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[st
         if other is not None:
             values["reference_loss"] = -one["reference"].mean()
             if np.isfinite(loss):
-                values["error_zone"] = scores.upward_share(
+                values["error_zone"] = token_scores.upward_share(
                     (one["log_p"] - one["reference"])[one["errs"]]
                 )
         for field in fields(Signals):
@@ -194,13 +206,13 @@ def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[st
 
 
 def _tokens(logits: Tensor, ids: Tensor, other: Tensor | None) -> dict[str, Tensor]:
-    """Of tokens ``ids`` (T,) under ``logits`` (T, V), what the scores need; (T,) each."""
+    """Compute what the scores need of tokens ``ids`` (T,) under ``logits`` (T, V); (T,) each."""
     log_p = logits.double().log_softmax(-1)
     own = log_p.gather(1, ids[:, None])[:, 0]
     p = log_p.exp()
     known = log_p.masked_fill(p == 0, 0.0)  # 0 ln 0 = 0
     mean = (p * known).sum(-1)
-    sigma = (p * (known - mean[:, None]).square()).sum(-1).sqrt().clamp(min=scores.MIN_SIGMA)
+    sigma = (p * (known - mean[:, None]).square()).sum(-1).sqrt().clamp(min=token_scores.MIN_SIGMA)
     found = {"log_p": own, "standardised": (own - mean) / sigma, "errs": own < log_p.amax(-1)}
     if other is not None:
         found["reference"] = other.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
@@ -216,7 +228,7 @@ _SIGNALS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], dict[str, Any]]
 
 @contextmanager
 def switched_off(reference: Any, model: Any) -> Iterator[Any]:
-    """``reference``, with its adapter disabled where it is the model under attack."""
+    """Yield the reference; if it is ``model`` itself, its adapter is disabled meanwhile."""
     if reference is model:
         with model.disable_adapter():
             yield model
@@ -224,10 +236,9 @@ def switched_off(reference: Any, model: Any) -> Iterator[Any]:
         yield reference
 
 
-# Models.
+# --- cache -----------------------------------------------------------------------------------
 
-
-# what decides, beside the weights, which numbers a checkpoint gives
+# files that decide the signals of a checkpoint, beside the weights
 _DECIDE = (
     "config.json",
     "adapter_config.json",
@@ -242,7 +253,7 @@ _DECIDE = (
 
 
 def weight_hash(folder: str | Path) -> str:
-    """SHA-256 over the safetensors, the configurations and the tokenizer of a checkpoint."""
+    """Hash the safetensors, the configurations and the tokenizer of a checkpoint (SHA-256)."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*")):
         if path.suffix == ".safetensors" or path.name in _DECIDE:
@@ -253,12 +264,13 @@ def weight_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def key(
+def cache_key(
     folder: str | Path, examples: Sequence[Example], encoding: Mapping[str, Any], *context: str
 ) -> str:
-    """What decides a checkpoint's signals: its weights, the records in their order, their form.
+    """Write what decides a checkpoint's signals: the weights, the records, their order and form.
 
-    ``encoding`` has the arguments of `measure` that say how a record becomes tokens.
+    ``encoding`` has the arguments of `measure` that say how a record becomes tokens; ``context`` is
+    added as it is.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -269,7 +281,7 @@ def key(
 
 
 def cached(folder: Path, key: str, compute: Callable[[], Signals]) -> Signals:
-    """``compute()``, or what it gave before under the same ``key``; a damaged file is redone."""
+    """Return the signals saved under ``key``; if none are, or the file is damaged, compute them."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         return artifacts.load_result(folder, name, Signals)

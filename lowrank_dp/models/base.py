@@ -1,4 +1,4 @@
-"""A model with its head from disk or the hub, and what of it was drawn at random."""
+"""Read a model with its head from disk or the hub, and find which weights are missing there."""
 
 from __future__ import annotations
 
@@ -26,11 +26,20 @@ _PROBLEMS = {"classification": "single_label_classification", "regression": "reg
 def load_base(
     backbone: Backbone, kind: str | None, num_labels: int | None, dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
-    """The model on the CPU, and the names of the weights that are not on disk.
+    """Read a model with a head onto the CPU.
 
-    Those are drawn from torch's global generator. ``model.lowrank_dp_base_weights`` gets the digest
-    of the others (:func:`weights_digest`). Raises ``ValueError`` if the files do not fit
-    the architecture, or a weight on disk has another shape, which it names.
+    Args:
+        backbone: where the files are; no adapter.
+        kind, num_labels: of the head; None takes them from the checkpoint.
+        dtype: type of the weights.
+
+    Returns:
+        The model, and the names of the weights that are not on disk, which are drawn from torch's
+        global generator. ``model.lowrank_dp_base_weights`` is the digest of the other weights
+        (:func:`weights_digest`).
+
+    Raises ValueError if the files do not fit the architecture; the message names a weight of
+    another shape.
     """
     kind, num_labels = kind_and_labels(backbone, kind, num_labels)
     head: dict[str, Any] = {}
@@ -46,19 +55,19 @@ def load_base(
         model = model.to(dtype)
     else:
         model, missing = _from_files(backbone, auto, head, dtype)
-    if "gguf_file" in backbone.load:  # the weights are plain floats by now: let them be saved
+    if "gguf_file" in backbone.load:  # the weights are floats now, so they can be saved
         model.hf_quantizer.remove_quantization_config(model)
-    model.name_or_path = backbone.name  # what PEFT writes down as the base of an adapter
+    model.name_or_path = backbone.name  # PEFT records the name as an adapter's base
     model.lowrank_dp_note = f"{backbone.note}, {type(model).__name__}"
     model.lowrank_dp_base_weights = weights_digest(model, missing)
     return model, missing
 
 
 def weights_digest(model: Any, left_out: Iterable[str] = ()) -> str:
-    """SHA-256 of a model's weights but those ``left_out``, whatever their names are.
+    """Return the SHA-256 of a model's weights, without the names and without ``left_out``.
 
-    Names differ between versions of transformers, and types between loads: the digest is "" for a
-    model that is not held in float32.
+    Names are left out because they differ between versions of transformers. The digest is "" for a
+    model that is not in float32, because a checkpoint can be loaded in several types.
     """
     skipped, state = set(left_out), model.state_dict()
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in state.values()):
@@ -74,10 +83,10 @@ def weights_digest(model: Any, left_out: Iterable[str] = ()) -> str:
 
 
 def check_base_weights(model: Any, trained_on: object, name: str, base: str) -> None:
-    """Raise ``ValueError`` if ``base`` is not the model that checkpoint ``name`` was trained on.
+    """Raise ValueError if ``base`` is not the model that checkpoint ``name`` was trained on.
 
-    ``trained_on`` is the digest that the checkpoint holds; None, of an earlier version or of
-    another program, and "" say nothing.
+    ``trained_on`` is the digest in the checkpoint. None (an earlier version or another program) and
+    "" (no digest) pass.
     """
     found = model.lowrank_dp_base_weights
     if trained_on and found and trained_on != found:
@@ -88,7 +97,10 @@ def check_base_weights(model: Any, trained_on: object, name: str, base: str) -> 
 
 
 def fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
-    """Agree on the padding token and the longest text; ``ValueError`` on tokens without a row."""
+    """Give model and tokenizer one padding token and one longest text.
+
+    Raises ValueError if the tokenizer has tokens for which the model has no embedding.
+    """
     rows = model.get_input_embeddings().weight.shape[0] if _has_table(model) else sys.maxsize
     if len(tokenizer) > rows:
         raise ValueError(
@@ -105,7 +117,10 @@ def fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
 def kind_and_labels(
     backbone: Backbone, kind: str | None, num_labels: int | None
 ) -> tuple[str, int | None]:
-    """The kind of head and its size, from what was asked or else from the checkpoint itself."""
+    """Determine kind and size of the head from the arguments, or else from the checkpoint.
+
+    Raises ValueError if neither tells, or if the checkpoint's own head is of another kind or size.
+    """
     config = backbone.config
     architecture = next(iter(config.get("architectures") or [""]))
     is_classifier = architecture.endswith("ForSequenceClassification")
@@ -157,7 +172,7 @@ def kind_and_labels(
 
 
 def label_count(config: dict[str, Any]) -> int:
-    """How many labels a configuration has; 2, transformers' default, if it does not say."""
+    """Return the number of labels in a configuration; transformers' default is 2."""
     if config.get("id2label") is not None:
         return len(config["id2label"])
     return config.get("num_labels") or 2
@@ -166,6 +181,7 @@ def label_count(config: dict[str, Any]) -> int:
 def _from_files(
     backbone: Backbone, auto: Any, head: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
+    """Read a model that transformers can read, and the names of its missing weights."""
     folder = Path(backbone.path)
     if folder.is_dir() and "gguf_file" not in backbone.load:
         with quiet(), one_line(str(folder / "config.json")):
@@ -197,7 +213,7 @@ def _from_files(
 
 
 def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Weights on disk of blocks that the configuration leaves out, as by fewer layers."""
+    """List weights on disk of blocks that the configuration lacks, such as further layers."""
     known = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
     numbered = {key for key in known if "#" in key}
     return [
@@ -209,7 +225,7 @@ def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
 
 
 def _other_shapes(folder: Path, auto: Any, head: dict[str, Any]) -> list[str]:
-    """Weights whose shape on disk is not that of the architecture, where their names agree."""
+    """List weights whose shape on disk differs from the shape in the architecture."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **head)
     with torch.device("meta"):
         state = auto.from_config(config).state_dict()
@@ -224,6 +240,7 @@ def _other_shapes(folder: Path, auto: Any, head: dict[str, Any]) -> list[str]:
 
 
 def _has_table(model: Any) -> bool:
+    """Tell whether a model has a table of input embeddings."""
     try:
         return hasattr(model.get_input_embeddings(), "weight")
     except (NotImplementedError, AttributeError):
@@ -231,11 +248,11 @@ def _has_table(model: Any) -> bool:
 
 
 def _context(model: Any) -> int:
-    """How many tokens the model has positions for."""
+    """Return the number of tokens that the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:  # XLNet says -1: it has no limit
+    if not isinstance(positions, int) or positions < 1:  # XLNet has no limit and says -1
         return sys.maxsize
-    # RoBERTa and its kin count positions from the padding index on
+    # RoBERTa and its variants count positions from the padding index on
     offsets = [
         module.padding_idx + 1
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Writing a checkpoint that holds everything which is not in the base on disk."""
+"""Write a checkpoint, which holds every weight that is not in its base."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from lowrank_dp.models.backbones import quiet
 def save_model(
     model: Any, tokenizer: Any, folder: str | Path, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a Hugging Face folder: safetensors, configuration, tokenizer; no pickle.
+    """Write a Hugging Face folder: safetensors, configuration and tokenizer, no pickle.
 
-    A PEFT model leaves its adapter with ``modules_to_save``, to which a new head and a new pooler
-    belong, and a ``config.json`` that gives the order of the labels and a digest of the base's
-    weights, so that the adapter is not loaded on another base. ``weights`` replaces the
-    model's own state dict, under the same names.
+    For a PEFT model the folder holds the adapter with its ``modules_to_save``, which include a new
+    head and a new pooler, and a ``config.json`` with the order of the labels and the digest of the
+    base's weights, so that the adapter is not loaded on another base.
+
+    ``weights`` replaces the model's state dict; it has the same names.
     """
     options: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
     with quiet():
         if hasattr(model, "get_base_model"):
             base = model.get_base_model()
-            # "auto" would ask the hub for the base model's vocabulary
+            # PEFT's default, "auto", asks the hub for the size of the base's vocabulary
             embeddings = getattr(model, "lowrank_dp_embeddings", False)
             model.save_pretrained(folder, save_embedding_layers=embeddings, **options)
             config = copy.deepcopy(base.config)

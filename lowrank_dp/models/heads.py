@@ -1,35 +1,20 @@
-"""The head of a classifier: which layers it has, which are new, and the order of its labels."""
+"""The head of a classifier: its layers, and which of them are new."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-# names that hub checkpoints use for GLUE's labels, after `_fold`
-_SYNONYMS = {
-    "neg": "negative",
-    "pos": "positive",
-    "entail": "entailment",
-    "entailed": "entailment",
-    "contradict": "contradiction",
-    "contradicted": "contradiction",
-    "non_entailment": "not_entailment",
-    "no_entailment": "not_entailment",
-    "non_equivalent": "not_equivalent",
-    "non_duplicate": "not_duplicate",
-}
 
 
 def head_modules(model: Any) -> dict[str, nn.Module]:
-    """Modules that make up a sequence classifier's head, by name; none for a language model.
+    """Return the modules of a sequence classifier's head by name; {} for a language model.
 
-    The head is what the classifier has beside its backbone (``base_model`` of transformers): every
-    direct child with parameters of its own. A pooler inside the backbone belongs to the head if it
-    was not on disk and so was drawn with it (:func:`mark_new`).
+    The head is every direct child with parameters beside the backbone (``base_model`` of
+    transformers). A pooler inside the backbone belongs to the head if the pooler was not on disk
+    and was drawn with the head (:func:`mark_new`).
     """
     backbone = getattr(model, "base_model", model)
     if backbone is model or not type(model).__name__.endswith("ForSequenceClassification"):
@@ -48,11 +33,11 @@ def head_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def final_layer(model: Any) -> str:
-    """The name of the linear layer that gives a classifier's logits; "" for other models."""
+    """Return the name of the linear layer that gives a classifier's logits; "" if there is none."""
     found = ""
     for name, head in head_modules(model).items():
         if _pooler(f"{name}."):
-            continue  # its layers come before the head's, though it may be listed after them
+            continue  # a pooler may be listed after the head, but its output is the head's input
         for inner, module in head.named_modules(prefix=name):
             if isinstance(module, nn.Linear):
                 found = inner
@@ -60,9 +45,9 @@ def final_layer(model: Any) -> str:
 
 
 def head_state(model: Any) -> dict[str, Tensor]:
-    """The head's weights as they are now, on the CPU, without PEFT's prefixes.
+    """Copy the head's present weights to the CPU, under names without PEFT's prefixes.
 
-    ``{"classifier.weight": ...}``, a pooler that was drawn new included.
+    The names are such as "classifier.weight"; a pooler that was drawn new is included.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = {}
@@ -75,10 +60,10 @@ def head_state(model: Any) -> dict[str, Tensor]:
 
 
 def mark_new(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -> None:
-    """Note which weights were drawn at random because they are not on disk.
+    """Record in ``model.lowrank_dp_new`` the names of the weights that were drawn at random.
 
-    ``model.lowrank_dp_new`` gets the names. Raises ``ValueError`` that names them if they may not
-    be drawn: with ``new_head=False`` none may; else whole layers of the head and of a pooler.
+    Raises ValueError with the names of the weights that must not be drawn: with ``new_head=False``
+    all of them; otherwise all but whole layers of the head and of a pooler.
     """
     model.lowrank_dp_new = tuple(sorted(missing))
     head = head_modules(model)
@@ -97,18 +82,18 @@ def mark_new(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """List at most ``most`` names, and say how many more there are."""
+    """List at most ``most`` names, and the number of the others, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def _pooler(key: str) -> re.Match[str] | None:
-    """The module ``...pooler`` that a parameter is in."""
+    """Match the module ``...pooler`` that a parameter is in."""
     return re.match(r"((?:.+\.)?pooler)\.", key)
 
 
 def _whole_layer(model: Any, key: str, missing: Sequence[str]) -> bool:
-    """Whether all parameters of the layer that ``key`` is in are missing."""
+    """Tell whether all parameters of the layer that ``key`` is in are missing."""
     layer = key.rpartition(".")[0]
     own = {
         f"{layer}.{name}" for name, _ in model.get_submodule(layer).named_parameters(recurse=False)
@@ -116,117 +101,6 @@ def _whole_layer(model: Any, key: str, missing: Sequence[str]) -> bool:
     return own <= set(missing)
 
 
-# ---------------------------------------------------------------------------------------------
-# the order of the labels
-
-
-def own_label_names(config: Mapping[str, Any], where: str) -> list[str] | None:
-    """A checkpoint's names of its labels, in the order of its logits; None if it has none.
-
-    ``LABEL_0``, ``LABEL_1``, ... in their order are no names. Raises ``ValueError`` naming
-    ``where`` if ``id2label`` is not a map from 0 to n - 1, or ``label2id`` contradicts it.
-    """
-    by_id = config.get("id2label")
-    by_name = config.get("label2id")
-    names = _in_order(by_id, f"{where}: id2label") if by_id else None
-    others = None
-    if by_name:
-        _check_map(by_name, f"{where}: label2id")
-        others = _in_order({str(i): name for name, i in by_name.items()}, f"{where}: label2id")
-    found = [one for one in (names, others) if one is not None and not _is_default(one)]
-    if len(found) == 2 and list(map(_fold, found[0])) != list(map(_fold, found[1])):
-        raise ValueError(
-            f"{where}: id2label ({', '.join(found[0])}) and label2id "
-            f"({', '.join(found[1])}) must have one order"
-        )
-    return found[0] if found else None
-
-
-def label_rows(own: Sequence[str] | None, task: Sequence[str], name: str) -> list[int] | None:
-    """For each of the task's labels the row of the head that stands for it; None leaves them.
-
-    Names are compared without regard to case, hyphens, underscores, spaces, and GLUE's usual
-    synonyms. A task whose labels are numbers has no names. Raises ``ValueError`` with both lists
-    if they are not the same labels.
-    """
-    if own is None or not task or _is_default(task):
-        return None
-    mine, wanted = [_fold(one) for one in own], [_fold(one) for one in task]
-    if set(mine) != set(wanted) and set(map(_number, own)) == set(range(len(task))):
-        mine, wanted = [str(_number(one)) for one in own], [str(i) for i in range(len(task))]
-    if sorted(mine) != sorted(wanted) or len(set(mine)) != len(mine):
-        raise ValueError(
-            f"labels of {name} must be the task's {', '.join(task)} in any order, "
-            f"got {', '.join(own)}; if they mean the same, rename id2label in its "
-            "config.json"
-        )
-    return [mine.index(one) for one in wanted]
-
-
-def order_labels(
-    model: Any, config: Mapping[str, Any], label_names: Sequence[str], name: str
-) -> None:
-    """Bring the logits of a classifier's own head into the order of the task's labels.
-
-    The rows of the head's last linear layer are reordered in place, and ``id2label`` of the
-    model's configuration then gives the task's names. ``config`` is the checkpoint's own.
-    """
-    own = own_label_names(config, f"config.json of {name}")
-    rows = label_rows(own, label_names, name)
-    if rows is not None:
-        layer: Any = model.get_submodule(final_layer(model))
-        permute_rows([p for p in (layer.weight, layer.bias) if p is not None], rows)
-    name_labels(model, own, label_names)
-
-
-def name_labels(model: Any, own: Sequence[str] | None, task: Sequence[str]) -> None:
-    """Write the labels into the model's configuration: the task's names, or else its own."""
-    names = own if own is not None and (not task or _is_default(task)) else task
-    if names:
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {label: i for i, label in enumerate(names)}
-
-
 def is_missing(layer: str, missing: Sequence[str]) -> bool:
-    """Whether a layer has weights among those that are not on disk."""
+    """Tell whether a layer has weights among those that are not on disk."""
     return any(key.startswith(f"{layer}.") for key in missing)
-
-
-def permute_rows(parameters: Sequence[Tensor], rows: Sequence[int]) -> None:
-    """Reorder the first axis of each tensor in place."""
-    with torch.no_grad():
-        for p in parameters:
-            p.copy_(p[list(rows)].clone())
-
-
-def _in_order(names: Any, what: str) -> list[str]:
-    _check_map(names, what)
-    try:
-        by_number = {int(key): value for key, value in names.items()}
-    except (TypeError, ValueError):
-        by_number = {}
-    if sorted(by_number) != list(range(len(names))) or not all(
-        isinstance(value, str) for value in by_number.values()
-    ):
-        raise ValueError(f"{what} must name the labels 0 to {len(names) - 1}, got {names!r}")
-    return [by_number[i] for i in range(len(names))]
-
-
-def _check_map(names: Any, what: str) -> None:
-    if not isinstance(names, Mapping):
-        raise ValueError(f"{what} must be a JSON object, got {type(names).__name__}")
-
-
-def _fold(name: str) -> str:
-    folded = re.sub(r"[-_\s]+", "_", name.strip().lower())
-    return _SYNONYMS.get(folded, folded)
-
-
-def _number(name: str) -> int | None:
-    """The k of ``LABEL_k`` and of ``k``."""
-    found = re.fullmatch(r"(?:label_)?(\d{1,4})", _fold(name))
-    return int(found[1]) if found else None
-
-
-def _is_default(names: Sequence[str]) -> bool:
-    return [_number(name) for name in names] == list(range(len(names)))

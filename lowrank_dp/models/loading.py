@@ -1,4 +1,4 @@
-"""Loading a backbone with its head, and choosing which of its parameters train."""
+"""Load a backbone with its head, and choose which of its parameters train."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp import _validate
-from lowrank_dp.data import Task
+from lowrank_dp.data.task import Task
 from lowrank_dp.models.adapters import load_adapter
 from lowrank_dp.models.backbones import Backbone, adapter_file, find_backbone, find_base
-from lowrank_dp.models.base import KINDS, fit_tokenizer, load_base
-from lowrank_dp.models.heads import (
-    final_layer,
-    is_missing,
-    mark_new,
-    name_labels,
-    order_labels,
-)
+from lowrank_dp.models.base import fit_tokenizer, load_base
+from lowrank_dp.models.heads import final_layer, is_missing, mark_new
+from lowrank_dp.models.labels import name_labels, order_labels
+from lowrank_dp.models.names import METHODS
 from lowrank_dp.models.tokenizers import has_tokenizer, tokenizer_of
-from lowrank_dp.models.trainable import add_lora, choose_trainable, embeddings, freeze_a
-
-__all__ = ["KINDS", "METHODS", "describe", "load_model", "matrix_parameters"]
-METHODS = ("full", "lora", "lora-frozen-a")
+from lowrank_dp.models.trainable import (
+    LORA_INITS,
+    add_lora,
+    choose_trainable,
+    embeddings,
+    freeze_a,
+    is_linear,
+)
 
 
 def load_model(
@@ -48,44 +47,44 @@ def load_model(
     new_head: bool = True,
     base: str | None = None,
 ) -> tuple[Any, Any]:
-    """A model in eval mode with ``requires_grad`` set by ``method``, and its tokenizer.
+    """Load a model in eval mode, with ``requires_grad`` set by ``method``, and its tokenizer.
 
-    ``task``, or ``kind`` with ``num_labels``, says what head it gets; a checkpoint that already is
-    a classifier or a causal LM needs neither. Everything else must be on disk. The head is what the
-    classifier has beside its backbone, and a pooler that the backbone lacks. A new head, and LoRA's
-    A, are drawn from ``seed`` and leave the global generator as it was; ``describe`` names what is
-    new. ``new_head=False`` refuses a new head too, for a checkpoint that has been trained.
+    Args:
+        name: a name of ``models.NAMES``, a hub id, or a folder with a full model or an adapter.
+        task: the task whose head the model gets. A checkpoint that already is a classifier or a
+            causal language model needs neither ``task`` nor ``kind``.
+        kind, num_labels: in place of ``task``; ``kind`` is one of ``models.KINDS``.
+        method: "full" trains the weights and biases of linear layers (GPT-2's Conv1D included) and
+            of layer and RMS norms, and the head. "lora" trains a pair B A beside every linear layer
+            of the transformer blocks, and a classifier's head. "lora-frozen-a" does the same with
+            A fixed.
+        rank, lora_alpha: of LoRA. The update is B A times ``lora_alpha / rank``; ``lora_alpha``
+            defaults to ``rank``.
+        lora_init: "peft" draws A as PEFT does (Kaiming uniform). "gaussian" draws A from
+            N(0, 1/rank), for which E[A^T A] = I, as the theory has it. (PEFT's own option of that
+            name has standard deviation 1/rank.)
+        target_modules: names of the linear layers that get a pair, in place of all.
+        train_embeddings: whether "full" trains embeddings too. An output layer that shares its
+            weight with the embedding counts as embedding.
+        train_layers: narrows ``method``: an integer k to the last k blocks and what follows them, a
+            string to the parameters whose name it matches (``re.search``). The head always trains.
+        dtype, device: of the model's weights.
+        seed: the seed of a new head and of LoRA's A; the global generator stays as it was.
+        revision: of a hub id.
+        new_head: whether a missing head may be drawn; False for a checkpoint that was trained.
+        base: path of the adapter's base, in place of the one in the adapter.
 
-    The logits of a checkpoint that names its labels are brought into the order of the task's
-    ``label_names``, by reordering the rows of the head's last layer.
+    The head is the classifier's layers beside its backbone, and a pooler that the backbone lacks.
+    Everything else must be on disk; ``describe`` names what is new. If a checkpoint names its
+    labels, its logits are permuted into the order of the task's ``label_names``. For an adapter,
+    "full" means what the adapter trains, and "lora-frozen-a" also fixes A.
 
-    What trains:
-
-    - ``full``: the weights and biases of linear layers (GPT-2's Conv1D included) and of layer and
-      RMS norms, and the head. Embeddings only with ``train_embeddings``; an output layer that
-      shares its weight with the embedding counts as embedding.
-    - ``lora``: a pair B A of ``rank`` beside every linear layer of the transformer blocks
-      (``target_modules`` replaces the list), and the head of a classifier. The update is scaled by
-      ``lora_alpha / rank``; ``lora_alpha`` defaults to ``rank``, so that it is B A itself.
-      ``lora_init="peft"`` draws A as PEFT does (Kaiming uniform); ``"gaussian"`` draws it from
-      N(0, 1/rank), for which E[A^T A] = I, as the theory has it (PEFT's own option of that name
-      has standard deviation 1/rank).
-    - ``lora-frozen-a``: the same with A fixed.
-
-    ``train_layers`` narrows this: an integer k to the last k blocks and what follows them, a string
-    to the parameters whose name it matches (``re.search``); the head always trains, all of it.
-
-    A folder with ``adapter_config.json`` is loaded with its base; there ``full`` means "what the
-    adapter trains", and ``lora-frozen-a`` also freezes A. ``base`` replaces the path of the base
-    that an adapter gives; a full model has no use for it. The adapter's own tokenizer is taken
-    where its folder has one.
-
-    Raises ``ValueError`` in one line: unknown or unreachable model, pickled weights, damaged files,
-    an encoder asked to generate, a weight that is not on disk and is not a new head's, labels that
-    are not the task's, a ``train_layers`` or ``target_modules`` that matches nothing.
+    Raises ValueError in one line: an unknown or unreachable model, pickled weights, damaged files,
+    an encoder asked to generate, a weight that is missing and not of a new head, labels that are
+    not the task's, a ``train_layers`` or ``target_modules`` that matches nothing.
     """
     _validate.choice("method", method, METHODS)
-    _validate.choice("lora_init", lora_init, ("peft", "gaussian"))
+    _validate.choice("lora_init", lora_init, LORA_INITS)
     rank = _validate.integer("rank", rank)
     scale = _validate.positive("lora_alpha", rank if lora_alpha is None else lora_alpha)
     seed = _validate.integer("seed", seed, low=0)
@@ -116,7 +115,7 @@ def load_model(
 
 
 def describe(model: Any) -> str:
-    """One line on what is about to run: the backbone, its source, sizes, what of it is new."""
+    """Describe a model in one line: backbone, source, numbers of parameters, new weights."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     note = getattr(model, "lowrank_dp_note", type(model).__name__)
@@ -127,12 +126,12 @@ def describe(model: Any) -> str:
 
 
 def matrix_parameters(model: nn.Module) -> list[str]:
-    """Names of the trainable 2-D weights of linear layers, in the model's order.
+    """List the names of the trainable 2-D weights of linear layers, in the model's order.
 
-    LoRA's A and B are among them, and a classifier's head; embeddings and norms are not. Stored as
-    (out_features, in_features), except GPT-2's Conv1D, which is the other way round.
+    The list includes LoRA's A and B and a classifier's head, but no embeddings and no norms. The
+    weights are stored as (out_features, in_features), those of GPT-2's Conv1D transposed.
     """
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linear = {id(m.weight) for m in model.modules() if is_linear(m)}
     linear -= {id(p) for p in embeddings(model)}
     return [
         name
@@ -150,7 +149,7 @@ def _load_full(
     dtype: torch.dtype,
     new_head: bool,
 ) -> Any:
-    """A full model; its head is its own, in the task's order, or new."""
+    """Load a full model; its head is its own, permuted to the task's order, or new."""
     model, missing = load_base(backbone, kind, num_labels, dtype)
     mark_new(model, backbone.name, missing, new_head=new_head)
     last = final_layer(model)
@@ -163,6 +162,7 @@ def _load_full(
 
 
 def _device(device: str | torch.device) -> torch.device:
+    """Parse a device; raise ValueError if torch does not find it."""
     try:
         chosen = torch.device(device)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The tokenizer of a backbone, which must be on disk: transformers would make an empty one."""
+"""Load the tokenizer of a backbone, and refuse the empty one that transformers would make."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lowrank_dp.models.backbones import (
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, base: str | None = None) -> Any:
-    """The tokenizer of a backbone, with a padding token.
+    """Load the tokenizer of a backbone, with a padding token.
 
-    An adapter's own tokenizer is taken if its folder has one, else that of its base (``base``
-    replaces the path that the adapter gives). Raises ``ValueError`` in one line if the folder holds
-    no tokenizer, or one that does not load, or one without a word in its vocabulary.
+    An adapter's folder may hold a tokenizer; otherwise the tokenizer of its base is loaded
+    (``base`` replaces the path in the adapter). Raises ValueError in one line if the folder holds
+    no tokenizer, a damaged tokenizer, or a tokenizer with an empty vocabulary.
     """
     backbone = find_backbone(name, revision)
     if adapter_file(backbone) and not _files(Path(backbone.path)):
@@ -33,7 +33,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, base: str | None =
 
 
 def tokenizer_of(backbone: Backbone) -> Any:
-    """As :func:`load_tokenizer`, of a backbone that has been found."""
+    """Load the tokenizer of a backbone that has been found, as :func:`load_tokenizer` does."""
     if backbone.name in tiny.NAMES:
         return tiny.tokenizer(backbone.name)
     folder = Path(backbone.path)
@@ -53,7 +53,7 @@ def tokenizer_of(backbone: Backbone) -> Any:
         words and (not local or any((folder / file).is_file() for file in names))
     ):
         _refuse(folder, "holds a tokenizer without a vocabulary, to which all words are unknown")
-    if tokenizer.pad_token_id is None:  # GPT-2, Llama: padding is masked, so any token will do
+    if tokenizer.pad_token_id is None:  # GPT-2, Llama: padding is masked, so any token is fine
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ValueError(f"tokenizer of {backbone.name} must have a pad, eos or unk token")
@@ -61,12 +61,12 @@ def tokenizer_of(backbone: Backbone) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds any file of a tokenizer."""
+    """Tell whether a folder holds any file of a tokenizer."""
     return bool(_files(folder))
 
 
 def _files(folder: Path) -> list[str]:
-    """Files in which tokenizers keep themselves."""
+    """List the files of a tokenizer in a folder."""
     return [
         name
         for name in sorted(os.listdir(folder))

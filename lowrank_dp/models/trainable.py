@@ -1,4 +1,4 @@
-"""Which parameters of a model train: all of some layers, or LoRA pairs beside them; the head."""
+"""Choose which parameters train: whole layers or LoRA pairs beside them, and the head."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_dp import _validate
 from lowrank_dp.models.heads import head_modules
 
+LORA_INITS = ("peft", "gaussian")
+
 
 def choose_trainable(
     model: nn.Module, train_embeddings: bool, train_layers: int | str | None
 ) -> None:
-    """Set ``requires_grad``: linear layers and norms, narrowed by ``train_layers``, and the head.
+    """Set ``requires_grad`` on linear layers and norms, narrowed by ``train_layers``, and the head.
 
-    The whole head trains, whatever ``train_layers`` is. A weight shared with an embedding counts
-    as embedding.
+    The whole head trains for any ``train_layers``. A weight shared with an embedding counts as
+    embedding.
     """
     tables = {id(p) for p in embeddings(model)}
     head = {id(p) for module in head_modules(model).values() for p in module.parameters()}
@@ -30,7 +32,7 @@ def choose_trainable(
             id(p)
             for m in model.modules()
             for p in m.parameters(recurse=False)
-            if isinstance(m, (nn.Linear, Conv1D)) or _is_norm(m)
+            if is_linear(m) or _is_norm(m)
         }
         - tables
         - head
@@ -46,7 +48,7 @@ def choose_trainable(
 
 
 def _narrow(model: nn.Module, names: list[str], train_layers: int | str | None) -> list[str]:
-    """The parameter names that ``train_layers`` leaves."""
+    """Select the parameter names that ``train_layers`` admits."""
     if train_layers is None:
         return names
     if isinstance(train_layers, str):
@@ -78,38 +80,18 @@ def add_lora(
     target_modules: list[str] | None,
     train_layers: int | str | None,
 ) -> Any:
-    """The model with LoRA pairs beside the linear layers of its blocks.
+    """Add LoRA pairs beside the linear layers of the model's blocks, and return the PEFT model.
 
     The head trains in full, as PEFT's ``modules_to_save``, with which it is also saved. Raises
-    ``ValueError`` if the blocks have no linear layer, as SqueezeBERT's, which are convolutions.
+    ValueError if the blocks have no linear layer (SqueezeBERT's are convolutions).
     """
     import peft
 
     head = list(head_modules(model))
     linear = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Linear, Conv1D)) and not _inside(name, head)
+        name: m for name, m in model.named_modules() if is_linear(m) and not _inside(name, head)
     }
-    inside = [name for name in linear if _inside(name, itertools.chain(*blocks(model)))]
-    if target_modules is not None:
-        inside = [
-            name
-            for name in linear
-            if any(name == target or name.endswith(f".{target}") for target in target_modules)
-        ]
-        if linear and not inside:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            _validate.fail(
-                "target_modules",
-                f"names of linear layers such as {', '.join(known)}",
-                target_modules,
-            )
-    if not inside:
-        raise ValueError(
-            f"method must be full for {type(model).__name__}: its blocks have no "
-            "linear layer that LoRA could be added to"
-        )
+    inside = _lora_layers(model, list(linear), target_modules)
     kept = _narrow(model, [f"{name}.weight" for name in inside], train_layers)
     targets = [name.removesuffix(".weight") for name in kept]
     if len({isinstance(linear[name], Conv1D) for name in targets}) > 1:
@@ -124,7 +106,7 @@ def add_lora(
         fan_in_fan_out=isinstance(linear[targets[0]], Conv1D),
     )
     note = model.lowrank_dp_note
-    with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renames
+    with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 renames
         warnings.simplefilter("ignore", FutureWarning)
         adapted: Any = peft.get_peft_model(model, config)
     if init == "gaussian":
@@ -135,8 +117,34 @@ def add_lora(
     return adapted
 
 
+def _lora_layers(model: Any, linear: list[str], target_modules: list[str] | None) -> list[str]:
+    """Select, of the names ``linear``, the layers of the blocks, or those in ``target_modules``."""
+    if target_modules is None:
+        names = list(itertools.chain(*blocks(model)))
+        found = [name for name in linear if _inside(name, names)]
+    else:
+        found = [
+            name
+            for name in linear
+            if any(name == target or name.endswith(f".{target}") for target in target_modules)
+        ]
+        if linear and not found:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            _validate.fail(
+                "target_modules",
+                f"names of linear layers such as {', '.join(known)}",
+                target_modules,
+            )
+    if not found:
+        raise ValueError(
+            f"method must be full for {type(model).__name__}: its blocks have no "
+            "linear layer that LoRA could be added to"
+        )
+    return found
+
+
 def freeze_a(model: Any) -> None:
-    """Fix LoRA's A as it is."""
+    """Freeze LoRA's A."""
     for name, p in model.named_parameters():
         if "lora_A" in name:
             p.requires_grad_(False)
@@ -144,11 +152,11 @@ def freeze_a(model: Any) -> None:
 
 
 def blocks(model: Any) -> list[list[str]]:
-    """The transformer blocks in the model's order: for each the names of the modules it is of.
+    """List the transformer blocks in the model's order, each as the names of its modules.
 
-    Blocks are the entries of the outermost ``nn.ModuleList`` of layers or norms, those of an
-    encoder before those of a decoder. A model such as XLM keeps one list for each part of a block
-    (attentions, norms, ...); lists with one parent and one length are taken together.
+    Blocks are the entries of the outermost ``nn.ModuleList`` of layers or norms; blocks of an
+    encoder come before those of a decoder. A model such as XLM keeps one list for each part of a
+    block (attentions, norms, ...); lists with one parent and one length are taken together.
     """
     head = list(head_modules(model))
     lists: dict[tuple[str, int], list[str]] = {}
@@ -158,8 +166,7 @@ def blocks(model: Any) -> list[list[str]]:
             isinstance(module, nn.ModuleList)
             and not _inside(name, [*seen, *head])
             and any(
-                isinstance(m, (nn.Linear, Conv1D, nn.Conv1d)) or _is_norm(m)
-                for m in module.modules()
+                is_linear(m) or isinstance(m, nn.Conv1d) or _is_norm(m) for m in module.modules()
             )
         ):
             seen.append(name)
@@ -176,13 +183,18 @@ def blocks(model: Any) -> list[list[str]]:
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module or parameter is one of ``modules``, or in one."""
+    """Tell whether a module or parameter is one of ``modules``, or inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """The embedding tables, those of output layers that share them included."""
+    """Return the weights of the embeddings, which output layers may share."""
     return [m.get_parameter("weight") for m in model.modules() if isinstance(m, nn.Embedding)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer, GPT-2's Conv1D included."""
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,52 +1,196 @@
-"""Every matrix of a model's noisy gradient, restored."""
+"""Restoration of all gradients of a model, step by step, with or without running means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
+from lowrank_dp.restore.low_pass import LowPassFilter
+from lowrank_dp.restore.oracle import oracle_values
+from lowrank_dp.restore.plan import check_arguments
 from lowrank_dp.restore.restoration import Report, restore_with_report
+from lowrank_dp.restore.schemes import SCHEMES
+
+Tensors = Mapping[str, Tensor]
+Distribute = Callable[[Callable[[Tensors], Tensors], Tensors], Tensors]
 
 
 def restore_gradients(
-    noisy: Mapping[str, Tensor], noise_std: float, scheme: str = "optimal", **arguments: Any
+    noisy: Tensors,
+    noise_std: float | Mapping[str, float],
+    scheme: str = "optimal",
+    *,
+    clean: Tensors | None = None,
+    **arguments: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Report]]:
-    """:func:`restore` on every matrix of a model's noisy gradient; other tensors pass unchanged.
+    """Restore every matrix among the noisy gradients of a model; other tensors pass unchanged.
 
     Args:
-        noisy: parameter name -> tensor. 2-D tensors with both sides above 1 are restored,
-            in one batch for each shape where that pays (on a GPU).
-        noise_std: absolute, the same for every entry: isotropic noise, as DP-SGD adds.
+        noisy: parameter name -> gradient. Matrices with both sides above 1 are restored, on a GPU
+            in one batch per shape, type and noise level.
+        noise_std: standard deviation of the noise on each entry, absolute: one number for all
+            gradients, or a number per name.
         scheme: a name in ``SCHEMES``.
-        arguments: of :func:`restore`.
+        clean: NON-PRIVATE: clean gradients under the same names, from which the scheme oracle
+            takes its values (kind "weights"); also of matrices with a side of 1. None for every
+            other scheme.
+        arguments: keyword arguments of :func:`restore`.
 
     Returns:
-        The gradients under the same names in the same order, and a report for each matrix.
+        The gradients under the same names in the same order, and a report per matrix.
+
+    Raises:
+        ValueError: as :func:`restore`, naming the gradient; and on ``clean`` with a private scheme.
     """
-    groups: dict[tuple, list[str]] = {}
-    for name, tensor in noisy.items():
-        if not isinstance(tensor, Tensor):
-            _validate.fail(f"gradient of {name}", "a torch tensor", type(tensor).__name__)
-        if tensor.ndim == 2 and min(tensor.shape) > 1:
-            alone = tensor.device.type == "cpu"
-            key = (name,) if alone else (tensor.shape, tensor.dtype, tensor.device)
-            groups.setdefault(key, []).append(name)
+    if clean is not None and SCHEMES[_validate.choice("scheme", scheme, SCHEMES)].private:
+        raise ValueError(f"clean must not be given for the private scheme {scheme!r}")
+    noise_stds = noise_std if isinstance(noise_std, Mapping) else dict.fromkeys(noisy, noise_std)
     restored = dict(noisy)
     reports: dict[str, Report] = {}
-    for names in groups.values():
+    for names in _batches(noisy, noise_stds, smallest_side=2 if clean is None else 1):
+        matrices = [noisy[name] for name in names]
         try:
-            batch = (
-                torch.stack([noisy[name] for name in names])
-                if len(names) > 1
-                else noisy[names[0]].unsqueeze(0)
-            )
-            batch, report = restore_with_report(batch, noise_std, scheme, **arguments)
+            if clean is not None:
+                values = [
+                    oracle_values(matrix, clean[name])
+                    for name, matrix in zip(names, matrices, strict=True)
+                ]
+                arguments = arguments | {"values": torch.stack(values)}
+            # one matrix is not copied
+            batch = torch.stack(matrices) if len(names) > 1 else matrices[0].unsqueeze(0)
+            batch, report = restore_with_report(batch, noise_stds[names[0]], scheme, **arguments)
         except ValueError as error:
             raise ValueError(f"gradient of {', '.join(names)}: {error}") from error
         restored.update(zip(names, batch, strict=True))
         reports.update(zip(names, report, strict=True))
     return restored, {name: reports[name] for name in noisy if name in reports}
+
+
+def _batches(
+    noisy: Tensors, noise_stds: Mapping[str, float], smallest_side: int
+) -> list[list[str]]:
+    """Names of the matrices that are restored together: on a CPU, each matrix by itself."""
+    batches: dict[tuple, list[str]] = {}
+    for name, tensor in noisy.items():
+        if not isinstance(tensor, Tensor):
+            _validate.fail(f"gradient of {name}", "a torch tensor", type(tensor).__name__)
+        if tensor.ndim == 2 and min(tensor.shape) >= smallest_side:
+            alike = (tensor.shape, tensor.dtype, tensor.device, noise_stds[name])
+            batches.setdefault((name,) if tensor.device.type == "cpu" else alike, []).append(name)
+    return list(batches.values())
+
+
+class GradientRestorer:
+    """Restorer of the noisy gradients of successive steps, with the state that it keeps.
+
+    With a ``low_pass`` filter, the running mean of each parameter's noisy gradients takes the place
+    of the gradient before the restoration. Running means over different numbers of steps hold
+    different noise; each is restored at its own noise level. All state is computed from noisy
+    gradients, so the restoration is post-processing (except for the scheme oracle).
+
+    Attributes:
+        filters: parameter name -> running mean of its noisy gradients so far; empty without
+            ``low_pass``.
+        reports: parameter name -> report of the last restoration, for each matrix that this process
+            restored.
+    """
+
+    def __init__(
+        self, scheme: str = "optimal", *, low_pass: LowPassFilter | None = None, **arguments: Any
+    ) -> None:
+        """Check the arguments; raise ``ValueError`` on a bad argument.
+
+        Args:
+            scheme: a name in ``SCHEMES``.
+            low_pass: the filter before its first input, or None for no running mean.
+            arguments: keyword arguments of :func:`restore`.
+        """
+        # the values of the oracle come from the clean gradients of each step
+        self._scheme = SCHEMES[_validate.choice("scheme", scheme, SCHEMES)]
+        if self._scheme.private:
+            check_arguments(scheme, **arguments)
+        self._scheme_name, self._arguments, self._low_pass = scheme, arguments, low_pass
+        self.filters: dict[str, LowPassFilter] = {}
+        self.reports: dict[str, Report] = {}
+
+    def restore(
+        self,
+        noisy: Tensors,
+        noise_std: float,
+        *,
+        clean: Tensors | None = None,
+        distribute: Distribute | None = None,
+    ) -> Tensors:
+        """Restore the gradients of one step, or their running means, and advance the state.
+
+        If an error is raised, the state stays as it was.
+
+        Args:
+            noisy: parameter name -> noisy gradient of this step. Running means of parameters
+                without a gradient in this step stay as they are.
+            noise_std: standard deviation of the noise on each entry of ``noisy``, absolute.
+            clean: NON-PRIVATE: clean gradients for the scheme oracle, None for all others.
+            distribute: function ``(work, gradients)`` that shares ``work``, which treats each
+                matrix by itself, among processes; None does the work here.
+        """
+        filters = self._advanced(noisy, noise_std)
+        gradients = {name: low_pass.mean for name, low_pass in filters.items()} or noisy
+        noise_stds = {name: low_pass.noise_std for name, low_pass in filters.items()} or noise_std
+        reports: dict[str, Report] = {}
+
+        def work(some: Tensors) -> Tensors:
+            restored, of_matrices = restore_gradients(
+                some, noise_stds, self._scheme_name, clean=clean, **self._arguments
+            )
+            reports.update(of_matrices)
+            return restored
+
+        restored = gradients
+        if not self._scheme.is_identity:
+            restored = work(gradients) if distribute is None else distribute(work, gradients)
+        self.filters |= filters
+        self.reports = reports
+        return restored
+
+    def _advanced(self, noisy: Tensors, noise_std: float) -> dict[str, LowPassFilter]:
+        """Filters of the parameters in ``noisy`` after this step; empty without ``low_pass``."""
+        start = self._low_pass
+        if start is None:
+            return {}
+        return {
+            name: self.filters.get(name, start).update(gradient, noise_std)
+            for name, gradient in noisy.items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state: ``NAME.KEY`` -> tensor, with the keys of `LowPassFilter.tensors`.
+
+        The state may be published: it is computed from noisy gradients. It is fit for safetensors.
+        """
+        return {
+            f"{name}.{key}": tensor
+            for name, low_pass in self.filters.items()
+            for key, tensor in low_pass.tensors().items()
+        }
+
+    def load_tensors(self, tensors: Tensors, parameters: Tensors) -> None:
+        """Continue from a state of :meth:`tensors`.
+
+        Args:
+            tensors: the state; copied to the devices of the parameters.
+            parameters: name -> parameter. States of other names are left out.
+        """
+        states: dict[str, dict[str, Tensor]] = {}
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition(".")
+            if name in parameters:
+                states.setdefault(name, {})[key] = tensor
+        if self._low_pass is not None:
+            self.filters = {
+                name: self._low_pass.with_tensors(state, parameters[name].device)
+                for name, state in states.items()
+            }

@@ -1,4 +1,7 @@
-"""Running means of noisy gradients, with their noise known: state for restoring the momentum."""
+"""Running means of noisy gradients, with a known noise level.
+
+Restoring the running mean of a sequence of noisy gradients restores the momentum of an optimizer.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,23 @@ from lowrank_dp import _validate
 
 @dataclass(frozen=True)
 class LowPassFilter:
-    """Linear filter over a sequence of noisy gradients, bias-corrected, with its noise known.
+    """Bias-corrected linear filter over a sequence of noisy gradients, with a known noise level.
 
-    ``m_t = sum_i b_i g_(t-i) - sum_i a_i m_(t-i)``, divided by its response to a constant sequence.
-    It reads released gradients only, so it is post-processing. :func:`momentum` is the first-order
-    case; higher orders are the filters of DOPPLER (Zhang et al., arXiv 2408.13460).
+    The output is ``m_t = sum_i b_i g_(t-i) - sum_i a_i m_(t-i)``, divided by the filter's response
+    to a constant sequence of ones. The filter reads released gradients only, so it is
+    post-processing. :func:`exponential_average` is a first-order filter; filters of higher order
+    are those of DOPPLER (Zhang et al., arXiv 2408.13460).
 
     Attributes:
-        b, a: coefficients on the last inputs (the newest first) and on the last outputs.
-        inputs, outputs: those tensors, the newest first, as far back as the coefficients reach.
-        weights: for each kept output, the weight (t,) of every input so far in it, oldest first.
-        noise_stds: (t,) each input's noise, absolute.
+        b, a: coefficients of the last inputs and of the last outputs, the newest first.
+        inputs, outputs: these tensors, the newest first, as far back as the coefficients reach.
+        weights: per kept output, the weight (t,) of every input so far, oldest first.
+        noise_stds: (t,) standard deviation of the noise on an entry of each input, absolute.
 
-    >>> state = momentum(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
+    Raises:
+        ValueError: on a coefficient that is not a finite number, or if the sum of ``b`` is zero.
+
+    >>> state = exponential_average(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
     >>> state.mean[0, 0].item(), round(state.noise_std, 4)
     (1.0, 0.7454)
     """
@@ -46,7 +53,15 @@ class LowPassFilter:
             _validate.fail("b", "coefficients whose sum is not zero", self.b)
 
     def update(self, noisy: Tensor, noise_std: float) -> LowPassFilter:
-        """The state after one more noisy gradient, whose noise has ``noise_std``, absolute."""
+        """Return the filter after one more noisy gradient.
+
+        Args:
+            noisy: float32 or float64, of the shape of the earlier gradients; copied.
+            noise_std: standard deviation of the noise on each entry, absolute, >= 0.
+
+        Raises:
+            ValueError: on a bad argument.
+        """
         noise_std = _validate.real("noise_std", noise_std, low=0)
         _validate.floating("noisy", noisy)
         if self.outputs and noisy.shape != self.outputs[0].shape:
@@ -71,19 +86,19 @@ class LowPassFilter:
 
     @property
     def mean(self) -> Tensor:
-        """Weighted mean of the gradients so far (weights sum to one)."""
+        """Weighted mean of the gradients so far; the weights sum to one."""
         self._require_input()
         return self.outputs[0] / float(self.weights[0].sum())
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of one entry's noise in ``mean``: sqrt(sum (w_i noise_std_i)^2)."""
+        """Noise level of ``mean``, absolute: ``sqrt(sum (w_i noise_std_i)^2)``."""
         self._require_input()
         weight = self.weights[0] / self.weights[0].sum()
         return float(np.linalg.norm(weight * self.noise_stds))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as tensors under flat names, fit for safetensors; coefficients not included."""
+        """Return the state without the coefficients, as tensors under flat names."""
         numbered = [
             ("input", self.inputs),
             ("output", self.outputs),
@@ -97,7 +112,7 @@ class LowPassFilter:
     def with_tensors(
         self, state: Mapping[str, Tensor], device: torch.device | str = "cpu"
     ) -> LowPassFilter:
-        """This filter in the state that :meth:`tensors` gave; a copy, on ``device``."""
+        """Return this filter in a state of :meth:`tensors`, copied to ``device``."""
 
         def numbered(kind: str) -> list[Tensor]:
             names = [name for name in state if name.rstrip("0123456789") == kind]
@@ -116,7 +131,7 @@ class LowPassFilter:
             raise ValueError("LowPassFilter must have seen a gradient first: call update")
 
 
-def momentum(beta: float) -> LowPassFilter:
-    """Running mean ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
+def exponential_average(beta: float) -> LowPassFilter:
+    """Filter ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
     beta = _validate.real("beta", beta, low=0, high=1, high_open=True)
     return LowPassFilter(b=(1 - beta,), a=(-beta,))

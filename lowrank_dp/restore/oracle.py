@@ -1,4 +1,4 @@
-"""What a restoration is compared with: the clean gradient, or a subspace chosen beforehand."""
+"""References for a restoration: the clean gradient, or a subspace chosen beforehand."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from lowrank_dp.spectrum.decomposition import to_unit
 
 
 def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor:
-    """NON-PRIVATE: the ``values`` that scheme "oracle" takes, from the clean gradient.
+    """NON-PRIVATE: compute the option ``values`` of the scheme "oracle" from the clean gradient.
 
     Args:
         noisy, clean: (..., m, n).
-        kind: "weights" gives ``diag(u^T clean v)`` in the noisy singular vectors, the best any
-            scheme can do; "profile" gives the clean singular values.
+        kind: "weights" for ``diag(u^T clean v)`` in the noisy singular vectors, the best values
+            that any scheme can reach; "profile" for the clean singular values.
 
     Returns:
-        (..., min(m, n)).
+        Values (..., min(m, n)).
+
+    Raises:
+        ValueError: on unequal shapes, a bad matrix or an unknown kind.
     """
     _validate.matrix("noisy", noisy)
     if _validate.matrix("clean", clean).shape != noisy.shape:
@@ -31,11 +34,19 @@ def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor
 
 
 def project(noisy: Tensor, basis: Tensor) -> Tensor:
-    """``basis basis^T noisy``: keep a subspace chosen beforehand, as GaLore does.
+    """Project on a subspace chosen beforehand, ``basis basis^T noisy``, as GaLore does.
 
-    ``basis`` (..., m, k) has orthonormal columns and must come from public data or from gradients
-    already released (Zhao et al., arXiv 2403.03507; for DP-SGD with a public subspace see GEP, Yu
-    et al., arXiv 2102.12677, which also changes what is clipped). Noise and signal outside go.
+    Noise and signal outside the subspace are removed. GaLore is due to Zhao et al., arXiv
+    2403.03507. For DP-SGD with a public subspace see GEP (Yu et al., arXiv 2102.12677), which also
+    changes what is clipped.
+
+    Args:
+        noisy: (..., m, n).
+        basis: (..., m, k) with orthonormal columns, from public data or from gradients already
+            released.
+
+    Raises:
+        ValueError: on a bad matrix, or if the numbers of rows differ.
     """
     _validate.matrix("noisy", noisy)
     _validate.matrix("basis", basis)

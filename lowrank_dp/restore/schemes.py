@@ -1,167 +1,306 @@
-"""Schemes: pure functions ``(s, shape, noise_std, **options) -> s`` on singular values.
+"""The schemes: for each, the values that replace the singular values of a noisy matrix.
 
-``s`` (..., k) holds noisy singular values in descending order, ``shape`` is (..., m, n) of the
-matrix they belong to, ``noise_std`` the standard deviation of one entry's noise in the same units.
-All but ``oracle`` read nothing else, so what they return is exactly as private as what they read.
+A scheme is a :class:`Scheme`, listed by name in ``SCHEMES``. Its function ``new_values`` takes
+``(s, noise, **options)``: ``s`` (..., k) holds noisy singular values in descending order, and
+``noise`` is the :class:`NoiseModel` of their matrix, in the units of ``s``. Every scheme but
+``oracle`` reads nothing else, so its result is exactly as private as the noisy matrix.
 
-Sources: ``optimal`` and ``hard``, Gavish & Donoho (2014, 2017); ``denoise`` and ``partial``,
-Dadsetan & Rudzicz, arXiv 2510.01137 (its first version, and its idea of moving singular values
-towards the clean ones); ``truncate`` is the limit of a rank-k update.
+Sources: ``optimal`` and ``hard`` are due to Gavish & Donoho (2014, 2017); ``denoise`` and
+``partial`` follow Dadsetan & Rudzicz, arXiv 2510.01137 (its first version, and its idea of moving
+singular values towards the clean ones); ``truncate`` is the limit of a rank-k update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp.spectrum import random_matrix as rmt
+from lowrank_dp.spectrum.random_matrix import NoiseModel
 
 Shape = tuple[int, ...]
+Options = Mapping[str, Any]
 _SHRINKERS = {
     "frobenius": rmt.shrink_frobenius,
     "operator": rmt.shrink_operator,
     "nuclear": rmt.shrink_nuclear,
 }
+_ODD_POWERS = (1, 3, 5, 7)  # for which `power` needs matrix products only
 
 
-def none(s: Tensor, shape: Shape, noise_std: float) -> Tensor:
-    """Leave the noisy singular values alone: plain DP-SGD."""
+# --- the functions of the schemes -----------------------------------------------------------------
+
+
+def none(s: Tensor, noise: NoiseModel) -> Tensor:
+    """Return the noisy singular values unchanged: plain DP-SGD."""
     return s
 
 
-def hard(s: Tensor, shape: Shape, noise_std: float, *, threshold: str = "optimal") -> Tensor:
-    """Keep values above the threshold, zero the rest.
+def hard(s: Tensor, noise: NoiseModel, *, threshold: str = "optimal") -> Tensor:
+    """Keep the values above the threshold and zero the others.
 
-    ``threshold``: "optimal" (the asymptotically best one for squared error) or "edge".
+    ``threshold`` is "optimal" (asymptotically the best threshold for squared error) or "edge".
     """
-    return torch.where(s > _threshold(shape, noise_std, threshold), s, 0.0)
+    return torch.where(s > _threshold(noise, threshold), s, 0.0)
 
 
-def soft(s: Tensor, shape: Shape, noise_std: float, *, threshold: str = "edge") -> Tensor:
+def soft(s: Tensor, noise: NoiseModel, *, threshold: str = "edge") -> Tensor:
     """Subtract the threshold ("edge" or "optimal") and clip at zero."""
-    return (s - _threshold(shape, noise_std, threshold)).clamp(min=0)
+    return (s - _threshold(noise, threshold)).clamp(min=0)
 
 
-def truncate(s: Tensor, shape: Shape, noise_std: float, *, k: int) -> Tensor:
-    """Keep the k largest values whatever the noise: the rank-k limit that DP-LoRA imposes.
+def truncate(s: Tensor, noise: NoiseModel, *, k: int) -> Tensor:
+    """Keep the k largest values at any noise level: the rank-k limit that DP-LoRA imposes.
 
-    A matrix with a side of k or less keeps all of them.
+    A matrix with a side of at most k keeps all its values.
     """
-    k = _validate.integer("k", k)
     return torch.where(torch.arange(s.shape[-1], device=s.device) < k, s, 0.0)
 
 
-def optimal(s: Tensor, shape: Shape, noise_std: float, *, loss: str = "frobenius") -> Tensor:
+def optimal(s: Tensor, noise: NoiseModel, *, loss: str = "frobenius") -> Tensor:
     """Random-matrix shrinkage, asymptotically optimal for ``loss``; 0 at or below the bulk edge.
 
-    ``loss``: "frobenius", "operator" or "nuclear".
+    ``loss`` is "frobenius", "operator" or "nuclear".
     """
-    shrink = _SHRINKERS[_validate.choice("loss", loss, _SHRINKERS)]
-    aspect, scale = rmt.aspect_and_scale(shape, noise_std)
-    return shrink(s / scale, aspect) * scale
+    return _SHRINKERS[loss](s / noise.scale, noise.aspect) * noise.scale
 
 
 def denoise(
     s: Tensor,
-    shape: Shape,
-    noise_std: float,
+    noise: NoiseModel,
     *,
     kappa: float = 1.0,
     norm_correction: bool = True,
     norm: Tensor | None = None,
 ) -> Tensor:
-    """First version of arXiv 2510.01137: shrink, then rescale to the noisy matrix's norm.
+    """Shrink, then rescale to the norm of the noisy matrix (first version of arXiv 2510.01137).
 
-    A matrix whose top value is not above ``kappa`` times the edge is left alone (kappa below 1
-    acts as 1: shrinkage leaves nothing there). ``norm`` (...,) is the noisy matrix's Frobenius
-    norm, for when ``s`` is not the complete spectrum.
+    A matrix whose top value is not above ``kappa`` times the bulk edge is returned unchanged. A
+    kappa below 1 acts as 1, because shrinkage leaves nothing below the edge. ``norm`` (...,) is the
+    Frobenius norm of the noisy matrix; it must be given when ``s`` is not the complete spectrum.
     """
-    trigger = max(1.0, _validate.real("kappa", kappa, low=0)) * rmt.bulk_edge(shape, noise_std)
-    shrunk = optimal(s, shape, noise_std)
+    shrunk = optimal(s, noise)
     if norm_correction:
         norm = torch.linalg.vector_norm(s, dim=-1) if norm is None else norm
         left = torch.linalg.vector_norm(shrunk, dim=-1)
         shrunk = shrunk * (norm / torch.where(left > 0, left, 1.0)).unsqueeze(-1)
-    return torch.where(s[..., :1] > trigger, shrunk, s)
+    return torch.where(s[..., :1] > max(1.0, kappa) * noise.edge, shrunk, s)
 
 
 def partial(
-    s: Tensor, shape: Shape, noise_std: float, *, alpha: float = 0.5, target: str | Tensor = "rmt"
+    s: Tensor, noise: NoiseModel, *, alpha: float = 0.5, target: str | Tensor = "rmt"
 ) -> Tensor:
-    """Move the values a share ``alpha`` of the way to a target: ``(1-alpha) s + alpha t``.
+    """Move the values a share ``alpha`` of the way to a target t: ``(1 - alpha) s + alpha t``.
 
-    ``target``: "rmt" (the clean value that the model of noise implies, 0 below the edge);
-    "power-law" or "exponential" (that decay in the index, fitted to the rmt values above the
-    edge, at least two of them, and carried on below it); or the profile of a *public* gradient, a
-    tensor (min(m, n),) of which only the shape is used: it is scaled to the rmt values' norm.
+    ``target`` is one of:
+
+    - "rmt": the clean values that the noise model implies, 0 below the bulk edge;
+    - "power-law" or "exponential": a decay of that form in the index, fitted to the rmt values
+      above the edge (at least two values) and extended below the edge;
+    - a tensor (min(m, n),): the singular values of a *public* gradient. Only their profile
+      matters: they are scaled to the norm of the rmt values.
     """
-    alpha = _validate.real("alpha", alpha, low=0, high=1)
-    clean = optimal(s, shape, noise_std, loss="operator")
-    if not isinstance(target, str):
-        _validate.floating("target", target)
-        if not bool((target >= 0).all() and (target > 0).any()):
-            raise ValueError("target must be nonnegative and not all zero")
-        if target.shape != s.shape[-1:]:
-            expected = f"a tensor of shape {tuple(s.shape[-1:])}"
-            _validate.fail("target", expected, tuple(target.shape))
+    clean = optimal(s, noise, loss="operator")
+    if isinstance(target, Tensor):
         profile = target.to(s) / torch.linalg.vector_norm(target.to(s))
         goal = profile * torch.linalg.vector_norm(clean, dim=-1, keepdim=True)
-    elif _validate.choice("target", target, ["rmt", "power-law", "exponential"]) == "rmt":
-        goal = clean
     else:
-        goal = _fitted_decay(clean, target)
+        goal = clean if target == "rmt" else _fitted_decay(clean, target)
     return (1 - alpha) * s + alpha * goal
 
 
-def power(s: Tensor, shape: Shape, noise_std: float, *, p: float = 3) -> Tensor:
-    """``s ** p``, rescaled to the noisy matrix's Frobenius norm; p > 0."""
-    p = _validate.positive("p", p)
+def power(s: Tensor, noise: NoiseModel, *, p: float = 3) -> Tensor:
+    """``s ** p``, rescaled to the Frobenius norm of the noisy matrix; p > 0."""
     top = s[..., :1]
     sharpened = (s / torch.where(top > 0, top, 1.0)) ** p
     norm, now = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (s, sharpened))
     return sharpened * (norm / torch.where(now > 0, now, 1.0))
 
 
-def oracle(s: Tensor, shape: Shape, noise_std: float, *, values: Tensor) -> Tensor:
-    """NON-PRIVATE ceiling: put ``values`` (..., min(m, n)) in place of the singular values.
+def oracle(s: Tensor, noise: NoiseModel, *, values: Tensor) -> Tensor:
+    """NON-PRIVATE upper bound: replace the singular values by ``values`` (..., min(m, n)).
 
-    Give the clean gradient's singular values ("profile"), or ``diag(u^T clean v)``, the best
-    diagonal there is: see :func:`oracle_values`. For diagnosis only.
+    ``values`` are the singular values of the clean gradient ("profile"), or
+    ``diag(u^T clean v)``, the best diagonal of all: see :func:`oracle_values`. For diagnosis only.
     """
-    _validate.floating("values", values)
-    if values.numel() != s.numel() or values.shape[-1] != s.shape[-1]:
-        _validate.fail("values", f"a tensor of shape {tuple(s.shape)}", tuple(values.shape))
     return values.to(s).reshape(s.shape)
 
 
-SCHEMES: dict[str, Callable[..., Tensor]] = {
-    "none": none,
-    "hard": hard,
-    "soft": soft,
-    "truncate": truncate,
-    "optimal": optimal,
-    "denoise": denoise,
-    "partial": partial,
-    "power": power,
-    "oracle": oracle,
+# --- the schemes ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme, and the properties of it on which the rest of the package depends.
+
+    Attributes:
+        new_values: the function ``(s, noise, **options)`` described at the top of the module. Its
+            name is the scheme's; its keyword-only parameters are the scheme's options.
+        checks: option -> function ``(value, shape)`` that returns the checked value or raises
+            ``ValueError``; ``shape`` is that of the noisy matrices, or None if it is unknown.
+        reads_noise_level: whether the scheme needs a noise level above 0. Such a scheme acts only
+            on a matrix whose top value exceeds ``activation_level``.
+        private: False if the scheme reads clean gradients.
+        is_identity: whether the scheme returns every matrix unchanged.
+        reads_norm: whether ``new_values`` takes the norm of the noisy matrix as ``norm``.
+        per_matrix: options that hold one row for each matrix, in the units of the matrix.
+        bulk_factor: options -> factor that multiplies the values up to the edge.
+        activation_factor: options -> multiple of the bulk edge that ``activation_level`` is.
+        needs_all_values: (shape, options) -> whether the leading singular values do not suffice.
+        by_products: (noisy, norm, options) -> the restored matrices (L, m, n) by matrix products
+            alone, or None where a decomposition is needed.
+    """
+
+    new_values: Callable[..., Tensor]
+    checks: Mapping[str, Callable[[Any, Shape | None], Any]] = field(default_factory=dict)
+    reads_noise_level: bool = False
+    private: bool = True
+    is_identity: bool = False
+    reads_norm: bool = False
+    per_matrix: tuple[str, ...] = ()
+    bulk_factor: Callable[[Options], float] = lambda options: 0.0
+    activation_factor: Callable[[Options], float] = lambda options: 1.0
+    needs_all_values: Callable[[Shape, Options], bool] = lambda shape, options: False
+    by_products: Callable[[Tensor, Tensor, Options], Tensor | None] = lambda noisy, norm, options: (
+        None
+    )
+
+    def complete(self, options: Options, shape: Shape | None = None) -> dict[str, Any]:
+        """``options``, checked, together with the defaults of the options not given.
+
+        Raises:
+            ValueError: on an unknown option, a required option that is missing, or a bad value.
+        """
+        name, defaults = self.new_values.__name__, self._defaults()
+        for option in options:
+            if not defaults:
+                raise ValueError(f"scheme {name!r} takes no options, got {option!r}")
+            _validate.choice(f"option of scheme {name!r}", option, defaults)
+        for option, default in defaults.items():
+            if default is inspect.Parameter.empty and option not in options:
+                raise ValueError(f"{option} must be given for scheme {name!r}")
+        return {
+            option: self.checks[option](value, shape)
+            for option, value in (defaults | dict(options)).items()
+        }
+
+    def _defaults(self) -> dict[str, Any]:
+        """Option -> default value, or ``inspect.Parameter.empty`` if the option is required."""
+        parameters = inspect.signature(self.new_values).parameters
+        return {name: parameters[name].default for name in self.checks}
+
+
+def _one_of(name: str, *choices: str) -> Callable[[Any, Shape | None], str]:
+    return lambda value, shape: _validate.choice(name, value, choices)
+
+
+def _target_reaches_below_edge(options: Options) -> bool:
+    return isinstance(options["target"], Tensor) or options["target"] != "rmt"
+
+
+def _check_target(target: Any, shape: Shape | None) -> str | Tensor:
+    if isinstance(target, str):
+        return _validate.choice("target", target, ["rmt", "power-law", "exponential"])
+    _validate.floating("target", target)
+    if not bool((target >= 0).all() and (target > 0).any()):
+        raise ValueError("target must be nonnegative and not all zero")
+    if shape is not None and target.shape != (min(shape[-2:]),):
+        _validate.fail("target", f"a tensor of shape ({min(shape[-2:])},)", tuple(target.shape))
+    return target
+
+
+def _check_values(values: Any, shape: Shape | None) -> Tensor:
+    _validate.floating("values", values)
+    if shape is not None:
+        expected = (*shape[:-2], min(shape[-2:]))
+        if values.numel() != math.prod(expected) or values.shape[-1] != expected[-1]:
+            _validate.fail("values", f"a tensor of shape {expected}", tuple(values.shape))
+    return values
+
+
+def _odd_power(noisy: Tensor, norm: Tensor, options: Options) -> Tensor | None:
+    """``u s^p v^T`` at the norm of ``noisy``, for an odd p: noisy times powers of its Gram matrix.
+
+    None for another p.
+    """
+    p = options["p"]
+    if p not in _ODD_POWERS:
+        return None
+    unit = noisy / norm.clamp(min=1e-30)[:, None, None]
+    tall = unit.shape[-2] > unit.shape[-1]
+    gram = unit.mT @ unit if tall else unit @ unit.mT
+    result = unit
+    for _ in range(int(p) // 2):
+        result = result @ gram if tall else gram @ result
+        result = result / torch.linalg.matrix_norm(result, keepdim=True).clamp(min=1e-30)
+    return result * norm[:, None, None]
+
+
+SCHEMES: dict[str, Scheme] = {
+    "none": Scheme(none, is_identity=True),
+    "hard": Scheme(
+        hard, {"threshold": _one_of("threshold", "optimal", "edge")}, reads_noise_level=True
+    ),
+    "soft": Scheme(
+        soft, {"threshold": _one_of("threshold", "optimal", "edge")}, reads_noise_level=True
+    ),
+    "truncate": Scheme(
+        truncate,
+        {"k": lambda k, shape: _validate.integer("k", k)},
+        needs_all_values=lambda shape, options: options["k"] > min(shape) // 8,
+    ),
+    "optimal": Scheme(optimal, {"loss": _one_of("loss", *_SHRINKERS)}, reads_noise_level=True),
+    "denoise": Scheme(
+        denoise,
+        {
+            "kappa": lambda kappa, shape: _validate.real("kappa", kappa, low=0),
+            "norm_correction": lambda correct, shape: correct,
+        },
+        reads_noise_level=True,
+        reads_norm=True,
+        activation_factor=lambda options: options["kappa"],
+    ),
+    "partial": Scheme(
+        partial,
+        {
+            "alpha": lambda alpha, shape: _validate.real("alpha", alpha, low=0, high=1),
+            "target": _check_target,
+        },
+        reads_noise_level=True,
+        bulk_factor=lambda options: 1.0 - options["alpha"],
+        needs_all_values=lambda shape, options: _target_reaches_below_edge(options),
+    ),
+    "power": Scheme(
+        power,
+        {"p": lambda p, shape: _validate.positive("p", p)},
+        needs_all_values=lambda shape, options: True,
+        by_products=_odd_power,
+    ),
+    "oracle": Scheme(
+        oracle,
+        {"values": _check_values},
+        private=False,
+        per_matrix=("values",),
+        needs_all_values=lambda shape, options: True,
+    ),
 }
-# what the schemes that read the noise level need to know; the others act on every matrix alike
-EDGE_SCHEMES = ("hard", "soft", "optimal", "denoise", "partial")
-NON_PRIVATE_SCHEMES = ("oracle",)
+EDGE_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if scheme.reads_noise_level)
+NON_PRIVATE_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if not scheme.private)
 
 
-def _threshold(shape: Shape, noise_std: float, kind: str) -> float:
-    if _validate.choice("threshold", kind, ["optimal", "edge"]) == "edge":
-        return rmt.bulk_edge(shape, noise_std)
-    aspect, scale = rmt.aspect_and_scale(shape, noise_std)
-    return rmt.hard_threshold(aspect) * scale
+def _threshold(noise: NoiseModel, kind: str) -> float:
+    return noise.edge if kind == "edge" else rmt.hard_threshold(noise.aspect) * noise.scale
 
 
 def _fitted_decay(clean: Tensor, kind: str) -> Tensor:
-    """Least-squares decay through the logs of the nonzero ``clean`` values, at every index."""
+    """Decay at every index, fitted by least squares to the logs of the nonzero ``clean`` values."""
     index = torch.arange(1, clean.shape[-1] + 1, dtype=clean.dtype, device=clean.device)
     x = (index.log() if kind == "power-law" else index).expand_as(clean)
     seen = (clean > 0).to(clean.dtype)

@@ -1,27 +1,28 @@
-"""Singular values of a matrix against its noise level."""
+"""Singular value decomposition of a matrix with a known noise level."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
-from lowrank_dp.spectrum.random_matrix import bulk_edge
+from lowrank_dp.spectrum.random_matrix import NoiseModel
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular value decomposition of ``matrix`` (..., m, n) and the noise it was measured under.
+    """Singular value decomposition of ``matrix`` (..., m, n), and the noise level of its entries.
+
+    The summaries are floats for one matrix, and tensors of the batch shape for several.
 
     Attributes:
         u: (..., m, k) left singular vectors, k = min(m, n).
         s: (..., k) singular values, descending.
         vh: (..., k, n) right singular vectors, as rows.
-        noise_std: standard deviation of each entry's noise, absolute; 0 for a clean matrix.
-
-    The summaries below are floats for one matrix and tensors of the batch shape for several.
+        noise_std: standard deviation of the noise on each entry, absolute; 0 for a clean matrix.
     """
 
     u: Tensor
@@ -36,12 +37,12 @@ class Spectrum:
 
     @property
     def edge(self) -> float:
-        """Bulk edge ``noise_std * (sqrt(m) + sqrt(n))``: pure noise stays below it."""
-        return bulk_edge(self.shape, self.noise_std)
+        """Bulk edge ``noise_std * (sqrt(m) + sqrt(n))``: the singular values of noise lie below."""
+        return NoiseModel(self.shape, self.noise_std).edge
 
     @property
     def num_above_edge(self) -> int | Tensor:
-        """How many singular values stand above the bulk edge."""
+        """Number of singular values above the bulk edge."""
         return _plain((self.s > self.edge).sum(-1))
 
     @property
@@ -51,24 +52,30 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float | Tensor:
-        """exp(entropy), between 1 and min(m, n) (Roy & Vetterli 2007)."""
+        """``exp(entropy)``, between 1 and min(m, n) (Roy & Vetterli 2007)."""
         return _plain(self._entropy().exp())
 
     def _entropy(self) -> Tensor:
-        p = self.s / self.s[..., :1]  # whose sum is at most min(m, n)
+        p = self.s / self.s[..., :1]  # these sum to at most min(m, n): no overflow
         p = p / p.sum(-1, keepdim=True)
         return -torch.xlogy(p, p).sum(-1)
 
     @property
     def stable_rank(self) -> float | Tensor:
-        """Squared Frobenius over squared operator norm, between 1 and min(m, n)."""
+        """Squared Frobenius norm over squared operator norm, between 1 and min(m, n)."""
         return _plain(((self.s / self.s[..., :1]) ** 2).sum(-1))
 
     def overlap(self, clean: Spectrum) -> tuple[Tensor, Tensor]:
-        """Squared cosines between this spectrum's and ``clean``'s singular vectors, pair by pair.
+        """Squared cosines between the singular vectors of this spectrum and of ``clean``.
 
-        Returns ``(left, right)``, each (..., k). NON-PRIVATE when ``clean`` comes from clean
-        gradients. Pairs are matched by index, so equal singular values blur them.
+        NON-PRIVATE if ``clean`` comes from clean gradients. Vectors are paired by index, so equal
+        singular values blur the pairs.
+
+        Returns:
+            ``(left, right)``, each (..., k).
+
+        Raises:
+            ValueError: if the shapes differ.
         """
         if clean.shape != self.shape:
             _validate.fail("clean.shape", f"{self.shape}", clean.shape)
@@ -77,21 +84,22 @@ class Spectrum:
         return left, right
 
 
-def _plain(value: Tensor):
+def _plain(value: Tensor) -> Any:
+    """A float or int for one matrix, the tensor itself for several."""
     return value.item() if value.ndim == 0 else value
 
 
 def decompose(matrix: Tensor, noise_std: float) -> Spectrum:
-    """Exact thin SVD of ``matrix`` (..., m, n), batched over leading axes, on its own device.
+    """Compute the exact thin SVD of ``matrix`` (..., m, n), batched over leading axes.
 
     Args:
-        matrix: float32 or float64, finite, not all zero.
-        noise_std: standard deviation of each entry's noise, absolute (for a DP-SGD sum:
+        matrix: float32 or float64, finite, not all zero, on any device.
+        noise_std: standard deviation of the noise on each entry, absolute (for a DP-SGD sum:
             ``noise_multiplier * max_grad_norm``); 0 for a clean matrix.
 
     Raises:
-        ValueError: on another shape or type, NaN or infinity, negative noise, or an all-zero
-            matrix, which has no spectrum.
+        ValueError: on another shape or type, NaN or infinity, a negative noise level, or an
+            all-zero matrix, which has no spectrum.
     """
     _validate.matrix("matrix", matrix)
     noise_std = _validate.real("noise_std", noise_std, low=0)
@@ -108,10 +116,13 @@ def decompose(matrix: Tensor, noise_std: float) -> Spectrum:
 
 
 def to_unit(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices (..., m, n) over powers of two (..., 1), which bring the largest entries to [1, 2).
+    """Divide matrices (..., m, n) by powers of two that bring their largest entries to [1, 2).
 
-    What is squared afterwards neither overflows nor vanishes, and nothing is rounded. A matrix of
-    zeros stays as it is.
+    Squares of the result neither overflow nor vanish, and nothing is rounded. An all-zero matrix
+    is divided by 1.
+
+    Returns:
+        The divided matrices, and the powers of two (..., 1).
     """
     largest = matrices.abs().amax((-2, -1)).double()
     exponent = torch.frexp(largest).exponent - 1
@@ -120,7 +131,11 @@ def to_unit(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment(a: Tensor, b: Tensor) -> float:
-    """Cosine between two tensors of one shape; ``ValueError`` if one is all zero or not finite."""
+    """Compute the cosine between two tensors of one shape.
+
+    Raises:
+        ValueError: if a tensor is all zero or not finite, or the shapes differ.
+    """
     _validate.floating("a", a)
     _validate.floating("b", b)
     if a.shape != b.shape:

@@ -1,19 +1,23 @@
-"""Random-matrix facts about one matrix of i.i.d. noise plus a low-rank signal.
+"""Random-matrix theory of i.i.d. noise plus a low-rank signal: edge, bulk, spikes, shrinkers.
 
-Setting, here and in :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`:
+The setting, here and in :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`, is
 ``N = G + noise_std * Z`` of shape (m, n), Z i.i.d. N(0, 1). With ``aspect = min(m, n) /
 max(m, n)`` (called beta in the literature) and ``scale = noise_std * sqrt(max(m, n))``, singular
 values are measured as ``y = s / scale`` (noisy) and ``theta`` (clean). Sources:
 
 * Benaych-Georges & Nadakuditi, J. Multivariate Anal. 111 (2012): the visible spikes and overlaps.
 * Gavish & Donoho, IEEE Trans. Inf. Theory 60 (2014) and 63 (2017): thresholds and shrinkers.
-* Johnstone, Ann. Statist. 29 (2001); Chiani, J. Multivariate Anal. 129 (2014): the edge's
-  fluctuation and a gamma approximation of the Tracy-Widom law.
+* Johnstone, Ann. Statist. 29 (2001); Chiani, J. Multivariate Anal. 129 (2014): the fluctuation of
+  the edge, and a gamma approximation of the Tracy-Widom law.
+
+The functions of y or theta take tensors of any shape, in units of ``scale``, and an ``aspect`` in
+(0, 1].
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,21 +27,53 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 
-# Gamma approximation of Tracy-Widom beta=1, matching its first three moments (Chiani 2014, Table 1)
+# gamma approximation of the Tracy-Widom law for beta = 1, of the same first three moments
+# (Chiani 2014, Table 1)
 _TW_SHAPE, _TW_SCALE, _TW_SHIFT = 46.446, 0.186054, 9.84801
 
 
+@dataclass(frozen=True)
+class NoiseModel:
+    """I.i.d. noise of one level on a matrix, and the scales of its singular values.
+
+    The arguments are trusted: :func:`bulk_edge` and :func:`aspect_and_scale` check theirs.
+
+    Attributes:
+        shape: (..., m, n) of the matrix.
+        noise_std: standard deviation of the noise on one entry, absolute, >= 0.
+    """
+
+    shape: tuple[int, ...]
+    noise_std: float
+
+    @property
+    def aspect(self) -> float:
+        """min(m, n) / max(m, n)."""
+        return min(self.shape[-2:]) / max(self.shape[-2:])
+
+    @property
+    def scale(self) -> float:
+        """Unit of singular values: ``noise_std * sqrt(max(m, n))``."""
+        return self.noise_std * math.sqrt(max(self.shape[-2:]))
+
+    @property
+    def edge(self) -> float:
+        """Asymptotic bulk edge: ``noise_std * (sqrt(m) + sqrt(n))``."""
+        m, n = self.shape[-2:]
+        return self.noise_std * (math.sqrt(m) + math.sqrt(n))
+
+    def false_spike_level(self, rate: float) -> float:
+        """Level that the top singular value of pure noise exceeds with probability ``rate``."""
+        a, b = (math.sqrt(side - 0.5) for side in self.shape[-2:])
+        quantile = gamma.isf(rate, _TW_SHAPE, scale=_TW_SCALE) - _TW_SHIFT
+        top_eigenvalue = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * quantile
+        return self.noise_std * math.sqrt(max(top_eigenvalue, 0.0))
+
+
 def aspect_and_scale(shape: tuple[int, ...], noise_std: float) -> tuple[float, float]:
-    """``(aspect, scale)`` of a matrix of ``shape`` (..., m, n): see the module's setting."""
-    short, long = sorted(_sides(shape))
-    return short / long, _validate.positive("noise_std", noise_std) * math.sqrt(long)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(m, n), checked."""
-    if not isinstance(shape, tuple | list) or len(shape) < 2:
-        _validate.fail("shape", "(..., m, n)", shape)
-    return _validate.integer("shape", shape[-2]), _validate.integer("shape", shape[-1])
+    """``(aspect, scale)`` of a matrix of ``shape`` (..., m, n), as the module defines them."""
+    noise = NoiseModel(_sides(shape), _validate.positive("noise_std", noise_std))
+    return noise.aspect, noise.scale
 
 
 def bulk_edge(
@@ -47,32 +83,51 @@ def bulk_edge(
 
     Args:
         shape: (..., m, n).
-        noise_std: standard deviation of one entry's noise, absolute, >= 0.
+        noise_std: standard deviation of the noise on one entry, absolute, >= 0.
         false_spike_rate: None gives the asymptotic edge ``noise_std * (sqrt(m) + sqrt(n))``,
             which the top value of pure noise exceeds in about one draw in seven. A rate in
             (0, 1) gives the level that pure noise exceeds with that probability
-            (Tracy-Widom fluctuation, relative order ``min(m, n) ** (-2/3)``).
+            (Tracy-Widom fluctuation, of relative order ``min(m, n) ** (-2/3)``).
+
+    Raises:
+        ValueError: on a bad argument.
 
     >>> bulk_edge((100, 400), 0.5)
     15.0
     """
-    m, n = _sides(shape)
-    noise_std = _validate.real("noise_std", noise_std, low=0)
+    noise = NoiseModel(_sides(shape), _validate.real("noise_std", noise_std, low=0))
     if false_spike_rate is None:
-        return noise_std * (math.sqrt(m) + math.sqrt(n))
-    rate = _validate.real(
+        return noise.edge
+    return noise.false_spike_level(check_rate(false_spike_rate))
+
+
+def check_rate(false_spike_rate: float) -> float:
+    """``false_spike_rate`` as a float in (0, 1)."""
+    return _validate.real(
         "false_spike_rate", false_spike_rate, low=0, high=1, low_open=True, high_open=True
     )
-    a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
-    quantile = gamma.isf(rate, _TW_SHAPE, scale=_TW_SCALE) - _TW_SHIFT
-    top_eigenvalue = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * quantile
-    return noise_std * math.sqrt(max(top_eigenvalue, 0.0))
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(m, n), checked."""
+    if not isinstance(shape, tuple | list) or len(shape) < 2:
+        _validate.fail("shape", "(..., m, n)", shape)
+    return _validate.integer("shape", shape[-2]), _validate.integer("shape", shape[-1])
 
 
 def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
-    """Density of the ``min(m, n)`` singular values of pure noise, at ``s`` (absolute units).
+    """Compute the density of the ``min(m, n)`` singular values of pure noise, at ``s``.
 
-    Integrates to one over ``s``; zero outside the bulk.
+    Args:
+        s: singular values, absolute, of any shape.
+        shape: (..., m, n).
+        noise_std: standard deviation of the noise on one entry, absolute, > 0.
+
+    Returns:
+        The density with respect to ``s``, which integrates to one and is zero outside the bulk.
+
+    Raises:
+        ValueError: on a bad shape or noise level.
     """
     aspect, scale = aspect_and_scale(shape, noise_std)
     x = np.asarray(s, dtype=np.float64) / scale
@@ -82,10 +137,13 @@ def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float
 
 
 def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
-    """``count`` singular values, descending, as the bulk law places them (mid-point quantiles)."""
+    """Compute ``count`` mid-point quantiles of the bulk law: singular values, descending.
+
+    ``shape`` and ``noise_std`` are as for :func:`marchenko_pastur_pdf`; ``count`` >= 1.
+    """
     count = _validate.integer("count", count)
     aspect, scale = aspect_and_scale(shape, noise_std)
-    # the angle substitution removes the square-root ends of the density
+    # the substitution of an angle removes the square-root singularities at the ends of the bulk
     angle = np.linspace(0, math.pi, 4097)
     x = 1 - math.sqrt(aspect) * np.cos(angle)
     weight = marchenko_pastur_pdf(x * scale, shape, noise_std) * np.sin(angle)
@@ -95,7 +153,7 @@ def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: fl
 
 
 def visible_value(theta: Tensor, aspect: float) -> Tensor:
-    """Noisy singular value y at which a clean value theta >= 0 shows: the bulk edge if invisible.
+    """Noisy singular value y of a clean value theta >= 0; the bulk edge if theta is invisible.
 
     ``y^2 = (theta + 1/theta)(theta + aspect/theta)`` for ``theta > aspect ** 0.25``.
     """
@@ -105,15 +163,15 @@ def visible_value(theta: Tensor, aspect: float) -> Tensor:
 
 
 def clean_value(y: Tensor, aspect: float) -> Tensor:
-    """Clean singular value theta that shows at y; 0 at or below the edge (inverse of the above)."""
+    """Clean value theta of a noisy value y, the inverse of `visible_value`; 0 up to the edge."""
     to_high, to_low = _edge_distances(y, aspect)
     return torch.where(to_high > 0, (to_high + to_low) / 2, 0.0)
 
 
 def _edge_distances(y: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
-    """``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the bulk's two ends; 0 inside.
+    """``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the two ends of the bulk; 0 inside.
 
-    Their product is ``sqrt((y^2 - aspect - 1)^2 - 4 aspect)``. As factors they neither overflow at
+    Their product is ``sqrt((y^2 - aspect - 1)^2 - 4 aspect)``. The two factors neither overflow at
     a large y nor cancel next to the edge.
     """
     high, low = 1 + math.sqrt(aspect), 1 - math.sqrt(aspect)
@@ -124,26 +182,27 @@ def _edge_distances(y: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
 def overlaps(theta: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
     """Squared cosines between noisy and clean singular vectors: ``(short side, long side)``.
 
-    The short side (min(m, n) entries) is the better estimated one. Zero for an invisible theta.
+    The vectors on the short side, with min(m, n) entries, are estimated better. Both cosines are
+    zero for an invisible theta.
     """
-    inverse = theta.clamp(min=aspect**0.25) ** -2  # goes to 0, not to overflow, for a large theta
+    inverse = theta.clamp(min=aspect**0.25) ** -2  # does not overflow at a large theta
     signal = torch.where(theta > aspect**0.25, (1 - aspect * inverse**2).clamp(min=0), 0.0)
     return signal / (1 + aspect * inverse), signal / (1 + inverse)
 
 
 def shrink_frobenius(y: Tensor, aspect: float) -> Tensor:
-    """Optimal shrinker for squared error: theta times both overlaps' cosines; 0 below the edge."""
+    """Optimal shrinker for squared error: theta times both cosines; 0 up to the edge."""
     to_high, to_low = _edge_distances(y, aspect)
     return to_high * (to_low / y.clamp(min=1))
 
 
 def shrink_operator(y: Tensor, aspect: float) -> Tensor:
-    """Optimal shrinker for the operator norm: the clean value itself."""
+    """Shrinker for the operator norm: the clean value, optimal for a square matrix."""
     return clean_value(y, aspect)
 
 
 def shrink_nuclear(y: Tensor, aspect: float) -> Tensor:
-    """Optimal shrinker for the nuclear norm (Gavish & Donoho 2017, eq. 7's third case)."""
+    """Optimal shrinker for the nuclear norm (Gavish & Donoho 2017, third case of eq. 7)."""
     theta = clean_value(y, aspect)
     t, y = theta.clamp(min=aspect**0.25), y.clamp(min=1)
     # (t^4 - aspect - sqrt(aspect) t y) / (t^2 y), without the fourth power
@@ -152,7 +211,7 @@ def shrink_nuclear(y: Tensor, aspect: float) -> Tensor:
 
 
 def hard_threshold(aspect: float) -> float:
-    """Optimal hard threshold in units of ``scale`` for known noise (Gavish & Donoho 2014).
+    """Optimal hard threshold for a known noise level, in units of ``scale`` (Gavish & Donoho 2014).
 
     >>> round(hard_threshold(1.0), 6) == round(4 / 3**0.5, 6)
     True

@@ -1,4 +1,4 @@
-"""Arguments of the theory functions: numbers or arrays in, a float or a float64 array out."""
+"""Checks and conversions of the arguments and results of the theory functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reals(
     high: float = np.inf,
     low_open: bool = False,
 ) -> Array:
-    """``value`` as a float64 array with every entry finite and in the interval.
+    """Convert ``value`` to a float64 array with every entry finite and in the interval.
 
     >>> reals("beta2", [0.5, 1.5], low=0, high=1)
     Traceback (most recent call last):
@@ -37,7 +37,7 @@ def reals(
 
 
 def integers(name: str, value: ArrayLike, *, low: int = 1) -> Array:
-    """``value`` as a float64 array of integers; 8.0 is accepted, 8.5 and True are not.
+    """Convert ``value`` to a float64 array of integers; 8.0 is accepted, 8.5 and True are not.
 
     >>> integers("rank", [4, 0])
     Traceback (most recent call last):
@@ -50,7 +50,7 @@ def integers(name: str, value: ArrayLike, *, low: int = 1) -> Array:
 
 
 def squared_cosine(n: ArrayLike, beta2: ArrayLike | None) -> Array:
-    """beta2 = q_j^2 / |q|^2, by default that of a flat q, 1/n; broadcast against ``n``."""
+    """Checked beta2 = q_j^2 / |q|^2, broadcast against ``n``; by default 1/n, as for a flat q."""
     n = integers("n", n)
     if beta2 is None:
         return 1 / n
@@ -64,7 +64,7 @@ def reference_variance(reference: str, beta2: FloatOrArray) -> FloatOrArray:
 
 
 def unwrap(array: Any) -> FloatOrArray:
-    """A Python float for a scalar, the array itself otherwise."""
+    """Convert a scalar to a Python float; return any other array unchanged."""
     array = np.asarray(array, dtype=np.float64)
     return float(array) if array.ndim == 0 else array
 
@@ -83,7 +83,7 @@ def _all_good(
     name: str, requirement: str, value: ArrayLike, array: Array, good: NDArray[np.bool_]
 ) -> Array:
     if not good.all():
-        # of a scalar the value as it was given, of an array its first bad entry
+        # a scalar is shown as it was given, an array by its first bad entry
         entry = value if array.ndim == 0 else np.asarray(value)[~good].flat[0].item()
         fail(name, requirement, entry)
     return array

@@ -1,4 +1,4 @@
-"""Two numerical tools: Gauss-Legendre on panels, and bisection on many brackets at once."""
+"""Gauss-Legendre quadrature on panels, and bisection on many brackets at once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ _MAX_HALVINGS = 60
 
 
 def panel_nodes(left: Array, right: Array) -> Array:
-    """The Gauss-Legendre nodes of each panel, one row a panel."""
+    """Gauss-Legendre nodes (panels, 16) of each panel [left, right]."""
     return (left + right)[:, None] / 2 + (right - left)[:, None] / 2 * _NODES
 
 
 def panel_integrals(function: Function, left: Array, right: Array) -> Array:
-    """The integral of ``function`` over each panel [left, right], by one Gauss-Legendre rule."""
+    """Integral of ``function`` over each panel [left, right], by one Gauss-Legendre rule."""
     return (right - left) / 2 * (function(panel_nodes(left, right)) @ _WEIGHTS)
 
 
 def integrate(function: Function, edges: Array, tolerance: float = 1e-14) -> float:
-    """The integral over [edges[0], edges[-1]], halving each panel until halving changes nothing.
+    """Integral over [edges[0], edges[-1]]; each panel is halved until its value is stable.
 
-    ``edges`` should already separate what the eye would call different features: a feature much
-    narrower than its panel can fall between the nodes.
+    Args:
+        function: vectorised integrand.
+        edges: ascending panel edges. They must separate the features of the integrand: a feature
+            much narrower than its panel can fall between the nodes.
+        tolerance: largest absolute change of a panel's integral when the panel is halved.
     """
     left, right = edges[:-1], edges[1:]
     whole = panel_integrals(function, left, right)
@@ -50,10 +53,10 @@ def integrate(function: Function, edges: Array, tolerance: float = 1e-14) -> flo
 
 
 def bisect(function: Function, low: Array, high: Array, iterations: int = 60) -> Array:
-    """Where ``function`` changes sign in each bracket; neither end is ever evaluated twice.
+    """Find the root of ``function`` in each bracket, without evaluating the ends.
 
-    ``function(low)`` is taken to be below zero and ``function(high)`` above; swap the ends of a
-    bracket for a falling function.
+    ``function(low)`` is assumed to be below zero and ``function(high)`` above; swap the ends of a
+    bracket for a decreasing function.
     """
     for _ in range(iterations):
         middle = (low + high) / 2

@@ -1,6 +1,9 @@
-"""Special functions in the forms that stay accurate for ranks from 1 to 1e6 and more."""
+"""Special functions in forms that stay accurate for ranks from 1 to more than 1e6."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -8,7 +11,7 @@ from scipy import special
 from lowrank_dp.theory._arrays import Array
 
 LOG_2PI = np.log(2 * np.pi)
-# Below this the Debye expansion of K_nu is not yet exact to rounding (see log_bessel_series).
+# from this w on, the Debye expansion of K_nu is exact to rounding (see log_bessel_series)
 DEBYE_FROM = 25.0
 _DEBYE_TERMS = 13
 _TAIL_TERMS = 40
@@ -16,10 +19,10 @@ _UNDERFLOW = 1e-290
 
 
 def stirling_defect(a: float | Array) -> Array:
-    """Stable a ln a - a - ln Gamma(a), which is only (1/2) ln(a / 2 pi) - 1/(12 a) + ...
+    """Stable a ln a - a - ln Gamma(a), which equals (1/2) ln(a / 2 pi) - 1/(12 a) + ...
 
-    The three terms of the definition are of size a ln a; their difference is taken analytically
-    from a = 10 on, so that it does not lose digits as a grows.
+    The terms of the definition are of size a ln a. From a = 10 on, a series gives their small
+    difference, which therefore does not lose digits as a grows.
     """
     a = np.asarray(a, dtype=np.float64)
     big = np.maximum(a, 10.0)
@@ -60,7 +63,7 @@ def log_bessel_series(w: Array, p2: Array) -> Array:
     """Logarithm of the Debye series of K_nu(z), with w = sqrt(nu^2 + z^2) and p2 = nu^2 / w^2.
 
     K_nu(z) = sqrt(pi / (2 w)) e^-w ((nu + w) / z)^nu  sum_k (-1/w)^k U_k(p2). Written in w the
-    series serves large nu and large z alike, and is exact to rounding for w >= 25.
+    series serves large nu and large z alike, and it is exact to rounding for w >= 25.
     """
     total = np.zeros(np.broadcast(w, p2).shape)
     for coefficients in reversed(_DEBYE):
@@ -82,8 +85,11 @@ def log_chi2_survival(x: Array, dof: float) -> Array:
     return _log_tail(probability, a, x, _upper_fraction)
 
 
-def _log_tail(probability, a, x, fraction):
-    # Tail = x^a e^-x / Gamma(a) / fraction, with the prefactor written about its peak x = a.
+def _log_tail(
+    probability: Array, a: float, x: Array, fraction: Callable[[float, Array], Array]
+) -> Array:
+    """Logarithm of ``probability``, by a continued fraction where the probability underflows."""
+    # tail = x^a e^-x / Gamma(a) / fraction, with the prefactor expanded around its peak x = a
     with np.errstate(divide="ignore", over="ignore"):
         out = np.log(probability)
         deep = (probability < _UNDERFLOW) & (x > 0)
@@ -92,32 +98,32 @@ def _log_tail(probability, a, x, fraction):
     return out
 
 
-def _upper_fraction(a, x):
-    # Legendre's continued fraction of Gamma(a, x); in a tail this deep a few terms are enough.
+def _upper_fraction(a: float, x: Array) -> Array:
+    """Legendre's continued fraction of Gamma(a, x); a few terms suffice in a tail this deep."""
     value = x + 2 * _TAIL_TERMS + 1 - a
     for k in range(_TAIL_TERMS, 0, -1):
         value = x + 2 * k - 1 - a - k * (k - a) / value
     return value
 
 
-def _lower_fraction(a, x):
-    # The M-fraction of gamma(a, x).
+def _lower_fraction(a: float, x: Array) -> Array:
+    """M-fraction of gamma(a, x)."""
     value = a + _TAIL_TERMS - x
     for k in range(_TAIL_TERMS, 0, -1):
         value = a + k - 1 - x + k * x / value
     return value
 
 
-def _poly(x, coefficients):
-    """Horner's rule, the constant first: numpy's own costs more than these short sums."""
-    value = coefficients[-1]
+def _poly(x: Array, coefficients: list[float]) -> Array:
+    """Polynomial by Horner's rule, constant first; numpy's own costs more for short sums."""
+    value: Any = coefficients[-1]
     for coefficient in coefficients[-2::-1]:
         value = value * x + coefficient
     return value
 
 
 def _debye_polynomials(count: int) -> list[list[float]]:
-    """U_k, where u_k(p) = p^k U_k(p^2) and u_0 = 1,
+    """Coefficients of U_k, where u_k(p) = p^k U_k(p^2) and u_0 = 1, by the recurrence
 
     u_(k+1)(p) = (1/2) p^2 (1 - p^2) u_k'(p) + (1/8) int_0^p (1 - 5 t^2) u_k(t) dt.
     """

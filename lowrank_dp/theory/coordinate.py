@@ -5,17 +5,19 @@ u = q (A^T A - I), and beta2 = q_j^2 / |q|^2. Then, with X and X' independent ch
 
     u_j / |q|  =  (1 + beta)/2 (X/rank - 1)  -  (1 - beta)/2 (X'/rank - 1)      in law.
 
-Two Gaussians are compared with it: "matched", with the same variance |q|^2 (1 + beta2) / rank, and
-"paper", the paper's Gaussian reading, with variance |q|^2 / rank. Every distance is free of |q|
-and even in beta, so beta >= 0 throughout.
+The law is compared with two Gaussians: "matched" has the same variance, |q|^2 (1 + beta2) / rank;
+"paper" is the Gaussian reading of the paper, with variance |q|^2 / rank. Every distance is
+independent of |q| and even in beta, so beta >= 0 throughout.
 
-Unless a docstring says otherwise, arguments are numbers or arrays that broadcast together; the
-result is a float or a float64 array. ``rank`` and ``n`` are integers >= 1; ``beta2`` lies in
-[0, 1] and defaults to 1/n, a flat q; when it is given, ``n`` has no further influence. Anything
-else raises ``ValueError`` with the argument's name and value.
+Unless a docstring says otherwise, arguments are numbers or arrays that broadcast together, and the
+result is a float or a float64 array. ``rank`` and ``n`` are integers >= 1. ``beta2`` lies in [0, 1]
+and defaults to 1/n, the value of a flat q; if ``beta2`` is given, ``n`` has no further influence.
+Every other argument raises ``ValueError`` with its name and value.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,26 +34,22 @@ from lowrank_dp.theory._arrays import (
     squared_cosine,
     unwrap,
 )
+from lowrank_dp.theory._law import log_density
 from lowrank_dp.theory._quadrature import bisect, panel_integrals, panel_nodes
-from lowrank_dp.theory._special import (
-    DEBYE_FROM,
-    LOG_2PI,
-    log_bessel_series,
-    log_mean_square_density,
-    log_minus_digamma,
-    stirling_defect,
-)
+from lowrank_dp.theory._special import LOG_2PI, log_mean_square_density, log_minus_digamma
 
 
-def _phi(x):
+def _phi(x: FloatOrArray) -> Array:
+    """Standard normal density."""
     return np.exp(-np.square(x) / 2) / np.sqrt(2 * np.pi)
 
 
-def _he3(x):
+def _he3(x: float) -> float:
+    """Third Hermite polynomial."""
     return x**3 - 3 * x
 
 
-# c_k = E|He_k(Z)|, the L1 norm of the k-th derivative of the normal density.
+# c_k = E|He_k(Z)|, the L1 norm of the k-th derivative of the normal density
 C3 = float(2 * _phi(0) + 8 * _phi(np.sqrt(3)))
 C4 = float(
     4
@@ -60,12 +58,11 @@ C4 = float(
         - _he3(np.sqrt(3 - np.sqrt(6))) * _phi(np.sqrt(3 - np.sqrt(6)))
     )
 )
-# Shevtsova (2013), for identically distributed terms.
+# Shevtsova (2013), for identically distributed terms
 BERRY_ESSEEN_CONSTANT = 0.4690
 
-# The mass of X outside these two quantiles does not matter at 1e-14.
-_TAIL = 1e-16
-_GAUSSIAN_REACH = 8.5
+_TAIL = 1e-16  # probability outside the panels on each side: negligible at 1e-14
+_GAUSSIAN_REACH = 8.5  # standard deviations, beyond which a Gaussian has no mass at 1e-14
 
 
 def noise_variance(
@@ -83,7 +80,9 @@ def noise_variance(
 def noise_kurtosis(
     rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None
 ) -> FloatOrArray:
-    """Kurtosis E u^4 / (E u^2)^2 of one coordinate: 3 for a Gaussian, up to 15 at rank 1.
+    """Kurtosis E u^4 / (E u^2)^2 of one coordinate of the noise.
+
+    A Gaussian has kurtosis 3; the largest value here is 15, at rank 1 and beta2 = 1.
 
     >>> noise_kurtosis(1, 768, beta2=0)
     9.0
@@ -95,9 +94,9 @@ def noise_kurtosis(
 def noise_logpdf(x: ArrayLike, rank: ArrayLike, *, beta2: ArrayLike) -> FloatOrArray:
     """Log-density of u_j / |q| at ``x``.
 
-    ``x`` is any finite number, in units of |q|, for a coordinate with q_j >= 0 (for a negative one
-    take ``-x``). The density is a Bessel function; at rank 1 it has a pole at x = -beta, where
-    the result is ``inf``, and at beta2 = 1 it is a shifted gamma density, ``-inf`` for x < -1.
+    ``x`` is any finite number, in units of |q|, for a coordinate with q_j >= 0; for q_j < 0 take
+    ``-x``. The density is a Bessel function. At rank 1 it has a pole at x = -beta, where the result
+    is ``inf``. At beta2 = 1 it is a shifted gamma density, and the result is ``-inf`` for x < -1.
 
     >>> round(noise_logpdf(0.5, 2, beta2=0), 12)    # at rank 2, beta2 0: Laplace, exp(-2|x|)
     -1.0
@@ -105,7 +104,7 @@ def noise_logpdf(x: ArrayLike, rank: ArrayLike, *, beta2: ArrayLike) -> FloatOrA
     x_, r, b2 = np.broadcast_arrays(
         reals("x", x), integers("rank", rank), reals("beta2", beta2, low=0, high=1)
     )
-    return unwrap(_log_density(x_ + np.sqrt(b2), r, b2))
+    return unwrap(log_density(x_ + np.sqrt(b2), r, b2))
 
 
 def tv_exact(
@@ -113,8 +112,8 @@ def tv_exact(
 ) -> FloatOrArray:
     """Total variation distance, in [0, 1], between one coordinate of the noise and a Gaussian.
 
-    Accurate to 1e-10: the densities' crossings are found and their signed difference integrated
-    between them. ``reference`` is "matched" or "paper", see the module.
+    Accurate to 1e-10: the crossings of the two densities are found, and the signed difference is
+    integrated between them. ``reference`` is "matched" or "paper": see the module.
 
     >>> round(tv_exact(16, 4096), 5)
     0.02142
@@ -125,7 +124,10 @@ def tv_exact(
 def kolmogorov_exact(
     rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None, reference: str = "matched"
 ) -> FloatOrArray:
-    """Kolmogorov distance, the largest gap between the two distribution functions, to 1e-10.
+    """Kolmogorov distance between one coordinate of the noise and a Gaussian, to 1e-10.
+
+    The largest gap between the two distribution functions, in [0, 1]. ``reference`` is as in
+    `tv_exact`.
 
     >>> round(kolmogorov_exact(16, 4096, beta2=0), 4)
     0.0086
@@ -136,12 +138,12 @@ def kolmogorov_exact(
 def tv_bound(
     rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None, reference: str = "matched"
 ) -> FloatOrArray:
-    """A proved upper bound, at most 1, on the total variation distance that `tv_exact` computes.
+    """Proved upper bound, at most 1, on the total variation distance of `tv_exact`.
 
-    The smallest of 1 and two bounds against the matched Gaussian: a Taylor expansion along the
-    heat equation, sharp for a coordinate that carries little of q, and the replacement of the two
-    chi^2 variables by normals one after the other, sharp for beta2 near 1. Against the paper's
-    Gaussian the distance between the two Gaussians is added.
+    The bound is the smallest of 1 and two bounds against the matched Gaussian. A Taylor expansion
+    along the heat equation is sharp for a coordinate that carries little of q. The replacement of
+    the two chi^2 variables by normals, one after the other, is sharp for beta2 near 1. Against the
+    "paper" Gaussian, the distance between the two Gaussians is added.
 
     >>> round(tv_bound(16, 4096), 5)
     0.02529
@@ -164,10 +166,11 @@ def tv_bound(
 def tv_lower_bound(
     rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None
 ) -> FloatOrArray:
-    """A proved lower bound on `tv_exact` against the matched Gaussian.
+    """Proved lower bound, in [0, 1], on `tv_exact` against the matched Gaussian.
 
-    Half the gap between the two characteristic functions of sqrt(rank) u_j / |q| at 2. It stays
-    above zero as n grows: at fixed rank the noise never becomes Gaussian.
+    The bound is half the gap between the characteristic functions of sqrt(rank) u_j / |q| and of
+    the Gaussian at 2. The bound stays above zero as n grows: at fixed rank the noise does not
+    become Gaussian.
 
     >>> round(tv_lower_bound(16, 10**6) * 16, 3)
     0.26
@@ -185,11 +188,11 @@ def tv_lower_bound(
 def berry_esseen_bound(
     rank: ArrayLike, n: ArrayLike, *, beta2: ArrayLike | None = None
 ) -> FloatOrArray:
-    """The classical Berry-Esseen bound on `kolmogorov_exact`, at most 1.
+    """Classical Berry-Esseen bound, at most 1, on `kolmogorov_exact` (matched).
 
-    0.4690 E|xi|^3 / sqrt(rank) with xi one of the rank standardised terms whose mean is u_j. It
-    is in the weaker, Kolmogorov, distance and of order 1/sqrt(rank), for it does not see that the
-    third moment nearly vanishes.
+    The bound is 0.4690 E|xi|^3 / sqrt(rank), where xi is one of the ``rank`` standardised terms
+    whose mean is u_j. It bounds the Kolmogorov distance, which is weaker than total variation, and
+    its order is 1/sqrt(rank), because it ignores that the third moment nearly vanishes.
 
     >>> round(berry_esseen_bound(16, 4096, beta2=0), 3)
     0.299
@@ -199,88 +202,21 @@ def berry_esseen_bound(
     return unwrap(np.minimum(BERRY_ESSEEN_CONSTANT * ratio / np.sqrt(r), 1.0))
 
 
-# --- the law itself --------------------------------------------------------------------------
-
-
-def _log_density(y: Array, rank: ArrayLike, beta2: ArrayLike) -> Array:
-    """Log-density of u_j / |q| at y - beta. Working in y keeps the singular point y = 0 exact."""
-    y, r, b2 = np.broadcast_arrays(np.asarray(y), np.asarray(rank, dtype=float), np.asarray(beta2))
-    out = np.empty(y.shape)
-    gamma = b2 == 1
-    # nu/r, and sqrt(nu^2 + z^2) = r s/rest with K_nu's order nu = (r-1)/2, argument r|y|/rest.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        w = np.hypot((r - 1) / 2, r * y / (1 - b2))
-    debye = ~gamma & (w >= DEBYE_FROM)
-    bessel = ~gamma & ~debye
-    out[gamma] = log_mean_square_density(y[gamma], r[gamma])
-    out[debye] = _log_density_debye(y[debye], r[debye], b2[debye], w[debye])
-    out[bessel] = _log_density_bessel(y[bessel], r[bessel], b2[bessel])
-    return out
-
-
-def _log_density_bessel(y, r, b2):
-    r"""ln[ 2 (r/2)^(r/2) / Gamma(r/2) sqrt(r / (2 pi rest)) e^(r beta y/rest) |y|^nu K_nu(z) ]."""
-    beta, rest, nu = np.sqrt(b2), 1 - b2, (r - 1) / 2
-    z = r * np.abs(y) / rest
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = special.kve(nu, z)
-        # Where kve overflows z is so small that z^nu K_nu(z) is its limit Gamma(nu) 2^(nu-1).
-        log_zk = np.where(
-            np.isinf(scaled),
-            special.gammaln(nu) + (nu - 1) * np.log(2),
-            special.xlogy(nu, z) + np.log(scaled),
-        )
-    # r beta y/rest - z without the cancellation for y > 0
-    exponent = r * np.abs(y) * np.where(y > 0, 1 / (1 + beta), (1 + beta) / rest)
-    return (
-        np.log(2)
-        + stirling_defect(r / 2)
-        + r / 2
-        - (LOG_2PI + np.log(rest / r)) / 2
-        + nu * np.log(rest / r)
-        + log_zk
-        - exponent
-    )
-
-
-def _log_density_debye(y, r, b2, w):
-    """The same with K_nu expanded, and its large terms combined so that they do not cancel."""
-    beta, rest, h = np.sqrt(b2), 1 - b2, (r - 1) / (2 * r)
-    x, s = y - beta, w * rest / r
-    # The exponent is r [1/2 - ratio] + nu ln(h rest + s), where ratio = (s - beta y) / rest.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(y >= 0, (y**2 + h**2 * rest) / (beta * y + s), (s - beta * y) / rest)
-    # Where the mass is, x is of order 1/sqrt(r) and both parts nearly vanish. There they are
-    # written by their difference from x = 0, h = 1/2, at which s = (1 + beta2)/2.
-    central = np.abs(x) < 0.5
-    quarter_less_h2 = (1 - 0.5 / r) / (2 * r)
-    s_excess = (2 * beta * x + x**2 - quarter_less_h2 * rest**2) / (s + (1 + b2) / 2)
-    half_less_ratio = (s_excess + 2 * quarter_less_h2 * rest - 3 * beta * x - 2 * x**2) / (
-        2 * np.where(central, beta * y + s, 1.0)
-    )
-    exponent = r * np.where(central, half_less_ratio, 0.5 - ratio)
-    log_sum = np.where(
-        central, np.log1p(np.where(central, s_excess - rest / (2 * r), 0.0)), np.log(h * rest + s)
-    )
-    p2 = ((r - 1) / 2 / w) ** 2
-    return (
-        stirling_defect(r / 2)
-        + exponent
-        + (r - 1) / 2 * log_sum
-        - np.log(s) / 2
-        + log_bessel_series(w, p2)
-    )
-
-
 # --- exact distances -------------------------------------------------------------------------
 
 
-def _from_increments(functional, rank, n, beta2, reference):
-    """``functional`` of the increments of F - G between the densities' crossings, pointwise."""
+def _from_increments(
+    functional: Callable[[Array], float],
+    rank: ArrayLike,
+    n: ArrayLike,
+    beta2: ArrayLike | None,
+    reference: str,
+) -> FloatOrArray:
+    """``functional`` of the increments of F - G between crossings of the densities, pointwise."""
     r, b2 = integers("rank", rank), squared_cosine(n, beta2)
     variance = reference_variance(reference, b2)
 
-    def point(r, b2, variance):
+    def point(r: float, b2: float, variance: float) -> float:
         if b2 == 1:
             return functional(_chi2_increments(r, variance))
         return functional(_increments(r, b2, variance))
@@ -289,24 +225,24 @@ def _from_increments(functional, rank, n, beta2, reference):
 
 
 def _increments(r: float, b2: float, variance: float) -> Array:
-    """Increments of F - G over panels on which f - g keeps its sign; G = N(0, variance/r)."""
+    """Increments of F - G over panels where f - g keeps its sign; G is N(0, variance/r)."""
     beta, sd = np.sqrt(b2), np.sqrt(variance / r)
 
-    def log_g(y):
+    def log_g(y: Array) -> Array:
         return -(((y - beta) / sd) ** 2 + LOG_2PI) / 2 - np.log(sd)
 
-    def log_ratio(y):
-        return _log_density(y, r, b2) - log_g(y)
+    def log_ratio(y: Array) -> Array:
+        return log_density(y, r, b2) - log_g(y)
 
-    def difference(y):
-        return np.exp(_log_density(y, r, b2)) - np.exp(log_g(y))
+    def difference(y: Array) -> Array:
+        return np.exp(log_density(y, r, b2)) - np.exp(log_g(y))
 
     edges = _edges(r, b2, sd)
     nodes = panel_nodes(edges[:-1], edges[1:]).ravel()
     above = log_ratio(nodes) > 0
     flips = np.flatnonzero(above[1:] != above[:-1])
     rising = above[flips + 1]
-    # The distance is flat in the crossings, so a modest precision of theirs is ample.
+    # the distance is stationary in the crossings, so a modest precision of the roots is ample
     roots = bisect(
         log_ratio,
         np.where(rising, nodes[flips], nodes[flips + 1]),
@@ -318,7 +254,7 @@ def _increments(r: float, b2: float, variance: float) -> Array:
 
 
 def _edges(r: float, b2: float, sd: float) -> Array:
-    """Panel edges in y: fine about the mean and, geometrically, about the singular point 0."""
+    """Panel edges in y: fine around the mean and, geometrically, around the singular point 0."""
     beta = np.sqrt(b2)
     plus, minus = (1 + beta) / 2, (1 - b2) / (1 + beta) / 2
     low, high = special.chdtri(r, [1 - _TAIL, _TAIL]) / r
@@ -326,7 +262,7 @@ def _edges(r: float, b2: float, sd: float) -> Array:
     right = max(beta + plus * (high - 1) + minus * (1 - low), beta + _GAUSSIAN_REACH * sd)
     widest = max(beta - left, right - beta) / sd
     t = np.linspace(-np.arcsinh(widest), np.arcsinh(widest), 41)
-    # K_nu lives on the scale (1 - beta2)/r; what lies within 1e-16 of that holds no mass.
+    # K_nu varies on the scale (1 - beta2)/r; an interval of 1e-16 of this scale holds no mass
     scale = 1e-16 * (1 - b2) / r
     graded = scale * 4.0 ** np.arange(np.ceil(np.log(max(-left, right) / scale) / np.log(4)))
     edges = np.concatenate([[left, right, 0.0], beta + sd * np.sinh(t), graded, -graded])
@@ -334,22 +270,23 @@ def _edges(r: float, b2: float, sd: float) -> Array:
 
 
 def _chi2_tv(r: Array) -> Array:
-    """T(r): total variation between chi^2_r standardised and N(0, 1)."""
+    """Total variation between a standardised chi^2_r variable and N(0, 1)."""
     return np.abs(_chi2_increments(r, 2.0)).sum(axis=0) / 2
 
 
-def _chi2_increments(r: Array, variance: float) -> Array:
-    """Increments of F - G between crossings; F: law of chi^2_r/r - 1, G: N(0, variance/r).
+def _chi2_increments(r: FloatOrArray, variance: float) -> Array:
+    """Increments of F - G between crossings; F is the law of chi^2_r/r - 1, G is N(0, variance/r).
 
-    The density ratio has two stationary points, the roots of a quadratic, so it crosses 1 at most
-    three times: before, between and after them (before: at the end of the support if r <= 2).
+    The ratio of the densities has two stationary points, the roots of a quadratic. So the ratio
+    crosses 1 at most three times: before, between and after these points. If r <= 2, the first
+    crossing is the end of the support.
     """
     r = np.asarray(r, dtype=np.float64)
     half_gap = np.sqrt((0.5 - variance / 4) ** 2 + variance / r)
     first, second = 0.5 + variance / 4 - half_gap, 0.5 + variance / 4 + half_gap
     sd = np.sqrt(variance / r)
 
-    def log_ratio(s):
+    def log_ratio(s: Array) -> Array:
         return log_mean_square_density(s, r) + ((s - 1) / sd) ** 2 / 2 + LOG_2PI / 2 + np.log(sd)
 
     zero = np.zeros_like(r)
@@ -365,7 +302,7 @@ def _chi2_increments(r: Array, variance: float) -> Array:
 
 
 def _normal_tv(a: FloatOrArray) -> FloatOrArray:
-    """Total variation between N(0, a) and N(0, 1), a >= 1: the densities cross at +-x."""
+    """Total variation between N(0, a) and N(0, 1), a >= 1; their densities cross at +-x."""
     excess = np.asarray(a) - 1
     tiny = excess < 1e-300
     safe = np.where(tiny, 1.0, excess)
@@ -374,10 +311,10 @@ def _normal_tv(a: FloatOrArray) -> FloatOrArray:
 
 
 def _third_moment_ratio(beta2: Array) -> Array:
-    """E|xi|^3 / (E xi^2)^(3/2) for xi = beta (w^2 - 1) + sqrt(1 - beta2) w z; w, z normal.
+    """E|xi|^3 / (E xi^2)^(3/2) for xi = beta (w^2 - 1) + sqrt(1 - beta2) w z; w and z are normal.
 
-    Given w, xi is normal, and E|N(m, t^2)|^3 is elementary; w is integrated on panels that are
-    fine about 0 and about 1, where m = 0.
+    Given w, xi is normal with a mean m, and E|N(m, t^2)|^3 is elementary. The integral over w uses
+    panels that are fine around 0, and around 1, where m = 0.
     """
     b2 = np.asarray(beta2, dtype=np.float64)[:, None]
     graded = 4.0 ** -np.arange(1.0, 14)
@@ -385,8 +322,8 @@ def _third_moment_ratio(beta2: Array) -> Array:
         np.concatenate([[0.0, 1.0], graded, 1 - graded, 1 + graded, np.arange(1.5, 12.1, 0.5)])
     )
 
-    def integrand(w):
-        # one row an entry of beta2; panels and nodes along the other axes
+    def integrand(w: Array) -> Array:
+        # one row per entry of beta2; panels and nodes along the other axes
         b, nodes = b2[..., None], w[None]
         mean, sd = np.sqrt(b) * (nodes**2 - 1), np.sqrt(1 - b) * nodes
         with np.errstate(divide="ignore"):
@@ -399,7 +336,7 @@ def _third_moment_ratio(beta2: Array) -> Array:
     return panel_integrals(integrand, edges[:-1], edges[1:]).sum(axis=-1) / (1 + b2[:, 0]) ** 1.5
 
 
-def _per_unique(function, values: Array) -> Array:
-    """``function`` of every entry, evaluated once per distinct one."""
+def _per_unique(function: Callable[[Array], Array], values: Array) -> Array:
+    """``function`` of every entry, evaluated once per distinct entry."""
     distinct, inverse = np.unique(values, return_inverse=True)
     return function(distinct)[inverse].reshape(np.shape(values))

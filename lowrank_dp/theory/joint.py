@@ -1,10 +1,10 @@
 r"""All coordinates of the noise together: density, distance to a Gaussian, bounds and limit.
 
-Rotating q to the first axis, u / |q| = (s - 1, sqrt(s / rank) g) in law, where s is
-chi^2_rank / rank and g is N(0, I) in n - 1 dimensions, independent of s: the noise across q has a
-random scale, which n - 1 coordinates reveal together however Gaussian each of them looks. The
-"matched" Gaussian has covariance |q|^2 (I + q q^T / |q|^2) / rank; the "paper" one, the Gaussian
-reading of arXiv 2409.17538, has |q|^2 I / rank.
+With q rotated to the first axis, u / |q| = (s - 1, sqrt(s / rank) g) in law, where s is
+chi^2_rank / rank and g is N(0, I) in n - 1 dimensions, independent of s. The noise across q has a
+random scale. The n - 1 coordinates together reveal the scale, however Gaussian each of them looks.
+The "matched" Gaussian has covariance |q|^2 (I + q q^T / |q|^2) / rank. The "paper" Gaussian, the
+Gaussian reading of arXiv 2409.17538, has covariance |q|^2 I / rank.
 
 Arguments, results and errors are as in `lowrank_dp.theory.coordinate`.
 """
@@ -17,6 +17,7 @@ from scipy import special
 
 from lowrank_dp._validate import fail
 from lowrank_dp.theory._arrays import (
+    Array,
     FloatOrArray,
     integers,
     reals,
@@ -33,8 +34,9 @@ _TAIL = 1e-17
 def joint_tv(rank: ArrayLike, n: ArrayLike, *, reference: str = "matched") -> FloatOrArray:
     """Total variation distance, in [0, 1], between the whole noise vector and a Gaussian, to 1e-10.
 
-    It depends on q only through ``n``. Against the matched Gaussian it vanishes only for
-    rank >> n; against the paper's it is at least 0.166 for every large rank.
+    The distance depends on q only through ``n``. Against the "matched" Gaussian the distance
+    vanishes only for rank >> n; against the "paper" Gaussian it is at least 0.166 at every large
+    rank.
 
     >>> round(joint_tv(256, 4096), 4)
     0.7049
@@ -48,7 +50,7 @@ def joint_tv(rank: ArrayLike, n: ArrayLike, *, reference: str = "matched") -> Fl
 def joint_tv_limit(ratio: ArrayLike) -> FloatOrArray:
     """Limit of the matched `joint_tv` as rank and n grow with n / rank -> ``ratio`` >= 0.
 
-    (2 / pi) arctan(sqrt(ratio) / 2): half the noise is non-Gaussian by n = 4 rank.
+    The limit is (2 / pi) arctan(sqrt(ratio) / 2), in [0, 1); it is 1/2 at n = 4 rank.
 
     >>> round(joint_tv_limit(4.0), 12)
     0.5
@@ -58,9 +60,10 @@ def joint_tv_limit(ratio: ArrayLike) -> FloatOrArray:
 
 
 def joint_tv_upper_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
-    """A proved upper bound, at most 1, on the matched `joint_tv`.
+    """Proved upper bound, at most 1, on the matched `joint_tv`.
 
-    Along q the distance of chi^2_rank from a normal; across q Pinsker's inequality.
+    The bound adds the distance of chi^2_rank from a normal, along q, to the bound of Pinsker's
+    inequality, across q.
 
     >>> joint_tv_upper_bound(1024, 16) >= joint_tv(1024, 16)
     True
@@ -71,17 +74,17 @@ def joint_tv_upper_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
 
 
 def joint_tv_lower_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
-    """A proved lower bound, at least 0, on the matched `joint_tv`; it tends to 1 with n / rank.
+    """Proved lower bound, at least 0, on the matched `joint_tv`; tends to 1 as n / rank grows.
 
-    |u|^2 across q is nearly its mean times s under the true law, and nearly its mean under the
-    Gaussian; the bound compares the two within a factor (1 +- eta).
+    |u|^2 across q is close to its mean times s under the true law, and close to its mean under the
+    Gaussian. The bound compares the two within a factor (1 +- eta).
 
     >>> joint_tv_lower_bound(4, 10**6) > 0.9
     True
     """
     r, n_ = integers("rank", rank), integers("n", n)
-    across = np.maximum(n_ - 1, 0.5)  # n = 1 gives an eta above 1, and so 0
-    # the eta in (0, 1) that is best to first order
+    across = np.maximum(n_ - 1, 0.5)  # n = 1 gives an eta above 1, and the bound 0
+    # the best eta in (0, 1), to first order
     eta = (4 / across * np.sqrt(np.pi / r)) ** (1 / 3)
     usable = np.minimum(eta, 0.999)
     bound = 1 - 2 / (across * usable**2) - np.sqrt(r / (4 * np.pi)) * 2 * np.arctanh(usable)
@@ -91,9 +94,9 @@ def joint_tv_lower_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
 def projection_logpdf(y: ArrayLike, q: ArrayLike, rank: ArrayLike) -> FloatOrArray:
     """Log-density of A^T A q at ``y``, with A of shape (rank, n).
 
-    ``y`` and ``q`` have shape (..., n), and ``rank`` is one integer or an array; they broadcast
-    over the leading axes, which are the shape of the result. It is -inf off the support
-    q . y > 0. ``ValueError`` also if the lengths differ or a ``q`` is zero.
+    ``y`` and ``q`` have shape (..., n), and ``rank`` is one integer or an array. The arguments
+    broadcast over the leading axes, which are the shape of the result. The result is -inf off the
+    support q . y > 0. Unequal lengths and a zero ``q`` raise ``ValueError``.
 
     >>> round(projection_logpdf([1.0], [1.0], 2), 12)       # n = 1: A^T A is exponential of mean 1
     -1.0
@@ -114,7 +117,7 @@ def projection_logpdf(y: ArrayLike, q: ArrayLike, rank: ArrayLike) -> FloatOrArr
     across = y_ - along[..., None] * unit
     s = along / norm  # chi^2_rank / rank
     safe = np.where(s > 0, s, 1.0)
-    variance = safe * norm**2 / r  # of each coordinate across q, given s
+    variance = safe * norm**2 / r  # of a coordinate across q, given s
     log_along = log_mean_square_density(safe, r) - np.log(norm)
     log_across = (
         -(np.sum(across**2, axis=-1) / variance + (n - 1) * (LOG_2PI + np.log(variance))) / 2
@@ -123,18 +126,19 @@ def projection_logpdf(y: ArrayLike, q: ArrayLike, rank: ArrayLike) -> FloatOrArr
 
 
 def _joint_tv(r: float, n: float, variance: float) -> float:
-    """Integral over s of the larger density's excess, given the best threshold on |u across q|^2.
+    """Integral over s of the excess of one law at the best threshold on |u across q|^2.
 
     With t = rank |u across q|^2 / |q|^2 and k = n - 1, the log-ratio of the two laws is
-    alpha(s) + t/2 (1 - 1/s), which is monotone in t: at each s the best event is t on one side of
-    t* = -2 alpha / (1 - 1/s), and t is s chi^2_k under one law, chi^2_k under the other.
+    alpha(s) + t/2 (1 - 1/s), which is monotone in t. So at each s the best event is that t lies on
+    one side of t* = -2 alpha / (1 - 1/s); t is s chi^2_k under the law of the noise, and chi^2_k
+    under the Gaussian.
     """
     if n == 1:
         return float(tv_exact(r, 1, reference="matched" if variance == 2 else "paper"))
     k, sd = n - 1, np.sqrt(variance / r)
 
-    def excess(root):
-        s = root**2  # removes the pole of the density of s at 0 for rank 1
+    def excess(root: Array) -> Array:
+        s = root**2  # the substitution removes the pole of the density of s at 0 for rank 1
         log_p = log_mean_square_density(s, r)
         log_g = -(((s - 1) / sd) ** 2 + LOG_2PI) / 2 - np.log(sd)
         alpha = log_p - log_g - k / 2 * np.log(s)
@@ -143,9 +147,9 @@ def _joint_tv(r: float, n: float, variance: float) -> float:
             p_event, g_event = _chi2_tail(threshold / s, s, k), _chi2_tail(threshold, s, k)
         return 2 * root * (np.exp(log_p) * p_event - np.exp(log_g) * g_event)
 
-    # The excess is at most the density of s.
+    # the excess is at most the density of s
     left, right = np.sqrt(special.chdtri(r, [1 - _TAIL, _TAIL]) / r)
-    # The excess turns within |s - 1| of order sqrt(1/n), and of order 1/(rank n) at the smallest.
+    # the excess varies within |s - 1| of order sqrt(1/n) down to order 1/(rank n)
     graded = 4.0 ** -np.arange(24.0)
     edges = np.concatenate(
         [np.linspace(left, 1, 17), np.linspace(1, right, 17), 1 - graded, 1 + graded]
@@ -153,7 +157,7 @@ def _joint_tv(r: float, n: float, variance: float) -> float:
     return integrate(excess, np.unique(edges[(edges >= left) & (edges <= right)]))
 
 
-def _chi2_tail(t, s, k):
+def _chi2_tail(t: Array, s: Array, k: float) -> Array:
     """P(chi^2_k > t) where s > 1, P(chi^2_k <= t) where s < 1."""
     out = np.empty_like(t)
     wide = s > 1

@@ -1,8 +1,8 @@
-"""A matrix query G -> G A^T A with one shared A: why two rows already give it away.
+"""A matrix query G -> G A^T A with one shared A: two rows already reveal the matrix.
 
-If G has rank at least 2 and G' is not a multiple of it, the laws of G A^T A and G' A^T A are
-mutually singular, at every LoRA rank: A^T A is symmetric, so Y = G A^T A makes Y G^T symmetric,
-and for another candidate that almost surely fails. See `symmetry_score`.
+If G has rank at least 2 and G' is not a multiple of G, the laws of G A^T A and G' A^T A are
+mutually singular, at every LoRA rank. A^T A is symmetric, so Y G^T is symmetric for Y = G A^T A;
+for another candidate, Y G'^T is almost surely not symmetric. See `symmetry_score`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ from lowrank_dp.theory._arrays import Array, reals
 
 
 def symmetry_score(released: ArrayLike, candidate: ArrayLike) -> float:
-    """|Y G^T - G Y^T|_F / (|Y| |G|) >= 0: zero, up to rounding, if Y = G A^T A.
+    """Asymmetry |Y G^T - G Y^T|_F / (|Y| |G|) >= 0; zero, up to rounding, if Y = G A^T A.
 
-    ``released`` is Y and ``candidate`` is G, both of shape (m, n) and non-zero, else
-    ``ValueError``. The score needs no access to A; the smaller score wins. For one row it is
-    identically 0: there the test is the likelihood ratio of `projection_logpdf`.
+    The score needs no access to A. Of two candidates, the one with the smaller score is the better
+    guess. For one row the score is identically 0; use the likelihood ratio of `projection_logpdf`.
+
+    Args:
+        released: Y (m, n), not zero.
+        candidate: G (m, n), not zero.
+
+    Raises:
+        ValueError: on a matrix of zeros, a bad shape, or entries that are not finite.
 
     >>> rng = np.random.default_rng(0)
     >>> a = rng.standard_normal((4, 64)) / 2
@@ -35,7 +41,7 @@ def symmetry_score(released: ArrayLike, candidate: ArrayLike) -> float:
 
 
 def _unit(name: str, value: ArrayLike) -> Array:
-    """The matrix divided by its Frobenius norm, without overflow on the way."""
+    """Divide the matrix by its Frobenius norm, without overflow of intermediate values."""
     matrix = reals(name, value)
     if matrix.ndim != 2 or matrix.size == 0:
         fail(name, "a non-empty array of shape (m, n)", matrix.shape)

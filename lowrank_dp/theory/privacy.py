@@ -1,18 +1,19 @@
 r"""Privacy of one vector query q -> A^T A q: the exact profile and its Gaussian reading.
 
-The mechanism releases y = A^T A q, with A of shape (rank, n) and independent N(0, 1/rank) entries
-drawn afresh; q' is a neighbouring vector. The profile is the hockey-stick divergence
+The mechanism releases y = A^T A q, where A of shape (rank, n) has independent N(0, 1/rank) entries
+and is drawn for this release; q' is a neighbouring vector. The profile is the hockey-stick
+divergence
 
     delta(epsilon) = sup over events S of  P_q(S) - e^epsilon P_q'(S),
 
-and depends on the pair only through the angle between q and q' and the ratio |q'| / |q|. It is
-that of a fixed pair, in one direction: a claim of (epsilon, delta)-DP must take the supremum over
-all neighbours and both directions, which is worse.
+and depends on the pair only through the angle between q and q' and the ratio |q'| / |q|. The
+profile is that of one pair in one direction. A claim of (epsilon, delta)-DP must take the supremum
+over all neighbours and both directions, which is larger.
 
-The Gaussian reading (arXiv 2409.17538) takes the noise for N(0, |q|^2 I / rank) whatever q is.
+The Gaussian reading (arXiv 2409.17538) assumes noise N(0, |q|^2 I / rank) for the pair.
 
-``epsilon`` >= 0, ``angle`` in [0, pi] radians (0 or pi when n is 1) and ``norm_ratio`` > 0 are
-finite; arguments, results and errors are otherwise as in `lowrank_dp.theory.coordinate`.
+``epsilon`` >= 0, ``angle`` in [0, pi] radians (0 or pi if n is 1) and ``norm_ratio`` = |q'| / |q|
+> 0 are finite. Arguments, results and errors are otherwise as in `lowrank_dp.theory.coordinate`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from lowrank_dp.theory._quadrature import integrate
 from lowrank_dp.theory._special import log_chi2_cdf, log_chi2_survival, log_half_step
 
 _TAIL = 1e-17
-# Of one panel; at rank 1e6 the integrand itself is rounded at nearly that level.
+# tolerance per panel; at rank 1e6 the integrand itself is rounded at nearly this level
 _TOLERANCE = 1e-12
-# Beyond this e^epsilon times a probability that underflows is no longer negligible.
+# above this epsilon, e^epsilon times a probability that underflows is not negligible
 _HUGE_EPSILON = 600.0
 
 
@@ -41,10 +42,10 @@ def privacy_profile(
     angle: ArrayLike,
     norm_ratio: ArrayLike = 1.0,
 ) -> FloatOrArray:
-    """The exact delta, in [0, 1], of one release of A^T A q against q', to 1e-9.
+    """Exact delta, in [0, 1], of one release of A^T A q against q', to 1e-9.
 
-    It never falls below `privacy_floor`, tends to 1 with n at fixed rank, and is not monotone in
-    the rank.
+    Delta never falls below `privacy_floor`. At fixed rank delta tends to 1 as n grows, and delta
+    is not monotone in the rank.
 
     >>> round(privacy_profile(1.0, 16, 4096, angle=0.1), 3)
     0.184
@@ -61,7 +62,7 @@ def privacy_profile(
 
 
 def privacy_floor(rank: ArrayLike, *, angle: ArrayLike) -> FloatOrArray:
-    """P_q(q' . y <= 0), in [0, 1]: the delta that no epsilon removes, whatever n and the norms.
+    """Delta that remains at every epsilon, n and norm ratio: P_q(q' . y <= 0), in [0, 1].
 
     >>> round(privacy_floor(1, angle=0.05), 6)
     0.015915
@@ -74,9 +75,10 @@ def privacy_floor(rank: ArrayLike, *, angle: ArrayLike) -> FloatOrArray:
 def gaussian_privacy_profile(
     epsilon: ArrayLike, rank: ArrayLike, *, angle: ArrayLike, norm_ratio: ArrayLike = 1.0
 ) -> FloatOrArray:
-    """The delta of the Gaussian reading of the same query: that of N(0, 1) against N(mu, 1).
+    """Delta, in [0, 1], of the Gaussian reading of the query: N(0, 1) against N(mu, 1).
 
-    mu = sqrt(rank) |q - q'| / |q|. It misses that the spread of the noise depends on q.
+    Here mu = sqrt(rank) |q - q'| / |q|. The reading ignores that the variance of the noise depends
+    on q.
 
     >>> round(gaussian_privacy_profile(1.0, 16, angle=0.1), 5)
     0.0013
@@ -92,7 +94,7 @@ def gaussian_privacy_profile(
     return unwrap(np.where((mu > 0) & (log_p > -np.inf), delta, 0.0))
 
 
-def _pair(angle, norm_ratio):
+def _pair(angle: ArrayLike, norm_ratio: ArrayLike) -> tuple[Array, Array]:
     return (
         reals("angle", angle, low=0, high=np.pi),
         reals("norm_ratio", norm_ratio, low=0, low_open=True),
@@ -102,21 +104,21 @@ def _pair(angle, norm_ratio):
 def _profile(epsilon: float, r: float, n: float, theta: float, kappa: float) -> float:
     """Integral over phi, the angle of y from q in the plane of q and q'.
 
-    phi has density cos(phi)^(r-1) / Z, and V = r |y|^2 / (q . y) is chi^2_(r+n-1) independent of
-    it. With c = cos(phi - theta) / cos(phi) = (q' . y) / (q . y) / kappa, the same holds for q'
+    phi has density cos(phi)^(r-1) / Z, and V = r |y|^2 / (q . y) is chi^2_(r+n-1), independent of
+    phi. With c = cos(phi - theta) / cos(phi) = (q' . y) / (q . y) / kappa, the same holds for q'
     with phi - theta and V / (kappa c).
     """
     if theta == 0:
         return float(_excess_given_angle(np.zeros(1), epsilon, r, n, kappa)[0])
     floor = float(privacy_floor(r, angle=theta))
-    # sqrt(r) tan(phi) is Student t_r under q, and the integrand is at most the density of phi.
+    # sqrt(r) tan(phi) is Student t_r under q, and the integrand is at most the density of phi
     reach = float(np.arctan(-special.stdtrit(r, _TAIL) / np.sqrt(r)))
     low, high = max(theta - np.pi / 2, -reach), reach
     if low >= high:
         return floor
     log_z = np.log(np.pi) / 2 - log_half_step(r / 2)
 
-    def excess(phi):
+    def excess(phi: Array) -> Array:
         cos = np.cos(phi)
         less_one = np.sin(theta) * np.tan(phi) - 2 * np.sin(theta / 2) ** 2  # c - 1
         near = np.abs(less_one) < 0.5
@@ -128,8 +130,8 @@ def _profile(epsilon: float, r: float, n: float, theta: float, kappa: float) -> 
         density = np.exp((r - 1) * np.log(cos) - log_z)
         return density * _excess_given_angle(log_c, epsilon, r, n, kappa)
 
-    # c runs off to 0 and infinity within theta of +-pi/2, and for a small epsilon the integrand has
-    # a narrow notch where kappa c = 1: all of these get geometric panels.
+    # c tends to 0 and infinity within theta of +-pi/2, and for a small epsilon the integrand has a
+    # narrow notch where kappa c = 1: all of these get geometric panels
     marks = np.concatenate([[low, high], _turning_angles(epsilon, r, n, theta, kappa)])
     graded = (high - low) * 4.0 ** -np.arange(2.0, 25)
     edges = np.concatenate(
@@ -139,8 +141,8 @@ def _profile(epsilon: float, r: float, n: float, theta: float, kappa: float) -> 
     return float(np.clip(floor + integrate(excess, edges, _TOLERANCE), floor, 1.0))
 
 
-def _turning_angles(epsilon, r, n, theta, kappa) -> Array:
-    """Where kappa c = 1, and where the threshold on V is 0: there the integrand is not smooth."""
+def _turning_angles(epsilon: float, r: float, n: float, theta: float, kappa: float) -> Array:
+    """Angles at which the integrand is not smooth: kappa c = 1, and a threshold of 0 on V."""
     log_c = [-np.log(kappa)]
     with np.errstate(over="ignore"):
         if r != n + 1:
@@ -157,13 +159,13 @@ def _excess_given_angle(log_c: Array, epsilon: float, r: float, n: float, kappa:
     """
     dof = r + n - 1
     ell = log_c + np.log(kappa)
-    ell = np.where(ell == 0, 1e-300, ell)  # kappa c = 1 exactly: take either side's limit
+    ell = np.where(ell == 0, 1e-300, ell)  # for kappa c = 1 either one-sided limit serves
     with np.errstate(divide="ignore", over="ignore"):
         slope = -np.expm1(-ell)  # 1 - 1/(kappa c)
         v = 2 * ((r - 1) * np.log(kappa) - (r - n - 1) / 2 * ell - epsilon) / slope
         v = np.clip(v, 0.0, 1e250)
         other = np.clip(v * np.exp(-ell), 0.0, 1e250)
-    below = ell > 0  # L > epsilon means V < v there, V > v elsewhere
+    below = ell > 0  # L > epsilon means V < v here, and V > v elsewhere
     p, log_other = np.empty_like(v), np.empty_like(v)
     p[below] = special.gammainc(dof / 2, v[below] / 2)
     p[~below] = special.gammaincc(dof / 2, v[~below] / 2)
@@ -174,6 +176,6 @@ def _excess_given_angle(log_c: Array, epsilon: float, r: float, n: float, kappa:
         with np.errstate(divide="ignore"):
             log_other[below] = np.log(special.gammainc(dof / 2, other[below] / 2))
             log_other[~below] = np.log(special.gammaincc(dof / 2, other[~below] / 2))
-    # The second term never exceeds the first; rounding in the exponent must not say otherwise.
+    # the second term never exceeds the first, but rounding of the exponent can make it so
     exponent = np.minimum(epsilon + (r - 1) * log_c + log_other, 0.0)
     return np.maximum(p - np.exp(exponent), 0.0)

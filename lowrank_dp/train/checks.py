@@ -1,35 +1,40 @@
-"""The privacy checks of a run, in the order of a step.
+"""The checks of privacy in a run, in the order of a step.
 
-    sampled   the sample: sampling_checks.SamplingCheck
-    clipped   the sum's length; now and then, clipped gradients against autograd
-    noised    the noise: noise_checks.NoiseCheck, and the generators
-    assigned  what the optimizer gets is what was released
+    sampled   the sample: ``sampling_checks.SamplingCheck``, and its generator
+    clipped   the norm of the clipped sum; in some steps, clipped gradients against autograd
+    noised    the noise: ``noise_checks.NoiseCheck``, and its generator
+    assigned  the optimizer's gradients against the released sums
 
-A step whose number is the first, or one that is evaluated, is looked at more closely.
+The first step, the last step and every step before an evaluation are examined more closely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_dp.mechanism import Generator
-from lowrank_dp.restore import restore_gradients
+from lowrank_dp.restore import SCHEMES, restore_gradients
+from lowrank_dp.rng import Generator
 from lowrank_dp.train import guards, processes
 from lowrank_dp.train.noise_checks import GeneratorCheck, NoiseCheck
 from lowrank_dp.train.sampling_checks import SamplingCheck
 from lowrank_dp.train.setup import Setup
 
-_ROWS = 2  # of a step, whose gradients are compared with autograd's
+_ROWS = 2  # rows of a step whose clipped gradients are compared with those of autograd
 
 
 class StepChecks:
-    """What is remembered of a run's steps so far, to judge the next one.
+    """The checks of a run's steps, each of which reads all steps so far.
 
-    Where several processes share the run, the first looks at samples and generators, and each at
+    If several processes share the run, rank 0 checks samples and generators, and each rank checks
     the noise of the sums that it has.
+
+    Args:
+        setup: of the run; its mechanism must be what the configuration asks for.
+        sampler, noise: the generators, before the next step.
     """
 
     def __init__(self, setup: Setup, sampler: Generator, noise: Generator) -> None:
@@ -44,43 +49,63 @@ class StepChecks:
         self._rows: list[int] = []
 
     def sampled(self, rows: Sequence[int], sampler: Generator) -> None:
-        """The rows of the step's sample, over all processes."""
+        """Check the rows of the step's sample, over all ranks."""
         if processes.rank() == 0:
             self._draws_samples.check(sampler)
             self._sampling.check(rows, one_each=self._setup.config.unit == "group")
         self._rows = list(rows)
 
-    def clipped(self, sums: Mapping[str, Tensor], norms: Tensor) -> None:
-        """This process's clipped sums, and its rows' norms before."""
-        bound = self._setup.mechanism.max_grad_norm
+    def clipped(
+        self,
+        sums: Mapping[str, Tensor],
+        norms: Tensor,
+        clip: Callable[[Iterable[Any], float], tuple[Mapping[str, Tensor], Tensor]],
+        step: int,
+    ) -> None:
+        """Check this rank's clipped sums.
+
+        Args:
+            sums: by parameter name.
+            norms: of this rank's rows before clipping.
+            clip: ``clip(batches, max_norm)``, as the step calls it.
+            step: counted from 0.
+        """
+        max_norm = self._setup.mechanism.max_grad_norm
         if processes.world_size() == 1:
             if len(norms) != len(self._rows):
                 raise ValueError(
                     "the step's sum is not over the rows of its sample: a row was "
                     "left out, or counts twice, and the privacy stated would not hold"
                 )
-            guards.check_sum(sums, float(norms.clamp(max=bound).sum()))
+            guards.check_sum(sums, float(norms.clamp(max=max_norm).sum()))
         else:
-            guards.check_sum(sums, len(self._rows) * bound)
+            guards.check_sum(sums, len(self._rows) * max_norm)
+        if rows := self.rows_to_compare(step):
+            batch = next(self._setup.batches(rows))
+            self._compare_rows(batch, lambda batch, max_norm: clip([batch], max_norm)[0])
 
     def closely(self, step: int) -> bool:
-        """Whether this is the first step that is seen, or one that ends with an evaluation."""
+        """Return whether the step is the first one seen, the last, or one before an evaluation."""
         config = self._setup.config
         return self._first or step + 1 == config.steps or (step + 1) % config.eval_every == 0
 
     def rows_to_compare(self, step: int) -> list[int]:
-        """Rows of the sample for :meth:`row_by_row`; none in most steps."""
+        """Return the rows of the sample to compare with autograd; none in most steps.
+
+        A compiled step compares none, since it would compile another graph, and neither does a
+        sharded model, since all ranks would have to take part.
+        """
         config = self._setup.config
         if not self.closely(step) or config.compile or self._setup.layout.collective:
-            return []  # another graph would be compiled; all processes would have to take part
+            return []
         return self._rows[:_ROWS]
 
-    def row_by_row(
+    def _compare_rows(
         self,
         batch: Mapping[str, Tensor],
         clip: Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]],
     ) -> None:
-        """Rows in ``batch``, clipped as the step does it, against autograd."""
+        """Compare the clipped sum of a batch with autograd, without dropout."""
         config, model = self._setup.config, self._setup.model
         training = model.training
         model.eval()
@@ -96,32 +121,37 @@ class StepChecks:
     def noised(
         self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise: Generator, step: int
     ) -> None:
-        """The sums before and after the noise."""
+        """Check the sums before and after the noise."""
         if processes.rank() == 0:
             self._draws_noise.check(noise)
         self._noise.check(clean, noisy, spectrum=self.closely(step))
 
     def assigned(self, noisy: Mapping[str, Tensor], step: int) -> None:
-        """The gradients in ``.grad``: released sums, or one of them restored once more."""
+        """Check ``.grad`` against the released sums.
+
+        Sums that pass unchanged are compared with themselves. In a step that is examined closely,
+        one matrix is restored again. Gradients of a sharded model, of a running mean and of a
+        diagnostic run are not compared.
+        """
         setup, config = self._setup, self._setup.config
         if setup.layout.collective or config.low_pass is not None or config.diagnostic:
             return
-        plain = {
+        expected = {
             name: total
             for name, total in noisy.items()
-            if config.scheme == "none" or total.ndim != 2 or min(total.shape) == 1
+            if SCHEMES[config.scheme].is_identity or total.ndim != 2 or min(total.shape) == 1
         }
-        matrices = [name for name in noisy if name not in plain]
+        matrices = [name for name in noisy if name not in expected]
         if matrices and self.closely(step):
             name = matrices[step % len(matrices)]
-            plain |= restore_gradients(
+            expected |= restore_gradients(
                 {name: noisy[name]}, setup.mechanism.noise_std, config.scheme, **config.restoration
             )[0]
         guards.check_gradient(
             setup.trained,
             {
-                name: total.flatten()[: guards.SOME] / config.batch_size
-                for name, total in plain.items()
+                name: total.flatten()[: guards.COMPARED_ENTRIES] / config.batch_size
+                for name, total in expected.items()
             },
             setup.mechanism.noise_std / config.batch_size,
         )

@@ -1,18 +1,22 @@
-"""What a training run is asked to do, checked before anything is loaded."""
+"""What a training run is asked to do, checked before anything is loaded; no torch is needed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lowrank_dp import _validate, artifacts
+from lowrank_dp import _validate
+from lowrank_dp._options import name_value_pairs, number_or_text, option
+from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
+from lowrank_dp.data.own import own_column
 from lowrank_dp.membership.units import MEMBERSHIPS
-from lowrank_dp.models import METHODS
-from lowrank_dp.restore import NON_PRIVATE_SCHEMES, SCHEMES, LowPassFilter, momentum, restore
+from lowrank_dp.models.names import METHODS
+from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES, SCHEME_NAMES
+
+if TYPE_CHECKING:
+    from lowrank_dp.restore import LowPassFilter
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -21,135 +25,171 @@ PADDINGS = ("longest", "max-length")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
 _MOST_REAL = 1e20  # times _MOST_NOISE it fits a float32, with room for a sum
-_MOST_NOISE = 1e9  # as GaussianMechanism.calibrate has it
+_MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One run of (differentially private) fine-tuning.
 
-    Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` says what the privacy is.
-
-    Attributes:
-        model, task, method, rank, lora_alpha, lora_init, target_modules, train_embeddings,
-            train_layers: as in ``models.load_model`` and ``data.load_task``.
-        epsilon: target; the noise multiplier is calibrated to it.
-        delta: None takes N^-1.1 for N units.
-        noise_multiplier: sigma relative to ``max_grad_norm``; > 0.
-        non_private: no clipping, no noise, no guarantee.
-        max_grad_norm: C, the bound on one unit's contribution to a step.
-        unit: the unit of privacy. "example": one row. "group": all rows with one value in
-            ``group_column``, or, for generation, one source record with all its rows (an E2E
-            meaning representation and its references); a sampled group takes part with one of its
-            rows, drawn at random.
-        text_column, pair_column, label_column, prompt_column, target_column, group_column: the
-            columns of the user's own data, as in ``data.Columns``.
-        steps, batch_size: optimizer steps, and the *expected* number of units in one (Poisson).
-        optimizer, learning_rate, beta1, weight_decay: torch's. ``beta1`` is Adam's, or SGD's
-            momentum; None takes 0.9 for Adam and 0 for SGD, and 0 wherever a running mean of
-            gradients (``momentum_beta`` or a filter) stands in for it.
-        schedule, warmup_steps: of the learning rate, by ``transformers.get_scheduler``.
-        scheme, scheme_options, below, restore_method: as ``lowrank_dp.restore.restore`` takes
-            them; "none" is plain DP-SGD.
-        momentum_beta: restore the running mean of the noisy gradients in place of each one.
-        filter_b, filter_a: the same with a low-pass filter of higher order (DOPPLER, arXiv
-            2408.13460): coefficients as in ``restore.LowPassFilter``.
-        diagnostic: allow schemes that read clean gradients; the whole run is then NON-PRIVATE.
-        dropout: train with the model's dropout; off by default, as is usual with DP.
-        max_examples: expected number of examples of each split that are kept, each chosen alone
-            by a hash keyed with ``data_seed``, in whole groups.
-        data_seed: the seed of that subset and of a generated task. It is not ``seed``, so that
-            runs with different seeds share their records.
-        max_length: the number of tokens that a text is cut to. None takes 128 for labels, or the
-            model's context if that is shorter. For generation, None cuts nothing, and a text
-            beyond the model's context is refused.
-        padding: "longest" pads a micro-batch to its longest row, for models to which padding is
-            nothing. "max-length" pads every row on the right to ``max_length``, which is public,
-            for models that mind padding: no row then depends on the rows beside it. It needs a
-            ``max_length`` for generation.
-        holdout: the expected number of units of the train split that are set aside and evaluated
-            on in place of the validation split, for tuning; 0 for none. The held-out units are the
-            same for every seed, and a held-out group takes all its rows along.
-        membership: who is trained on: "all", "bernoulli" (a fair coin per unit, which no other
-            unit changes) or "half" (a half of fixed size: the guarantee is then for neighbouring
-            sets of members).
-        micro_batch_size: rows in memory at a time; the result does not depend on it.
-        precision: "bf16" runs forward and backward under autocast; clipped sums, noise and
-            restoration stay in float32.
-        eval_every, eval_examples: how often, and on how many validation examples at most.
-        generate, num_beams, max_new_tokens: whether the last evaluation of a generation task
-            writes text (BLEU, ROUGE-L), and how.
-        snapshot_every: steps between snapshots, from which a killed run resumes.
-        seed: the seed of all random numbers, the noise included. Anyone who knows the seed can
-            reproduce the noise. None draws a seed from the operating system.
-        secure_rng: samples and noise from ``rng.SecureRandom``, a cryptographic generator. On the
-            CPU they come from it anyway, unless there is a seed; on CUDA the noise is then drawn on
-            the CPU and copied, which is slower than torch's generator there.
-        compile: forward and backward as one graph of ``torch.compile``: a minute or more before the
-            first step, and each step faster. Without dropout or shard. Another process's graph may
-            round otherwise, so that steps lost with a killed run are drawn, and counted, again.
-        shard: split weights, optimizer state and sums over the processes (FSDP2), for a model that
-            one device can't hold; under torchrun only.
-        device: "cpu" or "cuda".
+    Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` states the privacy. Every
+    field is an option of ``python -m lowrank_dp.train``; the help texts here document both.
+    ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out of its
+    range and for values that exclude each other.
     """
 
-    model: str = "minilm"
-    task: str = "sst2"
-    method: str = "full"
-    epsilon: float | None = None
-    delta: float | None = None
-    noise_multiplier: float | None = None
-    non_private: bool = False
-    max_grad_norm: float = 1.0
-    unit: str = "example"
-    text_column: str | None = None
-    pair_column: str | None = None
-    label_column: str | None = None
-    prompt_column: str | None = None
-    target_column: str | None = None
-    group_column: str | None = None
-    steps: int = 50
-    batch_size: int = 512
-    optimizer: str = "adam"
-    learning_rate: float = 1e-4
-    beta1: float | None = None
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    scheme: str = "none"
-    scheme_options: Mapping[str, Any] = field(default_factory=dict)
-    below: str = "keep"
-    restore_method: str = "fast"
-    momentum_beta: float | None = None
-    filter_b: tuple[float, ...] = ()
-    filter_a: tuple[float, ...] = ()
-    diagnostic: bool = False
-    rank: int = 8
-    lora_alpha: float | None = None
-    lora_init: str = "peft"
-    target_modules: tuple[str, ...] = ()
-    train_embeddings: bool = False
-    train_layers: int | str | None = None
-    dropout: bool = False
-    max_examples: int | None = None
-    data_seed: int = 0
-    max_length: int | None = None
-    padding: str = "longest"
-    holdout: int = 0
-    membership: str = "all"
-    micro_batch_size: int = 64
-    precision: str = "float32"
-    eval_every: int = 10
-    eval_examples: int = 1000
-    generate: bool = True
-    num_beams: int = 1
-    max_new_tokens: int = 64
-    snapshot_every: int = 10
-    seed: int | None = None
-    secure_rng: bool = False
-    compile: bool = False
-    shard: bool = False
-    device: str = "cpu"
+    model: str = option("minilm", "Hub id, folder, or minilm, smollm2, tiny, tiny-llama.")
+    task: str = option(
+        "sst2",
+        "Task name, or own data: a file (CSV, TSV, JSON Lines, JSON, Parquet), a folder "
+        "with a train and a validation file, or a folder saved by datasets.",
+    )
+    method: str = option("full", "What is trained.", choices=METHODS)
+    epsilon: float | None = option(None, "Privacy budget; the noise is calibrated to it.")
+    delta: float | None = option(None, "Delta of the guarantee. Default: N^-1.1 for N units.")
+    noise_multiplier: float | None = option(
+        None, "Noise relative to --max-grad-norm, in place of --epsilon; above 0."
+    )
+    non_private: bool = option(False, "No clipping, no noise, no guarantee.")
+    max_grad_norm: float = option(
+        1.0, "Clipping norm: the largest contribution of one unit of privacy to a step."
+    )
+    unit: str = option(
+        "example",
+        "Unit of privacy: example (one row), or group: all rows that share a "
+        "--group-column's value, or, for generation, all rows of one source record. A "
+        "sampled group takes part in a step with one of its rows, drawn at random.",
+    )
+    text_column: str | None = own_column("text")
+    pair_column: str | None = own_column("pair")
+    label_column: str | None = own_column("label")
+    prompt_column: str | None = own_column("prompt")
+    target_column: str | None = own_column("target")
+    group_column: str | None = own_column("group")
+    steps: int = option(50, "Optimizer steps.")
+    batch_size: int = option(512, "Expected number of units per step (Poisson sampling).")
+    optimizer: str = option("adam", "Optimizer, as torch has it.", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-4, "Learning rate of the optimizer.")
+    beta1: float | None = option(
+        None, "Adam's beta1 or SGD's momentum. Default: 0.9 (Adam); 0 with SGD or a running mean."
+    )
+    weight_decay: float = option(0.0, "Weight decay of the optimizer.")
+    schedule: str = option(
+        "constant",
+        "Schedule of the learning rate, by transformers.get_scheduler.",
+        choices=SCHEDULES,
+    )
+    warmup_steps: int = option(0, "Steps in which the learning rate rises to its full value.")
+    scheme: str = option(
+        "none",
+        "How noisy gradients are restored, as lowrank_dp.restore.restore does; none is "
+        "plain DP-SGD.",
+        choices=SCHEME_NAMES,
+    )
+    scheme_options: Mapping[str, Any] = option(
+        {},
+        "Option of the scheme as NAME=VALUE, such as k=8; may be repeated.",
+        name="option",
+        parse=name_value_pairs,
+    )
+    below: str = option("keep", "Matrices with nothing above the noise: keep or zero.")
+    restore_method: str = option("fast", "How singular values are restored: fast or exact.")
+    momentum_beta: float | None = option(
+        None, "Restore the running mean of the noisy gradients instead of each one, such as 0.9."
+    )
+    filter_b: tuple[float, ...] = option(
+        (),
+        "Coefficient on gradients of a low-pass filter (DOPPLER, arXiv 2408.13460) in place of "
+        "--momentum-beta; may be repeated.",
+    )
+    filter_a: tuple[float, ...] = option(
+        (), "Coefficient on past outputs of the low-pass filter; may be repeated."
+    )
+    diagnostic: bool = option(
+        False, "Allow the oracle scheme, which reads clean gradients; marks the run NON-PRIVATE."
+    )
+    rank: int = option(8, "Rank of LoRA's update.")
+    lora_alpha: float | None = option(
+        None, "Alpha of LoRA: the update is scaled by alpha / rank. Default: the rank."
+    )
+    lora_init: str = option("peft", "How LoRA's A is drawn: peft or gaussian.")
+    target_modules: tuple[str, ...] = option(
+        (), "Layer that LoRA adapts; may be repeated. Default: all linear layers."
+    )
+    train_embeddings: bool = option(False, "Train the embeddings too, not with LoRA.")
+    train_layers: int | str | None = option(
+        None,
+        "Train the last k blocks, or the parameters that match this regular expression.",
+        parse=number_or_text,
+    )
+    dropout: bool = option(
+        False, "Train with dropout, which is off by default as is usual with DP."
+    )
+    max_examples: int | None = option(
+        None,
+        "Use a random subset of each split, of this expected size, chosen in whole "
+        "groups by a hash of each record's content.",
+    )
+    data_seed: int = option(
+        0,
+        "Seed of --max-examples' subset and of a generated task; apart from --seed, so that runs "
+        "with different seeds share their records.",
+    )
+    max_length: int | None = option(
+        None,
+        "Tokens a text is cut to. Default: 128 with labels, or the model's context if that is "
+        "shorter; uncut for generation, where a text beyond the model's context is refused.",
+    )
+    padding: str = option(
+        "longest",
+        "What a row is padded to: the longest row beside it, or --max-length, for models to whose "
+        "output padding matters (for generation it needs --max-length).",
+        choices=PADDINGS,
+    )
+    holdout: int = option(
+        0,
+        "Expected number of units that are taken out of the train split and evaluated on "
+        "in place of the validation split, for tuning; the same units for every seed.",
+    )
+    membership: str = option(
+        "all",
+        "Who is trained on: all; bernoulli, a fair coin per unit; or half, a half of fixed size.",
+        choices=MEMBERSHIPS,
+    )
+    micro_batch_size: int = option(
+        64, "Rows in memory at a time; the result does not depend on the number."
+    )
+    precision: str = option(
+        "float32",
+        "Precision of forward and backward; clipped sums, noise and restoration stay in float32.",
+        choices=PRECISIONS,
+    )
+    eval_every: int = option(10, "Steps between evaluations on the validation split.")
+    eval_examples: int = option(1000, "Most validation examples to evaluate on.")
+    generate: bool = option(True, "Write text at the end of a generation task (BLEU, ROUGE-L).")
+    num_beams: int = option(1, "Beams of the text generation; 1 is greedy.")
+    max_new_tokens: int = option(64, "Most tokens that are generated for one prompt.")
+    snapshot_every: int = option(10, "Steps between snapshots, from which a killed run resumes.")
+    seed: int | None = option(
+        None,
+        "Seed of all random numbers, the noise included: anyone who knows the seed can reproduce "
+        "the noise. Default: a secret seed from the operating system.",
+    )
+    secure_rng: bool = option(
+        False,
+        "Noise from a cryptographic generator on CUDA too; slower there. On the CPU it is the "
+        "default.",
+    )
+    compile: bool = option(
+        False,
+        "Compile each step by torch: a minute or more before the first step, then faster; without "
+        "--dropout or --shard. Steps lost with a killed run may be counted again.",
+    )
+    shard: bool = option(
+        False,
+        "Under torchrun: split weights, optimizer state and sums over the processes (FSDP2).",
+    )
+    device: str = option("cpu", "Device of the trained parameters: cpu, cuda or cuda:N.")
 
     def __post_init__(self) -> None:
         for name, options in (
@@ -157,7 +197,7 @@ class TrainConfig:
             ("unit", ("example", "group")),
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
-            ("scheme", SCHEMES),
+            ("scheme", SCHEME_NAMES),
             ("below", ("keep", "zero")),
             ("restore_method", ("fast", "exact")),
             ("membership", MEMBERSHIPS),
@@ -257,8 +297,10 @@ class TrainConfig:
         for name in ("noisy", "noise_std", "scheme", "method", "below"):
             if name in self.scheme_options:
                 raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
-        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):  # a trial refuses bad options
-            restore(torch.ones(2, 2), 1.0, self.scheme, **self.restoration)
+        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):
+            from lowrank_dp.restore import check_arguments  # torch comes with it
+
+            check_arguments(self.scheme, **self.restoration)
         if self.momentum_beta is not None and self.filter_b:
             raise ValueError("momentum_beta and filter_b must not both be given")
         if self.filter_a and not self.filter_b:
@@ -281,9 +323,13 @@ class TrainConfig:
     @property
     def low_pass(self) -> LowPassFilter | None:
         """The running mean that takes the place of each noisy gradient, before its first input."""
+        if self.momentum_beta is None and not self.filter_b:
+            return None
+        from lowrank_dp.restore import LowPassFilter, exponential_average  # torch comes with them
+
         if self.momentum_beta is not None:
-            return momentum(self.momentum_beta)
-        return LowPassFilter(b=self.filter_b, a=self.filter_a) if self.filter_b else None
+            return exponential_average(self.momentum_beta)
+        return LowPassFilter(b=self.filter_b, a=self.filter_a)
 
     @property
     def restoration(self) -> dict[str, Any]:
@@ -299,7 +345,7 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration in JSON's own types."""
-        return artifacts.to_jsonable(self)
+        return to_jsonable(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
@@ -308,7 +354,7 @@ class TrainConfig:
             _validate.fail("configuration", "a JSON object", type(document).__name__)
         for name in document:
             _validate.choice("field of the configuration", name, [f.name for f in fields(cls)])
-        return artifacts.from_jsonable("configuration", dict(document), cls)
+        return from_jsonable("configuration", dict(document), cls)
 
     def differences(self, other: TrainConfig) -> list[str]:
         """``field: here / there`` for each field that differs."""

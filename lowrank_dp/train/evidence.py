@@ -1,10 +1,10 @@
-"""Evidence against a distribution, which may be looked at after every step of a run.
+"""Evidence against a distribution, valid after every step of a run.
 
-Each function gives the logarithm of an e-value for a sum of independent increments, of which the
-null distribution is known exactly: the mean over a grid of numbers t of
-``exp(t * total) / E exp(t * total)``. Under the null it is a nonnegative martingale that starts at
-1, so the probability that it *ever* reaches 1 / a is at most a, however many steps there are
-(Ville's inequality; Howard et al., Statist. Sci. 36, 2021). No normal approximation enters.
+Each function returns the logarithm of an e-value for a sum of independent increments whose null
+distribution is known exactly. The e-value is the mean of ``exp(t * total) / E exp(t * total)`` over
+a grid of numbers t. Under the null it is a nonnegative martingale that starts at 1, so the
+probability that it *ever* reaches 1 / a is at most a, whatever the number of steps (Ville's
+inequality; Howard et al., Statist. Sci. 36, 2021). No normal approximation is made.
 """
 
 from __future__ import annotations
@@ -22,30 +22,37 @@ _TWO_SIDED = np.concatenate([-(grid := np.geomspace(1e-4, 16, 32)), grid])
 _OF_SQUARES = np.concatenate(
     [-np.geomspace(1e-6, 1e6, 48), np.geomspace(1e-6, 0.25, 30), [0.35, 0.45, 0.49]]
 )
-_DEVIATIONS = 12.0  # of a binomial count, beyond which its probability is taken as if at the mean
+_NUM_SIGMAS = 12.0  # half-width of the sum over binomial counts; rarer counts count as the mean
 
 
 def _mixture(exponents: np.ndarray) -> np.ndarray:
-    """Log of the mean over the last axis."""
+    """Return the logarithm of the mean of ``exp(exponents)`` over the last axis."""
     return np.asarray(logsumexp(exponents, axis=-1)) - math.log(exponents.shape[-1])
 
 
 def normal(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Log evidence that ``total`` is not a sum of ``count`` standard normal numbers."""
+    """Return log evidence that ``total`` is not a sum of ``count`` standard normal numbers.
+
+    Both arguments have one shape, and so has the result.
+    """
     total, count = (np.asarray(x, dtype=float)[..., None] for x in (total, count))
     return _mixture(_TWO_SIDED * total - _TWO_SIDED**2 / 2 * count)
 
 
 def squares(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The same, if ``total`` were the sum of squares of ``count`` standard normal numbers."""
+    """Return log evidence that ``total`` is not chi-squared with ``count`` degrees of freedom.
+
+    The arguments are those of :func:`normal`.
+    """
     total, count = (np.asarray(x, dtype=float)[..., None] for x in (total, count))
     return _mixture(_OF_SQUARES * total + count / 2 * np.log1p(-2 * _OF_SQUARES))
 
 
 def successes(rate: float, *, more_only: bool = False) -> Evidence:
-    """For the number ``total`` of successes among ``count`` independent trials at ``rate``.
+    """Return the evidence that a number of successes is not binomial.
 
-    With ``more_only`` the null is every rate up to ``rate``.
+    The returned function takes the number of successes ``total`` and of independent trials
+    ``count``. With ``more_only`` the null is every rate up to ``rate``, else ``rate`` itself.
     """
     grid = _TWO_SIDED[_TWO_SIDED > 0] if more_only else _TWO_SIDED
 
@@ -57,14 +64,15 @@ def successes(rate: float, *, more_only: bool = False) -> Evidence:
 
 
 def too_even(trials: int, rate: float) -> Evidence:
-    """For the sum ``total`` of :func:`spread` over ``count`` steps: evidence that it is too small.
+    """Return the evidence that sample sizes vary less than those of a Poisson sample.
 
-    A sample size that is fixed has no spread; that of a Poisson sample is binomial.
+    A Poisson sample of ``trials`` units at ``rate`` has a binomial size; a fixed size has no
+    spread. The returned function takes the sum ``total`` of :func:`spread` over ``count`` steps.
     """
     mean, deviation = trials * rate, math.sqrt(trials * rate * (1 - rate))
     sizes = np.arange(
-        max(0, math.floor(mean - _DEVIATIONS * deviation)),
-        min(trials, math.ceil(mean + _DEVIATIONS * deviation)) + 1,
+        max(0, math.floor(mean - _NUM_SIGMAS * deviation)),
+        min(trials, math.ceil(mean + _NUM_SIGMAS * deviation)) + 1,
     )
     mass = binom.pmf(sizes, trials, rate)
     grid = np.geomspace(1e-3, 100, 32)
@@ -78,19 +86,19 @@ def too_even(trials: int, rate: float) -> Evidence:
 
 
 def spread(sizes: np.ndarray, trials: int, rate: float) -> np.ndarray:
-    """Squared deviations of binomial counts from their mean, over the variance."""
+    """Return the squared deviations of binomial counts from their mean, over the variance."""
     return (np.asarray(sizes) - trials * rate) ** 2 / (trials * rate * (1 - rate))
 
 
 class Watch:
-    """One kind of evidence, for several sums at once, by the step and by the run so far.
+    """One kind of evidence on several sums, for single steps and for the run so far.
 
     Args:
-        evidence: a function of this module.
+        evidence: a function of this module, or one that such a function returns.
         streams: number of sums that are watched.
-        steps: most steps of a run.
-        false_alarms: probability with which an honest run is stopped, at most: half of it is for
-            the sums of the run, at any time, and half for those of single steps.
+        steps: largest number of steps of the run.
+        false_alarms: upper bound on the probability that an honest run is stopped. One half is for
+            the sums over the run, at any time, and one half for the sums of single steps.
     """
 
     def __init__(self, evidence: Evidence, streams: int, steps: int, false_alarms: float) -> None:
@@ -111,11 +119,12 @@ class Watch:
         mean: float = 0.0,
         slack: np.ndarray | float = 0.0,
     ) -> int | None:
-        """Index of the sum with the most evidence, if that is too much to be chance; else None.
+        """Add a step; return the index of a sum that is too unlikely to be chance, or None.
 
         Args:
             total, count: (streams,) what this step adds to each sum, and to its count.
-            mean: of one increment; slack: how far rounding may have moved each ``total``.
+            mean: null expectation of one increment.
+            slack: largest error by rounding of each ``total``.
         """
         total, count = np.asarray(total, dtype=float), np.asarray(count, dtype=float)
         slack = np.broadcast_to(np.asarray(slack, dtype=float), total.shape)
@@ -127,11 +136,11 @@ class Watch:
             ((self._total, self._count, self._slack), self._run),
         ):
             found = self._evidence(_towards(sums[0], mean * sums[1], sums[2]), sums[1])
-            if not bool((found < level).all()):  # nor NaN
+            if not bool((found < level).all()):  # NaN counts as evidence
                 return int(np.argmax(np.where(np.isnan(found), np.inf, found)))
         return None
 
 
 def _towards(total: np.ndarray, mean: np.ndarray, slack: np.ndarray) -> np.ndarray:
-    """``total``, moved towards ``mean`` by at most ``slack``."""
+    """Return ``total``, moved towards ``mean`` by at most ``slack``."""
     return mean + np.sign(total - mean) * np.maximum(np.abs(total - mean) - slack, 0.0)

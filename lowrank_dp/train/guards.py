@@ -1,7 +1,7 @@
-"""Checks that stop a run whose numbers would mean nothing: each names what it saw and the fix.
+"""Checks that stop a run whose result would be meaningless; each message names the cause and a fix.
 
-``checks`` calls those of privacy in each step. They read clean gradients, in the training process
-only, and a message says nothing of their values.
+``checks`` calls the checks of privacy in every step. These checks read clean gradients, in the
+training process only, and their messages reveal nothing about the gradients' values.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from torch import Tensor, nn
 
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.restore import NON_PRIVATE_SCHEMES
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.noise_checks import NoiseCheck
 
-MAX_LOSS_RATIO = 20.0  # times the loss before the first step
-ROUNDING = 1.01  # times the longest a sum may be: clip factors in bfloat16 are off by less
-SOME = 128  # entries of each gradient that are compared
+MAX_LOSS_RATIO = 20.0  # largest loss, relative to the loss before the first step
+ROUNDING = 1.01  # tolerance of a sum's norm; clip factors in bfloat16 are off by less
+COMPARED_ENTRIES = 128  # number of entries of each gradient that are compared
 
 
 def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Iterable[str]) -> None:
-    """Refuse a parameter that the optimizer would move but the mechanism does not cover."""
+    """Refuse a parameter that the optimizer moves and the mechanism does not cover.
+
+    Args:
+        model: whose parameter names are used.
+        optimizer: over the trained parameters.
+        sums: names of the parameters that are clipped and noised.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     covered = set(sums)
     for group in optimizer.param_groups:
@@ -39,7 +45,13 @@ def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Iter
 
 
 def check_loss(loss: float, first: float, step: int) -> None:
-    """Refuse an evaluation loss that is not finite or has exploded."""
+    """Refuse an evaluation loss that is not finite, or far above the loss before the first step.
+
+    Args:
+        loss: on the validation split.
+        first: the loss before the first step; less than 0.1 counts as 0.1.
+        step: number of steps taken.
+    """
     if not math.isfinite(loss) or loss > MAX_LOSS_RATIO * max(first, 0.1):
         raise ValueError(
             f"loss on the validation split is {loss:.4g} after {step} steps ("
@@ -49,7 +61,7 @@ def check_loss(loss: float, first: float, step: int) -> None:
 
 @contextmanager
 def diverging(step: int) -> Iterator[None]:
-    """What a gradient that is not finite means, and what to do about it."""
+    """Add the step and a remedy to the error of a gradient that is not finite."""
     try:
         yield
     except ValueError as error:
@@ -62,7 +74,7 @@ def diverging(step: int) -> Iterator[None]:
 
 @contextmanager
 def memory(micro_batch_size: int) -> Iterator[None]:
-    """What to do about a device that is too small."""
+    """Turn a lack of device memory into a ``ValueError`` that names the remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -73,12 +85,17 @@ def memory(micro_batch_size: int) -> Iterator[None]:
 
 
 def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_std: float) -> None:
-    """Refuse noise of one step that is not independent N(0, noise_std^2) in every entry."""
+    """Refuse noise of one step that is not independent N(0, noise_std^2) in every entry.
+
+    Args:
+        clean, noisy: sums by parameter name.
+        noise_std: absolute.
+    """
     NoiseCheck(noise_std, steps=1).check(clean, noisy, spectrum=True)
 
 
 def check_sum(clean: Mapping[str, Tensor], max_norm: float) -> None:
-    """Refuse a clipped sum that is longer, over all parameters, than its rows may make it."""
+    """Refuse a clipped sum whose norm over all parameters exceeds ``max_norm``, its rows' bound."""
     norms = torch.stack(
         [torch.linalg.vector_norm(total).double().cpu() for total in clean.values()]
         or [torch.zeros(())]
@@ -98,11 +115,18 @@ def check_clipping(
     clip: Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]],
     autocast_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compare ``clip(batch, bound)`` with gradients that autograd takes row by row.
+    """Compare ``clip(batch, max_norm)`` with gradients that autograd takes row by row.
 
-    The clip factors are computed here, so that a fault in the engine's own factors is noticed. The
-    bound is ``max_grad_norm``, or less where it would not clip every row of ``batch``. The
-    difference may be a hundredth of the bound for each row, and a fifth under autocast.
+    The clip factors are computed here, so that a fault in the backend's own factors is noticed. The
+    norm is ``max_grad_norm``, or less if ``max_grad_norm`` would not clip every row. The tolerance
+    of the difference is a hundredth of the norm per row, and a fifth under autocast.
+
+    Args:
+        model: in evaluation mode.
+        batch: rows to compare.
+        max_grad_norm: C.
+        clip: returns the clipped sum of a batch, by parameter name.
+        autocast_dtype: of mixed precision, or None.
     """
     gradients = row_gradients(model, batch, autocast_dtype=autocast_dtype)
     norms = [
@@ -110,18 +134,18 @@ def check_clipping(
         for gradient in gradients
     ]
     if not all(0 < norm < math.inf for norm in norms):
-        return  # nothing to clip, or a loss that the step itself refuses
-    bound = min(max_grad_norm, min(norms) / 2)
+        return  # nothing to clip, or a gradient that the step itself refuses
+    max_norm = min(max_grad_norm, min(norms) / 2)
     error = 0.0
-    for name, total in clip(batch, bound).items():
+    for name, total in clip(batch, max_norm).items():
         want = sum(
-            g[name].double() * (bound / norm)
+            g[name].double() * (max_norm / norm)
             for g, norm in zip(gradients, norms, strict=True)
             if name in g
         )
         error += float((total.double() - want).square().sum())
     tolerance = 0.01 if autocast_dtype is None else 0.2
-    if not math.sqrt(error) <= tolerance * bound * len(gradients):
+    if not math.sqrt(error) <= tolerance * max_norm * len(gradients):
         raise ValueError(
             "clipped gradients of single rows are not those that autograd gives, each "
             "clipped over all parameters together to max_grad_norm: the privacy "
@@ -132,11 +156,21 @@ def check_clipping(
 def check_gradient(
     parameters: Mapping[str, Tensor], expected: Mapping[str, Tensor], noise_std: float
 ) -> None:
-    """Refuse gradients in ``.grad`` that are not ``expected``, by some entries of each."""
+    """Refuse gradients in ``.grad`` other than expected; the first entries of each are compared.
+
+    Args:
+        parameters: by name, with their gradients.
+        expected: by name, some or all of the gradients, flattened.
+        noise_std: of the noise in a gradient, in the gradient's units.
+    """
     for name, want in expected.items():
         grad = parameters[name].grad
-        some = want.flatten()[:SOME].double()
-        found = torch.full_like(some, math.nan) if grad is None else grad.flatten()[:SOME].double()
+        some = want.flatten()[:COMPARED_ENTRIES].double()
+        found = (
+            torch.full_like(some, math.nan)
+            if grad is None
+            else grad.flatten()[:COMPARED_ENTRIES].double()
+        )
         if not bool(((found - some).abs() <= 0.02 * (some.abs() + noise_std)).all()):
             raise ValueError(
                 f"the optimizer's gradient of {name} is not what the mechanism "
@@ -148,8 +182,15 @@ def check_gradient(
 def check_mechanism(
     config: TrainConfig, mechanism: GaussianMechanism, num_units: int, delta: float
 ) -> None:
-    """Refuse a mechanism, or a scheme, other than the configuration asks for."""
-    if config.scheme in NON_PRIVATE_SCHEMES and not config.diagnostic:
+    """Refuse a mechanism or a scheme that differs from what the configuration asks for.
+
+    Args:
+        config: of the run.
+        mechanism: of the run.
+        num_units: units of privacy that are trained on.
+        delta: that epsilon is stated at.
+    """
+    if not (SCHEMES[config.scheme].private or config.diagnostic):
         raise ValueError(
             f"scheme {config.scheme!r} reads clean gradients, so the run would not be "
             "private: choose another, or mark the run with diagnostic"
@@ -180,7 +221,7 @@ def check_mechanism(
 
 
 def check_releases(releases: int, steps: int) -> None:
-    """Refuse a ledger with fewer releases than steps were made."""
+    """Refuse a ledger that holds fewer releases than the run has made steps."""
     if releases < steps:
         raise ValueError(
             f"the ledger holds {releases} releases, and {steps} steps were made: "
@@ -189,31 +230,39 @@ def check_releases(releases: int, steps: int) -> None:
 
 
 class MovementCheck:
-    """Refuse weights that stay where they were although they were given gradients.
+    """Refuse parameters that do not move although they have gradients.
 
-    Created before the first step; ``note`` sees the gradients of a step, ``check`` looks.
+    The check is made before the first step; :meth:`note` is called in every step, and :meth:`check`
+    after some steps.
+
+    Args:
+        parameters: by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self._start = {name: _here(p.detach()).clone() for name, p in parameters.items()}
-        self._pushed: set[str] = set()
+        self._start = {name: _local(p.detach()).clone() for name, p in parameters.items()}
+        self._with_gradient: set[str] = set()
 
     def note(self) -> None:
-        """Remember which parameters have a gradient that is not zero."""
-        self._pushed |= {
+        """Record which parameters have a gradient that is not zero."""
+        self._with_gradient |= {
             name
             for name, p in self._parameters.items()
-            if p.grad is not None and bool((_here(p.grad) != 0).any())
+            if p.grad is not None and bool((_local(p.grad) != 0).any())
         }
 
     def check(self, steps: int) -> None:
-        """Raise if a parameter that was pushed has not moved; then forget the start."""
+        """Raise ``ValueError`` if a parameter with a gradient has not moved since the start.
+
+        Args:
+            steps: number of steps taken since then.
+        """
         still = [
             name
             for name in self._parameters
-            if name in self._pushed
-            and torch.equal(_here(self._parameters[name].detach()), self._start[name])
+            if name in self._with_gradient
+            and torch.equal(_local(self._parameters[name].detach()), self._start[name])
         ]
         self._start.clear()
         if still:
@@ -225,6 +274,6 @@ class MovementCheck:
             )
 
 
-def _here(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be sharded."""
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

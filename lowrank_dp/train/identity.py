@@ -1,7 +1,7 @@
-"""What a run's sums depend on, in short: where it differs on resume, noise must not be used again.
+"""The identity of a run: digests and versions of everything that its sums depend on.
 
-Two sums that differ, released with the same noise, give away their difference. A resumed run
-therefore continues its noise stream only if every entry here is unchanged.
+Two sums that differ, released with the same noise, reveal their difference. A resumed run therefore
+continues its noise stream only if every entry of its identity is unchanged.
 """
 
 from __future__ import annotations
@@ -31,27 +31,28 @@ _PATHS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transform
 def digests(
     model: torch.nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """SHA-256 of a run's model and data, before its first step and before anything is sharded.
+    """Return SHA-256 digests of a run's model and data, before its first step and before sharding.
 
     Returns:
-        "weights": names, types, shapes and bytes of all parameters and buffers, frozen ones too.
-        "configuration": the model's and the adapter's, attention implementation included, without
-            the folders that they came from.
-        "tokenizer": its serialised form. "rows": the encoded rows that are trained on.
+        "weights": names, types, shapes and bytes of all parameters and buffers, trained or frozen.
+        "configuration": of the model and its adapter, including the attention implementation,
+            without the folders that they came from.
+        "tokenizer": its serialised form.
+        "rows": the encoded rows that are trained on.
     """
     settings: list[Any] = [_settings(getattr(model, "config", None))]
     settings += [_settings(config) for config in getattr(model, "peft_config", {}).values()]
     settings.append(str(getattr(getattr(model, "config", None), "_attn_implementation", None)))
     return {
-        "weights": _of_tensors(chain(model.named_parameters(), model.named_buffers())),
-        "configuration": _of_text(settings),
-        "tokenizer": _of_text(_vocabulary(tokenizer)),
-        "rows": _of_text(rows),
+        "weights": _digest_of_tensors(chain(model.named_parameters(), model.named_buffers())),
+        "configuration": _digest_of_json(settings),
+        "tokenizer": _digest_of_json(_vocabulary(tokenizer)),
+        "rows": _digest_of_json(rows),
     }
 
 
 def versions_and_machine(device: str) -> dict[str, str]:
-    """What decides how a sum is rounded, beside what decides which sum it is.
+    """Return what decides how a sum is rounded: versions, settings and the machine.
 
     The number of threads, the processor's instructions, torch's settings and environment variables
     of the numerical libraries choose kernels, and so the order and the precision of additions.
@@ -62,7 +63,7 @@ def versions_and_machine(device: str) -> dict[str, str]:
         name: value
         for name, value in os.environ.items()
         if name.startswith(_SWITCHES) and not name.endswith("_NUM_THREADS")
-    }  # below
+    }
     found |= {
         "lowrank_dp": f"{lowrank_dp.__version__} ({_source()[:12]})",
         "threads": str(torch.get_num_threads()),
@@ -75,7 +76,7 @@ def versions_and_machine(device: str) -> dict[str, str]:
 
 
 def not_repeatable(config: TrainConfig) -> str:
-    """Why a step that is made again may round otherwise, though nothing differs; else empty."""
+    """Return why a repeated step may round otherwise though nothing differs; empty if it can't."""
     if config.compile:
         return "a compiled step can't be replayed to the bit"
     on_gpu = torch.device(config.device).type == "cuda"
@@ -88,7 +89,7 @@ def not_repeatable(config: TrainConfig) -> str:
 
 
 def _torch_settings() -> dict[str, str]:
-    """Settings that a program can make in torch, and that choose kernels."""
+    """Return the settings of torch that choose kernels."""
     backends = torch.backends
     settings = {
         "default dtype": torch.get_default_dtype(),
@@ -108,7 +109,7 @@ def _torch_settings() -> dict[str, str]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """``name: before / now`` of each part that differs; of a digest, that the content does."""
+    """Return ``name: before / now`` for each entry that differs; digests are not shown."""
 
     def words(name: str) -> str:
         values = [str(part.get(name, "not set")) for part in (before, now)]
@@ -119,7 +120,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     return [words(name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
-def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of tensors with their names, types and shapes."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -128,7 +130,9 @@ def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _of_text(value: Any) -> str:
+def _digest_of_json(value: Any) -> str:
+    """Return the SHA-256 of a value's JSON; what JSON lacks is written by ``str``."""
+
     def plain(other: Any) -> Any:
         return sorted(map(str, other)) if isinstance(other, (set, frozenset)) else str(other)
 
@@ -136,11 +140,13 @@ def _of_text(value: Any) -> str:
 
 
 def _settings(config: Any) -> dict[str, Any]:
+    """Return the settings of a model's or an adapter's configuration, without paths."""
     document = config.to_dict() if hasattr(config, "to_dict") else {}
     return {str(name): value for name, value in document.items() if name not in _PATHS}
 
 
 def _vocabulary(tokenizer: Any) -> list[Any]:
+    """Return what decides the tokens of a text."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     whole = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
     return [
@@ -153,7 +159,7 @@ def _vocabulary(tokenizer: Any) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _source() -> str:
-    """SHA-256 of this package's source, since a working copy changes without its version."""
+    """Return the SHA-256 of this package's source: a working copy changes without its version."""
     folder, digest = Path(lowrank_dp.__file__).parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}{os.linesep}".encode())

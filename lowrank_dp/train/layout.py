@@ -1,84 +1,135 @@
-"""Where a run's tensors are when several processes work at it: copies, or shards.
+"""The layout of a run's tensors on its ranks: replicated, or sharded.
 
-Both layouts answer the same questions of a step, in its order: what becomes of a micro-batch's
-clipped sum, who adds the noise, who restores, and how weights get their gradients.
+A :class:`Layout` answers the questions of a step in the step's order: what becomes of a
+micro-batch's clipped sum, who adds the noise, who restores which matrix, and how weights get their
+gradients.
 
-- :class:`Replicated`: every process holds the model. The first adds the sums up and the noise once, and
-  hands the noisy sum to all; each matrix is restored by one process and handed round.
-- :class:`Sharded` (FSDP2): every process holds some rows of each weight and of its optimizer state,
-  and the whole weights of one block while that runs. Each parameter has an owner, to which its sum
-  is reduced as soon as a micro-batch has it, which has the first process add the noise, restores
-  the noisy sum, and hands out its rows: a process holds its share of the sums, and for a moment one
-  whole matrix.
+- :class:`Replicated`: every rank holds the whole model. Rank 0 adds the sums and the noise, and
+  broadcasts the noisy sum; each rank restores its share of the matrices.
+- :class:`Sharded` (FSDP2): every rank holds some rows of each weight and of the optimizer's state,
+  and the whole weights of one block while the block runs. Every parameter has an owner. Each
+  micro-batch's sum is reduced to the owner, which has rank 0 add the noise, restores the noisy sum
+  and scatters its rows. A rank holds its share of the sums, and for a moment one whole matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models.trainable import blocks
+from lowrank_dp.rng import Generator
 from lowrank_dp.train import processes
 
 Tensors = Mapping[str, Tensor]
-Collective = Callable[[Tensors], Tensors]
+
+
+class Layout(Protocol):
+    """Where the tensors of a run are, and what the ranks exchange in a step.
+
+    Attributes:
+        collective: whether every rank must take part in an evaluation and in a snapshot.
+    """
+
+    collective: bool
+
+    @property
+    def reduce(self) -> Callable[[str, Tensor], Tensor] | None:
+        """The reduction of a micro-batch's sum over ranks; None if only totals are reduced."""
+
+    def add_noise(
+        self, sums: Tensors, mechanism: GaussianMechanism | None, generator: Generator
+    ) -> tuple[Tensors, Tensors]:
+        """Return ``(clean, noisy)`` totals over all ranks; the clean one is NON-PRIVATE.
+
+        Rank 0 draws all noise, once, after its release is in the ledger: equal generators on unlike
+        devices would not give equal bits. Without a mechanism both totals are clean.
+        """
+
+    def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
+        """Return what :meth:`assign` needs of ``work(noisy)``, each matrix done by one rank.
+
+        ``work`` treats every matrix by itself, and leaves other tensors as they are.
+        """
+
+    def restored_clean(self, clean: Tensors) -> Tensors:
+        """Return the clean totals of what this rank restores, for an oracle. NON-PRIVATE."""
+
+    def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
+        """Put the gradients into ``.grad``, in the parameters' type."""
+
+    def full_tensors(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return whole tensors as a run of one process has them, on rank 0; all ranks must ask."""
+
+    def gather(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return, on rank 0, the tensors that any rank owns; all ranks must ask."""
+
+    def distribute(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Return a whole tensor in the layout of ``like``."""
+
+    def owns(self, name: str) -> bool:
+        """Return whether this rank holds the noisy sum of the parameter."""
 
 
 class Replicated:
-    """Every process holds everything; alone, nothing is exchanged."""
+    """Every rank holds all tensors."""
 
+    collective = False  # rank 0 evaluates and saves alone
     reduce = None
-    collective = False  # evaluating and saving is the first process's
 
-    def noised(self, clean: Tensors, add_noise: Collective | None) -> tuple[Tensors, Tensors]:
-        """``(clean, noisy)`` totals over all processes; ``clean`` has a meaning on the first only.
+    def add_noise(
+        self, sums: Tensors, mechanism: GaussianMechanism | None, generator: Generator
+    ) -> tuple[Tensors, Tensors]:
+        """Add up the sums and the noise on rank 0; the clean total is meaningless elsewhere."""
+        clean = processes.reduce_to_rank0(sums)
+        private = mechanism is not None and processes.rank() == 0
+        noisy = mechanism.add_noise(clean, generator) if private and mechanism else clean
+        return clean, processes.broadcast(noisy)
 
-        The first process draws the noise for all: it is added once, after its release is in the
-        ledger, and all get the same bits, which equal generators on unlike devices would not give.
-        """
-        clean = processes.reduce_to_rank0(clean)
-        draws = add_noise is not None and processes.rank() == 0
-        return clean, processes.broadcast(add_noise(clean) if draws and add_noise else clean)
-
-    def restored(self, work: Collective, noisy: Tensors) -> Tensors:
-        """``work(noisy)``, which treats each matrix by itself and leaves other tensors alone."""
+    def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
+        """Return ``work(noisy)``, each matrix done by its owner and broadcast."""
         return processes.map_over_ranks(work, noisy)
 
-    def known(self, clean: Tensors) -> Tensors:
-        """NON-PRIVATE: the clean totals of what this process restores."""
+    def restored_clean(self, clean: Tensors) -> Tensors:
+        """Return the clean totals of rank 0. NON-PRIVATE."""
         return processes.broadcast(clean)
 
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
-        """Put gradients into ``.grad``."""
+        """Put the gradients into ``.grad``."""
         for name, p in trained.items():
             p.grad = gradient[name].to(p.dtype)
 
-    def whole(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Tensors in the model's layout, as one process would have them."""
+    def full_tensors(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the tensors, which are whole."""
         return dict(tensors)
 
-    def gathered(self, tensors: Tensors) -> dict[str, Tensor]:
-        """On the first process: what any process has."""
+    def gather(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the tensors, which rank 0 has."""
         return dict(tensors)
 
-    def placed(self, whole: Tensor, like: Tensor) -> Tensor:
-        """A whole tensor in the layout of ``like``."""
+    def distribute(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Return the tensor."""
         return whole
 
     def owns(self, name: str) -> bool:
-        """Whether this process has what is known of the parameter's gradient."""
+        """Return True."""
         return True
 
 
-class Sharded(Replicated):
-    """Of a model that ``shard`` has sharded; ``trained`` are its parameters."""
+class Sharded:
+    """The layout of a model that :func:`shard` has split.
 
-    collective = True  # the weights of a forward come from all processes
+    Args:
+        trained: the model's trained parameters, sharded.
+    """
+
+    collective = True  # the weights of a forward pass come from all ranks
 
     def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
         self._trained = trained
@@ -87,27 +138,26 @@ class Sharded(Replicated):
         )
 
     def owns(self, name: str) -> bool:
-        """Whether this process has what is known of the parameter's gradient."""
+        """Return whether this rank owns the parameter's sum."""
         return self._owner[name] == processes.rank()
 
-    def reduce(self, name: str, part: Tensor) -> Tensor:  # type: ignore[override]
-        """Of the processes' parts, their sum on the owner, and nothing elsewhere."""
+    def reduce(self, name: str, part: Tensor) -> Tensor:
+        """Return the sum of all ranks' parts on the owner, and an empty tensor elsewhere."""
         dist.reduce(part, self._owner[name])
         return part if self.owns(name) else part.new_empty(0)
 
-    def noised(self, clean: Tensors, add_noise: Collective | None) -> tuple[Tensors, Tensors]:
-        """``(clean, noisy)`` totals of what this process owns.
-
-        The first process adds all noise, a parameter at a time, as it does to copies.
-        """
-        clean = {name: total for name, total in clean.items() if self.owns(name)}
-        if add_noise is None:
+    def add_noise(
+        self, sums: Tensors, mechanism: GaussianMechanism | None, generator: Generator
+    ) -> tuple[Tensors, Tensors]:
+        """Send each owned total to rank 0, which adds the noise and sends the total back."""
+        clean = {name: total for name, total in sums.items() if self.owns(name)}
+        if mechanism is None:
             return clean, clean
         noisy, here = dict(clean), processes.rank()
-        for name, p in self._trained.items():
+        for name, p in self._trained.items():  # in rank 0's order of draws, one at a time
             owner = self._owner[name]
             if here == owner == 0:
-                noisy[name] = add_noise({name: clean[name]})[name]
+                noisy[name] = mechanism.add_noise({name: clean[name]}, generator)[name]
             elif here == owner:
                 dist.send(clean[name], 0)
                 noisy[name] = torch.empty_like(clean[name])
@@ -117,29 +167,29 @@ class Sharded(Replicated):
                     p.shape, dtype=torch.promote_types(torch.float32, p.dtype), device=p.device
                 )
                 dist.recv(total, owner)
-                dist.send(add_noise({name: total})[name], owner)
+                dist.send(mechanism.add_noise({name: total}, generator)[name], owner)
         return clean, noisy
 
-    def restored(self, work: Collective, noisy: Tensors) -> Tensors:
-        """``work`` on what this process owns."""
+    def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
+        """Return ``work(noisy)`` of what this rank owns; :meth:`assign` scatters the rows."""
         return work(noisy)
 
-    def known(self, clean: Tensors) -> Tensors:
-        """NON-PRIVATE: the clean totals of what this process owns."""
+    def restored_clean(self, clean: Tensors) -> Tensors:
+        """Return the clean totals, which this rank owns. NON-PRIVATE."""
         return clean
 
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
-        """Put rows of the gradients into ``.grad``, a parameter at a time from its owner."""
+        """Scatter the rows of each gradient from its owner into ``.grad``, one at a time."""
         for name, p in trained.items():
             whole = (
                 gradient[name].to(p.dtype)
                 if self.owns(name)
                 else torch.empty(p.shape, dtype=p.dtype, device=p.device)
             )
-            p.grad = self.placed(whole, p, source=self._owner[name])
+            p.grad = _distribute(whole, p, source=self._owner[name])
 
-    def whole(self, tensors: Tensors) -> dict[str, Tensor]:
-        """On the CPU; of the other processes, which must ask too, none keeps a tensor."""
+    def full_tensors(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return whole tensors on rank 0, on the CPU; an empty dict elsewhere."""
         found = {}
         for name, tensor in tensors.items():
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -147,33 +197,38 @@ class Sharded(Replicated):
                 found[name] = tensor.cpu()
         return found
 
-    def gathered(self, tensors: Tensors) -> dict[str, Tensor]:
-        """On the first process: what any process has."""
+    def gather(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return, on rank 0, the tensors of all ranks."""
         return processes.gather_to_rank0(tensors)
 
-    def placed(self, whole: Tensor, like: Tensor, source: int | None = None) -> Tensor:
-        """``source``: the process that has it; None where each has."""
-        from torch.distributed.tensor import distribute_tensor
+    def distribute(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Return this rank's rows of a tensor that every rank has whole."""
+        return _distribute(whole, like, source=None)
 
-        here: Any = like
-        if tuple(whole.shape) != tuple(like.shape):
-            return whole  # such as a counter of steps
-        return distribute_tensor(
-            whole.to(like.device), here.device_mesh, here.placements, src_data_rank=source
-        )
+
+def _distribute(whole: Tensor, like: Tensor, source: int | None) -> Tensor:
+    """Shard a tensor as ``like`` is; ``source`` is the rank that has it, None if every rank has."""
+    from torch.distributed.tensor import distribute_tensor
+
+    here: Any = like
+    if tuple(whole.shape) != tuple(like.shape):
+        return whole  # an entry of the optimizer's state that is not sharded: a step counter
+    return distribute_tensor(
+        whole.to(like.device), here.device_mesh, here.placements, src_data_rank=source
+    )
 
 
 def equalise(model: nn.Module) -> None:
-    """Give every process the first one's weights, however each came to its own."""
+    """Give every rank the weights and buffers of rank 0."""
     if processes.world_size() > 1:
         for tensor in chain(model.parameters(), model.buffers()):
             dist.broadcast(tensor.data, 0)
 
 
 def shard(model: Any, device: str) -> None:
-    """Split a model's weights by rows over the processes, and move it to the device.
+    """Split a model's weights by rows over the ranks (FSDP2), and move it to the device.
 
-    Until then each process holds the whole model, on the CPU.
+    Every rank holds the whole model on the CPU until then.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -182,5 +237,5 @@ def shard(model: Any, device: str) -> None:
     parts = [model.get_submodule(name) for block in blocks(model) for name in block]
     for module in (*parts, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    if hasattr(model, "get_base_model"):  # whose generate() calls the model inside
+    if hasattr(model, "get_base_model"):  # an adapter's generate() calls the base model
         register_fsdp_forward_method(model, "generate")

@@ -1,4 +1,4 @@
-"""A training run, from its first step to its result."""
+"""A training run: start or resume, step, evaluate, snapshot, and save the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lowrank_dp.train.state import (
     digest_of_draws,
     digest_of_identity,
     environment,
-    fresh_generators,
+    first_state,
     new_stream,
     pack,
     summary,
@@ -33,7 +33,7 @@ from lowrank_dp.train.state import (
 )
 from lowrank_dp.train.step import take_step
 
-MOVEMENT_STEPS = 3  # after so many steps every weight with a gradient must have moved
+MOVEMENT_STEPS = 3  # number of steps after which a weight with gradients must have moved
 
 
 def train(
@@ -43,30 +43,33 @@ def train(
     resume: bool = False,
     keep_model: bool = True,
     show_progress: bool = True,
-    announce: Callable[[Setup, int], None] | None = None,
+    on_start: Callable[[Setup, int], None] | None = None,
 ) -> TrainResult:
-    """Fine-tune, and leave a checkpoint in ``output``.
+    """Fine-tune a model, and write a checkpoint to ``output``.
 
     Args:
-        config: what to do.
-        output: a new or empty folder. When finished, a Hugging Face folder (safetensors; a PEFT
-            adapter for LoRA) with ``training.json``, ``membership.json`` and, for a classifier,
-            the head before the first step in ``initial_head.safetensors``.
-        resume: go on from the last snapshot in ``output``; starts afresh in an empty folder, and
-            returns the result of a finished run.
-        keep_model: False leaves ``training.json`` only, for sweeps.
-        show_progress: a bar on stderr, if that is a terminal.
-        announce: called before the first step, with the :class:`Setup` and the number of releases
+        config: the run.
+        output: a new or empty folder. A finished run leaves a Hugging Face folder (safetensors; a
+            PEFT adapter for LoRA) with ``training.json``, ``membership.json`` and, for a
+            classifier, the head before the first step in ``initial_head.safetensors``.
+        resume: continue from the last snapshot in ``output``. An empty folder starts a new run; a
+            finished run's result is returned.
+        keep_model: whether to write the checkpoint; False leaves ``training.json`` only.
+        show_progress: whether to show a bar on stderr, if stderr is a terminal.
+        on_start: called before the first step with the :class:`Setup` and the number of releases
             that the run will have made at its end.
 
+    Returns:
+        The result, as ``training.json`` holds it.
+
     Raises:
-        ValueError: in one line, on bad input, or when a guard stops the run: the snapshots stay.
-        OSError: if the folder can't be written; the last snapshot is intact.
+        ValueError: in one line, on bad input, or if a guard stops the run. The snapshots stay.
+        OSError: if the folder can't be written. The last snapshot is intact.
         SystemExit: with 130 or 143 after SIGINT or SIGTERM, once the step is done and saved.
     """
     with (
         processes.processes(config.device),
-        _own_random_numbers(config),
+        _preserved_generators(config),
         guards.memory(config.micro_batch_size),
     ):
         if processes.rank() > 0:
@@ -77,11 +80,11 @@ def train(
                 _require_same(config, result.config)
             else:
                 setup, state = _begin_or_resume(config, folder)
-                if announce is not None:
-                    announce(setup, _releases_at_the_end(config, state, folder))
-                _before_the_first(setup, state, folder)
-                with deferred_signals() as asked_to_stop:
-                    _steps(setup, state, folder, show_progress, asked_to_stop)
+                if on_start is not None:
+                    on_start(setup, _releases_at_the_end(config, state, folder))
+                _evaluate_before_training(setup, state, folder)
+                with deferred_signals() as signals:
+                    _steps(setup, state, folder, show_progress, signals)
                 guards.check_releases(folder.num_releases(), state.step)
                 result = result_of(setup, state, folder.num_releases(), _loss_on_members(setup))
                 save_run(setup, result, folder, _weights(setup) if keep_model else None)
@@ -90,7 +93,7 @@ def train(
 
 
 def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
-    """What every process but the first does: the same steps from the same state."""
+    """Make the same steps from the same state as rank 0; for every other rank."""
     found, _ = processes.broadcast_from_rank0()
     if "result" not in found:
         differences = config.differences(TrainConfig.from_json(found["config"]))
@@ -104,9 +107,9 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
         setup = prepare(config, found["seed"])
         document, tensors = processes.broadcast_from_rank0()
         state = unpack(setup, document, tensors)
-        state.stream = document["stream"]  # that of the first, which draws
-        _before_the_first(setup, state, None)
-        with deferred_signals():  # the first process, which has the folder, obeys for all
+        state.stream = document["stream"]  # of rank 0, which draws
+        _evaluate_before_training(setup, state, None)
+        with deferred_signals():  # rank 0, which has the folder, obeys for all ranks
             _steps(setup, state, None, False, [])
         if setup.layout.collective:
             _loss_on_members(setup)
@@ -116,8 +119,8 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
     return artifacts.from_jsonable("result", found["result"], TrainResult)
 
 
-def _before_the_first(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
-    """Evaluate what is not yet trained, and keep that."""
+def _evaluate_before_training(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
+    """Evaluate the untrained model of a new run, and save the first snapshot."""
     if not state.curve and (folder is not None or setup.layout.collective):
         _evaluate(setup, state)
         _snapshot(setup, state, folder)
@@ -128,11 +131,12 @@ def _steps(
     state: State,
     folder: runs.RunFolder | None,
     show_progress: bool,
-    asked_to_stop: Sequence[int],
+    signals: Sequence[int],
 ) -> None:
-    """All steps from ``state.step`` on; ``state`` and the model in ``setup`` move along.
+    """Take all steps from ``state.step`` on; the model in ``setup`` and ``state`` move.
 
-    Without a folder nothing is written: another process does, and evaluates unless all must.
+    Rank 0 passes its folder, and writes. A rank without a folder writes nothing, and evaluates only
+    if the model is sharded. A signal in ``signals`` ends the run after the step.
     """
     config, layout, first_step = setup.config, setup.layout, state.step
     movement = guards.MovementCheck(setup.trained)
@@ -154,8 +158,8 @@ def _steps(
         if step - first_step == MOVEMENT_STEPS - 1:
             movement.check(MOVEMENT_STEPS)
         setup.optimizer.zero_grad()
-        # looked at once: a signal may come at any line
-        stopping, _ = processes.broadcast_from_rank0([*asked_to_stop[:1]])
+        # The list is read once per step, since a signal may arrive at any line.
+        stopping, _ = processes.broadcast_from_rank0([*signals[:1]])
         if folder is not None or layout.collective:
             last = state.step == config.steps
             evaluating = last or state.step % config.eval_every == 0
@@ -169,17 +173,18 @@ def _steps(
                 f"step {state.step} of {config.steps} is saved; to go on, "
                 "repeat the command, training with --resume",
             )
-            raise stop if folder is not None else SystemExit(stop.code)  # one process says it
+            raise stop if folder is not None else SystemExit(stop.code)  # only rank 0 reports
 
 
 def _snapshot(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
+    """Save the state on rank 0; all ranks of a sharded model take part."""
     packed = pack(setup, state)
     if folder is not None:
         folder.save_snapshot(state.step, *packed)
 
 
 def _evaluate(setup: Setup, state: State, *, generate: bool = False) -> None:
-    """Add an entry to the curve, and stop a run that has diverged."""
+    """Add an entry to the curve; raise ValueError if the run has diverged."""
     entry = {
         "step": state.step,
         **_scores(setup, generate=generate),
@@ -191,6 +196,7 @@ def _evaluate(setup: Setup, state: State, *, generate: bool = False) -> None:
 
 
 def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) -> dict[str, float]:
+    """Return the loss and the task's metrics on a split."""
     config = setup.config
     return evaluation.evaluate(
         setup.model,
@@ -208,13 +214,13 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) 
 
 
 def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
-    """A run at its last snapshot, or at its beginning; every process has been told of it."""
+    """Return a run at its last snapshot, or at its beginning, and broadcast it to all ranks."""
     found, tensors = folder.load_snapshot(), dict[str, Tensor]()
     if found is None:
         seed = config.seed if config.seed is not None else derive_seed(None, "run")
         setup, stream = _prepare(config, seed), new_stream(config, 0)
         torch.manual_seed(seed)
-        state = State(0, stream, *fresh_generators(config, stream))
+        state = first_state(config, stream)
         document = summary(setup, state)
     else:
         document, tensors = found
@@ -246,7 +252,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
 
 
 def _prepare(config: TrainConfig, seed: int) -> Setup:
-    """On the first process, once it is known what the others are to load."""
+    """Tell the other ranks what to load, and load it; for rank 0."""
     processes.broadcast_from_rank0(
         {"seed": seed, "config": config.as_json(), "environment": environment(config.device)}
     )
@@ -254,10 +260,12 @@ def _prepare(config: TrainConfig, seed: int) -> Setup:
 
 
 def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFolder) -> int:
+    """Return the number of releases that the run will have made after its last step."""
     return folder.num_releases(state.stream, range(state.step, config.steps))
 
 
 def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
+    """Refuse a configuration other than that which the run began with."""
     if differences := asked.differences(begun):
         raise ValueError(
             "resume must be given the configuration that the run began with; asked "
@@ -266,24 +274,24 @@ def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
 
 
 def _loss_on_members(setup: Setup) -> float:
-    """NON-PRIVATE."""
+    """Return the loss on the records that are trained on. NON-PRIVATE."""
     members = {
         example.id
         for unit, member in zip(setup.units, setup.members, strict=True)
         if member
         for example in unit
     }
-    return _scores(replace(setup, task=setup.task.restrict(members)), "train")["loss"]
+    return _scores(replace(setup, task=setup.task.select(members)), "train")["loss"]
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
-    """The state dict as one process would have it."""
-    return setup.layout.whole(setup.model.state_dict())
+    """Return the model's state dict as a run of one process has it."""
+    return setup.layout.full_tensors(setup.model.state_dict())
 
 
 @contextmanager
-def _own_random_numbers(config: TrainConfig) -> Iterator[None]:
-    """The global generators, which dropout draws from, are as they were afterwards."""
+def _preserved_generators(config: TrainConfig) -> Iterator[None]:
+    """Restore torch's global generators, which dropout draws from, after the block."""
     cuda = config.device.startswith("cuda") and torch.cuda.is_available()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
         yield

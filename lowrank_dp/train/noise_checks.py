@@ -1,9 +1,9 @@
-"""Is what was added to the clean sums the noise that is stated? Looked at in every step.
+"""Checks that what was added to the clean sums is the stated noise, in every step.
 
-Clean sums are read, in the training process only; what a message says of them is nothing but the
-name of a tensor. All false alarms of a run together have a probability of at most
-``FALSE_ALARMS``, whatever its steps up to the number given and its tensors (a sum of one bound for
-each family of checks; see :mod:`lowrank_dp.train.evidence`).
+The checks read clean sums, in the training process only. A message reveals nothing about a sum but
+the name of its tensor. An honest run is stopped with probability ``FALSE_ALARMS`` at most, whatever
+its tensors and for any number of steps up to the stated one: the bound is split evenly over the
+families of checks (:mod:`lowrank_dp.train.evidence`).
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from lowrank_dp.spectrum.random_matrix import bulk_edge
 from lowrank_dp.train import evidence
 from lowrank_dp.train.evidence import Watch
 
-FALSE_ALARMS = 5e-7  # of a run's noise; as much again is for its samples
-_FAMILIES = 13
-_PRINT = 128  # entries of each tensor that are compared with others and with earlier steps
+FALSE_ALARMS = 5e-7  # bound on the probability that the noise of an honest run stops it
+_FAMILIES = 13  # number of checks that share FALSE_ALARMS
+_HEAD = 128  # entries of each tensor that are compared with other tensors and with earlier steps
 _KEPT = 256  # entries of each step that are kept for the whole run
-_LAGS = 4  # earlier steps that each tensor is compared with
-_EPS = 2.0**-24  # relative rounding of a float32
-_INNER, _OUTER = 0.6744897501960817, 2.0  # |z| is below the first in half of all draws
-_OUTER_RATE = 0.04550026389635842
+_LAGS = 4  # number of earlier steps that each tensor is compared with
+_EPS = 2.0**-24  # relative rounding error of a float32
+_INNER, _OUTER = 0.6744897501960817, 2.0  # |z| <= _INNER with probability 1/2
+_OUTER_RATE = 0.04550026389635842  # probability of |z| > _OUTER
 
 
 class NoiseCheck:
     """Refuse noise that is not independent N(0, noise_std^2) in every entry of every step.
 
-    Of each tensor: its size (chi-squared) and its mean; of each matrix, along a random direction
-    of its rows and of its columns, the size again, which correlated entries miss. Of its first
-    ``_PRINT`` entries: the products with those of other tensors, and with those of the last steps;
-    of some entries of all tensors, the products with every earlier step's, and the shape of the
-    distribution.
+    - Of every tensor: the sum of squares (chi-squared) and the mean.
+    - Of every matrix: the sums of squares of its products with a random direction of its rows and
+      of its columns, which correlated entries change.
+    - Of the first ``_HEAD`` entries of every tensor: the products with those of other tensors and
+      with those of the last steps, and the shape of the distribution.
+    - Of some entries of all tensors: the products with those of every earlier step.
 
     Args:
         noise_std: absolute.
-        steps: most steps of the run.
+        steps: largest number of steps of the run.
     """
 
     def __init__(self, noise_std: float, steps: int) -> None:
@@ -58,37 +59,47 @@ class NoiseCheck:
     def check(
         self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], *, spectrum: bool = False
     ) -> None:
-        """Look at one step; raise ``ValueError`` if its noise, or the run's, is not as stated.
+        """Check the noise of one step, and the noise of the run so far.
 
-        ``spectrum``: look at one matrix's top singular value as well, which takes longer.
+        Args:
+            clean, noisy: sums by parameter name.
+            spectrum: whether to check one matrix's largest singular value too, which takes longer.
+
+        Raises:
+            ValueError: if the noise is not as stated.
         """
         names = [name for name, total in clean.items() if total.numel()]
-        if not names:  # of shards, there may be fewer than processes
+        if not names:  # a sharded model may have fewer parameters than ranks
             return
         names.sort(key=lambda name: -clean[name].numel())
         moments = (
             torch.stack([self._moments(clean[name], noisy[name]) for name in names]).cpu().numpy()
         )
-        prints = [
-            torch.stack([_print(tensors[name]) for name in names]).cpu().numpy()
+        heads = [
+            torch.stack([_head(tensors[name]) for name in names]).cpu().numpy()
             for tensors in (clean, noisy)
         ]
         self._seen += 1
         totals = [clean[name] for name in names]
         entries = np.array([total.numel() for total in totals], dtype=float)
-        rounding = 2 * _EPS * (moments[:, 4] + np.sqrt(entries))  # norm of all entries' rounding
+        rounding = 2 * _EPS * (moments[:, 4] + np.sqrt(entries))  # norm of the rounding errors
         self._check_size(names, entries, rounding, moments[:, 0])
         if spectrum:
             self._check_spectrum(clean, noisy)
         self._check_means(names, totals, rounding, moments)
-        sizes = np.array([min(clean[name].numel(), _PRINT) for name in names])
-        noise = (prints[1] - prints[0]) / self._std
-        self._check_distribution(noise, prints[1] / self._std, np.arange(_PRINT) < sizes[:, None])
+        sizes = np.array([min(clean[name].numel(), _HEAD) for name in names])
+        real = np.arange(_HEAD) < sizes[:, None]  # entries that are not filled up
+        noise = (heads[1] - heads[0]) / self._std
+        self._check_distribution(noise[real], heads[1][real] / self._std)
         self._check_tensors(names, noise)
-        self._check_steps(names, noise, np.arange(_PRINT) < sizes[:, None])
+        self._check_steps(names, noise, real)
 
     def _moments(self, clean: Tensor, noisy: Tensor) -> Tensor:
-        """Sum of squares; sum; sums of squares of two products with directions; clean norm."""
+        """Return five statistics of one tensor's noise, in units of ``noise_std``.
+
+        These are: sum of squares; sum; sums of squares of the products with a direction of the
+        columns and of the rows (0 of a vector); norm of the clean sum.
+        """
         noise = torch.sub(noisy, clean).mul_(1 / self._std)
         flat = noise.flatten()
         found = [flat @ flat, flat.sum()]
@@ -104,7 +115,7 @@ class NoiseCheck:
         return torch.stack([*found, norm / self._std]).double()
 
     def _direction(self, size: int, like: Tensor) -> Tensor:
-        """A unit vector, always the same one of a size."""
+        """Return a random unit vector, which is the same in every step."""
         key = size, like.device
         if key not in self._directions:
             drawn = torch.randn(size, generator=torch.Generator().manual_seed(size))
@@ -112,6 +123,7 @@ class NoiseCheck:
         return self._directions[key]
 
     def _watch(self, name: str, kind: evidence.Evidence, streams: int) -> Watch:
+        """Return the watch of a family of checks, made when it is first asked for."""
         if name not in self._watches:
             self._watches[name] = Watch(kind, streams, self._steps, self._share)
         return self._watches[name]
@@ -119,6 +131,7 @@ class NoiseCheck:
     def _check_size(
         self, names: list[str], entries: np.ndarray, rounding: np.ndarray, squares: np.ndarray
     ) -> None:
+        """Check the sum of squares of every tensor, and of all tensors together."""
         slack = 2 * rounding * np.sqrt(squares) + rounding**2 + 1e-6 * entries
         found = self._watch("size", evidence.squares, len(names) + 1).add(
             *(np.append(x, x.sum()) for x in (squares, entries)),
@@ -135,6 +148,7 @@ class NoiseCheck:
     def _check_means(
         self, names: list[str], clean: list[Tensor], rounding: np.ndarray, moments: np.ndarray
     ) -> None:
+        """Check the mean of every tensor, and the rows and the columns of every matrix."""
         entries = np.array([total.numel() for total in clean], dtype=float)
         found = self._watch("mean", evidence.normal, len(names)).add(
             moments[:, 1] / np.sqrt(entries), np.ones(len(names)), slack=rounding
@@ -157,8 +171,9 @@ class NoiseCheck:
                         f"its entries: its {what} are correlated"
                     )
 
-    def _check_distribution(self, noise: np.ndarray, noisy: np.ndarray, real: np.ndarray) -> None:
-        size = np.abs(noise[real])
+    def _check_distribution(self, noise: np.ndarray, noisy: np.ndarray) -> None:
+        """Check that entries of the noise are normal, and have low bits."""
+        size = np.abs(noise)
         count = np.array([size.size])
         for name, rate, hits in (
             ("inner", 0.5, size < _INNER),
@@ -172,8 +187,8 @@ class NoiseCheck:
                     "noise is not normal: its entries have another distribution than the "
                     "Gaussian that the accounting assumes"
                 )
-        # a sum that is rounded to float32 shows a half-precision grid only where it is not large
-        fine = size > np.abs(noisy[real]) / 128
+        # the rounding of a large sum to float32 would hide a grid of half precision in its noise
+        fine = size > np.abs(noisy) / 128
         for name, factor in (("grid", 1.0), ("scaled grid", self._std)):
             on_grid = _near_half_precision(size[fine] * factor)
             if (
@@ -188,7 +203,7 @@ class NoiseCheck:
                 )
 
     def _check_tensors(self, names: list[str], noise: np.ndarray) -> None:
-        """Each tensor against the shorter ones after it, whose noise is taken as given."""
+        """Check the product of each tensor's noise with that of every shorter one."""
         streams = max(1, len(names) * (len(names) - 1) // 2)
         norms = np.linalg.norm(noise, axis=1)
         products = np.triu(noise @ noise.T / np.where(norms > 0, norms, 1.0), 1)
@@ -200,7 +215,7 @@ class NoiseCheck:
             (products, 1, run + math.log(self._steps)),
             (self._products, self._seen, run),
         ):
-            # evidence is at most total^2 / (2 count): few pairs need a closer look
+            # evidence is at most total^2 / (2 count), so that it is computed for few pairs
             rows, columns = np.nonzero(total**2 >= 2 * count * level)
             found = evidence.normal(total[rows, columns], np.full(len(rows), count)) >= level
             if found.any():
@@ -211,6 +226,7 @@ class NoiseCheck:
                 )
 
     def _check_steps(self, names: list[str], noise: np.ndarray, real: np.ndarray) -> None:
+        """Check the products of the noise with that of the last and of all earlier steps."""
         for lag, before in enumerate(self._last, 1):
             norms = np.linalg.norm(before, axis=1)
             products = (noise * before).sum(1) / np.where(norms > 0, norms, 1.0)
@@ -231,15 +247,15 @@ class NoiseCheck:
         self._kept.append(kept)
 
     def _check_spectrum(self, clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor]) -> None:
-        """Refuse a top singular value that independent noise does not reach, of one matrix.
+        """Refuse a largest singular value of one matrix that independent noise does not reach.
 
-        The level is ``noise_std * (sqrt(m) + sqrt(n) + t)``, which independent noise exceeds with a
-        probability of exp(-t^2/2) at most (Gordon's bound with Gaussian concentration).
+        Independent noise exceeds ``noise_std * (sqrt(m) + sqrt(n) + t)`` with probability
+        exp(-t^2/2) at most (Gordon's bound with Gaussian concentration).
         """
         matrices = [name for name, total in clean.items() if total.ndim == 2]
         if not matrices:
             return
-        # the smallest of those large enough for the edge to be sharp
+        # the smallest matrix that is large enough for a sharp edge
         name = max(matrices, key=lambda name: (min(*clean[name].shape, 256), -clean[name].numel()))
         noise = (noisy[name].double() - clean[name].double()) / self._std
         rounding = 2 * _EPS * float(torch.linalg.matrix_norm(noisy[name].double())) / self._std
@@ -254,17 +270,18 @@ class NoiseCheck:
             )
 
     def _refuse(self, what: str) -> NoReturn:
+        """Raise ``ValueError``: the noise's fault, and the number of steps seen."""
         raise ValueError(
             f"{what} (step {self._seen} of those seen): the privacy stated would not hold"
         )
 
 
 class GeneratorCheck:
-    """Refuse noise or samples that do not come from the run's own generator, moving forward.
+    """Refuse draws that do not come from the run's own generator, or that repeat.
 
     Args:
         what: what the generator draws, for messages.
-        generator: a torch generator, or one with a ``state()`` that begins with 16 bytes of key.
+        generator: a torch generator, or one whose ``state()`` begins with 16 bytes of key.
     """
 
     def __init__(self, what: str, generator: Any) -> None:
@@ -273,9 +290,9 @@ class GeneratorCheck:
         self._states = {state}
 
     def check(self, generator: Any) -> None:
-        """Look after a step has drawn from the generator."""
+        """Check the generator after a step has drawn from it; raise ``ValueError`` on a fault."""
         origin, state = _generator_state(generator)
-        if state is None:  # it has none, and draws from the operating system
+        if state is None:  # the generator draws from the operating system, and has no state
             return
         if origin != self._origin:
             raise ValueError(
@@ -292,7 +309,7 @@ class GeneratorCheck:
 
 
 def _generator_state(generator: Any) -> tuple[Any, bytes | None]:
-    """What a generator was started from, and a digest of where it is."""
+    """Return a generator's seed or key, and a digest of its state."""
     if isinstance(generator, torch.Generator):
         state = generator.get_state().numpy().tobytes()
         return generator.initial_seed(), hashlib.blake2b(state, digest_size=16).digest()
@@ -302,17 +319,18 @@ def _generator_state(generator: Any) -> tuple[Any, bytes | None]:
     return None, None
 
 
-def _print(tensor: Tensor) -> Tensor:
-    """Its first entries, filled up with zeros."""
-    some = tensor.detach().flatten()[:_PRINT].double()
-    return torch.nn.functional.pad(some, (0, _PRINT - len(some)))
+def _head(tensor: Tensor) -> Tensor:
+    """Return the first ``_HEAD`` entries of a tensor, filled up with zeros."""
+    some = tensor.detach().flatten()[:_HEAD].double()
+    return torch.nn.functional.pad(some, (0, _HEAD - len(some)))
 
 
 def _near_half_precision(size: np.ndarray) -> np.ndarray:
-    """Whether numbers > 0 are within a twentieth of the spacing of one with 11 bits."""
+    """Return whether numbers > 0 are within 1/20 of the spacing of a number with 11 bits."""
     mantissa = np.frexp(size)[0] * 2.0**11
     return np.abs(mantissa - np.round(mantissa)) < 0.05
 
 
 def _ago(steps: int) -> str:
+    """Return how long ago a step was, in words."""
     return "the step before" if steps == 1 else f"{steps} steps before"

@@ -1,11 +1,11 @@
-"""Several processes at one run, data-parallel, as torchrun starts them; alone, none of it acts.
+"""The processes of one data-parallel run, as torchrun starts them, and what they exchange.
 
-Every process holds the model and draws the same Poisson sample, of which it clips its share. The
-first adds the shares up and the noise once, and hands the noisy sum to all; what follows is the
-same everywhere, but that each matrix is restored by one process. Only the first writes, evaluates
-and ever holds a clean total.
+Every rank draws nothing but its share: rank 0 draws the Poisson sample, and each rank clips some of
+its rows. Rank 0 adds the clipped sums and the noise, and broadcasts the noisy sum. Every rank then
+restores some of the matrices. Rank 0 alone writes files, evaluates (unless the model is sharded)
+and holds a clean total. A run of a single process exchanges nothing.
 
-Whatever stops a process closes its connections, and that stops the others at their next exchange.
+A process that stops closes its connections, which stops the others at their next exchange.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from torch import distributed as dist
 
 from lowrank_dp import _terminal
 
-# how long the others may wait for the first, which evaluates alone; one that died is noticed at
-# once, by its closed connection
+# Longest wait of the other ranks for rank 0, which evaluates alone. A rank that has died is noticed
+# at once, since its connections are closed.
 TIMEOUT = timedelta(hours=2)
 
 
 def rank() -> int:
-    """Number of this process; 0 is the first, or the only one."""
+    """Rank of this process: 0 for the first or only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work at this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def processes(device: str) -> Iterator[None]:
-    """The processes that torchrun started, connected while the block lasts; alone, nothing.
+    """Connect the processes that torchrun started, for the length of the block.
 
-    On a GPU each process takes that of its LOCAL_RANK, as its current device. When one fails, all
-    do: under torchrun the first to notice raises its error, a ``ConnectionError`` if it was another
-    process that stopped, and the others raise ``SystemExit``, so that one line is printed.
+    A process that was started alone connects to nothing. On a GPU, each process makes the GPU of
+    its LOCAL_RANK the current device. If one process fails, all fail. Under torchrun, the process
+    that notices first raises its error (a ``ConnectionError``, if another process stopped), and
+    the others raise ``SystemExit``, so that one line is printed.
 
     Raises:
         ValueError: if a process has no GPU of its own.
@@ -56,40 +57,45 @@ def processes(device: str) -> Iterator[None]:
         return
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if device != "cuda" or local >= count:
-            raise ValueError(
-                f"device must be cpu, or cuda with a GPU for each process, got "
-                f"{device!r} for process {local} of a machine with {count} GPUs"
-            )
-        torch.cuda.set_device(local)
-    with _explained():
-        store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # a second run of the same processes must not find the first one's addresses
-        group = (store.add("lowrank_dp groups", 1) - 1) // world
-        store = dist.PrefixStore(f"lowrank_dp {group}", store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=number,
-            world_size=world,
-            timeout=TIMEOUT,
-        )
+        _take_gpu(device)
+    with _lost_connections():
+        store = _connect("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
-        with _explained():
+        with _lost_connections():
             yield
-            barrier()  # or one would close its connections before another has read from them
+            barrier()  # no rank closes its connections before the others have read from them
     except Exception as error:
-        if not _first_to_say(store) and isinstance(error, (ValueError, OSError)):
+        if not _reports_first(store) and isinstance(error, (ValueError, OSError)):
             raise SystemExit(_terminal.BAD_INPUT) from error
         raise
     finally:
         dist.destroy_process_group()
 
 
-def _first_to_say(store: dist.Store) -> bool:
-    """Whether no other process has reported an error; True where that can't be known."""
-    if not dist.is_torchelastic_launched():  # then the first process keeps the store, and may die
+def _take_gpu(device: str) -> None:
+    """Make the GPU of this process's LOCAL_RANK the current device."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device != "cuda" or local >= count:
+        raise ValueError(
+            f"device must be cpu, or cuda with a GPU for each process, got "
+            f"{device!r} for process {local} of a machine with {count} GPUs"
+        )
+    torch.cuda.set_device(local)
+
+
+def _connect(backend: str) -> dist.Store:
+    """Open the process group, and return the store that the processes share."""
+    store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # A second run of the same processes must not find the addresses of the first run.
+    group = (store.add("lowrank_dp groups", 1) - 1) // world
+    store = dist.PrefixStore(f"lowrank_dp {group}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=TIMEOUT)
+    return store
+
+
+def _reports_first(store: dist.Store) -> bool:
+    """Return whether this process is the first to report an error; True if that is unknown."""
+    if not dist.is_torchelastic_launched():  # rank 0 keeps the store then, and may have died
         return True
     try:
         return store.add("said", 1) == 1
@@ -98,40 +104,42 @@ def _first_to_say(store: dist.Store) -> bool:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """A failed exchange as one line."""
+def _lost_connections() -> Iterator[None]:
+    """Turn the error of a failed exchange into a ``ConnectionError`` of one line."""
     try:
         yield
     except RuntimeError as error:
+        # gloo raises a plain RuntimeError, whose text names a source file of gloo.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise  # gloo has no error of its own, but names the file that it comes from
+            raise
         reason = str(error).splitlines()[0].split(". ")[0].split("] ", 1)[-1]
         raise ConnectionError(
-            f"another process of this run has stopped or can't be reached ({reason}): go on with "
-            "--resume; with another number of processes, the steps since the last snapshot count "
-            "again"
+            f"another process of this run has stopped or can't be reached ({reason}): continue "
+            "with --resume; with another number of processes, the steps since the last snapshot "
+            "count again"
         ) from error
 
 
 def barrier() -> None:
-    """Wait for all processes, by gloo."""
+    """Wait until every rank is here, by gloo."""
     dist.all_reduce(torch.zeros(1))
 
 
 def broadcast_from_rank0(
     document: Any = None, tensors: Mapping[str, Tensor] | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
-    """What the first process passes, on every process: a JSON document, and tensors (on the CPU).
+    """Return rank 0's JSON document and tensors on every rank; the other ranks pass nothing.
 
-    Nothing is pickled. The others pass nothing.
+    The tensors are on the CPU. They travel as safetensors: nothing is pickled.
     """
     if world_size() == 1:
         return document, dict(tensors or {})
     data = save({name: t.detach().cpu().contiguous() for name, t in (tensors or {}).items()})
-    return json.loads(_bytes(json.dumps(document).encode())), load(_bytes(data))
+    return json.loads(_broadcast_bytes(json.dumps(document).encode())), load(_broadcast_bytes(data))
 
 
-def _bytes(data: bytes) -> bytes:
+def _broadcast_bytes(data: bytes) -> bytes:
+    """Return rank 0's bytes, whose length only rank 0 knows."""
     size = torch.tensor(len(data))
     dist.broadcast(size, 0)
     buffer = (
@@ -144,7 +152,7 @@ def _bytes(data: bytes) -> bytes:
 
 
 def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the first process, the tensors of all under their names, on the CPU; elsewhere nothing."""
+    """Return, on rank 0, the tensors of all ranks by name, on the CPU; elsewhere an empty dict."""
     found = {name: tensor.cpu() for name, tensor in tensors.items()} if rank() == 0 else {}
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     for source in range(1, world_size()):
@@ -161,28 +169,29 @@ def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reduce_to_rank0(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All processes' ``sums`` added up, on the first; the others get numbers without a meaning.
+    """Return, on rank 0, the sums over all ranks. NON-PRIVATE.
 
-    NON-PRIVATE, which is why it is a reduction to one and not to all: together with
-    :func:`broadcast` of the noisy sum it moves as many bytes as an all-reduce.
+    The other ranks get numbers without a meaning: a reduction to all ranks would give each of them
+    a clean total. A reduction followed by a :func:`broadcast` of the noisy sum moves as many bytes
+    as one reduction to all.
     """
     if world_size() == 1:
         return dict(sums)
-    return _flat(lambda flat: dist.reduce(flat, 0), sums)
+    return _as_one(lambda flat: dist.reduce(flat, 0), sums)
 
 
 def broadcast(tensors: Mapping[str, Tensor], source: int = 0) -> dict[str, Tensor]:
-    """The tensors of process ``source``; the others pass such of the same shapes and types."""
+    """Return the tensors of rank ``source``; others pass tensors of the same shapes and types."""
     if world_size() == 1:
         return dict(tensors)
-    return _flat(lambda flat: dist.broadcast(flat, source), tensors)
+    return _as_one(lambda flat: dist.broadcast(flat, source), tensors)
 
 
-def _flat(exchange: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``exchange`` on all tensors as one, since each exchange has its latency."""
+def _as_one(exchange: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Exchange all tensors as one flat tensor, since every exchange has a latency."""
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     if flat.is_cuda:
-        barrier()  # gloo notices a process that has died, NCCL would wait for it
+        barrier()  # gloo notices a process that has died; NCCL would wait for it
     exchange(flat)
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {
@@ -192,10 +201,11 @@ def _flat(exchange: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> d
 
 
 def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
-    """For each tensor the process, of ``count``, that restores it.
+    """Assign every tensor to one of ``count`` ranks, so that their loads are about equal.
 
-    The largest first, each to the process with the least to do, by ``m n``, which the fast path's
-    time grows with: at most 4/3 of the best possible longest share (Graham, 1969).
+    The load of a tensor is its number of entries, which the time of a fast restoration is
+    proportional to. The largest tensor comes first, and each goes to the rank with the least load:
+    the largest load is at most 4/3 of the smallest possible one (Graham, 1969).
 
     >>> owners({"a": (4, 4), "b": (3, 4), "c": (3, 3)}, 2)
     {'a': 0, 'b': 1, 'c': 1}
@@ -211,7 +221,7 @@ def owners(shapes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, int]:
 def map_over_ranks(
     work: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``work(tensors)``, each matrix done by its owner and handed to all.
+    """Return ``work(tensors)`` on every rank, each matrix done by its owner and broadcast.
 
     ``work`` treats every matrix by itself, and leaves other tensors as they are.
     """
@@ -223,7 +233,5 @@ def map_over_ranks(
     done = dict(tensors)
     done.update(work({name: tensors[name] for name in owner if owner[name] == rank()}))
     for source in sorted(set(owner.values())):
-        done.update(
-            broadcast({name: done[name] for name in owner if owner[name] == source}, source)
-        )
+        done.update(broadcast({n: done[n] for n in owner if owner[n] == source}, source))
     return done

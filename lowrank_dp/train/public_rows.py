@@ -1,8 +1,8 @@
-"""Whether a model keeps rows apart, seen on public rows before a private one is read.
+"""The check that a model keeps rows apart, on public rows, before a private row is read.
 
-A refusal by what private rows give would depend on them. So :func:`require_independent_rows` makes
-rows of random tokens of the vocabulary and has them examined as ``lowrank_dp.grads`` examines the
-rows that it is given: together, alone, and alone without padding.
+A refusal that private rows cause would depend on them. :func:`require_independent_rows` therefore
+makes rows of random tokens of the vocabulary, and examines the model as ``lowrank_dp.grads`` does:
+on the rows together, on each row alone, and on each row alone without padding.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.grads.losses import first_line
 from lowrank_dp.train.config import TrainConfig
 
-LENGTHS = (4, 9, 23)  # tokens of the texts of the three rows, where the model has room for them
+LENGTHS = (4, 9, 23)  # tokens of the three rows' texts, if the model has room for them
 
 
 def require_independent_rows(
     model: Any, tokenizer: Any, task: Task, max_length: int | None, config: TrainConfig
 ) -> None:
-    """Raise ``ValueError`` if the gradient of one row depends on another row, or on padding.
+    """Raise ``ValueError`` if the gradient of a row depends on another row, or on padding.
 
-    With padding "max-length" every row has ``max_length`` tokens, and padding may matter. The model
-    is examined in float32 whatever ``config.precision`` is, and is not changed.
+    With padding "max-length", every row has ``max_length`` tokens, and padding is part of a row.
+    The model is examined in float32, whatever ``config.precision`` is, and is not changed.
+
+    Args:
+        model: before anything is sharded.
+        tokenizer: of the model.
+        task: whose kind and labels the rows have.
+        max_length: number of tokens that texts are cut to, or None.
+        config: of the run.
     """
     pad_to = max_length if config.padding == "max-length" else None
     room = max_length or tokenizer.model_max_length - 8
@@ -58,7 +65,7 @@ def require_independent_rows(
             )
     except (ValueError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model's own code may raise anything
         raise ValueError(
             f"model {config.model} cannot be trained on rows of random tokens "
             f"({type(error).__name__}: {first_line(error)}): correct its config.json"
@@ -68,9 +75,10 @@ def require_independent_rows(
 
 
 def _square(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """As many rows as each of them has tokens, if there are: a batch of shape (T, T).
+    """Return one batch of T rows of T tokens each, or no batch if there are too few rows.
 
-    A layout of (positions, rows) looks there like one of (rows, positions).
+    In such a batch, a layer input of shape (positions, rows, ...) has the shape of one with
+    (rows, positions, ...).
     """
     counts = Counter(len(row["input_ids"]) for row in rows)
     length = next((length for length, count in counts.items() if 1 < length <= count), 0)
@@ -78,7 +86,7 @@ def _square(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _examples(tokenizer: Any, task: Task, lengths: list[int]) -> list[Example]:
-    """Make examples of the task's kind from random tokens, one example for each length."""
+    """Return examples of the task's kind made from random tokens, one per length."""
     generator = torch.Generator().manual_seed(0)
     special = set(tokenizer.all_special_ids)
     known = torch.tensor([i for i in range(len(tokenizer)) if i not in special])

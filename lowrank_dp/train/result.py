@@ -1,11 +1,11 @@
-"""What a finished run leaves: ``training.json``, ``membership.json`` and the checkpoint."""
+"""The result of a finished run: ``training.json``, ``membership.json`` and the checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,28 +14,36 @@ from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files, runs
 from lowrank_dp.data import SEPARATOR
 from lowrank_dp.evaluation.metrics import majority
-from lowrank_dp.membership.units import manifest
-from lowrank_dp.models import save_model
+from lowrank_dp.membership.manifest import Manifest
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.setup import Setup
-from lowrank_dp.train.state import State
+
+if TYPE_CHECKING:
+    from lowrank_dp.train.setup import Setup
+    from lowrank_dp.train.state import State
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What ``training.json`` holds.
+    """The contents of ``training.json``.
 
     Attributes:
-        epsilon: spent at ``delta``, by the PLD accountant; None where nothing is claimed.
-        releases: distinct noisy gradients that may have been drawn: ``steps``, and those of
-            broken-off attempts that could not be replayed alike.
-        privacy: the whole statement.
-        noise_multiplier, sample_rate: of the mechanism; sigma relative to C.
-        curve: evaluations on the validation split: step, loss, the task's metrics, seconds and
-            restore_seconds spent in steps until then (evaluation excluded).
-        train_loss: NON-PRIVATE, the loss on at most ``eval_examples`` of the members.
+        config: of the run.
+        epsilon: privacy spent at ``delta``; None if the run claims no privacy.
+        delta: that epsilon is stated at.
+        releases: number of distinct noisy gradients that may have been drawn: one per step, and
+            those of interrupted attempts that could not be replayed alike.
+        privacy: the whole privacy statement.
+        noise_multiplier: sigma, relative to the clipping norm C.
+        sample_rate: probability with which a unit takes part in a step.
+        curve: evaluations on the validation split: step, loss, the task's metrics, and the seconds
+            and restore_seconds spent in steps until then, without evaluations.
+        seconds, restore_seconds: time spent in steps, and the part of it spent restoring.
+        train_loss: loss on at most ``eval_examples`` of the members. NON-PRIVATE.
         majority: accuracy of always answering the most frequent validation label, or None.
-        sensitive: what in here no mechanism protects, said in the file itself.
+        description: model, data and processes, in words.
+        provenance: versions, command and machine.
+        sensitive: the fields of the file that no mechanism protects.
+        schema_version: of the file.
     """
 
     config: TrainConfig
@@ -57,7 +65,11 @@ class TrainResult:
 
 
 def load_result(folder: str | Path) -> TrainResult:
-    """What :func:`train` left in a folder; ``ValueError`` if it is no finished run."""
+    """Return the result that :func:`train` wrote to a folder.
+
+    Raises:
+        ValueError: if the folder holds no finished run, or one of another schema version.
+    """
     path = Path(folder) / runs.TRAINING
     try:
         document = files.read_json(path)
@@ -69,7 +81,7 @@ def load_result(folder: str | Path) -> TrainResult:
 
 
 def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> TrainResult:
-    """The result of a run that has made so many releases in all."""
+    """Return the result of a run after ``releases`` releases."""
     return TrainResult(
         config=setup.config,
         epsilon=setup.epsilon(releases),
@@ -91,15 +103,15 @@ def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> T
 def save_run(
     setup: Setup, result: TrainResult, folder: runs.RunFolder, weights: dict[str, Tensor] | None
 ) -> None:
-    """Put the checkpoint in place, or without weights ``training.json`` alone."""
+    """Write the checkpoint and its manifest; without weights, write ``training.json`` alone."""
     documents = {runs.TRAINING: artifacts.to_jsonable(result)}
     if weights is not None:
         config, task = setup.config, setup.task
-        documents[runs.MEMBERSHIP] = manifest(
+        documents[runs.MEMBERSHIP] = Manifest.of(
             setup.units,
             setup.members,
             membership=config.membership,
-            coin_seed=setup.seed,
+            sampling_seed=setup.seed,
             task=task.name,
             split="train",
             source=task.source,
@@ -117,11 +129,13 @@ def save_run(
             privacy=result.privacy,
             train_loss=result.train_loss,
             eval_loss=result.curve[-1]["loss"],
-        )
+        ).as_json()
 
     def write(aside: Path) -> None:
         if weights is None:
             return
+        from lowrank_dp.models import save_model  # loaded when used: transformers comes with it
+
         save_model(setup.model, setup.tokenizer, aside, weights)
         if setup.initial_head:
             save_file(setup.initial_head, aside / runs.INITIAL_HEAD)

@@ -1,6 +1,6 @@
-"""Is each step's sample the Poisson sample that the accounting assumes? Looked at in every step.
+"""Checks that every step's sample is the Poisson sample that the accounting assumes.
 
-What a message says is the kind of fault, and of no unit whether it was drawn.
+A message names the kind of fault, and reveals of no unit whether it was drawn.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 from lowrank_dp.train import evidence
 from lowrank_dp.train.evidence import Watch
 
-FALSE_ALARMS = 5e-7  # of a run's samples; as much again is for its noise
-_FAMILIES = 4
+FALSE_ALARMS = 5e-7  # bound on the probability that the samples of an honest run stop it
+_FAMILIES = 4  # number of checks that share FALSE_ALARMS
 
 
 class SamplingCheck:
     """Refuse samples in which units do not take part independently with the stated probability.
 
-    No unit may be in a sample twice. The number of units is compared with its binomial
-    distribution, its spread with that of one, the units common to two samples in a row with the
-    number expected, and each unit's share of the samples with the rate.
+    No unit may be in a sample twice. Four numbers are compared with their binomial distributions:
+    the units in a sample, the spread of that number, the units common to two successive samples,
+    and the samples that each unit takes part in.
 
     Args:
         unit_rows: rows of each unit.
-        rate: probability with which a unit takes part.
-        steps: most steps of the run.
+        rate: probability with which a unit takes part, in (0, 1].
+        steps: largest number of steps of the run.
     """
 
     def __init__(self, unit_rows: Sequence[Sequence[int]], rate: float, steps: int) -> None:
@@ -44,9 +44,14 @@ class SamplingCheck:
             self._each, self._level = by_rate, np.log(self._units / share)
 
     def check(self, rows: Sequence[int], *, one_each: bool) -> None:
-        """Look at one step's sample; raise ``ValueError`` if it, or the run's, is not as stated.
+        """Check one step's sample, and the samples of the run so far.
 
-        ``one_each``: a unit takes part with one of its rows, not with all of them.
+        Args:
+            rows: of the sample.
+            one_each: whether a unit takes part with one of its rows, or with all of them.
+
+        Raises:
+            ValueError: if the sample, or the samples so far, are not as stated.
         """
         units = np.array([self._unit_of[row] for row in rows], dtype=int)
         most = np.ones(self._units) if one_each else np.array(self._rows_of)
@@ -75,6 +80,7 @@ class SamplingCheck:
             self._refuse("takes a unit more or less often than the others")
 
     def _refuse(self, what: str) -> NoReturn:
+        """Raise ``ValueError``: the sample's fault, and what must hold."""
         raise ValueError(
             f"the sample {what}: units must take part independently, each with the "
             "same probability, and the privacy stated would not hold"

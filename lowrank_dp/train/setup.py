@@ -1,37 +1,29 @@
-"""Everything a run needs before its first step: data, model, mechanism, optimizer."""
+"""Everything that a run needs before its first step: data, model, mechanism, optimizer."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_dp.data import Columns, Example, Task, encode, load_task
-from lowrank_dp.data.selection import (
-    has_group,
-    partition,
-    require_alone,
-    threshold,
-    unit_content,
-)
+from lowrank_dp.data import Example, Task, encode, micro_batches
+from lowrank_dp.grads import Batch
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.membership.units import draw_members, fingerprint, group_units
+from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
-from lowrank_dp.rng import derive_seed as derive_seed
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
-from lowrank_dp.train.layout import Replicated, Sharded, equalise, shard
+from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
 from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.public_rows import require_independent_rows
-
-LABELLED_LENGTH = 128  # tokens that a text with a label is cut to, unless told otherwise
+from lowrank_dp.train.records import check_room, select_units, token_limit
 
 
 @dataclass(frozen=True)
@@ -39,14 +31,22 @@ class Setup:
     """A run before its first step.
 
     Attributes:
+        config: what was asked.
+        task: the data, with held-out units as its validation split if the run has a holdout.
         units, members: every unit of privacy of the train split, and whether it is trained on.
-        rows: encoded rows of the members; unit_rows: positions in it, by member unit.
-        max_length: tokens that texts are cut to, or None.
-        trained: the parameters that train, by name.
+        rows: encoded rows of the members.
+        unit_rows: the positions in ``rows`` of each member's rows.
+        max_length: number of tokens that texts are cut to, or None.
+        model, tokenizer: on the run's device; a sharded model holds this rank's rows.
+        trained: the trained parameters, by name.
         initial_head: a classifier's head before training, under its state-dict names.
-        seed: of everything that is not secret: head, LoRA's A, coins.
-        digests: of model and data before the first step, by ``identity.digests``.
-        layout: where tensors are when several processes share the run.
+        mechanism, delta: the Gaussian mechanism, and the delta that epsilon is stated at.
+        optimizer: over the trained parameters.
+        learning_rate: the learning rate as a function of the step, counted from 0.
+        seed: seed of what is not secret: the head, LoRA's A, the membership bits.
+        data_fingerprint: SHA-256 of the records that are trained on.
+        digests: SHA-256 of model and data before the first step, by ``identity.digests``.
+        layout: where the tensors are if several processes share the run.
     """
 
     config: TrainConfig
@@ -67,16 +67,16 @@ class Setup:
     seed: int
     data_fingerprint: str
     digests: dict[str, str]
-    layout: Replicated
+    layout: Layout
 
     @property
     def pad_to(self) -> int | None:
-        """The public length that every row is padded to, in tokens; None for the longest row's."""
+        """The public number of tokens that every row is padded to; None: the longest row's."""
         return self.max_length if self.config.padding == "max-length" else None
 
     @property
     def description(self) -> str:
-        """What runs on what, in words."""
+        """The model, the data and the processes, in words."""
         how = ", which share the model" if self.config.shard else ""
         several = f", by {world_size()} processes{how}" if world_size() > 1 else ""
         padded = f", each padded to {self.pad_to} tokens" if self.pad_to else ""
@@ -87,7 +87,7 @@ class Setup:
         )
 
     def statement(self, releases: int) -> str:
-        """The privacy claim after ``releases`` releases, and what weakens it."""
+        """State the privacy after ``releases`` releases, with every fact that weakens it."""
         if self.config.non_private:
             return "NON-PRIVATE: no clipping and no noise"
         claim = self.mechanism.statement(releases, self.delta)
@@ -113,7 +113,7 @@ class Setup:
 
     @property
     def randomness(self) -> str:
-        """Where noise and samples come from."""
+        """The source of the noise and of the samples, in words."""
         secure = "the cryptographic generator AES-128-CTR, keyed by the operating system"
         if self.config.seed is not None:
             return (
@@ -128,68 +128,50 @@ class Setup:
         )
 
     def epsilon(self, releases: int) -> float | None:
-        """Epsilon after ``releases`` releases; None where nothing is claimed."""
+        """Return epsilon after ``releases`` releases; None if the run claims no privacy."""
         if self.config.non_private or self.config.diagnostic:
             return None
         return self.mechanism.epsilon(releases, self.delta)
 
+    def batches(self, chosen: Sequence[int]) -> Iterator[Batch]:
+        """Yield micro-batches of the chosen ``rows``, on the device; no batch for no row."""
+        rows = [self.rows[row] for row in chosen]
+        for _, batch in micro_batches(
+            rows, self.config.micro_batch_size, self.tokenizer.pad_token_id, length=self.pad_to
+        ):
+            yield {key: value.to(self.config.device) for key, value in batch.items()}
+
 
 def prepare(config: TrainConfig, seed: int) -> Setup:
-    """Load and check everything; raises ``ValueError`` in one line on what can't be trained.
+    """Load the data and the model, and make the mechanism and the optimizer.
 
-    ``seed`` is ``config.seed``, or what was drawn in its place.
+    Args:
+        config: of the run.
+        seed: ``config.seed``, or the number that was drawn in its place.
+
+    Raises:
+        ValueError: in one line, if the run can't be made.
     """
     if config.shard and world_size() == 1:
         raise ValueError(
             "shard must go with several processes: start them by torchrun "
             "--nproc-per-node N -m lowrank_dp.train ..."
         )
-    task = load_task(
-        config.task,
-        max_examples=config.max_examples,
-        seed=config.data_seed,
-        columns=Columns.of(config),
-        warn=False,
-    )
-    _check_unit(config, task)
-    task = hold_out(task, config.holdout, config.unit) if config.holdout else task
-    units = group_units(task.train, config.unit)
-    members = _members(units, config.membership, seed)
-    trained_on = [unit for unit, member in zip(units, members, strict=True) if member]
-    _check_data(config, task, trained_on)
-    model, tokenizer = load_model(
-        config.model,
-        task=task,
-        method=config.method,
-        rank=config.rank,
-        lora_alpha=config.lora_alpha,
-        lora_init=config.lora_init,
-        target_modules=list(config.target_modules) or None,
-        train_embeddings=config.train_embeddings,
-        train_layers=config.train_layers,
-        device="cpu" if config.shard else config.device,
-        seed=seed,
-    )
+    task, units, members = select_units(config, seed)
+    trained_on = [*compress(units, members)]
     examples = [example for unit in trained_on for example in unit]
-    max_length = config.max_length
-    if max_length is None and task.kind != "generation":
-        max_length = min(LABELLED_LENGTH, tokenizer.model_max_length)
-    if max_length is None and config.padding == "max-length":
-        raise ValueError(
-            "max_length must be given to pad every row to it (padding 'max-length') "
-            f"for {task.name}, a generation task: give --max-length"
-        )
+    model, tokenizer = _load_model(config, task, seed)
+    max_length = token_limit(config, task, tokenizer)
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
-    if task.kind == "generation" and config.generate:
-        _check_room(config, task, tokenizer, max_length)
     positions = iter(range(len(rows)))
-    unit_rows = [[next(positions) for _ in unit] for unit in trained_on]
+    if task.kind == "generation" and config.generate:
+        check_room(config, task, tokenizer, max_length)
     mechanism, delta = _mechanism(config, len(trained_on))
     equalise(model)
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
-    if task.warning:  # last, so that what is refused is one line
+    if task.warning:  # last, so that a refusal is one line
         warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
@@ -201,7 +183,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         units=units,
         members=members,
         rows=rows,
-        unit_rows=unit_rows,
+        unit_rows=[[next(positions) for _ in unit] for unit in trained_on],
         max_length=max_length,
         model=model,
         tokenizer=tokenizer,
@@ -218,100 +200,25 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     )
 
 
-def hold_out(task: Task, count: int, unit: str) -> Task:
-    """The task with about ``count`` units of its train split in place of the validation split.
-
-    The held-out units are the same for every seed. Each group is held out alone, with all its
-    rows, by a keyed hash against a threshold (``data.selection``): a unit more in the train split
-    changes that unit's side only, and the number of held-out units is an expectation.
-    """
-    units = len(group_units(task.train, unit))
-    if not count < units:
-        raise ValueError(
-            f"holdout must be below the {units:,} {unit}s of {task.name}'s train "
-            f"split, got {count:,}"
-        )
-    share = threshold(count, units)
-    held_out, rest = partition(task.train, share, "holdout", "")
-    require_alone(
-        lambda rows: partition(rows, share, "holdout", "")[0], task.train, repr, "holdout"
+def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
+    """Load the model and its tokenizer; a model that will be sharded stays on the CPU."""
+    return load_model(
+        config.model,
+        task=task,
+        method=config.method,
+        rank=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_init=config.lora_init,
+        target_modules=list(config.target_modules) or None,
+        train_embeddings=config.train_embeddings,
+        train_layers=config.train_layers,
+        device="cpu" if config.shard else config.device,
+        seed=seed,
     )
-    if not held_out or not rest:
-        raise ValueError(
-            f"holdout {count:,} chose {'all' if held_out else 'none'} of the "
-            f"{units:,} {unit}s of {task.name}'s train split (their number is "
-            f"random): give a {'smaller' if held_out else 'larger'} one"
-        )
-    return replace(task, splits={"train": rest, "validation": held_out})
-
-
-def _members(units: list[list[Example]], membership: str, seed: int) -> list[bool]:
-    """For each unit, whether it is trained on; independent coins are checked to be independent."""
-
-    def choose(some: Sequence[list[Example]]) -> list[list[Example]]:
-        return [*compress(some, draw_members(some, membership, seed))]
-
-    if membership == "bernoulli":
-        require_alone(choose, units, unit_content, "membership 'bernoulli'")
-    return draw_members(units, membership, seed)
-
-
-def _check_unit(config: TrainConfig, task: Task) -> None:
-    """Refuse groups where none are known, and warn where they are single rows."""
-    if config.unit != "group":
-        return
-    if not any(map(has_group, task.train)):
-        could = ", ".join(map(repr, task.unused[:10]))
-        fix = (
-            f"name their column by group_column (not read so far: {could})"
-            if could
-            else "use unit 'example', or own data with a group_column"
-        )
-        raise ValueError(
-            f"unit 'group' must come with groups of rows, {task.name} has none that "
-            f"are known: {fix}"
-        )
-    if len(group_units(task.train, "group")) == len(task.train) > 1:
-        warnings.warn(
-            f"each of the {len(task.train):,} groups of {task.name} is a single row: "
-            "unit 'group' protects no more than unit 'example'",
-            stacklevel=3,
-        )
-
-
-def _check_data(config: TrainConfig, task: Task, trained_on: list[list[Example]]) -> None:
-    if config.batch_size > len(trained_on):
-        raise ValueError(
-            f"batch_size must be at most the {len(trained_on):,} {config.unit}s that "
-            f"are trained on, got {config.batch_size:,}"
-        )
-    if task.kind == "classification":
-        labels = {example.label for unit in trained_on for example in unit}
-        if len(labels) < 2:
-            name = task.label_names[int(labels.pop() or 0)]
-            raise ValueError(
-                f"{task.name} must have training examples of two classes or more, all "
-                f"have label {name:.80}"
-            )
-    task.split("validation")
-
-
-def _check_room(config: TrainConfig, task: Task, tokenizer: Any, max_length: int | None) -> None:
-    """Refuse now what the last evaluation could not write, when the privacy would be spent."""
-    prompts = encode(
-        task.validation, tokenizer, kind=task.kind, max_length=max_length, with_target=False
-    )
-    room = tokenizer.model_max_length - max(len(prompt["input_ids"]) for prompt in prompts)
-    if config.max_new_tokens > room:
-        raise ValueError(
-            f"max_new_tokens must be <= {room}, what the longest prompt of "
-            f"{task.name}'s validation split leaves of the model's context of "
-            f"{tokenizer.model_max_length}, got {config.max_new_tokens}; or cut the "
-            "prompts by a max_length, or leave generate out"
-        )
 
 
 def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
+    """Return the mechanism, calibrated if the configuration has a target epsilon, and delta."""
     sample_rate = config.batch_size / num_units
     delta = num_units**-1.1 if config.delta is None else config.delta
     if delta >= 1 / num_units and not config.non_private:
@@ -336,6 +243,7 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
 
 
 def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer of the parameters."""
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=config.averaging, weight_decay=decay)
@@ -344,8 +252,10 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
-    """The learning rate as a function of the step, which needs no state to resume."""
-    import transformers
+    """Return the learning rate as a function of the step, which has no state to save."""
+    if config.schedule == "constant":
+        return lambda step: config.learning_rate
+    import transformers  # its schedulers bring peft along
 
     scheduler: Any = transformers.get_scheduler(
         config.schedule,
@@ -353,7 +263,7 @@ def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.steps,
     )
-    # a warm-up that counts from 0 would waste a step's privacy on a rate of zero
+    # A warm-up that starts at 0 would spend the first step's privacy on a learning rate of zero.
     shift = 1 if config.warmup_steps else 0
     factor = scheduler.lr_lambdas[0]
     return lambda step: (

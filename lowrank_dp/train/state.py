@@ -1,4 +1,10 @@
-"""What a run carries from step to step, and how a snapshot holds it: tensors and plain JSON."""
+"""The state of a run between two steps, and its form in a snapshot: tensors and plain JSON.
+
+A snapshot holds the trained parameters, the optimizer's state, the running means, the states of all
+generators, and the curve so far. It holds no gradient, no clean sum and no record. The generator
+states could undo the noise, which is why snapshots are readable by their owner only and are removed
+once the run is finished.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_dp.restore import LowPassFilter
+from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.rng import Generator, SecureRandom, derive_seed, os_seeded_generator
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
@@ -22,26 +28,30 @@ if TYPE_CHECKING:
     from lowrank_dp.train.checks import StepChecks
 
 
+_RUNNING_MEANS = "low_pass."  # prefix of the restorer's tensors in a snapshot
+
+
 @dataclass
 class State:
     """The mutable part of a run.
 
     Attributes:
-        step: steps taken.
+        step: number of steps taken.
         stream: name of the unbroken sequence of random draws that sampler and noise belong to.
-        sampler, noise: generators of the Poisson samples (CPU) and of the DP noise (model's
-            device).
-        low_passes: running mean of each parameter's noisy gradients; empty without one.
-        restarted: why ``stream`` is not the snapshot's, in words; empty if it is.
-        curve: evaluations so far. seconds, restore_seconds: spent in steps, and of it restoring.
-        checks: of the steps that this process makes, or None; not in a snapshot.
+        sampler: generator of the Poisson samples, on the CPU.
+        noise: generator of the DP noise, on the model's device.
+        restorer: restorer of the noisy gradients, with their running means if the run has a filter.
+        curve: evaluations so far.
+        seconds, restore_seconds: time spent in steps, and the part of it spent restoring.
+        restarted: why the stream differs from the snapshot's, in words; empty if it does not.
+        checks: privacy checks of this process's steps, or None; not in a snapshot.
     """
 
     step: int
     stream: str
     sampler: Generator
     noise: Generator
-    low_passes: dict[str, LowPassFilter] = field(default_factory=dict)
+    restorer: GradientRestorer
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     restore_seconds: float = 0.0
@@ -49,31 +59,37 @@ class State:
     checks: StepChecks | None = None
 
 
+def first_state(config: TrainConfig, stream: str) -> State:
+    """Return the state of a run before its first step, at the start of a stream of draws."""
+    restorer = GradientRestorer(config.scheme, low_pass=config.low_pass, **config.restoration)
+    return State(0, stream, *fresh_generators(config, stream), restorer)
+
+
 def environment(device: str) -> dict[str, str]:
-    """What decides the sequence that a generator gives from a state: part of a stream's name."""
+    """Return what decides the draws from a generator's state; a part of a stream's name."""
     several = {"processes": str(world_size())} if world_size() > 1 else {}
     return {"torch": torch.__version__, "device": torch.device(device).type, **several}
 
 
 def identity(setup: Setup) -> dict[str, str]:
-    """All that the sums of a run, and the draws from a generator's state, depend on."""
+    """Return everything that a run's sums and the draws from a generator's state depend on."""
     device = setup.config.device
     return {**setup.digests, **versions_and_machine(device), **environment(device)}
 
 
 def digest_of_identity(setup: Setup) -> str:
-    """A digest of :func:`identity`."""
+    """Return a digest of :func:`identity`."""
     document = json.dumps(identity(setup), sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()[:32]
 
 
 def digest_of_draws(state: State) -> str:
-    """A digest of the state that the next noise is drawn from; it does not tell the state."""
-    return hashlib.sha256(_saved(state.noise).numpy().tobytes()).hexdigest()[:32]
+    """Return a digest of the state that the next noise is drawn from, which stays secret."""
+    return hashlib.sha256(_generator_state(state.noise).numpy().tobytes()).hexdigest()[:32]
 
 
 def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Generator]:
-    """Sampler and noise generator of a new stream."""
+    """Return the sampler and the noise generator of a new stream."""
     if config.seed is None:
         on_cpu = config.secure_rng or torch.device(config.device).type == "cpu"
         return SecureRandom(), SecureRandom() if on_cpu else os_seeded_generator(config.device)
@@ -84,7 +100,7 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
 
 
 def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """JSON and tensors of a snapshot; of shards on the first process, and all must ask for it."""
+    """Return the JSON and the tensors of a snapshot; all ranks of a sharded model must ask."""
     tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
     for index, entry in setup.optimizer.state_dict()["state"].items():
         tensors |= {
@@ -92,23 +108,19 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
             for key, value in entry.items()
             if isinstance(value, Tensor)
         }
-    tensors = setup.layout.whole(tensors) | setup.layout.gathered(
-        {
-            f"low_pass.{name}.{key}": value
-            for name, low_pass in state.low_passes.items()
-            for key, value in low_pass.tensors().items()
-        }
+    tensors = setup.layout.full_tensors(tensors) | setup.layout.gather(
+        {f"{_RUNNING_MEANS}{name}": value for name, value in state.restorer.tensors().items()}
     )
     tensors["generator.dropout"] = torch.get_rng_state()
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
-        tensors[f"generator.{name}"] = _saved(generator)
+        tensors[f"generator.{name}"] = _generator_state(generator)
     if setup.config.device.startswith("cuda"):
         tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
     return summary(setup, state), tensors
 
 
 def summary(setup: Setup, state: State) -> dict[str, Any]:
-    """JSON of a snapshot."""
+    """Return the JSON of a snapshot."""
     return {
         "config": setup.config.as_json(),
         "seed": setup.seed,
@@ -123,49 +135,42 @@ def summary(setup: Setup, state: State) -> dict[str, Any]:
 
 
 def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
-    """Put a snapshot's weights and optimizer state into ``setup``, and give its :class:`State`.
+    """Put a snapshot's weights and optimizer state into ``setup``, and return its :class:`State`.
 
-    No tensors at all are those of a run that has not begun: ``setup`` stays as it is.
-    ``setup`` is as it was loaded, before any step. Where its identity is not that of the snapshot,
-    a new stream is begun, whose releases count beside the old ones: the same noise on other sums,
-    or on sums that were rounded otherwise, would give away their difference.
+    Two sums that are released with the same noise reveal their difference, even if they differ only
+    in rounding. If the identity of ``setup`` differs from the snapshot's, a new stream is therefore
+    started, whose releases count beside the old ones.
+
+    Args:
+        setup: as loaded, before any step.
+        document, tensors: of the snapshot. A run that has not begun has no tensors, and leaves
+            ``setup`` as it is.
 
     Raises:
-        ValueError: if the training records are not those that the run began with.
+        ValueError: if the training records differ from those that the run began with.
     """
     if document["data"] != setup.data_fingerprint:
         raise ValueError(
             f"training records of {setup.task.name} are not those that the run began "
             "with: give it the same data, or start afresh in another folder"
         )
-    with torch.no_grad():
-        for name, p in setup.trained.items() if tensors else ():
-            p.copy_(setup.layout.placed(tensors[f"parameter.{name}"], p))
-    parameters = [*setup.trained.values()]  # in the optimizer's order
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, entry = key.split(".", 2)
-            entries.setdefault(int(index), {})[entry] = setup.layout.placed(
-                tensor, parameters[int(index)]
-            )
-    groups = setup.optimizer.state_dict()["param_groups"]
-    setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    generators = fresh_generators(setup.config, document["stream"])
-    state = State(
-        document["step"],
-        document["stream"],
-        *generators,
-        _low_passes(setup, tensors),
-        list(document["curve"]),
-        document["seconds"],
-        document["restore_seconds"],
+    state = first_state(setup.config, document["stream"])
+    state.step, state.curve = document["step"], list(document["curve"])
+    state.seconds, state.restore_seconds = document["seconds"], document["restore_seconds"]
+    state.restorer.load_tensors(
+        {
+            name.removeprefix(_RUNNING_MEANS): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_RUNNING_MEANS)
+        },
+        {name: p for name, p in setup.trained.items() if setup.layout.owns(name)},
     )
     if not tensors:
         return state
+    _load_weights(setup, tensors)
     here = identity(setup)
     differences, attempt = changed(document["identity"], here), ""
-    if reason := not_repeatable(setup.config):  # and so not twice under one name either
+    if reason := not_repeatable(setup.config):  # two resumptions need two names then
         differences.append(reason)
         attempt = f"{derive_seed(None, 'attempt')}"
     if differences:
@@ -174,30 +179,51 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         state.sampler, state.noise = fresh_generators(setup.config, state.stream)
         torch.manual_seed(derive_seed(setup.config.seed, f"dropout {state.stream}"))
         return state
-    if "generator.noise" in tensors:  # on the first process, which draws
-        state.sampler = _restored(state.sampler, tensors["generator.sampler"])
-        state.noise = _restored(state.noise, tensors["generator.noise"])
+    if "generator.noise" in tensors:  # on rank 0, which draws
+        state.sampler = _generator_at(state.sampler, tensors["generator.sampler"])
+        state.noise = _generator_at(state.noise, tensors["generator.noise"])
         torch.set_rng_state(tensors["generator.dropout"])
     if "generator.dropout_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
     return state
 
 
-def _saved(generator: Generator) -> Tensor:
+def _load_weights(setup: Setup, tensors: Mapping[str, Tensor]) -> None:
+    """Put a snapshot's parameters and optimizer state in place, in the run's layout."""
+    with torch.no_grad():
+        for name, p in setup.trained.items():
+            p.copy_(setup.layout.distribute(tensors[f"parameter.{name}"], p))
+    parameters = [*setup.trained.values()]  # in the optimizer's order
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, entry = key.split(".", 2)
+            entries.setdefault(int(index), {})[entry] = setup.layout.distribute(
+                tensor, parameters[int(index)]
+            )
+    groups = setup.optimizer.state_dict()["param_groups"]
+    setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _generator_state(generator: Generator) -> Tensor:
+    """Return the state of a generator, as a tensor of bytes."""
     return generator.state() if isinstance(generator, SecureRandom) else generator.get_state()
 
 
-def _restored(generator: Generator, state: Tensor) -> Generator:
-    """Restore a generator of the same kind from a state."""
+def _generator_at(generator: Generator, state: Tensor) -> Generator:
+    """Return a generator of the same kind at a saved state."""
     if isinstance(generator, SecureRandom):
         return SecureRandom.from_state(state)
     return generator.set_state(state)
 
 
 def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
-    """A name for the draws that begin at ``step``: no two different sequences share one.
+    """Return a name for the draws that begin at ``step``: two different sequences differ in it.
 
-    ``resumed`` is what tells one resumption from another, of which a seeded run's name has a hash.
+    Args:
+        config: of the run. Without a seed, the name is random.
+        step: counted from 0.
+        resumed: what distinguishes this resumption from others; a seeded run's name has its hash.
     """
     if config.seed is None:
         return f"{derive_seed(None, 'stream'):016x}"
@@ -205,17 +231,3 @@ def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
     if not resumed:
         return name
     return f"{name}, resumed {hashlib.sha256(resumed.encode()).hexdigest()[:16]}"
-
-
-def _low_passes(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, LowPassFilter]:
-    start, found = setup.config.low_pass, {}
-    for name, p in setup.trained.items():
-        prefix = f"low_pass.{name}."
-        own = {
-            key.removeprefix(prefix): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(prefix)
-        }
-        if own and start is not None and setup.layout.owns(name):
-            found[name] = start.with_tensors(own, p.device)
-    return found

@@ -1,4 +1,4 @@
-"""The shift check under coins and under planted shifts; copies across sides against brute force.
+"""The shift check with and without a shift; near-duplicates against brute force.
 
 Simulations have fixed seeds; the error rates stated are those of the test's idea over all seeds.
 """
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lowrank_dp.data import Example, load_task
-from lowrank_dp.mia import guards, metrics
-from lowrank_dp.mia.guards import Pair
+from lowrank_dp.mia import duplicates, metrics, shift, units
+from lowrank_dp.mia.duplicates import Pair
+from tests.tasks import case
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,9 @@ def draw(rng, examples, count):
     return [examples[i] for i in rng.choice(len(examples), count, replace=False)]
 
 
-def coins_by_group(rng, examples):
-    coin = {group: rng.random() < 0.5 for group in sorted({e.group for e in examples})}
-    return np.array([coin[e.group] for e in examples])
+def members_by_group(rng, examples):
+    member = {group: rng.random() < 0.5 for group in sorted({e.group for e in examples})}
+    return np.array([member[e.group] for e in examples])
 
 
 def z_score(auc):
@@ -53,12 +54,12 @@ def excludes_half(auc):
 
 
 @pytest.mark.slow
-def test_coins_are_called_a_shift_in_one_audit_of_a_hundred(sentences):
+def test_the_shift_check_has_one_false_alarm_in_a_hundred(sentences):
     """With 150 audits at a true rate of 1%, more than 7 alarms come up with probability 2e-4;
     a mean or spread outside these bounds with less than 1e-3."""
     rng = np.random.default_rng(1)
     found = [
-        guards.blind_baseline(draw(rng, sentences, 120), rng.random(120) < 0.5, seed=i)
+        shift.blind_baseline(draw(rng, sentences, 120), rng.random(120) < 0.5, seed=i)
         for i in range(150)
     ]
     z = np.array([z_score(auc) for auc in found])
@@ -68,8 +69,8 @@ def test_coins_are_called_a_shift_in_one_audit_of_a_hundred(sentences):
 
 
 @pytest.mark.slow
-def test_coins_thrown_for_groups_are_no_shift_either(tables):
-    """The rows of a group are alike and share a coin: row by row the interval would be too short.
+def test_the_shift_check_keeps_its_level_for_sampled_groups(tables):
+    """Rows of a group are similar and sampled together: counted singly, they shorten the interval.
 
     150 audits as above; the wrong spread is about sqrt(2.3), the mean square of a group's size
     over its mean."""
@@ -79,7 +80,7 @@ def test_coins_thrown_for_groups_are_no_shift_either(tables):
     for i in range(150):
         chosen = set(rng.choice(groups, 80, replace=False))
         examples = [e for e in tables if e.group in chosen]
-        auc = guards.blind_baseline(examples, coins_by_group(rng, examples), seed=i)
+        auc = shift.blind_baseline(examples, members_by_group(rng, examples), seed=i)
         z.append(z_score(auc))
         alarms += excludes_half(auc)
     assert alarms <= 7
@@ -88,8 +89,8 @@ def test_coins_thrown_for_groups_are_no_shift_either(tables):
 
 def test_a_fixed_half_is_no_shift_and_a_few_records_widen_the_interval(sentences):
     rng = np.random.default_rng(3)
-    few = guards.blind_baseline(sentences[:40], rng.permutation(40) < 20)
-    many = guards.blind_baseline(sentences[:1000], rng.permutation(1000) < 500)
+    few = shift.blind_baseline(sentences[:40], rng.permutation(40) < 20)
+    many = shift.blind_baseline(sentences[:1000], rng.permutation(1000) < 500)
     assert not excludes_half(few) and not excludes_half(many)
     assert few.se > 4 * many.se
     # the Mann-Whitney variance of four folds of 200, about 100 a side
@@ -97,9 +98,9 @@ def test_a_fixed_half_is_no_shift_and_a_few_records_widen_the_interval(sentences
 
 
 def test_copies_and_groups_do_not_leak_across_folds(sentences):
-    """Four copies of each text with one coin: a model that saw a copy would know the others."""
+    """Four copies of each text are sampled together: a copy in training gives away the others."""
     rng = np.random.default_rng(4)
-    coin = rng.random(150) < 0.5
+    member = rng.random(150) < 0.5
     copies = [
         replace(e, id=f"{e.id}/{i}", group=f"{e.id}/{i}", text=("  " * i) + e.text.title())
         for e in sentences[:150]
@@ -107,10 +108,10 @@ def test_copies_and_groups_do_not_leak_across_folds(sentences):
     ]
     apart = [replace(e, text=f"{e.text} {i}") for i, e in enumerate(copies)]
     grouped = [replace(e, group=e.id.rsplit("/", 1)[0]) for e in apart]
-    truth = np.repeat(coin, 4)
-    assert not excludes_half(guards.blind_baseline(copies, truth))
-    assert not excludes_half(guards.blind_baseline(grouped, truth))
-    leaking = guards.blind_baseline(apart, truth)
+    truth = np.repeat(member, 4)
+    assert not excludes_half(shift.blind_baseline(copies, truth))
+    assert not excludes_half(shift.blind_baseline(grouped, truth))
+    leaking = shift.blind_baseline(apart, truth)
     assert leaking.ci[0] > 0.5
 
 
@@ -124,9 +125,9 @@ def test_units_are_chained_through_groups_and_copies():
         Example("f", "five"),
         Example("j", "six"),
     ]
-    units = guards._units(examples).tolist()
-    assert len(set(units[:4])) == 1
-    assert sorted({units.index(u) for u in units}) == [0, 4, 5, 6]
+    numbers = units.unit_numbers(examples).tolist()
+    assert len(set(numbers[:4])) == 1
+    assert sorted({numbers.index(u) for u in numbers}) == [0, 4, 5, 6]
 
 
 def test_why_the_folds_go_forwards():
@@ -154,30 +155,27 @@ def test_why_the_folds_go_forwards():
 # --- a shift ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda e: replace(e, text=e.text + " , all in all"),
-        lambda e: replace(e, text=f"notably {e.text}"),
-        lambda e: replace(e, text=e.text.upper()),
-        lambda e: replace(e, label=1),
-        lambda e: replace(e, text_pair="a second text"),
-    ],
-    ids=["length", "word", "case", "label", "pair"],
-)
-def test_a_planted_shift_is_found(sentences, change):
+def test_a_planted_shift_is_found(sentences):
     """Two in five members differ: the AUC of seeing just that is 0.7 (for the label 0.6)."""
-    rng = np.random.default_rng(6)
-    truth = rng.random(1200) < 0.5
-    examples = [
-        change(e) if bit and rng.random() < 0.4 else e
-        for e, bit in zip(sentences[:1200], truth, strict=True)
-    ]
-    found = guards.blind_baseline(examples, truth)
-    assert found.ci[0] > 0.5
-    assert guards.shift_verdict(found, None) == "INVALID (shift)"
-    flipped = guards.blind_baseline(examples, ~truth)  # whoever is called a member
-    assert flipped.value == pytest.approx(found.value, abs=0.01)
+    for name, change in {
+        "length": lambda e: replace(e, text=e.text + " , all in all"),
+        "word": lambda e: replace(e, text=f"notably {e.text}"),
+        "case": lambda e: replace(e, text=e.text.upper()),
+        "label": lambda e: replace(e, label=1),
+        "pair": lambda e: replace(e, text_pair="a second text"),
+    }.items():
+        with case(name):
+            rng = np.random.default_rng(6)
+            truth = rng.random(1200) < 0.5
+            examples = [
+                change(e) if bit and rng.random() < 0.4 else e
+                for e, bit in zip(sentences[:1200], truth, strict=True)
+            ]
+            found = shift.blind_baseline(examples, truth)
+            assert found.ci[0] > 0.5
+            assert shift.shift_verdict(found, None) == "INVALID (shift)"
+            flipped = shift.blind_baseline(examples, ~truth)  # whoever is called a member
+            assert flipped.value == pytest.approx(found.value, abs=0.01)
 
 
 def test_real_scores_and_targets_are_seen():
@@ -189,14 +187,14 @@ def test_real_scores_and_targets_are_seen():
     ]
     # all texts are copies, so all are one unit
     with pytest.raises(ValueError, match=r"in several groups .* 400 records in 1 groups"):
-        guards.blind_baseline(scored, truth)
+        shift.blind_baseline(scored, truth)
     apart = [replace(e, text=f"text {i}") for i, e in enumerate(scored)]
-    assert guards.blind_baseline(apart, truth).ci[0] > 0.7
+    assert shift.blind_baseline(apart, truth).ci[0] > 0.7
     written = [
         Example(f"x/{i}", f"t {i}", target="yes" if bit else "no", group=f"x/{i}")
         for i, bit in enumerate(truth)
     ]
-    assert guards.blind_baseline(written, truth).value > 0.99
+    assert shift.blind_baseline(written, truth).value > 0.99
 
 
 def test_verdict():
@@ -204,10 +202,10 @@ def test_verdict():
         return metrics.Auc((low + high) / 2, 0.01, (low, high))
 
     fair, above, below = at(0.48, 0.53), at(0.51, 0.55), at(0.42, 0.49)
-    assert guards.shift_verdict(fair, None) == guards.shift_verdict(fair, fair) == "ok"
+    assert shift.shift_verdict(fair, None) == shift.shift_verdict(fair, fair) == "ok"
     for shifted in ((above, None), (below, None), (above, fair), (fair, above), (fair, below)):
-        assert guards.shift_verdict(*shifted) == "INVALID (shift)"
-    assert guards.shift_verdict(at(0.5, 0.6), None) == "ok"  # at the edge it is not excluded
+        assert shift.shift_verdict(*shifted) == "INVALID (shift)"
+    assert shift.shift_verdict(at(0.5, 0.6), None) == "ok"  # at the edge it is not excluded
 
 
 # --- AUC by unit -----------------------------------------------------------------------------
@@ -216,7 +214,7 @@ def test_verdict():
 def test_unit_auc_is_auc_where_groups_are_single_records(sentences):
     rng = np.random.default_rng(8)
     truth, scores = rng.random(60) < 0.5, rng.standard_normal(60)
-    assert guards.unit_auc(scores, sentences[:60], truth) == metrics.auc(
+    assert units.unit_auc(scores, sentences[:60], truth, confidence=0.99) == metrics.auc(
         scores, truth, confidence=0.99
     )
 
@@ -225,13 +223,13 @@ def test_unit_auc_by_hand():
     examples = [Example(str(i), f"text {i}", group=g) for i, g in enumerate("aabbcd")]
     truth = [1, 1, 1, 0, 0, 0]
     scores = [1.0, 3.0, 9.0, 0.0, 5.0, 1.5]  # members 2 and 9; others 0, 5, 1.5
-    found = guards.unit_auc(scores, examples, truth, confidence=0.9)
+    found = units.unit_auc(scores, examples, truth, confidence=0.9)
     assert found == metrics.auc([2.0, 9.0, 0.0, 5.0, 1.5], [1, 1, 0, 0, 0], confidence=0.9)
     assert found.value == 5 / 6
 
 
-def test_unit_auc_keeps_its_level_where_rows_share_a_coin():
-    """Groups of 8 rows with one loss and one coin: 300 audits, of which 1% may alarm; more than
+def test_unit_auc_keeps_its_level_where_rows_are_sampled_together():
+    """Groups of 8 rows with one loss and one bit: 300 audits, of which 1% may alarm; more than
     11 have a probability of 1e-4. Row by row the spread is sqrt(8): some 36% alarm."""
     rng = np.random.default_rng(9)
     examples = [
@@ -240,7 +238,7 @@ def test_unit_auc_keeps_its_level_where_rows_share_a_coin():
     alarms = {"units": 0, "rows": 0}
     for _ in range(300):
         scores, truth = (np.repeat(x, 8) for x in (rng.standard_normal(60), rng.random(60) < 0.5))
-        alarms["units"] += excludes_half(guards.unit_auc(scores, examples, truth))
+        alarms["units"] += excludes_half(units.unit_auc(scores, examples, truth, confidence=0.99))
         alarms["rows"] += excludes_half(metrics.auc(scores, truth, confidence=0.99))
     assert alarms["units"] <= 11 < 60 < alarms["rows"]
 
@@ -253,13 +251,15 @@ def test_overlap_finds_each_copied_non_member_once():
         "A film .", "a  FILM .", "other", "a film .", "Other", "no copy", "ﬁlm", "film"
     )
     truth = [1, 1, 0, 0, 1, 0, 0, 1]
-    assert guards.overlap(examples, truth) == (
+    assert duplicates.overlap(examples, truth) == (
         Pair("x/4", "x/2", 1.0),
         Pair("x/0", "x/3", 1.0),
         Pair("x/7", "x/6", 1.0),
     )
-    assert guards.overlap(examples[4:6], [1, 0]) == ()
-    assert {(p.nonmember, p.member) for p in guards.overlap(examples, np.logical_not(truth))} == {
+    assert duplicates.overlap(examples[4:6], [1, 0]) == ()
+    assert {
+        (p.nonmember, p.member) for p in duplicates.overlap(examples, np.logical_not(truth))
+    } == {
         ("x/0", "x/3"),
         ("x/1", "x/3"),
         ("x/4", "x/2"),
@@ -269,9 +269,9 @@ def test_overlap_finds_each_copied_non_member_once():
 
 def test_overlap_sees_the_whole_record_but_not_the_label():
     a = Example("a", "q", "p", label=0)
-    assert guards.overlap([a, replace(a, id="b", label=1)], [1, 0]) == (Pair("a", "b", 1.0),)
-    assert guards.overlap([a, replace(a, id="b", text_pair="r")], [1, 0]) == ()
-    assert guards.overlap([a, replace(a, id="b", text_pair=None, target="p")], [1, 0]) == ()
+    assert duplicates.overlap([a, replace(a, id="b", label=1)], [1, 0]) == (Pair("a", "b", 1.0),)
+    assert duplicates.overlap([a, replace(a, id="b", text_pair="r")], [1, 0]) == ()
+    assert duplicates.overlap([a, replace(a, id="b", text_pair=None, target="p")], [1, 0]) == ()
 
 
 def grams(text, n=5):
@@ -300,7 +300,7 @@ def brute_force(examples, truth, threshold):
 
 def check_against_brute_force(examples, truth, threshold):
     expected = brute_force(examples, truth, threshold)
-    got = guards.near_duplicates(examples, truth, threshold=threshold)
+    got = duplicates.near_duplicates(examples, truth, threshold=threshold)
     assert [p.nonmember for p in got] == [e.id for e in examples if e.id in expected]
     for pair in got:
         value, members = expected[pair.nonmember]
@@ -326,8 +326,8 @@ def test_near_duplicates_are_those_of_brute_force(pairs, threshold):
 
 def test_near_duplicates_of_edited_sentences(sentences, monkeypatch):
     rng = np.random.default_rng(10)
-    monkeypatch.setattr(guards, "_BLOCK", 17)
-    monkeypatch.setattr(guards, "_PAIRS", 23)
+    monkeypatch.setattr(duplicates, "_BLOCK", 17)
+    monkeypatch.setattr(duplicates, "_PAIRS", 23)
     originals = [e.text for e in sentences[:150]]
     edited = []
     for text in originals[:60]:
@@ -337,17 +337,17 @@ def test_near_duplicates_of_edited_sentences(sentences, monkeypatch):
         edited.append("".join(letters))
     examples = texts(*originals, *edited)
     truth = rng.permutation(len(examples)) < 100
-    assert guards.near_duplicates(examples, truth)
-    check_against_brute_force(examples, truth, guards.NEAR)
+    assert duplicates.near_duplicates(examples, truth)
+    check_against_brute_force(examples, truth, duplicates.NEAR)
     check_against_brute_force(examples, truth, 0.4)
 
 
 def test_near_duplicates_ignore_case_accents_and_exact_copies():
     long = "the café in bergen serves a very good soup on monday"
     examples = texts(long, long.replace("é", "e").upper(), long.title(), "tiny", "tin")
-    assert guards.near_duplicates(examples, [1, 0, 0, 1, 0]) == (Pair("x/0", "x/1", 1.0),)
+    assert duplicates.near_duplicates(examples, [1, 0, 0, 1, 0]) == (Pair("x/0", "x/1", 1.0),)
     pair = [Example("a", long, "and then some more"), Example("b", long, "and then some mora")]
-    assert [p.member for p in guards.near_duplicates(pair, [0, 1])] == ["b"]
+    assert [p.member for p in duplicates.near_duplicates(pair, [0, 1])] == ["b"]
 
 
 def test_near_duplicates_of_one_in_a_thousand_is_found_in_linear_memory():
@@ -360,7 +360,7 @@ def test_near_duplicates_of_one_in_a_thousand_is_found_in_linear_memory():
         found[4000 + i] = found[i][:-1] + "x"
     examples = texts(*found)
     tracemalloc.start()
-    pairs = guards.near_duplicates(examples, truth)
+    pairs = duplicates.near_duplicates(examples, truth)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [(p.member, p.nonmember) for p in pairs] == [
@@ -372,54 +372,52 @@ def test_near_duplicates_of_one_in_a_thousand_is_found_in_linear_memory():
 # --- bad input -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guard", [guards.blind_baseline, guards.overlap, guards.near_duplicates])
-@pytest.mark.parametrize(
-    "truth, message",
-    [
-        ([1, 1, 1], "is_member must have members and non-members, got 3 of 3"),
-        ([0, 0, 0], "is_member must have members and non-members, got 0 of 3"),
-        ([1, 0], "is_member must be of shape"),
-        ([1, 0, 2], "True and False, or 1 and 0"),
-    ],
-)
-def test_bad_truth(guard, truth, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        guard(texts("a b", "c d", "e f"), truth)
-    assert "\n" not in str(caught.value)
+def test_bad_truth():
+    for guard in [shift.blind_baseline, duplicates.overlap, duplicates.near_duplicates]:
+        for truth, message in [
+            ([1, 1, 1], "is_member must have members and non-members, got 3 of 3"),
+            ([0, 0, 0], "is_member must have members and non-members, got 0 of 3"),
+            ([1, 0], "is_member must be of shape"),
+            ([1, 0, 2], "True and False, or 1 and 0"),
+        ]:
+            with case(guard.__name__, truth, message):
+                with pytest.raises(ValueError, match=message) as caught:
+                    guard(texts("a b", "c d", "e f"), truth)
+                assert "\n" not in str(caught.value)
 
 
 def test_other_bad_input():
     examples = texts("a b", "c d", "e f")
     with pytest.raises(ValueError, match="folds must be an integer >= 2"):
-        guards.blind_baseline(examples, [1, 0, 1], folds=1)
+        shift.blind_baseline(examples, [1, 0, 1], folds=1)
     with pytest.raises(ValueError, match="seed must be"):
-        guards.blind_baseline(examples, [1, 0, 1], seed=-1)
+        shift.blind_baseline(examples, [1, 0, 1], seed=-1)
     with pytest.raises(ValueError, match="several groups for the shift check"):
-        guards.blind_baseline(examples, [1, 0, 1])
+        shift.blind_baseline(examples, [1, 0, 1])
     with pytest.raises(ValueError, match="threshold must be a finite number > 0 and <= 1"):
-        guards.near_duplicates(examples, [1, 0, 1], threshold=0)
+        duplicates.near_duplicates(examples, [1, 0, 1], threshold=0)
     with pytest.raises(ValueError, match="scores must be of shape"):
-        guards.unit_auc([1.0, 2.0], examples, [1, 0, 1])
+        units.unit_auc([1.0, 2.0], examples, [1, 0, 1], confidence=0.99)
 
 
 def test_blank_texts_and_one_word_texts_pass(sentences):
     truth = np.arange(100) % 2 == 0
     blank = texts(*("" if i % 3 == 0 else f"only{i}" for i in range(100)))
-    assert 0 <= guards.blind_baseline(blank, truth).value <= 1
-    assert guards.near_duplicates(blank, truth, threshold=1.0) == ()
+    assert 0 <= shift.blind_baseline(blank, truth).value <= 1
+    assert duplicates.near_duplicates(blank, truth, threshold=1.0) == ()
 
 
 def test_results_are_those_of_the_seed(sentences):
     truth = np.random.default_rng(12).random(200) < 0.5
     assert (
-        guards.blind_baseline(sentences[:200], truth, seed=3)
-        == guards.blind_baseline(sentences[:200], truth, seed=3)
-        != guards.blind_baseline(sentences[:200], truth, seed=4)
+        shift.blind_baseline(sentences[:200], truth, seed=3)
+        == shift.blind_baseline(sentences[:200], truth, seed=3)
+        != shift.blind_baseline(sentences[:200], truth, seed=4)
     )
 
 
 def test_interval_at_its_own_confidence(sentences):
     truth = np.random.default_rng(13).random(300) < 0.5
-    found = guards.blind_baseline(sentences[:300], truth)
+    found = shift.blind_baseline(sentences[:300], truth)
     reach = stats.norm.ppf(0.995) * found.se
     assert found.ci == pytest.approx((found.value - reach, found.value + reach))

@@ -1,4 +1,4 @@
-"""The user's own files of members, of non-members, and of records that are in no model."""
+"""Read the user's own files of members, of non-members, and of records that are in no model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TARGETS = ("target", "human_reference", "annotations")  # columns of texts that
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read: the user's names of columns, and the head that decides what is wanted."""
+    """How files are read: the user's names of columns, and the head of the attacked checkpoint."""
 
     columns: Columns
     checkpoint: Checkpoint
@@ -26,9 +26,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Given:
-    """The records of one file; their labels count in ``task.label_names``.
+    """The records of one file.
 
-    ``columns`` says which column is what.
+    Attributes:
+        path: the file.
+        task: its labels count in ``task.label_names``.
+        examples: the records.
+        columns: which column has which role, in words.
     """
 
     path: Path
@@ -37,11 +41,12 @@ class Given:
     columns: str
 
 
-def read(path: Path, side: str, reading: Reading, name: str = "") -> Given:
-    """A user's file: ids start with ``side``, and groups agree with those of task ``name``.
+def read_file(path: Path, side: str, reading: Reading, name: str = "") -> Given:
+    """Read a user's file.
 
-    By default the name is the file's own. For a causal language model, a file without prompts and
-    targets is read as plain texts, each an example without a target.
+    The ids start with ``side``; the groups agree with those of task ``name`` (default: the file's
+    own name). If the checkpoint is a causal language model, a file without prompts and targets is
+    read as plain texts, each an example without a target.
     """
     path = path.expanduser()
     if not path.exists():
@@ -69,15 +74,15 @@ def _task(path: Path, reading: Reading) -> Task:
         columns.prompt or columns.target or columns.label
     ):
         if columns.text is not None:
-            return _plain(absolute, columns.text)
+            return _plain_texts(absolute, columns.text)
         there = {name for table in read_tables(absolute).values() for name in table.columns}
         if "text" in there and not there & {"label", *_TARGETS}:
-            return _plain(absolute, "text")
+            return _plain_texts(absolute, "text")
     return load_task(str(absolute), columns=columns)
 
 
-def _plain(path: Path, column: str) -> Task:
-    """Whole texts of one column, as examples without label and target."""
+def _plain_texts(path: Path, column: str) -> Task:
+    """Read the texts of one column as examples without label and target."""
     name, splits = stem_of(path), {}
     for split, table in read_tables(path).items():
         examples = []
@@ -100,10 +105,11 @@ def _plain(path: Path, column: str) -> Task:
 def in_common_classes(
     given: Sequence[Given], checkpoint: Checkpoint
 ) -> tuple[Task, list[tuple[Example, ...]]]:
-    """The files' records with labels that count in the model's classes, and their task.
+    """Number the labels of several files by the model's classes; return their task as well.
 
-    Labels that are integers are the model's own class numbers. Labels that are words are mapped by
-    name to the model's, or, where the model's have no names, in sorted order over all files.
+    Labels that are integers are the model's own class numbers. Labels that are words are matched
+    with the names of the model's classes or, if these have no names, numbered in sorted order over
+    all files.
     """
     task = given[0].task
     if task.kind != "classification" or any(one.task.kind != task.kind for one in given):
@@ -126,7 +132,7 @@ def in_common_classes(
 
 
 def in_classes_of(given: Given, task: Task) -> tuple[Example, ...]:
-    """The file's records with labels that count in the classes of ``task``."""
+    """Number the labels of a file by the classes of ``task``."""
     if given.task.kind != "classification":
         return given.examples
     return _numbered(given, task.label_names, task.num_labels, task.name)
@@ -160,6 +166,7 @@ def _all_in(names: Sequence[str], known: Sequence[str]) -> bool:
 
 
 def _folded(name: str) -> str:
+    """A class's name without case, hyphens, underscores and blanks; numbers stay as they are."""
     return name if _is_number(name) else re.sub(r"[-_ ]", "", name.casefold())
 
 

@@ -1,0 +1,42 @@
+"""Strict JSON: no name twice in an object, no nesting that overflows the stack."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+    """Parse a JSON document, strictly.
+
+    ``finite=True`` also refuses NaN, infinities and numbers that overflow a float.
+
+    Raises ValueError with the reason, without the file's name: for text that is not JSON or not
+    UTF-8, a name that occurs twice in an object, a document nested too deeply.
+    """
+    numbers: dict[str, Any] = {}
+    if finite:
+        numbers = {"parse_constant": _finite, "parse_float": _finite}
+    try:
+        return json.loads(text, object_pairs_hook=without_repeats, **numbers)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of ``pairs``, as ``object_pairs_hook`` of ``json.loads``.
+
+    Raises ValueError if a name occurs twice.
+    """
+    if len(found := dict(pairs)) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice[:80]!r} occurs twice")
+    return found
+
+
+def _finite(token: str) -> float:
+    if not math.isfinite(value := float(token)):
+        raise ValueError(f"{token[:20]} is not a finite number")
+    return value

@@ -1,0 +1,55 @@
+"""Options declared once: a dataclass field carries the help text of its command-line option."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import field
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    name: str = "",
+    choices: Iterable[str] = (),
+    parse: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Declare a dataclass field with its option's help text.
+
+    Args:
+        default: the field's default; a dict stands for a new dict per instance.
+        help: what the option sets; ``choices`` are added to it.
+        name: the option's name, if it differs from the field's.
+        choices: the values that the dataclass accepts; the dataclass checks them.
+        parse: what makes the field's value of the option's text (or texts, if the option repeats).
+    """
+    listed = ", ".join(choices)
+    text = f"{help} One of {listed}." if listed else help
+    metadata = {"help": text, "name": name, "parse": parse}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def name_value_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` pairs; a value that is JSON (a number, true) is read as JSON.
+
+    Raises ValueError for a text without ``=``.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option must be NAME=VALUE, got {pair!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def number_or_text(text: str) -> int | str:
+    """Read a text of digits as an integer, and leave any other text as it is."""
+    return int(text) if text.isdigit() else text

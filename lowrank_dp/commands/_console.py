@@ -1,0 +1,147 @@
+"""What only command lines need: options made from a dataclass, tables of any width, exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from lowrank_dp import _terminal
+
+STOPPED = 130  # exit code after SIGINT
+
+
+def new_app(help: str) -> typer.Typer:
+    """Make a typer application without boxes, tracebacks of its own, or completion options."""
+    return typer.Typer(
+        help=help, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+
+
+def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
+    """Run ``app`` and exit with 0, or with 2 after one line on stderr that says what to change.
+
+    The exit code is 130 after SIGINT and 143 after SIGTERM. One line on stderr then says how to go
+    on, if the work so far is saved. Raises KeyboardInterrupt if nothing is saved.
+    """
+    warnings.showwarning = _terminal.warn_in_one_line
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        if code == STOPPED:  # typer returns this code after a KeyboardInterrupt
+            raise KeyboardInterrupt
+    except (ValueError, OSError) as error:
+        code = _terminal.report(str(error))
+    except _terminal.Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        code = stopped.code
+    except Exception as error:
+        # typer holds a copy of click: usage errors are recognised by the method that they offer
+        if not hasattr(error, "format_message"):
+            raise
+        code = _terminal.report(error.format_message())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def options_of(
+    kind: type, *, without: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command with one option per field of the dataclass ``kind``.
+
+    The first argument of the decorated function becomes a dict, by field name, of the options that
+    were given; the defaults of the others stand in the dataclass alone. The function's other
+    parameters are options too. The fields of a nested dataclass become options beside the others.
+
+    Args:
+        kind: a dataclass whose fields are declared by ``_options.option``.
+        without: names of options that the command does not offer.
+    """
+    declared = [(field, hint) for field, hint in _declared(kind) if _name(field) not in without]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def command(**arguments: Any) -> Any:
+            values = {
+                _name(field): _parsed(field, arguments.pop(_name(field))) for field, _ in declared
+            }
+            return function(_given(kind, values), **arguments)
+
+        hints = typing.get_type_hints(function, include_extras=True)
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+            for name, parameter in inspect.signature(function).parameters.items()
+        ][1:] + [_parameter(field, hint) for field, hint in declared]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _declared(kind: Any) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields that become options, with their types; nested dataclasses are flattened."""
+    hints = typing.get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            yield from _declared(hints[field.name])
+        else:
+            yield field, hints[field.name]
+
+
+def _given(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``kind`` whose options were given, nested dataclasses built."""
+    hints: dict[str, Any] = typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for field in fields(kind):
+        inner = hints[field.name]
+        if isinstance(inner, type) and is_dataclass(inner):
+            found = _given(inner, values)
+            value = typing.cast(Any, inner)(**found) if found else None
+        else:
+            value = values.get(_name(field))
+        if value is not None:
+            given[field.name] = value
+    return given
+
+
+def _name(field: Field[Any]) -> str:
+    return field.metadata.get("name") or field.name
+
+
+def _parsed(field: Field[Any], value: Any) -> Any:
+    parse = field.metadata.get("parse")
+    if value is None or value == []:
+        return None
+    if parse is not None:
+        return parse(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+    """The keyword parameter that typer makes an option of; None if the option is not given."""
+    name, default = _name(field), field.default
+    flags = [f"--{name.replace('_', '-')}"]
+    if default is True:
+        flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
+    silent = default is MISSING or isinstance(default, bool) or default in (None, "", ())
+    shown = "" if silent or field.metadata.get("parse") else f" [default: {default}]"
+    option = typer.Option(*flags, help=field.metadata["help"] + shown, show_default=False)
+    typed = Annotated[_typed(field, hint) | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=typed)
+
+
+def _typed(field: Field[Any], hint: Any) -> Any:
+    """The type that typer reads an option's text as: one of a union, a list for a tuple."""
+    parse = field.metadata.get("parse")
+    if parse is not None:
+        return list[str] if typing.get_origin(hint) is Mapping else str
+    if isinstance(hint, types.UnionType):
+        (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
+    return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]

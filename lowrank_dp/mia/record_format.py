@@ -1,0 +1,130 @@
+"""Format of a record: the checkpoint's own encoding, or an encoding that is given or assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_dp.artifacts import runs
+from lowrank_dp.data import SEPARATOR
+from lowrank_dp.data.template import Template
+
+if TYPE_CHECKING:
+    from lowrank_dp.membership import Manifest
+    from lowrank_dp.mia.options import Options
+    from lowrank_dp.mia.records import Records
+
+GIVEN, ASSUMED = "as given", "assumed"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a record becomes tokens.
+
+    Attributes:
+        columns: which columns of a record are read, in words.
+        template: as in ``data.encode``; None if the run's own encoding is used.
+        max_length: number of tokens that a text is cut to, or None.
+        scored: which tokens' loss counts, in words.
+        origin: "membership.json", "as given", or "assumed".
+    """
+
+    columns: str
+    template: str | None
+    max_length: int | None
+    scored: str
+    origin: str
+
+    @property
+    def description(self) -> str:
+        """The format in one line."""
+        written = "" if self.template is None else f" written as {self.template!r}"
+        cut = "not cut" if self.max_length is None else f"cut to {self.max_length:,} tokens"
+        return f"{self.columns}{written}, {cut} ({self.origin}); scored: {self.scored}"
+
+
+def own_format(manifest: Manifest, records: Records, options: Options) -> Format:
+    """The encoding of a run of this package; ValueError if an option contradicts the manifest."""
+    own = {"max_length": manifest.max_length, "template": None}
+    for name, value in own.items():
+        asked = getattr(options, name)
+        if asked is not None and asked != value:
+            shown = "the encoding of lowrank_dp.train" if name == "template" else repr(value)
+            raise ValueError(
+                f"{name} must be left out: {runs.MEMBERSHIP} says how this checkpoint "
+                f"was trained, with {shown}, got {asked!r}"
+            )
+    if records.plain:
+        raise ValueError(
+            "records must have prompts and targets, as the records that this checkpoint was "
+            "trained on, and plain texts were given; name --prompt-column and --target-column"
+        )
+    if manifest.template is not None and manifest.template != {"separator": SEPARATOR}:
+        raise ValueError(
+            f"{runs.MEMBERSHIP}: template must be {{'separator': {SEPARATOR!r}}}, the "
+            f"only template that lowrank_dp.train uses, got {dict(manifest.template)}"
+        )
+    return Format(
+        _columns(records), None, manifest.max_length, _scored(records, None), runs.MEMBERSHIP
+    )
+
+
+def given_format(records: Records, options: Options, max_length: int | None) -> Format:
+    """The encoding of a checkpoint that was trained elsewhere: given by the user, or assumed.
+
+    ``max_length`` is used if the user gives none. Raises ValueError for a template that does not
+    fit the records.
+    """
+    template = options.template
+    if records.kind != "generation" and template is not None:
+        raise ValueError(
+            "template must be left out for records with labels: it is for causal language models"
+        )
+    if records.plain:
+        if template is not None and not Template.parse(template).plain:
+            raise ValueError(
+                "template must have {text} alone for plain texts, got "
+                f"{template!r}: or name --prompt-column and --target-column"
+            )
+        template = template or "{text}"
+    elif template is not None and Template.parse(template).plain:
+        raise ValueError(
+            "template must have {target} for records of prompts and targets, got "
+            f"{template!r}: or name --text-column alone for plain texts"
+        )
+    given = options.template is not None or options.max_length is not None
+    return Format(
+        _columns(records),
+        template,
+        max_length if options.max_length is None else options.max_length,
+        _scored(records, template),
+        GIVEN if given else ASSUMED,
+    )
+
+
+def _columns(records: Records) -> str:
+    form = (
+        "plain text"
+        if records.plain
+        else {
+            "generation": "prompt and target",
+            "classification": "text and label",
+            "regression": "text and score",
+        }[records.kind]
+    )
+    if records.kind != "generation" and records.examples[0].text_pair is not None:
+        form = f"two texts and {form.split()[-1]}"
+    return f"{form} ({records.columns})" if records.columns else form
+
+
+def _scored(records: Records, template: str | None) -> str:
+    if records.kind != "generation":
+        return "the label" if records.kind == "classification" else "the score"
+    if records.plain:
+        return "all tokens but the first"
+    parts = (
+        ""
+        if template is not None
+        else (f" after the source and {SEPARATOR!r}, each tokenised by itself")
+    )
+    return f"the target's tokens and the end of sequence{parts}"

@@ -1,0 +1,69 @@
+"""Requirements of an attack on checkpoint and options, checked before the first forward pass.
+
+Functions called ``..._unavailable`` return the reason why something is unavailable, or "".
+"""
+
+from __future__ import annotations
+
+from lowrank_dp.artifacts import runs
+from lowrank_dp.mia.options import SHADOW_ATTACKS, Options
+from lowrank_dp.mia.target import Target
+
+TEXT_ATTACKS = ("zlib", "min-k", "min-k++", "ez")  # of causal language models
+# recipe by which B A is one projected gradient of known records
+PROJECTION_RECIPE = {
+    "method": "lora-frozen-a",
+    "optimizer": "sgd",
+    "steps": 1,
+    "unit": "example",
+    "weight_decay": 0.0,
+    "non_private": True,
+    "dropout": False,
+}
+
+
+def check_named(target: Target, options: Options) -> None:
+    """Raise ValueError if an attack that was named, or the one-run audit, is unavailable."""
+    for name in options.named:
+        reason = ""
+        if name in SHADOW_ATTACKS and not (options.num_shadows or options.shadow_dir):
+            reason = "it needs --shadows"
+        elif name == "projection":
+            reason = projection_unavailable(target, options)
+        elif name in TEXT_ATTACKS and target.records.kind != "generation":
+            reason = "it needs a causal language model"
+        if reason:
+            raise ValueError(f"attack {name!r} can't be made here: {reason}")
+    if options.guesses and (reason := one_run_unavailable(target, options)):
+        raise ValueError(reason)
+
+
+def projection_unavailable(target: Target, options: Options) -> str:
+    """Why the projection attack is unavailable."""
+    if (
+        target.base is None
+        or target.records.origin != runs.MEMBERSHIP
+        or options.max_records
+        or target.records.left_out
+    ):
+        return "it needs every record of membership.json, and the base"
+    if target.result is None:
+        return "it needs training.json"
+    wrong = [
+        f"{name} {wanted!r}"
+        for name, wanted in PROJECTION_RECIPE.items()
+        if getattr(target.result.config, name) != wanted
+    ]
+    if target.result.sample_rate != 1:
+        wrong.append("batch_size the number of members, so that none is left out by chance")
+    return f"it needs a recipe with {', '.join(wrong)}" if wrong else ""
+
+
+def one_run_unavailable(target: Target, options: Options) -> str:
+    """Why the one-run audit is unavailable."""
+    if target.records.sampling == "bernoulli" and options.max_records is None:
+        return ""
+    return (
+        "guesses of the one-run audit need every record of a checkpoint trained with "
+        "--membership bernoulli, independent fair coins"
+    )

@@ -1,0 +1,53 @@
+"""Restoration inside a Hugging Face ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lowrank_dp import _validate
+from lowrank_dp.optim.hook import Restoration, attach_restoration
+
+
+class RestorationCallback(TrainerCallback):
+    """Attach a restoration to the optimizer for the duration of ``Trainer.train()``.
+
+    The trainer must add noise to ``p.grad`` before its optimizer steps (in ``training_step``, for
+    example), or have an optimizer of Opacus. The clipping of the trainer itself would rescale that
+    noise: set ``max_grad_norm=0`` in ``TrainingArguments``. The running means of a resumed run
+    start anew unless the saved ``handle.state_dict()`` is loaded.
+
+    Args:
+        scheme: a name in ``lowrank_dp.restore.SCHEMES``.
+        arguments: other keyword arguments of :func:`attach_restoration`.
+
+    Attributes:
+        handle: the handle of the last attachment, None before the first.
+
+    Raises:
+        ValueError: when training begins, as :func:`attach_restoration`; or if ``max_grad_norm`` of
+            ``TrainingArguments`` is not 0.
+    """
+
+    def __init__(self, scheme: str = "optimal", **arguments: Any) -> None:
+        self.scheme, self.arguments = scheme, arguments
+        self.handle: Restoration | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Attach the restoration."""
+        self.on_train_end(args, state, control)  # of a run that failed, which did not call it
+        if args.max_grad_norm:
+            _validate.fail(
+                "max_grad_norm of TrainingArguments",
+                "0 (the trainer's clipping rescales the noise)",
+                args.max_grad_norm,
+            )
+        self.handle = attach_restoration(optimizer, self.scheme, **self.arguments)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach the restoration; the handle stays readable."""
+        if self.handle is not None:
+            self.handle.remove()
