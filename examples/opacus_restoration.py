@@ -47,7 +47,7 @@ def train(restored: bool) -> tuple[float, float]:
         noise_generator=torch.Generator().manual_seed(1),
     )
     if restored:
-        attach_restoration(optimizer, "optimal", momentum_beta=0.9, below="zero")  # the additional line
+        attach_restoration(optimizer, "optimal", momentum_beta=0.9, below="zero")  # the new line
 
     for _ in range(EPOCHS):
         for x, label in loader:

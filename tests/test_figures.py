@@ -14,6 +14,7 @@ from lowrank_dp import artifacts, figures
 from lowrank_dp.commands import figures as figure_command
 from lowrank_dp.experiments import gradients
 from lowrank_dp.figures import catalog, lora, restoration, training
+from tests.tasks import run_command
 
 PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
@@ -113,10 +114,11 @@ def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, 
     shutil.copytree(PAPER, tmp_path / "kept")
     for name in LENGTHY:
         replaced(monkeypatch, name, run=None)
-    figure_command.main(
-        only=LENGTHY, scale="small", output=tmp_path / "figures", artifact_folder=tmp_path / "kept"
-    )
-    said = " ".join(capsys.readouterr().err.split())
+    only = [word for name in LENGTHY for word in ("--only", name)]
+    places = "--output", tmp_path / "figures", "--artifacts", tmp_path / "kept"
+    status, _, error = run_command(capsys, figure_command.app, *only, "--scale", "small", *places)
+    assert status == 0
+    said = " ".join(error.split())
     assert len(LENGTHY) == 8
     for name in LENGTHY:
         for path in PAPER.glob(f"{name}.*"):
@@ -134,7 +136,7 @@ def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):
     assert figures.default_task() == "sst2"
 
 
-def test_a_computed_result_says_how_it_was_made(monkeypatch, tmp_path):
+def test_a_computed_result_says_how_it_was_made(monkeypatch, tmp_path, capsys):
     """The experiments return no provenance: the command's writer adds it, with seed and device."""
     computed = figures.find("total_variation").small
     computed = figures.compute(
@@ -143,7 +145,9 @@ def test_a_computed_result_says_how_it_was_made(monkeypatch, tmp_path):
     )
     assert computed.provenance == {}
     replaced(monkeypatch, "total_variation", run=lambda config: computed)
-    figure_command.main(only=["total_variation"], seed=3, output=tmp_path, artifact_folder=tmp_path)
+    places = "--output", tmp_path, "--artifacts", tmp_path
+    words = "--only", "total_variation", "--seed", 3, *places
+    assert run_command(capsys, figure_command.app, *words)[0] == 0
     found = json.loads((tmp_path / "total_variation.json").read_text())["provenance"]
     assert found["seed"] == 3 and found["device"] == "cpu"
     assert found["git_commit"] and found["versions"]["numpy"] == np.__version__
