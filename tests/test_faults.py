@@ -203,7 +203,7 @@ def words(what, target, folder):
     ]
 
 
-SECONDS = {"train": 1.5, "sweep": 2.5, "attack": 5.0, "figures": 5.0}
+SECONDS = {"train": 1.5, "sweep": 2.5, "attack": 3.0, "figures": 1.5}
 
 
 @pytest.mark.slow
