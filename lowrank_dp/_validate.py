@@ -125,7 +125,7 @@ def matrix(name: str, value: Any, *, check_finite: bool = True) -> Any:
 def clip_bound(name: str, value: Any) -> float:
     """Convert ``value`` to a float above zero, or raise ``ValueError``.
 
-    Infinity is accepted: it clips nothing.
+    Infinity is accepted and clips nothing.
 
     >>> clip_bound("max_grad_norm", 0)
     Traceback (most recent call last):

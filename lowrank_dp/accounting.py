@@ -7,8 +7,8 @@ of three upper bounds:
 - *exact*: without sampling (q = 1), T steps are one Gaussian mechanism of noise multiplier
   sigma / sqrt(T), whose privacy profile is known (Balle & Wang 2018, theorem 8). The value also
   bounds epsilon for every q < 1.
-- *PLD*: the privacy-loss distribution of one step is discretised pessimistically at any interval
-  (connect the dots, Doroshenko et al. 2022) and composed by a Fourier transform.
+- *PLD*: the privacy-loss distribution of one step is discretised so that the bound holds at every
+  interval (connect the dots, Doroshenko et al. 2022), and is composed by a Fourier transform.
 - *RDP*: Renyi DP (Mironov, Talwar & Zhang 2019), converted as in Canonne, Kamath & Steinke 2020.
 
 The Fourier transform of the distribution itself has an absolute error near 1e-13, which exceeds a
@@ -71,7 +71,7 @@ class Bound:
 
 @lru_cache(maxsize=256)
 def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
-    """The smallest upper bound on epsilon after ``steps`` steps, at ``delta``.
+    """Smallest upper bound on epsilon after ``steps`` steps, at ``delta``.
 
     Args:
         noise_multiplier: sigma, relative to the clip norm; >= 0.
@@ -94,7 +94,10 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
 
 
 def quick_bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
-    """An upper bound as :func:`bound`, without the PLD: never smaller, computed in milliseconds."""
+    """Upper bound on epsilon by the exact formula and RDP alone, computed in milliseconds.
+
+    The arguments are those of :func:`bound`, whose result is never larger than this bound.
+    """
     if steps == 0:
         return Bound(0.0, "exact", None, 0.0)
     if noise_multiplier < 1e-5:  # epsilon of one sampled step exceeds _MOST
@@ -116,11 +119,13 @@ def _checked(epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon at ``delta`` of one Gaussian mechanism, exact.
+    """Exact epsilon at ``delta`` of one Gaussian mechanism.
 
     ``mu`` > 0 is the sensitivity over the standard deviation of the noise. The profile is
     delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu) (Balle & Wang
     2018). The ratio of its two terms is computed from Mills ratios, so that no tail underflows.
+    The result is increased by 1e-9 of itself, which covers its rounding error. The result is
+    infinite if ``mu`` exceeds 1e5 or Chernoff's bound on epsilon exceeds 1e9.
     """
 
     def excess(epsilon: float) -> float:
@@ -198,7 +203,7 @@ def loss_epsilon(
     """Epsilon at ``delta`` by the privacy-loss distribution, discretised with ``interval``.
 
     Losses whose probability over all steps is below a thousandth of delta count as infinite. The
-    result is the larger one of adding and of removing a unit.
+    result is the larger of the two epsilons, for adding and for removing a unit.
     """
     reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
     if (reach + 0.5 / noise_multiplier) / noise_multiplier > 700:
@@ -318,8 +323,8 @@ def _composed_epsilon(
 def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: float) -> float:
     """The theta of Chernoff's bound, which centres the tilted distribution near epsilon.
 
-    The bound is quasi-convex in theta. The result is right for any theta; the rounding error is
-    smallest near the best one.
+    The bound is quasi-convex in theta. Epsilon is an upper bound for any theta; the rounding
+    error of epsilon is smallest near the best theta.
     """
     losses = interval * (lowest + np.arange(len(log_one)))
 

@@ -33,7 +33,7 @@ __all__ = [
     "uniform",
 ]
 NEIGHBOURS = "add or remove one"
-# what a result says where no mechanism protects it
+# privacy statements of results that no mechanism protects
 NON_PRIVATE = "NON-PRIVATE: computed from clean gradients, which no mechanism protects"
 NO_RECORDS = "no private records: computed from formulas, or from generated or public data only"
 _ACCOUNTANTS = ("pld", "rdp")
@@ -93,7 +93,8 @@ class GaussianMechanism:
         Args:
             clipped_sums: parameter name -> sum of clipped gradients; not mutated.
             generator: source of the noise. A torch generator must be on the sums' device and is
-                not cryptographically secure. None takes a new :class:`SecureRandom`, which is.
+                not cryptographically secure. None takes a new :class:`SecureRandom`, which is
+                secure.
 
         Returns:
             The noisy sums by name, in float32, or float64 for float64 sums.
@@ -115,8 +116,9 @@ class GaussianMechanism:
                 ``noise_std``, then once to its dtype. At least a thousand draws within 4
                 ``noise_std``, and millions where most of them fall, lead to each value that can be
                 released, so that the low bits reveal neither the draw nor the sum (Mironov 2012).
-                This is hardening, not a proof, which would need noise with a discrete law. From a
-                torch generator, an entry is drawn and added in the sum's dtype, without hardening.
+                The rounding is hardening; a proof would need noise with a discrete distribution.
+                From a torch generator, an entry is drawn and added in the sum's dtype, without
+                hardening.
             Checked: that the sums are floating-point tensors.
             Assumed: the sensitivity (``lowrank_dp.grads.clipped_sum`` bounds it), Poisson sampling,
                 noise that the adversary cannot predict, and no two different sums with the same
@@ -152,7 +154,7 @@ class GaussianMechanism:
         return released
 
     def epsilon(self, steps: int, delta: float, *, accountant: str = "pld") -> float:
-        """An upper bound on epsilon after ``steps`` adaptive steps; infinite without noise.
+        """Upper bound on epsilon after ``steps`` adaptive steps; infinite without noise.
 
         Args:
             steps: number of releases, >= 0; a step with an empty sample counts.
@@ -232,9 +234,9 @@ class GaussianMechanism:
         return cls(min(math.exp(found), high), max_grad_norm, sample_rate, unit)
 
     def statement(self, steps: int, delta: float) -> str:
-        """The complete privacy claim in words, to be printed with every epsilon.
+        """State the complete privacy claim in words; print the statement with every epsilon.
 
-        The source of the noise is not part of it, since only the caller knows the source.
+        The statement does not name the source of the noise, which only the caller knows.
         """
         if self.noise_multiplier == 0:
             return "NOT private: noise_multiplier = 0"

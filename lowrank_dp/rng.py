@@ -99,12 +99,12 @@ class SecureRandom:
         if os.getpid() != self._process:
             raise ValueError(
                 "this SecureRandom was made by another process and would draw the "
-                "same numbers here and there: make a new one after a fork"
+                "same numbers in both processes: make a new one after a fork"
             )
         drawn = np.empty(size, dtype="<u8")
         keystream = drawn.view(np.uint8).data
         with self._lock:
-            self._position += drawn.size  # first: words of an interrupted draw never come again
+            self._position += drawn.size  # first, so that an interrupted draw is never repeated
             for start in range(0, len(keystream), len(_ZEROS)):
                 part = keystream[start : start + len(_ZEROS)]
                 self._cipher.update_into(_ZEROS[: len(part)], part)
@@ -122,7 +122,7 @@ class SecureRandom:
         extended by 52 bits of a second word. The tails are thus neither cut off nor coarse.
         """
         drawn = self.words(size).view(np.int64)
-        in_tail = size > 0 and (drawn.max() >= _TAIL or drawn.min() < -_TAIL)  # still in the cache
+        in_tail = size > 0 and (drawn.max() >= _TAIL or drawn.min() < -_TAIL)  # cached
         normal = torch.from_numpy(drawn).double().mul_(2.0**-63).erfinv_().mul_(math.sqrt(2) * std)
         if in_tail:
             rare = np.flatnonzero((drawn >= _TAIL) | (drawn < -_TAIL))
@@ -144,8 +144,8 @@ Generator = torch.Generator | SecureRandom
 def uniform(size: int, generator: Generator) -> Tensor:
     """Draw uniform numbers in [0, 1), (size,) float64.
 
-    Their grid of 2^-52 or finer makes ``uniform(...) < rate`` true with probability ``rate``, to
-    within the grid.
+    The numbers lie on a grid of 2^-52 or finer, so ``uniform(...) < rate`` is true with
+    probability ``rate``, to within the grid.
     """
     if isinstance(generator, SecureRandom):
         return generator.uniform(size)

@@ -189,7 +189,7 @@ def _gram(one: Tensor, other: Tensor) -> Tensor:
 
 
 def weighted_sum(factors: Sequence[Factor], weights: Tensor, shape: torch.Size) -> Tensor:
-    """``sum_i weights_i gradient_i``, a tensor of ``shape``, for weights (B,)."""
+    """Compute ``sum_i weights_i gradient_i``, a tensor of ``shape``, for weights (B,)."""
     total = torch.zeros(0)
     for factor in factors:
         if isinstance(factor, Tensor):

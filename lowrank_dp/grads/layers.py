@@ -95,9 +95,10 @@ def rules_for(module: nn.Module) -> Mapping[str, Rule]:
 
 
 def is_rms_norm(module: Any, x: Tensor, y: Tensor) -> bool:
-    """Whether ``y`` is ``w u`` or ``(1 + w) u`` (Gemma) for ``u = x / rms(x)``, within rounding.
+    """Return whether ``y`` is ``w u`` or ``(1 + w) u`` (Gemma), with ``u = x / rms(x)``.
 
-    Both have the per-example weight gradient ``sum_t b_t u_t``. Only the first example is compared.
+    Rounding errors are allowed for. Both forms have the per-example weight gradient ``sum_t b_t
+    u_t``. Only the first example is compared.
     """
     unit, given, weight = _rms_unit(module, x[:1]), upcast(y[:1]), upcast(module.weight)
     half = x.dtype in HALF_DTYPES or y.dtype in HALF_DTYPES

@@ -110,7 +110,7 @@ def num_rows_of(batch: Batch) -> int:
     if not sizes or 0 in sizes.values():
         _validate.fail(
             "batch",
-            "tensors with one example a row and at least one row",
+            "tensors with one example per row and at least one row",
             {n: tuple(v.shape) for n, v in batch.items() if isinstance(v, Tensor)},
         )
     if len(set(sizes.values())) > 1:

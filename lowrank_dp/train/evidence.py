@@ -91,7 +91,7 @@ def spread(sizes: np.ndarray, trials: int, rate: float) -> np.ndarray:
 
 
 class Watch:
-    """One kind of evidence on several sums, for single steps and for the run so far.
+    """Sequential test of several sums, for single steps and for the run so far.
 
     Args:
         evidence: a function of this module, or one that such a function returns.
@@ -124,7 +124,7 @@ class Watch:
         Args:
             total, count: (streams,) what this step adds to each sum, and to its count.
             mean: null expectation of one increment.
-            slack: largest error by rounding of each ``total``.
+            slack: largest rounding error of each ``total``.
         """
         total, count = np.asarray(total, dtype=float), np.asarray(count, dtype=float)
         slack = np.broadcast_to(np.asarray(slack, dtype=float), total.shape)
