@@ -97,8 +97,8 @@ def rules_for(module: nn.Module) -> Mapping[str, Rule]:
 def is_rms_norm(module: Any, x: Tensor, y: Tensor) -> bool:
     """Return whether ``y`` is ``w u`` or ``(1 + w) u`` (Gemma), with ``u = x / rms(x)``.
 
-    Rounding errors are allowed for. Both forms have the per-example weight gradient ``sum_t b_t
-    u_t``. Only the first example is compared.
+    Rounding errors are allowed for. Only the first example is compared. In both forms, the weight
+    gradient of an example is ``sum_t b_t u_t``.
     """
     unit, given, weight = _rms_unit(module, x[:1]), upcast(y[:1]), upcast(module.weight)
     half = x.dtype in HALF_DTYPES or y.dtype in HALF_DTYPES

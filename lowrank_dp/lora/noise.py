@@ -133,7 +133,7 @@ def matched_noise(
     """Draw independent Gaussian noise (m, n) with the variance of ``G A^T A - G`` in each entry.
 
     The Gaussian reading replaces the projection by this noise. The variances are the same, but
-    entries, rows and calls are uncorrelated. Arguments and errors are as for :func:`project`.
+    entries, rows and calls are independent. Arguments and errors are as for :func:`project`.
     """
     _matrix("gradient", gradient)
     rank = _validate.integer("rank", rank)

@@ -4,7 +4,7 @@
 weights. At that point ``p.grad`` has been clipped, summed, noised, scaled and (under DDP) reduced.
 The restoration therefore reads released gradients only: it is post-processing, and epsilon does not
 change. The hook is PyTorch's public ``register_step_pre_hook``. Opacus's own ``attach_step_hook``
-does not serve: it has a single slot, which the accountant holds, and under DDP it runs before the
+is not suitable: it has a single slot, which the accountant holds, and under DDP it runs before the
 reduction, where only rank 0 holds noise.
 """
 
@@ -154,8 +154,8 @@ class Restoration:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the running means as tensors under flat names; empty without ``momentum_beta``.
 
-        The state is computed from noisy gradients, so it may be published with the weights. It is
-        fit for ``torch.save`` and for safetensors.
+        The state is computed from noisy gradients, so it may be published with the weights. The
+        state can be saved by ``torch.save`` and by safetensors.
         """
         if self._beta is None:
             return {}
@@ -169,7 +169,7 @@ class Restoration:
         """Continue from a :meth:`state_dict` of the same parameters and ``momentum_beta``.
 
         Raises:
-            ValueError: if the state is that of another ``momentum_beta`` or of other parameters.
+            ValueError: if the state belongs to another ``momentum_beta`` or to other parameters.
         """
         tensors = dict(state)
         saved = float(tensors.pop("momentum_beta")) if tensors else None
@@ -204,11 +204,11 @@ class Restoration:
         }
 
     def _read_noise_std(self) -> float:
-        """Noise level of ``p.grad``; to be read once per step, after the noise has been added."""
+        """Return the noise level of ``p.grad``; call once per step, after the noise is added."""
         opacus = self._opacus
         if opacus is None:
             return _validate.positive("mean_noise_std", self.mean_noise_std)
-        # AdaClip has by now replaced its bound by that of the next step
+        # AdaClip has already replaced its bound by the bound of the next step
         bound, self._clip_bound = self._clip_bound, float(opacus.max_grad_norm)
         if not hasattr(opacus, "unclipped_num_std"):
             bound = self._clip_bound
@@ -251,14 +251,14 @@ def _refuse_copy() -> NoReturn:
 
 
 def _unwrap(optimizer: Any) -> Any:
-    """Optimizer inside Accelerate's wrappers."""
+    """Return the optimizer inside Accelerate's wrappers."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _effective_multiplier(opacus: Any) -> float:
-    """Noise on an entry of the clipped sum, relative to the clipping bound."""
+    """Return sigma: the noise on an entry of the clipped sum, relative to the clipping bound."""
     sigma = float(getattr(opacus, "_adjusted_noise_multiplier", opacus.noise_multiplier))
     if not sigma > 0:
         raise ValueError(

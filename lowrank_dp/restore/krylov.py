@@ -100,7 +100,7 @@ def leading_triplets(
 
 
 def _has_room(s: Tensor, level: float | None, full: bool) -> bool:
-    """Whether the subspace was large enough for the values above ``level``.
+    """Return whether the subspace was large enough for the values above ``level``.
 
     A full subspace of which half lies above the level may have missed other values.
     """
@@ -143,7 +143,7 @@ class _Subspace:
         return _eigenvalues(self._gram).flip(-1).clamp(min=0).sqrt()
 
     def leaves_nothing(self, level: float | None) -> Tensor:
-        """Whether each matrix minus its projection is rounding, or too small to reach ``level``."""
+        """Return whether the matrices less their projections are rounding, or below ``level``."""
         norm = torch.linalg.matrix_norm(self._matrix)
         rounding = 10 * torch.finfo(self._matrix.dtype).eps * norm
         least = rounding if level is None else rounding.clamp(min=level)

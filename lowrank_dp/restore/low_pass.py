@@ -26,7 +26,8 @@ class LowPassFilter:
 
     Attributes:
         b, a: coefficients of the last inputs and of the last outputs, the newest first.
-        inputs, outputs: these tensors, the newest first, as far back as the coefficients reach.
+        inputs, outputs: the last inputs and outputs, the newest first, as many as the coefficients
+            refer to.
         weights: per kept output, the weight (t,) of every input so far, oldest first.
         noise_stds: (t,) standard deviation of the noise on an entry of each input, absolute.
 
@@ -132,6 +133,10 @@ class LowPassFilter:
 
 
 def exponential_average(beta: float) -> LowPassFilter:
-    """Filter ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
+    """Make the bias-corrected filter ``m_t = beta m_(t-1) + (1 - beta) g_t``, 0 <= beta < 1.
+
+    Raises:
+        ValueError: if ``beta`` is out of range.
+    """
     beta = _validate.real("beta", beta, low=0, high=1, high_open=True)
     return LowPassFilter(b=(1 - beta,), a=(-beta,))

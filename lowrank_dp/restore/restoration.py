@@ -20,7 +20,7 @@ from lowrank_dp.spectrum.decomposition import to_unit
 
 
 def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Restore matrices (L, m, n) by the definition; also return their singular values (L, k)."""
+    """Restore matrices (L, m, n) by a full SVD; also return their singular values (L, k)."""
     u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
     new_values = plan.new_values(s, norm).unsqueeze(-2)
     return (u * new_values) @ vh, s
@@ -31,7 +31,7 @@ def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a restoration did to one matrix; computed from the noisy matrix and public values alone.
+    """Report on one restored matrix, computed from the noisy matrix and public values alone.
 
     Attributes:
         scheme: name of the scheme.
@@ -109,9 +109,10 @@ def restore(
 def restore_with_report(
     noisy: Tensor, noise_std: float, scheme: str = "optimal", **arguments: Any
 ) -> tuple[Tensor, list[Report]]:
-    """:func:`restore`, and a :class:`Report` for each matrix of the batch in row-major order.
+    """Restore as :func:`restore` does, and return a :class:`Report` per matrix.
 
-    ``arguments`` are the keyword arguments of :func:`restore`.
+    The reports are in row-major order of the batch. ``arguments`` are the keyword arguments of
+    :func:`restore`; the errors are the same.
     """
     restored, plan, norms, values = _restore(noisy, noise_std, scheme, arguments)
     before, after = norms.flatten().tolist(), _norms(restored).flatten().tolist()
@@ -222,7 +223,7 @@ def _refuse_zeros(norms: Tensor, noise_std: float) -> None:
 
 
 def _ordinary(norms: Tensor, noise_std: float) -> bool:
-    """Whether the squares of singular values, also relative to the noise, are ordinary numbers."""
+    """Return whether squared singular values, also relative to the noise, are ordinary."""
     relative = norms.double() / (noise_std or 1.0)
     return all(bool(((x > 1 / ORDINARY) & (x < ORDINARY)).all()) for x in (norms, relative))
 
@@ -233,7 +234,7 @@ def _ordinary(norms: Tensor, noise_std: float) -> bool:
 def _restore(
     noisy: Tensor, noise_std: float, scheme: str, arguments: dict[str, Any]
 ) -> tuple[Tensor, Plan, Tensor, list[Tensor | None]]:
-    """Restored matrices, the plan, the norms (...,) of the noisy matrices, and their values.
+    """Restored matrices, the plan, the norms (...,) of the noisy matrices, and values.
 
     The values are the singular values found for each matrix, None where none were needed.
     """
@@ -282,7 +283,7 @@ def _apply(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def _fast(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | None:
-    """:func:`_exact` from leading triplets; None where only the exact path serves, or as well."""
+    """:func:`_exact` from leading triplets; None where the SVD is needed or costs no more."""
     if plan.method == "exact" or min(plan.shape) < MIN_SIDE or plan.needs_all_values:
         return None
     tall = plan.shape[0] > plan.shape[1]

@@ -117,7 +117,7 @@ def partial(
 
 
 def power(s: Tensor, noise: NoiseModel, *, p: float = 3) -> Tensor:
-    """``s ** p``, rescaled to the Frobenius norm of the noisy matrix; p > 0."""
+    """Raise the values to the power p > 0, and rescale to the noisy matrix's Frobenius norm."""
     top = s[..., :1]
     sharpened = (s / torch.where(top > 0, top, 1.0)) ** p
     norm, now = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (s, sharpened))
@@ -138,7 +138,7 @@ def oracle(s: Tensor, noise: NoiseModel, *, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A scheme, and the properties of it on which the rest of the package depends.
+    """Scheme, with the properties that the rest of the package depends on.
 
     Attributes:
         new_values: the function ``(s, noise, **options)`` described at the top of the module. Its
@@ -173,7 +173,7 @@ class Scheme:
     )
 
     def complete(self, options: Options, shape: Shape | None = None) -> dict[str, Any]:
-        """``options``, checked, together with the defaults of the options not given.
+        """Return the checked ``options``, with defaults for the options that are not given.
 
         Raises:
             ValueError: on an unknown option, a required option that is missing, or a bad value.
@@ -228,7 +228,7 @@ def _check_values(values: Any, shape: Shape | None) -> Tensor:
 def _odd_power(noisy: Tensor, norm: Tensor, options: Options) -> Tensor | None:
     """``u s^p v^T`` at the norm of ``noisy``, for an odd p: noisy times powers of its Gram matrix.
 
-    None for another p.
+    The result is None for any other p.
     """
     p = options["p"]
     if p not in _ODD_POWERS:

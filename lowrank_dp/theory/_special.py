@@ -19,7 +19,7 @@ _UNDERFLOW = 1e-290
 
 
 def stirling_defect(a: float | Array) -> Array:
-    """Stable a ln a - a - ln Gamma(a), which equals (1/2) ln(a / 2 pi) - 1/(12 a) + ...
+    """Compute a ln a - a - ln Gamma(a) = (1/2) ln(a / 2 pi) - 1/(12 a) + ... stably.
 
     The terms of the definition are of size a ln a. From a = 10 on, a series gives their small
     difference, which therefore does not lose digits as a grows.
@@ -33,7 +33,7 @@ def stirling_defect(a: float | Array) -> Array:
 
 
 def log_minus_digamma(a: Array) -> Array:
-    """Stable ln a - psi(a) > 0, asymptotically 1/(2 a)."""
+    """Compute ln a - psi(a) > 0, asymptotically 1/(2 a), without cancellation."""
     a = np.asarray(a, dtype=np.float64)
     big = np.maximum(a, 20.0)
     series = 1 / (2 * big) + _poly(big**-2, [1 / 12, -1 / 120, 1 / 252, -1 / 240, 1 / 132]) / big**2
@@ -41,7 +41,7 @@ def log_minus_digamma(a: Array) -> Array:
 
 
 def log_half_step(a: float) -> Array:
-    """Stable ln Gamma(a + 1/2) - ln Gamma(a)."""
+    """Compute ln Gamma(a + 1/2) - ln Gamma(a) without cancellation."""
     return (
         a * np.log1p(0.5 / a)
         + np.log(a + 0.5) / 2

@@ -112,8 +112,9 @@ def tv_exact(
 ) -> FloatOrArray:
     """Total variation distance, in [0, 1], between one coordinate of the noise and a Gaussian.
 
-    Accurate to 1e-10: the crossings of the two densities are found, and the signed difference is
-    integrated between them. ``reference`` is "matched" or "paper": see the module.
+    The result is accurate to 1e-10: the crossings of the two densities are found, and the signed
+    difference is integrated between them. ``reference`` is "matched" or "paper", as defined in the
+    docstring of the module.
 
     >>> round(tv_exact(16, 4096), 5)
     0.02142
@@ -126,8 +127,8 @@ def kolmogorov_exact(
 ) -> FloatOrArray:
     """Kolmogorov distance between one coordinate of the noise and a Gaussian, to 1e-10.
 
-    The largest gap between the two distribution functions, in [0, 1]. ``reference`` is as in
-    `tv_exact`.
+    The distance is the largest gap, in [0, 1], between the two distribution functions.
+    ``reference`` is as in `tv_exact`.
 
     >>> round(kolmogorov_exact(16, 4096, beta2=0), 4)
     0.0086
@@ -212,7 +213,7 @@ def _from_increments(
     beta2: ArrayLike | None,
     reference: str,
 ) -> FloatOrArray:
-    """``functional`` of the increments of F - G between crossings of the densities, pointwise."""
+    """Apply ``functional`` to the increments of F - G between the densities' crossings."""
     r, b2 = integers("rank", rank), squared_cosine(n, beta2)
     variance = reference_variance(reference, b2)
 
@@ -337,6 +338,6 @@ def _third_moment_ratio(beta2: Array) -> Array:
 
 
 def _per_unique(function: Callable[[Array], Array], values: Array) -> Array:
-    """``function`` of every entry, evaluated once per distinct entry."""
+    """Apply ``function`` to every entry, evaluating it once per distinct entry."""
     distinct, inverse = np.unique(values, return_inverse=True)
     return function(distinct)[inverse].reshape(np.shape(values))

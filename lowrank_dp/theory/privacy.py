@@ -62,7 +62,7 @@ def privacy_profile(
 
 
 def privacy_floor(rank: ArrayLike, *, angle: ArrayLike) -> FloatOrArray:
-    """Delta that remains at every epsilon, n and norm ratio: P_q(q' . y <= 0), in [0, 1].
+    """Lower bound on delta at every epsilon, n and norm ratio: P_q(q' . y <= 0), in [0, 1].
 
     >>> round(privacy_floor(1, angle=0.05), 6)
     0.015915
