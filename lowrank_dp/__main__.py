@@ -1,4 +1,4 @@
-"""The console script ``lowrank-dp`` and ``python -m lowrank_dp``: one subcommand per module."""
+"""Console script ``lowrank-dp`` and ``python -m lowrank_dp``: one subcommand per module."""
 
 from __future__ import annotations
 

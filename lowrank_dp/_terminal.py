@@ -80,7 +80,7 @@ def warn_in_one_line(
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on stderr; print nothing if stderr is not a terminal."""
-    # rich's own test of a terminal believes FORCE_COLOR, which a notebook's workers inherit
+    # rich takes FORCE_COLOR, which a notebook's workers inherit, as proof of a terminal
     if not sys.stderr.isatty():
         yield from items
         return

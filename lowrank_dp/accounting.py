@@ -14,7 +14,7 @@ of three upper bounds:
 The Fourier transform of the distribution itself has an absolute error near 1e-13, which exceeds a
 delta below about 1e-10 and can put epsilon below the truth. The distribution is therefore tilted:
 multiplied by exp(theta * loss), with the theta of Chernoff's bound, before the transform, and
-divided by it afterwards. The error is then relative to delta.
+divided by the same factor afterwards. The error is then relative to delta.
 
 This composition and the search of ``GaussianMechanism.calibrate`` stay instead of dp-accounting's
 ``PLDAccountant`` and ``calibrate_dp_mechanism``. In six measured settings the latter also met the
@@ -54,11 +54,11 @@ _TRUNCATED = 1e-15  # mass of the tilted distribution that may be cut off
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound on epsilon.
+    """Upper bound on epsilon.
 
     Attributes:
-        epsilon: the bound; infinite if it would exceed 1e9.
-        accountant: the method that gave it: "exact", "PLD" or "RDP".
+        epsilon: the bound; infinite if the bound would exceed 1e9.
+        accountant: the method that gave the bound: "exact", "PLD" or "RDP".
         interval: interval of the discretised privacy loss; None unless the accountant is "PLD".
         rdp: epsilon by RDP alone.
     """
@@ -152,7 +152,10 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Epsilon at ``delta`` by Renyi DP, the smallest over the orders in ``_ORDERS``."""
+    """Epsilon at ``delta`` by Renyi DP, the smallest over the orders in ``_ORDERS``.
+
+    The arguments are those of :func:`bound`.
+    """
     divergences = steps * _divergences(noise_multiplier, sample_rate)
     kept = np.isfinite(divergences)
     if not kept.any():
@@ -202,8 +205,9 @@ def loss_epsilon(
 ) -> float:
     """Epsilon at ``delta`` by the privacy-loss distribution, discretised with ``interval``.
 
-    Losses whose probability over all steps is below a thousandth of delta count as infinite. The
-    result is the larger of the two epsilons, for adding and for removing a unit.
+    The other arguments are those of :func:`bound`. Losses whose probability over all steps is below
+    a thousandth of delta count as infinite. The result is the larger of the two epsilons, for
+    adding and for removing a unit.
     """
     reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
     if (reach + 0.5 / noise_multiplier) / noise_multiplier > 700:
@@ -223,7 +227,8 @@ def _interval(
 
     Discretisation splits a loss between its two neighbouring points, which adds about
     E|loss| * interval to the variance of one step. The interval keeps this small beside the
-    variance, or too small to change epsilon. It is larger past epsilon 200, to limit memory.
+    variance, or too small to change epsilon. The interval is larger past
+    epsilon 200, to limit memory.
     """
     spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
     mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))
@@ -305,7 +310,7 @@ def _composed_epsilon(
     log_tilted = log_one + tilt * interval * (lowest + np.arange(len(log_one)))
     log_mass = _log_sum(log_tilted)
     tilted = np.exp(log_tilted - log_mass)
-    with np.errstate(over="ignore"):  # an order that overflows is not the best one
+    with np.errstate(over="ignore"):  # orders that overflow are never the best
         lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
     composed = np.roll(fft.irfft(fft.rfft(tilted, size) ** steps, size), -lower)[
@@ -321,10 +326,10 @@ def _composed_epsilon(
 
 
 def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: float) -> float:
-    """The theta of Chernoff's bound, which centres the tilted distribution near epsilon.
+    """Theta of Chernoff's bound, which centres the tilted distribution near epsilon.
 
-    The bound is quasi-convex in theta. Epsilon is an upper bound for any theta; the rounding
-    error of epsilon is smallest near the best theta.
+    The bound is quasi-convex in theta. Epsilon is correct for any theta; the rounding error of
+    epsilon is smallest near the best theta.
     """
     losses = interval * (lowest + np.arange(len(log_one)))
 
@@ -345,7 +350,7 @@ def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: 
 def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: float) -> float:
     """Epsilon at which the sum of ``weights * (1 - exp(epsilon - loss))`` equals ``goal``.
 
-    The sum is over losses above epsilon. It is linear in exp(epsilon) between two losses.
+    The sum is over losses above epsilon, and is linear in exp(epsilon) between two losses.
     """
     above = np.cumsum(weights[::-1])[::-1]
     shrink = -math.expm1(-interval)

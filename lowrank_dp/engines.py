@@ -71,6 +71,9 @@ def run(
     Yields:
         The index of a job, and its result; None in place of the result if the worker died in every
         attempt.
+
+    Raises:
+        ValueError: if the workers of a Dask cluster have more than one thread each.
     """
     if engine == "sequential":
         yield from ((i, function(job)) for i, job in enumerate(jobs))

@@ -3,7 +3,8 @@
 Each step samples every unit of privacy independently with probability ``sample_rate`` (Poisson
 sampling), clips the gradient of each unit to Euclidean norm ``max_grad_norm``, sums, and adds
 N(0, (noise_multiplier * max_grad_norm)^2) to every entry. Guarantees hold for neighbours that
-differ by adding or removing one unit. Restoration is post-processing: it reads only the noisy sums.
+differ by adding or removing one unit. Restoration reads only the noisy sums, and so is
+post-processing.
 
 Epsilon is the smallest of several upper bounds (:mod:`lowrank_dp.accounting`). The central-limit
 approximation ("GDP") is not offered, since it under-reports epsilon.
@@ -81,7 +82,7 @@ class GaussianMechanism:
         """Indices of a Poisson sample of ``num_units`` units, int64, in ascending order.
 
         Each unit is in the sample with probability ``sample_rate``, independently of the others.
-        The sample may be empty.
+        The sample may be empty. ``generator`` is a :class:`SecureRandom` or a CPU torch generator.
         """
         return (uniform(num_units, generator) < self.sample_rate).nonzero().flatten()
 
@@ -141,12 +142,12 @@ class GaussianMechanism:
         return noisy
 
     def _secure_release(self, total: Tensor, generator: SecureRandom) -> Tensor:
-        """``total`` plus noise, rounded to a fixed grid; see "Rounding" in :meth:`add_noise`."""
+        """Add noise to ``total`` and round to a fixed grid; see "Rounding" in :meth:`add_noise`."""
         released = total.clone(memory_format=torch.contiguous_format)
         if self.noise_std == 0:
             return released
         flat = released.view(-1)
-        # adding and taking away 1.5 * 2^52 times the grid rounds to it
+        # adding and subtracting 1.5 * 2^52 times the grid rounds to the grid
         shift = 1.5 * 2.0**52 * 2.0 ** math.floor(math.log2(self.noise_std * _GRID))
         for part in flat.split(_CHUNK):
             noise = generator.normal(len(part), self.noise_std).to(part.device)
@@ -158,8 +159,8 @@ class GaussianMechanism:
 
         Args:
             steps: number of releases, >= 0; a step with an empty sample counts.
-            delta: in (0, 1). It should be below 1 / N for N units of privacy. This class does not
-                know N; ``train`` warns if delta is larger.
+            delta: in (0, 1). Delta should be below 1 / N for N units of privacy. This class does
+                not know N; ``train`` warns if delta is larger.
             accountant: "pld" (default), the smallest bound of :mod:`lowrank_dp.accounting`, a few
                 percent above the exact epsilon at most; "rdp", the bound of Renyi DP alone, which
                 is looser for ``sample_rate`` < 1.
@@ -198,7 +199,8 @@ class GaussianMechanism:
             max_grad_norm: C > 0.
             unit: unit of privacy, "example" or "group".
             tolerance: > 0, largest excess of the noise multiplier over the smallest sufficient one;
-                absolute for a noise multiplier up to 100, times a hundredth of it above.
+                absolute for a noise multiplier up to 100, and relative to a hundredth of the noise
+                multiplier above 100.
 
         Raises:
             ValueError: if a value is out of range, or no noise multiplier below 1e9 suffices.

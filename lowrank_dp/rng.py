@@ -39,10 +39,10 @@ class SecureRandom:
     The bits are AES-128 (FIPS 197) in counter mode (NIST SP 800-38A): block i is the encryption of
     i, a big-endian number of 128 bits, and gives two little-endian words of 64 bits. OpenSSL
     computes the blocks, through the ``cryptography`` package. OpenSSL uses the processor's AES
-    instructions where there are any. Without these instructions its software gives the same
-    numbers, but parts of it may read tables in an order that a process on the same machine could
-    time. The generator refuses to be copied, pickled, or used in a forked process, where two
-    generators would draw the same numbers for different sums.
+    instructions where the processor has them. Otherwise OpenSSL's software gives the same numbers,
+    but may read tables in an order that another process on the same machine could time. The
+    generator refuses to be copied, pickled, or used in a forked process, where two generators would
+    draw the same numbers for different sums.
 
     Args:
         key: 16 bytes; None takes them from the operating system.
@@ -155,9 +155,9 @@ def uniform(size: int, generator: Generator) -> Tensor:
 def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """Create a torch generator whose start comes from the operating system's random bits.
 
-    The generator is not cryptographic. On the CPU it is a Mersenne Twister, whose whole state is
-    drawn (``manual_seed`` would keep only 32 bits of a seed); some thousands of outputs reveal the
-    state. On a GPU it is Philox 4x32-10 with a key of 63 random bits.
+    The generator is not cryptographic. On the CPU the generator is a Mersenne Twister, whose whole
+    state is drawn (``manual_seed`` would keep only 32 bits of a seed); some thousands of outputs
+    reveal the state. On a GPU the generator is Philox 4x32-10 with a key of 63 random bits.
     """
     generator = torch.Generator(device)
     if generator.device.type != "cpu":

@@ -33,7 +33,7 @@ DIED = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A configuration with its result, or with the reason why there is none.
+    """Configuration with its result, or with the reason why there is none.
 
     Attributes:
         config: configuration of the run.
@@ -69,11 +69,12 @@ def sweep(
     """Train every configuration; equal configurations are trained once.
 
     A run that fails (bad configuration, divergence, full disk) does not stop the others. A run
-    whose worker was killed resumes from its last snapshot; after three deaths it has failed.
+    whose worker was killed resumes from its last snapshot; after three deaths the run counts as
+    failed.
 
     Args:
         configs: configurations, each with a seed.
-        folder: folder of the runs. Finished runs in it are read, and not repeated.
+        folder: folder of the runs. Finished runs in the folder are read, and not repeated.
         num_workers: number of concurrent runs; default: one per CPU core.
         engine: "loky" (processes of this machine, which share its cores evenly), "ray" or "dask"
             (a cluster, see :func:`lowrank_dp.engines.run`, whose machines share ``folder``, data

@@ -1,4 +1,4 @@
-"""The command lines, one module per command: options in, one call into the package, text out.
+"""Command lines, one module per command, which reads options, calls the package, prints text.
 
-Nothing in the package imports this package; ``lowrank_dp.__main__`` starts a command from it.
+No other module imports this package, except ``lowrank_dp.__main__``, which starts a command.
 """

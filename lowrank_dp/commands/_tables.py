@@ -58,7 +58,7 @@ def table_lines(
         return _blocks(columns, rows, width)
     if sum(widths) > room:  # narrow the headers first
         widths = [max(low, *map(len, c[1:]), 0) for low, c in zip(least, by_column, strict=True)]
-    while sum(widths) > room:  # then the widest column that can wrap
+    while sum(widths) > room:  # then narrow the widest column that can wrap
         slack = [now if now > low else 0 for now, low in zip(widths, least, strict=True)]
         widths[slack.index(max(slack))] -= 1
     right = [

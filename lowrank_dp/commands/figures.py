@@ -130,7 +130,7 @@ def _to_compute(
 
 
 def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
-    """Describe a saved result whose configuration is not ``config``; "" if there is none."""
+    """Describe a saved result whose configuration is not ``config``; "" if none differs."""
     from lowrank_dp import artifacts
 
     if not (folder / f"{name}.json").exists():

@@ -80,12 +80,12 @@ def main(
     for line in plan(targets, options):
         say(console, line)
 
-    from lowrank_dp.mia.attack import attack, load  # after the first line of output
+    from lowrank_dp.mia.attack import attack, load  # slow to import: after the first output
     from lowrank_dp.mia.compare import compare
 
     if dry_run:
         for target in targets:
-            load(target, options)  # refuses what an attack would refuse
+            load(target, options)  # raises the errors that an attack would raise
         return
     with _folder(output) as folder:
         reports = [attack(target, options, folder / "cache") for target in targets]

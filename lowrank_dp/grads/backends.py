@@ -48,7 +48,8 @@ _PLAIN = 'backend="bookkeeping" (training: no --compile)'
 def run_first_alone(micro_batch: MicroBatch, backend: str) -> tuple[Tensor | None, Layouts]:
     """Run the first row by itself; return its loss and the layouts of the trained layers' inputs.
 
-    The run takes no random numbers. The loop backend needs neither result: it gets None and {}.
+    The run takes no random numbers. For the loop backend, which needs
+    neither result, the function returns None and {}.
 
     Raises:
         UnsupportedParameters: for a layer in whose input the backend finds no axis of rows.

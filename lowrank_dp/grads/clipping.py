@@ -1,4 +1,4 @@
-"""The clipped gradient sum: the public functions of this package."""
+"""Clipped gradient sums: the public functions of this package."""
 
 from __future__ import annotations
 

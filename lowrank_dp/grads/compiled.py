@@ -2,8 +2,8 @@
 
 Hooks would break the graph at every layer. Instead, the forward adds a tensor of zeros to the
 output of each trained layer: the gradient of the loss in these zeros is the gradient in the output.
-The graph returns the layers' inputs beside the logits, and the loss is computed outside of it. No
-weight requires a gradient meanwhile.
+The graph returns the layers' inputs beside the logits, and the loss is computed outside of the
+graph. No weight requires a gradient meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 class Graph:
-    """The compiled forward of one model in one mode.
+    """Compiled forward of one model in one mode.
 
     Args:
         calls: the calls of trained layers, in the order of the forward.

@@ -60,8 +60,8 @@ class Squares(NamedTuple):
 
     Attributes:
         squared: (B,) float64.
-        doubt: (B,) float64; 0 where ``squared`` is exact to a relative error of 1e-4, else a bound
-            on the square of the part that rounding may have lost.
+        doubt: (B,) float64; 0 where ``squared`` is exact to a relative error of 1e-4, elsewhere a
+            bound on the square of the part that rounding may have lost.
     """
 
     squared: Tensor

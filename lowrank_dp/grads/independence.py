@@ -1,12 +1,12 @@
 """Test that a model and a backend keep the rows of a batch apart.
 
-A clipped sum is private only if one row moves it by at most C, so the gradient of a row must depend
-on that row alone. :func:`examine` takes a few rows of a batch and compares three runs of the model
-in its own precision:
+A clipped sum is private only if one row moves the sum by at most C, so the gradient of a row must
+depend on that row alone. :func:`examine` takes a few rows of a batch and compares three runs of the
+model in its own precision:
 
 - the rows together, through the backend;
 - each row alone, through autograd;
-- each row alone without the padding that longer rows beside it give it.
+- each row alone without the padding that longer rows in the batch require.
 
 The examination restores the model's mode, its buffers and the random generators.
 """
@@ -59,7 +59,7 @@ Backends = Mapping[str, Backend]
 def verified(
     micro_batch: MicroBatch, backend: str, backends: Backends, padding: str, fingerprint: int
 ) -> bool:
-    """Examine the model if it is new in this situation; return whether its forward is repeatable.
+    """Examine a model that is new in this situation; return whether its forward is repeatable.
 
     The situation is the model, its trained parameters, its mode, the backend and the layout of the
     batch. ``fingerprint`` identifies the model's layers and their modes.
@@ -138,7 +138,7 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
         with deterministic:
             try:
                 finite = _agree(micro_batch, backend, backends, padding)
-            except ValueError as error:  # perhaps rounding, for instance where a gradient cancels
+            except ValueError as error:  # rounding may be the cause, where a gradient cancels
                 with in_float64(micro_batch.model):
                     if backend == "compiled" or not _agree_in_float64(
                         micro_batch, backend, backends, padding
@@ -204,13 +204,13 @@ def _agree(micro_batch: MicroBatch, backend: str, backends: Backends, padding: s
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
-        with torch.no_grad():  # names the row, if one row is the cause
+        with torch.no_grad():  # raises an error that names the row, if one row is the cause
             forward(
                 replace(
                     micro_batch, batch=copy_rows(micro_batch.batch, range(micro_batch.num_rows))
                 )
             )
-        _run(micro_batch, 1.0, order, backends[backend])  # may name the cause in the model
+        _run(micro_batch, 1.0, order, backends[backend])  # may raise an error that names the cause
         raise ValueError(
             f"model cannot be run on one row by itself ({first_line(error)}), which "
             "is how rows are compared"

@@ -58,7 +58,7 @@ def _rms_norm_weight(module: Any, x: Tensor, b: Tensor) -> Factor:
 
 
 def _rms_unit(module: Any, x: Tensor) -> Tensor:
-    """``x`` divided by its root mean square, in float32 or wider."""
+    """Divide ``x`` by its root mean square, in float32 or wider."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return functional.rms_norm(upcast(x), module.weight.shape, eps=eps)
@@ -80,8 +80,8 @@ def rules_for(module: nn.Module) -> Mapping[str, Rule]:
     """Rules of a layer by parameter name; empty if the layer's forward is not a known one.
 
     Types are matched exactly, since a subclass may scale or shift the result of its parent. Most
-    architectures define an RMSNorm of their own: such a layer is matched by name here, and
-    ``is_rms_norm`` then checks its output.
+    architectures define an RMSNorm of their own: this function matches the layer by name, and
+    ``is_rms_norm`` then checks the layer's output.
     """
     if "forward" in vars(module):
         return {}

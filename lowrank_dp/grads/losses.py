@@ -1,4 +1,4 @@
-"""The loss of each row of a micro-batch, recovered from the logits of one forward.
+"""Loss of each row of a micro-batch, recovered from the logits of one forward.
 
 A model returns the mean loss of a batch. The functions here find the kind of loss whose mean equals
 the model's own, and compute the loss of each row from the logits by ``lowrank_dp.losses``.
@@ -150,7 +150,7 @@ def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
 
 
 def _num_classes(base: Any, kind: str) -> int | None:
-    """Number of classes of the model's head; None if it is unknown."""
+    """Number of classes of the model's head; None if the number is unknown."""
     if kind == "single_label_classification" or "ForTokenClassification" in type(base).__name__:
         return base.config.num_labels
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None

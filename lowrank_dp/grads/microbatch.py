@@ -1,4 +1,4 @@
-"""A micro-batch with the settings of its clipped sum, and helpers on batches and their rows."""
+"""Micro-batch with the settings of its clipped sum, and helpers on batches and their rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MicroBatch:
         trained: its parameters that require gradients, by name.
         batch: the dict that ``model(**batch)`` takes.
         num_rows: B, the rows of ``batch``.
-        first_row: index of the first row in the whole batch; messages count from it.
+        first_row: index of the first row in the whole batch; messages count from this index.
         max_grad_norm: C, absolute; 0 for rows that must not count.
         autocast: context in which the forward runs.
         loss_alone: the loss of the first row by itself, which the loss in the batch must equal;

@@ -1,4 +1,4 @@
-"""The length of each row without its padding, and the rows that an examination compares."""
+"""Length of each row without its padding, and the rows that an examination compares."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def is_square(micro_batch: MicroBatch) -> bool:
 def own_lengths(model: Any, batch: Batch) -> list[tuple[int, int]]:
     """First position of each row that is not padding, and the position after the last one.
 
-    Padding is what ``attention_mask`` marks; without a mask, the padding token of the model's
-    configuration. A position with a target is never padding. A row that consists of
+    ``attention_mask`` marks the padding; without a mask, the padding token of the model's
+    configuration does. A position with a target is never padding. A row that consists of
     padding keeps its whole length.
     """
     length = num_positions_of(batch)

@@ -18,8 +18,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Collect the model's parameters that require gradients, by name.
 
     Raises:
-        ValueError: if there is none; for a parameter with a gradient hook; and for batch
-            normalisation in training mode, which mixes rows.
+        ValueError: if no parameter requires gradients; for a parameter with a gradient hook; and
+            for batch normalisation in training mode, which mixes rows.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -67,7 +67,7 @@ class Precheck:
     _ambiguous: bool = False  # rows of one position leave the layouts open
 
     def __call__(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Check one micro-batch; return it with the layers' layouts and the first row's own loss.
+        """Check a micro-batch; add the layers' layouts and the loss of the first row alone.
 
         Raises:
             ValueError: for labels that are no classes of the model, another length than before with
@@ -107,6 +107,6 @@ class Precheck:
         if not (first if self.in_step else micro_batch.num_rows > 1 and (first or self._ambiguous)):
             return None
         loss_alone, self._layouts = run_first_alone(micro_batch, self.backend)
-        # a row of one position fits several layouts, so the next micro-batch must be looked at too
+        # a row of one position fits several layouts, so the next micro-batch is examined too
         self._ambiguous = num_positions_of(micro_batch.batch) == 1
         return loss_alone

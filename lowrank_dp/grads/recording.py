@@ -86,7 +86,7 @@ def recording(micro_batch: MicroBatch) -> Iterator[Tape]:
 
     A trained parameter does not require gradients while the forward of its own layer runs, so
     autograd never computes its unclipped gradient. A use outside of the layer still reaches the
-    parameter's ``.grad``, by which the caller detects it.
+    parameter's ``.grad``, by which the caller detects this use.
 
     Raises:
         UnsupportedParameters: for a parameter in a layer without a rule.

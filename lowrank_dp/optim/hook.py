@@ -4,8 +4,8 @@
 weights. At that point ``p.grad`` has been clipped, summed, noised, scaled and (under DDP) reduced.
 The restoration therefore reads released gradients only: it is post-processing, and epsilon does not
 change. The hook is PyTorch's public ``register_step_pre_hook``. Opacus's own ``attach_step_hook``
-is not suitable: it has a single slot, which the accountant holds, and under DDP it runs before the
-reduction, where only rank 0 holds noise.
+is not suitable: the hook has a single slot, which the accountant holds, and under DDP it runs
+before the reduction, where only rank 0 holds noise.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def attach_restoration(
         scheme: a name in ``lowrank_dp.restore.SCHEMES``, but not "oracle", which is not private.
         mean_noise_std: standard deviation of the noise on each entry of ``p.grad`` as the
             optimizer sees it, absolute, in the units of ``p.grad``; > 0. For a mean over a batch,
-            it is ``noise_multiplier * max_grad_norm / batch_size``. Must not be given with a
+            this is ``noise_multiplier * max_grad_norm / batch_size``. Must not be given with a
             ``DPOptimizer``.
         momentum_beta: in [0, 1): replace every gradient by the bias-corrected running mean of the
             noisy gradients, whose noise is smaller and known, and restore the mean. The running
@@ -87,7 +87,8 @@ class Restoration:
     """Handle of one attachment, made by :func:`attach_restoration`.
 
     Attributes:
-        mean_noise_std: the argument, None with Opacus; assign to it if the noise level changes.
+        mean_noise_std: noise level in the units of ``p.grad``, None with Opacus; assign a new value
+            if the noise level changes.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Restoration:
 
     @property
     def reports(self) -> dict[str, Report]:
-        """A :class:`lowrank_dp.restore.Report` per matrix restored in the last step.
+        """Reports (:class:`lowrank_dp.restore.Report`) of the matrices restored in the last step.
 
         The key is the index of the parameter, counted over all parameter groups as torch does.
         """

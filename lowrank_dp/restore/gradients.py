@@ -60,7 +60,7 @@ def restore_gradients(
                     for name, matrix in zip(names, matrices, strict=True)
                 ]
                 arguments = arguments | {"values": torch.stack(values)}
-            # one matrix is not copied
+            # a single matrix need not be copied
             batch = torch.stack(matrices) if len(names) > 1 else matrices[0].unsqueeze(0)
             batch, report = restore_with_report(batch, noise_stds[names[0]], scheme, **arguments)
         except ValueError as error:
@@ -85,7 +85,7 @@ def _batches(
 
 
 class GradientRestorer:
-    """Restorer of the noisy gradients of successive steps, with the state that it keeps.
+    """Restorer of the noisy gradients of successive steps, with running means as state.
 
     With a ``low_pass`` filter, the running mean of each parameter's noisy gradients takes the place
     of the gradient before the restoration. Running means over different numbers of steps hold

@@ -20,7 +20,7 @@ class LowPassFilter:
     """Bias-corrected linear filter over a sequence of noisy gradients, with a known noise level.
 
     The output is ``m_t = sum_i b_i g_(t-i) - sum_i a_i m_(t-i)``, divided by the filter's response
-    to a constant sequence of ones. The filter reads released gradients only, so it is
+    to a constant sequence of ones. The filter reads released gradients only, and so is
     post-processing. :func:`exponential_average` is a first-order filter; filters of higher order
     are those of DOPPLER (Zhang et al., arXiv 2408.13460).
 

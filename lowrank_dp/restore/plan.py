@@ -1,4 +1,4 @@
-"""The checked arguments of one restoration, and the levels that follow from them."""
+"""Checked arguments of one restoration, and the levels that follow from them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Plan:
         """Return the plan for the same matrices divided by ``unit``."""
         own = {name: self.options[name] / unit for name in self.scheme.per_matrix}
         noise_std = edge = activation_level = 0.0
-        if self.noise.noise_std > 0:  # beyond either bound, a larger ratio makes no difference
+        if self.noise.noise_std > 0:  # beyond these bounds, the ratio makes no difference
             noise_std = min(max(self.noise.noise_std / unit, 1 / ORDINARY), ORDINARY)
             edge, activation_level = (
                 level / self.noise.noise_std * noise_std

@@ -1,6 +1,6 @@
 """Random-matrix theory of i.i.d. noise plus a low-rank signal: edge, bulk, spikes, shrinkers.
 
-The setting, here and in :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`, is
+The model, in this module, :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`, is
 ``N = G + noise_std * Z`` of shape (m, n), Z i.i.d. N(0, 1). With ``aspect = min(m, n) /
 max(m, n)`` (called beta in the literature) and ``scale = noise_std * sqrt(max(m, n))``, singular
 values are measured as ``y = s / scale`` (noisy) and ``theta`` (clean). Sources:
@@ -170,7 +170,7 @@ def clean_value(y: Tensor, aspect: float) -> Tensor:
 
 
 def _edge_distances(y: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
-    """``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the two ends of the bulk; 0 inside.
+    """Compute ``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the bulk's ends; 0 inside.
 
     Their product is ``sqrt((y^2 - aspect - 1)^2 - 4 aspect)``. The two factors neither overflow at
     a large y nor cancel next to the edge.

@@ -62,8 +62,8 @@ def log_mean_square_density(s: Array, rank: float | Array) -> Array:
 def log_bessel_series(w: Array, p2: Array) -> Array:
     """Logarithm of the Debye series of K_nu(z), with w = sqrt(nu^2 + z^2) and p2 = nu^2 / w^2.
 
-    K_nu(z) = sqrt(pi / (2 w)) e^-w ((nu + w) / z)^nu  sum_k (-1/w)^k U_k(p2). Written in w the
-    series serves large nu and large z alike, and it is exact to rounding for w >= 25.
+    K_nu(z) = sqrt(pi / (2 w)) e^-w ((nu + w) / z)^nu  sum_k (-1/w)^k U_k(p2). In terms of w
+    the series covers both large nu and large z, and is exact to rounding for w >= 25.
     """
     total = np.zeros(np.broadcast(w, p2).shape)
     for coefficients in reversed(_DEBYE):

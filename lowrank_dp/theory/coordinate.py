@@ -82,7 +82,7 @@ def noise_kurtosis(
 ) -> FloatOrArray:
     """Kurtosis E u^4 / (E u^2)^2 of one coordinate of the noise.
 
-    A Gaussian has kurtosis 3; the largest value here is 15, at rank 1 and beta2 = 1.
+    A Gaussian has kurtosis 3; the largest kurtosis of the noise is 15, at rank 1 and beta2 = 1.
 
     >>> noise_kurtosis(1, 768, beta2=0)
     9.0
@@ -95,8 +95,9 @@ def noise_logpdf(x: ArrayLike, rank: ArrayLike, *, beta2: ArrayLike) -> FloatOrA
     """Log-density of u_j / |q| at ``x``.
 
     ``x`` is any finite number, in units of |q|, for a coordinate with q_j >= 0; for q_j < 0 take
-    ``-x``. The density is a Bessel function. At rank 1 it has a pole at x = -beta, where the result
-    is ``inf``. At beta2 = 1 it is a shifted gamma density, and the result is ``-inf`` for x < -1.
+    ``-x``. The density is a Bessel function. At rank 1 the density has a pole at x = -beta, where
+    the result is ``inf``. At beta2 = 1 the density is a shifted gamma density, and the result is
+    ``-inf`` for x < -1.
 
     >>> round(noise_logpdf(0.5, 2, beta2=0), 12)    # at rank 2, beta2 0: Laplace, exp(-2|x|)
     -1.0
@@ -192,8 +193,8 @@ def berry_esseen_bound(
     """Classical Berry-Esseen bound, at most 1, on `kolmogorov_exact` (matched).
 
     The bound is 0.4690 E|xi|^3 / sqrt(rank), where xi is one of the ``rank`` standardised terms
-    whose mean is u_j. It bounds the Kolmogorov distance, which is weaker than total variation, and
-    its order is 1/sqrt(rank), because it ignores that the third moment nearly vanishes.
+    whose mean is u_j. The Kolmogorov distance is weaker than total variation. The order of the
+    bound is 1/sqrt(rank), because the bound ignores that the third moment nearly vanishes.
 
     >>> round(berry_esseen_bound(16, 4096, beta2=0), 3)
     0.299

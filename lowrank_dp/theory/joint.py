@@ -35,8 +35,8 @@ def joint_tv(rank: ArrayLike, n: ArrayLike, *, reference: str = "matched") -> Fl
     """Total variation distance, in [0, 1], between the whole noise vector and a Gaussian, to 1e-10.
 
     The distance depends on q only through ``n``. Against the "matched" Gaussian the distance
-    vanishes only for rank >> n; against the "paper" Gaussian it is at least 0.166 at every large
-    rank.
+    vanishes only for rank >> n; against the "paper" Gaussian the distance is at least 0.166 at
+    every large rank.
 
     >>> round(joint_tv(256, 4096), 4)
     0.7049
@@ -50,7 +50,7 @@ def joint_tv(rank: ArrayLike, n: ArrayLike, *, reference: str = "matched") -> Fl
 def joint_tv_limit(ratio: ArrayLike) -> FloatOrArray:
     """Limit of the matched `joint_tv` as rank and n grow with n / rank -> ``ratio`` >= 0.
 
-    The limit is (2 / pi) arctan(sqrt(ratio) / 2), in [0, 1); it is 1/2 at n = 4 rank.
+    The limit is (2 / pi) arctan(sqrt(ratio) / 2), in [0, 1), which is 1/2 at n = 4 rank.
 
     >>> round(joint_tv_limit(4.0), 12)
     0.5

@@ -30,7 +30,7 @@ class StepChecks:
     """Checks of a run's steps, each of which takes all steps so far into account.
 
     If several processes share the run, rank 0 checks samples and generators, and each rank checks
-    the noise of the sums that it has.
+    the noise of its own sums.
 
     Args:
         setup: setup of the run; its mechanism must be the one that the configuration asks for.

@@ -33,7 +33,7 @@ class TrainConfig:
     """One run of (differentially private) fine-tuning.
 
     Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` states the privacy. Every
-    field is an option of ``python -m lowrank_dp.train``; the help texts here document both.
+    field is an option of ``python -m lowrank_dp.train``; its help text documents both.
     ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out of its
     range and for values that exclude each other.
     """

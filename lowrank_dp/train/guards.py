@@ -96,7 +96,7 @@ def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_
 
 
 def check_sum(clean: Mapping[str, Tensor], max_norm: float) -> None:
-    """Refuse a clipped sum whose norm over all parameters exceeds ``max_norm``, its rows' bound."""
+    """Refuse a clipped sum whose norm over all parameters exceeds ``max_norm``, absolute."""
     norms = torch.stack(
         [torch.linalg.vector_norm(total).double().cpu() for total in clean.values()]
         or [torch.zeros(())]
@@ -118,9 +118,9 @@ def check_clipping(
 ) -> None:
     """Compare ``clip(batch, max_norm)`` with gradients that autograd takes row by row.
 
-    The clip factors are computed here, so that a fault in the backend's own factors is noticed. The
-    norm is ``max_grad_norm``, or less if ``max_grad_norm`` would not clip every row. The tolerance
-    of the difference is a hundredth of the norm per row, and a fifth under autocast.
+    This function computes the clip factors itself, so that a fault in the backend's own factors is
+    noticed. The norm is ``max_grad_norm``, or less if ``max_grad_norm`` would not clip every row.
+    The tolerance of the difference is a hundredth of the norm per row, and a fifth under autocast.
 
     Args:
         model: in evaluation mode.
@@ -277,5 +277,5 @@ class MovementCheck:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor that may be sharded."""
+    """Return this rank's part of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""The identity of a run: digests and versions of everything that its sums depend on.
+"""Identity of a run: digests and versions of everything that its sums depend on.
 
 Two sums that differ, released with the same noise, reveal their difference. A resumed run therefore
 continues its noise stream only if every entry of its identity is unchanged.

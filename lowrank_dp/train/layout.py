@@ -1,8 +1,7 @@
-"""The layout of a run's tensors on its ranks: replicated, or sharded.
+"""Layout of a run's tensors on its ranks: replicated, or sharded.
 
-A :class:`Layout` answers the questions of a step in the step's order: what becomes of a
-micro-batch's clipped sum, who adds the noise, who restores which matrix, and how weights get their
-gradients.
+A :class:`Layout` decides, in the order of a step, how a micro-batch's clipped sum is reduced, which
+rank adds the noise, which rank restores which matrix, and how weights get their gradients.
 
 - :class:`Replicated`: every rank holds the whole model. Rank 0 adds the sums and the noise, and
   broadcasts the noisy sum; each rank restores its share of the matrices.
@@ -42,7 +41,7 @@ class Layout(Protocol):
 
     @property
     def reduce(self) -> Callable[[str, Tensor], Tensor] | None:
-        """The reduction of a micro-batch's sum over ranks; None if only totals are reduced."""
+        """Reduction of a micro-batch's sum over ranks; None if only totals are reduced."""
 
     def add_noise(
         self, sums: Tensors, mechanism: GaussianMechanism | None, generator: Generator
@@ -176,7 +175,7 @@ class Sharded:
         return clean, noisy
 
     def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
-        """Return ``work(noisy)`` of what this rank owns; :meth:`assign` scatters the rows."""
+        """Return ``work`` of the sums that this rank owns; :meth:`assign` scatters the rows."""
         return work(noisy)
 
     def restored_clean(self, clean: Tensors) -> Tensors:
@@ -234,7 +233,7 @@ def equalise(model: nn.Module) -> None:
 
 
 def shard(model: Any, device: str) -> None:
-    """Split a model's weights by rows over the ranks (FSDP2), and move it to the device.
+    """Split a model's weights by rows over the ranks (FSDP2), and move the model to the device.
 
     Before the call, every rank must hold the whole model on the CPU.
     """

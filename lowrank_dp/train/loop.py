@@ -1,4 +1,4 @@
-"""A training run: start or resume, step, evaluate, snapshot, and save the result."""
+"""Training run: start or resume, step, evaluate, snapshot, and save the result."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) 
 
 
 def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
-    """Return a run at its last snapshot, or at its beginning, and broadcast it to all ranks."""
+    """Return a run at its last snapshot or at its beginning; broadcast the state to all ranks."""
     found, tensors = folder.load_snapshot(), dict[str, Tensor]()
     if found is None:
         seed = config.seed if config.seed is not None else derive_seed(None, "run")
@@ -253,7 +253,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
 
 
 def _prepare(config: TrainConfig, seed: int) -> Setup:
-    """Tell the other ranks what to load, and load it; for rank 0."""
+    """Broadcast what every rank loads, and load the setup; for rank 0."""
     processes.broadcast_from_rank0(
         {"seed": seed, "config": config.as_json(), "environment": environment(config.device)}
     )
@@ -286,7 +286,7 @@ def _loss_on_members(setup: Setup) -> float:
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the model's state dict as a run of one process has it."""
+    """Return the model's state dict as a single process would hold it."""
     return setup.layout.full_tensors(setup.model.state_dict())
 
 

@@ -125,7 +125,7 @@ class NoiseCheck:
         return self._directions[key]
 
     def _watch(self, name: str, kind: evidence.Evidence, streams: int) -> Watch:
-        """Return the watch of a family of checks, made when it is first asked for."""
+        """Return the watch of a family of checks; the first call makes the watch."""
         if name not in self._watches:
             self._watches[name] = Watch(kind, streams, self._steps, self._share)
         return self._watches[name]
@@ -274,7 +274,7 @@ class NoiseCheck:
     def _refuse(self, what: str) -> NoReturn:
         """Raise ``ValueError`` with the fault of the noise and the number of steps seen."""
         raise ValueError(
-            f"{what} (step {self._seen} of those seen): the privacy stated would not hold"
+            f"{what} (step {self._seen} of those checked): the privacy stated would not hold"
         )
 
 
@@ -294,7 +294,7 @@ class GeneratorCheck:
     def check(self, generator: Any) -> None:
         """Check the generator after a step has drawn from it; raise ``ValueError`` on a fault."""
         origin, state = _generator_state(generator)
-        if state is None:  # the generator draws from the operating system, and has no state
+        if state is None:  # a generator of the operating system, without state
             return
         if origin != self._origin:
             raise ValueError(

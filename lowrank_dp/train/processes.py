@@ -121,7 +121,7 @@ def _lost_connections() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here, by gloo."""
+    """Wait, by gloo, until every rank has called this function."""
     dist.all_reduce(torch.zeros(1))
 
 

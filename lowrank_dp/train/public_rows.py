@@ -78,8 +78,8 @@ def require_independent_rows(
 def _square(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return one batch of T rows of T tokens each, or no batch if there are too few rows.
 
-    In such a batch, a layer input of shape (positions, rows, ...) has the shape of one with
-    (rows, positions, ...).
+    In such a batch, the layer inputs (positions, rows, ...) and (rows, positions, ...) have the
+    same shape.
     """
     counts = Counter(len(row["input_ids"]) for row in rows)
     length = next((length for length, count in counts.items() if 1 < length <= count), 0)

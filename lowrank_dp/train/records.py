@@ -25,7 +25,8 @@ def select_units(config: TrainConfig, seed: int) -> tuple[Task, list[list[Exampl
 
     Returns:
         The task, with held-out units in place of its validation split if the run has a holdout;
-        every unit of the train split; and for every unit whether it is trained on.
+        every unit of the train split; and for every unit whether the run
+        trains on the unit.
 
     Raises:
         ValueError: if the units do not fit the configuration, or can't be trained on.
@@ -108,7 +109,7 @@ def check_room(config: TrainConfig, task: Task, tokenizer: Any, max_length: int 
 
 
 def _draw_members(units: list[list[Example]], membership: str, seed: int) -> list[bool]:
-    """Draw for each unit whether it is trained on.
+    """Draw for each unit whether the run trains on the unit.
 
     For Bernoulli membership, verify that each bit depends on its own unit alone.
     """

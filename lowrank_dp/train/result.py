@@ -1,4 +1,4 @@
-"""The result of a finished run: ``training.json``, ``membership.json`` and the checkpoint."""
+"""Result of a finished run: ``training.json``, ``membership.json`` and the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The contents of ``training.json``.
+    """Contents of ``training.json``.
 
     Attributes:
         config: configuration of the run.

@@ -28,12 +28,12 @@ from lowrank_dp.train.records import check_room, select_units, token_limit
 
 @dataclass(frozen=True)
 class Setup:
-    """A run before its first step.
+    """Data, model, mechanism and optimizer of a run before its first step.
 
     Attributes:
         config: configuration of the run.
         task: the data, with held-out units as its validation split if the run has a holdout.
-        units, members: every unit of privacy of the train split, and whether it is trained on.
+        units, members: every unit of privacy of the train split, and whether the run trains on it.
         rows: encoded rows of the members.
         unit_rows: the positions in ``rows`` of each member's rows.
         max_length: number of tokens that texts are cut to, or None.
@@ -87,7 +87,7 @@ class Setup:
         )
 
     def statement(self, releases: int) -> str:
-        """State the privacy after ``releases`` releases, with every fact that weakens it."""
+        """State the privacy after ``releases`` releases, with all facts that weaken the claim."""
         if self.config.non_private:
             return "NON-PRIVATE: no clipping and no noise"
         claim = self.mechanism.statement(releases, self.delta)
@@ -128,7 +128,7 @@ class Setup:
         )
 
     def epsilon(self, releases: int) -> float | None:
-        """Return epsilon after ``releases`` releases; None if the run claims no privacy."""
+        """Return epsilon at ``delta`` after ``releases`` releases; None without a privacy claim."""
         if self.config.non_private or self.config.diagnostic:
             return None
         return self.mechanism.epsilon(releases, self.delta)
@@ -171,7 +171,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
-    if task.warning:  # last, so that a refusal is one line
+    if task.warning:  # after all checks, so that an error is one line
         warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)

@@ -1,9 +1,9 @@
-"""The state of a run between two steps, and its form in a snapshot: tensors and plain JSON.
+"""State of a run between two steps, and its form in a snapshot: tensors and plain JSON.
 
 A snapshot holds the trained parameters, the optimizer's state, the running means, the states of all
-generators, and the curve so far. It holds no gradient, no clean sum and no record. The generator
-states could undo the noise, which is why snapshots are readable by their owner only and are removed
-once the run is finished.
+generators, and the curve so far. A snapshot holds no gradient, no clean sum and no record. The
+generator states could undo the noise, which is why snapshots are readable by their owner only and
+are removed once the run is finished.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RUNNING_MEANS = "low_pass."  # prefix of the restorer's tensors in a snapshot
 
 @dataclass
 class State:
-    """The mutable part of a run.
+    """Mutable part of a run.
 
     Attributes:
         step: number of steps taken.
@@ -42,8 +42,9 @@ class State:
         noise: generator of the DP noise, on the model's device.
         restorer: restorer of the noisy gradients, with their running means if the run has a filter.
         curve: evaluations so far.
-        seconds, restore_seconds: time spent in steps, and the part of it spent restoring.
-        restarted: why the stream differs from the snapshot's, in words; empty if it does not.
+        seconds, restore_seconds: wall-clock time spent in steps, and the part spent restoring.
+        restarted: why the stream differs from the snapshot's, in words; empty if the streams
+            are the same.
         checks: privacy checks of this process's steps, or None; not in a snapshot.
     """
 
@@ -142,7 +143,7 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
 
     Two sums that are released with the same noise reveal their difference, even if they differ only
     in rounding. If the identity of ``setup`` differs from the snapshot's, a new stream is therefore
-    started, whose releases count beside the old ones.
+    started, whose releases count in addition to the old releases.
 
     Args:
         setup: as loaded, before any step.
