@@ -226,9 +226,9 @@ def _interval(
     """Interval of the discretised loss that leaves epsilon within a percent of its limit.
 
     Discretisation splits a loss between its two neighbouring points, which adds about
-    E|loss| * interval to the variance of one step. The interval keeps this small beside the
-    variance, or too small to change epsilon. The interval is larger past
-    epsilon 200, to limit memory.
+    E|loss| * interval to the variance of one step. The interval keeps this addition small
+    relative to the variance, or too small to change epsilon. The interval is larger past epsilon
+    200, to limit memory.
     """
     spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
     mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ANGLE, EPSILON = 0.1, 1.0  # angle (radians) and epsilon of the query whose delta is printed
 app = _console.new_app(
-    "Measure LoRA's projection noise on real layers' gradients, beside the theory."
+    "Compare LoRA's projection noise, measured on real layers' gradients, with the theory."
 )
 
 
@@ -54,7 +54,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Folder for lora.json and lora.npz.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure LoRA's projection noise on real layers' gradients, beside the theory."""
+    """Compare LoRA's projection noise, measured on real layers' gradients, with the theory."""
     asked = Options(**given)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import lora_noise

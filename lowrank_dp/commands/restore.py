@@ -27,7 +27,9 @@ def main(
     input: Annotated[Path, typer.Option(help="safetensors file of noisy gradients by name.")],
     noise_std: Annotated[
         float,
-        typer.Option(help="Standard deviation of the noise on each entry, absolute."),
+        typer.Option(
+            help="Standard deviation of the noise on each entry, in the gradients' units."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="safetensors file for the restored gradients.")],
     scheme: Annotated[

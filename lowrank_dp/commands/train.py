@@ -34,7 +34,7 @@ def main(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file of a TrainConfig's fields; options given beside the file win."
+            help="JSON file of a TrainConfig's fields; options take precedence over the file."
         ),
     ] = None,
     resume: Annotated[
@@ -42,7 +42,7 @@ def main(
         typer.Option(
             "--resume",
             help="Continue the killed run in --output with its saved configuration; options given "
-            "beside --resume must agree with that configuration.",
+            "with --resume must agree with that configuration.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -74,7 +74,7 @@ class StepChecks:
             norms: gradient norms of this rank's rows before clipping.
             clip: the step's clipping function: ``clip(batches, max_norm)`` returns the clipped sums
                 and the norms.
-            step: counted from 0.
+            step: number of the step, from 0.
         """
         max_norm = self._setup.mechanism.max_grad_norm
         if processes.world_size() == 1:

@@ -48,8 +48,8 @@ class Layout(Protocol):
     ) -> tuple[Tensors, Tensors]:
         """Return ``(clean, noisy)`` totals over all ranks; the clean one is NON-PRIVATE.
 
-        Rank 0 draws all noise, once, after its release is in the ledger: equal generators on unlike
-        devices would not give equal bits. Without a mechanism both totals are clean.
+        Rank 0 draws all noise, once, after its release is in the ledger: equal generators on
+        different devices would not give equal bits. Without a mechanism both totals are clean.
         """
 
     def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:

@@ -37,7 +37,8 @@ class Setup:
         rows: encoded rows of the members.
         unit_rows: the positions in ``rows`` of each member's rows.
         max_length: number of tokens that texts are cut to, or None.
-        model, tokenizer: on the run's device; a sharded model holds this rank's rows.
+        model, tokenizer: the model, on the run's device, and its tokenizer; a sharded model holds
+            this rank's rows.
         trained: the trained parameters, by name.
         initial_head: a classifier's head before training, under its state-dict names.
         mechanism, delta: the Gaussian mechanism, and the delta at which epsilon is stated.

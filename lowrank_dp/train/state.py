@@ -226,7 +226,7 @@ def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
 
     Args:
         config: configuration of the run. Without a seed, the name is random.
-        step: step counted from 0.
+        step: number of the step, from 0.
         resumed: text that distinguishes this resumption from others; the name of a seeded run
             contains a hash of the text.
     """
