@@ -1,4 +1,4 @@
-"""Sweeps: many training configurations, trained in parallel, resumable, each one once.
+"""Sweeps: many training configurations, trained in parallel, resumable, each only once.
 
 Every configuration has a folder that is named after the hash of the configuration. A sweep that is
 repeated or extended therefore computes only what is missing, and a killed run resumes from its last

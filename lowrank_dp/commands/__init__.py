@@ -1,4 +1,5 @@
-"""Command lines, one module per command, which reads options, calls the package, prints text.
+"""Command lines, one module per command.
 
-No other module imports this package, except ``lowrank_dp.__main__``, which starts a command.
+A command reads its options, calls the package once, and prints text or JSON. No other module
+imports this package, except ``lowrank_dp.__main__``, which starts a command.
 """

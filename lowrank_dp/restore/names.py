@@ -1,4 +1,7 @@
-"""Names of the schemes in :mod:`~lowrank_dp.restore.schemes`, importable without torch."""
+"""Names of the restoration schemes, importable without torch.
+
+The schemes are in :mod:`lowrank_dp.restore.schemes`.
+"""
 
 EDGE_SCHEMES = ("hard", "soft", "optimal", "denoise", "partial")  # these read the noise level
 NON_PRIVATE_SCHEMES = ("oracle",)
