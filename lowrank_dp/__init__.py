@@ -1,4 +1,4 @@
-"""What low rank does for private fine-tuning, and what noise does to low rank.
+"""Differentially private (DP) fine-tuning with low rank: spectra, restoration, LoRA, attacks.
 
 Submodules load on first use, so that ``import lowrank_dp`` and ``lowrank_dp.theory`` do not import
 torch, transformers or opacus.

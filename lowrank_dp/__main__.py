@@ -1,4 +1,4 @@
-"""The console script ``lowrank-dp`` and ``python -m lowrank_dp``: one subcommand per module."""
+"""Console script ``lowrank-dp`` and ``python -m lowrank_dp``: one subcommand per module."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ COMMANDS = {
     "spectrum": "measure the spectra of a model's gradients",
     "restore": "restore noisy gradients in a file",
     "lora": "measure LoRA's implicit noise on real layers",
-    "train": "differentially private fine-tuning",
-    "mia": "membership inference from a checkpoint",
+    "train": "fine-tune a model with differential privacy",
+    "mia": "attack a checkpoint by membership inference",
     "figures": "draw the papers' figures",
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one subcommand and exit; SIGINT at any moment is one line and exit code 130."""
+    """Run one subcommand and exit.
+
+    SIGINT at any moment prints one line on stderr and exits with code 130.
+    """
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
@@ -29,8 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            f"lowrank-dp {__version__}: what low rank does for private fine-tuning, and what "
-            "noise does to low rank\n\nusage: lowrank-dp COMMAND [OPTIONS]   "
+            f"lowrank-dp {__version__}: differentially private fine-tuning with "
+            "low rank\n\nusage: lowrank-dp COMMAND [OPTIONS]   "
             "(lowrank-dp COMMAND --help)\n"
         )
         print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))

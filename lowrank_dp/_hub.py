@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether the environment allows it, and whether it can be reached."""
+"""Access to the Hugging Face hub: checks, and a context that switches the hub off."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def offline_requested() -> bool:
 def hub_reachable(timeout: float = 3.0) -> bool:
     """Tell whether the hub accepts a connection within ``timeout`` seconds.
 
-    The Hugging Face libraries retry for half a minute before they fail, so callers ask here first.
-    Behind a proxy a direct connection proves nothing, and the answer is True.
+    The Hugging Face libraries retry for half a minute before they fail, so callers call this
+    function first. Behind an HTTPS proxy a direct connection proves nothing; the result is True.
     """
     if urllib.request.getproxies().get("https"):
         return True
@@ -38,7 +38,10 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
 @contextlib.contextmanager
 def hub_switched_off() -> Iterator[None]:
-    """Run a block as under ``HF_HUB_OFFLINE=1``, which the libraries read at import only."""
+    """Run a block with the hub switched off, as ``HF_HUB_OFFLINE=1`` would switch it off.
+
+    The libraries read the environment variable at import only, so the block sets their constants.
+    """
     import datasets
     import huggingface_hub
 

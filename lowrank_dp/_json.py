@@ -13,8 +13,9 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
 
     ``finite=True`` also refuses NaN, infinities and numbers that overflow a float.
 
-    Raises ValueError with the reason, without the file's name: for text that is not JSON or not
-    UTF-8, a name that occurs twice in an object, a document nested too deeply.
+    Raises ValueError for text that is not JSON or not UTF-8, for a name that occurs twice in an
+    object, and for a document that is nested too deeply. The message gives the reason, but not the
+    name of the file.
     """
     numbers: dict[str, Any] = {}
     if finite:
@@ -22,11 +23,11 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     try:
         return json.loads(text, object_pairs_hook=without_repeats, **numbers)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the document is nested too deeply") from None
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of ``pairs``, as ``object_pairs_hook`` of ``json.loads``.
+    """Make a dict of ``pairs``; meant as ``object_pairs_hook`` of ``json.loads``.
 
     Raises ValueError if a name occurs twice.
     """

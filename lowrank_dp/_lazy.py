@@ -1,4 +1,4 @@
-"""Faces of packages whose modules load on first use (PEP 562)."""
+"""Packages whose modules load on the first use of a name (PEP 562)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 def lazy(
     package: str, submodules: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a face: a name's module is imported when the name is used.
+    """Return ``__getattr__`` and ``__dir__`` of a package whose modules load on first use.
 
-    The names are those that the face imports under ``if TYPE_CHECKING:``, so that a type checker
-    and this function read one declaration. A face uses the function so::
+    The lazy names are those that the package's ``__init__`` imports under ``if TYPE_CHECKING:``, so
+    that a type checker and this function read the same declaration. An ``__init__`` contains::
 
         if TYPE_CHECKING:
             from lowrank_dp.spectrum.decomposition import decompose
         else:
             __getattr__, __dir__ = lazy(__name__)
 
-    ``submodules`` are names of modules of the package, which load on first use too.
+    ``submodules`` are names of the package's modules, which load on first use too.
 
     A name that is also the name of its module is imported ordinarily, since Python would bind the
     name to the module.
@@ -49,7 +49,7 @@ def lazy(
 
 
 def _typing_imports(module: Any) -> dict[str, str]:
-    """Name to module of every ``from module import name`` under ``if TYPE_CHECKING:``."""
+    """Map name to module for each ``from module import name`` under ``if TYPE_CHECKING:``."""
     found = {}
     for block in ast.parse(module.__spec__.loader.get_source(module.__name__)).body:
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":

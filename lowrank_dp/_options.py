@@ -1,4 +1,4 @@
-"""Options declared once: a dataclass field carries the help text of its command-line option."""
+"""Dataclass fields that carry the help text of their command-line option."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def option(
 
     Args:
         default: the field's default; a dict stands for a new dict per instance.
-        help: what the option sets; ``choices`` are added to it.
+        help: the help text; ``choices`` are appended to the text.
         name: the option's name, if it differs from the field's.
         choices: the values that the dataclass accepts; the dataclass checks them.
-        parse: what makes the field's value of the option's text (or texts, if the option repeats).
+        parse: function from the option's text (or texts, if the option may be repeated) to the
+            field's value.
     """
     listed = ", ".join(choices)
     text = f"{help} One of {listed}." if listed else help

@@ -1,4 +1,4 @@
-"""What any module may say on the terminal: progress, one-line errors and warnings, signals."""
+"""Terminal output and signals: progress bars, one-line errors and warnings, deferred SIGINT."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-BAD_INPUT = 2  # exit code
+BAD_INPUT = 2  # exit code after bad input
 
 
 class Interrupted(SystemExit):
-    """The exit after SIGINT (code 130) or SIGTERM (code 143), once the work so far is saved."""
+    """Exit after SIGINT (code 130) or SIGTERM (code 143), once the work so far is saved."""
 
     def __init__(self, number: int, what_is_kept: str) -> None:
         super().__init__(number, what_is_kept)  # unpickling calls the class with these arguments
@@ -27,9 +27,10 @@ class Interrupted(SystemExit):
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Defer SIGINT and SIGTERM: the first is appended to the yielded list; a second takes effect.
+    """Defer SIGINT and SIGTERM for the length of the block.
 
-    The list stays empty outside the main thread, where Python handles no signals.
+    The number of the first signal is appended to the yielded list. A second signal takes effect at
+    once. The list stays empty outside the main thread, where Python handles no signals.
     """
     asked: list[int] = []
     before = {
@@ -79,7 +80,7 @@ def warn_in_one_line(
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on stderr; print nothing if stderr is not a terminal."""
-    # rich's own test of a terminal believes FORCE_COLOR, which a notebook's workers inherit
+    # rich takes FORCE_COLOR, which a notebook's workers inherit, as proof of a terminal
     if not sys.stderr.isatty():
         yield from items
         return

@@ -28,7 +28,7 @@ def real(
 ) -> float:
     """Convert ``value`` to a finite float in the interval from ``low`` to ``high``.
 
-    Raises ``ValueError`` for anything else, bools and strings included. An end of the interval is
+    Raises ``ValueError`` for any other value, bools and strings included. An end of the interval is
     excluded if ``low_open`` or ``high_open`` is true.
 
     >>> real("noise_std", 0.5, low=0)
@@ -82,9 +82,9 @@ def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> i
 
 
 def choice(name: str, value: Any, options: Iterable[str]) -> str:
-    """Return ``value`` if it is one of ``options``; else raise ``ValueError``.
+    """Return a value that is among ``options``; raise ``ValueError`` for any other value.
 
-    The message names the most similar option.
+    The message suggests the most similar option.
 
     >>> choice("scheme", "optmal", ["none", "optimal"])
     Traceback (most recent call last):
@@ -99,7 +99,7 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
 
 
 def floating(name: str, value: Any, *, min_ndim: int = 0, check_finite: bool = True) -> Any:
-    """Return ``value`` if it is a non-empty float32 or float64 tensor of finite entries.
+    """Return a value that is a non-empty float32 or float64 tensor of finite entries.
 
     Raises ``ValueError`` for another value, and for a tensor of fewer than ``min_ndim`` axes.
     ``check_finite=False`` accepts any entries.
@@ -118,14 +118,17 @@ def floating(name: str, value: Any, *, min_ndim: int = 0, check_finite: bool = T
 
 
 def matrix(name: str, value: Any, *, check_finite: bool = True) -> Any:
-    """Return ``value`` if it is a float32 or float64 tensor (..., m, n) of finite entries."""
+    """Return a value that is a float32 or float64 tensor (..., m, n) of finite entries.
+
+    Raises ``ValueError`` as :func:`floating` does.
+    """
     return floating(name, value, min_ndim=2, check_finite=check_finite)
 
 
 def clip_bound(name: str, value: Any) -> float:
     """Convert ``value`` to a float above zero, or raise ``ValueError``.
 
-    Infinity is accepted: it clips nothing.
+    Infinity is accepted and clips nothing.
 
     >>> clip_bound("max_grad_norm", 0)
     Traceback (most recent call last):

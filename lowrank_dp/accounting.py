@@ -7,14 +7,14 @@ of three upper bounds:
 - *exact*: without sampling (q = 1), T steps are one Gaussian mechanism of noise multiplier
   sigma / sqrt(T), whose privacy profile is known (Balle & Wang 2018, theorem 8). The value also
   bounds epsilon for every q < 1.
-- *PLD*: the privacy-loss distribution of one step is discretised pessimistically at any interval
-  (connect the dots, Doroshenko et al. 2022) and composed by a Fourier transform.
+- *PLD*: the privacy-loss distribution of one step is discretised so that the bound holds at every
+  interval (connect the dots, Doroshenko et al. 2022), and is composed by a Fourier transform.
 - *RDP*: Renyi DP (Mironov, Talwar & Zhang 2019), converted as in Canonne, Kamath & Steinke 2020.
 
 The Fourier transform of the distribution itself has an absolute error near 1e-13, which exceeds a
 delta below about 1e-10 and can put epsilon below the truth. The distribution is therefore tilted:
 multiplied by exp(theta * loss), with the theta of Chernoff's bound, before the transform, and
-divided by it afterwards. The error is then relative to delta.
+divided by the same factor afterwards. The error is then relative to delta.
 
 This composition and the search of ``GaussianMechanism.calibrate`` stay instead of dp-accounting's
 ``PLDAccountant`` and ``calibrate_dp_mechanism``. In six measured settings the latter also met the
@@ -54,11 +54,11 @@ _TRUNCATED = 1e-15  # mass of the tilted distribution that may be cut off
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound on epsilon.
+    """Upper bound on epsilon.
 
     Attributes:
-        epsilon: the bound; infinite if it would exceed 1e9.
-        accountant: the method that gave it: "exact", "PLD" or "RDP".
+        epsilon: the bound; infinite if the bound would exceed 1e9.
+        accountant: the method that gave the bound: "exact", "PLD" or "RDP".
         interval: interval of the discretised privacy loss; None unless the accountant is "PLD".
         rdp: epsilon by RDP alone.
     """
@@ -71,7 +71,7 @@ class Bound:
 
 @lru_cache(maxsize=256)
 def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
-    """The smallest upper bound on epsilon after ``steps`` steps, at ``delta``.
+    """Smallest upper bound on epsilon after ``steps`` steps, at ``delta``.
 
     Args:
         noise_multiplier: sigma, relative to the clip norm; >= 0.
@@ -94,7 +94,10 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
 
 
 def quick_bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
-    """An upper bound as :func:`bound`, without the PLD: never smaller, computed in milliseconds."""
+    """Upper bound on epsilon by the exact formula and RDP alone, computed in milliseconds.
+
+    The arguments are those of :func:`bound`, whose result is never larger than this bound.
+    """
     if steps == 0:
         return Bound(0.0, "exact", None, 0.0)
     if noise_multiplier < 1e-5:  # epsilon of one sampled step exceeds _MOST
@@ -116,11 +119,13 @@ def _checked(epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon at ``delta`` of one Gaussian mechanism, exact.
+    """Exact epsilon at ``delta`` of one Gaussian mechanism.
 
     ``mu`` > 0 is the sensitivity over the standard deviation of the noise. The profile is
     delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu) (Balle & Wang
     2018). The ratio of its two terms is computed from Mills ratios, so that no tail underflows.
+    The result is increased by 1e-9 of itself, which covers its rounding error. The result is
+    infinite if ``mu`` exceeds 1e5 or Chernoff's bound on epsilon exceeds 1e9.
     """
 
     def excess(epsilon: float) -> float:
@@ -147,7 +152,10 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Epsilon at ``delta`` by Renyi DP, the smallest over the orders in ``_ORDERS``."""
+    """Epsilon at ``delta`` by Renyi DP, the smallest over the orders in ``_ORDERS``.
+
+    The arguments are those of :func:`bound`.
+    """
     divergences = steps * _divergences(noise_multiplier, sample_rate)
     kept = np.isfinite(divergences)
     if not kept.any():
@@ -197,8 +205,9 @@ def loss_epsilon(
 ) -> float:
     """Epsilon at ``delta`` by the privacy-loss distribution, discretised with ``interval``.
 
-    Losses whose probability over all steps is below a thousandth of delta count as infinite. The
-    result is the larger one of adding and of removing a unit.
+    The other arguments are those of :func:`bound`. Losses whose probability over all steps is below
+    a thousandth of delta count as infinite. The result is the larger of the two epsilons, for
+    adding and for removing a unit.
     """
     reach = math.sqrt(2 * (math.log(steps / delta) + 7))  # standard deviations of the noise
     if (reach + 0.5 / noise_multiplier) / noise_multiplier > 700:
@@ -217,8 +226,9 @@ def _interval(
     """Interval of the discretised loss that leaves epsilon within a percent of its limit.
 
     Discretisation splits a loss between its two neighbouring points, which adds about
-    E|loss| * interval to the variance of one step. The interval keeps this small beside the
-    variance, or too small to change epsilon. It is larger past epsilon 200, to limit memory.
+    E|loss| * interval to the variance of one step. The interval keeps this addition small
+    relative to the variance, or too small to change epsilon. The interval is larger past epsilon
+    200, to limit memory.
     """
     spread = sample_rate * math.sqrt(math.expm1(min(noise_multiplier**-2, 700.0)))
     mean = 2 * sample_rate * math.erf(noise_multiplier**-1 / math.sqrt(8))
@@ -300,7 +310,7 @@ def _composed_epsilon(
     log_tilted = log_one + tilt * interval * (lowest + np.arange(len(log_one)))
     log_mass = _log_sum(log_tilted)
     tilted = np.exp(log_tilted - log_mass)
-    with np.errstate(over="ignore"):  # an order that overflows is not the best one
+    with np.errstate(over="ignore"):  # orders that overflow are never the best
         lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
     composed = np.roll(fft.irfft(fft.rfft(tilted, size) ** steps, size), -lower)[
@@ -316,10 +326,10 @@ def _composed_epsilon(
 
 
 def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: float) -> float:
-    """The theta of Chernoff's bound, which centres the tilted distribution near epsilon.
+    """Theta of Chernoff's bound, which centres the tilted distribution near epsilon.
 
-    The bound is quasi-convex in theta. The result is right for any theta; the rounding error is
-    smallest near the best one.
+    The bound is quasi-convex in theta. Epsilon is correct for any theta; the rounding error of
+    epsilon is smallest near the best theta.
     """
     losses = interval * (lowest + np.arange(len(log_one)))
 
@@ -340,7 +350,7 @@ def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: 
 def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: float) -> float:
     """Epsilon at which the sum of ``weights * (1 - exp(epsilon - loss))`` equals ``goal``.
 
-    The sum is over losses above epsilon. It is linear in exp(epsilon) between two losses.
+    The sum is over losses above epsilon, and is linear in exp(epsilon) between two losses.
     """
     above = np.cumsum(weights[::-1])[::-1]
     shrink = -math.expm1(-interval)

@@ -1,11 +1,13 @@
-"""Engines of a sweep, through joblib: the cores of this machine, a Ray cluster, a Dask cluster.
+"""Execution engines of a sweep, through joblib: this machine's cores, Ray, Dask.
 
-A worker may die at any time (kill -9, out of memory, a machine that is switched off). Its job is
-repeated, at last with no other job beside it. A job that kills its worker every time fails alone.
+A worker may die at any time (kill -9, out of memory, a machine that is switched off). The job of a
+dead worker is repeated; the last attempt runs with no other job beside it. If the worker dies in
+every attempt, that job fails and the other jobs go on.
 
-The retries are our own. Ray's and Dask's retry a task beside other tasks, so that a job too large
-for the memory of a shared machine would fail where it can finish alone; Ray repeats a task that ran
-out of memory without a limit; and Dask counts a worker's death against every task assigned to it.
+This module makes its own retries. Ray and Dask retry a task beside other tasks, so that a job too
+large for the memory of a shared machine would fail where it can finish alone; Ray repeats a task
+that ran out of memory without a limit; and Dask counts a worker's death against every task that is
+assigned to the worker.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ R = TypeVar("R")
 
 
 def check_engine(engine: str) -> None:
-    """Raise ``ValueError`` on an unknown engine, one that is not installed, and torchrun."""
+    """Raise ``ValueError`` for an unknown or uninstalled engine, and under torchrun."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             "sweeps and attacks must be started as one process, not by torchrun "
@@ -55,19 +57,23 @@ def run(
 ) -> Iterator[tuple[int, R | None]]:
     """Yield ``(i, function(jobs[i]))`` as jobs finish.
 
-    An exception in ``function`` is raised here.
+    An exception that ``function`` raises in a worker is raised in the caller.
 
     Args:
         function: pickled by reference, so that workers must have the same package installed.
         jobs: arguments of ``function``, each pickled alone.
         engine: "loky" (processes of this machine); "ray" (the cluster that RAY_ADDRESS names, or
             the one that runs on this machine, or a new one that ends with the jobs); "dask" (the
-            same with DASK_SCHEDULER_ADDRESS, and workers of one thread each); "sequential" (this
+            same with DASK_SCHEDULER_ADDRESS; each worker must have one thread); "sequential" (this
             process).
         num_workers: number of concurrent jobs.
 
     Yields:
-        The index of a job and its result, or None if every worker died that tried it.
+        The index of a job, and its result; None in place of the result if the worker died in every
+        attempt.
+
+    Raises:
+        ValueError: if the workers of a Dask cluster have more than one thread each.
     """
     if engine == "sequential":
         yield from ((i, function(job)) for i, job in enumerate(jobs))
@@ -149,7 +155,7 @@ def _ray(stack: contextlib.ExitStack, num_workers: int) -> Any:
     from ray.util.joblib.ray_backend import RayBackend
 
     class Backend(RayBackend):
-        supports_return_generator = True  # unlike its base class: Ray's results do call back
+        supports_return_generator = True  # False in the base class, but Ray calls back
 
     if not ray.is_initialized():
         settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
@@ -176,15 +182,15 @@ def _dask(stack: contextlib.ExitStack, num_workers: int) -> Any:
             return max(2, super().effective_n_jobs(n_jobs))
 
         def submit(self, func: Any, callback: Any = None) -> Any:
-            """Call back for a job whose worker died too, which joblib's own method does not."""
-            ((call, arguments, _),) = func.items  # batches are of one
+            """Submit a job; call back even if its worker died, which joblib's method does not."""
+            ((call, arguments, _),) = func.items  # each batch holds one job
             future = self.client.submit(call, *arguments, pure=False)
             future.add_done_callback(lambda done: callback(done.exception() or [done.result()]))
             return future
 
     try:
         client = distributed.get_client()
-    except ValueError:  # none is open yet
+    except ValueError:  # no client is open yet
         here = (
             {}
             if dask.config.get("scheduler-address", None)

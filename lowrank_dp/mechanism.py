@@ -3,7 +3,8 @@
 Each step samples every unit of privacy independently with probability ``sample_rate`` (Poisson
 sampling), clips the gradient of each unit to Euclidean norm ``max_grad_norm``, sums, and adds
 N(0, (noise_multiplier * max_grad_norm)^2) to every entry. Guarantees hold for neighbours that
-differ by adding or removing one unit. Restoration is post-processing: it reads only the noisy sums.
+differ by adding or removing one unit. Restoration reads only the noisy sums, and so is
+post-processing.
 
 Epsilon is the smallest of several upper bounds (:mod:`lowrank_dp.accounting`). The central-limit
 approximation ("GDP") is not offered, since it under-reports epsilon.
@@ -33,7 +34,7 @@ __all__ = [
     "uniform",
 ]
 NEIGHBOURS = "add or remove one"
-# what a result says where no mechanism protects it
+# privacy statements of results that no mechanism protects
 NON_PRIVATE = "NON-PRIVATE: computed from clean gradients, which no mechanism protects"
 NO_RECORDS = "no private records: computed from formulas, or from generated or public data only"
 _ACCOUNTANTS = ("pld", "rdp")
@@ -81,7 +82,7 @@ class GaussianMechanism:
         """Indices of a Poisson sample of ``num_units`` units, int64, in ascending order.
 
         Each unit is in the sample with probability ``sample_rate``, independently of the others.
-        The sample may be empty.
+        The sample may be empty. ``generator`` is a :class:`SecureRandom` or a CPU torch generator.
         """
         return (uniform(num_units, generator) < self.sample_rate).nonzero().flatten()
 
@@ -93,7 +94,8 @@ class GaussianMechanism:
         Args:
             clipped_sums: parameter name -> sum of clipped gradients; not mutated.
             generator: source of the noise. A torch generator must be on the sums' device and is
-                not cryptographically secure. None takes a new :class:`SecureRandom`, which is.
+                not cryptographically secure. None takes a new :class:`SecureRandom`, which is
+                secure.
 
         Returns:
             The noisy sums by name, in float32, or float64 for float64 sums.
@@ -115,8 +117,9 @@ class GaussianMechanism:
                 ``noise_std``, then once to its dtype. At least a thousand draws within 4
                 ``noise_std``, and millions where most of them fall, lead to each value that can be
                 released, so that the low bits reveal neither the draw nor the sum (Mironov 2012).
-                This is hardening, not a proof, which would need noise with a discrete law. From a
-                torch generator, an entry is drawn and added in the sum's dtype, without hardening.
+                The rounding is hardening; a proof would need noise with a discrete distribution.
+                From a torch generator, an entry is drawn and added in the sum's dtype, without
+                hardening.
             Checked: that the sums are floating-point tensors.
             Assumed: the sensitivity (``lowrank_dp.grads.clipped_sum`` bounds it), Poisson sampling,
                 noise that the adversary cannot predict, and no two different sums with the same
@@ -139,12 +142,12 @@ class GaussianMechanism:
         return noisy
 
     def _secure_release(self, total: Tensor, generator: SecureRandom) -> Tensor:
-        """``total`` plus noise, rounded to a fixed grid; see "Rounding" in :meth:`add_noise`."""
+        """Add noise to ``total`` and round to a fixed grid; see "Rounding" in :meth:`add_noise`."""
         released = total.clone(memory_format=torch.contiguous_format)
         if self.noise_std == 0:
             return released
         flat = released.view(-1)
-        # adding and taking away 1.5 * 2^52 times the grid rounds to it
+        # adding and subtracting 1.5 * 2^52 times the grid rounds to the grid
         shift = 1.5 * 2.0**52 * 2.0 ** math.floor(math.log2(self.noise_std * _GRID))
         for part in flat.split(_CHUNK):
             noise = generator.normal(len(part), self.noise_std).to(part.device)
@@ -152,12 +155,12 @@ class GaussianMechanism:
         return released
 
     def epsilon(self, steps: int, delta: float, *, accountant: str = "pld") -> float:
-        """An upper bound on epsilon after ``steps`` adaptive steps; infinite without noise.
+        """Upper bound on epsilon after ``steps`` adaptive steps; infinite without noise.
 
         Args:
             steps: number of releases, >= 0; a step with an empty sample counts.
-            delta: in (0, 1). It should be below 1 / N for N units of privacy. This class does not
-                know N; ``train`` warns if delta is larger.
+            delta: in (0, 1). Delta should be below 1 / N for N units of privacy. This class does
+                not know N; ``train`` warns if delta is larger.
             accountant: "pld" (default), the smallest bound of :mod:`lowrank_dp.accounting`, a few
                 percent above the exact epsilon at most; "rdp", the bound of Renyi DP alone, which
                 is looser for ``sample_rate`` < 1.
@@ -196,7 +199,8 @@ class GaussianMechanism:
             max_grad_norm: C > 0.
             unit: unit of privacy, "example" or "group".
             tolerance: > 0, largest excess of the noise multiplier over the smallest sufficient one;
-                absolute for a noise multiplier up to 100, times a hundredth of it above.
+                absolute for a noise multiplier up to 100, and relative to a hundredth of the noise
+                multiplier above 100.
 
         Raises:
             ValueError: if a value is out of range, or no noise multiplier below 1e9 suffices.
@@ -232,9 +236,9 @@ class GaussianMechanism:
         return cls(min(math.exp(found), high), max_grad_norm, sample_rate, unit)
 
     def statement(self, steps: int, delta: float) -> str:
-        """The complete privacy claim in words, to be printed with every epsilon.
+        """State the complete privacy claim in words; print the statement with every epsilon.
 
-        The source of the noise is not part of it, since only the caller knows the source.
+        The statement does not name the source of the noise, which only the caller knows.
         """
         if self.noise_multiplier == 0:
             return "NOT private: noise_multiplier = 0"

@@ -39,10 +39,10 @@ class SecureRandom:
     The bits are AES-128 (FIPS 197) in counter mode (NIST SP 800-38A): block i is the encryption of
     i, a big-endian number of 128 bits, and gives two little-endian words of 64 bits. OpenSSL
     computes the blocks, through the ``cryptography`` package. OpenSSL uses the processor's AES
-    instructions where there are any. Without these instructions its software gives the same
-    numbers, but parts of it may read tables in an order that a process on the same machine could
-    time. The generator refuses to be copied, pickled, or used in a forked process, where two
-    generators would draw the same numbers for different sums.
+    instructions where the processor has them. Otherwise OpenSSL's software gives the same numbers,
+    but may read tables in an order that another process on the same machine could time. The
+    generator refuses to be copied, pickled, or used in a forked process, where two generators would
+    draw the same numbers for different sums.
 
     Args:
         key: 16 bytes; None takes them from the operating system.
@@ -99,12 +99,12 @@ class SecureRandom:
         if os.getpid() != self._process:
             raise ValueError(
                 "this SecureRandom was made by another process and would draw the "
-                "same numbers here and there: make a new one after a fork"
+                "same numbers in both processes: make a new one after a fork"
             )
         drawn = np.empty(size, dtype="<u8")
         keystream = drawn.view(np.uint8).data
         with self._lock:
-            self._position += drawn.size  # first: words of an interrupted draw never come again
+            self._position += drawn.size  # first, so that an interrupted draw is never repeated
             for start in range(0, len(keystream), len(_ZEROS)):
                 part = keystream[start : start + len(_ZEROS)]
                 self._cipher.update_into(_ZEROS[: len(part)], part)
@@ -122,7 +122,7 @@ class SecureRandom:
         extended by 52 bits of a second word. The tails are thus neither cut off nor coarse.
         """
         drawn = self.words(size).view(np.int64)
-        in_tail = size > 0 and (drawn.max() >= _TAIL or drawn.min() < -_TAIL)  # still in the cache
+        in_tail = size > 0 and (drawn.max() >= _TAIL or drawn.min() < -_TAIL)  # cached
         normal = torch.from_numpy(drawn).double().mul_(2.0**-63).erfinv_().mul_(math.sqrt(2) * std)
         if in_tail:
             rare = np.flatnonzero((drawn >= _TAIL) | (drawn < -_TAIL))
@@ -144,8 +144,8 @@ Generator = torch.Generator | SecureRandom
 def uniform(size: int, generator: Generator) -> Tensor:
     """Draw uniform numbers in [0, 1), (size,) float64.
 
-    Their grid of 2^-52 or finer makes ``uniform(...) < rate`` true with probability ``rate``, to
-    within the grid.
+    The numbers lie on a grid of 2^-52 or finer, so ``uniform(...) < rate`` is true with
+    probability ``rate``, to within the grid.
     """
     if isinstance(generator, SecureRandom):
         return generator.uniform(size)
@@ -155,9 +155,9 @@ def uniform(size: int, generator: Generator) -> Tensor:
 def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """Create a torch generator whose start comes from the operating system's random bits.
 
-    The generator is not cryptographic. On the CPU it is a Mersenne Twister, whose whole state is
-    drawn (``manual_seed`` would keep only 32 bits of a seed); some thousands of outputs reveal the
-    state. On a GPU it is Philox 4x32-10 with a key of 63 random bits.
+    The generator is not cryptographic. On the CPU the generator is a Mersenne Twister, whose whole
+    state is drawn (``manual_seed`` would keep only 32 bits of a seed); some thousands of outputs
+    reveal the state. On a GPU the generator is Philox 4x32-10 with a key of 63 random bits.
     """
     generator = torch.Generator(device)
     if generator.device.type != "cpu":

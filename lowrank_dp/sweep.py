@@ -1,4 +1,4 @@
-"""Sweeps: the results of many training configurations, in parallel and resumable, each run once.
+"""Sweeps: many training configurations, trained in parallel, resumable, each only once.
 
 Every configuration has a folder that is named after the hash of the configuration. A sweep that is
 repeated or extended therefore computes only what is missing, and a killed run resumes from its last
@@ -26,18 +26,18 @@ from lowrank_dp.train.loop import train
 
 PATIENCE = 600.0  # seconds to wait for a run that another process holds, which may be dying
 DIED = (
-    f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it: out "
-    "of memory, or killed? What it had done is kept: sweep again"
+    f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it (out "
+    "of memory, or killed?); the run's snapshots are kept: repeat the sweep"
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A configuration with its result, or with the reason why there is none.
+    """Configuration with its result, or with the reason why there is none.
 
     Attributes:
-        config: of the run.
-        result: of the run; None if it failed.
+        config: configuration of the run.
+        result: result of the run; None if the run failed.
         error: the reason in one line; empty if the run did not fail.
     """
 
@@ -69,11 +69,12 @@ def sweep(
     """Train every configuration; equal configurations are trained once.
 
     A run that fails (bad configuration, divergence, full disk) does not stop the others. A run
-    whose worker was killed resumes from its last snapshot; after three deaths it has failed.
+    whose worker was killed resumes from its last snapshot; after three deaths the run counts as
+    failed.
 
     Args:
-        configs: each with a seed.
-        folder: folder of the runs. Finished runs in it are read, and not repeated.
+        configs: configurations, each with a seed.
+        folder: folder of the runs. Finished runs in the folder are read, and not repeated.
         num_workers: number of concurrent runs; default: one per CPU core.
         engine: "loky" (processes of this machine, which share its cores evenly), "ray" or "dask"
             (a cluster, see :func:`lowrank_dp.engines.run`, whose machines share ``folder``, data
@@ -116,4 +117,4 @@ def _run(job: tuple[str, TrainConfig], *, keep_model: bool, threads: int | None)
         except (ValueError, OSError) as error:
             if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
                 return Outcome(config, None, " ".join(str(error).split()))
-        time.sleep(1)  # then the other's result is read, or its last snapshot is resumed
+        time.sleep(1)  # afterwards, read the other process's result or resume its snapshot

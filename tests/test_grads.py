@@ -608,7 +608,7 @@ def test_bad_input():
         (dict(autocast_dtype=torch.float16), r"^autocast_dtype must be None or torch.bfloat16"),
         (dict(backend="opacs"), r"did you mean 'opacus'"),
         (dict(batch=[1]), r"^batch must be the dict"),
-        (dict(batch={}), r"^batch must be tensors with one example a row and at least one row"),
+        (dict(batch={}), r"^batch must be tensors with one example per row and at least one row"),
         (
             dict(batch={k: v[:0] for k, v in make_batch().items()}),
             r"^batch must be .* at least one",

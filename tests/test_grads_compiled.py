@@ -232,7 +232,7 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(graphs):
         "branching": (Model(branching), "could not be compiled"),
         "other values": (
             Model(otherwise),
-            "must compute the same when compiled, and gives gradients of other norms",
+            "must give gradients of the same norms when compiled, and gives others",
         ),
         "two of five positions": (Model(before=two_positions), "could not be compiled"),
         "another axis": (Model(before=another_axis), r"output of shape \(3, 5, 1, 2\), which"),
@@ -247,7 +247,9 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(graphs):
 
 def test_batches_and_modes_that_no_graph_is_made_for(graphs):
     batch = {"pixels": torch.ones(3, 5), "labels": torch.tensor([0, 1, 1])}
-    with pytest.raises(ValueError, match="tensor 'input_ids' to be compiled for, got pixels, lab"):
+    with pytest.raises(
+        ValueError, match="tensor 'input_ids' for the compiled backend, got pixels, lab"
+    ):
         clipped_sum(Model(), batch, 1.0, backend="compiled")
     model = make("bert").train()
     with pytest.raises(ValueError, match="must be without dropout to be compiled"):

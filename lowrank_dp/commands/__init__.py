@@ -1,4 +1,5 @@
-"""The command lines, one module per command: options in, one call into the package, text out.
+"""Command lines, one module per command.
 
-Nothing in the package imports this package; ``lowrank_dp.__main__`` starts a command from it.
+A command reads its options, calls the package once, and prints text or JSON. No other module
+imports this package, except ``lowrank_dp.__main__``, which starts a command.
 """

@@ -1,4 +1,4 @@
-"""What only command lines need: options made from a dataclass, tables of any width, exit codes."""
+"""Helpers of the command lines: options made from a dataclass, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def new_app(help: str) -> typer.Typer:
 def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
     """Run ``app`` and exit with 0, or with 2 after one line on stderr that says what to change.
 
-    The exit code is 130 after SIGINT and 143 after SIGTERM. One line on stderr then says how to go
-    on, if the work so far is saved. Raises KeyboardInterrupt if nothing is saved.
+    The exit code is 130 after SIGINT and 143 after SIGTERM; if the work so far is saved, one line
+    on stderr says how to continue. Raises KeyboardInterrupt if nothing is saved.
     """
     warnings.showwarning = _terminal.warn_in_one_line
     try:
@@ -56,8 +56,8 @@ def options_of(
     """Decorate a command with one option per field of the dataclass ``kind``.
 
     The first argument of the decorated function becomes a dict, by field name, of the options that
-    were given; the defaults of the others stand in the dataclass alone. The function's other
-    parameters are options too. The fields of a nested dataclass become options beside the others.
+    were given; the dataclass supplies the defaults of the others. The function's other parameters
+    are options too. The fields of a nested dataclass become options as well.
 
     Args:
         kind: a dataclass whose fields are declared by ``_options.option``.
@@ -86,7 +86,7 @@ def options_of(
 
 
 def _declared(kind: Any) -> Iterator[tuple[Field[Any], Any]]:
-    """The fields that become options, with their types; nested dataclasses are flattened."""
+    """Yield the fields that become options, with their types; flatten nested dataclasses."""
     hints = typing.get_type_hints(kind)
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
@@ -96,7 +96,7 @@ def _declared(kind: Any) -> Iterator[tuple[Field[Any], Any]]:
 
 
 def _given(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``kind`` whose options were given, nested dataclasses built."""
+    """Return the fields of ``kind`` whose options were given, with nested dataclasses built."""
     hints: dict[str, Any] = typing.get_type_hints(kind)
     given: dict[str, Any] = {}
     for field in fields(kind):
@@ -125,7 +125,7 @@ def _parsed(field: Field[Any], value: Any) -> Any:
 
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
-    """The keyword parameter that typer makes an option of; None if the option is not given."""
+    """Make the keyword parameter that typer turns into an option; the default is None."""
     name, default = _name(field), field.default
     flags = [f"--{name.replace('_', '-')}"]
     if default is True:
@@ -138,7 +138,7 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def _typed(field: Field[Any], hint: Any) -> Any:
-    """The type that typer reads an option's text as: one of a union, a list for a tuple."""
+    """Return the type of an option for typer: a list for a tuple, a union's type without None."""
     parse = field.metadata.get("parse")
     if parse is not None:
         return list[str] if typing.get_origin(hint) is Mapping else str

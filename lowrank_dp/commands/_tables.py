@@ -1,4 +1,4 @@
-"""Tables that lose nothing at 80 columns or in a log: cells wrap, and are never cut."""
+"""Tables for terminals and logs, whose cells wrap and are never cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IN_NAMES = re.compile(r"(?<=[A-Za-z_]\.)|(?<=\d\.)(?=[A-Za-z])")  # layer. | 0.
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line to the letter: rich would read a folder called [red] as a colour."""
+    """Print a line verbatim; rich's markup would read a folder called [red] as a colour."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -33,8 +33,8 @@ def table_lines(
 ) -> list[str]:
     r"""Lay a table out in lines of at most ``width`` characters.
 
-    Cells wrap between words, before an interval in brackets, and after the dots of a name. If even
-    then the columns do not fit side by side, each row becomes a block of ``column  cell`` lines.
+    Cells wrap between words, before an interval in brackets, and after the dots of a name. If the
+    columns still do not fit side by side, each row becomes a block of ``column  cell`` lines.
     A row of one cell heads the rows below and spans the table.
 
     >>> print(*table_lines(["attack", "AUC [95%]"], [["loss", "0.61 [0.50, 0.72]"]], 24), sep="\n")
@@ -56,9 +56,9 @@ def table_lines(
     room = width - gap * (len(columns) - 1)
     if sum(least) > room:
         return _blocks(columns, rows, width)
-    if sum(widths) > room:  # headers give way first
+    if sum(widths) > room:  # narrow the headers first
         widths = [max(low, *map(len, c[1:]), 0) for low, c in zip(least, by_column, strict=True)]
-    while sum(widths) > room:  # then the widest column that can wrap
+    while sum(widths) > room:  # then narrow the widest column that can wrap
         slack = [now if now > low else 0 for now, low in zip(widths, least, strict=True)]
         widths[slack.index(max(slack))] -= 1
     right = [
@@ -72,7 +72,7 @@ def table_lines(
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], gap: int) -> list[str]:
-    """One row of a table, in as many lines as its tallest cell."""
+    """Lay out one row of a table, in as many lines as its tallest cell."""
     columns = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
     lines = []
     for parts in zip_longest(*columns, fillvalue=""):
@@ -85,7 +85,7 @@ def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], gap
 
 
 def _blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """One block of lines per row."""
+    """Lay out one block of lines per row."""
     left = min(max(map(len, columns)), max(width // 3, 1))
     lines: list[str] = []
     for row in rows:
@@ -99,7 +99,7 @@ def _blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -
 
 
 def _pieces(cell: str) -> list[tuple[str, str]]:
-    """What a cell may be broken into: (the blank before a piece, or nothing; the piece)."""
+    """Split a cell where a line may break: pairs of (blank before the piece or "", piece)."""
     pieces = []
     for word in _WORD.findall(cell):
         parts = [word] if word.startswith("[") else _IN_NAMES.split(word)
@@ -108,7 +108,7 @@ def _pieces(cell: str) -> list[tuple[str, str]]:
 
 
 def _wrapped(cell: str, width: int) -> list[str]:
-    """The lines of a cell in a column of ``width`` characters."""
+    """Wrap a cell into the lines of a column of ``width`` characters."""
     if len(cell) <= width:
         return [cell]
     indent = " " * (len(cell) - len(cell.lstrip()))
@@ -142,7 +142,7 @@ def in_sections(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[lis
 
 
 def without_common_parts(names: Sequence[str]) -> tuple[list[str], str]:
-    """Drop the dotted parts that all names begin and end with; also say what was dropped.
+    """Drop the dotted parts that all names begin and end with; also return the names' pattern.
 
     >>> without_common_parts(["bert.layer.0.query.weight", "bert.layer.1.key.weight"])
     (['0.query', '1.key'], 'bert.layer.*.weight')

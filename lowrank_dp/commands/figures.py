@@ -24,7 +24,7 @@ app = _console.new_app("Draw the figures: PNG and PDF in figures/, arrays in pap
 
 @dataclass(frozen=True)
 class Options:
-    """Which figures are made, and from which experiments."""
+    """Options of the command: the figures to make, and the experiments behind them."""
 
     only: tuple[str, ...] = option(
         (), "Figure to make; may be repeated. Default: all.", choices=NAMES
@@ -44,7 +44,7 @@ class Options:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What takes the place of the experiments' own configuration."""
+        """Values that replace fields of the experiments' own configuration."""
         named = {"task": self.task, "model": self.model}
         return {"device": self.device, "seed": self.seed} | {k: v for k, v in named.items() if v}
 
@@ -66,12 +66,12 @@ def main(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Make the figures, one after the other, and print what they show."""
+    """Make the figures, one after the other, and print a summary."""
     asked = Options(**given)
     from rich.console import Console
 
     for folder in (output, artifact_folder):
-        folder.mkdir(parents=True, exist_ok=True)  # an unwritable place fails now, not at the end
+        folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
     explicit = bool(given.keys() - {"only"})
     configs = {
@@ -97,10 +97,11 @@ def main(
 def _to_compute(
     name: str, asked: Options, explicit: bool, folder: Path, force: bool, console: Console
 ) -> Any:
-    """The configuration to compute a figure's result by; None to draw from the saved result.
+    """Return the configuration to compute a figure's result by; None draws the saved result.
 
     Raises ValueError if the saved result is of another configuration than the one asked for, unless
-    ``force``. A configuration that was not asked for by any option gives way to the saved result.
+    ``force``. If no option asked for a configuration, the saved result is drawn whatever its
+    configuration.
     """
     from lowrank_dp.figures import config_of, find
 
@@ -129,7 +130,7 @@ def _to_compute(
 
 
 def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
-    """What a saved result is, if it is not one of ``config``; "" if there is none."""
+    """Describe a saved result whose configuration is not ``config``; "" if none differs."""
     from lowrank_dp import artifacts
 
     if not (folder / f"{name}.json").exists():
@@ -166,7 +167,7 @@ def _make(
     sources: dict[Any, Any],
     console: Console,
 ) -> dict[str, Any]:
-    """Compute a figure's result if there is a ``config``; draw it, and say what it shows."""
+    """Compute a figure's result if there is a ``config``; draw and summarise the result."""
     from lowrank_dp import artifacts
     from lowrank_dp.figures import compute, find, show
 
@@ -181,7 +182,7 @@ def _make(
             seed=asked.seed,
             device=asked.device,
         )
-    result, figure = show(name, artifact_folder=artifact_folder)  # as a reader would see it
+    result, figure = show(name, artifact_folder=artifact_folder)  # drawn from the saved files alone
     artifacts.save_figure(figure, output, name)
     columns, rows = spec.rows(result)
     artifacts.save_table(columns, rows, artifact_folder, name, caption=spec.caption)

@@ -1,4 +1,4 @@
-"""LoRA's projection noise on real layers' gradients: ``python -m lowrank_dp.lora``."""
+"""``python -m lowrank_dp.lora``: measure LoRA's projection noise on real layers' gradients."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lowrank_dp.commands._tables import print_table, say
 if TYPE_CHECKING:
     from lowrank_dp.experiments import lora_noise
 
-ANGLE, EPSILON = 0.1, 1.0  # of the query whose exact delta is printed
+ANGLE, EPSILON = 0.1, 1.0  # angle (radians) and epsilon of the query whose delta is printed
 app = _console.new_app(
-    "Measure LoRA's projection noise on real layers' gradients, beside the theory."
+    "Compare LoRA's projection noise, measured on real layers' gradients, with the theory."
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which gradients are projected, and how often."""
+    """Options of the command: the gradients that are projected, the ranks and the draws."""
 
     model: str = option("", "Backbone. Default: minilm if installed, else tiny.")
     task: str = option("sst2", "Task whose gradients are projected.")
     rank: tuple[int, ...] = option(
         (1, 4, 16, 64), "Rank of A; may be repeated. Default: 1, 4, 16 and 64."
     )
-    batch_size: int = option(32, "Examples whose clipped gradients are summed.")
+    batch_size: int = option(32, "Number of examples whose clipped gradients are summed.")
     max_grad_norm: float = option(1.0, "Clipping norm of one example.")
-    max_length: int = option(64, "Tokens a text is cut to.")
-    draws: int = option(200, "Draws of A for each layer and rank.")
+    max_length: int = option(64, "Number of tokens that a text is cut to.")
+    draws: int = option(200, "Number of draws of A per layer and rank.")
     seed: int = option(0, "Random seed for the head, the batch and A.")
     device: str = option("cpu", "Device of the model: cpu or cuda.")
 
@@ -54,7 +54,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Folder for lora.json and lora.npz.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure LoRA's projection noise on real layers' gradients, beside the theory."""
+    """Compare LoRA's projection noise, measured on real layers' gradients, with the theory."""
     asked = Options(**given)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import lora_noise
@@ -128,7 +128,7 @@ def _print(result: lora_noise.Result) -> None:
 
 
 def measured_rows(result: lora_noise.Result) -> list[dict[str, Any]]:
-    """One dict per source and rank: variance and kurtosis, measured and exact."""
+    """Return one dict per source and rank: variance and kurtosis, measured and exact."""
     keys = (
         "variance",
         "variance_ci",
@@ -145,7 +145,7 @@ def measured_rows(result: lora_noise.Result) -> list[dict[str, Any]]:
 
 
 def exact_laws(result: lora_noise.Result) -> list[dict[str, Any]]:
-    """One dict per width of the measured layers and rank: distances and one query's delta."""
+    """Return one dict per width of the layers and rank: distances, and delta of one query."""
     from lowrank_dp import theory
 
     widths = sorted({int(name.rsplit("x", 1)[1]) for name in result.sources[1:]})

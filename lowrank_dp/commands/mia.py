@@ -1,4 +1,4 @@
-"""``python -m lowrank_dp.mia``: how much a checkpoint reveals about who was trained on."""
+"""``python -m lowrank_dp.mia``: measure what a checkpoint reveals about its training records."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from lowrank_dp.mia.report import Report
     from lowrank_dp.mia.target import Target
 
-app = _console.new_app("Membership inference from a checkpoint: NON-PRIVATE, it reads who was in.")
-CONTRADICTION = 3  # exit code
+app = _console.new_app(
+    "Membership inference from a checkpoint. NON-PRIVATE: attacks read the membership bits."
+)
+CONTRADICTION = 3  # exit code if an attack contradicts the accountant
 REPORT = "report.json"
-# options that decide where and how fast an attack runs, and not what it finds
+# options that decide where and how fast an attack runs, but not the report
 COMPUTING = ("batch_size", "device", "num_workers", "engine")
 
 
@@ -53,11 +55,17 @@ def main(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, and how long it takes.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the planned attacks and their estimated time, and stop."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Attack a checkpoint, and say what it leaks. Exit 3: more than its accountant claims."""
+    """Attack a checkpoint and report what the checkpoint leaks.
+
+    The exit code is 3 if an attack contradicts the epsilon that the accountant claims.
+    """
     from rich.console import Console
 
     from lowrank_dp.mia.plan import plan
@@ -72,12 +80,12 @@ def main(
     for line in plan(targets, options):
         say(console, line)
 
-    from lowrank_dp.mia.attack import attack, load  # after the first line of output
+    from lowrank_dp.mia.attack import attack, load  # slow to import: after the first output
     from lowrank_dp.mia.compare import compare
 
     if dry_run:
         for target in targets:
-            load(target, options)  # refuses what an attack would refuse
+            load(target, options)  # raises the errors that an attack would raise
         return
     with _folder(output) as folder:
         reports = [attack(target, options, folder / "cache") for target in targets]
@@ -93,7 +101,7 @@ def main(
 
 @contextmanager
 def _folder(output: Path | None) -> Iterator[Path]:
-    """The folder of signals and shadows: ``output``, else a temporary one."""
+    """Yield the folder of signals and shadows: ``output``, or a temporary folder."""
     if output is not None:
         yield output
         return
@@ -102,7 +110,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
 
 
 def _asked(targets: Sequence[Target], options: Options) -> dict[str, Any]:
-    """What decides a report: the checkpoints' weights, and the options but those of computing."""
+    """Return the inputs that decide a report: the weights, and all options but ``COMPUTING``."""
     from lowrank_dp.artifacts.jsonable import to_jsonable
     from lowrank_dp.mia.signals import weight_hash
 

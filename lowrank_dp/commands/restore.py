@@ -24,20 +24,22 @@ app = _console.new_app("Restore the singular values of noisy gradients: post-pro
 
 @app.command()
 def main(
-    input: Annotated[Path, typer.Option(help="safetensors file: name -> noisy gradient.")],
+    input: Annotated[Path, typer.Option(help="safetensors file of noisy gradients by name.")],
     noise_std: Annotated[
         float,
-        typer.Option(help="Standard deviation of each entry's noise, in the gradients' own units."),
+        typer.Option(
+            help="Standard deviation of the noise on each entry, in the gradients' units."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    output: Annotated[Path, typer.Option(help="safetensors file for the restored gradients.")],
     scheme: Annotated[
         str, typer.Option(help=f"Scheme. One of {', '.join(SCHEME_NAMES)}.")
     ] = "optimal",
     method: Annotated[
-        str, typer.Option(help="How singular values are restored: fast or exact.")
+        str, typer.Option(help="Algorithm: fast (leading singular triplets) or exact (full SVD).")
     ] = "fast",
     below: Annotated[
-        str, typer.Option(help="Matrices with nothing above the edge: keep or zero.")
+        str, typer.Option(help="Treatment of matrices with nothing above the edge: keep or zero.")
     ] = "keep",
     option: Annotated[
         list[str] | None,
@@ -88,7 +90,7 @@ def _check_output(input: Path, output: Path, force: bool) -> None:
 
 
 def _read(path: Path, noise_std: float) -> dict[str, Tensor]:
-    """The tensors of a file, whose matrices must hold the noise that is stated."""
+    """Read the tensors of a file; raise ValueError for a matrix without the stated noise."""
     import safetensors
     from safetensors.torch import load_file
 

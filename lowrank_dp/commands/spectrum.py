@@ -23,21 +23,26 @@ app = _console.new_app("Singular values of a model's gradients, clean, noisy and
 
 @dataclass(frozen=True)
 class Options:
-    """Which gradients are measured, and with which noise."""
+    """Options of the command: the gradients that are measured, and their noise."""
 
     model: str = option(
         "", "Hub id, folder or packaged name. Default: minilm if installed, else tiny."
     )
     task: str = option("generated", "Task name, or a folder with train.jsonl.gz.")
-    batch_size: int = option(2048, "Examples in the gradient sum.")
-    noise_multiplier: float = option(0.6, "Noise relative to --max-grad-norm.")
-    max_grad_norm: float = option(1.0, "Clipping norm of one example.")
-    scheme: str = option("optimal", "How gradients are restored.", choices=("none", *EDGE_SCHEMES))
-    warm_loss: float = option(
-        0.36, "Train, without privacy, to this loss first; 0 measures the model as it is."
+    batch_size: int = option(2048, "Number of examples in the gradient sum.")
+    noise_multiplier: float = option(
+        0.6, "Standard deviation of the noise, relative to --max-grad-norm."
     )
-    max_length: int = option(128, "Tokens a text is cut to.")
-    micro_batch_size: int = option(64, "Examples in memory at a time.")
+    max_grad_norm: float = option(1.0, "Clipping norm of one example.")
+    scheme: str = option(
+        "optimal", "Restoration scheme of the gradients.", choices=("none", *EDGE_SCHEMES)
+    )
+    warm_loss: float = option(
+        0.36,
+        "Loss to which the model is first trained without privacy; 0 leaves the model as it is.",
+    )
+    max_length: int = option(128, "Number of tokens that a text is cut to.")
+    micro_batch_size: int = option(64, "Number of examples in memory at a time.")
     seed: int = option(0, "Seed of every random choice.")
     device: str = option("cpu", "Device of the model: cpu or cuda.")
 

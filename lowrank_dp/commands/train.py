@@ -27,12 +27,14 @@ def main(
     given: dict[str, Any],
     output: Annotated[
         Path,
-        typer.Option(help="New or empty folder for the checkpoint, or that of a run to resume."),
+        typer.Option(
+            help="New or empty folder for the checkpoint, or the folder of a run to resume."
+        ),
     ],
     config: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file of a TrainConfig's fields; options given beside the file win."
+            help="JSON file of a TrainConfig's fields; options take precedence over the file."
         ),
     ] = None,
     resume: Annotated[
@@ -40,7 +42,7 @@ def main(
         typer.Option(
             "--resume",
             help="Continue the killed run in --output with its saved configuration; options given "
-            "beside --resume must agree with that configuration.",
+            "with --resume must agree with that configuration.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -76,9 +78,10 @@ def main(
 def _configuration(
     given: dict[str, Any], path: Path | None, saved: dict[str, Any] | None
 ) -> TrainConfig:
-    """The run that is asked for: by options, before them by a file, and by what a run began with.
+    """Return the configuration of the run: from options, from a file, or from a begun run.
 
-    Raises ValueError if the options or the file differ from the configuration in ``saved``.
+    Options take precedence over the file. Raises ValueError if the options or the file differ from
+    the configuration in ``saved``.
     """
     asked = (_read_config(path) if path else {}) | given
     if saved is None:
@@ -98,7 +101,7 @@ def _configuration(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The fields that a configuration file sets; ValueError if the configuration is not valid."""
+    """Read the fields that a configuration file sets; raise ValueError on invalid content."""
     from lowrank_dp._json import parse_json
 
     try:
@@ -117,7 +120,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _saved_configuration(output: Path) -> dict[str, Any] | None:
-    """The configuration that the run in ``output`` began with, as JSON; None if there is no run."""
+    """Read the configuration that the run in ``output`` began with, as JSON; None without a run."""
     from lowrank_dp.artifacts.runs import RunFolder
 
     saved = RunFolder(output.expanduser()).configuration()

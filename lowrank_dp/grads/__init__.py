@@ -1,9 +1,9 @@
 """Clipped sums and norms of per-example gradients, in one backward pass.
 
 Book-keeping (Bu et al. 2022, arXiv 2210.00038): hooks record each trained layer's input and output
-gradient. They give the norm of every example's gradient (Li et al. 2021, arXiv 2110.05679), and
-then the sum of the clipped gradients in one matrix product per layer. Meanwhile the trained weights
-require no gradients inside their own layers, so autograd never computes the unclipped sum.
+gradient. The records give the norm of every example's gradient (Li et al. 2021, arXiv 2110.05679)
+and then the sum of the clipped gradients in one matrix product per layer. Meanwhile the trained
+weights require no gradients inside their own layers, so autograd never computes the unclipped sum.
 
     clipping        the public functions
     precheck        checks before a micro-batch runs
@@ -14,7 +14,7 @@ require no gradients inside their own layers, so autograd never computes the unc
     factors         norms and weighted sums of gradients that are not formed
     axes            layouts of a layer's input
     losses          the loss of each row alone
-    independence    examination that rows are kept apart (``alone``, ``own_length``, ``tolerances``)
+    independence    test that rows are kept apart (``alone``, ``own_length``, ``tolerances``)
 """
 
 from lowrank_dp.grads.clipping import (

@@ -1,6 +1,6 @@
 """Gradients of rows that run through the model one by one, as an ordinary training loop has them.
 
-They are the reference for a backend: no hook and no rule of this package takes part.
+These gradients are the reference for a backend: no hook and no rule of this package takes part.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class RowsAlone:
 def gradient_alone(micro_batch: MicroBatch, row: Batch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of the model on one row.
 
-    A parameter that the loss does not depend on has no entry. Every ``.grad`` must be None before.
+    A parameter that the loss does not depend on has no entry. Every ``.grad`` must be None
+    before the call.
     """
     with micro_batch.autocast:
         loss = getattr(micro_batch.model(**row), "loss", None)
@@ -64,7 +65,7 @@ def rows_alone(
     lengths: Sequence[tuple[int, int]] | None,
     max_grad_norm: float = 0.0,
 ) -> RowsAlone | None:
-    """Run each row through autograd, and compare it with itself without its padding.
+    """Run each row alone through autograd, and compare its results with and without padding.
 
     Args:
         micro_batch: the rows and their model.

@@ -1,4 +1,4 @@
-"""Layouts of a layer's input: the axis in which it has the rows of the batch.
+"""Layouts of a layer's input: the axis that holds the rows of the batch.
 
 The input of most layers is ``(B, ..., d)``. XLNet and Longformer put the positions first,
 ``(T, B, d)``; OPT runs the tokens of all rows as one list, ``(B T, d)``. In a batch another axis
@@ -86,7 +86,7 @@ def _reader(
     problem: str,
     backends: Sequence[str],
 ) -> Callable[..., None]:
-    """A forward pre-hook that narrows ``layouts[module]`` to what the layer's input shows."""
+    """Return a forward pre-hook that narrows ``layouts[module]`` to those that fit the input."""
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen = layer_input(args, kwargs)
@@ -137,5 +137,5 @@ def batch_axis(
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first argument of a layer's call, positional or by keyword."""
+    """First argument of a layer's call, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))

@@ -48,7 +48,8 @@ _PLAIN = 'backend="bookkeeping" (training: no --compile)'
 def run_first_alone(micro_batch: MicroBatch, backend: str) -> tuple[Tensor | None, Layouts]:
     """Run the first row by itself; return its loss and the layouts of the trained layers' inputs.
 
-    The run takes no random numbers. The loop backend needs neither result: it gets None and {}.
+    The run takes no random numbers. For the loop backend, which needs
+    neither result, the function returns None and {}.
 
     Raises:
         UnsupportedParameters: for a layer in whose input the backend finds no axis of rows.
@@ -88,7 +89,7 @@ def _opacus_layers(micro_batch: MicroBatch) -> list[tuple[nn.Module, list[str]]]
 
 
 def _bookkeeping(micro_batch: MicroBatch) -> tuple[Tensor, SumOf]:
-    """Norms and clipped sums from the layers' inputs and output gradients, in one backward."""
+    """Norms and clipped sums from the layers' inputs and output gradients, in one backward pass."""
     with recording(micro_batch) as tape:
         losses = forward_losses(micro_batch)
         if losses.requires_grad:
@@ -100,7 +101,7 @@ def _bookkeeping(micro_batch: MicroBatch) -> tuple[Tensor, SumOf]:
 
 
 def _clipped(micro_batch: MicroBatch, tape: Tape) -> tuple[Tensor, SumOf]:
-    """Norms and clipped sums from the factors of a forward and backward that are over."""
+    """Norms and clipped sums from the factors of a completed forward and backward pass."""
     with torch.no_grad(), torch.autocast(micro_batch.device.type, enabled=False):
         tape.close_all()
         recheck_norms(tape)
@@ -132,7 +133,7 @@ def require_compilable(micro_batch: MicroBatch) -> None:
     """Raise ``ValueError`` for a batch or a mode that the compiled backend does not take."""
     if not isinstance(micro_batch.batch.get("input_ids"), Tensor):
         raise ValueError(
-            "batch must hold a tensor 'input_ids' to be compiled for, got "
+            "batch must hold a tensor 'input_ids' for the compiled backend, got "
             f"{', '.join(map(str, micro_batch.batch))}: use {_PLAIN}"
         )
     if micro_batch.model.training and any(
@@ -150,7 +151,7 @@ def _compiled(micro_batch: MicroBatch) -> tuple[Tensor, SumOf]:
     # mode and autocast determine the graph's layers and dtypes, the trained names its outputs
     key = tuple(micro_batch.trained), model.training, full_precision
     known, expected = graphs.get(key), None
-    if known is None:  # book-keeping refuses what it must, and gives the norms to compare with
+    if known is None:  # for the refusals of book-keeping, and for norms to compare with
         expected, _ = _bookkeeping(micro_batch)
         with autocast:
             calls, output = trace_calls(
@@ -177,8 +178,8 @@ def _compiled(micro_batch: MicroBatch) -> tuple[Tensor, SumOf]:
         atol=1e-6 * float(expected.max()),
     ):
         raise ValueError(
-            "model must compute the same when compiled, and gives gradients of other "
-            f"norms: use {_PLAIN}"
+            "model must give gradients of the same norms when compiled, and gives "
+            f"others: use {_PLAIN}"
         )
     graphs[key] = known
     return norms, sum_of

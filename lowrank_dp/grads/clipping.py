@@ -1,4 +1,4 @@
-"""The clipped gradient sum: the public functions of this package."""
+"""Clipped gradient sums: the public functions of this package."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Reduce = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PaddingBatch:
-    """A micro-batch whose rows do not count.
+    """Micro-batch whose rows do not count in the sums.
 
-    A process runs it when another process of a sharded model has one micro-batch more.
+    A process runs a padding batch when another process of a sharded model has one micro-batch more.
     """
 
     batch: Batch
@@ -66,7 +66,7 @@ def clipped_sum(
             model, this is the mean over the row's own target tokens.
         max_grad_norm: C > 0, absolute, in the units of the gradient; ``inf`` gives the plain sum.
         micro_batch_size: number of rows in memory at a time; None takes all. The result does not
-            depend on it.
+            depend on the number.
         autocast_dtype: ``torch.bfloat16`` for mixed precision. Sums are accumulated in float32.
         backend: method of computing per-example gradients.
             ``"bookkeeping"``: from layer inputs and output gradients, in one backward pass.
@@ -154,9 +154,9 @@ def clipped_sum_over(
 ) -> tuple[Sums, Tensor]:
     """``clipped_sum`` of a logical batch that arrives in micro-batches, one in memory at a time.
 
-    Micro-batches may differ in size and padding. Without any micro-batch, which Poisson sampling
-    can draw, the sums are zeros and there are no norms. Arguments, results, errors and guarantees
-    are those of :func:`clipped_sum`; messages count rows from the first micro-batch.
+    Micro-batches may differ in size and padding. A Poisson sample can be empty: without a
+    micro-batch, the sums are zeros and the norms have shape (0,). Arguments, results, errors and
+    guarantees are those of :func:`clipped_sum`; messages count rows from the first micro-batch.
 
     A model that is sharded over processes (FSDP2's ``fully_shard``, ``reshard_after_forward=True``)
     needs the backend ``"bookkeeping"`` and equally many micro-batches on every process; a process
@@ -222,7 +222,7 @@ def _accumulate(
 
 
 def _fingerprint(model: nn.Module) -> int:
-    """A number that identifies the model's layers and their modes."""
+    """Return a number that identifies the model's layers and their modes."""
     return hash(
         tuple(
             (id(m), m.training, m.__dict__.get("gradient_checkpointing")) for m in model.modules()
@@ -255,7 +255,10 @@ def row_gradients(
 
 
 def _autocast(parameter: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Autocast on the parameter's device, or a context that does nothing."""
+    """Return autocast on the parameter's device, or a context that does nothing.
+
+    Raises ``ValueError`` if ``dtype`` is neither None nor bfloat16.
+    """
     if dtype not in (None, torch.bfloat16):
         _validate.fail(
             "autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)", dtype

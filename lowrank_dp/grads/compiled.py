@@ -2,8 +2,8 @@
 
 Hooks would break the graph at every layer. Instead, the forward adds a tensor of zeros to the
 output of each trained layer: the gradient of the loss in these zeros is the gradient in the output.
-The graph returns the layers' inputs beside the logits, and the loss is computed outside of it. No
-weight requires a gradient meanwhile.
+The graph returns the layers' inputs beside the logits, and the loss is computed outside of the
+graph. No weight requires a gradient meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 class Graph:
-    """The compiled forward of one model in one mode.
+    """Compiled forward of one model in one mode.
 
     Args:
         calls: the calls of trained layers, in the order of the forward.
@@ -66,7 +66,7 @@ class Graph:
         self._compiled = torch.compile(forward, dynamic=True, fullgraph=True)
 
     def _with_zero(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """``forward`` that records its input and adds the next tensor of zeros to its output."""
+        """Return a ``forward`` that records its input and adds a tensor of zeros to its output."""
 
         def changed(*args: Any, **kwargs: Any) -> Tensor:
             output = forward(*args, **kwargs)
@@ -118,7 +118,7 @@ class Graph:
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
-        """Put the changed forwards in place, and let no weight require a gradient, inside."""
+        """Use the changed forwards inside the context, in which no weight requires a gradient."""
         parameters = [
             p
             for module in self._forwards
@@ -139,7 +139,7 @@ class Graph:
 
 
 def trace_calls(model: nn.Module, layers: TrainedLayers, batch: Batch) -> tuple[list[Call], Any]:
-    """Run an ordinary forward; return the calls of ``layers`` in its order, and its output.
+    """Run an ordinary forward; return the calls of ``layers`` in order, and the model's output.
 
     Raises:
         UnsupportedParameters: for a layer whose output is neither (B, T, d) nor (B, d).
@@ -175,6 +175,7 @@ _GRAPHS: WeakKeyDictionary[nn.Module, dict[Any, tuple[Graph, str]]] = WeakKeyDic
 def compiled_graphs(model: nn.Module) -> dict[Any, tuple[Graph, str]]:
     """Graphs of a model, each with its kind of loss.
 
-    The key holds all else that a graph depends on: trained names, mode and autocast.
+    The key of the dict holds everything else that a graph depends on: trained names, mode and
+    autocast.
     """
     return _GRAPHS.setdefault(model, {})

@@ -60,8 +60,8 @@ class Squares(NamedTuple):
 
     Attributes:
         squared: (B,) float64.
-        doubt: (B,) float64; 0 where ``squared`` is exact to a relative error of 1e-4, else a bound
-            on the square of the part that rounding may have lost.
+        doubt: (B,) float64; 0 where ``squared`` is exact to a relative error of 1e-4, elsewhere a
+            bound on the square of the part that rounding may have lost.
     """
 
     squared: Tensor
@@ -189,7 +189,7 @@ def _gram(one: Tensor, other: Tensor) -> Tensor:
 
 
 def weighted_sum(factors: Sequence[Factor], weights: Tensor, shape: torch.Size) -> Tensor:
-    """``sum_i weights_i gradient_i``, a tensor of ``shape``, for weights (B,)."""
+    """Compute ``sum_i weights_i gradient_i``, a tensor of ``shape``, for weights (B,)."""
     total = torch.zeros(0)
     for factor in factors:
         if isinstance(factor, Tensor):

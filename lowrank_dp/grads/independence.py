@@ -1,12 +1,12 @@
-"""Examination of a model: whether a backend keeps the rows of a batch apart.
+"""Test that a model and a backend keep the rows of a batch apart.
 
-A clipped sum is private only if one row moves it by at most C, so the gradient of a row must depend
-on that row alone. :func:`examine` takes a few rows of a batch and compares three runs of the model
-in its own precision:
+A clipped sum is private only if one row moves the sum by at most C, so the gradient of a row must
+depend on that row alone. :func:`examine` takes a few rows of a batch and compares three runs of the
+model in its own precision:
 
 - the rows together, through the backend;
 - each row alone, through autograd;
-- each row alone without the padding that longer rows beside it give it.
+- each row alone without the padding that longer rows in the batch require.
 
 The examination restores the model's mode, its buffers and the random generators.
 """
@@ -53,13 +53,13 @@ PADDINGS = ("longest", "max-length")
 Backends = Mapping[str, Backend]
 
 
-# Results by model, and by the situation in which it was examined.
+# Results of examinations, by model and by situation.
 
 
 def verified(
     micro_batch: MicroBatch, backend: str, backends: Backends, padding: str, fingerprint: int
 ) -> bool:
-    """Examine the model if it is new in this situation; return whether its forward is repeatable.
+    """Examine a model that is new in this situation; return whether its forward is repeatable.
 
     The situation is the model, its trained parameters, its mode, the backend and the layout of the
     batch. ``fingerprint`` identifies the model's layers and their modes.
@@ -97,7 +97,10 @@ def verified(
 
 
 def known_repeatable(model: nn.Module, fingerprint: int) -> bool:
-    """Whether the model was examined with these layers and modes, and its forward is repeatable."""
+    """Return whether the model was examined with these layers and modes, and is repeatable.
+
+    A model is repeatable if its forward gives a row the same loss twice.
+    """
     found = [
         repeatable for key, repeatable in _KNOWN.get(model, {}).items() if key[0] == fingerprint
     ]
@@ -135,7 +138,7 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
         with deterministic:
             try:
                 finite = _agree(micro_batch, backend, backends, padding)
-            except ValueError as error:  # perhaps rounding, for instance where a gradient cancels
+            except ValueError as error:  # rounding may be the cause, where a gradient cancels
                 with in_float64(micro_batch.model):
                     if backend == "compiled" or not _agree_in_float64(
                         micro_batch, backend, backends, padding
@@ -146,10 +149,10 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
 
 
 def _repeatable(micro_batch: MicroBatch) -> tuple[bool, AbstractContextManager | None]:
-    """Whether the model gives a row the same loss twice, and a context in which it does.
+    """Return whether the model gives a row the same loss twice, and a context in which it does so.
 
-    The context is None if there is none. Without dropout the loss may still vary: then the model is
-    left in eval mode, which the caller undoes.
+    The context is None if the loss varies in every context. Where the loss varies even without
+    dropout, the model is left in eval mode, which the caller undoes.
     """
 
     def same() -> bool:
@@ -174,7 +177,7 @@ def _repeatable(micro_batch: MicroBatch) -> tuple[bool, AbstractContextManager |
 def _agree_in_float64(
     micro_batch: MicroBatch, backend: str, backends: Backends, padding: str
 ) -> bool:
-    """Whether the three runs agree when the model computes in float64."""
+    """Return whether the three runs agree when the model computes in float64."""
     batch = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in micro_batch.batch.items()
@@ -201,13 +204,13 @@ def _agree(micro_batch: MicroBatch, backend: str, backends: Backends, padding: s
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
-        with torch.no_grad():  # names the row, if one row is the cause
+        with torch.no_grad():  # raises an error that names the row, if one row is the cause
             forward(
                 replace(
                     micro_batch, batch=copy_rows(micro_batch.batch, range(micro_batch.num_rows))
                 )
             )
-        _run(micro_batch, 1.0, order, backends[backend])  # may name the cause in the model
+        _run(micro_batch, 1.0, order, backends[backend])  # may raise an error that names the cause
         raise ValueError(
             f"model cannot be run on one row by itself ({first_line(error)}), which "
             "is how rows are compared"
@@ -272,7 +275,7 @@ def _compare(
 def _is_right(
     micro_batch: MicroBatch, alone: RowsAlone, order: Sequence[int], run: Backend
 ) -> bool:
-    """Whether a backend runs the model and agrees with the rows alone."""
+    """Return whether a backend runs the model and agrees with the rows alone."""
     try:
         return not _differing(micro_batch, alone, order, run)
     except ValueError:
@@ -282,12 +285,12 @@ def _is_right(
 def _differing(
     micro_batch: MicroBatch, alone: RowsAlone, order: Sequence[int], run: Backend
 ) -> list[str]:
-    """Parameters whose clipped sum differs from the loop's; all if only the norms differ."""
+    """Parameters whose clipped sum differs from the loop's; all of them if only norms differ."""
     clip = alone.max_grad_norm
     norms, sum_of = _run(micro_batch, clip, order, run)
     wrong, zero = [], torch.zeros((), device=micro_batch.device)
     relative = max(gradient_allowance(micro_batch, alone.losses[row]) for row in order)
-    # of one parameter's sum, what may be rounding of the gradient of all parameters
+    # largest effect on one parameter's sum of rounding in the gradient of all parameters
     total_norm = sum(min(alone.norms[row], clip) for row in order)
     absolute = gradient_tolerance(micro_batch)[1] * total_norm + VANISHING * sum(
         min(1.0, clip / max(alone.norms[row], VANISHING)) for row in order
@@ -312,7 +315,7 @@ def _together(micro_batch: MicroBatch, order: Sequence[int]) -> MicroBatch:
 def _run(
     micro_batch: MicroBatch, max_grad_norm: float, order: Sequence[int], run: Backend
 ) -> tuple[Tensor, SumOf]:
-    """Run the backend on the rows together; ``ValueError`` if it cannot run the model."""
+    """Run the backend on the rows together; raise ``ValueError`` if that is impossible."""
     try:
         return run(replace(_together(micro_batch, order), max_grad_norm=max_grad_norm))
     except torch.OutOfMemoryError:

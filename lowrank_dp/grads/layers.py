@@ -58,7 +58,7 @@ def _rms_norm_weight(module: Any, x: Tensor, b: Tensor) -> Factor:
 
 
 def _rms_unit(module: Any, x: Tensor) -> Tensor:
-    """``x`` divided by its root mean square, in float32 or wider."""
+    """Divide ``x`` by its root mean square, in float32 or wider."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return functional.rms_norm(upcast(x), module.weight.shape, eps=eps)
@@ -80,8 +80,8 @@ def rules_for(module: nn.Module) -> Mapping[str, Rule]:
     """Rules of a layer by parameter name; empty if the layer's forward is not a known one.
 
     Types are matched exactly, since a subclass may scale or shift the result of its parent. Most
-    architectures define an RMSNorm of their own: such a layer is matched by name here, and
-    ``is_rms_norm`` then checks its output.
+    architectures define an RMSNorm of their own: this function matches the layer by name, and
+    ``is_rms_norm`` then checks the layer's output.
     """
     if "forward" in vars(module):
         return {}
@@ -95,9 +95,10 @@ def rules_for(module: nn.Module) -> Mapping[str, Rule]:
 
 
 def is_rms_norm(module: Any, x: Tensor, y: Tensor) -> bool:
-    """Whether ``y`` is ``w u`` or ``(1 + w) u`` (Gemma) for ``u = x / rms(x)``, within rounding.
+    """Return whether ``y`` is ``w u`` or ``(1 + w) u`` (Gemma), with ``u = x / rms(x)``.
 
-    Both have the per-example weight gradient ``sum_t b_t u_t``. Only the first example is compared.
+    Rounding errors are allowed for. Only the first example is compared. In both forms, the weight
+    gradient of an example is ``sum_t b_t u_t``.
     """
     unit, given, weight = _rms_unit(module, x[:1]), upcast(y[:1]), upcast(module.weight)
     half = x.dtype in HALF_DTYPES or y.dtype in HALF_DTYPES

@@ -1,4 +1,4 @@
-"""The loss of each row of a micro-batch, recovered from the logits of one forward.
+"""Loss of each row of a micro-batch, recovered from the logits of one forward.
 
 A model returns the mean loss of a batch. The functions here find the kind of loss whose mean equals
 the model's own, and compute the loss of each row from the logits by ``lowrank_dp.losses``.
@@ -150,7 +150,7 @@ def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
 
 
 def _num_classes(base: Any, kind: str) -> int | None:
-    """Number of classes of the model's head; None if it is unknown."""
+    """Number of classes of the model's head; None if the number is unknown."""
     if kind == "single_label_classification" or "ForTokenClassification" in type(base).__name__:
         return base.config.num_labels
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -180,10 +180,10 @@ def match_loss(micro_batch: MicroBatch, own: Any, logits: Any) -> tuple[str, Ten
         if math.isclose(mean, float(own.detach()), rel_tol=tolerance, abs_tol=1e-6):
             matching.append((kind, losses))
     if len(matching) != 1:
-        found = "fits several" if matching else "is another"
+        found = "fits several of" if matching else "is none of"
         raise ValueError(
             "model must have the plain classification, regression or token loss, a mean of one "
-            f"term an example or token; its loss on this batch {found} "
+            f"term per example or token; its loss on this batch {found} "
             f'({", ".join(LOSSES)}): switch off what it adds, or use backend="loop"'
         )
     return matching[0]
@@ -236,12 +236,12 @@ def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
 
 
 def _base(model: Any) -> Any:
-    """The base model of a PEFT model; another model itself."""
+    """Return the base model of a PEFT model; return any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_a(base: Any, part: str) -> bool:
-    """Whether the name of the model's class, or of a base class, contains ``part``."""
+    """Return whether the name of the model's class, or of a base class, contains ``part``."""
     return any(part in ancestor.__name__ for ancestor in type(base).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""A micro-batch with the settings of its clipped sum, and helpers on batches and their rows."""
+"""Micro-batch with the settings of its clipped sum, and helpers on batches and their rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MicroBatch:
         trained: its parameters that require gradients, by name.
         batch: the dict that ``model(**batch)`` takes.
         num_rows: B, the rows of ``batch``.
-        first_row: index of the first row in the whole batch; messages count from it.
+        first_row: index of the first row in the whole batch; messages count from this index.
         max_grad_norm: C, absolute; 0 for rows that must not count.
         autocast: context in which the forward runs.
         loss_alone: the loss of the first row by itself, which the loss in the batch must equal;
@@ -110,7 +110,7 @@ def num_rows_of(batch: Batch) -> int:
     if not sizes or 0 in sizes.values():
         _validate.fail(
             "batch",
-            "tensors with one example a row and at least one row",
+            "tensors with one example per row and at least one row",
             {n: tuple(v.shape) for n, v in batch.items() if isinstance(v, Tensor)},
         )
     if len(set(sizes.values())) > 1:

@@ -16,8 +16,8 @@ from lowrank_dp.grads.microbatch import MicroBatch, refuse
 def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
     """Per-example gradients (B, ``*parameter.shape``) by name, checked against autograd's sum.
 
-    A parameter that the loss does not depend on has no entry. The model loses all that Opacus's
-    hooks leave on it.
+    A parameter that the loss does not depend on has no entry. Everything that Opacus's hooks leave
+    on the model is removed.
 
     Raises:
         UnsupportedParameters: for a parameter whose gradients do not add up to autograd's.
@@ -41,7 +41,7 @@ def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
 
 
 def _hooks_class() -> Any:
-    """Opacus's hooks, changed to record layers in eval mode too."""
+    """Return Opacus's class of hooks, changed to record layers in eval mode too."""
     from opacus.grad_sample import GradSampleHooks
 
     class Hooks(GradSampleHooks):
@@ -60,7 +60,7 @@ def _hooks_class() -> Any:
 
 
 def _checked_samples(micro_batch: MicroBatch) -> dict[str, Tensor]:
-    """The gradients that the hooks left on the parameters, once they add up to ``.grad``."""
+    """Return the gradients that the hooks left on the parameters; check their sums."""
     trained = micro_batch.trained
     device = next(iter(trained.values())).device.type
     half = (
@@ -88,7 +88,7 @@ def _checked_samples(micro_batch: MicroBatch) -> dict[str, Tensor]:
 
 
 def _adds_up(sample: Tensor, gradient: Tensor, largest: float, half: bool) -> bool:
-    """Whether per-example gradients sum to autograd's gradient.
+    """Return whether per-example gradients sum to autograd's gradient.
 
     A difference means that the hooks missed a use of the parameter. ``largest`` is the largest
     gradient entry of all parameters.

@@ -1,4 +1,4 @@
-"""The length of each row without its padding, and the rows that an examination compares."""
+"""Length of each row without its padding, and the rows that an examination compares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM_COMPARED = 3  # rows that an examination compares at most
 
 
 def is_square(micro_batch: MicroBatch) -> bool:
-    """Whether the batch has as many rows as a tensor in it has positions.
+    """Return whether the batch has as many rows as one of its tensors has positions.
 
     In such a batch the axis of the rows cannot be told from the axis of the positions by its size.
     """
@@ -27,9 +27,9 @@ def is_square(micro_batch: MicroBatch) -> bool:
 def own_lengths(model: Any, batch: Batch) -> list[tuple[int, int]]:
     """First position of each row that is not padding, and the position after the last one.
 
-    Padding is what ``attention_mask`` marks; without a mask, the padding token of the model's
-    configuration. A position with a target is never padding. A row of padding only has its whole
-    length.
+    ``attention_mask`` marks the padding; without a mask, the padding token of the model's
+    configuration does. A position with a target is never padding. A row that consists of
+    padding keeps its whole length.
     """
     length = num_positions_of(batch)
     mask, ids, labels = (batch.get(key) for key in ("attention_mask", "input_ids", "labels"))

@@ -15,11 +15,11 @@ from lowrank_dp.grads.microbatch import MicroBatch, num_positions_of
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's parameters that require gradients, by name.
+    """Collect the model's parameters that require gradients, by name.
 
     Raises:
-        ValueError: if there is none; for a parameter with a gradient hook; and for batch
-            normalisation in training mode, which mixes rows.
+        ValueError: if no parameter requires gradients; for a parameter with a gradient hook; and
+            for batch normalisation in training mode, which mixes rows.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -44,7 +44,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass
 class Precheck:
-    """The checks of one clipped sum's micro-batches, and what earlier micro-batches showed.
+    """Checks of one clipped sum's micro-batches, with the findings of earlier micro-batches.
 
     Attributes:
         backend: name of the backend.
@@ -67,11 +67,11 @@ class Precheck:
     _ambiguous: bool = False  # rows of one position leave the layouts open
 
     def __call__(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Check one micro-batch; return it with the layers' layouts and the first row's own loss.
+        """Check a micro-batch; add the layers' layouts and the loss of the first row alone.
 
         Raises:
             ValueError: for labels that are no classes of the model, another length than before with
-                padding "max-length", a batch that cannot be compiled for, and as
+                padding "max-length", a batch that the compiled backend does not take, and as
                 :func:`lowrank_dp.grads.independence.examine` does.
         """
         model, batch = micro_batch.model, micro_batch.batch
@@ -102,11 +102,11 @@ class Precheck:
             )
 
     def _run_first_alone(self, micro_batch: MicroBatch) -> Tensor | None:
-        """Run the first row by itself where this tells something; return its loss, or None."""
+        """Run the first row by itself where its result is needed; return its loss, or None."""
         first = self._layouts is None
         if not (first if self.in_step else micro_batch.num_rows > 1 and (first or self._ambiguous)):
             return None
         loss_alone, self._layouts = run_first_alone(micro_batch, self.backend)
-        # a row of one position fits several layouts, so the next micro-batch must be looked at too
+        # a row of one position fits several layouts, so the next micro-batch is examined too
         self._ambiguous = num_positions_of(micro_batch.batch) == 1
         return loss_alone

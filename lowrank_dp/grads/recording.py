@@ -82,11 +82,11 @@ def trained_layers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Tra
 
 @contextmanager
 def recording(micro_batch: MicroBatch) -> Iterator[Tape]:
-    """Record every layer with trained parameters during the forward and backward inside.
+    """Record every layer with trained parameters while the model runs inside the context.
 
     A trained parameter does not require gradients while the forward of its own layer runs, so
     autograd never computes its unclipped gradient. A use outside of the layer still reaches the
-    parameter's ``.grad``, by which the caller detects it.
+    parameter's ``.grad``, by which the caller detects this use.
 
     Raises:
         UnsupportedParameters: for a parameter in a layer without a rule.
@@ -158,7 +158,7 @@ def _hooks(
 
 
 def _with_gradient_hook(output: Tensor) -> Tensor:
-    """A layer's output as a tensor whose gradient hook survives a change in place."""
+    """Return a layer's output as a tensor whose gradient hook survives a change in place."""
     if not output.requires_grad:
         return output.requires_grad_().clone()
     if output._is_view():

@@ -1,4 +1,4 @@
-"""How far rounding may move a loss or a gradient: the limits of each comparison of two runs."""
+"""Tolerances for rounding in a comparison of the losses or gradients of two runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SMALL_LOSS = 1e-3  # the gradient of a smaller loss is a difference, with a lar
 
 
 def is_half(model: nn.Module) -> bool:
-    """Whether a parameter of the model is in half precision."""
+    """Return whether a parameter of the model is in half precision."""
     return any(p.dtype in HALF_DTYPES for p in model.parameters())
 
 

@@ -32,7 +32,7 @@ def draw_a(
         rank, n: rows and columns, >= 1.
         init: "gaussian", or "kaiming" for the uniform distribution that PEFT uses by default
             (there with variance 1/(3 n), here rescaled).
-        generator: on ``device``; None uses a new generator seeded from the operating system.
+        generator: a generator on ``device``; None uses a new one seeded from the operating system.
         dtype, device: type and device of the result.
 
     Raises:
@@ -62,7 +62,7 @@ def project(
         rank: number of rows of A, >= 1; may exceed n.
         init: distribution of the entries of A, as for :func:`draw_a`; the theory assumes
             "gaussian".
-        generator: on the device of the gradient; None uses a new generator seeded from the
+        generator: a generator on the device of the gradient; None uses a new one seeded from the
             operating system.
 
     Raises:
@@ -93,7 +93,8 @@ def sample_noise(
         q: (n,), float32 or float64, finite and not all zero, on any device.
         rank: rank of A, >= 1.
         num_samples: number of samples, >= 1.
-        generator: on the device of q; None uses a new generator seeded from the operating system.
+        generator: a generator on the device of q; None uses a new one seeded from the operating
+            system.
 
     Raises:
         ValueError: on a bad argument, naming it.
@@ -133,7 +134,7 @@ def matched_noise(
     """Draw independent Gaussian noise (m, n) with the variance of ``G A^T A - G`` in each entry.
 
     The Gaussian reading replaces the projection by this noise. The variances are the same, but
-    entries, rows and calls are uncorrelated. Arguments and errors are as for :func:`project`.
+    entries, rows and calls are independent. Arguments and errors are as for :func:`project`.
     """
     _matrix("gradient", gradient)
     rank = _validate.integer("rank", rank)
@@ -189,7 +190,7 @@ def measure_noise(
         rank: rank of A, >= 1.
         num_draws: number of draws, >= 2.
         init: distribution of the entries of A, "gaussian" or "kaiming".
-        generator: on the device of the gradient; None uses a new generator seeded from the
+        generator: a generator on the device of the gradient; None uses a new one seeded from the
             operating system.
 
     Raises:

@@ -14,7 +14,7 @@ class RestorationCallback(TrainerCallback):
     """Attach a restoration to the optimizer for the duration of ``Trainer.train()``.
 
     The trainer must add noise to ``p.grad`` before its optimizer steps (in ``training_step``, for
-    example), or have an optimizer of Opacus. The clipping of the trainer itself would rescale that
+    example), or use an optimizer of Opacus. The clipping of the trainer itself would rescale that
     noise: set ``max_grad_norm=0`` in ``TrainingArguments``. The running means of a resumed run
     start anew unless the saved ``handle.state_dict()`` is loaded.
 
@@ -26,8 +26,8 @@ class RestorationCallback(TrainerCallback):
         handle: the handle of the last attachment, None before the first.
 
     Raises:
-        ValueError: when training begins, as :func:`attach_restoration`; or if ``max_grad_norm`` of
-            ``TrainingArguments`` is not 0.
+        ValueError: when training begins, as :func:`attach_restoration` raises it; also if
+            ``max_grad_norm`` of ``TrainingArguments`` is not 0.
     """
 
     def __init__(self, scheme: str = "optimal", **arguments: Any) -> None:
@@ -38,7 +38,7 @@ class RestorationCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Attach the restoration."""
-        self.on_train_end(args, state, control)  # of a run that failed, which did not call it
+        self.on_train_end(args, state, control)  # a run that failed did not detach
         if args.max_grad_norm:
             _validate.fail(
                 "max_grad_norm of TrainingArguments",

@@ -4,8 +4,8 @@
 weights. At that point ``p.grad`` has been clipped, summed, noised, scaled and (under DDP) reduced.
 The restoration therefore reads released gradients only: it is post-processing, and epsilon does not
 change. The hook is PyTorch's public ``register_step_pre_hook``. Opacus's own ``attach_step_hook``
-does not serve: it has a single slot, which the accountant holds, and under DDP it runs before the
-reduction, where only rank 0 holds noise.
+is not suitable: the hook has a single slot, which the accountant holds, and under DDP it runs
+before the reduction, where only rank 0 holds noise.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def attach_restoration(
         scheme: a name in ``lowrank_dp.restore.SCHEMES``, but not "oracle", which is not private.
         mean_noise_std: standard deviation of the noise on each entry of ``p.grad`` as the
             optimizer sees it, absolute, in the units of ``p.grad``; > 0. For a mean over a batch,
-            it is ``noise_multiplier * max_grad_norm / batch_size``. Must not be given with a
+            this is ``noise_multiplier * max_grad_norm / batch_size``. Must not be given with a
             ``DPOptimizer``.
         momentum_beta: in [0, 1): replace every gradient by the bias-corrected running mean of the
             noisy gradients, whose noise is smaller and known, and restore the mean. The running
@@ -87,7 +87,8 @@ class Restoration:
     """Handle of one attachment, made by :func:`attach_restoration`.
 
     Attributes:
-        mean_noise_std: the argument, None with Opacus; assign to it if the noise level changes.
+        mean_noise_std: noise level in the units of ``p.grad``, None with Opacus; assign a new value
+            if the noise level changes.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Restoration:
 
     @property
     def reports(self) -> dict[str, Report]:
-        """A :class:`lowrank_dp.restore.Report` per matrix restored in the last step.
+        """Reports (:class:`lowrank_dp.restore.Report`) of the matrices restored in the last step.
 
         The key is the index of the parameter, counted over all parameter groups as torch does.
         """
@@ -154,8 +155,8 @@ class Restoration:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the running means as tensors under flat names; empty without ``momentum_beta``.
 
-        The state is computed from noisy gradients, so it may be published with the weights. It is
-        fit for ``torch.save`` and for safetensors.
+        The state is computed from noisy gradients, so it may be published with the weights. The
+        state can be saved by ``torch.save`` and by safetensors.
         """
         if self._beta is None:
             return {}
@@ -169,7 +170,7 @@ class Restoration:
         """Continue from a :meth:`state_dict` of the same parameters and ``momentum_beta``.
 
         Raises:
-            ValueError: if the state is that of another ``momentum_beta`` or of other parameters.
+            ValueError: if the state belongs to another ``momentum_beta`` or to other parameters.
         """
         tensors = dict(state)
         saved = float(tensors.pop("momentum_beta")) if tensors else None
@@ -204,11 +205,11 @@ class Restoration:
         }
 
     def _read_noise_std(self) -> float:
-        """Noise level of ``p.grad``; to be read once per step, after the noise has been added."""
+        """Return the noise level of ``p.grad``; call once per step, after the noise is added."""
         opacus = self._opacus
         if opacus is None:
             return _validate.positive("mean_noise_std", self.mean_noise_std)
-        # AdaClip has by now replaced its bound by that of the next step
+        # AdaClip has already replaced its bound by the bound of the next step
         bound, self._clip_bound = self._clip_bound, float(opacus.max_grad_norm)
         if not hasattr(opacus, "unclipped_num_std"):
             bound = self._clip_bound
@@ -251,14 +252,14 @@ def _refuse_copy() -> NoReturn:
 
 
 def _unwrap(optimizer: Any) -> Any:
-    """Optimizer inside Accelerate's wrappers."""
+    """Return the optimizer inside Accelerate's wrappers."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _effective_multiplier(opacus: Any) -> float:
-    """Noise on an entry of the clipped sum, relative to the clipping bound."""
+    """Return sigma: the noise on an entry of the clipped sum, relative to the clipping bound."""
     sigma = float(getattr(opacus, "_adjusted_noise_multiplier", opacus.noise_multiplier))
     if not sigma > 0:
         raise ValueError(

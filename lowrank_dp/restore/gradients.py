@@ -60,7 +60,7 @@ def restore_gradients(
                     for name, matrix in zip(names, matrices, strict=True)
                 ]
                 arguments = arguments | {"values": torch.stack(values)}
-            # one matrix is not copied
+            # a single matrix need not be copied
             batch = torch.stack(matrices) if len(names) > 1 else matrices[0].unsqueeze(0)
             batch, report = restore_with_report(batch, noise_stds[names[0]], scheme, **arguments)
         except ValueError as error:
@@ -73,7 +73,7 @@ def restore_gradients(
 def _batches(
     noisy: Tensors, noise_stds: Mapping[str, float], smallest_side: int
 ) -> list[list[str]]:
-    """Names of the matrices that are restored together: on a CPU, each matrix by itself."""
+    """Names of the matrices that are restored in one batch; on a CPU, each matrix by itself."""
     batches: dict[tuple, list[str]] = {}
     for name, tensor in noisy.items():
         if not isinstance(tensor, Tensor):
@@ -85,7 +85,7 @@ def _batches(
 
 
 class GradientRestorer:
-    """Restorer of the noisy gradients of successive steps, with the state that it keeps.
+    """Restorer of the noisy gradients of successive steps, with running means as state.
 
     With a ``low_pass`` filter, the running mean of each parameter's noisy gradients takes the place
     of the gradient before the restoration. Running means over different numbers of steps hold
@@ -133,9 +133,15 @@ class GradientRestorer:
             noisy: parameter name -> noisy gradient of this step. Running means of parameters
                 without a gradient in this step stay as they are.
             noise_std: standard deviation of the noise on each entry of ``noisy``, absolute.
-            clean: NON-PRIVATE: clean gradients for the scheme oracle, None for all others.
+            clean: NON-PRIVATE: clean gradients for the scheme oracle, None for every other scheme.
             distribute: function ``(work, gradients)`` that shares ``work``, which treats each
-                matrix by itself, among processes; None does the work here.
+                matrix by itself, among processes; None does the work in this process.
+
+        Returns:
+            The restored gradients, or restored running means, by parameter name.
+
+        Raises:
+            ValueError: as :func:`restore_gradients`.
         """
         filters = self._advanced(noisy, noise_std)
         gradients = {name: low_pass.mean for name, low_pass in filters.items()} or noisy
@@ -169,7 +175,8 @@ class GradientRestorer:
     def tensors(self) -> dict[str, Tensor]:
         """Return the state: ``NAME.KEY`` -> tensor, with the keys of `LowPassFilter.tensors`.
 
-        The state may be published: it is computed from noisy gradients. It is fit for safetensors.
+        The state is computed from noisy gradients, so it may be published. The tensors can be saved
+        by safetensors.
         """
         return {
             f"{name}.{key}": tensor
@@ -182,7 +189,7 @@ class GradientRestorer:
 
         Args:
             tensors: the state; copied to the devices of the parameters.
-            parameters: name -> parameter. States of other names are left out.
+            parameters: name -> parameter. States under other names are left out.
         """
         states: dict[str, dict[str, Tensor]] = {}
         for full_name, tensor in tensors.items():

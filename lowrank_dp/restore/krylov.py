@@ -4,7 +4,7 @@ A restoration depends on the singular values above the bulk edge only, and the w
 goes to zero next to the edge. So a Krylov subspace is grown until the total weight of its singular
 values stops changing (randomised block Lanczos; Musco & Musco, NeurIPS 2015). On a matrix of
 exactly low rank, or with a spike far above the others, a block of the Krylov sequence can depend on
-the blocks before it. Random directions then replace what is missing, and the part of the matrix
+the blocks before it. Random directions then replace the dependent ones, and the part of the matrix
 outside the subspace decides whether every value was found. The random start has a fixed seed: the
 result is a function of the matrix alone, and the global random state is never read.
 """
@@ -61,7 +61,7 @@ def leading_triplets(
     Args:
         matrix: float32 or float64.
         weight: contribution of singular values to the result, >= 0, vectorised.
-        level: values at or below this level contribute nothing; None if there is no such level.
+        level: values at or below this level contribute nothing; None if every value contributes.
         tolerance: largest relative change of the total weight in the last step.
 
     Returns:
@@ -100,7 +100,7 @@ def leading_triplets(
 
 
 def _has_room(s: Tensor, level: float | None, full: bool) -> bool:
-    """Whether the subspace was large enough for the values above ``level``.
+    """Return whether the subspace was large enough for the values above ``level``.
 
     A full subspace of which half lies above the level may have missed other values.
     """
@@ -131,7 +131,7 @@ class _Subspace:
         return _orthonormal_outside(block, self._basis, self._generator)
 
     def append(self, block: Tensor) -> None:
-        """Extend the subspace by orthonormal columns (..., m, w) outside of it."""
+        """Extend the subspace by orthonormal columns (..., m, w) orthogonal to the subspace."""
         self._basis = torch.cat([self._basis, block], -1)
         self._image = torch.cat([self._image, block.mT @ self._matrix], -2)
         new = self._image @ self._image[..., -self._width :, :].mT
@@ -143,7 +143,7 @@ class _Subspace:
         return _eigenvalues(self._gram).flip(-1).clamp(min=0).sqrt()
 
     def leaves_nothing(self, level: float | None) -> Tensor:
-        """Whether each matrix minus its projection is rounding, or too small to reach ``level``."""
+        """Return whether the matrices less their projections are rounding, or below ``level``."""
         norm = torch.linalg.matrix_norm(self._matrix)
         rounding = 10 * torch.finfo(self._matrix.dtype).eps * norm
         least = rounding if level is None else rounding.clamp(min=level)
@@ -201,6 +201,6 @@ def _orthonormal_outside(
         return columns, None
     random = torch.randn(block.shape[-2:], generator=generator, dtype=block.dtype)
     random = random.to(block.device) / math.sqrt(block.shape[-2])
-    # small beside a column that is left, and large beside the rounding of a column that is not
+    # small relative to a column that is left, large relative to rounding in a dependent column
     columns = torch.linalg.qr(outside(block + 0.1 * _DEPENDENT * random))[0]
     return torch.linalg.qr(outside(columns))[0], ~left.any(-1)

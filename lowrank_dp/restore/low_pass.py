@@ -20,13 +20,14 @@ class LowPassFilter:
     """Bias-corrected linear filter over a sequence of noisy gradients, with a known noise level.
 
     The output is ``m_t = sum_i b_i g_(t-i) - sum_i a_i m_(t-i)``, divided by the filter's response
-    to a constant sequence of ones. The filter reads released gradients only, so it is
+    to a constant sequence of ones. The filter reads released gradients only, and so is
     post-processing. :func:`exponential_average` is a first-order filter; filters of higher order
     are those of DOPPLER (Zhang et al., arXiv 2408.13460).
 
     Attributes:
         b, a: coefficients of the last inputs and of the last outputs, the newest first.
-        inputs, outputs: these tensors, the newest first, as far back as the coefficients reach.
+        inputs, outputs: the last inputs and outputs, the newest first, as many as the coefficients
+            refer to.
         weights: per kept output, the weight (t,) of every input so far, oldest first.
         noise_stds: (t,) standard deviation of the noise on an entry of each input, absolute.
 
@@ -132,6 +133,10 @@ class LowPassFilter:
 
 
 def exponential_average(beta: float) -> LowPassFilter:
-    """Filter ``m_t = beta m_(t-1) + (1 - beta) g_t``, bias-corrected; 0 <= beta < 1."""
+    """Make the bias-corrected filter ``m_t = beta m_(t-1) + (1 - beta) g_t``, 0 <= beta < 1.
+
+    Raises:
+        ValueError: if ``beta`` is out of range.
+    """
     beta = _validate.real("beta", beta, low=0, high=1, high_open=True)
     return LowPassFilter(b=(1 - beta,), a=(-beta,))

@@ -1,6 +1,9 @@
-"""Names of the schemes, importable without torch; :mod:`~lowrank_dp.restore.schemes` has them."""
+"""Names of the restoration schemes, importable without torch.
 
-EDGE_SCHEMES = ("hard", "soft", "optimal", "denoise", "partial")  # they read the noise level
+The schemes are in :mod:`lowrank_dp.restore.schemes`.
+"""
+
+EDGE_SCHEMES = ("hard", "soft", "optimal", "denoise", "partial")  # these read the noise level
 NON_PRIVATE_SCHEMES = ("oracle",)
 SCHEME_NAMES = (
     "none",

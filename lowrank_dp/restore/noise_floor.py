@@ -39,6 +39,6 @@ def least_norm(entries: int) -> float:
     """Nine tenths of the norm that standard normal noise falls below once in 1e12 draws.
 
     With a signal the squared norm is noncentral chi-squared, which is stochastically larger than
-    the central law used here. The tenth allows for a noise level that is stated roughly.
+    the central law used here. The factor 0.9 allows for a noise level that is stated roughly.
     """
     return 0.9 * math.sqrt(2 * float(gammaincinv(entries / 2, 1e-12)))

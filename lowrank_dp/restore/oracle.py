@@ -34,7 +34,7 @@ def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor
 
 
 def project(noisy: Tensor, basis: Tensor) -> Tensor:
-    """Project on a subspace chosen beforehand, ``basis basis^T noisy``, as GaLore does.
+    """Project gradients on a subspace chosen beforehand, ``basis basis^T noisy``, as GaLore does.
 
     Noise and signal outside the subspace are removed. GaLore is due to Zhao et al., arXiv
     2403.03507. For DP-SGD with a public subspace see GEP (Yu et al., arXiv 2102.12677), which also
@@ -44,6 +44,9 @@ def project(noisy: Tensor, basis: Tensor) -> Tensor:
         noisy: (..., m, n).
         basis: (..., m, k) with orthonormal columns, from public data or from gradients already
             released.
+
+    Returns:
+        The projected gradients, (..., m, n).
 
     Raises:
         ValueError: on a bad matrix, or if the numbers of rows differ.

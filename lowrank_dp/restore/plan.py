@@ -1,4 +1,4 @@
-"""The checked arguments of one restoration, and the levels that follow from them."""
+"""Checked arguments of one restoration, and the levels that follow from them."""
 
 from __future__ import annotations
 
@@ -64,13 +64,16 @@ class Plan:
         return torch.where(above, new, self.bulk_factor * s)
 
     def leaves_alone(self, top: Tensor) -> Tensor:
-        """Whether the scheme does not act on a matrix with this top singular value, per matrix."""
+        """Return whether the scheme leaves a matrix with top singular value ``top`` unchanged.
+
+        ``top`` and the result have one entry per matrix.
+        """
         if not self.scheme.reads_noise_level:
             return torch.zeros_like(top, dtype=torch.bool)
         return top <= self.activation_level
 
     def of_matrices(self, first: int, last: int) -> Plan:
-        """The plan for the matrices ``first`` to ``last - 1`` of the batch."""
+        """Return the plan for the matrices ``first`` to ``last - 1`` of the batch."""
         if not self.scheme.per_matrix:
             return self
         own = {
@@ -80,10 +83,10 @@ class Plan:
         return replace(self, options=self.options | own)
 
     def in_units_of(self, unit: float) -> Plan:
-        """The plan for the same matrices divided by ``unit``."""
+        """Return the plan for the same matrices divided by ``unit``."""
         own = {name: self.options[name] / unit for name in self.scheme.per_matrix}
         noise_std = edge = activation_level = 0.0
-        if self.noise.noise_std > 0:  # beyond either bound, a larger ratio makes no difference
+        if self.noise.noise_std > 0:  # beyond these bounds, the ratio makes no difference
             noise_std = min(max(self.noise.noise_std / unit, 1 / ORDINARY), ORDINARY)
             edge, activation_level = (
                 level / self.noise.noise_std * noise_std
@@ -110,7 +113,7 @@ def check_arguments(
 ) -> dict[str, Any]:
     """Check the arguments of :func:`restore` other than the matrix and its noise level.
 
-    ``shape`` (..., m, n) is that of the noisy matrices, None where it is not known yet.
+    ``shape`` (..., m, n) is the shape of the noisy matrices, or None where the shape is not known.
 
     Returns:
         The options of the scheme, with defaults filled in.
@@ -137,7 +140,7 @@ def make_plan(
     false_spike_rate: float | None = None,
     **options: Any,
 ) -> Plan:
-    """Plan of a restoration of matrices (..., m, n); raises ``ValueError`` on a bad argument."""
+    """Make the plan for matrices (..., m, n); raise ``ValueError`` on a bad argument."""
     options = check_arguments(
         scheme,
         shape,

@@ -20,7 +20,7 @@ from lowrank_dp.spectrum.decomposition import to_unit
 
 
 def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Restore matrices (L, m, n) by the definition; also return their singular values (L, k)."""
+    """Restore matrices (L, m, n) by a full SVD; also return their singular values (L, k)."""
     u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
     new_values = plan.new_values(s, norm).unsqueeze(-2)
     return (u * new_values) @ vh, s
@@ -31,7 +31,7 @@ def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a restoration did to one matrix; computed from the noisy matrix and public values alone.
+    """Report on one restored matrix, computed from the noisy matrix and public values alone.
 
     Attributes:
         scheme: name of the scheme.
@@ -74,8 +74,8 @@ def restore(
         noisy: (..., m, n), float32 or float64, on any device; never mutated. Leading axes are a
             batch of matrices.
         noise_std: standard deviation of the noise on each entry, absolute, in the units of
-            ``noisy`` (for a DP-SGD sum: ``noise_multiplier * max_grad_norm``). It must be > 0 for
-            the schemes that read it (``EDGE_SCHEMES``), and >= 0 for the others.
+            ``noisy`` (for a DP-SGD sum: ``noise_multiplier * max_grad_norm``); > 0 for the schemes
+            that read the noise level (``EDGE_SCHEMES``), and >= 0 for the others.
         scheme: a name in ``SCHEMES``.
         method: "fast" finds the leading singular triplets by block Krylov iteration (odd powers:
             by matrix products); "exact" takes the full SVD. The alignments of their results with
@@ -109,9 +109,10 @@ def restore(
 def restore_with_report(
     noisy: Tensor, noise_std: float, scheme: str = "optimal", **arguments: Any
 ) -> tuple[Tensor, list[Report]]:
-    """:func:`restore`, and a :class:`Report` for each matrix of the batch in row-major order.
+    """Restore as :func:`restore` does, and return a :class:`Report` per matrix.
 
-    ``arguments`` are the keyword arguments of :func:`restore`.
+    The reports are in row-major order of the batch. ``arguments`` are the keyword arguments of
+    :func:`restore`; the errors are the same.
     """
     restored, plan, norms, values = _restore(noisy, noise_std, scheme, arguments)
     before, after = norms.flatten().tolist(), _norms(restored).flatten().tolist()
@@ -197,7 +198,7 @@ def _finite_norms(noisy: Tensor) -> Tensor:
     _validate.matrix("noisy", noisy, check_finite=False)
     norms = _norms(noisy.detach())
     if not bool(norms.isfinite().all()):
-        _validate.matrix("noisy", noisy)  # raises, unless only the norm overflowed
+        _validate.matrix("noisy", noisy)  # raises an error, unless only the norm overflowed
         raise ValueError(
             f"noisy must have a Frobenius norm that {noisy.dtype} can hold, got infinity"
         )
@@ -222,7 +223,7 @@ def _refuse_zeros(norms: Tensor, noise_std: float) -> None:
 
 
 def _ordinary(norms: Tensor, noise_std: float) -> bool:
-    """Whether the squares of singular values, also relative to the noise, are ordinary numbers."""
+    """Return whether squared singular values, also relative to the noise, are ordinary."""
     relative = norms.double() / (noise_std or 1.0)
     return all(bool(((x > 1 / ORDINARY) & (x < ORDINARY)).all()) for x in (norms, relative))
 
@@ -233,7 +234,7 @@ def _ordinary(norms: Tensor, noise_std: float) -> bool:
 def _restore(
     noisy: Tensor, noise_std: float, scheme: str, arguments: dict[str, Any]
 ) -> tuple[Tensor, Plan, Tensor, list[Tensor | None]]:
-    """Restored matrices, the plan, the norms (...,) of the noisy matrices, and their values.
+    """Restored matrices, the plan, the norms (...,) of the noisy matrices, and values.
 
     The values are the singular values found for each matrix, None where none were needed.
     """
@@ -244,7 +245,7 @@ def _restore(
         return noisy.detach().clone(), plan, norms, [None] * norms.numel()
     stack, flat = noisy.detach().reshape(-1, *plan.shape), norms.reshape(-1)
     ordinary = _ordinary(flat, plan.noise.noise_std)
-    # on a CPU one by one, so that each matrix ends as soon as it has settled; elsewhere one batch
+    # On a CPU, each matrix alone stops as soon as it has settled; elsewhere, one batch is faster.
     size = 1 if noisy.device.type == "cpu" or not ordinary else len(stack)
     parts = []
     for first in range(0, len(stack), size):
@@ -257,7 +258,7 @@ def _restore(
 
 
 def _apply_in_units(plan: Plan, noisy: Tensor) -> tuple[Tensor, Tensor | None]:
-    """:func:`_apply` to one matrix (1, m, n) in units near its largest entry.
+    """Apply the plan to one matrix (1, m, n) in units near its largest entry.
 
     Restoration commutes with the choice of units.
     """
@@ -282,7 +283,7 @@ def _apply(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def _fast(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | None:
-    """:func:`_exact` from leading triplets; None where only the exact path serves, or as well."""
+    """Restore as :func:`_exact`, from leading triplets; None if an SVD is needed or cheaper."""
     if plan.method == "exact" or min(plan.shape) < MIN_SIDE or plan.needs_all_values:
         return None
     tall = plan.shape[0] > plan.shape[1]
@@ -293,7 +294,7 @@ def _fast(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | No
     )
     if lead is None:
         return None
-    # the result is bulk_factor * noisy, plus what moves each leading value to the scheme's value
+    # the result is bulk_factor * noisy, plus the change of each leading value to the new value
     change = plan.new_values(lead.s, norm) - plan.bulk_factor * lead.s
     count = int((change != 0).sum(-1).max())
     if count == 0:
@@ -305,6 +306,6 @@ def _fast(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | No
 
 def _weight(plan: Plan, s: Tensor) -> Tensor:
     """Contribution of singular values to the result: the squares of their new values."""
-    if plan.scheme.reads_noise_level:  # optimal shrinkage stands for each of these schemes
+    if plan.scheme.reads_noise_level:  # the weights of optimal shrinkage serve all these schemes
         return rmt.shrink_frobenius(s / plan.noise.scale, plan.noise.aspect) ** 2
     return plan.scheme.new_values(s, plan.noise, **plan.options) ** 2

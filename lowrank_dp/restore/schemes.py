@@ -1,9 +1,9 @@
-"""The schemes: for each, the values that replace the singular values of a noisy matrix.
+"""Restoration schemes: the values that replace the singular values of a noisy matrix.
 
 A scheme is a :class:`Scheme`, listed by name in ``SCHEMES``. Its function ``new_values`` takes
 ``(s, noise, **options)``: ``s`` (..., k) holds noisy singular values in descending order, and
 ``noise`` is the :class:`NoiseModel` of their matrix, in the units of ``s``. Every scheme but
-``oracle`` reads nothing else, so its result is exactly as private as the noisy matrix.
+``oracle`` reads only these inputs, so its result is exactly as private as the noisy matrix.
 
 Sources: ``optimal`` and ``hard`` are due to Gavish & Donoho (2014, 2017); ``denoise`` and
 ``partial`` follow Dadsetan & Rudzicz, arXiv 2510.01137 (its first version, and its idea of moving
@@ -32,7 +32,7 @@ _SHRINKERS = {
     "operator": rmt.shrink_operator,
     "nuclear": rmt.shrink_nuclear,
 }
-_ODD_POWERS = (1, 3, 5, 7)  # for which `power` needs matrix products only
+_ODD_POWERS = (1, 3, 5, 7)  # exponents for which `power` needs matrix products only
 
 
 # --- the functions of the schemes -----------------------------------------------------------------
@@ -84,7 +84,7 @@ def denoise(
 
     A matrix whose top value is not above ``kappa`` times the bulk edge is returned unchanged. A
     kappa below 1 acts as 1, because shrinkage leaves nothing below the edge. ``norm`` (...,) is the
-    Frobenius norm of the noisy matrix; it must be given when ``s`` is not the complete spectrum.
+    Frobenius norm of the noisy matrix, and must be given if ``s`` is not the complete spectrum.
     """
     shrunk = optimal(s, noise)
     if norm_correction:
@@ -117,7 +117,7 @@ def partial(
 
 
 def power(s: Tensor, noise: NoiseModel, *, p: float = 3) -> Tensor:
-    """``s ** p``, rescaled to the Frobenius norm of the noisy matrix; p > 0."""
+    """Raise the values to the power p > 0, and rescale to the noisy matrix's Frobenius norm."""
     top = s[..., :1]
     sharpened = (s / torch.where(top > 0, top, 1.0)) ** p
     norm, now = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (s, sharpened))
@@ -138,13 +138,13 @@ def oracle(s: Tensor, noise: NoiseModel, *, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A scheme, and the properties of it on which the rest of the package depends.
+    """Scheme, with the properties that the rest of the package depends on.
 
     Attributes:
         new_values: the function ``(s, noise, **options)`` described at the top of the module. Its
             name is the scheme's; its keyword-only parameters are the scheme's options.
         checks: option -> function ``(value, shape)`` that returns the checked value or raises
-            ``ValueError``; ``shape`` is that of the noisy matrices, or None if it is unknown.
+            ``ValueError``; ``shape`` is the shape of the noisy matrices, or None if unknown.
         reads_noise_level: whether the scheme needs a noise level above 0. Such a scheme acts only
             on a matrix whose top value exceeds ``activation_level``.
         private: False if the scheme reads clean gradients.
@@ -173,7 +173,7 @@ class Scheme:
     )
 
     def complete(self, options: Options, shape: Shape | None = None) -> dict[str, Any]:
-        """``options``, checked, together with the defaults of the options not given.
+        """Return the checked ``options``, with defaults for the options that are not given.
 
         Raises:
             ValueError: on an unknown option, a required option that is missing, or a bad value.
@@ -226,9 +226,9 @@ def _check_values(values: Any, shape: Shape | None) -> Tensor:
 
 
 def _odd_power(noisy: Tensor, norm: Tensor, options: Options) -> Tensor | None:
-    """``u s^p v^T`` at the norm of ``noisy``, for an odd p: noisy times powers of its Gram matrix.
+    """Compute ``u s^p v^T`` at the norm of ``noisy``, for odd p, by powers of a Gram matrix.
 
-    None for another p.
+    The result is None for any other p.
     """
     p = options["p"]
     if p not in _ODD_POWERS:

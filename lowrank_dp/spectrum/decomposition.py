@@ -37,7 +37,7 @@ class Spectrum:
 
     @property
     def edge(self) -> float:
-        """Bulk edge ``noise_std * (sqrt(m) + sqrt(n))``: the singular values of noise lie below."""
+        """Asymptotic bulk edge of pure noise, absolute: ``noise_std * (sqrt(m) + sqrt(n))``."""
         return NoiseModel(self.shape, self.noise_std).edge
 
     @property
@@ -85,7 +85,7 @@ class Spectrum:
 
 
 def _plain(value: Tensor) -> Any:
-    """A float or int for one matrix, the tensor itself for several."""
+    """Return a float or int for one matrix, the tensor itself for several."""
     return value.item() if value.ndim == 0 else value
 
 
@@ -131,7 +131,7 @@ def to_unit(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment(a: Tensor, b: Tensor) -> float:
-    """Compute the cosine between two tensors of one shape.
+    """Compute the cosine, in [-1, 1], between two tensors of one shape.
 
     Raises:
         ValueError: if a tensor is all zero or not finite, or the shapes differ.

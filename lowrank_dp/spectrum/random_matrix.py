@@ -1,6 +1,6 @@
 """Random-matrix theory of i.i.d. noise plus a low-rank signal: edge, bulk, spikes, shrinkers.
 
-The setting, here and in :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`, is
+The model, in this module, :mod:`lowrank_dp.spectrum` and :mod:`lowrank_dp.restore`, is
 ``N = G + noise_std * Z`` of shape (m, n), Z i.i.d. N(0, 1). With ``aspect = min(m, n) /
 max(m, n)`` (called beta in the literature) and ``scale = noise_std * sqrt(max(m, n))``, singular
 values are measured as ``y = s / scale`` (noisy) and ``theta`` (clean). Sources:
@@ -71,7 +71,7 @@ class NoiseModel:
 
 
 def aspect_and_scale(shape: tuple[int, ...], noise_std: float) -> tuple[float, float]:
-    """``(aspect, scale)`` of a matrix of ``shape`` (..., m, n), as the module defines them."""
+    """Return ``(aspect, scale)`` of a matrix of ``shape`` (..., m, n), defined as above."""
     noise = NoiseModel(_sides(shape), _validate.positive("noise_std", noise_std))
     return noise.aspect, noise.scale
 
@@ -79,7 +79,7 @@ def aspect_and_scale(shape: tuple[int, ...], noise_std: float) -> tuple[float, f
 def bulk_edge(
     shape: tuple[int, ...], noise_std: float, *, false_spike_rate: float | None = None
 ) -> float:
-    """Level above which a singular value is more than noise.
+    """Level, absolute, above which a singular value is more than noise.
 
     Args:
         shape: (..., m, n).
@@ -102,7 +102,7 @@ def bulk_edge(
 
 
 def check_rate(false_spike_rate: float) -> float:
-    """``false_spike_rate`` as a float in (0, 1)."""
+    """Convert ``false_spike_rate`` to a float in (0, 1), or raise ``ValueError``."""
     return _validate.real(
         "false_spike_rate", false_spike_rate, low=0, high=1, low_open=True, high_open=True
     )
@@ -139,7 +139,8 @@ def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float
 def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: float) -> np.ndarray:
     """Compute ``count`` mid-point quantiles of the bulk law: singular values, descending.
 
-    ``shape`` and ``noise_std`` are as for :func:`marchenko_pastur_pdf`; ``count`` >= 1.
+    ``shape``, ``noise_std`` and errors are as for :func:`marchenko_pastur_pdf`; ``count`` >= 1.
+    The result has shape (count,) and is absolute.
     """
     count = _validate.integer("count", count)
     aspect, scale = aspect_and_scale(shape, noise_std)
@@ -169,7 +170,7 @@ def clean_value(y: Tensor, aspect: float) -> Tensor:
 
 
 def _edge_distances(y: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
-    """``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the two ends of the bulk; 0 inside.
+    """Compute ``sqrt(y^2 - high^2)`` and ``sqrt(y^2 - low^2)`` for the bulk's ends; 0 inside.
 
     Their product is ``sqrt((y^2 - aspect - 1)^2 - 4 aspect)``. The two factors neither overflow at
     a large y nor cancel next to the edge.

@@ -50,7 +50,7 @@ def integers(name: str, value: ArrayLike, *, low: int = 1) -> Array:
 
 
 def squared_cosine(n: ArrayLike, beta2: ArrayLike | None) -> Array:
-    """Checked beta2 = q_j^2 / |q|^2, broadcast against ``n``; by default 1/n, as for a flat q."""
+    """Check beta2 = q_j^2 / |q|^2, broadcast against ``n``; the default is 1/n, as for a flat q."""
     n = integers("n", n)
     if beta2 is None:
         return 1 / n

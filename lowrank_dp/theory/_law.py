@@ -1,8 +1,8 @@
 """Density of one coordinate of the noise, stable at every rank.
 
-The density is a Bessel function K_nu. Three forms of it cover all arguments: a gamma density at
-beta2 = 1, scipy's scaled K_nu, and the Debye expansion of K_nu where order or argument is large.
-Notation: r is the rank, b2 = beta2, rest = 1 - beta2.
+The density is a Bessel function K_nu. Three forms of the density cover all arguments: a gamma
+density at beta2 = 1, scipy's scaled K_nu, and the Debye expansion of K_nu where order or argument
+is large. Notation: r is the rank, b2 = beta2, rest = 1 - beta2.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _log_density_debye(y: Array, r: Array, b2: Array, w: Array) -> Array:
     # the exponent is r [1/2 - ratio] + nu ln(h rest + s), where ratio = (s - beta y) / rest
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(y >= 0, (y**2 + h**2 * rest) / (beta * y + s), (s - beta * y) / rest)
-    # Where the mass is, x is of order 1/sqrt(r) and both terms nearly vanish. There both are
+    # Where the mass is, x is of order 1/sqrt(r) and both terms nearly vanish. Both terms are there
     # expressed by their difference from x = 0, h = 1/2, where s = (1 + beta2)/2.
     central = np.abs(x) < 0.5
     quarter_less_h2 = (1 - 0.5 / r) / (2 * r)

@@ -19,7 +19,7 @@ _UNDERFLOW = 1e-290
 
 
 def stirling_defect(a: float | Array) -> Array:
-    """Stable a ln a - a - ln Gamma(a), which equals (1/2) ln(a / 2 pi) - 1/(12 a) + ...
+    """Compute a ln a - a - ln Gamma(a) = (1/2) ln(a / 2 pi) - 1/(12 a) + ... stably.
 
     The terms of the definition are of size a ln a. From a = 10 on, a series gives their small
     difference, which therefore does not lose digits as a grows.
@@ -33,7 +33,7 @@ def stirling_defect(a: float | Array) -> Array:
 
 
 def log_minus_digamma(a: Array) -> Array:
-    """Stable ln a - psi(a) > 0, asymptotically 1/(2 a)."""
+    """Compute ln a - psi(a) > 0, asymptotically 1/(2 a), without cancellation."""
     a = np.asarray(a, dtype=np.float64)
     big = np.maximum(a, 20.0)
     series = 1 / (2 * big) + _poly(big**-2, [1 / 12, -1 / 120, 1 / 252, -1 / 240, 1 / 132]) / big**2
@@ -41,7 +41,7 @@ def log_minus_digamma(a: Array) -> Array:
 
 
 def log_half_step(a: float) -> Array:
-    """Stable ln Gamma(a + 1/2) - ln Gamma(a)."""
+    """Compute ln Gamma(a + 1/2) - ln Gamma(a) without cancellation."""
     return (
         a * np.log1p(0.5 / a)
         + np.log(a + 0.5) / 2
@@ -62,8 +62,8 @@ def log_mean_square_density(s: Array, rank: float | Array) -> Array:
 def log_bessel_series(w: Array, p2: Array) -> Array:
     """Logarithm of the Debye series of K_nu(z), with w = sqrt(nu^2 + z^2) and p2 = nu^2 / w^2.
 
-    K_nu(z) = sqrt(pi / (2 w)) e^-w ((nu + w) / z)^nu  sum_k (-1/w)^k U_k(p2). Written in w the
-    series serves large nu and large z alike, and it is exact to rounding for w >= 25.
+    K_nu(z) = sqrt(pi / (2 w)) e^-w ((nu + w) / z)^nu  sum_k (-1/w)^k U_k(p2). In terms of w
+    the series covers both large nu and large z, and is exact to rounding for w >= 25.
     """
     total = np.zeros(np.broadcast(w, p2).shape)
     for coefficients in reversed(_DEBYE):

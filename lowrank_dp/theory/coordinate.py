@@ -82,7 +82,7 @@ def noise_kurtosis(
 ) -> FloatOrArray:
     """Kurtosis E u^4 / (E u^2)^2 of one coordinate of the noise.
 
-    A Gaussian has kurtosis 3; the largest value here is 15, at rank 1 and beta2 = 1.
+    A Gaussian has kurtosis 3; the largest kurtosis of the noise is 15, at rank 1 and beta2 = 1.
 
     >>> noise_kurtosis(1, 768, beta2=0)
     9.0
@@ -95,8 +95,9 @@ def noise_logpdf(x: ArrayLike, rank: ArrayLike, *, beta2: ArrayLike) -> FloatOrA
     """Log-density of u_j / |q| at ``x``.
 
     ``x`` is any finite number, in units of |q|, for a coordinate with q_j >= 0; for q_j < 0 take
-    ``-x``. The density is a Bessel function. At rank 1 it has a pole at x = -beta, where the result
-    is ``inf``. At beta2 = 1 it is a shifted gamma density, and the result is ``-inf`` for x < -1.
+    ``-x``. The density is a Bessel function. At rank 1 the density has a pole at x = -beta, where
+    the result is ``inf``. At beta2 = 1 the density is a shifted gamma density, and the result is
+    ``-inf`` for x < -1.
 
     >>> round(noise_logpdf(0.5, 2, beta2=0), 12)    # at rank 2, beta2 0: Laplace, exp(-2|x|)
     -1.0
@@ -112,8 +113,9 @@ def tv_exact(
 ) -> FloatOrArray:
     """Total variation distance, in [0, 1], between one coordinate of the noise and a Gaussian.
 
-    Accurate to 1e-10: the crossings of the two densities are found, and the signed difference is
-    integrated between them. ``reference`` is "matched" or "paper": see the module.
+    The result is accurate to 1e-10: the crossings of the two densities are found, and the signed
+    difference is integrated between them. ``reference`` is "matched" or "paper", as defined in the
+    docstring of the module.
 
     >>> round(tv_exact(16, 4096), 5)
     0.02142
@@ -126,8 +128,8 @@ def kolmogorov_exact(
 ) -> FloatOrArray:
     """Kolmogorov distance between one coordinate of the noise and a Gaussian, to 1e-10.
 
-    The largest gap between the two distribution functions, in [0, 1]. ``reference`` is as in
-    `tv_exact`.
+    The distance is the largest gap, in [0, 1], between the two distribution functions.
+    ``reference`` is as in `tv_exact`.
 
     >>> round(kolmogorov_exact(16, 4096, beta2=0), 4)
     0.0086
@@ -191,8 +193,8 @@ def berry_esseen_bound(
     """Classical Berry-Esseen bound, at most 1, on `kolmogorov_exact` (matched).
 
     The bound is 0.4690 E|xi|^3 / sqrt(rank), where xi is one of the ``rank`` standardised terms
-    whose mean is u_j. It bounds the Kolmogorov distance, which is weaker than total variation, and
-    its order is 1/sqrt(rank), because it ignores that the third moment nearly vanishes.
+    whose mean is u_j. The Kolmogorov distance is weaker than total variation. The order of the
+    bound is 1/sqrt(rank), because the bound ignores that the third moment nearly vanishes.
 
     >>> round(berry_esseen_bound(16, 4096, beta2=0), 3)
     0.299
@@ -212,7 +214,7 @@ def _from_increments(
     beta2: ArrayLike | None,
     reference: str,
 ) -> FloatOrArray:
-    """``functional`` of the increments of F - G between crossings of the densities, pointwise."""
+    """Apply ``functional`` to the increments of F - G between the densities' crossings."""
     r, b2 = integers("rank", rank), squared_cosine(n, beta2)
     variance = reference_variance(reference, b2)
 
@@ -337,6 +339,6 @@ def _third_moment_ratio(beta2: Array) -> Array:
 
 
 def _per_unique(function: Callable[[Array], Array], values: Array) -> Array:
-    """``function`` of every entry, evaluated once per distinct entry."""
+    """Apply ``function`` to every entry, evaluating it once per distinct entry."""
     distinct, inverse = np.unique(values, return_inverse=True)
     return function(distinct)[inverse].reshape(np.shape(values))

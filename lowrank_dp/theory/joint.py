@@ -2,7 +2,7 @@ r"""All coordinates of the noise together: density, distance to a Gaussian, boun
 
 With q rotated to the first axis, u / |q| = (s - 1, sqrt(s / rank) g) in law, where s is
 chi^2_rank / rank and g is N(0, I) in n - 1 dimensions, independent of s. The noise across q has a
-random scale. The n - 1 coordinates together reveal the scale, however Gaussian each of them looks.
+random scale. Together the n - 1 coordinates reveal the scale, although each alone looks Gaussian.
 The "matched" Gaussian has covariance |q|^2 (I + q q^T / |q|^2) / rank. The "paper" Gaussian, the
 Gaussian reading of arXiv 2409.17538, has covariance |q|^2 I / rank.
 
@@ -35,8 +35,8 @@ def joint_tv(rank: ArrayLike, n: ArrayLike, *, reference: str = "matched") -> Fl
     """Total variation distance, in [0, 1], between the whole noise vector and a Gaussian, to 1e-10.
 
     The distance depends on q only through ``n``. Against the "matched" Gaussian the distance
-    vanishes only for rank >> n; against the "paper" Gaussian it is at least 0.166 at every large
-    rank.
+    vanishes only for rank >> n; against the "paper" Gaussian the distance is at least 0.166 at
+    every large rank.
 
     >>> round(joint_tv(256, 4096), 4)
     0.7049
@@ -50,7 +50,7 @@ def joint_tv(rank: ArrayLike, n: ArrayLike, *, reference: str = "matched") -> Fl
 def joint_tv_limit(ratio: ArrayLike) -> FloatOrArray:
     """Limit of the matched `joint_tv` as rank and n grow with n / rank -> ``ratio`` >= 0.
 
-    The limit is (2 / pi) arctan(sqrt(ratio) / 2), in [0, 1); it is 1/2 at n = 4 rank.
+    The limit is (2 / pi) arctan(sqrt(ratio) / 2), in [0, 1), which is 1/2 at n = 4 rank.
 
     >>> round(joint_tv_limit(4.0), 12)
     0.5
@@ -74,7 +74,7 @@ def joint_tv_upper_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
 
 
 def joint_tv_lower_bound(rank: ArrayLike, n: ArrayLike) -> FloatOrArray:
-    """Proved lower bound, at least 0, on the matched `joint_tv`; tends to 1 as n / rank grows.
+    """Proved lower bound, in [0, 1), on the matched `joint_tv`; tends to 1 as n / rank grows.
 
     |u|^2 across q is close to its mean times s under the true law, and close to its mean under the
     Gaussian. The bound compares the two within a factor (1 +- eta).

@@ -1,4 +1,4 @@
-"""A matrix query G -> G A^T A with one shared A: two rows already reveal the matrix.
+"""Attack on a matrix query G -> G A^T A with one shared A, for two or more rows.
 
 If G has rank at least 2 and G' is not a multiple of G, the laws of G A^T A and G' A^T A are
 mutually singular, at every LoRA rank. A^T A is symmetric, so Y G^T is symmetric for Y = G A^T A;

@@ -62,7 +62,7 @@ def privacy_profile(
 
 
 def privacy_floor(rank: ArrayLike, *, angle: ArrayLike) -> FloatOrArray:
-    """Delta that remains at every epsilon, n and norm ratio: P_q(q' . y <= 0), in [0, 1].
+    """Lower bound on delta at every epsilon, n and norm ratio: P_q(q' . y <= 0), in [0, 1].
 
     >>> round(privacy_floor(1, angle=0.05), 6)
     0.015915
@@ -77,8 +77,8 @@ def gaussian_privacy_profile(
 ) -> FloatOrArray:
     """Delta, in [0, 1], of the Gaussian reading of the query: N(0, 1) against N(mu, 1).
 
-    Here mu = sqrt(rank) |q - q'| / |q|. The reading ignores that the variance of the noise depends
-    on q.
+    The mean is mu = sqrt(rank) |q - q'| / |q|. The reading ignores that the variance of the noise
+    depends on q.
 
     >>> round(gaussian_privacy_profile(1.0, 16, angle=0.1), 5)
     0.0013
@@ -159,7 +159,7 @@ def _excess_given_angle(log_c: Array, epsilon: float, r: float, n: float, kappa:
     """
     dof = r + n - 1
     ell = log_c + np.log(kappa)
-    ell = np.where(ell == 0, 1e-300, ell)  # for kappa c = 1 either one-sided limit serves
+    ell = np.where(ell == 0, 1e-300, ell)  # at kappa c = 1 either one-sided limit is right
     with np.errstate(divide="ignore", over="ignore"):
         slope = -np.expm1(-ell)  # 1 - 1/(kappa c)
         v = 2 * ((r - 1) * np.log(kappa) - (r - n - 1) / 2 * ell - epsilon) / slope

@@ -11,7 +11,7 @@ snapshot with the same draws. Processes that torchrun starts share one run::
     records  units of privacy, holdout  setup   data, model, mechanism, optimizer
     state  contents of a snapshot       result  contents of training.json, checkpoint
     guards  errors that stop a run      checks  privacy checks of a step, by noise_checks,
-    identity  what sums depend on               sampling_checks, evidence; public_rows
+    identity  inputs that fix the sums          sampling_checks, evidence; public_rows
     processes  ranks, their exchanges   layout  replicated or sharded tensors
 """
 

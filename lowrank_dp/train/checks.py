@@ -1,4 +1,4 @@
-"""The checks of privacy in a run, in the order of a step.
+"""Privacy checks of every training step, in the order of the step.
 
     sampled   the sample: ``sampling_checks.SamplingCheck``, and its generator
     clipped   the norm of the clipped sum; in some steps, clipped gradients against autograd
@@ -27,14 +27,19 @@ _ROWS = 2  # rows of a step whose clipped gradients are compared with those of a
 
 
 class StepChecks:
-    """The checks of a run's steps, each of which reads all steps so far.
+    """Checks of a run's steps, each of which takes all steps so far into account.
 
     If several processes share the run, rank 0 checks samples and generators, and each rank checks
-    the noise of the sums that it has.
+    the noise of its own sums.
 
     Args:
-        setup: of the run; its mechanism must be what the configuration asks for.
-        sampler, noise: the generators, before the next step.
+        setup: setup of the run; its mechanism must be the one that the configuration asks for.
+        sampler, noise: generators of the samples and of the noise, in the state in which the next
+            step begins.
+
+    Raises:
+        ValueError: if the mechanism or the scheme differs from the configuration. Each check raises
+            ``ValueError`` if the stated privacy would not hold.
     """
 
     def __init__(self, setup: Setup, sampler: Generator, noise: Generator) -> None:
@@ -65,10 +70,11 @@ class StepChecks:
         """Check this rank's clipped sums.
 
         Args:
-            sums: by parameter name.
-            norms: of this rank's rows before clipping.
-            clip: ``clip(batches, max_norm)``, as the step calls it.
-            step: counted from 0.
+            sums: clipped sums by parameter name.
+            norms: gradient norms of this rank's rows before clipping.
+            clip: the step's clipping function: ``clip(batches, max_norm)`` returns the clipped sums
+                and the norms.
+            step: number of the step, from 0.
         """
         max_norm = self._setup.mechanism.max_grad_norm
         if processes.world_size() == 1:
@@ -92,8 +98,8 @@ class StepChecks:
     def rows_to_compare(self, step: int) -> list[int]:
         """Return the rows of the sample to compare with autograd; none in most steps.
 
-        A compiled step compares none, since it would compile another graph, and neither does a
-        sharded model, since all ranks would have to take part.
+        A compiled step compares no row, since the comparison would compile another graph. A sharded
+        model compares no row, since all ranks would have to take part.
         """
         config = self._setup.config
         if not self.closely(step) or config.compile or self._setup.layout.collective:
@@ -129,9 +135,9 @@ class StepChecks:
     def assigned(self, noisy: Mapping[str, Tensor], step: int) -> None:
         """Check ``.grad`` against the released sums.
 
-        Sums that pass unchanged are compared with themselves. In a step that is examined closely,
-        one matrix is restored again. Gradients of a sharded model, of a running mean and of a
-        diagnostic run are not compared.
+        The gradient of a tensor that the scheme leaves unchanged is compared with the released sum.
+        In a step that is examined closely, one matrix is restored again for the comparison.
+        Gradients of a sharded model, of a running mean and of a diagnostic run are not compared.
         """
         setup, config = self._setup, self._setup.config
         if setup.layout.collective or config.low_pass is not None or config.diagnostic:

@@ -1,4 +1,4 @@
-"""What a training run is asked to do, checked before anything is loaded; no torch is needed."""
+"""Configuration of a training run, checked before anything is loaded; importable without torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS = ("float32", "bf16")
 PADDINGS = ("longest", "max-length")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
-_MOST_REAL = 1e20  # times _MOST_NOISE it fits a float32, with room for a sum
+_MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
 _MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
 
 
@@ -33,24 +33,28 @@ class TrainConfig:
     """One run of (differentially private) fine-tuning.
 
     Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` states the privacy. Every
-    field is an option of ``python -m lowrank_dp.train``; the help texts here document both.
+    field is an option of ``python -m lowrank_dp.train``; its help text documents both.
     ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out of its
     range and for values that exclude each other.
     """
 
-    model: str = option("minilm", "Hub id, folder, or minilm, smollm2, tiny, tiny-llama.")
+    model: str = option(
+        "minilm", "Model: hub id, folder, or one of minilm, smollm2, tiny and tiny-llama."
+    )
     task: str = option(
         "sst2",
         "Task name, or own data: a file (CSV, TSV, JSON Lines, JSON, Parquet), a folder "
         "with a train and a validation file, or a folder saved by datasets.",
     )
-    method: str = option("full", "What is trained.", choices=METHODS)
+    method: str = option("full", "Trained parameters: the model's own, or LoRA's.", choices=METHODS)
     epsilon: float | None = option(None, "Privacy budget; the noise is calibrated to it.")
     delta: float | None = option(None, "Delta of the guarantee. Default: N^-1.1 for N units.")
     noise_multiplier: float | None = option(
-        None, "Noise relative to --max-grad-norm, in place of --epsilon; above 0."
+        None,
+        "Standard deviation of the noise relative to --max-grad-norm, above 0; in place of "
+        "--epsilon.",
     )
-    non_private: bool = option(False, "No clipping, no noise, no guarantee.")
+    non_private: bool = option(False, "Train without clipping, noise and privacy guarantee.")
     max_grad_norm: float = option(
         1.0, "Clipping norm: the largest contribution of one unit of privacy to a step."
     )
@@ -68,7 +72,7 @@ class TrainConfig:
     group_column: str | None = own_column("group")
     steps: int = option(50, "Optimizer steps.")
     batch_size: int = option(512, "Expected number of units per step (Poisson sampling).")
-    optimizer: str = option("adam", "Optimizer, as torch has it.", choices=OPTIMIZERS)
+    optimizer: str = option("adam", "Optimizer of torch.optim.", choices=OPTIMIZERS)
     learning_rate: float = option(1e-4, "Learning rate of the optimizer.")
     beta1: float | None = option(
         None, "Adam's beta1 or SGD's momentum. Default: 0.9 (Adam); 0 with SGD or a running mean."
@@ -79,10 +83,10 @@ class TrainConfig:
         "Schedule of the learning rate, by transformers.get_scheduler.",
         choices=SCHEDULES,
     )
-    warmup_steps: int = option(0, "Steps in which the learning rate rises to its full value.")
+    warmup_steps: int = option(0, "Number of first steps in which the learning rate rises.")
     scheme: str = option(
         "none",
-        "How noisy gradients are restored, as lowrank_dp.restore.restore does; none is "
+        "Restoration scheme of the noisy gradients (lowrank_dp.restore.restore); none is "
         "plain DP-SGD.",
         choices=SCHEME_NAMES,
     )
@@ -92,10 +96,18 @@ class TrainConfig:
         name="option",
         parse=name_value_pairs,
     )
-    below: str = option("keep", "Matrices with nothing above the noise: keep or zero.")
-    restore_method: str = option("fast", "How singular values are restored: fast or exact.")
+    below: str = option(
+        "keep",
+        "Treatment of a matrix without a singular value above the bulk of the noise: keep or zero.",
+    )
+    restore_method: str = option(
+        "fast",
+        "Algorithm of the restoration: fast (leading singular triplets) or exact (full SVD).",
+    )
     momentum_beta: float | None = option(
-        None, "Restore the running mean of the noisy gradients instead of each one, such as 0.9."
+        None,
+        "Decay of a running mean of the noisy gradients, such as 0.9; the mean is restored in "
+        "place of each gradient.",
     )
     filter_b: tuple[float, ...] = option(
         (),
@@ -112,11 +124,11 @@ class TrainConfig:
     lora_alpha: float | None = option(
         None, "Alpha of LoRA: the update is scaled by alpha / rank. Default: the rank."
     )
-    lora_init: str = option("peft", "How LoRA's A is drawn: peft or gaussian.")
+    lora_init: str = option("peft", "Distribution that LoRA's A is drawn from: peft or gaussian.")
     target_modules: tuple[str, ...] = option(
         (), "Layer that LoRA adapts; may be repeated. Default: all linear layers."
     )
-    train_embeddings: bool = option(False, "Train the embeddings too, not with LoRA.")
+    train_embeddings: bool = option(False, "Train the embeddings too; excludes LoRA.")
     train_layers: int | str | None = option(
         None,
         "Train the last k blocks, or the parameters that match this regular expression.",
@@ -127,23 +139,25 @@ class TrainConfig:
     )
     max_examples: int | None = option(
         None,
-        "Use a random subset of each split, of this expected size, chosen in whole "
-        "groups by a hash of each record's content.",
+        "Expected size of a random subset of each split; whole groups are chosen, by a hash of "
+        "each record's content.",
     )
     data_seed: int = option(
         0,
-        "Seed of --max-examples' subset and of a generated task; apart from --seed, so that runs "
-        "with different seeds share their records.",
+        "Seed of --max-examples' subset and of a generated task; separate from --seed, so that "
+        "runs with different seeds share their records.",
     )
     max_length: int | None = option(
         None,
-        "Tokens a text is cut to. Default: 128 with labels, or the model's context if that is "
-        "shorter; uncut for generation, where a text beyond the model's context is refused.",
+        "Number of tokens that a text is cut to. Default: 128 with labels, or the model's context "
+        "if the context is shorter; uncut for generation, where a text beyond the model's context "
+        "is refused.",
     )
     padding: str = option(
         "longest",
-        "What a row is padded to: the longest row beside it, or --max-length, for models to whose "
-        "output padding matters (for generation it needs --max-length).",
+        "Length that rows are padded to: that of the longest row in the micro-batch, or "
+        "--max-length, for models whose output depends on padding (for generation, --max-length "
+        "must be given).",
         choices=PADDINGS,
     )
     holdout: int = option(
@@ -153,7 +167,7 @@ class TrainConfig:
     )
     membership: str = option(
         "all",
-        "Who is trained on: all; bernoulli, a fair coin per unit; or half, a half of fixed size.",
+        "Units trained on: all; bernoulli, by a fair coin per unit; or half, a random half.",
         choices=MEMBERSHIPS,
     )
     micro_batch_size: int = option(
@@ -165,10 +179,12 @@ class TrainConfig:
         choices=PRECISIONS,
     )
     eval_every: int = option(10, "Steps between evaluations on the validation split.")
-    eval_examples: int = option(1000, "Most validation examples to evaluate on.")
-    generate: bool = option(True, "Write text at the end of a generation task (BLEU, ROUGE-L).")
-    num_beams: int = option(1, "Beams of the text generation; 1 is greedy.")
-    max_new_tokens: int = option(64, "Most tokens that are generated for one prompt.")
+    eval_examples: int = option(1000, "Largest number of validation examples per evaluation.")
+    generate: bool = option(
+        True, "Generate text in a generation task's last evaluation (BLEU, ROUGE-L)."
+    )
+    num_beams: int = option(1, "Number of beams of the text generation; 1 is greedy.")
+    max_new_tokens: int = option(64, "Largest number of tokens generated per prompt.")
     snapshot_every: int = option(10, "Steps between snapshots, from which a killed run resumes.")
     seed: int | None = option(
         None,
@@ -177,13 +193,14 @@ class TrainConfig:
     )
     secure_rng: bool = option(
         False,
-        "Noise from a cryptographic generator on CUDA too; slower there. On the CPU it is the "
-        "default.",
+        "Draw the noise from a cryptographic generator on CUDA too, which is slower. On the CPU "
+        "the cryptographic generator is the default.",
     )
     compile: bool = option(
         False,
-        "Compile each step by torch: a minute or more before the first step, then faster; without "
-        "--dropout or --shard. Steps lost with a killed run may be counted again.",
+        "Compile the step with torch.compile: a minute or more before the first step, then faster "
+        "steps; excludes --dropout and --shard. If the run is killed, the steps since the last "
+        "snapshot may count again in epsilon.",
     )
     shard: bool = option(
         False,
@@ -298,14 +315,14 @@ class TrainConfig:
             if name in self.scheme_options:
                 raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
         if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):
-            from lowrank_dp.restore import check_arguments  # torch comes with it
+            from lowrank_dp.restore import check_arguments  # imports torch
 
             check_arguments(self.scheme, **self.restoration)
         if self.momentum_beta is not None and self.filter_b:
             raise ValueError("momentum_beta and filter_b must not both be given")
         if self.filter_a and not self.filter_b:
             raise ValueError("filter_a must come with filter_b")
-        averaged = self.low_pass is not None  # which checks its coefficients
+        averaged = self.low_pass is not None  # the filter checks its coefficients
         for coefficient in (*self.filter_b, *self.filter_a):
             if coefficient:
                 _validate.real(
@@ -322,10 +339,10 @@ class TrainConfig:
 
     @property
     def low_pass(self) -> LowPassFilter | None:
-        """The running mean that takes the place of each noisy gradient, before its first input."""
+        """Filter that takes the place of each noisy gradient, before its first input, or None."""
         if self.momentum_beta is None and not self.filter_b:
             return None
-        from lowrank_dp.restore import LowPassFilter, exponential_average  # torch comes with them
+        from lowrank_dp.restore import LowPassFilter, exponential_average  # these import torch
 
         if self.momentum_beta is not None:
             return exponential_average(self.momentum_beta)
@@ -344,12 +361,12 @@ class TrainConfig:
         return 0.0 if self.low_pass is not None or self.optimizer == "sgd" else 0.9
 
     def as_json(self) -> dict[str, Any]:
-        """The configuration in JSON's own types."""
+        """Return the configuration as JSON types."""
         return to_jsonable(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
-        """What :meth:`as_json` gave; ``ValueError`` on unknown fields and on other types."""
+        """Read a result of :meth:`as_json`; raise ``ValueError`` for unknown fields or types."""
         if not isinstance(document, Mapping):
             _validate.fail("configuration", "a JSON object", type(document).__name__)
         for name in document:
@@ -357,7 +374,7 @@ class TrainConfig:
         return from_jsonable("configuration", dict(document), cls)
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """``field: here / there`` for each field that differs."""
+        """List ``field: here / there`` for each field that differs from ``other``."""
         mine, theirs = self.as_json(), other.as_json()
         return [
             f"{name}: {mine[name]!r} / {theirs[name]!r}"

@@ -2,9 +2,9 @@
 
 Each function returns the logarithm of an e-value for a sum of independent increments whose null
 distribution is known exactly. The e-value is the mean of ``exp(t * total) / E exp(t * total)`` over
-a grid of numbers t. Under the null it is a nonnegative martingale that starts at 1, so the
-probability that it *ever* reaches 1 / a is at most a, whatever the number of steps (Ville's
-inequality; Howard et al., Statist. Sci. 36, 2021). No normal approximation is made.
+a grid of numbers t. Under the null the e-value is a nonnegative martingale that starts at 1, so the
+probability that the e-value *ever* reaches 1 / a is at most a, whatever the number of steps
+(Ville's inequality; Howard et al., Statist. Sci. 36, 2021). No normal approximation is made.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def successes(rate: float, *, more_only: bool = False) -> Evidence:
     """Return the evidence that a number of successes is not binomial.
 
     The returned function takes the number of successes ``total`` and of independent trials
-    ``count``. With ``more_only`` the null is every rate up to ``rate``, else ``rate`` itself.
+    ``count``. The null is ``rate``, or, with ``more_only``, every rate up to ``rate``.
     """
     grid = _TWO_SIDED[_TWO_SIDED > 0] if more_only else _TWO_SIDED
 
@@ -91,10 +91,10 @@ def spread(sizes: np.ndarray, trials: int, rate: float) -> np.ndarray:
 
 
 class Watch:
-    """One kind of evidence on several sums, for single steps and for the run so far.
+    """Sequential test of several sums, for single steps and for the run so far.
 
     Args:
-        evidence: a function of this module, or one that such a function returns.
+        evidence: a function of this module, or a function that one of them returns.
         streams: number of sums that are watched.
         steps: largest number of steps of the run.
         false_alarms: upper bound on the probability that an honest run is stopped. One half is for
@@ -122,9 +122,9 @@ class Watch:
         """Add a step; return the index of a sum that is too unlikely to be chance, or None.
 
         Args:
-            total, count: (streams,) what this step adds to each sum, and to its count.
+            total, count: (streams,) each; the step's increments of the sums and of their counts.
             mean: null expectation of one increment.
-            slack: largest error by rounding of each ``total``.
+            slack: largest rounding error of each ``total``.
         """
         total, count = np.asarray(total, dtype=float), np.asarray(count, dtype=float)
         slack = np.broadcast_to(np.asarray(slack, dtype=float), total.shape)

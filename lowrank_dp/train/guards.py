@@ -1,7 +1,8 @@
 """Checks that stop a run whose result would be meaningless; each message names the cause and a fix.
 
-``checks`` calls the checks of privacy in every step. These checks read clean gradients, in the
-training process only, and their messages reveal nothing about the gradients' values.
+Every check raises ``ValueError``. ``checks`` calls the checks of privacy in every step. These
+checks read clean gradients, in the training process only, and their messages reveal nothing about
+the gradients' values.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Iter
     """Refuse a parameter that the optimizer moves and the mechanism does not cover.
 
     Args:
-        model: whose parameter names are used.
-        optimizer: over the trained parameters.
+        model: the model; messages use its parameter names.
+        optimizer: optimizer of the trained parameters.
         sums: names of the parameters that are clipped and noised.
     """
     names = {id(p): name for name, p in model.named_parameters()}
@@ -48,7 +49,7 @@ def check_loss(loss: float, first: float, step: int) -> None:
     """Refuse an evaluation loss that is not finite, or far above the loss before the first step.
 
     Args:
-        loss: on the validation split.
+        loss: loss on the validation split.
         first: the loss before the first step; less than 0.1 counts as 0.1.
         step: number of steps taken.
     """
@@ -88,14 +89,14 @@ def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_
     """Refuse noise of one step that is not independent N(0, noise_std^2) in every entry.
 
     Args:
-        clean, noisy: sums by parameter name.
-        noise_std: absolute.
+        clean, noisy: sums before and after the noise, by parameter name.
+        noise_std: standard deviation of the noise on each entry, absolute.
     """
     NoiseCheck(noise_std, steps=1).check(clean, noisy, spectrum=True)
 
 
 def check_sum(clean: Mapping[str, Tensor], max_norm: float) -> None:
-    """Refuse a clipped sum whose norm over all parameters exceeds ``max_norm``, its rows' bound."""
+    """Refuse a clipped sum whose norm over all parameters exceeds ``max_norm``, absolute."""
     norms = torch.stack(
         [torch.linalg.vector_norm(total).double().cpu() for total in clean.values()]
         or [torch.zeros(())]
@@ -117,16 +118,16 @@ def check_clipping(
 ) -> None:
     """Compare ``clip(batch, max_norm)`` with gradients that autograd takes row by row.
 
-    The clip factors are computed here, so that a fault in the backend's own factors is noticed. The
-    norm is ``max_grad_norm``, or less if ``max_grad_norm`` would not clip every row. The tolerance
-    of the difference is a hundredth of the norm per row, and a fifth under autocast.
+    This function computes the clip factors itself, so that a fault in the backend's own factors is
+    noticed. The norm is ``max_grad_norm``, or less if ``max_grad_norm`` would not clip every row.
+    The tolerance of the difference is a hundredth of the norm per row, and a fifth under autocast.
 
     Args:
         model: in evaluation mode.
         batch: rows to compare.
-        max_grad_norm: C.
+        max_grad_norm: C > 0, absolute.
         clip: returns the clipped sum of a batch, by parameter name.
-        autocast_dtype: of mixed precision, or None.
+        autocast_dtype: dtype of mixed precision, or None.
     """
     gradients = row_gradients(model, batch, autocast_dtype=autocast_dtype)
     norms = [
@@ -156,12 +157,13 @@ def check_clipping(
 def check_gradient(
     parameters: Mapping[str, Tensor], expected: Mapping[str, Tensor], noise_std: float
 ) -> None:
-    """Refuse gradients in ``.grad`` other than expected; the first entries of each are compared.
+    """Refuse a ``.grad`` whose first entries differ from those of the expected gradient.
 
     Args:
-        parameters: by name, with their gradients.
-        expected: by name, some or all of the gradients, flattened.
-        noise_std: of the noise in a gradient, in the gradient's units.
+        parameters: parameters by name, with their gradients.
+        expected: some or all of the expected gradients by parameter name, flattened.
+        noise_std: standard deviation of the noise on an entry of a gradient, in the units of the
+            gradient.
     """
     for name, want in expected.items():
         grad = parameters[name].grad
@@ -185,10 +187,10 @@ def check_mechanism(
     """Refuse a mechanism or a scheme that differs from what the configuration asks for.
 
     Args:
-        config: of the run.
-        mechanism: of the run.
-        num_units: units of privacy that are trained on.
-        delta: that epsilon is stated at.
+        config: configuration of the run.
+        mechanism: mechanism of the run.
+        num_units: number of units of privacy that are trained on.
+        delta: delta at which epsilon is stated.
     """
     if not (SCHEMES[config.scheme].private or config.diagnostic):
         raise ValueError(
@@ -232,11 +234,11 @@ def check_releases(releases: int, steps: int) -> None:
 class MovementCheck:
     """Refuse parameters that do not move although they have gradients.
 
-    The check is made before the first step; :meth:`note` is called in every step, and :meth:`check`
-    after some steps.
+    The object is made before the first step; :meth:`note` is called in every step, and
+    :meth:`check` after some steps.
 
     Args:
-        parameters: by name.
+        parameters: trained parameters by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -256,7 +258,7 @@ class MovementCheck:
         """Raise ``ValueError`` if a parameter with a gradient has not moved since the start.
 
         Args:
-            steps: number of steps taken since then.
+            steps: number of steps since the start.
         """
         still = [
             name
@@ -275,5 +277,5 @@ class MovementCheck:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor that may be sharded."""
+    """Return this rank's part of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

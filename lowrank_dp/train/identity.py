@@ -1,4 +1,4 @@
-"""The identity of a run: digests and versions of everything that its sums depend on.
+"""Identity of a run: digests and versions of everything that its sums depend on.
 
 Two sums that differ, released with the same noise, reveal their difference. A resumed run therefore
 continues its noise stream only if every entry of its identity is unchanged.
@@ -52,7 +52,7 @@ def digests(
 
 
 def versions_and_machine(device: str) -> dict[str, str]:
-    """Return what decides how a sum is rounded: versions, settings and the machine.
+    """Return the versions, settings and machine properties that decide how a sum is rounded.
 
     The number of threads, the processor's instructions, torch's settings and environment variables
     of the numerical libraries choose kernels, and so the order and the precision of additions.
@@ -76,7 +76,7 @@ def versions_and_machine(device: str) -> dict[str, str]:
 
 
 def not_repeatable(config: TrainConfig) -> str:
-    """Return why a repeated step may round otherwise though nothing differs; empty if it can't."""
+    """Return why a step replayed with equal inputs may round differently; empty if it may not."""
     if config.compile:
         return "a compiled step can't be replayed to the bit"
     on_gpu = torch.device(config.device).type == "cuda"
@@ -131,7 +131,7 @@ def _digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _digest_of_json(value: Any) -> str:
-    """Return the SHA-256 of a value's JSON; what JSON lacks is written by ``str``."""
+    """Return the SHA-256 of a value's JSON; types that JSON lacks are written by ``str``."""
 
     def plain(other: Any) -> Any:
         return sorted(map(str, other)) if isinstance(other, (set, frozenset)) else str(other)
@@ -146,7 +146,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _vocabulary(tokenizer: Any) -> list[Any]:
-    """Return what decides the tokens of a text."""
+    """Return the parts of a tokenizer that decide the tokens of a text."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     whole = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
     return [
@@ -159,7 +159,7 @@ def _vocabulary(tokenizer: Any) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _source() -> str:
-    """Return the SHA-256 of this package's source: a working copy changes without its version."""
+    """Return the SHA-256 of this package's source, which may change without its version."""
     folder, digest = Path(lowrank_dp.__file__).parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}{os.linesep}".encode())

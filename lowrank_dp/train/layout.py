@@ -1,15 +1,15 @@
-"""The layout of a run's tensors on its ranks: replicated, or sharded.
+"""Layout of a run's tensors on its ranks: replicated, or sharded.
 
-A :class:`Layout` answers the questions of a step in the step's order: what becomes of a
-micro-batch's clipped sum, who adds the noise, who restores which matrix, and how weights get their
-gradients.
+A :class:`Layout` decides, in the order of a step, how a micro-batch's clipped sum is reduced, which
+rank adds the noise, which rank restores which matrix, and how weights get their gradients.
 
 - :class:`Replicated`: every rank holds the whole model. Rank 0 adds the sums and the noise, and
   broadcasts the noisy sum; each rank restores its share of the matrices.
 - :class:`Sharded` (FSDP2): every rank holds some rows of each weight and of the optimizer's state,
-  and the whole weights of one block while the block runs. Every parameter has an owner. Each
-  micro-batch's sum is reduced to the owner, which has rank 0 add the noise, restores the noisy sum
-  and scatters its rows. A rank holds its share of the sums, and for a moment one whole matrix.
+  and the whole weights of one block while the block runs. Every parameter has an owner, one
+  of the ranks. Each micro-batch's sum is reduced to the owner, which has rank 0 add the noise,
+  restores the noisy sum and scatters its rows. A rank holds its share of the sums, and for a moment
+  one whole matrix.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Layout(Protocol):
-    """Where the tensors of a run are, and what the ranks exchange in a step.
+    """Placement of a run's tensors on its ranks, and the exchanges of a step.
 
     Attributes:
         collective: whether every rank must take part in an evaluation and in a snapshot.
@@ -41,34 +41,38 @@ class Layout(Protocol):
 
     @property
     def reduce(self) -> Callable[[str, Tensor], Tensor] | None:
-        """The reduction of a micro-batch's sum over ranks; None if only totals are reduced."""
+        """Reduction of a micro-batch's sum over ranks; None if only totals are reduced."""
 
     def add_noise(
         self, sums: Tensors, mechanism: GaussianMechanism | None, generator: Generator
     ) -> tuple[Tensors, Tensors]:
         """Return ``(clean, noisy)`` totals over all ranks; the clean one is NON-PRIVATE.
 
-        Rank 0 draws all noise, once, after its release is in the ledger: equal generators on unlike
-        devices would not give equal bits. Without a mechanism both totals are clean.
+        Rank 0 draws all noise, once, after its release is in the ledger: equal generators on
+        different devices would not give equal bits. Without a mechanism both totals are clean.
         """
 
     def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
-        """Return what :meth:`assign` needs of ``work(noisy)``, each matrix done by one rank.
+        """Return the part of ``work(noisy)`` that :meth:`assign` needs.
 
-        ``work`` treats every matrix by itself, and leaves other tensors as they are.
+        One rank processes each matrix. ``work`` treats every matrix by itself, and leaves other
+        tensors as they are.
         """
 
     def restored_clean(self, clean: Tensors) -> Tensors:
-        """Return the clean totals of what this rank restores, for an oracle. NON-PRIVATE."""
+        """Return the clean totals of the matrices that this rank restores. NON-PRIVATE.
+
+        Only an oracle scheme reads clean totals.
+        """
 
     def assign(self, trained: Mapping[str, nn.Parameter], gradient: Tensors) -> None:
         """Put the gradients into ``.grad``, in the parameters' type."""
 
     def full_tensors(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Return whole tensors as a run of one process has them, on rank 0; all ranks must ask."""
+        """Return, on rank 0, the tensors as one process would hold them; all ranks must call."""
 
     def gather(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Return, on rank 0, the tensors that any rank owns; all ranks must ask."""
+        """Return, on rank 0, the tensors that any rank owns; all ranks must call."""
 
     def distribute(self, whole: Tensor, like: Tensor) -> Tensor:
         """Return a whole tensor in the layout of ``like``."""
@@ -78,7 +82,7 @@ class Layout(Protocol):
 
 
 class Replicated:
-    """Every rank holds all tensors."""
+    """Layout in which every rank holds all tensors."""
 
     collective = False  # rank 0 evaluates and saves alone
     reduce = None
@@ -123,7 +127,7 @@ class Replicated:
 
 
 class Sharded:
-    """The layout of a model that :func:`shard` has split.
+    """Layout of a model that :func:`shard` has split.
 
     Args:
         trained: the model's trained parameters, sharded.
@@ -171,7 +175,7 @@ class Sharded:
         return clean, noisy
 
     def map_over_ranks(self, work: Callable[[Tensors], Tensors], noisy: Tensors) -> Tensors:
-        """Return ``work(noisy)`` of what this rank owns; :meth:`assign` scatters the rows."""
+        """Return ``work`` of the sums that this rank owns; :meth:`assign` scatters the rows."""
         return work(noisy)
 
     def restored_clean(self, clean: Tensors) -> Tensors:
@@ -207,7 +211,10 @@ class Sharded:
 
 
 def _distribute(whole: Tensor, like: Tensor, source: int | None) -> Tensor:
-    """Shard a tensor as ``like`` is; ``source`` is the rank that has it, None if every rank has."""
+    """Shard a tensor as ``like`` is sharded.
+
+    ``source`` is the rank that holds the whole tensor, or None if every rank holds it.
+    """
     from torch.distributed.tensor import distribute_tensor
 
     here: Any = like
@@ -226,9 +233,9 @@ def equalise(model: nn.Module) -> None:
 
 
 def shard(model: Any, device: str) -> None:
-    """Split a model's weights by rows over the ranks (FSDP2), and move it to the device.
+    """Split a model's weights by rows over the ranks (FSDP2), and move the model to the device.
 
-    Every rank holds the whole model on the CPU until then.
+    Before the call, every rank must hold the whole model on the CPU.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

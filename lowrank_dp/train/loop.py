@@ -1,4 +1,4 @@
-"""A training run: start or resume, step, evaluate, snapshot, and save the result."""
+"""Training run: start or resume, step, evaluate, snapshot, and save the result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train(
     """Fine-tune a model, and write a checkpoint to ``output``.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         output: a new or empty folder. A finished run leaves a Hugging Face folder (safetensors; a
             PEFT adapter for LoRA) with ``training.json``, ``membership.json`` and, for a
             classifier, the head before the first step in ``initial_head.safetensors``.
@@ -63,7 +63,8 @@ def train(
         The result, as ``training.json`` holds it.
 
     Raises:
-        ValueError: in one line, on bad input, or if a guard stops the run. The snapshots stay.
+        ValueError: on bad input, or if a guard stops the run; the message is one line. The
+            snapshots stay.
         OSError: if the folder can't be written. The last snapshot is intact.
         SystemExit: with 130 or 143 after SIGINT or SIGTERM, once the step is done and saved.
     """
@@ -93,7 +94,7 @@ def train(
 
 
 def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
-    """Make the same steps from the same state as rank 0; for every other rank."""
+    """Run the steps of rank 0 from the same state; for every other rank."""
     found, _ = processes.broadcast_from_rank0()
     if "result" not in found:
         differences = config.differences(TrainConfig.from_json(found["config"]))
@@ -101,15 +102,15 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
             differences.append(f"environment: {here} / {found['environment']}")
         if differences:
             raise ValueError(
-                f"every process must be given the same; process {processes.rank()} and "
-                f"the first differ in {'; '.join(differences)}"
+                f"every process must have the same configuration and environment; process "
+                f"{processes.rank()} and the first differ in {'; '.join(differences)}"
             )
         setup = prepare(config, found["seed"])
         document, tensors = processes.broadcast_from_rank0()
         state = unpack(setup, document, tensors)
-        state.stream = document["stream"]  # of rank 0, which draws
+        state.stream = document["stream"]  # the stream of rank 0, which draws
         _evaluate_before_training(setup, state, None)
-        with deferred_signals():  # rank 0, which has the folder, obeys for all ranks
+        with deferred_signals():  # rank 0, which has the folder, stops all ranks
             _steps(setup, state, None, False, [])
         if setup.layout.collective:
             _loss_on_members(setup)
@@ -133,10 +134,10 @@ def _steps(
     show_progress: bool,
     signals: Sequence[int],
 ) -> None:
-    """Take all steps from ``state.step`` on; the model in ``setup`` and ``state`` move.
+    """Take all steps from ``state.step`` on, which update the model in ``setup``, and ``state``.
 
-    Rank 0 passes its folder, and writes. A rank without a folder writes nothing, and evaluates only
-    if the model is sharded. A signal in ``signals`` ends the run after the step.
+    Rank 0 passes its folder and writes to the folder. A rank without a folder writes nothing, and
+    evaluates only if the model is sharded. A signal in ``signals`` ends the run after the step.
     """
     config, layout, first_step = setup.config, setup.layout, state.step
     movement = guards.MovementCheck(setup.trained)
@@ -214,7 +215,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) 
 
 
 def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
-    """Return a run at its last snapshot, or at its beginning, and broadcast it to all ranks."""
+    """Return a run at its last snapshot or at its beginning; broadcast the state to all ranks."""
     found, tensors = folder.load_snapshot(), dict[str, Tensor]()
     if found is None:
         seed = config.seed if config.seed is not None else derive_seed(None, "run")
@@ -252,7 +253,7 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
 
 
 def _prepare(config: TrainConfig, seed: int) -> Setup:
-    """Tell the other ranks what to load, and load it; for rank 0."""
+    """Broadcast what every rank loads, and load the setup; for rank 0."""
     processes.broadcast_from_rank0(
         {"seed": seed, "config": config.as_json(), "environment": environment(config.device)}
     )
@@ -265,7 +266,7 @@ def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFold
 
 
 def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
-    """Refuse a configuration other than that which the run began with."""
+    """Refuse a configuration that differs from the one that the run began with."""
     if differences := asked.differences(begun):
         raise ValueError(
             "resume must be given the configuration that the run began with; asked "
@@ -285,7 +286,7 @@ def _loss_on_members(setup: Setup) -> float:
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the model's state dict as a run of one process has it."""
+    """Return the model's state dict as a single process would hold it."""
     return setup.layout.full_tensors(setup.model.state_dict())
 
 

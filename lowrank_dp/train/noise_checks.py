@@ -1,4 +1,4 @@
-"""Checks that what was added to the clean sums is the stated noise, in every step.
+"""Checks that the noise added in every step has the stated distribution.
 
 The checks read clean sums, in the training process only. A message reveals nothing about a sum but
 the name of its tensor. An honest run is stopped with probability ``FALSE_ALARMS`` at most, whatever
@@ -34,15 +34,17 @@ _OUTER_RATE = 0.04550026389635842  # probability of |z| > _OUTER
 class NoiseCheck:
     """Refuse noise that is not independent N(0, noise_std^2) in every entry of every step.
 
-    - Of every tensor: the sum of squares (chi-squared) and the mean.
-    - Of every matrix: the sums of squares of its products with a random direction of its rows and
-      of its columns, which correlated entries change.
-    - Of the first ``_HEAD`` entries of every tensor: the products with those of other tensors and
-      with those of the last steps, and the shape of the distribution.
-    - Of some entries of all tensors: the products with those of every earlier step.
+    The checks compare these statistics of the noise with their distributions:
+
+    - of every tensor: the sum of squares (chi-squared) and the mean;
+    - of every matrix: the sums of squares of the products of the matrix with a random direction of
+      its rows and of its columns, which are larger or smaller if entries are correlated;
+    - of the first ``_HEAD`` entries of every tensor: the products with those of other tensors and
+      with those of the last steps, and the shape of the distribution;
+    - of some entries of all tensors: the products with those of every earlier step.
 
     Args:
-        noise_std: absolute.
+        noise_std: standard deviation of the noise on each entry, absolute.
         steps: largest number of steps of the run.
     """
 
@@ -62,7 +64,7 @@ class NoiseCheck:
         """Check the noise of one step, and the noise of the run so far.
 
         Args:
-            clean, noisy: sums by parameter name.
+            clean, noisy: sums before and after the noise, by parameter name.
             spectrum: whether to check one matrix's largest singular value too, which takes longer.
 
         Raises:
@@ -97,8 +99,8 @@ class NoiseCheck:
     def _moments(self, clean: Tensor, noisy: Tensor) -> Tensor:
         """Return five statistics of one tensor's noise, in units of ``noise_std``.
 
-        These are: sum of squares; sum; sums of squares of the products with a direction of the
-        columns and of the rows (0 of a vector); norm of the clean sum.
+        The statistics are the sum of squares, the sum, the sums of squares of the products with a
+        direction of the columns and of the rows (0 for a vector), and the norm of the clean sum.
         """
         noise = torch.sub(noisy, clean).mul_(1 / self._std)
         flat = noise.flatten()
@@ -123,7 +125,7 @@ class NoiseCheck:
         return self._directions[key]
 
     def _watch(self, name: str, kind: evidence.Evidence, streams: int) -> Watch:
-        """Return the watch of a family of checks, made when it is first asked for."""
+        """Return the watch of a family of checks; the first call makes the watch."""
         if name not in self._watches:
             self._watches[name] = Watch(kind, streams, self._steps, self._share)
         return self._watches[name]
@@ -141,8 +143,8 @@ class NoiseCheck:
         if found is not None:
             where = names[found] if found < len(names) else "all tensors together"
             self._refuse(
-                f"noise has standard deviation that is not as stated in {where}, and "
-                f"must have {self._std:.4g} within what chance allows"
+                f"noise has a standard deviation in {where} that differs from the stated "
+                f"{self._std:.4g} by more than chance allows"
             )
 
     def _check_means(
@@ -270,9 +272,9 @@ class NoiseCheck:
             )
 
     def _refuse(self, what: str) -> NoReturn:
-        """Raise ``ValueError``: the noise's fault, and the number of steps seen."""
+        """Raise ``ValueError`` with the fault of the noise and the number of steps seen."""
         raise ValueError(
-            f"{what} (step {self._seen} of those seen): the privacy stated would not hold"
+            f"{what} (step {self._seen} of those checked): the privacy stated would not hold"
         )
 
 
@@ -280,7 +282,7 @@ class GeneratorCheck:
     """Refuse draws that do not come from the run's own generator, or that repeat.
 
     Args:
-        what: what the generator draws, for messages.
+        what: name of the draws, for messages.
         generator: a torch generator, or one whose ``state()`` begins with 16 bytes of key.
     """
 
@@ -292,7 +294,7 @@ class GeneratorCheck:
     def check(self, generator: Any) -> None:
         """Check the generator after a step has drawn from it; raise ``ValueError`` on a fault."""
         origin, state = _generator_state(generator)
-        if state is None:  # the generator draws from the operating system, and has no state
+        if state is None:  # a generator of the operating system, without state
             return
         if origin != self._origin:
             raise ValueError(

@@ -1,9 +1,9 @@
-"""The processes of one data-parallel run, as torchrun starts them, and what they exchange.
+"""Processes of one data-parallel run under torchrun, and their exchanges.
 
-Every rank draws nothing but its share: rank 0 draws the Poisson sample, and each rank clips some of
-its rows. Rank 0 adds the clipped sums and the noise, and broadcasts the noisy sum. Every rank then
-restores some of the matrices. Rank 0 alone writes files, evaluates (unless the model is sharded)
-and holds a clean total. A run of a single process exchanges nothing.
+Rank 0 draws the Poisson sample, and each rank clips some of the rows. Rank 0 adds the clipped sums
+and the noise, and broadcasts the noisy sum. Every rank then restores some of the matrices. Rank 0
+alone writes files, evaluates (unless the model is sharded) and holds a clean total. A run of a
+single process exchanges nothing.
 
 A process that stops closes its connections, which stops the others at their next exchange.
 """
@@ -121,7 +121,7 @@ def _lost_connections() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here, by gloo."""
+    """Wait, by gloo, until every rank has called this function."""
     dist.all_reduce(torch.zeros(1))
 
 

@@ -1,8 +1,9 @@
-"""The check that a model keeps rows apart, on public rows, before a private row is read.
+"""Check, on public rows, that a model keeps rows apart, before a private row is read.
 
-A refusal that private rows cause would depend on them. :func:`require_independent_rows` therefore
-makes rows of random tokens of the vocabulary, and examines the model as ``lowrank_dp.grads`` does:
-on the rows together, on each row alone, and on each row alone without padding.
+A refusal that private rows cause would depend on private data. :func:`require_independent_rows`
+therefore makes rows of random tokens of the vocabulary, and examines the model as
+``lowrank_dp.grads`` does: on the rows together, on each row alone, and on each row alone without
+padding.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def require_independent_rows(
     The model is examined in float32, whatever ``config.precision`` is, and is not changed.
 
     Args:
-        model: before anything is sharded.
-        tokenizer: of the model.
-        task: whose kind and labels the rows have.
+        model: the model, not sharded yet.
+        tokenizer: tokenizer of the model.
+        task: task whose kind and labels the rows get.
         max_length: number of tokens that texts are cut to, or None.
-        config: of the run.
+        config: configuration of the run.
     """
     pad_to = max_length if config.padding == "max-length" else None
     room = max_length or tokenizer.model_max_length - 8
@@ -77,8 +78,8 @@ def require_independent_rows(
 def _square(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return one batch of T rows of T tokens each, or no batch if there are too few rows.
 
-    In such a batch, a layer input of shape (positions, rows, ...) has the shape of one with
-    (rows, positions, ...).
+    In such a batch, the layer inputs (positions, rows, ...) and (rows, positions, ...) have the
+    same shape.
     """
     counts = Counter(len(row["input_ids"]) for row in rows)
     length = next((length for length, count in counts.items() if 1 < length <= count), 0)

@@ -1,4 +1,4 @@
-"""The records of a run: its task, its units of privacy, who is held out and who is trained on."""
+"""Records of a run: its task, its units of privacy, and which are held out or trained on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def select_units(config: TrainConfig, seed: int) -> tuple[Task, list[list[Exampl
     """Load the task, and draw which of its units of privacy are trained on.
 
     Args:
-        config: of the run.
-        seed: of the membership bits.
+        config: configuration of the run.
+        seed: seed of the membership bits.
 
     Returns:
         The task, with held-out units in place of its validation split if the run has a holdout;
-        every unit of the train split; and for every unit whether it is trained on.
+        every unit of the train split; and for every unit whether the run
+        trains on the unit.
 
     Raises:
         ValueError: if the units do not fit the configuration, or can't be trained on.
@@ -108,7 +109,10 @@ def check_room(config: TrainConfig, task: Task, tokenizer: Any, max_length: int 
 
 
 def _draw_members(units: list[list[Example]], membership: str, seed: int) -> list[bool]:
-    """Draw for each unit whether it is trained on; verify that independent bits are independent."""
+    """Draw for each unit whether the run trains on the unit.
+
+    For Bernoulli membership, verify that each bit depends on its own unit alone.
+    """
 
     def choose(some: Sequence[list[Example]]) -> list[list[Example]]:
         return [*compress(some, draw_members(some, membership, seed))]

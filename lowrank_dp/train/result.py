@@ -1,4 +1,4 @@
-"""The result of a finished run: ``training.json``, ``membership.json`` and the checkpoint."""
+"""Result of a finished run: ``training.json``, ``membership.json`` and the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The contents of ``training.json``.
+    """Contents of ``training.json``.
 
     Attributes:
-        config: of the run.
+        config: configuration of the run.
         epsilon: privacy spent at ``delta``; None if the run claims no privacy.
-        delta: that epsilon is stated at.
+        delta: delta at which epsilon is stated.
         releases: number of distinct noisy gradients that may have been drawn: one per step, and
-            those of interrupted attempts that could not be replayed alike.
+            those of interrupted attempts that could not be replayed exactly.
         privacy: the whole privacy statement.
-        noise_multiplier: sigma, relative to the clipping norm C.
+        noise_multiplier: sigma, relative to the clipping norm C; 0 if the run adds no noise.
         sample_rate: probability with which a unit takes part in a step.
         curve: evaluations on the validation split: step, loss, the task's metrics, and the seconds
             and restore_seconds spent in steps until then, without evaluations.
-        seconds, restore_seconds: time spent in steps, and the part of it spent restoring.
+        seconds, restore_seconds: wall-clock time spent in steps, and the part spent restoring.
         train_loss: loss on at most ``eval_examples`` of the members. NON-PRIVATE.
         majority: accuracy of always answering the most frequent validation label, or None.
         description: model, data and processes, in words.
         provenance: versions, command and machine.
         sensitive: the fields of the file that no mechanism protects.
-        schema_version: of the file.
+        schema_version: version of the file's schema.
     """
 
     config: TrainConfig
@@ -134,7 +134,7 @@ def save_run(
     def write(aside: Path) -> None:
         if weights is None:
             return
-        from lowrank_dp.models import save_model  # loaded when used: transformers comes with it
+        from lowrank_dp.models import save_model  # imported here, since it imports transformers
 
         save_model(setup.model, setup.tokenizer, aside, weights)
         if setup.initial_head:

@@ -1,6 +1,6 @@
 """Checks that every step's sample is the Poisson sample that the accounting assumes.
 
-A message names the kind of fault, and reveals of no unit whether it was drawn.
+A message names the kind of fault, and never reveals whether a particular unit was drawn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SamplingCheck:
         """Check one step's sample, and the samples of the run so far.
 
         Args:
-            rows: of the sample.
+            rows: rows of the sample.
             one_each: whether a unit takes part with one of its rows, or with all of them.
 
         Raises:
@@ -80,7 +80,7 @@ class SamplingCheck:
             self._refuse("takes a unit more or less often than the others")
 
     def _refuse(self, what: str) -> NoReturn:
-        """Raise ``ValueError``: the sample's fault, and what must hold."""
+        """Raise ``ValueError`` with the fault of the sample and the requirement."""
         raise ValueError(
             f"the sample {what}: units must take part independently, each with the "
             "same probability, and the privacy stated would not hold"

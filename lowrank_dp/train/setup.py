@@ -28,25 +28,26 @@ from lowrank_dp.train.records import check_room, select_units, token_limit
 
 @dataclass(frozen=True)
 class Setup:
-    """A run before its first step.
+    """Data, model, mechanism and optimizer of a run before its first step.
 
     Attributes:
-        config: what was asked.
+        config: configuration of the run.
         task: the data, with held-out units as its validation split if the run has a holdout.
-        units, members: every unit of privacy of the train split, and whether it is trained on.
+        units, members: every unit of privacy of the train split, and whether the run trains on it.
         rows: encoded rows of the members.
         unit_rows: the positions in ``rows`` of each member's rows.
         max_length: number of tokens that texts are cut to, or None.
-        model, tokenizer: on the run's device; a sharded model holds this rank's rows.
+        model, tokenizer: the model, on the run's device, and its tokenizer; a sharded model holds
+            this rank's rows.
         trained: the trained parameters, by name.
         initial_head: a classifier's head before training, under its state-dict names.
-        mechanism, delta: the Gaussian mechanism, and the delta that epsilon is stated at.
-        optimizer: over the trained parameters.
+        mechanism, delta: the Gaussian mechanism, and the delta at which epsilon is stated.
+        optimizer: optimizer of the trained parameters.
         learning_rate: the learning rate as a function of the step, counted from 0.
-        seed: seed of what is not secret: the head, LoRA's A, the membership bits.
+        seed: seed of the choices that are not secret: the head, LoRA's A, the membership bits.
         data_fingerprint: SHA-256 of the records that are trained on.
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
-        layout: where the tensors are if several processes share the run.
+        layout: placement of the tensors on the processes that share the run.
     """
 
     config: TrainConfig
@@ -71,7 +72,7 @@ class Setup:
 
     @property
     def pad_to(self) -> int | None:
-        """The public number of tokens that every row is padded to; None: the longest row's."""
+        """Public number of tokens that every row is padded to; None pads to the longest row."""
         return self.max_length if self.config.padding == "max-length" else None
 
     @property
@@ -87,7 +88,7 @@ class Setup:
         )
 
     def statement(self, releases: int) -> str:
-        """State the privacy after ``releases`` releases, with every fact that weakens it."""
+        """State the privacy after ``releases`` releases, with all facts that weaken the claim."""
         if self.config.non_private:
             return "NON-PRIVATE: no clipping and no noise"
         claim = self.mechanism.statement(releases, self.delta)
@@ -128,7 +129,7 @@ class Setup:
         )
 
     def epsilon(self, releases: int) -> float | None:
-        """Return epsilon after ``releases`` releases; None if the run claims no privacy."""
+        """Return epsilon at ``delta`` after ``releases`` releases; None without a privacy claim."""
         if self.config.non_private or self.config.diagnostic:
             return None
         return self.mechanism.epsilon(releases, self.delta)
@@ -146,11 +147,11 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     """Load the data and the model, and make the mechanism and the optimizer.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         seed: ``config.seed``, or the number that was drawn in its place.
 
     Raises:
-        ValueError: in one line, if the run can't be made.
+        ValueError: if the run can't be made; the message is one line.
     """
     if config.shard and world_size() == 1:
         raise ValueError(
@@ -171,7 +172,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
-    if task.warning:  # last, so that a refusal is one line
+    if task.warning:  # after all checks, so that an error is one line
         warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
@@ -236,8 +237,8 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
     )
     if not config.non_private and math.isinf(mechanism.epsilon(config.steps, delta)):
         raise ValueError(
-            f"noise_multiplier {config.noise_multiplier:g} protects nothing, epsilon "
-            "is beyond any number: give a larger one, or say non_private"
+            f"noise_multiplier {config.noise_multiplier:g} protects nothing, since "
+            "epsilon is infinite: give a larger one, or non_private"
         )
     return mechanism, delta
 
@@ -252,10 +253,10 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
-    """Return the learning rate as a function of the step, which has no state to save."""
+    """Return the learning rate as a function of the step; the function has no state to save."""
     if config.schedule == "constant":
         return lambda step: config.learning_rate
-    import transformers  # its schedulers bring peft along
+    import transformers  # imported here, since its schedulers import peft
 
     scheduler: Any = transformers.get_scheduler(
         config.schedule,

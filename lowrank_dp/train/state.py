@@ -1,9 +1,9 @@
-"""The state of a run between two steps, and its form in a snapshot: tensors and plain JSON.
+"""State of a run between two steps, and its form in a snapshot: tensors and plain JSON.
 
 A snapshot holds the trained parameters, the optimizer's state, the running means, the states of all
-generators, and the curve so far. It holds no gradient, no clean sum and no record. The generator
-states could undo the noise, which is why snapshots are readable by their owner only and are removed
-once the run is finished.
+generators, and the curve so far. A snapshot holds no gradient, no clean sum and no record. The
+generator states could undo the noise, which is why snapshots are readable by their owner only and
+are removed once the run is finished.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RUNNING_MEANS = "low_pass."  # prefix of the restorer's tensors in a snapshot
 
 @dataclass
 class State:
-    """The mutable part of a run.
+    """Mutable part of a run.
 
     Attributes:
         step: number of steps taken.
@@ -42,8 +42,9 @@ class State:
         noise: generator of the DP noise, on the model's device.
         restorer: restorer of the noisy gradients, with their running means if the run has a filter.
         curve: evaluations so far.
-        seconds, restore_seconds: time spent in steps, and the part of it spent restoring.
-        restarted: why the stream differs from the snapshot's, in words; empty if it does not.
+        seconds, restore_seconds: wall-clock time spent in steps, and the part spent restoring.
+        restarted: why the stream differs from the snapshot's, in words; empty if the streams
+            are the same.
         checks: privacy checks of this process's steps, or None; not in a snapshot.
     """
 
@@ -66,7 +67,10 @@ def first_state(config: TrainConfig, stream: str) -> State:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return what decides the draws from a generator's state; a part of a stream's name."""
+    """Return the version and device that decide the draws from a generator's state.
+
+    The result is a part of a stream's name.
+    """
     several = {"processes": str(world_size())} if world_size() > 1 else {}
     return {"torch": torch.__version__, "device": torch.device(device).type, **several}
 
@@ -84,7 +88,7 @@ def digest_of_identity(setup: Setup) -> str:
 
 
 def digest_of_draws(state: State) -> str:
-    """Return a digest of the state that the next noise is drawn from, which stays secret."""
+    """Return a digest of the noise generator's state; the state itself stays secret."""
     return hashlib.sha256(_generator_state(state.noise).numpy().tobytes()).hexdigest()[:32]
 
 
@@ -100,7 +104,7 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
 
 
 def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON and the tensors of a snapshot; all ranks of a sharded model must ask."""
+    """Return the JSON and the tensors of a snapshot; all ranks of a sharded model must call."""
     tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
     for index, entry in setup.optimizer.state_dict()["state"].items():
         tensors |= {
@@ -139,12 +143,12 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
 
     Two sums that are released with the same noise reveal their difference, even if they differ only
     in rounding. If the identity of ``setup`` differs from the snapshot's, a new stream is therefore
-    started, whose releases count beside the old ones.
+    started, whose releases count in addition to the old releases.
 
     Args:
         setup: as loaded, before any step.
-        document, tensors: of the snapshot. A run that has not begun has no tensors, and leaves
-            ``setup`` as it is.
+        document, tensors: JSON and tensors of the snapshot. A run that has not begun has no
+            tensors, and leaves ``setup`` as it is.
 
     Raises:
         ValueError: if the training records differ from those that the run began with.
@@ -170,7 +174,7 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     _load_weights(setup, tensors)
     here = identity(setup)
     differences, attempt = changed(document["identity"], here), ""
-    if reason := not_repeatable(setup.config):  # two resumptions need two names then
+    if reason := not_repeatable(setup.config):  # two resumptions then need two names
         differences.append(reason)
         attempt = f"{derive_seed(None, 'attempt')}"
     if differences:
@@ -179,7 +183,7 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         state.sampler, state.noise = fresh_generators(setup.config, state.stream)
         torch.manual_seed(derive_seed(setup.config.seed, f"dropout {state.stream}"))
         return state
-    if "generator.noise" in tensors:  # on rank 0, which draws
+    if "generator.noise" in tensors:  # on rank 0 only, which draws
         state.sampler = _generator_at(state.sampler, tensors["generator.sampler"])
         state.noise = _generator_at(state.noise, tensors["generator.noise"])
         torch.set_rng_state(tensors["generator.dropout"])
@@ -218,12 +222,13 @@ def _generator_at(generator: Generator, state: Tensor) -> Generator:
 
 
 def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
-    """Return a name for the draws that begin at ``step``: two different sequences differ in it.
+    """Return the name of the draws that begin at ``step``; different draws differ in name.
 
     Args:
-        config: of the run. Without a seed, the name is random.
-        step: counted from 0.
-        resumed: what distinguishes this resumption from others; a seeded run's name has its hash.
+        config: configuration of the run. Without a seed, the name is random.
+        step: number of the step, from 0.
+        resumed: text that distinguishes this resumption from others; the name of a seeded run
+            contains a hash of the text.
     """
     if config.seed is None:
         return f"{derive_seed(None, 'stream'):016x}"

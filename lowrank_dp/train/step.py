@@ -37,8 +37,8 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
 
     Returns:
         The sums before and after the noise: ``(clean, noisy)``, by parameter name. The clean sum is
-        NON-PRIVATE. Of a replicated model it has a meaning on rank 0 only; of a sharded model each
-        rank has the sums that it owns. The optimizer's gradients stay in ``.grad``.
+        NON-PRIVATE. For a replicated model, the clean sum is valid on rank 0 only; for a sharded
+        model, each rank has the sums that it owns. The optimizer's gradients stay in ``.grad``.
 
     Raises:
         ValueError: if a check of privacy fails, or a gradient is not finite.
@@ -103,7 +103,7 @@ def _sample(
 ) -> list[int]:
     """Return the rows of one Poisson sample, on every rank.
 
-    Rank 0 draws: two ranks can't draw alike from a generator of the operating system.
+    Rank 0 draws alone: without a seed, two ranks would not draw the same sample.
     """
     drawn = _draw(unit_rows, mechanism, generator, one_each) if processes.rank() == 0 else None
     rows, _ = processes.broadcast_from_rank0(drawn)
