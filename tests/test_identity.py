@@ -109,7 +109,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_does_not_hold(tmp_path,
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", leave_first)
-    with pytest.raises(InUse, match="was being left by another run: try again"), open_run(path):
+    with pytest.raises(InUse, match="by a run that was just ending: try again"), open_run(path):
         pass
     monkeypatch.undo()
     with open_run(path) as folder:

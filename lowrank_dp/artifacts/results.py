@@ -17,7 +17,7 @@ from lowrank_dp.artifacts.provenance import provenance
 R = TypeVar("R")
 
 SCHEMA_VERSION = 1
-MAX_BYTES = 1 << 30  # of the JSON, and of the unpacked arrays: a small .npz can unpack to any size
+MAX_BYTES = 1 << 30  # limit of the JSON and of the unpacked arrays: a small .npz can hold any size
 _OWN_KEYS = ("schema_version", "kind", "arrays")
 
 
@@ -41,8 +41,8 @@ def save_result(
         The path of the JSON file.
 
     Raises:
-        ValueError: if ``result`` is no dataclass instance, or holds what neither file can hold
-            (objects that would be pickled, NaN outside an array).
+        ValueError: if ``result`` is no dataclass instance, or holds a value that neither file can
+            hold (an object that would be pickled, NaN outside an array).
         OSError: if the folder cannot be written; the previous files are then intact.
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
@@ -54,7 +54,7 @@ def save_result(
             _validate.fail(key, "an array of numbers or text", "objects, which would be pickled")
     for key in _OWN_KEYS:
         if key in fields:
-            _validate.fail("result", f"without a field {key!r}, which names its file's own", key)
+            _validate.fail("result", f"without a field {key!r}, a key of the JSON file itself", key)
     if fields.get("provenance") == {}:
         fields["provenance"] = provenance(seed=seed, device=device)
     document = {

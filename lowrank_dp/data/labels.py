@@ -12,7 +12,7 @@ from lowrank_dp.data.examples import bad_cell, cell, check_unicode
 from lowrank_dp.data.formats import Table
 
 MAX_CLASSES = 1000
-MAX_SHOWN = 10  # classes that a message lists
+MAX_SHOWN = 10  # largest number of classes that a message lists
 _LABEL_LIMIT = 2**63
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -29,6 +29,9 @@ def read_labels(
 
     Returns:
         The names of the classes, () for scores; and the number or score of each value.
+
+    Raises ValueError, which names the file, the row and the column, for a label that is empty, not
+    finite, a negative class, or of another type than the first label; and for too many classes.
     """
     found = [
         (where, cell(where, row, column)) for table in tables.values() for where, row in table.rows

@@ -1,12 +1,13 @@
-"""Subsets of records for max_examples, hold-outs and members, each record chosen alone.
+"""Choose random subsets of records by a keyed hash of each unit of privacy by itself.
 
-Private training reads a part of a data set if the user asks for a number of records, for a
-hold-out or for random members. Differential privacy compares two data sets that differ in one
-record, so adding a record must not displace another record. :func:`draw` therefore decides on each
-unit of privacy alone: it compares a keyed hash of the unit's content, as a number from 0 to 1, with
-a threshold. The size of such a subset is random, like the size of a Poisson sample.
+Private training reads a part of a data set if the user asks for a number of records
+(``max_examples``), for a hold-out or for random members. Differential privacy compares two data
+sets that differ in one record, so adding a record must not displace another record. :func:`draw`
+therefore decides on each unit of privacy alone: it compares a keyed hash of the unit's content, as
+a number from 0 to 1, with a threshold. The size of such a subset is random, like the size of a
+Poisson sample.
 
-:func:`subset` has an exact size instead. It is for records that no private training reads.
+:func:`subset` has an exact size instead, and is for records that no private training reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lowrank_dp.data.examples import Example
 
 T = TypeVar("T")
 _BITS = 64
-_MOST_CHECKED = 5000  # records that require_alone looks at
+_MOST_CHECKED = 5000  # largest number of records that require_alone checks
 
 
 def group_units(examples: Iterable[Example], unit: str) -> list[list[Example]]:
@@ -55,8 +56,8 @@ def rounded_count(count: int) -> int:
 def threshold(size: int, count: int) -> float:
     """Return the probability, in [0, 1], that chooses ``size`` of ``count`` units on average.
 
-    The probability is ``size / rounded_count(count)``. It is 1 if ``size`` and ``count`` round to
-    the same square or ``size`` is larger, so that rounding alone drops no unit.
+    The probability is ``size / rounded_count(count)``, or 1 if ``size`` and ``count`` round to the
+    same square or ``size`` is larger, so that rounding alone drops no unit.
 
     >>> threshold(100, 400), threshold(100, 401), threshold(400, 401), threshold(500, 400)
     (0.25, 0.25, 1.0, 1.0)

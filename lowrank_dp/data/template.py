@@ -1,4 +1,4 @@
-"""Templates: the text that is written around the source and the target of an example."""
+"""Templates of the text around the source and the target of an example."""
 
 from __future__ import annotations
 
