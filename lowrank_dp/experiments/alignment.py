@@ -50,8 +50,8 @@ class Config:
 
     Attributes:
         gradients: model, task and clipping.
-        batch_sizes: measured at the first noise multiplier; smaller batches are prefixes of the
-            largest.
+        batch_sizes: batch sizes, measured at the first noise multiplier; smaller batches are
+            prefixes of the largest.
         noise_multipliers: sigma, relative to ``gradients.max_grad_norm``; all but the first are
             measured at the largest batch only.
         noise_seeds: number of noise draws, 2 or more.
@@ -67,7 +67,9 @@ class Config:
 class Result:
     """Alignment and error of every scheme.
 
-    ``alignment`` is (settings, schemes, noise seeds, layers), ``error`` the same without layers.
+    ``alignment`` is (settings, schemes, noise seeds, layers), in [-1, 1]; ``error`` (settings,
+    schemes, noise seeds) is the distance to the clean sum, relative to the clean norm. A setting is
+    a batch size with a noise multiplier.
     """
 
     config: Config

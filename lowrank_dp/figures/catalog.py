@@ -1,4 +1,4 @@
-"""The names of the papers' figures, and where each figure is defined.
+"""Names of the papers' figures, and the module that defines each figure.
 
 This module imports no experiment: a command can list the names without loading torch.
 """

@@ -1,4 +1,4 @@
-"""``membership.json``, the manifest of a run: what it holds, how it is written and read.
+"""Manifest of a run, ``membership.json``: its fields, and how it is written, read and checked.
 
 A manifest that is read may come from anywhere. Nothing in it is executed, no path in it is
 followed, the memory that reading takes is bounded, and every field is checked.
@@ -35,16 +35,16 @@ _COLUMNS = ("ids", "content_hashes", "groups", "is_member")  # lists with one en
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Content of ``membership.json``: SENSITIVE, because it says who was trained on.
+    """Content of ``membership.json``; SENSITIVE, because it names the records trained on.
 
     In the file, ``sampling`` has the key "coins", and ``num_members`` and ``num_records`` stand
     beside the lists.
 
     Attributes:
-        task, split, source, kind: of the data. ``task`` is a name, never a path.
+        task, split, source, kind: description of the data. ``task`` is a name, never a path.
         unit: the unit of privacy and of sampling: "example" or "group".
         template: {"separator": text between source and target} for generation, else None.
-        max_length: number of tokens that a text is cut to, or None.
+        max_length: number of tokens that a text is cut to, or None for no cut.
         base: {"model": hub id or name, "seed": seed of the head, of LoRA's A and of sampling}, and
             in later versions "weights", the SHA-256 of the base's weights.
         recipe: the run's configuration in JSON's types. Its ``task`` is as the user gave it: for
@@ -53,8 +53,8 @@ class Manifest:
         privacy: the statement of the guarantee.
         train_loss, eval_loss: losses after training; ``train_loss`` is NON-PRIVATE.
         sampling: {"scheme": "bernoulli", "fixed" (a half of fixed size) or "all",
-            "probability": of a unit to be a member, "seed": of the draw}.
-        ids, content_hashes, groups: of every record, in one order, (N,).
+            "probability": that a unit is a member, "seed": of the draw}.
+        ids, content_hashes, groups: id, content hash and group of every record, (N,) each.
         is_member: whether each record was trained on, (N,) booleans, read-only.
     """
 
@@ -95,7 +95,7 @@ class Manifest:
             members: for each unit, whether it is trained on.
             membership: the run's option: "all", "bernoulli" or "half".
             sampling_seed: the seed of ``units.draw_members``.
-            others: the other fields.
+            others: the other fields of the manifest, by name.
         """
         scheme = _SCHEME_OF[membership]
         records = [
