@@ -2,7 +2,7 @@ r"""Metrics of a membership attack: AUC, true-positive rate at a false-positive 
 
 ``scores`` is (N,), higher for a member. Only the order of the scores counts: infinities are
 allowed, NaN is not. ``is_member`` is (N,) booleans; n1 is the number of members, n0 the number of
-non-members. A score that ranks the wrong way keeps its AUC below 1/2: no score is ever negated.
+non-members. No score is ever negated: a score that ranks the wrong way has an AUC below 1/2.
 ``confidence`` is in (0, 1). Every function raises ValueError for a bad argument and for a sample
 that is too small.
 
@@ -69,7 +69,7 @@ class Auc:
 
 @dataclass(frozen=True)
 class AucDifference:
-    """AUC of a minus AUC of b on the same records, its standard error, its two-sided p-value."""
+    """AUC of a minus AUC of b on the same records, with standard error and two-sided p-value."""
 
     difference: float
     se: float
@@ -107,8 +107,8 @@ def paired_auc_difference(
     """Compare the AUCs of two scores of the same records by DeLong's paired test.
 
     The variance is that of the differences of placement values, which equals DeLong's covariance
-    form. Where the variance is 0 (each AUC is 0, 1, or of equal scores) the p-value is 1 for equal
-    AUCs and 0 otherwise, its limit; a small sample does not support that 0.
+    form. Where the variance is 0 (each AUC is 0, 1, or of equal scores), the p-value is its limit:
+    1 for equal AUCs and 0 otherwise. A small sample does not support a p-value of 0.
     """
     a, b = (
         _placements(*both_sides(scores, is_member, at_least=2, name=name))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lowrank_dp.mia.options import Options
 from lowrank_dp.mia.target import Target
 
-FORWARD_SHARE = 1 / 3  # of a training step's operations: the backward pass takes 2/3
+FORWARD_SHARE = 1 / 3  # share of a training step's operations; the backward pass takes 2/3
 
 
 def plan(targets: Sequence[Target], options: Options) -> list[str]:
@@ -47,7 +47,7 @@ def _shadow_line(target: Target, options: Options, scoring: float) -> str:
 
 
 def _scoring_seconds(target: Target, count: int) -> float:
-    """Seconds of the passes over ``count`` records through the models; 0 if not known."""
+    """Estimate the seconds of ``count`` records through the models; 0 if not known."""
     if target.result is None:
         return 0.0
     result = target.result

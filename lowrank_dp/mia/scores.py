@@ -66,7 +66,7 @@ def logit_confidence(loss: ArrayLike) -> Array:
     """Compute the logit ln(p / (1 - p)) of p = exp(-loss) (Carlini et al. 2022, arXiv 2112.03570).
 
     ``loss`` >= 0 is (N,) or has more axes; the result has its shape. A loss that was rounded to
-    exactly 0 gets the largest phi of all, 708.4. `logit_confidence_from_logits` keeps the
+    exactly 0 gets the largest phi, 708.4. `logit_confidence_from_logits` keeps the
     information that such rounding loses.
 
     >>> logit_confidence([1e4])
