@@ -1,4 +1,4 @@
-"""What a resumed run compares before it draws noise again, and a folder that is being left."""
+"""Comparisons of a resumed run before it draws noise again, and a folder that a run releases."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""Runs that are broken off: exceptions, kill -9, full disks, damage; and what they then claim."""
+"""Interrupted runs: exceptions, kill -9, full disks, damage; and the privacy they then claim."""
 
 import json
 import random

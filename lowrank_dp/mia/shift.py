@@ -49,8 +49,9 @@ def blind_baseline(
     fitted to, which pulls a pooled AUC below 1/2. The procedure also differs from ordinary
     cross-validation, in which fold A is scored by a model of B, and B by a model of A. For scores
     that are linear in the labels, both directions are the same sum over pairs of records, counted
-    twice, so that the mean has twice the variance of independent folds. In the forward
-    order, each fold's AUC has mean 1/2 given all folds before, so the AUCs are uncorrelated and their variances add.
+    twice, so that the mean has twice the variance of independent folds. In the forward order,
+    each fold's AUC has mean 1/2 given all folds before, so the AUCs are uncorrelated and their
+    variances add.
 
     Raises ValueError if no fold has both sides and a model: too few records or groups.
     """

@@ -78,7 +78,7 @@ def plot_efficiency(result: efficiency.Result) -> Figure:
 
 
 def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
-    """Plot steps to 90% against the learning rate; runs in the top row never got there."""
+    """Plot steps to 90% against the learning rate; runs in the top row never reached 90%."""
     steps, rates = result.tuning_steps, np.arange(len(result.config.learning_rates))
     never = 1.15 * float(result.steps[-1])
     shift = np.linspace(
@@ -103,7 +103,7 @@ def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
 
 
 def _limit(axis: Axes, values: np.ndarray) -> None:
-    """Limit the y-axis to the means: an interval of three seeds can be far wider."""
+    """Limit the y-axis to the means, because an interval of three seeds can be far wider."""
     means = values.mean(axis=1)
     low, high = float(np.nanmin(means)), float(np.nanmax(means))
     room = 0.08 * (high - low) or 0.1
