@@ -21,9 +21,10 @@ MAX_JSON_BYTES = 64 << 20  # about a thousand times the size of a run's own JSON
 def atomic_write(path: str | Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     """Yield a binary file that is renamed to ``path`` when the block ends without an error.
 
-    If the block raises, the file is removed and what was at ``path`` stays. Missing folders are
-    created. Only the owner can read the file before it is renamed; ``mode`` sets the permissions
-    of the final file, and None means the process's default.
+    If the block raises, the new file is removed, and an old file at ``path`` stays. Missing folders
+    are created. Only the owner can read the file before it is renamed; ``mode`` sets the
+    permissions of the final file, and None takes the process's default. Raises OSError if the file
+    cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

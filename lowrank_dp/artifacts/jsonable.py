@@ -18,7 +18,7 @@ from lowrank_dp import _validate
 def to_jsonable(value: Any) -> Any:
     """Convert dataclasses, tuples, mappings, paths and numpy scalars to JSON's own types.
 
-    A value of any other type is returned as it is.
+    A value of any other type is returned unchanged.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -39,7 +39,7 @@ def from_jsonable(name: str, value: Any, hint: Any) -> Any:
 
     Args:
         name: name of the value in error messages.
-        value: the value, in JSON's own types (arrays of a result may stand among them).
+        value: the value, in JSON's own types; the arrays of a result may be among them.
         hint: a type annotation.
 
     Raises:

@@ -26,9 +26,9 @@ def save_result(
 ) -> Path:
     """Save a frozen dataclass: its arrays as ``NAME.npz``, and all other fields as ``NAME.json``.
 
-    If the dataclass has a field ``provenance`` and it is empty, the saved field states the
-    versions, the machine, the commit, the command and the time (UTC) of this process. A result
-    that was loaded keeps the provenance that it was saved with.
+    If the dataclass has an empty field ``provenance``, the saved field states the
+    versions, the machine, the commit, the command and the time (UTC) of this process. A loaded
+    result keeps its saved provenance.
 
     Args:
         result: instance of a dataclass; numpy arrays may be fields, but not inside other fields.
@@ -76,7 +76,7 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     """Load what :func:`save_result` saved, as an instance of the dataclass ``kind``.
 
     Raises:
-        FileNotFoundError: if there is no such result.
+        FileNotFoundError: if the folder has no result ``name``.
         ValueError: if a file is damaged, of another kind or schema, or lacks a field.
     """
     path = Path(folder) / f"{name}.json"

@@ -1,7 +1,7 @@
 """The folder of a training run: its lock, its ledger, its snapshots and its checkpoint.
 
     OUTPUT/                 a Hugging Face folder once the run is finished
-        training.json       written last: a folder that has it is finished
+        training.json       written last: a folder with this file is finished
         membership.json
         .lock               held by the process that works here; released when the process ends
         snapshots/          removed when the run is finished
@@ -69,7 +69,7 @@ class RunFolder:
             stream: name of the stream.
             step: number of the step, from 0.
             noise: digest of the generator state that the noise is drawn from; "" if unknown.
-            sums: digest of what the gradient sums depend on; "" if unknown.
+            sums: digest of the inputs of the gradient sums; "" if unknown.
 
         Raises:
             ValueError: if the ledger is damaged.
@@ -188,8 +188,8 @@ class RunFolder:
         The snapshots' generator states would reveal the noise.
 
         Args:
-            write: function that writes the model's files into an empty folder, from which they
-                are moved into place.
+            write: function that writes the model's files into an empty folder; the files are then
+                moved into place.
             documents: content of JSON files, by name; ``training.json`` is written last.
 
         Raises:
@@ -218,7 +218,7 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn a failed write into an OSError that names ``what`` and states how to continue."""
+    """Turn a failed write into an OSError that names the file ``what`` and how to continue."""
     try:
         yield
     except Exception as error:  # on a full disk, model libraries raise errors of many types
@@ -293,7 +293,7 @@ def _require_room(folder: RunFolder, resume: bool) -> None:
 
 
 def _clear_remains(folder: RunFolder) -> None:
-    """Delete what a killed attempt left: partial checkpoints, and snapshots of a finished run."""
+    """Delete the remains of a killed attempt: partial checkpoints, or a finished run's snapshots."""
     for aside in folder.path.glob(".checkpoint-*"):
         shutil.rmtree(aside, ignore_errors=True)
     for name in (TRAINING, MEMBERSHIP):

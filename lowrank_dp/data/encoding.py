@@ -25,8 +25,8 @@ def encode(
 ) -> list[dict[str, Any]]:
     """Encode examples as token rows, one row per example, in order.
 
-    A row has ``input_ids``, ``labels`` (with ``with_target``) and, if the tokenizer uses them,
-    ``token_type_ids``.
+    A row has ``input_ids``, ``labels`` (with ``with_target``) and, for a tokenizer with segment
+    ids, ``token_type_ids``.
 
     - Classification and regression: a row holds the text or the pair, with the tokenizer's special
       tokens. Tokens beyond ``max_length`` are cut from the longer text of a pair.
@@ -40,7 +40,7 @@ def encode(
     is added. With ``{text}``, all tokens except the first are labelled, no end of sequence is
     added, and tokens beyond ``max_length`` are cut from the end.
 
-    ``max_length`` is in tokens; without it, nothing is cut. Raises ValueError, with the example's
+    ``max_length`` is in tokens; with None, nothing is cut. Raises ValueError, with the example's
     id, for a text longer than the model's context and for a target that leaves no room for its
     source.
     """

@@ -1,4 +1,4 @@
-"""Records of a task: their content hash, and the group of records they belong to."""
+"""Records of a task, with content hash and group."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def read_labels(
 
     Strings and truth values are classes in sorted order. Integers >= 0 are classes in numeric
     order, whether or not they start at 0. Floats are classes if all are whole numbers, and scores
-    otherwise. A column that holds such numbers as strings is read like the numbers. The classes of
+    otherwise. A column that holds numbers as strings is read like the numbers. The classes of
     a ``datasets.ClassLabel`` keep their order.
 
     Returns:

@@ -77,7 +77,7 @@ def draw(
     """Choose each unit whose content has a keyed hash below ``probability``.
 
     Args:
-        contents: the content of each unit, as :func:`unit_content` gives it.
+        contents: the content of each unit, the result of :func:`unit_content`.
         probability: the threshold, in [0, 1].
         purpose, seed: the key of the hash. Draws with different keys are independent.
         copies: how units with the same content are chosen. "together": all or none, so that no
@@ -103,8 +103,8 @@ def draw(
 def unit_content(unit: Sequence[Example]) -> str:
     """Return the text by which a unit of privacy is hashed: a row's content, or a group's id.
 
-    The content includes the label, because two rows may differ in the label only. It excludes the
-    row's id, because an inserted row shifts the numbers of all rows after it.
+    The content includes the label, because two rows may differ in the label only. The content
+    excludes the row's id, because an inserted row shifts the numbers of all rows after it.
     """
     row = unit[0]
     if len(unit) > 1:
@@ -143,9 +143,9 @@ def require_alone(
 ) -> None:
     """Raise ValueError if ``choose`` does not decide on each record alone.
 
-    ``choose`` returns the chosen records of a sequence. The function calls it on the first 5,000
-    records of ``everything``, again without the first record that it chose, and again without the
-    first record that it did not choose. The choice among all other records must be the same.
+    ``choose`` returns the chosen records of a sequence, and is called three times: on the first
+    5,000 records of ``everything``, on these without the first chosen record, and on these without
+    the first record that was not chosen. The choice among all other records must be the same.
     Records are compared by ``content``, so the order of copies does not matter. ``option`` names
     the user's option in the message.
     """

@@ -57,7 +57,7 @@ class Task:
         splits: the examples of each split.
         source: where the examples come from, in words.
         unused: columns of a user's own files that are not read.
-        warning: one line on what looks wrong with a user's own files, or "".
+        warning: one line on doubtful contents of a user's own files, or "".
     """
 
     name: str
@@ -71,7 +71,7 @@ class Task:
     warning: str = ""
 
     def split(self, name: str) -> tuple[Example, ...]:
-        """Return the examples of one split; raise ValueError, with a hint, if there is none."""
+        """Return the examples of one split; raise ValueError, with a hint, for a missing split."""
         if name not in self.splits:
             hint = ""
             if name == "train" and "test" in self.splits:

@@ -125,8 +125,8 @@ def load_task(
             is chosen alone, by a keyed hash against a threshold (``selection.partition``), so
             that adding a record changes the membership of that record only.
         seed: random seed of the kept rows and of the generated tasks.
-        columns: names of the columns of own data. Without them, columns that are called as in
-            GLUE, E2E or DART, or source and target, are found by their names.
+        columns: names of the columns of own data. With None, columns are found by the names that
+            GLUE, E2E and DART use, or by the names source and target.
         warn: whether the ``warning`` of own data is issued as a ``UserWarning``.
 
     A named task keeps all its rows, blank texts included (DART has one blank reference in test). An

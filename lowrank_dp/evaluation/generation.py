@@ -43,7 +43,7 @@ def generate_texts(
 
     Args:
         model: a causal language model.
-        tokenizer: the model's tokenizer, as ``load_model`` gives it.
+        tokenizer: the model's tokenizer, from ``load_model``.
         sources: source texts; a prompt is a source text and a line break, as in ``data.encode``.
         num_beams: number of beams, >= 1.
         max_new_tokens: maximal length of a generated text, in tokens, >= 1.

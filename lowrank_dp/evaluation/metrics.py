@@ -77,8 +77,8 @@ def text_metrics(
 
     BLEU (Papineni et al., ACL 2002) is sacrebleu's corpus score with its defaults: 13a tokens, case
     kept, exponential smoothing. ROUGE-L (Lin, 2004) is rouge-score's F-measure without stemming,
-    the maximum over a text's references, averaged over texts; it ignores case and all characters
-    but ASCII letters and digits.
+    the maximum over a text's references, averaged over texts; ROUGE-L ignores case and all
+    characters except ASCII letters and digits.
 
     Blank references are left out, because a blank reference would be the closest in length to a
     text that is cut short. A text whose references are all blank is left out of both scores.

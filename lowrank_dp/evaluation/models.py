@@ -43,7 +43,7 @@ def evaluate(
 
     Args:
         model: a transformers or PEFT model with the head of the task's kind.
-        tokenizer: the model's tokenizer, as ``load_model`` gives it.
+        tokenizer: the model's tokenizer, from ``load_model``.
         task: the task.
         split: name of a split of the task.
         max_length: longest row, in tokens, as in ``data.encode``; longer rows and longer prompts
@@ -51,10 +51,10 @@ def evaluate(
         pad_to: length in tokens to which every row is padded on the right, for models that were
             trained with such rows; None pads each batch to its longest row. The prompts of
             ``generate`` are not padded to this length.
-        batch_size: number of examples in memory at a time; results depend on it by rounding only.
+        batch_size: number of examples in memory at a time, which affects results by rounding only.
         max_examples: size of a random subset to evaluate on, drawn in whole groups by
             ``data.subset``; None evaluates on all examples.
-        generate: for a generation task, whether to generate a text per source and score it.
+        generate: for a generation task, whether to generate and score a text per source.
         num_beams: number of beams; 1 decodes greedily.
         max_new_tokens: longest generated text, in tokens.
         seed: random seed of the subset.

@@ -1,9 +1,9 @@
 """Ablation of restoration: kappa, norm correction, the threshold, and zeroing.
 
-The scheme ``denoise`` (arXiv 2510.01137, version 1) has three parts. It (A) keeps a layer whose top
-singular value is at most kappa times the bulk edge, (B) shrinks the values of the others, and (C)
-rescales to the noisy norm. The experiment varies one part at a time, on the noisy gradients of
-``alignment``.
+The scheme ``denoise`` (arXiv 2510.01137, version 1) has three parts. The scheme (A) keeps a layer
+whose top singular value is at most kappa times the bulk edge, (B) shrinks the values of the other
+layers, and (C) rescales to the noisy norm. The experiment varies one part at a time, on the noisy
+gradients of ``alignment``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure every variant; ``source`` is prepared here unless it is given.
+    """Measure every variant; a missing ``source`` is prepared.
 
     Raises ValueError if ``noise_seeds`` is below 2 or a kappa below 1.
     """

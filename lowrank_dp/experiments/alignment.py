@@ -2,8 +2,8 @@
 
 Alignment is the cosine with the clean clipped sum, by layer. The cosine ignores scale, so the
 error is measured too: the Frobenius distance to the clean sum over all layers together, relative
-to the norm of the clean sum. Schemes act on the exact decomposition here; ``spectra`` and training
-use the fast path.
+to the norm of the clean sum. This experiment restores by the exact decomposition; ``spectra`` and
+training use the fast path.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure every scheme at every setting; ``source`` is prepared here unless it is given.
+    """Measure every scheme at every setting; a missing ``source`` is prepared.
 
     Raises ValueError if ``noise_seeds`` is below 2.
     """

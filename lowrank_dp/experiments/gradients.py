@@ -60,7 +60,7 @@ class GradientConfig:
 class GradientSource:
     """A model at a known training loss, and the training set on which gradients are taken.
 
-    The object is mutable: :meth:`nested_sums` keeps the sums that it computes.
+    The object is mutable: :meth:`nested_sums` keeps the computed sums in ``sums``.
 
     Attributes:
         model: the model, in eval mode.

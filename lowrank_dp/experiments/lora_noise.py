@@ -108,7 +108,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure the moments; ``source`` is prepared here unless it is given."""
+    """Measure the moments; a missing ``source`` is prepared."""
     generator = torch.Generator().manual_seed(config.gradients.seed + 1)
     vector = torch.randn(1, config.vector_size, generator=generator, dtype=torch.float64)
     measured = {f"fixed vector, n={config.vector_size}": (vector, config.vector_draws)}

@@ -99,7 +99,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Run the attack; ``source`` is prepared here unless it is given.
+    """Run the attack; a missing ``source`` is prepared.
 
     Raises ValueError for a config that cannot be run; before the model is loaded, if the config
     alone shows the fault.

@@ -278,11 +278,11 @@ def _width(config: Config) -> int:
 
 
 def at_matched(result: Result, by: str) -> np.ndarray:
-    """Return the AUC at the one value of ``by`` that most non-private arms pass on average.
+    """Return the AUC at the value of ``by`` that the most non-private arms pass on average.
 
-    ``by`` is "train_loss" or "utility". Of several such values the lowest is taken. The AUC
-    (arms, seeds) is interpolated within each seed over the numbers of steps and never
-    extrapolated: it is NaN for a seed that has not passed the value.
+    ``by`` is "train_loss" or "utility". If equally many arms pass several values, the lowest is
+    taken. The AUC (arms, seeds) is interpolated within each seed over the numbers of steps and
+    never extrapolated: the AUC is NaN for a seed that has not passed the value.
     """
     values = result.train_loss if by == "train_loss" else result.utility
     means = values[["DP" not in arm for arm in result.arms]].mean(axis=1)  # (arms, steps)

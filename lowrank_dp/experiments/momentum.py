@@ -78,7 +78,7 @@ class Result:
 def run(config: Config, source: GradientSource | None = None) -> Result:
     """Take the steps of every seed from the same weights, which are restored at the end.
 
-    ``source`` is prepared here unless it is given.
+    A missing ``source`` is prepared. Raises ValueError for fewer than 2 seeds.
     """
     _validate.integer("seeds", config.seeds, low=2)
     source = source or prepare(config.gradients)

@@ -112,7 +112,7 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """Profiles and AUCs.
+    """Privacy profiles (deltas), and AUCs of the attacks.
 
     AUCs are (rows, noise_levels, 3): the value and both ends of its 95% interval. One row is
     attacked without added noise only; its other levels are NaN.
@@ -137,7 +137,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Compute the profiles and run the attacks; ``source`` is prepared here unless it is given."""
+    """Compute the profiles and run the attacks; a missing ``source`` is prepared."""
     source = source or prepare(config.gradients)
     ranks, grid = np.array(config.profile_ranks)[:, None], np.array(config.rank_grid)
     epsilons, widths = np.array(config.epsilons), np.array(config.widths)[:, None]

@@ -79,7 +79,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure the spectra; ``source`` is prepared here unless it is given.
+    """Measure the spectra; a missing ``source`` is prepared.
 
     Raises ValueError, which names the layer, if a layer received no gradient.
     """

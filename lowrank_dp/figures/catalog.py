@@ -33,7 +33,7 @@ NAMES = tuple(ROOMS)
 
 
 def find(name: str) -> FigureSpec:
-    """Return the definition of a figure; ValueError, with the nearest name, if there is none."""
+    """Return the definition of a figure; ValueError, with the nearest name, for another name."""
     room = ROOMS[_validate.choice("figure", name, NAMES)]
     module = importlib.import_module(f"lowrank_dp.figures.{room}")
     figures: dict[str, FigureSpec] = module.FIGURES

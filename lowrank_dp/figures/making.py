@@ -1,7 +1,7 @@
-"""Compute a figure's result, or load it, and draw it.
+"""Compute or load a figure's result, and draw the figure.
 
-By default nothing here uses the hub: the task is SST-2 where LOWRANK_DP_DATA holds it, else the
-generated task, and the model is the packaged MiniLM where it is installed, else a tiny model.
+By default this module does not use the hub: the task is SST-2 if LOWRANK_DP_DATA holds SST-2, else
+the generated task, and the model is the packaged MiniLM if installed, else a tiny model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCALES = ("small", "full")
 
 
 def default_task() -> str:
-    """Return "sst2" where LOWRANK_DP_DATA holds it, else "generated"."""
+    """Return "sst2" if the folder LOWRANK_DP_DATA holds SST-2, else "generated"."""
     folder = os.environ.get("LOWRANK_DP_DATA")
     if folder and (Path(folder) / "glue" / "sst2" / "train.jsonl.gz").is_file():
         return "sst2"

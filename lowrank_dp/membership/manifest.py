@@ -1,7 +1,7 @@
 """Manifest of a run, ``membership.json``: its fields, and how it is written, read and checked.
 
-A manifest that is read may come from anywhere. Nothing in it is executed, no path in it is
-followed, the memory that reading takes is bounded, and every field is checked.
+A manifest that is read may come from anywhere. The reader executes nothing, follows no path in the
+manifest, takes bounded memory, and checks every field.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Manifest:
         max_length: number of tokens that a text is cut to, or None for no cut.
         base: {"model": hub id or name, "seed": seed of the head, of LoRA's A and of sampling}, and
             in later versions "weights", the SHA-256 of the base's weights.
-        recipe: the run's configuration in JSON's types. Its ``task`` is as the user gave it: for
-            own files it is a path, which must not be followed.
+        recipe: the run's configuration in JSON's types. Its ``task`` is the user's argument: for
+            own files a path, which must not be followed.
         seed: the user's seed, or None.
         privacy: the statement of the guarantee.
         train_loss, eval_loss: losses after training; ``train_loss`` is NON-PRIVATE.
@@ -92,7 +92,7 @@ class Manifest:
 
         Args:
             units: the units of privacy, each a list of records.
-            members: for each unit, whether it is trained on.
+            members: for each unit, whether the run trains on the unit.
             membership: the run's option: "all", "bernoulli" or "half".
             sampling_seed: the seed of ``units.draw_members``.
             others: the other fields of the manifest, by name.

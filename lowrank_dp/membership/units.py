@@ -15,7 +15,7 @@ MEMBERSHIPS = ("all", "bernoulli", "half")
 
 
 def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int) -> list[bool]:
-    """Draw, for each unit of privacy, whether it is trained on.
+    """Draw, for each unit of privacy, whether the run trains on the unit.
 
     Args:
         units: the units of privacy, each a list of records.
@@ -26,7 +26,9 @@ def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int)
             fixed, so each draw depends on all units: adding a unit may change every bit. The
             privacy guarantee of a run with "half" therefore holds for neighbouring sets of
             members.
-        seed: the seed of the draw; it need not be secret.
+        seed: random seed of the draw, which need not be secret.
+
+    Returns one bit per unit. Raises ValueError for another ``membership``.
     """
     if _validate.choice("membership", membership, MEMBERSHIPS) == "all":
         return [True] * len(units)

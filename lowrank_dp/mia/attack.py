@@ -79,7 +79,7 @@ def _signals(target: Target, options: Options, loaded: Loaded, cache: Path) -> S
 
 
 def _identity(target: Target, options: Options, loaded: Loaded) -> list[str]:
-    """List what the signals depend on beside the checkpoint: its base, by name and weights."""
+    """List the inputs of the signals beside the checkpoint: its base, by name and weights."""
     used = target.base is not None and loaded.reference is not None
     named = {options.base, target.base["model"] if used and target.base else ""} - {""}
     folders = [Path(find_backbone(name).path) for name in sorted(named)]

@@ -64,7 +64,8 @@ def near_duplicates(
 
     Two records of such a similarity share at least one n-gram of the rarest 1 - ``threshold`` of
     their n-grams (Chaudhuri et al., ICDE 2006; Bayardo et al., WWW 2007). Only pairs that share one
-    are compared, in blocks, so that memory is linear in N.
+    are compared, in blocks, so that memory is linear in N. Raises ValueError for a threshold out of
+    range, and if all records are members or none is.
     """
     threshold = _validate.real("threshold", threshold, low=0, high=1, low_open=True)
     truth = checked_truth(examples, is_member)

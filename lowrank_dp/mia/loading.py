@@ -29,7 +29,7 @@ class Loaded:
         reference: the model before fine-tuning, which may be ``model`` itself (an adapter that can
             be switched off); None if the model before is not known.
         why_no_reference: the reason why ``reference`` is None, else "".
-        rows: the attacked records as ``data.encode`` encodes them.
+        rows: the attacked records as token rows of ``data.encode``.
     """
 
     model: Any
@@ -76,7 +76,7 @@ def _trained_part(target: Target) -> dict[str, Any]:
 
 
 def find_reference(target: Target, options: Options, model: Any) -> tuple[Any, str]:
-    """Load the model before fine-tuning, or return None and the reason why it is not known.
+    """Load the model before fine-tuning, or return None and the reason why the model is unknown.
 
     The reference is ``model`` itself for an adapter of a causal language model, because that
     adapter can be switched off. For a run of this package, the reference is the base with the head

@@ -175,7 +175,7 @@ def tpr_at_fpr(
 
     With k = floor(fpr n0) the threshold is the (k+1)-th largest score of a non-member, and a record
     is called a member if its score is strictly above. Under ties the realised rate is lower. Raises
-    ValueError for fewer than 1 / fpr non-members, which cannot resolve such a rate.
+    ValueError for fewer than 1 / fpr non-members, which cannot resolve the rate.
     """
     members, others = both_sides(scores, is_member)
     n1, n0 = len(members), len(others)
@@ -196,7 +196,7 @@ def tpr_at_fpr(
 def roc_points(scores: ArrayLike, is_member: ArrayLike) -> Roc:
     """Compute the corners of the ROC curve for log-log axes, up to (1, 1).
 
-    Points with a rate of 0, which such axes cannot show, are left out, and so are points inside a
+    Points with a rate of 0, which log axes cannot show, are left out, and so are points inside a
     horizontal or vertical stretch. The last point calls every record a member; its threshold is
     -inf.
     """

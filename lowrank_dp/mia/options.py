@@ -50,7 +50,7 @@ def _rates(text: str) -> tuple[float, ...]:
 class Options:
     """Options of an attack.
 
-    Every field is an option of ``python -m lowrank_dp.mia``; the help texts here document both.
+    Every field is an option of ``python -m lowrank_dp.mia``; the help texts document both.
     Raises ValueError for a value out of its range and for values that exclude each other.
     """
 

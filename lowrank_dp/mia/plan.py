@@ -1,4 +1,4 @@
-"""Describe what an attack will do, and estimate how long it takes."""
+"""Describe the work of an attack, and estimate its duration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FORWARD_SHARE = 1 / 3  # share of a training step's operations; the backward pas
 def plan(targets: Sequence[Target], options: Options) -> list[str]:
     """Describe each piece of work in one line.
 
-    Durations follow from how long the checkpoint's own training took. Raises ValueError if shadows
-    are unavailable: for a recipe that trains on every record, or shadows of another recipe.
+    Durations are estimated from the duration of the checkpoint's own training. Raises ValueError if
+    shadows are unavailable: for a recipe that trains on every record, or shadows of another recipe.
     """
     lines = []
     for target in targets:

@@ -1,8 +1,8 @@
 """Predict the non-members' quantile of a record's confidence from features of the record.
 
 The quantile attack needs one model and no shadows (Bertran et al. 2023, arXiv 2307.03694): a
-regression on public records, which minimises the pinball loss, predicts how confident the model is
-in a record that it was not trained on.
+regression on public records, which minimises the pinball loss, predicts the model's confidence in a
+record that the model was not trained on.
 """
 
 from __future__ import annotations

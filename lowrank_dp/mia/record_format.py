@@ -44,7 +44,7 @@ class Format:
 
 
 def own_format(manifest: Manifest, records: Records, options: Options) -> Format:
-    """Return the encoding of a run of this package; ValueError if an option contradicts it."""
+    """Return the encoding of a run of this package; ValueError if an option differs."""
     own = {"max_length": manifest.max_length, "template": None}
     for name, value in own.items():
         asked = getattr(options, name)

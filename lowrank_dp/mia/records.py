@@ -2,7 +2,8 @@
 
 The truth is in a run's manifest, ``membership.json``, which holds ids and hashes and never a text:
 the texts come from the task itself and are compared with the hashes. The user can give two files
-instead. In both cases no text is a member's and a non-member's, because such a text is no evidence.
+instead. In both cases, a text that is a member's and a non-member's is left out or refused, because
+its membership is undefined.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Records:
     """Records under attack, with their true membership; SENSITIVE.
 
     Attributes:
-        task: the task with all its splits, or only a train split if it was read from a file.
+        task: the task with all its splits, or with a train split only for given files.
         kind: "classification", "regression" or "generation".
         unit: unit of sampling, "example" or "group".
         examples: in fixed order, (N,).
@@ -85,12 +86,13 @@ def load_records(
         members, nonmembers: files in any format that ``data.load_task`` reads. ``nonmembers``
             alone replaces the non-members of the manifest.
         base: as in ``membership.read_manifest``.
-        max_records: number of records to keep, a random subset drawn from ``seed``; half of them
-            are members if there are enough. Groups stay whole if they are the unit of sampling.
+        max_records: size of a random subset to keep, drawn from ``seed``; half of the subset are
+            members if the records allow. None keeps all records. Groups stay whole if groups were
+            the unit of sampling.
         seed: seed of the subset.
-        columns: names of the files' columns; None finds them by their names.
-        checkpoint: the attacked head: it decides whether a file of texts is read as plain texts,
-            and the names of its classes decide the number of each label.
+        columns: names of the files' columns; None finds known names.
+        checkpoint: head of the attacked model. Its kind decides whether a file of texts is read as
+            plain texts, and the names of its classes decide the number of each label.
 
     Raises ValueError in one line for a broken manifest or file, for records that the task does not
     have or whose texts differ from those trained on, for a text that is given on both sides or on

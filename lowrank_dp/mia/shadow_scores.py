@@ -1,9 +1,9 @@
 """Membership scores from shadow models: LiRA and RMIA.
 
 ``phi`` and ``loss`` (N,) are of the target; ``shadow_phi`` and ``shadow_loss`` are (num_shadows,
-N). ``shadow_is_member[s, i]`` says whether shadow s was trained on record i: such a shadow is an IN
-shadow of the record, the others are its OUT shadows. Each function returns (N,), higher for a
-member.
+N). ``shadow_is_member[s, i]`` states whether shadow s was trained on record i: if so, s is an IN
+shadow of the record, else an OUT shadow. Each function returns (N,), higher for a member, and
+raises ValueError for a bad argument.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def train_shadows(
 def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
     """Find the checkpoints in the subfolders of ``folder``.
 
-    Raises ValueError if there are none, if one was trained by another recipe than the target, or if
-    one has the target's seed.
+    Raises ValueError if there is no checkpoint, or if a checkpoint was trained by another recipe
+    than the target or with the target's seed.
     """
     found = sorted(path.parent for path in folder.glob(f"*/{runs.MEMBERSHIP}"))
     if not found:

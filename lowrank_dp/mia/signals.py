@@ -232,7 +232,7 @@ _SIGNALS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], dict[str, Any]]
 
 @contextmanager
 def switched_off(reference: Any, model: Any) -> Iterator[Any]:
-    """Yield the reference; if it is ``model`` itself, its adapter is disabled meanwhile."""
+    """Yield the reference; if ``reference`` is ``model``, disable the adapter in the block."""
     if reference is model:
         with model.disable_adapter():
             yield model

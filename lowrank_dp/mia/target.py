@@ -135,7 +135,7 @@ def _check_one_run(folder: Path, manifest: Manifest, result: TrainResult | None)
 
 
 def _read_result(folder: Path) -> TrainResult | None:
-    """Read training.json, if it exists, and check the numbers that a report uses."""
+    """Read training.json, or return None; check the numbers that a report uses."""
     if not (folder / runs.TRAINING).is_file():
         return None
     result = load_result(folder)

@@ -33,7 +33,7 @@ class Evidence:
         sampling: the scheme by which members were drawn; None for given files.
         near_duplicates: number of non-members that are nearly a member's text.
         nonmembers: number of non-members.
-        caveat: what is unknown about the training, added to "no leak found"; or "".
+        caveat: unknown facts about the training, added to "no leak found"; or "".
     """
 
     attacks: Sequence[Attack]

@@ -109,7 +109,7 @@ def _own_config(folder: Path, base: Backbone) -> dict[str, Any]:
     """Read the configuration that gives the adapter's labels: its own, or else its base's.
 
     Runs of an earlier version wrote no config.json and trained in the order of their task; for
-    them the labels of the base are left out.
+    these runs the labels of the base are left out.
     """
     if (file := folder / "config.json").is_file():
         config = read_json(file)

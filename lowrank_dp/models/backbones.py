@@ -40,7 +40,7 @@ class Backbone:
     """Where a model's files are.
 
     Attributes:
-        name: the name as the user gave it.
+        name: name that the user gave.
         path: a folder, or a hub id.
         load: arguments for ``from_pretrained``.
         config: the content of ``config.json``; {} if there is none.
@@ -60,7 +60,7 @@ def default_model() -> str:
 
 
 def find_backbone(name: str, revision: str | None = None) -> Backbone:
-    """Find backbone ``name``; raise ValueError in one line if it is missing or only a pickle."""
+    """Find backbone ``name``; raise ValueError in one line if it is missing or pickled."""
     name = str(name)
     if name in tiny.NAMES:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
@@ -172,7 +172,10 @@ def adapter_file(backbone: Backbone) -> Path | None:
 
 
 def find_base(adapter: Backbone, base: str | None = None) -> Backbone:
-    """Find the model that an adapter was trained on; ``base`` replaces the path in the adapter."""
+    """Find the model that an adapter was trained on; ``base`` replaces the path in the adapter.
+
+    Raises ValueError if the base is missing, not named, or an adapter itself.
+    """
     file = Path(adapter.path) / "adapter_config.json"
     told = read_json(file).get("base_model_name_or_path") if base is None else base
     if not isinstance(told, str) or not told:

@@ -54,7 +54,7 @@ def label_rows(own: Sequence[str] | None, task: Sequence[str], name: str) -> lis
     The comparison ignores case, hyphens, underscores and spaces, and knows the usual synonyms of
     GLUE's labels. The order is unknown if the task's labels are numbers or ``own`` is None.
 
-    Raises ValueError with both lists if they are not the same labels.
+    Raises ValueError, which lists both, if ``own`` and ``task`` are not the same labels.
     """
     if own is None or not task or _is_default(task):
         return None

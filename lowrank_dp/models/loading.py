@@ -66,8 +66,9 @@ def load_model(
         target_modules: names of the linear layers that get a pair, in place of all.
         train_embeddings: whether "full" trains embeddings too. An output layer that shares its
             weight with the embedding counts as embedding.
-        train_layers: narrows ``method``: an integer k to the last k blocks and what follows them, a
-            string to the parameters whose name it matches (``re.search``). The head always trains.
+        train_layers: narrows ``method``: an integer k to the last k blocks and the layers after
+            these, a regular expression to the parameters whose names match (``re.search``). The
+            head always trains.
         dtype, device: type and device of the model's weights.
         seed: random seed of a new head and of LoRA's A; torch's global generator is unchanged.
         revision: revision of a hub id; None takes the repository's default.
@@ -75,9 +76,9 @@ def load_model(
         base: path of the adapter's base, in place of the path in the adapter.
 
     The head is the classifier's layers beside its backbone, and a pooler that the backbone lacks.
-    Everything else must be on disk; ``describe`` names what is new. If a checkpoint names its
+    All other weights must be on disk; ``describe`` names the new weights. If a checkpoint names its
     labels, its logits are permuted into the order of the task's ``label_names``. For an adapter,
-    "full" means what the adapter trains, and "lora-frozen-a" also fixes A.
+    "full" means the parameters that the adapter trains, and "lora-frozen-a" also fixes A.
 
     Raises ValueError in one line for an unknown or unreachable model, pickled weights, damaged
     files, an encoder asked to generate, a missing weight outside a new head, labels that are not
