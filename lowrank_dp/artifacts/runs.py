@@ -293,7 +293,7 @@ def _require_room(folder: RunFolder, resume: bool) -> None:
 
 
 def _clear_remains(folder: RunFolder) -> None:
-    """Delete the remains of a killed attempt: partial checkpoints, or a finished run's snapshots."""
+    """Delete the remains of a killed attempt: partial checkpoints, a finished run's snapshots."""
     for aside in folder.path.glob(".checkpoint-*"):
         shutil.rmtree(aside, ignore_errors=True)
     for name in (TRAINING, MEMBERSHIP):

@@ -34,7 +34,7 @@ FORMATS = "CSV, TSV, JSON Lines, JSON or Parquet (.csv .tsv .jsonl .json, also w
 MAX_LINE_BYTES = 1 << 20  # of a line of JSON Lines; the longest known example is far shorter
 MAX_FILE_BYTES = 1 << 30  # unpacked: a small .gz file can hold any amount
 MAX_ROWS = 5_000_000  # MNLI has 393 thousand
-_ARROW_BATCH = 256  # rows that are converted at a time
+_ARROW_BATCH = 256  # number of rows converted at a time
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _csv(path: Path, separator: str) -> Table:
         )
     except UnicodeDecodeError:
         raise _not_utf8(path, data) from None
-    except (ValueError, OverflowError, MemoryError) as error:  # pandas' parser errors among them
+    except (ValueError, OverflowError, MemoryError) as error:  # pandas' parser errors too
         _require_separator(path, data.split(b"\n", 1)[0].decode(errors="replace"), separator)
         reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. ")
         raise ValueError(
@@ -211,7 +211,8 @@ def _csv(path: Path, separator: str) -> Table:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{path}: column {twice[0]!r} occurs twice in the header; rename one")
     _check_size(path, 0, len(cells))
-    kept = tuple(name for name in names if name.strip())  # pandas' index has no name
+    # pandas writes its index as a column without a name
+    kept = tuple(name for name in names if name.strip())
     return Table(
         [
             (

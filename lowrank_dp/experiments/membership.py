@@ -288,7 +288,8 @@ def at_matched(result: Result, by: str) -> np.ndarray:
     means = values[["DP" not in arm for arm in result.arms]].mean(axis=1)  # (arms, steps)
     low, high = means.min(axis=1)[:, None], means.max(axis=1)[:, None]
     ends = np.unique([low, high])
-    middles = (ends[1:] + ends[:-1]) / 2 if len(ends) > 1 else ends  # every arm's value may agree
+    # if the values of all arms are equal, there is one end and no middle
+    middles = (ends[1:] + ends[:-1]) / 2 if len(ends) > 1 else ends
     value = middles[((low <= middles) & (middles <= high)).sum(axis=0).argmax()]
     read = np.full(result.auc.shape[:2], np.nan)
     for i, seed in np.ndindex(*read.shape):

@@ -29,7 +29,7 @@ _SENSITIVE = "membership bits: whoever has this file knows who was trained on"
 # the run's option "membership" -> the sampling scheme in the file
 _SCHEME_OF = {"bernoulli": "bernoulli", "half": "fixed", "all": "all"}
 _OPTION_OF = {scheme: option for option, scheme in _SCHEME_OF.items()}
-_PROBABILITY = {"bernoulli": 0.5, "fixed": 0.5, "all": 1.0}  # of a unit to be a member
+_PROBABILITY = {"bernoulli": 0.5, "fixed": 0.5, "all": 1.0}  # that a unit is a member
 _COLUMNS = ("ids", "content_hashes", "groups", "is_member")  # lists with one entry per record
 
 
@@ -192,7 +192,7 @@ def _read_only(bits: Sequence[Any]) -> NDArray[np.bool_]:
 
 def _parse(path: Path) -> dict[str, Any]:
     """Parse the JSON object in a file, with bounded memory."""
-    if not os.path.isfile(path):  # a pipe or a device could go on for ever
+    if not os.path.isfile(path):  # reading a pipe or a device might never end
         raise ValueError(
             f"{path.parent} has no {path.name}: train with python -m lowrank_dp.train "
             "--membership bernoulli, or pass --members FILE --nonmembers FILE (the "

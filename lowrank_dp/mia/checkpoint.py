@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any
     a tokenizer, the message says whether the parent folder has one, as is common for a trainer's
     ``checkpoint-500``.
     """
-    from lowrank_dp.models import load_model  # loaded when used: transformers comes with it
+    from lowrank_dp.models import load_model  # imported when used: it imports transformers
 
     if base and (folder / "adapter_config.json").is_file():
         arguments["base"] = base

@@ -22,8 +22,8 @@ from lowrank_dp.mia.units import Indices, checked_truth
 # Jaccard similarity of character 5-grams. Above 0.8, two texts of 50 characters differ by a word's
 # ending, and two texts of 200 characters by a short word.
 NEAR, NGRAM = 0.8, 5
-_BLOCK = 256  # non-members compared at a time
-_PAIRS = 2**14  # pairs whose similarity is computed at a time
+_BLOCK = 256  # number of non-members compared at a time
+_PAIRS = 2**14  # number of pairs whose similarity is computed at a time
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def whole_text(example: Example) -> str:
 
 def _grams(examples: Sequence[Example]) -> sparse.csr_array:
     """Return the indicator matrix (N, G) of the records' n-grams, for G n-grams in all."""
-    from sklearn.feature_extraction.text import HashingVectorizer  # loaded when used: 1 s
+    from sklearn.feature_extraction.text import HashingVectorizer  # imported when used: 1 s
 
     hashed = HashingVectorizer(
         analyzer="char",

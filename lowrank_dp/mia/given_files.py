@@ -13,7 +13,7 @@ from lowrank_dp.data.examples import bad_cell, cell, record_group
 from lowrank_dp.data.readers import read_tables, stem_of
 from lowrank_dp.mia.checkpoint import Checkpoint
 
-_TARGETS = ("target", "human_reference", "annotations")  # columns of texts that follow a prompt
+_TARGETS = ("target", "human_reference", "annotations")  # columns of texts after a prompt
 
 
 @dataclass(frozen=True)

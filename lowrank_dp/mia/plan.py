@@ -32,7 +32,7 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
 
 
 def _shadow_line(target: Target, options: Options, scoring: float) -> str:
-    from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # training comes with them
+    from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # they import training
 
     if options.shadow_dir is not None:
         found = find_shadows(target.recipe, options.shadow_dir)

@@ -89,7 +89,7 @@ def _group_moments(
         residual = (x - (centre if fixed_variance else mean)[columns]) * weight
         squares[columns] = np.einsum("sn,sn->n", residual, residual)
     if fixed_variance:
-        # about the residuals' mean, which is 0 unless the location is the median
+        # the variance is about the residuals' mean, which is 0 unless the location is the median
         total = count.sum()
         variance = squares.sum() / total - ((count * (mean - centre)).sum() / total) ** 2
     else:

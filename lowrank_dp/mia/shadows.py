@@ -42,7 +42,7 @@ SHADOW_MAY_DIFFER = (
     "compile",
     "shard",
 )
-EVALUATED = 100  # examples, before and after training: enough to see that a shadow diverged
+EVALUATED = 100  # evaluation examples of a shadow: enough to notice that the shadow diverged
 
 
 @dataclass(frozen=True)

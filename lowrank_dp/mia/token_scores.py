@@ -1,7 +1,8 @@
 """Membership scores of one text from its tokens; a higher score means more likely a member.
 
 ``token_logits`` is (T, V): row t scores ``token_ids[t]``, so the rows are already shifted. A logit
-of -inf excludes a token of the vocabulary and contributes nothing. Each function returns a float, and raises ValueError for a bad argument.
+of -inf excludes a token of the vocabulary and contributes nothing. Each function returns a float,
+and raises ValueError for a bad argument.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def upward_share(change: Array) -> float:
 
 
 def class_indices(name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.intp]:
-    """Return ``value`` as integers in [0, shape[-1]) of shape ``shape[:-1]``, or raise ValueError."""
+    """Return ``value`` as integers in [0, shape[-1]) of shape ``shape[:-1]``; else ValueError."""
     array, (*entries, top) = np.asarray(value), shape
     if array.dtype.kind not in "iu" or array.shape != tuple(entries):
         fail(name, f"integers of shape {tuple(entries)}", f"{array.dtype} of shape {array.shape}")

@@ -81,9 +81,8 @@ def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
     """Plot steps to 90% against the learning rate; runs in the top row never reached 90%."""
     steps, rates = result.tuning_steps, np.arange(len(result.config.learning_rates))
     never = 1.15 * float(result.steps[-1])
-    shift = np.linspace(
-        -0.25, 0.25, len(result.arms)
-    )  # so that equal values do not hide each other
+    # the arms are shifted, so that equal values do not hide each other
+    shift = np.linspace(-0.25, 0.25, len(result.arms))
     for i, arm in enumerate(result.arms):
         colour, marker, line = ARM_STYLE[arm]
         axis.plot(
