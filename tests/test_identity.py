@@ -95,7 +95,7 @@ def test_a_release_whose_line_lacks_only_its_end_counts(tmp_path):
         assert ledger.read_bytes() == whole
         entry = json.loads(whole.splitlines()[-1]) | {"step": 7}
         ledger.write_bytes(whole[: whole.rindex(b'{"number"')] + json.dumps(entry).encode())
-        with pytest.raises(ValueError, match="line 3 does not follow"):
+        with pytest.raises(ValueError, match="line 3 does not match"):
             folder.num_releases()
 
 

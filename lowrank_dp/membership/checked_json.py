@@ -75,7 +75,7 @@ class CheckedObject:
             or (len(parts) > 1 and not folders)
         ):
             fix = (
-                "a hub id or a plain name; only the user may give a path, by --base"
+                "a hub id or a name, because only the user may give a path, by --base"
                 if folders
                 else "a plain name and no path"
             )
