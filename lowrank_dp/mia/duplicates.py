@@ -1,4 +1,4 @@
-"""Find texts that occur, or nearly occur, among the members and among the non-members.
+"""Find the non-members whose text is, or nearly is, the text of a member.
 
 A text that is a member's and a non-member's is no evidence for either. ``examples`` are N records
 with distinct ids and ``is_member`` (N,) is their true membership.

@@ -1,4 +1,4 @@
-"""Load a PEFT adapter on its base; raise ValueError for a weight that neither has."""
+"""Load a PEFT adapter on its base; refuse weights that are in neither."""
 
 from __future__ import annotations
 
