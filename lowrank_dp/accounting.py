@@ -1,4 +1,4 @@
-"""Upper bounds on the epsilon of composed, Poisson-sampled Gaussian mechanisms.
+"""Epsilon from noise multiplier, sampling rate and number of steps: upper bounds.
 
 A step takes a Poisson sample of rate q, sums contributions of norm at most 1, and adds
 N(0, noise_multiplier^2). Neighbours differ by adding or removing one unit. Epsilon is the smallest

@@ -1,4 +1,4 @@
-"""Execution engines of a sweep, through joblib: this machine's cores, Ray, Dask.
+"""Execution engines of a sweep (joblib, Ray, Dask), which replace a worker that dies.
 
 A worker may die at any time (kill -9, out of memory, a machine that is switched off). The job of a
 dead worker is repeated; the last attempt runs with no other job beside it. If the worker dies in

@@ -1,4 +1,4 @@
-"""Gaussian mechanism on clipped gradient sums, and its privacy accounting.
+"""Gaussian mechanism: add noise to clipped gradient sums, and state the privacy guarantee.
 
 Each step samples every unit of privacy independently with probability ``sample_rate`` (Poisson
 sampling), clips the gradient of each unit to Euclidean norm ``max_grad_norm``, sums, and adds

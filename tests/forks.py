@@ -1,4 +1,4 @@
-"""Connected processes that are forked from one which has imported everything: seconds, not tens."""
+"""Connected processes, forked from one process with all imports done, so that they start fast."""
 
 import json
 import os

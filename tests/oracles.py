@@ -1,4 +1,4 @@
-"""Slow definitions that several test files compare the package with.
+"""Slow reference implementations that several test files compare the package with.
 
 An oracle here follows the definition in the paper or in the textbook, one row or one pair at a
 time, and imports nothing from ``lowrank_dp``.

@@ -1,4 +1,4 @@
-"""A check of refused input that names the case which failed, for loops over many cases."""
+"""Check that bad input raises ValueError, for loops over many cases; a failure names the case."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Checkpoints hold what was trained, for this package and for others; others are refused."""
+"""Checkpoints hold all trained weights, for this package and for others; others are refused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""``paper_artifacts/README.md``: every claim has a verdict, and an artifact that is there."""
+"""Index of claims, ``paper_artifacts/README.md``: every claim has a verdict and an artifact."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Command lines as a user runs them: results, exit codes, one line on bad input, nothing lost."""
+"""Command lines as a user runs them: results, exit codes, one line on bad input, no file lost."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The experiments on LoRA's noise: tiny configurations run, reload, plot, and say what is true."""
+"""Experiments on LoRA's noise: tiny configs run, reload and plot, and their numbers are right."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The matrix counter-example: its scores against naive oracles, and a tiny run of the whole."""
+"""Attack on a projected matrix: its scores against naive oracles, and a tiny complete run."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Membership over ranks: a whole small sweep, and its reading at matched loss."""
+"""Membership inference over ranks: a small sweep, and AUC interpolated at matched loss."""
 
 from dataclasses import replace
 

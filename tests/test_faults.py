@@ -1,5 +1,6 @@
-"""Faults at any moment, over every command that writes: what is left is whole and what is claimed
-holds. Runs broken off at chosen lines, damaged snapshots and ledgers are in test_train_resume.
+"""Faults injected into every command that writes: files stay intact and stated claims hold.
+
+Runs broken off at chosen lines, damaged snapshots and ledgers are in test_train_resume.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The catalogue of figures: every entry is whole, and which config and model an entry is run on."""
+"""Catalogue of figures: every entry is complete, and runs on the right config and model."""
 
 import dataclasses
 import json

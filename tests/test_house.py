@@ -1,4 +1,4 @@
-"""Rules of the house that a program can check: short faces, files and functions, and no circle."""
+"""Rules of the code base: short ``__init__`` files, modules and functions, and no import cycle."""
 
 import ast
 import graphlib

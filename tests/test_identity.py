@@ -1,4 +1,4 @@
-"""What a resumed run compares before it draws noise again, and a folder that is being left."""
+"""Comparisons of a resumed run before it draws noise again, and a folder that a run releases."""
 
 import fcntl
 import json
@@ -95,7 +95,7 @@ def test_a_release_whose_line_lacks_only_its_end_counts(tmp_path):
         assert ledger.read_bytes() == whole
         entry = json.loads(whole.splitlines()[-1]) | {"step": 7}
         ledger.write_bytes(whole[: whole.rindex(b'{"number"')] + json.dumps(entry).encode())
-        with pytest.raises(ValueError, match="line 3 does not follow"):
+        with pytest.raises(ValueError, match="line 3 does not match"):
             folder.num_releases()
 
 
@@ -109,7 +109,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_does_not_hold(tmp_path,
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", leave_first)
-    with pytest.raises(InUse, match="was being left by another run: try again"), open_run(path):
+    with pytest.raises(InUse, match="by a run that was just ending: try again"), open_run(path):
         pass
     monkeypatch.undo()
     with open_run(path) as folder:

@@ -1,4 +1,4 @@
-"""Values walk through the package in one direction, and imports with them."""
+"""Imports between the parts of the package go in one direction, without exemptions."""
 
 import ast
 import importlib

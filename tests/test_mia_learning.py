@@ -1,4 +1,4 @@
-"""Whether a model learned anything of its members, and what a verdict may say."""
+"""Test of whether a model learned anything about its members, and the verdicts that follow."""
 
 from types import SimpleNamespace
 

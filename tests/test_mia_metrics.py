@@ -1,6 +1,6 @@
 """AUC, TPR, intervals and bounds on epsilon: by definition, by simulation, and under no leakage.
 
-Simulations have fixed seeds; the error rates stated are those of the test's idea over all seeds.
+Simulations have fixed seeds; the stated error rates are those of the tests over all seeds.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Membership scores against loops and 50-digit arithmetic, their orientation, tails and speed."""
+"""Membership scores against loops and 50-digit arithmetic: values, orientation, tails, speed."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
 """The shift check with and without a shift; near-duplicates against brute force.
 
-Simulations have fixed seeds; the error rates stated are those of the test's idea over all seeds.
+Simulations have fixed seeds; the stated error rates are those of the tests over all seeds.
 """
 
 import tracemalloc

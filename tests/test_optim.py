@@ -1,4 +1,4 @@
-"""The hook against gradients restored by hand, the noise of Opacus, and its accountant."""
+"""Optimizer hook against gradients restored by hand, Opacus's noise and Opacus's accountant."""
 
 import copy
 import io

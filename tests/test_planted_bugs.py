@@ -1,12 +1,12 @@
-"""Privacy bugs, planted one at a time into the rooms of ``train``: each stops the run by name.
+"""Privacy bugs, planted one at a time into ``train``: the guard for each bug stops the run.
 
 Planted bugs replace a function that ``train`` calls, so everything around it is as in a real run.
 
-What no look from inside the process can see, and is therefore not planted here: noise whose seed
-an adversary knows though the generator moves on as it should (the privacy statement names the
-source of the noise instead); two runs in different folders that share a seed and are both released
-(the statement of a seeded run says that its noise is not secret); an accountant that is wrong
-itself (``test_mechanism`` compares it with another one).
+Three faults cannot be detected from inside the process and are therefore not planted here. First,
+an adversary knows the seed of the noise, though the generator advances as it should; the privacy
+statement names the source of the noise instead. Second, two runs in different folders share a seed
+and are both released; the statement of a seeded run says that its noise is not secret. Third, the
+accountant itself is wrong; ``test_mechanism`` compares the accountant with another one.
 """
 
 import hashlib

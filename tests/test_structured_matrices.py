@@ -1,4 +1,4 @@
-"""Restoration of matrices that are not "signal and noise": the fast path against a full SVD.
+"""Restoration of matrices other than signal plus noise: the fast path against a full SVD.
 
 Oracle: ``numpy.linalg.svd`` in float64 and the optimal shrinker of Gavish and Donoho (2017, eq. 7),
 written out here.

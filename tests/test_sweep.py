@@ -1,4 +1,4 @@
-"""Sweeps: order, each configuration once, nothing repeated, failures kept apart."""
+"""Sweeps: results in order, each configuration trained once, and failures kept apart."""
 
 import importlib.util
 import json

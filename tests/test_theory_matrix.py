@@ -1,4 +1,4 @@
-"""The symmetry score: zero for the truth, positive for any other candidate of two rows or more."""
+"""Symmetry score: zero for the true gradient, positive for other candidates of two or more rows."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Several processes at one run: against one process, against dp-accounting, and dying ones."""
+"""Runs over several processes: against one process, against dp-accounting, and with failures."""
 
 import json
 import math

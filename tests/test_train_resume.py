@@ -1,4 +1,4 @@
-"""Runs that are broken off: exceptions, kill -9, full disks, damage; and what they then claim."""
+"""Interrupted runs: exceptions, kill -9, full disks, damage; and the privacy they then claim."""
 
 import json
 import random
@@ -596,7 +596,7 @@ def test_without_a_whole_snapshot_the_releases_made_are_not_forgotten(places, ha
         half_done(config, folder)
         for path in (folder / "snapshots").glob("*.safetensors"):
             flip(path)
-        with pytest.raises(ValueError, match="no whole snapshot, though 7 releases were made"):
+        with pytest.raises(ValueError, match="no intact snapshot, though 7 releases were made"):
             train(config, folder, resume=True)
 
 

@@ -1,4 +1,4 @@
-"""A model split over processes (FSDP2): against one process that holds it all, and dying ones."""
+"""Models sharded over processes (FSDP2): against a single process, and with failing processes."""
 
 import json
 import shutil

@@ -9,7 +9,7 @@ never sees an incomplete file. Nothing is pickled, and pickled data is never rea
 from typing import TYPE_CHECKING
 
 from lowrank_dp._lazy import lazy
-from lowrank_dp.artifacts.provenance import provenance  # not lazy: its module has the same name
+from lowrank_dp.artifacts.provenance import provenance  # imported now: the name is also a module's
 
 if TYPE_CHECKING:
     from lowrank_dp.artifacts.files import (

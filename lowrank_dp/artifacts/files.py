@@ -21,9 +21,10 @@ MAX_JSON_BYTES = 64 << 20  # about a thousand times the size of a run's own JSON
 def atomic_write(path: str | Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     """Yield a binary file that is renamed to ``path`` when the block ends without an error.
 
-    If the block raises, the file is removed and what was at ``path`` stays. Missing folders are
-    created. Only the owner can read the file before it is renamed; ``mode`` sets the permissions
-    of the final file, and None means the process's default.
+    If the block raises, the new file is removed, and an old file at ``path`` stays. Missing folders
+    are created. Only the owner can read the file before it is renamed; ``mode`` sets the
+    permissions of the final file, and None takes the process's default. Raises OSError if the file
+    cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,16 +54,20 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def umask() -> int:
-    """Return the process's file mode mask; the system can only read the mask by setting it."""
+    """Return the process's file mode mask.
+
+    The system returns the mask only when the mask is set, so the mask is set to 0 for a moment.
+    """
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def write_json(path: str | Path, document: Any, *, mode: int | None = None) -> None:
-    """Write ``document`` as JSON, atomically; ``mode`` is that of :func:`atomic_write`.
+    """Write ``document`` as JSON, atomically; ``mode`` is as in :func:`atomic_write`.
 
-    Raises ValueError if ``document`` holds NaN or infinity.
+    Raises ValueError if ``document`` holds NaN or infinity, and OSError if the file cannot be
+    written.
     """
     content = encode_json(document)
     with atomic_write(path, mode=mode) as file:
@@ -70,7 +75,7 @@ def write_json(path: str | Path, document: Any, *, mode: int | None = None) -> N
 
 
 def encode_json(document: Any) -> bytes:
-    """Encode ``document`` as the package's JSON files have it; ValueError on NaN or infinity."""
+    """Encode ``document`` as indented JSON in UTF-8; raise ValueError for NaN or infinity."""
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     return text.encode() + b"\n"
 
@@ -89,7 +94,7 @@ def read_json(
         max_bytes: largest accepted size; None means ``MAX_JSON_BYTES`` (64 MiB).
         max_values: largest accepted number of values, which bounds the memory of parsing; None
             means any number.
-        strict: also refuse NaN, infinity, and an object in which a name stands twice.
+        strict: also refuse NaN, infinity, and an object that holds a name twice.
 
     Raises:
         ValueError: if the file is too large, holds too many values, or holds anything other than a

@@ -18,7 +18,7 @@ from lowrank_dp import _validate
 def to_jsonable(value: Any) -> Any:
     """Convert dataclasses, tuples, mappings, paths and numpy scalars to JSON's own types.
 
-    A value of any other type is returned as it is.
+    A value of any other type is returned unchanged.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -38,8 +38,8 @@ def from_jsonable(name: str, value: Any, hint: Any) -> Any:
     each other. Where ``hint`` is Any or object, every value is accepted.
 
     Args:
-        name: what the value is called in error messages.
-        value: the value, in JSON's own types (arrays of a result may stand among them).
+        name: name of the value in error messages.
+        value: the value, in JSON's own types; the arrays of a result may be among them.
         hint: a type annotation.
 
     Raises:
@@ -49,7 +49,7 @@ def from_jsonable(name: str, value: Any, hint: Any) -> Any:
     try:
         return _convert(name, value, hint)
     except RecursionError:
-        raise ValueError(f"{name} must not be nested so deeply") from None
+        raise ValueError(f"{name} must have fewer levels of nesting") from None
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
@@ -84,9 +84,9 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 def _to_dataclass(name: str, value: dict[str, Any], kind: type) -> Any:
     hints = get_type_hints(kind)
     if unknown := value.keys() - hints.keys():
-        _validate.fail(kind.__name__, f"one with fields {', '.join(hints)}", sorted(unknown))
+        _validate.fail(kind.__name__, f"an object with fields {', '.join(hints)}", sorted(unknown))
     values = {key: _convert(f"{name}: {key}", item, hints[key]) for key, item in value.items()}
     try:
         return kind(**values)
-    except TypeError as error:  # a field is missing
+    except TypeError as error:  # the dataclass has a field without default that ``value`` lacks
         raise ValueError(f"{name} must be a whole {kind.__name__} ({error})") from None

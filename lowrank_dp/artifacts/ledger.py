@@ -1,9 +1,9 @@
 """The ledger of a training run: one line per release, written before the release is made.
 
 Each line holds the SHA-256 of itself and of all lines before it, so that a changed, lost or moved
-line is noticed. Whole lines lost from the end since the last snapshot are the exception: the steps
-of these lines are drawn again in the same way and count once. The hashes detect damage, not
-forgery.
+line is noticed. One loss is not noticed: whole lines at the end that were written after the last
+snapshot. The steps of these lines are drawn again in the same way and count once. The hashes detect
+damage, not forgery.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FIELDS = {"number": int, "stream": str, "step": int, "noise": str, "sums": str,
 
 
 class EarlierVersion(ValueError):
-    """The file was written by an earlier version of the package."""
+    """Error for a file that an earlier version of the package wrote."""
 
     def __init__(self, path: Path):
         super().__init__(
             f"{path} was written by an earlier version of lowrank_dp, which did not "
             "protect it against damage: finish the run with that version, or start afresh "
-            "in another folder, and add what was spent"
+            "in another folder, and add the privacy that this run has spent"
         )
 
 
@@ -40,7 +40,10 @@ class Ledger:
     path: Path
 
     def append(self, stream: str, step: int, noise: str, sums: str) -> None:
-        """Append one line and wait until it is on the disk."""
+        """Append the line of one release, and return once the line is on the disk.
+
+        The arguments are those of ``runs.RunFolder.begin_release``.
+        """
         with self.path.open("ab+") as file:
             os.chmod(file.fileno(), 0o600)
             number, head = self._last(file)
@@ -56,17 +59,18 @@ class Ledger:
             os.fsync(file.fileno())
 
     def count(self, stream: str, steps: Iterable[int]) -> int:
-        """Count the distinct releases, those of ``steps`` of ``stream`` included.
+        """Count the distinct releases, and count ``steps`` of ``stream`` as released.
 
-        A release is a pair of stream and step. Raises ValueError if the ledger is damaged, or if
-        counting pairs would count too few releases.
+        A release is a pair of stream and step. Raises ValueError if the ledger is damaged, if a
+        pair was repeated with another noise or other sums, or if two pairs have the same noise:
+        the number of pairs would then be less than the number of releases.
         """
         digests_of, head = dict[tuple[str, int], tuple[str, str]](), ""
         release_of: dict[str, tuple[str, int]] = {}
         for number, line in enumerate(self.lines(), 1):
             entry = _entry(self.path, line)
             if _line(entry, head) != line + b"\n" or entry["number"] != number:
-                raise self._damaged(f"line {number} does not follow from those before")
+                raise self._damaged(f"line {number} does not match the lines before it")
             head = entry["chain"]
             release, digests = (entry["stream"], entry["step"]), (entry["noise"], entry["sums"])
             if digests_of.setdefault(release, digests) != digests:
@@ -82,8 +86,9 @@ class Ledger:
     def lines(self) -> list[bytes]:
         """Return the complete lines.
 
-        The process was killed while it wrote a last line that is cut short. The line's release was
-        not made yet, so the line is removed. A last line that lacks only its newline counts.
+        A last line that is cut short was being written when the process was killed. Its release
+        was not made yet, so the line is removed from the file. A last line that lacks only its
+        newline is complete, and the newline is added.
         """
         lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else [b""]
         if lines[-1]:
@@ -102,14 +107,14 @@ class Ledger:
         return {"lines": lines, "head": head}
 
     def require(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError unless the ledger begins with the lines that it had at ``state``."""
+        """Raise ValueError unless the ledger begins with the lines that ``state`` describes."""
         lines, count = self.lines(), state["lines"]
         if count and (
             len(lines) < count or _entry(self.path, lines[count - 1])["chain"] != state["head"]
         ):
             raise self._damaged(
                 f"it had {count} lines when the last snapshot was made, "
-                f"and has {len(lines)} or others",
+                f"and now has {len(lines)} lines, or lines with another content",
             )
 
     def _last(self, file: BinaryIO) -> tuple[int, str]:
@@ -140,14 +145,14 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 
 def _line(entry: Mapping[str, Any], head: str) -> bytes:
-    """Encode a line that follows a line whose hash is ``head``."""
+    """Encode ``entry`` as the line after a line whose hash is ``head``; append its own hash."""
     content = {name: entry[name] for name in _FIELDS if name != "chain"}
     chain = hashlib.sha256(f"{head} {json.dumps(content)}".encode()).hexdigest()
     return json.dumps({**content, "chain": chain}).encode() + b"\n"
 
 
 def _entry(path: Path, line: bytes) -> dict[str, Any]:
-    """Decode one line."""
+    """Decode and check one line; raise ValueError if the line is damaged."""
     try:
         entry = json.loads(line)
         if isinstance(entry, dict) and entry.keys() == {"stream", "step"}:

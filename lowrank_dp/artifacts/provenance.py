@@ -24,7 +24,7 @@ def provenance(*, seed: int | None = None, device: str = "cpu") -> dict[str, Any
         device: device of the experiment.
 
     Returns:
-        A dict in JSON's own types. It names no folder of this machine.
+        A dict in JSON's own types. The dict names no folder of this machine.
     """
     versions = {name: metadata.version(name) for name in _VERSIONS if _installed(name)}
     return {

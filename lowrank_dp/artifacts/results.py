@@ -17,7 +17,7 @@ from lowrank_dp.artifacts.provenance import provenance
 R = TypeVar("R")
 
 SCHEMA_VERSION = 1
-MAX_BYTES = 1 << 30  # of the JSON, and of the unpacked arrays: a small .npz can unpack to any size
+MAX_BYTES = 1 << 30  # limit of the JSON and of the unpacked arrays: a small .npz can hold any size
 _OWN_KEYS = ("schema_version", "kind", "arrays")
 
 
@@ -26,9 +26,9 @@ def save_result(
 ) -> Path:
     """Save a frozen dataclass: its arrays as ``NAME.npz``, and all other fields as ``NAME.json``.
 
-    If the dataclass has a field ``provenance`` and it is empty, the saved field states the
-    versions, the machine, the commit, the command and the time (UTC) of this process. A result
-    that was loaded keeps the provenance that it was saved with.
+    If the dataclass has an empty field ``provenance``, the saved field states the
+    versions, the machine, the commit, the command and the time (UTC) of this process. A loaded
+    result keeps its saved provenance.
 
     Args:
         result: instance of a dataclass; numpy arrays may be fields, but not inside other fields.
@@ -41,8 +41,8 @@ def save_result(
         The path of the JSON file.
 
     Raises:
-        ValueError: if ``result`` is no dataclass instance, or holds what neither file can hold
-            (objects that would be pickled, NaN outside an array).
+        ValueError: if ``result`` is no dataclass instance, or holds a value that neither file can
+            hold (an object that would be pickled, NaN outside an array).
         OSError: if the folder cannot be written; the previous files are then intact.
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
@@ -54,7 +54,7 @@ def save_result(
             _validate.fail(key, "an array of numbers or text", "objects, which would be pickled")
     for key in _OWN_KEYS:
         if key in fields:
-            _validate.fail("result", f"without a field {key!r}, which names its file's own", key)
+            _validate.fail("result", f"without a field {key!r}, a key of the JSON file itself", key)
     if fields.get("provenance") == {}:
         fields["provenance"] = provenance(seed=seed, device=device)
     document = {
@@ -76,7 +76,7 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     """Load what :func:`save_result` saved, as an instance of the dataclass ``kind``.
 
     Raises:
-        FileNotFoundError: if there is no such result.
+        FileNotFoundError: if the folder has no result ``name``.
         ValueError: if a file is damaged, of another kind or schema, or lacks a field.
     """
     path = Path(folder) / f"{name}.json"

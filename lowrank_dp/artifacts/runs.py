@@ -1,7 +1,7 @@
-"""The folder of a training run: its lock, its ledger, its snapshots and its checkpoint.
+"""The folder of a training run: lock it, and write and read its ledger, snapshots and checkpoint.
 
     OUTPUT/                 a Hugging Face folder once the run is finished
-        training.json       written last: a folder that has it is finished
+        training.json       written last: a folder with this file is finished
         membership.json
         .lock               held by the process that works here; released when the process ends
         snapshots/          removed when the run is finished
@@ -32,13 +32,13 @@ from lowrank_dp.artifacts.files import atomic_write, read_json, umask, write_jso
 from lowrank_dp.artifacts.ledger import EarlierVersion, Ledger
 
 KEPT_SNAPSHOTS = 2
-FORMAT = 2  # of snapshots and ledger; format 1 had no hashes
+FORMAT = 2  # format of snapshots and ledger; format 1 had no hashes
 TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
 
 
 class InUse(ValueError):
-    """Another process works in the folder."""
+    """Error for a folder that another process has locked."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RunFolder:
             stream: name of the stream.
             step: number of the step, from 0.
             noise: digest of the generator state that the noise is drawn from; "" if unknown.
-            sums: digest of what the gradient sums depend on; "" if unknown.
+            sums: digest of the inputs of the gradient sums; "" if unknown.
 
         Raises:
             ValueError: if the ledger is damaged.
@@ -86,7 +86,7 @@ class RunFolder:
         Raises:
             ValueError: if the ledger is damaged or was written by an earlier version, if a
                 release was repeated with another noise or other sums, or if one noise was drawn
-                for two releases. Counting pairs would count too few releases then.
+                for two releases. In the last two cases, the number of pairs is too small.
         """
         return self._ledger.count(stream, steps)
 
@@ -156,14 +156,14 @@ class RunFolder:
                 return document, load(data)
         if made or any(step > 0 for step in self._steps()):
             raise ValueError(
-                f"{self.snapshots} holds no whole snapshot, though {made} releases "
+                f"{self.snapshots} holds no intact snapshot, though {made} releases "
                 "were made: start afresh in another folder, and add what they spent "
                 "to what that run will spend"
             )
         return None
 
     def configuration(self) -> Any:
-        """What the run began with, by its result or its last whole snapshot; None if unknown."""
+        """Return the run's configuration, from its result or newest intact snapshot, or None."""
         with contextlib.suppress(ValueError, OSError):
             if self.finished:
                 return read_json(self.path / TRAINING).get("config")
@@ -188,8 +188,8 @@ class RunFolder:
         The snapshots' generator states would reveal the noise.
 
         Args:
-            write: function that writes the model's files into an empty folder, from which they
-                are moved into place.
+            write: function that writes the model's files into an empty folder; the files are then
+                moved into place.
             documents: content of JSON files, by name; ``training.json`` is written last.
 
         Raises:
@@ -212,13 +212,13 @@ class RunFolder:
 
 
 def _digest(document: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON document's content."""
+    """Return the SHA-256 of a JSON document's content, in hexadecimal."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn a failed write into an OSError that names ``what`` and states how to continue."""
+    """Turn a failed write into an OSError that names the file ``what`` and how to continue."""
     try:
         yield
     except Exception as error:  # on a full disk, model libraries raise errors of many types
@@ -268,10 +268,10 @@ def _take(lock: BinaryIO, path: Path) -> None:
         ) from None
     try:
         in_place = os.path.samestat(os.fstat(lock.fileno()), (path / ".lock").stat())
-    except FileNotFoundError:  # the run that leaves removes its lock file
+    except FileNotFoundError:  # a run that ends removes its lock file
         in_place = False
     if not in_place:
-        raise InUse(f"output {path} was being left by another run: try again")
+        raise InUse(f"output {path} was in use by a run that was just ending: try again")
 
 
 def _require_room(folder: RunFolder, resume: bool) -> None:
@@ -293,7 +293,7 @@ def _require_room(folder: RunFolder, resume: bool) -> None:
 
 
 def _clear_remains(folder: RunFolder) -> None:
-    """Delete what a killed attempt left: partial checkpoints, and snapshots of a finished run."""
+    """Delete the remains of a killed attempt: partial checkpoints, a finished run's snapshots."""
     for aside in folder.path.glob(".checkpoint-*"):
         shutil.rmtree(aside, ignore_errors=True)
     for name in (TRAINING, MEMBERSHIP):

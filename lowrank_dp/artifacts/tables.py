@@ -1,7 +1,7 @@
 """Save tables (CSV, Markdown, LaTeX) and figures (PNG, PDF).
 
-The tables are written by hand: pandas needs two more packages for Markdown and LaTeX, and its
-output differs from the committed tables in rules and escapes.
+This module formats the tables itself, because pandas needs two more packages for Markdown and
+LaTeX, and its output differs from the committed tables in rules and escapes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def save_table(
         The paths of the three files.
 
     Raises:
-        ValueError: if a row has not as many cells as there are columns; no file is touched then.
+        ValueError: if a row does not have one cell per column; no file is touched then.
     """
     if any(len(row) != len(columns) for row in rows):
-        raise ValueError(f"rows must each have {len(columns)} cells, one for each column")
+        raise ValueError(f"rows must each have {len(columns)} cells, one per column")
     cells = [[str(cell) for cell in row] for row in rows]
     paths = []
     for suffix, content in (
@@ -112,8 +112,8 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     """Save a figure as ``NAME.png`` (200 dpi) and ``NAME.pdf`` (vector graphics, embedded fonts).
 
-    Returns the paths of the two files. The PDF states no date: one figure gives one sequence of
-    bytes.
+    Returns the paths of the two files. The PDF states no date, so that the same figure always gives
+    the same bytes. Raises OSError if a file cannot be written.
     """
     import matplotlib as mpl
 

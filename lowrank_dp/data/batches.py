@@ -24,9 +24,9 @@ def collate(
 
     Args:
         rows: token rows of :func:`encode`, all with the same keys.
-        pad_token_id: the token on padding.
+        pad_token_id: the token that fills the padding.
         side: the side of the padding: "right", or "left" for prompts to generate from.
-        length: tokens per row; None takes the length of the longest row.
+        length: number of tokens per row; None takes the length of the longest row.
 
     Returns:
         ``input_ids`` and ``attention_mask`` (B, T); ``token_type_ids`` (B, T) if the rows have
@@ -83,7 +83,8 @@ def micro_batches(
 
     ``indices[j]`` is the position in ``rows`` of the batch's row ``j``. Each batch is padded to its
     longest row, or to ``length``. The longest rows come first, so that a batch too large for the
-    memory fails at once. No rows give no batch.
+    memory fails at once. No rows give no batch. The other arguments, the form of a batch and the
+    errors are those of :func:`collate`; ``batch_size`` below 1 raises ValueError as well.
     """
     batch_size = _validate.integer("batch_size", batch_size)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))

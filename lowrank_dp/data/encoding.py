@@ -25,8 +25,8 @@ def encode(
 ) -> list[dict[str, Any]]:
     """Encode examples as token rows, one row per example, in order.
 
-    A row has ``input_ids``, ``labels`` (with ``with_target``) and, if the tokenizer uses them,
-    ``token_type_ids``.
+    A row has ``input_ids``, ``labels`` (with ``with_target``) and, for a tokenizer with segment
+    ids, ``token_type_ids``.
 
     - Classification and regression: a row holds the text or the pair, with the tokenizer's special
       tokens. Tokens beyond ``max_length`` are cut from the longer text of a pair.
@@ -34,14 +34,15 @@ def encode(
       the target. Tokens beyond ``max_length`` are cut from the end of the source, never from the
       target. ``with_target=False`` gives the prompts alone, to generate from.
 
-    ``template`` (see :meth:`Template.parse`) is for causal language models that were trained
-    elsewhere. The written text is then tokenised as a whole, with the tokenizer's own special
+    ``template`` (see :meth:`Template.parse`) is for causal language models that another program
+    trained. The written text is then tokenised as a whole, with the tokenizer's own special
     tokens. With ``{target}``, the target and the text after it are labelled, and an end of sequence
     is added. With ``{text}``, all tokens except the first are labelled, no end of sequence is
     added, and tokens beyond ``max_length`` are cut from the end.
 
-    Without ``max_length`` nothing is cut. Raises ValueError, with the example's id, for a text
-    longer than the model's context and for a target that leaves no room for its source.
+    ``max_length`` is in tokens; with None, nothing is cut. Raises ValueError, with the example's
+    id, for a text longer than the model's context and for a target that leaves no room for its
+    source.
     """
     _validate.choice("kind", kind, ("classification", "regression", "generation"))
     if not examples:
@@ -52,7 +53,7 @@ def encode(
     if template is not None:
         if kind != "generation" or not with_target:
             _validate.fail(
-                "template", "None but for texts that a causal language model scores", template
+                "template", "None, except for texts that a causal language model scores", template
             )
         form = Template.parse(template)
         rows = (
@@ -152,7 +153,7 @@ def _encode_template(
     _require_eos(tokenizer)
     if not tokenizer.is_fast:
         raise ValueError(
-            "template needs a tokenizer that tells which characters a token covers: "
+            "template must come with a tokenizer that tells which characters a token covers: "
             "save the checkpoint with its fast tokenizer (tokenizer.json)"
         )
     parts = [template.parts(example) for example in examples]
@@ -164,7 +165,7 @@ def _encode_template(
         examples, parts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         begin, end, scored = (sum(map(len, four[:count])) for count in (1, 2, 3))
-        # a token over the template's last space and the target's first word belongs to the target
+        # a token that spans the template's last space and the target's first word is the target's
         first = next(
             (i for i, (left, right) in enumerate(spans) if right > max(scored, left)), len(ids)
         )
@@ -195,8 +196,8 @@ def _encode_plain(
     for example, ids in zip(examples, encoded["input_ids"], strict=True):
         if len(ids) < 2:
             raise ValueError(
-                f"{example.id} has {len(ids)} tokens, and a text must have 2 for one "
-                "of them to be scored: leave it out, or give a larger max_length"
+                f"{example.id} has {len(ids)} tokens, and a text must have at least 2, "
+                "because the first is not scored: leave the text out, or give a larger max_length"
             )
         rows.append({"input_ids": ids, "labels": [IGNORE, *ids[1:]]})
     return rows

@@ -1,4 +1,4 @@
-"""Records of a task: their content hash, and the group of records they belong to."""
+"""Records of a task, with content hash and group."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_unicode(where: str, column: str, value: str) -> str:
     """Return the text; raise ValueError if UTF-8 can't encode the text."""
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON escapes can spell half a surrogate pair
+    except UnicodeEncodeError:  # JSON escapes can encode half a surrogate pair
         raise ValueError(f"{where}: column {column!r} must be valid Unicode") from None
     return value
 

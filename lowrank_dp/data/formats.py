@@ -31,10 +31,10 @@ SUFFIXES = (
     ".parquet",
 )
 FORMATS = "CSV, TSV, JSON Lines, JSON or Parquet (.csv .tsv .jsonl .json, also with .gz, .parquet)"
-MAX_LINE_BYTES = 1 << 20  # of JSON Lines; the longest known example is far shorter
+MAX_LINE_BYTES = 1 << 20  # of a line of JSON Lines; the longest known example is far shorter
 MAX_FILE_BYTES = 1 << 30  # unpacked: a small .gz file can hold any amount
 MAX_ROWS = 5_000_000  # MNLI has 393 thousand
-_ARROW_BATCH = 256  # rows that are converted at a time
+_ARROW_BATCH = 256  # number of rows converted at a time
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Table:
     """The rows of one split, in order.
 
     Attributes:
-        rows: each with its place: "file line n" (JSON Lines), or "file row n", counted from 1
-            without the header.
+        rows: the cells of each row, with the row's place: "file line n" (JSON Lines), or "file
+            row n", counted from 1 without the header.
         columns: the names of all columns, in order.
         class_names: for each column that is a ``datasets.ClassLabel``, the names of its classes.
     """
@@ -54,7 +54,7 @@ class Table:
 
 
 class TooLarge(ValueError):
-    """A file beyond the limits of this module."""
+    """Error for a file that exceeds the limits of this module."""
 
 
 def read_table(path: Path) -> Table:
@@ -110,7 +110,7 @@ def _content(path: Path) -> bytes:
 def read_jsonl(path: Path) -> Iterator[Row]:
     """Yield the rows of a JSON Lines file, plain or gzipped; blank lines are skipped.
 
-    Raises ValueError that names the file and the line.
+    Raises ValueError, which names the file and the line, for a line that holds no JSON object.
     """
     number, size, where = 0, 0, str(path)
     try:
@@ -198,7 +198,7 @@ def _csv(path: Path, separator: str) -> Table:
         )
     except UnicodeDecodeError:
         raise _not_utf8(path, data) from None
-    except (ValueError, OverflowError, MemoryError) as error:  # pandas' parser errors among them
+    except (ValueError, OverflowError, MemoryError) as error:  # pandas' parser errors too
         _require_separator(path, data.split(b"\n", 1)[0].decode(errors="replace"), separator)
         reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. ")
         raise ValueError(
@@ -211,7 +211,8 @@ def _csv(path: Path, separator: str) -> Table:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{path}: column {twice[0]!r} occurs twice in the header; rename one")
     _check_size(path, 0, len(cells))
-    kept = tuple(name for name in names if name.strip())  # pandas' index has no name
+    # pandas writes its index as a column without a name
+    kept = tuple(name for name in names if name.strip())
     return Table(
         [
             (
@@ -283,7 +284,9 @@ def _parquet(path: Path) -> Table:
 def read_saved(path: Path, known: Mapping[str, str]) -> dict[str, Table]:
     """Read the splits of a Dataset or DatasetDict that ``save_to_disk`` wrote, without decoding.
 
-    ``known`` maps the names of splits to their names here; other splits are not read.
+    ``known`` maps the names of splits in the folder to their names in this package; other splits
+    are not read. Cells such as images are not decoded. Raises ValueError if the folder is damaged,
+    has no known split, or exceeds the limits.
     """
     import datasets
 

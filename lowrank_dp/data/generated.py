@@ -150,7 +150,8 @@ def sentiment(
 ) -> dict[str, list[tuple[str, int]]]:
     """Generate private pairs (text, label) with distinct texts; label 1 is positive.
 
-    The train and validation splits have the same distribution.
+    The result maps "train" and "validation" to ``num_train`` and ``num_validation`` pairs. Both
+    splits have the same distribution.
     """
     rows = _distinct(_sentence, _rng("sentiment", seed), public=False)
     return {"train": _take(rows, num_train), "validation": _take(rows, num_validation)}
@@ -161,7 +162,8 @@ def tables(
 ) -> dict[str, list[tuple[str, str]]]:
     """Generate private pairs (table, description); no two splits share a table.
 
-    ``num_train`` and ``num_others`` (of validation and of test) count tables, not pairs.
+    ``num_train`` is the number of tables of the train split, ``num_others`` that of the validation
+    split and again of the test split. A table has one to three pairs.
     """
     rng = _rng("tables", seed)
     found = _distinct(_table, rng, public=False)
@@ -271,14 +273,14 @@ def _description(values: dict[str, str], rng: random.Random) -> str:
 
 
 def _is_public(text: str) -> bool:
-    """Tell whether a text is public: one text in four is, by its hash."""
+    """Tell whether a text is public: its hash makes one text in four public."""
     return hashlib.sha256(text.encode()).digest()[0] % 4 == 0
 
 
 def _distinct(
     make: Callable[[random.Random], tuple[str, T]], rng: random.Random, *, public: bool
 ) -> Iterator[tuple[str, T]]:
-    """Yield pairs from ``make`` without end; their texts are distinct and on one side."""
+    """Yield pairs from ``make`` without end, with distinct texts, all public or all private."""
     seen: set[str] = set()
     while True:
         text, value = make(rng)

@@ -12,7 +12,7 @@ from lowrank_dp.data.examples import bad_cell, cell, check_unicode
 from lowrank_dp.data.formats import Table
 
 MAX_CLASSES = 1000
-MAX_SHOWN = 10  # classes that a message lists
+MAX_SHOWN = 10  # largest number of classes that a message lists
 _LABEL_LIMIT = 2**63
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -24,11 +24,14 @@ def read_labels(
 
     Strings and truth values are classes in sorted order. Integers >= 0 are classes in numeric
     order, whether or not they start at 0. Floats are classes if all are whole numbers, and scores
-    otherwise. A column that holds such numbers as strings is read like the numbers. The classes of
+    otherwise. A column that holds numbers as strings is read like the numbers. The classes of
     a ``datasets.ClassLabel`` keep their order.
 
     Returns:
         The names of the classes, () for scores; and the number or score of each value.
+
+    Raises ValueError, which names the file, the row and the column, for a label that is empty, not
+    finite, a negative class, or of another type than the first label; and for too many classes.
     """
     found = [
         (where, cell(where, row, column)) for table in tables.values() for where, row in table.rows

@@ -37,9 +37,10 @@ _KNOWN = (
 class Columns:
     """Names of the columns of a user's own data, by the role of the column.
 
-    The help texts document the roles. A role that is None takes a column with a known name, such as
-    "sentence" or "label". A label is a class (a string, a truth value or an integer >= 0) or a
-    score (a float). Without ``group``, records to generate with one source text are a group.
+    The help texts document the roles. For a role that is None, a column with a known name is taken,
+    such as "sentence" or "label". A label is a class (a string, a truth value or an integer >= 0)
+    or a score (a float). Without ``group``, the records with a target that share one source text
+    form a group.
     """
 
     text: str | None = option(
@@ -65,7 +66,8 @@ class Columns:
     )
     group: str | None = option(
         None,
-        "Column of own data that rows of one person share: the groups of --unit group.",
+        "Column of own data with one value per person; --unit group makes the rows with one "
+        "value one unit of privacy.",
         name="group_column",
     )
 
@@ -92,8 +94,8 @@ def own_column(role: str) -> Any:
 def own_task(path: Path, columns: Columns) -> Task:
     """Make a task of a user's own file or folder.
 
-    The task's ``warning`` lists what is not read and which classes look wrong. Raises ValueError
-    in one line that names file, row and column.
+    The task's ``warning`` lists the columns and splits that are not read and the classes that look
+    wrong. Raises ValueError in one line that names file, row and column.
     """
     tables = read_tables(path)
     if not any(table.rows for table in tables.values()):
@@ -232,7 +234,7 @@ def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -
 
 
 def _check_given(given: Columns, available: tuple[str, ...], path: Path) -> None:
-    """Raise ValueError if the user names a column that is missing, or roles that contradict."""
+    """Raise ValueError if a named column is missing, or if the named roles exclude each other."""
     shown = ", ".join(map(repr, available))
     for role, name in asdict(given).items():
         if name is not None and name not in available:
@@ -244,7 +246,7 @@ def _check_given(given: Columns, available: tuple[str, ...], path: Path) -> None
     if (given.prompt or given.target) and (given.text or given.pair or given.label):
         raise ValueError(
             "prompt_column and target_column must go without text_column, "
-            "pair_column and label_column: a record is to generate, or has a label"
+            "pair_column and label_column: a record has either a target to generate or a label"
         )
     for role, other in (("pair", "text"), ("prompt", "target"), ("target", "prompt")):
         if getattr(given, role) and not getattr(given, other):

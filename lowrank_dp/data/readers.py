@@ -1,4 +1,4 @@
-"""Read a user's own file or folder as tables, one per split."""
+"""Find the files of a user's own data, and read them as tables, one per split."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_tables(path: Path) -> dict[str, Table]:
 
 
 def unread_splits(path: Path) -> list[str]:
-    """List the splits of a folder saved by ``datasets`` whose names are unknown here."""
+    """List the splits with unknown names in a folder that ``datasets`` saved."""
     file = path / "dataset_dict.json"
     if not file.is_file():
         return []

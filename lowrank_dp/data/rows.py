@@ -1,4 +1,4 @@
-"""Make checked examples of a split's rows: text, pair, label, reference, group."""
+"""Make examples of a split's rows, with checked text, pair, label, reference and group."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Row = tuple[str, dict[str, Any]]  # the place of the row ("file line n"), its ce
 def to_examples(rows: Iterable[Row], task: str, split: str, spec: TaskSpec) -> tuple[Example, ...]:
     """Make the examples of one split, in the order of its rows.
 
-    A column ``idx`` numbers the rows; without one they are numbered from 0. Raises ValueError that
-    names the place and the column of a bad cell.
+    A column ``idx`` numbers the rows; without such a column, the rows are numbered from 0. Raises
+    ValueError, which names the place and the column, for a bad cell.
     """
     examples: list[Example] = []
     seen: set[str] = set()

@@ -1,12 +1,13 @@
-"""Subsets of records for max_examples, hold-outs and members, each record chosen alone.
+"""Choose random subsets of records by a keyed hash of each unit of privacy by itself.
 
-Private training reads a part of a data set if the user asks for a number of records, for a
-hold-out or for random members. Differential privacy compares two data sets that differ in one
-record, so adding a record must not displace another record. :func:`draw` therefore decides on each
-unit of privacy alone: it compares a keyed hash of the unit's content, as a number from 0 to 1, with
-a threshold. The size of such a subset is random, like the size of a Poisson sample.
+Private training reads a part of a data set if the user asks for a number of records
+(``max_examples``), for a hold-out or for random members. Differential privacy compares two data
+sets that differ in one record, so adding a record must not displace another record. :func:`draw`
+therefore decides on each unit of privacy alone: it compares a keyed hash of the unit's content, as
+a number from 0 to 1, with a threshold. The size of such a subset is random, like the size of a
+Poisson sample.
 
-:func:`subset` has an exact size instead. It is for records that no private training reads.
+:func:`subset` has an exact size instead, and is for records that no private training reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lowrank_dp.data.examples import Example
 
 T = TypeVar("T")
 _BITS = 64
-_MOST_CHECKED = 5000  # records that require_alone looks at
+_MOST_CHECKED = 5000  # largest number of records that require_alone checks
 
 
 def group_units(examples: Iterable[Example], unit: str) -> list[list[Example]]:
@@ -55,8 +56,8 @@ def rounded_count(count: int) -> int:
 def threshold(size: int, count: int) -> float:
     """Return the probability, in [0, 1], that chooses ``size`` of ``count`` units on average.
 
-    The probability is ``size / rounded_count(count)``. It is 1 if ``size`` and ``count`` round to
-    the same square or ``size`` is larger, so that rounding alone drops no unit.
+    The probability is ``size / rounded_count(count)``, or 1 if ``size`` and ``count`` round to the
+    same square or ``size`` is larger, so that rounding alone drops no unit.
 
     >>> threshold(100, 400), threshold(100, 401), threshold(400, 401), threshold(500, 400)
     (0.25, 0.25, 1.0, 1.0)
@@ -76,7 +77,7 @@ def draw(
     """Choose each unit whose content has a keyed hash below ``probability``.
 
     Args:
-        contents: the content of each unit, as :func:`unit_content` gives it.
+        contents: the content of each unit, the result of :func:`unit_content`.
         probability: the threshold, in [0, 1].
         purpose, seed: the key of the hash. Draws with different keys are independent.
         copies: how units with the same content are chosen. "together": all or none, so that no
@@ -102,8 +103,8 @@ def draw(
 def unit_content(unit: Sequence[Example]) -> str:
     """Return the text by which a unit of privacy is hashed: a row's content, or a group's id.
 
-    The content includes the label, because two rows may differ in the label only. It excludes the
-    row's id, because an inserted row shifts the numbers of all rows after it.
+    The content includes the label, because two rows may differ in the label only. The content
+    excludes the row's id, because an inserted row shifts the numbers of all rows after it.
     """
     row = unit[0]
     if len(unit) > 1:
@@ -142,9 +143,9 @@ def require_alone(
 ) -> None:
     """Raise ValueError if ``choose`` does not decide on each record alone.
 
-    ``choose`` returns the chosen records of a sequence. The function calls it on the first 5,000
-    records of ``everything``, again without the first record that it chose, and again without the
-    first record that it did not choose. The choice among all other records must be the same.
+    ``choose`` returns the chosen records of a sequence, and is called three times: on the first
+    5,000 records of ``everything``, on these without the first chosen record, and on these without
+    the first record that was not chosen. The choice among all other records must be the same.
     Records are compared by ``content``, so the order of copies does not matter. ``option`` names
     the user's option in the message.
     """

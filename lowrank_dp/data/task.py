@@ -1,4 +1,4 @@
-"""Tasks: named splits of examples, and the declaration of where a task lies."""
+"""Tasks: named splits of examples, and the declaration of a task's files and columns."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lowrank_dp.data.examples import Example
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Where a task lies, and what its columns mean.
+    """Location of a task's data, and the meaning of its columns.
 
     Attributes:
         folder: folder of the task inside a local data folder.
-        hub_id, config, revision: the data set on the Hugging Face hub.
+        hub_id, config, revision: repository, configuration and revision on the Hugging Face hub.
         text, pair, target, label: names of the columns.
         group: name of the column that rows of one person share, or None.
-        labels: names of the classes in the order of their numbers; () for a score or a reference.
+        labels: names of the classes in the order of their numbers; () for scores and references.
         score_range: smallest and largest score.
         metrics: names of the task's metrics.
-        splits: pairs of a split's name here and its name in files and on the hub.
+        splits: pairs of a split's name in this package and its name in files and on the hub.
     """
 
     folder: str
@@ -57,7 +57,7 @@ class Task:
         splits: the examples of each split.
         source: where the examples come from, in words.
         unused: columns of a user's own files that are not read.
-        warning: one line on what looks wrong with a user's own files, or "".
+        warning: one line on doubtful contents of a user's own files, or "".
     """
 
     name: str
@@ -71,7 +71,7 @@ class Task:
     warning: str = ""
 
     def split(self, name: str) -> tuple[Example, ...]:
-        """Return the examples of one split; raise ValueError, with a hint, if there is none."""
+        """Return the examples of one split; raise ValueError, with a hint, for a missing split."""
         if name not in self.splits:
             hint = ""
             if name == "train" and "test" in self.splits:
@@ -81,7 +81,7 @@ class Task:
                 )
             elif name == "validation" and "train" in self.splits:
                 hint = (
-                    "; to train, give it one, or set some of the train split aside by holdout "
+                    "; to train, add such a split, or hold out a part of the train split "
                     "(--holdout N)"
                 )
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Table of the known tasks (GLUE, E2E, DART); load a task by name, or own data by path.
+"""Table of the known tasks (GLUE, E2E, DART): hub ids, columns, classes; load a task.
 
 Sources of the tasks: GLUE, Wang et al., ICLR 2019; E2E, Novikova et al., SIGDIAL 2017; DART, Nan et
 al., NAACL 2021.
@@ -118,21 +118,23 @@ def load_task(
             ``datasets.save_to_disk`` wrote.
         data_dir: folder with a named task's files (``glue/sst2/train.jsonl.gz``, ``e2e/...``).
             None takes the folder that ``LOWRANK_DP_DATA`` names, and else the hub.
-        hub_id, revision: on the hub, in place of the task's defaults.
-        offline: whether to leave the hub alone; None asks the environment, then the hub.
+        hub_id, revision: repository and revision on the hub, in place of the task's defaults.
+        offline: whether to read the hub's local cache only; None does so if the environment asks
+            for offline mode or the hub is unreachable.
         max_examples: the expected number of rows to keep of each split, in whole groups. Each group
             is chosen alone, by a keyed hash against a threshold (``selection.partition``), so
             that adding a record changes the membership of that record only.
-        seed: the seed of that choice and of the generated tasks.
-        columns: names of the columns of own data. Without them, columns that are called as in
-            GLUE, E2E or DART, or source and target, are found by their names.
-        warn: whether a ``UserWarning`` gives the ``warning`` of own data.
+        seed: random seed of the kept rows and of the generated tasks.
+        columns: names of the columns of own data. With None, columns are found by the names that
+            GLUE, E2E and DART use, or by the names source and target.
+        warn: whether the ``warning`` of own data is issued as a ``UserWarning``.
 
     A named task keeps all its rows, blank texts included (DART has one blank reference in test). An
     empty cell of own data is an error.
 
-    Raises ValueError in one line: an unknown name (with the nearest known name), a broken file
-    (with its name and line), a hub out of reach (with the alternatives), a subset without records.
+    Raises ValueError in one line for an unknown name (the message has the nearest known name), a
+    damaged file (its name and line), a hub out of reach (the alternatives) and a subset without
+    records.
     """
     if max_examples is not None:
         max_examples = _validate.integer("max_examples", max_examples)
@@ -242,7 +244,7 @@ def _hub_task(
 ) -> Task:
     def refuse(reason: str) -> NoReturn:
         raise ValueError(
-            f"{name} ({hub_id}) could not be had from the hub: {reason}; set "
+            f"{name} ({hub_id}) could not be loaded from the hub: {reason}; set "
             f"LOWRANK_DP_DATA to a folder with {spec.folder}/"
             f"{spec.splits[0][1]}.jsonl.gz, or use --task generated"
         )

@@ -1,4 +1,4 @@
-"""Templates: the text that is written around the source and the target of an example."""
+"""Templates of the text around the source and the target of an example."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        r"""Parse a template.
+        r"""Parse the text of a template.
 
         ``{source}`` or ``{prompt}`` stands for the source, ``{target}`` or ``{response}`` for the
         target, and ``{text}`` alone for a plain text. ``\n``, ``\t`` and ``\\`` are read as in a

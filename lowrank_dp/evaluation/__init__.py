@@ -1,4 +1,4 @@
-"""Evaluation of a model on a task: its loss, the task's metrics, and generated texts."""
+"""Evaluation of a model on a task: loss, metrics, and generated texts."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Texts that a causal language model generates from source texts."""
+"""Generate texts from source texts with a causal language model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_dp import _validate
 from lowrank_dp.data import Example, encode, micro_batches
 from lowrank_dp.evaluation.inference import evaluating, fail_not_finite
 
-# A checkpoint may bring its own decoding settings (chat models sample); these replace them.
+# These settings replace a checkpoint's own decoding settings (chat models sample at random).
 _PLAIN_DECODING = {
     "do_sample": False,
     "temperature": 1.0,
@@ -43,12 +43,12 @@ def generate_texts(
 
     Args:
         model: a causal language model.
-        tokenizer: the model's tokenizer, as ``load_model`` gives it.
-        sources: texts; a prompt is a source and a line break, as in ``data.encode``.
+        tokenizer: the model's tokenizer, from ``load_model``.
+        sources: source texts; a prompt is a source text and a line break, as in ``data.encode``.
         num_beams: number of beams, >= 1.
-        max_new_tokens: longest text, in tokens, >= 1.
+        max_new_tokens: maximal length of a generated text, in tokens, >= 1.
         batch_size: number of prompts in memory at a time.
-        max_length: longest prompt, in tokens; longer prompts are cut. None cuts nothing.
+        max_length: maximal length of a prompt, in tokens; longer prompts are cut. None cuts none.
 
     Raises:
         ValueError: if there are no sources, the model cannot generate, its logits are not finite,
@@ -86,7 +86,7 @@ def generate_texts(
 def _generate(
     model: Any, tokenizer: Any, batch: dict[str, Tensor], num_beams: int, max_new_tokens: int
 ) -> list[str]:
-    """One text per row of a batch of prompts that are padded on the left."""
+    """Generate one text per row of a batch of prompts, which are padded on the left."""
     device = next(model.parameters()).device
     written = model.generate(
         **{name: value.to(device) for name, value in batch.items()},
@@ -106,7 +106,7 @@ def _generate(
 def _require_room(
     model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], max_new_tokens: int
 ) -> None:
-    """Refuse prompts that leave fewer than ``max_new_tokens`` positions of the model's context."""
+    """Raise ValueError if a prompt leaves no room for ``max_new_tokens`` in the model's context."""
     longest = max(len(prompt["input_ids"]) for prompt in prompts)
     context = min(
         tokenizer.model_max_length,
@@ -114,14 +114,14 @@ def _require_room(
     )
     if longest + max_new_tokens > context:
         raise ValueError(
-            f"max_new_tokens must be <= {context - longest}, what a prompt of "
-            f"{longest} tokens leaves of the model's context of {context}, got "
+            f"max_new_tokens must be <= {context - longest}, because the longest prompt takes "
+            f"{longest} of the {context} tokens of the model's context, got "
             f"{max_new_tokens}; or cut the prompts by a smaller max_length"
         )
 
 
 def _require_finite(tokens: Tensor, scores: Tensor) -> Tensor:
-    """Logits processor that refuses NaN and infinity; minus infinity marks an excluded token."""
+    """Return the logits; raise ValueError for NaN or infinity (-inf marks an excluded token)."""
     if not bool((scores < float("inf")).all()):
         fail_not_finite("the next token of a prompt")
     return scores

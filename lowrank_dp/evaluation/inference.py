@@ -1,4 +1,4 @@
-"""What every pass of a model under evaluation shares: its mode, and finite logits."""
+"""Eval mode without gradients, and the error for logits that are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of predicted labels and of generated texts."""
+"""Compute the metrics of predicted labels and of generated texts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Array = NDArray[np.float64]
 
 
 def label_metrics(names: Iterable[str], outputs: Any, labels: Any) -> dict[str, float]:
-    """Metrics of predicted classes or scores, by name.
+    """Compute metrics of predicted classes or scores, by name.
 
     ``accuracy``, and ``f1`` of class 1 against class 0, are fractions in [0, 1]; ``matthews``,
-    ``pearson`` and ``spearman`` are correlations in [-1, 1]. An undefined metric is 0.0, as in
-    GLUE's tables: a correlation with constant predictions or labels, and F1 if class 1 is neither
-    predicted nor present.
+    ``pearson`` and ``spearman`` are correlations in [-1, 1]. As in GLUE's tables, a metric is 0.0
+    where it is undefined: a correlation with constant predictions or labels, and F1 if class 1 is
+    neither predicted nor present.
 
     Args:
         names: names of the metrics.
@@ -73,19 +73,19 @@ def label_metrics(names: Iterable[str], outputs: Any, labels: Any) -> dict[str, 
 def text_metrics(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """``bleu`` and ``rouge_l`` of texts with one or more references each, both from 0 to 100.
+    """Compute ``bleu`` and ``rouge_l`` of texts with one or more references, both in [0, 100].
 
     BLEU (Papineni et al., ACL 2002) is sacrebleu's corpus score with its defaults: 13a tokens, case
     kept, exponential smoothing. ROUGE-L (Lin, 2004) is rouge-score's F-measure without stemming,
-    the maximum over a text's references, averaged over texts; it ignores case and all characters
-    but ASCII letters and digits.
+    the maximum over a text's references, averaged over texts; ROUGE-L ignores case and all
+    characters except ASCII letters and digits.
 
-    Blank references are left out, since a blank one would be the closest reference of a text that
-    is cut short. A text whose references are all blank is left out of both scores.
+    Blank references are left out, because a blank reference would be the closest in length to a
+    text that is cut short. A text whose references are all blank is left out of both scores.
 
     Args:
-        hypotheses: the texts.
-        references: for each text its references.
+        hypotheses: the generated texts.
+        references: the references of each text.
 
     Raises:
         ValueError: for no texts, lists of different lengths, a text without any reference, or
@@ -113,7 +113,7 @@ def text_metrics(
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import BLEU
 
-    # sacrebleu takes the first, second, ... references of all texts, None where there is none.
+    # sacrebleu takes the first, second, ... references of all texts, with None for a missing one.
     # force=True silences its advice to detokenise: texts are scored as they are.
     streams = [*map(list, zip_longest(*(kept for _, kept in pairs)))]
     bleu = BLEU(force=True).corpus_score([text for text, _ in pairs], streams).score
@@ -129,7 +129,7 @@ def text_metrics(
 def _float64(name: str, values: Any) -> Array:
     array = torch.as_tensor(values).detach().double().cpu().numpy()
     if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite and at least one, got shape {array.shape}")
+        raise ValueError(f"{name} must be finite and non-empty, got shape {array.shape}")
     return array
 
 
@@ -168,7 +168,7 @@ def _spearman(predictions: Array, labels: Array) -> float:
 def _zero_if_constant(
     correlation: Callable[[Array, Array], float],
 ) -> Callable[[Array, Array], float]:
-    """``correlation``, and 0.0 without a warning where it is undefined."""
+    """Wrap ``correlation`` to return 0.0, without a warning, for constant predictions or labels."""
     return lambda predictions, labels: (
         0.0 if np.ptp(predictions) == 0 or np.ptp(labels) == 0 else correlation(predictions, labels)
     )
@@ -184,9 +184,9 @@ _LABEL_METRICS: dict[str, Callable[[Array, Array], float]] = {
 
 
 def majority(task: Task) -> float | None:
-    """Accuracy of the most frequent label on the validation split; None without classes.
+    """Return the accuracy, in [0, 1], of always predicting the validation split's commonest label.
 
-    NaN for an empty validation split.
+    The result is None for a task without classes, and NaN for an empty validation split.
     """
     if task.kind != "classification":
         return None

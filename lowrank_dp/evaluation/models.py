@@ -1,4 +1,4 @@
-"""Evaluation of a model on a task: its loss, and the task's metrics.
+"""Evaluate a model on a task: compute the loss and the task's metrics.
 
 The metrics are those of scikit-learn, scipy, sacrebleu and rouge-score
 (:mod:`lowrank_dp.evaluation.metrics`); the losses are those of :mod:`lowrank_dp.losses`.
@@ -36,40 +36,42 @@ def evaluate(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Loss and metrics of ``model`` on one split of ``task``, by name.
+    """Compute the loss and the metrics of ``model`` on one split of ``task``, by name.
 
     The model runs in eval mode, without gradients, on its own device; its mode is restored. Losses
-    are computed from float32 logits. No random generator is used apart from ``seed``'s.
+    are computed from float32 logits. Only the choice of a subset is random, by ``seed``.
 
     Args:
         model: a transformers or PEFT model with the head of the task's kind.
-        tokenizer: the model's tokenizer, as ``load_model`` gives it.
+        tokenizer: the model's tokenizer, from ``load_model``.
         task: the task.
         split: name of a split of the task.
         max_length: longest row, in tokens, as in ``data.encode``; longer rows and longer prompts
             are cut. None cuts nothing.
         pad_to: length in tokens to which every row is padded on the right, for models that were
-            trained so; None pads each batch to its longest row. Prompts are not concerned.
-        batch_size: number of examples in memory at a time; results depend on it by rounding only.
+            trained with such rows; None pads each batch to its longest row. The prompts of
+            ``generate`` are not padded to this length.
+        batch_size: number of examples in memory at a time, which affects results by rounding only.
         max_examples: size of a random subset to evaluate on, drawn in whole groups by
             ``data.subset``; None evaluates on all examples.
-        generate: for a generation task, whether to generate a text per source and score it.
+        generate: for a generation task, whether to generate and score a text per source.
         num_beams: number of beams; 1 decodes greedily.
         max_new_tokens: longest generated text, in tokens.
         seed: random seed of the subset.
 
     Returns:
-        ``loss``, always: the mean over examples of each example's own loss. For classification the
-        cross-entropy, in nats; for generation the mean cross-entropy of the example's target
-        tokens, the end token included, in nats; for regression the squared error, in squared units
-        of the label.
+        ``loss``, always: the mean over examples of each example's own loss. The loss of an example
+        is, for classification, the cross-entropy in nats; for generation, the mean cross-entropy in
+        nats of the example's target tokens, the end token included; for regression, the squared
+        error in squared units of the label.
 
-        Classification and regression: each of ``task.metrics``, see :func:`label_metrics`.
+        For classification and regression: each of ``task.metrics``, see :func:`label_metrics`.
 
-        Generation: ``perplexity`` per token of the corpus, ``exp(-log-likelihood / number)`` of the
-        target tokens of all references; long texts weigh more in it than in ``loss``. With
-        ``generate`` also ``bleu`` and ``rouge_l`` (:func:`text_metrics`) of one text per distinct
-        source, against all references of that source in the split.
+        For generation: ``perplexity`` per token of the corpus, which is
+        ``exp(-log-likelihood / number)`` of the target tokens of all references; long texts have
+        more weight in the perplexity than in ``loss``. With ``generate`` also ``bleu`` and
+        ``rouge_l`` (:func:`text_metrics`) of one text per distinct source, against all references
+        of that source in the split.
 
     Raises:
         ValueError: for an empty split, ``generate`` on a task with labels, a model with another
@@ -104,7 +106,10 @@ def evaluate(
 def _examples(
     task: Task, split: str, generate: bool, max_examples: int | None, seed: int
 ) -> Sequence[Example]:
-    """Examples of the split, or a random subset in whole groups; refuses what has no meaning."""
+    """Return the split's examples, or a random subset in whole groups.
+
+    Raises ValueError for an empty split, and for ``generate`` on a task with labels.
+    """
     examples = task.split(split)
     if not examples:
         raise ValueError(
@@ -124,7 +129,7 @@ def _forward(
     examples: Sequence[Example],
     batches: Iterable[tuple[list[int], dict[str, Tensor]]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (N,) and number of targets (N,) of each example, and logits (N, C).
+    """Compute loss (N,) and number of targets (N,) of each example, and logits (N, C).
 
     C is 0 for a generation task.
     """
@@ -156,7 +161,7 @@ def _forward(
 
 
 def _groups(examples: Iterable[Example]) -> list[list[Example]]:
-    """Examples that share a source, in the order of the sources' first appearance."""
+    """Group the examples that share a source, in the order of the sources' first appearance."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         if not example.group:

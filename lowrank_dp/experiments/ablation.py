@@ -1,8 +1,9 @@
 """Ablation of restoration: kappa, norm correction, the threshold, and zeroing.
 
-The scheme ``denoise`` (arXiv 2510.01137, version 1) has three parts. It (A) keeps a layer whose top
-singular value is at most kappa times the bulk edge, (B) shrinks the values of the others, and (C)
-rescales to the noisy norm. Each part is varied alone, on the noisy gradients of ``alignment``.
+The scheme ``denoise`` (arXiv 2510.01137, version 1) has three parts. The scheme (A) keeps a layer
+whose top singular value is at most kappa times the bulk edge, (B) shrinks the values of the other
+layers, and (C) rescales to the noisy norm. The experiment varies one part at a time, on the noisy
+gradients of ``alignment``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.experiments.scheme_scores import Array, Scheme, cosine, distance, measure_schemes
 from lowrank_dp.mechanism import NON_PRIVATE
 
-# label -> scheme and options; a layer with nothing above the edge is kept, or zeroed as labelled
+# label -> scheme and options; a layer with no value above the edge is kept, or zeroed as labelled
 VARIANTS: dict[str, Scheme] = {
     "noisy": ("none", {}),
     "hard(edge), zeroed": ("hard", {"threshold": "edge", "below": "zero"}),
@@ -52,7 +53,7 @@ class Config:
 
     Attributes:
         gradients: model, task and clipping.
-        batch_sizes: smaller batches are prefixes of the largest.
+        batch_sizes: numbers of examples; smaller batches are prefixes of the largest.
         noise_multiplier: sigma, relative to ``gradients.max_grad_norm``.
         kappas: thresholds of ``denoise`` in units of the bulk edge, 1 or more.
         noise_seeds: number of noise draws, 2 or more.
@@ -98,7 +99,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure every variant; ``source`` is prepared here unless it is given.
+    """Measure every variant; a missing ``source`` is prepared.
 
     Raises ValueError if ``noise_seeds`` is below 2 or a kappa below 1.
     """
@@ -164,7 +165,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(result: Result) -> dict[str, str]:
-    """Summarise the parts at the largest batch."""
+    """Summarise the effect of each part of ``denoise`` at the largest batch size."""
     aligned, error, restored = (
         result.by_kappa(values)[-1].mean(-1)
         for values in (result.alignment, result.error, result.restored)

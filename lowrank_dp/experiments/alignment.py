@@ -2,8 +2,8 @@
 
 Alignment is the cosine with the clean clipped sum, by layer. The cosine ignores scale, so the
 error is measured too: the Frobenius distance to the clean sum over all layers together, relative
-to the norm of the clean sum. Schemes act on the exact decomposition here; ``spectra`` and training
-use the fast path.
+to the norm of the clean sum. This experiment restores by the exact decomposition; ``spectra`` and
+training use the fast path.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Config:
 
     Attributes:
         gradients: model, task and clipping.
-        batch_sizes: measured at the first noise multiplier; smaller batches are prefixes of the
-            largest.
+        batch_sizes: batch sizes, measured at the first noise multiplier; smaller batches are
+            prefixes of the largest.
         noise_multipliers: sigma, relative to ``gradients.max_grad_norm``; all but the first are
             measured at the largest batch only.
         noise_seeds: number of noise draws, 2 or more.
@@ -67,7 +67,9 @@ class Config:
 class Result:
     """Alignment and error of every scheme.
 
-    ``alignment`` is (settings, schemes, noise seeds, layers), ``error`` the same without layers.
+    ``alignment`` is (settings, schemes, noise seeds, layers), in [-1, 1]; ``error`` (settings,
+    schemes, noise seeds) is the distance to the clean sum, relative to the clean norm. A setting is
+    a batch size with a noise multiplier.
     """
 
     config: Config
@@ -85,7 +87,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure every scheme at every setting; ``source`` is prepared here unless it is given.
+    """Measure every scheme at every setting; a missing ``source`` is prepared.
 
     Raises ValueError if ``noise_seeds`` is below 2.
     """

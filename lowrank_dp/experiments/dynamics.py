@@ -49,7 +49,7 @@ class Config:
     Attributes:
         gradients: model, task, max_length, device, and the first of ``num_seeds`` seeds; the
             other fields are not used.
-        ranks: ranks of A. LoRA is scaled by 1 and A is drawn from N(0, 1/rank), so that LoRA's
+        ranks: ranks of A. LoRA is scaled by 1, and A is drawn from N(0, 1/rank), so that LoRA's
             first step is the full gradient on average.
         num_blocks: number of adapted transformer blocks, counted from the last.
         num_seeds: number of random seeds (of head, A, noise and batches), 2 or more.
@@ -79,7 +79,7 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """Losses and distances by arm, rank, seed and step; step 0 is the common start."""
+    """Losses (nats) and distances by arm, rank, seed and step; step 0 is the common start."""
 
     config: Config
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)

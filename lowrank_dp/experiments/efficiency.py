@@ -68,7 +68,8 @@ class Result:
     ``score``, ``loss`` and ``seconds`` are (arms, seeds, evaluations). ``tuning`` (arms, learning
     rates, evaluations) are the scores of the tuning runs, and ``learning_rate`` (arms,) has the
     best mean score over them. ``restore_share`` (arms, seeds) is the share of the steps' time
-    that restoration takes. ``failures`` states why runs stopped.
+    that restoration takes. ``failures`` states why
+    runs stopped.
     """
 
     config: Config
@@ -92,7 +93,7 @@ class Result:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a higher ``score`` is better."""
+        """Whether a higher ``score`` is better than a lower one."""
         return HIGHER_IS_BETTER[self.config.score]
 
     @property
@@ -168,7 +169,7 @@ def _arm_config(
 
 
 def _curve(outcome: Outcome, metric: str) -> np.ndarray:
-    """Return one value per evaluation, NaN if the run stopped."""
+    """Return the metric at each evaluation, or NaN for a run that stopped."""
     steps, every = outcome.config.steps, outcome.config.eval_every
     count = -(-steps // every) + 1
     if outcome.result is None:
@@ -234,8 +235,8 @@ def _failures(arms: tuple[str, ...], outcomes: list[Outcome]) -> list[str]:
 def steps_to(result: Result, share: float) -> np.ndarray:
     """Return the step of the first evaluation with ``share`` of the baseline's best gain.
 
-    The gain is the difference from the score before training. The result is (arms, seeds), with
-    infinity for a seed that never gets there.
+    The gain is the difference from the score before training, and ``share`` is in [0, 1]. The
+    result is (arms, seeds), with infinity for a seed that never reaches the share.
     """
     return _first_step(result, result.score, result.start, result.best, share)
 
@@ -261,7 +262,7 @@ def _first_step(
 
 
 def seconds_to(result: Result, share: float) -> np.ndarray:
-    """Return :func:`steps_to` in seconds of steps on the machine that ran them: (arms, seeds)."""
+    """Return the seconds, on the machine of the runs, of the steps of :func:`steps_to`."""
     steps = steps_to(result, share)
     index = np.searchsorted(result.steps, np.where(np.isinf(steps), 0, steps))
     found = np.take_along_axis(result.seconds, index[..., None], axis=-1)[..., 0]
@@ -323,5 +324,5 @@ def _unless_stopped(values: np.ndarray) -> str:
 
 
 def _each(values: np.ndarray) -> str:
-    """Format one value per seed; a mean would hide the runs that never got there."""
+    """Format one value per seed; a mean would hide the runs that never reached the target."""
     return ", ".join("not reached" if np.isinf(v) else f"{v:.0f}" for v in values)

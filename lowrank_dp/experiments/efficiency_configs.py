@@ -12,7 +12,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "DP-SGD": {},
     "denoise": {"scheme": "denoise"},
     "optimal, zeroed": {"scheme": "optimal", "below": "zero"},
-    # as in DOPPLER: one pole at beta, a zero at the highest frequency, no restoration
+    # the filter of DOPPLER: one pole at beta, a zero at the highest frequency, no restoration
     "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},
     "momentum + optimal": {"scheme": "optimal", "momentum_beta": 0.9},
     "momentum + optimal, zeroed": {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9},

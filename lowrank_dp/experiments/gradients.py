@@ -19,7 +19,7 @@ from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 
-PART = 512  # examples per partial sum: then the rounding of a sum depends on its own size alone
+PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GradientConfig:
         task: name for ``data.load_task``.
         split: split of the task whose gradients are measured.
         max_grad_norm: clipping norm C of one example's gradient, over all trained parameters.
-        warm_loss: training loss at which the warm-up ends, a running mean in nats; None measures
+        warm_loss: training loss, a running mean in nats, at which the warm-up ends; None measures
             the model as it was loaded (cold).
         max_warm_steps: largest number of warm-up steps; every result states the loss reached.
         warm_learning_rate: learning rate of the warm-up's AdamW.
@@ -60,7 +60,7 @@ class GradientConfig:
 class GradientSource:
     """A model at a known training loss, and the training set on which gradients are taken.
 
-    The object is mutable: :meth:`nested_sums` keeps the sums that it computes.
+    The object is mutable: :meth:`nested_sums` keeps the computed sums in ``sums``.
 
     Attributes:
         model: the model, in eval mode.
@@ -71,7 +71,7 @@ class GradientSource:
         config: the config that the source was prepared from.
         loss: training loss at the end of the warm-up, or of the cold model.
         warm_steps: number of warm-up steps.
-        sums: clean sum by batch size, kept because several experiments measure the same sums.
+        sums: clean sums by batch size, kept because several experiments measure the same sums.
     """
 
     model: nn.Module
@@ -85,7 +85,7 @@ class GradientSource:
     sums: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def clean_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Sum the clipped gradients of ``rows[i]``, by trainable matrix. NON-PRIVATE."""
+        """Sum the clipped gradients of the rows ``indices``, by trainable matrix. NON-PRIVATE."""
         rows = [self.rows[i] for i in indices]
         batches = micro_batches(rows, self.config.micro_batch_size, self.pad_token_id)
         sums, _ = clipped_sum_over(
@@ -110,7 +110,7 @@ class GradientSource:
         return {size: self.sums[size] for size in sizes}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[int]:
-        """Draw ``batch_size`` distinct positions in ``rows``, uniformly."""
+        """Draw ``batch_size`` distinct positions in ``rows``, uniformly; ValueError if too many."""
         _validate.integer("batch_size", batch_size, high=len(self.rows))
         return torch.randperm(len(self.rows), generator=generator)[:batch_size].tolist()
 
@@ -157,7 +157,7 @@ def prepare(
 
 
 def _warm_up(source: GradientSource) -> tuple[float, int]:
-    """Train without privacy to the wanted loss; return the loss and the number of steps."""
+    """Train without privacy to ``warm_loss``; return the loss and the number of steps."""
     config, model = source.config, source.model
     generator = torch.Generator().manual_seed(config.seed)
     if config.warm_loss is None:
@@ -170,7 +170,7 @@ def _warm_up(source: GradientSource) -> tuple[float, int]:
     model.train()
     cuda = [torch.cuda.current_device()] if config.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(config.seed)  # of dropout
+        torch.manual_seed(config.seed)  # seeds dropout
         for step, batch in enumerate(_bucketed(source, generator), 1):
             value = model(**source._place(batch)).loss
             value.backward()
@@ -184,7 +184,7 @@ def _warm_up(source: GradientSource) -> tuple[float, int]:
 
 
 def _bucketed(source: GradientSource, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Yield random batches without end; of every 16 batches, texts of one length go together."""
+    """Yield random batches without end, 16 at a time, with texts of similar length in one batch."""
     size = source.config.warm_batch_size
     while True:
         chosen = source.sample(min(16 * size, len(source.rows)), generator)
@@ -232,6 +232,6 @@ def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:
 
 
 def largest_rows(matrix: Tensor, count: int) -> Tensor:
-    """Return the ``count`` rows of largest norm (all, if there are fewer), in their own order."""
+    """Return the ``count`` rows of largest norm, or all if there are fewer, in their own order."""
     norms = torch.linalg.vector_norm(matrix, dim=1)
     return matrix[norms.topk(min(count, len(norms))).indices.sort().values]

@@ -1,7 +1,7 @@
 """Claim: LoRA's projection adds nearly Gaussian noise of variance |q|^2 / rank (arXiv 2409.17538).
 
-The variance holds up to the coordinate's own share of q. The distribution is not Gaussian: its
-kurtosis is 3 + 6/rank or more, at any width.
+The claimed variance is exact up to the coordinate's own share of |q|^2. The distribution is not
+Gaussian: its kurtosis is 3 + 6/rank or more, at any width.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Config:
             are not installed.
         batch_size: examples whose clipped gradients are summed.
         ranks: ranks of A.
-        num_layers: largest number of layers per model, each of another shape.
+        num_layers: largest number of layers per model, no two of one shape.
         num_rows: largest number of rows per layer.
         num_draws: draws of A per layer and rank.
         vector_size: length n of the fixed vector.
@@ -103,12 +103,12 @@ class Result:
     one_hot_variance: np.ndarray  # (inits, ranks): the coordinate that carries all of q
     one_hot_variance_ci: np.ndarray
     one_hot_variance_exact: np.ndarray
-    density_x: np.ndarray  # (X,) in standard deviations
+    density_x: np.ndarray  # (X,) points, in standard deviations of the noise
     density: np.ndarray  # (density_ranks, X) of the standardised noise
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure the moments; ``source`` is prepared here unless it is given."""
+    """Measure the moments; a missing ``source`` is prepared."""
     generator = torch.Generator().manual_seed(config.gradients.seed + 1)
     vector = torch.randn(1, config.vector_size, generator=generator, dtype=torch.float64)
     measured = {f"fixed vector, n={config.vector_size}": (vector, config.vector_draws)}

@@ -1,9 +1,9 @@
 """Claim: LoRA's projection hides a record like privacy noise does (arXiv 2409.17538).
 
 For a matrix the claim fails (arXiv 2601.21719): if rows share A, R G^T is symmetric for the true
-gradient G alone, and two rows of a real layer suffice at every rank. One row, a vector query, has
-no such test; there the likelihood ratio is the most powerful test. Independent noise that is added
-to the release ends the attack.
+gradient G alone, and two rows of a real layer suffice at every rank. No such test exists for one
+row, a vector query, whose most powerful test is the likelihood ratio. Independent noise that is
+added to the release ends the attack.
 
 The two hypotheses differ in one record: G0 is some rows of a layer's clipped gradient sum over a
 batch without the record, and G1 = G0 + the record's own clipped gradient. The adversary sees
@@ -58,8 +58,8 @@ class Config:
         batch_size: records in G0.
         num_trials: trials with the record, and as many without; each trial has its own record.
         ranks: ranks of A.
-        rows: numbers of released rows, the ones of largest norm in G0. One row is attacked by the
-            likelihood ratio, several rows by the symmetry score.
+        rows: numbers of released rows, which are those of largest norm in G0. One row is attacked
+            by the likelihood ratio, several rows by the symmetry score.
         noise_multipliers: standard deviation of the noise added to each entry of the release, in
             units of C; rising, 0 allowed.
     """
@@ -99,7 +99,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Run the attack; ``source`` is prepared here unless it is given.
+    """Run the attack; a missing ``source`` is prepared.
 
     Raises ValueError for a config that cannot be run; before the model is loaded, if the config
     alone shows the fault.
@@ -275,7 +275,7 @@ def row_logpdf(y: Array, q: Array, rank: int, noise_std: float) -> Array:
             - ((n - 1) * np.log(variance) + across2 / variance) / 2
         )
 
-    # every factor falls beyond the largest of 1 and the two estimates of s
+    # every factor of the integrand decreases beyond the largest of 1 and the two estimates of s
     largest = np.maximum(np.maximum(1.0, along / norm), across2 * rank / (max(n - 1, 1) * norm**2))
     integral = _log_integral(log_integrand, np.full_like(norm, -70.0), np.log(largest) + 6)
     constant = (

@@ -1,9 +1,9 @@
 """Claim: LoRA resists membership inference, more so at a smaller rank (arXiv 2409.17538).
 
 All methods fine-tune on the same records with the same membership bits, for several numbers of
-steps, and are attacked by one attack that is named beforehand. A method that fits less leaks less,
-so AUCs are compared at equal steps, at matched training loss and at matched utility. The variance
-of the projection noise, on which the claim rests, is shown beside the AUCs.
+steps, and are attacked by one attack that is named beforehand. A method that learns less leaks
+less, so AUCs are compared at equal steps, at matched training loss and at matched utility. The
+variance of the projection noise, on which the claim rests, is shown beside the AUCs.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Result:
         return mean_and_interval(values[arm])
 
     def at(self, by: str) -> np.ndarray:
-        """Return the AUC at one value of "train_loss" or "utility" (see `at_matched`)."""
+        """Return the AUC (arms, seeds) at one value of "train_loss" or "utility": `at_matched`."""
         return at_matched(self, by)
 
 
@@ -250,7 +250,7 @@ def plan(config: Config) -> str:
         f"{len(names)} methods x {config.num_seeds} seeds x steps {config.steps}: {runs} runs, "
         f"{runs // len(config.steps) * sum(config.steps):,} training steps of batch "
         f"{config.base.batch_size}; attack {config.attack!r}, calibrated by the base model: "
-        "shadows would take this once more for each of them; what is there is not repeated"
+        "each shadow model would take all of this once more; finished runs are not repeated"
     )
 
 
@@ -278,17 +278,18 @@ def _width(config: Config) -> int:
 
 
 def at_matched(result: Result, by: str) -> np.ndarray:
-    """Return the AUC at the one value of ``by`` that most non-private arms pass on average.
+    """Return the AUC at the value of ``by`` that the most non-private arms pass on average.
 
-    ``by`` is "train_loss" or "utility". Of several such values the lowest is taken. The AUC
-    (arms, seeds) is interpolated within each seed over the numbers of steps and never
-    extrapolated: it is NaN for a seed that has not passed the value.
+    ``by`` is "train_loss" or "utility". If equally many arms pass several values, the lowest is
+    taken. The AUC (arms, seeds) is interpolated within each seed over the numbers of steps and
+    never extrapolated: the AUC is NaN for a seed that has not passed the value.
     """
     values = result.train_loss if by == "train_loss" else result.utility
     means = values[["DP" not in arm for arm in result.arms]].mean(axis=1)  # (arms, steps)
     low, high = means.min(axis=1)[:, None], means.max(axis=1)[:, None]
     ends = np.unique([low, high])
-    middles = (ends[1:] + ends[:-1]) / 2 if len(ends) > 1 else ends  # every arm's value may agree
+    # if the values of all arms are equal, there is one end and no middle
+    middles = (ends[1:] + ends[:-1]) / 2 if len(ends) > 1 else ends
     value = middles[((low <= middles) & (middles <= high)).sum(axis=0).argmax()]
     read = np.full(result.auc.shape[:2], np.nan)
     for i, seed in np.ndindex(*read.shape):

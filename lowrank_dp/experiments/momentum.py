@@ -1,7 +1,8 @@
 """Claim: restoring the running mean of noisy gradients lifts the signal over the bulk edge.
 
-Takes DP-SGD steps on a cold model. At each step the noisy gradient and its bias-corrected running
-means are compared with the current clean gradient, both as they are and restored.
+The experiment takes DP-SGD steps on a cold model, one that was not trained further. At each step,
+the noisy gradient and its bias-corrected running means are compared with the current clean
+gradient, before and after restoration.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Config:
         steps: number of steps.
         batch_size: expected batch size.
         noise_multiplier: sigma, relative to ``gradients.max_grad_norm``.
-        betas: decay rates of the running means; 0 is the current gradient alone.
+        betas: decay rates of the running means, in [0, 1); 0 is the current gradient alone.
         learning_rate: learning rate of Adam, which reads the plain noisy gradient.
         seeds: number of random seeds, 2 or more.
     """
@@ -77,7 +78,7 @@ class Result:
 def run(config: Config, source: GradientSource | None = None) -> Result:
     """Take the steps of every seed from the same weights, which are restored at the end.
 
-    ``source`` is prepared here unless it is given.
+    A missing ``source`` is prepared. Raises ValueError for fewer than 2 seeds.
     """
     _validate.integer("seeds", config.seeds, low=2)
     source = source or prepare(config.gradients)

@@ -47,10 +47,10 @@ class Config:
         angle: angle between the query and its neighbour, in radians; their norms are equal.
         epsilons: epsilons of panel (a).
         profile_ranks: ranks of panel (a).
-        profile_width: n of panel (a).
+        profile_width: length n of the query of panel (a).
         rank_grid: ranks of panel (b), at epsilon 1.
-        widths: n of panel (b).
-        attack_width: n of the synthetic attack.
+        widths: lengths n of the query of panel (b).
+        attack_width: length n of the rows of the synthetic attack.
         attack_rank: rank of the synthetic attack.
         relative_size: |candidate| / |rest| of the synthetic attack.
         rows: numbers of released rows. One row is attacked by the likelihood ratio, several rows
@@ -112,7 +112,7 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """Profiles and AUCs.
+    """Privacy profiles (deltas), and AUCs of the attacks.
 
     AUCs are (rows, noise_levels, 3): the value and both ends of its 95% interval. One row is
     attacked without added noise only; its other levels are NaN.
@@ -137,7 +137,7 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Compute the profiles and run the attacks; ``source`` is prepared here unless it is given."""
+    """Compute the profiles and run the attacks; a missing ``source`` is prepared."""
     source = source or prepare(config.gradients)
     ranks, grid = np.array(config.profile_ranks)[:, None], np.array(config.rank_grid)
     epsilons, widths = np.array(config.epsilons), np.array(config.widths)[:, None]
@@ -226,9 +226,11 @@ def _attack(
     num_trials: int,
     generator: torch.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score ``num_trials`` releases with the candidate and as many without; return the truth too.
+    """Score ``num_trials`` releases with the candidate, then as many without the candidate.
 
-    A higher score means that the candidate is in.
+    Returns the scores, higher where the candidate is likelier to be in the release, and whether
+    the candidate is in the release, both (2 num_trials,). ``level`` is the standard deviation of
+    added noise, relative to the release's root-mean-square entry.
     """
     member = np.arange(2 * num_trials) < num_trials
     return np.array(
@@ -261,7 +263,11 @@ def _trial(
 def _real_pair(
     source: GradientSource, config: Config, generator: torch.Generator
 ) -> tuple[str, Tensor, Tensor]:
-    """Return a layer's name, and G without and of one example, in the example's largest rows."""
+    """Return a layer's name, the gradient sum without one example, and the example's gradient.
+
+    Both gradients (max(rows), n) are clipped, and consist of the rows in which the example's
+    gradient has the largest norm, the largest first.
+    """
     indices = source.sample(config.batch_size, generator)
     rest, own = source.clean_sum(indices[1:]), source.clean_sum(indices[:1])
     name = spread_layers(rest, 1)[0]

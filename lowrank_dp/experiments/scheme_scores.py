@@ -1,4 +1,4 @@
-"""Alignment and error of many schemes on one noisy gradient, from a single decomposition.
+"""Alignment and error of many schemes on one noisy gradient, from one decomposition.
 
 Every scheme replaces the singular values s by s' and keeps the noisy singular vectors: its result
 is ``M = U diag(s') V^T``. With ``w_i = u_i^T G v_i`` for the clean gradient G,
@@ -28,7 +28,7 @@ def measure_schemes(
     schemes: Iterable[Scheme],
     profile: Tensor | None = None,
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """Measure what each scheme makes of ``noisy``.
+    """Measure the result M of each scheme on ``noisy`` against ``clean``.
 
     Args:
         noisy: noisy gradient (m, n).
@@ -59,12 +59,12 @@ def measure_schemes(
 
 
 def cosine(products: Array) -> Array:
-    """Return the cosine of M and G from products (..., 3); 0 for M = 0."""
+    """Return the cosine (...) of M and G, in [-1, 1], from products (..., 3); 0 for M = 0."""
     made2, dot, clean2 = np.moveaxis(products, -1, 0)
     return dot / np.sqrt(np.where(made2 > 0, made2 * clean2, 1.0))
 
 
 def distance(products: Array) -> Array:
-    """Return ``|M - G| / |G|`` from products (..., 3)."""
+    """Return the relative distance ``|M - G| / |G|`` (...) from products (..., 3)."""
     made2, dot, clean2 = np.moveaxis(products, -1, 0)
     return np.sqrt(np.maximum(made2 - 2 * dot + clean2, 0.0) / clean2)

@@ -1,7 +1,7 @@
 """Claim: noise inflates every singular value of a low-rank gradient (arXiv 2510.01137).
 
-Measures the singular values of each layer's clipped gradient sum: clean, with DP-SGD's noise, and
-restored.
+The experiment measures the singular values of each layer's clipped gradient sum: clean, with
+DP-SGD's noise, and restored.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Result:
     privacy: str
     description: str
     loss: float
-    noise_std: float
+    noise_std: float  # absolute, on the clipped sum
     layers: tuple[str, ...]
     shapes: np.ndarray  # (L, 2)
     edges: np.ndarray
@@ -79,9 +79,9 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Measure the spectra; ``source`` is prepared here unless it is given.
+    """Measure the spectra; a missing ``source`` is prepared.
 
-    Raises ValueError, naming the layer, if a layer received no gradient.
+    Raises ValueError, which names the layer, if a layer received no gradient.
     """
     source = source or prepare(config.gradients, config.batch_size)
     noise_std = config.noise_multiplier * config.gradients.max_grad_norm

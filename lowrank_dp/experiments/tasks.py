@@ -1,7 +1,8 @@
 """Claim: fine-tuning gradients are low-rank on any task, so restoration helps (arXiv 2510.01137).
 
-Repeats one measurement on several models, tasks, batch sizes and stages of training: how many
-layers have a singular value above the bulk edge, and how well restoration recovers the gradients.
+The experiment repeats one measurement on several models, tasks, batch sizes and stages of training:
+how many layers have a singular value above the bulk edge, and how well restoration recovers the
+gradients.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Result:
 
     @property
     def description(self) -> str:
-        """Every model and task, once."""
+        """Descriptions of all models and tasks, each listed once."""
         return "; ".join(dict.fromkeys(self.descriptions))
 
     def band(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +107,7 @@ class Result:
         return mean_and_interval(values, axis=1)
 
     def label(self, case: int) -> str:
-        """Return model, task, batch size and loss of a case in words."""
+        """Label a case by model, task, batch size and training loss."""
         model, task, _, batch_size, _ = self.config.cases[case]
         return f"{model}, {task}, B={batch_size}, loss {self.loss[case]:.2f}"
 
@@ -174,7 +175,7 @@ def _effective_share(matrix: torch.Tensor) -> float:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Tabulate the cases."""
+    """Tabulate each case: layers above the edge, cosines, and relative effective ranks."""
     (noisy, noisy_half), (restored, restored_half) = map(
         result.band, (result.noisy, result.restored)
     )

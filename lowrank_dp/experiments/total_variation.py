@@ -31,10 +31,10 @@ class Config:
     """Grids of the three panels.
 
     Attributes:
-        width: n of panel (a).
+        width: length n of q in panel (a).
         ranks: ranks of panel (a).
         fixed_ranks: ranks of panel (b).
-        widths: n of panel (b).
+        widths: lengths n of q in panel (b).
         joint_ranks: ranks of panel (c).
         joint_ratios: n / rank of panel (c); computed where n is an integer of at least 2.
     """

@@ -1,4 +1,4 @@
-"""The names of the papers' figures, and where each figure is defined.
+"""Names of the papers' figures, and the module that defines each figure.
 
 This module imports no experiment: a command can list the names without loading torch.
 """
@@ -33,7 +33,7 @@ NAMES = tuple(ROOMS)
 
 
 def find(name: str) -> FigureSpec:
-    """Return the definition of a figure; ValueError, with the nearest name, if there is none."""
+    """Return the definition of a figure; ValueError, with the nearest name, for another name."""
     room = ROOMS[_validate.choice("figure", name, NAMES)]
     module = importlib.import_module(f"lowrank_dp.figures.{room}")
     figures: dict[str, FigureSpec] = module.FIGURES

@@ -1,7 +1,7 @@
-"""Compute a figure's result, or load it, and draw it.
+"""Compute or load a figure's result, and draw the figure.
 
-By default nothing here uses the hub: the task is SST-2 where LOWRANK_DP_DATA holds it, else the
-generated task, and the model is the packaged MiniLM where it is installed, else a tiny model.
+By default this module does not use the hub: the task is SST-2 if LOWRANK_DP_DATA holds SST-2, else
+the generated task, and the model is the packaged MiniLM if installed, else a tiny model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCALES = ("small", "full")
 
 
 def default_task() -> str:
-    """Return "sst2" where LOWRANK_DP_DATA holds it, else "generated"."""
+    """Return "sst2" if the folder LOWRANK_DP_DATA holds SST-2, else "generated"."""
     folder = os.environ.get("LOWRANK_DP_DATA")
     if folder and (Path(folder) / "glue" / "sst2" / "train.jsonl.gz").is_file():
         return "sst2"
@@ -31,8 +31,9 @@ def default_task() -> str:
 def config_of(name: str, scale: str, **changes: Any) -> Any:
     """Return a figure's config at a scale, with ``changes`` applied as by :func:`configure`.
 
-    A lengthy figure has a task of its own; the others take :func:`default_task` unless
-    ``changes`` names a task.
+    A lengthy figure (``FigureSpec.lengthy``) keeps the task of its config; the others take
+    :func:`default_task`, unless ``changes`` names a task. Raises ValueError for an unknown name or
+    scale.
     """
     spec = find(name)
     config = spec.small if _validate.choice("scale", scale, SCALES) == "small" else spec.full
@@ -40,9 +41,9 @@ def config_of(name: str, scale: str, **changes: Any) -> Any:
 
 
 def configure(config: Any, **changes: Any) -> Any:
-    """Return ``config`` with ``changes`` put into the fields of these names, at any depth.
+    """Return ``config`` with the fields named in ``changes`` replaced, in nested dataclasses too.
 
-    A change whose name no field has is ignored.
+    A change is ignored if no field has its name.
     """
     known = {}
     for field in dataclasses.fields(config):
@@ -58,7 +59,8 @@ def compute(name: str, config: Any, sources: dict[Any, Any] | None = None) -> An
     """Run a figure's experiment and return its result.
 
     ``sources`` maps a ``GradientConfig`` to its prepared source. A dict that is given to several
-    calls keeps the last prepared model for the next figure that measures the same model.
+    calls keeps the last prepared model for the next figure that measures the same model. Raises
+    ValueError for an unknown name, and as the experiment does.
     """
     spec = find(name)
     if not spec.takes_source:
@@ -80,14 +82,14 @@ def show(
     scale: str = "small",
     sources: dict[Any, Any] | None = None,
 ) -> tuple[Any, Figure]:
-    """Return result and figure, for notebooks; nothing is saved.
+    """Return a figure's result and the drawn figure, for notebooks; save nothing.
 
     Args:
         name: name in ``figures.NAMES``.
         artifact_folder: folder of saved results.
         recompute: run the experiment instead of loading its saved result.
         scale: "small" or "full", for ``recompute``.
-        sources: as in :func:`compute`; an empty dict at first.
+        sources: as in :func:`compute`; the first call is given an empty dict.
 
     Raises:
         FileNotFoundError: if there is no saved result and ``recompute`` is False.

@@ -1,4 +1,4 @@
-"""Specification of a figure: its experiment, configurations, plot, headline, caption and table."""
+"""Specification of a figure: its experiment, configs, plot, headline, caption and table."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ class FigureSpec:
     """An experiment, its configuration at each scale, and how its result is shown.
 
     Attributes:
-        run: the experiment: config (and source, if ``takes_source``) to result.
+        run: the experiment, a function from a config (and a source, if ``takes_source``) to a
+            result.
         result: dataclass of the result.
         small: config that takes minutes on 2 cores.
         full: config of the published figure.
-        plot: result to figure.
-        headline: result to a summary, by the name of each quantity.
+        plot: function from a result to a figure.
+        headline: function from a result to its main quantities, by name.
         caption: text above the table.
-        table: result to columns and rows; None tabulates the headline.
-        plan: config to a description of the work, printed before the experiment; None prints none.
+        table: function from a result to columns and rows; None tabulates the headline.
+        plan: function from a config to a description of the work, which is printed before the
+            experiment; None prints none.
         takes_source: whether ``run`` accepts a prepared ``experiments.gradients.GradientSource``
             of ``config.gradients``.
         lengthy: whether ``full`` takes from minutes to hours. The saved result of a lengthy figure

@@ -1,4 +1,4 @@
-"""Membership of a run: which units it trains on, and ``membership.json``, which records them.
+"""Membership of a run: the units that the run trains on, and their record, ``membership.json``.
 
 units  draw the members     manifest  what membership.json holds     checked_json  its fields
 """

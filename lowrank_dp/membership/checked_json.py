@@ -1,4 +1,4 @@
-"""Getters of a JSON object's fields that check what an untrusted file holds."""
+"""Typed getters for the fields of a JSON object from an untrusted file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MAX_INTEGER = 2**63
 class CheckedObject:
     """A JSON object whose getters check the type and the range of a field.
 
-    Each getter raises ValueError in one line, which starts with ``where``: the file and the field
-    that the object is in.
+    Each getter raises ValueError in one line if the field is missing or does not fit. The line
+    starts with ``where``: the file, and the field that holds the object.
     """
 
     where: str
     values: Mapping[str, Any]
 
     def fail(self, name: str, requirement: str, value: object) -> NoReturn:
-        """Raise the ValueError of a field."""
+        """Raise ValueError in one line: the field, the requirement and the value found."""
         raise ValueError(f"{self.where}{name} must be {requirement}, got {shown(value)}")
 
     def get(self, name: str) -> Any:
@@ -32,13 +32,13 @@ class CheckedObject:
         return self.values[name]
 
     def object(self, name: str) -> CheckedObject:
-        """Get an object."""
+        """Get a JSON object."""
         if not isinstance(value := self.get(name), dict):
             self.fail(name, "an object", value)
         return CheckedObject(f"{self.where}{name}.", value)
 
     def integer(self, name: str, *, low: int = 0) -> int:
-        """Get an integer of at least ``low`` that 64 bits hold."""
+        """Get an integer of at least ``low`` that fits in 64 bits."""
         if type(value := self.get(name)) is not int or not low <= value < MAX_INTEGER:
             self.fail(name, f"an integer >= {low}", value)
         return value
@@ -75,7 +75,7 @@ class CheckedObject:
             or (len(parts) > 1 and not folders)
         ):
             fix = (
-                "a hub id or a name, and no path elsewhere, which only the user gives, as --base"
+                "a hub id or a name, because only the user may give a path, by --base"
                 if folders
                 else "a plain name and no path"
             )

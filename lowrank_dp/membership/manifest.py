@@ -1,7 +1,7 @@
-"""``membership.json``, the manifest of a run: what it holds, how it is written and read.
+"""Manifest of a run, ``membership.json``: its fields, and how it is written, read and checked.
 
-A manifest that is read may come from anywhere. Nothing in it is executed, no path in it is
-followed, the memory that reading takes is bounded, and every field is checked.
+A manifest that is read may come from anywhere. The reader executes nothing, follows no path in the
+manifest, takes bounded memory, and checks every field.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ _SENSITIVE = "membership bits: whoever has this file knows who was trained on"
 # the run's option "membership" -> the sampling scheme in the file
 _SCHEME_OF = {"bernoulli": "bernoulli", "half": "fixed", "all": "all"}
 _OPTION_OF = {scheme: option for option, scheme in _SCHEME_OF.items()}
-_PROBABILITY = {"bernoulli": 0.5, "fixed": 0.5, "all": 1.0}  # of a unit to be a member
+_PROBABILITY = {"bernoulli": 0.5, "fixed": 0.5, "all": 1.0}  # that a unit is a member
 _COLUMNS = ("ids", "content_hashes", "groups", "is_member")  # lists with one entry per record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Content of ``membership.json``: SENSITIVE, because it says who was trained on.
+    """Content of ``membership.json``; SENSITIVE, because it names the records trained on.
 
     In the file, ``sampling`` has the key "coins", and ``num_members`` and ``num_records`` stand
     beside the lists.
 
     Attributes:
-        task, split, source, kind: of the data. ``task`` is a name, never a path.
+        task, split, source, kind: description of the data. ``task`` is a name, never a path.
         unit: the unit of privacy and of sampling: "example" or "group".
         template: {"separator": text between source and target} for generation, else None.
-        max_length: number of tokens that a text is cut to, or None.
+        max_length: number of tokens that a text is cut to, or None for no cut.
         base: {"model": hub id or name, "seed": seed of the head, of LoRA's A and of sampling}, and
             in later versions "weights", the SHA-256 of the base's weights.
-        recipe: the run's configuration in JSON's types. Its ``task`` is as the user gave it: for
-            own files it is a path, which must not be followed.
+        recipe: the run's configuration in JSON's types. Its ``task`` is the user's argument: for
+            own files a path, which must not be followed.
         seed: the user's seed, or None.
         privacy: the statement of the guarantee.
         train_loss, eval_loss: losses after training; ``train_loss`` is NON-PRIVATE.
         sampling: {"scheme": "bernoulli", "fixed" (a half of fixed size) or "all",
-            "probability": of a unit to be a member, "seed": of the draw}.
-        ids, content_hashes, groups: of every record, in one order, (N,).
+            "probability": that a unit is a member, "seed": of the draw}.
+        ids, content_hashes, groups: id, content hash and group of every record, (N,) each.
         is_member: whether each record was trained on, (N,) booleans, read-only.
     """
 
@@ -92,10 +92,10 @@ class Manifest:
 
         Args:
             units: the units of privacy, each a list of records.
-            members: for each unit, whether it is trained on.
+            members: for each unit, whether the run trains on the unit.
             membership: the run's option: "all", "bernoulli" or "half".
             sampling_seed: the seed of ``units.draw_members``.
-            others: the other fields.
+            others: the other fields of the manifest, by name.
         """
         scheme = _SCHEME_OF[membership]
         records = [
@@ -192,7 +192,7 @@ def _read_only(bits: Sequence[Any]) -> NDArray[np.bool_]:
 
 def _parse(path: Path) -> dict[str, Any]:
     """Parse the JSON object in a file, with bounded memory."""
-    if not os.path.isfile(path):  # a pipe or a device could go on for ever
+    if not os.path.isfile(path):  # reading a pipe or a device might never end
         raise ValueError(
             f"{path.parent} has no {path.name}: train with python -m lowrank_dp.train "
             "--membership bernoulli, or pass --members FILE --nonmembers FILE (the "

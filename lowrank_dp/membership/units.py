@@ -15,17 +15,20 @@ MEMBERSHIPS = ("all", "bernoulli", "half")
 
 
 def draw_members(units: Sequence[Sequence[Example]], membership: str, seed: int) -> list[bool]:
-    """Draw, for each unit of privacy, whether it is trained on.
+    """Draw, for each unit of privacy, whether the run trains on the unit.
 
     Args:
         units: the units of privacy, each a list of records.
         membership: the sampling scheme. "all" takes all units. "bernoulli" draws each unit
-            independently with probability 1/2: a hash of the unit's content, keyed by ``seed``
-            (``data.selection.draw``), decides, so that adding a unit changes no other unit's
-            membership. "half" takes a uniformly random half, rounded down. It has a fixed size and
-            so depends on all units at once: adding a unit may change every bit. The privacy
-            guarantee of a run with "half" therefore holds for neighbouring sets of members.
-        seed: the seed of the draw; it need not be secret.
+            independently with probability 1/2. The draw is a hash of the unit's content, keyed by
+            ``seed`` (``data.selection.draw``), so that adding a unit changes no other unit's
+            membership. "half" takes a uniformly random half, rounded down. The size of the half is
+            fixed, so each draw depends on all units: adding a unit may change every bit. The
+            privacy guarantee of a run with "half" therefore holds for neighbouring sets of
+            members.
+        seed: random seed of the draw, which need not be secret.
+
+    Returns one bit per unit. Raises ValueError for another ``membership``.
     """
     if _validate.choice("membership", membership, MEMBERSHIPS) == "all":
         return [True] * len(units)

@@ -1,4 +1,4 @@
-"""Checked arguments of scores and metrics: arrays of numbers, arrays of booleans, both sides."""
+"""Check the arguments of scores and metrics: arrays of numbers and of membership bits."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def real_array(
 
 
 def boolean_array(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Mask:
-    """Return ``value`` as a boolean array of ``shape``; the numbers 0 and 1 are accepted."""
+    """Return ``value`` as a boolean array of ``shape``; accept the numbers 0 and 1 as well.
+
+    Raises ValueError for another shape and for other values.
+    """
     array = np.asarray(value)
     if array.shape != shape:
         fail(name, f"of shape {shape}", f"shape {array.shape}")
@@ -76,7 +79,10 @@ def boolean_array(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Mask:
 def both_sides(
     scores: ArrayLike, is_member: ArrayLike, *, at_least: int = 1, name: str = "scores"
 ) -> tuple[Array, Array]:
-    """Return the members' scores and the non-members' scores, ``at_least`` many of each."""
+    """Return the members' scores (n1,) and the non-members' scores (n0,).
+
+    Raises ValueError if there are fewer than ``at_least`` of either, or if a score is NaN.
+    """
     values = real_array(name, scores, finite=False)
     truth = boolean_array("is_member", is_member, values.shape)
     members, others = values[truth], values[~truth]
@@ -90,5 +96,5 @@ def both_sides(
 
 
 def confidence_level(value: float) -> float:
-    """Return ``value``, which must be in (0, 1)."""
+    """Return ``value``; raise ValueError unless the value is in (0, 1)."""
     return real("confidence", value, low=0, high=1, low_open=True, high_open=True)

@@ -28,9 +28,9 @@ __all__ = [
 
 
 def attack(target: Target, options: Options, cache: Path) -> Report:
-    """Attack one checkpoint; shadows and signals are kept in ``cache``.
+    """Attack one checkpoint; keep shadow models and signals in the folder ``cache``.
 
-    Raises ValueError for what ``load`` refuses and for a named attack that can't be made.
+    Raises ValueError as ``loading.load`` does, and for a named attack that is unavailable.
     """
     loaded = load(target, options)
     found = _signals(target, options, loaded, cache)
@@ -59,7 +59,7 @@ def _default_primary(scores: Scores) -> str:
 
 
 def _signals(target: Target, options: Options, loaded: Loaded, cache: Path) -> Signals:
-    """Signals of the attacked records and, after them, of the population."""
+    """Measure the signals of the attacked records, followed by those of the population."""
     together = (*target.records.examples, *target.population)
     arguments: dict[str, Any] = {"batch_size": options.batch_size, **target.encoding}
     return signals.cached(
@@ -79,7 +79,7 @@ def _signals(target: Target, options: Options, loaded: Loaded, cache: Path) -> S
 
 
 def _identity(target: Target, options: Options, loaded: Loaded) -> list[str]:
-    """What decides the signals beside the checkpoint: its base, by name and weights."""
+    """List the inputs of the signals beside the checkpoint: its base, by name and weights."""
     used = target.base is not None and loaded.reference is not None
     named = {options.base, target.base["model"] if used and target.base else ""} - {""}
     folders = [Path(find_backbone(name).path) for name in sorted(named)]
@@ -120,7 +120,7 @@ def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows |
 
 
 def _learning(target: Target, loaded: Loaded, found: Signals) -> learning.Learning:
-    """Compare the members' losses with chance."""
+    """Compare the members' losses with the losses of chance."""
     records = target.records
     classes = records.task.num_labels or len(loaded.tokenizer)
     chance = learning.chance_losses(

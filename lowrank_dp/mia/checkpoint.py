@@ -1,6 +1,6 @@
 """Read the head of a checkpoint from its configuration, without its weights.
 
-The configuration may come from anywhere: what is read here is checked, and what is missing is None.
+The configuration may come from anywhere, so every field is checked; a missing field is None.
 ``models.load_model`` checks whether the weights fit the configuration.
 """
 
@@ -32,7 +32,7 @@ class Checkpoint:
     Attributes:
         kind: "classification", "regression", "generation", or None if the folder does not say.
         num_labels: number of classes, or None if the folder does not say.
-        label_names: names of the classes in the model's order; () for LABEL_0, LABEL_1, ...
+        label_names: names of the classes in the model's order; () for LABEL_0, LABEL_1, and so on.
         is_adapter: whether the folder holds a PEFT adapter and no whole model.
     """
 
@@ -74,13 +74,14 @@ def has_label_head(model: str) -> bool:
 
 
 def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any]:
-    """Load model and tokenizer of ``folder``; no weight may be drawn at random.
+    """Load model and tokenizer of ``folder``, without drawing any weight at random.
 
     ``base`` replaces the base model that an adapter names; "" takes the adapter's. ``arguments`` go
-    to ``models.load_model``. Raises ValueError for a folder without a tokenizer, with a hint if the
-    parent folder has one, as is common for a trainer's ``checkpoint-500``.
+    to ``models.load_model``. Raises ValueError as ``models.load_model`` does; for a folder without
+    a tokenizer, the message says whether the parent folder has one, as is common for a trainer's
+    ``checkpoint-500``.
     """
-    from lowrank_dp.models import load_model  # loaded when used: transformers comes with it
+    from lowrank_dp.models import load_model  # imported when used: it imports transformers
 
     if base and (folder / "adapter_config.json").is_file():
         arguments["base"] = base
@@ -108,7 +109,7 @@ def _read_object(file: Path) -> Mapping[str, Any]:
 
 
 def _head(file: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """The head of a configuration; ``file`` is named in errors."""
+    """Read the head that a configuration declares; ``file`` is named in errors."""
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: architectures must be a list of class names, got {names!r:.80}")

@@ -1,4 +1,4 @@
-"""Compare checkpoints on the same records: as they are, and at matched loss or utility.
+"""Compare checkpoints on the same records: directly, and at matched loss or utility.
 
 A method that learns less leaks less, so AUCs at equal numbers of steps confound leakage with
 learning. For a method with checkpoints at several numbers of steps, the AUC is interpolated over
@@ -26,15 +26,15 @@ from lowrank_dp.train import TrainConfig
 
 @dataclass(frozen=True)
 class Point:
-    """What one checkpoint learned and what it leaks.
+    """Training outcome and leakage of one checkpoint.
 
     Attributes:
-        name: the checkpoint's folder.
+        name: name of the checkpoint's folder.
         method: the configuration in words, without the number of steps.
         steps: number of training steps.
         train_loss: loss on the members after training.
-        utility: the task's first metric on held-out examples.
-        auc: of the primary attack.
+        utility: value of the task's first metric on held-out examples.
+        auc: AUC of the primary attack.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Comparison:
 
     Attributes:
         attack: the common primary attack.
-        utility_name: the task's first metric.
+        utility_name: name of the task's first metric.
         points: one per checkpoint.
         paired: paired differences of AUC of the second, third, ... checkpoint minus the first.
         at_loss, at_utility: a common value of loss and of utility, with each method's interpolated
@@ -167,7 +167,7 @@ def save(comparison: Comparison, folder: Path) -> None:
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows, one row per checkpoint."""
+    """Tabulate the comparison, one row per checkpoint; return columns and rows."""
     name = comparison.utility_name
     direction = "higher is better" if HIGHER_IS_BETTER[name] else "lower is better"
     columns = [
@@ -203,7 +203,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Lines that qualify the table."""
+    """Return the remarks below the table: the attack, its limits, and missing overlaps."""
     lines = [f"Attack {comparison.attack}; one run per checkpoint, not a ranking. NON-PRIVATE."]
     if comparison.at_loss is None or comparison.at_utility is None:
         lines.append(

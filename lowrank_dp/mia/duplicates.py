@@ -1,7 +1,7 @@
-"""Find texts that occur, or nearly occur, on both sides.
+"""Find the non-members whose text is, or nearly is, the text of a member.
 
-The membership of a text that is a member's and a non-member's says nothing. ``examples`` are N
-records with distinct ids and ``is_member`` (N,) is the truth about them.
+A text that is a member's and a non-member's is no evidence for either. ``examples`` are N records
+with distinct ids and ``is_member`` (N,) is their true membership.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lowrank_dp.mia.units import Indices, checked_truth
 # Jaccard similarity of character 5-grams. Above 0.8, two texts of 50 characters differ by a word's
 # ending, and two texts of 200 characters by a short word.
 NEAR, NGRAM = 0.8, 5
-_BLOCK = 256  # non-members compared at a time
-_PAIRS = 2**14  # pairs whose similarity is computed at a time
+_BLOCK = 256  # number of non-members compared at a time
+_PAIRS = 2**14  # number of pairs whose similarity is computed at a time
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,15 @@ def near_duplicates(
 ) -> tuple[Pair, ...]:
     """Find the non-members whose text is nearly a member's, each with the most similar member.
 
-    The similarity is the Jaccard similarity of the sets of character 5-grams, in lower case and
-    without accents. Pairs of a similarity of at least ``threshold`` in (0, 1] are found, all of
-    them; records in `overlap` are left out, and texts under 5 characters are compared there only.
+    The similarity is the Jaccard similarity, in [0, 1], of the sets of character 5-grams, in lower
+    case and without accents. No pair of a similarity of at least ``threshold`` in (0, 1] is missed.
+    Non-members that `overlap` finds are left out; texts under 5 characters have no 5-gram, so only
+    `overlap` compares them.
 
-    Two such records share one of the rarest 1 - ``threshold`` of their n-grams (Chaudhuri et al.,
-    ICDE 2006; Bayardo et al., WWW 2007). Only pairs that do are compared, in blocks, so that memory
-    is linear in N.
+    Two records of such a similarity share at least one n-gram of the rarest 1 - ``threshold`` of
+    their n-grams (Chaudhuri et al., ICDE 2006; Bayardo et al., WWW 2007). Only pairs that share one
+    are compared, in blocks, so that memory is linear in N. Raises ValueError for a threshold out of
+    range, and if all records are members or none is.
     """
     threshold = _validate.real("threshold", threshold, low=0, high=1, low_open=True)
     truth = checked_truth(examples, is_member)
@@ -81,7 +83,7 @@ def near_duplicates(
         short, long = np.sort([size[left], size[right]], axis=0)
         left, right = (side[short >= threshold * long] for side in (left, right))
         alike = _similarities(grams, left, right)
-        order = np.lexsort((right, -alike, left))  # of each non-member, the best pair comes first
+        order = np.lexsort((right, -alike, left))  # the best pair of each non-member comes first
         order = order[alike[order] >= threshold]
         _, best = np.unique(left[order], return_index=True)
         pairs += [
@@ -92,18 +94,18 @@ def near_duplicates(
 
 
 def text_parts(example: Example) -> tuple[str | None, ...]:
-    """The texts of a record: text, second text, target; None for what it does not have."""
+    """Return the texts of a record: text, second text, target; None for a missing text."""
     return example.text, example.text_pair, example.target
 
 
 def whole_text(example: Example) -> str:
-    """The texts of a record, one per line."""
+    """Join the texts of a record, one per line."""
     return "\n".join(part for part in text_parts(example) if part is not None)
 
 
 def _grams(examples: Sequence[Example]) -> sparse.csr_array:
-    """Mark which n-grams each record has, as ones, (N, G) for G n-grams in all."""
-    from sklearn.feature_extraction.text import HashingVectorizer  # loaded when used: 1 s
+    """Return the indicator matrix (N, G) of the records' n-grams, for G n-grams in all."""
+    from sklearn.feature_extraction.text import HashingVectorizer  # imported when used: 1 s
 
     hashed = HashingVectorizer(
         analyzer="char",

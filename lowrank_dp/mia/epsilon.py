@@ -1,8 +1,8 @@
 """Lower bounds on epsilon from the outcome of a membership attack.
 
-Each bound holds with probability ``confidence`` in (0, 1), for an attack that was fixed before the
-records that are counted were looked at. ``delta`` is in [0, 1). n1 is the number of members, n0 the
-number of non-members.
+Each bound holds with probability ``confidence`` in (0, 1), if the attack was fixed before anyone
+looked at the records that are counted. Every function raises ValueError for a bad argument.
+``delta`` is in [0, 1). n1 is the number of members, n0 the number of non-members.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class SplitEpsilon:
     Attributes:
         epsilon: the bound, >= 0.
         threshold: a record is called a member if its score is strictly above.
-        tp, num_members, fp, num_nonmembers: counts on the other half, which the bound is made of.
+        tp, num_members, fp, num_nonmembers: counts on the other half, from which the bound is
+            computed.
     """
 
     epsilon: float
@@ -53,14 +54,14 @@ def epsilon_lower_bound(
 ) -> float:
     """Bound epsilon from below by the rates of a test that was fixed beforehand.
 
-    The test called ``tp`` of ``num_members`` members and ``fp`` of ``num_nonmembers`` non-members
+    The test called ``tp`` of ``num_members`` members, and ``fp`` of ``num_nonmembers`` non-members,
     members. The bound is
 
         max(0, ln((TPR_low - delta) / FPR_high), ln((1 - FPR_high - delta) / (1 - TPR_low))),
 
-    both rates bounded at (1 - confidence) / 2 by Clopper-Pearson (Kairouz et al. 2015; Jagielski et
-    al. 2020, arXiv 2006.07709; Nasr et al. 2021, arXiv 2101.04535). A threshold chosen on the very
-    records that are counted makes the bound void: see `split_epsilon`.
+    where Clopper-Pearson bounds each rate at the tail (1 - confidence) / 2 (Kairouz et al. 2015;
+    Jagielski et al. 2020, arXiv 2006.07709; Nasr et al. 2021, arXiv 2101.04535). If the threshold
+    was chosen on the records that are counted, the bound is invalid: see `split_epsilon`.
 
     >>> round(epsilon_lower_bound(90, 100, 10, 100), 4)
     1.5422
@@ -122,7 +123,7 @@ def _counts_above(values: Array, cut: Array) -> Array:
 def _log_likelihood_bound(
     tp: ArrayLike, n1: int, fp: ArrayLike, n0: int, delta: float, confidence: float
 ) -> Array:
-    """The bound of `epsilon_lower_bound` before the maximum with 0; counts may be arrays."""
+    """Compute `epsilon_lower_bound` before the maximum with 0; counts may be arrays."""
     tail = (1 - confidence) / 2
     tpr_low, fpr_high = lower_bound(tp, n1, tail), upper_bound(fp, n0, tail)
     tnr_low = lower_bound(n0 - np.asarray(fp), n0, tail)
@@ -173,8 +174,8 @@ def one_run_epsilon(
 
         p(epsilon) = P[B >= v] + 2 m delta max_{1 <= i <= v} P[v > B >= v - i] / i,
 
-    B ~ Binomial(r, 1 / (1 + exp(-epsilon))). The bound, >= 0, is the epsilon at which p equals
-    1 - ``confidence``.
+    where B ~ Binomial(r, 1 / (1 + exp(-epsilon))). The bound, >= 0, is the epsilon at which p
+    equals 1 - ``confidence``.
 
     >>> round(one_run_epsilon(1000, 100, 75, delta=1e-4), 3)        # Appendix D of the paper
     0.673

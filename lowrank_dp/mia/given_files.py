@@ -13,12 +13,12 @@ from lowrank_dp.data.examples import bad_cell, cell, record_group
 from lowrank_dp.data.readers import read_tables, stem_of
 from lowrank_dp.mia.checkpoint import Checkpoint
 
-_TARGETS = ("target", "human_reference", "annotations")  # columns of texts that follow a prompt
+_TARGETS = ("target", "human_reference", "annotations")  # columns of texts after a prompt
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read: the user's names of columns, and the head of the attacked checkpoint."""
+    """Settings of reading: the user's names of columns, and the head of the attacked checkpoint."""
 
     columns: Columns
     checkpoint: Checkpoint
@@ -30,9 +30,9 @@ class Given:
 
     Attributes:
         path: the file.
-        task: its labels count in ``task.label_names``.
+        task: the file's task; labels of the records are positions in ``task.label_names``.
         examples: the records.
-        columns: which column has which role, in words.
+        columns: the role of each column, in words.
     """
 
     path: Path
@@ -46,7 +46,8 @@ def read_file(path: Path, side: str, reading: Reading, name: str = "") -> Given:
 
     The ids start with ``side``; the groups agree with those of task ``name`` (default: the file's
     own name). If the checkpoint is a causal language model, a file without prompts and targets is
-    read as plain texts, each an example without a target.
+    read as plain texts, each an example without a target. Raises ValueError for a missing file, for
+    several splits, and as ``data.load_task`` does.
     """
     path = path.expanduser()
     if not path.exists():
@@ -105,11 +106,11 @@ def _plain_texts(path: Path, column: str) -> Task:
 def in_common_classes(
     given: Sequence[Given], checkpoint: Checkpoint
 ) -> tuple[Task, list[tuple[Example, ...]]]:
-    """Number the labels of several files by the model's classes; return their task as well.
+    """Number the labels of several files by the model's classes; return task and records.
 
     Labels that are integers are the model's own class numbers. Labels that are words are matched
     with the names of the model's classes or, if these have no names, numbered in sorted order over
-    all files.
+    all files. Raises ValueError for a label that is none of the model's.
     """
     task = given[0].task
     if task.kind != "classification" or any(one.task.kind != task.kind for one in given):
@@ -132,7 +133,7 @@ def in_common_classes(
 
 
 def in_classes_of(given: Given, task: Task) -> tuple[Example, ...]:
-    """Number the labels of a file by the classes of ``task``."""
+    """Number the labels of a file by the classes of ``task``; ValueError for another label."""
     if given.task.kind != "classification":
         return given.examples
     return _numbered(given, task.label_names, task.num_labels, task.name)
@@ -166,7 +167,7 @@ def _all_in(names: Sequence[str], known: Sequence[str]) -> bool:
 
 
 def _folded(name: str) -> str:
-    """A class's name without case, hyphens, underscores and blanks; numbers stay as they are."""
+    """Remove case, hyphens, underscores and blanks from a class's name; leave numbers unchanged."""
     return name if _is_number(name) else re.sub(r"[-_ ]", "", name.casefold())
 
 

@@ -1,4 +1,4 @@
-"""Exact confidence bounds of a binomial proportion (Clopper and Pearson)."""
+"""Exact confidence bounds of a binomial proportion such as a rate (Clopper and Pearson)."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ def clopper_pearson(successes: int, trials: int, *, confidence: float = 0.95) ->
 
 
 def lower_bound(successes: ArrayLike, trials: int, tail: float) -> Array:
-    """Compute the one-sided bound that is below the true rate with probability >= 1 - ``tail``."""
+    """Compute the one-sided bound that is below the true rate with probability >= 1 - ``tail``.
+
+    The result has the shape of ``successes`` and is in [0, 1].
+    """
     k = np.asarray(successes, dtype=np.float64)
     return np.where(k > 0, special.betaincinv(np.maximum(k, 1), trials - k + 1, tail), 0.0)
 
 
 def upper_bound(successes: ArrayLike, trials: int, tail: float) -> Array:
-    """Compute the one-sided bound that is above the true rate with probability >= 1 - ``tail``."""
+    """Compute the one-sided bound that is above the true rate with probability >= 1 - ``tail``.
+
+    The result has the shape of ``successes`` and is in [0, 1].
+    """
     k = np.asarray(successes, dtype=np.float64)
     failures = np.maximum(trials - k, 1)
     return np.where(k < trials, special.betainccinv(k + 1, failures, tail), 1.0)

@@ -1,8 +1,9 @@
 """Test whether a model has learned anything about its own members.
 
-An attack on a model that has not finds nothing, and that result is no evidence: the model may have
-been loaded with another tokenizer, another order of labels, or a part of its weights. So the
-members' losses are compared with chance, the best prediction that does not depend on the record.
+If a model has learned nothing, an attack on the model finds nothing, and the result is no evidence:
+the model may have been loaded with another tokenizer, another order of labels, or a part of its
+weights. Therefore the members' losses are compared with chance, the best prediction that does not
+depend on the record.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ERROR = 0.01  # probability that a model at chance is called better than chance
 
 @dataclass(frozen=True)
 class Learning:
-    """The members' loss and accuracy beside those of chance.
+    """Loss and accuracy on the members, and those of chance.
 
     Attributes:
         loss: mean loss of the members, in nats (squared error for regression).
@@ -50,7 +51,7 @@ class Learning:
 
     @property
     def description(self) -> str:
-        """The comparison in one line."""
+        """Comparison with chance, in one line."""
         words = f"members' loss {self.loss:.3g}, chance {self.chance_loss:.3g}"
         if self.uniform_loss is not None:
             words += f" (uniform {self.uniform_loss:.3g})"
@@ -72,7 +73,7 @@ def judge_learning(
     """Compare the members' losses with ``chance`` (N,), the result of `chance_losses`.
 
     ``found`` has the signals of the N ``examples`` first; ``classes`` is the number of classes, or
-    of tokens in the vocabulary. Records of one group count as one.
+    of tokens in the vocabulary. Records that share a group or a text count as one.
     """
     count = len(examples)
     loss = found.loss[:count]

@@ -25,11 +25,11 @@ class Loaded:
     """A target's models, and its records as tokens.
 
     Attributes:
-        model, tokenizer: of the checkpoint.
+        model, tokenizer: the checkpoint's model and tokenizer.
         reference: the model before fine-tuning, which may be ``model`` itself (an adapter that can
             be switched off); None if the model before is not known.
-        why_no_reference: the reason in that case, else "".
-        rows: the attacked records as ``data.encode`` encodes them.
+        why_no_reference: the reason why ``reference`` is None, else "".
+        rows: the attacked records as token rows of ``data.encode``.
     """
 
     model: Any
@@ -44,7 +44,7 @@ def load(target: Target, options: Options) -> Loaded:
 
     Raises ValueError in one line for everything that can be refused without a forward pass: weights
     that are missing or damaged, a folder without its tokenizer, a base without a head, a named
-    attack that is unavailable, records that do not fit the model's context.
+    attack that is unavailable, and records that do not fit the model's context.
     """
     check_named(target, options)
     model, tokenizer = load_checkpoint(
@@ -65,7 +65,10 @@ def load(target: Target, options: Options) -> Loaded:
 
 
 def _trained_part(target: Target) -> dict[str, Any]:
-    """Arguments that make the recipe's own parameters trainable, for white-box attacks."""
+    """Return arguments of ``load_model`` that make the recipe's parameters trainable.
+
+    White-box attacks differentiate by these parameters.
+    """
     if target.result is None or (target.folder / "adapter_config.json").is_file():
         return {"method": target.result.config.method} if target.result else {}
     config = target.result.config
@@ -73,12 +76,13 @@ def _trained_part(target: Target) -> dict[str, Any]:
 
 
 def find_reference(target: Target, options: Options, model: Any) -> tuple[Any, str]:
-    """Load the model before fine-tuning, or return None and the reason why it is not known.
+    """Load the model before fine-tuning, or return None and the reason why the model is unknown.
 
     The reference is ``model`` itself for an adapter of a causal language model, because that
-    adapter can be switched off. For a run of this package it is the base with the head that the run
-    started with; for a classifier trained elsewhere, a base that is a classifier, with its own
-    head. Raises ValueError with the reason if an attack that needs the reference was named.
+    adapter can be switched off. For a run of this package, the reference is the base with the head
+    that the run started with. For a classifier that another program trained, the reference is a
+    base that is a classifier, with the base's own head. Raises ValueError with the reason if an
+    attack that needs the reference was named.
     """
     if target.records.kind == "generation" and hasattr(model, "disable_adapter"):
         return model, ""
@@ -122,9 +126,11 @@ def load_reference(
 ) -> Any:
     """Load the manifest's base with the head that the run started with.
 
-    A checkpoint without ``initial_head.safetensors`` was trained elsewhere: its base must have a
-    head of its own. Raises ValueError if a weight of the reference would be drawn at random, or if
-    the base's weights are not those that the manifest names.
+    A checkpoint without ``initial_head.safetensors`` was trained by another program, and its base
+    must have a head of its own. ``base`` maps "model" to the base's name, "seed" to the seed of the
+    head, and optionally "weights" to the SHA-256 of the base's weights. Raises ValueError if a
+    weight of the reference would be drawn at random, or if the base's weights are not those that
+    the manifest names.
     """
     file = Path(folder) / runs.INITIAL_HEAD
     with one_line(str(file)):

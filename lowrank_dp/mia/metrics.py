@@ -1,8 +1,8 @@
-r"""Metrics of a membership attack: AUC, true-positive rate at a false-positive rate, ROC curve.
+r"""Metrics of an attack, with confidence intervals: AUC, TPR at a given FPR, ROC curve.
 
 ``scores`` is (N,), higher for a member. Only the order of the scores counts: infinities are
 allowed, NaN is not. ``is_member`` is (N,) booleans; n1 is the number of members, n0 the number of
-non-members. A score that ranks the wrong way keeps its AUC below 1/2: no score is ever negated.
+non-members. No score is ever negated: a score that ranks the wrong way has an AUC below 1/2.
 ``confidence`` is in (0, 1). Every function raises ValueError for a bad argument and for a sample
 that is too small.
 
@@ -69,7 +69,7 @@ class Auc:
 
 @dataclass(frozen=True)
 class AucDifference:
-    """AUC of a minus AUC of b on the same records, its standard error, its two-sided p-value."""
+    """AUC of a minus AUC of b on the same records, with standard error and two-sided p-value."""
 
     difference: float
     se: float
@@ -107,8 +107,8 @@ def paired_auc_difference(
     """Compare the AUCs of two scores of the same records by DeLong's paired test.
 
     The variance is that of the differences of placement values, which equals DeLong's covariance
-    form. Where the variance is 0 (each AUC is 0, 1, or of equal scores) the p-value is 1 for equal
-    AUCs and 0 otherwise, its limit; a small sample does not support that 0.
+    form. Where the variance is 0 (each AUC is 0, 1, or of equal scores), the p-value is its limit:
+    1 for equal AUCs and 0 otherwise. A small sample does not support a p-value of 0.
     """
     a, b = (
         _placements(*both_sides(scores, is_member, at_least=2, name=name))
@@ -175,7 +175,7 @@ def tpr_at_fpr(
 
     With k = floor(fpr n0) the threshold is the (k+1)-th largest score of a non-member, and a record
     is called a member if its score is strictly above. Under ties the realised rate is lower. Raises
-    ValueError for fewer than 1 / fpr non-members, which cannot resolve such a rate.
+    ValueError for fewer than 1 / fpr non-members, which cannot resolve the rate.
     """
     members, others = both_sides(scores, is_member)
     n1, n0 = len(members), len(others)
@@ -196,7 +196,7 @@ def tpr_at_fpr(
 def roc_points(scores: ArrayLike, is_member: ArrayLike) -> Roc:
     """Compute the corners of the ROC curve for log-log axes, up to (1, 1).
 
-    Points with a rate of 0, which such axes cannot show, are left out, and so are points inside a
+    Points with a rate of 0, which log axes cannot show, are left out, and so are points inside a
     horizontal or vertical stretch. The last point calls every record a member; its threshold is
     -inf.
     """

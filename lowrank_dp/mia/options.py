@@ -32,7 +32,7 @@ ATTACKS = {
 WHITE_BOX = ("gradient", "projection")
 SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
 NEEDS_BASE = ("base", "ez", "projection")
-POPULATION = 1000  # the largest number of validation records; they are in no model
+POPULATION = 1000  # largest number of validation records, which are in no model
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -48,16 +48,16 @@ def _rates(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Options:
-    """What an attack is asked to do.
+    """Options of an attack.
 
-    Every field is an option of ``python -m lowrank_dp.mia``; the help texts here document both.
+    Every field is an option of ``python -m lowrank_dp.mia``; the help texts document both.
     Raises ValueError for a value out of its range and for values that exclude each other.
     """
 
     attacks: tuple[str, ...] = option(
         (),
-        f"auto, or names with commas between: {', '.join(ATTACKS)}. Default: auto, all that the "
-        "checkpoint and the shadows allow.",
+        f"Attacks to make: auto, or names with commas between: {', '.join(ATTACKS)}. Default: "
+        "auto, all that the checkpoint and the shadow models allow.",
         parse=_names,
     )
     primary: str = option(
@@ -102,25 +102,25 @@ class Options:
     )
     white_box: bool = option(
         False,
-        "Attack with the gradient's norm too, and with the projection attack where the recipe "
-        "allows it.",
+        "Make the white-box attacks too: by the norm of each record's gradient and, where the "
+        "recipe allows it, by projection.",
     )
     max_records: int | None = option(None, "Attack a random subset of this many records.")
-    batch_size: int = option(64, "Records in memory at a time.")
-    seed: int = option(0, "Seed of shadows, splits and subsets.")
+    batch_size: int = option(64, "Number of records in memory at a time.")
+    seed: int = option(0, "Random seed of shadow models, splits and subsets.")
     device: str = option("cpu", "Device of the models: cpu or cuda.")
     num_workers: int | None = option(
-        None, "Number of shadows trained at a time. Default: one per CPU core."
+        None, "Number of shadow models trained at a time. Default: one per CPU core."
     )
-    engine: str = option("loky", "Where shadows are trained.", choices=ENGINES)
+    engine: str = option("loky", "Engine that trains the shadow models.", choices=ENGINES)
     columns: Columns = field(default_factory=Columns)
     template: str | None = option(
         None,
-        "How a causal language model that was trained elsewhere was shown its records, such as "
+        "Text in which a causal language model trained elsewhere was shown a record, such as "
         "'### Input: {prompt}\\n### Response: {target}', or '{text}' for plain texts.",
     )
     max_length: int | None = option(
-        None, "Tokens that each text is cut to, for a checkpoint that was trained elsewhere."
+        None, "Number of tokens that a text is cut to, for a checkpoint trained elsewhere."
     )
 
     def __post_init__(self) -> None:
@@ -144,5 +144,5 @@ class Options:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The attacks that were named; an attack that was named and can't be made is an error."""
+        """Attacks that were named; a named attack that is unavailable is an error."""
         return (*self.attacks, *filter(None, [self.primary]))

@@ -1,4 +1,4 @@
-"""Describe what an attack will do, and estimate how long it takes."""
+"""Describe the work of an attack, and estimate its duration."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from lowrank_dp.mia.options import Options
 from lowrank_dp.mia.target import Target
 
-FORWARD_SHARE = 1 / 3  # of a training step's operations: the backward pass takes 2/3
+FORWARD_SHARE = 1 / 3  # share of a training step's operations; the backward pass takes 2/3
 
 
 def plan(targets: Sequence[Target], options: Options) -> list[str]:
     """Describe each piece of work in one line.
 
-    Durations follow from how long the checkpoint's own training took. Raises ValueError if shadows
-    are unavailable: for a recipe that trains on every record, or shadows of another recipe.
+    Durations are estimated from the duration of the checkpoint's own training. Raises ValueError if
+    shadows are unavailable: for a recipe that trains on every record, or shadows of another recipe.
     """
     lines = []
     for target in targets:
@@ -32,7 +32,7 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
 
 
 def _shadow_line(target: Target, options: Options, scoring: float) -> str:
-    from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # training comes with them
+    from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # they import training
 
     if options.shadow_dir is not None:
         found = find_shadows(target.recipe, options.shadow_dir)
@@ -47,7 +47,7 @@ def _shadow_line(target: Target, options: Options, scoring: float) -> str:
 
 
 def _scoring_seconds(target: Target, count: int) -> float:
-    """Seconds of the passes over ``count`` records through the models; 0 if not known."""
+    """Estimate the seconds of ``count`` records through the models; 0 if not known."""
     if target.result is None:
         return 0.0
     result = target.result

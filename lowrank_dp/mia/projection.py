@@ -41,17 +41,17 @@ def projection_scores(
     """Compute the symmetry score without each record minus the score with the record, (N,).
 
     The symmetry score of the true gradient sum is near 0, so a member's difference is positive and
-    a non-member's negative. Each record takes two backward passes, on one layer: the last by name
-    of those that the adapter changes.
+    a non-member's negative. Each record takes two backward passes, on one layer: of the layers
+    that the adapter changes, the one whose name sorts last.
 
     Args:
         folder: the checkpoint, with the adapter.
-        base: the manifest's base.
+        base: the manifest's ``base``, as in ``loading.load_reference``.
         task, examples: all records of the run.
-        is_member: (N,), the truth; for each record it stands for what the adversary knows of the
-            others.
-        max_length, pad_to: how a record becomes tokens, as in ``signals.measure``.
-        device: where the gradients are computed.
+        is_member: (N,) true membership; for each record, the adversary is assumed to know the
+            membership of all other records.
+        max_length, pad_to: lengths in tokens, as in ``signals.measure``.
+        device: device on which the gradients are computed.
     """
     layer, released = _released_product(Path(folder) / "adapter_model.safetensors")
     model = load_reference(folder, base, task, device=device)
@@ -73,7 +73,7 @@ def projection_scores(
 
 
 def _released_product(file: Path) -> tuple[str, Array]:
-    """The last adapted layer by name, and its B A in float64."""
+    """Return the name of the adapted layer that sorts last, and its B A (m, n) in float64."""
     with safe_open(file, framework="pt") as tensors:
         name = max(key for key in tensors.keys() if key.endswith(_A))
         a = tensors.get_tensor(name).double().numpy()

@@ -19,13 +19,13 @@ GIVEN, ASSUMED = "as given", "assumed"
 
 @dataclass(frozen=True)
 class Format:
-    """How a record becomes tokens.
+    """Conversion of a record to tokens.
 
     Attributes:
-        columns: which columns of a record are read, in words.
+        columns: the columns of a record that are read, in words.
         template: as in ``data.encode``; None if the run's own encoding is used.
         max_length: number of tokens that a text is cut to, or None.
-        scored: which tokens' loss counts, in words.
+        scored: the tokens whose loss counts, in words.
         origin: "membership.json", "as given", or "assumed".
     """
 
@@ -37,14 +37,14 @@ class Format:
 
     @property
     def description(self) -> str:
-        """The format in one line."""
+        """Format in one line of words."""
         written = "" if self.template is None else f" written as {self.template!r}"
         cut = "not cut" if self.max_length is None else f"cut to {self.max_length:,} tokens"
         return f"{self.columns}{written}, {cut} ({self.origin}); scored: {self.scored}"
 
 
 def own_format(manifest: Manifest, records: Records, options: Options) -> Format:
-    """The encoding of a run of this package; ValueError if an option contradicts the manifest."""
+    """Return the encoding of a run of this package; ValueError if an option differs."""
     own = {"max_length": manifest.max_length, "template": None}
     for name, value in own.items():
         asked = getattr(options, name)
@@ -70,7 +70,7 @@ def own_format(manifest: Manifest, records: Records, options: Options) -> Format
 
 
 def given_format(records: Records, options: Options, max_length: int | None) -> Format:
-    """The encoding of a checkpoint that was trained elsewhere: given by the user, or assumed.
+    """Return the encoding, given or assumed, of a checkpoint that another program trained.
 
     ``max_length`` is used if the user gives none. Raises ValueError for a template that does not
     fit the records.

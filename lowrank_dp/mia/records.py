@@ -1,8 +1,9 @@
-"""Records under attack, with the truth about their membership.
+"""Records under attack, with their true membership.
 
 The truth is in a run's manifest, ``membership.json``, which holds ids and hashes and never a text:
 the texts come from the task itself and are compared with the hashes. The user can give two files
-instead. Either way no text is on both sides, because the membership of such a text says nothing.
+instead. In both cases, a text that is a member's and a non-member's is left out or refused, because
+its membership is undefined.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from lowrank_dp.membership import Manifest, read_manifest
 from lowrank_dp.mia import duplicates, given_files
 from lowrank_dp.mia.checkpoint import Checkpoint
 
-MIN_RECORDS = 20  # on either side; with fewer, no interval says anything
+MIN_RECORDS = 20  # least number on either side; with fewer, every interval is too wide for use
 
 
 @dataclass(frozen=True)
 class Records:
-    """Records under attack, with the truth about them: SENSITIVE.
+    """Records under attack, with their true membership; SENSITIVE.
 
     Attributes:
-        task: the task with all its splits, or only a train split if it was read from a file.
+        task: the task with all its splits, or with a train split only for given files.
         kind: "classification", "regression" or "generation".
         unit: unit of sampling, "example" or "group".
         examples: in fixed order, (N,).
         is_member: (N,) booleans, read-only.
-        origin: where the truth comes from: "membership.json", or names of files.
+        origin: source of the true membership: "membership.json", or names of files.
         sampling: the manifest's sampling scheme, or None if a file was given. In that case members
             and non-members may come from different distributions, and an attack may only tell the
             distributions apart.
-        columns: which column of a given file of members has which role; "" without such a file.
+        columns: the role of each column of a given file of members; "" without such a file.
         left_out: ids of records that are not attacked because their text occurs more than once: in
             several units of a manifest's pool, or again in a given file.
     """
@@ -80,17 +81,18 @@ def load_records(
 
     Args:
         folder: the checkpoint, with ``membership.json``; not read if both files are given.
-        data_dir: as in ``data.load_task``. For a run on the user's own files it is that folder or
-            file: the path in the manifest is not followed.
+        data_dir: as in ``data.load_task``. For a run on the user's own data, the file or folder of
+            these data, because the path in the manifest is not followed.
         members, nonmembers: files in any format that ``data.load_task`` reads. ``nonmembers``
             alone replaces the non-members of the manifest.
         base: as in ``membership.read_manifest``.
-        max_records: number of records to keep, a random subset drawn from ``seed``; half of them
-            are members if there are enough. Groups stay whole if they are the unit of sampling.
+        max_records: size of a random subset to keep, drawn from ``seed``; half of the subset are
+            members if the records allow. None keeps all records. Groups stay whole if groups were
+            the unit of sampling.
         seed: seed of the subset.
-        columns: names of the files' columns; None finds them by their names.
-        checkpoint: the attacked head: it decides whether a file of texts is read as plain texts,
-            and the names of its classes decide the number of each label.
+        columns: names of the files' columns; None finds known names.
+        checkpoint: head of the attacked model. Its kind decides whether a file of texts is read as
+            plain texts, and the names of its classes decide the number of each label.
 
     Raises ValueError in one line for a broken manifest or file, for records that the task does not
     have or whose texts differ from those trained on, for a text that is given on both sides or on
@@ -139,7 +141,10 @@ def _enough(records: Records, max_records: int | None, seed: int) -> Records:
 def read_population(
     path: str | os.PathLike[str], records: Records, *, columns: Columns | None = None
 ) -> tuple[Example, ...]:
-    """Read a user's file of records that are in no model, of the same form as ``records``."""
+    """Read a user's file of records that are in no model, of the same form as ``records``.
+
+    Raises ValueError for a file that cannot be read, or whose records have another form.
+    """
     head = Checkpoint(records.kind)
     given = given_files.read_file(
         Path(path), "population", given_files.Reading(columns or Columns(), head), records.task.name
@@ -158,7 +163,7 @@ def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) 
             f"{runs.MEMBERSHIP}: kind must be {task.kind!r}, that of {task.name}, got "
             f"{manifest.kind!r}"
         )
-    # a run with max_examples or a hold-out knew a part of the split; the whole split has all ids
+    # a run with max_examples or a hold-out read a part of the split; the whole split has all ids
     pool = {example.id: example for example in task.split(manifest.split)}
     where = f"{task.name}'s {manifest.split} split ({task.source})"
     _refuse_any(f"are not in {where}", [i for i in manifest.ids if i not in pool], manifest)

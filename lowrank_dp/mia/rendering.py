@@ -1,6 +1,7 @@
 """Render a report as lines and a table, and as files: report.json, scores.csv and summary.md.
 
-All of them are NON-PRIVATE, because they are computed from membership bits; they say so.
+Lines, table and files are NON-PRIVATE, because they are computed from membership bits; each file
+states this.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _KEYS = {"sampling": "coins", "base": "untuned", "origin": "source"}  # field ->
 
 
 def save(report: Report, folder: Path, asked: Mapping[str, Any]) -> None:
-    """Write the three files, each atomically; ``asked`` is what the report was made from."""
+    """Write the three files, each atomically.
+
+    ``asked`` holds the options and the checkpoints' hashes that the report was made from.
+    """
     files.write_json(folder / "report.json", as_json(report) | {"asked": asked})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -51,7 +55,7 @@ def save(report: Report, folder: Path, asked: Mapping[str, Any]) -> None:
 
 
 def header(report: Report) -> list[str]:
-    """Lines that say what was attacked, and the checks."""
+    """Return the lines above the table: model, records, format, and the checks."""
     members = int(report.is_member.sum())
     losses = (
         f"; train loss {report.train_loss:.3g} / eval {report.eval_loss:.3g}"
@@ -78,7 +82,7 @@ def header(report: Report) -> list[str]:
 
 
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows, one row per attack; the primary attack has a star."""
+    """Tabulate the report, one row per attack, with a star at the primary attack."""
     rates = list(report.attacks[0].tpr)
     columns = ["attack", "AUC [95%]"]
     for rate in rates:
@@ -96,7 +100,7 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def footer(report: Report) -> list[str]:
-    """Lines with the lower bound on epsilon, the accountant's epsilon, and the verdict."""
+    """Return the lines below the table: lower bound and accountant's epsilon, and verdict."""
     claimed = (
         "none"
         if report.accountant_epsilon is None
@@ -126,7 +130,7 @@ def footer(report: Report) -> list[str]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return all of the report but the scores, in JSON's types."""
+    """Return the report without the scores, in JSON's types."""
     document = {
         _KEYS.get(name, name): value for name, value in artifacts.to_jsonable(report).items()
     }

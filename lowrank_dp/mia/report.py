@@ -25,9 +25,9 @@ class Attack:
 
     Attributes:
         name: a key of ``options.ATTACKS``.
-        auc: with a 95% interval.
+        auc: AUC with a 95% interval.
         tpr: true-positive rates by false-positive rate; None if the non-members are too few.
-        epsilon: the lower bound on epsilon at 95%.
+        epsilon: the lower bound on epsilon at a confidence of 95%.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Attack:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an attack measured, before the report is made.
+    """Measurements from which the report is made.
 
     Attributes:
-        scores: (N,) for each attack that was made.
+        scores: scores (N,) of each attack that was made.
         primary: the attack that the verdict rests on.
         unavailable: the other attacks, with the reason for each.
-        reference_loss: (N,) of the model before fine-tuning, or None.
+        reference_loss: losses (N,) of the model before fine-tuning, or None.
         learning: the members' losses beside chance.
         num_shadows: number of shadow models.
     """
@@ -59,13 +59,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """What an attack found; NON-PRIVATE, because it is computed from membership bits.
+    """Results of an audit; NON-PRIVATE, because they are computed from membership bits.
 
     Attributes:
-        model, description, privacy: of the checkpoint.
-        format: how a record became tokens.
-        ids, is_member: of the attacked records, (N,).
-        scores: (N,) for each attack.
+        model, description, privacy: folder, description and privacy statement of the checkpoint.
+        format: conversion of a record to tokens.
+        ids, is_member: ids and true membership of the attacked records, (N,) each.
+        scores: scores (N,) of each attack.
         attacks: the numbers of each attack.
         primary: the attack that the verdict rests on.
         unavailable: attacks that were not made, with the reason for each.
@@ -73,7 +73,7 @@ class Report:
         sampling: the scheme by which members were drawn, or "given files".
         control: AUC of the primary attack against randomly permuted membership, with a 99%
             interval; its expectation is 1/2.
-        blind: AUC of the texts alone, with a 99% interval.
+        blind: AUC of a classifier of membership by the texts alone, with a 99% interval.
         base: AUC of minus the loss before fine-tuning, with a 99% interval; None if not known.
         shift: the result of ``shift.shift_verdict``.
         left_out: ids of records whose text occurs more than once.
@@ -81,12 +81,12 @@ class Report:
         learning: the members' losses beside chance.
         detectable_auc: AUC that the primary attack finds in ``verdict.POWER`` of audits of this
             size.
-        train_loss, eval_loss: of training.json, or None.
-        accountant_epsilon: None if no epsilon is claimed.
-        delta: of the lower bounds on epsilon.
+        train_loss, eval_loss: losses in training.json, or None.
+        accountant_epsilon: epsilon that training.json claims; None for no claim.
+        delta: delta of the lower bounds on epsilon.
         one_run_epsilon: bound of the one-run audit; None if not asked for.
-        verdict: what the numbers support, in words.
-        provenance: of the computation.
+        verdict: conclusion that the numbers support, in words.
+        provenance: versions, machine, commit and command of the computation.
     """
 
     model: str
@@ -128,7 +128,7 @@ class Report:
     def lower_bound(self) -> float:
         """The larger of the primary attack's and the one-run audit's lower bound on epsilon.
 
-        Only attacks that were named beforehand count: the best of many would need a correction.
+        Other attacks do not count: the best of many attacks would need a correction.
         """
         primary = next(attack for attack in self.attacks if attack.name == self.primary)
         return max(primary.epsilon.epsilon, self.one_run_epsilon or 0.0)
@@ -190,9 +190,10 @@ def make_report(target: Target, options: Options, measured: Measured) -> Report:
 
 
 def independent_scores(target: Target, scores: Array) -> tuple[Array, np.ndarray]:
-    """Scores and membership of independent units: rows that were sampled as a group count once.
+    """Return scores and membership (U,) of independent units.
 
-    If each row counted by itself, every interval would be too short.
+    Rows that were sampled as a group are one unit, with their mean score. If each row counted by
+    itself, every interval would be too short.
     """
     records = target.records
     if records.unit != "group":
@@ -214,13 +215,13 @@ def _measure(name: str, values: Array, truth: np.ndarray, options: Options, delt
 
 
 def _control(values: Array, truth: np.ndarray, seed: int) -> metrics.Auc:
-    """AUC against the same membership bits in a random order."""
+    """Compute the AUC against the same membership bits in a random order."""
     permuted = np.random.default_rng(seed).permutation(truth)
     return metrics.auc(values, permuted, confidence=shift.CONFIDENCE)
 
 
 def _one_run(options: Options, values: Array, truth: np.ndarray, delta: float) -> float | None:
-    """Bound of the one-run audit, which ``requirements.check_named`` has found available."""
+    """Compute the bound of the one-run audit, whose requirements ``check_named`` has checked."""
     if not options.guesses:
         return None
     correct = metrics.one_run_correct(
@@ -230,7 +231,7 @@ def _one_run(options: Options, values: Array, truth: np.ndarray, delta: float) -
 
 
 def _caveat(target: Target, learning: Learning) -> str:
-    """What is not known of the checkpoint's training and qualifies "no leak found"; or ""."""
+    """State what is unknown about the training and weakens "no leak found", or return ""."""
     words = ""
     if target.records.kind == "generation" and learning.reference_loss is None:
         words = (

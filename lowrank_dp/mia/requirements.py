@@ -9,8 +9,8 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.mia.options import SHADOW_ATTACKS, Options
 from lowrank_dp.mia.target import Target
 
-TEXT_ATTACKS = ("zlib", "min-k", "min-k++", "ez")  # of causal language models
-# recipe by which B A is one projected gradient of known records
+TEXT_ATTACKS = ("zlib", "min-k", "min-k++", "ez")  # attacks on causal language models alone
+# options of a run after which B A is one projected gradient sum of known records
 PROJECTION_RECIPE = {
     "method": "lora-frozen-a",
     "optimizer": "sgd",
@@ -39,7 +39,7 @@ def check_named(target: Target, options: Options) -> None:
 
 
 def projection_unavailable(target: Target, options: Options) -> str:
-    """Why the projection attack is unavailable."""
+    """Return the reason why the projection attack is unavailable, or ""."""
     if (
         target.base is None
         or target.records.origin != runs.MEMBERSHIP
@@ -60,7 +60,7 @@ def projection_unavailable(target: Target, options: Options) -> str:
 
 
 def one_run_unavailable(target: Target, options: Options) -> str:
-    """Why the one-run audit is unavailable."""
+    """Return the reason why the one-run audit is unavailable, or ""."""
     if target.records.sampling == "bernoulli" and options.max_records is None:
         return ""
     return (

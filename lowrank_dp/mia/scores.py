@@ -2,7 +2,7 @@ r"""Membership scores: arrays in, one float64 value per record out, higher = mor
 
 This module has the scores of one model; :mod:`~lowrank_dp.mia.token_scores` has the scores of a
 text's tokens and :mod:`~lowrank_dp.mia.shadow_scores` those that need shadow models. All names can
-be imported from here.
+be imported from this module.
 
 Notation: ``loss`` is the cross-entropy of the true class, or the mean negative log-likelihood per
 token; ``phi`` is the logit confidence ln(p / (1 - p)) of p = exp(-loss). ``loss`` and ``phi`` are
@@ -66,7 +66,7 @@ def logit_confidence(loss: ArrayLike) -> Array:
     """Compute the logit ln(p / (1 - p)) of p = exp(-loss) (Carlini et al. 2022, arXiv 2112.03570).
 
     ``loss`` >= 0 is (N,) or has more axes; the result has its shape. A loss that was rounded to
-    exactly 0 gets the largest phi of all, 708.4. `logit_confidence_from_logits` keeps the
+    exactly 0 gets the largest phi, 708.4. `logit_confidence_from_logits` keeps the
     information that such rounding loses.
 
     >>> logit_confidence([1e4])
@@ -121,7 +121,7 @@ def zlib_score(loss: ArrayLike, text: str | Sequence[str]) -> float | Array:
     """Score by -loss / (bytes of the compressed text) (Carlini et al. 2021, arXiv 2012.07805).
 
     One loss and one text give a float; N losses and N texts give (N,). ``text`` is the text that
-    was scored, without a tail that the model never saw; it is compressed in UTF-8.
+    was scored, without a tail that the model never saw, and is compressed in UTF-8.
 
     >>> zlib_score(2.0, "aaaaaaaa")
     -0.18181818181818182

@@ -20,7 +20,7 @@ from lowrank_dp.mia.target import Target
 
 @dataclass
 class Scores:
-    """Scores (N,) by attack, and the attacks that were not made, with the reason for each."""
+    """Scores (N,) of each attack that was made, and the reason for each that was not."""
 
     made: dict[str, Array] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ def _add_base(result: Scores, loss: Array, reference: Array, why_not: str) -> No
 
 
 def _scored_texts(target: Target, loaded: Loaded) -> list[str]:
-    """The part of each text that was scored, without a tail that was cut off."""
+    """Return the part of each text that was scored, without a tail that was cut off."""
     if target.format.template is None:
         return [example.target or " " for example in target.records.examples]
     scored = [[token for token in row["labels"] if token != IGNORE] for row in loaded.rows]

@@ -1,9 +1,9 @@
 """Membership scores from shadow models: LiRA and RMIA.
 
 ``phi`` and ``loss`` (N,) are of the target; ``shadow_phi`` and ``shadow_loss`` are (num_shadows,
-N). ``shadow_is_member[s, i]`` says whether shadow s was trained on record i: such a shadow is an IN
-shadow of the record, the others are its OUT shadows. Each function returns (N,), higher for a
-member.
+N). ``shadow_is_member[s, i]`` states whether shadow s was trained on record i: if so, s is an IN
+shadow of the record, else an OUT shadow. Each function returns (N,), higher for a member, and
+raises ValueError for a bad argument.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from lowrank_dp._validate import choice, fail, positive, real
 from lowrank_dp.mia._arrays import Array, Mask, boolean_array, real_array
 
-# a standard deviation below this is rounding: one shadow per group, or shadows that are all equal
+# a smaller standard deviation is rounding: one shadow per group, or shadows that are all equal
 _MIN_STD = 1e-12
-# numbers handled at a time: 256 KiB in float64, which stays in the cache
+# number of values handled at a time: 256 KiB in float64, which fits in the CPU's cache
 _CHUNK = 2**15
 
 
@@ -33,7 +33,10 @@ def lira_online(
     location: str = "mean",
     fixed_variance: bool = True,
 ) -> Array:
-    """LiRA: ln N(phi; mu_in, s_in) - ln N(phi; mu_out, s_out), shape (N,) (arXiv 2112.03570).
+    """Compute LiRA's score ln N(phi; mu_in, s_in) - ln N(phi; mu_out, s_out), shape (N,).
+
+    Source: Carlini et al. 2022, arXiv 2112.03570. N is the normal density with mean and standard
+    deviation.
 
     Args:
         phi, shadow_phi, shadow_is_member: as in the module's docstring; each record needs an IN and
@@ -86,7 +89,7 @@ def _group_moments(
         residual = (x - (centre if fixed_variance else mean)[columns]) * weight
         squares[columns] = np.einsum("sn,sn->n", residual, residual)
     if fixed_variance:
-        # about the residuals' mean, which is 0 unless the location is the median
+        # the variance is about the residuals' mean, which is 0 unless the location is the median
         total = count.sum()
         variance = squares.sum() / total - ((count * (mean - centre)).sum() / total) ** 2
     else:
@@ -115,7 +118,7 @@ def rmia_offline(
     a: float = 0.3,
     gamma: float = 1.0,
 ) -> Array:
-    """RMIA: share of population records z with r(x) / r(z) >= gamma (arXiv 2312.03262).
+    """Compute RMIA's share of population records z with r(x) / r(z) >= gamma (arXiv 2312.03262).
 
     The likelihood ratio is r = exp(-loss) / p with p = ((1 + a) p_out + 1 - a) / 2, which assumes
     p_in = a p_out + 1 - a. p_out(x) is the mean of exp(-shadow_loss) over the OUT shadows of x, and
@@ -124,9 +127,10 @@ def rmia_offline(
     Args:
         loss, shadow_loss, shadow_is_member: as in the module's docstring; each record needs an OUT
             shadow.
-        population_loss, population_shadow_loss: (Z,) and (num_shadows, Z), of records in no model.
+        population_loss, population_shadow_loss: losses (Z,) and (num_shadows, Z) of records in no
+            model.
         a: slope of the assumed p_in, in [0, 1].
-        gamma: bar of the ratio of likelihood ratios, above 0.
+        gamma: threshold of r(x) / r(z), above 0.
 
     Returns shares in [0, 1], shape (N,).
     """
@@ -144,7 +148,7 @@ def rmia_online(
     *,
     gamma: float = 1.0,
 ) -> Array:
-    """RMIA with IN shadows: `rmia_offline` with p(x) = (p_in + p_out) / 2.
+    """Compute RMIA with IN shadows: `rmia_offline` with p(x) = (p_in + p_out) / 2.
 
     p(z) is the mean of exp(-population_shadow_loss) over all shadows. Each record needs an IN and
     an OUT shadow.
@@ -185,7 +189,7 @@ def _offline_log_probability(log_mean: Array, a: float) -> Array:
 
 
 def _population(loss: ArrayLike, shadow_loss: ArrayLike, records: ArrayLike) -> tuple[Array, Array]:
-    """The target's loss on the population, and ln of the shadows' mean probability, (Z,) each."""
+    """Return the target's population loss and ln of the shadows' mean probability, (Z,) each."""
     loss = real_array("population_loss", loss)
     values = real_array(
         "population_shadow_loss", shadow_loss, shape=(np.shape(records)[0], len(loss))
@@ -228,6 +232,6 @@ def _counts(group: Mask, name: str, *, at_least: int = 1) -> NDArray[np.int64]:
 
 
 def _chunks(values: Array) -> Iterator[slice]:
-    """Slices over the columns of ``values`` (S, N) that keep the working set small."""
+    """Yield slices over the columns of ``values`` (S, N) that keep the working set small."""
     step = max(1, _CHUNK // len(values))
     return (slice(start, start + step) for start in range(0, values.shape[1], step))

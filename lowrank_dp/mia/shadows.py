@@ -2,7 +2,8 @@
 
 This is the only module of the attack that trains. Method, rank, frozen A, noise, restoration, steps
 and batch size are the target's. Each shadow has its own seed and so its own members, head and
-noise. Shadows are content-addressed: a second attack reads what the first attack trained.
+noise. The folder of a shadow is named by its configuration, so a second attack reads the shadows
+that the first attack trained.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lowrank_dp.mia.checkpoint import load_checkpoint
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 
-# fields that may differ between a target and its shadows: none shapes the weights' distribution
+# fields that may differ between target and shadows: none affects the distribution of the weights
 SHADOW_MAY_DIFFER = (
     "seed",
     "device",
@@ -41,7 +42,7 @@ SHADOW_MAY_DIFFER = (
     "compile",
     "shard",
 )
-EVALUATED = 100  # examples, before and after training: enough to see that a shadow diverged
+EVALUATED = 100  # evaluation examples of a shadow: enough to notice that the shadow diverged
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Shadows:
     """Signals of K shadows.
 
     Attributes:
-        loss, phi: on the N attacked records, (K, N).
+        loss, phi: losses and logit confidences of the N attacked records, (K, N).
         is_member: whether each shadow was trained on each record, (K, N).
-        population_loss: on Z records that are in no model, (K, Z).
+        population_loss: losses of Z records that are in no model, (K, Z).
     """
 
     loss: Array
@@ -103,7 +104,7 @@ def train_shadows(
     """Train those of ``count`` shadows that ``folder`` lacks; return all checkpoints' folders.
 
     ``num_workers`` and ``engine`` are those of ``sweep``. Raises ValueError if a shadow fails; the
-    others are kept.
+    shadows that were trained are kept.
     """
     configs = shadow_configs(recipe, count, seed)
     outcomes = sweep(configs, folder, num_workers=num_workers, engine=engine, keep_model=True)
@@ -119,8 +120,8 @@ def train_shadows(
 def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
     """Find the checkpoints in the subfolders of ``folder``.
 
-    Raises ValueError if there are none, if one was trained by another recipe than the target, or if
-    one has the target's seed.
+    Raises ValueError if there is no checkpoint, or if a checkpoint was trained by another recipe
+    than the target or with the target's seed.
     """
     found = sorted(path.parent for path in folder.glob(f"*/{runs.MEMBERSHIP}"))
     if not found:

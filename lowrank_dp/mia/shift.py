@@ -1,10 +1,10 @@
 """Test for a distribution shift between members and non-members.
 
 If members and non-members are not drawn from one distribution, a classifier that never sees the
-model tells them apart, and an attack may do no more ("Blind Baselines", Das et al. 2024, arXiv
-2406.16201; "SoK", Meeus et al. 2024, arXiv 2406.17975).
+model can distinguish them, and an attack may measure nothing else ("Blind Baselines", Das et al.
+2024, arXiv 2406.16201; "SoK", Meeus et al. 2024, arXiv 2406.17975).
 
-``examples`` are N records with distinct ids and ``is_member`` (N,) is the truth about them.
+``examples`` are N records with distinct ids and ``is_member`` (N,) is their true membership.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowrank_dp.mia.duplicates import text_parts, whole_text
 from lowrank_dp.mia.metrics import Auc
 from lowrank_dp.mia.units import checked_truth, mean_per_unit, one_sided, unit_numbers
 
-CONFIDENCE = 0.99  # of the test: a false alarm in 1 of 100 audits
+CONFIDENCE = 0.99  # confidence of the test: a false alarm in 1 of 100 audits
 OK, INVALID = "ok", "INVALID (shift)"
 
 
@@ -46,11 +46,12 @@ def blind_baseline(
 
     Scores of different folds are not compared. Each fold has its own model, whose intercept is
     biased against the fold: members in a fold are missing from the records that the model was
-    fitted to, which pulls a pooled AUC below 1/2. Nor is this ordinary cross-validation, in which
-    fold A is scored by a model of B, and B by a model of A. For scores that are linear in the
-    labels, both directions are the same sum over pairs of records, counted twice, so that the mean
-    has twice the variance of independent folds. Forwards, each fold's AUC has mean 1/2 given all
-    folds before: the AUCs are uncorrelated and their variances add.
+    fitted to, which pulls a pooled AUC below 1/2. The procedure also differs from ordinary
+    cross-validation, in which fold A is scored by a model of B, and B by a model of A. For scores
+    that are linear in the labels, both directions are the same sum over pairs of records, counted
+    twice, so that the mean has twice the variance of independent folds. In the forward order,
+    each fold's AUC has mean 1/2 given all folds before, so the AUCs are uncorrelated and their
+    variances add.
 
     Raises ValueError if no fold has both sides and a model: too few records or groups.
     """
@@ -97,7 +98,7 @@ def shift_verdict(blind: Auc, base: Auc | None) -> str:
 
 
 def _features(examples: Sequence[Example]) -> sparse.csr_array:
-    """Words as they are written, the lengths of the texts, and the label, (N, F).
+    """Return features (N, F): the words as written, the lengths of the texts, and the label.
 
     The features do not depend on membership, so they may be made from all records at once.
     """

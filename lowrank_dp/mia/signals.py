@@ -24,7 +24,7 @@ from lowrank_dp.losses import LOSSES
 from lowrank_dp.mia import scores, token_scores
 from lowrank_dp.mia._arrays import Array
 
-LOGITS_AT_A_TIME = 2**24  # 128 MiB in float64; intermediate results take a few times as much
+LOGITS_AT_A_TIME = 2**24  # 128 MiB in float64; intermediate results take several times as much
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Signals:
     """One value per record, (N,), float64; a field that a task does not have is empty, (0,).
 
     Attributes:
-        loss: the model's loss: cross-entropy of the label in nats, squared error, or mean
-            cross-entropy of the target's own tokens in nats.
+        loss: the model's loss: the cross-entropy of the label in nats, the squared error, or the
+            mean cross-entropy of the target's tokens in nats.
         reference_loss: the reference's loss, if there is a reference.
         correct: 1 if the label has strictly the largest logit, else 0 (classification).
         phi: logit confidence of the label, or of exp(-loss) for texts; -loss for regression.
@@ -65,14 +65,14 @@ def measure(
     """Measure the signals of ``examples``, in their order, by one forward pass of ``model``.
 
     Args:
-        model, tokenizer: of a checkpoint.
-        task, examples: the records.
+        model, tokenizer: a checkpoint's model and tokenizer.
+        task, examples: the records and their task.
         max_length, template: as in ``data.encode``.
         pad_to: length that every row is padded to, as in training; None pads to the longest row of
             the batch.
         batch_size: number of records per forward pass.
         reference: the model before fine-tuning, which runs on the same batches; or ``model`` itself
-            if it is a PEFT model whose head was not trained: then its adapter is switched off.
+            if it is a PEFT model whose head was not trained; its adapter is then switched off.
 
     Raises ValueError with the records' ids if a loss is not finite; no record is dropped.
     """
@@ -128,7 +128,8 @@ def gradient_norms(
 ) -> Array:
     """Compute the norm (N,) of each record's loss gradient over the trainable parameters.
 
-    This signal is white-box. The arguments are those of `measure`.
+    The norm is of the unclipped gradient. This signal is white-box. The arguments are those of
+    `measure`.
     """
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
@@ -171,7 +172,7 @@ def _losses(kind: str, logits: Tensor, labels: Tensor, other: Tensor | None) -> 
 
 
 def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
-    """Score the targets' tokens of all rows, in parts that fit the memory, and sum up per row.
+    """Score the targets' tokens of all rows, in parts that fit the memory, and reduce per row.
 
     Position t is scored by the logits at t - 1.
     """
@@ -206,7 +207,10 @@ def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[st
 
 
 def _tokens(logits: Tensor, ids: Tensor, other: Tensor | None) -> dict[str, Tensor]:
-    """Compute what the scores need of tokens ``ids`` (T,) under ``logits`` (T, V); (T,) each."""
+    """Compute the values that the scores need of tokens ``ids`` (T,), each (T,).
+
+    ``logits`` and ``other``, those of the reference, are (T, V).
+    """
     log_p = logits.double().log_softmax(-1)
     own = log_p.gather(1, ids[:, None])[:, 0]
     p = log_p.exp()
@@ -228,7 +232,7 @@ _SIGNALS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], dict[str, Any]]
 
 @contextmanager
 def switched_off(reference: Any, model: Any) -> Iterator[Any]:
-    """Yield the reference; if it is ``model`` itself, its adapter is disabled meanwhile."""
+    """Yield the reference; if ``reference`` is ``model``, disable the adapter in the block."""
     if reference is model:
         with model.disable_adapter():
             yield model
@@ -238,7 +242,7 @@ def switched_off(reference: Any, model: Any) -> Iterator[Any]:
 
 # --- cache -----------------------------------------------------------------------------------
 
-# files that decide the signals of a checkpoint, beside the weights
+# files on which the signals of a checkpoint depend, beside the weights
 _DECIDE = (
     "config.json",
     "adapter_config.json",
@@ -267,10 +271,10 @@ def weight_hash(folder: str | Path) -> str:
 def cache_key(
     folder: str | Path, examples: Sequence[Example], encoding: Mapping[str, Any], *context: str
 ) -> str:
-    """Write what decides a checkpoint's signals: the weights, the records, their order and form.
+    """Compose the key of a checkpoint's signals: its weights, the records and their encoding.
 
-    ``encoding`` has the arguments of `measure` that say how a record becomes tokens; ``context`` is
-    added as it is.
+    ``encoding`` has the arguments of `measure` that determine the tokens of a record; ``context``
+    is appended unchanged.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -281,7 +285,7 @@ def cache_key(
 
 
 def cached(folder: Path, key: str, compute: Callable[[], Signals]) -> Signals:
-    """Return the signals saved under ``key``; if none are, or the file is damaged, compute them."""
+    """Return the signals saved under ``key``; compute and save them if missing or damaged."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         return artifacts.load_result(folder, name, Signals)

@@ -1,4 +1,4 @@
-"""Checkpoint under attack: its records, its recipe, and how its records become tokens."""
+"""Checkpoint under attack: its records, its recipe, and the format of its records."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Target:
     Attributes:
         folder: the checkpoint.
         records: the records under attack.
-        result: what training.json says, or None without that file.
+        result: content of training.json, or None without that file.
         base: the manifest's base, or {"model": the user's --base, "seed": 0}, or None.
-        format: how a record becomes tokens.
+        format: conversion of a record to tokens.
         population: records that are in no model.
     """
 
@@ -51,7 +51,7 @@ class Target:
 
     @property
     def encoding(self) -> dict[str, Any]:
-        """The arguments of ``signals.measure`` that say how a record becomes tokens."""
+        """Arguments of ``signals.measure`` that determine the tokens of a record."""
         found: dict[str, Any] = {"max_length": self.format.max_length}
         if self.format.template is not None:
             found["template"] = self.format.template
@@ -61,7 +61,7 @@ class Target:
 
     @property
     def trained(self) -> TrainResult:
-        """The configuration and the outcome of training; ValueError without training.json."""
+        """Configuration and outcome of training; ValueError without training.json."""
         if self.result is None:
             raise ValueError(
                 f"{self.folder} must hold training.json, for shadows by its own "
@@ -71,14 +71,14 @@ class Target:
 
     @property
     def recipe(self) -> TrainConfig:
-        """The configuration of training."""
+        """Configuration of training; ValueError without training.json."""
         return self.trained.config
 
 
 def open_target(folder: str | Path, options: Options) -> Target:
     """Read a checkpoint's files and its records; no weights are read.
 
-    Raises ValueError in one line for what ``load_records`` refuses, for records that do not fit the
+    Raises ValueError in one line as ``load_records`` does, for records that do not fit the
     checkpoint's head, for files of different runs, and for a template or a maximal length that the
     manifest contradicts.
     """
@@ -125,7 +125,7 @@ def _check_kind(folder: Path, head: Checkpoint, records: Records) -> None:
 def _check_one_run(folder: Path, manifest: Manifest, result: TrainResult | None) -> None:
     """Raise ValueError if the manifest and training.json are of different runs."""
     config = result.config.as_json() if result else {}
-    # a manifest lacks the fields that are younger than the manifest
+    # a manifest lacks fields that were added to the configuration after the manifest was written
     wrong = [name for name, value in config.items() if manifest.recipe.get(name, value) != value]
     if wrong:
         raise ValueError(
@@ -135,7 +135,7 @@ def _check_one_run(folder: Path, manifest: Manifest, result: TrainResult | None)
 
 
 def _read_result(folder: Path) -> TrainResult | None:
-    """Read training.json, if it exists, and check the numbers that a report uses."""
+    """Read training.json, or return None; check the numbers that a report uses."""
     if not (folder / runs.TRAINING).is_file():
         return None
     result = load_result(folder)
@@ -155,7 +155,7 @@ def _read_result(folder: Path) -> TrainResult | None:
 
 
 def _population(records: Records, options: Options, known: Iterable[str]) -> tuple[Example, ...]:
-    """Records in no model: not under attack, and not among the run's, ``known`` by their hashes."""
+    """Return records in no model: not under attack, and with no content hash in ``known``."""
     attacked = {*known, *(example.content_hash for example in records.examples)}
     if options.population is None:
         validation = records.task.splits.get("validation", ())

@@ -1,7 +1,8 @@
 """Membership scores of one text from its tokens; a higher score means more likely a member.
 
 ``token_logits`` is (T, V): row t scores ``token_ids[t]``, so the rows are already shifted. A logit
-of -inf excludes a token of the vocabulary and contributes nothing. Each function returns a float.
+of -inf excludes a token of the vocabulary and contributes nothing. Each function returns a float,
+and raises ValueError for a bad argument.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ MIN_SIGMA = float(np.sqrt(np.finfo(np.float64).tiny))
 
 
 def min_k(token_log_probs: ArrayLike, *, fraction: float = 0.2) -> float:
-    """Min-K%: mean of the lowest token log-probabilities (Shi et al. 2024, arXiv 2310.16789).
+    """Compute Min-K%, the mean of the lowest log-probabilities (Shi et al., arXiv 2310.16789).
 
-    ``token_log_probs`` is (T,) with T >= 1; the lowest ``fraction`` in (0, 1] of the tokens counts,
-    rounded down, but at least one token.
+    ``token_log_probs`` is (T,) with T >= 1, in nats. The lowest ``fraction`` in (0, 1] of the
+    tokens counts: their number is rounded down, but is at least 1.
 
     >>> min_k([-1.0, -4.0, -2.0], fraction=0.7)
     -3.0
@@ -31,7 +32,7 @@ def min_k(token_log_probs: ArrayLike, *, fraction: float = 0.2) -> float:
 def min_k_plus_plus(
     token_logits: ArrayLike, token_ids: ArrayLike, *, fraction: float = 0.2
 ) -> float:
-    """Min-K%++: Min-K% of (ln p - mu) / sigma (Zhang et al. 2025, arXiv 2404.02936).
+    """Compute Min-K%++, the Min-K% of (ln p - mu) / sigma (Zhang et al., arXiv 2404.02936).
 
     mu and sigma are the mean and the standard deviation of ln p over the vocabulary, weighted by p.
     ``token_logits`` is (T, V), ``token_ids`` (T,).
@@ -50,12 +51,12 @@ def min_k_plus_plus(
 def error_zone(
     token_logits: ArrayLike, reference_token_logits: ArrayLike, token_ids: ArrayLike
 ) -> float:
-    """EZ: upward share of the change at tokens that the model gets wrong (arXiv 2601.12104).
+    """Compute EZ, the upward share of change at wrongly predicted tokens (arXiv 2601.12104).
 
     With d = ln p - ln p_reference of the true tokens that are not the model's most likely tokens,
-    the score is up / (up + down) in [0, 1], up = sum max(d, 0), down = sum max(-d, 0). It orders
-    texts as up / down does, and is defined where no token got worse. A text without a wrong token,
-    or without a change, scores 0.5. Both logits are (T, V), ``token_ids`` is (T,).
+    the score is up / (up + down) in [0, 1], up = sum max(d, 0), down = sum max(-d, 0). The score
+    orders texts as up / down does, and is also defined where down is 0. A text without a wrong
+    token, or without a change, scores 0.5. Both logits are (T, V), ``token_ids`` is (T,).
     """
     logits, own = _below_top("token_logits", token_logits, token_ids)
     reference, own_reference = _below_top(
@@ -71,17 +72,17 @@ def error_zone(
         true - np.log(np.exp(row).sum(axis=1))
         for true, row in ((own, logits), (own_reference, reference))
     )
-    return upward_share((log_p - log_reference)[own < 0])  # where another token is likelier
+    return upward_share((log_p - log_reference)[own < 0])  # tokens that are not the likeliest
 
 
 def upward_share(change: Array) -> float:
-    """Compute up / (up + down) of the changes (T,), as `error_zone` does; 0.5 for no change."""
+    """Compute up / (up + down) of the changes (T,), as in `error_zone`; 0.5 for no change."""
     up, total = np.maximum(change, 0).sum(), np.abs(change).sum()
     return float(up / total) if total > 0 else 0.5
 
 
 def class_indices(name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.intp]:
-    """Return ``value`` as integers in [0, shape[-1]), of shape ``shape[:-1]``."""
+    """Return ``value`` as integers in [0, shape[-1]) of shape ``shape[:-1]``; else ValueError."""
     array, (*entries, top) = np.asarray(value), shape
     if array.dtype.kind not in "iu" or array.shape != tuple(entries):
         fail(name, f"integers of shape {tuple(entries)}", f"{array.dtype} of shape {array.shape}")

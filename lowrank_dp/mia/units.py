@@ -1,6 +1,6 @@
-"""Units of independent records: records that share a group or a text count as one.
+"""Independent units of records: records that share a group or a text are one unit.
 
-``examples`` are N records with distinct ids and ``is_member`` (N,) is the truth about them.
+``examples`` are N records with distinct ids and ``is_member`` (N,) is their true membership.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ def unit_scores(
 ) -> tuple[Array, Mask]:
     """Average ``scores`` over each unit's members, and over its non-members.
 
-    Returns the means (U,) and which of them are of members (U,).
+    Returns the means (U,), and whether each is of members (U,).
     """
     values = real_array("scores", scores, shape=(len(examples),))
     return mean_per_unit(values, checked_truth(examples, is_member), unit_numbers(examples))
 
 
 def unit_numbers(examples: Sequence[Example]) -> Indices:
-    """Number the units: records that share a group or a content hash, directly or by a chain."""
+    """Return the unit number (N,) of each record.
+
+    Records that share a group or a content hash, directly or through other records, are one unit.
+    """
     keys = [(example.group or example.id, example.content_hash) for example in examples]
     _, group = np.unique([group for group, _ in keys], return_inverse=True)
     _, content = np.unique([content for _, content in keys], return_inverse=True)
@@ -58,7 +61,7 @@ def unit_numbers(examples: Sequence[Example]) -> Indices:
 
 
 def mean_per_unit(scores: Array, truth: Mask, units: Indices) -> tuple[Array, Mask]:
-    """Do what `unit_scores` does, for known numbers of the units (N,)."""
+    """Average as `unit_scores` does, with the unit numbers ``units`` (N,) given."""
     keys, position = np.unique(2 * units + truth, return_inverse=True)
     return np.bincount(position, scores) / np.bincount(position), keys % 2 == 1
 

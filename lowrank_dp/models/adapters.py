@@ -1,4 +1,4 @@
-"""Load a PEFT adapter on its base; refuse weights that neither of them has."""
+"""Load a PEFT adapter on its base; refuse weights that are in neither."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lowrank_dp.models.labels import (
 )
 
 _PREFIX = "base_model.model."
-BASE_WEIGHTS = "base_weights_sha256"  # field of an adapter's config.json: the digest of its base
+BASE_WEIGHTS = "base_weights_sha256"  # key of an adapter's config.json: digest of its base
 
 
 def load_adapter(
@@ -109,7 +109,7 @@ def _own_config(folder: Path, base: Backbone) -> dict[str, Any]:
     """Read the configuration that gives the adapter's labels: its own, or else its base's.
 
     Runs of an earlier version wrote no config.json and trained in the order of their task; for
-    them the labels of the base are left out.
+    these runs the labels of the base are left out.
     """
     if (file := folder / "config.json").is_file():
         config = read_json(file)
@@ -125,7 +125,7 @@ def _own_config(folder: Path, base: Backbone) -> dict[str, Any]:
 
 
 def _kind(config: dict[str, Any], own: dict[str, Any], given: dict[str, Tensor]) -> str | None:
-    """Return the kind of head that the adapter was trained with; None if only the base tells."""
+    """Return the kind of head that the adapter was trained with; None if it follows the base."""
     if config.get("task_type") == "CAUSAL_LM":
         return "generation"
     if config.get("task_type") != "SEQ_CLS" and not _head_rows(given):
@@ -160,7 +160,7 @@ def _embedding(model: Any) -> str:
 
 
 def _bare(key: str) -> str:
-    """Return the base's name of a weight that an adapter's file names."""
+    """Translate the name of a weight in an adapter's file to the name in the base."""
     return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 

@@ -40,11 +40,11 @@ class Backbone:
     """Where a model's files are.
 
     Attributes:
-        name: the name as the user gave it.
+        name: name that the user gave.
         path: a folder, or a hub id.
-        load: arguments of ``from_pretrained``.
+        load: arguments for ``from_pretrained``.
         config: the content of ``config.json``; {} if there is none.
-        note: name and source, for the line that says what runs.
+        note: name and source, for the description of a run.
     """
 
     name: str
@@ -60,7 +60,7 @@ def default_model() -> str:
 
 
 def find_backbone(name: str, revision: str | None = None) -> Backbone:
-    """Find backbone ``name``; raise ValueError in one line if there is none, or only a pickle."""
+    """Find backbone ``name``; raise ValueError in one line if it is missing or pickled."""
     name = str(name)
     if name in tiny.NAMES:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
@@ -135,7 +135,7 @@ def _find_on_hub(name: str, revision: str | None) -> Backbone:
         raise ValueError(
             f"model {name!r} is not cached and the hub is unreachable{near}; {_INSTEAD}"
             if offline
-            else f"model {name!r} could not be had from the hub{near}: {first_line(error)}"
+            else f"model {name!r} could not be loaded from the hub{near}: {first_line(error)}"
         ) from None
     check_config(config, f"config.json of {name}")
     return Backbone(
@@ -172,7 +172,10 @@ def adapter_file(backbone: Backbone) -> Path | None:
 
 
 def find_base(adapter: Backbone, base: str | None = None) -> Backbone:
-    """Find the model that an adapter was trained on; ``base`` replaces the path in the adapter."""
+    """Find the model that an adapter was trained on; ``base`` replaces the path in the adapter.
+
+    Raises ValueError if the base is missing, not named, or an adapter itself.
+    """
     file = Path(adapter.path) / "adapter_config.json"
     told = read_json(file).get("base_model_name_or_path") if base is None else base
     if not isinstance(told, str) or not told:
@@ -232,7 +235,7 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Hugging Face's log lines in a block, and its bars if stderr is no terminal."""
+    """Silence Hugging Face's log in a block, and its progress bars if stderr is no terminal."""
     from transformers.utils import logging as log
 
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -240,7 +243,7 @@ def quiet() -> Iterator[None]:
     hidden = contextlib.ExitStack()
     if not sys.stderr.isatty():
         log.disable_progress_bar()
-        # the GGUF reader always draws its bar; errors are raised, so no message is lost
+        # the GGUF reader always draws its progress bar; errors are raised, so no message is lost
         hidden.enter_context(contextlib.redirect_stderr(io.StringIO()))
     try:
         with hidden:
@@ -253,12 +256,12 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turn what Hugging Face libraries raise in a block on bad files into a one-line ValueError."""
+    """Turn errors of Hugging Face libraries on bad files in a block into a one-line ValueError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of a library in Rust is not an Exception
+    except BaseException as error:  # a panic in a Rust library is no subclass of Exception
         raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
 
 

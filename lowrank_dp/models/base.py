@@ -1,4 +1,4 @@
-"""Read a model with its head from disk or the hub, and find which weights are missing there."""
+"""Read a model with its head from disk or the hub, and list the weights that are missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_base(
 
     Args:
         backbone: where the files are; no adapter.
-        kind, num_labels: of the head; None takes them from the checkpoint.
+        kind, num_labels: kind and size of the head; None takes them from the checkpoint.
         dtype: type of the weights.
 
     Returns:
@@ -55,7 +55,7 @@ def load_base(
         model = model.to(dtype)
     else:
         model, missing = _from_files(backbone, auto, head, dtype)
-    if "gguf_file" in backbone.load:  # the weights are floats now, so they can be saved
+    if "gguf_file" in backbone.load:  # the weights are dequantised now, so they can be saved
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = backbone.name  # PEFT records the name as an adapter's base
     model.lowrank_dp_note = f"{backbone.note}, {type(model).__name__}"
@@ -64,9 +64,10 @@ def load_base(
 
 
 def weights_digest(model: Any, left_out: Iterable[str] = ()) -> str:
-    """Return the SHA-256 of a model's weights, without the names and without ``left_out``.
+    """Return the SHA-256 of a model's weights, in hexadecimal, without those in ``left_out``.
 
-    Names are left out because they differ between versions of transformers. The digest is "" for a
+    The names of the weights are not hashed, because they differ between versions of transformers.
+    The digest is "" for a
     model that is not in float32, because a checkpoint can be loaded in several types.
     """
     skipped, state = set(left_out), model.state_dict()
@@ -97,7 +98,7 @@ def check_base_weights(model: Any, trained_on: object, name: str, base: str) -> 
 
 
 def fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
-    """Give model and tokenizer one padding token and one longest text.
+    """Set one padding token and one maximal length, in tokens, for model and tokenizer.
 
     Raises ValueError if the tokenizer has tokens for which the model has no embedding.
     """
@@ -119,7 +120,8 @@ def kind_and_labels(
 ) -> tuple[str, int | None]:
     """Determine kind and size of the head from the arguments, or else from the checkpoint.
 
-    Raises ValueError if neither tells, or if the checkpoint's own head is of another kind or size.
+    Raises ValueError if neither states the kind, or if the checkpoint's own head has another kind
+    or size.
     """
     config = backbone.config
     architecture = next(iter(config.get("architectures") or [""]))
@@ -248,9 +250,9 @@ def _has_table(model: Any) -> bool:
 
 
 def _context(model: Any) -> int:
-    """Return the number of tokens that the model has positions for."""
+    """Return the model's context: the number of tokens that it has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:  # XLNet has no limit and says -1
+    if not isinstance(positions, int) or positions < 1:  # XLNet has no limit and states -1
         return sys.maxsize
     # RoBERTa and its variants count positions from the padding index on
     offsets = [

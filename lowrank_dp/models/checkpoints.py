@@ -22,7 +22,8 @@ def save_model(
     head and a new pooler, and a ``config.json`` with the order of the labels and the digest of the
     base's weights, so that the adapter is not loaded on another base.
 
-    ``weights`` replaces the model's state dict; it has the same names.
+    ``weights``, under the same names, replaces the model's state dict. Raises OSError if a file
+    cannot be written.
     """
     options: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
     with quiet():

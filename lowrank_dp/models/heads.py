@@ -1,4 +1,4 @@
-"""The head of a classifier: its layers, and which of them are new."""
+"""Head of a classifier: its layers, and the layers that were drawn at random."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def final_layer(model: Any) -> str:
 def head_state(model: Any) -> dict[str, Tensor]:
     """Copy the head's present weights to the CPU, under names without PEFT's prefixes.
 
-    The names are such as "classifier.weight"; a pooler that was drawn new is included.
+    A name is, for example, "classifier.weight". A pooler that was drawn at random is included.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = {}
@@ -62,8 +62,8 @@ def head_state(model: Any) -> dict[str, Tensor]:
 def mark_new(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -> None:
     """Record in ``model.lowrank_dp_new`` the names of the weights that were drawn at random.
 
-    Raises ValueError with the names of the weights that must not be drawn: with ``new_head=False``
-    all of them; otherwise all but whole layers of the head and of a pooler.
+    Raises ValueError with the names of the weights that must not be drawn at random: all of them
+    with ``new_head=False``, and otherwise all but whole layers of the head and of a pooler.
     """
     model.lowrank_dp_new = tuple(sorted(missing))
     head = head_modules(model)

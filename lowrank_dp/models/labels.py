@@ -1,4 +1,4 @@
-"""The labels of a classifier: their names, and the order of the logits."""
+"""Labels of a classifier: their names, and the order of the logits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def label_rows(own: Sequence[str] | None, task: Sequence[str], name: str) -> lis
     The comparison ignores case, hyphens, underscores and spaces, and knows the usual synonyms of
     GLUE's labels. The order is unknown if the task's labels are numbers or ``own`` is None.
 
-    Raises ValueError with both lists if they are not the same labels.
+    Raises ValueError, which lists both, if ``own`` and ``task`` are not the same labels.
     """
     if own is None or not task or _is_default(task):
         return None
@@ -76,7 +76,8 @@ def order_labels(
     """Permute the logits of a classifier's own head into the order of the task's labels.
 
     The rows of the head's last linear layer are permuted in place, and the model's ``id2label``
-    then has the task's names. ``config`` is the content of the checkpoint's ``config.json``.
+    then has the task's names. ``config`` is the content of the checkpoint's ``config.json``, and
+    ``name`` names the checkpoint in errors. Raises ValueError as :func:`label_rows` does.
     """
     own = own_label_names(config, f"config.json of {name}")
     rows = label_rows(own, label_names, name)
@@ -89,7 +90,7 @@ def order_labels(
 def name_labels(model: Any, own: Sequence[str] | None, task: Sequence[str]) -> None:
     """Write the names of the labels into the model's configuration.
 
-    They are the task's names, or ``own`` if the task's labels are numbers.
+    The names are the task's, or ``own`` if the task's labels are numbers.
     """
     names = own if own is not None and (not task or _is_default(task)) else task
     if names:

@@ -1,4 +1,4 @@
-"""Load a backbone with its head, and choose which of its parameters train."""
+"""Load a backbone with its head and its tokenizer, ready to train."""
 
 from __future__ import annotations
 
@@ -58,30 +58,31 @@ def load_model(
             of layer and RMS norms, and the head. "lora" trains a pair B A beside every linear layer
             of the transformer blocks, and a classifier's head. "lora-frozen-a" does the same with
             A fixed.
-        rank, lora_alpha: of LoRA. The update is B A times ``lora_alpha / rank``; ``lora_alpha``
-            defaults to ``rank``.
+        rank, lora_alpha: rank and scale of LoRA. The update is B A times ``lora_alpha / rank``;
+            ``lora_alpha`` defaults to ``rank``.
         lora_init: "peft" draws A as PEFT does (Kaiming uniform). "gaussian" draws A from
-            N(0, 1/rank), for which E[A^T A] = I, as the theory has it. (PEFT's own option of that
-            name has standard deviation 1/rank.)
+            N(0, 1/rank) (variance 1/rank), so that E[A^T A] = I, as the theory assumes. (PEFT's own
+            option of that name has standard deviation 1/rank.)
         target_modules: names of the linear layers that get a pair, in place of all.
         train_embeddings: whether "full" trains embeddings too. An output layer that shares its
             weight with the embedding counts as embedding.
-        train_layers: narrows ``method``: an integer k to the last k blocks and what follows them, a
-            string to the parameters whose name it matches (``re.search``). The head always trains.
-        dtype, device: of the model's weights.
-        seed: the seed of a new head and of LoRA's A; the global generator stays as it was.
-        revision: of a hub id.
-        new_head: whether a missing head may be drawn; False for a checkpoint that was trained.
-        base: path of the adapter's base, in place of the one in the adapter.
+        train_layers: narrows ``method``: an integer k to the last k blocks and the layers after
+            these, a regular expression to the parameters whose names match (``re.search``). The
+            head always trains.
+        dtype, device: type and device of the model's weights.
+        seed: random seed of a new head and of LoRA's A; torch's global generator is unchanged.
+        revision: revision of a hub id; None takes the repository's default.
+        new_head: whether a missing head may be drawn at random; False for a trained checkpoint.
+        base: path of the adapter's base, in place of the path in the adapter.
 
     The head is the classifier's layers beside its backbone, and a pooler that the backbone lacks.
-    Everything else must be on disk; ``describe`` names what is new. If a checkpoint names its
+    All other weights must be on disk; ``describe`` names the new weights. If a checkpoint names its
     labels, its logits are permuted into the order of the task's ``label_names``. For an adapter,
-    "full" means what the adapter trains, and "lora-frozen-a" also fixes A.
+    "full" means the parameters that the adapter trains, and "lora-frozen-a" also fixes A.
 
-    Raises ValueError in one line: an unknown or unreachable model, pickled weights, damaged files,
-    an encoder asked to generate, a weight that is missing and not of a new head, labels that are
-    not the task's, a ``train_layers`` or ``target_modules`` that matches nothing.
+    Raises ValueError in one line for an unknown or unreachable model, pickled weights, damaged
+    files, an encoder asked to generate, a missing weight outside a new head, labels that are not
+    the task's, and a ``train_layers`` or ``target_modules`` that matches nothing.
     """
     _validate.choice("method", method, METHODS)
     _validate.choice("lora_init", lora_init, LORA_INITS)
@@ -149,7 +150,7 @@ def _load_full(
     dtype: torch.dtype,
     new_head: bool,
 ) -> Any:
-    """Load a full model; its head is its own, permuted to the task's order, or new."""
+    """Load a full model with its own head, permuted to the task's order, or with a new head."""
     model, missing = load_base(backbone, kind, num_labels, dtype)
     mark_new(model, backbone.name, missing, new_head=new_head)
     last = final_layer(model)
@@ -162,7 +163,7 @@ def _load_full(
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """Parse a device; raise ValueError if torch does not find it."""
+    """Parse a device; raise ValueError if torch does not find the device."""
     try:
         chosen = torch.device(device)
     except RuntimeError:

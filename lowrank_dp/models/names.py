@@ -1,3 +1,3 @@
 """Names that options choose from, importable without torch."""
 
-METHODS = ("full", "lora", "lora-frozen-a")  # what of a model is trained
+METHODS = ("full", "lora", "lora-frozen-a")  # choices of the parameters that are trained

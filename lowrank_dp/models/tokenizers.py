@@ -1,4 +1,4 @@
-"""Load the tokenizer of a backbone, and refuse the empty one that transformers would make."""
+"""Load the tokenizer of a backbone; refuse the empty tokenizer that transformers would make."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ def _files(folder: Path) -> list[str]:
 
 def _refuse(folder: Path, what: str) -> None:
     raise ValueError(
-        f"folder {folder} {what}: save the tokenizer of the model it was made from "
-        f"there, by tokenizer.save_pretrained({str(folder)!r})"
+        f"folder {folder} {what}: save there the tokenizer of the original model, "
+        f"by tokenizer.save_pretrained({str(folder)!r})"
     )

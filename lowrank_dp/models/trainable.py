@@ -22,8 +22,9 @@ def choose_trainable(
 ) -> None:
     """Set ``requires_grad`` on linear layers and norms, narrowed by ``train_layers``, and the head.
 
-    The whole head trains for any ``train_layers``. A weight shared with an embedding counts as
-    embedding.
+    The whole head trains for any ``train_layers``. A weight that is shared with an embedding counts
+    as an embedding. Raises ValueError if there is no linear layer, or if ``train_layers`` matches
+    no parameter.
     """
     tables = {id(p) for p in embeddings(model)}
     head = {id(p) for module in head_modules(model).values() for p in module.parameters()}
@@ -95,7 +96,7 @@ def add_lora(
     kept = _narrow(model, [f"{name}.weight" for name in inside], train_layers)
     targets = [name.removesuffix(".weight") for name in kept]
     if len({isinstance(linear[name], Conv1D) for name in targets}) > 1:
-        _validate.fail("target_modules", "layers that store their weights one way round", targets)
+        _validate.fail("target_modules", "all Linear or all Conv1D layers", targets)
     kind: Any = "SEQ_CLS" if head else "CAUSAL_LM"
     config = peft.LoraConfig(
         task_type=kind,
@@ -144,7 +145,7 @@ def _lora_layers(model: Any, linear: list[str], target_modules: list[str] | None
 
 
 def freeze_a(model: Any) -> None:
-    """Freeze LoRA's A."""
+    """Freeze LoRA's A in every pair, and note this in the model's description."""
     for name, p in model.named_parameters():
         if "lora_A" in name:
             p.requires_grad_(False)
@@ -156,7 +157,8 @@ def blocks(model: Any) -> list[list[str]]:
 
     Blocks are the entries of the outermost ``nn.ModuleList`` of layers or norms; blocks of an
     encoder come before those of a decoder. A model such as XLM keeps one list for each part of a
-    block (attentions, norms, ...); lists with one parent and one length are taken together.
+    block (attentions, norms, ...); lists with one parent and one length are joined. Raises
+    ValueError for a model without such a list.
     """
     head = list(head_modules(model))
     lists: dict[tuple[str, int], list[str]] = {}

@@ -1,6 +1,6 @@
 """Plot results: each ``plot_*`` takes a result and returns a matplotlib figure.
 
-Nothing here computes or saves results. Colours are Okabe and Ito's, which colour-blind readers can
-distinguish, and a scheme has one colour and marker in every figure. The decorator ``styled`` leaves
-the user's own matplotlib settings unchanged.
+No module here computes or saves results. Colours are Okabe and Ito's, which colour-blind readers
+can distinguish, and a scheme has one colour and marker in every figure. The decorator ``styled``
+leaves the user's own matplotlib settings unchanged.
 """

@@ -36,7 +36,7 @@ _ARM_STYLE = {
 
 @styled
 def plot_dynamics(result: dynamics.Result) -> Figure:
-    """Plot the distance to full fine-tuning over steps, the losses' difference, and the end."""
+    """Plot distance to full fine-tuning over steps and against rank, and the losses' difference."""
     figure, axes = new_figure(2, 2, height=4.8)
     ranks, steps = result.config.ranks, np.arange(1, result.config.num_steps + 1)
     distance, difference = result.distance_band, result.loss_band  # mean, low, high

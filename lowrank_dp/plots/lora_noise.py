@@ -117,7 +117,7 @@ def _plot_density(result: lora_noise.Result, density: Axes) -> None:
 
 @styled
 def plot_total_variation(result: total_variation.Result) -> Figure:
-    """Plot the distance of one coordinate by rank and by width, and of all coordinates."""
+    """Plot the distance to a Gaussian of one coordinate, by rank and width, and of all."""
     figure, axes = new_figure(1, 3, height=2.9)
     by_rank, by_width, joint = axes[0]
     _plot_by_rank(result, by_rank)

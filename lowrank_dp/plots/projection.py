@@ -165,7 +165,7 @@ def plot_matrix_attack(result: matrix_attack.Result) -> Figure:
 
 
 def _plot_rank(result: matrix_attack.Result, k: int, axis: Axes) -> None:
-    """Plot the k-th rank."""
+    """Plot the AUC against added noise at the k-th rank."""
     config = result.config
     position, ticks, labels = _decades(np.array(config.noise_multipliers))
     for i, rows in enumerate(config.rows):

@@ -1,4 +1,4 @@
-"""Figure of one membership-inference report: ROC curves."""
+"""Figure of the ROC curves of one membership-inference report."""
 
 from __future__ import annotations
 

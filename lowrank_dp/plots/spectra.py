@@ -20,7 +20,7 @@ from lowrank_dp.spectrum.random_matrix import (
 if TYPE_CHECKING:
     from lowrank_dp.experiments import spectra
 
-# parts of a parameter's name that say nothing about the layer
+# parts of a parameter's name that do not distinguish layers
 _FILLERS = (
     "base_model",
     "model",
@@ -38,7 +38,7 @@ _FILLERS = (
 
 @styled
 def plot_spectra(result: spectra.Result) -> Figure:
-    """Plot four layers' singular values, then top value, effective rank and overlaps of all."""
+    """Plot four layers' singular values, then all layers' top values, effective ranks, overlaps."""
     figure = Figure(figsize=(FULL, 4.4))
     halves: Any = figure.subfigures(2, 1)
     upper, lower = halves
@@ -67,7 +67,7 @@ def _plot_layer(result: spectra.Result, axis: Axes, layer: int) -> None:
         (result.clean, "clean (non-private)", BLACK, "--"),
     ):
         row = values[layer][~np.isnan(values[layer])] / edge
-        row = row[row > 1e-4]  # a logarithmic axis has no place for zero
+        row = row[row > 1e-4]  # a logarithmic axis cannot show zero
         axis.plot(
             np.arange(1, len(row) + 1),
             row,

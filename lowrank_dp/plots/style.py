@@ -1,7 +1,7 @@
-"""The style of all figures: sizes, colours and fonts.
+"""Style of all figures: sizes, colours and fonts.
 
-The settings are given to matplotlib directly: seaborn's styles set other values, so each of these
-lines would still be needed.
+Matplotlib gets the settings directly: seaborn's styles set other values, so each of these lines
+would still be needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = (
     "#CC79A7",
     "#7F7F7F",
 )
-COLOURS = (RED, ORANGE, GREEN, BLUE, PINK, SKY, BLACK, GREY)  # of series without a name
+COLOURS = (RED, ORANGE, GREEN, BLUE, PINK, SKY, BLACK, GREY)  # of series without a style
 MARKERS = "osD^vPX*"
 
 styled = mpl.rc_context(

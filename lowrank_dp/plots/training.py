@@ -78,12 +78,11 @@ def plot_efficiency(result: efficiency.Result) -> Figure:
 
 
 def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
-    """Plot steps to 90% against the learning rate; runs in the top row never got there."""
+    """Plot steps to 90% against the learning rate; runs in the top row never reached 90%."""
     steps, rates = result.tuning_steps, np.arange(len(result.config.learning_rates))
     never = 1.15 * float(result.steps[-1])
-    shift = np.linspace(
-        -0.25, 0.25, len(result.arms)
-    )  # so that equal values do not hide each other
+    # the arms are shifted, so that equal values do not hide each other
+    shift = np.linspace(-0.25, 0.25, len(result.arms))
     for i, arm in enumerate(result.arms):
         colour, marker, line = ARM_STYLE[arm]
         axis.plot(
@@ -103,7 +102,7 @@ def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
 
 
 def _limit(axis: Axes, values: np.ndarray) -> None:
-    """Limit the y-axis to the means: an interval of three seeds can be far wider."""
+    """Limit the y-axis to the means, because an interval of three seeds can be far wider."""
     means = values.mean(axis=1)
     low, high = float(np.nanmin(means)), float(np.nanmax(means))
     room = 0.08 * (high - low) or 0.1

@@ -1,4 +1,4 @@
-r"""One coordinate of LoRA's implicit noise: exact law, distance to a Gaussian, bounds.
+r"""One coordinate of LoRA's implicit noise: exact law, total variation to a Gaussian, bounds.
 
 Setting (arXiv 2409.17538): A is rank x n with independent N(0, 1/rank) entries, q a fixed vector,
 u = q (A^T A - I), and beta2 = q_j^2 / |q|^2. Then, with X and X' independent chi^2_rank,

@@ -1,4 +1,4 @@
-"""Evidence against a distribution, valid after every step of a run.
+"""Sequential tests against a distribution, valid after every step of a run.
 
 Each function returns the logarithm of an e-value for a sum of independent increments whose null
 distribution is known exactly. The e-value is the mean of ``exp(t * total) / E exp(t * total)`` over

@@ -1,4 +1,4 @@
-"""Checks that the noise added in every step has the stated distribution.
+"""Checks that the noise added in every step is Gaussian, with the stated scale.
 
 The checks read clean sums, in the training process only. A message reveals nothing about a sum but
 the name of its tensor. An honest run is stopped with probability ``FALSE_ALARMS`` at most, whatever

@@ -1,4 +1,4 @@
-"""State of a run between two steps, and its form in a snapshot: tensors and plain JSON.
+"""State of a run between two steps: what a snapshot holds, and how it is packed and unpacked.
 
 A snapshot holds the trained parameters, the optimizer's state, the running means, the states of all
 generators, and the curve so far. A snapshot holds no gradient, no clean sum and no record. The
