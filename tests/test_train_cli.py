@@ -1,5 +1,6 @@
 """``lowrank-dp train`` as a user runs it: results, exit codes, one line on bad input."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -214,6 +215,24 @@ def test_a_configuration_file_gives_the_defaults(call, tmp_path):
     assert code == 0 and (config.steps, config.learning_rate) == (1, 0.25)
     assert config.scheme_options == {"kappa": 1.5} and config.train_layers == 1
     assert config.filter_b == (0.5,)
+
+
+def test_processes_are_connected_for_the_device_of_a_configuration_file(
+    call, tmp_path, monkeypatch
+):
+    """Under torchrun, the device decides between gloo and NCCL."""
+    devices = []
+
+    @contextlib.contextmanager
+    def processes(device):
+        devices.append(device)
+        yield
+
+    monkeypatch.setattr("lowrank_dp.train.processes.processes", processes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "run.json").write_text('{"device": "cuda", "noise_multiplier": 0.8}')
+    code, _, err = call({"--config": str(tmp_path / "run.json")})
+    assert code == 2 and "device" in err and devices[0] == "cuda", (devices, err)
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,9 @@ def main(
     from lowrank_dp.train import processes
     from lowrank_dp.train.loop import train
 
+    asked = (_read_config(config) if config else {}) | given
     saved = _saved_configuration(output) if resume else None
-    device = given.get("device") or (saved or {}).get("device") or TrainConfig.device
+    device = asked.get("device") or (saved or {}).get("device") or TrainConfig.device
     with processes.processes(str(device)):
         if processes.rank() > 0:
             warnings.showwarning = lambda *warning, **options: None
@@ -63,8 +64,8 @@ def main(
             say(console, f"trains: {setup.description}")
             say(console, f"privacy: {setup.statement(releases)}")
 
-        asked = _configuration(given, config, saved)
-        result = train(asked, output, resume=resume, on_start=on_start)
+        begun = _configuration(asked, saved)
+        result = train(begun, output, resume=resume, on_start=on_start)
         if processes.rank() > 0:
             return
         if as_json:
@@ -73,14 +74,11 @@ def main(
             _print(console, result, output)
 
 
-def _configuration(
-    given: dict[str, Any], path: Path | None, saved: dict[str, Any] | None
-) -> TrainConfig:
-    """The run that is asked for: by options, before them by a file, and by what a run began with.
+def _configuration(asked: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
+    """The run that is asked for by options and a file, or the run that began with ``saved``.
 
-    Raises ValueError if the options or the file differ from the configuration in ``saved``.
+    Raises ValueError if ``asked`` differs from the configuration in ``saved``.
     """
-    asked = (_read_config(path) if path else {}) | given
     if saved is None:
         return TrainConfig(**asked)
     begun = TrainConfig.from_json(saved)
