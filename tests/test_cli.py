@@ -91,6 +91,10 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
     ):
         assert_refused(call(*restore_words(path, out, changes)), *words)
         assert not out.exists(), changes
+    for dtype in (torch.float16, torch.float8_e4m3fn):  # torch has no norm of the latter
+        save_file({"weight": torch.ones(4, 4).to(dtype)}, tmp_path / "narrow.safetensors")
+        done = call(*restore_words(tmp_path / "narrow.safetensors", out, {}))
+        assert_refused(done, "weight", "float32 or float64")
 
 
 def test_restore_replaces_a_file_only_if_told_to_and_never_its_input(noisy_file, tmp_path, call):
