@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,10 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
     ):
         assert_refused(call(*restore_words(path, out, changes)), *words)
         assert not out.exists(), changes
+    for dtype in (torch.float16, torch.float8_e4m3fn):  # torch has no norm of the latter
+        save_file({"weight": torch.ones(4, 4).to(dtype)}, tmp_path / "narrow.safetensors")
+        done = call(*restore_words(tmp_path / "narrow.safetensors", out, {}))
+        assert_refused(done, "weight", "float32 or float64")
 
 
 def test_restore_replaces_a_file_only_if_told_to_and_never_its_input(noisy_file, tmp_path, call):
@@ -206,6 +211,26 @@ def test_committed_results_are_those_of_the_default_configurations():
         config = config_of(name, "small", task="sst2")
         saved = artifacts.load_result(folder, name, find(name).result)
         assert saved.config == config, name
+
+
+def test_documented_figure_commands_are_not_refused(call, monkeypatch):
+    """The committed results are there: a command of another configuration needs ``--force``."""
+    root, made = Path(__file__).parents[1], []
+
+    def make(name, config, *_):
+        made.append(name)
+        return {"figure": name, "headline": {}, "privacy": "", "ran on": "", "files": []}
+
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("lowrank_dp.commands.figures._make", make)
+    text = "".join((root / name).read_text() for name in ("README.md", "paper_artifacts/README.md"))
+    options = r"(?:\s*--[\w-]+(?: +[\w/]+)?)+"
+    commands = re.findall(rf'(?:lowrank_dp\.figures|make figures ARGS=")({options})[`"\n]', text)
+    assert len(commands) > 15 and any("--device" in words for words in commands)
+    for words in commands:
+        code, _, err = call("figures", *words.split())
+        assert code == 0, (words, err)
+    assert {"alignment", "efficiency", "membership_e2e", "tasks", "momentum"} <= {*made}
 
 
 def test_the_console_script_lists_its_commands(capsys):

@@ -1,5 +1,6 @@
 """``lowrank-dp train`` as a user runs it: results, exit codes, one line on bad input."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -216,6 +217,24 @@ def test_a_configuration_file_gives_the_defaults(call, tmp_path):
     assert config.filter_b == (0.5,)
 
 
+def test_processes_are_connected_for_the_device_of_a_configuration_file(
+    call, tmp_path, monkeypatch
+):
+    """Under torchrun, the device decides between gloo and NCCL."""
+    devices = []
+
+    @contextlib.contextmanager
+    def processes(device):
+        devices.append(device)
+        yield
+
+    monkeypatch.setattr("lowrank_dp.train.processes.processes", processes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "run.json").write_text('{"device": "cuda", "noise_multiplier": 0.8}')
+    code, _, err = call({"--config": str(tmp_path / "run.json")})
+    assert code == 2 and "device" in err and devices[0] == "cuda", (devices, err)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -280,7 +299,7 @@ def test_resume_alone_goes_on_from_the_saved_configuration(call, tmp_path, capsy
             main(["train", "--resume", "--output", str(output), *words])
         return stop.value.code, *capsys.readouterr()
 
-    assert_refused(resume(), "exactly one of epsilon")  # there is nothing to go on with
+    assert_refused(resume(), "--resume found no run in", "give the options of a new run")
     with monkeypatch.context() as patch:
         patch.setattr("lowrank_dp.train.loop.take_step", broken_off)
         code, _, err = call({"--snapshot-every": "1", "--scheme": "denoise"}, output)

@@ -80,8 +80,8 @@ def main(
     for line in plan(targets, options):
         say(console, line)
 
-    from lowrank_dp.mia.attack import attack, load  # slow to import: after the first output
-    from lowrank_dp.mia.compare import compare
+    from lowrank_dp.mia import compare  # after the first line of output
+    from lowrank_dp.mia.attack import attack, load
 
     if dry_run:
         for target in targets:
@@ -89,10 +89,18 @@ def main(
         return
     with _folder(output) as folder:
         reports = [attack(target, options, folder / "cache") for target in targets]
-    comparison = compare(targets, reports) if len(reports) > 1 else None
     if output is not None:
-        _save(output, reports[0], comparison, asked)
-    _print(console, reports, comparison, output)
+        _save(output, reports[0], asked)
+    _print(console, reports)
+    comparison = None
+    if len(reports) > 1:
+        comparison = compare.compare(targets, reports)  # if refused, the reports are kept
+        if output is not None:
+            compare.save(comparison, output)
+        print_table(console, *compare.table(comparison))
+        for line in compare.notes(comparison):
+            say(console, line)
+    say(console, f"files: {output or 'none written; --output FOLDER keeps the report'}")
     if as_json:
         _print_json(reports[0], comparison)
     if any(report.contradiction for report in reports):
@@ -136,26 +144,17 @@ def _check_replaceable(output: Path, asked: dict[str, Any]) -> None:
         )
 
 
-def _save(
-    folder: Path, report: Report, comparison: Comparison | None, asked: dict[str, Any]
-) -> None:
+def _save(folder: Path, report: Report, asked: dict[str, Any]) -> None:
     from lowrank_dp import artifacts
-    from lowrank_dp.mia import compare, rendering
+    from lowrank_dp.mia import rendering
     from lowrank_dp.plots.roc import plot_roc
 
     artifacts.save_figure(plot_roc(report), folder, "roc")
-    if comparison is not None:
-        compare.save(comparison, folder)
     rendering.save(report, folder, asked)
 
 
-def _print(
-    console: Console,
-    reports: Sequence[Report],
-    comparison: Comparison | None,
-    output: Path | None,
-) -> None:
-    from lowrank_dp.mia import compare, rendering
+def _print(console: Console, reports: Sequence[Report]) -> None:
+    from lowrank_dp.mia import rendering
 
     for report in reports:
         for line in rendering.header(report):
@@ -163,11 +162,6 @@ def _print(
         print_table(console, *rendering.table(report))
         for line in (*rendering.footer(report), rendering.LABEL):
             say(console, line)
-    if comparison is not None:
-        print_table(console, *compare.table(comparison))
-        for line in compare.notes(comparison):
-            say(console, line)
-    say(console, f"files: {output or 'none written; --output FOLDER keeps the report'}")
 
 
 def _print_json(report: Report, comparison: Comparison | None) -> None:

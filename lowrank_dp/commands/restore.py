@@ -92,6 +92,7 @@ def _check_output(input: Path, output: Path, force: bool) -> None:
 def _read(path: Path, noise_std: float) -> dict[str, Tensor]:
     """Read the tensors of a file; raise ValueError for a matrix without the stated noise."""
     import safetensors
+    import torch
     from safetensors.torch import load_file
 
     from lowrank_dp import _validate
@@ -103,7 +104,7 @@ def _read(path: Path, noise_std: float) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"--input must be a safetensors file, got {path.name}: {error}") from None
     for name, tensor in tensors.items():
-        if tensor.ndim == 2 and tensor.is_floating_point():
+        if tensor.ndim == 2 and tensor.dtype in (torch.float32, torch.float64):
             require_noise(
                 f"matrix {name}", tensor, noise_std, remedy="give --noise-std in its own units"
             )

@@ -54,8 +54,11 @@ def main(
     from lowrank_dp.train import processes
     from lowrank_dp.train.loop import train
 
+    asked = (_read_config(config) if config else {}) | given
     saved = _saved_configuration(output) if resume else None
-    device = given.get("device") or (saved or {}).get("device") or TrainConfig.device
+    if resume and not saved and not asked:
+        raise ValueError(f"--resume found no run in {output}: give the options of a new run")
+    device = asked.get("device") or (saved or {}).get("device") or TrainConfig.device
     with processes.processes(str(device)):
         if processes.rank() > 0:
             warnings.showwarning = lambda *warning, **options: None
@@ -65,8 +68,8 @@ def main(
             say(console, f"trains: {setup.description}")
             say(console, f"privacy: {setup.statement(releases)}")
 
-        asked = _configuration(given, config, saved)
-        result = train(asked, output, resume=resume, on_start=on_start)
+        begun = _configuration(asked, saved)
+        result = train(begun, output, resume=resume, on_start=on_start)
         if processes.rank() > 0:
             return
         if as_json:
@@ -75,15 +78,11 @@ def main(
             _print(console, result, output)
 
 
-def _configuration(
-    given: dict[str, Any], path: Path | None, saved: dict[str, Any] | None
-) -> TrainConfig:
-    """Return the configuration of the run: from options, from a file, or from a begun run.
+def _configuration(asked: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
+    """Return the configuration of the run: from options and a file, or from a begun run.
 
-    Options take precedence over the file. Raises ValueError if the options or the file differ from
-    the configuration in ``saved``.
+    Raises ValueError if ``asked`` differs from the configuration in ``saved``.
     """
-    asked = (_read_config(path) if path else {}) | given
     if saved is None:
         return TrainConfig(**asked)
     begun = TrainConfig.from_json(saved)
