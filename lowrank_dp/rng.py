@@ -62,11 +62,15 @@ class SecureRandom:
         self._start(key, 0)
 
     def _start(self, key: bytes, position: int) -> None:
-        block, rest = divmod(position, 2)
         self._key, self._process, self._lock = key, os.getpid(), Lock()
-        self._cipher = Cipher(algorithms.AES(key), modes.CTR(block.to_bytes(16, "big"))).encryptor()
-        self._position = position - rest
-        self.words(rest)
+        self._seek(position)
+
+    def _seek(self, position: int) -> None:
+        block, rest = divmod(position, 2)
+        counter = modes.CTR(block.to_bytes(16, "big"))
+        self._cipher = Cipher(algorithms.AES(self._key), counter).encryptor()
+        self._cipher.update(bytes(8 * rest))
+        self._position = position
 
     def state(self) -> Tensor:
         """Key and position, 32 bytes (uint8), for :meth:`from_state`. The state is SECRET."""
@@ -94,20 +98,25 @@ class SecureRandom:
         """Draw ``size`` words of 64 random bits, (size,) uint64.
 
         Raises:
-            ValueError: in a process other than the one that made the generator.
+            ValueError: if ``size`` is no integer >= 0, or in a process other than the one that made
+                the generator.
         """
         if os.getpid() != self._process:
             raise ValueError(
                 "this SecureRandom was made by another process and would draw the "
                 "same numbers in both processes: make a new one after a fork"
             )
-        drawn = np.empty(size, dtype="<u8")
+        drawn = np.empty(_validate.integer("size", size, low=0), dtype="<u8")
         keystream = drawn.view(np.uint8).data
         with self._lock:
             self._position += drawn.size  # first, so that an interrupted draw is never repeated
-            for start in range(0, len(keystream), len(_ZEROS)):
-                part = keystream[start : start + len(_ZEROS)]
-                self._cipher.update_into(_ZEROS[: len(part)], part)
+            try:
+                for start in range(0, len(keystream), len(_ZEROS)):
+                    part = keystream[start : start + len(_ZEROS)]
+                    self._cipher.update_into(_ZEROS[: len(part)], part)
+            except BaseException:  # the cipher may have stopped anywhere before the position
+                self._seek(self._position)
+                raise
         return drawn.astype(np.uint64, copy=False)
 
     def uniform(self, size: int) -> Tensor:

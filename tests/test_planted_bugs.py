@@ -678,6 +678,26 @@ def test_an_honest_run_is_not_stopped(changes, base, tmp_path):
     assert result.releases == STEPS
 
 
+def test_which_steps_are_examined_closely(base, tmp_path, monkeypatch):
+    """The first, the last and those before an evaluation, whatever is restored."""
+    look = guards.check_clipping
+    for number, changes in enumerate(
+        (
+            {},
+            {"scheme": "optimal"},
+            {"momentum_beta": 0.9},
+            {"filter_b": (0.5, 0.5)},
+            {"scheme": "oracle", "diagnostic": True},
+        )
+    ):
+        config, folder = replace(base, steps=8, eval_every=4, **changes), tmp_path / f"{number}"
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(guards, "check_clipping", lambda *a, s=seen: s.append(0) or look(*a))
+            train(config, folder, show_progress=False)
+        assert len(seen) == 3, changes
+
+
 # Stops that depend on private rows: public rows come in batches of fewer than MANY
 
 MANY = 8

@@ -726,6 +726,10 @@ def test_bad_input_of_the_rest():
         (lambda: project(GOOD, np.eye(4)), "^basis must be a torch tensor"),
         (lambda: restored_values(torch.ones(4), (3, 4), 1.0), r"^singular_values must .*\(3, 4\)"),
         (lambda: restored_values(torch.ones(3), (2, 3, 4), 1.0), "^singular_values must be"),
+        (lambda: restored_values(torch.ones(2), (2, math.inf), 1.0), "^shape must be an integer"),
+        (lambda: restored_values(torch.ones(2), (2, math.nan), 1.0), "^shape must be an integer"),
+        (lambda: restored_values(torch.ones(2), (2, 2.5), 1.0), "^shape must be an integer"),
+        (lambda: restored_values(torch.ones(1), (True, 4), 1.0), "^shape must be an integer"),
         (
             lambda: restored_values(torch.tensor([1.0, 2.0]), (2, 4), 1.0),
             "^singular_values .*descend",

@@ -113,6 +113,9 @@ def test_bad_input():
     for noise_std in (-1, math.nan, math.inf, "1", None, True):
         words = r"^noise_std must be a finite number >= 0"
         refused(words, decompose, torch.ones(2, 2), noise_std)
+        spectrum = Spectrum(torch.eye(2), torch.ones(2), torch.eye(2), noise_std)
+        refused(words, lambda spectrum=spectrum: spectrum.edge)
+        refused(words, lambda spectrum=spectrum: spectrum.num_above_edge)
 
 
 def test_alignment_bad_input():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp.restore.schemes import SCHEMES, Scheme
-from lowrank_dp.spectrum.random_matrix import NoiseModel, check_rate
+from lowrank_dp.spectrum.random_matrix import NoiseModel, check_rate, check_sides
 
 ORDINARY = 1e12  # float32 holds the square of this number, and the inverse of the square
 
@@ -151,7 +151,7 @@ def make_plan(
     )
     chosen = SCHEMES[scheme]
     noise_std = _validate.real("noise_std", noise_std, low=0, low_open=chosen.reads_noise_level)
-    noise = NoiseModel((shape[-2], shape[-1]), noise_std)
+    noise = NoiseModel(check_sides(shape), noise_std)
     edge = noise.edge
     if false_spike_rate is not None:
         edge = noise.false_spike_level(float(false_spike_rate))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
-from lowrank_dp.spectrum.random_matrix import NoiseModel
+from lowrank_dp.spectrum.random_matrix import bulk_edge
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Spectrum:
     @property
     def edge(self) -> float:
         """Asymptotic bulk edge of pure noise, absolute: ``noise_std * (sqrt(m) + sqrt(n))``."""
-        return NoiseModel(self.shape, self.noise_std).edge
+        return bulk_edge(self.shape, self.noise_std)
 
     @property
     def num_above_edge(self) -> int | Tensor:

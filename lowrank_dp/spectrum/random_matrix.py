@@ -72,7 +72,7 @@ class NoiseModel:
 
 def aspect_and_scale(shape: tuple[int, ...], noise_std: float) -> tuple[float, float]:
     """Return ``(aspect, scale)`` of a matrix of ``shape`` (..., m, n), defined as above."""
-    noise = NoiseModel(_sides(shape), _validate.positive("noise_std", noise_std))
+    noise = NoiseModel(check_sides(shape), _validate.positive("noise_std", noise_std))
     return noise.aspect, noise.scale
 
 
@@ -95,7 +95,7 @@ def bulk_edge(
     >>> bulk_edge((100, 400), 0.5)
     15.0
     """
-    noise = NoiseModel(_sides(shape), _validate.real("noise_std", noise_std, low=0))
+    noise = NoiseModel(check_sides(shape), _validate.real("noise_std", noise_std, low=0))
     if false_spike_rate is None:
         return noise.edge
     return noise.false_spike_level(check_rate(false_spike_rate))
@@ -108,8 +108,8 @@ def check_rate(false_spike_rate: float) -> float:
     )
 
 
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(m, n), checked."""
+def check_sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(m, n) of a shape (..., m, n), as integers >= 1."""
     if not isinstance(shape, tuple | list) or len(shape) < 2:
         _validate.fail("shape", "(..., m, n)", shape)
     return _validate.integer("shape", shape[-2]), _validate.integer("shape", shape[-1])

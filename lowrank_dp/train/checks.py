@@ -140,6 +140,7 @@ class StepChecks:
         Gradients of a sharded model, of a running mean and of a diagnostic run are not compared.
         """
         setup, config = self._setup, self._setup.config
+        closely, self._first = self.closely(step), False
         if setup.layout.collective or config.low_pass is not None or config.diagnostic:
             return
         expected = {
@@ -148,7 +149,7 @@ class StepChecks:
             if SCHEMES[config.scheme].is_identity or total.ndim != 2 or min(total.shape) == 1
         }
         matrices = [name for name in noisy if name not in expected]
-        if matrices and self.closely(step):
+        if matrices and closely:
             name = matrices[step % len(matrices)]
             expected |= restore_gradients(
                 {name: noisy[name]}, setup.mechanism.noise_std, config.scheme, **config.restoration
@@ -161,4 +162,3 @@ class StepChecks:
             },
             setup.mechanism.noise_std / config.batch_size,
         )
-        self._first = False
