@@ -418,6 +418,8 @@ def test_names_of_labels(tmp_path):
     assert label_rows(["LABEL_1", "LABEL_0"], ["negative", "positive"], "m") == [1, 0]
     assert label_rows(["yes", "no"], ["0", "1"], "m") is None  # a task whose labels are numbers
     assert label_rows(["no", "yes"], ["yes", "no"], "m") == [1, 0]
+    # row i of the result is the row of the task's label i; a cycle differs from its inverse
+    assert label_rows(["c", "a", "b"], ["a", "b", "c"], "m") == [1, 2, 0]
     for own, task in ((["a", "b"], ["a", "c"]), (["a", "A"], ["a", "b"]), (["b"], ["a", "b"])):
         with pytest.raises(
             ValueError,

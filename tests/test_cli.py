@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -127,6 +128,19 @@ def test_spectrum_measures_saves_and_prints(tmp_path, call):
     layer = document["layers"][0]
     m, n = layer["shape"]
     assert layer["edge"] == pytest.approx(0.6 * (m**0.5 + n**0.5))
+    saved = np.load(tmp_path / "spectra.npz")
+    for i, layer in enumerate(document["layers"]):
+        assert layer["edge"] == pytest.approx(float(saved["edges"][i]))
+        for kind in ("clean", "noisy"):
+            s = saved[kind][i][~np.isnan(saved[kind][i])]
+            p = (s / s.sum())[s > 0]
+            assert layer[f"top_{kind}"] == pytest.approx(s[0]), layer["name"]
+            assert layer[f"effective_rank_{kind}"] == pytest.approx(
+                np.exp(-(p * np.log(p)).sum()), rel=1e-3
+            ), layer["name"]
+        for kind in ("noisy", "restored"):
+            assert layer[f"alignment_{kind}"] == float(saved[f"alignment_{kind}"][i])
+        assert layer["num_above_edge"] == (saved["noisy"][i] > saved["edges"][i]).sum()
     assert {p.name for p in tmp_path.iterdir()} == {
         "spectra.json",
         "spectra.npz",

@@ -340,6 +340,30 @@ def test_beams_find_likelier_texts(llama):
     assert four == generate_texts(model, tokenizer, sources, num_beams=4, batch_size=5)
 
 
+@torch.no_grad()
+def test_beams_are_compared_by_their_mean_log_likelihood(llama):
+    """As transformers' own search with length_penalty 1; another penalty chooses other lengths."""
+    _, model, tokenizer = llama
+    sources, best = sources_of(TABLES.validation)[:5], {0.0: [], 1.0: []}
+    for source in sources:
+        (row,) = encode([Example("x", source)], tokenizer, kind="generation", with_target=False)
+        prompt = torch.tensor([row["input_ids"]])
+        for penalty, texts in best.items():
+            settings = transformers.GenerationConfig(
+                num_beams=4,
+                max_new_tokens=16,
+                length_penalty=penalty,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            written = model.eval().generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+            )
+            texts.append(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
+    found = generate_texts(model, tokenizer, sources, num_beams=4, max_new_tokens=16)
+    assert found == best[1.0] != best[0.0]
+
+
 def test_max_length_cuts_the_prompt(llama):
     model, _, tokenizer = llama
     source = sources_of(TABLES.validation)[0]

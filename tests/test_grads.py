@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from lowrank_dp.grads.clipping import clipped_sum, clipped_sum_over
+from lowrank_dp.grads.factors import Outer, careful_norm, weighted_sum
 from tests.oracles import clip_one_by_one as one_by_one
 from tests.oracles import refusal_of
 
@@ -390,6 +391,20 @@ class Table(nn.Module):
     def forward(self, ids, labels):
         logits = self.head(self.table(ids).sum(1))
         return SimpleNamespace(loss=functional.cross_entropy(logits, labels), logits=logits)
+
+
+def test_the_norm_of_positions_that_cancel_covers_the_rounding_of_their_sum():
+    """A norm below that of the float32 contribution would scale the contribution up beyond C."""
+    for seed in range(20):
+        left, right = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(seed))
+        left = torch.cat([left, left], 1)
+        right = torch.cat([right, -right * (1 + 1e-3)], 1)
+        exact = float((left.double().mT @ right.double()).norm())
+        added = weighted_sum([Outer(left, right)], torch.ones(1), torch.Size([8, 8]))
+        parts = float((left.double().norm(dim=2) * right.double().norm(dim=2)).sum())
+        found = careful_norm([Outer(left, right)], 0)
+        assert max(exact, float(added.double().norm())) < found, seed
+        assert found < exact + 1e-6 * parts, seed
 
 
 @pytest.mark.parametrize("backend", ["bookkeeping", "opacus", "loop"])

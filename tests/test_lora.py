@@ -177,6 +177,20 @@ def test_measured_moments_agree_with_the_formula(rank):
     assert abs(m.kurtosis - m.kurtosis_exact) < 1.8 * m.kurtosis_ci
 
 
+def test_half_widths_are_those_of_the_normal_approximation():
+    g, rank, count = torch.stack([vector(6), vector(6, 2)]), 3, 40
+    m = lora.measure_noise(g, rank, count, generator=seeded())
+    rows, generator = g / g.norm(dim=1, keepdim=True), seeded()
+    variance = (1 + rows.square()) / rank
+    draws = [(lora.project(rows, rank, generator=generator) - rows).square() for _ in range(count)]
+    for found, values in (
+        (m.variance_ci, [float(square.mean()) for square in draws]),
+        (m.kurtosis_ci, [float((square / variance).square().mean()) for square in draws]),
+    ):
+        want = stats.norm.ppf(0.975) * np.std(values, ddof=1) / math.sqrt(count)
+        assert found == pytest.approx(want, rel=1e-6)
+
+
 def test_kaiming_a_has_less_noise_along_a_spike_than_a_gaussian_one():
     spike = torch.tensor([[1.0]], dtype=F64)  # n = 1: the coordinate that carries all of q
     for init, exact in (("gaussian", 2 / 8), ("kaiming", 0.8 / 8)):

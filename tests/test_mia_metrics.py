@@ -172,6 +172,10 @@ def test_tpr_at_fpr_by_hand():
     # 0.2 * 5 and 0.6 * 5 are whole, whatever their rounding
     assert metrics.tpr_at_fpr(scores, truth, 0.2).threshold == 7.0
     assert metrics.tpr_at_fpr(scores, truth, 0.6).threshold == 3.0
+    # in float64, 100 * 0.29 is below 29: each whole per cent of 100 non-members is met exactly
+    scores100 = np.arange(101.0)
+    for percent in range(1, 100):
+        assert metrics.tpr_at_fpr(scores100, scores100 == 50, percent / 100).fp == percent, percent
     # ties lower the realised rate
     flat = metrics.tpr_at_fpr(np.ones(9), truth, 0.4)
     assert (flat.tp, flat.fp, flat.threshold) == (0, 0, 1.0)

@@ -131,15 +131,19 @@ def test_tails_are_neither_cut_nor_coarse(monkeypatch):
 
     ends = [2**63 - 1 - k for k in (0, 1, 5, 10**6, 2**42, 2**43, 2**44)]
     words = np.array([*ends, *(-1 - end for end in ends)], dtype=np.int64)
+    given = {14: words}
     monkeypatch.setattr(
         SecureRandom,
         "words",
         lambda self, size: (
-            words if size == len(words) else np.full(size, 2**63, dtype=np.uint64)
+            given[size].copy() if size in given else np.full(size, 2**63, dtype=np.uint64)
         ).view(np.uint64),
     )
     normal = SecureRandom(bytes(16)).normal(len(words)).numpy()
     assert np.array_equal(normal[:7], -normal[7:]) and np.isfinite(normal).all()
+    for half, name in ((slice(7), "upper"), (slice(7, 14), "lower")):  # words of one tail alone
+        given[7] = words[half]
+        assert np.array_equal(SecureRandom(bytes(16)).normal(7).numpy(), normal[half]), name
     with mpmath.workdps(40):
         for end, found in zip(ends, normal, strict=False):
             tail = mpmath.mpf(2**63 - 1 - end + 0.5) / 2**64

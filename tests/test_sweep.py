@@ -1,5 +1,6 @@
 """Sweeps: results in order, each configuration trained once, and failures kept apart."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -238,6 +239,34 @@ def test_a_worker_that_dies_each_time_is_an_outcome(base, tmp_path, monkeypatch)
     monkeypatch.undo()  # the worker no longer dies
     (outcome,) = sweep([base], tmp_path, engine="sequential")
     assert outcome.result.releases == 2
+
+
+def test_the_last_attempt_at_a_job_has_no_other_beside_it(monkeypatch):
+    """A job that takes down the pool each time fails alone; the job beside it is done."""
+
+    class Died(Exception):
+        pass
+
+    @contextlib.contextmanager
+    def connected(engine, num_workers):
+        yield lambda: None, (Died,)
+
+    tried = []
+
+    def pool(function, jobs, waiting, begun, backend, num_workers):
+        while waiting:
+            side_by_side, waiting[:] = waiting[:num_workers], waiting[num_workers:]
+            begun.update(side_by_side)
+            tried.append(side_by_side)
+            if "kills" in [jobs[i] for i in side_by_side]:
+                raise Died
+            yield from ((i, function(jobs[i])) for i in side_by_side)
+
+    monkeypatch.setattr(engines, "_connected", connected)
+    monkeypatch.setattr(engines, "_pool", pool)
+    found = dict(engines.run(str.upper, ["kills", "a", "b"], "loky", 2))
+    assert found == {0: None, 1: "A", 2: "B"}
+    assert sum(0 in jobs for jobs in tried) == 3 and [0] in tried and [1] in tried
 
 
 # Engines whose workers die, as by kill -9

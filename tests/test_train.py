@@ -512,6 +512,18 @@ def test_a_target_epsilon_is_met(tmp_path):
     assert by_dp_accounting(result.noise_multiplier - 1e-3, BATCH / COUNT, 3, 1e-4) > exact
 
 
+def test_a_schedule_begins_at_the_whole_rate_after_its_warm_up():
+    """Two of six steps: half the rate, the whole rate, and then the schedule over four steps."""
+    for schedule, rest in (
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+        ("constant_with_warmup", [1, 1, 1, 1]),
+    ):
+        rate = prepare(small(steps=6, warmup_steps=2, schedule=schedule), 3).learning_rate
+        found = [rate(step) / RATE for step in range(6)]
+        assert found == pytest.approx([0.5, 1, *rest]), schedule
+
+
 def test_large_delta_is_warned_of():
     with pytest.warns(UserWarning, match=f"delta {1 / COUNT:g} is not below 1/N = {1 / COUNT:.3g}"):
         prepare(small(delta=1 / COUNT), 3)
@@ -721,6 +733,9 @@ def test_half_and_all():
     for column in halves.T:
         assert stats.binomtest(int(column.sum()), 300, 40 / 81).pvalue > 1e-8
     assert draw_members(records, "half", 5) == halves[5].tolist()
+    # a seed keeps giving the same half: the text that is hashed is part of the contract
+    drawn = random.Random("lowrank_dp membership 5").sample(range(81), 40)
+    assert np.flatnonzero(halves[5]).tolist() == sorted(drawn)
     assert draw_members(records, "all", 5) == [True] * 81
     with pytest.raises(ValueError, match="did you mean 'bernoulli'"):
         draw_members(records, "bernouli", 5)
@@ -800,7 +815,7 @@ def test_the_manifest_says_who_without_saying_what(tmp_path):
         batch_size=10,
         steps=1,
     )
-    train(config, tmp_path / "run")
+    result = train(config, tmp_path / "run")
     task = load_task(str(tmp_path / "data"))
     document = json.loads((tmp_path / "run" / "membership.json").read_text())
     assert document["ids"] == [example.id for example in task.train]
@@ -812,6 +827,9 @@ def test_the_manifest_says_who_without_saying_what(tmp_path):
     assert document["num_records"] == SENTENCES
     assert document["coins"] == {"scheme": "fixed", "probability": 0.5, "seed": 3}
     assert document["schema_version"] == 1 and document["recipe"] == config.as_json()
+    before, after = (entry["loss"] for entry in result.curve)
+    assert document["eval_loss"] == after != before
+    assert document["train_loss"] == result.train_loss
     for name in ("membership.json", "training.json"):
         written = (tmp_path / "run" / name).read_text()
         for example in (*task.train, *task.validation):

@@ -707,6 +707,19 @@ def test_the_ledger_counts_pairs_once(tmp_path):
     ]
 
 
+def test_a_last_line_counts_if_only_its_newline_is_missing(tmp_path):
+    """The release of a whole line may have been made; that of a line cut short was not."""
+    for missing, count in ((1, 3), (2, 2), (40, 2)):
+        with open_run(tmp_path / str(missing)) as folder:
+            for step in range(3):
+                folder.begin_release("a", step)
+            path = folder.snapshots / "releases.jsonl"
+            path.write_bytes(path.read_bytes()[:-missing])
+            assert folder.num_releases() == count, missing
+            folder.begin_release("a", count)
+            assert folder.num_releases() == count + 1, missing
+
+
 def test_two_snapshots_are_kept(tmp_path):
     with open_run(tmp_path / "run") as folder:
         for step in (0, 5, 10, 15):
