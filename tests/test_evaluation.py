@@ -295,7 +295,7 @@ def test_texts_of_a_model_that_counts_positions(llama):
     sources = [e.text for e in TABLES.validation[:12]]
     want = [greedy(model, tokenizer, source, 8)[0] for source in sources]
     assert generate_texts(model, tokenizer, sources, max_new_tokens=8) == want
-    with pytest.raises(ValueError, match="context of 128, got 120"):
+    with pytest.raises(ValueError, match="of the 128 tokens of the model's context, got 120"):
         generate_texts(model, tokenizer, sources, max_new_tokens=120)
 
 

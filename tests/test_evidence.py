@@ -157,9 +157,9 @@ def every_fifth(noise, step, memory):
 @pytest.mark.slow
 def test_two_entries_are_enough_within_some_steps():
     for change, most, words in (
-        (of_the_bias(lambda z: 0 * z), 4, "standard deviation .* in head.bias"),
-        (of_the_bias(lambda z: z / 2**0.5), 250, "standard deviation .* in head.bias"),
-        (of_the_bias(lambda z: z * 2**0.5), 250, "standard deviation .* in head.bias"),
+        (of_the_bias(lambda z: 0 * z), 4, "a standard deviation in head.bias"),
+        (of_the_bias(lambda z: z / 2**0.5), 250, "a standard deviation in head.bias"),
+        (of_the_bias(lambda z: z * 2**0.5), 250, "a standard deviation in head.bias"),
         (of_the_bias(lambda z: z + 1), 60, "head.bias"),
         (kept_bias, 60, "head.bias"),
         (copied_head, 3, "noise of matrix and of head is the same"),
@@ -174,7 +174,7 @@ def test_a_message_says_nothing_of_the_clean_values():
     messages = set()
     for scale in (0.0, 1.0, 50.0):
         clean = {name: torch.full(shape, scale) for name, shape in SHAPES.items()}
-        with pytest.raises(ValueError, match="noise has standard deviation") as error:
+        with pytest.raises(ValueError, match="noise has a standard deviation") as error:
             guards.check_noise(clean, clean, 0.8)
         messages.add(str(error.value))
     assert len(messages) == 1
