@@ -51,7 +51,7 @@ test: $(STAMP)
 	@echo "== running the tests"
 	$(PYTEST) $(ARGS)
 
-# Counting lines makes the tests take half as long again, so CI does not do it.
+# Counting lines slows the tests down, so CI does not do it.
 coverage: $(STAMP)
 	@echo "== running the tests and counting the lines that they reach"
 	$(PYTEST) --cov --cov-report=term $(ARGS)

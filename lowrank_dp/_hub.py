@@ -22,8 +22,8 @@ def offline_requested() -> bool:
 def hub_reachable(timeout: float = 3.0) -> bool:
     """Tell whether the hub accepts a connection within ``timeout`` seconds.
 
-    The Hugging Face libraries retry for half a minute before they fail, so callers call this
-    function first. Behind an HTTPS proxy a direct connection proves nothing; the result is True.
+    The Hugging Face libraries retry for a long time before they fail, so callers call this function
+    first. Behind an HTTPS proxy a direct connection proves nothing; the result is True.
     """
     if urllib.request.getproxies().get("https"):
         return True

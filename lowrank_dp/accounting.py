@@ -17,9 +17,9 @@ multiplied by exp(theta * loss), with the theta of Chernoff's bound, before the 
 divided by the same factor afterwards. The error is then relative to delta.
 
 This composition and the search of ``GaussianMechanism.calibrate`` stay instead of dp-accounting's
-``PLDAccountant`` and ``calibrate_dp_mechanism``. In six measured settings the latter also met the
-target epsilon, but took 14 to 23 times as long (3 to 11 s per calibration) and asked for more
-noise: up to 9%, and six times as much for epsilon 1e-3 in 1000 steps.
+``PLDAccountant`` and ``calibrate_dp_mechanism``. In one comparison over six settings (which no
+benchmark keeps), the latter also met the target epsilon, but took 14 to 23 times as long and asked
+for more noise: up to 9%, and six times as much for epsilon 1e-3 in 1000 steps.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
 
 
 def quick_bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> Bound:
-    """Upper bound on epsilon by the exact formula and RDP alone, computed in milliseconds.
+    """Upper bound on epsilon by the exact formula and RDP alone, without a PLD.
 
     The arguments are those of :func:`bound`, whose result is never larger than this bound.
     """

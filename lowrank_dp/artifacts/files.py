@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from lowrank_dp._json import parse_json
 
-MAX_JSON_BYTES = 64 << 20  # about a thousand times the size of a run's own JSON files
+MAX_JSON_BYTES = 64 << 20  # far above the size of a run's own JSON files
 
 
 @contextlib.contextmanager

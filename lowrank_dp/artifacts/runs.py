@@ -224,7 +224,7 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:  # on a full disk, model libraries raise errors of many types
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise OSError(
-            f"{what} could not be written ({reason}): free some space, then go on with "
+            f"{what} could not be written ({reason}): free some space, then resume the run with "
             "--resume; the last snapshot is intact"
         ) from error
 

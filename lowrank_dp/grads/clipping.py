@@ -71,7 +71,7 @@ def clipped_sum(
         backend: method of computing per-example gradients.
             ``"bookkeeping"``: from layer inputs and output gradients, in one backward pass.
             ``"compiled"``: the same on a graph of ``torch.compile``, which is made at the first
-            micro-batch of a model, in about a minute, and checked against ``"bookkeeping"``.
+            micro-batch of a model and checked against ``"bookkeeping"``.
             ``"opacus"``: by Opacus's hooks, for layers without a rule in this package.
             ``"loop"``: one example at a time, for any model.
         padding: ``"longest"``: padding is not part of a row and must not change its gradient, since

@@ -198,8 +198,8 @@ class TrainConfig:
     )
     compile: bool = option(
         False,
-        "Compile the step with torch.compile: a minute or more before the first step, then faster "
-        "steps; excludes --dropout and --shard. If the run is killed, the steps since the last "
+        "Compile the step with torch.compile, which delays the first step and may make the others "
+        "faster; excludes --dropout and --shard. If the run is killed, the steps since the last "
         "snapshot may count again in epsilon.",
     )
     shard: bool = option(
