@@ -19,6 +19,11 @@ ENVIRONMENT = {
     "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1]),
 }
 
+needs_data = pytest.mark.skipif(
+    not os.environ.get("LOWRANK_DP_DATA"),
+    reason="LOWRANK_DP_DATA is not set: it names the folder of the public data sets",
+)
+
 
 @contextmanager
 def case(*what):
@@ -96,8 +101,16 @@ def run_command(capsys, app, *arguments):
 
     with pytest.raises(SystemExit) as stop:
         _console.run(app, [str(word) for word in arguments])
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
+    return stop.value.code, *capsys.readouterr()
+
+
+def run_main(capsys, *words):
+    """Run ``lowrank-dp`` in this process: exit code, stdout, stderr."""
+    from lowrank_dp.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return stop.value.code, *capsys.readouterr()
 
 
 def train_words(config, folder, *more):

@@ -153,8 +153,6 @@ def test_renyi_divergences_at_integers_are_binomial_sums():
     for sigma, rate in ((1.0, 0.01), (0.4, 1e-4), (700.0, 0.01), (5.0, 0.9), (1000.0, 1e-6)):
         found = dict(zip(accounting._ORDERS, accounting._divergences(sigma, rate), strict=True))
         for order in (2.0, 3.0, 10.0, 40.0):
-            if order not in found:
-                continue
             with mpmath.workdps(40):
                 moment = sum(
                     mpmath.binomial(order, k)

@@ -183,6 +183,7 @@ def test_damaged_files(tmp_path):
         with pytest.raises(ValueError) as caught:
             load_result(tmp_path, "r", Result)
             pytest.fail(f"damage {i} was not noticed")
+        assert str(caught.value).startswith(f"result {tmp_path / 'r.json'}"), i
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000, i
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from lowrank_dp.__main__ import COMMANDS, main
 from lowrank_dp.commands import _tables
 from lowrank_dp.restore import restore
 from tests.oracles import assert_refused
+from tests.tasks import run_main
 
 HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "datasets", "matplotlib", "scipy")
 
@@ -27,13 +29,7 @@ HEAVY = ("torch", "transformers", "peft", "opacus", "ray", "datasets", "matplotl
 @pytest.fixture
 def call(capsys):
     """``call(command, *words)`` in this process: exit code, stdout, stderr."""
-
-    def run(*words):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+    return partial(run_main, capsys)
 
 
 @pytest.fixture

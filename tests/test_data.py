@@ -1,7 +1,6 @@
 """Tasks, readers, generated text, tokenisation and batching."""
 
 import functools
-import os
 import re
 from collections import Counter
 
@@ -15,12 +14,8 @@ from hypothesis import strategies as st
 from lowrank_dp import data
 from lowrank_dp.data import Example, collate, encode, generated, load_task, micro_batches
 from lowrank_dp.models import tiny
-from tests.tasks import case
+from tests.tasks import case, needs_data
 from tests.tasks import write_jsonl as write
-
-needs_data = pytest.mark.skipif(
-    not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
-)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import os
 import random
 import re
 from collections import Counter
@@ -24,10 +23,7 @@ from lowrank_dp.evaluation import (
 )
 from lowrank_dp.models import load_model, tiny
 from tests.oracles import naive_bleu, naive_rouge, refusal_of
-
-needs_data = pytest.mark.skipif(
-    not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set"
-)
+from tests.tasks import needs_data
 
 
 def few(name, size):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from lowrank_dp.rng import SecureRandom
 from lowrank_dp.train import evidence, guards, noise_checks, sampling_checks
 from lowrank_dp.train.noise_checks import GeneratorCheck, NoiseCheck
 from lowrank_dp.train.sampling_checks import SamplingCheck
@@ -206,21 +207,41 @@ def test_gradients_other_than_the_released_are_refused():
 
 
 def test_generators_must_move_on():
-    for generator in (torch.Generator().manual_seed(5),):
-        check = GeneratorCheck("noise", generator)
-        start = generator.get_state()
-        with pytest.raises(ValueError, match="generator of the noise has not moved on"):
-            check.check(generator)
-        for _ in range(3):
-            torch.randn(3, generator=generator)
-            check.check(generator)
-        generator.set_state(start)
+    generator = torch.Generator().manual_seed(5)
+    check = GeneratorCheck("noise", generator)
+    start = generator.get_state()
+    with pytest.raises(ValueError, match="generator of the noise has not moved on"):
+        check.check(generator)
+    for _ in range(3):
         torch.randn(3, generator=generator)
-        with pytest.raises(ValueError, match="or was set back"):
-            check.check(generator)
-        generator.manual_seed(6)
-        with pytest.raises(ValueError, match="was seeded anew"):
-            check.check(generator)
+        check.check(generator)
+    generator.set_state(start)
+    torch.randn(3, generator=generator)
+    with pytest.raises(ValueError, match="or was set back"):
+        check.check(generator)
+    generator.manual_seed(6)
+    with pytest.raises(ValueError, match="was seeded anew"):
+        check.check(generator)
+
+
+def test_the_secure_generator_must_move_on_too():
+    """The generator of a run without a seed, whose state is a key and a position."""
+    generator = SecureRandom(bytes(range(16)))
+    check = GeneratorCheck("noise", generator)
+    start = generator.state()
+    with pytest.raises(ValueError, match="generator of the noise has not moved on"):
+        check.check(generator)
+    for _ in range(3):
+        generator.normal(3)
+        check.check(generator)
+    back = SecureRandom.from_state(start)
+    back.normal(3)
+    with pytest.raises(ValueError, match="or was set back"):
+        check.check(back)
+    other = SecureRandom(bytes(16))
+    other.normal(30)
+    with pytest.raises(ValueError, match="was seeded anew"):
+        check.check(other)
 
 
 def test_samples_of_units_with_several_rows():

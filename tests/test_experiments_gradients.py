@@ -322,8 +322,7 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
         figures.show("momentum", artifact_folder=tmp_path)
 
 
-# the small scale with fewer and shorter runs; the other lengthy figures differ in task or arms, and
-# test_experiments_efficiency and test_experiments_membership run them on generated sentences
+# the small scale with fewer and shorter runs
 TRIALS = {
     "tasks": {},
     "momentum": {"steps": 3, "batch_size": 128},
@@ -341,6 +340,14 @@ TRIALS = {
     },
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
+# these differ in task or arms: test_experiments_efficiency and test_experiments_membership run them
+# on generated sentences
+ELSEWHERE = {"efficiency", "efficiency_mnli", "efficiency_smollm2", "membership"}
+
+
+def test_every_lengthy_figure_has_a_trial():
+    lengthy = {name for name in figures.NAMES if figures.find(name).lengthy}
+    assert lengthy == TRIALS.keys() | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", TRIALS)

@@ -5,6 +5,7 @@ Runs broken off at chosen lines, damaged snapshots and ledgers are in test_train
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import load_result
 from lowrank_dp.train.loop import train
 from tests.oracles import assert_refused
+from tests.tasks import run_main, train_words, write_reviews
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,15 +163,7 @@ def spent_at_most(folder, result):
 def target(base, tmp_path_factory):
     """A checkpoint to attack, of fair coins on eighty sentences."""
     folder = tmp_path_factory.mktemp("target")
-    (folder / "data").mkdir()
-    for split, count in (("train", 80), ("validation", 12)):
-        (folder / "data" / f"{split}.jsonl").write_text(
-            "".join(
-                json.dumps({"sentence": f"film {i} is {('dull', 'fresh')[i % 2]}", "label": i % 2})
-                + "\n"
-                for i in range(count)
-            )
-        )
+    write_reviews(folder / "data", train=80)
     config = replace(base, task=str(folder / "data"), membership="half", delta=1e-3)
     train(config, folder / "model")
     return config, folder
@@ -265,27 +259,20 @@ def test_a_full_disk_is_one_line_and_costs_nothing(what, target, base, tmp_path)
 @pytest.mark.parametrize("what", ["attack", "figures"])
 def test_a_place_that_cannot_be_written_is_one_line(what, target, tmp_path, capsys):
     """Below a file, since root may write to folders that are read-only."""
-    from lowrank_dp.__main__ import main
-
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        main(words(what, target, tmp_path / "file" / "below"))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    code, _, said = run_main(capsys, *words(what, target, tmp_path / "file" / "below"))
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
 
 
 @pytest.mark.slow
 def test_a_report_is_replaced_only_by_the_same_attack(target, tmp_path, capsys):
     """Without --output nothing is written, neither beside the checkpoint nor elsewhere."""
-    from lowrank_dp.__main__ import main
-
     config, place = target
     beside = sorted(path.name for path in (place / "model").iterdir())
 
     def attack(*words):
-        with pytest.raises(SystemExit) as stop:
-            main(["mia", "--model", str(place / "model"), "--data-dir", config.task, *words])
-        return stop.value.code, *capsys.readouterr()
+        fixed = "--model", place / "model", "--data-dir", config.task
+        return run_main(capsys, "mia", *fixed, *words)
 
     code, out, _ = attack("--base", config.model)
     assert code in (0, 3) and "none written" in out
@@ -328,10 +315,6 @@ def test_signals_wait_for_the_end_of_the_step(base, tmp_path):
 
 
 def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
-    import os
-
-    from lowrank_dp.commands import _console
-    from lowrank_dp.commands.train import app
     from lowrank_dp.train.step import take_step
 
     def step(*args):
@@ -339,31 +322,11 @@ def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
         return take_step(*args)
 
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch:
         patch.setattr("lowrank_dp.train.loop.take_step", step)
-        _console.run(
-            app,
-            [
-                "--model",
-                base.model,
-                "--task",
-                base.task,
-                "--steps",
-                "2",
-                "--batch-size",
-                "10",
-                "--noise-multiplier",
-                "0.8",
-                "--seed",
-                "0",
-                "--learning-rate",
-                "1e-3",
-                "--output",
-                str(tmp_path / "run"),
-            ],
-        )
-    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
-    assert capsys.readouterr().err == (
+        code, _, said = run_main(capsys, *train_words(base, tmp_path / "run"))
+    assert code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert said == (
         "stopped by SIGTERM: step 1 of 2 is saved; to go on, repeat "
         "the command, training with --resume\n"
     )

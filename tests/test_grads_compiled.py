@@ -44,6 +44,12 @@ SIZES = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Draw the same weights and batches in whatever order the tests run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Collect every graph that dynamo makes; graphs run without a C++ compiler.

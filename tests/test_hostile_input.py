@@ -23,6 +23,7 @@ from lowrank_dp.commands.mia import app as mia
 from lowrank_dp.commands.train import app as train_app
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
+from tests.tasks import write_jsonl
 
 pytestmark = [
     pytest.mark.slow,
@@ -197,12 +198,9 @@ def made(small_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     data = folder / "data"
     for place, text in (("jsonl", "text"), ("named/glue/sst2", "sentence")):
-        (data / place).mkdir(parents=True)
         for split in ("train", "validation"):
             rows = [{(text if k == "text" else k): v for k, v in row.items()} for row in ROWS]
-            (data / place / f"{split}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows)
-            )
+            write_jsonl(data / place / f"{split}.jsonl", rows)
     table = pandas.DataFrame(ROWS)
     table.to_csv(data / "a.csv", index=False)
     table.to_csv(data / "a.tsv", index=False, sep="\t")

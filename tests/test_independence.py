@@ -47,6 +47,12 @@ MINDING = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Draw the same weights and batches in whatever order the tests run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A folder with a task of 128 short records and a long one, and with the models."""

@@ -27,7 +27,7 @@ from lowrank_dp.mia.shadows import find_shadows, shadow_configs
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
-from tests.tasks import case, run_command
+from tests.tasks import case, run_command, write_jsonl
 
 # A small pool and many steps, so that the checkpoint remembers its members. With this seed members
 # have both labels equally often; otherwise a private model's preference for one label tells a bit.
@@ -608,9 +608,9 @@ def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
             shutil.copytree(checkpoints / "short", tmp_path / "run")
             (tmp_path / "run" / name).write_bytes(damage)
             code, _, err = run(capsys, "--model", tmp_path / "run", "--dry-run")
-            case = (name, number, err)
-            assert code == 2 and err.count("\n") == 1, case
-            assert name in err or "run" in err, case
+            what = (name, number, err)
+            assert code == 2 and err.count("\n") == 1, what
+            assert str(tmp_path / "run") in err, what
     (tmp_path / "run" / "tokenizer.json").write_bytes(data)
     (tmp_path / "run" / "initial_head.safetensors").unlink()
     code, _, err = run(capsys, "--model", tmp_path / "run", "--attacks", "base")
@@ -636,9 +636,8 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
     found = open_target(checkpoints / "short", Options()).records
     inside = [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit]
     for name, part in (("a", inside[:30]), ("b", inside[30:60])):
-        (tmp_path / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"text": e.text, "label": e.label}) + "\n" for e in part)
-        )
+        rows = [{"text": e.text, "label": e.label} for e in part]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
     code, _, err = run(
         capsys,
         "--model",
@@ -659,7 +658,7 @@ def test_copies_in_a_manifests_pool_are_left_out_on_both_sides(tmp_path):
     """The membership of the other records stays independent."""
     lines = [{"text": f"text {i} of a pool", "label": i % 2} for i in range(80)]
     lines += [{"text": f"TEXT {i} of a  pool", "label": 1} for i in range(12)]
-    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    write_jsonl(tmp_path / "pool.jsonl", lines)
     pool = load_task(str(tmp_path / "pool.jsonl")).train
     members = np.random.default_rng(0).integers(0, 2, 92).astype(bool).tolist()
     units = membership.group_units(pool, "example")

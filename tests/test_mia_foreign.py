@@ -14,7 +14,7 @@ from lowrank_dp.data import IGNORE, Example, encode, load_task
 from lowrank_dp.data.template import Template
 from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.models import load_tokenizer
-from tests.tasks import run_command
+from tests.tasks import run_command, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "### Input: {prompt}\n### Response: {target}"
@@ -47,10 +47,6 @@ def save(model, folder, tokenizer):
         tokenizer.save_pretrained(folder)
 
 
-def table(folder, name, rows):
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Classifiers, causal language models and adapters, each with its base; members and others.
@@ -65,13 +61,14 @@ def place(tmp_path_factory):
     pairs = [(e.text, e.target) for e in load_task("generated-table").train[: 3 * SIDE]]
     rng.shuffle(pairs)
     for side, part in (("in", slice(0, SIDE)), ("out", slice(SIDE, 2 * SIDE))):
-        table(
-            root,
-            f"labels-{side}.jsonl",
+        write_jsonl(
+            root / f"labels-{side}.jsonl",
             [{"text": t, "label": y} for t, y in zip(texts[part], labels[part], strict=True)],
         )
-        table(root, f"texts-{side}.jsonl", [{"text": t} for t in texts[part]])
-        table(root, f"pairs-{side}.jsonl", [{"source": s, "target": t} for s, t in pairs[part]])
+        write_jsonl(root / f"texts-{side}.jsonl", [{"text": t} for t in texts[part]])
+        write_jsonl(
+            root / f"pairs-{side}.jsonl", [{"source": s, "target": t} for s, t in pairs[part]]
+        )
 
     torch.manual_seed(0)
     words = load_tokenizer("tiny")
@@ -255,7 +252,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_source(place, tmp_path, ca
         rows = [
             json.loads(line) for line in (place / f"labels-{side}.jsonl").read_text().splitlines()
         ]
-        table(tmp_path, f"labels-{side}.jsonl", [row | {"note": 1} for row in rows])
+        write_jsonl(tmp_path / f"labels-{side}.jsonl", [row | {"note": 1} for row in rows])
     code, _, err = run(
         capsys,
         "--model",
@@ -421,14 +418,14 @@ def test_labels_count_in_the_models_own_classes(place, tmp_path):
     }
     only_ones = [row for row in rows["in"] if row["label"] == 1]
     only_ones += [{"text": f"{row['text']} indeed", "label": 1} for row in only_ones][:30]
-    table(tmp_path, "ones.jsonl", only_ones)
+    write_jsonl(tmp_path / "ones.jsonl", only_ones)
     options = Options(members=tmp_path / "ones.jsonl", nonmembers=place / "labels-out.jsonl")
     records = open_target(place / "classifier", options).records
     assert records.task.num_labels == 2
     assert {e.label for e, bit in zip(records.examples, records.is_member, strict=True) if bit} == {
         1
     }
-    table(tmp_path, "two.jsonl", [row | {"label": 2} for row in rows["out"]])
+    write_jsonl(tmp_path / "two.jsonl", [row | {"label": 2} for row in rows["out"]])
     with pytest.raises(ValueError, match=r"two.jsonl: labels must be below 2, as in the model"):
         open_target(
             place / "classifier",

@@ -611,17 +611,20 @@ SPIKES = {
 def test_fast_alignment(shape):
     """The alignment with the clean matrix is at least 0.99 of the exact path's, per scheme."""
     cases = [("optimal", {}), ("denoise", {}), ("partial", {}), ("optimal", {"loss": "nuclear"})]
+    cases, compared = cases if shape[0] != 768 else cases[:1], 0
     for spikes, factors in SPIKES.items():
         noisy, clean = spiked(shape, factors or [0.01], dtype=torch.float32, seed=3)
         u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
-        for name, options in cases if shape[0] != 768 else cases[:1]:
+        for name, options in cases:
             new = naive_values(s.double().numpy(), shape, 0.7, name, **options)
             if not new.any() or s[0] <= 0.7 * sum(map(math.sqrt, shape)):
                 continue
+            compared += 1
             exact = (u * torch.from_numpy(new).float()) @ vh
             fast = restore(noisy, 0.7, name, **options)
             assert cosine(fast, clean) >= 0.99 * cosine(exact, clean), (spikes, name, options)
             assert cosine(fast, exact) > 0.98, (spikes, name, options)
+    assert compared >= 5 * len(cases)  # all but the weakest spikes stand above the edge
 
 
 def test_many_spikes_fall_back_to_the_exact_path():

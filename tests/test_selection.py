@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import json
 import math
 import os
 import random
@@ -16,6 +15,7 @@ from lowrank_dp.data.selection import partition, rounded_count, threshold
 from lowrank_dp.data.task import Task
 from lowrank_dp.membership.units import draw_members
 from lowrank_dp.train.records import hold_out
+from tests.tasks import needs_data, write_jsonl
 
 
 def records(rng, count, grouped):
@@ -197,8 +197,7 @@ def test_max_examples_of_a_file_with_one_record_more(tmp_path):
         where = rng.randrange(151)
         found = []
         for content in (rows, [*rows[:where], new, *rows[where:]]):
-            path = tmp_path / f"{trial}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in content))
+            path = write_jsonl(tmp_path / f"{trial}.jsonl", content)
             found.append(load_task(str(path), max_examples=40, seed=trial).train)
         assert difference(*found) in ((0, 0), (0, 1))
         assert 15 < len(found[0]) < 70
@@ -212,7 +211,7 @@ def test_max_examples_of_a_file_with_one_record_more(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("LOWRANK_DP_DATA"), reason="LOWRANK_DP_DATA is not set")
+@needs_data
 def test_sst2_with_one_record_inserted(tmp_path):
     """A random sample of positions changed 906 of 1,000 records; the draw changes one at most."""
     source = os.path.join(os.environ["LOWRANK_DP_DATA"], "glue", "sst2", "train.jsonl.gz")

@@ -1,10 +1,7 @@
 """Restoration of matrices other than signal plus noise: the fast path against a full SVD.
 
-Oracle: ``numpy.linalg.svd`` in float64 and the optimal shrinker of Gavish and Donoho (2017, eq. 7),
-written out here.
+Oracle: ``numpy.linalg.svd`` in float64 and the optimal shrinker of Gavish and Donoho (2017, eq. 7).
 """
-
-import math
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ from hypothesis import strategies as st
 from lowrank_dp.restore import SCHEMES, oracle_values, restoration, restore, restore_with_report
 from lowrank_dp.restore.plan import make_plan
 from lowrank_dp.spectrum import alignment, decompose
+from tests.oracles import optimal_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"truncate": {"k": 3}}
@@ -22,12 +20,8 @@ OPTIONS = {"truncate": {"k": 3}}
 
 def by_numpy(noisy, noise_std):
     """Optimal shrinkage for squared error, from a float64 SVD."""
-    m, n = noisy.shape
     u, s, vh = np.linalg.svd(noisy.double().numpy(), full_matrices=False)
-    aspect, scale = min(m, n) / max(m, n), noise_std * math.sqrt(max(m, n))
-    y = s / scale
-    inner = np.clip((y**2 - aspect - 1) ** 2 - 4 * aspect, 0, None)
-    new = np.where(y > 1 + math.sqrt(aspect), np.sqrt(inner) / np.maximum(y, 1e-300), 0) * scale
+    new = optimal_values(s, noisy.shape, noise_std)
     return torch.from_numpy((u * new) @ vh) if new.any() else noisy.double()
 
 

@@ -85,6 +85,7 @@ def test_reference_coordinate():
         ("kurtosis", theory.noise_kurtosis, {}),
     ):
         rows = [row for row in REFERENCE["coord_tv"] if row.get(field) is not None]
+        assert len(rows) >= 94, field  # of 102: some have no Kolmogorov distance
         rank, beta2, want = ([row[key] for row in rows] for key in ("r", "beta2", field))
         # 12 digits are given; the Kolmogorov distances carry one digit less
         np.testing.assert_allclose(

@@ -22,7 +22,7 @@ from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train.step import take_step
 from tests.oracles import assert_refused
-from tests.tasks import write_reviews
+from tests.tasks import run_main, write_reviews
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"
@@ -61,9 +61,7 @@ def call(places, tmp_path, capsys):
     """Run the command in this process: exit code, stdout, stderr."""
 
     def run(changes=(), output=None):
-        with pytest.raises(SystemExit) as stop:
-            main(["train", *words(places, output or tmp_path / "out", dict(changes))])
-        return stop.value.code, *capsys.readouterr()
+        return run_main(capsys, "train", *words(places, output or tmp_path / "out", dict(changes)))
 
     return run
 
@@ -295,9 +293,7 @@ def test_resume_alone_goes_on_from_the_saved_configuration(call, tmp_path, capsy
         return take_step(*arguments)
 
     def resume(*words):
-        with pytest.raises(SystemExit) as stop:
-            main(["train", "--resume", "--output", str(output), *words])
-        return stop.value.code, *capsys.readouterr()
+        return run_main(capsys, "train", "--resume", "--output", output, *words)
 
     assert_refused(resume(), "--resume found no run in", "give the options of a new run")
     with monkeypatch.context() as patch:
@@ -540,10 +536,8 @@ def test_help_lists_every_option_with_its_help_text(capsys):
         ("figures", Figures, ["--output", "--artifacts", "--redraw", "--force", "--json"]),
         ("restore", None, ["--input", "--noise-std", "--scheme", "--option", "--force"]),
     ):
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        out, err = capsys.readouterr()
-        assert stop.value.code == 0 and not err, command
+        code, out, err = run_main(capsys, command, "--help")
+        assert code == 0 and not err, command
         shown = "".join(out.split())
         for field, _ in _console._declared(kind) if kind else ():
             if command == "mia" and field.name == "group":

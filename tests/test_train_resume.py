@@ -307,6 +307,7 @@ def test_secure_draws_are_replayed_and_count_once(changes, places, tmp_path, mon
     for path in (tmp_path / "snapshots").iterdir():  # they hold the key
         assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
     result = train(config, tmp_path, resume=True)
+    assert len(made) == 6 + 4  # from step 3 on
     assert result.releases == STEPS and "AES-128-CTR" in result.privacy
     for first, again in zip(made[3:6], made[6:], strict=False):
         assert all(torch.equal(first[name], again[name]) for name in first)
