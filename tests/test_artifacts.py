@@ -6,6 +6,7 @@ import math
 import os
 import re
 import stat
+import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lowrank_dp
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts.files import atomic_write
 from lowrank_dp.artifacts.provenance import provenance
@@ -260,6 +262,27 @@ def test_json_files_are_read_in_one_way(tmp_path):
     assert artifacts.read_json(path)["a"] == 2
     with pytest.raises(FileNotFoundError):
         artifacts.read_json(tmp_path / "none.json")
+
+
+def test_changes_since_the_commit_are_stated(tmp_path, monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    module = tmp_path / "package" / "__init__.py"
+    module.parent.mkdir()
+    module.write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(lowrank_dp, "__file__", str(module))
+    assert provenance()["git_commit"] == git("rev-parse", "HEAD")
+    module.write_text("changed = True")
+    assert provenance()["git_commit"] == git("rev-parse", "HEAD") + "+changes"
 
 
 def test_commit_unknown_without_git(monkeypatch):

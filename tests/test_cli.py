@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,8 +109,12 @@ def test_restore_replaces_a_file_only_if_told_to_and_never_its_input(noisy_file,
             assert_refused(done, "another file than --input")
             assert path.read_bytes() == before, same
     code, printed, _ = call(*restore_words(path, out, {}), "--force")
-    assert code == 0 and load_file(out).keys() == tensors.keys()
+    restored = load_file(out)
+    assert code == 0 and restored.keys() == tensors.keys()
     assert "40×60" in printed and "restored" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("weight"))
+    norms = [np.linalg.norm(one["weight"].numpy()) for one in (tensors, restored)]
+    assert norms[0] > norms[1] and row.split()[-2:] == [f"{norm:.3g}" for norm in norms]
 
 
 @pytest.mark.slow
@@ -169,6 +174,17 @@ def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
         (["spectrums"], ["did you mean 'spectrum'"]),
     ):
         assert_refused(call(*words), *expected)
+
+
+def test_the_exact_laws_are_at_the_width_of_the_rows_that_are_projected():
+    from lowrank_dp.commands.lora import exact_laws
+    from lowrank_dp.experiments.lora_noise import _label
+
+    name = "encoder.layer.3.attention.self.query.weight"
+    label = _label("m", name, torch.zeros(40, 7))  # G (m, n) is projected by A (rank, n)
+    assert label == "m 3.attention.query 40x7"
+    measured = SimpleNamespace(sources=("fixed", label), config=SimpleNamespace(ranks=(2,)))
+    assert [law["n"] for law in exact_laws(measured)] == [7]
 
 
 FORMULAS = ["figures", "--only", "total_variation"]

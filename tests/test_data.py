@@ -32,6 +32,17 @@ def tokenizers():
 # --- real data: counts of the official releases ------------------------------------------------
 
 released = functools.cache(load_task)  # the tests below only read
+LABELS = {  # the classes of nyu-mll/glue on the hub, in the order of their numbers
+    "cola": "unacceptable acceptable",
+    "sst2": "negative positive",
+    "mrpc": "not_equivalent equivalent",
+    "qqp": "not_duplicate duplicate",
+    "stsb": "",
+    "mnli": "entailment neutral contradiction",
+    "qnli": "entailment not_entailment",
+    "rte": "entailment not_entailment",
+    "wnli": "not_entailment entailment",
+}
 COUNTS = {  # task -> split -> (examples, groups, labels)
     "sst2": {
         "train": (67_349, 67_349, {0: 29_780, 1: 37_569}),
@@ -52,6 +63,11 @@ COUNTS = {  # task -> split -> (examples, groups, labels)
     },
     "dart": {"validation": (6_980, 2_721, None), "test": (12_552, 4_159, None)},
 }
+
+
+def test_labels_are_numbered_as_on_the_hub():
+    glue = {name: spec for name, spec in data.TASKS.items() if spec and "glue" in spec.hub_id}
+    assert {name: " ".join(spec.labels) for name, spec in glue.items()} == LABELS
 
 
 @needs_data

@@ -104,6 +104,20 @@ def test_honest_runs_are_stopped_no_more_often_than_stated(monkeypatch):
     assert max(stopped) <= stats.binom.isf(1e-6, 120, 0.2)
 
 
+def test_single_steps_share_the_bound_of_the_run():
+    """1 / U is the e-value that reaches each level as often as Ville's inequality allows."""
+
+    def of_single_steps(total, count):
+        return np.where(count == 1, total, 0.0)
+
+    random, stopped = np.random.default_rng(0), 0
+    for _ in range(300):
+        watch = evidence.Watch(of_single_steps, 1, 50, 0.2)
+        steps = -np.log(random.random((50, 1)))
+        stopped += any(watch.add(step, np.ones(1)) is not None for step in steps)
+    assert 0 < stopped <= stats.binom.isf(1e-6, 300, 0.2)
+
+
 @pytest.mark.slow
 def test_long_honest_runs_pass():
     """At the true bound; noise from far above to far below the sums; groups; a rate of 1."""
@@ -242,6 +256,15 @@ def test_the_secure_generator_must_move_on_too():
     other.normal(30)
     with pytest.raises(ValueError, match="was seeded anew"):
         check.check(other)
+
+
+def test_a_unit_that_is_never_sampled_is_noticed():
+    """60 units at a rate of a quarter: one is left out of 150 samples with probability 1e-19."""
+    random, check = np.random.default_rng(0), SamplingCheck([[row] for row in range(60)], 0.25, 200)
+    with pytest.raises(ValueError, match="takes a unit more or less often than the others"):
+        for _ in range(150):
+            drawn = set(np.flatnonzero(random.random(60) < 0.25)) - {7}
+            check.check(sorted(map(int, drawn)), one_each=False)
 
 
 def test_samples_of_units_with_several_rows():

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import special, stats
 
 from lowrank_dp import artifacts, figures, theory
 from lowrank_dp.experiments import matrix_attack as attack
+from lowrank_dp.experiments import projection_privacy
 from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.mia.metrics import auc
@@ -268,3 +270,18 @@ def test_bad_config_is_one_error(source):
         with pytest.raises(ValueError, match=message):
             attack.run(replace(TINY, **changes), source)
             pytest.fail(f"{changes} was accepted")
+
+
+def test_the_size_of_a_real_candidate_is_relative_to_the_rest_of_the_batch():
+    """Over the two rows in which the candidate is largest, of a batch of one and two others."""
+    rest, own = torch.eye(16), torch.zeros(16, 16)
+    own[3, 0], own[5, 0], own[9, 0] = 1.0, 3.0, 4.0
+    source = SimpleNamespace(
+        sample=lambda count, generator: list(range(count)),
+        clean_sum=lambda rows: {"layer": own if rows == [0] else rest},
+    )
+    config = replace(
+        projection_privacy.SMALL, rows=(2,), noise_levels=(0.0,), num_trials=2, batch_size=3
+    )
+    found = projection_privacy._attacks(config, source)
+    assert found["real_relative_size"] == pytest.approx(5 / 2**0.5)

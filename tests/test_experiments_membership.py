@@ -1,6 +1,7 @@
 """Membership inference over ranks: a small sweep, and AUC interpolated at matched loss."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,26 @@ CONFIG = membership.Config(
 def test_the_plan_counts_runs_and_steps():
     text = membership.plan(replace(CONFIG, steps=(2, 5), num_seeds=3))
     assert "5 methods x 3 seeds" in text and "30 runs" in text and "105 training steps" in text
+
+
+def test_epsilon_is_that_of_the_largest_number_of_steps(monkeypatch):
+    def swept(configs, folder, **options):
+        return [
+            SimpleNamespace(
+                error="",
+                result=SimpleNamespace(epsilon=None if c.non_private else c.steps + c.seed / 4),
+            )
+            for c in configs
+        ]
+
+    def attacked(config, folder, options):
+        return membership._AttackedRun(0.5, 0.0, 1.0, 1.0, 0.5, "accuracy", "", "")
+
+    monkeypatch.setattr(membership, "sweep", swept)
+    monkeypatch.setattr(membership, "_attack_run", attacked)
+    monkeypatch.setattr(membership, "_width", lambda config: 64)
+    result = membership.run(replace(CONFIG, steps=(2, 5)))
+    assert result.epsilon.tolist() == [np.inf, np.inf, np.inf, 5, 5]
 
 
 @pytest.mark.slow

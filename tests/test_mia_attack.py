@@ -16,10 +16,11 @@ from sklearn.metrics import roc_auc_score
 
 from lowrank_dp import membership
 from lowrank_dp.commands.mia import app
-from lowrank_dp.data import load_task
+from lowrank_dp.data import Example, load_task
 from lowrank_dp.membership.manifest import read_manifest
-from lowrank_dp.mia import compare, metrics, projection, quantile, records, signals
+from lowrank_dp.mia import compare, metrics, projection, quantile, records, rendering, signals
 from lowrank_dp.mia import plan as planning
+from lowrank_dp.mia import target as targets
 from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
@@ -380,6 +381,9 @@ def test_the_quantile_attack_and_a_file_of_its_population(overfit, tmp_path, cap
 
 def test_permuted_membership_has_an_auc_of_one_half(checkpoints, tmp_path):
     report = attack(open_target(checkpoints / "short", Options()), Options(), tmp_path)
+    # the scores are -loss and before - loss; a low loss before fine-tuning speaks for a member
+    before = report.scores["base"] - report.scores["loss"]
+    assert report.base.value == pytest.approx(roc_auc_score(report.is_member, -before))
     low, high = report.control.ci
     assert low < 0.5 < high
     permuted = np.random.default_rng(0).permutation(report.is_member)
@@ -392,6 +396,46 @@ def test_permuted_membership_has_an_auc_of_one_half(checkpoints, tmp_path):
         for seed in range(400)
     ]
     assert np.mean(many) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_rate_needs_as_many_others_as_hold_one_false_positive():
+    for rate, needed in (("0.01", "100"), ("0.03", "34"), ("0.3", "4"), ("0.0007", "1,429")):
+        row = rendering._tpr(SimpleNamespace(tpr={rate: None}), rate)
+        assert row == [f"n/a (needs {needed} out)", ""], rate
+        count = int(needed.replace(",", ""))
+        assert metrics.tpr_at_fpr(range(count + 1), [True] + [False] * count, float(rate)).fp == 1
+        with pytest.raises(ValueError, match="non-members"):
+            metrics.tpr_at_fpr(range(count), [True] + [False] * (count - 1), float(rate))
+
+
+def test_the_population_holds_no_text_of_the_run():
+    """Neither of the attacked records nor of the others in the manifest, in any spelling."""
+    validation = tuple(Example(f"v/{i}", text) for i, text in enumerate(["a b", "c", "d"]))
+    some = SimpleNamespace(
+        examples=(Example("t/0", "A  B"),), task=SimpleNamespace(splits={"validation": validation})
+    )
+    known = [Example("t/1", "C").content_hash]
+    assert targets._population(some, Options(), known) == validation[2:]
+    assert targets._population(some, Options(), ()) == validation[1:]
+
+
+def test_signals_are_cached_by_everything_that_they_depend_on(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    example, encoding = Example("t/0", "text", label=0), {"max_length": 8}
+    keys = [signals.cache_key(tmp_path, [example], encoding)]
+    for other in (
+        replace(example, label=1),
+        replace(example, text="b"),
+        replace(example, id="t/1"),
+    ):
+        keys.append(signals.cache_key(tmp_path, [other], encoding))
+    keys.append(signals.cache_key(tmp_path, [example, example], encoding))
+    keys.append(signals.cache_key(tmp_path, [example], {"max_length": 9}))
+    (tmp_path / "config.json").write_text("{} ")
+    keys.append(signals.cache_key(tmp_path, [example], encoding))
+    (tmp_path / "vocab.txt").write_text("{} ")
+    keys.append(signals.cache_key(tmp_path, [example], encoding))
+    assert len(set(keys)) == len(keys)
 
 
 def test_the_one_run_audit_needs_every_record_and_independent_members(checkpoints, tmp_path):

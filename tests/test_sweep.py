@@ -241,6 +241,21 @@ def test_a_worker_that_dies_each_time_is_an_outcome(base, tmp_path, monkeypatch)
     assert outcome.result.releases == 2
 
 
+def test_concurrent_runs_share_the_cores(base, tmp_path, monkeypatch):
+    given = []
+
+    def run(job, jobs, engine, workers):
+        given.append(job.keywords["threads"])
+        yield 0, None
+
+    monkeypatch.setattr(sweep_module.os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(engines, "run", run)
+    for workers in (1, 3, 7, 20, None):
+        sweep([base], tmp_path, num_workers=workers)
+    sweep([base], tmp_path, num_workers=3, engine="sequential")
+    assert given == [7, 2, 1, 1, 1, None]  # 3 runs of 2 threads leave one of 7 cores idle
+
+
 def test_the_last_attempt_at_a_job_has_no_other_beside_it(monkeypatch):
     """A job that takes down the pool each time fails alone; the job beside it is done."""
 

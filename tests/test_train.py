@@ -24,8 +24,9 @@ from lowrank_dp.train import TrainConfig, guards, load_result
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as step_module
 from lowrank_dp.train.loop import train
+from lowrank_dp.train.records import check_room
 from lowrank_dp.train.setup import prepare
-from lowrank_dp.train.state import fresh_generators, new_stream
+from lowrank_dp.train.state import first_state, fresh_generators, new_stream, pack, unpack
 from tests.oracles import optimal_values
 from tests.tasks import save_bert, write_jsonl
 
@@ -522,7 +523,32 @@ def test_a_schedule_begins_at_the_whole_rate_after_its_warm_up():
 
 def test_large_delta_is_warned_of():
     with pytest.warns(UserWarning, match=f"delta {1 / COUNT:g} is not below 1/N = {1 / COUNT:.3g}"):
-        prepare(small(delta=1 / COUNT), 3)
+        setup = prepare(small(delta=1 / COUNT), 3)
+    assert "publishing a whole record" in setup.statement(STEPS)
+    assert "publishing" not in prepare(small(delta=0.9 / COUNT), 3).statement(STEPS)
+
+
+def test_a_step_and_its_restoration_are_timed_apart(monkeypatch):
+    """Two steps of 20 s and 7 s, of which restoring takes 3 s and 1 s; a snapshot keeps both."""
+    clock = iter([0.0, 10.0, 13.0, 20.0, 100.0, 105.0, 106.0, 107.0])
+    setup = prepare(small(), 3)
+    state = first_state(setup.config, "a")
+    monkeypatch.setattr(step_module, "_seconds", lambda device: next(clock))
+    for _ in range(2):
+        step_module.take_step(setup, state)
+    for timed in (state, unpack(setup, *pack(setup, state))):
+        assert (timed.seconds, timed.restore_seconds) == (27.0, 4.0)
+
+
+def test_the_longest_prompt_decides_how_much_can_be_generated():
+    task = load_task("generated-table", max_examples=60)
+    _, tokenizer = load_model("tiny-llama", task=task)
+    lengths = [len(tokenizer(f"{e.text}\n")["input_ids"]) for e in task.validation]
+    room = tokenizer.model_max_length - max(lengths)
+    assert min(lengths) < max(lengths) and room > 0
+    check_room(tables(max_new_tokens=room), task, tokenizer, None)
+    with pytest.raises(ValueError, match=f"max_new_tokens must be <= {room},"):
+        check_room(tables(max_new_tokens=room + 1), task, tokenizer, None)
 
 
 @pytest.mark.slow
