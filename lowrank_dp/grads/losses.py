@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lowrank_dp._terminal import first_line
 from lowrank_dp.grads.factors import HALF_DTYPES, upcast
 from lowrank_dp.grads.microbatch import Batch, MicroBatch, UnsupportedParameters, copy_rows
 from lowrank_dp.grads.tolerances import loss_tolerance
@@ -71,11 +72,6 @@ def forward(micro_batch: MicroBatch) -> Any:
                         f"({first_line(reason)}): correct its labels and ids"
                     ) from error
             raise
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message, without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def require_loss_alone(micro_batch: MicroBatch, losses: Tensor) -> None:

@@ -9,7 +9,6 @@ are removed once the run is finished.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowrank_dp._json import json_digest
 from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.rng import Generator, SecureRandom, derive_seed, os_seeded_generator
 from lowrank_dp.train.config import TrainConfig
@@ -83,8 +83,7 @@ def identity(setup: Setup) -> dict[str, str]:
 
 def digest_of_identity(setup: Setup) -> str:
     """Return a digest of :func:`identity`."""
-    document = json.dumps(identity(setup), sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()[:32]
+    return json_digest(identity(setup))[:32]
 
 
 def digest_of_draws(state: State) -> str:
