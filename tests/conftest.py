@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,11 @@ import torch
 
 from tests.forks import Forks
 from tests.tasks import ENVIRONMENT, save_bert, write_reviews
+
+# A shell without job control starts background jobs with SIGINT ignored, and children inherit that;
+# the tests send SIGINT to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

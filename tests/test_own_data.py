@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 
 import pandas as pd
+import pyarrow.parquet
 import pytest
 
 from lowrank_dp.data import Columns, formats, load_task
@@ -196,6 +197,12 @@ def test_classes_are_those_of_all_splits_and_of_class_labels(tmp_path):
         task = load(path, None)
         assert task.label_names == ("zebra", "ant", "cow"), path
         assert [e.label for e in task.train] == [2, 0]
+    # a column of a type that `datasets` lacks costs no other column its class names
+    table = pyarrow.parquet.read_table(tmp_path / "kept.parquet")
+    spans = pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int8()))
+    pyarrow.parquet.write_table(table.append_column("spans", spans), tmp_path / "spans.parquet")
+    with pytest.warns(UserWarning, match="not read: column 'spans'"):
+        assert load_task(str(tmp_path / "spans.parquet")).label_names == ("zebra", "ant", "cow")
     missing = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [2, -1]}, features=features)
     missing.save_to_disk(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"missing row 2: column 'label' must be a class from 0"):

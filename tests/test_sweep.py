@@ -326,8 +326,8 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
 ):
     """Jobs first: one's worker is killed once, another's each time, which fails alone; then a run.
 
-    The run is killed in its second step, and goes on from its last snapshot in another worker (not
-    on Ray, where a job's worker is killed in the same way above).
+    The run is killed in its second step, and another worker resumes the run from its last snapshot
+    (not on Ray, where a job's worker is killed in the same way above).
     """
     here, folder = os.getpid(), tmp_path
 
@@ -346,9 +346,9 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
     found = {jobs[i]: result for i, result in engines.run(job, jobs, cluster, 2)}
     assert found == {number: None if number == 3 else 10 * number for number in jobs}
     deaths = {number: len(list(folder.glob(f"{number} *"))) for number in (2, 3)}
-    # where workers share a pool, one's death takes another's job with it, which may not have begun;
-    # and on a busy machine a worker of Ray may be lost before its job begins
-    assert deaths[2] == 1 and deaths[3] >= {"loky": 1, "ray": 1, "dask": 3}[cluster]
+    # Workers share a pool in all attempts but the last. So the one death of job 2 may take one
+    # attempt of job 3 with it before job 3 begins, and on loky either job's death ends the pool.
+    assert deaths[2] == 1 and deaths[3] >= {"loky": 1, "ray": 1, "dask": 2}[cluster]
     if cluster == "loky":  # a single worker may die too
         assert dict(engines.run(job, [3, 4], cluster, 1)) == {0: None, 1: 40}
 

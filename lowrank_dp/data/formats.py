@@ -323,19 +323,22 @@ def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
 
 
 def _arrow_table(rows: list[Row], schema: Any) -> Table:
+    names = {field.name: _class_names(field, schema.metadata) for field in schema}
+    columns = tuple(name for name in schema.names if not name.startswith("__index_level_"))
+    return Table(rows, columns, {name: found for name, found in names.items() if found})
+
+
+def _class_names(field: Any, metadata: Any) -> tuple[str, ...]:
+    """Return the class names of an Arrow field, from the metadata that `datasets` writes."""
     import datasets
+    import pyarrow as pa
 
     try:
-        features = datasets.Features.from_arrow_schema(schema)
-    except Exception:  # `datasets` lacks the type of a column, which then has no class names
-        features = datasets.Features()
-    names = {
-        name: tuple(feature.names)
-        for name, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel) and feature.names
-    }
-    columns = tuple(name for name in schema.names if not name.startswith("__index_level_"))
-    return Table(rows, columns, names)
+        features = datasets.Features.from_arrow_schema(pa.schema([field], metadata=metadata))
+    except (ValueError, TypeError):  # `datasets` lacks the type, or cannot read the metadata
+        return ()
+    feature = features[field.name]
+    return tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ()
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:

@@ -19,7 +19,7 @@ from lowrank_dp.models.backbones import (
     quiet,
     read_json,
 )
-from lowrank_dp.models.base import check_base_weights, label_count, load_base
+from lowrank_dp.models.base import check_base_weights, embedding_table, label_count, load_base
 from lowrank_dp.models.heads import final_layer, is_missing, listed
 from lowrank_dp.models.labels import (
     label_rows,
@@ -152,10 +152,7 @@ def _head_rows(given: dict[str, Tensor]) -> list[int]:
 
 def _embedding(model: Any) -> str:
     """Return the name of the input embedding's weight; "" if the model has no such table."""
-    try:
-        table = model.get_input_embeddings().weight
-    except (NotImplementedError, AttributeError):
-        return ""
+    table = embedding_table(model)
     return next((name for name, p in model.named_parameters() if p is table), "")
 
 

@@ -102,7 +102,8 @@ def fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
 
     Raises ValueError if the tokenizer has tokens for which the model has no embedding.
     """
-    rows = model.get_input_embeddings().weight.shape[0] if _has_table(model) else sys.maxsize
+    table = embedding_table(model)
+    rows = sys.maxsize if table is None else table.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
             f"tokenizer of {name} has {len(tokenizer) - rows} added tokens for which "
@@ -241,12 +242,12 @@ def _other_shapes(folder: Path, auto: Any, head: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def _has_table(model: Any) -> bool:
-    """Tell whether a model has a table of input embeddings."""
+def embedding_table(model: Any) -> Any | None:
+    """Return the weight of a model's input embeddings, or None if the model has no such table."""
     try:
-        return hasattr(model.get_input_embeddings(), "weight")
-    except (NotImplementedError, AttributeError):
-        return False
+        return getattr(model.get_input_embeddings(), "weight", None)
+    except (NotImplementedError, AttributeError):  # transformers' answers for a model without one
+        return None
 
 
 def _context(model: Any) -> int:
