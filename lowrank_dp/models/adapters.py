@@ -15,11 +15,12 @@ from lowrank_dp.models.backbones import (
     Backbone,
     check_config,
     find_base,
+    label_count,
     one_line,
     quiet,
     read_json,
 )
-from lowrank_dp.models.base import check_base_weights, embedding_table, label_count, load_base
+from lowrank_dp.models.base import check_base_weights, embedding_table, load_base
 from lowrank_dp.models.heads import final_layer, is_missing, listed
 from lowrank_dp.models.labels import (
     label_rows,

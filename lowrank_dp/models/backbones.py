@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,25 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
                 f"{path}: {name} must be at most {most:,}, got "
                 f"{value if value.bit_length() < 64 else 'a larger number'}"
             )
+
+
+def declared_kind(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of head that a configuration declares, or None if it declares none."""
+    architecture = next(iter(config.get("architectures") or [""]))
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "generation"
+    if not architecture.endswith("ForSequenceClassification"):
+        return None
+    problem = config.get("problem_type")
+    one_score = problem is None and label_count(config) == 1
+    return "regression" if problem == "regression" or one_score else "classification"
+
+
+def label_count(config: Mapping[str, Any]) -> int:
+    """Return the number of labels in a configuration; transformers' default is 2."""
+    if config.get("id2label") is not None:
+        return len(config["id2label"])
+    return config.get("num_labels") or 2
 
 
 @contextlib.contextmanager
