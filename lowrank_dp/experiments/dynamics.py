@@ -240,8 +240,10 @@ def _batches(task: Any, tokenizer: Any, config: Config, seed: int) -> list[dict[
     generator = torch.Generator().manual_seed(seed)
     chosen = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:wanted].tolist()]
     batches = [
-        {k: v.to(config.gradients.device) for k, v in batch.items()}
-        for _, batch in micro_batches(chosen, config.batch_size, tokenizer.pad_token_id)
+        batch
+        for _, batch in micro_batches(
+            chosen, config.batch_size, tokenizer.pad_token_id, device=config.gradients.device
+        )
     ]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 

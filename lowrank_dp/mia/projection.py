@@ -95,8 +95,9 @@ def _gradients(
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     weight.requires_grad_(True)
     for row in rows:
-        ((_, batch),) = micro_batches([row], 1, tokenizer.pad_token_id, length=pad_to)
-        batch = {name: value.to(weight.device) for name, value in batch.items()}
+        ((_, batch),) = micro_batches(
+            [row], 1, tokenizer.pad_token_id, length=pad_to, device=weight.device
+        )
         labels = batch.pop("labels")
         loss = LOSSES[LOSS_OF_KIND[task.kind]](model(**batch).logits, labels)[0].sum()
         yield torch.autograd.grad(loss, weight)[0].double().cpu().numpy()
