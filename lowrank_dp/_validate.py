@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 
@@ -97,6 +97,12 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
         f"{name} must be one of {', '.join(options)}, got {value!r:.300}"
         f"{did_you_mean(value, options)}"
     )
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """List at most ``most`` names, and the number of the others, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def did_you_mean(value: Any, options: Iterable[str]) -> str:

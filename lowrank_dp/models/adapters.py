@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lowrank_dp._validate import listed
 from lowrank_dp.models.backbones import (
     Backbone,
     check_config,
@@ -21,7 +22,7 @@ from lowrank_dp.models.backbones import (
     read_json,
 )
 from lowrank_dp.models.base import check_base_weights, embedding_table, load_base
-from lowrank_dp.models.heads import final_layer, is_missing, listed
+from lowrank_dp.models.heads import final_layer, is_missing
 from lowrank_dp.models.labels import (
     label_rows,
     name_labels,

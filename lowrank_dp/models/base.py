@@ -15,11 +15,12 @@ from safetensors import safe_open
 from transformers.models.auto import modeling_auto
 
 from lowrank_dp import _validate
+from lowrank_dp._validate import listed
+from lowrank_dp.losses import LOSS_OF_KIND
 from lowrank_dp.models import tiny
 from lowrank_dp.models.backbones import Backbone, declared_kind, label_count, one_line, quiet
-from lowrank_dp.models.heads import listed
 
-KINDS = ("classification", "regression", "generation")
+KINDS = tuple(LOSS_OF_KIND)
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_dp._validate import listed
+
 
 def head_modules(model: Any) -> dict[str, nn.Module]:
     """Return the modules of a sequence classifier's head by name; {} for a language model.
@@ -79,12 +81,6 @@ def mark_new(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -
             f"model {name} has no weights for {listed(refused)}: "
             f"{'it' if len(refused) == 1 else 'they'} would be drawn at random"
         )
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """List at most ``most`` names, and the number of the others, for a message."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _pooler(key: str) -> re.Match[str] | None:
