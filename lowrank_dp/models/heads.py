@@ -46,14 +46,18 @@ def final_layer(model: Any) -> str:
     return found
 
 
+def without_adapter(model: Any) -> Any:
+    """Return the base model of a PEFT model; return any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def head_state(model: Any) -> dict[str, Tensor]:
     """Copy the head's present weights to the CPU, under names without PEFT's prefixes.
 
     A name is, for example, "classifier.weight". A pooler that was drawn at random is included.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = {}
-    for head, module in head_modules(model).items():
+    for head, module in head_modules(without_adapter(model)).items():
         trained = getattr(module, "modules_to_save", None)
         module = trained["default"] if trained is not None else module
         for name, tensor in module.state_dict().items():
