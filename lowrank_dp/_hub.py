@@ -19,8 +19,8 @@ def offline_requested() -> bool:
     )
 
 
-def hub_reachable(timeout: float = 3.0) -> bool:
-    """Tell whether the hub accepts a connection within ``timeout`` seconds.
+def hub_reachable() -> bool:
+    """Tell whether the hub accepts a connection within three seconds.
 
     The Hugging Face libraries retry for a long time before they fail, so callers call this function
     first. Behind an HTTPS proxy a direct connection proves nothing; the result is True.
@@ -30,7 +30,7 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     port = hub.port or (80 if hub.scheme == "http" else 443)
     try:
-        socket.create_connection((hub.hostname or "", port), timeout).close()
+        socket.create_connection((hub.hostname or "", port), timeout=3.0).close()
     except OSError:
         return False
     return True

@@ -1,10 +1,12 @@
-"""Strict JSON: no name twice in an object, no nesting that overflows the stack."""
+"""Strict JSON (no name twice in an object, no endless nesting) and digests of documents."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 
@@ -35,6 +37,15 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the name {twice[:80]!r} occurs twice")
     return found
+
+
+def json_digest(document: Any, *, default: Callable[[Any], Any] | None = None) -> str:
+    """Return the SHA-256 of a JSON document's content, in hexadecimal.
+
+    ``default`` converts values that JSON lacks, as in ``json.dumps``.
+    """
+    text = json.dumps(document, sort_keys=True, default=default)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _finite(token: str) -> float:

@@ -57,6 +57,20 @@ def deferred_signals() -> Iterator[list[int]]:
         restore()
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message without its full stop, or the error's name.
+
+    A line that ends in a colon is joined with the line after it.
+
+    >>> first_line(ValueError("Expected one of:\n  a, b.\n"))
+    'Expected one of: a, b'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
+
+
 def report(message: str) -> int:
     """Print ``message`` as one line on stderr and return the exit code of bad input.
 

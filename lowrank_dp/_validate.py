@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 
@@ -93,9 +93,22 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
     options = list(options)
     if isinstance(value, str) and value in options:
         return value
-    near = difflib.get_close_matches(str(value), options, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r:.300}{hint}")
+    raise ValueError(
+        f"{name} must be one of {', '.join(options)}, got {value!r:.300}"
+        f"{did_you_mean(value, options)}"
+    )
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """List at most ``most`` names, and the number of the others, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def did_you_mean(value: Any, options: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" with the option most similar to ``value``, or "" for none."""
+    near = difflib.get_close_matches(str(value), list(options), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def floating(name: str, value: Any, *, min_ndim: int = 0, check_finite: bool = True) -> Any:

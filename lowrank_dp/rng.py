@@ -161,6 +161,18 @@ def uniform(size: int, generator: Generator) -> Tensor:
     return torch.rand(size, generator=generator, dtype=torch.float64)
 
 
+def state_of(generator: Generator) -> Tensor:
+    """Return the state of a generator, as a tensor of bytes."""
+    return generator.state() if isinstance(generator, SecureRandom) else generator.get_state()
+
+
+def generator_at(generator: Generator, state: Tensor) -> Generator:
+    """Return a generator of the same kind at a saved state; a torch generator is set to it."""
+    if isinstance(generator, SecureRandom):
+        return SecureRandom.from_state(state)
+    return generator.set_state(state)
+
+
 def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """Create a torch generator whose start comes from the operating system's random bits.
 

@@ -8,8 +8,6 @@ snapshot.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 
 from lowrank_dp import _validate, engines
+from lowrank_dp._json import json_digest
 from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.train import TrainConfig, TrainResult
@@ -54,8 +53,7 @@ def run_folder(config: TrainConfig, folder: str | Path) -> Path:
     """
     if config.seed is None:
         raise ValueError("seed must be given for a sweep: without one a run can't be found again")
-    text = json.dumps(config.as_json(), sort_keys=True)
-    return Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Path(folder) / json_digest(config.as_json())[:16]
 
 
 def sweep(

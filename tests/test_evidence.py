@@ -190,7 +190,7 @@ def test_a_message_says_nothing_of_the_clean_values():
     for scale in (0.0, 1.0, 50.0):
         clean = {name: torch.full(shape, scale) for name, shape in SHAPES.items()}
         with pytest.raises(ValueError, match="noise has a standard deviation") as error:
-            guards.check_noise(clean, clean, 0.8)
+            NoiseCheck(0.8, 1).check(clean, clean, spectrum=True)
         messages.add(str(error.value))
     assert len(messages) == 1
 

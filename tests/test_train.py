@@ -24,6 +24,7 @@ from lowrank_dp.train import TrainConfig, guards, load_result
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as step_module
 from lowrank_dp.train.loop import train
+from lowrank_dp.train.noise_checks import NoiseCheck
 from lowrank_dp.train.records import check_room
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import first_state, fresh_generators, new_stream, pack, unpack
@@ -673,7 +674,7 @@ def test_right_noise_passes():
             std = 10.0 ** (draw % 6 - 3)
             clean = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
             noisy = GaussianMechanism(std, 1.0, 0.5).add_noise(clean, generator)
-            guards.check_noise(clean, noisy, std)
+            NoiseCheck(std, 1).check(clean, noisy, spectrum=True)
 
 
 def test_noise_of_another_size_is_refused():
@@ -686,7 +687,7 @@ def test_noise_of_another_size_is_refused():
                 ValueError,
                 match=r"noise has a standard deviation .* stated 0.7 by more than chance",
             ):
-                guards.check_noise(clean, noisy, 0.7)
+                NoiseCheck(0.7, 1).check(clean, noisy, spectrum=True)
 
 
 def test_correlated_noise_of_the_right_size_is_refused():
@@ -699,8 +700,9 @@ def test_correlated_noise_of_the_right_size_is_refused():
         for noise in (rank_one, torch.randn(1, n, generator=generator).expand(m, n)):
             noise = noise / noise.square().mean().sqrt()
             clean = {"w": torch.randn(m, n, generator=generator)}
+            noisy = {"w": clean["w"] + 0.5 * noise}
             with pytest.raises(ValueError, match=r"noise of w has a singular value .* correlated"):
-                guards.check_noise(clean, {"w": clean["w"] + 0.5 * noise}, 0.5)
+                NoiseCheck(0.5, 1).check(clean, noisy, spectrum=True)
 
 
 @pytest.mark.slow

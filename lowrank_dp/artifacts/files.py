@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowrank_dp._json import parse_json
+from lowrank_dp._terminal import first_line
 
 MAX_JSON_BYTES = 64 << 20  # far above the size of a run's own JSON files
 
@@ -110,7 +111,7 @@ def read_json(
     try:
         document = parse_json(data, finite=True) if strict else json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path} must be JSON ({first_line(error)})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document

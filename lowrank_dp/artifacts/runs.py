@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowrank_dp import _validate
+from lowrank_dp._json import json_digest
+from lowrank_dp._terminal import first_line
 from lowrank_dp.artifacts.files import atomic_write, read_json, umask, write_json
 from lowrank_dp.artifacts.ledger import EarlierVersion, Ledger
 
@@ -120,7 +121,7 @@ class RunFolder:
                 file.write(data)
             write_json(
                 self.snapshots / f"{name}.json",
-                {**document, "digest": _digest(document)},
+                {**document, "digest": json_digest(document)},
                 mode=0o600,
             )
         for old in self._steps()[:-KEPT_SNAPSHOTS]:
@@ -148,7 +149,7 @@ class RunFolder:
             if "digest" not in document and "format" not in document and "sha256" in document:
                 raise EarlierVersion(path)
             if (
-                document.pop("digest", None) == _digest(document)
+                document.pop("digest", None) == json_digest(document)
                 and document["step"] == step
                 and document["sha256"] == hashlib.sha256(data).hexdigest()
             ):
@@ -170,7 +171,7 @@ class RunFolder:
         for step in reversed(self._steps()):
             with contextlib.suppress(ValueError, OSError):
                 document = read_json(self.snapshots / f"step-{step:06d}.json")
-                if document.pop("digest", None) == _digest(document):
+                if document.pop("digest", None) == json_digest(document):
                     return document.get("config")
         return None
 
@@ -211,21 +212,15 @@ class RunFolder:
         shutil.rmtree(self.snapshots, ignore_errors=True)
 
 
-def _digest(document: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON document's content, in hexadecimal."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turn a failed write into an OSError that names the file ``what`` and how to continue."""
     try:
         yield
     except Exception as error:  # on a full disk, model libraries raise errors of many types
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise OSError(
-            f"{what} could not be written ({reason}): free some space, then resume the run with "
-            "--resume; the last snapshot is intact"
+            f"{what} could not be written ({first_line(error)}): free some space, then resume "
+            "the run with --resume; the last snapshot is intact"
         ) from error
 
 

@@ -78,16 +78,19 @@ def micro_batches(
     *,
     side: str = "right",
     length: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield ``(indices, batch)`` over all rows, with rows of similar length in one batch.
 
     ``indices[j]`` is the position in ``rows`` of the batch's row ``j``. Each batch is padded to its
-    longest row, or to ``length``. The longest rows come first, so that a batch too large for the
-    memory fails at once. No rows give no batch. The other arguments, the form of a batch and the
-    errors are those of :func:`collate`; ``batch_size`` below 1 raises ValueError as well.
+    longest row, or to ``length``, and lies on ``device``. The longest rows come first, so that a
+    batch too large for the memory fails at once. No rows give no batch. The other arguments, the
+    form of a batch and the errors are those of :func:`collate`; ``batch_size`` below 1 raises
+    ValueError as well.
     """
     batch_size = _validate.integer("batch_size", batch_size)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        yield indices, collate([rows[i] for i in indices], pad_token_id, side=side, length=length)
+        batch = collate([rows[i] for i in indices], pad_token_id, side=side, length=length)
+        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}

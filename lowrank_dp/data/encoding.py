@@ -9,7 +9,7 @@ from typing import Any
 from lowrank_dp import _validate
 from lowrank_dp.data.examples import Example
 from lowrank_dp.data.template import Template
-from lowrank_dp.losses import IGNORE
+from lowrank_dp.losses import IGNORE, LOSS_OF_KIND
 
 SEPARATOR = "\n"  # between the source and the target of a generation example
 
@@ -44,7 +44,7 @@ def encode(
     id, for a text longer than the model's context and for a target that leaves no room for its
     source.
     """
-    _validate.choice("kind", kind, ("classification", "regression", "generation"))
+    _validate.choice("kind", kind, LOSS_OF_KIND)
     if not examples:
         _validate.fail("examples", "non-empty", examples)
     context = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -238,10 +237,9 @@ def _check_given(given: Columns, available: tuple[str, ...], path: Path) -> None
     shown = ", ".join(map(repr, available))
     for role, name in asdict(given).items():
         if name is not None and name not in available:
-            near = difflib.get_close_matches(name, available, n=1)
             raise ValueError(
                 f"{role}_column must be a column of {path} ({shown}), got {name!r}"
-                + (f" (did you mean {near[0]!r}?)" if near else "")
+                f"{_validate.did_you_mean(name, available)}"
             )
     if (given.prompt or given.target) and (given.text or given.pair or given.label):
         raise ValueError(

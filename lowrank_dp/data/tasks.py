@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from lowrank_dp import _validate
 from lowrank_dp._hub import hub_reachable, hub_switched_off, offline_requested
+from lowrank_dp._terminal import first_line
 from lowrank_dp.data import generated
 from lowrank_dp.data.examples import Example, record_group
 from lowrank_dp.data.formats import SUFFIXES, read_jsonl
@@ -260,7 +261,7 @@ def _hub_task(
         refuse(
             "it is not cached and the hub is unreachable or switched off"
             if offline
-            else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            else f"{type(error).__name__}: {first_line(error)}"
         )
     splits = {}
     for split, stem in spec.splits:

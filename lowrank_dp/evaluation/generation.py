@@ -74,8 +74,9 @@ def generate_texts(
     _require_room(model, tokenizer, prompts, max_new_tokens)
     texts = [""] * len(prompts)
     with evaluating(model):
+        device = next(model.parameters()).device
         for indices, batch in micro_batches(
-            prompts, batch_size, tokenizer.pad_token_id, side="left"
+            prompts, batch_size, tokenizer.pad_token_id, side="left", device=device
         ):
             written = _generate(model, tokenizer, batch, num_beams, max_new_tokens)
             for i, text in zip(indices, written, strict=True):
@@ -87,9 +88,8 @@ def _generate(
     model: Any, tokenizer: Any, batch: dict[str, Tensor], num_beams: int, max_new_tokens: int
 ) -> list[str]:
     """Generate one text per row of a batch of prompts, which are padded on the left."""
-    device = next(model.parameters()).device
     written = model.generate(
-        **{name: value.to(device) for name, value in batch.items()},
+        **batch,
         **_PLAIN_DECODING,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,

@@ -93,7 +93,8 @@ def evaluate(
             max_length=max_length,
         )
         text_scores = text_metrics(texts, [[e.target or "" for e in group] for group in groups])
-    batches = micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to)
+    device = next(model.parameters()).device
+    batches = micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device)
     with evaluating(model):
         losses, counts, logits = _forward(model, task, examples, batches)
     scores = {"loss": float(losses.mean())}
@@ -133,11 +134,9 @@ def _forward(
 
     C is 0 for a generation task.
     """
-    device = next(model.parameters()).device
     losses, counts = torch.zeros(2, len(examples), dtype=torch.float64)
     kept = torch.zeros(len(examples), task.num_labels)
     for indices, batch in batches:
-        batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
         expected = (

@@ -25,7 +25,7 @@ from lowrank_dp.experiments.gradients import GradientConfig
 from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
-from lowrank_dp.models.heads import head_modules
+from lowrank_dp.models.heads import head_modules, without_adapter
 
 CAPTION = (
     "Plain SGD from one start on the same batches, measured; every curve is against noiseless full "
@@ -240,8 +240,10 @@ def _batches(task: Any, tokenizer: Any, config: Config, seed: int) -> list[dict[
     generator = torch.Generator().manual_seed(seed)
     chosen = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:wanted].tolist()]
     batches = [
-        {k: v.to(config.gradients.device) for k, v in batch.items()}
-        for _, batch in micro_batches(chosen, config.batch_size, tokenizer.pad_token_id)
+        batch
+        for _, batch in micro_batches(
+            chosen, config.batch_size, tokenizer.pad_token_id, device=config.gradients.device
+        )
     ]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -290,11 +292,8 @@ def _sgd(
 
 def _adapted(model: nn.Module) -> list[str]:
     """Return the names of the layers with a LoRA pair, as in the model without LoRA."""
-    return [
-        name.removeprefix("base_model.model.")
-        for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight")
-    ]
+    modules = without_adapter(model).named_modules()
+    return [name for name, module in modules if hasattr(module, "get_delta_weight")]
 
 
 @torch.no_grad()
@@ -302,9 +301,8 @@ def _effective(model: nn.Module, layers: list[str]) -> Tensor:
     """Return the adapted layers' weights, W + BA for LoRA, as one vector."""
 
     def weight(name: str) -> Tensor:
-        prefix = "base_model.model." if hasattr(model, "peft_config") else ""
-        module: Any = model.get_submodule(prefix + name)
-        if prefix:
+        module = without_adapter(model).get_submodule(name)
+        if hasattr(module, "get_delta_weight"):
             return module.base_layer.weight + module.get_delta_weight("default")
         return module.weight
 

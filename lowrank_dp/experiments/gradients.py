@@ -86,11 +86,8 @@ class GradientSource:
 
     def clean_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Sum the clipped gradients of the rows ``indices``, by trainable matrix. NON-PRIVATE."""
-        rows = [self.rows[i] for i in indices]
-        batches = micro_batches(rows, self.config.micro_batch_size, self.pad_token_id)
-        sums, _ = clipped_sum_over(
-            self.model, (self._place(batch) for _, batch in batches), self.config.max_grad_norm
-        )
+        batches = (batch for _, batch in self.batches(indices, self.config.micro_batch_size))
+        sums, _ = clipped_sum_over(self.model, batches, self.config.max_grad_norm)
         return {name: sums[name] for name in self.matrices}
 
     def nested_sums(self, batch_sizes: Iterable[int]) -> dict[int, dict[str, Tensor]]:
@@ -114,8 +111,12 @@ class GradientSource:
         _validate.integer("batch_size", batch_size, high=len(self.rows))
         return torch.randperm(len(self.rows), generator=generator)[:batch_size].tolist()
 
-    def _place(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value.to(self.config.device) for key, value in batch.items()}
+    def batches(
+        self, indices: Iterable[int], size: int
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Yield the rows ``indices`` in batches, as :func:`lowrank_dp.data.micro_batches` does."""
+        rows = [self.rows[i] for i in indices]
+        return micro_batches(rows, size, self.pad_token_id, device=self.config.device)
 
 
 def prepare(
@@ -172,7 +173,7 @@ def _warm_up(source: GradientSource) -> tuple[float, int]:
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)  # seeds dropout
         for step, batch in enumerate(_bucketed(source, generator), 1):
-            value = model(**source._place(batch)).loss
+            value = model(**batch).loss
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -188,18 +189,17 @@ def _bucketed(source: GradientSource, generator: torch.Generator) -> Iterator[di
     size = source.config.warm_batch_size
     while True:
         chosen = source.sample(min(16 * size, len(source.rows)), generator)
-        batches = list(micro_batches([source.rows[i] for i in chosen], size, source.pad_token_id))
+        batches = list(source.batches(chosen, size))
         for i in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[i][1]
 
 
 @torch.no_grad()
-def _mean_loss(source: GradientSource, indices: Iterable[int]) -> float:
-    rows = [source.rows[i] for i in indices]
+def _mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
     total = 0.0
-    for part, batch in micro_batches(rows, source.config.micro_batch_size, source.pad_token_id):
-        total += source.model(**source._place(batch)).loss.item() * len(part)
-    return total / len(rows)
+    for part, batch in source.batches(indices, source.config.micro_batch_size):
+        total += source.model(**batch).loss.item() * len(part)
+    return total / len(indices)
 
 
 def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str, Tensor]:

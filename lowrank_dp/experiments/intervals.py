@@ -1,9 +1,12 @@
-"""Means over seeds with Student's t-intervals."""
+"""Intervals of results: Student's t for means over seeds, and those of an AUC."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
+
+from lowrank_dp.mia.metrics import auc
 
 
 def mean_and_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -21,3 +24,9 @@ def with_interval(values: np.ndarray) -> str:
     """Format the mean over ``values`` (seeds,) as ``mean ± half-width``, to three decimals."""
     mean, half = mean_and_interval(values)
     return f"{mean:.3f} ± {half:.3f}"
+
+
+def auc_with_interval(scores: ArrayLike, is_member: ArrayLike) -> tuple[float, float, float]:
+    """Return an attack's AUC, and both ends of its 95% interval."""
+    measured = auc(scores, is_member)
+    return measured.value, *measured.ci

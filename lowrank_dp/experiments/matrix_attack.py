@@ -26,8 +26,8 @@ from torch import Tensor
 from lowrank_dp import _validate, lora, theory
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.experiments.intervals import auc_with_interval
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.mia.metrics import auc
 
 Array = NDArray[np.float64]
 
@@ -133,7 +133,7 @@ def run(config: Config, source: GradientSource | None = None) -> Result:
         release_rms=release_rms,
         relative_size=(torch.linalg.vector_norm(records, dim=(1, 2)) / rest.norm()).numpy(),
         scores=scores,
-        auc=np.apply_along_axis(lambda s: _auc(s, member), -1, scores),
+        auc=np.apply_along_axis(lambda s: auc_with_interval(s, member), -1, scores),
         gaussian_reading=np.array(
             [
                 [gaussian_reading(sizes[:, :rows].numpy(), member, rank) for rows in config.rows]
@@ -319,11 +319,6 @@ def gaussian_reading(sizes: Array, member: NDArray[np.bool_], rank: int) -> floa
     """
     mu2 = rank * np.square(sizes).sum(axis=1)
     return float(special.ndtr(np.sqrt(mu2[member][:, None] + mu2[~member]) / 2).mean())
-
-
-def _auc(scores: Array, member: NDArray[np.bool_]) -> tuple[float, float, float]:
-    measured = auc(scores, member)
-    return measured.value, *measured.ci
 
 
 def _check(config: Config) -> None:

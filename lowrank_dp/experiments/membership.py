@@ -20,6 +20,7 @@ from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.mia.attack import Options, attack, open_target
 from lowrank_dp.mia.compare import utility_metric
+from lowrank_dp.mia.rendering import LABEL
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.theory import noise_variance
 from lowrank_dp.train import TrainConfig
@@ -195,7 +196,7 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
     width = _width(config)
     return Result(
         config=config,
-        privacy="NON-PRIVATE: computed from membership bits",
+        privacy=LABEL,
         description=attacked[-1].description,
         arms=tuple(table),
         utility_name=attacked[-1].utility_name,

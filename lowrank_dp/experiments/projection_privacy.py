@@ -20,8 +20,8 @@ from torch import Tensor
 from lowrank_dp import lora, theory
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.experiments.intervals import auc_with_interval
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.mia.metrics import auc
 
 CAPTION = (
     "Privacy of LoRA's projection alone. (a) Exact privacy profile of one vector query (solid) and "
@@ -184,10 +184,10 @@ def _attacks(config: Config, source: GradientSource) -> dict[str, Any]:
             scores, member = _attack(
                 partial(synthetic, rows), config.attack_rank, level, config.num_trials, generator
             )
-            measured[i, j] = _auc(scores, member)
+            measured[i, j] = auc_with_interval(scores, member)
             if level == 0:
                 tpr[i] = np.interp(FPR_GRID, *roc_curve(member, scores)[:2])
-            real_measured[i, j] = _auc(
+            real_measured[i, j] = auc_with_interval(
                 *_attack(partial(real, rows), config.real_rank, level, config.num_trials, generator)
             )
     return {
@@ -197,11 +197,6 @@ def _attacks(config: Config, source: GradientSource) -> dict[str, Any]:
         "real_auc": real_measured,
         "tpr": tpr,
     }
-
-
-def _auc(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
-    measured = auc(scores, member)
-    return measured.value, *measured.ci
 
 
 def headline(result: Result) -> dict[str, str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_dp._terminal import first_line
 from lowrank_dp.grads.factors import upcast
-from lowrank_dp.grads.losses import fail_without_loss, first_line
+from lowrank_dp.grads.losses import fail_without_loss
 from lowrank_dp.grads.microbatch import Batch, MicroBatch, copy_rows, num_positions_of
 from lowrank_dp.grads.own_length import trim
 from lowrank_dp.grads.tolerances import VANISHING, gradient_allowance, loss_allowance

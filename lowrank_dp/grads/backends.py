@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lowrank_dp._terminal import first_line
 from lowrank_dp.grads.axes import (
     ONE_LIST,
     POSITIONS_FIRST,
@@ -168,8 +169,9 @@ def _compiled(micro_batch: MicroBatch) -> tuple[Tensor, SumOf]:
         with torch.autocast(micro_batch.device.type, enabled=False):
             fill(total, tape)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model could not be compiled ({reason}): use {_PLAIN}") from error
+        raise ValueError(
+            f"model could not be compiled ({first_line(error)}): use {_PLAIN}"
+        ) from error
     norms, sum_of = _clipped(micro_batch, tape)
     if expected is not None and not torch.allclose(
         norms,

@@ -23,14 +23,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lowrank_dp._terminal import first_line
 from lowrank_dp.grads.alone import RowsAlone, norm_of, rows_alone
-from lowrank_dp.grads.losses import (
-    APART,
-    fail_without_loss,
-    first_line,
-    forward,
-    forward_losses,
-)
+from lowrank_dp.grads.losses import APART, fail_without_loss, forward, forward_losses
 from lowrank_dp.grads.microbatch import (
     Backend,
     MicroBatch,

@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lowrank_dp._terminal import first_line
 from lowrank_dp.grads.factors import HALF_DTYPES, upcast
 from lowrank_dp.grads.microbatch import Batch, MicroBatch, UnsupportedParameters, copy_rows
 from lowrank_dp.grads.tolerances import loss_tolerance
 from lowrank_dp.losses import IGNORE, LOSSES
+from lowrank_dp.models.heads import without_adapter
 
 APART = (
     "clipping each row does not bound the influence of a record on such a model; use a model that "
@@ -73,11 +75,6 @@ def forward(micro_batch: MicroBatch) -> Any:
             raise
 
 
-def first_line(error: Exception) -> str:
-    """First line of an error's message, without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def require_loss_alone(micro_batch: MicroBatch, losses: Tensor) -> None:
     """Refuse a model whose loss of the first row depends on the other rows of the batch.
 
@@ -106,7 +103,7 @@ def check_labels(model: nn.Module, batch: Batch, first_row: int) -> None:
     Raises:
         ValueError: naming the first row (``first_row`` is added to its index) and its label.
     """
-    base = _base(model)
+    base = without_adapter(model)
     labels, kind = batch.get("labels"), _kind_of_class(base)
     if not isinstance(labels, Tensor) or kind not in (
         "single_label_classification",
@@ -213,7 +210,7 @@ def _labels(micro_batch: MicroBatch) -> Tensor:
 
 def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
     """Kinds of loss that fit the shapes and, where it determines the loss, the model's class."""
-    base = _base(model)
+    base = without_adapter(model)
     integer, rows = not labels.is_floating_point(), len(labels)
     fitting = {
         "single_label_classification": integer and labels.numel() == rows and logits.ndim == 2,
@@ -233,11 +230,6 @@ def _loss_kinds(model: Any, logits: Tensor, labels: Tensor) -> list[str]:
         for kind, fits in fitting.items()
         if fits and len(logits) == rows and (not known or kind in known)
     ]
-
-
-def _base(model: Any) -> Any:
-    """Return the base model of a PEFT model; return any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_a(base: Any, part: str) -> bool:

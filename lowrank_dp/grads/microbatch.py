@@ -84,8 +84,7 @@ def refuse(
     names: Iterable[str], problem: str, backends: Iterable[str] = ("opacus", "loop")
 ) -> NoReturn:
     """Raise ``UnsupportedParameters``, naming the parameters and the backends to try instead."""
-    listed = [*dict.fromkeys(names)]
-    shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+    shown = _validate.listed([*dict.fromkeys(names)], 5)
     offered = " or ".join(f'backend="{backend}"' for backend in backends)
     raise UnsupportedParameters(
         f"model parameters {shown} {problem}: freeze them (training: "

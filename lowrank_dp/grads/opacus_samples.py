@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_dp.grads.factors import upcast
 from lowrank_dp.grads.losses import forward_losses
 from lowrank_dp.grads.microbatch import MicroBatch, refuse
+from lowrank_dp.grads.tolerances import is_half
 
 
 def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ def _checked_samples(micro_batch: MicroBatch) -> dict[str, Tensor]:
     half = (
         torch.is_autocast_enabled(device)
         or not isinstance(micro_batch.autocast, nullcontext)
-        or any(p.dtype == torch.bfloat16 for p in micro_batch.model.parameters())
+        or is_half(micro_batch.model)
     )
     largest = max(
         (p.grad.abs().max().item() for p in trained.values() if p.grad is not None), default=0.0

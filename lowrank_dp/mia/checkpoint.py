@@ -11,18 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank_dp import _validate
-from lowrank_dp.models.backbones import find_backbone, read_json
-
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+from lowrank_dp.models.backbones import check_config, declared_kind, find_backbone, read_json
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ def read_checkpoint(folder: Path, base: str = "") -> Checkpoint:
     """
     if (file := folder / "adapter_config.json").is_file():
         kinds = {"CAUSAL_LM": "generation", "SEQ_CLS": "classification"}
-        document = _read_object(file)
+        document = read_json(file)
         task_type = document.get("task_type")
         if isinstance(task_type, str) and task_type in kinds:
             return Checkpoint(kinds[task_type], is_adapter=True)
@@ -60,7 +49,8 @@ def read_checkpoint(folder: Path, base: str = "") -> Checkpoint:
             return Checkpoint(is_adapter=True)
         return replace(_head(Path(backbone.path) / "config.json", backbone.config), is_adapter=True)
     if (file := folder / "config.json").is_file():
-        return _head(file, _read_object(file))
+        check_config(config := read_json(file), file)
+        return _head(file, config)
     return Checkpoint()
 
 
@@ -82,6 +72,7 @@ def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any
     ``checkpoint-500``.
     """
     from lowrank_dp.models import load_model  # imported when used: it imports transformers
+    from lowrank_dp.models.tokenizers import has_tokenizer
 
     if base and (folder / "adapter_config.json").is_file():
         arguments["base"] = base
@@ -89,7 +80,7 @@ def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any
         return load_model(str(folder), new_head=False, **arguments)
     except ValueError as error:
         above = folder.absolute().parent
-        if "tokenizer" in str(error) and _has_tokenizer(above) and not _has_tokenizer(folder):
+        if "tokenizer" in str(error) and has_tokenizer(above) and not has_tokenizer(folder):
             raise ValueError(
                 f"{folder} holds no tokenizer, and its parent folder {above.name} "
                 "does: copy the tokenizer's files from there into the checkpoint"
@@ -97,27 +88,11 @@ def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any
         raise
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER)
-
-
-def _read_object(file: Path) -> Mapping[str, Any]:
-    document: Any = read_json(file)
-    if not isinstance(document, dict):
-        _validate.fail(str(file), "a JSON object", type(document).__name__)
-    return document
-
-
 def _head(file: Path, config: Mapping[str, Any]) -> Checkpoint:
     """Read the head that a configuration declares; ``file`` is named in errors."""
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{file}: architectures must be a list of class names, got {names!r:.80}")
-    architecture = next(iter(names), "")
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return Checkpoint("generation")
-    if not architecture.endswith("ForSequenceClassification"):
-        return Checkpoint()
+    kind = declared_kind(config)
+    if kind is None or kind == "generation":
+        return Checkpoint(kind)
     labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # transformers' default
     if (
         not isinstance(labels, dict)
@@ -130,8 +105,5 @@ def _head(file: Path, config: Mapping[str, Any]) -> Checkpoint:
             f"its name, got {labels!r:.80}"
         )
     own = tuple(labels[str(i)] for i in range(len(labels)))
-    regression = config.get("problem_type") == "regression" or len(own) == 1
     unnamed = own == tuple(f"LABEL_{i}" for i in range(len(own)))
-    return Checkpoint(
-        "regression" if regression else "classification", len(own), () if unnamed else own
-    )
+    return Checkpoint(kind, len(own), () if unnamed else own)

@@ -37,7 +37,9 @@ __all__ = [
     "Roc",
     "SplitEpsilon",
     "TprAtFpr",
+    "allowed_false_positives",
     "auc",
+    "chance_variance",
     "clopper_pearson",
     "epsilon_lower_bound",
     "one_run_correct",
@@ -133,6 +135,14 @@ def _placements(members: Array, others: Array) -> tuple[float, Array, Array]:
     return float(below.sum() / (n0 * n1)), below / n0, above / n1
 
 
+def chance_variance(num_members: int, num_nonmembers: int) -> float:
+    """Return the variance of an AUC if all orders of the records are equally likely.
+
+    The variance is that of the Mann-Whitney statistic without ties; ties lower it.
+    """
+    return (num_members + num_nonmembers + 1) / (12 * num_members * num_nonmembers)
+
+
 def _standard_error(v_members: Array, v_others: Array) -> float:
     return math.sqrt(v_members.var(ddof=1) / len(v_members) + v_others.var(ddof=1) / len(v_others))
 
@@ -168,6 +178,11 @@ class Roc:
     threshold: Array
 
 
+def allowed_false_positives(fpr: float, num_nonmembers: int) -> int:
+    """Return floor(fpr n0), the number of false positives that a rate allows."""
+    return math.floor(fpr * num_nonmembers + 1e-9)  # 0.29 * 100 is below 29
+
+
 def tpr_at_fpr(
     scores: ArrayLike, is_member: ArrayLike, fpr: float, *, confidence: float = 0.95
 ) -> TprAtFpr:
@@ -180,7 +195,7 @@ def tpr_at_fpr(
     members, others = both_sides(scores, is_member)
     n1, n0 = len(members), len(others)
     fpr = real("fpr", fpr, low=0, high=1, low_open=True, high_open=True)
-    allowed = math.floor(fpr * n0 + 1e-9)
+    allowed = allowed_false_positives(fpr, n0)
     if allowed < 1:
         raise ValueError(
             f"is_member must have at least 1/fpr = {1 / fpr:.6g} non-members, got "

@@ -22,9 +22,10 @@ from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.models import load_tokenizer
+from lowrank_dp.models.adapters import PREFIX
 from lowrank_dp.theory import symmetry_score
 
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def projection_scores(
@@ -78,7 +79,7 @@ def _released_product(file: Path) -> tuple[str, Array]:
         name = max(key for key in tensors.keys() if key.endswith(_A))
         a = tensors.get_tensor(name).double().numpy()
         b = tensors.get_tensor(name.removesuffix(_A) + _B).double().numpy()
-    return name.removeprefix(_PREFIX).removesuffix(_A), b @ a
+    return name.removeprefix(PREFIX).removesuffix(_A), b @ a
 
 
 def _gradients(
@@ -95,8 +96,9 @@ def _gradients(
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     weight.requires_grad_(True)
     for row in rows:
-        ((_, batch),) = micro_batches([row], 1, tokenizer.pad_token_id, length=pad_to)
-        batch = {name: value.to(weight.device) for name, value in batch.items()}
+        ((_, batch),) = micro_batches(
+            [row], 1, tokenizer.pad_token_id, length=pad_to, device=weight.device
+        )
         labels = batch.pop("labels")
         loss = LOSSES[LOSS_OF_KIND[task.kind]](model(**batch).logits, labels)[0].sum()
         yield torch.autograd.grad(loss, weight)[0].double().cpu().numpy()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -226,8 +227,8 @@ def _without_copies(records: Records) -> Records:
     return replace(
         records,
         is_member=records.is_member[kept],
-        examples=tuple(e for e, keep in zip(records.examples, kept, strict=True) if keep),
-        left_out=tuple(e.id for e, keep in zip(records.examples, kept, strict=True) if not keep),
+        examples=tuple(compress(records.examples, kept)),
+        left_out=tuple(e.id for e in compress(records.examples, ~kept)),
     )
 
 
@@ -256,12 +257,7 @@ def _with_nonmembers(records: Records, path: Path, reading: given_files.Reading)
     """Join the members of ``records`` with the rows of a file, which must be of the same form."""
     given = given_files.read_file(path, "nonmembers", reading, records.task.name)
     _require_same_form(path, given, records)
-    inside = replace(
-        records,
-        examples=tuple(
-            e for e, bit in zip(records.examples, records.is_member, strict=True) if bit
-        ),
-    )
+    inside = replace(records, examples=tuple(compress(records.examples, records.is_member)))
     return _joined(inside, given_files.in_classes_of(given, records.task), path)
 
 
@@ -276,15 +272,14 @@ def _joined(inside: Records, outside: Sequence[Example], path: Path) -> Records:
             "records that were not trained on"
         )
     first: dict[str, str] = {}
-    kept = [first.setdefault(e.content_hash, e.id) == e.id for e in everything]
-    left_out = tuple(e.id for e, keep in zip(everything, kept, strict=True) if not keep)
+    kept = np.array([first.setdefault(e.content_hash, e.id) == e.id for e in everything], np.bool_)
     return replace(
         inside,
-        examples=tuple(e for e, keep in zip(everything, kept, strict=True) if keep),
-        is_member=truth[np.array(kept, np.bool_)],
+        examples=tuple(compress(everything, kept)),
+        is_member=truth[kept],
         origin=f"{inside.origin} and {path.name}",
         sampling=None,
-        left_out=left_out,
+        left_out=tuple(e.id for e in compress(everything, ~kept)),
     )
 
 
@@ -338,14 +333,12 @@ def _sample(records: Records, size: int, seed: int) -> Records:
     half = min(count, max(size // 2, size - others))
     kept: set[str] = set()
     for bit, share in ((True, half), (False, min(others, size - half))):
-        side = [
-            e for e, found in zip(records.examples, records.is_member, strict=True) if found == bit
-        ]
+        side = compress(records.examples, records.is_member == bit)
         units = tuple(e if records.unit == "group" else replace(e, group=e.id) for e in side)
         kept.update(e.id for e in subset(units, share, f"{seed}/{bit}"))
-    rows = [row for row, example in enumerate(records.examples) if example.id in kept]
+    chosen = np.array([example.id in kept for example in records.examples], np.bool_)
     return replace(
         records,
-        examples=tuple(records.examples[row] for row in rows),
-        is_member=records.is_member[rows],
+        examples=tuple(compress(records.examples, chosen)),
+        is_member=records.is_member[chosen],
     )

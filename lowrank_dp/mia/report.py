@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +201,8 @@ def independent_scores(target: Target, scores: Array) -> tuple[Array, np.ndarray
 
 
 def _measure(name: str, values: Array, truth: np.ndarray, options: Options, delta: float) -> Attack:
-    enough = {rate: math.floor(rate * int((~truth).sum()) + 1e-9) >= 1 for rate in options.fpr}
+    others = int((~truth).sum())
+    enough = {rate: metrics.allowed_false_positives(rate, others) >= 1 for rate in options.fpr}
     return Attack(
         name,
         metrics.auc(values, truth),

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from lowrank_dp import _validate
 from lowrank_dp.data import Example
 from lowrank_dp.mia.duplicates import text_parts, whole_text
-from lowrank_dp.mia.metrics import Auc
+from lowrank_dp.mia.metrics import Auc, chance_variance
 from lowrank_dp.mia.units import checked_truth, mean_per_unit, one_sided, unit_numbers
 
 CONFIDENCE = 0.99  # confidence of the test: a false alarm in 1 of 100 audits
@@ -71,8 +71,7 @@ def blind_baseline(
             model.decision_function(features[now]), truth[now], units[now]
         )
         n1, n0 = int(sides.sum()), int((~sides).sum())
-        # the Mann-Whitney statistic's variance if all orders are equally likely; ties lower it
-        found.append((roc_auc_score(sides, scores), (n0 + n1 + 1) / (12 * n0 * n1)))
+        found.append((roc_auc_score(sides, scores), chance_variance(n1, n0)))
     if not found:
         raise ValueError(
             f"examples must have members and non-members in several groups for the "

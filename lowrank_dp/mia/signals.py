@@ -82,9 +82,8 @@ def measure(
     model.eval()
     with torch.no_grad():
         for indices, batch in micro_batches(
-            rows, batch_size, tokenizer.pad_token_id, length=pad_to
+            rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device
         ):
-            batch = {name: value.to(device) for name, value in batch.items()}
             labels = batch.pop("labels")
             logits = model(**batch).logits.float()
             other = None
@@ -133,11 +132,13 @@ def gradient_norms(
     """
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
-    batches = list(micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to))
+    batches = list(
+        micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device)
+    )
     model.eval()
     _, norms = clipped_sum_over(
         model,
-        ({key: value.to(device) for key, value in batch.items()} for _, batch in batches),
+        (batch for _, batch in batches),
         1.0,
         padding="max-length" if pad_to else "longest",
     )

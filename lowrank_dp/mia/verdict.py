@@ -12,6 +12,7 @@ from scipy import special
 
 from lowrank_dp.mia import shift
 from lowrank_dp.mia.learning import Learning
+from lowrank_dp.mia.metrics import chance_variance
 
 if TYPE_CHECKING:
     from lowrank_dp.mia.report import Attack
@@ -115,5 +116,5 @@ def detectable_auc(truth: np.ndarray) -> float:
     statistic at 1/2. ``truth`` (N,) says which records are members.
     """
     n1, n0 = int(truth.sum()), int((~truth).sum())
-    se = math.sqrt((n0 + n1 + 1) / (12 * n0 * n1))
+    se = math.sqrt(chance_variance(n1, n0))
     return min(1.0, 0.5 + float(special.ndtri(0.975) + special.ndtri(POWER)) * se)

@@ -11,16 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lowrank_dp._validate import listed
 from lowrank_dp.models.backbones import (
     Backbone,
     check_config,
     find_base,
+    label_count,
     one_line,
     quiet,
     read_json,
 )
-from lowrank_dp.models.base import check_base_weights, embedding_table, label_count, load_base
-from lowrank_dp.models.heads import final_layer, is_missing, listed
+from lowrank_dp.models.base import check_base_weights, embedding_table, load_base
+from lowrank_dp.models.heads import final_layer, is_missing
 from lowrank_dp.models.labels import (
     label_rows,
     name_labels,
@@ -29,7 +31,7 @@ from lowrank_dp.models.labels import (
     permute_rows,
 )
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of the base model's names in a PEFT model
 BASE_WEIGHTS = "base_weights_sha256"  # key of an adapter's config.json: digest of its base
 
 
@@ -62,7 +64,7 @@ def load_adapter(
     model, missing = load_base(found, kind, num_labels, dtype)
     check_base_weights(model, own.get(BASE_WEIGHTS), backbone.name, found.name)
     layer = final_layer(model)
-    if layer and not is_missing(layer, missing) and f"{_PREFIX}{layer}.weight" not in given:
+    if layer and not is_missing(layer, missing) and f"{PREFIX}{layer}.weight" not in given:
         order_labels(model, found.config, label_names, found.name)
     _resize(model, given)
     with quiet(), one_line(f"adapter {folder}"), warnings.catch_warnings():
@@ -72,7 +74,7 @@ def load_adapter(
         )
         state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
     _check_loaded(loaded, state, given, backbone.name)
-    if absent := [key for key in missing if _PREFIX + key not in given]:
+    if absent := [key for key in missing if PREFIX + key not in given]:
         raise ValueError(
             f"adapter {backbone.name} and its base {found.name} have no weights for "
             f"{listed(absent)}: {'it' if len(absent) == 1 else 'they'} would be drawn "
@@ -158,7 +160,7 @@ def _embedding(model: Any) -> str:
 
 def _bare(key: str) -> str:
     """Translate the name of a weight in an adapter's file to the name in the base."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _resize(model: Any, given: dict[str, Tensor]) -> None:
@@ -182,7 +184,7 @@ def _check_loaded(
         raise ValueError(
             f"adapter {name} has no weights for {listed(lost)}: they would be drawn at random"
         )
-    base = {_PREFIX + key: p for key, p in loaded.get_base_model().state_dict().items()}
+    base = {PREFIX + key: p for key, p in loaded.get_base_model().state_dict().items()}
     for key, tensor in given.items():
         value = state.get(key, base.get(key))
         if value is None:
@@ -213,7 +215,7 @@ def _order_loaded(
     tensors = {
         key: p
         for key, p in state.items()
-        if key.startswith(f"{_PREFIX}{layer}.") and "lora_A" not in key
+        if key.startswith(f"{PREFIX}{layer}.") and "lora_A" not in key
     }
     if rows is not None and any(tensor.shape[0] != len(rows) for tensor in tensors.values()):
         raise ValueError(

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from lowrank_dp import _validate
 from lowrank_dp._hub import hub_reachable, offline_requested
+from lowrank_dp._terminal import first_line
 from lowrank_dp.artifacts import files
 from lowrank_dp.models import tiny
 
@@ -131,7 +132,7 @@ def _find_on_hub(name: str, revision: str | None) -> Backbone:
         with quiet():
             config = PretrainedConfig.get_config_dict(name, **load)[0]
     except (OSError, ValueError) as error:
-        near = _nearest(name)
+        near = _validate.did_you_mean(name, NAMES)
         raise ValueError(
             f"model {name!r} is not cached and the hub is unreachable{near}; {_INSTEAD}"
             if offline
@@ -145,16 +146,6 @@ def _find_on_hub(name: str, revision: str | None) -> Backbone:
         config,
         f"{name} (hub, revision {load['revision']})",
     )
-
-
-def _nearest(name: str) -> str:
-    """Write " (did you mean ...)" if ``name`` is close to a known name, else ""."""
-    try:
-        _validate.choice("model", name, NAMES)
-    except ValueError as error:
-        found = re.search(r" \(did you mean .*\)$", str(error))
-        return found[0] if found else ""
-    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -233,6 +224,25 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
             )
 
 
+def declared_kind(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of head that a configuration declares, or None if it declares none."""
+    architecture = next(iter(config.get("architectures") or [""]))
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "generation"
+    if not architecture.endswith("ForSequenceClassification"):
+        return None
+    problem = config.get("problem_type")
+    one_score = problem is None and label_count(config) == 1
+    return "regression" if problem == "regression" or one_score else "classification"
+
+
+def label_count(config: Mapping[str, Any]) -> int:
+    """Return the number of labels in a configuration; transformers' default is 2."""
+    if config.get("id2label") is not None:
+        return len(config["id2label"])
+    return config.get("num_labels") or 2
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence Hugging Face's log in a block, and its progress bars if stderr is no terminal."""
@@ -263,11 +273,3 @@ def one_line(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic in a Rust library is no subclass of Exception
         raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's name if there is none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -15,11 +15,12 @@ from safetensors import safe_open
 from transformers.models.auto import modeling_auto
 
 from lowrank_dp import _validate
+from lowrank_dp._validate import listed
+from lowrank_dp.losses import LOSS_OF_KIND
 from lowrank_dp.models import tiny
-from lowrank_dp.models.backbones import Backbone, one_line, quiet
-from lowrank_dp.models.heads import listed
+from lowrank_dp.models.backbones import Backbone, declared_kind, label_count, one_line, quiet
 
-KINDS = ("classification", "regression", "generation")
+KINDS = tuple(LOSS_OF_KIND)
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 
 
@@ -125,28 +126,22 @@ def kind_and_labels(
     or size.
     """
     config = backbone.config
-    architecture = next(iter(config.get("architectures") or [""]))
-    is_classifier = architecture.endswith("ForSequenceClassification")
+    declared = declared_kind(config)
+    is_classifier = declared in _PROBLEMS
     causal = (
-        "gguf_file" in backbone.load
-        or backbone.name == "tiny-llama"
-        or (architecture.endswith(("ForCausalLM", "LMHeadModel")))
+        "gguf_file" in backbone.load or backbone.name == "tiny-llama" or declared == "generation"
     )
     labels = label_count(config)
     problem = config.get("problem_type")
     if kind is None and num_labels is not None:
         kind = "regression" if num_labels == 1 and problem == "regression" else "classification"
     elif kind is None and is_classifier:
-        kind = (
-            "regression"
-            if problem == "regression" or (problem is None and labels == 1)
-            else "classification"
-        )
+        kind = declared
     elif kind is None and causal:
         kind = "generation"
     elif kind is None:
         raise ValueError(f"task or kind must be given: {backbone.name} has no head of its own")
-    _validate.choice("kind", kind, KINDS)
+    kind = _validate.choice("kind", kind, KINDS)
     if kind == "generation":
         encoders = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
         if backbone.name == "tiny" or (
@@ -172,13 +167,6 @@ def kind_and_labels(
             f"num_labels must be {labels} for the head of {backbone.name}, got {num_labels}"
         )
     return kind, num_labels
-
-
-def label_count(config: dict[str, Any]) -> int:
-    """Return the number of labels in a configuration; transformers' default is 2."""
-    if config.get("id2label") is not None:
-        return len(config["id2label"])
-    return config.get("num_labels") or 2
 
 
 def _from_files(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_dp._validate import listed
+
 
 def head_modules(model: Any) -> dict[str, nn.Module]:
     """Return the modules of a sequence classifier's head by name; {} for a language model.
@@ -44,14 +46,18 @@ def final_layer(model: Any) -> str:
     return found
 
 
+def without_adapter(model: Any) -> Any:
+    """Return the base model of a PEFT model; return any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def head_state(model: Any) -> dict[str, Tensor]:
     """Copy the head's present weights to the CPU, under names without PEFT's prefixes.
 
     A name is, for example, "classifier.weight". A pooler that was drawn at random is included.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = {}
-    for head, module in head_modules(model).items():
+    for head, module in head_modules(without_adapter(model)).items():
         trained = getattr(module, "modules_to_save", None)
         module = trained["default"] if trained is not None else module
         for name, tensor in module.state_dict().items():
@@ -79,12 +85,6 @@ def mark_new(model: Any, name: str, missing: Sequence[str], *, new_head: bool) -
             f"model {name} has no weights for {listed(refused)}: "
             f"{'it' if len(refused) == 1 else 'they'} would be drawn at random"
         )
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """List at most ``most`` names, and the number of the others, for a message."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _pooler(key: str) -> re.Match[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _files(folder: Path) -> list[str]:
     """List the files of a tokenizer in a folder."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [
         name
-        for name in sorted(os.listdir(folder))
+        for name in names
         if name.endswith((".model", ".spm"))
         or name.startswith(("tokenizer", "vocab", "merges", "bpe.codes", "tekken"))
     ]

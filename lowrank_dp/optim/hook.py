@@ -26,6 +26,7 @@ from lowrank_dp.restore import (
     exponential_average,
     require_noise,
 )
+from lowrank_dp.restore.gradients import is_matrix
 
 _OPACUS = ("original_optimizer", "noise_multiplier", "max_grad_norm", "expected_batch_size")
 _STATE_KEYS = {"output0": "output", "weights0": "weights", "noise_stds": "noise_stds"}
@@ -114,7 +115,7 @@ class Restoration:
             self._read_noise_std()
         for index, parameter in self._parameters().items():
             _require_whole(index, parameter)
-            if _is_matrix(parameter):
+            if is_matrix(parameter):
                 check_arguments(scheme, tuple(parameter.shape), **options)
         self._hook = self._inner.register_step_pre_hook(self._before_step)
         vars(self._inner)["__getstate__"] = _refuse_copy  # copy, deepcopy and pickle call it
@@ -229,7 +230,7 @@ class Restoration:
         parameters, noisy = self._parameters(), {}
         for index, parameter in parameters.items():
             grad = parameter.grad
-            if grad is not None and (_is_matrix(grad) or self._beta is not None):
+            if grad is not None and (is_matrix(grad) or self._beta is not None):
                 _require_whole(index, grad)
                 noisy[index] = grad if grad.dtype == torch.float64 else grad.float()
                 require_noise(
@@ -269,10 +270,6 @@ def _effective_multiplier(opacus: Any) -> float:
     if hasattr(opacus, "unclipped_num_std"):  # AdaClip spends a share on its noisy count
         sigma = (sigma**-2 - (2 * opacus.unclipped_num_std) ** -2) ** -0.5
     return sigma
-
-
-def _is_matrix(tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and min(tensor.shape) > 1
 
 
 def _require_whole(index: str, tensor: Tensor) -> None:

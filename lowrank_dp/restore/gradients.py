@@ -78,10 +78,15 @@ def _batches(
     for name, tensor in noisy.items():
         if not isinstance(tensor, Tensor):
             _validate.fail(f"gradient of {name}", "a torch tensor", type(tensor).__name__)
-        if tensor.ndim == 2 and min(tensor.shape) >= smallest_side:
+        if is_matrix(tensor, smallest_side):
             alike = (tensor.shape, tensor.dtype, tensor.device, noise_stds[name])
             batches.setdefault((name,) if tensor.device.type == "cpu" else alike, []).append(name)
     return list(batches.values())
+
+
+def is_matrix(tensor: Tensor, smallest_side: int = 2) -> bool:
+    """Tell whether schemes restore a gradient; they pass vectors, and tensors of more axes."""
+    return tensor.ndim == 2 and min(tensor.shape) >= smallest_side
 
 
 class GradientRestorer:

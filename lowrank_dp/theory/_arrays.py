@@ -36,16 +36,16 @@ def reals(
     return _all_good(name, requirement, value, array, inside)
 
 
-def integers(name: str, value: ArrayLike, *, low: int = 1) -> Array:
-    """Convert ``value`` to a float64 array of integers; 8.0 is accepted, 8.5 and True are not.
+def integers(name: str, value: ArrayLike) -> Array:
+    """Convert ``value`` to a float64 array of integers >= 1; 8.5 and True are refused.
 
     >>> integers("rank", [4, 0])
     Traceback (most recent call last):
     ValueError: rank must be an integer >= 1, got 0
     """
-    requirement = f"an integer >= {low}"
+    requirement = "an integer >= 1"
     array = _numbers(name, value, requirement)
-    whole = np.isfinite(array) & (np.floor(array) == array) & (array >= low)
+    whole = np.isfinite(array) & (np.floor(array) == array) & (array >= 1)
     return _all_good(name, requirement, value, array, whole)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp.restore import SCHEMES, restore_gradients
+from lowrank_dp.restore.gradients import is_matrix
 from lowrank_dp.rng import Generator
 from lowrank_dp.train import guards, processes
 from lowrank_dp.train.noise_checks import GeneratorCheck, NoiseCheck
@@ -146,7 +147,7 @@ class StepChecks:
         expected = {
             name: total
             for name, total in noisy.items()
-            if SCHEMES[config.scheme].is_identity or total.ndim != 2 or min(total.shape) == 1
+            if SCHEMES[config.scheme].is_identity or not is_matrix(total)
         }
         matrices = [name for name in noisy if name not in expected]
         if matrices and closely:

@@ -30,12 +30,17 @@ def _mixture(exponents: np.ndarray) -> np.ndarray:
     return np.asarray(logsumexp(exponents, axis=-1)) - math.log(exponents.shape[-1])
 
 
+def _as_columns(total: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as floats with one more axis, along which a mixture's grid runs."""
+    return np.asarray(total, dtype=float)[..., None], np.asarray(count, dtype=float)[..., None]
+
+
 def normal(total: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Return log evidence that ``total`` is not a sum of ``count`` standard normal numbers.
 
     Both arguments have one shape, and so has the result.
     """
-    total, count = (np.asarray(x, dtype=float)[..., None] for x in (total, count))
+    total, count = _as_columns(total, count)
     return _mixture(_TWO_SIDED * total - _TWO_SIDED**2 / 2 * count)
 
 
@@ -44,7 +49,7 @@ def squares(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
     The arguments are those of :func:`normal`.
     """
-    total, count = (np.asarray(x, dtype=float)[..., None] for x in (total, count))
+    total, count = _as_columns(total, count)
     return _mixture(_OF_SQUARES * total + count / 2 * np.log1p(-2 * _OF_SQUARES))
 
 
@@ -57,7 +62,7 @@ def successes(rate: float, *, more_only: bool = False) -> Evidence:
     grid = _TWO_SIDED[_TWO_SIDED > 0] if more_only else _TWO_SIDED
 
     def evidence(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-        total, count = (np.asarray(x, dtype=float)[..., None] for x in (total, count))
+        total, count = _as_columns(total, count)
         return _mixture(grid * total - count * np.log1p(rate * np.expm1(grid)))
 
     return evidence
@@ -79,7 +84,7 @@ def too_even(trials: int, rate: float) -> Evidence:
     moments = np.exp(-grid[:, None] * spread(sizes, trials, rate)) @ mass + max(0.0, 1 - mass.sum())
 
     def evidence(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-        total, count = (np.asarray(x, dtype=float)[..., None] for x in (total, count))
+        total, count = _as_columns(total, count)
         return _mixture(-grid * total - count * np.log(moments))
 
     return evidence

@@ -18,7 +18,6 @@ from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.noise_checks import NoiseCheck
 
 MAX_LOSS_RATIO = 20.0  # largest loss, relative to the loss before the first step
 ROUNDING = 1.01  # tolerance of a sum's norm; clip factors in bfloat16 are off by less
@@ -83,16 +82,6 @@ def memory(micro_batch_size: int) -> Iterator[None]:
             f"the device ran out of memory with micro_batch_size {micro_batch_size}: "
             "lower it (the result stays the same), or max_length"
         ) from error
-
-
-def check_noise(clean: Mapping[str, Tensor], noisy: Mapping[str, Tensor], noise_std: float) -> None:
-    """Refuse noise of one step that is not independent N(0, noise_std^2) in every entry.
-
-    Args:
-        clean, noisy: sums before and after the noise, by parameter name.
-        noise_std: standard deviation of the noise on each entry, absolute.
-    """
-    NoiseCheck(noise_std, steps=1).check(clean, noisy, spectrum=True)
 
 
 def check_sum(clean: Mapping[str, Tensor], max_norm: float) -> None:

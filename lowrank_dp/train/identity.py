@@ -7,7 +7,6 @@ continues its noise stream only if every entry of its identity is unchanged.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import lowrank_dp
+from lowrank_dp._json import json_digest
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.processes import world_size
 
@@ -45,9 +45,9 @@ def digests(
     settings.append(str(getattr(getattr(model, "config", None), "_attn_implementation", None)))
     return {
         "weights": _digest_of_tensors(chain(model.named_parameters(), model.named_buffers())),
-        "configuration": _digest_of_json(settings),
-        "tokenizer": _digest_of_json(_vocabulary(tokenizer)),
-        "rows": _digest_of_json(rows),
+        "configuration": json_digest(settings, default=_plain),
+        "tokenizer": json_digest(_vocabulary(tokenizer), default=_plain),
+        "rows": json_digest(rows, default=_plain),
     }
 
 
@@ -130,13 +130,9 @@ def _digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _digest_of_json(value: Any) -> str:
-    """Return the SHA-256 of a value's JSON; types that JSON lacks are written by ``str``."""
-
-    def plain(other: Any) -> Any:
-        return sorted(map(str, other)) if isinstance(other, (set, frozenset)) else str(other)
-
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
+def _plain(value: Any) -> Any:
+    """Convert a value that JSON lacks: a set to a sorted list, any other by ``str``."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _settings(config: Any) -> dict[str, Any]:

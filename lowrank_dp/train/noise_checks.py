@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_dp.rng import KEY_BYTES, Generator, SecureRandom, state_of
 from lowrank_dp.spectrum.random_matrix import bulk_edge
 from lowrank_dp.train import evidence
 from lowrank_dp.train.evidence import Watch
@@ -283,19 +284,17 @@ class GeneratorCheck:
 
     Args:
         what: name of the draws, for messages.
-        generator: a torch generator, or one whose ``state()`` begins with 16 bytes of key.
+        generator: generator of the draws.
     """
 
-    def __init__(self, what: str, generator: Any) -> None:
+    def __init__(self, what: str, generator: Generator) -> None:
         self._what = what
-        self._origin, state = _generator_state(generator)
+        self._origin, state = _origin_and_state(generator)
         self._states = {state}
 
-    def check(self, generator: Any) -> None:
+    def check(self, generator: Generator) -> None:
         """Check the generator after a step has drawn from it; raise ``ValueError`` on a fault."""
-        origin, state = _generator_state(generator)
-        if state is None:  # a generator of the operating system, without state
-            return
+        origin, state = _origin_and_state(generator)
         if origin != self._origin:
             raise ValueError(
                 f"the generator of the {self._what} was seeded anew within the run: "
@@ -310,15 +309,11 @@ class GeneratorCheck:
         self._states.add(state)
 
 
-def _generator_state(generator: Any) -> tuple[Any, bytes | None]:
+def _origin_and_state(generator: Generator) -> tuple[int | bytes, bytes]:
     """Return a generator's seed or key, and a digest of its state."""
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state().numpy().tobytes()
-        return generator.initial_seed(), hashlib.blake2b(state, digest_size=16).digest()
-    if hasattr(generator, "state"):
-        state = generator.state().numpy().tobytes()
-        return state[:16], hashlib.blake2b(state, digest_size=16).digest()
-    return None, None
+    state = state_of(generator).numpy().tobytes()
+    origin = state[:KEY_BYTES] if isinstance(generator, SecureRandom) else generator.initial_seed()
+    return origin, hashlib.blake2b(state, digest_size=16).digest()
 
 
 def _head(tensor: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _lost_connections() -> Iterator[None]:
         # gloo raises a plain RuntimeError, whose text names a source file of gloo.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = str(error).splitlines()[0].split(". ")[0].split("] ", 1)[-1]
+        reason = _terminal.first_line(error).split(". ")[0].split("] ", 1)[-1]
         raise ConnectionError(
             f"another process of this run has stopped or can't be reached ({reason}): continue "
             "with --resume; with another number of processes, the steps since the last snapshot "

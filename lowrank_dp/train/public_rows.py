@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from lowrank_dp._terminal import first_line
 from lowrank_dp.data import Example, Task, encode
 from lowrank_dp.data.batches import collate
 from lowrank_dp.grads.clipping import clipped_sum
-from lowrank_dp.grads.losses import first_line
 from lowrank_dp.train.config import TrainConfig
 
 LENGTHS = (4, 9, 23)  # tokens of the three rows' texts, if the model has room for them

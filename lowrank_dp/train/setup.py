@@ -138,9 +138,13 @@ class Setup:
         """Yield micro-batches of the chosen ``rows``, on the device; no batch for no row."""
         rows = [self.rows[row] for row in chosen]
         for _, batch in micro_batches(
-            rows, self.config.micro_batch_size, self.tokenizer.pad_token_id, length=self.pad_to
+            rows,
+            self.config.micro_batch_size,
+            self.tokenizer.pad_token_id,
+            length=self.pad_to,
+            device=self.config.device,
         ):
-            yield {key: value.to(self.config.device) for key, value in batch.items()}
+            yield batch
 
 
 def prepare(config: TrainConfig, seed: int) -> Setup:

@@ -9,7 +9,6 @@ are removed once the run is finished.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowrank_dp._json import json_digest
 from lowrank_dp.restore import GradientRestorer
-from lowrank_dp.rng import Generator, SecureRandom, derive_seed, os_seeded_generator
+from lowrank_dp.rng import (
+    Generator,
+    SecureRandom,
+    derive_seed,
+    generator_at,
+    os_seeded_generator,
+    state_of,
+)
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
 from lowrank_dp.train.processes import world_size
@@ -83,13 +90,12 @@ def identity(setup: Setup) -> dict[str, str]:
 
 def digest_of_identity(setup: Setup) -> str:
     """Return a digest of :func:`identity`."""
-    document = json.dumps(identity(setup), sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()[:32]
+    return json_digest(identity(setup))[:32]
 
 
 def digest_of_draws(state: State) -> str:
     """Return a digest of the noise generator's state; the state itself stays secret."""
-    return hashlib.sha256(_generator_state(state.noise).numpy().tobytes()).hexdigest()[:32]
+    return hashlib.sha256(state_of(state.noise).numpy().tobytes()).hexdigest()[:32]
 
 
 def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Generator]:
@@ -117,7 +123,7 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
     )
     tensors["generator.dropout"] = torch.get_rng_state()
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
-        tensors[f"generator.{name}"] = _generator_state(generator)
+        tensors[f"generator.{name}"] = state_of(generator)
     if setup.config.device.startswith("cuda"):
         tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
     return summary(setup, state), tensors
@@ -184,8 +190,8 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         torch.manual_seed(derive_seed(setup.config.seed, f"dropout {state.stream}"))
         return state
     if "generator.noise" in tensors:  # on rank 0 only, which draws
-        state.sampler = _generator_at(state.sampler, tensors["generator.sampler"])
-        state.noise = _generator_at(state.noise, tensors["generator.noise"])
+        state.sampler = generator_at(state.sampler, tensors["generator.sampler"])
+        state.noise = generator_at(state.noise, tensors["generator.noise"])
         torch.set_rng_state(tensors["generator.dropout"])
     if "generator.dropout_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
@@ -207,18 +213,6 @@ def _load_weights(setup: Setup, tensors: Mapping[str, Tensor]) -> None:
             )
     groups = setup.optimizer.state_dict()["param_groups"]
     setup.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-
-
-def _generator_state(generator: Generator) -> Tensor:
-    """Return the state of a generator, as a tensor of bytes."""
-    return generator.state() if isinstance(generator, SecureRandom) else generator.get_state()
-
-
-def _generator_at(generator: Generator, state: Tensor) -> Generator:
-    """Return a generator of the same kind at a saved state."""
-    if isinstance(generator, SecureRandom):
-        return SecureRandom.from_state(state)
-    return generator.set_state(state)
 
 
 def new_stream(config: TrainConfig, step: int, resumed: str = "") -> str:
