@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,11 @@ from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
 from lowrank_dp.data.own import own_column
 from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models.names import METHODS
-from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES, SCHEME_NAMES
+from lowrank_dp.restore.names import SCHEME_NAMES
+from lowrank_dp.train.config_checks import OPTIMIZERS, PADDINGS, PRECISIONS, SCHEDULES, check_config
 
 if TYPE_CHECKING:
     from lowrank_dp.restore import LowPassFilter
-
-OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-PRECISIONS = ("float32", "bf16")
-PADDINGS = ("longest", "max-length")
-_MOST = 2**63 - 1  # the largest integer that torch takes
-_MOST_RANK = 2**16
-_MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
-_MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
 
 
 @dataclass(frozen=True)
@@ -209,133 +200,7 @@ class TrainConfig:
     device: str = option("cpu", "Device of the trained parameters: cpu, cuda or cuda:N.")
 
     def __post_init__(self) -> None:
-        for name, options in (
-            ("method", METHODS),
-            ("unit", ("example", "group")),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("scheme", SCHEME_NAMES),
-            ("below", ("keep", "zero")),
-            ("restore_method", ("fast", "exact")),
-            ("membership", MEMBERSHIPS),
-            ("precision", PRECISIONS),
-            ("padding", PADDINGS),
-        ):
-            _validate.choice(name, getattr(self, name), options)
-        for name in (
-            "steps",
-            "batch_size",
-            "rank",
-            "micro_batch_size",
-            "eval_every",
-            "eval_examples",
-            "num_beams",
-            "max_new_tokens",
-            "snapshot_every",
-        ):
-            _validate.integer(
-                name,
-                getattr(self, name),
-                high={"rank": _MOST_RANK, "num_beams": 1000}.get(name, _MOST),
-            )
-        for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
-            if getattr(self, name) is not None:
-                _validate.integer(name, getattr(self, name), low=low, high=_MOST)
-        _validate.integer("data_seed", self.data_seed, low=0, high=_MOST)
-        _validate.integer("holdout", self.holdout, low=0, high=_MOST)
-        _validate.integer("warmup_steps", self.warmup_steps, low=0, high=self.steps)
-        if self.warmup_steps and self.schedule == "constant":
-            raise ValueError(
-                "warmup_steps must be 0 with schedule 'constant'; use "
-                "'constant_with_warmup', 'linear' or 'cosine'"
-            )
-        if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", self.device):
-            _validate.fail("device", "cpu, cuda or cuda:N", self.device)
-        _validate.positive("learning_rate", self.learning_rate)
-        _validate.real("weight_decay", self.weight_decay, low=0, high=_MOST_REAL)
-        if self.beta1 is not None:
-            _validate.real("beta1", self.beta1, low=0, high=1, high_open=True)
-        for name in ("dropout", "shard"):
-            if self.compile and getattr(self, name):
-                raise ValueError(f"compile must go without {name}")
-        self._check_privacy()
-        self._check_restoration()
-
-    def _check_privacy(self) -> None:
-        given = [
-            name
-            for name, value in (
-                ("epsilon", self.epsilon),
-                ("noise_multiplier", self.noise_multiplier),
-                ("non_private", self.non_private or None),
-            )
-            if value is not None
-        ]
-        if len(given) != 1:
-            raise ValueError(
-                "exactly one of epsilon, noise_multiplier and non_private must be "
-                f"given, got {' and '.join(given) or 'none of them'}"
-            )
-        if self.epsilon is not None:
-            _validate.positive("epsilon", self.epsilon)
-        if self.noise_multiplier is not None:
-            _validate.real(
-                "noise_multiplier", self.noise_multiplier, low=0, low_open=True, high=_MOST_NOISE
-            )
-        if self.delta is not None:
-            _validate.real("delta", self.delta, low=0, high=1, low_open=True, high_open=True)
-        _validate.real("max_grad_norm", self.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
-        if self.secure_rng and (self.seed is not None or self.non_private):
-            raise ValueError(
-                "secure_rng must go without a seed, which would make the noise "
-                "reproducible, and without non_private, which draws none"
-            )
-
-    def _check_restoration(self) -> None:
-        if self.scheme in NON_PRIVATE_SCHEMES and not self.diagnostic:
-            raise ValueError(
-                f"scheme {self.scheme!r} reads clean gradients, so the run would not "
-                "be private: choose another, or mark the run with diagnostic"
-            )
-        if self.diagnostic and self.scheme not in NON_PRIVATE_SCHEMES:
-            raise ValueError(
-                "diagnostic must go with a scheme that reads clean gradients "
-                f"({', '.join(NON_PRIVATE_SCHEMES)}), got {self.scheme!r}"
-            )
-        if self.non_private and self.scheme != "none":
-            raise ValueError(
-                f"scheme must be 'none' without noise, got {self.scheme!r}: there is "
-                "nothing to restore"
-            )
-        if self.scheme in ("none", *NON_PRIVATE_SCHEMES) and self.scheme_options:
-            raise ValueError(
-                f"scheme {self.scheme!r} takes no options, got {', '.join(self.scheme_options)}"
-            )
-        for name in ("noisy", "noise_std", "scheme", "method", "below"):
-            if name in self.scheme_options:
-                raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
-        if self.scheme not in ("none", *NON_PRIVATE_SCHEMES):
-            from lowrank_dp.restore import check_arguments  # imports torch
-
-            check_arguments(self.scheme, **self.restoration)
-        if self.momentum_beta is not None and self.filter_b:
-            raise ValueError("momentum_beta and filter_b must not both be given")
-        if self.filter_a and not self.filter_b:
-            raise ValueError("filter_a must come with filter_b")
-        averaged = self.low_pass is not None  # the filter checks its coefficients
-        for coefficient in (*self.filter_b, *self.filter_a):
-            if coefficient:
-                _validate.real(
-                    "the size of a filter's coefficient",
-                    abs(coefficient),
-                    low=1 / _MOST_REAL,
-                    high=_MOST_REAL,
-                )
-        if averaged and self.beta1:
-            raise ValueError(
-                f"beta1 must be 0 or left out beside a running mean of gradients, "
-                f"got {self.beta1:g}"
-            )
+        check_config(self)
 
     @property
     def low_pass(self) -> LowPassFilter | None:

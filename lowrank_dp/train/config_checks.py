@@ -1,0 +1,159 @@
+"""Checks of a training configuration; importable without torch."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from lowrank_dp import _validate
+from lowrank_dp.membership.units import MEMBERSHIPS
+from lowrank_dp.models.names import METHODS
+from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES, SCHEME_NAMES
+
+if TYPE_CHECKING:
+    from lowrank_dp.train.config import TrainConfig
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+PRECISIONS = ("float32", "bf16")
+PADDINGS = ("longest", "max-length")
+_MOST = 2**63 - 1  # the largest integer that torch takes
+_MOST_RANK = 2**16
+_MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
+_MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise ValueError for a value out of its range, and for values that exclude each other."""
+    _check_choices_and_ranges(config)
+    _check_privacy(config)
+    _check_restoration(config)
+
+
+def _check_choices_and_ranges(config: TrainConfig) -> None:
+    for name, options in (
+        ("method", METHODS),
+        ("unit", ("example", "group")),
+        ("optimizer", OPTIMIZERS),
+        ("schedule", SCHEDULES),
+        ("scheme", SCHEME_NAMES),
+        ("below", ("keep", "zero")),
+        ("restore_method", ("fast", "exact")),
+        ("membership", MEMBERSHIPS),
+        ("precision", PRECISIONS),
+        ("padding", PADDINGS),
+    ):
+        _validate.choice(name, getattr(config, name), options)
+    for name in (
+        "steps",
+        "batch_size",
+        "rank",
+        "micro_batch_size",
+        "eval_every",
+        "eval_examples",
+        "num_beams",
+        "max_new_tokens",
+        "snapshot_every",
+    ):
+        _validate.integer(
+            name,
+            getattr(config, name),
+            high={"rank": _MOST_RANK, "num_beams": 1000}.get(name, _MOST),
+        )
+    for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
+        if getattr(config, name) is not None:
+            _validate.integer(name, getattr(config, name), low=low, high=_MOST)
+    _validate.integer("data_seed", config.data_seed, low=0, high=_MOST)
+    _validate.integer("holdout", config.holdout, low=0, high=_MOST)
+    _validate.integer("warmup_steps", config.warmup_steps, low=0, high=config.steps)
+    if config.warmup_steps and config.schedule == "constant":
+        raise ValueError(
+            "warmup_steps must be 0 with schedule 'constant'; use "
+            "'constant_with_warmup', 'linear' or 'cosine'"
+        )
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", config.device):
+        _validate.fail("device", "cpu, cuda or cuda:N", config.device)
+    _validate.positive("learning_rate", config.learning_rate)
+    _validate.real("weight_decay", config.weight_decay, low=0, high=_MOST_REAL)
+    if config.beta1 is not None:
+        _validate.real("beta1", config.beta1, low=0, high=1, high_open=True)
+    for name in ("dropout", "shard"):
+        if config.compile and getattr(config, name):
+            raise ValueError(f"compile must go without {name}")
+
+
+def _check_privacy(config: TrainConfig) -> None:
+    given = [
+        name
+        for name, value in (
+            ("epsilon", config.epsilon),
+            ("noise_multiplier", config.noise_multiplier),
+            ("non_private", config.non_private or None),
+        )
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise ValueError(
+            "exactly one of epsilon, noise_multiplier and non_private must be "
+            f"given, got {' and '.join(given) or 'none of them'}"
+        )
+    if config.epsilon is not None:
+        _validate.positive("epsilon", config.epsilon)
+    if config.noise_multiplier is not None:
+        _validate.real(
+            "noise_multiplier", config.noise_multiplier, low=0, low_open=True, high=_MOST_NOISE
+        )
+    if config.delta is not None:
+        _validate.real("delta", config.delta, low=0, high=1, low_open=True, high_open=True)
+    _validate.real("max_grad_norm", config.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
+    if config.secure_rng and (config.seed is not None or config.non_private):
+        raise ValueError(
+            "secure_rng must go without a seed, which would make the noise "
+            "reproducible, and without non_private, which draws none"
+        )
+
+
+def _check_restoration(config: TrainConfig) -> None:
+    if config.scheme in NON_PRIVATE_SCHEMES and not config.diagnostic:
+        raise ValueError(
+            f"scheme {config.scheme!r} reads clean gradients, so the run would not "
+            "be private: choose another, or mark the run with diagnostic"
+        )
+    if config.diagnostic and config.scheme not in NON_PRIVATE_SCHEMES:
+        raise ValueError(
+            "diagnostic must go with a scheme that reads clean gradients "
+            f"({', '.join(NON_PRIVATE_SCHEMES)}), got {config.scheme!r}"
+        )
+    if config.non_private and config.scheme != "none":
+        raise ValueError(
+            f"scheme must be 'none' without noise, got {config.scheme!r}: there is "
+            "nothing to restore"
+        )
+    if config.scheme in ("none", *NON_PRIVATE_SCHEMES) and config.scheme_options:
+        raise ValueError(
+            f"scheme {config.scheme!r} takes no options, got {', '.join(config.scheme_options)}"
+        )
+    for name in ("noisy", "noise_std", "scheme", "method", "below"):
+        if name in config.scheme_options:
+            raise ValueError(f"scheme_options must hold the scheme's own options, got {name!r}")
+    if config.scheme not in ("none", *NON_PRIVATE_SCHEMES):
+        from lowrank_dp.restore import check_arguments  # imports torch
+
+        check_arguments(config.scheme, **config.restoration)
+    if config.momentum_beta is not None and config.filter_b:
+        raise ValueError("momentum_beta and filter_b must not both be given")
+    if config.filter_a and not config.filter_b:
+        raise ValueError("filter_a must come with filter_b")
+    averaged = config.low_pass is not None  # the filter checks its coefficients
+    for coefficient in (*config.filter_b, *config.filter_a):
+        if coefficient:
+            _validate.real(
+                "the size of a filter's coefficient",
+                abs(coefficient),
+                low=1 / _MOST_REAL,
+                high=_MOST_REAL,
+            )
+    if averaged and config.beta1:
+        raise ValueError(
+            f"beta1 must be 0 or left out beside a running mean of gradients, got {config.beta1:g}"
+        )
