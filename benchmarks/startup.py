@@ -3,9 +3,9 @@
     python benchmarks/startup.py [--quick]
 
 Each command runs on ``tiny`` and the generated task, three times (once with ``--quick``), and is
-stopped after its first line. Printed is the least of the times, user and system time of the process, in seconds,
-beside the limit. Other load on the machine changes CPU seconds less than it changes wall time, but
-does change them: take times on a quiet machine.
+stopped after its first line. The least of the times (user and system time of the process, in
+seconds) is printed beside the limit. Other load on the machine makes CPU seconds longer too, so the
+limits hold for a quiet machine.
 """
 
 from __future__ import annotations

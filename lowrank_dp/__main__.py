@@ -16,8 +16,9 @@ COMMANDS = {
     "mia": "attack a checkpoint by membership inference",
     "figures": "draw the papers' figures",
 }
-# Number of new objects after which the garbage collector runs. Imports make many objects that live as
-# long as the process, and Python's default of 700 would search them a thousand times (0.6 s of CPU).
+# Number of new objects after which the garbage collector runs. Imports make many objects that live
+# as long as the process, and with Python's default of 700 the collector runs a thousand times
+# (0.6 s of CPU).
 _NEW_OBJECTS = 50_000
 
 
