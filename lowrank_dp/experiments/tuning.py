@@ -1,8 +1,9 @@
 """Choice of learning rates: grids that grow until the best rate lies inside, for many arms at once.
 
-A grid begins with three rates, a factor of ``COARSE`` apart. While the best rate is at an end, the
-grid is extended there by ``COARSE``. Then a rate is put between the best rate and each neighbour
-that is more than a factor of ``FINE`` away.
+The rates of a grid are ``start * 10^(k / 4)`` with integers k, its places. A grid begins with the
+places -2, 0 and 2. While the best rate is at an end, the grid is extended there by two places, a
+factor of 3.16. Then the places beside the best rate are filled, so that both of its neighbours are
+a factor of 1.78 away.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 
-COARSE = math.sqrt(10)
-FINE = 2.0
+PER_DECADE = 4  # places of a grid in a decade
+COARSE = 2  # places between the rates of the first grid
+MAX_RATIO = 2.0  # of the chosen rate and a neighbour
 MAX_EXTENSIONS = 6  # three decades
 # numbers that a text about a sweep's cost assumes: a grid has 5 to 11 rates
 TYPICAL_RATES = 6
@@ -53,12 +55,12 @@ class Tuned:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the chosen rate has a neighbour within a factor of ``FINE`` on both sides."""
+        """Whether the chosen rate has a neighbour within ``MAX_RATIO`` on both sides."""
         if self.chosen not in self.rates[1:-1]:
             return False
         i = self.rates.index(self.chosen)
         ratios = (self.rates[i] / self.rates[i - 1], self.rates[i + 1] / self.rates[i])
-        return max(ratios) <= FINE
+        return max(ratios) <= MAX_RATIO
 
 
 def criterion(metric: str) -> str:
@@ -83,23 +85,25 @@ def best_index(means: Sequence[float]) -> int:
     return int(tied[np.argmin(np.abs(tied - (len(values) - 1) / 2))])
 
 
-def next_rates(rates: Sequence[float], means: Sequence[float]) -> list[float]:
-    """Return the rates to try next; none once the best one is inside a fine enough grid.
+def next_places(places: Sequence[int], means: Sequence[float]) -> list[int]:
+    """Return the places to try next; none once the best one is inside, between its neighbours.
 
     Args:
-        rates: two or more rates, in rising order.
-        means: score of each rate; higher is better, and NaN is worst.
+        places: two or more places of a grid, in rising order.
+        means: score of each place; higher is better, and NaN is worst.
     """
     best = best_index(means)
     if best == 0:
-        return [_rounded(rates[0] / COARSE)]
-    if best == len(rates) - 1:
-        return [_rounded(rates[-1] * COARSE)]
-    return [
-        _rounded(math.sqrt(low * high))
-        for low, high in ((rates[best - 1], rates[best]), (rates[best], rates[best + 1]))
-        if high / low > FINE
-    ]
+        return [places[0] - COARSE]
+    if best == len(places) - 1:
+        return [places[-1] + COARSE]
+    neighbours = (places[best - 1], places[best + 1])
+    return [(places[best] + place) // 2 for place in neighbours if abs(place - places[best]) > 1]
+
+
+def rate_at(start: float, place: int) -> float:
+    """Return the learning rate at a place of a grid, to three digits so that it can be read."""
+    return float(f"{start * 10 ** (place / PER_DECADE):.3g}")
 
 
 def tune(
@@ -121,45 +125,43 @@ def tune(
         max_extensions: largest number of extensions of a grid.
     """
     sign = 1.0 if higher_is_better else -1.0
-    grids: dict[str, dict[float, Sequence[float]]] = {arm: {} for arm in starts}
-    extensions, failed = dict.fromkeys(starts, 0), dict[str, str]()
-    wanted = {
-        arm: [_rounded(start / COARSE), _rounded(start), _rounded(start * COARSE)]
-        for arm, start in starts.items()
-    }
-    while asked := [(arm, rate) for arm, rates in wanted.items() for rate in rates]:
-        for (arm, rate), scores in zip(asked, measure(asked), strict=True):
-            grids[arm][rate] = scores
-        wanted = {arm: [] for arm in starts if arm not in failed}
-        for arm in wanted:
-            rates = sorted(grids[arm])
-            means = [sign * float(np.mean(grids[arm][rate])) for rate in rates]
-            wanted[arm] = next_rates(rates, means)
-            if best_index(means) not in (0, len(rates) - 1):
-                continue
-            extensions[arm] += 1
+    grids: dict[str, dict[int, Sequence[float]]] = {arm: {} for arm in starts}
+    extensions, failed = dict.fromkeys(starts, 0), set[str]()
+    wanted = {arm: [-COARSE, 0, COARSE] for arm in starts}
+    while asked := [(arm, place) for arm, places in wanted.items() for place in places]:
+        scores = measure([(arm, rate_at(starts[arm], place)) for arm, place in asked])
+        for (arm, place), by_seed in zip(asked, scores, strict=True):
+            grids[arm][place] = by_seed
+        wanted = {}
+        for arm in (name for name in starts if name not in failed):
+            places = sorted(grids[arm])
+            means = [sign * float(np.mean(grids[arm][place])) for place in places]
+            if best_index(means) in (0, len(places) - 1):
+                extensions[arm] += 1
             if extensions[arm] > max_extensions:
-                wanted[arm] = []
-                failed[arm] = (
-                    f"{arm}: the best learning rate, {rates[best_index(means)]:g}, is still at an "
-                    f"end of the grid {rates[0]:g} to {rates[-1]:g} after {max_extensions} "
-                    "extensions"
-                )
-    return {arm: _tuned(arm, grids[arm], sign, failed.get(arm, "")) for arm in starts}
+                failed.add(arm)
+            else:
+                wanted[arm] = next_places(places, means)
+    return {arm: _tuned(arm, starts[arm], grids[arm], sign, arm in failed) for arm in starts}
 
 
-def _tuned(arm: str, grid: Mapping[float, Sequence[float]], sign: float, failure: str) -> Tuned:
-    rates = sorted(grid)
-    best = best_index([sign * float(np.mean(grid[rate])) for rate in rates])
+def _tuned(
+    arm: str, start: float, grid: Mapping[int, Sequence[float]], sign: float, failed: bool
+) -> Tuned:
+    places = sorted(grid)
+    rates = tuple(rate_at(start, place) for place in places)
+    best = rates[best_index([sign * float(np.mean(grid[place])) for place in places])]
     scores = tuple(
-        tuple(None if math.isnan(score) else float(score) for score in grid[rate]) for rate in rates
+        tuple(None if math.isnan(score) else float(score) for score in grid[place])
+        for place in places
     )
-    return Tuned(arm, tuple(rates), scores, None if failure else rates[best], failure)
-
-
-def _rounded(rate: float) -> float:
-    """Return the rate to three significant digits, so that it can be read and found again."""
-    return float(f"{rate:.3g}")
+    if not failed:
+        return Tuned(arm, rates, scores, best)
+    failure = (
+        f"{arm}: the best learning rate, {best:g}, is still at an end of the grid {rates[0]:g} to "
+        f"{rates[-1]:g}"
+    )
+    return Tuned(arm, rates, scores, None, failure)
 
 
 def tune_by_sweep(
