@@ -315,6 +315,23 @@ def test_the_full_scale_obeys_the_protocol():
     assert gap.SST2.parts == ("last block", "all")
 
 
+def test_the_gap_and_the_arms_share_their_plain_runs():
+    for part, size, epsilon, config in (
+        ("last block", 1024, 8.0, steps_configs.SST2),
+        ("last block", 256, 1.0, steps_configs.SST2_GAP),
+        ("all", 1024, 8.0, steps_configs.SST2_ALL),
+    ):
+        for arm in PLAIN:
+            of_gap = gap.Setting(part, size, arm, None if "NON-PRIVATE" in arm else epsilon)
+            for seed, holdout in ((0, 0), (1000, gap.SST2.tuning_holdout)):
+                assert gap.setting_config(gap.SST2, of_gap, 0.1, seed, holdout) == arms.arm_config(
+                    config.base, arm, 0.1, seed, holdout
+                ), (part, arm)
+    assert {c.tuning_seeds for c in (gap.SST2, steps_configs.SST2, steps_configs.SST2_ALL)} == {
+        gap.SST2.tuning_seeds
+    }
+
+
 def chosen_rates_at_an_end(document):
     """Grids of a saved result whose chosen rate is at an end, or far from its neighbours."""
     for found in document["tuned"]:

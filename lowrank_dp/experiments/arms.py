@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
@@ -17,6 +18,7 @@ from lowrank_dp.experiments.tuning import Tuned
 from lowrank_dp.train import TrainConfig
 
 ALL = 10**9  # number of validation examples: all of them
+FOLDER = Path("runs") / "steps"  # of every sweep: `gap` and `steps_*` share plain runs
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lowrank_dp.experiments.arms import (
     BASELINES,
     CEILING_OF,
     CEILINGS,
+    FOLDER,
     arm_config,
     base_config,
     check_runs,
@@ -186,7 +187,7 @@ def plan(config: Config) -> str:
     )
 
 
-def run(config: Config, folder: str | Path = Path("runs") / "gap") -> Result:
+def run(config: Config, folder: str | Path = FOLDER) -> Result:
     """Tune and train every setting; a run that is finished in ``folder`` is not repeated.
 
     Raises ValueError for a config that cannot be run, or if every run failed.
@@ -222,9 +223,9 @@ def _collect(
     outcomes: dict[tuple[str, int], Outcome],
 ) -> Result:
     done = [o.result for o in outcomes.values() if o.result is not None]
+    failures += [tuning.describe_failure(name, o) for (name, _), o in outcomes.items() if o.error]
     if not done:
         raise ValueError(f"every run failed: {failures[0]}")
-    failures += [tuning.describe_failure(name, o) for (name, _), o in outcomes.items() if o.error]
     scores = tuning.stack(outcomes, [*tuned], config.num_seeds, config.base.steps, config.score)
     shape = (len(config.parts), len(config.batch_sizes))
     split = int(np.prod(shape)) * len(config.epsilons) * len(BASELINES)

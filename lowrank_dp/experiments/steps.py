@@ -22,6 +22,7 @@ from lowrank_dp.experiments.arms import (
     BASELINES,
     CEILING_OF,
     CEILINGS,
+    FOLDER,
     PLAIN,
     arm_config,
     check_runs,
@@ -114,7 +115,7 @@ def plan(config: Config) -> str:
     )
 
 
-def run(config: Config, folder: str | Path = Path("runs") / "steps") -> Result:
+def run(config: Config, folder: str | Path = FOLDER) -> Result:
     """Tune and train every arm; a run that is finished in ``folder`` is not repeated.
 
     Raises ValueError for a config that cannot be run, or if a baseline or a ceiling has no learning
