@@ -11,13 +11,14 @@ import pytest
 from scipy import stats
 
 from lowrank_dp import artifacts, figures
+from lowrank_dp.data import load_task
 from lowrank_dp.experiments import arms, cost, gap, steps, steps_configs, tuning
 from lowrank_dp.experiments.arms import ARMS, PLAIN
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.steps import plot_steps
 from lowrank_dp.sweep import Outcome
 from lowrank_dp.train import TrainConfig
-from tests.tasks import case
+from tests.tasks import case, needs_data
 
 PAPER = Path(__file__).parent.parent / "paper_artifacts"
 STEPS = 10
@@ -283,7 +284,7 @@ def test_the_plan_counts_runs_and_hours(monkeypatch):
 
     def measured(config, workers):
         seen.append((config.batch_size, config.train_layers))
-        return cost.Cost(start=0, step=3.0, evaluation=0.6)
+        return cost.Cost(once=0, step=3.0, evaluation=0.6)
 
     for module in (steps, gap):
         monkeypatch.setattr(module, "measure_cost", measured)
@@ -309,10 +310,16 @@ def test_the_full_scale_obeys_the_protocol():
                 config.tuning_holdout,
             )
             assert config.num_seeds >= 5 and len(config.tuning_seeds) >= 2, name
-            many = config.base.model != "smollm2"
-            assert (config.base.eval_examples == arms.ALL) == many, name
     assert gap.SST2.epsilons == (0.5, 1.0, 3.0, 8.0) and gap.SST2.batch_sizes == (256, 1024)
     assert gap.SST2.parts == ("last block", "all")
+
+
+@needs_data
+def test_every_validation_example_counts():
+    for name in figures.NAMES:
+        config = figures.find(name).full
+        if isinstance(config, steps_configs.Config | gap.Config) and name != "steps_smollm2":
+            assert config.base.eval_examples >= len(load_task(config.base.task).validation), name
 
 
 def test_the_gap_and_the_arms_share_their_plain_runs():
@@ -391,7 +398,7 @@ def test_real_small_sweeps(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_measured_step_costs_something():
     found = cost.measure_cost(SHORT, 1)
-    assert found.start > 0 and found.step > 0 and found.evaluation > 0
+    assert found.once > 0 and found.step > 0 and found.evaluation > 0
     assert found.hours(2, 10) == pytest.approx(
-        2 * (found.start + 10 * (found.step + found.evaluation)) / 3600
+        2 * (found.once + 10 * (found.step + found.evaluation)) / 3600
     )

@@ -17,7 +17,6 @@ from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.experiments.tuning import Tuned
 from lowrank_dp.train import TrainConfig
 
-ALL = 10**9  # number of validation examples: all of them
 FOLDER = Path("runs") / "steps"  # of every sweep: `gap` and `steps_*` share plain runs
 
 
@@ -68,10 +67,12 @@ PLAIN = BASELINES + CEILINGS
 
 
 def base_config(**fields: Any) -> TrainConfig:
-    """Return the configuration that the arms of an experiment share: DP-Adam, scored every step."""
-    return TrainConfig(
-        **{"delta": 1e-5, "eval_every": 1, "eval_examples": ALL, "generate": False, **fields}
-    )
+    """Return the configuration that the arms of an experiment share: DP-Adam, scored every step.
+
+    ``eval_examples`` should be the size of the validation split, or more, but not much more: the
+    loss on the members is computed on as many at the end of a run.
+    """
+    return TrainConfig(**{"delta": 1e-5, "eval_every": 1, "generate": False, **fields})
 
 
 def arm_config(

@@ -1,4 +1,4 @@
-"""Cost of a sweep of training runs, extrapolated from one measured step."""
+"""Cost of a sweep of training runs, extrapolated from a measured step."""
 
 from __future__ import annotations
 
@@ -14,44 +14,47 @@ import torch
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
 
-_EVALUATIONS = 3  # of a run of one step: before the step, after the step, and on the members
-
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured seconds of a run: until its first evaluation, per step, and per evaluation."""
+    """Measured seconds of a run: once per run, per step, and per evaluation."""
 
-    start: float
+    once: float
     step: float
     evaluation: float
 
     def hours(self, runs: int, steps: int) -> float:
         """Return the hours of ``runs`` runs in turn, with an evaluation after each step."""
-        return runs * (self.start + steps * (self.step + self.evaluation)) / 3600
+        return runs * (self.once + steps * (self.step + self.evaluation)) / 3600
 
 
 def measure_cost(config: TrainConfig, num_workers: int | None) -> Cost:
-    """Train one step in a temporary folder, with the threads that a worker of a sweep has.
+    """Train two steps in a temporary folder, with the threads that a worker of a sweep has.
 
-    The step is that of an otherwise idle machine; concurrent runs share its memory bandwidth, and
-    may be slower.
+    The second step is taken, since the first one also loads libraries. The time that is not spent
+    in steps is split by the number of examples that are evaluated. Concurrent runs share the
+    machine's memory bandwidth, and may be slower.
     """
-    began, started = time.perf_counter(), []
-    one = replace(config, steps=1, seed=0, holdout=0, generate=False)
+    began, seen = time.perf_counter(), []
+    two = replace(config, steps=2, eval_every=1, seed=0, holdout=0, generate=False)
     with tempfile.TemporaryDirectory() as folder, _threads(threads_of(num_workers)):
         result = train(
-            one,
+            two,
             folder,
             keep_model=False,
             show_progress=False,
-            on_start=lambda *_: started.append(time.perf_counter()),
+            on_start=lambda setup, _: seen.extend(
+                [time.perf_counter(), len(setup.task.validation), len(setup.rows)]
+            ),
         )
-    elapsed = time.perf_counter() - started[0]
-    return Cost(
-        start=started[0] - began,
-        step=result.seconds,
-        evaluation=max(0.0, elapsed - result.seconds) / _EVALUATIONS,
-    )
+    ended = time.perf_counter()
+    started, validation, members = seen
+    validation, members = (min(n, config.eval_examples) for n in (validation, members))
+    share = validation / (3 * validation + members)  # after each step, before both, and at the end
+    evaluation = share * (ended - started - result.seconds)
+    step = result.curve[2]["seconds"] - result.curve[1]["seconds"]
+    once = ended - began - result.seconds - 2 * evaluation
+    return Cost(once, step, evaluation)
 
 
 def workers_of(num_workers: int | None) -> int:

@@ -50,11 +50,14 @@ MNLI = Config(
         batch_size=1024,
         steps=21,
         train_layers=1,
+        eval_examples=10_000,
     ),
     arms=(*PLAIN, "denoise", "mean, optimal, zeroed", "DP-LoRA"),
 )
 E2E = Config(
-    base_config(model="tiny-llama", task="e2e", epsilon=8.0, batch_size=512, steps=24),
+    base_config(
+        model="tiny-llama", task="e2e", epsilon=8.0, batch_size=512, steps=24, eval_examples=5000
+    ),
     score="loss",
     tuning_holdout=300,
 )
