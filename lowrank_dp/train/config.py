@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class TrainConfig:
     """One run of (differentially private) fine-tuning.
 
-    Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` states the privacy. Every
-    field is an option of ``python -m lowrank_dp.train``; its help text documents both.
-    ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out of its
-    range and for values that exclude each other.
+    Exactly one of ``epsilon``, ``noise_multiplier``, ``non_private`` and ``noise_free`` states the
+    privacy. Every field is an option of ``python -m lowrank_dp.train``; its help text documents
+    both. ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out
+    of its range and for values that exclude each other.
     """
 
     model: str = option(
@@ -46,6 +46,11 @@ class TrainConfig:
         "--epsilon.",
     )
     non_private: bool = option(False, "Train without clipping, noise and privacy guarantee.")
+    noise_free: bool = option(
+        False,
+        "Sample and clip as a private run does, and add no noise: the ceiling of every method that "
+        "removes noise. There is no privacy guarantee, and the run is marked NON-PRIVATE.",
+    )
     max_grad_norm: float = option(
         1.0, "Clipping norm: the largest contribution of one unit of privacy to a step."
     )
@@ -212,6 +217,11 @@ class TrainConfig:
         if self.momentum_beta is not None:
             return exponential_average(self.momentum_beta)
         return LowPassFilter(b=self.filter_b, a=self.filter_a)
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether noise is added to the sums; without noise there is no privacy guarantee."""
+        return not (self.non_private or self.noise_free)
 
     @property
     def restoration(self) -> dict[str, Any]:

@@ -89,12 +89,13 @@ def _check_privacy(config: TrainConfig) -> None:
             ("epsilon", config.epsilon),
             ("noise_multiplier", config.noise_multiplier),
             ("non_private", config.non_private or None),
+            ("noise_free", config.noise_free or None),
         )
         if value is not None
     ]
     if len(given) != 1:
         raise ValueError(
-            "exactly one of epsilon, noise_multiplier and non_private must be "
+            "exactly one of epsilon, noise_multiplier, non_private and noise_free must be "
             f"given, got {' and '.join(given) or 'none of them'}"
         )
     if config.epsilon is not None:
@@ -106,10 +107,10 @@ def _check_privacy(config: TrainConfig) -> None:
     if config.delta is not None:
         _validate.real("delta", config.delta, low=0, high=1, low_open=True, high_open=True)
     _validate.real("max_grad_norm", config.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
-    if config.secure_rng and (config.seed is not None or config.non_private):
+    if config.secure_rng and (config.seed is not None or not config.adds_noise):
         raise ValueError(
             "secure_rng must go without a seed, which would make the noise "
-            "reproducible, and without non_private, which draws none"
+            "reproducible, and without non_private and noise_free, which draw none"
         )
 
 
@@ -124,7 +125,7 @@ def _check_restoration(config: TrainConfig) -> None:
             "diagnostic must go with a scheme that reads clean gradients "
             f"({', '.join(NON_PRIVATE_SCHEMES)}), got {config.scheme!r}"
         )
-    if config.non_private and config.scheme != "none":
+    if not config.adds_noise and config.scheme != "none":
         raise ValueError(
             f"scheme must be 'none' without noise, got {config.scheme!r}: there is "
             "nothing to restore"

@@ -141,7 +141,7 @@ def _steps(
     """
     config, layout, first_step = setup.config, setup.layout, state.step
     movement = guards.MovementCheck(setup.trained)
-    if not config.non_private and (folder is not None or layout.collective):
+    if config.adds_noise and (folder is not None or layout.collective):
         state.checks = StepChecks(setup, state.sampler, state.noise)
     sums_depend_on = digest_of_identity(setup)
     left = range(state.step, config.steps)
@@ -150,7 +150,7 @@ def _steps(
             folder.begin_release(
                 state.stream,
                 step,
-                *(() if config.non_private else (digest_of_draws(state), sums_depend_on)),
+                *((digest_of_draws(state), sums_depend_on) if config.adds_noise else ()),
             )
         take_step(setup, state)
 

@@ -91,6 +91,11 @@ class Setup:
         """State the privacy after ``releases`` releases, with all facts that weaken the claim."""
         if self.config.non_private:
             return "NON-PRIVATE: no clipping and no noise"
+        if self.config.noise_free:
+            return (
+                "NON-PRIVATE: sampled and clipped to max_grad_norm "
+                f"{self.mechanism.max_grad_norm:g} without noise, for diagnosis only"
+            )
         claim = self.mechanism.statement(releases, self.delta)
         if self.config.diagnostic:
             return (
@@ -130,7 +135,7 @@ class Setup:
 
     def epsilon(self, releases: int) -> float | None:
         """Return epsilon at ``delta`` after ``releases`` releases; None without a privacy claim."""
-        if self.config.non_private or self.config.diagnostic:
+        if self.config.diagnostic or not self.config.adds_noise:
             return None
         return self.mechanism.epsilon(releases, self.delta)
 
@@ -226,7 +231,7 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
     """Return the mechanism, calibrated if the configuration has a target epsilon, and delta."""
     sample_rate = config.batch_size / num_units
     delta = num_units**-1.1 if config.delta is None else config.delta
-    if delta >= 1 / num_units and not config.non_private:
+    if delta >= 1 / num_units and config.adds_noise:
         warnings.warn(
             f"delta {delta:g} is not below 1/N = {1 / num_units:.3g}: it allows "
             "publishing a whole record",
@@ -239,7 +244,7 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
     mechanism = GaussianMechanism(
         config.noise_multiplier or 0.0, config.max_grad_norm, sample_rate, config.unit
     )
-    if not config.non_private and math.isinf(mechanism.epsilon(config.steps, delta)):
+    if config.adds_noise and math.isinf(mechanism.epsilon(config.steps, delta)):
         raise ValueError(
             f"noise_multiplier {config.noise_multiplier:g} protects nothing, since "
             "epsilon is infinite: give a larger one, or non_private"

@@ -66,7 +66,7 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
         checks.clipped(sums, norms, clip, state.step)
 
     # 3. noise
-    clean, noisy = layout.add_noise(sums, None if config.non_private else mechanism, state.noise)
+    clean, noisy = layout.add_noise(sums, mechanism if config.adds_noise else None, state.noise)
     if checks:
         checks.noised(clean, noisy, state.noise, state.step)
 
