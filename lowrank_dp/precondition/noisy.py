@@ -1,5 +1,8 @@
 """Scales from a run's own noisy sums, refreshed every few steps: post-processing of releases.
 
+A preconditioner that is delayed, and so less noisy, is that of DP^2 (Li et al. 2023, arXiv
+2212.00309); here it acts before clipping in every step, and is factored.
+
 A row mean of n squared entries of a noisy sum holds noise of known mean and small variance, so the
 noise's share can be subtracted. The noisy sums are those of the stored weights; each is brought
 back to the metric of the full weights before it counts.
