@@ -115,11 +115,17 @@ class TrainConfig:
     )
     precondition_power: float = option(
         0.125,
-        "Power of the preconditioner: scales are second moments of rows and columns to minus this.",
+        "Power p of a preconditioner: the scale of a row or column is its second moment to -p.",
     )
-    precondition_rows: int = option(1500, "Expected number of public rows.")
-    precondition_steps: int = option(10, "Noise-free steps on public text for the moments.")
-    precondition_rate: float = option(1e-3, "Learning rate of Adam in the steps on public text.")
+    precondition_rows: int = option(
+        1500, "Expected number of rows of public text that give a preconditioner its moments."
+    )
+    precondition_steps: int = option(
+        10, "Noise-free steps on public text along which a preconditioner's moments are taken."
+    )
+    precondition_rate: float = option(
+        1e-3, "Learning rate of Adam in the noise-free steps on public text."
+    )
     precondition_every: int = option(
         5, "Steps between refreshments of a preconditioner from noisy sums."
     )

@@ -119,7 +119,7 @@ class Setup:
     def _diagnosis(self) -> str:
         if not SCHEMES[self.config.scheme].private:
             return f"scheme {self.config.scheme!r} reads clean gradients"
-        return f"the preconditioner reads clean gradients of {self.preconditioner}"
+        return f"the preconditioner reads clean gradients of {self.task.name}, the private task"
 
     @property
     def randomness(self) -> str:
