@@ -113,8 +113,31 @@ class TrainConfig:
     filter_a: tuple[float, ...] = option(
         (), "Coefficient on past outputs of the low-pass filter; may be repeated."
     )
+    precondition: str = option(
+        "none",
+        "Source of a rank-one preconditioner inside the mechanism: none; generated (text of this "
+        "package); noisy (the run's own noisy sums); or a public task, by name or path.",
+    )
+    precondition_power: float = option(
+        0.125,
+        "Power p of a preconditioner: the scale of a row or column is its second moment to -p.",
+    )
+    precondition_rows: int = option(
+        1500, "Expected number of rows of public text that give a preconditioner its moments."
+    )
+    precondition_steps: int = option(
+        10, "Noise-free steps on public text along which a preconditioner's moments are taken."
+    )
+    precondition_rate: float = option(
+        1e-3, "Learning rate of Adam in the noise-free steps on public text."
+    )
+    precondition_every: int = option(
+        5, "Steps between refreshments of a preconditioner from noisy sums."
+    )
     diagnostic: bool = option(
-        False, "Allow the oracle scheme, which reads clean gradients; marks the run NON-PRIVATE."
+        False,
+        "Allow the oracle scheme, which reads clean gradients, and a preconditioner from the "
+        "private task itself; marks the run NON-PRIVATE.",
     )
     rank: int = option(8, "Rank of LoRA's update.")
     lora_alpha: float | None = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dp import _validate
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
+PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
 PADDINGS = ("longest", "max-length")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
@@ -28,6 +30,7 @@ def check_config(config: TrainConfig) -> None:
     _check_choices_and_ranges(config)
     _check_privacy(config)
     _check_restoration(config)
+    _check_preconditioner(config)
 
 
 def _check_choices_and_ranges(config: TrainConfig) -> None:
@@ -54,6 +57,9 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         "num_beams",
         "max_new_tokens",
         "snapshot_every",
+        "precondition_rows",
+        "precondition_steps",
+        "precondition_every",
     ):
         _validate.integer(
             name,
@@ -120,10 +126,15 @@ def _check_restoration(config: TrainConfig) -> None:
             f"scheme {config.scheme!r} reads clean gradients, so the run would not "
             "be private: choose another, or mark the run with diagnostic"
         )
-    if config.diagnostic and config.scheme not in NON_PRIVATE_SCHEMES:
+    if (
+        config.diagnostic
+        and config.scheme not in NON_PRIVATE_SCHEMES
+        and not _preconditioned_by_own_task(config)
+    ):
         raise ValueError(
             "diagnostic must go with a scheme that reads clean gradients "
-            f"({', '.join(NON_PRIVATE_SCHEMES)}), got {config.scheme!r}"
+            f"({', '.join(NON_PRIVATE_SCHEMES)}) or a preconditioner from the private task, got "
+            f"{config.scheme!r}"
         )
     if not config.adds_noise and config.scheme != "none":
         raise ValueError(
@@ -158,3 +169,43 @@ def _check_restoration(config: TrainConfig) -> None:
         raise ValueError(
             f"beta1 must be 0 or left out beside a running mean of gradients, got {config.beta1:g}"
         )
+
+
+def _check_preconditioner(config: TrainConfig) -> None:
+    _validate.real("precondition_power", config.precondition_power, low=0, high=0.5)
+    _validate.positive("precondition_rate", config.precondition_rate)
+    if config.precondition == "noisy":
+        if config.shard or config.low_pass is not None:
+            raise ValueError(
+                "precondition 'noisy' must go without shard and without a running mean of "
+                "gradients, whose noise would differ from entry to entry after a refreshment"
+            )
+        if config.optimizer not in ("sgd", "adam", "adamw"):
+            raise ValueError(
+                "precondition 'noisy' must go with optimizer sgd, adam or adamw, whose momentum "
+                f"can be expressed in a new metric, got {config.optimizer!r}"
+            )
+    elif config.precondition not in PRECONDITIONERS:
+        from lowrank_dp.data.tasks import TASKS, known_name
+
+        if not known_name(config.precondition) and not Path(config.precondition).exists():
+            _validate.choice(
+                "precondition", config.precondition, dict.fromkeys((*PRECONDITIONERS, *TASKS))
+            )
+        if _preconditioned_by_own_task(config) and not config.diagnostic:
+            raise ValueError(
+                f"precondition must name a public task, got the private one ({config.task}): "
+                "choose another, or mark the run with diagnostic"
+            )
+
+
+def _preconditioned_by_own_task(config: TrainConfig) -> bool:
+    """Tell whether the preconditioner's moments come from the private task."""
+    if config.precondition in PRECONDITIONERS:
+        return False
+    from lowrank_dp.data.tasks import known_name
+
+    known = known_name(config.precondition)
+    if known or known_name(config.task):
+        return known == known_name(config.task)
+    return Path(config.precondition).resolve() == Path(config.task).resolve()

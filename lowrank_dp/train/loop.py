@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_dp import artifacts, evaluation
 from lowrank_dp._terminal import Interrupted, deferred_signals, progress
 from lowrank_dp.artifacts import runs
+from lowrank_dp.models.scaled import full_weights
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train import guards, processes
 from lowrank_dp.train.checks import StepChecks
@@ -286,8 +287,8 @@ def _loss_on_members(setup: Setup) -> float:
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the model's state dict as a single process would hold it."""
-    return setup.layout.full_tensors(setup.model.state_dict())
+    """Return the model's state dict as a single process would hold it, without scales."""
+    return full_weights(setup.model, setup.layout.full_tensors(setup.model.state_dict()))
 
 
 @contextmanager

@@ -18,9 +18,11 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
+from lowrank_dp.train.preconditioning import add_preconditioner
 from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.public_rows import require_independent_rows
 from lowrank_dp.train.records import check_room, select_units, token_limit
@@ -48,6 +50,7 @@ class Setup:
         data_fingerprint: SHA-256 of the records that are trained on.
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
         layout: placement of the tensors on the processes that share the run.
+        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
     """
 
     config: TrainConfig
@@ -69,6 +72,7 @@ class Setup:
     data_fingerprint: str
     digests: dict[str, str]
     layout: Layout
+    preconditioner: str = ""
 
     @property
     def pad_to(self) -> int | None:
@@ -98,10 +102,9 @@ class Setup:
             )
         claim = self.mechanism.statement(releases, self.delta)
         if self.config.diagnostic:
-            return (
-                f"NON-PRIVATE: scheme {self.config.scheme!r} reads clean gradients, for "
-                "diagnosis only"
-            )
+            return f"NON-PRIVATE: {self._diagnosis}, for diagnosis only"
+        if self.preconditioner:
+            claim += f"; preconditioner from {self.preconditioner}"
         claim += f"; the number of {self.config.unit}s ({sum(self.members):,}) is public"
         if self.config.membership == "half":
             claim += (
@@ -116,6 +119,12 @@ class Setup:
                 "publishing a whole record"
             )
         return f"{claim}; {self.randomness}"
+
+    @property
+    def _diagnosis(self) -> str:
+        if not SCHEMES[self.config.scheme].private:
+            return f"scheme {self.config.scheme!r} reads clean gradients"
+        return f"the preconditioner reads clean gradients of {self.task.name}, the private task"
 
     @property
     def randomness(self) -> str:
@@ -180,6 +189,11 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     equalise(model)
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
+    preconditioner = ""
+    if config.precondition != "none":
+        preconditioner = add_preconditioner(model, tokenizer, task, max_length, config)
+        equalise(model)  # public sums may round differently on different ranks
+        require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
     if task.warning:  # after all checks, so that an error is one line
         warnings.warn(task.warning, stacklevel=2)
@@ -207,6 +221,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         data_fingerprint=fingerprint(examples),
         digests=identity,
         layout=Sharded(trained) if config.shard else Replicated(),
+        preconditioner=preconditioner,
     )
 
 
