@@ -38,6 +38,7 @@ def evaluate(
     num_beams: int = 1,
     max_new_tokens: int = 64,
     seed: int = 0,
+    encoded: tuple[Sequence[Example], Sequence[Row]] | None = None,
     add_inputs: Callable[[Sequence[Row], Batch], Batch] | None = None,
 ) -> dict[str, float]:
     """Compute the loss and the metrics of ``model`` on one split of ``task``, by name.
@@ -62,6 +63,8 @@ def evaluate(
         num_beams: number of beams; 1 decodes greedily.
         max_new_tokens: longest generated text, in tokens.
         seed: random seed of the subset.
+        encoded: result of :func:`evaluated_rows` for the same arguments, which a caller that
+            evaluates often keeps.
         add_inputs: called with the encoded rows of a batch and the batch; returns the batch that
             the model is given. None gives the batch as it is. Text generation does not call it.
 
@@ -86,8 +89,9 @@ def evaluate(
     """
     if generate and task.kind != "generation":
         raise ValueError(f"generate must be False for {task.name}, a {task.kind} task, got True")
-    examples = evaluated_examples(task, split, max_examples, seed)
-    rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+    examples, rows = encoded or evaluated_rows(
+        tokenizer, task, split, max_length=max_length, max_examples=max_examples, seed=seed
+    )
     text_scores: dict[str, float] = {}
     if generate:
         groups = _groups(examples)
@@ -116,12 +120,18 @@ def evaluate(
     return scores | label_metrics(task.metrics, logits, [e.label for e in examples])
 
 
-def evaluated_examples(
-    task: Task, split: str, max_examples: int | None, seed: int = 0
-) -> Sequence[Example]:
-    """Return the examples that :func:`evaluate` reads: a split, or a random subset of groups.
+def evaluated_rows(
+    tokenizer: Any,
+    task: Task,
+    split: str = "validation",
+    *,
+    max_length: int | None = None,
+    max_examples: int | None = None,
+    seed: int = 0,
+) -> tuple[Sequence[Example], Sequence[Row]]:
+    """Return the examples that :func:`evaluate` reads with these arguments, and their rows.
 
-    Raises ValueError for an empty split.
+    Raises ValueError for an empty split, and as ``data.encode`` does.
     """
     examples = task.split(split)
     if not examples:
@@ -129,9 +139,10 @@ def evaluated_examples(
             f"{task.name} must have examples in its {split} split, got none: choose "
             "another split, or keep more examples"
         )
-    if max_examples is None:
-        return examples
-    return subset(examples, _validate.integer("max_examples", max_examples), f"{seed}/{split}")
+    if max_examples is not None:
+        count = _validate.integer("max_examples", max_examples)
+        examples = subset(examples, count, f"{seed}/{split}")
+    return examples, encode(examples, tokenizer, kind=task.kind, max_length=max_length)
 
 
 def _added(

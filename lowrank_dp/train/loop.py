@@ -218,6 +218,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) 
         generate=generate and setup.task.kind == "generation",
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
+        encoded=setup.evaluated if split == "validation" else None,
         add_inputs=setup.prefix.for_evaluation,
     )
 

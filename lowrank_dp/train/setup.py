@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp.data import Example, Task, encode, micro_batches
-from lowrank_dp.evaluation.models import evaluated_examples
+from lowrank_dp.evaluation.models import evaluated_rows
 from lowrank_dp.grads import Batch
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
@@ -56,6 +56,7 @@ class Setup:
         data_fingerprint: SHA-256 of the records that are trained on.
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
         layout: placement of the tensors on the processes that share the run.
+        evaluated: examples of the evaluations on the validation split, and their encoded rows.
         prefix: cached outputs of the frozen blocks.
     """
 
@@ -78,6 +79,7 @@ class Setup:
     data_fingerprint: str
     digests: dict[str, str]
     layout: Layout
+    evaluated: tuple[Sequence[Example], Sequence[Mapping[str, Any]]]
     prefix: PrefixCache
 
     @property
@@ -192,7 +194,10 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
-    cache = _open_cache(model, tokenizer, task, rows, max_length, config, request)
+    evaluated = evaluated_rows(
+        tokenizer, task, max_length=max_length, max_examples=config.eval_examples
+    )
+    cache = _open_cache(model, tokenizer, task, rows, evaluated[1], max_length, config, request)
     if cache.digest:
         identity["prefix"] = cache.digest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -217,6 +222,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         data_fingerprint=fingerprint(examples),
         digests=identity,
         layout=Sharded(trained) if config.shard else Replicated(),
+        evaluated=evaluated,
         prefix=cache,
     )
 
@@ -226,6 +232,7 @@ def _open_cache(
     tokenizer: Any,
     task: Task,
     rows: list[dict[str, Any]],
+    evaluated: Sequence[Mapping[str, Any]],
     max_length: int | None,
     config: TrainConfig,
     request: CacheRequest,
@@ -233,13 +240,12 @@ def _open_cache(
     """Open the cache of the frozen blocks' outputs, if the configuration names one."""
     if not cache_wanted(config):
         return PrefixCache()
-    evaluated = evaluated_examples(task, "validation", config.eval_examples)
     return open_cache(
         model,
         config,
         request,
         training=rows,
-        evaluation=encode(evaluated, tokenizer, kind=task.kind, max_length=max_length),
+        evaluation=evaluated,
         public=public_batches(tokenizer, task, max_length, config.padding),
         pad_token_id=tokenizer.pad_token_id,
         pad_to=max_length if config.padding == "max-length" else None,
