@@ -128,6 +128,10 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached ({reason})")
     try:
         prefix = FrozenPrefix(model)
+    except ValueError as error:  # a sweep asks for every run, whether or not blocks are frozen
+        asked = request.shared_by is None
+        return PrefixCache(f"frozen blocks not cached ({first_line(error)})" if asked else "")
+    try:
         with _evaluating(model):
             _install(model, prefix, public, config)
     except torch.OutOfMemoryError:
