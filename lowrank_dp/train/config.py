@@ -13,10 +13,20 @@ from lowrank_dp.data.own import own_column
 from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models.names import METHODS
 from lowrank_dp.restore.names import SCHEME_NAMES
-from lowrank_dp.train.config_checks import OPTIMIZERS, PADDINGS, PRECISIONS, SCHEDULES, check_config
+from lowrank_dp.train.config_checks import (
+    OPTIMIZERS,
+    PADDINGS,
+    PRECISIONS,
+    PREFIX_DTYPES,
+    SCHEDULES,
+    check_config,
+)
 
 if TYPE_CHECKING:
     from lowrank_dp.restore import LowPassFilter
+
+# fields that name a place or a bound of this machine; runs that differ only here are equal
+INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
 
 
 @dataclass(frozen=True)
@@ -226,6 +236,22 @@ class TrainConfig:
         "Under torchrun: split weights, optimizer state and sums over the processes (FSDP2).",
     )
     device: str = option("cpu", "Device of the trained parameters: cpu, cuda or cuda:N.")
+    prefix_cache: str = option(
+        "",
+        "Folder of a cache of what the frozen blocks below the first trained block make of each "
+        "row, so that steps and evaluations run the trained blocks only; runs may share the "
+        "folder. The cache is as sensitive as the records, and only its owner can read it. "
+        "Default: no cache; a sweep uses a folder beside its runs, unless the value is off.",
+    )
+    prefix_dtype: str = option(
+        "float32",
+        "Type of the numbers in the cache; bf16 halves its size and rounds the trained blocks' "
+        "inputs.",
+        choices=PREFIX_DTYPES,
+    )
+    prefix_gigabytes: float = option(
+        20.0, "Largest size of the cache; a run whose rows do not fit goes on without it."
+    )
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -262,6 +288,10 @@ class TrainConfig:
         """Return the configuration as JSON types."""
         return to_jsonable(self)
 
+    def recipe(self) -> dict[str, Any]:
+        """Return :meth:`as_json` without the fields of ``INCIDENTAL``, as a run's identity."""
+        return {name: v for name, v in self.as_json().items() if name not in INCIDENTAL}
+
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
         """Read a result of :meth:`as_json`; raise ``ValueError`` for unknown fields or types."""
@@ -272,8 +302,8 @@ class TrainConfig:
         return from_jsonable("configuration", dict(document), cls)
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """List ``field: here / there`` for each field that differs from ``other``."""
-        mine, theirs = self.as_json(), other.as_json()
+        """List ``field: here / there`` for each field of the recipe that differs."""
+        mine, theirs = self.recipe(), other.recipe()
         return [
             f"{name}: {mine[name]!r} / {theirs[name]!r}"
             for name in mine

@@ -19,6 +19,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
 PADDINGS = ("longest", "max-length")
+PREFIX_DTYPES = ("float32", "bf16")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
 _MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
@@ -45,6 +46,7 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         ("membership", MEMBERSHIPS),
         ("precision", PRECISIONS),
         ("padding", PADDINGS),
+        ("prefix_dtype", PREFIX_DTYPES),
     ):
         _validate.choice(name, getattr(config, name), options)
     for name in (
@@ -80,6 +82,7 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", config.device):
         _validate.fail("device", "cpu, cuda or cuda:N", config.device)
     _validate.positive("learning_rate", config.learning_rate)
+    _validate.positive("prefix_gigabytes", config.prefix_gigabytes)
     _validate.real("weight_decay", config.weight_decay, low=0, high=_MOST_REAL)
     if config.beta1 is not None:
         _validate.real("beta1", config.beta1, low=0, high=1, high_open=True)

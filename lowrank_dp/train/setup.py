@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp.data import Example, Task, encode, micro_batches
+from lowrank_dp.evaluation.models import evaluated_rows
 from lowrank_dp.grads import Batch
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
@@ -23,8 +24,15 @@ from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
 from lowrank_dp.train.preconditioning import add_preconditioner
+from lowrank_dp.train.prefix import (
+    DEFAULT_REQUEST,
+    CacheRequest,
+    PrefixCache,
+    cache_wanted,
+    open_cache,
+)
 from lowrank_dp.train.processes import world_size
-from lowrank_dp.train.public_rows import require_independent_rows
+from lowrank_dp.train.public_rows import public_batches, require_independent_rows
 from lowrank_dp.train.records import check_room, select_units, token_limit
 
 
@@ -51,6 +59,8 @@ class Setup:
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
         layout: placement of the tensors on the processes that share the run.
         preconditioner: source of the preconditioner's moments, in words; "" if there is none.
+        evaluated: examples of the evaluations on the validation split, and their encoded rows.
+        prefix: cached outputs of the frozen blocks.
     """
 
     config: TrainConfig
@@ -72,6 +82,8 @@ class Setup:
     data_fingerprint: str
     digests: dict[str, str]
     layout: Layout
+    evaluated: tuple[Sequence[Example], Sequence[Mapping[str, Any]]]
+    prefix: PrefixCache
     preconditioner: str = ""
 
     @property
@@ -84,11 +96,12 @@ class Setup:
         """The model, the data and the processes, in words."""
         how = ", which share the model" if self.config.shard else ""
         several = f", by {world_size()} processes{how}" if world_size() > 1 else ""
+        cached = f"; {self.prefix.note}" if self.prefix.note else ""
         padded = f", each padded to {self.pad_to} tokens" if self.pad_to else ""
         return (
             f"{describe(self.model)}; {self.task.name} from {self.task.source}, "
             f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on"
-            f"{padded}{several}"
+            f"{padded}{several}{cached}"
         )
 
     def statement(self, releases: int) -> str:
@@ -151,22 +164,23 @@ class Setup:
     def batches(self, chosen: Sequence[int]) -> Iterator[Batch]:
         """Yield micro-batches of the chosen ``rows``, on the device; no batch for no row."""
         rows = [self.rows[row] for row in chosen]
-        for _, batch in micro_batches(
+        for indices, batch in micro_batches(
             rows,
             self.config.micro_batch_size,
             self.tokenizer.pad_token_id,
             length=self.pad_to,
             device=self.config.device,
         ):
-            yield batch
+            yield self.prefix.for_training([rows[i] for i in indices], batch)
 
 
-def prepare(config: TrainConfig, seed: int) -> Setup:
+def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQUEST) -> Setup:
     """Load the data and the model, and make the mechanism and the optimizer.
 
     Args:
         config: configuration of the run.
         seed: ``config.seed``, or the number that was drawn in its place.
+        request: use of the cache of the frozen blocks' outputs.
 
     Raises:
         ValueError: if the run can't be made; the message is one line.
@@ -199,6 +213,12 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
+    evaluated = evaluated_rows(
+        tokenizer, task, max_length=max_length, max_examples=config.eval_examples
+    )
+    cache = _open_cache(model, tokenizer, task, rows, evaluated[1], max_length, config, request)
+    if cache.digest:
+        identity["prefix"] = cache.digest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(config, list(trained.values()))
     return Setup(
@@ -222,6 +242,33 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         digests=identity,
         layout=Sharded(trained) if config.shard else Replicated(),
         preconditioner=preconditioner,
+        evaluated=evaluated,
+        prefix=cache,
+    )
+
+
+def _open_cache(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: list[dict[str, Any]],
+    evaluated: Sequence[Mapping[str, Any]],
+    max_length: int | None,
+    config: TrainConfig,
+    request: CacheRequest,
+) -> PrefixCache:
+    """Open the cache of the frozen blocks' outputs, if the configuration names one."""
+    if not cache_wanted(config):
+        return PrefixCache()
+    return open_cache(
+        model,
+        config,
+        request,
+        training=rows,
+        evaluation=evaluated,
+        public=public_batches(tokenizer, task, max_length, config.padding),
+        pad_token_id=tokenizer.pad_token_id,
+        pad_to=max_length if config.padding == "max-length" else None,
     )
 
 
