@@ -189,7 +189,9 @@ def test_values_are_those_of_the_formula():
 
 def test_the_light_names_are_those_of_the_schemes():
     assert light.SCHEME_NAMES == tuple(SCHEMES)
-    assert light.EDGE_SCHEMES == EDGE_SCHEMES == (*"hard soft optimal denoise partial polar".split(),)
+    assert (
+        light.EDGE_SCHEMES == EDGE_SCHEMES == (*"hard soft optimal denoise partial polar".split(),)
+    )
     assert light.NON_PRIVATE_SCHEMES == NON_PRIVATE_SCHEMES == ("oracle",)
     for name, scheme in SCHEMES.items():
         assert scheme.new_values.__name__ == name

@@ -1,8 +1,8 @@
 """Restoration of the singular values of a noisy gradient: post-processing, at no cost in privacy.
 
-:func:`restore` applies a scheme of :mod:`lowrank_dp.restore.schemes` to a matrix.
-:class:`LowPassFilter` keeps a running mean of noisy gradients, whose noise is smaller and known;
-:class:`GradientRestorer` restores all gradients of a model, or their running means, step by step."""
+:func:`restore` applies a scheme to a matrix, :class:`LowPassFilter` keeps a running mean, and
+:class:`GradientRestorer` restores all gradients or running means of a model, step by step.
+"""
 
 from typing import TYPE_CHECKING
 

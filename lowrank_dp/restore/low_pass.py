@@ -34,7 +34,7 @@ class LowPassFilter:
         noise_stds: (t,) standard deviation of the noise on an entry of each input, absolute.
 
     Raises:
-        ValueError: on a coefficient that is not a finite number, or if the sum of ``b`` is zero; and
+        ValueError: on a coefficient that is not a finite number, or if the sum of ``b`` is zero;
             on a steady start of a filter without a steady state (``1 + sum(a)`` is zero).
 
     >>> state = exponential_average(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
@@ -95,7 +95,7 @@ class LowPassFilter:
         )
 
     def _steady(self, noisy: Tensor, noise_std: float) -> LowPassFilter:
-        """Return the filter after ``noisy``, with the past that a constant ``noisy`` would leave."""
+        """Return the filter after ``noisy``, with the past that a constant input would leave."""
         gain, keep = sum(self.b) / (1 + sum(self.a)), max(len(self.a), 1)
         return replace(
             self,

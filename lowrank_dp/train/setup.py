@@ -21,6 +21,7 @@ from lowrank_dp.models.heads import head_state
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
+from lowrank_dp.train.optimizers import make_optimizer
 from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.public_rows import require_independent_rows
 from lowrank_dp.train.records import check_room, select_units, token_limit
@@ -181,7 +182,7 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     if config.shard:
         shard(model, config.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(config, list(trained.values()))
+    optimizer = make_optimizer(config, model, trained)
     return Setup(
         config=config,
         task=task,
@@ -245,15 +246,6 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
             "epsilon is infinite: give a larger one, or non_private"
         )
     return mechanism, delta
-
-
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of the parameters."""
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=config.averaging, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(parameters, lr=rate, betas=(config.averaging, 0.999), weight_decay=decay)
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
