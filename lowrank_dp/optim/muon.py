@@ -77,8 +77,16 @@ class Muon(torch.optim.Optimizer):
             std = _validate.real(NOISE_LEVEL, mean_noise_std, low=0)
             self._inner.append(_BiasCorrected(matrices, **shared, momentum=momentum, std=std))
         elif matrices:
-            kind = {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
-            self._inner.append(torch.optim.Muon(matrices, **shared, momentum=momentum, **kind))
+            self._inner.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=lr,
+                    weight_decay=weight_decay,
+                    momentum=momentum,
+                    nesterov=False,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
         if others or not matrices:
             self._inner.append(torch.optim.AdamW(others, **shared, betas=(momentum, beta2)))
         super().__init__([group for inner in self._inner for group in inner.param_groups], {})
