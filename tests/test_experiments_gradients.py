@@ -332,7 +332,7 @@ TRIALS = {
         "eval_examples": 30,
         "batch_size": 64,
         "generate": False,
-        "arms": ("DP-SGD", "momentum + optimal, zeroed"),
+        "arms": ("DP-Adam", "momentum + optimal, zeroed"),
         "learning_rates": (1e-2,),
         "max_examples": 200,
         "tuning_holdout": 40,

@@ -23,6 +23,7 @@ from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
+from lowrank_dp.train.optimizers import make_optimizer
 from lowrank_dp.train.preconditioning import add_preconditioner
 from lowrank_dp.train.prefix import (
     DEFAULT_REQUEST,
@@ -220,7 +221,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     if cache.digest:
         identity["prefix"] = cache.digest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(config, list(trained.values()))
+    optimizer = make_optimizer(config, model, trained)
     return Setup(
         config=config,
         task=task,
@@ -312,15 +313,6 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
             "epsilon is infinite: give a larger one, or non_private"
         )
     return mechanism, delta
-
-
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of the parameters."""
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=config.averaging, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(parameters, lr=rate, betas=(config.averaging, 0.999), weight_decay=decay)
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
