@@ -36,6 +36,7 @@ ORDER = (
     "evaluation",
     "membership",
     "train",
+    "plan",
     "engines",
     "sweep",
     "mia",

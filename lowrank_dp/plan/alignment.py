@@ -108,9 +108,7 @@ def scheme_products(
     ``scheme`` and ``options`` are those of :func:`lowrank_dp.restore.restored_values`, which raises
     the errors. The products are absolute; those of several layers add up.
     """
-    new = restored_values(
-        spectrum.values, spectrum.shape, spectrum.noise_std, scheme, **options
-    )
+    new = restored_values(spectrum.values, spectrum.shape, spectrum.noise_std, scheme, **options)
     return float(new.square().sum()), float(new @ spectrum.weights), spectrum.clean_norm**2
 
 

@@ -89,9 +89,7 @@ def step_gain(
     noise_std = _validate.real("noise_std", noise_std, low=0)
     probes = _validate.integer("probes", probes)
     generator = torch.Generator().manual_seed(seed)
-    signs = [
-        {name: _signs(d, generator) for name, d in direction.items()} for _ in range(probes)
-    ]
+    signs = [{name: _signs(d, generator) for name, d in direction.items()} for _ in range(probes)]
     slope, (curvature, *traces) = slope_and_curvatures(model, batches, kind, [direction, *signs])
     return StepGain(slope, curvature, sum(traces) / probes, noise_std)
 
@@ -139,8 +137,11 @@ def _logit_changes(
         )
         changes = [
             torch.autograd.grad(
-                pulled, u, [d[name].to(p.dtype) for name, p in zip(d, parameters, strict=True)],
-                retain_graph=True, materialize_grads=True,
+                pulled,
+                u,
+                [d[name].to(p.dtype) for name, p in zip(d, parameters, strict=True)],
+                retain_graph=True,
+                materialize_grads=True,
             )[0]
             for d in directions
         ]

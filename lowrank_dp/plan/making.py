@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dp import _validate
-from lowrank_dp._options import option
 from lowrank_dp._terminal import progress
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE, GaussianMechanism
 from lowrank_dp.plan.alignment import (
@@ -21,6 +19,7 @@ from lowrank_dp.plan.alignment import (
 )
 from lowrank_dp.plan.curvature import StepGain, step_gain
 from lowrank_dp.plan.public_text import PublicText, load_public_text
+from lowrank_dp.plan.request import Measurement
 from lowrank_dp.plan.trials import Gap, measure_gap
 from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES
 from lowrank_dp.spectrum.random_matrix import bulk_edge
@@ -42,39 +41,6 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CURVATURE_ROWS = 128  # public rows of the curvature
 _PART = 128  # rows per update of the progress bar
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a plan measures, beside the configuration of the run. Raises ValueError if out of range.
-
-    ``public`` and ``own_records`` exclude each other.
-    """
-
-    public: str = option(
-        "",
-        "Public text whose gradients stand in for those of the task: a task name or own data, with "
-        "the column names of --task. Default: generated text of the same kind.",
-    )
-    own_records: bool = option(
-        False, "Measure the task's own records in place of public text; marks the plan NON-PRIVATE."
-    )
-    public_rows: int = option(
-        1024, "Largest number of rows of the gradient sum; a larger batch is extrapolated."
-    )
-    trial_steps: int = option(
-        16,
-        "Steps of the short trainings on public text that predict the gap in steps; 0 leaves them "
-        "out.",
-    )
-    trial_rows: int = option(64, "Rows per step of the short trainings.")
-
-    def __post_init__(self) -> None:
-        _validate.integer("public_rows", self.public_rows)
-        _validate.integer("trial_steps", self.trial_steps, low=0)
-        _validate.integer("trial_rows", self.trial_rows)
-        if self.public and self.own_records:
-            raise ValueError("public must be left out beside own_records, got both")
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lowrank_dp._terminal import progress
 from lowrank_dp.data import TASKS, Columns, Task, encode, load_task, micro_batches
 from lowrank_dp.grads import Batch
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import describe, load_model, matrix_parameters
+from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.records import token_limit
 
-MAX_ROWS = 4096  # rows that are encoded, drawn at random
+MAX_ROWS = 1024  # rows that are encoded, drawn at random
+MAX_STATES = 2 << 30  # bytes of the outputs of frozen blocks that are kept
+AGREEMENT = 1e-3  # largest difference of the loss with kept outputs, in nats
 GENERATED = {"generation": "generated-table"}  # generated task of a kind; any other: "generated"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PublicText:
-    """A model, and rows of text that it may be measured on; the weights are mutable.
+    """A model, and rows of text that it may be measured on.
+
+    The object is mutable: measurements train the model, and the outputs of frozen blocks below the
+    trained ones are computed once per row and kept in ``states``.
 
     Attributes:
         model: the model, in eval mode, with a head for the text.
@@ -34,6 +41,8 @@ class PublicText:
         micro_batch_size: rows in memory at a time.
         device: device of the model.
         description: model and text in words.
+        prefix: the frozen blocks, installed, or None to run the whole model each time.
+        states: output of the frozen blocks, (tokens, d), by the position of the row.
     """
 
     model: Any
@@ -44,6 +53,8 @@ class PublicText:
     micro_batch_size: int
     device: str
     description: str
+    prefix: FrozenPrefix | None = None
+    states: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -53,9 +64,11 @@ class PublicText:
     def batches(self, chosen: Sequence[int]) -> Iterator[Batch]:
         """Yield micro-batches of the rows at the positions ``chosen``."""
         rows = [self.rows[i] for i in chosen]
-        for _, batch in micro_batches(
+        for places, batch in micro_batches(
             rows, self.micro_batch_size, self.pad_token_id, device=self.device
         ):
+            if self.prefix is not None:
+                batch[STATES] = self._states(self.prefix, [chosen[i] for i in places], batch)
             yield batch
 
     def clipped_sum(self, chosen: Sequence[int], max_grad_norm: float) -> dict[str, Tensor]:
@@ -65,13 +78,36 @@ class PublicText:
         )
         return sums
 
-    @torch.no_grad()
-    def loss(self, chosen: Sequence[int]) -> float:
-        """Return the mean over the rows ``chosen`` of the model's mean loss per batch, in nats."""
-        total = 0.0
-        for batch in self.batches(chosen):
-            total += float(self.model(**batch).loss) * len(batch["input_ids"])
-        return total / len(chosen)
+    def keep_states(self) -> None:
+        """Keep the outputs of the frozen blocks, if there are any and the model allows it."""
+        tokens = sum(len(row["input_ids"]) for row in self.rows)
+        width = getattr(self.model.config, "hidden_size", 0)
+        if not width or tokens * width * 4 > MAX_STATES:
+            return
+        with contextlib.suppress(ValueError):
+            prefix = FrozenPrefix(self.model)
+            first = range(min(8, len(self.rows)))
+            whole = [float(self.model(**batch).loss.detach()) for batch in self.batches(first)]
+            prefix.run(next(iter(self.batches(first))))
+            prefix.install()
+            self.prefix = prefix
+            kept = [float(self.model(**batch).loss.detach()) for batch in self.batches(first)]
+            if max(abs(a - b) for a, b in zip(whole, kept, strict=True)) > AGREEMENT:
+                prefix.remove()
+                self.prefix = None
+
+    def _states(self, prefix: FrozenPrefix, chosen: Sequence[int], batch: Batch) -> Tensor:
+        """Return the outputs of the frozen blocks for the rows of a batch, padded with zeros."""
+        if any(i not in self.states for i in chosen):
+            for i, output in zip(chosen, prefix.run(batch), strict=True):
+                self.states[i] = output[: len(self.rows[i]["input_ids"])].clone()
+        length = batch["input_ids"].shape[1]
+        return torch.stack(
+            [
+                functional.pad(self.states[i], (0, 0, 0, length - len(self.states[i])))
+                for i in chosen
+            ]
+        )
 
 
 def load_public_text(
@@ -125,7 +161,7 @@ def load_public_text(
     matrices = matrix_parameters(model)
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trained matrix, got none")
-    return PublicText(
+    found = PublicText(
         model,
         text.kind,
         rows,
@@ -135,3 +171,5 @@ def load_public_text(
         config.device,
         f"{describe(model)}; gradients of {text.name} from {text.source}",
     )
+    found.keep_states()
+    return found
