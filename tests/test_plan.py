@@ -18,7 +18,7 @@ from lowrank_dp.plan.request import Measurement
 from lowrank_dp.plan.trials import best_rate, steps_ratio
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig
-from tests.refusals import assert_refused
+from tests.oracles import assert_refused
 from tests.tasks import case, run_main, seeded
 
 RUN = {
