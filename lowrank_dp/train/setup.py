@@ -200,7 +200,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     positions = iter(range(len(rows)))
     if task.kind == "generation" and config.generate:
         check_room(config, task, tokenizer, max_length)
-    mechanism, delta = _mechanism(config, len(trained_on))
+    mechanism, delta = make_mechanism(config, len(trained_on))
     equalise(model)
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
@@ -290,7 +290,7 @@ def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
     )
 
 
-def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
+def make_mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
     """Return the mechanism, calibrated if the configuration has a target epsilon, and delta."""
     sample_rate = config.batch_size / num_units
     delta = num_units**-1.1 if config.delta is None else config.delta
