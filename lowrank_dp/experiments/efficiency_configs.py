@@ -8,43 +8,20 @@ from typing import Any
 from lowrank_dp.train import TrainConfig
 
 _MEAN = {"momentum_beta": 0.9}
-_ZEROED = {"below": "zero", "skip_zeros": True}
+_ZEROED = {"below": "zero"}
 _OPTIMAL = {"scheme": "optimal"}
-_POWER_LAW = {"target": "power-law"}
 
 # arm -> fields that differ from the base configuration, whose optimizer is Adam
 ARMS: dict[str, dict[str, Any]] = {
     "DP-Adam": {},
-    "DP-SGD": {"optimizer": "sgd", "beta1": 0.9},
-    "DP-AdamBC": {"optimizer": "adam-bc"},
-    "DiSK": {"disk_kappa": 0.7},
-    # a filter of the authors' public code; the table of coefficients of their paper was not found
-    "DOPPLER": {"filter_b": (0.15, -0.05), "filter_a": (-0.9,)},
-    "DP-Muon": {"optimizer": "muon"},
-    "DP-MuonBC": {"optimizer": "muon-bc"},
-    # arXiv 2510.01137: version 1, and version 3 at two shares
     "denoise": {"scheme": "denoise"},
-    "partial, 0.5": {"scheme": "partial", "scheme_options": {"alpha": 0.5}},
-    "partial, 0.9": {"scheme": "partial", "scheme_options": {"alpha": 0.9}},
-    "partial, power law, 0.5": {
-        "scheme": "partial",
-        "scheme_options": {"alpha": 0.5, **_POWER_LAW},
-    },
-    "partial, power law, 0.9": {
-        "scheme": "partial",
-        "scheme_options": {"alpha": 0.9, **_POWER_LAW},
-    },
-    "optimal": _OPTIMAL,
     "optimal, zeroed": {**_OPTIMAL, **_ZEROED},
-    "momentum + denoise": {"scheme": "denoise", **_MEAN},
+    # DOPPLER's kind: one pole at 0.9, a zero at the highest frequency, no restoration
+    "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},
     "momentum + optimal": {**_OPTIMAL, **_MEAN},
     "momentum + optimal, zeroed": {**_OPTIMAL, **_ZEROED, **_MEAN},
-    # Muon on what is restored: SGD, since the scheme sets the size of a matrix's step
-    "momentum + polar, zeroed": {"scheme": "polar", **_ZEROED, **_MEAN, "optimizer": "sgd"},
-    # DOPPLER's kind: one pole at 0.9, a zero at the highest frequency
-    "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},
     "DP-LoRA": {"method": "lora"},
-    "DP-LoRA, frozen A": {"method": "lora-frozen-a"},  # FFA-LoRA
+    "DP-LoRA, frozen A": {"method": "lora-frozen-a"},
     "DP-LoRA, momentum + optimal, zeroed": {"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN},
 }
 BASELINE = "DP-Adam"

@@ -30,21 +30,9 @@ if TYPE_CHECKING:
 # arm -> colour, marker and line; schemes as in plots.restoration
 ARM_STYLE = {
     "DP-Adam": (GREY, "o", "-"),
-    "DP-SGD": (GREY, "o", "--"),
-    "DP-AdamBC": (BLACK, "o", "-"),
-    "DiSK": (GREEN, "P", "-"),
-    "DOPPLER": (GREEN, "s", "-"),
-    "DP-Muon": (PINK, "P", "-"),
-    "DP-MuonBC": (PINK, "P", "--"),
+    "DP-SGD": (GREY, "o", "-"),  # the name of DP-Adam in results of version 0.1
     "denoise": (BLUE, "X", "--"),
-    "partial, 0.5": (BLUE, "v", ":"),
-    "partial, 0.9": (BLUE, "^", ":"),
-    "partial, power law, 0.5": (SKY, "v", ":"),
-    "partial, power law, 0.9": (SKY, "^", ":"),
-    "optimal": (RED, ".", "--"),
     "optimal, zeroed": (RED, ".", ":"),
-    "momentum + denoise": (BLUE, "X", "-"),
-    "momentum + polar, zeroed": (PINK, "*", "-"),
     "low-pass filter": (GREEN, "s", "--"),
     "momentum + optimal": (RED, "*", "--"),
     "momentum + optimal, zeroed": (RED, "*", "-"),
