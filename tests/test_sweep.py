@@ -15,6 +15,7 @@ from lowrank_dp import engines
 from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.config import INCIDENTAL
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 
@@ -60,9 +61,9 @@ def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
     first = sweep([base], tmp_path, engine="sequential")
     prepared = []
 
-    def counted(config, seed):
-        prepared.append(config)
-        return prepare(config, seed)
+    def counted(config, seed, request):
+        prepared.append(replace(config, prefix_cache=""))
+        return prepare(config, seed, request)
 
     monkeypatch.setattr("lowrank_dp.train.loop.prepare", counted)
     grown = [replace(base, seed=1), base]
@@ -182,6 +183,16 @@ def test_every_field_is_part_of_a_folders_name(base):
         "prompt_column": "d",
         "target_column": "e",
         "group_column": "f",
+        "noise_floor": 0.5,
+        "skip_zeros": True,
+        "disk_kappa": 0.7,
+        "precondition": "generated",
+        "precondition_power": 0.25,
+        "precondition_rows": 100,
+        "precondition_steps": 5,
+        "precondition_rate": 1e-2,
+        "precondition_every": 3,
+        "prefix_dtype": "bf16",
     }
     others = {
         "warmup_steps": {"warmup_steps": 1, "schedule": "linear"},
@@ -192,8 +203,8 @@ def test_every_field_is_part_of_a_folders_name(base):
         "non_private": {"epsilon": None, "non_private": True},
         "noise_free": {"epsilon": None, "noise_free": True},
     }
-    unseeded = {"secure_rng"}  # goes without a seed, so never in a sweep
-    assert {*changes, *others} == {field.name for field in fields(TrainConfig)} - unseeded
+    left_out = {"secure_rng", *INCIDENTAL}  # the first goes without a seed, so never in a sweep
+    assert {*changes, *others} == {field.name for field in fields(TrainConfig)} - left_out
     configs = [
         base,
         *(replace(base, **{name: value}) for name, value in changes.items()),
@@ -391,3 +402,18 @@ def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
     for begin in (lambda: sweep([base], tmp_path, engine="sequential"), Options):
         with pytest.raises(ValueError, match=r"as one process, not by torchrun .*use --engine"):
             begin()
+
+
+def test_a_folder_does_not_depend_on_fields_at_their_defaults(base, tmp_path):
+    """So a later version, which has more fields, finds the runs of this version."""
+    folder = run_folder(base, tmp_path)
+    chosen = base.chosen()
+    assert replace(TrainConfig(non_private=True), **{"non_private": False, **chosen}) == base
+    assert "beta1" not in chosen and "scheme_options" not in chosen and "model" in chosen
+    assert run_folder(replace(base, prefix_cache="elsewhere"), tmp_path) == folder
+    others = [
+        {"beta1": 0.0},
+        {"scheme": "partial", "scheme_options": {"alpha": 0.9}},
+        {"steps": 99},
+    ]
+    assert len({folder, *(run_folder(replace(base, **o), tmp_path) for o in others)}) == 4
