@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lowrank_dp.data import encode, load_task, micro_batches
+from lowrank_dp.experiments import plan_check
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE, GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.plan import make_plan, predict_alignment, predict_spectrum, step_gain
@@ -313,3 +315,26 @@ def test_plan_command_prints_within_80_columns_and_refuses_bad_input(capsys, mon
         assert_refused(call(*words, *short, *more), *expected)
     assert_refused(call(*words), "epsilon")
     assert_refused(call(*words, "--non-private"), "non_private")
+
+
+@pytest.mark.slow
+def test_plans_of_own_spectra_agree_with_measured_alignment():
+    """Random-matrix theory alone: the task's own singular values, and drawn noise; fixed seeds."""
+    config = replace(
+        plan_check.SMALL, warm_steps=(0,), batch_size=128, noise_multipliers=(0.3, 0.9)
+    )
+    result = plan_check.run(config)
+    own = np.abs(plan_check.errors(result)[-1])
+    assert own.shape == (1, 2, len(SCHEMES), 2)
+    assert own.mean() < 0.02 and own.max() < 0.1
+    assert "generated itself (NON-PRIVATE)" in " ".join(plan_check.headline(result))
+    columns, rows = plan_check.table(result)
+    assert len(rows) == 2 * len(SCHEMES) and {len(row) for row in rows} == {len(columns)}
+
+
+def test_a_gap_is_predicted_if_it_is_within_the_tolerance():
+    for predicted, measured, close in ((1.3, 1.0, True), (0.7, 1.0, True), (1.0, 1.5, False)):
+        check = plan_check.GapCheck(8.0, 256, 1, predicted, measured)
+        assert check.is_close == close, (predicted, measured)
+    with pytest.raises(ValueError, match="trial_steps"):
+        plan_check.check_gaps([], Measurement(trial_steps=0))
