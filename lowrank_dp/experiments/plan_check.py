@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
+from lowrank_dp.experiments import gap
 from lowrank_dp.experiments.gradients import GradientConfig, add_noise, prepare
 from lowrank_dp.experiments.scheme_scores import cosine, measure_schemes
 from lowrank_dp.mechanism import NON_PRIVATE
@@ -219,6 +220,28 @@ def check_gaps(
         found.append(
             GapCheck(config.epsilon, config.batch_size, config.train_layers, gap.ratio, measured)
         )
+    return found
+
+
+def gap_settings(result: gap.Result) -> list[tuple[TrainConfig, float]]:
+    """Return the settings of the experiment on the gap for DP-Adam, with their measured ratios.
+
+    The ratio is that of the steps of DP-Adam and of noise-free Adam. Settings without a ratio are
+    left out; a ratio that is a bound is taken as it is. NON-PRIVATE.
+    """
+    measured = gap.ratios(result)["noise, DP-Adam"].value
+    found = []
+    for place in np.ndindex(*measured.shape):
+        part, size, epsilon = place
+        setting = gap.Setting(
+            result.config.parts[part],
+            result.config.batch_sizes[size],
+            "DP-Adam",
+            result.config.epsilons[epsilon],
+        )
+        if np.isfinite(measured[place]):
+            run = gap.setting_config(result.config, setting, 1e-3, 0)
+            found.append((run, float(measured[place])))
     return found
 
 
