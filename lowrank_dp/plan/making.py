@@ -131,8 +131,8 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
         )
     if config.precondition != "none":
         raise ValueError(
-            f"precondition must be 'none' for a plan, got {config.precondition!r}: the gradients of "
-            "a preconditioned model are not predicted"
+            f"precondition must be 'none' for a plan, got {config.precondition!r}: gradients of a "
+            "preconditioned model are not predicted"
         )
     seed = config.seed or 0
     task, _, members = select_units(config, seed)
