@@ -340,9 +340,21 @@ TRIALS = {
     },
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
-# these differ in task or arms: test_experiments_efficiency and test_experiments_membership run them
-# on generated sentences
-ELSEWHERE = {"efficiency", "efficiency_mnli", "efficiency_smollm2", "membership"}
+# these differ in task or arms: test_experiments_efficiency, test_experiments_membership and
+# test_experiments_steps run them on generated sentences
+ELSEWHERE = {
+    "efficiency",
+    "efficiency_mnli",
+    "efficiency_smollm2",
+    "membership",
+    "gap",
+    "steps_sst2",
+    "steps_sst2_gap",
+    "steps_sst2_all",
+    "steps_mnli",
+    "steps_e2e",
+    "steps_smollm2",
+}
 
 
 def test_every_lengthy_figure_has_a_trial():

@@ -32,6 +32,7 @@ ORDER = (
     "lora",
     "spectrum",
     "restore",
+    "precondition",
     "optim",
     "evaluation",
     "membership",

@@ -190,6 +190,7 @@ def test_every_field_is_part_of_a_folders_name(base):
         "diagnostic": {"scheme": "oracle", "diagnostic": True},
         "noise_multiplier": {"epsilon": None, "noise_multiplier": 0.9},
         "non_private": {"epsilon": None, "non_private": True},
+        "noise_free": {"epsilon": None, "noise_free": True},
     }
     unseeded = {"secure_rng"}  # goes without a seed, so never in a sweep
     assert {*changes, *others} == {field.name for field in fields(TrainConfig)} - unseeded

@@ -74,11 +74,12 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
     explicit = bool(given.keys() - {"only"})
+    names = asked.only or _available(artifact_folder, redraw or asked.scale == "small", console)
     configs = {
         name: None
         if redraw
         else _to_compute(name, asked, explicit, artifact_folder, force, console)
-        for name in asked.only or NAMES
+        for name in names
     }
     summary: list[dict[str, Any]] = []
     sources: dict[Any, Any] = {}
@@ -92,6 +93,20 @@ def main(
         print(json.dumps(summary, indent=1))
     else:
         _print(summary)
+
+
+def _available(folder: Path, from_saved: bool, console: Console) -> list[str]:
+    """Return every figure but, if lengthy ones are drawn ``from_saved``, those without a result."""
+    from lowrank_dp.figures import find
+
+    missing = [
+        name
+        for name in NAMES
+        if from_saved and find(name).lengthy and not (folder / f"{name}.json").exists()
+    ]
+    for name in missing:
+        say(console, f"{name}: left out, since no result is saved; --scale full computes it")
+    return [name for name in NAMES if name not in missing]
 
 
 def _to_compute(

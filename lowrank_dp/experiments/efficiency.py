@@ -4,6 +4,9 @@ All arms train with the same data, sampling rate, clipping norm, noise and numbe
 at the same (epsilon, delta). The learning rate of each arm is chosen from one grid, by one seed
 that is not reported, on held-out training examples. The reported seeds are scored on the
 validation split.
+
+The arm that the saved results call "DP-SGD" steps with Adam. :mod:`lowrank_dp.experiments.steps`
+replaces this experiment; this module stays as long as its saved results are drawn.
 """
 
 from __future__ import annotations

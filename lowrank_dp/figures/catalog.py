@@ -26,6 +26,13 @@ ROOMS = {
     "efficiency_mnli": "training",
     "efficiency_e2e": "training",
     "efficiency_smollm2": "training",
+    "gap": "training",
+    "steps_sst2": "training",
+    "steps_sst2_gap": "training",
+    "steps_sst2_all": "training",
+    "steps_mnli": "training",
+    "steps_e2e": "training",
+    "steps_smollm2": "training",
     "membership": "training",
     "membership_e2e": "training",
 }

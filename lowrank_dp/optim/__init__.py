@@ -1,4 +1,4 @@
-"""Restored gradients inside an optimizer: one more line in an Opacus or torch training script."""
+"""Restored or preconditioned gradients: one more line in an Opacus or torch training script."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,11 @@ from lowrank_dp._lazy import lazy
 if TYPE_CHECKING:
     from lowrank_dp.optim.callback import RestorationCallback
     from lowrank_dp.optim.hook import Restoration, attach_restoration
+    from lowrank_dp.optim.preconditioner import Preconditioner, attach_preconditioner
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["Restoration", "RestorationCallback", "attach_restoration"]
+__all__ = [
+    "Preconditioner", "Restoration", "RestorationCallback", "attach_preconditioner",
+    "attach_restoration",
+]  # fmt: skip

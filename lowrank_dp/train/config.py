@@ -33,10 +33,10 @@ INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
 class TrainConfig:
     """One run of (differentially private) fine-tuning.
 
-    Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` states the privacy. Every
-    field is an option of ``python -m lowrank_dp.train``; its help text documents both.
-    ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out of its
-    range and for values that exclude each other.
+    Exactly one of ``epsilon``, ``noise_multiplier``, ``non_private`` and ``noise_free`` states the
+    privacy. Every field is an option of ``python -m lowrank_dp.train``; its help text documents
+    both. ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out
+    of its range and for values that exclude each other.
     """
 
     model: str = option(
@@ -56,6 +56,11 @@ class TrainConfig:
         "--epsilon.",
     )
     non_private: bool = option(False, "Train without clipping, noise and privacy guarantee.")
+    noise_free: bool = option(
+        False,
+        "Sample and clip as a private run does, and add no noise: the ceiling of every method that "
+        "removes noise. There is no privacy guarantee, and the run is marked NON-PRIVATE.",
+    )
     max_grad_norm: float = option(
         1.0, "Clipping norm: the largest contribution of one unit of privacy to a step."
     )
@@ -118,8 +123,31 @@ class TrainConfig:
     filter_a: tuple[float, ...] = option(
         (), "Coefficient on past outputs of the low-pass filter; may be repeated."
     )
+    precondition: str = option(
+        "none",
+        "Source of a rank-one preconditioner inside the mechanism: none; generated (text of this "
+        "package); noisy (the run's own noisy sums); or a public task, by name or path.",
+    )
+    precondition_power: float = option(
+        0.125,
+        "Power p of a preconditioner: the scale of a row or column is its second moment to -p.",
+    )
+    precondition_rows: int = option(
+        1500, "Expected number of rows of public text that give a preconditioner its moments."
+    )
+    precondition_steps: int = option(
+        10, "Noise-free steps on public text along which a preconditioner's moments are taken."
+    )
+    precondition_rate: float = option(
+        1e-3, "Learning rate of Adam in the noise-free steps on public text."
+    )
+    precondition_every: int = option(
+        5, "Steps between refreshments of a preconditioner from noisy sums."
+    )
     diagnostic: bool = option(
-        False, "Allow the oracle scheme, which reads clean gradients; marks the run NON-PRIVATE."
+        False,
+        "Allow the oracle scheme, which reads clean gradients, and a preconditioner from the "
+        "private task itself; marks the run NON-PRIVATE.",
     )
     rank: int = option(8, "Rank of LoRA's update.")
     lora_alpha: float | None = option(
@@ -238,6 +266,11 @@ class TrainConfig:
         if self.momentum_beta is not None:
             return exponential_average(self.momentum_beta)
         return LowPassFilter(b=self.filter_b, a=self.filter_a)
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether noise is added to the sums; without noise there is no privacy guarantee."""
+        return not (self.non_private or self.noise_free)
 
     @property
     def restoration(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dp import _validate
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
+PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
 PADDINGS = ("longest", "max-length")
 PREFIX_DTYPES = ("float32", "bf16")
 _MOST = 2**63 - 1  # the largest integer that torch takes
@@ -29,6 +31,7 @@ def check_config(config: TrainConfig) -> None:
     _check_choices_and_ranges(config)
     _check_privacy(config)
     _check_restoration(config)
+    _check_preconditioner(config)
 
 
 def _check_choices_and_ranges(config: TrainConfig) -> None:
@@ -56,6 +59,9 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         "num_beams",
         "max_new_tokens",
         "snapshot_every",
+        "precondition_rows",
+        "precondition_steps",
+        "precondition_every",
     ):
         _validate.integer(
             name,
@@ -92,12 +98,13 @@ def _check_privacy(config: TrainConfig) -> None:
             ("epsilon", config.epsilon),
             ("noise_multiplier", config.noise_multiplier),
             ("non_private", config.non_private or None),
+            ("noise_free", config.noise_free or None),
         )
         if value is not None
     ]
     if len(given) != 1:
         raise ValueError(
-            "exactly one of epsilon, noise_multiplier and non_private must be "
+            "exactly one of epsilon, noise_multiplier, non_private and noise_free must be "
             f"given, got {' and '.join(given) or 'none of them'}"
         )
     if config.epsilon is not None:
@@ -109,10 +116,10 @@ def _check_privacy(config: TrainConfig) -> None:
     if config.delta is not None:
         _validate.real("delta", config.delta, low=0, high=1, low_open=True, high_open=True)
     _validate.real("max_grad_norm", config.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
-    if config.secure_rng and (config.seed is not None or config.non_private):
+    if config.secure_rng and (config.seed is not None or not config.adds_noise):
         raise ValueError(
             "secure_rng must go without a seed, which would make the noise "
-            "reproducible, and without non_private, which draws none"
+            "reproducible, and without non_private and noise_free, which draw none"
         )
 
 
@@ -122,12 +129,17 @@ def _check_restoration(config: TrainConfig) -> None:
             f"scheme {config.scheme!r} reads clean gradients, so the run would not "
             "be private: choose another, or mark the run with diagnostic"
         )
-    if config.diagnostic and config.scheme not in NON_PRIVATE_SCHEMES:
+    if (
+        config.diagnostic
+        and config.scheme not in NON_PRIVATE_SCHEMES
+        and not _preconditioned_by_own_task(config)
+    ):
         raise ValueError(
             "diagnostic must go with a scheme that reads clean gradients "
-            f"({', '.join(NON_PRIVATE_SCHEMES)}), got {config.scheme!r}"
+            f"({', '.join(NON_PRIVATE_SCHEMES)}) or a preconditioner from the private task, got "
+            f"{config.scheme!r}"
         )
-    if config.non_private and config.scheme != "none":
+    if not config.adds_noise and config.scheme != "none":
         raise ValueError(
             f"scheme must be 'none' without noise, got {config.scheme!r}: there is "
             "nothing to restore"
@@ -160,3 +172,43 @@ def _check_restoration(config: TrainConfig) -> None:
         raise ValueError(
             f"beta1 must be 0 or left out beside a running mean of gradients, got {config.beta1:g}"
         )
+
+
+def _check_preconditioner(config: TrainConfig) -> None:
+    _validate.real("precondition_power", config.precondition_power, low=0, high=0.5)
+    _validate.positive("precondition_rate", config.precondition_rate)
+    if config.precondition == "noisy":
+        if config.shard or config.low_pass is not None:
+            raise ValueError(
+                "precondition 'noisy' must go without shard and without a running mean of "
+                "gradients, whose noise would differ from entry to entry after a refreshment"
+            )
+        if config.optimizer not in ("sgd", "adam", "adamw"):
+            raise ValueError(
+                "precondition 'noisy' must go with optimizer sgd, adam or adamw, whose momentum "
+                f"can be expressed in a new metric, got {config.optimizer!r}"
+            )
+    elif config.precondition not in PRECONDITIONERS:
+        from lowrank_dp.data.tasks import TASKS, known_name
+
+        if not known_name(config.precondition) and not Path(config.precondition).exists():
+            _validate.choice(
+                "precondition", config.precondition, dict.fromkeys((*PRECONDITIONERS, *TASKS))
+            )
+        if _preconditioned_by_own_task(config) and not config.diagnostic:
+            raise ValueError(
+                f"precondition must name a public task, got the private one ({config.task}): "
+                "choose another, or mark the run with diagnostic"
+            )
+
+
+def _preconditioned_by_own_task(config: TrainConfig) -> bool:
+    """Tell whether the preconditioner's moments come from the private task."""
+    if config.precondition in PRECONDITIONERS:
+        return False
+    from lowrank_dp.data.tasks import known_name
+
+    known = known_name(config.precondition)
+    if known or known_name(config.task):
+        return known == known_name(config.task)
+    return Path(config.precondition).resolve() == Path(config.task).resolve()

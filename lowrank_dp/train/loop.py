@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_dp import artifacts, evaluation
 from lowrank_dp._terminal import Interrupted, deferred_signals, progress
 from lowrank_dp.artifacts import runs
+from lowrank_dp.models.scaled import full_weights
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train import guards, processes
 from lowrank_dp.train.checks import StepChecks
@@ -148,7 +149,7 @@ def _steps(
     """
     config, layout, first_step = setup.config, setup.layout, state.step
     movement = guards.MovementCheck(setup.trained)
-    if not config.non_private and (folder is not None or layout.collective):
+    if config.adds_noise and (folder is not None or layout.collective):
         state.checks = StepChecks(setup, state.sampler, state.noise)
     sums_depend_on = digest_of_identity(setup)
     left = range(state.step, config.steps)
@@ -157,7 +158,7 @@ def _steps(
             folder.begin_release(
                 state.stream,
                 step,
-                *(() if config.non_private else (digest_of_draws(state), sums_depend_on)),
+                *((digest_of_draws(state), sums_depend_on) if config.adds_noise else ()),
             )
         take_step(setup, state)
 
@@ -303,8 +304,8 @@ def _loss_on_members(setup: Setup) -> float:
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the model's state dict as a single process would hold it."""
-    return setup.layout.full_tensors(setup.model.state_dict())
+    """Return the model's state dict as a single process would hold it, without scales."""
+    return full_weights(setup.model, setup.layout.full_tensors(setup.model.state_dict()))
 
 
 @contextmanager

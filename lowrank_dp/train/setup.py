@@ -19,9 +19,11 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
+from lowrank_dp.train.preconditioning import add_preconditioner
 from lowrank_dp.train.prefix import (
     DEFAULT_REQUEST,
     CacheRequest,
@@ -58,6 +60,7 @@ class Setup:
         layout: placement of the tensors on the processes that share the run.
         evaluated: examples of the evaluations on the validation split, and their encoded rows.
         prefix: cached outputs of the frozen blocks.
+        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
     """
 
     config: TrainConfig
@@ -81,6 +84,7 @@ class Setup:
     layout: Layout
     evaluated: tuple[Sequence[Example], Sequence[Mapping[str, Any]]]
     prefix: PrefixCache
+    preconditioner: str = ""
 
     @property
     def pad_to(self) -> int | None:
@@ -104,12 +108,16 @@ class Setup:
         """State the privacy after ``releases`` releases, with all facts that weaken the claim."""
         if self.config.non_private:
             return "NON-PRIVATE: no clipping and no noise"
+        if self.config.noise_free:
+            return (
+                "NON-PRIVATE: sampled and clipped to max_grad_norm "
+                f"{self.mechanism.max_grad_norm:g} without noise, for diagnosis only"
+            )
         claim = self.mechanism.statement(releases, self.delta)
         if self.config.diagnostic:
-            return (
-                f"NON-PRIVATE: scheme {self.config.scheme!r} reads clean gradients, for "
-                "diagnosis only"
-            )
+            return f"NON-PRIVATE: {self._diagnosis}, for diagnosis only"
+        if self.preconditioner:
+            claim += f"; preconditioner from {self.preconditioner}"
         claim += f"; the number of {self.config.unit}s ({sum(self.members):,}) is public"
         if self.config.membership == "half":
             claim += (
@@ -124,6 +132,12 @@ class Setup:
                 "publishing a whole record"
             )
         return f"{claim}; {self.randomness}"
+
+    @property
+    def _diagnosis(self) -> str:
+        if not SCHEMES[self.config.scheme].private:
+            return f"scheme {self.config.scheme!r} reads clean gradients"
+        return f"the preconditioner reads clean gradients of {self.task.name}, the private task"
 
     @property
     def randomness(self) -> str:
@@ -143,7 +157,7 @@ class Setup:
 
     def epsilon(self, releases: int) -> float | None:
         """Return epsilon at ``delta`` after ``releases`` releases; None without a privacy claim."""
-        if self.config.non_private or self.config.diagnostic:
+        if self.config.diagnostic or not self.config.adds_noise:
             return None
         return self.mechanism.epsilon(releases, self.delta)
 
@@ -189,6 +203,11 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     equalise(model)
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
+    preconditioner = ""
+    if config.precondition != "none":
+        preconditioner = add_preconditioner(model, tokenizer, task, max_length, config)
+        equalise(model)  # public sums may round differently on different ranks
+        require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
     if task.warning:  # after all checks, so that an error is one line
         warnings.warn(task.warning, stacklevel=2)
@@ -224,6 +243,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         layout=Sharded(trained) if config.shard else Replicated(),
         evaluated=evaluated,
         prefix=cache,
+        preconditioner=preconditioner,
     )
 
 
@@ -273,7 +293,7 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
     """Return the mechanism, calibrated if the configuration has a target epsilon, and delta."""
     sample_rate = config.batch_size / num_units
     delta = num_units**-1.1 if config.delta is None else config.delta
-    if delta >= 1 / num_units and not config.non_private:
+    if delta >= 1 / num_units and config.adds_noise:
         warnings.warn(
             f"delta {delta:g} is not below 1/N = {1 / num_units:.3g}: it allows "
             "publishing a whole record",
@@ -286,7 +306,7 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
     mechanism = GaussianMechanism(
         config.noise_multiplier or 0.0, config.max_grad_norm, sample_rate, config.unit
     )
-    if not config.non_private and math.isinf(mechanism.epsilon(config.steps, delta)):
+    if config.adds_noise and math.isinf(mechanism.epsilon(config.steps, delta)):
         raise ValueError(
             f"noise_multiplier {config.noise_multiplier:g} protects nothing, since "
             "epsilon is infinite: give a larger one, or non_private"

@@ -1,9 +1,9 @@
 """State of a run between two steps: what a snapshot holds, and how it is packed and unpacked.
 
-A snapshot holds the trained parameters, the optimizer's state, the running means, the states of all
-generators, and the curve so far. A snapshot holds no gradient, no clean sum and no record. The
-generator states could undo the noise, which is why snapshots are readable by their owner only and
-are removed once the run is finished.
+A snapshot holds the trained parameters, the optimizer's state, the running means, the scales and
+moments of a preconditioner, the states of all generators, and the curve so far. A snapshot holds no
+gradient, no clean sum and no record. The generator states could undo the noise, which is why
+snapshots are readable by their owner only and are removed once the run is finished.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp._json import json_digest
+from lowrank_dp.precondition import NoisyMoments
 from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.rng import (
     Generator,
@@ -28,6 +29,7 @@ from lowrank_dp.rng import (
 )
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
+from lowrank_dp.train.preconditioning import load_snapshot_tensors, snapshot_tensors
 from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.setup import Setup
 
@@ -52,6 +54,7 @@ class State:
         seconds, restore_seconds: wall-clock time spent in steps, and the part spent restoring.
         restarted: why the stream differs from the snapshot's, in words; empty if the streams
             are the same.
+        noisy_moments: moments of the noisy sums, for a preconditioner from them, or None.
         checks: privacy checks of this process's steps, or None; not in a snapshot.
     """
 
@@ -64,13 +67,15 @@ class State:
     seconds: float = 0.0
     restore_seconds: float = 0.0
     restarted: str = ""
+    noisy_moments: NoisyMoments | None = None
     checks: StepChecks | None = None
 
 
 def first_state(config: TrainConfig, stream: str) -> State:
     """Return the state of a run before its first step, at the start of a stream of draws."""
     restorer = GradientRestorer(config.scheme, low_pass=config.low_pass, **config.restoration)
-    return State(0, stream, *fresh_generators(config, stream), restorer)
+    moments = NoisyMoments() if config.precondition == "noisy" else None
+    return State(0, stream, *fresh_generators(config, stream), restorer, noisy_moments=moments)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -112,6 +117,7 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
 def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the JSON and the tensors of a snapshot; all ranks of a sharded model must call."""
     tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
+    tensors |= snapshot_tensors(setup.model, state.noisy_moments)
     for index, entry in setup.optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{key}": value
@@ -178,6 +184,7 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     if not tensors:
         return state
     _load_weights(setup, tensors)
+    load_snapshot_tensors(setup.model, state.noisy_moments, tensors)
     here = identity(setup)
     differences, attempt = changed(document["identity"], here), ""
     if reason := not_repeatable(setup.config):  # two resumptions then need two names

@@ -15,7 +15,7 @@ from lowrank_dp.grads.clipping import PaddingBatch, Reduce, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.rng import Generator, derive_seed, uniform
-from lowrank_dp.train import guards, processes
+from lowrank_dp.train import guards, preconditioning, processes
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.layout import Tensors
 from lowrank_dp.train.setup import Setup
@@ -66,7 +66,7 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
         checks.clipped(sums, norms, clip, state.step)
 
     # 3. noise
-    clean, noisy = layout.add_noise(sums, None if config.non_private else mechanism, state.noise)
+    clean, noisy = layout.add_noise(sums, mechanism if config.adds_noise else None, state.noise)
     if checks:
         checks.noised(clean, noisy, state.noise, state.step)
 
@@ -87,6 +87,10 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     for group in setup.optimizer.param_groups:
         group["lr"] = setup.learning_rate(state.step)
     setup.optimizer.step()
+    if state.noisy_moments is not None:
+        preconditioning.refresh(
+            setup.model, setup.optimizer, state.noisy_moments, noisy, mechanism.noise_std, config
+        )
 
     state.step += 1
     state.seconds += _seconds(config.device) - started
