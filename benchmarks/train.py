@@ -9,11 +9,11 @@ The share of restoration is its time over the rest of the same steps. Opacus's f
 (ghost clipping) takes a step on the same kind of sample in the same micro-batches, with noise and
 Adam, without restoration; "plain" is a step of ordinary training. The last block with pooler and
 head is trained, in one thread, with and without the cache of the frozen blocks' outputs
-(``--prefix-cache``), with all checks and an evaluation on the validation split after each step; the time of the first pass,
-which fills the cache, is printed by itself. ``--only cache`` measures this part alone. Times are
-process-CPU seconds of all threads, which other load on the machine changes little. Ratios are
-medians over rounds in which the modes take turns. Peak memory is that of a process that runs one
-mode only.
+(``--prefix-cache``), with all checks and an evaluation on the validation split after each step; the
+time of the first pass, which fills the cache, is printed by itself. ``--only cache`` measures this
+part alone. Times are process-CPU seconds of all threads, which other load on the machine changes
+little. Ratios are medians over rounds in which the modes take turns. Peak memory is that of a
+process that runs one mode only.
 """
 
 import argparse
