@@ -340,9 +340,9 @@ TRIALS = {
     },
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
-# these differ in task or arms: test_experiments_efficiency and test_experiments_membership run them
-# on generated sentences
-ELSEWHERE = {"efficiency", "efficiency_mnli", "efficiency_smollm2", "membership"}
+# test_experiments_efficiency, test_experiments_membership and test_experiments_noise_cost run these
+# on generated text
+ELSEWHERE = {"efficiency", "efficiency_mnli", "efficiency_smollm2", "membership", "noise_cost"}
 
 
 def test_every_lengthy_figure_has_a_trial():

@@ -55,6 +55,7 @@ def leaves(config):
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options():
     options = {"model": "m", "task": "t", "seed": 7, "device": "cuda"}
     some = {"total_variation": (), "tasks": ("seed", "device")}  # of no model; of many
+    some["noise_cost"] = some["tasks"]
     for name in figures.NAMES:
         spec = figures.find(name)
         assert spec.caption and callable(spec.headline) and callable(spec.plot), name
@@ -133,7 +134,7 @@ def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, 
     status, _, error = run_command(capsys, figure_command.app, *only, "--scale", "small", *places)
     assert status == 0
     said = " ".join(error.split())
-    assert len(LENGTHY) == 8
+    assert len(LENGTHY) == 9
     for name in LENGTHY:
         for path in PAPER.glob(f"{name}.*"):
             assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name

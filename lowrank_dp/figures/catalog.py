@@ -17,6 +17,7 @@ ROOMS = {
     "tasks": "restoration",
     "ablation": "restoration",
     "momentum": "restoration",
+    "noise_cost": "restoration",
     "lora_noise": "lora",
     "total_variation": "lora",
     "projection_privacy": "lora",
