@@ -87,15 +87,15 @@ class LossSurface:
                 gradients.append(dict(zip(weights, parts, strict=True)))
 
         def of(direction: Direction) -> float:
-            total = 0.0
-            for gradient in gradients:
-                slope = torch.stack([(gradient[name] * d).sum() for name, d in direction.items()])
-                products = torch.autograd.grad(
-                    slope.sum(), [weights[name] for name in direction], retain_graph=True
-                )
-                for product, d in zip(products, direction.values(), strict=True):
-                    total += float((product.double() * d).sum())
-            return total
+            slopes = [
+                (gradient[name] * d).sum()
+                for gradient in gradients
+                for name, d in direction.items()
+            ]
+            products = torch.autograd.grad(
+                torch.stack(slopes).sum(), [weights[name] for name in direction], retain_graph=True
+            )
+            return product(direction, dict(zip(direction, products, strict=True)))
 
         yield of
 

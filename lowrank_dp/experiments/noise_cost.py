@@ -253,7 +253,7 @@ def _drawn(case: Case, source: GradientSource) -> tuple[list[int], list[int]]:
 def _surfaces(case: Case, source: GradientSource) -> tuple[LossSurface, LossSurface]:
     """Build the surface of the slopes, and the surface of curvature and line search."""
     _, held_out = _drawn(case, source)
-    size = source.config.micro_batch_size
+    size = max(1, source.config.micro_batch_size // 8)  # few rows: little padding
     large, small = (
         make_surface(
             source.model, source.matrices, [batch for _, batch in source.batches(rows, size)]
