@@ -22,7 +22,7 @@ from lowrank_dp.losses import IGNORE, LOSSES
 from lowrank_dp.models.trainable import blocks
 
 Direction = Mapping[str, Tensor]  # parameter name -> tensor; other parameters do not move
-MAX_DOUBLINGS = 40  # of the step, from the first one tried
+MAX_DOUBLINGS = 12  # of the step, from the first one tried
 
 
 @dataclass(eq=False)

@@ -16,15 +16,13 @@ class Case:
             ``seed`` are replaced.
         steps: numbers of warm-up steps of the stages half-way and warm.
         batch_size: examples of the clean sum.
-        slope_rows: held-out training examples of the slope ``g'd``.
-        rows: the first of these, on which curvature and line search are measured.
+        rows: held-out training examples, on which slope, curvature and line search are measured.
         num_layers: matrices that are measured one by one, one of each shape, without the head.
     """
 
     gradients: GradientConfig
     steps: tuple[int, int]
     batch_size: int
-    slope_rows: int
     rows: int
     num_layers: int = 3
 
@@ -39,8 +37,7 @@ def _minilm(task: str) -> Case:
         GradientConfig(model="minilm", task=task, train_layers=1, warm_learning_rate=5e-4),
         steps=(20, 80),
         batch_size=1024,
-        slope_rows=1024,
-        rows=32,
+        rows=48,
     )
 
 
@@ -56,7 +53,6 @@ SMOLLM2 = Case(
     ),
     steps=(4, 16),
     batch_size=64,
-    slope_rows=64,
     rows=4,
 )
 
@@ -94,7 +90,6 @@ SMALL = Config(
             GradientConfig(model="tiny", task="generated", train_layers=1, warm_learning_rate=1e-3),
             steps=(20, 60),
             batch_size=256,
-            slope_rows=128,
             rows=64,
         ),
         Case(
@@ -107,7 +102,6 @@ SMALL = Config(
             ),
             steps=(5, 20),
             batch_size=64,
-            slope_rows=32,
             rows=8,
             num_layers=1,
         ),

@@ -101,6 +101,5 @@ def _plot_prediction(axis: Axes, result: noise_cost.Result) -> None:
         x, y = predicted[case][seen[case]], measured[case][seen[case]]
         style = _style(result, case) | {"marker": "."}
         axis.plot(x, y, alpha=0.3, markersize=3, **style)
-    ends = [np.min(predicted[seen]), np.max(predicted[seen])]
-    axis.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=":")
+    axis.axline((1e-4, 1e-4), slope=1, color=GREY, linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yscale="log", xlabel="predicted fall (nats)", ylabel="measured fall")
