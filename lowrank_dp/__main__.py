@@ -12,6 +12,7 @@ COMMANDS = {
     "spectrum": "measure the spectra of a model's gradients",
     "restore": "restore noisy gradients in a file",
     "lora": "measure LoRA's implicit noise on real layers",
+    "plan": "predict the noise's effects on a private run, without spending privacy",
     "train": "fine-tune a model with differential privacy",
     "mia": "attack a checkpoint by membership inference",
     "figures": "draw the papers' figures",

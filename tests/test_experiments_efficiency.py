@@ -21,7 +21,7 @@ BASE = TrainConfig(
     eval_examples=100,
     max_examples=300,
 )
-ARMS = ("DP-SGD", "low-pass filter")  # of one scheme
+ARMS = ("DP-Adam", "low-pass filter")  # of one scheme
 CONFIG = efficiency.Config(
     BASE, ARMS, learning_rates=(1e-3, 1e-2), num_seeds=2, tuning_holdout=50, num_workers=1
 )
@@ -88,7 +88,7 @@ def swept(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, swept):
-    """Two arms of one scheme, as DP-SGD and the low-pass filter are, must not look alike."""
+    """Two arms of one scheme, as DP-Adam and the low-pass filter are, must not look alike."""
     real = efficiency.sweep
 
     def broken(configs, folder, **options):
@@ -129,7 +129,7 @@ def test_interval_against_scipy():
 
 def test_bad_configurations(tmp_path):
     for changes, words in (
-        ({"arms": ("DP-SGD", "optmal")}, "arm must be one of"),
+        ({"arms": ("DP-Adam", "optmal")}, "arm must be one of"),
         ({"arms": ("denoise",)}, "baseline"),
         ({"score": "acuracy"}, "did you mean 'accuracy'"),
         ({"num_seeds": 1}, "num_seeds"),
@@ -168,4 +168,15 @@ def test_a_small_sweep_tunes_on_other_data_and_other_seeds(swept, tmp_path):
 
 
 def test_every_arm_has_a_style():
-    assert set(ARM_STYLE) == set(efficiency.ARMS)
+    assert set(ARM_STYLE) == {*efficiency.ARMS, "DP-SGD"}
+
+
+def test_saved_results_name_their_baseline():
+    """Results of version 0.1 call DP-SGD what uses Adam; they keep their targets."""
+    result = made([[[0.5, 0.6, 0.9]] * 2, [[0.5, 0.9, 0.9]] * 2])
+    assert result.baseline == "DP-Adam"
+    former = replace(result, arms=("DP-SGD", "low-pass filter"))
+    assert former.baseline == "DP-SGD"
+    np.testing.assert_array_equal(
+        efficiency.steps_to(former, 0.9), efficiency.steps_to(result, 0.9)
+    )

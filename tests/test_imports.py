@@ -37,6 +37,7 @@ ORDER = (
     "evaluation",
     "membership",
     "train",
+    "plan",
     "engines",
     "sweep",
     "mia",

@@ -15,6 +15,7 @@ from lowrank_dp import engines
 from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.config import INCIDENTAL
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 
@@ -166,6 +167,12 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "micro_batch_size": 32,
         "precision": "bf16",
         "prefix_dtype": "bf16",
+        "precondition": "generated",
+        "precondition_power": 0.25,
+        "precondition_rows": 100,
+        "precondition_steps": 5,
+        "precondition_rate": 0.5,
+        "precondition_every": 3,
         "eval_every": 5,
         "eval_examples": 50,
         "generate": False,

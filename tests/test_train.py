@@ -613,12 +613,13 @@ def test_a_parameter_outside_the_mechanism_is_refused():
 
 
 def test_an_optimizer_on_other_tensors_stops_the_run(tmp_path, monkeypatch):
-    original = preparation._optimizer
+    original = preparation.make_optimizer
 
-    def on_copies(config, parameters):
-        return original(config, [nn.Parameter(p.detach().clone()) for p in parameters])
+    def on_copies(config, model, trained):
+        copies = {name: nn.Parameter(p.detach().clone()) for name, p in trained.items()}
+        return original(config, model, copies)
 
-    monkeypatch.setattr(preparation, "_optimizer", on_copies)
+    monkeypatch.setattr(preparation, "make_optimizer", on_copies)
     with pytest.raises(ValueError, match="outside the model"):
         train(small(), tmp_path)
     assert not (tmp_path / "training.json").exists()

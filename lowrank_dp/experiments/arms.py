@@ -35,26 +35,50 @@ class Arm:
 
 _SGD = {"optimizer": "sgd", "beta1": 0.9}
 _NOISE_FREE = {"epsilon": None, "noise_multiplier": None, "noise_free": True}
-_RESTORED_MEAN = {"scheme": "optimal", "momentum_beta": 0.9}
+_MEAN = {"momentum_beta": 0.9}
+_OPTIMAL = {"scheme": "optimal"}
+# Adam's clock would make the first non-zero gradient of a matrix a large step
+_ZEROED = {"below": "zero", "skip_zeros": True}
+
+
+def _partial(alpha: float, **options: str) -> Arm:
+    """Restore a part of the profile (arXiv 2510.01137, version 3)."""
+    return Arm({"scheme": "partial", "scheme_options": {"alpha": alpha, **options}}, 1e-2)
+
 
 ARMS: dict[str, Arm] = {
     "DP-Adam": Arm({}, 1e-2),
     "DP-SGD": Arm(_SGD, 3.0),
     "noise-free Adam (NON-PRIVATE)": Arm(_NOISE_FREE, 1e-3),
     "noise-free SGD (NON-PRIVATE)": Arm({**_SGD, **_NOISE_FREE}, 3.0),
-    "denoise": Arm({"scheme": "denoise"}, 1e-2),
-    "optimal": Arm({"scheme": "optimal"}, 1e-2),
-    "optimal, zeroed": Arm({"scheme": "optimal", "below": "zero"}, 1e-2),
-    # the filter of DOPPLER: one pole at beta, a zero at the highest frequency, no restoration
-    "low-pass filter": Arm({"filter_b": (0.05, 0.05), "filter_a": (-0.9,)}, 1e-2),
-    "mean, optimal": Arm(_RESTORED_MEAN, 1e-3),
-    "mean, optimal, zeroed": Arm({**_RESTORED_MEAN, "below": "zero"}, 1e-3),
-    "mean, denoise": Arm({"scheme": "denoise", "momentum_beta": 0.9}, 1e-2),
+    # singular values of each step's sum
+    "denoise": Arm({"scheme": "denoise"}, 1e-2),  # arXiv 2510.01137, version 1
+    "partial, 0.5": _partial(0.5),
+    "partial, 0.9": _partial(0.9),
+    "partial, power law, 0.5": _partial(0.5, target="power-law"),
+    "partial, power law, 0.9": _partial(0.9, target="power-law"),
+    "optimal": Arm(_OPTIMAL, 1e-2),
+    "optimal, zeroed": Arm({**_OPTIMAL, **_ZEROED}, 1e-2),
+    # running means over steps
+    "DOPPLER": Arm({"filter_b": (0.15, -0.05), "filter_a": (-0.9,)}, 1e-2),
+    "DiSK": Arm({"disk_kappa": 0.7}, 1e-2),
+    "mean, denoise": Arm({"scheme": "denoise", **_MEAN}, 1e-2),
+    "mean, optimal": Arm({**_OPTIMAL, **_MEAN}, 1e-3),
+    "mean, optimal, zeroed": Arm({**_OPTIMAL, **_ZEROED, **_MEAN}, 1e-3),
+    # optimizers
+    "DP-AdamBC": Arm({"optimizer": "adam-bc"}, 1e-2),
+    "DP-Muon": Arm({"optimizer": "muon"}, 1e-2),
+    "DP-MuonBC": Arm({"optimizer": "muon-bc"}, 1e-2),
+    # Muon on what is restored: SGD, since the scheme sets the size of a matrix's step
+    "mean, polar, zeroed": Arm({"scheme": "polar", **_ZEROED, **_MEAN, "optimizer": "sgd"}, 1.0),
+    # adapters
     "DP-LoRA": Arm({"method": "lora"}, 3e-2),
-    "DP-LoRA, frozen A": Arm({"method": "lora-frozen-a"}, 3e-2),
-    "DP-LoRA, mean, optimal, zeroed": Arm(
-        {"method": "lora", **_RESTORED_MEAN, "below": "zero"}, 1e-2
-    ),
+    "DP-LoRA, frozen A": Arm({"method": "lora-frozen-a"}, 3e-2),  # FFA-LoRA
+    "DP-LoRA, mean, optimal, zeroed": Arm({"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN}, 1e-2),
+    # rank-one preconditioners inside the mechanism
+    "preconditioned, generated text": Arm({**_SGD, "precondition": "generated"}, 10.0),
+    "preconditioned, CoLA": Arm({**_SGD, "precondition": "cola"}, 10.0),
+    "preconditioned, noisy sums": Arm({**_SGD, "precondition": "noisy"}, 10.0),
 }
 # every arm is judged against both, each with its own ceiling
 CEILING_OF = {

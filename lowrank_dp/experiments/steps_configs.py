@@ -8,7 +8,7 @@ from lowrank_dp.experiments.arms import PLAIN, base_config
 from lowrank_dp.train import TrainConfig
 
 RESTORED = ("denoise", "optimal", "optimal, zeroed")
-AVERAGED = ("low-pass filter", "mean, denoise", "mean, optimal", "mean, optimal, zeroed")
+AVERAGED = ("DOPPLER", "mean, denoise", "mean, optimal", "mean, optimal, zeroed")
 LORA = ("DP-LoRA", "DP-LoRA, frozen A")
 
 

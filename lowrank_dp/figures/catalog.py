@@ -17,6 +17,7 @@ ROOMS = {
     "tasks": "restoration",
     "ablation": "restoration",
     "momentum": "restoration",
+    "plan_check": "restoration",
     "lora_noise": "lora",
     "total_variation": "lora",
     "projection_privacy": "lora",

@@ -1,8 +1,9 @@
 """Figures of arXiv 2510.01137: gradient spectra, and gradients before and after restoration."""
 
-from lowrank_dp.experiments import ablation, alignment, momentum, spectra, tasks
+from lowrank_dp.experiments import ablation, alignment, momentum, plan_check, spectra, tasks
 from lowrank_dp.figures.spec import FigureSpec
 from lowrank_dp.plots import restoration as plots
+from lowrank_dp.plots.plan_check import plot_plan_check
 from lowrank_dp.plots.spectra import plot_spectra
 
 FIGURES = {
@@ -59,6 +60,17 @@ FIGURES = {
         caption=momentum.CAPTION,
         table=momentum.table,
         takes_source=True,
+        lengthy=True,
+    ),
+    "plan_check": FigureSpec(
+        run=plan_check.run,
+        result=plan_check.Result,
+        small=plan_check.SMALL,
+        full=plan_check.Config(),
+        plot=plot_plan_check,
+        headline=plan_check.headline,
+        caption=plan_check.CAPTION,
+        table=plan_check.table,
         lengthy=True,
     ),
 }

@@ -78,10 +78,28 @@ class TrainConfig:
     group_column: str | None = own_column("group")
     steps: int = option(50, "Optimizer steps.")
     batch_size: int = option(512, "Expected number of units per step (Poisson sampling).")
-    optimizer: str = option("adam", "Optimizer of torch.optim.", choices=OPTIMIZERS)
+    optimizer: str = option(
+        "adam",
+        "Optimizer: SGD, Adam or AdamW of torch.optim; adam-bc, Adam without the noise in its "
+        "second moment (DP-AdamBC, arXiv 2312.14334); muon, orthogonalised momentum for matrices "
+        "and AdamW for the rest (DP-Muon, arXiv 2605.12994); muon-bc, Muon corrected for noise.",
+        choices=OPTIMIZERS,
+    )
+    noise_floor: float = option(
+        0.3,
+        "Smallest second moment of adam-bc after the correction, relative to the noise's variance.",
+    )
+    skip_zeros: bool = option(
+        False,
+        "Leave a parameter and its optimizer state as they are in a step in which its gradient is "
+        "all zero, such as a matrix under --below zero. Otherwise Adam's second moment counts such "
+        "steps, and the first gradient, at step t, moves weights by up to sqrt(t) times the rate.",
+    )
     learning_rate: float = option(1e-4, "Learning rate of the optimizer.")
     beta1: float | None = option(
-        None, "Adam's beta1 or SGD's momentum. Default: 0.9 (Adam); 0 with SGD or a running mean."
+        None,
+        "Adam's beta1, or the momentum of SGD or Muon. Default: 0.9 (Adam, Muon); 0 with SGD or a "
+        "running mean.",
     )
     weight_decay: float = option(0.0, "Weight decay of the optimizer.")
     schedule: str = option(
@@ -143,6 +161,12 @@ class TrainConfig:
     )
     precondition_every: int = option(
         5, "Steps between refreshments of a preconditioner from noisy sums."
+    )
+    disk_kappa: float | None = option(
+        None,
+        "Gain of DiSK's Kalman filter (arXiv 2410.03883), in (0, 1], such as the authors' 0.7. "
+        "Gradients are taken and clipped at x + (1 - kappa) / kappa * d, for the weights x and "
+        "their last movement d, and averaged: g <- (1 - kappa) g + kappa * gradient.",
     )
     diagnostic: bool = option(
         False,
@@ -259,10 +283,13 @@ class TrainConfig:
     @property
     def low_pass(self) -> LowPassFilter | None:
         """Filter that takes the place of each noisy gradient, before its first input, or None."""
-        if self.momentum_beta is None and not self.filter_b:
+        if self.momentum_beta is None and self.disk_kappa is None and not self.filter_b:
             return None
-        from lowrank_dp.restore import LowPassFilter, exponential_average  # these import torch
+        # imported here, since it imports torch
+        from lowrank_dp.restore import LowPassFilter, exponential_average, kalman_filter
 
+        if self.disk_kappa is not None:
+            return kalman_filter(self.disk_kappa)
         if self.momentum_beta is not None:
             return exponential_average(self.momentum_beta)
         return LowPassFilter(b=self.filter_b, a=self.filter_a)
@@ -279,10 +306,16 @@ class TrainConfig:
 
     @property
     def averaging(self) -> float:
-        """Adam's beta1, or SGD's momentum."""
+        """Adam's beta1, or the momentum of SGD or Muon."""
         if self.beta1 is not None:
             return self.beta1
-        return 0.0 if self.low_pass is not None or self.optimizer == "sgd" else 0.9
+        averaged = self.low_pass is not None and self.disk_kappa is None
+        return 0.0 if averaged or self.optimizer == "sgd" else 0.9
+
+    @property
+    def look_ahead(self) -> float | None:
+        """DiSK's look-ahead, in units of the last movement of the weights; None without DiSK."""
+        return None if self.disk_kappa is None else (1 - self.disk_kappa) / self.disk_kappa
 
     def as_json(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""

@@ -14,7 +14,9 @@ from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES, SCHEME_NAMES
 if TYPE_CHECKING:
     from lowrank_dp.train.config import TrainConfig
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "adam-bc", "muon", "muon-bc")
+_READ_NOISE = ("adam-bc", "muon-bc")  # these need the noise level of the gradients they receive
+_NEED_WHOLE = ("muon", "muon-bc")  # these need whole matrices
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
@@ -32,6 +34,7 @@ def check_config(config: TrainConfig) -> None:
     _check_privacy(config)
     _check_restoration(config)
     _check_preconditioner(config)
+    _check_optimizer(config)
 
 
 def _check_choices_and_ranges(config: TrainConfig) -> None:
@@ -155,8 +158,14 @@ def _check_restoration(config: TrainConfig) -> None:
         from lowrank_dp.restore import check_arguments  # imports torch
 
         check_arguments(config.scheme, **config.restoration)
-    if config.momentum_beta is not None and config.filter_b:
-        raise ValueError("momentum_beta and filter_b must not both be given")
+    filters = {
+        "momentum_beta": config.momentum_beta is not None,
+        "filter_b": bool(config.filter_b),
+        "disk_kappa": config.disk_kappa is not None,
+    }
+    given = [name for name, present in filters.items() if present]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} must not both be given")
     if config.filter_a and not config.filter_b:
         raise ValueError("filter_a must come with filter_b")
     averaged = config.low_pass is not None  # the filter checks its coefficients
@@ -168,7 +177,7 @@ def _check_restoration(config: TrainConfig) -> None:
                 low=1 / _MOST_REAL,
                 high=_MOST_REAL,
             )
-    if averaged and config.beta1:
+    if averaged and config.disk_kappa is None and config.beta1:
         raise ValueError(
             f"beta1 must be 0 or left out beside a running mean of gradients, got {config.beta1:g}"
         )
@@ -212,3 +221,24 @@ def _preconditioned_by_own_task(config: TrainConfig) -> bool:
     if known or known_name(config.task):
         return known == known_name(config.task)
     return Path(config.precondition).resolve() == Path(config.task).resolve()
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    _validate.positive("noise_floor", config.noise_floor)
+    if config.optimizer in _READ_NOISE and config.scheme != "none":
+        raise ValueError(
+            f"optimizer {config.optimizer!r} must go with scheme 'none', got {config.scheme!r}: "
+            "the noise that is left in a restored matrix is not known"
+        )
+    if not config.shard:
+        return
+    averaged = config.low_pass is not None
+    for name, refused in (
+        (f"optimizer {config.optimizer!r}, which needs whole matrices", _NEED_WHOLE),
+        (f"optimizer {config.optimizer!r} on a running mean", _READ_NOISE if averaged else ()),
+    ):
+        if config.optimizer in refused:
+            raise ValueError(f"shard must go without {name}")
+    for field in ("disk_kappa", "skip_zeros"):
+        if getattr(config, field):
+            raise ValueError(f"shard must go without {field}")

@@ -23,6 +23,7 @@ from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
+from lowrank_dp.train.optimizers import make_optimizer
 from lowrank_dp.train.preconditioning import add_preconditioner
 from lowrank_dp.train.prefix import (
     DEFAULT_REQUEST,
@@ -58,9 +59,9 @@ class Setup:
         data_fingerprint: SHA-256 of the records that are trained on.
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
         layout: placement of the tensors on the processes that share the run.
+        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
         evaluated: examples of the evaluations on the validation split, and their encoded rows.
         prefix: cached outputs of the frozen blocks.
-        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
     """
 
     config: TrainConfig
@@ -199,7 +200,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     positions = iter(range(len(rows)))
     if task.kind == "generation" and config.generate:
         check_room(config, task, tokenizer, max_length)
-    mechanism, delta = _mechanism(config, len(trained_on))
+    mechanism, delta = make_mechanism(config, len(trained_on))
     equalise(model)
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
@@ -220,7 +221,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     if cache.digest:
         identity["prefix"] = cache.digest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(config, list(trained.values()))
+    optimizer = make_optimizer(config, model, trained)
     return Setup(
         config=config,
         task=task,
@@ -241,9 +242,9 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         data_fingerprint=fingerprint(examples),
         digests=identity,
         layout=Sharded(trained) if config.shard else Replicated(),
+        preconditioner=preconditioner,
         evaluated=evaluated,
         prefix=cache,
-        preconditioner=preconditioner,
     )
 
 
@@ -289,7 +290,7 @@ def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
     )
 
 
-def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
+def make_mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
     """Return the mechanism, calibrated if the configuration has a target epsilon, and delta."""
     sample_rate = config.batch_size / num_units
     delta = num_units**-1.1 if config.delta is None else config.delta
@@ -312,15 +313,6 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
             "epsilon is infinite: give a larger one, or non_private"
         )
     return mechanism, delta
-
-
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of the parameters."""
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=config.averaging, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(parameters, lr=rate, betas=(config.averaging, 0.999), weight_decay=decay)
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
