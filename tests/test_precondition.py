@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import math
 
 import numpy as np
@@ -306,7 +307,10 @@ def test_public_text_is_disjoint_from_generated_tasks_and_fits_the_classes():
     ):
         texts = {text for text, _ in public}
         assert len(texts) == len(public)
-        assert not texts & {text for split in private.values() for text, _ in split}
+        # a text is public by its hash, whatever its seed is
+        assert {hashlib.sha256(text.encode()).digest()[0] % 4 for text in texts} == {0}
+        others = {text for split in private.values() for text, _ in split}
+        assert 0 not in {hashlib.sha256(text.encode()).digest()[0] % 4 for text in others}
     task = load_task("generated")
     rows = public_rows("generated", task, 50)
     assert len(rows.examples) == 50 and {e.label for e in rows.examples} == {0, 1}

@@ -192,6 +192,15 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "prompt_column": "d",
         "target_column": "e",
         "group_column": "f",
+        "noise_floor": 0.5,
+        "skip_zeros": True,
+        "disk_kappa": 0.7,
+        "precondition": "generated",
+        "precondition_power": 0.25,
+        "precondition_rows": 100,
+        "precondition_steps": 5,
+        "precondition_rate": 1e-2,
+        "precondition_every": 3,
     }
     others = {
         "warmup_steps": {"warmup_steps": 1, "schedule": "linear"},
@@ -403,3 +412,18 @@ def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
     for begin in (lambda: sweep([base], tmp_path, engine="sequential"), Options):
         with pytest.raises(ValueError, match=r"as one process, not by torchrun .*use --engine"):
             begin()
+
+
+def test_a_folder_does_not_depend_on_fields_at_their_defaults(base, tmp_path):
+    """So a later version, which has more fields, finds the runs of this version."""
+    folder = run_folder(base, tmp_path)
+    chosen = base.chosen()
+    assert replace(TrainConfig(non_private=True), **{"non_private": False, **chosen}) == base
+    assert "beta1" not in chosen and "scheme_options" not in chosen and "model" in chosen
+    assert run_folder(replace(base, prefix_cache="elsewhere"), tmp_path) == folder
+    others = [
+        {"beta1": 0.0},
+        {"scheme": "partial", "scheme_options": {"alpha": 0.9}},
+        {"steps": 99},
+    ]
+    assert len({folder, *(run_folder(replace(base, **o), tmp_path) for o in others)}) == 4

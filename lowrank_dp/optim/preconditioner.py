@@ -37,8 +37,8 @@ def attach_preconditioner(
     the gradient of the stored weight, which is ``r c^T`` times that of the weight. Its sensitivity
     is ``max_grad_norm``, so epsilon does not change. Opacus's modes "hooks" and "ghost" work.
 
-    Learning rates of an ordinary run do not carry over. SGD with momentum on the stored weights
-    is the optimizer that the method was measured with.
+    Learning rates of an ordinary run do not carry over. The method was tried with SGD with momentum
+    0.9 on the stored weights.
 
     Args:
         model: the model, in training mode, with at least one trained ``nn.Linear`` (or GPT-2's
