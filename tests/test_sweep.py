@@ -167,14 +167,6 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "micro_batch_size": 32,
         "precision": "bf16",
         "prefix_dtype": "bf16",
-        "disk_kappa": 0.7,
-        "skip_zeros": True,
-        "precondition": "generated",
-        "precondition_power": 0.25,
-        "precondition_rows": 100,
-        "precondition_steps": 5,
-        "precondition_rate": 0.5,
-        "precondition_every": 3,
         "eval_every": 5,
         "eval_examples": 50,
         "generate": False,
@@ -209,7 +201,6 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "diagnostic": {"scheme": "oracle", "diagnostic": True},
         "noise_multiplier": {"epsilon": None, "noise_multiplier": 0.9},
         "non_private": {"epsilon": None, "non_private": True},
-        "noise_floor": {"optimizer": "adam-bc", "noise_floor": 0.3},
         "noise_free": {"epsilon": None, "noise_free": True},
     }
     unseeded = {"secure_rng"}  # goes without a seed, so never in a sweep
