@@ -74,7 +74,8 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
     explicit = bool(given.keys() - {"only"})
-    names = asked.only or _available(artifact_folder, redraw or asked.scale == "small", console)
+    left_out = _without_result(artifact_folder) if redraw or asked.scale == "small" else []
+    names = asked.only or [name for name in NAMES if name not in left_out]
     configs = {
         name: None
         if redraw
@@ -89,24 +90,19 @@ def main(
         started = time.perf_counter()
         entry = _make(name, config, asked, output, artifact_folder, sources, console)
         summary.append(entry | {"seconds": round(time.perf_counter() - started, 1)})
+    for name in left_out if not asked.only else ():
+        say(console, f"{name}: left out, since no result is saved; --scale full computes it")
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
         _print(summary)
 
 
-def _available(folder: Path, from_saved: bool, console: Console) -> list[str]:
-    """Return every figure but, if lengthy ones are drawn ``from_saved``, those without a result."""
+def _without_result(folder: Path) -> list[str]:
+    """Return the lengthy figures that have no result in ``folder``."""
     from lowrank_dp.figures import find
 
-    missing = [
-        name
-        for name in NAMES
-        if from_saved and find(name).lengthy and not (folder / f"{name}.json").exists()
-    ]
-    for name in missing:
-        say(console, f"{name}: left out, since no result is saved; --scale full computes it")
-    return [name for name in NAMES if name not in missing]
+    return [name for name in NAMES if find(name).lengthy and not (folder / f"{name}.json").exists()]
 
 
 def _to_compute(

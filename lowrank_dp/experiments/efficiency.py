@@ -5,8 +5,8 @@ at the same (epsilon, delta). The learning rate of each arm is chosen from one g
 that is not reported, on held-out training examples. The reported seeds are scored on the
 validation split.
 
-The arm that the saved results call "DP-SGD" steps with Adam. :mod:`lowrank_dp.experiments.steps`
-replaces this experiment; this module stays as long as its saved results are drawn.
+:mod:`lowrank_dp.experiments.steps` replaces this experiment; this module stays as long as its saved
+results are drawn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from lowrank_dp.experiments.efficiency_configs import (
     ARMS,
     BASELINE,
     E2E,
-    FORMER_BASELINE,
     MNLI,
     SHARES,
     SMALL,
@@ -101,19 +100,14 @@ class Result:
         return HIGHER_IS_BETTER[self.config.score]
 
     @property
-    def baseline(self) -> str:
-        """The arm that targets refer to: DP-Adam, which results saved earlier call DP-SGD."""
-        return BASELINE if BASELINE in self.arms else FORMER_BASELINE
-
-    @property
     def start(self) -> float:
         """Score before training, mean over the seeds of the baseline."""
-        return float(np.nanmean(self.score[self.arms.index(self.baseline), :, 0]))
+        return float(np.nanmean(self.score[self.arms.index(BASELINE), :, 0]))
 
     @property
     def best(self) -> float:
         """Best score on the baseline's mean curve."""
-        curve = np.nanmean(self.score[self.arms.index(self.baseline)], axis=0)
+        curve = np.nanmean(self.score[self.arms.index(BASELINE)], axis=0)
         return float(curve.max() if self.higher_is_better else curve.min())
 
     @property
@@ -255,7 +249,7 @@ def tuning_steps_to(result: Result, share: float) -> np.ndarray:
 
     The best score of the baseline is its best at any learning rate of the grid.
     """
-    baseline = result.tuning[result.arms.index(result.baseline)]
+    baseline = result.tuning[result.arms.index(BASELINE)]
     best = np.nanmax(baseline) if result.higher_is_better else np.nanmin(baseline)
     return _first_step(result, result.tuning, float(np.nanmean(baseline[:, 0])), float(best), share)
 
@@ -317,9 +311,9 @@ def headline(result: Result) -> Mapping[str, str]:
     lines = {
         "epsilon of every arm": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
         f"{result.config.score} before training": f"{result.start:.4g}",
-        f"best {result.config.score} of {result.baseline}": f"{result.best:.4g}",
+        f"best {result.config.score} of {BASELINE}": f"{result.best:.4g}",
     }
-    what = f"final {result.config.score}; steps to 90% of {result.baseline}'s best gain"
+    what = f"final {result.config.score}; steps to 90% of {BASELINE}'s best gain"
     for i, arm in enumerate(result.arms):
         lines[f"{arm}: {what}"] = (
             f"{_unless_stopped(result.score[i, :, -1])}; {_each(steps_to(result, 0.9)[i])}"

@@ -25,8 +25,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "DP-LoRA, momentum + optimal, zeroed": {"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN},
 }
 BASELINE = "DP-Adam"
-# results that were saved before version 0.2 name the baseline, which uses Adam, "DP-SGD"
-FORMER_BASELINE = "DP-SGD"
 SHARES = (0.9, 0.95)
 
 

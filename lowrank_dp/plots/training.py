@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # arm -> colour, marker and line; schemes as in plots.restoration
 ARM_STYLE = {
     "DP-Adam": (GREY, "o", "-"),
-    "DP-SGD": (GREY, "o", "-"),  # the name of DP-Adam in results of version 0.1
     "denoise": (BLUE, "X", "--"),
     "optimal, zeroed": (RED, ".", ":"),
     "low-pass filter": (GREEN, "s", "--"),
