@@ -8,12 +8,12 @@ LOWRANK_DP_DATA holds it, else on the generated task; the expected batch is 512 
 The share of restoration is its time over the rest of the same steps. Opacus's fastest exact mode
 (ghost clipping) takes a step on the same kind of sample in the same micro-batches, with noise and
 Adam, without restoration; "plain" is a step of ordinary training. The last block with pooler and
-head is trained with and without the cache of the frozen blocks' outputs (``--prefix-cache``), with
-all checks and an evaluation on the validation split after each step; the time of the first pass,
-which fills the cache, is printed by itself. ``--only cache`` measures this part alone. Times are
-process-CPU seconds of both threads, which other load on the machine changes little. Ratios are
-medians over rounds in which the modes take turns. Peak memory is that of a process that runs one
-mode only.
+head is trained, in one thread, with and without the cache of the frozen blocks' outputs
+(``--prefix-cache``), with all checks and an evaluation on the validation split after each step; the
+time of the first pass, which fills the cache, is printed by itself. ``--only cache`` measures this
+part alone. Times are process-CPU seconds of all threads, which other load on the machine changes
+little. Ratios are medians over rounds in which the modes take turns. Peak memory is that of a
+process that runs one mode only.
 """
 
 import argparse
@@ -140,7 +140,7 @@ class LastBlock:
             steps=1000,
             eval_every=1,
             seed=0,
-            max_examples=6_000,
+            max_examples=3_000,
             prefix_cache=cache,
         )
         self.setup = prepare(config, 0)
@@ -159,6 +159,7 @@ class LastBlock:
 
 def cache_rows(rounds):
     """Measure the cache of frozen blocks; return rows of the table of results."""
+    torch.set_num_threads(1)  # as a worker of a sweep has
     found, evaluating = [], []
     with tempfile.TemporaryDirectory() as cache:
         started = time.process_time()
@@ -167,7 +168,10 @@ def cache_rows(rounds):
         LastBlock(256, cache)
         spent = (time.process_time() - loaded) - (loaded - started)
         rows = len(plain.rows) + len(plain.evaluated[1])
-        print(f"first pass over {rows:,} rows: {spent:.1f} s, {1e3 * spent / rows:.2f} ms a row")
+        print(
+            f"first pass over {rows:,} rows: {spent:.1f} s, {1e3 * spent / rows:.2f} ms a row",
+            flush=True,
+        )
         for batch_size in (256, 1024):
             modes = LastBlock(batch_size), LastBlock(batch_size, cache)
             for mode in modes:
@@ -179,7 +183,10 @@ def cache_rows(rounds):
                 pairs.append([times[id(mode)] for mode in modes])
             for part, name in enumerate(("step", "evaluation")):
                 plain, cached = (statistics.median(pair[i][part] for pair in pairs) for i in (0, 1))
-                print(f"last block, {batch_size}: {name} {plain:.2f} s, cached {cached:.2f} s")
+                print(
+                    f"last block, {batch_size}: {name} {plain:.2f} s, cached {cached:.2f} s",
+                    flush=True,
+                )
             ratios = [plain[0] / cached[0] for plain, cached in pairs]
             found.append((f"last block, {batch_size}: step / with cache", ratios, ">=", 2.5))
             evaluating += [plain[1] / cached[1] for plain, cached in pairs]

@@ -1,6 +1,6 @@
 """Sweeps: many training configurations, trained in parallel, resumable, each only once.
 
-Every configuration has a folder that is named after the hash of the configuration. A sweep that is
+Every configuration has a folder that is named after a hash of the configuration. A sweep that is
 repeated or extended therefore computes only what is missing, and a killed run resumes from its last
 snapshot.
 """
@@ -47,14 +47,17 @@ class Outcome:
 
 
 def run_folder(config: TrainConfig, folder: str | Path) -> Path:
-    """Return the folder of a configuration's run, which is named after the hash of its recipe.
+    """Return the folder of a run, named after a hash of the fields that differ from their defaults.
+
+    A field that has its default does not enter the hash, so that a later version of this package,
+    which has more fields, finds the finished runs.
 
     Raises:
         ValueError: if ``config.seed`` is None: an unseeded run cannot be identified later.
     """
     if config.seed is None:
         raise ValueError("seed must be given for a sweep: without one a run can't be found again")
-    return Path(folder) / json_digest(config.recipe())[:16]
+    return Path(folder) / json_digest(config.chosen())[:16]
 
 
 def sweep(

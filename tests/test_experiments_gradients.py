@@ -341,13 +341,14 @@ TRIALS = {
     },
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
-# these differ in task or arms: test_experiments_efficiency, test_experiments_membership and
-# test_experiments_steps run them on generated sentences
+# test_experiments_efficiency, test_experiments_membership, test_experiments_noise_cost and
+# test_experiments_steps run these on generated text
 ELSEWHERE = {
     "efficiency",
     "efficiency_mnli",
     "efficiency_smollm2",
     "membership",
+    "noise_cost",
     "gap",
     "steps_sst2",
     "steps_sst2_gap",

@@ -20,6 +20,8 @@ PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments of many hours without a saved result yet: `make figures` leaves their figures out
 PENDING = {
+    "noise_cost",
+    "plan_check",
     "gap",
     "steps_sst2",
     "steps_sst2_gap",
@@ -65,6 +67,7 @@ def leaves(config):
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options():
     options = {"model": "m", "task": "t", "seed": 7, "device": "cuda"}
     some = {"total_variation": (), "tasks": ("seed", "device")}  # of no model; of many
+    some["noise_cost"] = some["tasks"]
     for name in figures.NAMES:
         spec = figures.find(name)
         assert spec.caption and callable(spec.headline) and callable(spec.plot), name
@@ -147,7 +150,7 @@ def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, 
     status, _, error = run_command(capsys, figure_command.app, *only, "--scale", "small", *places)
     assert status == 0
     said = " ".join(error.split())
-    assert len(saved) == 8
+    assert len(saved) == len(LENGTHY) - len(PENDING) >= 8
     for name in saved:
         for path in PAPER.glob(f"{name}.*"):
             assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name

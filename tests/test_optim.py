@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -369,7 +370,8 @@ def test_any_filter_is_restored_at_its_own_noise_and_continues_identically():
 
 def test_a_filters_state_must_be_the_same_filters():
     handles = []
-    for low_pass in (*FILTERS, None):
+    cold = replace(kalman_filter(0.7), steady_start=False)
+    for low_pass in (*FILTERS, cold, None):
         parameters, optimizer, steps = noisy_problem(lr=1.0)
         handles.append(attach_restoration(optimizer, mean_noise_std=0.1, low_pass=low_pass))
         run(parameters, optimizer, steps[:1])

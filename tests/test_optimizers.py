@@ -107,12 +107,15 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
 
 
 def test_a_rate_that_is_assigned_reaches_both_kinds():
-    weights = parameters()
-    optimizer = Muon(weights[:2], weights[2:], lr=0.1)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    run(optimizer, weights, gradients())
-    torch.testing.assert_close(weights, parameters())
+    for correct in (False, True):
+        weights = parameters()
+        optimizer = Muon(
+            weights[:2], weights[2:], lr=0.1, bias_correction=correct, mean_noise_std=0.1
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        run(optimizer, weights, gradients())
+        torch.testing.assert_close(weights, parameters())
 
 
 def newton_schulz(x):

@@ -304,7 +304,7 @@ def test_without_a_cache_the_description_says_why(places, tmp_path):
     for changes, words in (
         ({"train_layers": None}, "no transformer block is frozen"),
         ({"dropout": True}, "--dropout"),
-        ({"prefix_gigabytes": 1e-6}, "--prefix-gigabytes 1e-06 leaves 1e-06"),
+        ({"prefix_gigabytes": 1e-6}, "more than --prefix-gigabytes 1e-06 leaves"),
     ):
         with case(*changes):
             config = make_config(places, prefix_cache=str(tmp_path / "cache"), **changes)

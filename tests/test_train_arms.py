@@ -120,6 +120,7 @@ def test_adam_bc():
     )
 
 
+@pytest.mark.slow
 def test_adam_bc_on_a_running_mean_knows_its_noise():
     """LP-DPAdamBC of DOPPLER: the noise of the mean falls from step to step."""
     beta, floor = 0.6, 0.3
@@ -201,6 +202,7 @@ def test_muon_bc():
     assert_equal_to(config, muon(lambda m, t: bias_corrected(m, momentum_std(t))), tolerance=2e-3)
 
 
+@pytest.mark.slow
 def test_muon():
     """torch works in bfloat16, whose rounding is about 1%."""
     config = small(optimizer="muon")
@@ -306,6 +308,7 @@ NEW = [
 ]
 
 
+@pytest.mark.slow
 def test_a_snapshot_holds_every_new_state():
     """Two steps, a snapshot, a new setup, two steps: the bits of four steps."""
     for changes in NEW:

@@ -38,6 +38,7 @@ class GradientConfig:
         warm_batch_size: batch size of the warm-up.
         max_length: tokens to which a text is cut.
         micro_batch_size: examples in memory at a time.
+        train_layers: number of trained blocks, counted from the last; None trains all blocks.
         seed: random seed of the head, the warm-up and the sampling.
         device: "cpu" or "cuda".
     """
@@ -52,6 +53,7 @@ class GradientConfig:
     warm_batch_size: int = 32
     max_length: int = 128
     micro_batch_size: int = 64
+    train_layers: int | None = None
     seed: int = 0
     device: str = "cpu"
 
@@ -129,21 +131,37 @@ def prepare(
     The model ends in eval mode, so that the measured gradients are free of dropout. ``on_load`` is
     called with the source's description before the warm-up.
 
-    Raises ValueError, before the warm-up, if the split has fewer than ``batch_size`` examples or
-    the model has no trainable matrix.
+    Raises ValueError, before the warm-up, as :func:`load_source` does.
+    """
+    source = load_source(config, batch_size)
+    if on_load is not None:
+        on_load(source.description)
+    source.loss, source.warm_steps = warm_up(source)
+    return source
+
+
+def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
+    """Load model and task without the warm-up; the loss of the source is NaN.
+
+    Raises ValueError if the split has fewer than ``batch_size`` examples or the model has no
+    trainable matrix.
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
     task = load_task(config.task, seed=config.seed)
     examples = task.split(config.split)
     _validate.integer("batch_size", batch_size, high=len(examples))
     model, tokenizer = load_model(
-        config.model or default_model(), task=task, device=config.device, seed=config.seed
+        config.model or default_model(),
+        task=task,
+        train_layers=config.train_layers,
+        device=config.device,
+        seed=config.seed,
     )
     matrices = matrix_parameters(model)
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trainable Linear layer, got none")
     rows = encode(examples, tokenizer, kind=task.kind, max_length=config.max_length)
-    source = GradientSource(
+    return GradientSource(
         model,
         rows,
         tokenizer.pad_token_id,
@@ -151,14 +169,14 @@ def prepare(
         f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
         config,
     )
-    if on_load is not None:
-        on_load(source.description)
-    source.loss, source.warm_steps = _warm_up(source)
-    return source
 
 
-def _warm_up(source: GradientSource) -> tuple[float, int]:
-    """Train without privacy to ``warm_loss``; return the loss and the number of steps."""
+def warm_up(source: GradientSource) -> tuple[float, int]:
+    """Train without privacy from the source's weights to ``source.config.warm_loss``.
+
+    Returns the running mean of the training loss in nats and the number of steps. A ``warm_loss``
+    of None trains nothing; the loss is then the mean over 512 rows.
+    """
     config, model = source.config, source.model
     generator = torch.Generator().manual_seed(config.seed)
     if config.warm_loss is None:

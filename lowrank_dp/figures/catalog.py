@@ -18,6 +18,7 @@ ROOMS = {
     "ablation": "restoration",
     "momentum": "restoration",
     "plan_check": "restoration",
+    "noise_cost": "restoration",
     "lora_noise": "lora",
     "total_variation": "lora",
     "projection_privacy": "lora",

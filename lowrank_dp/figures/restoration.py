@@ -1,8 +1,18 @@
 """Figures of arXiv 2510.01137: gradient spectra, and gradients before and after restoration."""
 
-from lowrank_dp.experiments import ablation, alignment, momentum, plan_check, spectra, tasks
+from lowrank_dp.experiments import (
+    ablation,
+    alignment,
+    momentum,
+    noise_cost,
+    plan_check,
+    spectra,
+    tasks,
+)
+from lowrank_dp.experiments import noise_cost_verdicts as verdicts
 from lowrank_dp.figures.spec import FigureSpec
 from lowrank_dp.plots import restoration as plots
+from lowrank_dp.plots.noise_cost import plot_noise_cost
 from lowrank_dp.plots.plan_check import plot_plan_check
 from lowrank_dp.plots.spectra import plot_spectra
 
@@ -71,6 +81,18 @@ FIGURES = {
         headline=plan_check.headline,
         caption=plan_check.CAPTION,
         table=plan_check.table,
+        lengthy=True,
+    ),
+    "noise_cost": FigureSpec(
+        run=noise_cost.run,
+        result=noise_cost.Result,
+        small=noise_cost.SMALL,
+        full=noise_cost.Config(),
+        plot=plot_noise_cost,
+        headline=verdicts.headline,
+        caption=noise_cost.CAPTION,
+        table=verdicts.table,
+        plan=noise_cost.plan,
         lengthy=True,
     ),
 }

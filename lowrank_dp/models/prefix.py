@@ -44,9 +44,11 @@ class FrozenPrefix:
             raise ValueError(f"the blocks of {type(base).__name__} are several modules each")
         self._model = model
         self._blocks = [block[0] for block in modules[: self.length]]
-        self._above = {
-            id(t) for block in modules[self.length :] for m in block for t in _tensors(m)
-        }
+        above = [
+            m for block in modules[self.length :] for module in block for m in module.modules()
+        ]
+        trained = [m for m in base.modules() if any(p.requires_grad for p in m.parameters(False))]
+        self._above = {id(t) for m in (*above, *trained) for t in _own_tensors(m)}
         last = modules[-1][0] if self.length < len(found) else None
         self._attention = getattr(last, "attention", None)
         self._states: Tensor | None = None
@@ -54,7 +56,10 @@ class FrozenPrefix:
         self._undo: list[Callable[[], Any]] = []
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the frozen parameters and the buffers outside of the blocks above, by name."""
+        """Return the frozen parameters and the buffers that the prefix may use, by name.
+
+        Those of the blocks above, and of a layer that trains, are left out.
+        """
         base = without_adapter(self._model)
         named = {**dict(base.named_parameters()), **dict(base.named_buffers())}
         return {
@@ -171,5 +176,5 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -125,8 +125,15 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
             same as the task.
     """
     measurement = measurement or Measurement()
-    if config.non_private:
-        raise ValueError("non_private must be False for a plan: there is no noise to plan with")
+    if not config.adds_noise:
+        raise ValueError(
+            "non_private and noise_free must be False for a plan: there is no noise to plan with"
+        )
+    if config.precondition != "none":
+        raise ValueError(
+            f"precondition must be 'none' for a plan, got {config.precondition!r}: gradients of a "
+            "preconditioned model are not predicted"
+        )
     seed = config.seed or 0
     task, _, members = select_units(config, seed)
     mechanism, delta = make_mechanism(config, sum(members))

@@ -78,23 +78,37 @@ class PublicText:
         )
         return sums
 
+    @torch.no_grad()
+    def loss(self, chosen: Sequence[int]) -> float:
+        """Return the mean loss of the rows ``chosen``, in nats."""
+        total = 0.0
+        for batch in self.batches(chosen):
+            total += float(self.model(**batch).loss) * len(batch["input_ids"])
+        return total / len(chosen)
+
     def keep_states(self) -> None:
         """Keep the outputs of the frozen blocks, if there are any and the model allows it."""
         tokens = sum(len(row["input_ids"]) for row in self.rows)
         width = getattr(self.model.config, "hidden_size", 0)
         if not width or tokens * width * 4 > MAX_STATES:
             return
-        with contextlib.suppress(ValueError):
-            prefix = FrozenPrefix(self.model)
-            first = range(min(8, len(self.rows)))
-            whole = [float(self.model(**batch).loss.detach()) for batch in self.batches(first)]
-            prefix.run(next(iter(self.batches(first))))
+        first = range(min(8, len(self.rows)))
+        with torch.no_grad():
+            whole = [float(self.model(**batch).loss) for batch in self.batches(first)]
+            try:
+                prefix = FrozenPrefix(self.model)
+                prefix.run(next(self.batches(first)))
+            except ValueError:  # nothing is frozen, or the model can't be cut there
+                return
             prefix.install()
             self.prefix = prefix
-            kept = [float(self.model(**batch).loss.detach()) for batch in self.batches(first)]
-            if max(abs(a - b) for a, b in zip(whole, kept, strict=True)) > AGREEMENT:
-                prefix.remove()
-                self.prefix = None
+            with contextlib.suppress(ValueError, RuntimeError, TypeError):
+                kept = [float(self.model(**batch).loss) for batch in self.batches(first)]
+                if max(abs(a - b) for a, b in zip(whole, kept, strict=True)) <= AGREEMENT:
+                    return
+        prefix.remove()
+        self.prefix = None
+        self.states.clear()
 
     def _states(self, prefix: FrozenPrefix, chosen: Sequence[int], batch: Batch) -> Tensor:
         """Return the outputs of the frozen blocks for the rows of a batch, padded with zeros."""

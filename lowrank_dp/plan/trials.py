@@ -61,11 +61,11 @@ class Gap:
     """Steps that noise costs, as predicted by trainings on public text.
 
     Attributes:
-        trials: the arms: noise-free and noisy with the run's optimizer, and noise-free SGD beside
-            an adaptive optimizer.
+        trials: the arms: for SGD, with noise and without; for any other optimizer, SGD without
+            noise, Adam with noise and Adam without.
         ratio: steps of the noisy arm per step of the noise-free arm, to one score. A perfect
             denoiser could save the share ``1 - 1 / ratio`` of the steps.
-        adaptivity: steps of noise-free SGD per step of the noise-free optimizer; None for SGD.
+        adaptivity: steps of noise-free SGD per step of noise-free Adam; None for SGD.
     """
 
     trials: tuple[Trial, ...]
@@ -114,7 +114,7 @@ def measure_gap(
 
     Args:
         text: public text and model.
-        optimizer: "sgd", or "adam" for any adaptive optimizer.
+        optimizer: a name in ``train.config_checks.OPTIMIZERS``; all but "sgd" stand for Adam.
         noise_std: standard deviation of the noise on an entry of the *mean* gradient, absolute:
             ``noise_multiplier * max_grad_norm / batch_size``.
         max_grad_norm: clipping norm C of one row.
@@ -131,7 +131,11 @@ def measure_gap(
     if len(text.rows) - len(held) < rows:
         _validate.fail("public", f"text of at least {rows + len(held)} rows", len(text.rows))
     kind = "sgd" if optimizer == "sgd" else "adam"
-    arms = [Arm("with noise", kind, noise_std), Arm("without noise", kind, 0.0)]
+    name = {"sgd": "SGD", "adam": "Adam"}[kind]
+    arms = [
+        Arm(f"{name} with noise", kind, noise_std),
+        Arm(f"{name} without noise", kind, 0.0),
+    ]
     if kind != "sgd":
         arms.insert(0, Arm("SGD without noise", "sgd", 0.0))
     start = _weights(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dp import _validate
@@ -324,6 +324,17 @@ class TrainConfig:
     def recipe(self) -> dict[str, Any]:
         """Return :meth:`as_json` without the fields of ``INCIDENTAL``, as a run's identity."""
         return {name: v for name, v in self.as_json().items() if name not in INCIDENTAL}
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the fields of :meth:`recipe` that differ from their defaults."""
+        recipe = self.recipe()
+        return {
+            field.name: recipe[field.name]
+            for field in fields(self)
+            if field.name in recipe
+            and getattr(self, field.name)
+            != (field.default if field.default_factory is MISSING else field.default_factory())
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:

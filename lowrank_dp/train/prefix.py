@@ -144,15 +144,17 @@ def open_cache(
         ("training", training, config.precision == "bf16", _pays(config, request, len(training))),
         ("evaluation", evaluation, False, _evaluations(config, request) > 1),
     ):
-        stores[use], reason = (None, "not asked") if pays is None else fill(rows, half, use, pays)
+        stores[use], reason = (
+            (None, "as the run began") if pays is None else fill(rows, half, use, pays)
+        )
         reasons += [f"{use} ({reason})"] if reason else []
+    used = stores["training"]
+    digest = _over_ranks(used.digest([_key(row) for row in training]) if used else "")
     if not any(stores.values()):
         prefix.remove()
         return PrefixCache(f"frozen blocks not cached in {' and '.join(reasons)}")
     note = f"frozen blocks 1 to {prefix.length} of {prefix.num_blocks} cached in "
     note += config.prefix_dtype + (f", but not in {reasons[0]}" if reasons else "")
-    used = stores["training"]
-    digest = _over_ranks(used.digest([_key(row) for row in training])) if used else ""
     return PrefixCache(note, digest, pad_to, used, stores["evaluation"])
 
 
@@ -191,10 +193,10 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _over_ranks(digest: str) -> str:
-    """Return, on rank 0, a digest of the digests of all ranks."""
-    mine = torch.frombuffer(bytearray(digest.encode()), dtype=torch.uint8)
+    """Return, on rank 0, a digest of the digests of all ranks; empty if all are empty."""
+    mine = torch.tensor([*digest.encode(), 0])
     found = processes.gather_to_rank0({f"{processes.rank():08}": mine})
-    if len(found) < 2:
+    if len(found) < 2 or all(len(other) == 1 for other in found.values()):
         return digest
     return json_digest({rank: found[rank].tolist() for rank in sorted(found)})
 
@@ -328,16 +330,16 @@ def _name(
 
 
 def _no_room(root: Path, config: TrainConfig, tokens: int, example: Tensor) -> str:
-    """Return why the outputs of ``tokens`` tokens do not fit, or an empty text."""
+    """Return why the outputs of ``tokens`` tokens do not fit, or an empty text.
+
+    The text states no size: the number of tokens is private.
+    """
     needed = tokens * example.shape[-1] * example.itemsize
     left = config.prefix_gigabytes * 1e9 - bytes_used(root)
     if needed > left:
-        return (
-            f"needs {needed / 1e9:.3g} GB, and --prefix-gigabytes {config.prefix_gigabytes:g} "
-            f"leaves {max(0.0, left) / 1e9:.3g}"
-        )
-    if needed > (free := shutil.disk_usage(root).free):
-        return f"needs {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g}"
+        return f"more than --prefix-gigabytes {config.prefix_gigabytes:g} leaves"
+    if needed > shutil.disk_usage(root).free:
+        return "more than the disk has free"
     return ""
 
 

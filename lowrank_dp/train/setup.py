@@ -59,9 +59,9 @@ class Setup:
         data_fingerprint: SHA-256 of the records that are trained on.
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
         layout: placement of the tensors on the processes that share the run.
-        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
         evaluated: examples of the evaluations on the validation split, and their encoded rows.
         prefix: cached outputs of the frozen blocks.
+        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
     """
 
     config: TrainConfig
@@ -242,9 +242,9 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         data_fingerprint=fingerprint(examples),
         digests=identity,
         layout=Sharded(trained) if config.shard else Replicated(),
-        preconditioner=preconditioner,
         evaluated=evaluated,
         prefix=cache,
+        preconditioner=preconditioner,
     )
 
 

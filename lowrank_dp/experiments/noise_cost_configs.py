@@ -1,0 +1,112 @@
+"""Configurations of the experiment on what noise costs a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_dp.experiments.gradients import GradientConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a task, with the sizes of the measurement.
+
+    Attributes:
+        gradients: model, task, clipping and warm-up; ``warm_loss``, ``max_warm_steps`` and
+            ``seed`` are replaced.
+        steps: numbers of warm-up steps of the stages half-way and warm.
+        batch_size: examples of the clean sum.
+        rows: held-out training examples, on which slope, curvature and line search are measured.
+        num_layers: matrices that are measured one by one, one of each shape, without the head.
+    """
+
+    gradients: GradientConfig
+    steps: tuple[int, int]
+    batch_size: int
+    rows: int
+    num_layers: int = 3
+
+    @property
+    def label(self) -> str:
+        """Model and task."""
+        return f"{self.gradients.model}, {self.gradients.task}"
+
+
+def _minilm(task: str) -> Case:
+    return Case(
+        GradientConfig(model="minilm", task=task, train_layers=1, warm_learning_rate=5e-4),
+        steps=(20, 80),
+        batch_size=1024,
+        rows=48,
+    )
+
+
+SST2, COLA = _minilm("sst2"), _minilm("cola")
+SMOLLM2 = Case(
+    GradientConfig(
+        model="smollm2",
+        task="e2e",
+        train_layers=1,
+        warm_learning_rate=5e-4,
+        warm_batch_size=8,
+        micro_batch_size=8,
+    ),
+    steps=(4, 16),
+    batch_size=64,
+    rows=4,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Cases and noise of the measurement.
+
+    Attributes:
+        cases: models and tasks.
+        noise_multiplier: sigma, relative to the clipping norm.
+        loud_multiplier: a larger sigma, at which the noisy sum and its flattening are measured too.
+        num_draws: noise draws per warm-up and stage.
+        num_warm_ups: warm-ups per case, each with a head, warm-up batches, clean sum and held-out
+            rows of its own; 2 or more.
+        layer_draws: noise draws for which single matrices are measured; at most ``num_draws``.
+        device: "cpu" or "cuda".
+        seed: seed of the first warm-up.
+    """
+
+    cases: tuple[Case, ...] = (SST2, COLA, SMOLLM2)
+    noise_multiplier: float = 0.455
+    loud_multiplier: float = 2.74
+    num_draws: int = 5
+    num_warm_ups: int = 3
+    layer_draws: int = 1
+    device: str = "cpu"
+    seed: int = 0
+
+
+# a trial of one minute on generated text, with models that need no download
+SMALL = Config(
+    cases=(
+        Case(
+            GradientConfig(model="tiny", task="generated", train_layers=1, warm_learning_rate=1e-3),
+            steps=(20, 60),
+            batch_size=256,
+            rows=64,
+        ),
+        Case(
+            GradientConfig(
+                model="tiny-llama",
+                task="generated-table",
+                train_layers=1,
+                warm_learning_rate=1e-3,
+                warm_batch_size=8,
+            ),
+            steps=(5, 20),
+            batch_size=64,
+            rows=8,
+            num_layers=1,
+        ),
+    ),
+    num_draws=2,
+    num_warm_ups=2,
+    layer_draws=1,
+)

@@ -1,0 +1,267 @@
+"""Verdicts on what noise costs a step, computed from the arrays of ``noise_cost``.
+
+Every prediction is a quantity and the range in which the prediction puts it. The quantity is
+averaged over noise draws, and the 95% t-interval is taken over warm-ups: the means of different
+warm-ups differ by the draws, too, so that the interval covers both. A prediction is supported if
+the whole interval is inside the range, contradicted if the whole interval is outside, and otherwise
+undecided. NON-PRIVATE throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.noise_cost import Result
+from lowrank_dp.experiments.noise_cost_directions import DIRECTIONS, LAYER_DIRECTIONS
+from lowrank_dp.experiments.scheme_scores import Array
+
+LIMIT = 100.0  # factors are clipped to 1 / LIMIT and LIMIT: a fall of 0 has no logarithm
+MARGIN = 1.1  # "gains nothing" means: less than a tenth
+
+
+def log_factor(numerator: Array, denominator: Array) -> Array:
+    """Return the log of the factor between two falls of the loss, clipped to log ``LIMIT``.
+
+    Both are (..., N) over noise draws and are averaged first; the result (...) is NaN where the
+    denominator's mean is not above 0.
+    """
+    over, under = numerator.mean(-1), denominator.mean(-1)
+    factor = np.clip(over / np.where(under > 0, under, np.nan), 1 / LIMIT, LIMIT)
+    return np.log(factor)
+
+
+def gain_factors(result: Result) -> Array:
+    """Log factors (K, 3, W, D) between the gain along each direction and along the noisy sum."""
+    noisy = result.along("noisy")
+    return np.stack([log_factor(result.along(name), noisy) for name in DIRECTIONS], axis=-1)
+
+
+def layer_factors(result: Result) -> Array:
+    """Log factors (K, 3, W, D') of gains along one matrix, on average over the matrices.
+
+    The gains of the matrices are added before the factor to the noisy sum's is taken.
+    """
+    gains = np.nansum(result.layer_gain, axis=-2)  # (K, 3, W, N', D')
+    noisy = gains[..., LAYER_DIRECTIONS.index("noisy")]
+    return np.stack([log_factor(gains[..., j], noisy) for j in range(gains.shape[-1])], axis=-1)
+
+
+def curvature_ratios(result: Result) -> Array:
+    """Ratios (K, 3, W, D) of the mean curvature along each direction to the clean sum's."""
+    curvature = result.curvature.mean(-2)
+    return curvature / curvature[..., [DIRECTIONS.index("clean")]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Prediction: ``quantity`` of a result lies between ``low`` and ``high``.
+
+    ``quantity`` returns (K, 3, W): logs of a factor if ``is_log``, with ``low`` and ``high`` for
+    the factor itself.
+    """
+
+    text: str
+    quantity: Callable[[Result], Array]
+    low: float
+    high: float
+    is_log: bool = True
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Mean of a prediction's quantity, its 95% interval, and the verdict.
+
+    ``verdict`` is "supported", "contradicted" or "undecided".
+    """
+
+    mean: float
+    low: float
+    high: float
+    verdict: str
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g}): {self.verdict}"
+
+
+def _factor(one: str, other: str) -> Callable[[Result], Array]:
+    return lambda result: log_factor(result.along(one), result.along(other))
+
+
+def _norm_effect(result: Result) -> Array:
+    """Log of the gain by larger layer norms, at restored and at noisy directions of the layers."""
+    restored = log_factor(result.along("denoise"), result.along("optimal"))
+    noisy = log_factor(result.along("noisy"), result.along("noisy, optimal's norms"))
+    return (restored + noisy) / 2
+
+
+def _denoising_effect(result: Result) -> Array:
+    """Log of the gain by restored directions of the layers, at noisy and at restored norms."""
+    at_noisy = log_factor(result.along("denoise"), result.along("noisy"))
+    at_restored = log_factor(result.along("optimal"), result.along("noisy, optimal's norms"))
+    return (at_noisy + at_restored) / 2
+
+
+def _measured_to_predicted(result: Result) -> Array:
+    """Log of measured over predicted fall, mean over the directions for which both exist."""
+    predicted = np.where(result.gain > 0, result.predicted, np.nan)
+    logs = np.log(np.where(result.gain > 0, result.gain, np.nan) / predicted)
+    return np.nanmean(logs, axis=(-2, -1))
+
+
+PREDICTIONS = (
+    Prediction(
+        "(i) restoring (optimal, zeroed) gains nothing over the noisy sum at the best step",
+        _factor("optimal, zeroed", "noisy"),
+        0.0,
+        MARGIN,
+    ),
+    Prediction(
+        "(ii) norm correction gains: noisy against restored norms of the layers",
+        _norm_effect,
+        1.0,
+        np.inf,
+    ),
+    Prediction(
+        "(ii) denoising gains nothing: restored against noisy layers of equal norms",
+        _denoising_effect,
+        0.0,
+        MARGIN,
+    ),
+    Prediction(
+        "(ii) the clean sum gains by the noisy norms of the layers, too",
+        _factor("clean, noisy norms", "clean"),
+        1.0,
+        np.inf,
+    ),
+    Prediction(
+        "(iii) flattening the noisy sum's spectrum gains while noise is small",
+        _factor("noisy, flattened", "noisy"),
+        1.0,
+        np.inf,
+    ),
+    Prediction(
+        "(iii) and gains nothing where noise is large",
+        _factor("loud, flattened", "loud"),
+        0.0,
+        MARGIN,
+    ),
+    Prediction(
+        "curvature along the noise is less than 1/1000 of that along the clean sum",
+        lambda result: curvature_ratios(result)[..., DIRECTIONS.index("noise")],
+        -1e-3,
+        1e-3,
+        is_log=False,
+    ),
+    Prediction(
+        "the removed part holds more descent than the clean sum",
+        _factor("removed", "clean"),
+        1.0,
+        np.inf,
+    ),
+    Prediction(
+        "the noisy sum loses less than a tenth against the clean sum: noise costs a step nothing",
+        _factor("clean", "noisy"),
+        0.0,
+        MARGIN,
+    ),
+    Prediction(
+        "the quadratic model predicts the fall that the line search finds, within a factor 1.5",
+        _measured_to_predicted,
+        1 / 1.5,
+        1.5,
+    ),
+)
+
+
+def judge(values: Array, prediction: Prediction) -> Judgement:
+    """Judge a prediction by independent values of its quantity (W,), 2 or more."""
+    mean, half = mean_and_interval(values)
+    ends = np.array([mean, mean - half, mean + half])
+    middle, low, high = np.exp(ends) if prediction.is_log else ends
+    if prediction.low <= low and high <= prediction.high:
+        verdict = "supported"
+    elif high < prediction.low or low > prediction.high:
+        verdict = "contradicted"
+    else:
+        verdict = "undecided"
+    return Judgement(float(middle), float(low), float(high), verdict)
+
+
+def verdicts(result: Result, prediction: Prediction) -> tuple[list[list[Judgement]], Judgement]:
+    """Judge a prediction for each case and stage (K, 3), and over all of them.
+
+    The latter takes the mean over stages of each case and warm-up as one value: the stages of a
+    warm-up are not independent.
+    """
+    values = prediction.quantity(result)
+    each = [[judge(stage, prediction) for stage in case] for case in values]
+    return each, judge(values.mean(axis=1).ravel(), prediction)
+
+
+def headline(result: Result) -> Mapping[str, str]:
+    """Summarise each prediction: the verdict over all, and the number of each verdict."""
+    lines = {}
+    for prediction in PREDICTIONS:
+        each, together = verdicts(result, prediction)
+        found = [one.verdict for case in each for one in case]
+        counts = ", ".join(
+            f"{found.count(word)} {word}" for word in ("supported", "contradicted", "undecided")
+        )
+        lines[prediction.text] = f"{together}; by setting and stage: {counts}"
+    return lines
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Tabulate verdicts, losses, gains, curvatures and cosines for each case and stage.
+
+    Gains of directions are factors to the gain along the noisy sum, curvatures ratios to that
+    along the clean sum.
+    """
+    columns = ["quantity"]
+    columns += [f"{case.label}, {stage}" for case in result.config.cases for stage in result.stages]
+    columns.append("over all settings")
+    rows = []
+    for prediction in PREDICTIONS:
+        each, together = verdicts(result, prediction)
+        rows.append([prediction.text, *(str(one) for case in each for one in case), str(together)])
+    rows += [
+        _row("held-out loss, nats", result.loss, "{:.3f}"),
+        _row("matrices with a value above the edge", result.above.mean(-1), "{:.1f}"),
+        _row("gain along the noisy sum, nats", result.along("noisy").mean(-1), "{:.2g}"),
+    ]
+    gains, curvatures = gain_factors(result), curvature_ratios(result)
+    cosines = result.cosine.mean(-2)
+    for j, name in enumerate(DIRECTIONS):
+        if name != "noisy":
+            rows.append(_interval_row(f"gain / noisy sum's: {name}", gains[..., j]))
+    for j, name in enumerate(DIRECTIONS):
+        rows.append(_row(f"curvature / clean sum's: {name}", curvatures[..., j], "{:.2g}"))
+    for j, name in enumerate(DIRECTIONS):
+        rows.append(_row(f"cosine with the clean sum: {name}", cosines[..., j], "{:.3f}"))
+    single = layer_factors(result)
+    for j, name in enumerate(LAYER_DIRECTIONS):
+        if name != "noisy":
+            rows.append(_interval_row(f"one matrix, gain / noisy sum's: {name}", single[..., j]))
+    return columns, rows
+
+
+def _row(name: str, values: Array, form: str) -> list[str]:
+    """Format means over warm-ups of values (K, 3, W)."""
+    cells = [form.format(stage.mean()) for case in values for stage in case]
+    return [name, *cells, form.format(values.mean())]
+
+
+def _interval_row(name: str, logs: Array) -> list[str]:
+    """Format factors with intervals, from logs (K, 3, W)."""
+    cells = [_with_ends(stage) for case in logs for stage in case]
+    return [name, *cells, _with_ends(logs.mean(axis=1).ravel())]
+
+
+def _with_ends(logs: Array) -> str:
+    mean, half = mean_and_interval(logs)
+    middle, low, high = np.exp([mean, mean - half, mean + half])
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
