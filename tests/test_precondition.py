@@ -416,6 +416,13 @@ def test_a_resumed_run_equals_the_unbroken_one_and_is_saved_with_full_weights(
     assert scores["loss"] == pytest.approx(result.curve[-1]["loss"], rel=1e-4)
 
 
+def test_vectors_are_frozen_on_request(places):
+    for freeze in (False, True):
+        setup = prepare(make_config(places, precondition_freeze_vectors=freeze), 5)
+        assert any(p.ndim == 1 for p in setup.trained.values()) is not freeze
+        assert sum(p.ndim == 2 for p in setup.trained.values()) == 8
+
+
 def test_noisy_scales_change_and_public_ones_do_not(places):
     for source, moves in (("noisy", True), ("generated", False)):
         with case(source):
