@@ -259,9 +259,9 @@ def test_noisy_moments_are_those_of_the_clean_gradient_on_average():
     variance = (4 * (factor * clean) ** 2 * sigma**2 + 2 * sigma**4) / factor**4 / steps
     assert bool(((found.row - want.row)[:3].abs() <= 5 * (variance.sum(1).sqrt() / 6)[:3]).all())
     assert bool(((found.col - want.col).abs() <= 5 * variance.sum(0).sqrt() / 4).all())
-    # a row without signal counts as the standard error of its mean, or a little more
+    # a row without signal counts as the standard error of its mean, or more by chance (2 in 100)
     error = float((2 * sigma**4 / factor**4).sum(1)[3].sqrt() / 6 / math.sqrt(steps))
-    assert error * 0.999 <= float(found.row[3]) <= 5 * error
+    assert error * 0.999 <= float(found.row[3]) <= 2 * error
     again = NoisyMoments()
     again.load_tensors(moments.tensors())
     assert again.steps == steps and torch.equal(again.moments()["a"].col, found.col)
@@ -414,6 +414,13 @@ def test_a_resumed_run_equals_the_unbroken_one_and_is_saved_with_full_weights(
     assert not scaled_layers(model)
     scores = evaluate(model, tokenizer, task, "validation", max_length=64, batch_size=8)
     assert scores["loss"] == pytest.approx(result.curve[-1]["loss"], rel=1e-4)
+
+
+def test_vectors_are_frozen_on_request(places):
+    for freeze in (False, True):
+        setup = prepare(make_config(places, precondition_freeze_vectors=freeze), 5)
+        assert any(p.ndim == 1 for p in setup.trained.values()) is not freeze
+        assert sum(p.ndim == 2 for p in setup.trained.values()) == 8
 
 
 def test_noisy_scales_change_and_public_ones_do_not(places):

@@ -159,6 +159,9 @@ class TrainConfig:
     precondition_rate: float = option(
         1e-3, "Learning rate of Adam in the noise-free steps on public text."
     )
+    precondition_freeze_vectors: bool = option(
+        False, "Freeze biases and norms, for which a preconditioner has no scales."
+    )
     precondition_every: int = option(
         5, "Steps between refreshments of a preconditioner from noisy sums."
     )

@@ -36,7 +36,7 @@ def add_preconditioner(
 ) -> str:
     """Give the trained matrices of linear layers their scales; leave vectors and embeddings.
 
-    A vector's gradient counts in the clipping norm as it is: its scale is 1.
+    The gradient of a vector that trains counts in the clipping norm as it is: its scale is 1.
 
     Args:
         model: the model before its first step, not sharded.
@@ -58,6 +58,9 @@ def add_preconditioner(
             "precondition must go with trained linear layers, and the model has none whose weight "
             "is its own: leave precondition out"
         )
+    if config.precondition_freeze_vectors:
+        for p in model.parameters():
+            p.requires_grad_(p.requires_grad and p.ndim > 1)
     if config.precondition == "noisy":
         scale_layers(model, {name: unit_scale(layer.weight) for name, layer in layers.items()})
         return "the run's own noisy sums"
