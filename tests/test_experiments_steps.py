@@ -95,7 +95,8 @@ def test_every_arm_is_a_configuration():
         assert config.noise_free == ("NON-PRIVATE" in name) and not config.non_private, name
         assert config.noise_free or config.epsilon == 8.0, name
     assert [ARMS[name].fields.get("optimizer", "adam") for name in PLAIN] == ["adam", "sgd"] * 2
-    assert arms.arm_config(BASE, "DP-SGD", 1.0, 0).averaging == 0.9
+    plain = arms.arm_config(BASE, "DP-SGD", 1.0, 0)
+    assert plain.momentum_beta == 0.9 and plain.averaging == 0.0 and plain.scheme == "none"
 
 
 def test_steps_of_a_made_up_sweep(swept, tmp_path):

@@ -193,6 +193,7 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "precondition_steps": 5,
         "precondition_rate": 1e-2,
         "precondition_every": 3,
+        "precondition_freeze_vectors": True,
     }
     others = {
         "warmup_steps": {"warmup_steps": 1, "schedule": "linear"},

@@ -33,12 +33,16 @@ class Arm:
     start: float
 
 
-_SGD = {"optimizer": "sgd", "beta1": 0.9}
+# SGD along the bias-corrected running mean of gradients, which is Adam's way of averaging; under
+# torch's momentum the first ten steps are smaller
+_SGD = {"optimizer": "sgd", "momentum_beta": 0.9}
 _NOISE_FREE = {"epsilon": None, "noise_multiplier": None, "noise_free": True}
 _MEAN = {"momentum_beta": 0.9}
 _OPTIMAL = {"scheme": "optimal"}
 # Adam's clock would make the first non-zero gradient of a matrix a large step
 _ZEROED = {"below": "zero", "skip_zeros": True}
+# biases and norms stay as they are: a vector has no rank-one scale
+_FROZEN = {"precondition_freeze_vectors": True}
 
 
 def _partial(alpha: float, **options: str) -> Arm:
@@ -51,6 +55,7 @@ ARMS: dict[str, Arm] = {
     "DP-SGD": Arm(_SGD, 3.0),
     "noise-free Adam (NON-PRIVATE)": Arm(_NOISE_FREE, 1e-3),
     "noise-free SGD (NON-PRIVATE)": Arm({**_SGD, **_NOISE_FREE}, 3.0),
+    "DP-SGD, torch's momentum": Arm({"optimizer": "sgd", "beta1": 0.9}, 0.3),
     # singular values of each step's sum
     "denoise": Arm({"scheme": "denoise"}, 1e-2),  # arXiv 2510.01137, version 1
     "partial, 0.5": _partial(0.5),
@@ -76,9 +81,12 @@ ARMS: dict[str, Arm] = {
     "DP-LoRA, frozen A": Arm({"method": "lora-frozen-a"}, 3e-2),  # FFA-LoRA
     "DP-LoRA, mean, optimal, zeroed": Arm({"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN}, 1e-2),
     # rank-one preconditioners inside the mechanism
-    "preconditioned, generated text": Arm({**_SGD, "precondition": "generated"}, 10.0),
-    "preconditioned, CoLA": Arm({**_SGD, "precondition": "cola"}, 10.0),
-    "preconditioned, noisy sums": Arm({**_SGD, "precondition": "noisy"}, 10.0),
+    "preconditioned, generated text": Arm({**_SGD, **_FROZEN, "precondition": "generated"}, 10.0),
+    "preconditioned, CoLA": Arm({**_SGD, **_FROZEN, "precondition": "cola"}, 10.0),
+    "preconditioned, vectors trained": Arm({**_SGD, "precondition": "generated"}, 10.0),
+    "preconditioned, noisy sums": Arm(
+        {"optimizer": "sgd", "beta1": 0.9, **_FROZEN, "precondition": "noisy"}, 1.0
+    ),
 }
 # every arm is judged against both, each with its own ceiling
 CEILING_OF = {
