@@ -396,6 +396,31 @@ def test_real_small_sweeps(tmp_path, monkeypatch):
     assert result.privacy.count("NON-PRIVATE") == 3 and "-DP after 3 steps" in result.privacy
 
 
+def test_the_cost_is_that_of_the_second_run(monkeypatch):
+    """A clock that moves by hand: 5 s of loading, 2 s an evaluation, 3 s a step, 8 s the members.
+
+    The first run takes ten times as long.
+    """
+    clock, caches = [0.0], []
+
+    def train(config, folder, *, on_start, **options):
+        slow = 1 if caches else 10
+        caches.append((config.prefix_cache, options["prefix_shared_by"] > 1))
+        clock[0] += 5 * slow
+        rows = SimpleNamespace(task=SimpleNamespace(validation=range(20)), rows=range(900))
+        on_start(rows, 1)
+        assert (config.steps, config.seed, config.eval_every) == (1, 0, 1)
+        clock[0] += (2 * 2 + 3 + 8) * slow
+        return SimpleNamespace(seconds=3.0 * slow)
+
+    monkeypatch.setattr(cost, "train", train)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    found = cost.measure_cost(replace(BASE, eval_examples=80), 1)
+    # once per run: loading, the evaluation before the first step, and the members
+    assert (found.once, found.step, found.evaluation) == pytest.approx((5 + 2 + 8, 3, 2))
+    assert caches[0] == caches[1] and caches[0][0] and caches[0][1]
+
+
 @pytest.mark.slow
 def test_a_measured_step_costs_something():
     found = cost.measure_cost(SHORT, 1)

@@ -8,11 +8,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from lowrank_dp.train import TrainConfig
+from lowrank_dp.train import Setup, TrainConfig
 from lowrank_dp.train.loop import train
+
+_MANY = 1000  # runs of a sweep, which are worth a cache
 
 
 @dataclass(frozen=True)
@@ -29,32 +33,37 @@ class Cost:
 
 
 def measure_cost(config: TrainConfig, num_workers: int | None) -> Cost:
-    """Train two steps in a temporary folder, with the threads that a worker of a sweep has.
+    """Train one step twice in a temporary folder, with the threads that a worker of a sweep has.
 
-    The second step is taken, since the first one also loads libraries. The time that is not spent
-    in steps is split by the number of examples that are evaluated. Concurrent runs share the
-    machine's memory bandwidth, and may be slower.
+    The second run is measured: the first one loads the libraries, and fills the cache of the frozen
+    blocks' outputs, which all runs of a sweep share. The time that is not spent in the step is
+    split by the number of examples that are evaluated. Concurrent runs share the machine's memory
+    bandwidth, and may be slower.
     """
-    began, seen = time.perf_counter(), []
-    two = replace(config, steps=2, eval_every=1, seed=0, holdout=0, generate=False)
+    one = replace(config, steps=1, seed=0, holdout=0, generate=False)
     with tempfile.TemporaryDirectory() as folder, _threads(threads_of(num_workers)):
-        result = train(
-            two,
-            folder,
-            keep_model=False,
-            show_progress=False,
-            on_start=lambda setup, _: seen.extend(
-                [time.perf_counter(), len(setup.task.validation), len(setup.rows)]
-            ),
-        )
-    ended = time.perf_counter()
+        one = replace(one, prefix_cache=config.prefix_cache or str(Path(folder) / "cache"))
+        for name in ("first", "measured"):
+            began, seen = time.perf_counter(), list[int | float]()
+            result = train(
+                one,
+                Path(folder) / name,
+                keep_model=False,
+                show_progress=False,
+                on_start=partial(_note, seen),
+                prefix_shared_by=_MANY,
+            )
+            ended = time.perf_counter()
     started, validation, members = seen
     validation, members = (min(n, config.eval_examples) for n in (validation, members))
-    share = validation / (3 * validation + members)  # after each step, before both, and at the end
+    share = validation / (2 * validation + members)  # before and after the step, and at the end
     evaluation = share * (ended - started - result.seconds)
-    step = result.curve[2]["seconds"] - result.curve[1]["seconds"]
-    once = ended - began - result.seconds - 2 * evaluation
-    return Cost(once, step, evaluation)
+    return Cost(ended - began - result.seconds - evaluation, result.seconds, evaluation)
+
+
+def _note(seen: list[int | float], setup: Setup, _: int) -> None:
+    """Note the time at which a run begins, and the sizes of its splits."""
+    seen.extend([time.perf_counter(), len(setup.task.validation), len(setup.rows)])
 
 
 def workers_of(num_workers: int | None) -> int:
