@@ -22,7 +22,6 @@ from lowrank_dp.losses import IGNORE, LOSSES
 from lowrank_dp.models.trainable import blocks
 
 Direction = Mapping[str, Tensor]  # parameter name -> tensor; other parameters do not move
-MAX_DOUBLINGS = 12  # of the step, from the first one tried
 
 
 @dataclass(eq=False)
@@ -197,13 +196,15 @@ def product(one: Direction, other: Direction) -> float:
     return float(sum((d.double() * other[name]).sum() for name, d in one.items()))
 
 
-def line_search(change: Callable[[float], float], first: float) -> tuple[float, float]:
+def line_search(
+    change: Callable[[float], float], first: float, max_doublings: int = 12
+) -> tuple[float, float]:
     """Search the step of largest fall of a loss on the grid ``first * 2^k``, and between points.
 
     Args:
         change: step -> change of the loss, for steps above 0; 0 at step 0.
         first: first step, > 0. The search walks from it downhill until the best step has a worse
-            one on both sides, or for ``MAX_DOUBLINGS``. One more step is tried at the vertex of the
+            one on both sides, or for ``max_doublings``. One more step is tried at the vertex of the
             parabola through these three points.
 
     Returns:
@@ -217,7 +218,7 @@ def line_search(change: Callable[[float], float], first: float) -> tuple[float, 
         return seen[k]
 
     best = 0
-    while abs(best) < MAX_DOUBLINGS:
+    while abs(best) < max_doublings:
         lower = min((best - 1, best, best + 1), key=at)
         if lower == best:
             break

@@ -57,6 +57,7 @@ CAPTION = (
     "restricted to one matrix, added up over the measured matrices. NON-PRIVATE: computed from "
     "clean gradients and losses without noise."
 )
+MAX_DOUBLINGS = 3  # a line search ends at 1/8 and 8 times the predicted step
 STAGES = ("cold", "half-way", "warm")
 
 
@@ -165,7 +166,7 @@ def run(config: Config, folder: str | Path = Path("runs") / "noise_cost") -> Res
     _validate.positive("noise_multiplier", config.noise_multiplier)
     _validate.positive("loud_multiplier", config.loud_multiplier)
     for case in config.cases:
-        _validate.integer("rows", case.rows)
+        _validate.integer("rows", case.rows, high=case.slope_rows)
     jobs = list(itertools.product(range(config.num_warm_ups), config.cases))
     found = [_warm_up_stages(config, case, w, folder) for w, case in progress(jobs, "warm-ups")]
     return _collect(config, found)
@@ -217,7 +218,7 @@ def _warm_up_stages(config: Config, case: Case, warm: int, folder: str | Path) -
             found[stage] = load_result(folder, name, Stage)
             continue
         if source is None:
-            source, surface = _load(config, case, warm)
+            source, surfaces = _load(config, case, warm)
             start = {n: p.detach().clone() for n, p in source.model.named_parameters()}
         with torch.no_grad():
             for n, p in source.model.named_parameters():
@@ -226,7 +227,7 @@ def _warm_up_stages(config: Config, case: Case, warm: int, folder: str | Path) -
         if steps:
             source.config = replace(source.config, warm_loss=1e-9, max_warm_steps=steps)
             warm_up(source)
-        found[stage] = _measure(config, case, source, surface)
+        found[stage] = _measure(config, case, source, *surfaces)
         save_result(found[stage], folder, name, seed=source.config.seed, device=config.device)
     return [found[stage] for stage in STAGES]
 
@@ -237,33 +238,46 @@ def _stage_name(config: Config, case: Case, warm: int, stage: str) -> str:
     return json_digest([to_jsonable(same), DIRECTIONS, LAYER_DIRECTIONS, warm, stage])[:16]
 
 
-def _load(config: Config, case: Case, warm: int) -> tuple[GradientSource, LossSurface]:
-    """Load a cold model with its rows, and build the surface on rows that the source then lacks."""
+def _load(
+    config: Config, case: Case, warm: int
+) -> tuple[GradientSource, tuple[LossSurface, LossSurface]]:
+    """Load a cold model, and build the surfaces of the slopes and of the line searches.
+
+    The source then lacks the held-out rows.
+    """
     gradients = replace(case.gradients, seed=config.seed + warm, device=config.device)
-    source = load_source(gradients, case.batch_size + case.rows)
-    held_out = source.sample(case.rows, torch.Generator().manual_seed(gradients.seed + 1))
+    source = load_source(gradients, case.batch_size + case.slope_rows)
+    generator = torch.Generator().manual_seed(gradients.seed + 1)
+    held_out = source.sample(case.slope_rows, generator)
     size = max(1, gradients.micro_batch_size // 8)  # few rows: little padding
-    batches = (batch for _, batch in source.batches(held_out, size))
-    surface = make_surface(source.model, source.matrices, batches)
+    large, small = (
+        make_surface(
+            source.model, source.matrices, [batch for _, batch in source.batches(rows, size)]
+        )
+        for rows in (held_out, held_out[: case.rows])
+    )
     source.rows = [row for i, row in enumerate(source.rows) if i not in set(held_out)]
-    return source, surface
+    return source, (large, small)
 
 
 # --- one stage ------------------------------------------------------------------------------------
 
 
-def _measure(config: Config, case: Case, source: GradientSource, surface: LossSurface) -> Stage:
+def _measure(
+    config: Config, case: Case, source: GradientSource, large: LossSurface, small: LossSurface
+) -> Stage:
     """Measure all directions at the weights that the source has now."""
     generator = torch.Generator().manual_seed(source.config.seed + 2)
     clean = source.clean_sum(source.sample(case.batch_size, generator))
     std = config.noise_multiplier * source.config.max_grad_norm
     loud_std = config.loud_multiplier * source.config.max_grad_norm
     layers = spread_layers(clean, case.num_layers)
-    loss, gradient = surface.loss_and_gradient()
+    loss, gradient = large.loss_and_gradient()
+    start, own_gradient = small.loss_and_gradient()
     whole = np.zeros((config.num_draws, len(DIRECTIONS), 6))
     single = np.zeros((config.layer_draws, len(layers), len(LAYER_DIRECTIONS), 6))
     above = np.zeros(config.num_draws, dtype=int)
-    with surface.curvature() as curvature:
+    with small.curvature() as curvature:
 
         def along(direction: Direction) -> np.ndarray:
             """Norm, cosine, slope, curvature, best step and gain of a direction."""
@@ -274,8 +288,12 @@ def _measure(config: Config, case: Case, source: GradientSource, surface: LossSu
             slope, bend = product(d, gradient), curvature(d)
             step, gain = 0.0, 0.0
             if slope > 0:
-                first = slope / max(abs(bend), 1e-12)
-                step, gain = line_search(lambda step: surface.loss_at(d, step) - loss, first)
+                excess = product(d, own_gradient) - slope  # see Case.rows
+                step, gain = line_search(
+                    lambda step: small.loss_at(d, step) - start + step * excess,
+                    slope / max(abs(bend), 1e-12),
+                    MAX_DOUBLINGS,
+                )
             return np.array([norm, cosine, slope, bend, step, gain])
 
         for j, direction in enumerate(once(clean, std).values()):

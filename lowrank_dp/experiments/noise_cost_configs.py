@@ -16,13 +16,17 @@ class Case:
             ``seed`` are replaced.
         steps: numbers of warm-up steps of the stages half-way and warm.
         batch_size: examples of the clean sum.
-        rows: held-out training examples, on which slope, curvature and line search are measured.
+        slope_rows: held-out training examples of the slope ``g'd``, used for nothing else.
+        rows: the first of these, on which curvature and line search are measured. The line search
+            replaces the slope on these rows by the slope on all, as a control variate: the slope
+            varies most from row to row.
         num_layers: matrices that are measured one by one, one of each shape, without the head.
     """
 
     gradients: GradientConfig
     steps: tuple[int, int]
     batch_size: int
+    slope_rows: int
     rows: int
     num_layers: int = 3
 
@@ -37,7 +41,8 @@ def _minilm(task: str) -> Case:
         GradientConfig(model="minilm", task=task, train_layers=1, warm_learning_rate=5e-4),
         steps=(20, 80),
         batch_size=1024,
-        rows=48,
+        slope_rows=1024,
+        rows=32,
     )
 
 
@@ -53,6 +58,7 @@ SMOLLM2 = Case(
     ),
     steps=(4, 16),
     batch_size=64,
+    slope_rows=64,
     rows=4,
 )
 
@@ -90,6 +96,7 @@ SMALL = Config(
             GradientConfig(model="tiny", task="generated", train_layers=1, warm_learning_rate=1e-3),
             steps=(20, 60),
             batch_size=256,
+            slope_rows=128,
             rows=64,
         ),
         Case(
@@ -102,6 +109,7 @@ SMALL = Config(
             ),
             steps=(5, 20),
             batch_size=64,
+            slope_rows=32,
             rows=8,
             num_layers=1,
         ),

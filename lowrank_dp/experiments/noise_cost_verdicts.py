@@ -107,9 +107,10 @@ def _denoising_effect(result: Result) -> Array:
 
 def _measured_to_predicted(result: Result) -> Array:
     """Log of measured over predicted fall, mean over the directions for which both exist."""
-    predicted = np.where(result.gain > 0, result.predicted, np.nan)
-    logs = np.log(np.where(result.gain > 0, result.gain, np.nan) / predicted)
-    return np.nanmean(logs, axis=(-2, -1))
+    both = (result.gain > 0) & np.isfinite(result.predicted)
+    logs = np.log(np.where(both, result.gain, 1.0) / np.where(both, result.predicted, 1.0))
+    count = both.sum(axis=(-2, -1))
+    return logs.sum(axis=(-2, -1)) / np.where(count > 0, count, np.nan)
 
 
 PREDICTIONS = (
