@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from lowrank_dp.experiments import arms, cost, gap, steps, steps_configs, tuning
 from lowrank_dp.experiments.arms import ARMS, PLAIN
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.steps import plot_steps
-from lowrank_dp.sweep import Outcome
+from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 from tests.tasks import case, needs_data
 
@@ -66,7 +67,7 @@ def swept(monkeypatch):
     """Replace training by made-up curves; yields the configurations that were asked for."""
     asked = []
 
-    def sweep(configs, folder, **options):
+    def made_up(configs, folder, **options):
         asked.extend(configs)
         return [
             Outcome(
@@ -84,7 +85,7 @@ def swept(monkeypatch):
         ]
 
     for module in (tuning, steps, gap):
-        monkeypatch.setattr(module, "sweep", sweep)
+        monkeypatch.setattr(module, "sweep", made_up)
     return asked
 
 
@@ -385,6 +386,8 @@ def test_real_small_sweeps(tmp_path, monkeypatch):
     The grids keep their first three rates: made-up sweeps show how grids grow.
     """
     monkeypatch.setattr(tuning, "next_places", lambda *_: [])
+    for module in (tuning, steps, gap):
+        monkeypatch.setattr(module, "sweep", partial(sweep, engine="sequential"))
     found = gap.run(
         gap.Config(SHORT, epsilons=(8.0,), batch_sizes=(64,), parts=("all",), **TINY), tmp_path
     )
