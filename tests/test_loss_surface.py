@@ -1,10 +1,14 @@
 """Slope, curvature and line search of a loss surface, against finite differences and a scan."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from lowrank_dp.experiments import gradients, loss_surface
+from tests.oracles import clip_one_by_one
 from tests.tasks import seeded
 
 # the task, and how many of the two blocks train: with one, the first block's output is kept
@@ -81,6 +85,34 @@ def test_slope_and_curvature_are_those_of_finite_differences(surface):
             bend = (ahead + behind - 2 * loss) / h**2
             assert curvature(direction) == pytest.approx(bend, rel=2e-2, abs=1e-4)
     assert all(torch.equal(w, start[name]) for name, w in surface.weights.items())
+
+
+@pytest.mark.slow
+def test_clip_factors_as_row_weights_give_the_mean_of_the_clipped_gradients(surface):
+    whole = collate_again(surface.batches)
+    sums, norms = clip_one_by_one(surface.model, whole, None)  # clips at the median norm
+    weighted = dataclasses.replace(surface, row_weights=(norms.median() / norms).clamp(max=1))
+    _, gradient = weighted.loss_and_gradient()
+    for name, part in gradient.items():
+        torch.testing.assert_close(part, sums[name] / 12, rtol=1e-4, atol=1e-6)
+    assert weighted.loss() < surface.loss()
+
+
+def collate_again(batches):
+    """Join batches of several lengths to one batch, with their rows in the same order."""
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    fill = {"labels": -100}
+    return {
+        key: torch.cat(
+            [
+                functional.pad(b[key], (0, length - b[key].shape[1]), value=fill.get(key, 0))
+                if b[key].ndim == 2
+                else b[key]
+                for b in batches
+            ]
+        )
+        for key in batches[0]
+    }
 
 
 def test_the_line_search_finds_what_a_scan_finds():

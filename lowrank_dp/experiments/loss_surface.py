@@ -38,6 +38,7 @@ class LossSurface:
         batches: rows of the surface, with labels.
         frozen: blocks in front of the first trained block.
         outputs: per batch, the output of the last frozen block.
+        row_weights: factor (rows,) of each row's loss, in the order of the batches; None for 1.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class LossSurface:
     batches: list[dict[str, Tensor]]
     frozen: list[nn.Module] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    row_weights: Tensor | None = None
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -114,11 +116,15 @@ class LossSurface:
 
     def _losses(self) -> Iterator[Tensor]:
         """Yield the share of each batch in the mean loss, in float64."""
-        rows = self.num_rows
+        rows, first = self.num_rows, 0
         for i, batch in enumerate(self.batches):
             output = self.outputs[i] if self.outputs else None
             with _replaced(self.frozen if self.outputs else [], output):
-                yield _row_losses(self.model, batch).sum() / rows
+                losses = _row_losses(self.model, batch)
+            if self.row_weights is not None:
+                losses = losses * self.row_weights[first : first + len(losses)]
+                first += len(losses)
+            yield losses.sum() / rows
 
 
 def make_surface(

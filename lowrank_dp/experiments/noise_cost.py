@@ -44,18 +44,20 @@ from lowrank_dp.experiments.noise_cost_directions import (
     once,
     per_draw,
 )
+from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.mechanism import NON_PRIVATE
 
 __all__ = ["CAPTION", "SMALL", "Case", "Config", "Result", "plan", "run"]
 CAPTION = (
     "One step from the same weights along each direction, with all trained matrices as one vector; "
-    "means over noise draws, with 95% t-intervals over warm-ups. (a) Fall of the held-out loss at "
-    "the best step, relative to the fall along the noisy sum, on the warm model. (b) Curvature "
-    "d'Hd along the direction, relative to the curvature along the clean sum. (c) Fall of the loss "
-    "that the quadratic model predicts, (g'd)^2 / (2 d'Hd), against the fall that the line search "
-    "finds; a point for each direction, stage, warm-up and draw. (d) As (a), with the direction "
-    "restricted to one matrix, added up over the measured matrices. NON-PRIVATE: computed from "
-    "clean gradients and losses without noise."
+    "means over noise draws, with 95% t-intervals over warm-ups. The loss is that of held-out "
+    "examples, each weighted by its clip factor. (a) Fall of the loss at the best step, relative "
+    "to the fall along the noisy sum, on the warm model. (b) Curvature d'Hd along the direction, "
+    "relative to the curvature along the clean sum. (c) Fall of the loss that the quadratic model "
+    "predicts, (g'd)^2 / (2 d'Hd), against the fall that the line search finds; a point for each "
+    "direction, stage, warm-up and draw. (d) As (a), with the direction restricted to one matrix, "
+    "added up over the measured matrices. NON-PRIVATE: computed from clean gradients and losses "
+    "without noise."
 )
 MAX_DOUBLINGS = 3  # a line search ends at 1/8 and 8 times the predicted step
 STAGES = ("cold", "half-way", "warm")
@@ -86,6 +88,10 @@ class Stage:
 class Result:
     """Slope, curvature and best step along every direction, scaled to norm 1. NON-PRIVATE.
 
+    The loss that is followed is the mean over held-out rows of ``a_i l_i``, with the clip factors
+    ``a_i = min(1, C / |g_i|)`` held fixed. The gradient of this loss is the mean of the clipped
+    gradients, which is what DP-SGD follows without noise; the unclipped loss may rise along it.
+
     K cases, 3 stages, W warm-ups, N noise draws and D directions; an array is (K, 3, W, N, D)
     unless stated. ``slope`` is ``g'd`` in nats per unit, ``curvature`` ``d'Hd`` in nats per unit
     squared, ``step`` the best step found, absolute (0 where every step raises the loss), and
@@ -93,8 +99,8 @@ class Result:
     scaled, absolute, and ``cosine`` its cosine with the clean sum. Along a direction of zeros, all
     are 0. The arrays ``layer_*`` (K, 3, W, N', L, D') hold the same for directions that are
     restricted to one of ``layers``, NaN where a case has fewer than L. ``loss`` (K, 3, W) is the
-    held-out loss in nats, and ``above`` (K, 3, W, N) the number of trained matrices with a singular
-    value above the bulk edge, of ``num_matrices`` (K,).
+    held-out loss in nats without these factors, and ``above`` (K, 3, W, N) the number of trained
+    matrices with a singular value above the bulk edge.
     """
 
     config: Config
@@ -272,7 +278,12 @@ def _measure(
     std = config.noise_multiplier * source.config.max_grad_norm
     loud_std = config.loud_multiplier * source.config.max_grad_norm
     layers = spread_layers(clean, case.num_layers)
-    loss, gradient = large.loss_and_gradient()
+    loss = large.loss()
+    clip = source.config.max_grad_norm
+    sums, _ = clipped_sum_over(source.model, large.batches, clip)
+    gradient = {name: sums[name] / large.num_rows for name in source.matrices}
+    _, norms = clipped_sum_over(source.model, small.batches, clip)
+    small.row_weights = (clip / norms.double()).clamp(max=1)
     start, own_gradient = small.loss_and_gradient()
     whole = np.zeros((config.num_draws, len(DIRECTIONS), 6))
     single = np.zeros((config.layer_draws, len(layers), len(LAYER_DIRECTIONS), 6))

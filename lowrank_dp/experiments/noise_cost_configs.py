@@ -41,7 +41,7 @@ def _minilm(task: str) -> Case:
         GradientConfig(model="minilm", task=task, train_layers=1, warm_learning_rate=5e-4),
         steps=(20, 80),
         batch_size=1024,
-        slope_rows=1024,
+        slope_rows=512,
         rows=32,
     )
 
@@ -58,7 +58,7 @@ SMOLLM2 = Case(
     ),
     steps=(4, 16),
     batch_size=64,
-    slope_rows=64,
+    slope_rows=32,
     rows=4,
 )
 
