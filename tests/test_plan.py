@@ -181,6 +181,8 @@ def test_step_gain_is_the_best_step_of_the_quadratic_model(measured):
         model = rates * 0.3 - rates**2 / 2 * (0.5 + noise**2 * 200.0)
         assert model.max() == pytest.approx(best, rel=1e-6)
     assert gain.noise_cost == pytest.approx(gain.clean_gain / gain.noisy_gain)
+    uphill = replace(gain, slope=-0.3)  # a step against the direction is no step along it
+    assert uphill.clean_gain == uphill.noisy_gain == 0 and uphill.noise_cost == gain.noise_cost
     model, batches, kind = measured
     # the trace of a head's bias alone: Hutchinson's estimate against sum over unit vectors
     bias = "classifier.bias"
