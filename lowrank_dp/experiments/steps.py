@@ -300,7 +300,7 @@ def _saved(result: Result, arm: str, baseline: str, share: float) -> str:
     if np.isnan(result.target(share)):
         return "no target"
     steps = steps_to(result, share)
-    missed = tuple(bool(np.isinf(result.of(name, steps)).any()) for name in (baseline, arm))
+    missed = np.isinf(result.of(baseline, steps)).any(), np.isinf(result.of(arm, steps)).any()
     sign = {(True, False): "≥ ", (False, True): "≤ ", (True, True): "? "}.get(missed, "")
     return sign + _interval(*steps_saved(result, arm, baseline, share), "+.1f")
 
