@@ -693,7 +693,9 @@ def test_which_steps_are_examined_closely(base, tmp_path, monkeypatch):
         config, folder = replace(base, steps=8, eval_every=4, **changes), tmp_path / f"{number}"
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(guards, "check_clipping", lambda *a, s=seen: s.append(0) or look(*a))
+            patch.setattr(
+                guards, "check_clipping", lambda *a, s=seen, **k: s.append(0) or look(*a, **k)
+            )
             train(config, folder, show_progress=False)
         assert len(seen) == 3, changes
 
