@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from lowrank_dp import artifacts, figures
@@ -17,6 +18,7 @@ from lowrank_dp.experiments import arms, cost, gap, steps, steps_configs, tuning
 from lowrank_dp.experiments.arms import ARMS, PLAIN
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.steps import plot_steps
+from lowrank_dp.precondition import Moment, joint_scales
 from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 from tests.tasks import case, needs_data
@@ -168,7 +170,34 @@ def test_differences_are_paired_by_seed(swept):
     # a run that never reaches the target counts as one step more than it has
     score[i, 1] = 0.5
     assert steps.steps_saved(result, "DP-LoRA", "DP-Adam", 0.9)[0] == pytest.approx((1 - 7) / 3)
-    assert "2, not reached, 3" in steps.table(result)[1][i]
+    columns, rows = steps.table(result)
+    assert "2, not reached, 3" in rows[i]
+    # the difference is then a bound, whose direction depends on who misses the target
+    saved = columns.index("steps to 90% fewer than DP-Adam")
+    assert rows[i][saved].startswith("≤ -2.0 ±")
+    adam = CONFIG.arms.index("DP-Adam")
+    late = score.copy()
+    late[adam, 2] = 0.5
+    assert steps.table(replace(result, score=late))[1][i][saved].startswith("? ")
+    late[i] = score[CONFIG.arms.index("mean, optimal, zeroed")]
+    late = replace(result, score=late)
+    assert steps.table(late)[1][i][saved].startswith("≥ ")
+    lines = steps.headline(late)
+    assert lines["DP-LoRA: steps fewer than DP-Adam and than DP-SGD"].startswith("≥ ")
+    assert lines["steps of DP-Adam over those without noise (NON-PRIVATE)"].startswith("≥ ")
+
+
+def test_baselines_that_learn_nothing_leave_no_target(swept):
+    """Steps are then censored for every arm: a difference of 0 would look like a tie."""
+    result = steps.run(CONFIG)
+    score = result.score.copy()
+    score[CONFIG.arms.index("DP-SGD")] = 0.5
+    flat = replace(result, score=score)
+    columns, rows = steps.table(flat)
+    row = rows[CONFIG.arms.index("DP-LoRA")]
+    assert row[columns.index("steps to 90% fewer than DP-Adam")] == "no target"
+    assert row[columns.index("share of the gap closed of DP-Adam")] == "no target"
+    assert "no target" in steps.headline(flat)["DP-LoRA: steps fewer than DP-Adam and than DP-SGD"]
 
 
 def test_an_arm_without_a_rate_is_named_and_left_out(swept, monkeypatch):
@@ -188,6 +217,28 @@ def test_an_arm_without_a_rate_is_named_and_left_out(swept, monkeypatch):
     columns, rows = steps.table(result)
     assert rows[i][1].startswith("none inside") and {len(row) for row in rows} == {len(columns)}
     assert plot_steps(result).axes and steps.headline(result)
+
+
+def test_an_arm_whose_runs_all_stop_is_not_said_to_have_a_best_rate():
+    found = tuning.tune({"arm": 1.0}, lambda asked: [(math.nan, math.nan) for _ in asked])["arm"]
+    assert found.chosen is None and "every run stopped" in found.failure
+    assert "best" not in found.failure
+
+
+def test_frozen_vectors_are_the_only_difference_of_their_control():
+    """At power 0, a preconditioner's scales are 1."""
+    moments = {"w": Moment(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0, 9.0]))}
+    (scale,) = joint_scales(moments, 0.0).values()
+    assert scale.row.tolist() == [1, 1] and scale.col.tolist() == [1, 1, 1]
+    control, plain = (
+        arms.arm_config(BASE, name, 1.0, 0).chosen()
+        for name in ("DP-SGD, vectors frozen", "DP-SGD")
+    )
+    assert control == plain | {
+        "precondition": "generated",
+        "precondition_power": 0.0,
+        "precondition_freeze_vectors": True,
+    }
 
 
 GAP = gap.Config(BASE, epsilons=(0.5, 8.0), batch_sizes=(32, 64), num_seeds=2, tuning_holdout=50)
@@ -252,6 +303,30 @@ def test_a_ratio_with_a_run_out_of_reach_is_a_bound():
     )
     np.testing.assert_allclose(found.value, [2, 14 / 5, 10 / 12, np.nan])
     assert [found.text((i,)) for i in range(4)] == ["2.00", "≥ 2.80", "≤ 0.83", "?"]
+
+
+def test_a_bound_does_not_settle_whether_a_gap_is_worth_closing(swept):
+    result = gap.run(GAP)
+    assert gap.headline(result)["gap not known"] == "none"
+    private, ceiling = result.private.copy(), result.ceiling.copy()
+    place = "last block, B = 32, epsilon 0.5"
+    # each noise-free optimizer has a run that misses the target: the ratio is at most 0.75
+    ceiling[0, 0, :, 0] = 0.5
+    lines = gap.headline(replace(result, ceiling=ceiling))
+    assert place not in lines["gap of 1.5 or more (NON-PRIVATE)"]
+    assert place not in lines["gap not known"]
+    # a DP run that misses the target makes the ratio a lower bound: 1.5 or more stays so
+    private[0, 0, 0, :, 0] = 0.5
+    assert (
+        place in gap.headline(replace(result, private=private))["gap of 1.5 or more (NON-PRIVATE)"]
+    )
+    # both
+    lines = gap.headline(replace(result, private=private, ceiling=ceiling))
+    assert place in lines["gap not known"]
+    # a seed without a run is not one that missed the target
+    private[0, 0, 0, 0, 0] = np.nan
+    columns, rows = gap.table(replace(result, private=private))
+    assert rows[0][columns.index(f"steps to 90%, {gap.BASELINES[0]}")].startswith("no run, ")
 
 
 def test_bad_configurations_of_both(tmp_path):

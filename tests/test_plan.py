@@ -181,6 +181,8 @@ def test_step_gain_is_the_best_step_of_the_quadratic_model(measured):
         model = rates * 0.3 - rates**2 / 2 * (0.5 + noise**2 * 200.0)
         assert model.max() == pytest.approx(best, rel=1e-6)
     assert gain.noise_cost == pytest.approx(gain.clean_gain / gain.noisy_gain)
+    uphill = replace(gain, slope=-0.3)  # a step against the direction is no step along it
+    assert uphill.clean_gain == uphill.noisy_gain == 0 and uphill.noise_cost == gain.noise_cost
     model, batches, kind = measured
     # the trace of a head's bias alone: Hutchinson's estimate against sum over unit vectors
     bias = "classifier.bias"
@@ -216,7 +218,10 @@ def test_ratio_of_steps_is_that_of_curves_of_one_shape():
         with case(slower):
             assert steps_ratio(slow, fast) == pytest.approx(slower, rel=0.1)
             assert steps_ratio(fast, slow) == pytest.approx(1 / slower, rel=0.1)
-    assert steps_ratio([1.0] * 9, [1.0] * 9) == 1.0  # neither improves
+    # noise that drowns all learning is no reason to say that noise costs nothing
+    drowned = [1.0 - 0.001 * (step % 2) for step in range(31)]
+    for pair in ((drowned, fast), (fast, drowned), ([1.0] * 9, [1.0] * 9)):
+        assert steps_ratio(*pair) is None
     for step, change in ((2, -0.6), (30, 0.3)):  # one step that is lucky, or ends badly
         noisy = [value + change * (i == step) for i, value in enumerate(fast)]
         assert steps_ratio(noisy, fast) == pytest.approx(1.0, rel=0.05), step
@@ -286,7 +291,13 @@ def test_the_gap_is_that_of_the_arms(plan):
     assert len({trial.scores[0] for trial in gap.trials}) == 1  # the same weights
     assert gap.ratio == steps_ratio(gap.trials[1].scores, gap.trials[2].scores)
     assert gap.adaptivity == steps_ratio(gap.trials[0].scores, gap.trials[2].scores)
-    assert gap.saved == max(0.0, 1 - 1 / gap.ratio)
+    assert gap.saved == (gap.ratio and max(0.0, 1 - 1 / gap.ratio))
+    for ratio, saved in ((2.0, 0.5), (0.8, 0.0), (None, None)):
+        assert replace(gap, ratio=ratio).saved == saved
+    for trial in gap.trials:  # two steps: medians of at most three scores
+        first, second, _ = trial.scores
+        medians = np.median([first, second]), np.median(trial.scores)
+        assert trial.gain == pytest.approx(first - min(first, *medians))
 
 
 def test_plan_command_prints_within_80_columns_and_refuses_bad_input(capsys, monkeypatch):
@@ -317,6 +328,28 @@ def test_plan_command_prints_within_80_columns_and_refuses_bad_input(capsys, mon
     assert_refused(call(*words), "epsilon")
     assert_refused(call(*words, "--non-private"), "non_private")
     assert_refused(call(*words, *short, "--precondition", "generated"), "precondition")
+    assert_refused(call(*words, *short, "--momentum-beta", "0.9"), "momentum_beta", "not predicted")
+    assert_refused(call(*words, *short, "--disk-kappa", "0.7"), "disk_kappa")
+
+
+def test_plan_command_says_when_there_is_no_ratio(capsys):
+    words = ["plan", "--model", "tiny", "--task", "generated", "--batch-size", "8"]
+    words += ["--noise-multiplier", "50", "--train-layers", "1", "--public-rows", "16"]
+    code, out, err = run_main(capsys, *words, "--trial-steps", "1", "--trial-rows", "4")
+    assert code == 0, err
+    assert "no ratio: the score fell by" in out and "could save" not in out
+
+
+def test_a_plan_reads_no_private_record_by_another_spelling(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    for split in ("train", "validation"):
+        rows = [f"{split} {i},{i % 2}" for i in range(60)]
+        (tmp_path / "mine" / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
+    monkeypatch.chdir(tmp_path)
+    run = TrainConfig(**RUN | {"task": "mine", "batch_size": 8})
+    for spelling in ("mine", "./mine", "mine/../mine", str(tmp_path / "mine")):
+        with case(spelling), pytest.raises(ValueError, match="other text than the task's own"):
+            make_plan(run, Measurement(public=spelling, trial_steps=0))
 
 
 @pytest.mark.slow

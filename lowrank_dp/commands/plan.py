@@ -177,6 +177,16 @@ def _print_gap(console: Console, gap: Gap) -> None:
             console,
             f"adaptivity: without noise, SGD takes {gap.adaptivity:.2f} times the steps of Adam",
         )
+    if gap.ratio is None:
+        from lowrank_dp.plan.trials import MIN_GAIN
+
+        noisy, clean = gap.trials[-2:]
+        say(
+            console,
+            f"no ratio: the score fell by {noisy.gain:.3f} with noise and by {clean.gain:.3f} "
+            f"without; less than {MIN_GAIN:g} is too little to count steps by (--trial-steps)",
+        )
+        return
     say(
         console,
         f"ratio: {gap.ratio:.2f}; a perfect denoiser could save {gap.saved:.0%} of the steps "

@@ -80,7 +80,11 @@ ARMS: dict[str, Arm] = {
     "DP-LoRA": Arm({"method": "lora"}, 3e-2),
     "DP-LoRA, frozen A": Arm({"method": "lora-frozen-a"}, 3e-2),  # FFA-LoRA
     "DP-LoRA, mean, optimal, zeroed": Arm({"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN}, 1e-2),
-    # rank-one preconditioners inside the mechanism
+    # rank-one preconditioners inside the mechanism; at power 0 all scales are 1, which leaves the
+    # effect of the frozen vectors
+    "DP-SGD, vectors frozen": Arm(
+        {**_SGD, **_FROZEN, "precondition": "generated", "precondition_power": 0.0}, 3.0
+    ),
     "preconditioned, generated text": Arm({**_SGD, **_FROZEN, "precondition": "generated"}, 10.0),
     "preconditioned, CoLA": Arm({**_SGD, **_FROZEN, "precondition": "cola"}, 10.0),
     "preconditioned, vectors trained": Arm({**_SGD, "precondition": "generated"}, 10.0),

@@ -348,11 +348,12 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for place, words in places(result):
         scores = [*result.private[place], *result.ceiling[place[:2]]]
+        steps = [*private[place], *ceiling[place]]
         rows.append(
             [
                 words,
                 f"{result.noise_multiplier[place[1:]]:.3g}",
-                *(_each(steps) for steps in (*private[place], *ceiling[place])),
+                *map(_each, steps, scores),
                 *(_mean(curves[:, -1]) for curves in scores),
                 *(cost.text(place) for cost in found.values()),
             ]
@@ -367,8 +368,14 @@ def headline(result: Result) -> Mapping[str, str]:
         f"steps, ratio, {words}": ", ".join(f"{name} {r.text(place)}" for name, r in found.items())
         for place, words in places(result)
     }
-    wide = [words for place, words in places(result) if found["gap"].value[place] >= WORTH]
-    lines[f"gap of {WORTH:g} or more (NON-PRIVATE)"] = "; ".join(wide) or "none"
+    gap = found["gap"]
+    wide = [p for p, _ in places(result) if gap.value[p] >= WORTH and not gap.is_upper_bound[p]]
+    narrow = [p for p, _ in places(result) if gap.value[p] < WORTH and not gap.is_lower_bound[p]]
+    for name, chosen in (
+        (f"gap of {WORTH:g} or more (NON-PRIVATE)", wide),
+        ("gap not known", [p for p, _ in places(result) if p not in (*wide, *narrow)]),
+    ):
+        lines[name] = "; ".join(words for p, words in places(result) if p in chosen) or "none"
     lines["learning rates chosen by"] = result.criterion
     if missing := [found.arm for found in result.tuned if found.chosen is None]:
         lines["no learning rate inside its grid"] = "; ".join(missing)
@@ -376,8 +383,12 @@ def headline(result: Result) -> Mapping[str, str]:
 
 
 def _mean(values: np.ndarray) -> str:
-    return "stopped" if np.isnan(values).any() else f"{values.mean():.3f}"
+    return "no run" if np.isnan(values).any() else f"{values.mean():.3f}"
 
 
-def _each(values: np.ndarray) -> str:
-    return ", ".join("not reached" if np.isinf(v) else f"{v:.0f}" for v in values)
+def _each(steps: np.ndarray, curves: np.ndarray) -> str:
+    """Format the steps by seed; a seed without a run, or whose run stopped, has no curve."""
+    return ", ".join(
+        "no run" if np.isnan(curve).any() else "not reached" if np.isinf(value) else f"{value:.0f}"
+        for value, curve in zip(steps, curves, strict=True)
+    )

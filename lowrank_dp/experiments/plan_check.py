@@ -183,7 +183,8 @@ class GapCheck:
 
     Attributes:
         epsilon, batch_size, train_layers: the setting.
-        predicted: steps with noise per step without, from public text: ``plan.Gap.ratio``.
+        predicted: steps with noise per step without, from public text: ``plan.Gap.ratio``; NaN,
+            which is not close, where the plan has none.
         measured: the same ratio from trainings on the task. NON-PRIVATE.
     """
 
@@ -218,7 +219,13 @@ def check_gaps(
         gap = make_plan(config, measurement).gap
         assert gap is not None
         found.append(
-            GapCheck(config.epsilon, config.batch_size, config.train_layers, gap.ratio, measured)
+            GapCheck(
+                config.epsilon,
+                config.batch_size,
+                config.train_layers,
+                float("nan") if gap.ratio is None else gap.ratio,
+                measured,
+            )
         )
     return found
 

@@ -29,6 +29,7 @@ from lowrank_dp.experiments.arms import (
     wanted_runs,
 )
 from lowrank_dp.experiments.cost import measure_cost, workers_of
+from lowrank_dp.experiments.gap import ratio
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.experiments.steps_configs import Config
 from lowrank_dp.mechanism import NON_PRIVATE
@@ -41,9 +42,10 @@ CAPTION = (
     "split after every step. A target is a share of the gain of the weaker of tuned DP-Adam and "
     "tuned DP-SGD, and is reached at the first step whose running median of 3 reaches it. "
     "Differences are paired by seed, with 95% t-intervals; a run that does not reach the target "
-    "counts as one step more than it has. Share of the gap closed: (steps of DP - steps of the "
-    "arm) / (steps of DP - steps of the faster noise-free optimizer). NON-PRIVATE: the noise-free "
-    "arms are computed from clean gradients."
+    "counts as one step more than it has, which makes a difference a bound: ≥ if only runs of the "
+    "baseline miss the target, ≤ if only runs of the arm do, and ? if both. Share of the gap "
+    "closed: (steps of DP - steps of the arm) / (steps of DP - steps of the faster noise-free "
+    "optimizer). NON-PRIVATE: the noise-free arms are computed from clean gradients."
 )
 
 
@@ -252,8 +254,8 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
                 ["", "", ""]
                 if name == arm
                 else [
-                    _interval(*steps_saved(result, arm, name, share), "+.1f"),
-                    _share(gap_share(result, arm, name, share)),
+                    _saved(result, arm, name, share),
+                    _share(result, arm, name, share),
                     _interval(*protocol.paired(result.score[i, :, -1], final), "+.3f"),
                 ]
             )
@@ -265,21 +267,21 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 def headline(result: Result) -> Mapping[str, str]:
     """Summarise the figure in a few lines."""
     share, metric = SHARES[0], result.config.score
-    steps = protocol.censored(steps_to(result, share), result.budget)
+    steps = steps_to(result, share)
     lines = {
         "epsilon of every arm with noise": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
         "learning rates chosen by": result.criterion,
         f"{metric} at {share:.0%} of the weaker baseline's gain": f"{result.target(share):.4g}",
     }
     for arm in PLAIN:
-        lines[f"{arm}: steps to {share:.0%}"] = _each(result.of(arm, steps_to(result, share)))
+        lines[f"{arm}: steps to {share:.0%}"] = _each(result.of(arm, steps))
     for baseline, ceiling in CEILING_OF.items():
-        ratio = result.of(baseline, steps).mean() / result.of(ceiling, steps).mean()
-        lines[f"steps of {baseline} over those without noise (NON-PRIVATE)"] = f"{ratio:.2f}"
+        cost = ratio(result.of(baseline, steps), result.of(ceiling, steps), result.budget)
+        lines[f"steps of {baseline} over those without noise (NON-PRIVATE)"] = cost.text(())
     for arm, found in zip(result.arms, result.tuned, strict=True):
         if arm not in PLAIN and found.chosen is not None:
             lines[f"{arm}: steps fewer than {' and than '.join(BASELINES)}"] = " and ".join(
-                _interval(*steps_saved(result, arm, name, share), "+.1f") for name in BASELINES
+                _saved(result, arm, name, share) for name in BASELINES
             )
     return lines
 
@@ -293,8 +295,21 @@ def _interval(mean: float, half: float, form: str) -> str:
     return "a run stopped" if np.isnan(mean) else f"{mean:{form}} ± {half:{form.lstrip('+')}}"
 
 
-def _share(value: float) -> str:
-    return "no gap" if np.isnan(value) else f"{value:.2f}"
+def _saved(result: Result, arm: str, baseline: str, share: float) -> str:
+    """Format :func:`steps_saved`, marked where runs that miss the target make it a bound."""
+    if np.isnan(result.target(share)):
+        return "no target"
+    steps = steps_to(result, share)
+    missed = np.isinf(result.of(baseline, steps)).any(), np.isinf(result.of(arm, steps)).any()
+    sign = {(True, False): "≥ ", (False, True): "≤ ", (True, True): "? "}.get(missed, "")
+    return sign + _interval(*steps_saved(result, arm, baseline, share), "+.1f")
+
+
+def _share(result: Result, arm: str, baseline: str, share: float) -> str:
+    if np.isnan(result.target(share)):
+        return "no target"
+    closed = gap_share(result, arm, baseline, share)
+    return "no gap" if np.isnan(closed) else f"{closed:.2f}"
 
 
 def _unless_stopped(values: np.ndarray) -> str:

@@ -157,6 +157,9 @@ def _tuned(
     )
     if not failed:
         return Tuned(arm, rates, scores, best)
+    if all(score is None for by_seed in scores for score in by_seed):
+        failure = f"{arm}: every run stopped at the learning rates {rates[0]:g} to {rates[-1]:g}"
+        return Tuned(arm, rates, scores, None, failure)
     failure = (
         f"{arm}: the best learning rate, {best:g}, is still at an end of the grid {rates[0]:g} to "
         f"{rates[-1]:g}"

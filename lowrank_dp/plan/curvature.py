@@ -32,7 +32,8 @@ class StepGain:
     """Gain of one step by the quadratic model, on the mean loss of some rows.
 
     Attributes:
-        slope: ``g.d``, the decrease of the loss per unit of the rate.
+        slope: ``g.d``, the decrease of the loss per unit of the rate. A step along a d of negative
+            slope raises the loss, and its gain is 0.
         curvature: ``d'Hd``, >= 0.
         trace: ``tr H``, estimated, >= 0.
         noise_std: s, standard deviation of the noise on an entry of d, absolute.
@@ -46,12 +47,14 @@ class StepGain:
     @property
     def clean_gain(self) -> float:
         """Decrease of the loss, in nats, by the best step along d."""
-        return _ratio(self.slope**2, 2 * self.curvature)
+        return _ratio(max(self.slope, 0.0) ** 2, 2 * self.curvature)
 
     @property
     def noisy_gain(self) -> float:
         """Expected decrease of the loss, in nats, by the best step along d with noise."""
-        return _ratio(self.slope**2, 2 * (self.curvature + self.noise_std**2 * self.trace))
+        return _ratio(
+            max(self.slope, 0.0) ** 2, 2 * (self.curvature + self.noise_std**2 * self.trace)
+        )
 
     @property
     def noise_cost(self) -> float:

@@ -134,6 +134,11 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
             f"precondition must be 'none' for a plan, got {config.precondition!r}: gradients of a "
             "preconditioned model are not predicted"
         )
+    if config.low_pass is not None:
+        raise ValueError(
+            "momentum_beta, filter_b and disk_kappa must be left out for a plan: the alignment of "
+            "a running mean is not predicted"
+        )
     seed = config.seed or 0
     task, _, members = select_units(config, seed)
     mechanism, delta = make_mechanism(config, sum(members))

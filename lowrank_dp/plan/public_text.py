@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowrank_dp.data import TASKS, Columns, Task, encode, load_task, micro_batches
+from lowrank_dp.data import Columns, Task, encode, load_task, micro_batches
+from lowrank_dp.data.tasks import known_name
 from lowrank_dp.grads import Batch
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import describe, load_model, matrix_parameters
 from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.config_checks import is_same_task
 from lowrank_dp.train.records import token_limit
 
 MAX_ROWS = 1024  # rows that are encoded, drawn at random
 MAX_STATES = 2 << 30  # bytes of the outputs of frozen blocks that are kept
 AGREEMENT = 1e-3  # largest difference of the loss with kept outputs, in nats
 GENERATED = {"generation": "generated-table"}  # generated task of a kind; any other: "generated"
+GENERATED_TASKS = ("generated", "generated-table")  # new text for each seed
 
 
 @dataclass(eq=False)
@@ -143,13 +146,18 @@ def load_public_text(
     if own_records:
         text = task
     else:
-        if name == config.task and name not in ("generated", "generated-table"):
+        if is_same_task(name, config.task) and known_name(name) not in GENERATED_TASKS:
             raise ValueError(
                 f"public must be other text than the task's own, got {name!r}: give a public task, "
                 "or own_records for a NON-PRIVATE plan"
             )
-        columns = None if name in TASKS else Columns.of(config)
+        columns = None if known_name(name) else Columns.of(config)
         text = load_task(name, columns=columns, seed=config.data_seed + 1, warn=False)
+        if (text.name, text.source) == (task.name, task.source):
+            raise ValueError(
+                f"public must be other text than the task's own, got {name!r}: the records are "
+                "the same"
+            )
         if (text.kind == "generation") != (task.kind == "generation"):
             raise ValueError(
                 f"public must be text for {task.kind}, as the task is, got {text.name}: {text.kind}"

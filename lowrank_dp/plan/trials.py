@@ -37,6 +37,7 @@ RATES = {
 HELD_OUT = 128  # rows whose score is followed
 SHARE = 0.9  # of the gain, at which steps are compared
 WINDOW = 3  # steps of the running median
+MIN_GAIN = 0.01  # of the score; an arm that gains less has learned nothing that steps could count
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Trial:
     rates: tuple[float, ...]
     scores: tuple[float, ...]
 
+    @property
+    def gain(self) -> float:
+        """Fall of the smoothed score over the training, >= 0."""
+        return self.scores[0] - _smooth(self.scores)[-1]
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -64,18 +70,20 @@ class Gap:
         trials: the arms: for SGD, with noise and without; for any other optimizer, SGD without
             noise, Adam with noise and Adam without.
         ratio: steps of the noisy arm per step of the noise-free arm, to one score. A perfect
-            denoiser could save the share ``1 - 1 / ratio`` of the steps.
-        adaptivity: steps of noise-free SGD per step of noise-free Adam; None for SGD.
+            denoiser could save the share ``1 - 1 / ratio`` of the steps. None if one of the two
+            gains less than ``MIN_GAIN``.
+        adaptivity: steps of noise-free SGD per step of noise-free Adam; None for SGD, and if one
+            of the two gains less than ``MIN_GAIN``.
     """
 
     trials: tuple[Trial, ...]
-    ratio: float
+    ratio: float | None
     adaptivity: float | None
 
     @property
-    def saved(self) -> float:
-        """Share of the steps that training without noise would save."""
-        return max(0.0, 1 - 1 / self.ratio)
+    def saved(self) -> float | None:
+        """Share of the steps that training without noise would save; None without a ratio."""
+        return None if self.ratio is None else max(0.0, 1 - 1 / self.ratio)
 
 
 @dataclass(frozen=True)
@@ -198,12 +206,13 @@ def best_rate(
     return best, curves
 
 
-def steps_ratio(slow: Sequence[float], fast: Sequence[float], share: float = SHARE) -> float:
+def steps_ratio(slow: Sequence[float], fast: Sequence[float], share: float = SHARE) -> float | None:
     """Return the steps of ``slow`` per step of ``fast`` to one score.
 
     The score is reached at ``share`` of the gain of the arm that gains less. Scores are running
     minima of running medians of ``WINDOW`` values, interpolated linearly between steps. The ratio
-    is below 1 if ``slow`` is the faster of the two, and 1 if one of them gains nothing.
+    is below 1 if ``slow`` is the faster of the two, and None if one of them gains less than
+    ``MIN_GAIN``: its steps to the other's scores are not known.
 
     Args:
         slow, fast: scores before the first step and after each step; lower is better.
@@ -211,9 +220,10 @@ def steps_ratio(slow: Sequence[float], fast: Sequence[float], share: float = SHA
     """
     slow, fast = _smooth(slow), _smooth(fast)
     start = slow[0]
-    target = start - share * min(start - slow[-1], start - fast[-1])
-    if target >= start:
-        return 1.0
+    gain = min(start - slow[-1], start - fast[-1])
+    if not gain >= MIN_GAIN:
+        return None
+    target = start - share * gain
     return _crossing(slow, target) / _crossing(fast, target)
 
 

@@ -215,12 +215,17 @@ def _preconditioned_by_own_task(config: TrainConfig) -> bool:
     """Tell whether the preconditioner's moments come from the private task."""
     if config.precondition in PRECONDITIONERS:
         return False
+    return is_same_task(config.precondition, config.task)
+
+
+def is_same_task(one: str, other: str) -> bool:
+    """Tell whether two names or paths of tasks are spellings of the same one."""
     from lowrank_dp.data.tasks import known_name
 
-    known = known_name(config.precondition)
-    if known or known_name(config.task):
-        return known == known_name(config.task)
-    return Path(config.precondition).resolve() == Path(config.task).resolve()
+    known = known_name(one)
+    if known or known_name(other):
+        return known == known_name(other)
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _check_optimizer(config: TrainConfig) -> None:
