@@ -325,8 +325,13 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=24)
     write_reviews(folder / "data")
-    write_reviews(folder / "public", train=30)
+    write_reviews(folder / "public", other_texts, train=30)
     return folder
+
+
+def other_texts(rows):
+    """Prefix each text, so that no text is one of the private task's."""
+    return [row | {"sentence": f"they say: {row['sentence']}"} for row in rows]
 
 
 def make_config(places, **changes):
@@ -454,6 +459,23 @@ def test_the_statement_says_what_is_public(places, tmp_path):
     assert "private one" in refusal_of(make_config, places, **own)
     result = statement(**own, diagnostic=True)
     assert result.epsilon is None and result.privacy.startswith("NON-PRIVATE: the preconditioner")
+
+
+def test_a_copy_of_the_private_records_is_not_public(places, tmp_path):
+    def in_capitals(rows):
+        return [row | {"sentence": f" {row['sentence'].upper()}"} for row in rows]
+
+    copies = {
+        "copy": write_reviews(tmp_path / "copy"),
+        "subset": write_reviews(tmp_path / "subset", train=9),
+        "superset": write_reviews(tmp_path / "superset", train=900),
+        "spelling": write_reviews(tmp_path / "spelling", in_capitals),
+        "the file in the private folder": places / "data" / "train.jsonl",
+    }
+    for name, path in copies.items():
+        with case(name):
+            message = refusal_of(prepare, make_config(places, precondition=str(path)), 5)
+            assert "holds the private training texts of data" in message and "\n" not in message
 
 
 def test_options_out_of_range_or_in_conflict_are_refused(places):
