@@ -574,6 +574,10 @@ def test_attaching_twice_or_to_no_layer_is_refused():
         ((model, batch, loss_of), {"learning_rate": -1}, "learning_rate"),
     ):
         assert word in refusal_of(attach_preconditioner, *arguments, **options)
+    from opacus import GradSampleModule
+
+    wrapped = GradSampleModule(copy.deepcopy(model))
+    assert "before make_private" in refusal_of(attach_preconditioner, wrapped, batch, loss_of)
     attach_preconditioner(model, batch, loss_of)
     assert "have no scales" in refusal_of(attach_preconditioner, model, batch, loss_of)
     change_scale(model[0], Scale(torch.ones(2), torch.ones(3)))
