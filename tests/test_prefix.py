@@ -356,6 +356,25 @@ def test_a_model_that_reads_more_is_computed_in_full(change, places, tmp_path, m
     assert all(positions > 1 for positions in shapes)
 
 
+def test_a_layer_that_trains_below_the_frozen_blocks_has_no_cache(places, tmp_path, monkeypatch):
+    original = preparation._load_model
+
+    def loading(*arguments):  # gradients below the pooler vanish beside those of the head
+        model, tokenizer = original(*arguments)
+        with torch.no_grad():
+            model.bert.pooler.dense.weight.mul_(1e-4)
+        return model, tokenizer
+
+    monkeypatch.setattr(preparation, "_load_model", loading)
+    for layers, words in (
+        (r"layer\.2|pooler|classifier", "frozen blocks 1 to 2 of 3 cached"),
+        (r"embeddings\.LayerNorm|layer\.2|pooler|classifier", "embeddings.LayerNorm trains"),
+    ):
+        changes = {"train_layers": layers, "prefix_cache": str(tmp_path / "cache")}
+        with case(layers):
+            assert words in prepare(make_config(places, **changes), 5).description
+
+
 def test_another_rows_states_stop_the_run(places, tmp_path, monkeypatch):
     config = make_config(
         places,
