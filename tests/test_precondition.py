@@ -202,7 +202,10 @@ def test_scales_of_dead_rows_and_dead_matrices_stay_bounded():
     assert float((outer(scales["dead"]) ** 2).mean()) == pytest.approx(1)
 
 
-def test_bad_arguments_are_named():
+def test_bad_arguments_are_named(tmp_path):
+    odd = tmp_path / "odd.csv"
+    odd.write_text("words,class\ngood film,1\n")
+    few = write_reviews(tmp_path / "few", train=20)
     moment = {"a": second_moment(torch.ones(2, 3))}
     for word, call in (
         ("power", lambda: joint_scales(moment, 0.6)),
@@ -214,6 +217,8 @@ def test_bad_arguments_are_named():
         ("gradients", lambda: public_moments({"a": nn.Parameter(torch.ones(1))}, [])),
         ("kind classification", lambda: public_rows("generated-table", load_task("generated"), 9)),
         ("known name", lambda: public_rows("no/such/file.csv", load_task("generated"), 9)),
+        ("rename its columns", lambda: public_rows(str(odd), load_task("generated"), 9)),
+        ("precondition_rows 1", lambda: public_rows(str(few), load_task("generated"), 1)),
     ):
         with case(word):
             assert word in refusal_of(call)
@@ -478,7 +483,8 @@ def test_a_copy_of_the_private_records_is_not_public(places, tmp_path):
             assert "holds the private training texts of data" in message and "\n" not in message
 
 
-def test_options_out_of_range_or_in_conflict_are_refused(places):
+def test_options_out_of_range_or_in_conflict_are_refused(places, monkeypatch):
+    monkeypatch.setenv("HOME", str(places))
     for changes, words in (
         ({"precondition": "generatd"}, ("precondition must be one of", "did you mean 'generated'")),
         ({"precondition": "cola", "task": "CoLA"}, ("public task", "diagnostic")),
@@ -490,6 +496,9 @@ def test_options_out_of_range_or_in_conflict_are_refused(places):
         ({"precondition": "noisy", "shard": True}, ("noisy", "shard")),
         ({"precondition": "noisy", "momentum_beta": 0.9, "beta1": None}, ("noisy", "mean")),
         ({"diagnostic": True}, ("diagnostic",)),
+        ({"precondition": "no/such.csv"}, ("precondition must be one of", "an existing path")),
+        ({"precondition": "~/data"}, ("public task", "diagnostic")),
+        ({"precondition": "none", "precondition_freeze_vectors": True}, ("precondition too",)),
     ):
         with case(changes):
             message = refusal_of(make_config, places, **changes)

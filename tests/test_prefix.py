@@ -500,3 +500,6 @@ def test_bad_input_is_named(places):
     ):
         with case(*changes), pytest.raises(ValueError, match=words):
             make_config(places, **changes)
+    file = places / "data" / "train.jsonl"
+    with pytest.raises(ValueError, match="prefix_cache must be a folder that can be written"):
+        prepare(make_config(places, prefix_cache=str(file)), 5)

@@ -58,6 +58,8 @@ def public_rows(source: str, task: Task, count: int) -> PublicRows:
         public = load_task(source, max_examples=count, seed=_SEED, warn=False)
     except ValueError as error:
         reason = str(error).replace("max_examples", "precondition_rows")
+        if "text_column" in reason:
+            reason += "; rename its columns, since those options name columns of the private task"
         raise ValueError(f"precondition {source!r} can't be read: {reason}") from error
     if (task.kind == "generation") != (public.kind == "generation") or (
         task.kind == "classification" and public.kind != "classification"
