@@ -20,6 +20,7 @@ from lowrank_dp.train import TrainConfig
 from lowrank_dp.train import loop as loop_module
 from lowrank_dp.train import prefix as prefix_module
 from lowrank_dp.train import setup as preparation
+from lowrank_dp.train import step as steps
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.prefix import CacheRequest, PrefixCache
 from lowrank_dp.train.setup import prepare
@@ -393,6 +394,23 @@ def test_another_rows_states_stop_the_run(places, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PrefixCache, "for_training", mixed)
     with pytest.raises(ValueError, match="clipped gradients of single rows are not those"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_tenth_too_much_of_a_row_stops_the_run(dtype, places, tmp_path, monkeypatch):
+    config = make_config(
+        places, prefix_cache=str(tmp_path / "cache"), prefix_dtype=dtype, steps=1, max_grad_norm=10
+    )
+    train(config, tmp_path / "right")
+    original = steps._clipped_sum
+
+    def longer(*arguments):
+        sums, norms = original(*arguments)
+        return {name: 1.1 * total for name, total in sums.items()}, norms
+
+    monkeypatch.setattr(steps, "_clipped_sum", longer)
+    with pytest.raises(ValueError, match="the privacy stated would not hold"):
         train(config, tmp_path / "run")
 
 
