@@ -16,12 +16,13 @@ from lowrank_dp.models import load_model
 from lowrank_dp.plan import make_plan, predict_alignment, predict_spectrum, step_gain
 from lowrank_dp.plan.curvature import StepGain, slope_and_curvatures
 from lowrank_dp.plan.making import SCHEMES
+from lowrank_dp.plan.public_text import load_public_text
 from lowrank_dp.plan.request import Measurement
 from lowrank_dp.plan.trials import best_rate, steps_ratio
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig
-from tests.oracles import assert_refused
-from tests.tasks import case, run_main, seeded
+from tests.oracles import assert_refused, refusal_of
+from tests.tasks import case, run_main, seeded, write_reviews
 
 RUN = {
     "model": "tiny",
@@ -350,6 +351,14 @@ def test_a_plan_reads_no_private_record_by_another_spelling(tmp_path, monkeypatc
     for spelling in ("mine", "./mine", "mine/../mine", str(tmp_path / "mine")):
         with case(spelling), pytest.raises(ValueError, match="other text than the task's own"):
             make_plan(run, Measurement(public=spelling, trial_steps=0))
+
+
+def test_a_copy_of_the_records_is_not_public_text(tmp_path):
+    own, copied = (str(write_reviews(tmp_path / name)) for name in ("own", "copy"))
+    config, task = TrainConfig(**RUN | {"task": own}), load_task(own)
+    for public in (own, copied, f"{own}/train.jsonl", f"{tmp_path}/./own"):
+        message = refusal_of(load_public_text, config, task, public, False, 0)
+        assert "own_records" in message and "\n" not in message, public
 
 
 @pytest.mark.slow

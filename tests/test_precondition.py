@@ -202,7 +202,10 @@ def test_scales_of_dead_rows_and_dead_matrices_stay_bounded():
     assert float((outer(scales["dead"]) ** 2).mean()) == pytest.approx(1)
 
 
-def test_bad_arguments_are_named():
+def test_bad_arguments_are_named(tmp_path):
+    odd = tmp_path / "odd.csv"
+    odd.write_text("words,class\ngood film,1\n")
+    few = write_reviews(tmp_path / "few", train=20)
     moment = {"a": second_moment(torch.ones(2, 3))}
     for word, call in (
         ("power", lambda: joint_scales(moment, 0.6)),
@@ -214,6 +217,8 @@ def test_bad_arguments_are_named():
         ("gradients", lambda: public_moments({"a": nn.Parameter(torch.ones(1))}, [])),
         ("kind classification", lambda: public_rows("generated-table", load_task("generated"), 9)),
         ("known name", lambda: public_rows("no/such/file.csv", load_task("generated"), 9)),
+        ("rename its columns", lambda: public_rows(str(odd), load_task("generated"), 9)),
+        ("precondition_rows 1", lambda: public_rows(str(few), load_task("generated"), 1)),
     ):
         with case(word):
             assert word in refusal_of(call)
@@ -325,8 +330,13 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=24)
     write_reviews(folder / "data")
-    write_reviews(folder / "public", train=30)
+    write_reviews(folder / "public", other_texts, train=30)
     return folder
+
+
+def other_texts(rows):
+    """Prefix each text, so that no text is one of the private task's."""
+    return [row | {"sentence": f"they say: {row['sentence']}"} for row in rows]
 
 
 def make_config(places, **changes):
@@ -456,7 +466,25 @@ def test_the_statement_says_what_is_public(places, tmp_path):
     assert result.epsilon is None and result.privacy.startswith("NON-PRIVATE: the preconditioner")
 
 
-def test_options_out_of_range_or_in_conflict_are_refused(places):
+def test_a_copy_of_the_private_records_is_not_public(places, tmp_path):
+    def in_capitals(rows):
+        return [row | {"sentence": f" {row['sentence'].upper()}"} for row in rows]
+
+    copies = {
+        "copy": write_reviews(tmp_path / "copy"),
+        "subset": write_reviews(tmp_path / "subset", train=9),
+        "superset": write_reviews(tmp_path / "superset", train=900),
+        "spelling": write_reviews(tmp_path / "spelling", in_capitals),
+        "the file in the private folder": places / "data" / "train.jsonl",
+    }
+    for name, path in copies.items():
+        with case(name):
+            message = refusal_of(prepare, make_config(places, precondition=str(path)), 5)
+            assert "holds the private training texts of data" in message and "\n" not in message
+
+
+def test_options_out_of_range_or_in_conflict_are_refused(places, monkeypatch):
+    monkeypatch.setenv("HOME", str(places))
     for changes, words in (
         ({"precondition": "generatd"}, ("precondition must be one of", "did you mean 'generated'")),
         ({"precondition": "cola", "task": "CoLA"}, ("public task", "diagnostic")),
@@ -468,6 +496,9 @@ def test_options_out_of_range_or_in_conflict_are_refused(places):
         ({"precondition": "noisy", "shard": True}, ("noisy", "shard")),
         ({"precondition": "noisy", "momentum_beta": 0.9, "beta1": None}, ("noisy", "mean")),
         ({"diagnostic": True}, ("diagnostic",)),
+        ({"precondition": "no/such.csv"}, ("precondition must be one of", "an existing path")),
+        ({"precondition": "~/data"}, ("public task", "diagnostic")),
+        ({"precondition": "none", "precondition_freeze_vectors": True}, ("precondition too",)),
     ):
         with case(changes):
             message = refusal_of(make_config, places, **changes)
@@ -552,6 +583,10 @@ def test_attaching_twice_or_to_no_layer_is_refused():
         ((model, batch, loss_of), {"learning_rate": -1}, "learning_rate"),
     ):
         assert word in refusal_of(attach_preconditioner, *arguments, **options)
+    from opacus import GradSampleModule
+
+    wrapped = GradSampleModule(copy.deepcopy(model))
+    assert "before make_private" in refusal_of(attach_preconditioner, wrapped, batch, loss_of)
     attach_preconditioner(model, batch, loss_of)
     assert "have no scales" in refusal_of(attach_preconditioner, model, batch, loss_of)
     change_scale(model[0], Scale(torch.ones(2), torch.ones(3)))

@@ -20,6 +20,7 @@ from lowrank_dp.train import TrainConfig
 from lowrank_dp.train import loop as loop_module
 from lowrank_dp.train import prefix as prefix_module
 from lowrank_dp.train import setup as preparation
+from lowrank_dp.train import step as steps
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.prefix import CacheRequest, PrefixCache
 from lowrank_dp.train.setup import prepare
@@ -356,6 +357,25 @@ def test_a_model_that_reads_more_is_computed_in_full(change, places, tmp_path, m
     assert all(positions > 1 for positions in shapes)
 
 
+def test_a_layer_that_trains_below_the_frozen_blocks_has_no_cache(places, tmp_path, monkeypatch):
+    original = preparation._load_model
+
+    def loading(*arguments):  # gradients below the pooler vanish beside those of the head
+        model, tokenizer = original(*arguments)
+        with torch.no_grad():
+            model.bert.pooler.dense.weight.mul_(1e-4)
+        return model, tokenizer
+
+    monkeypatch.setattr(preparation, "_load_model", loading)
+    for layers, words in (
+        (r"layer\.2|pooler|classifier", "frozen blocks 1 to 2 of 3 cached"),
+        (r"embeddings\.LayerNorm|layer\.2|pooler|classifier", "embeddings.LayerNorm trains"),
+    ):
+        changes = {"train_layers": layers, "prefix_cache": str(tmp_path / "cache")}
+        with case(layers):
+            assert words in prepare(make_config(places, **changes), 5).description
+
+
 def test_another_rows_states_stop_the_run(places, tmp_path, monkeypatch):
     config = make_config(
         places,
@@ -374,6 +394,23 @@ def test_another_rows_states_stop_the_run(places, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PrefixCache, "for_training", mixed)
     with pytest.raises(ValueError, match="clipped gradients of single rows are not those"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_tenth_too_much_of_a_row_stops_the_run(dtype, places, tmp_path, monkeypatch):
+    config = make_config(
+        places, prefix_cache=str(tmp_path / "cache"), prefix_dtype=dtype, steps=1, max_grad_norm=10
+    )
+    train(config, tmp_path / "right")
+    original = steps._clipped_sum
+
+    def longer(*arguments):
+        sums, norms = original(*arguments)
+        return {name: 1.1 * total for name, total in sums.items()}, norms
+
+    monkeypatch.setattr(steps, "_clipped_sum", longer)
+    with pytest.raises(ValueError, match="the privacy stated would not hold"):
         train(config, tmp_path / "run")
 
 
@@ -481,3 +518,6 @@ def test_bad_input_is_named(places):
     ):
         with case(*changes), pytest.raises(ValueError, match=words):
             make_config(places, **changes)
+    file = places / "data" / "train.jsonl"
+    with pytest.raises(ValueError, match="prefix_cache must be a folder that can be written"):
+        prepare(make_config(places, prefix_cache=str(file)), 5)

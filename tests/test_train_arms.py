@@ -361,8 +361,9 @@ def test_what_cannot_be_is_refused():
         ({"optimizer": "adam-bc", "scheme": "optimal"}, "'adam-bc' must go with scheme 'none'"),
         ({"optimizer": "muon-bc", "scheme": "optimal"}, "'muon-bc' must go with scheme 'none'"),
         ({"noise_floor": 0.0}, "noise_floor must be"),
-        ({"disk_kappa": 0.0}, "kappa must be"),
-        ({"disk_kappa": 1.5}, "kappa must be"),
+        ({"disk_kappa": 0.0}, "disk_kappa must be"),
+        ({"disk_kappa": 1e-300}, "disk_kappa must be"),
+        ({"disk_kappa": 1.5}, "disk_kappa must be"),
         ({"disk_kappa": 0.7, "momentum_beta": 0.9}, "momentum_beta and disk_kappa must not both"),
         ({"optimizer": "muon", "shard": True}, "shard must go without optimizer 'muon'"),
         (

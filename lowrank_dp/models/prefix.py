@@ -47,8 +47,12 @@ class FrozenPrefix:
         above = [
             m for block in modules[self.length :] for module in block for m in module.modules()
         ]
-        trained = [m for m in base.modules() if any(p.requires_grad for p in m.parameters(False))]
-        self._above = {id(t) for m in (*above, *trained) for t in _own_tensors(m)}
+        self._trained = {
+            name: module
+            for name, module in base.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+        }
+        self._above = {id(t) for m in (*above, *self._trained.values()) for t in _own_tensors(m)}
         last = modules[-1][0] if self.length < len(found) else None
         self._attention = getattr(last, "attention", None)
         self._states: Tensor | None = None
@@ -74,11 +78,14 @@ class FrozenPrefix:
 
         Raises:
             ValueError: if the output is no tensor (B, T, d), alone or as a tuple's first element
-                beside None.
+                beside None, or if a layer that trains runs before the last frozen block.
         """
         if self._model.training:
             raise ValueError("model must be in evaluation mode, got training mode")
-        handle = self._blocks[-1].register_forward_hook(_stop)
+        handles = [self._blocks[-1].register_forward_hook(_stop)] + [
+            module.register_forward_pre_hook(partial(_refuse, name))
+            for name, module in self._trained.items()
+        ]
         try:
             self._model(**{name: value for name, value in batch.items() if name != STATES})
         except _Reached as reached:
@@ -86,7 +93,8 @@ class FrozenPrefix:
         else:
             raise ValueError("the model does not run its last frozen block")
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         states = output[0] if isinstance(output, tuple) else output
         rest = output[1:] if isinstance(output, tuple) else ()
         whole = tuple(batch["input_ids"].shape)
@@ -170,6 +178,10 @@ class _Reached(Exception):
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Reached(output)
+
+
+def _refuse(name: str, module: nn.Module, args: Any) -> None:
+    raise ValueError(f"{name or 'the model itself'} trains, and runs below the last frozen block")
 
 
 def _trains(module: nn.Module) -> bool:

@@ -53,8 +53,8 @@ def attach_preconditioner(
         A handle, with ``remove()``.
 
     Raises:
-        ValueError: if the model has no such layer or already has scales, if there is no batch, on a
-            number out of range, or if a gradient is not finite.
+        ValueError: if the model has no such layer, already has scales or is wrapped by Opacus, if
+            there is no batch, on a number out of range, or if a gradient is not finite.
 
     >>> model = nn.Sequential(nn.Linear(3, 2))
     >>> batch = torch.eye(3), torch.tensor([0, 1, 1])
@@ -66,6 +66,11 @@ def attach_preconditioner(
     if not layers:
         found = ", ".join(scaled_layers(model)) or "none"
         _validate.fail("model", "one with trained linear layers that have no scales", found)
+    if any(hasattr(p, "grad_sample") for p in model.parameters()):
+        raise ValueError(
+            "model must not be wrapped by Opacus yet, whose hooks would keep the gradients of the "
+            "public batches: call attach_preconditioner before make_private"
+        )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def gradient(batch: Any) -> Mapping[str, Tensor]:

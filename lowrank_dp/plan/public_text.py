@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowrank_dp.data import Columns, Task, encode, load_task, micro_batches
+from lowrank_dp.data.copies import is_copy
 from lowrank_dp.data.tasks import known_name
 from lowrank_dp.grads import Batch
 from lowrank_dp.grads.clipping import clipped_sum_over
@@ -153,10 +154,13 @@ def load_public_text(
             )
         columns = None if known_name(name) else Columns.of(config)
         text = load_task(name, columns=columns, seed=config.data_seed + 1, warn=False)
-        if (text.name, text.source) == (task.name, task.source):
+        if known_name(text.name) not in GENERATED_TASKS and is_copy(
+            [example for split in text.splits.values() for example in split], task.train
+        ):
             raise ValueError(
-                f"public must be other text than the task's own, got {name!r}: the records are "
-                "the same"
+                f"public must be other text than the task's own, got {name!r}, which holds the "
+                f"training texts of {task.name}: give a public task, or own_records for a "
+                "NON-PRIVATE plan"
             )
         if (text.kind == "generation") != (task.kind == "generation"):
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_dp.data import Example, Task, encode, load_task, micro_batches
 from lowrank_dp.data import generated as english
+from lowrank_dp.data.copies import is_copy
 from lowrank_dp.grads import clipped_sum_over
 from lowrank_dp.precondition.moments import Moment, public_moments
 
@@ -26,14 +27,12 @@ class PublicRows:
     Attributes:
         examples: the examples.
         source: where they come from, in words.
-        name: name of their task; "" for generated text, which no task contains.
-        origin: the source of the task, as ``Task.source``.
+        copy: whether the public task is a copy of the private one (``data.copies.is_copy``).
     """
 
     examples: tuple[Example, ...]
     source: str
-    name: str = ""
-    origin: str = ""
+    copy: bool = False
 
 
 def public_rows(source: str, task: Task, count: int) -> PublicRows:
@@ -45,7 +44,8 @@ def public_rows(source: str, task: Task, count: int) -> PublicRows:
     Args:
         source: "generated" for the package's public sentences or tables, which are disjoint from
             every generated task; or the name or path of a public task.
-        task: the private task, of which only kind and number of classes are read.
+        task: the private task, of which kind and number of classes are read, and the training
+            texts to recognise a copy of them.
         count: number of rows; a public task keeps each row with a probability (``load_task``).
 
     Raises:
@@ -53,7 +53,14 @@ def public_rows(source: str, task: Task, count: int) -> PublicRows:
     """
     if source == GENERATED:
         return PublicRows(_generated(task.kind, count), "the package's generated text")
-    public = load_task(source, max_examples=count, seed=_SEED, warn=False)
+    try:
+        whole = load_task(source, warn=False)
+        public = load_task(source, max_examples=count, seed=_SEED, warn=False)
+    except ValueError as error:
+        reason = str(error).replace("max_examples", "precondition_rows")
+        if "text_column" in reason:
+            reason += "; rename its columns, since those options name columns of the private task"
+        raise ValueError(f"precondition {source!r} can't be read: {reason}") from error
     if (task.kind == "generation") != (public.kind == "generation") or (
         task.kind == "classification" and public.kind != "classification"
     ):
@@ -64,7 +71,8 @@ def public_rows(source: str, task: Task, count: int) -> PublicRows:
     examples = public.train
     if task.kind == "classification":
         examples = tuple(replace(e, label=int(e.label or 0) % task.num_labels) for e in examples)
-    return PublicRows(examples, f"{public.name} from {public.source}", public.name, public.source)
+    copy = is_copy([e for split in whole.splits.values() for e in split], task.train)
+    return PublicRows(examples, f"{public.name} from {public.source}", copy)
 
 
 def _generated(kind: str, count: int) -> tuple[Example, ...]:

@@ -25,6 +25,7 @@ PREFIX_DTYPES = ("float32", "bf16")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
 _MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
+_LEAST_GAIN = 1e-6  # of DiSK, whose look-ahead is 1 / gain movements long
 _MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
 
 
@@ -168,6 +169,8 @@ def _check_restoration(config: TrainConfig) -> None:
         raise ValueError(f"{' and '.join(given)} must not both be given")
     if config.filter_a and not config.filter_b:
         raise ValueError("filter_a must come with filter_b")
+    if config.disk_kappa is not None:
+        _validate.real("disk_kappa", config.disk_kappa, low=_LEAST_GAIN, high=1)
     averaged = config.low_pass is not None  # the filter checks its coefficients
     for coefficient in (*config.filter_b, *config.filter_a):
         if coefficient:
@@ -186,6 +189,10 @@ def _check_restoration(config: TrainConfig) -> None:
 def _check_preconditioner(config: TrainConfig) -> None:
     _validate.real("precondition_power", config.precondition_power, low=0, high=0.5)
     _validate.positive("precondition_rate", config.precondition_rate)
+    if config.precondition_freeze_vectors and config.precondition == "none":
+        raise ValueError(
+            "precondition_freeze_vectors must go with a preconditioner: give precondition too"
+        )
     if config.precondition == "noisy":
         if config.shard or config.low_pass is not None:
             raise ValueError(
@@ -200,9 +207,12 @@ def _check_preconditioner(config: TrainConfig) -> None:
     elif config.precondition not in PRECONDITIONERS:
         from lowrank_dp.data.tasks import TASKS, known_name
 
-        if not known_name(config.precondition) and not Path(config.precondition).exists():
+        path = Path(config.precondition).expanduser()
+        if not known_name(config.precondition) and not path.exists():
             _validate.choice(
-                "precondition", config.precondition, dict.fromkeys((*PRECONDITIONERS, *TASKS))
+                "precondition",
+                config.precondition,
+                dict.fromkeys((*PRECONDITIONERS, *TASKS, "an existing path")),
             )
         if _preconditioned_by_own_task(config) and not config.diagnostic:
             raise ValueError(
@@ -225,7 +235,8 @@ def is_same_task(one: str, other: str) -> bool:
     known = known_name(one)
     if known or known_name(other):
         return known == known_name(other)
-    return Path(one).resolve() == Path(other).resolve()
+    first, second = (Path(name).expanduser() for name in (one, other))
+    return first.resolve() == second.resolve()
 
 
 def _check_optimizer(config: TrainConfig) -> None:

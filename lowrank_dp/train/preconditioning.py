@@ -41,7 +41,8 @@ def add_preconditioner(
     Args:
         model: the model before its first step, not sharded.
         tokenizer: tokenizer of the model.
-        task: the private task, of which only kind, name, source and classes are read.
+        task: the private task, of which kind, name and classes are read, and the training texts to
+            refuse a copy of them.
         max_length: number of tokens that texts are cut to, or None.
         config: configuration of the run, with a preconditioner.
 
@@ -50,7 +51,7 @@ def add_preconditioner(
 
     Raises:
         ValueError: if no trained matrix can be scaled, the public task can't be used, or the public
-            task is the private one and the run is not marked as diagnostic.
+            task is a copy of the private one and the run is not marked as diagnostic.
     """
     layers = scalable_layers(model)
     if not layers:
@@ -65,10 +66,10 @@ def add_preconditioner(
         scale_layers(model, {name: unit_scale(layer.weight) for name, layer in layers.items()})
         return "the run's own noisy sums"
     rows = public_rows(config.precondition, task, config.precondition_rows)
-    if (rows.name, rows.origin) == (task.name, task.source) and not config.diagnostic:
+    if rows.copy and not config.diagnostic:
         raise ValueError(
-            f"precondition must name a public task, got the private one ({rows.source}): choose "
-            "another, or mark the run with diagnostic"
+            f"precondition must name a public task, got one ({rows.source}) that holds the private "
+            f"training texts of {task.name}: choose another"
         )
     moments = model_moments(
         model,

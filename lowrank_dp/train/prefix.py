@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dp import _validate
 from lowrank_dp._json import json_digest
 from lowrank_dp._terminal import first_line, progress
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
@@ -121,8 +122,8 @@ def open_cache(
         pad_to: number of tokens that every row is padded to, or None.
 
     Raises:
-        ValueError: if the folder belongs to another user.
-        OSError: if the folder cannot be written.
+        ValueError: if the folder belongs to another user or can't be made.
+        OSError: if a file in the folder can't be written.
     """
     if reason := _unavailable(config):
         return PrefixCache(f"frozen blocks not cached ({reason})")
@@ -286,7 +287,10 @@ def _filled(
     only if ``pays`` is set and they fit.
     """
     root = Path(config.prefix_cache).expanduser()
-    store = RowStore(root / _name(model, prefix, config, half, pad_to))
+    try:
+        store = RowStore(root / _name(model, prefix, config, half, pad_to))
+    except OSError as error:
+        _validate.fail("prefix_cache", "a folder that can be written", f"{root} ({error.strerror})")
     distinct = {_key(row): row for row in rows}
     if all(key in store for key in distinct):
         return store, ""
