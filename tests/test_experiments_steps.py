@@ -19,7 +19,7 @@ from lowrank_dp.experiments.arms import ARMS, PLAIN
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.steps import plot_steps
 from lowrank_dp.precondition import Moment, joint_scales
-from lowrank_dp.sweep import Outcome, sweep
+from lowrank_dp.sweep import PREFIX_FOLDER, Outcome, sweep
 from lowrank_dp.train import TrainConfig
 from tests.tasks import case, needs_data
 
@@ -359,7 +359,7 @@ def test_bad_configurations_of_both(tmp_path):
 def test_the_plan_counts_runs_and_hours(monkeypatch):
     seen = []
 
-    def measured(config, workers):
+    def measured(config, folder, workers):
         seen.append((config.batch_size, config.train_layers))
         return cost.Cost(once=0, step=3.0, evaluation=0.6)
 
@@ -478,7 +478,7 @@ def test_real_small_sweeps(tmp_path, monkeypatch):
     assert result.privacy.count("NON-PRIVATE") == 3 and "-DP after 2 steps" in result.privacy
 
 
-def test_the_cost_is_that_of_the_second_run(monkeypatch):
+def test_the_cost_is_that_of_the_second_run(monkeypatch, tmp_path):
     """A clock that moves by hand: 5 s of loading, 2 s an evaluation, 3 s a step, 8 s the members.
 
     The first run takes ten times as long.
@@ -497,15 +497,15 @@ def test_the_cost_is_that_of_the_second_run(monkeypatch):
 
     monkeypatch.setattr(cost, "train", train)
     monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
-    found = cost.measure_cost(replace(BASE, eval_examples=80), 1)
+    found = cost.measure_cost(replace(BASE, eval_examples=80), tmp_path, 1)
     # once per run: loading, the evaluation before the first step, and the members
     assert (found.once, found.step, found.evaluation) == pytest.approx((5 + 2 + 8, 3, 2))
-    assert caches[0] == caches[1] and caches[0][0] and caches[0][1]
+    assert caches == [(str(tmp_path / PREFIX_FOLDER), True)] * 2
 
 
 @pytest.mark.slow
-def test_a_measured_step_costs_something():
-    found = cost.measure_cost(SHORT, 1)
+def test_a_measured_step_costs_something(tmp_path):
+    found = cost.measure_cost(SHORT, tmp_path, 1)
     assert found.once > 0 and found.step > 0 and found.evaluation > 0
     assert found.hours(2, 10) == pytest.approx(
         2 * (found.once + 10 * (found.step + found.evaluation)) / 3600

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lowrank_dp.sweep import PREFIX_FOLDER
 from lowrank_dp.train import Setup, TrainConfig
 from lowrank_dp.train.loop import train
 
@@ -32,22 +33,22 @@ class Cost:
         return runs * (self.once + steps * (self.step + self.evaluation)) / 3600
 
 
-def measure_cost(config: TrainConfig, num_workers: int | None) -> Cost:
-    """Train one step twice in a temporary folder, with the threads that a worker of a sweep has.
+def measure_cost(config: TrainConfig, folder: Path, num_workers: int | None) -> Cost:
+    """Train one step twice, with the threads that a worker of a sweep has.
 
-    The second run is measured: the first one loads the libraries, and fills the cache of the frozen
-    blocks' outputs, which all runs of a sweep share. The time that is not spent in the step is
-    split by the number of examples that are evaluated. Concurrent runs share the machine's memory
-    bandwidth, and may be slower.
+    The second run is measured. The first one loads the libraries, and fills the cache of the frozen
+    blocks' outputs in ``folder``, which the sweep in ``folder`` uses; the runs themselves are not
+    kept. The time that is not spent in the step is split by the number of examples that are
+    evaluated. Concurrent runs share the machine's memory bandwidth, and may be slower.
     """
-    one = replace(config, steps=1, seed=0, holdout=0, generate=False)
-    with tempfile.TemporaryDirectory() as folder, _threads(threads_of(num_workers)):
-        one = replace(one, prefix_cache=config.prefix_cache or str(Path(folder) / "cache"))
+    cache = config.prefix_cache or str(folder.absolute() / PREFIX_FOLDER)
+    one = replace(config, steps=1, seed=0, holdout=0, generate=False, prefix_cache=cache)
+    with tempfile.TemporaryDirectory() as aside, _threads(threads_of(num_workers)):
         for name in ("first", "measured"):
             began, seen = time.perf_counter(), list[int | float]()
             result = train(
                 one,
-                Path(folder) / name,
+                Path(aside) / name,
                 keep_model=False,
                 show_progress=False,
                 on_start=partial(_note, seen),

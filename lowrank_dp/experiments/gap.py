@@ -173,7 +173,8 @@ def plan(config: Config) -> str:
     places = [(part, size) for part in config.parts for size in config.batch_sizes]
     for part, size in progress(places, "measuring a step of each setting"):
         setting = Setting(part, size, BASELINES[0], config.epsilons[0])
-        cost = measure_cost(setting_config(config, setting, 1e-6, 0), config.num_workers)
+        one = setting_config(config, setting, 1e-6, 0)
+        cost = measure_cost(one, FOLDER, config.num_workers)
         needed = cost.hours(number * runs, config.base.steps) / workers_of(config.num_workers)
         hours += needed
         words.append(

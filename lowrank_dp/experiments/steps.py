@@ -105,7 +105,7 @@ class Result:
 
 def plan(config: Config) -> str:
     """Describe what :func:`run` will do, with its hours on this machine by one measured step."""
-    cost = measure_cost(arm_config(config.base, BASELINES[0], 1e-6, 0), config.num_workers)
+    cost = measure_cost(arm_config(config.base, BASELINES[0], 1e-6, 0), FOLDER, config.num_workers)
     tuning_runs = len(config.arms) * tuning.TYPICAL_RATES * len(config.tuning_seeds)
     runs = tuning_runs + len(config.arms) * config.num_seeds
     hours = cost.hours(runs, config.base.steps) / workers_of(config.num_workers)
