@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -323,7 +324,8 @@ def test_plan_command_prints_within_80_columns_and_refuses_bad_input(capsys, mon
 def test_a_copy_of_the_records_is_not_public_text(tmp_path):
     own, copied = (str(write_reviews(tmp_path / name)) for name in ("own", "copy"))
     config, task = TrainConfig(**RUN | {"task": own}), load_task(own)
-    for public in (own, copied, f"{own}/train.jsonl", f"{tmp_path}/./own"):
+    named = shutil.copy(f"{own}/train.jsonl", tmp_path / "generated.jsonl")
+    for public in (own, copied, f"{own}/train.jsonl", f"{tmp_path}/./own", str(named)):
         message = refusal_of(load_public_text, config, task, public, False, 0)
         assert "own_records" in message and "\n" not in message, public
 

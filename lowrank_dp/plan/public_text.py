@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lowrank_dp.data import TASKS, Columns, Task, encode, load_task, micro_batches
 from lowrank_dp.data.copies import is_copy
+from lowrank_dp.data.tasks import known_name
 from lowrank_dp.grads import Batch
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import describe, load_model, matrix_parameters
@@ -151,7 +152,7 @@ def load_public_text(
             )
         columns = None if name in TASKS else Columns.of(config)
         text = load_task(name, columns=columns, seed=config.data_seed + 1, warn=False)
-        if text.name not in ("generated", "generated-table") and is_copy(
+        if known_name(name) not in ("generated", "generated-table") and is_copy(
             [example for split in text.splits.values() for example in split], task.train
         ):
             raise ValueError(
