@@ -46,6 +46,7 @@ _ORDERS = np.array(
         *(64 * 1.18**k for k in range(60)),
     ]
 )
+_BLOCK = 16  # number of orders that are computed together
 _POINTS = 200_000  # largest number of points of an integral
 _MOST = 1e9  # a larger epsilon is reported as infinite
 _MARGIN = 1 + 1e-9  # factor that covers the rounding error of an exact value
@@ -154,45 +155,64 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """Epsilon at ``delta`` by Renyi DP, the smallest over the orders in ``_ORDERS``.
 
-    The arguments are those of :func:`bound`.
+    The arguments are those of :func:`bound`. The orders are tried in blocks, from the smallest
+    order on. A Renyi divergence does not fall as its order grows (van Erven & Harremoes 2014,
+    theorem 3), so the search stops when the divergence of an order shows that no larger order gives
+    a smaller epsilon.
     """
-    divergences = steps * _divergences(noise_multiplier, sample_rate)
-    kept = np.isfinite(divergences)
-    if not kept.any():
-        return math.inf
-    epsilon, _ = rdp_privacy_accountant.compute_epsilon(_ORDERS[kept], divergences[kept], delta)
-    return float(epsilon) * _MARGIN
+    best = math.inf
+    for start in range(0, len(_ORDERS), _BLOCK):
+        orders = _ORDERS[start : start + _BLOCK]
+        divergences = steps * _divergences(noise_multiplier, sample_rate, start)
+        kept = np.isfinite(divergences)
+        if not kept.any():
+            break
+        found, _ = rdp_privacy_accountant.compute_epsilon(orders[kept], divergences[kept], delta)
+        best = min(best, float(found))
+        order, divergence = orders[kept][-1], divergences[kept][-1]
+        # lower bound on epsilon of all larger orders: without the term in log(1 / delta), which
+        # is positive; the factor covers the rounding error of the divergences
+        least = divergence * (1 - 1e-6) + math.log1p(-1 / order) - math.log(order) / (order - 1)
+        if least > best or not kept.all():
+            break
+    return best * _MARGIN
 
 
-@lru_cache(maxsize=256)
-def _divergences(noise_multiplier: float, sample_rate: float) -> np.ndarray:
-    """Renyi divergence of one step for each order; infinite for orders that are not computed.
+@lru_cache(maxsize=4096)
+def _divergences(noise_multiplier: float, sample_rate: float, start: int) -> np.ndarray:
+    """Renyi divergence of one step for each order of the block that begins at index ``start``.
 
     log E (1 - q + q exp((2x - 1) / 2 sigma^2))^order / (order - 1) over x ~ N(0, sigma^2), by the
     trapezoid rule, which is exact to rounding for this smooth integrand. The bound is the same for
-    adding and for removing a unit (Mironov, Talwar & Zhang 2019).
+    adding and for removing a unit (Mironov, Talwar & Zhang 2019). The divergence is infinite for
+    orders that would need more than ``_POINTS`` points.
     """
+    orders = _ORDERS[start : start + _BLOCK]
     if sample_rate == 1:
-        return _ORDERS / 2 / noise_multiplier**2
+        return orders / 2 / noise_multiplier**2
     interval = min(noise_multiplier / 4, noise_multiplier**2 / 4)
-    found = np.full(len(_ORDERS), math.inf)
-    for i, order in enumerate(_ORDERS):
-        low, high = -40 * noise_multiplier, order + 40 * noise_multiplier
-        if (high - low) / interval > _POINTS:
-            break
-        x = np.arange(low, high, interval)
-        log_ratio = (x - 0.5) / noise_multiplier**2
-        loss = np.where(  # log1p and expm1 keep the relative precision of a small loss
-            log_ratio < 30,
-            np.log1p(sample_rate * np.expm1(np.minimum(log_ratio, 30))),
-            np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio),
-        )
-        log_density = -(x**2) / 2 / noise_multiplier**2 - math.log(
-            noise_multiplier * math.sqrt(2 * math.pi) / interval
-        )
-        power = order * loss
+    low = -40 * noise_multiplier
+    found = np.full(len(orders), math.inf)
+    spans = (orders + 40 * noise_multiplier - low) / interval
+    computed = int(np.searchsorted(spans, _POINTS, side="right"))
+    if not computed:
+        return found
+    # the orders share the points and differ in their number
+    x = np.arange(low, orders[computed - 1] + 40 * noise_multiplier, interval)
+    log_ratio = (x - 0.5) / noise_multiplier**2
+    loss = np.where(  # log1p and expm1 keep the relative precision of a small loss
+        log_ratio < 30,
+        np.log1p(sample_rate * np.expm1(np.minimum(log_ratio, 30))),
+        np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + log_ratio),
+    )
+    log_density = -(x**2) / 2 / noise_multiplier**2 - math.log(
+        noise_multiplier * math.sqrt(2 * math.pi) / interval
+    )
+    for i, order in enumerate(orders[:computed]):
+        points = slice(math.ceil(spans[i]))
+        power = order * loss[points]
         growth = np.maximum(power, 0) + np.log(-np.expm1(-np.abs(power)) + 1e-300)
-        moment = _log_sum(log_density + growth, np.sign(power))
+        moment = _log_sum(log_density[points] + growth, np.sign(power))
         found[i] = float(np.logaddexp(0, moment)) / (order - 1)
     return found
 

@@ -1,6 +1,6 @@
 """Sweeps: many training configurations, trained in parallel, resumable, each only once.
 
-Every configuration has a folder that is named after the hash of the configuration. A sweep that is
+Every configuration has a folder that is named after a hash of the configuration. A sweep that is
 repeated or extended therefore computes only what is missing, and a killed run resumes from its last
 snapshot.
 """
@@ -11,7 +11,7 @@ import functools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.train import TrainConfig, TrainResult
 from lowrank_dp.train.loop import train
 
+PREFIX_FOLDER = "prefix_cache"  # what frozen blocks make of the records, for all runs
 PATIENCE = 600.0  # seconds to wait for a run that another process holds, which may be dying
 DIED = (
     f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it (out "
@@ -46,14 +47,17 @@ class Outcome:
 
 
 def run_folder(config: TrainConfig, folder: str | Path) -> Path:
-    """Return the folder of a configuration's run, which is named after the hash of all fields.
+    """Return the folder of a run, named after a hash of the fields that differ from their defaults.
+
+    A field that has its default does not enter the hash, so that a later version of this package,
+    which has more fields, finds the finished runs.
 
     Raises:
         ValueError: if ``config.seed`` is None: an unseeded run cannot be identified later.
     """
     if config.seed is None:
         raise ValueError("seed must be given for a sweep: without one a run can't be found again")
-    return Path(folder) / json_digest(config.as_json())[:16]
+    return Path(folder) / json_digest(config.chosen())[:16]
 
 
 def sweep(
@@ -68,7 +72,9 @@ def sweep(
 
     A run that fails (bad configuration, divergence, full disk) does not stop the others. A run
     whose worker was killed resumes from its last snapshot; after three deaths the run counts as
-    failed.
+    failed. Runs whose lower blocks are frozen share a cache of these blocks' outputs in
+    ``folder / "prefix_cache"``, unless a configuration names another folder or "off". The cache is
+    as sensitive as the records; it may be deleted once the sweep is finished.
 
     Args:
         configs: configurations, each with a seed.
@@ -91,7 +97,11 @@ def sweep(
     folder = Path(folder).absolute()  # a worker may have another working folder
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
     job = functools.partial(
-        _run, keep_model=keep_model, threads=max(1, cores // workers) if engine == "loky" else None
+        _run,
+        keep_model=keep_model,
+        threads=max(1, cores // workers) if engine == "loky" else None,
+        prefix_cache=str(folder / PREFIX_FOLDER),
+        shared_by=len(jobs),
     )
     results = engines.run(job, jobs, engine, workers)
     done = {}
@@ -101,7 +111,14 @@ def sweep(
     return [done[str(run_folder(config, folder))] for config in configs]
 
 
-def _run(job: tuple[str, TrainConfig], *, keep_model: bool, threads: int | None) -> Outcome:
+def _run(
+    job: tuple[str, TrainConfig],
+    *,
+    keep_model: bool,
+    threads: int | None,
+    prefix_cache: str,
+    shared_by: int,
+) -> Outcome:
     """Train one configuration in its folder; wait for another process that holds the folder."""
     path, config = job
     if threads is not None:
@@ -109,9 +126,15 @@ def _run(job: tuple[str, TrainConfig], *, keep_model: bool, threads: int | None)
     given_up = time.monotonic() + PATIENCE
     while True:
         try:
-            return Outcome(
-                config, train(config, path, resume=True, keep_model=keep_model, show_progress=False)
+            result = train(
+                replace(config, prefix_cache=config.prefix_cache or prefix_cache),
+                path,
+                resume=True,
+                keep_model=keep_model,
+                show_progress=False,
+                prefix_shared_by=shared_by,
             )
+            return Outcome(config, result)
         except (ValueError, OSError) as error:
             if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
                 return Outcome(config, None, " ".join(str(error).split()))

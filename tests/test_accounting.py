@@ -149,9 +149,14 @@ def test_composed_steps_against_the_exact_integral():
         assert exact * (1 - 1e-7) <= found <= 1.01 * exact, (rate, sigma, steps, delta, exact)
 
 
+def all_divergences(sigma, rate):
+    starts = range(0, len(accounting._ORDERS), accounting._BLOCK)
+    return np.concatenate([accounting._divergences(sigma, rate, start) for start in starts])
+
+
 def test_renyi_divergences_at_integers_are_binomial_sums():
     for sigma, rate in ((1.0, 0.01), (0.4, 1e-4), (700.0, 0.01), (5.0, 0.9), (1000.0, 1e-6)):
-        found = dict(zip(accounting._ORDERS, accounting._divergences(sigma, rate), strict=True))
+        found = dict(zip(accounting._ORDERS, all_divergences(sigma, rate), strict=True))
         for order in (2.0, 3.0, 10.0, 40.0):
             with mpmath.workdps(40):
                 moment = sum(
@@ -167,6 +172,59 @@ def test_renyi_divergences_at_integers_are_binomial_sums():
                 rate,
                 order,
             )
+
+
+def divergences_one_by_one(sigma, rate):
+    """The trapezoid rule of each order on points of its own, up to a length of 200,000."""
+    interval, found = min(sigma / 4, sigma**2 / 4), []
+    for order in accounting._ORDERS:
+        low, high = -40 * sigma, order + 40 * sigma
+        if (high - low) / interval > 200_000:
+            break
+        x = np.arange(low, high, interval)
+        log_ratio = (x - 0.5) / sigma**2
+        loss = np.logaddexp(math.log1p(-rate), math.log(rate) + log_ratio)
+        small = log_ratio < 30
+        loss[small] = np.log1p(rate * np.expm1(log_ratio[small]))
+        power = order * loss
+        growth = np.maximum(power, 0) + np.log(-np.expm1(-np.abs(power)) + 1e-300)
+        logs = -(x**2) / 2 / sigma**2 - math.log(sigma * math.sqrt(2 * math.pi) / interval) + growth
+        total = (np.sign(power) * np.exp(logs - logs.max())).sum()
+        moment = logs.max() + math.log(total) if total > 0 else -math.inf
+        found.append(np.logaddexp(0, moment) / (order - 1))
+    return np.array(found)
+
+
+def test_renyi_epsilon_is_the_smallest_over_all_orders():
+    """The search ends early, and gives what a search over all orders gives."""
+    stopped = 0
+    for sigma, rate, steps, delta in (
+        (0.27, 0.004, 2, 1e-4),
+        (0.6, 0.02, 1000, 1e-6),
+        (1.0, 0.01, 1, 1e-12),
+        (1.0, 1e-4, 10**6, 1e-5),
+        (5.0, 0.9, 10, 0.1),
+        (30.0, 0.3, 10, 1e-5),
+        (20.0, 0.9, 2, 1e-4),
+        (700.0, 0.01, 100, 1e-8),
+        (0.05, 1e-3, 5, 1e-6),
+    ):
+        divergences = steps * divergences_one_by_one(sigma, rate)
+        epsilons = [
+            0.0
+            if delta**2 + math.expm1(-divergence) > 0
+            else divergence + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+            for order, divergence in zip(accounting._ORDERS, divergences, strict=False)
+        ]
+        found = accounting.renyi_epsilon(sigma, rate, steps, delta)
+        assert found == pytest.approx(max(0.0, min(epsilons)) * (1 + 1e-9), rel=1e-13, abs=0), (
+            sigma,
+            rate,
+            steps,
+            delta,
+        )
+        stopped += len(epsilons) - int(np.argmin(epsilons)) > 2 * accounting._BLOCK
+    assert stopped >= 4  # settings in which the smallest epsilon is not in the last blocks
 
 
 @pytest.mark.slow

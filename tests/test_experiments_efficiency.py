@@ -21,7 +21,7 @@ BASE = TrainConfig(
     eval_examples=100,
     max_examples=300,
 )
-ARMS = ("DP-SGD", "low-pass filter")  # of one scheme
+ARMS = ("DP-Adam", "low-pass filter")  # of one scheme
 CONFIG = efficiency.Config(
     BASE, ARMS, learning_rates=(1e-3, 1e-2), num_seeds=2, tuning_holdout=50, num_workers=1
 )
@@ -88,7 +88,7 @@ def swept(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, swept):
-    """Two arms of one scheme, as DP-SGD and the low-pass filter are, must not look alike."""
+    """Two arms of one scheme, as DP-Adam and the low-pass filter are, must not look alike."""
     real = efficiency.sweep
 
     def broken(configs, folder, **options):
@@ -129,7 +129,7 @@ def test_interval_against_scipy():
 
 def test_bad_configurations(tmp_path):
     for changes, words in (
-        ({"arms": ("DP-SGD", "optmal")}, "arm must be one of"),
+        ({"arms": ("DP-Adam", "optmal")}, "arm must be one of"),
         ({"arms": ("denoise",)}, "baseline"),
         ({"score": "acuracy"}, "did you mean 'accuracy'"),
         ({"num_seeds": 1}, "num_seeds"),

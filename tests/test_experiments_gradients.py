@@ -326,13 +326,14 @@ def test_figures_are_redrawn_without_computing(tmp_path, monkeypatch):
 TRIALS = {
     "tasks": {},
     "momentum": {"steps": 3, "batch_size": 128},
+    "plan_check": {"batch_size": 64, "noise_seeds": 1},
     "efficiency_e2e": {
         "steps": 2,
         "eval_every": 1,
         "eval_examples": 30,
         "batch_size": 64,
         "generate": False,
-        "arms": ("DP-SGD", "momentum + optimal, zeroed"),
+        "arms": ("DP-Adam", "momentum + optimal, zeroed"),
         "learning_rates": (1e-2,),
         "max_examples": 200,
         "tuning_holdout": 40,
@@ -340,9 +341,22 @@ TRIALS = {
     },
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
-# test_experiments_efficiency, test_experiments_membership and test_experiments_noise_cost run these
-# on generated text
-ELSEWHERE = {"efficiency", "efficiency_mnli", "efficiency_smollm2", "membership", "noise_cost"}
+# test_experiments_efficiency, test_experiments_membership, test_experiments_noise_cost and
+# test_experiments_steps run these on generated text
+ELSEWHERE = {
+    "efficiency",
+    "efficiency_mnli",
+    "efficiency_smollm2",
+    "membership",
+    "noise_cost",
+    "gap",
+    "steps_sst2",
+    "steps_sst2_gap",
+    "steps_sst2_all",
+    "steps_mnli",
+    "steps_e2e",
+    "steps_smollm2",
+}
 
 
 def test_every_lengthy_figure_has_a_trial():
@@ -364,7 +378,9 @@ def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch):
     assert re.search(r"; generated(-table)? from ", result.description)
     assert not getattr(result, "failures", ())
     for values in (
-        getattr(result, key) for key in ("score", "auc", "restored") if hasattr(result, key)
+        getattr(result, key)
+        for key in ("score", "auc", "restored", "predicted")
+        if hasattr(result, key)
     ):
         assert np.isfinite(values).all() and np.ptp(values) > 1e-3
     figure.canvas.draw()

@@ -249,6 +249,20 @@ def test_planted_effects_get_their_verdicts():
     assert len(each) == 2 and len(each[0]) == 3
 
 
+def test_errors_of_the_quadratic_model_do_not_cancel():
+    """Half of the predicted falls are twice the measured ones, and half are half of them."""
+    result = planted(SUPPORTING, spread=0.0)
+    factor = np.where(np.arange(len(NAMES)) % 2, 2.0, 0.5)
+    found = dataclasses.replace(result, slope=result.slope * np.sqrt(factor))
+    assert judged(found)[-1] == "contradicted"
+    values = verdicts.PREDICTIONS[-1].quantity(found)
+    np.testing.assert_allclose(np.exp(values), 2.0)
+    # a fall that is predicted and not found is an error too; one that is not predicted is none
+    gain = np.zeros_like(result.gain)
+    assert judged(dataclasses.replace(result, gain=gain))[-1] == "contradicted"
+    assert judged(dataclasses.replace(result, curvature=-result.curvature))[-1] == "undecided"
+
+
 def test_an_interval_is_students_over_warm_ups_of_means_over_draws():
     result = planted({"optimal, zeroed": 0.5}, spread=0.3)
     prediction = verdicts.PREDICTIONS[0]

@@ -18,6 +18,18 @@ from tests.tasks import run_command
 
 PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
+# experiments of many hours without a saved result yet: `make figures` leaves their figures out
+PENDING = {
+    "noise_cost",
+    "plan_check",
+    "gap",
+    "steps_sst2",
+    "steps_sst2_gap",
+    "steps_sst2_all",
+    "steps_mnli",
+    "steps_e2e",
+    "steps_smollm2",
+}
 
 
 def replaced(monkeypatch, name, **fields):
@@ -77,7 +89,10 @@ def holds(saved, kept):
 
 
 def test_committed_results_load_draw_and_save_again_to_the_digit(tmp_path):
+    assert PENDING == {name for name in LENGTHY if not (PAPER / f"{name}.json").exists()}
     for name in figures.NAMES:
+        if name in PENDING:
+            continue
         spec = figures.find(name)
         result = artifacts.load_result(PAPER, name, spec.result)
         path = artifacts.save_result(result, tmp_path, name)
@@ -129,16 +144,40 @@ def test_the_small_scale_never_replaces_a_lengthy_result(monkeypatch, tmp_path, 
     shutil.copytree(PAPER, tmp_path / "kept")
     for name in LENGTHY:
         replaced(monkeypatch, name, run=None)
-    only = [word for name in LENGTHY for word in ("--only", name)]
+    saved = [name for name in LENGTHY if name not in PENDING]
+    only = [word for name in saved for word in ("--only", name)]
     places = "--output", tmp_path / "figures", "--artifacts", tmp_path / "kept"
     status, _, error = run_command(capsys, figure_command.app, *only, "--scale", "small", *places)
     assert status == 0
     said = " ".join(error.split())
-    assert len(LENGTHY) == 9
-    for name in LENGTHY:
+    assert len(saved) == len(LENGTHY) - len(PENDING) >= 8
+    for name in saved:
         for path in PAPER.glob(f"{name}.*"):
             assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
         assert f"{name}: drawn from the saved result" in said
+
+
+def test_what_has_no_saved_result_is_left_out_unless_it_is_asked_for(monkeypatch, tmp_path, capsys):
+    made = []
+
+    def make(name, config, *_):
+        made.append(name)
+        return {"figure": name, "headline": {}, "privacy": "", "ran on": "", "files": []}
+
+    monkeypatch.setattr(figure_command, "_make", make)
+    places = "--output", tmp_path / "figures", "--artifacts", PAPER
+    for words in ((), ("--redraw",)):
+        made.clear()
+        status, _, error = run_command(capsys, figure_command.app, *words, *places)
+        assert status == 0 and made == [name for name in figures.NAMES if name not in PENDING]
+        for name in PENDING:
+            assert f"{name}: left out, since no result is saved" in " ".join(error.split()), words
+    made.clear()
+    run_command(capsys, figure_command.app, "--scale", "full", "--force", *places)
+    assert made == [*figures.NAMES]  # this scale computes all
+    monkeypatch.undo()
+    status, _, error = run_command(capsys, figure_command.app, "--redraw", "--only", "gap", *places)
+    assert status == 2 and "no result gap.json" in " ".join(error.split())
 
 
 def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):

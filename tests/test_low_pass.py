@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from scipy import signal
 
-from lowrank_dp.restore import LowPassFilter, exponential_average, restore
+from lowrank_dp.restore import LowPassFilter, exponential_average, kalman_filter, restore
 from tests.refusals import refused
 from tests.tasks import seeded
 
@@ -60,6 +60,40 @@ def test_against_scipys_filter():
             )
             want = np.linalg.norm(impulse * stds[:step]) / abs(constant)
             assert state.noise_std == pytest.approx(want, rel=1e-9), case
+
+
+def test_a_steady_start_against_scipys_initial_state():
+    """The first input has been there for ever, in the output and in the noise's weights."""
+    rng = np.random.default_rng(4)
+    inputs, stds = rng.standard_normal((7, 3)), rng.uniform(0.5, 2, 7)
+    for name, (b, a) in FILTERS.items():
+        state, a = LowPassFilter(b=b, a=a, steady_start=True), (1.0, *a)
+        gain = sum(b) / sum(a)
+        initial = signal.lfilter_zi(b, a)
+        for step in range(1, 8):
+            state = state.update(torch.from_numpy(inputs[step - 1]), stds[step - 1])
+            past = initial[:, None] * inputs[:1]
+            filtered = signal.lfilter(b, a, inputs[:step], axis=0, zi=past)[0][-1]
+            np.testing.assert_allclose(state.mean, filtered / gain, rtol=1e-9, err_msg=name)
+            weights = [
+                signal.lfilter(b, a, unit, zi=initial * unit[0])[0][-1] for unit in np.eye(step)
+            ]
+            want = np.linalg.norm(np.array(weights) * stds[:step]) / abs(gain)
+            assert state.noise_std == pytest.approx(want, rel=1e-9), (name, step)
+    refused("not zero for a steady start", LowPassFilter, b=(1.0,), a=(-1.0,), steady_start=True)
+
+
+def test_the_kalman_filter_of_disk():
+    inputs, kappa = np.random.default_rng(5).standard_normal((6, 4)), 0.7
+    state, want = kalman_filter(kappa), inputs[0]
+    for t, value in enumerate(inputs):
+        state = state.update(torch.from_numpy(value), 2.0)
+        want = value if t == 0 else (1 - kappa) * want + kappa * value
+        np.testing.assert_allclose(state.mean, want, rtol=1e-12)
+    weights = [(1 - kappa) ** 5, *(kappa * (1 - kappa) ** (5 - i) for i in range(1, 6))]
+    assert state.noise_std == pytest.approx(2 * np.linalg.norm(weights), rel=1e-12)
+    for kappa in (0.0, 1.1, math.nan):
+        refused("kappa must be", kalman_filter, kappa)
 
 
 def test_naive_loop():

@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank_dp.optim as optim
 from lowrank_dp.optim import attach_restoration, hook
-from lowrank_dp.restore import exponential_average, restore
+from lowrank_dp.restore import LowPassFilter, exponential_average, kalman_filter, restore
 from lowrank_dp.restore.noise_floor import least_norm
 from tests.refusals import refused
 
@@ -335,6 +336,71 @@ def test_state_dict_continues_identically(tmp_path):
     run(parameters, optimizer, steps[3:])
     for resumed in others:
         torch.testing.assert_close(resumed, parameters, rtol=0, atol=0)
+
+
+FILTERS = [
+    LowPassFilter(b=(0.15, -0.05), a=(-0.9,)),  # DOPPLER
+    LowPassFilter(b=(0.3, 0.2, 0.1)),
+    kalman_filter(0.7),
+]
+
+
+def test_any_filter_is_restored_at_its_own_noise_and_continues_identically():
+    for low_pass in FILTERS:
+        parameters, optimizer, steps = noisy_problem(lr=1.0)
+        handle = attach_restoration(optimizer, mean_noise_std=0.1, low_pass=low_pass)
+        states, want = [low_pass] * 3, [torch.zeros_like(p) for p in parameters[:3]]
+        for t, grads in enumerate(steps):
+            run(parameters, optimizer, [grads])
+            states = [s.update(g, 0.1) for s, g in zip(states, grads, strict=True)]
+            means = [restore(states[0].mean, states[0].noise_std), states[1].mean, states[2].mean]
+            want = [w - mean for w, mean in zip(want, means, strict=True)]
+            torch.testing.assert_close(parameters[:3], want)
+            assert handle.reports["0"].noise_std == pytest.approx(states[0].noise_std)
+            if t == 2:
+                state = load(save(handle.state_dict()))
+                resumed, second, _ = noisy_problem(lr=1.0)
+                with torch.no_grad():
+                    for new, old in zip(resumed, parameters, strict=True):
+                        new.copy_(old)
+        attach_restoration(second, mean_noise_std=0.1, low_pass=low_pass).load_state_dict(state)
+        run(resumed, second, steps[3:])
+        torch.testing.assert_close(resumed, parameters, rtol=0, atol=0)
+
+
+def test_a_filters_state_must_be_the_same_filters():
+    handles = []
+    cold = replace(kalman_filter(0.7), steady_start=False)
+    for low_pass in (*FILTERS, cold, None):
+        parameters, optimizer, steps = noisy_problem(lr=1.0)
+        handles.append(attach_restoration(optimizer, mean_noise_std=0.1, low_pass=low_pass))
+        run(parameters, optimizer, steps[:1])
+    for here in handles:
+        for there in handles:
+            if here is there:
+                there.load_state_dict(here.state_dict())
+            else:
+                words = r"low_pass_[ab] of the state must be"
+                refused(words, there.load_state_dict, here.state_dict())
+    _, optimizer, _ = noisy_problem(lr=1.0)
+    for arguments, words in (
+        ({"low_pass": FILTERS[0], "momentum_beta": 0.9}, "must not both be given"),
+        ({"low_pass": 0.9}, "low_pass must be a LowPassFilter"),
+    ):
+        refused(words, attach_restoration, optimizer, mean_noise_std=0.1, **arguments)
+
+
+def test_polar_in_an_optimizer():
+    """A matrix's step has the size of the noise's edge at most, whatever the gradient's."""
+    for size in (1.0, 100.0):
+        parameters, optimizer, steps = noisy_problem(lr=1.0)
+        attach_restoration(optimizer, "polar", mean_noise_std=0.1, below="zero")
+        grad = size * steps[0][0]
+        run(parameters, optimizer, [[grad, *steps[0][1:]]])
+        edge = 0.1 * (20**0.5 + 12**0.5)
+        top = float(torch.linalg.matrix_norm(parameters[0].detach(), 2))
+        assert 0.5 * edge < top < edge
+        torch.testing.assert_close(-parameters[0].detach(), restore(grad, 0.1, "polar"))
 
 
 def test_state_dict_must_fit():

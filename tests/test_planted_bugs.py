@@ -39,7 +39,7 @@ from lowrank_dp.train.loop import train
 STEPS = 30
 HEAD = ("classifier.weight", "classifier.bias")
 ADD_NOISE, CLIP, DRAW = GaussianMechanism.add_noise, step_module.clipped_sum_over, step_module._draw
-NOISED, ASSIGN, PREPARE = Replicated.add_noise, Replicated.assign, preparation._mechanism
+NOISED, ASSIGN, PREPARE = Replicated.add_noise, Replicated.assign, preparation.make_mechanism
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -358,7 +358,7 @@ def other_mechanism(**factors):
                 **{name: factor * getattr(mechanism, name) for name, factor in factors.items()},
             ), delta
 
-        patch.setattr(preparation, "_mechanism", changed)
+        patch.setattr(preparation, "make_mechanism", changed)
 
     return plant
 
@@ -693,7 +693,9 @@ def test_which_steps_are_examined_closely(base, tmp_path, monkeypatch):
         config, folder = replace(base, steps=8, eval_every=4, **changes), tmp_path / f"{number}"
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(guards, "check_clipping", lambda *a, s=seen: s.append(0) or look(*a))
+            patch.setattr(
+                guards, "check_clipping", lambda *a, s=seen, **k: s.append(0) or look(*a, **k)
+            )
             train(config, folder, show_progress=False)
         assert len(seen) == 3, changes
 

@@ -50,6 +50,7 @@ CASES = [
     ("power", {"p": 5}),
     ("power", {"p": 2}),
     ("power", {"p": 1.5}),
+    ("polar", {}),
 ]
 
 
@@ -132,6 +133,12 @@ def naive_values(
             slope, offset = np.polyfit(x[seen], np.log(goal[seen]), 1)
             goal = np.exp(offset + slope * x)
         return (1 - alpha) * s + alpha * goal
+    if name == "polar":
+        theta = np.array([shrink(v, "operator") for v in s]) / scale
+        seen = theta[theta > 0]
+        left = (seen**4 - b) / (seen**4 + b * seen**2)  # squared cosines: Gavish & Donoho 2017
+        right = (seen**4 - b) / (seen**4 + seen**2)
+        return np.pad(edge * np.sqrt(left * right), (0, len(s) - len(seen)))
     assert name == "power"
     return s**p / np.linalg.norm(s**p) * np.linalg.norm(s)
 
@@ -182,7 +189,9 @@ def test_values_are_those_of_the_formula():
 
 def test_the_light_names_are_those_of_the_schemes():
     assert light.SCHEME_NAMES == tuple(SCHEMES)
-    assert light.EDGE_SCHEMES == EDGE_SCHEMES == ("hard", "soft", "optimal", "denoise", "partial")
+    assert (
+        light.EDGE_SCHEMES == EDGE_SCHEMES == (*"hard soft optimal denoise partial polar".split(),)
+    )
     assert light.NON_PRIVATE_SCHEMES == NON_PRIVATE_SCHEMES == ("oracle",)
     for name, scheme in SCHEMES.items():
         assert scheme.new_values.__name__ == name

@@ -15,6 +15,7 @@ from lowrank_dp import engines
 from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train.config import INCIDENTAL
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 
@@ -60,15 +61,15 @@ def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
     first = sweep([base], tmp_path, engine="sequential")
     prepared = []
 
-    def counted(config, seed):
-        prepared.append(config)
-        return prepare(config, seed)
+    def counted(config, seed, request):
+        prepared.append(config.recipe())
+        return prepare(config, seed, request)
 
     monkeypatch.setattr("lowrank_dp.train.loop.prepare", counted)
     grown = [replace(base, seed=1), base]
     again = sweep(grown, tmp_path, engine="sequential")
-    assert again[1] == first[0] and prepared == grown[:1]
-    assert sweep(grown, tmp_path, engine="sequential") == again and prepared == grown[:1]
+    assert again[1] == first[0] and prepared == [grown[0].recipe()]
+    assert sweep(grown, tmp_path, engine="sequential") == again and prepared == [grown[0].recipe()]
 
 
 def test_a_run_that_was_broken_off_goes_on(base, tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_bad_input(base, tmp_path):
     assert sweep([], tmp_path / "runs", engine="sequential") == []
 
 
-def test_every_field_is_part_of_a_folders_name(base):
+def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
     """Another value of any field is another run; the same values are the same one."""
     base = replace(base, noise_multiplier=None, epsilon=2.0)
     changes = {
@@ -165,6 +166,7 @@ def test_every_field_is_part_of_a_folders_name(base):
         "membership": "half",
         "micro_batch_size": 32,
         "precision": "bf16",
+        "prefix_dtype": "bf16",
         "eval_every": 5,
         "eval_examples": 50,
         "generate": False,
@@ -182,6 +184,16 @@ def test_every_field_is_part_of_a_folders_name(base):
         "prompt_column": "d",
         "target_column": "e",
         "group_column": "f",
+        "noise_floor": 0.5,
+        "skip_zeros": True,
+        "disk_kappa": 0.7,
+        "precondition": "generated",
+        "precondition_power": 0.25,
+        "precondition_rows": 100,
+        "precondition_steps": 5,
+        "precondition_rate": 1e-2,
+        "precondition_every": 3,
+        "precondition_freeze_vectors": True,
     }
     others = {
         "warmup_steps": {"warmup_steps": 1, "schedule": "linear"},
@@ -190,9 +202,11 @@ def test_every_field_is_part_of_a_folders_name(base):
         "diagnostic": {"scheme": "oracle", "diagnostic": True},
         "noise_multiplier": {"epsilon": None, "noise_multiplier": 0.9},
         "non_private": {"epsilon": None, "non_private": True},
+        "noise_free": {"epsilon": None, "noise_free": True},
     }
     unseeded = {"secure_rng"}  # goes without a seed, so never in a sweep
-    assert {*changes, *others} == {field.name for field in fields(TrainConfig)} - unseeded
+    left_out = unseeded | {*INCIDENTAL}
+    assert {*changes, *others} == {field.name for field in fields(TrainConfig)} - left_out
     configs = [
         base,
         *(replace(base, **{name: value}) for name, value in changes.items()),
@@ -390,3 +404,18 @@ def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
     for begin in (lambda: sweep([base], tmp_path, engine="sequential"), Options):
         with pytest.raises(ValueError, match=r"as one process, not by torchrun .*use --engine"):
             begin()
+
+
+def test_a_folder_does_not_depend_on_fields_at_their_defaults(base, tmp_path):
+    """So a later version, which has more fields, finds the runs of this version."""
+    folder = run_folder(base, tmp_path)
+    chosen = base.chosen()
+    assert replace(TrainConfig(non_private=True), **{"non_private": False, **chosen}) == base
+    assert "beta1" not in chosen and "scheme_options" not in chosen and "model" in chosen
+    assert run_folder(replace(base, prefix_cache="elsewhere"), tmp_path) == folder
+    others = [
+        {"beta1": 0.0},
+        {"scheme": "partial", "scheme_options": {"alpha": 0.9}},
+        {"steps": 99},
+    ]
+    assert len({folder, *(run_folder(replace(base, **o), tmp_path) for o in others)}) == 4

@@ -114,7 +114,8 @@ def one_by_one(config, *, restore=None, beta=None, seed=3):
         ),
     }[config.optimizer](list(trained.values()))
     sampler, noise = fresh_generators(config, new_stream(config, 0))
-    std = 0.0 if config.non_private else SIGMA_OF[config.noise_multiplier] * config.max_grad_norm
+    noisy = not (config.non_private or config.noise_free)
+    std = SIGMA_OF[config.noise_multiplier] * config.max_grad_norm if noisy else 0.0
     means = {name: torch.zeros_like(p) for name, p in trained.items()}
     restored = kept = 0
     for step in range(config.steps):
@@ -140,7 +141,7 @@ def one_by_one(config, *, restore=None, beta=None, seed=3):
             for name, gradient in gradients.items():
                 total[name] += factor * gradient
         for name in total:
-            if not config.non_private:
+            if noisy:
                 total[name] += std * torch.randn(total[name].shape, generator=noise)
         level = std
         if beta is not None:
@@ -243,6 +244,7 @@ EQUAL = [
         {"noise_multiplier": None, "non_private": True, "optimizer": "adam", "method": "lora"},
         lora,
     ),
+    ({"noise_multiplier": None, "noise_free": True, "learning_rate": 1.0}, full),
 ]
 
 
@@ -255,7 +257,7 @@ def test_equals_training_one_example_at_a_time(changes, trained, tmp_path):
     result = train(config, tmp_path)
     want, before, _ = one_by_one(config)
     # Adam divides by a gradient's own size, rounding included, where no noise covers it
-    tolerance = 1e-3 if config.non_private else 1e-4
+    tolerance = 1e-4 if config.adds_noise else 1e-3
     assert_same_weights(weights_of(tmp_path, config), want, before, trained, tolerance)
     assert result.releases == STEPS and load_result(tmp_path) == result
 
@@ -562,7 +564,13 @@ def test_nothing_is_claimed_where_nothing_holds(tmp_path):
     oracle = train(
         small(scheme="oracle", diagnostic=True, steps=1), tmp_path / "oracle", keep_model=False
     )
-    for name, result in (("plain", plain), ("oracle", oracle)):
+    ceiling = train(
+        small(noise_multiplier=None, noise_free=True, steps=1),
+        tmp_path / "ceiling",
+        keep_model=False,
+    )
+    assert "clipped to max_grad_norm" in ceiling.privacy and ceiling.noise_multiplier == 0
+    for name, result in (("plain", plain), ("oracle", oracle), ("ceiling", ceiling)):
         document = json.loads((tmp_path / name / "training.json").read_text())
         assert result.epsilon is document["epsilon"] is None
         assert document["privacy"].startswith("NON-PRIVATE") and "-DP" not in document["privacy"]
@@ -605,12 +613,13 @@ def test_a_parameter_outside_the_mechanism_is_refused():
 
 
 def test_an_optimizer_on_other_tensors_stops_the_run(tmp_path, monkeypatch):
-    original = preparation._optimizer
+    original = preparation.make_optimizer
 
-    def on_copies(config, parameters):
-        return original(config, [nn.Parameter(p.detach().clone()) for p in parameters])
+    def on_copies(config, model, trained):
+        copies = {name: nn.Parameter(p.detach().clone()) for name, p in trained.items()}
+        return original(config, model, copies)
 
-    monkeypatch.setattr(preparation, "_optimizer", on_copies)
+    monkeypatch.setattr(preparation, "make_optimizer", on_copies)
     with pytest.raises(ValueError, match="outside the model"):
         train(small(), tmp_path)
     assert not (tmp_path / "training.json").exists()
@@ -964,9 +973,13 @@ def test_fingerprint_sees_content_label_and_order():
 BAD = [
     ({"method": "lorra"}, "did you mean 'lora'"),
     ({"optimizer": "adagrad"}, "optimizer must be one of sgd, adam, adamw"),
-    ({"noise_multiplier": None}, "exactly one of epsilon, noise_multiplier and non_private"),
+    (
+        {"noise_multiplier": None},
+        "exactly one of epsilon, noise_multiplier, non_private and noise_free",
+    ),
     ({"epsilon": 1.0}, "got epsilon and noise_multiplier"),
     ({"non_private": True}, "got noise_multiplier and non_private"),
+    ({"noise_free": True}, "got noise_multiplier and noise_free"),
     ({"noise_multiplier": 0.0}, "noise_multiplier must be a finite number > 0"),
     ({"noise_multiplier": math.inf}, "noise_multiplier"),
     ({"delta": 1.0}, "delta must be"),
@@ -987,6 +1000,14 @@ BAD = [
     (
         {"noise_multiplier": None, "non_private": True, "scheme": "optimal"},
         "nothing to restore",
+    ),
+    (
+        {"noise_multiplier": None, "noise_free": True, "scheme": "denoise"},
+        "nothing to restore",
+    ),
+    (
+        {"noise_multiplier": None, "noise_free": True, "secure_rng": True, "seed": None},
+        "without non_private and noise_free, which draw none",
     ),
     ({"scheme": "truncate"}, "k must be given"),
     ({"scheme": "denoise", "scheme_options": {"kapa": 1}}, "did you mean 'kappa'"),

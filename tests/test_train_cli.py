@@ -165,6 +165,12 @@ def test_a_run_without_privacy_says_so(call):
     assert "-DP" not in out
 
 
+def test_a_run_that_clips_without_noise_says_so(call):
+    code, out, _ = call({"--noise-multiplier": None, "--noise-free": True, "--steps": "1"})
+    assert code == 0 and out.count("NON-PRIVATE: sampled and clipped") == 2
+    assert "without noise, for diagnosis only" in " ".join(out.split()) and "-DP" not in out
+
+
 def test_options_reach_the_configuration(call, tmp_path):
     code, *_ = call(
         {
@@ -333,6 +339,7 @@ BAD = {
     "unknown membership": ({"--membership": "bernouli"}, ["did you mean 'bernoulli'"]),
     "no privacy": ({"--noise-multiplier": None}, ["exactly one of", "non_private"]),
     "two privacies": ({"--epsilon": "8"}, ["exactly one of", "epsilon and noise_multiplier"]),
+    "noise and none": ({"--noise-free": True}, ["exactly one of"]),
     "private and not": ({"--non-private": True}, ["exactly one of"]),
     "epsilon out of reach": (
         {"--noise-multiplier": None, "--epsilon": "1e-9", "--delta": "1e-12"},

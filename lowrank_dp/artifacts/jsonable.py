@@ -84,7 +84,9 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 def _to_dataclass(name: str, value: dict[str, Any], kind: type) -> Any:
     hints = get_type_hints(kind)
     if unknown := value.keys() - hints.keys():
-        _validate.fail(kind.__name__, f"an object with fields {', '.join(hints)}", sorted(unknown))
+        _validate.fail(
+            name, f"a {kind.__name__} of the fields {', '.join(hints)}", ", ".join(sorted(unknown))
+        )
     values = {key: _convert(f"{name}: {key}", item, hints[key]) for key, item in value.items()}
     try:
         return kind(**values)

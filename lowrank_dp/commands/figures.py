@@ -74,11 +74,13 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
     explicit = bool(given.keys() - {"only"})
+    left_out = _without_result(artifact_folder) if redraw or asked.scale == "small" else []
+    names = asked.only or [name for name in NAMES if name not in left_out]
     configs = {
         name: None
         if redraw
         else _to_compute(name, asked, explicit, artifact_folder, force, console)
-        for name in asked.only or NAMES
+        for name in names
     }
     summary: list[dict[str, Any]] = []
     sources: dict[Any, Any] = {}
@@ -88,10 +90,19 @@ def main(
         started = time.perf_counter()
         entry = _make(name, config, asked, output, artifact_folder, sources, console)
         summary.append(entry | {"seconds": round(time.perf_counter() - started, 1)})
+    for name in left_out if not asked.only else ():
+        say(console, f"{name}: left out, since no result is saved; --scale full computes it")
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
         _print(summary)
+
+
+def _without_result(folder: Path) -> list[str]:
+    """Return the lengthy figures that have no result in ``folder``."""
+    from lowrank_dp.figures import find
+
+    return [name for name in NAMES if find(name).lengthy and not (folder / f"{name}.json").exists()]
 
 
 def _to_compute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import print_table, say
-from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.config import INCIDENTAL, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,14 +90,14 @@ def _configuration(asked: dict[str, Any], saved: dict[str, Any] | None) -> Train
     differing = [
         f"{name}: {value!r} / {getattr(begun, name)!r}"
         for name, value in asked.items()
-        if value != getattr(begun, name)
+        if value != getattr(begun, name) and name not in INCIDENTAL
     ]
     if differing:
         raise ValueError(
             "resume must be given the configuration that the run began with, or none; asked and "
             f"begun differ in {'; '.join(differing)}"
         )
-    return begun
+    return replace(begun, **{name: v for name, v in asked.items() if name in INCIDENTAL})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

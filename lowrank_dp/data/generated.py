@@ -193,6 +193,18 @@ def corpus(num_texts: int, seed: int) -> list[str]:
     return texts
 
 
+def public_sentiment(num_texts: int, seed: int) -> list[tuple[str, int]]:
+    """Generate public pairs (text, label) with distinct texts; label 1 is positive."""
+    return _take(_distinct(_sentence, _rng("public sentiment", seed), public=True), num_texts)
+
+
+def public_tables(num_texts: int, seed: int) -> list[tuple[str, str]]:
+    """Generate public pairs (table, description) with distinct tables."""
+    rng = _rng("public tables", seed)
+    found = _take(_distinct(_table, rng, public=True), num_texts)
+    return [(table, _descriptions(values, rng)[0]) for table, values in found]
+
+
 def _sentence(rng: random.Random) -> tuple[str, int]:
     """Generate a sentence and its label (1 positive)."""
     first, second = rng.sample(SUBJECTS, 2)

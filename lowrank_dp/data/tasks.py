@@ -139,7 +139,7 @@ def load_task(
     """
     if max_examples is not None:
         max_examples = _validate.integer("max_examples", max_examples)
-    known = _known_name(name)
+    known = known_name(name)
     if known and columns:
         raise ValueError(
             f"text_column, label_column and the like name columns of your own data, "
@@ -161,7 +161,7 @@ def load_task(
     return replace(task, splits=splits)
 
 
-def _known_name(name: str | os.PathLike[str]) -> str | None:
+def known_name(name: str | os.PathLike[str]) -> str | None:
     """Find the task that ``name`` spells, whatever its case and hyphens are: "SST-2" is "sst2"."""
     key = re.sub(r"[-_ ]", "", str(name).lower().removeprefix("glue/"))
     return ({task.replace("-", ""): task for task in TASKS} | _ALIASES).get(key)

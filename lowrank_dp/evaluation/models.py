@@ -6,7 +6,7 @@ The metrics are those of scikit-learn, scipy, sacrebleu and rouge-score
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from lowrank_dp.evaluation.generation import generate_texts
 from lowrank_dp.evaluation.inference import evaluating, fail_not_finite
 from lowrank_dp.evaluation.metrics import label_metrics, text_metrics
 from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
+
+Row = Mapping[str, Any]
+Batch = Mapping[str, Any]
 
 
 def evaluate(
@@ -35,6 +38,8 @@ def evaluate(
     num_beams: int = 1,
     max_new_tokens: int = 64,
     seed: int = 0,
+    encoded: tuple[Sequence[Example], Sequence[Row]] | None = None,
+    add_inputs: Callable[[Sequence[Row], Batch], Batch] | None = None,
 ) -> dict[str, float]:
     """Compute the loss and the metrics of ``model`` on one split of ``task``, by name.
 
@@ -58,6 +63,10 @@ def evaluate(
         num_beams: number of beams; 1 decodes greedily.
         max_new_tokens: longest generated text, in tokens.
         seed: random seed of the subset.
+        encoded: result of :func:`evaluated_rows` for the same arguments, which a caller that
+            evaluates often keeps.
+        add_inputs: called with the encoded rows of a batch and the batch; returns the batch that
+            the model is given. None gives the batch as it is. Text generation does not call it.
 
     Returns:
         ``loss``, always: the mean over examples of each example's own loss. The loss of an example
@@ -78,8 +87,11 @@ def evaluate(
             head or with logits that are not finite, and as :func:`generate_texts` and
             ``data.encode`` do.
     """
-    examples = _examples(task, split, generate, max_examples, seed)
-    rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+    if generate and task.kind != "generation":
+        raise ValueError(f"generate must be False for {task.name}, a {task.kind} task, got True")
+    examples, rows = encoded or evaluated_rows(
+        tokenizer, task, split, max_length=max_length, max_examples=max_examples, seed=seed
+    )
     text_scores: dict[str, float] = {}
     if generate:
         groups = _groups(examples)
@@ -94,7 +106,11 @@ def evaluate(
         )
         text_scores = text_metrics(texts, [[e.target or "" for e in group] for group in groups])
     device = next(model.parameters()).device
-    batches = micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device)
+    batches: Iterable[tuple[list[int], dict[str, Tensor]]] = micro_batches(
+        rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device
+    )
+    if add_inputs is not None:
+        batches = _added(batches, rows, add_inputs)
     with evaluating(model):
         losses, counts, logits = _forward(model, task, examples, batches)
     scores = {"loss": float(losses.mean())}
@@ -104,12 +120,18 @@ def evaluate(
     return scores | label_metrics(task.metrics, logits, [e.label for e in examples])
 
 
-def _examples(
-    task: Task, split: str, generate: bool, max_examples: int | None, seed: int
-) -> Sequence[Example]:
-    """Return the split's examples, or a random subset in whole groups.
+def evaluated_rows(
+    tokenizer: Any,
+    task: Task,
+    split: str = "validation",
+    *,
+    max_length: int | None = None,
+    max_examples: int | None = None,
+    seed: int = 0,
+) -> tuple[Sequence[Example], Sequence[Row]]:
+    """Return the examples that :func:`evaluate` reads with these arguments, and their rows.
 
-    Raises ValueError for an empty split, and for ``generate`` on a task with labels.
+    Raises ValueError for an empty split, and as ``data.encode`` does.
     """
     examples = task.split(split)
     if not examples:
@@ -117,11 +139,20 @@ def _examples(
             f"{task.name} must have examples in its {split} split, got none: choose "
             "another split, or keep more examples"
         )
-    if generate and task.kind != "generation":
-        raise ValueError(f"generate must be False for {task.name}, a {task.kind} task, got True")
-    if max_examples is None:
-        return examples
-    return subset(examples, _validate.integer("max_examples", max_examples), f"{seed}/{split}")
+    if max_examples is not None:
+        count = _validate.integer("max_examples", max_examples)
+        examples = subset(examples, count, f"{seed}/{split}")
+    return examples, encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+
+
+def _added(
+    batches: Iterable[tuple[list[int], dict[str, Tensor]]],
+    rows: Sequence[Row],
+    add_inputs: Callable[[Sequence[Row], Batch], Batch],
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yield the batches with the entries that ``add_inputs`` adds."""
+    for indices, batch in batches:
+        yield indices, dict(add_inputs([rows[i] for i in indices], batch))
 
 
 def _forward(

@@ -4,6 +4,9 @@ All arms train with the same data, sampling rate, clipping norm, noise and numbe
 at the same (epsilon, delta). The learning rate of each arm is chosen from one grid, by one seed
 that is not reported, on held-out training examples. The reported seeds are scored on the
 validation split.
+
+:mod:`lowrank_dp.experiments.steps` replaces this experiment; this module stays as long as its saved
+results are drawn.
 """
 
 from __future__ import annotations
@@ -55,9 +58,9 @@ __all__ = [
 CAPTION = (
     "Score on the validation split over steps of DP training, mean over seeds with 95% "
     "t-intervals, every arm at the same epsilon and delta and at the learning rate that did best "
-    "for it, by one seed that is not shown, on training examples set aside. Dashed, 90% of plain "
-    "DP-SGD's best gain over the model before training. Last panel, the tuning runs: steps to that "
-    "share of DP-SGD's best there, at every learning rate of the grid."
+    "for it, by one seed that is not shown, on training examples set aside. Dashed, 90% of the "
+    "baseline's (DP-Adam's) best gain over the model before training. Last panel, the tuning runs: "
+    "steps to that share of the baseline's best there, at every learning rate of the grid."
 )
 
 
@@ -310,8 +313,9 @@ def headline(result: Result) -> Mapping[str, str]:
         f"{result.config.score} before training": f"{result.start:.4g}",
         f"best {result.config.score} of {BASELINE}": f"{result.best:.4g}",
     }
+    what = f"final {result.config.score}; steps to 90% of {BASELINE}'s best gain"
     for i, arm in enumerate(result.arms):
-        lines[f"{arm}: final {result.config.score}; steps to 90% of {BASELINE}'s best gain"] = (
+        lines[f"{arm}: {what}"] = (
             f"{_unless_stopped(result.score[i, :, -1])}; {_each(steps_to(result, 0.9)[i])}"
         )
     return lines

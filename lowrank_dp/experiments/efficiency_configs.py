@@ -7,25 +7,24 @@ from typing import Any
 
 from lowrank_dp.train import TrainConfig
 
-# arm -> fields that differ from the base configuration
+_MEAN = {"momentum_beta": 0.9}
+_ZEROED = {"below": "zero"}
+_OPTIMAL = {"scheme": "optimal"}
+
+# arm -> fields that differ from the base configuration, whose optimizer is Adam
 ARMS: dict[str, dict[str, Any]] = {
-    "DP-SGD": {},
+    "DP-Adam": {},
     "denoise": {"scheme": "denoise"},
-    "optimal, zeroed": {"scheme": "optimal", "below": "zero"},
-    # the filter of DOPPLER: one pole at beta, a zero at the highest frequency, no restoration
+    "optimal, zeroed": {**_OPTIMAL, **_ZEROED},
+    # DOPPLER's kind: one pole at 0.9, a zero at the highest frequency, no restoration
     "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},
-    "momentum + optimal": {"scheme": "optimal", "momentum_beta": 0.9},
-    "momentum + optimal, zeroed": {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9},
+    "momentum + optimal": {**_OPTIMAL, **_MEAN},
+    "momentum + optimal, zeroed": {**_OPTIMAL, **_ZEROED, **_MEAN},
     "DP-LoRA": {"method": "lora"},
     "DP-LoRA, frozen A": {"method": "lora-frozen-a"},
-    "DP-LoRA, momentum + optimal, zeroed": {
-        "method": "lora",
-        "scheme": "optimal",
-        "below": "zero",
-        "momentum_beta": 0.9,
-    },
+    "DP-LoRA, momentum + optimal, zeroed": {"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN},
 }
-BASELINE = "DP-SGD"
+BASELINE = "DP-Adam"
 SHARES = (0.9, 0.95)
 
 
@@ -67,7 +66,7 @@ SST2 = Config(
         eval_every=3,
     ),
     arms=(
-        "DP-SGD",
+        "DP-Adam",
         "denoise",
         "optimal, zeroed",
         "low-pass filter",
@@ -90,7 +89,7 @@ MNLI = Config(
         max_length=64,
         eval_every=3,
     ),
-    arms=("DP-SGD", "denoise", "momentum + optimal, zeroed", "DP-LoRA"),
+    arms=("DP-Adam", "denoise", "momentum + optimal, zeroed", "DP-LoRA"),
     learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 )
 
@@ -106,7 +105,7 @@ E2E = Config(
         eval_examples=300,
     ),
     arms=(
-        "DP-SGD",
+        "DP-Adam",
         "denoise",
         "low-pass filter",
         "momentum + optimal, zeroed",
@@ -134,7 +133,7 @@ SMOLLM2 = Config(
         micro_batch_size=8,
     ),
     arms=(
-        "DP-SGD",
+        "DP-Adam",
         "denoise",
         "momentum + optimal, zeroed",
         "DP-LoRA",
@@ -156,7 +155,7 @@ SMALL = Config(
         steps=24,
         eval_every=3,
     ),
-    arms=("DP-SGD", "momentum + optimal, zeroed", "DP-LoRA"),
+    arms=("DP-Adam", "momentum + optimal, zeroed", "DP-LoRA"),
     learning_rates=(3e-3, 1e-2),
     num_seeds=2,
     tuning_holdout=300,

@@ -1,10 +1,19 @@
 """Figures of arXiv 2510.01137: gradient spectra, and gradients before and after restoration."""
 
-from lowrank_dp.experiments import ablation, alignment, momentum, noise_cost, spectra, tasks
+from lowrank_dp.experiments import (
+    ablation,
+    alignment,
+    momentum,
+    noise_cost,
+    plan_check,
+    spectra,
+    tasks,
+)
 from lowrank_dp.experiments import noise_cost_verdicts as verdicts
 from lowrank_dp.figures.spec import FigureSpec
 from lowrank_dp.plots import restoration as plots
 from lowrank_dp.plots.noise_cost import plot_noise_cost
+from lowrank_dp.plots.plan_check import plot_plan_check
 from lowrank_dp.plots.spectra import plot_spectra
 
 FIGURES = {
@@ -61,6 +70,17 @@ FIGURES = {
         caption=momentum.CAPTION,
         table=momentum.table,
         takes_source=True,
+        lengthy=True,
+    ),
+    "plan_check": FigureSpec(
+        run=plan_check.run,
+        result=plan_check.Result,
+        small=plan_check.SMALL,
+        full=plan_check.Config(),
+        plot=plot_plan_check,
+        headline=plan_check.headline,
+        caption=plan_check.CAPTION,
+        table=plan_check.table,
         lengthy=True,
     ),
     "noise_cost": FigureSpec(

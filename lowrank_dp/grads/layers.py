@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp.grads.factors import HALF_DTYPES, Factor, Outer, upcast
+from lowrank_dp.models.scaled import ScaledConv1D, ScaledLinear
 
 Rule = Callable[[Any, Tensor, Tensor], Factor]
 
@@ -36,6 +37,14 @@ def _linear_weight(module: nn.Linear, x: Tensor, b: Tensor) -> Factor:
 
 def _conv1d_weight(module: Conv1D, x: Tensor, b: Tensor) -> Factor:
     return Outer(_tokens(x), _tokens(b))
+
+
+def _scaled_linear_weight(module: ScaledLinear, x: Tensor, b: Tensor) -> Factor:
+    return Outer(_tokens(b) * module.row_scale, _tokens(x) * module.col_scale)
+
+
+def _scaled_conv1d_weight(module: ScaledConv1D, x: Tensor, b: Tensor) -> Factor:
+    return Outer(_tokens(x) * module.row_scale, _tokens(b) * module.col_scale)
 
 
 def _bias(module: Any, x: Tensor, b: Tensor) -> Factor:
@@ -70,6 +79,8 @@ _RMS_NORM: dict[str, Rule] = {"weight": _rms_norm_weight}
 RULES: dict[type[nn.Module], dict[str, Rule]] = {
     nn.Linear: _LINEAR,
     Conv1D: {"weight": _conv1d_weight, "bias": _bias},
+    ScaledLinear: {"weight": _scaled_linear_weight, "bias": _bias},
+    ScaledConv1D: {"weight": _scaled_conv1d_weight, "bias": _bias},
     nn.Embedding: {"weight": _embedding_weight},
     nn.LayerNorm: {"weight": _layer_norm_weight, "bias": _bias},
     nn.RMSNorm: _RMS_NORM,

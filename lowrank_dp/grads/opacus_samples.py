@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_dp.grads.factors import upcast
 from lowrank_dp.grads.losses import forward_losses
 from lowrank_dp.grads.microbatch import MicroBatch, refuse
 from lowrank_dp.grads.tolerances import is_half
+from lowrank_dp.models.scaled import ScaledConv1D, ScaledLinear
 
 
 def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
@@ -24,6 +26,7 @@ def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
         UnsupportedParameters: for a parameter whose gradients do not add up to autograd's.
     """
     attributes = {id(module): set(vars(module)) for module in micro_batch.model.modules()}
+    register_scaled_layers(ScaledLinear, ScaledConv1D)
     try:
         _hooks_class()(micro_batch.model, loss_reduction="sum", strict=False)
         losses = forward_losses(micro_batch)
@@ -39,6 +42,46 @@ def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
         for module in micro_batch.model.modules():
             for attribute in set(vars(module)) - attributes[id(module)]:
                 delattr(module, attribute)
+
+
+def register_scaled_layers(*kinds: type) -> None:
+    """Register the rules of scaled layers with Opacus, for per-example gradients and for norms.
+
+    Opacus looks rules up by a layer's exact type. A rule is that of Opacus's ``nn.Linear`` on the
+    scaled input and the scaled output gradient.
+
+    Args:
+        kinds: subclasses of ``ScaledLinear`` and ``ScaledConv1D``.
+    """
+    from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+    from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
+
+    def scaled(rule: Any) -> Any:
+        def sample(
+            layer: Any, activations: list[Tensor], backprops: Tensor
+        ) -> dict[nn.Parameter, Tensor]:
+            x, conv = activations[0].to(backprops.dtype), isinstance(layer, ScaledConv1D)
+            into, out = layer.row_scale, layer.col_scale
+            if not conv:
+                into, out = out, into
+            found = rule(_weight_only(layer), [x * into], backprops * out)
+            if conv and (matrices := found.get(layer.weight)) is not None and matrices.ndim == 3:
+                found[layer.weight] = matrices.mT
+            return found | rule(_bias_only(layer), [x], backprops)
+
+        return sample
+
+    for kind in kinds:
+        register_grad_sampler(kind)(scaled(compute_linear_grad_sample))
+        register_norm_sampler(kind)(scaled(compute_linear_norm_sample))
+
+
+def _weight_only(layer: Any) -> Any:
+    return SimpleNamespace(weight=layer.weight, bias=None)
+
+
+def _bias_only(layer: Any) -> Any:
+    return SimpleNamespace(weight=SimpleNamespace(requires_grad=False), bias=layer.bias)
 
 
 def _hooks_class() -> Any:

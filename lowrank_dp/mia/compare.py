@@ -104,7 +104,9 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
 def method_name(config: TrainConfig) -> str:
     """Describe a configuration without its number of steps: "lora r=8, DP, sigma 0.6, optimal"."""
     words = [config.method if config.method == "full" else f"{config.method} r={config.rank}"]
-    if not config.non_private:
+    if config.noise_free:
+        words.append("clipped, noise-free (NON-PRIVATE)")
+    elif not config.non_private:
         noise = (
             f"epsilon {config.epsilon:g}"
             if config.epsilon is not None

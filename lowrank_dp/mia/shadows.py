@@ -41,6 +41,8 @@ SHADOW_MAY_DIFFER = (
     "secure_rng",
     "compile",
     "shard",
+    "prefix_cache",
+    "prefix_gigabytes",
 )
 EVALUATED = 100  # evaluation examples of a shadow: enough to notice that the shadow diverged
 

@@ -7,7 +7,7 @@ The package never executes code from a model repository, and it refuses pickled 
     backbones  find the files   base  read a model          adapters  read a PEFT adapter
     heads  layers of a head     labels  their order         trainable  what trains
     tokenizers  read one        checkpoints  write a model  tiny  the embedded backbones
-    loading  the public functions
+    scaled  layers with a preconditioner      loading  the public functions
 """
 
 from typing import TYPE_CHECKING

@@ -1,13 +1,19 @@
-"""Restored gradients inside an optimizer: one more line in an Opacus or torch training script."""
+"""Gradients restored or preconditioned, and optimizers that know the noise: Opacus, torch."""
 
 from typing import TYPE_CHECKING
 
 from lowrank_dp._lazy import lazy
 
 if TYPE_CHECKING:
+    from lowrank_dp.optim.adam_bc import AdamBC
     from lowrank_dp.optim.callback import RestorationCallback
     from lowrank_dp.optim.hook import Restoration, attach_restoration
+    from lowrank_dp.optim.muon import Muon
+    from lowrank_dp.optim.preconditioner import Preconditioner, attach_preconditioner
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["Restoration", "RestorationCallback", "attach_restoration"]
+__all__ = [
+    "AdamBC", "Muon", "Preconditioner", "Restoration", "RestorationCallback",
+    "attach_preconditioner", "attach_restoration",
+]  # fmt: skip

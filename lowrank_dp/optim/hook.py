@@ -21,6 +21,7 @@ from lowrank_dp import _validate
 from lowrank_dp.restore import (
     SCHEMES,
     GradientRestorer,
+    LowPassFilter,
     Report,
     check_arguments,
     exponential_average,
@@ -29,7 +30,9 @@ from lowrank_dp.restore import (
 from lowrank_dp.restore.gradients import is_matrix
 
 _OPACUS = ("original_optimizer", "noise_multiplier", "max_grad_norm", "expected_batch_size")
+# names of a running mean's tensors in a state_dict; those of other filters keep their names
 _STATE_KEYS = {"output0": "output", "weights0": "weights", "noise_stds": "noise_stds"}
+_FILTER_KEYS = ("low_pass_b", "low_pass_a")
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
@@ -39,6 +42,7 @@ def attach_restoration(
     *,
     mean_noise_std: float | None = None,
     momentum_beta: float | None = None,
+    low_pass: LowPassFilter | None = None,
     **options: Any,
 ) -> Restoration:
     """Restore every noisy gradient matrix of ``optimizer`` just before each of its steps.
@@ -61,6 +65,10 @@ def attach_restoration(
             noisy gradients, whose noise is smaller and known, and restore the mean. The running
             mean takes the place of the optimizer's own momentum: set Adam's beta1, or SGD's
             momentum, to 0.
+        low_pass: another filter over the noisy gradients in place of ``momentum_beta``, before its
+            first input, such as ``LowPassFilter(b=(0.15, -0.05), a=(-0.9,))`` (DOPPLER, arXiv
+            2408.13460) or ``kalman_filter(0.7)`` (the filter of DiSK, arXiv 2410.03883, without
+            its look-ahead).
         options: keyword arguments of :func:`lowrank_dp.restore.restore`: ``method``, ``below``,
             ``false_spike_rate``, and the options of the scheme.
 
@@ -81,7 +89,20 @@ def attach_restoration(
     >>> [abs(round(w, 4)) for w in weight.diagonal().tolist()]
     [8.0623, 0.0, 0.0, 0.0]
     """
-    return Restoration(optimizer, scheme, mean_noise_std, momentum_beta, options)
+    if momentum_beta is not None:
+        if low_pass is not None:
+            raise ValueError("momentum_beta and low_pass must not both be given")
+        return Restoration(
+            optimizer,
+            scheme,
+            mean_noise_std,
+            exponential_average(momentum_beta),
+            options,
+            beta=float(momentum_beta),
+        )
+    if low_pass is not None and not isinstance(low_pass, LowPassFilter):
+        _validate.fail("low_pass", "a LowPassFilter", type(low_pass).__name__)
+    return Restoration(optimizer, scheme, mean_noise_std, low_pass, options)
 
 
 class Restoration:
@@ -97,16 +118,17 @@ class Restoration:
         optimizer: Any,
         scheme: str,
         mean_noise_std: float | None,
-        momentum_beta: float | None,
+        low_pass: LowPassFilter | None,
         options: dict[str, Any],
+        *,
+        beta: float | None = None,
     ) -> None:
         optimizer = _unwrap(optimizer)
         self._opacus = optimizer if all(hasattr(optimizer, name) for name in _OPACUS) else None
         self._inner = _unwrap(optimizer.original_optimizer) if self._opacus else optimizer
         self._check(optimizer, scheme, mean_noise_std)
         self.mean_noise_std = mean_noise_std
-        low_pass = None if momentum_beta is None else exponential_average(momentum_beta)
-        self._beta = None if momentum_beta is None else float(momentum_beta)
+        self._low_pass, self._beta = low_pass, beta
         self._restorer = GradientRestorer(scheme, low_pass=low_pass, **options)
         if self._opacus:
             self._clip_bound = float(self._opacus.max_grad_norm)
@@ -154,47 +176,66 @@ class Restoration:
         _attached.discard(self._inner)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the running means as tensors under flat names; empty without ``momentum_beta``.
+        """Return the running means as tensors under flat names; empty without a filter.
 
         The state is computed from noisy gradients, so it may be published with the weights. The
         state can be saved by ``torch.save`` and by safetensors.
         """
-        if self._beta is None:
-            return {}
-        state = {"momentum_beta": torch.tensor(self._beta, dtype=torch.float64)}
+        state = self._coefficients()
         for name, tensor in self._restorer.tensors().items():
             index, _, key = name.partition(".")
-            state[f"{index}.{_STATE_KEYS[key]}"] = tensor
+            state[f"{index}.{key if self._beta is None else _STATE_KEYS[key]}"] = tensor
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a :meth:`state_dict` of the same parameters and ``momentum_beta``.
+        """Continue from a :meth:`state_dict` of the same parameters and filter.
 
         Raises:
-            ValueError: if the state belongs to another ``momentum_beta`` or to other parameters.
+            ValueError: if the state belongs to another filter or to other parameters.
         """
         tensors = dict(state)
-        saved = float(tensors.pop("momentum_beta")) if tensors else None
-        if saved != self._beta:
-            _validate.fail("momentum_beta of the state", f"{self._beta}, as attached", saved)
+        self._require_same_filter(tensors)
         parameters = self._parameters()
         loaded: dict[str, Tensor] = {}
-        for index in dict.fromkeys(name.partition(".")[0] for name in tensors):
-            try:
-                shape = parameters[index].shape
-                own = {key: tensors[f"{index}.{saved}"] for key, saved in _STATE_KEYS.items()}
-            except KeyError as error:
-                raise ValueError(
-                    f"state must fit the optimizer's parameters, got no {error}"
-                ) from None
-            if own["output0"].shape != shape:
+        for name, tensor in tensors.items():
+            index, _, key = name.partition(".")
+            if index not in parameters:
+                raise ValueError(f"state must fit the optimizer's parameters, got no {index!r}")
+            if key.startswith(("input", "output")) and tensor.shape != parameters[index].shape:
                 _validate.fail(
                     f"state of parameter {index}",
-                    f"of shape {tuple(shape)}",
-                    tuple(own["output0"].shape),
+                    f"of shape {tuple(parameters[index].shape)}",
+                    tuple(tensor.shape),
                 )
-            loaded |= {f"{index}.{key}": tensor for key, tensor in own.items()}
-        self._restorer.load_tensors(loaded, parameters)
+            if self._beta is not None:
+                saved = {new: old for old, new in _STATE_KEYS.items()}
+                key = saved[key] if key in saved else key
+            loaded[f"{index}.{key}"] = tensor
+        try:
+            self._restorer.load_tensors(loaded, parameters)
+        except KeyError as error:
+            raise ValueError(f"state must fit the optimizer's parameters, got no {error}") from None
+
+    def _coefficients(self) -> dict[str, Tensor]:
+        """Tensors of a state_dict that identify the filter."""
+        if self._low_pass is None:
+            return {}
+        if self._beta is not None:
+            return {"momentum_beta": torch.tensor(self._beta, dtype=torch.float64)}
+        coefficients = (self._low_pass.b, (float(self._low_pass.steady_start), *self._low_pass.a))
+        return {
+            name: torch.tensor(values, dtype=torch.float64)
+            for name, values in zip(_FILTER_KEYS, coefficients, strict=True)
+        }
+
+    def _require_same_filter(self, tensors: dict[str, Tensor]) -> None:
+        """Take the filter's coefficients out of a state_dict; refuse another filter's."""
+        own = self._coefficients()
+        for name in ("momentum_beta", *_FILTER_KEYS):
+            saved = tensors.pop(name).tolist() if name in tensors else None
+            attached = own[name].tolist() if name in own else None
+            if saved != attached:
+                _validate.fail(f"{name} of the state", f"{attached}, as attached", saved)
 
     def _parameters(self) -> dict[str, Tensor]:
         groups = self._inner.param_groups
@@ -230,7 +271,7 @@ class Restoration:
         parameters, noisy = self._parameters(), {}
         for index, parameter in parameters.items():
             grad = parameter.grad
-            if grad is not None and (is_matrix(grad) or self._beta is not None):
+            if grad is not None and (is_matrix(grad) or self._low_pass is not None):
                 _require_whole(index, grad)
                 noisy[index] = grad if grad.dtype == torch.float64 else grad.float()
                 require_noise(

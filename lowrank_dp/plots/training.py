@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # arm -> colour, marker and line; schemes as in plots.restoration
 ARM_STYLE = {
-    "DP-SGD": (GREY, "o", "-"),
+    "DP-Adam": (GREY, "o", "-"),
     "denoise": (BLUE, "X", "--"),
     "optimal, zeroed": (RED, ".", ":"),
     "low-pass filter": (GREEN, "s", "--"),

@@ -1,8 +1,7 @@
 """Restoration of the singular values of a noisy gradient: post-processing, at no cost in privacy.
 
-:func:`restore` applies a scheme of :mod:`lowrank_dp.restore.schemes` to a matrix.
-:class:`LowPassFilter` keeps a running mean of noisy gradients, whose noise is smaller and known.
-:class:`GradientRestorer` restores all gradients of a model, or their running means, step by step.
+:func:`restore` applies a scheme to a matrix, :class:`LowPassFilter` keeps a running mean, and
+:class:`GradientRestorer` restores all gradients or running means of a model, step by step.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from lowrank_dp._lazy import lazy
 
 if TYPE_CHECKING:
     from lowrank_dp.restore.gradients import GradientRestorer, restore_gradients
-    from lowrank_dp.restore.low_pass import LowPassFilter, exponential_average
+    from lowrank_dp.restore.low_pass import LowPassFilter, exponential_average, kalman_filter
     from lowrank_dp.restore.noise_floor import require_noise
     from lowrank_dp.restore.oracle import oracle_values, project
     from lowrank_dp.restore.plan import check_arguments
@@ -30,6 +29,7 @@ __all__ = [
     "Scheme",
     "check_arguments",
     "exponential_average",
+    "kalman_filter",
     "oracle_values",
     "project",
     "require_noise",

@@ -167,6 +167,15 @@ class GradientRestorer:
         self.reports = reports
         return restored
 
+    def noise_std(self, noise_std: float) -> float:
+        """Noise level of the last filtered gradients, before their restoration, absolute.
+
+        Args:
+            noise_std: noise level of the noisy gradients, which is the result without a filter.
+                With a filter, every parameter must have had a gradient in every step.
+        """
+        return next((low_pass.noise_std for low_pass in self.filters.values()), noise_std)
+
     def _advanced(self, noisy: Tensors, noise_std: float) -> dict[str, LowPassFilter]:
         """Filters of the parameters in ``noisy`` after this step; empty without ``low_pass``."""
         start = self._low_pass

@@ -26,13 +26,16 @@ class LowPassFilter:
 
     Attributes:
         b, a: coefficients of the last inputs and of the last outputs, the newest first.
+        steady_start: whether the filter starts as if its first input had been its input for ever;
+            if not, inputs and outputs before the first are zero.
         inputs, outputs: the last inputs and outputs, the newest first, as many as the coefficients
             refer to.
         weights: per kept output, the weight (t,) of every input so far, oldest first.
         noise_stds: (t,) standard deviation of the noise on an entry of each input, absolute.
 
     Raises:
-        ValueError: on a coefficient that is not a finite number, or if the sum of ``b`` is zero.
+        ValueError: on a coefficient that is not a finite number, or if the sum of ``b`` is zero;
+            on a steady start of a filter without a steady state (``1 + sum(a)`` is zero).
 
     >>> state = exponential_average(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
     >>> state.mean[0, 0].item(), round(state.noise_std, 4)
@@ -41,6 +44,7 @@ class LowPassFilter:
 
     b: tuple[float, ...]
     a: tuple[float, ...] = ()
+    steady_start: bool = False
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     weights: tuple[np.ndarray, ...] = ()
@@ -52,6 +56,8 @@ class LowPassFilter:
                 _validate.real(name, value)
         if not self.b or sum(self.b) == 0:
             _validate.fail("b", "coefficients whose sum is not zero", self.b)
+        if self.steady_start and 1 + sum(self.a) == 0:
+            _validate.fail("a", "coefficients with 1 + sum(a) not zero for a steady start", self.a)
 
     def update(self, noisy: Tensor, noise_std: float) -> LowPassFilter:
         """Return the filter after one more noisy gradient.
@@ -67,12 +73,15 @@ class LowPassFilter:
         _validate.floating("noisy", noisy)
         if self.outputs and noisy.shape != self.outputs[0].shape:
             _validate.fail("noisy", f"of shape {tuple(self.outputs[0].shape)}", tuple(noisy.shape))
+        if self.steady_start and not self.outputs:
+            return self._steady(noisy.detach().clone(), noise_std)
         steps = len(self.noise_stds) + 1
         inputs = (noisy.detach().clone(), *self.inputs)[: len(self.b)]
         weight = np.zeros(steps)
         output = torch.zeros_like(noisy)
         for i, (b, tensor) in enumerate(zip(self.b, inputs, strict=False)):
-            output, weight[steps - 1 - i] = output.add(tensor, alpha=b), b
+            output = output.add(tensor, alpha=b)
+            weight[max(steps - 1 - i, 0)] += b  # inputs before the first are copies of the first
         for a, tensor, past in zip(self.a, self.outputs, self.weights, strict=False):
             output = output.sub(tensor, alpha=a)
             weight[: len(past)] -= a * past
@@ -83,6 +92,17 @@ class LowPassFilter:
             outputs=(output, *self.outputs)[:keep],
             weights=(weight, *self.weights)[:keep],
             noise_stds=np.append(self.noise_stds, noise_std),
+        )
+
+    def _steady(self, noisy: Tensor, noise_std: float) -> LowPassFilter:
+        """Return the filter after ``noisy``, with the past that a constant input would leave."""
+        gain, keep = sum(self.b) / (1 + sum(self.a)), max(len(self.a), 1)
+        return replace(
+            self,
+            inputs=tuple(noisy.clone() for _ in self.b[1:]),
+            outputs=tuple(noisy * gain for _ in range(keep)),
+            weights=(np.array([gain]),) * keep,
+            noise_stds=np.array([noise_std]),
         )
 
     @property
@@ -140,3 +160,18 @@ def exponential_average(beta: float) -> LowPassFilter:
     """
     beta = _validate.real("beta", beta, low=0, high=1, high_open=True)
     return LowPassFilter(b=(1 - beta,), a=(-beta,))
+
+
+def kalman_filter(kappa: float) -> LowPassFilter:
+    """Make DiSK's filter ``m_t = (1 - kappa) m_(t-1) + kappa g_t``, ``m_1 = g_1``, 0 < kappa <= 1.
+
+    The filter is a Kalman filter with a constant gain (Zhang et al., arXiv 2410.03883); the first
+    input keeps the weight ``(1 - kappa)^(t-1)``, where :func:`exponential_average` would correct
+    the bias. DiSK also moves the point at which gradients are taken: see ``disk_kappa`` of
+    ``TrainConfig``.
+
+    Raises:
+        ValueError: if ``kappa`` is out of range.
+    """
+    kappa = _validate.real("kappa", kappa, low=0, low_open=True, high=1)
+    return LowPassFilter(b=(kappa,), a=(kappa - 1,), steady_start=True)

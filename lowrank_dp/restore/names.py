@@ -3,7 +3,14 @@
 The schemes are in :mod:`lowrank_dp.restore.schemes`.
 """
 
-EDGE_SCHEMES = ("hard", "soft", "optimal", "denoise", "partial")  # these read the noise level
+EDGE_SCHEMES = (
+    "hard",
+    "soft",
+    "optimal",
+    "denoise",
+    "partial",
+    "polar",
+)  # these read the noise level
 NON_PRIVATE_SCHEMES = ("oracle",)
 SCHEME_NAMES = (
     "none",
@@ -14,5 +21,6 @@ SCHEME_NAMES = (
     "denoise",
     "partial",
     "power",
+    "polar",
     "oracle",
 )

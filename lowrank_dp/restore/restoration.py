@@ -15,7 +15,6 @@ from torch import Tensor
 from lowrank_dp import _validate
 from lowrank_dp.restore.krylov import MIN_SIDE, leading_triplets
 from lowrank_dp.restore.plan import ORDINARY, Plan, make_plan
-from lowrank_dp.spectrum import random_matrix as rmt
 from lowrank_dp.spectrum.decomposition import to_unit
 
 
@@ -305,7 +304,7 @@ def _fast(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | No
 
 
 def _weight(plan: Plan, s: Tensor) -> Tensor:
-    """Contribution of singular values to the result: the squares of their new values."""
-    if plan.scheme.reads_noise_level:  # the weights of optimal shrinkage serve all these schemes
-        return rmt.shrink_frobenius(s / plan.noise.scale, plan.noise.aspect) ** 2
+    """Contribution of singular values to the result, such as the squares of their new values."""
+    if plan.scheme.reads_noise_level:
+        return plan.scheme.contribution(s, plan.noise)
     return plan.scheme.new_values(s, plan.noise, **plan.options) ** 2

@@ -7,7 +7,8 @@ A scheme is a :class:`Scheme`, listed by name in ``SCHEMES``. Its function ``new
 
 Sources: ``optimal`` and ``hard`` are due to Gavish & Donoho (2014, 2017); ``denoise`` and
 ``partial`` follow Dadsetan & Rudzicz, arXiv 2510.01137 (its first version, and its idea of moving
-singular values towards the clean ones); ``truncate`` is the limit of a rank-k update.
+singular values towards the clean ones); ``truncate`` is the limit of a rank-k update; ``polar`` is
+due to this package.
 """
 
 from __future__ import annotations
@@ -124,6 +125,21 @@ def power(s: Tensor, noise: NoiseModel, *, p: float = 3) -> Tensor:
     return sharpened * (norm / torch.where(now > 0, now, 1.0))
 
 
+def polar(s: Tensor, noise: NoiseModel) -> Tensor:
+    """Muon on what is restored: ``edge * cos_m * cos_n`` for a value above the edge, 0 for others.
+
+    ``cos_m`` and ``cos_n`` are the cosines that random-matrix theory gives between the noisy and
+    the clean singular vectors (:func:`lowrank_dp.spectrum.random_matrix.overlaps`). All visible
+    directions thus get about the same size, less where their vectors are noise. The common scale is
+    the bulk edge of the noise, so the result does not depend on the size of the gradient. On a
+    running mean of decay .9 the edge falls with the noise, to 0.23 of the first step's, and so does
+    the size of a step.
+    """
+    theta = rmt.clean_value(s / noise.scale, noise.aspect)
+    short_side, long_side = rmt.overlaps(theta, noise.aspect)
+    return noise.edge * (short_side * long_side).sqrt()
+
+
 def oracle(s: Tensor, noise: NoiseModel, *, values: Tensor) -> Tensor:
     """NON-PRIVATE upper bound: replace the singular values by ``values`` (..., min(m, n)).
 
@@ -156,6 +172,8 @@ class Scheme:
         needs_all_values: (shape, options) -> whether the leading singular values do not suffice.
         by_products: (noisy, norm, options) -> the restored matrices (L, m, n) by matrix products
             alone, or None where a decomposition is needed.
+        contribution: (s, noise) -> contribution of each value to the result, >= 0; the fast method
+            searches for singular values until the sum of the contributions has settled.
     """
 
     new_values: Callable[..., Tensor]
@@ -171,6 +189,7 @@ class Scheme:
     by_products: Callable[[Tensor, Tensor, Options], Tensor | None] = lambda noisy, norm, options: (
         None
     )
+    contribution: Callable[[Tensor, NoiseModel], Tensor] = lambda s, noise: optimal(s, noise) ** 2
 
     def complete(self, options: Options, shape: Shape | None = None) -> dict[str, Any]:
         """Return the checked ``options``, with defaults for the options that are not given.
@@ -282,6 +301,9 @@ SCHEMES: dict[str, Scheme] = {
         {"p": lambda p, shape: _validate.positive("p", p)},
         needs_all_values=lambda shape, options: True,
         by_products=_odd_power,
+    ),
+    "polar": Scheme(
+        polar, reads_noise_level=True, contribution=lambda s, noise: polar(s, noise) ** 2
     ),
     "oracle": Scheme(
         oracle,

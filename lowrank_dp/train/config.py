@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dp import _validate
@@ -13,20 +13,30 @@ from lowrank_dp.data.own import own_column
 from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models.names import METHODS
 from lowrank_dp.restore.names import SCHEME_NAMES
-from lowrank_dp.train.config_checks import OPTIMIZERS, PADDINGS, PRECISIONS, SCHEDULES, check_config
+from lowrank_dp.train.config_checks import (
+    OPTIMIZERS,
+    PADDINGS,
+    PRECISIONS,
+    PREFIX_DTYPES,
+    SCHEDULES,
+    check_config,
+)
 
 if TYPE_CHECKING:
     from lowrank_dp.restore import LowPassFilter
+
+# fields that name a place or a bound of this machine; runs that differ only here are equal
+INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One run of (differentially private) fine-tuning.
 
-    Exactly one of ``epsilon``, ``noise_multiplier`` and ``non_private`` states the privacy. Every
-    field is an option of ``python -m lowrank_dp.train``; its help text documents both.
-    ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out of its
-    range and for values that exclude each other.
+    Exactly one of ``epsilon``, ``noise_multiplier``, ``non_private`` and ``noise_free`` states the
+    privacy. Every field is an option of ``python -m lowrank_dp.train``; its help text documents
+    both. ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out
+    of its range and for values that exclude each other.
     """
 
     model: str = option(
@@ -46,6 +56,11 @@ class TrainConfig:
         "--epsilon.",
     )
     non_private: bool = option(False, "Train without clipping, noise and privacy guarantee.")
+    noise_free: bool = option(
+        False,
+        "Sample and clip as a private run does, and add no noise: the ceiling of every method that "
+        "removes noise. There is no privacy guarantee, and the run is marked NON-PRIVATE.",
+    )
     max_grad_norm: float = option(
         1.0, "Clipping norm: the largest contribution of one unit of privacy to a step."
     )
@@ -63,10 +78,28 @@ class TrainConfig:
     group_column: str | None = own_column("group")
     steps: int = option(50, "Optimizer steps.")
     batch_size: int = option(512, "Expected number of units per step (Poisson sampling).")
-    optimizer: str = option("adam", "Optimizer of torch.optim.", choices=OPTIMIZERS)
+    optimizer: str = option(
+        "adam",
+        "Optimizer: SGD, Adam or AdamW of torch.optim; adam-bc, Adam without the noise in its "
+        "second moment (DP-AdamBC, arXiv 2312.14334); muon, orthogonalised momentum for matrices "
+        "and AdamW for the rest (DP-Muon, arXiv 2605.12994); muon-bc, Muon corrected for noise.",
+        choices=OPTIMIZERS,
+    )
+    noise_floor: float = option(
+        0.3,
+        "Smallest second moment of adam-bc after the correction, relative to the noise's variance.",
+    )
+    skip_zeros: bool = option(
+        False,
+        "Leave a parameter and its optimizer state as they are in a step in which its gradient is "
+        "all zero, such as a matrix under --below zero. Otherwise Adam's second moment counts such "
+        "steps, and the first gradient, at step t, moves weights by up to sqrt(t) times the rate.",
+    )
     learning_rate: float = option(1e-4, "Learning rate of the optimizer.")
     beta1: float | None = option(
-        None, "Adam's beta1 or SGD's momentum. Default: 0.9 (Adam); 0 with SGD or a running mean."
+        None,
+        "Adam's beta1, or the momentum of SGD or Muon. Default: 0.9 (Adam, Muon); 0 with SGD or a "
+        "running mean.",
     )
     weight_decay: float = option(0.0, "Weight decay of the optimizer.")
     schedule: str = option(
@@ -108,8 +141,40 @@ class TrainConfig:
     filter_a: tuple[float, ...] = option(
         (), "Coefficient on past outputs of the low-pass filter; may be repeated."
     )
+    precondition: str = option(
+        "none",
+        "Source of a rank-one preconditioner inside the mechanism: none; generated (text of this "
+        "package); noisy (the run's own noisy sums); or a public task, by name or path.",
+    )
+    precondition_power: float = option(
+        0.125,
+        "Power p of a preconditioner: the scale of a row or column is its second moment to -p.",
+    )
+    precondition_rows: int = option(
+        1500, "Expected number of rows of public text that give a preconditioner its moments."
+    )
+    precondition_steps: int = option(
+        10, "Noise-free steps on public text along which a preconditioner's moments are taken."
+    )
+    precondition_rate: float = option(
+        1e-3, "Learning rate of Adam in the noise-free steps on public text."
+    )
+    precondition_freeze_vectors: bool = option(
+        False, "Freeze biases and norms, for which a preconditioner has no scales."
+    )
+    precondition_every: int = option(
+        5, "Steps between refreshments of a preconditioner from noisy sums."
+    )
+    disk_kappa: float | None = option(
+        None,
+        "Gain of DiSK's Kalman filter (arXiv 2410.03883), in (0, 1], such as the authors' 0.7. "
+        "Gradients are taken and clipped at x + (1 - kappa) / kappa * d, for the weights x and "
+        "their last movement d, and averaged: g <- (1 - kappa) g + kappa * gradient.",
+    )
     diagnostic: bool = option(
-        False, "Allow the oracle scheme, which reads clean gradients; marks the run NON-PRIVATE."
+        False,
+        "Allow the oracle scheme, which reads clean gradients, and a preconditioner from the "
+        "private task itself; marks the run NON-PRIVATE.",
     )
     rank: int = option(8, "Rank of LoRA's update.")
     lora_alpha: float | None = option(
@@ -198,6 +263,22 @@ class TrainConfig:
         "Under torchrun: split weights, optimizer state and sums over the processes (FSDP2).",
     )
     device: str = option("cpu", "Device of the trained parameters: cpu, cuda or cuda:N.")
+    prefix_cache: str = option(
+        "",
+        "Folder of a cache of what the frozen blocks below the first trained block make of each "
+        "row, so that steps and evaluations run the trained blocks only; runs may share the "
+        "folder. The cache is as sensitive as the records, and only its owner can read it. "
+        "Default: no cache; a sweep uses a folder beside its runs, unless the value is off.",
+    )
+    prefix_dtype: str = option(
+        "float32",
+        "Type of the numbers in the cache; bf16 halves its size and rounds the trained blocks' "
+        "inputs.",
+        choices=PREFIX_DTYPES,
+    )
+    prefix_gigabytes: float = option(
+        20.0, "Largest size of the cache; a run whose rows do not fit goes on without it."
+    )
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -205,13 +286,21 @@ class TrainConfig:
     @property
     def low_pass(self) -> LowPassFilter | None:
         """Filter that takes the place of each noisy gradient, before its first input, or None."""
-        if self.momentum_beta is None and not self.filter_b:
+        if self.momentum_beta is None and self.disk_kappa is None and not self.filter_b:
             return None
-        from lowrank_dp.restore import LowPassFilter, exponential_average  # these import torch
+        # imported here, since it imports torch
+        from lowrank_dp.restore import LowPassFilter, exponential_average, kalman_filter
 
+        if self.disk_kappa is not None:
+            return kalman_filter(self.disk_kappa)
         if self.momentum_beta is not None:
             return exponential_average(self.momentum_beta)
         return LowPassFilter(b=self.filter_b, a=self.filter_a)
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether noise is added to the sums; without noise there is no privacy guarantee."""
+        return not (self.non_private or self.noise_free)
 
     @property
     def restoration(self) -> dict[str, Any]:
@@ -220,14 +309,35 @@ class TrainConfig:
 
     @property
     def averaging(self) -> float:
-        """Adam's beta1, or SGD's momentum."""
+        """Adam's beta1, or the momentum of SGD or Muon."""
         if self.beta1 is not None:
             return self.beta1
-        return 0.0 if self.low_pass is not None or self.optimizer == "sgd" else 0.9
+        averaged = self.low_pass is not None and self.disk_kappa is None
+        return 0.0 if averaged or self.optimizer == "sgd" else 0.9
+
+    @property
+    def look_ahead(self) -> float | None:
+        """DiSK's look-ahead, in units of the last movement of the weights; None without DiSK."""
+        return None if self.disk_kappa is None else (1 - self.disk_kappa) / self.disk_kappa
 
     def as_json(self) -> dict[str, Any]:
         """Return the configuration as JSON types."""
         return to_jsonable(self)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return :meth:`as_json` without the fields of ``INCIDENTAL``, as a run's identity."""
+        return {name: v for name, v in self.as_json().items() if name not in INCIDENTAL}
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the fields of :meth:`recipe` that differ from their defaults."""
+        recipe = self.recipe()
+        return {
+            field.name: recipe[field.name]
+            for field in fields(self)
+            if field.name in recipe
+            and getattr(self, field.name)
+            != (field.default if field.default_factory is MISSING else field.default_factory())
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TrainConfig:
@@ -239,8 +349,8 @@ class TrainConfig:
         return from_jsonable("configuration", dict(document), cls)
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """List ``field: here / there`` for each field that differs from ``other``."""
-        mine, theirs = self.as_json(), other.as_json()
+        """List ``field: here / there`` for each field of the recipe that differs."""
+        mine, theirs = self.recipe(), other.recipe()
         return [
             f"{name}: {mine[name]!r} / {theirs[name]!r}"
             for name in mine

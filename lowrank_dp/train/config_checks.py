@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dp import _validate
@@ -13,13 +14,18 @@ from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES, SCHEME_NAMES
 if TYPE_CHECKING:
     from lowrank_dp.train.config import TrainConfig
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "adam-bc", "muon", "muon-bc")
+_READ_NOISE = ("adam-bc", "muon-bc")  # these need the noise level of the gradients they receive
+_NEED_WHOLE = ("muon", "muon-bc")  # these need whole matrices
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
+PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
 PADDINGS = ("longest", "max-length")
+PREFIX_DTYPES = ("float32", "bf16")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
 _MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
+_LEAST_GAIN = 1e-6  # of DiSK, whose look-ahead is 1 / gain movements long
 _MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
 
 
@@ -28,6 +34,8 @@ def check_config(config: TrainConfig) -> None:
     _check_choices_and_ranges(config)
     _check_privacy(config)
     _check_restoration(config)
+    _check_preconditioner(config)
+    _check_optimizer(config)
 
 
 def _check_choices_and_ranges(config: TrainConfig) -> None:
@@ -42,6 +50,7 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         ("membership", MEMBERSHIPS),
         ("precision", PRECISIONS),
         ("padding", PADDINGS),
+        ("prefix_dtype", PREFIX_DTYPES),
     ):
         _validate.choice(name, getattr(config, name), options)
     for name in (
@@ -54,6 +63,9 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         "num_beams",
         "max_new_tokens",
         "snapshot_every",
+        "precondition_rows",
+        "precondition_steps",
+        "precondition_every",
     ):
         _validate.integer(
             name,
@@ -74,6 +86,7 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", config.device):
         _validate.fail("device", "cpu, cuda or cuda:N", config.device)
     _validate.positive("learning_rate", config.learning_rate)
+    _validate.positive("prefix_gigabytes", config.prefix_gigabytes)
     _validate.real("weight_decay", config.weight_decay, low=0, high=_MOST_REAL)
     if config.beta1 is not None:
         _validate.real("beta1", config.beta1, low=0, high=1, high_open=True)
@@ -89,12 +102,13 @@ def _check_privacy(config: TrainConfig) -> None:
             ("epsilon", config.epsilon),
             ("noise_multiplier", config.noise_multiplier),
             ("non_private", config.non_private or None),
+            ("noise_free", config.noise_free or None),
         )
         if value is not None
     ]
     if len(given) != 1:
         raise ValueError(
-            "exactly one of epsilon, noise_multiplier and non_private must be "
+            "exactly one of epsilon, noise_multiplier, non_private and noise_free must be "
             f"given, got {' and '.join(given) or 'none of them'}"
         )
     if config.epsilon is not None:
@@ -106,10 +120,10 @@ def _check_privacy(config: TrainConfig) -> None:
     if config.delta is not None:
         _validate.real("delta", config.delta, low=0, high=1, low_open=True, high_open=True)
     _validate.real("max_grad_norm", config.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
-    if config.secure_rng and (config.seed is not None or config.non_private):
+    if config.secure_rng and (config.seed is not None or not config.adds_noise):
         raise ValueError(
             "secure_rng must go without a seed, which would make the noise "
-            "reproducible, and without non_private, which draws none"
+            "reproducible, and without non_private and noise_free, which draw none"
         )
 
 
@@ -119,12 +133,17 @@ def _check_restoration(config: TrainConfig) -> None:
             f"scheme {config.scheme!r} reads clean gradients, so the run would not "
             "be private: choose another, or mark the run with diagnostic"
         )
-    if config.diagnostic and config.scheme not in NON_PRIVATE_SCHEMES:
+    if (
+        config.diagnostic
+        and config.scheme not in NON_PRIVATE_SCHEMES
+        and not _preconditioned_by_own_task(config)
+    ):
         raise ValueError(
             "diagnostic must go with a scheme that reads clean gradients "
-            f"({', '.join(NON_PRIVATE_SCHEMES)}), got {config.scheme!r}"
+            f"({', '.join(NON_PRIVATE_SCHEMES)}) or a preconditioner from the private task, got "
+            f"{config.scheme!r}"
         )
-    if config.non_private and config.scheme != "none":
+    if not config.adds_noise and config.scheme != "none":
         raise ValueError(
             f"scheme must be 'none' without noise, got {config.scheme!r}: there is "
             "nothing to restore"
@@ -140,10 +159,18 @@ def _check_restoration(config: TrainConfig) -> None:
         from lowrank_dp.restore import check_arguments  # imports torch
 
         check_arguments(config.scheme, **config.restoration)
-    if config.momentum_beta is not None and config.filter_b:
-        raise ValueError("momentum_beta and filter_b must not both be given")
+    filters = {
+        "momentum_beta": config.momentum_beta is not None,
+        "filter_b": bool(config.filter_b),
+        "disk_kappa": config.disk_kappa is not None,
+    }
+    given = [name for name, present in filters.items() if present]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} must not both be given")
     if config.filter_a and not config.filter_b:
         raise ValueError("filter_a must come with filter_b")
+    if config.disk_kappa is not None:
+        _validate.real("disk_kappa", config.disk_kappa, low=_LEAST_GAIN, high=1)
     averaged = config.low_pass is not None  # the filter checks its coefficients
     for coefficient in (*config.filter_b, *config.filter_a):
         if coefficient:
@@ -153,7 +180,81 @@ def _check_restoration(config: TrainConfig) -> None:
                 low=1 / _MOST_REAL,
                 high=_MOST_REAL,
             )
-    if averaged and config.beta1:
+    if averaged and config.disk_kappa is None and config.beta1:
         raise ValueError(
             f"beta1 must be 0 or left out beside a running mean of gradients, got {config.beta1:g}"
         )
+
+
+def _check_preconditioner(config: TrainConfig) -> None:
+    _validate.real("precondition_power", config.precondition_power, low=0, high=0.5)
+    _validate.positive("precondition_rate", config.precondition_rate)
+    if config.precondition_freeze_vectors and config.precondition == "none":
+        raise ValueError(
+            "precondition_freeze_vectors must go with a preconditioner: give precondition too"
+        )
+    if config.precondition == "noisy":
+        if config.shard or config.low_pass is not None:
+            raise ValueError(
+                "precondition 'noisy' must go without shard and without a running mean of "
+                "gradients, whose noise would differ from entry to entry after a refreshment"
+            )
+        if config.optimizer not in ("sgd", "adam", "adamw"):
+            raise ValueError(
+                "precondition 'noisy' must go with optimizer sgd, adam or adamw, whose momentum "
+                f"can be expressed in a new metric, got {config.optimizer!r}"
+            )
+    elif config.precondition not in PRECONDITIONERS:
+        from lowrank_dp.data.tasks import TASKS, known_name
+
+        path = Path(config.precondition).expanduser()
+        if not known_name(config.precondition) and not path.exists():
+            _validate.choice(
+                "precondition",
+                config.precondition,
+                dict.fromkeys((*PRECONDITIONERS, *TASKS, "an existing path")),
+            )
+        if _preconditioned_by_own_task(config) and not config.diagnostic:
+            raise ValueError(
+                f"precondition must name a public task, got the private one ({config.task}): "
+                "choose another, or mark the run with diagnostic"
+            )
+
+
+def _preconditioned_by_own_task(config: TrainConfig) -> bool:
+    """Tell whether the preconditioner's moments come from the private task."""
+    if config.precondition in PRECONDITIONERS:
+        return False
+    return is_same_task(config.precondition, config.task)
+
+
+def is_same_task(one: str, other: str) -> bool:
+    """Tell whether two names or paths of tasks are spellings of the same one."""
+    from lowrank_dp.data.tasks import known_name
+
+    known = known_name(one)
+    if known or known_name(other):
+        return known == known_name(other)
+    first, second = (Path(name).expanduser() for name in (one, other))
+    return first.resolve() == second.resolve()
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    _validate.positive("noise_floor", config.noise_floor)
+    if config.optimizer in _READ_NOISE and config.scheme != "none":
+        raise ValueError(
+            f"optimizer {config.optimizer!r} must go with scheme 'none', got {config.scheme!r}: "
+            "the noise that is left in a restored matrix is not known"
+        )
+    if not config.shard:
+        return
+    averaged = config.low_pass is not None
+    for name, refused in (
+        (f"optimizer {config.optimizer!r}, which needs whole matrices", _NEED_WHOLE),
+        (f"optimizer {config.optimizer!r} on a running mean", _READ_NOISE if averaged else ()),
+    ):
+        if config.optimizer in refused:
+            raise ValueError(f"shard must go without {name}")
+    for field in ("disk_kappa", "skip_zeros"):
+        if getattr(config, field):
+            raise ValueError(f"shard must go without {field}")

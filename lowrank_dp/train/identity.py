@@ -40,11 +40,11 @@ def digests(
         "tokenizer": its serialised form.
         "rows": the encoded rows that are trained on.
     """
-    settings: list[Any] = [_settings(getattr(model, "config", None))]
-    settings += [_settings(config) for config in getattr(model, "peft_config", {}).values()]
+    settings: list[Any] = [settings_of(getattr(model, "config", None))]
+    settings += [settings_of(config) for config in getattr(model, "peft_config", {}).values()]
     settings.append(str(getattr(getattr(model, "config", None), "_attn_implementation", None)))
     return {
-        "weights": _digest_of_tensors(chain(model.named_parameters(), model.named_buffers())),
+        "weights": digest_of_tensors(chain(model.named_parameters(), model.named_buffers())),
         "configuration": json_digest(settings, default=_plain),
         "tokenizer": json_digest(_vocabulary(tokenizer), default=_plain),
         "rows": json_digest(rows, default=_plain),
@@ -120,7 +120,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     return [words(name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
-def _digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 of tensors with their names, types and shapes."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
@@ -135,7 +135,7 @@ def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def settings_of(config: Any) -> dict[str, Any]:
     """Return the settings of a model's or an adapter's configuration, without paths."""
     document = config.to_dict() if hasattr(config, "to_dict") else {}
     return {str(name): value for name, value in document.items() if name not in _PATHS}

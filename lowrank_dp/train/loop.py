@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor
 from lowrank_dp import artifacts, evaluation
 from lowrank_dp._terminal import Interrupted, deferred_signals, progress
 from lowrank_dp.artifacts import runs
+from lowrank_dp.models.scaled import full_weights
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train import guards, processes
 from lowrank_dp.train.checks import StepChecks
-from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.config import INCIDENTAL, TrainConfig
+from lowrank_dp.train.prefix import CacheRequest
 from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
 from lowrank_dp.train.setup import Setup, prepare
 from lowrank_dp.train.state import (
@@ -44,6 +46,7 @@ def train(
     keep_model: bool = True,
     show_progress: bool = True,
     on_start: Callable[[Setup, int], None] | None = None,
+    prefix_shared_by: int | None = None,
 ) -> TrainResult:
     """Fine-tune a model, and write a checkpoint to ``output``.
 
@@ -58,6 +61,9 @@ def train(
         show_progress: whether to show a bar on stderr, if stderr is a terminal.
         on_start: called before the first step with the :class:`Setup` and the number of releases
             that the run will have made at its end.
+        prefix_shared_by: number of runs that share ``config.prefix_cache``. A cache of rows that
+            the runs would together visit less often than a first pass does is not made. None makes
+            the cache in any case.
 
     Returns:
         The result, as ``training.json`` holds it.
@@ -73,6 +79,7 @@ def train(
         _preserved_generators(config),
         guards.memory(config.micro_batch_size),
     ):
+        request = CacheRequest(prefix_shared_by, show_progress=show_progress)
         if processes.rank() > 0:
             return _follow(config, keep_model)
         with runs.open_run(output, resume=resume) as folder:
@@ -80,7 +87,7 @@ def train(
                 result = load_result(output)
                 _require_same(config, result.config)
             else:
-                setup, state = _begin_or_resume(config, folder)
+                setup, state = _begin_or_resume(config, folder, request)
                 if on_start is not None:
                     on_start(setup, _releases_at_the_end(config, state, folder))
                 _evaluate_before_training(setup, state, folder)
@@ -105,7 +112,8 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
                 f"every process must have the same configuration and environment; process "
                 f"{processes.rank()} and the first differ in {'; '.join(differences)}"
             )
-        setup = prepare(config, found["seed"])
+        config = replace(config, **{name: found["config"][name] for name in INCIDENTAL})
+        setup = prepare(config, found["seed"], CacheRequest(**found["request"]))
         document, tensors = processes.broadcast_from_rank0()
         state = unpack(setup, document, tensors)
         state.stream = document["stream"]  # the stream of rank 0, which draws
@@ -141,7 +149,7 @@ def _steps(
     """
     config, layout, first_step = setup.config, setup.layout, state.step
     movement = guards.MovementCheck(setup.trained)
-    if not config.non_private and (folder is not None or layout.collective):
+    if config.adds_noise and (folder is not None or layout.collective):
         state.checks = StepChecks(setup, state.sampler, state.noise)
     sums_depend_on = digest_of_identity(setup)
     left = range(state.step, config.steps)
@@ -150,7 +158,7 @@ def _steps(
             folder.begin_release(
                 state.stream,
                 step,
-                *(() if config.non_private else (digest_of_draws(state), sums_depend_on)),
+                *((digest_of_draws(state), sums_depend_on) if config.adds_noise else ()),
             )
         take_step(setup, state)
 
@@ -211,22 +219,27 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) 
         generate=generate and setup.task.kind == "generation",
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
+        encoded=setup.evaluated if split == "validation" else None,
+        add_inputs=setup.prefix.for_evaluation,
     )
 
 
-def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup, State]:
+def _begin_or_resume(
+    config: TrainConfig, folder: runs.RunFolder, request: CacheRequest
+) -> tuple[Setup, State]:
     """Return a run at its last snapshot or at its beginning; broadcast the state to all ranks."""
     found, tensors = folder.load_snapshot(), dict[str, Tensor]()
     if found is None:
         seed = config.seed if config.seed is not None else derive_seed(None, "run")
-        setup, stream = _prepare(config, seed), new_stream(config, 0)
+        setup, stream = _prepare(config, seed, request), new_stream(config, 0)
         torch.manual_seed(seed)
         state = first_state(config, stream)
         document = summary(setup, state)
     else:
         document, tensors = found
         _require_same(config, TrainConfig.from_json(document["config"]))
-        setup = _prepare(config, document["seed"])
+        request = replace(request, training="prefix" in document["identity"])
+        setup = _prepare(config, document["seed"], request)
         state = unpack(setup, document, tensors)
     processes.broadcast_from_rank0(
         {**document, "stream": state.stream},
@@ -252,12 +265,17 @@ def _begin_or_resume(config: TrainConfig, folder: runs.RunFolder) -> tuple[Setup
     return setup, state
 
 
-def _prepare(config: TrainConfig, seed: int) -> Setup:
+def _prepare(config: TrainConfig, seed: int, request: CacheRequest) -> Setup:
     """Broadcast what every rank loads, and load the setup; for rank 0."""
     processes.broadcast_from_rank0(
-        {"seed": seed, "config": config.as_json(), "environment": environment(config.device)}
+        {
+            "seed": seed,
+            "config": config.as_json(),
+            "environment": environment(config.device),
+            "request": asdict(request),
+        }
     )
-    return prepare(config, seed)
+    return prepare(config, seed, request)
 
 
 def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFolder) -> int:
@@ -286,8 +304,8 @@ def _loss_on_members(setup: Setup) -> float:
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the model's state dict as a single process would hold it."""
-    return setup.layout.full_tensors(setup.model.state_dict())
+    """Return the model's state dict as a single process would hold it, without scales."""
+    return full_weights(setup.model, setup.layout.full_tensors(setup.model.state_dict()))
 
 
 @contextmanager

@@ -37,7 +37,37 @@ def require_independent_rows(
         max_length: number of tokens that texts are cut to, or None.
         config: configuration of the run.
     """
-    pad_to = max_length if config.padding == "max-length" else None
+    mode = model.training
+    try:
+        model.train(config.dropout)
+        device = next(model.parameters()).device
+        for batch in public_batches(tokenizer, task, max_length, config.padding):
+            clipped_sum(
+                model,
+                {name: value.to(device) for name, value in batch.items()},
+                1.0,
+                padding=config.padding,
+            )
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model's own code may raise anything
+        raise ValueError(
+            f"model {config.model} cannot be trained on rows of random tokens "
+            f"({type(error).__name__}: {first_line(error)}): correct its config.json"
+        ) from error
+    finally:
+        model.train(mode)
+
+
+def public_batches(
+    tokenizer: Any, task: Task, max_length: int | None, padding: str
+) -> list[dict[str, torch.Tensor]]:
+    """Return batches of rows of random tokens, on the CPU.
+
+    The first batch has three rows of different lengths. With padding "longest", the second has as
+    many rows as tokens per row.
+    """
+    pad_to = max_length if padding == "max-length" else None
     room = max_length or tokenizer.model_max_length - 8
     lengths = [
         max(1, min(length, room * part // 4))
@@ -52,27 +82,7 @@ def require_independent_rows(
     batches = [rows(lengths)]
     if pad_to is None:
         batches += _square(rows(lengths[:1] * 4 * LENGTHS[0]))
-    mode = model.training
-    try:
-        model.train(config.dropout)
-        device = next(model.parameters()).device
-        for batch in batches:
-            tensors = collate(batch, tokenizer.pad_token_id, length=pad_to)
-            clipped_sum(
-                model,
-                {name: value.to(device) for name, value in tensors.items()},
-                1.0,
-                padding=config.padding,
-            )
-    except (ValueError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a model's own code may raise anything
-        raise ValueError(
-            f"model {config.model} cannot be trained on rows of random tokens "
-            f"({type(error).__name__}: {first_line(error)}): correct its config.json"
-        ) from error
-    finally:
-        model.train(mode)
+    return [collate(batch, tokenizer.pad_token_id, length=pad_to) for batch in batches]
 
 
 def _square(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

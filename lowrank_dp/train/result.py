@@ -124,7 +124,7 @@ def save_run(
                 "seed": setup.seed,
                 "weights": getattr(setup.model, "lowrank_dp_base_weights", ""),
             },
-            recipe=config.as_json(),
+            recipe=config.recipe(),
             seed=config.seed,
             privacy=result.privacy,
             train_loss=result.train_loss,

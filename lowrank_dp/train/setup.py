@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -13,16 +13,27 @@ import torch
 from torch import Tensor
 
 from lowrank_dp.data import Example, Task, encode, micro_batches
+from lowrank_dp.evaluation.models import evaluated_rows
 from lowrank_dp.grads import Batch
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
+from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
+from lowrank_dp.train.optimizers import make_optimizer
+from lowrank_dp.train.preconditioning import add_preconditioner
+from lowrank_dp.train.prefix import (
+    DEFAULT_REQUEST,
+    CacheRequest,
+    PrefixCache,
+    cache_wanted,
+    open_cache,
+)
 from lowrank_dp.train.processes import world_size
-from lowrank_dp.train.public_rows import require_independent_rows
+from lowrank_dp.train.public_rows import public_batches, require_independent_rows
 from lowrank_dp.train.records import check_room, select_units, token_limit
 
 
@@ -48,6 +59,9 @@ class Setup:
         data_fingerprint: SHA-256 of the records that are trained on.
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
         layout: placement of the tensors on the processes that share the run.
+        evaluated: examples of the evaluations on the validation split, and their encoded rows.
+        prefix: cached outputs of the frozen blocks.
+        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
     """
 
     config: TrainConfig
@@ -69,6 +83,9 @@ class Setup:
     data_fingerprint: str
     digests: dict[str, str]
     layout: Layout
+    evaluated: tuple[Sequence[Example], Sequence[Mapping[str, Any]]]
+    prefix: PrefixCache
+    preconditioner: str = ""
 
     @property
     def pad_to(self) -> int | None:
@@ -80,23 +97,28 @@ class Setup:
         """The model, the data and the processes, in words."""
         how = ", which share the model" if self.config.shard else ""
         several = f", by {world_size()} processes{how}" if world_size() > 1 else ""
+        cached = f"; {self.prefix.note}" if self.prefix.note else ""
         padded = f", each padded to {self.pad_to} tokens" if self.pad_to else ""
         return (
             f"{describe(self.model)}; {self.task.name} from {self.task.source}, "
             f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on"
-            f"{padded}{several}"
+            f"{padded}{several}{cached}"
         )
 
     def statement(self, releases: int) -> str:
         """State the privacy after ``releases`` releases, with all facts that weaken the claim."""
         if self.config.non_private:
             return "NON-PRIVATE: no clipping and no noise"
+        if self.config.noise_free:
+            return (
+                "NON-PRIVATE: sampled and clipped to max_grad_norm "
+                f"{self.mechanism.max_grad_norm:g} without noise, for diagnosis only"
+            )
         claim = self.mechanism.statement(releases, self.delta)
         if self.config.diagnostic:
-            return (
-                f"NON-PRIVATE: scheme {self.config.scheme!r} reads clean gradients, for "
-                "diagnosis only"
-            )
+            return f"NON-PRIVATE: {self._diagnosis}, for diagnosis only"
+        if self.preconditioner:
+            claim += f"; preconditioner from {self.preconditioner}"
         claim += f"; the number of {self.config.unit}s ({sum(self.members):,}) is public"
         if self.config.membership == "half":
             claim += (
@@ -111,6 +133,12 @@ class Setup:
                 "publishing a whole record"
             )
         return f"{claim}; {self.randomness}"
+
+    @property
+    def _diagnosis(self) -> str:
+        if not SCHEMES[self.config.scheme].private:
+            return f"scheme {self.config.scheme!r} reads clean gradients"
+        return f"the preconditioner reads clean gradients of {self.task.name}, the private task"
 
     @property
     def randomness(self) -> str:
@@ -130,29 +158,30 @@ class Setup:
 
     def epsilon(self, releases: int) -> float | None:
         """Return epsilon at ``delta`` after ``releases`` releases; None without a privacy claim."""
-        if self.config.non_private or self.config.diagnostic:
+        if self.config.diagnostic or not self.config.adds_noise:
             return None
         return self.mechanism.epsilon(releases, self.delta)
 
     def batches(self, chosen: Sequence[int]) -> Iterator[Batch]:
         """Yield micro-batches of the chosen ``rows``, on the device; no batch for no row."""
         rows = [self.rows[row] for row in chosen]
-        for _, batch in micro_batches(
+        for indices, batch in micro_batches(
             rows,
             self.config.micro_batch_size,
             self.tokenizer.pad_token_id,
             length=self.pad_to,
             device=self.config.device,
         ):
-            yield batch
+            yield self.prefix.for_training([rows[i] for i in indices], batch)
 
 
-def prepare(config: TrainConfig, seed: int) -> Setup:
+def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQUEST) -> Setup:
     """Load the data and the model, and make the mechanism and the optimizer.
 
     Args:
         config: configuration of the run.
         seed: ``config.seed``, or the number that was drawn in its place.
+        request: use of the cache of the frozen blocks' outputs.
 
     Raises:
         ValueError: if the run can't be made; the message is one line.
@@ -171,17 +200,28 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
     positions = iter(range(len(rows)))
     if task.kind == "generation" and config.generate:
         check_room(config, task, tokenizer, max_length)
-    mechanism, delta = _mechanism(config, len(trained_on))
+    mechanism, delta = make_mechanism(config, len(trained_on))
     equalise(model)
     initial_head = head_state(model)
     require_independent_rows(model, tokenizer, task, max_length, config)
+    preconditioner = ""
+    if config.precondition != "none":
+        preconditioner = add_preconditioner(model, tokenizer, task, max_length, config)
+        equalise(model)  # public sums may round differently on different ranks
+        require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
     if task.warning:  # after all checks, so that an error is one line
         warnings.warn(task.warning, stacklevel=2)
     if config.shard:
         shard(model, config.device)
+    evaluated = evaluated_rows(
+        tokenizer, task, max_length=max_length, max_examples=config.eval_examples
+    )
+    cache = _open_cache(model, tokenizer, task, rows, evaluated[1], max_length, config, request)
+    if cache.digest:
+        identity["prefix"] = cache.digest
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(config, list(trained.values()))
+    optimizer = make_optimizer(config, model, trained)
     return Setup(
         config=config,
         task=task,
@@ -202,6 +242,34 @@ def prepare(config: TrainConfig, seed: int) -> Setup:
         data_fingerprint=fingerprint(examples),
         digests=identity,
         layout=Sharded(trained) if config.shard else Replicated(),
+        evaluated=evaluated,
+        prefix=cache,
+        preconditioner=preconditioner,
+    )
+
+
+def _open_cache(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: list[dict[str, Any]],
+    evaluated: Sequence[Mapping[str, Any]],
+    max_length: int | None,
+    config: TrainConfig,
+    request: CacheRequest,
+) -> PrefixCache:
+    """Open the cache of the frozen blocks' outputs, if the configuration names one."""
+    if not cache_wanted(config):
+        return PrefixCache()
+    return open_cache(
+        model,
+        config,
+        request,
+        training=rows,
+        evaluation=evaluated,
+        public=public_batches(tokenizer, task, max_length, config.padding),
+        pad_token_id=tokenizer.pad_token_id,
+        pad_to=max_length if config.padding == "max-length" else None,
     )
 
 
@@ -222,11 +290,11 @@ def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
     )
 
 
-def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
+def make_mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
     """Return the mechanism, calibrated if the configuration has a target epsilon, and delta."""
     sample_rate = config.batch_size / num_units
     delta = num_units**-1.1 if config.delta is None else config.delta
-    if delta >= 1 / num_units and not config.non_private:
+    if delta >= 1 / num_units and config.adds_noise:
         warnings.warn(
             f"delta {delta:g} is not below 1/N = {1 / num_units:.3g}: it allows "
             "publishing a whole record",
@@ -239,21 +307,12 @@ def _mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, 
     mechanism = GaussianMechanism(
         config.noise_multiplier or 0.0, config.max_grad_norm, sample_rate, config.unit
     )
-    if not config.non_private and math.isinf(mechanism.epsilon(config.steps, delta)):
+    if config.adds_noise and math.isinf(mechanism.epsilon(config.steps, delta)):
         raise ValueError(
             f"noise_multiplier {config.noise_multiplier:g} protects nothing, since "
             "epsilon is infinite: give a larger one, or non_private"
         )
     return mechanism, delta
-
-
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of the parameters."""
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=config.averaging, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(parameters, lr=rate, betas=(config.averaging, 0.999), weight_decay=decay)
 
 
 def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:

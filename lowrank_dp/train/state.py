@@ -1,9 +1,10 @@
 """State of a run between two steps: what a snapshot holds, and how it is packed and unpacked.
 
-A snapshot holds the trained parameters, the optimizer's state, the running means, the states of all
-generators, and the curve so far. A snapshot holds no gradient, no clean sum and no record. The
-generator states could undo the noise, which is why snapshots are readable by their owner only and
-are removed once the run is finished.
+A snapshot holds the trained parameters, the optimizer's state, the running means, DiSK's last
+movement, the scales and moments of a preconditioner, the states of all generators, and the curve so
+far. A snapshot holds no gradient, no clean sum and no record. The generator states could undo the
+noise, which is why snapshots are readable by their owner only and are removed once the run is
+finished.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp._json import json_digest
+from lowrank_dp.precondition import NoisyMoments
 from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.rng import (
     Generator,
@@ -28,6 +30,8 @@ from lowrank_dp.rng import (
 )
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
+from lowrank_dp.train.look_ahead import LookAhead
+from lowrank_dp.train.preconditioning import load_snapshot_tensors, snapshot_tensors
 from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.setup import Setup
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 
 _RUNNING_MEANS = "low_pass."  # prefix of the restorer's tensors in a snapshot
+_MOVEMENT = "movement."  # prefix of the look-ahead's tensors in a snapshot
 
 
 @dataclass
@@ -48,10 +53,12 @@ class State:
         sampler: generator of the Poisson samples, on the CPU.
         noise: generator of the DP noise, on the model's device.
         restorer: restorer of the noisy gradients, with their running means if the run has a filter.
+        look_ahead: DiSK's look-ahead, with the last movement of the weights.
         curve: evaluations so far.
         seconds, restore_seconds: wall-clock time spent in steps, and the part spent restoring.
         restarted: why the stream differs from the snapshot's, in words; empty if the streams
             are the same.
+        noisy_moments: moments of the noisy sums, for a preconditioner from them, or None.
         checks: privacy checks of this process's steps, or None; not in a snapshot.
     """
 
@@ -60,17 +67,22 @@ class State:
     sampler: Generator
     noise: Generator
     restorer: GradientRestorer
+    look_ahead: LookAhead
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     restore_seconds: float = 0.0
     restarted: str = ""
+    noisy_moments: NoisyMoments | None = None
     checks: StepChecks | None = None
 
 
 def first_state(config: TrainConfig, stream: str) -> State:
     """Return the state of a run before its first step, at the start of a stream of draws."""
     restorer = GradientRestorer(config.scheme, low_pass=config.low_pass, **config.restoration)
-    return State(0, stream, *fresh_generators(config, stream), restorer)
+    look_ahead = LookAhead(config.look_ahead)
+    moments = NoisyMoments() if config.precondition == "noisy" else None
+    generators = fresh_generators(config, stream)
+    return State(0, stream, *generators, restorer, look_ahead, noisy_moments=moments)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -112,12 +124,14 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
 def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the JSON and the tensors of a snapshot; all ranks of a sharded model must call."""
     tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
+    tensors |= snapshot_tensors(setup.model, state.noisy_moments)
     for index, entry in setup.optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{key}": value
             for key, value in entry.items()
             if isinstance(value, Tensor)
         }
+    tensors |= {f"{_MOVEMENT}{name}": moved for name, moved in state.look_ahead.movement.items()}
     tensors = setup.layout.full_tensors(tensors) | setup.layout.gather(
         {f"{_RUNNING_MEANS}{name}": value for name, value in state.restorer.tensors().items()}
     )
@@ -177,7 +191,13 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
     )
     if not tensors:
         return state
+    state.look_ahead.movement = {
+        name.removeprefix(_MOVEMENT): tensor.to(setup.config.device)
+        for name, tensor in tensors.items()
+        if name.startswith(_MOVEMENT)
+    }
     _load_weights(setup, tensors)
+    load_snapshot_tensors(setup.model, state.noisy_moments, tensors)
     here = identity(setup)
     differences, attempt = changed(document["identity"], here), ""
     if reason := not_repeatable(setup.config):  # two resumptions then need two names
@@ -203,7 +223,7 @@ def _load_weights(setup: Setup, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, p in setup.trained.items():
             p.copy_(setup.layout.distribute(tensors[f"parameter.{name}"], p))
-    parameters = [*setup.trained.values()]  # in the optimizer's order
+    parameters = [p for group in setup.optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):

@@ -15,9 +15,10 @@ from lowrank_dp.grads.clipping import PaddingBatch, Reduce, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.rng import Generator, derive_seed, uniform
-from lowrank_dp.train import guards, processes
+from lowrank_dp.train import guards, preconditioning, processes
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.layout import Tensors
+from lowrank_dp.train.optimizers import update
 from lowrank_dp.train.setup import Setup
 from lowrank_dp.train.state import State
 
@@ -26,7 +27,8 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     """Take one step, which moves the model, the optimizer and ``state``.
 
     1. Sample: every unit of privacy takes part independently with probability ``sample_rate``.
-    2. Clip: the gradients of the sample's rows, each clipped to the norm C, are summed.
+    2. Clip: the gradients of the sample's rows, each clipped to the norm C, are summed. DiSK takes
+       them ahead of the weights.
     3. Noise: N(0, noise_std^2) is added to every entry. The noisy sum is the step's release.
     4. Restore: the noisy sums are averaged over steps, if the run has a filter, and the singular
        values of every matrix are restored.
@@ -59,14 +61,14 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     # 2. clip
     clip = partial(_clipped_sum, setup.model, config, layout.reduce)
     max_norm = math.inf if config.non_private else mechanism.max_grad_norm
-    with guards.diverging(state.step):
+    with guards.diverging(state.step), state.look_ahead.applied(setup.trained):
         sums, norms = clip(_batches_of_rank(setup, rows), max_norm)
     guards.check_covered(setup.model, setup.optimizer, sums)
     if checks:
         checks.clipped(sums, norms, clip, state.step)
 
     # 3. noise
-    clean, noisy = layout.add_noise(sums, None if config.non_private else mechanism, state.noise)
+    clean, noisy = layout.add_noise(sums, mechanism if config.adds_noise else None, state.noise)
     if checks:
         checks.noised(clean, noisy, state.noise, state.step)
 
@@ -84,9 +86,14 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     layout.assign(setup.trained, {n: total / config.batch_size for n, total in gradient.items()})
     if checks:
         checks.assigned(noisy, state.step)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = setup.learning_rate(state.step)
-    setup.optimizer.step()
+    mean_noise_std = state.restorer.noise_std(mechanism.noise_std) / config.batch_size
+    rate, skip = setup.learning_rate(state.step), config.skip_zeros
+    with state.look_ahead.measured(setup.trained):
+        update(setup.optimizer, rate, mean_noise_std, skip_zeros=skip)
+    if state.noisy_moments is not None:
+        preconditioning.refresh(
+            setup.model, setup.optimizer, state.noisy_moments, noisy, mechanism.noise_std, config
+        )
 
     state.step += 1
     state.seconds += _seconds(config.device) - started

@@ -1,0 +1,122 @@
+"""Store of one tensor per row of text, in a folder that several processes and runs share."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lowrank_dp.artifacts.files import atomic_write
+
+KEY_BYTES = 32
+_SUFFIX = ".safetensors"
+
+
+class RowStore:
+    """Tensors (T_i, d) by key, in files that are mapped into memory.
+
+    Every file holds the tensors of many rows, is written once and is named after the SHA-256 of its
+    content. Only the owner can read the folder and its files. A killed writer leaves whole files
+    only, and a file that cannot be read counts as absent.
+
+    Args:
+        folder: folder of the files, which is made if it is missing; the folder around it is made
+            too, if it is missing, and only the owner can read that one then.
+
+    Raises:
+        ValueError: if the folder belongs to another user.
+        OSError: if the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        if self._folder.stat().st_uid != os.getuid():
+            raise ValueError(f"{self._folder} must belong to the user who runs this process")
+        self._folder.chmod(0o700)
+        self._states: dict[str, Tensor] = {}
+        self._places: dict[bytes, tuple[str, int, int]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the index of every file that was added since the last call."""
+        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            if path.name in self._states or path.name.startswith("."):
+                continue
+            with contextlib.suppress(SafetensorError, OSError):
+                with safe_open(path, "pt") as file:
+                    keys, lengths = file.get_tensor("keys"), file.get_tensor("lengths")
+                    states = file.get_tensor("states")
+                self._index(path.name, keys, lengths, states)
+
+    def _index(self, name: str, keys: Tensor, lengths: Tensor, states: Tensor) -> None:
+        self._states[name] = states
+        start, flat = 0, keys.numpy().tobytes()
+        for i, length in enumerate(lengths.tolist()):
+            key = flat[i * KEY_BYTES : (i + 1) * KEY_BYTES]
+            self._places.setdefault(key, (name, start, length))
+            start += length
+
+    def __contains__(self, key: bytes) -> bool:
+        """Return whether the store holds a tensor under the key."""
+        return key in self._places
+
+    def __getitem__(self, key: bytes) -> Tensor:
+        """Return the tensor under the key, (T, d), as a view of the file."""
+        name, start, length = self._places[key]
+        return self._states[name][start : start + length]
+
+    def add(self, keys: Sequence[bytes], tensors: Sequence[Tensor]) -> None:
+        """Write one file with a tensor (T_i, d) per key of ``KEY_BYTES`` bytes."""
+        content = save(
+            {
+                "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8),
+                "lengths": torch.tensor([len(tensor) for tensor in tensors]),
+                "states": torch.cat([*tensors]).contiguous(),
+            }
+        )
+        name = hashlib.sha256(content).hexdigest()[:32] + _SUFFIX
+        with atomic_write(self._folder / name, mode=0o600) as file:
+            file.write(content)
+        self.refresh()
+
+    def digest(self, keys: Sequence[bytes]) -> str:
+        """Return a SHA-256 that changes if the tensor under one of the keys does."""
+        found = hashlib.sha256()
+        for key in keys:
+            found.update(f"{key.hex()} {self._places[key]}\n".encode())
+        return found.hexdigest()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Wait until no other process is in such a block, so that none does the same work.
+
+        On a file system without locks nobody waits, which costs time only.
+        """
+        with open(self._folder / "lock", "wb", opener=_private) as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            self.refresh()
+            yield
+
+
+def bytes_used(folder: str | Path) -> int:
+    """Return the bytes of all stores in the subfolders of a folder."""
+    total = 0
+    for path in Path(folder).glob(f"*/*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

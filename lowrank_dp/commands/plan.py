@@ -1,0 +1,198 @@
+"""``python -m lowrank_dp.plan``: what the noise of a private run will do, before it is run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowrank_dp.commands import _console
+from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
+from lowrank_dp.plan.request import Request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowrank_dp.plan import Gap, Plan
+    from lowrank_dp.plan.making import Point
+
+app = _console.new_app("Noise, visible rank, alignment and step costs of a run, before it is run.")
+
+
+@app.command()
+@_console.options_of(Request)
+def main(
+    given: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Plan a private run from public text; the options are those of the run, and a few more."""
+    request = Request(**given)
+    from rich.console import Console
+
+    from lowrank_dp.artifacts.jsonable import to_jsonable
+    from lowrank_dp.plan import make_plan
+
+    plan = make_plan(request.run, request.measurement)
+    if as_json:
+        print(json.dumps(to_jsonable(plan) | _derived(plan), indent=1, allow_nan=False))
+    else:
+        _print(Console(), plan)
+
+
+def _derived(plan: Plan) -> dict[str, Any]:
+    """Return the numbers that follow from a plan's fields, for JSON; infinity becomes None."""
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "steps": [
+            {
+                "when": point.when,
+                "clean_gain": finite(point.gain.clean_gain),
+                "noisy_gain": finite(point.gain.noisy_gain),
+                "noise_cost": finite(point.gain.noise_cost),
+            }
+            for point in plan.points
+        ],
+        "saved": plan.gap.saved if plan.gap else None,
+    }
+
+
+def _print(console: Console, plan: Plan) -> None:
+    for line in (
+        f"plan: {plan.description}",
+        f"privacy of the run: {plan.statement}",
+        f"noise: multiplier sigma {plan.noise_multiplier:.4g} for {plan.num_units:,} units at rate "
+        f"{plan.sample_rate:.4g}; standard deviation {plan.noise_std:.4g} on an entry of the sum, "
+        f"{plan.noise_std_of_mean:.3g} on an entry of the mean",
+        "",
+    ):
+        say(console, line)
+    _print_layers(console, plan.points)
+    _print_schemes(console, plan.points)
+    _print_steps(console, plan.points)
+    if plan.gap is not None:
+        _print_gap(console, plan.gap)
+    say(console, plan.privacy)
+
+
+def _print_layers(console: Console, points: Sequence[Point]) -> None:
+    """Print the visible rank of every matrix at every point."""
+    names, pattern = without_common_parts([layer.name for layer in points[0].layers])
+    rows = []
+    for i, layer in enumerate(points[0].layers):
+        cells = ["×".join(map(str, layer.shape)), f"{layer.edge:.1f}"]
+        for point in points:
+            here = point.layers[i]
+            cells += [f"{here.top_clean:.1f}", str(here.visible_rank)]
+        rows.append(cells)
+    columns = ["matrix", "shape", "edge"]
+    for i, _ in enumerate(points):
+        columns += [f"top {'abc'[i]}", f"rank {'abc'[i]}"]
+    say(
+        console,
+        "Visible rank: singular values of the gradient sum that stand above the edge of the noise; "
+        f"top: the largest singular value without noise. {_letters(points)}.",
+    )
+    if pattern:
+        say(console, f"matrices: {pattern}")
+    print_table(console, columns, in_sections(names, rows))
+
+
+def _print_schemes(console: Console, points: Sequence[Point]) -> None:
+    """Print the predicted alignment of every scheme at every point."""
+    say(console, "")
+    say(
+        console,
+        "Predicted cosine with the clean gradient: all matrices as one vector, and mean over "
+        f"matrices. {_letters(points)}.",
+    )
+    columns = ["scheme"]
+    for i, _ in enumerate(points):
+        columns += [f"one vector {'abc'[i]}", f"mean {'abc'[i]}"]
+    rows = []
+    for same in zip(*(point.schemes for point in points), strict=True):
+        cells = [f"{value:.3f}" for one in same for value in (one.one_vector, one.mean)]
+        rows.append([same[0].scheme, *cells])
+    print_table(console, columns, rows)
+
+
+def _print_steps(console: Console, points: Sequence[Point]) -> None:
+    """Print what noise costs the best step along the clean gradient."""
+    say(console, "")
+    say(
+        console,
+        "Noise's cost of one step d, the mean clipped gradient, by the quadratic model: best gain "
+        "(g.d)^2 / (2 d'Hd) without noise, (g.d)^2 / (2 (d'Hd + s^2 tr H)) with noise; cost: the "
+        "ratio, 1 + s^2 tr H / d'Hd. H: Gauss-Newton matrix, s: noise on an entry of the mean.",
+    )
+    print_table(
+        console,
+        ["point", "loss", "gain clean", "gain noisy", "d'Hd", "s^2 tr H", "cost"],
+        [
+            [
+                point.when,
+                f"{point.loss:.3f}",
+                f"{point.gain.clean_gain:.3g}",
+                f"{point.gain.noisy_gain:.3g}",
+                f"{point.gain.curvature:.2g}",
+                f"{point.gain.noise_std**2 * point.gain.trace:.2g}",
+                f"{point.gain.noise_cost:.3f}",
+            ]
+            for point in points
+        ],
+    )
+
+
+def _print_gap(console: Console, gap: Gap) -> None:
+    """Print the predicted gap in steps, and what denoising could save."""
+    say(console, "")
+    steps = len(gap.trials[0].scores) - 1
+    say(
+        console,
+        f"Gap in steps, predicted by trainings of {steps} steps on public text with the noise of "
+        "the run; ratio: steps with noise per step without, to one held-out score (classes: the "
+        "mean of 1 - p(label); else the loss).",
+    )
+    print_table(
+        console,
+        ["training", "best rate", f"score at {steps // 2}", f"at {steps}", "lowest"],
+        [
+            [
+                trial.name,
+                f"{trial.rate:.3g}",
+                f"{trial.scores[steps // 2]:.3f}",
+                f"{trial.scores[-1]:.3f}",
+                f"{min(trial.scores):.3f}",
+            ]
+            for trial in gap.trials
+        ],
+    )
+    if gap.adaptivity is not None:
+        say(
+            console,
+            f"adaptivity: without noise, SGD takes {gap.adaptivity:.2f} times the steps of Adam",
+        )
+    if gap.ratio is None:
+        from lowrank_dp.plan.trials import MIN_GAIN
+
+        noisy, clean = gap.trials[-2:]
+        say(
+            console,
+            f"no ratio: the score fell by {noisy.gain:.3f} with noise and by {clean.gain:.3f} "
+            f"without; less than {MIN_GAIN:g} is too little to count steps by (--trial-steps)",
+        )
+        return
+    say(
+        console,
+        f"ratio: {gap.ratio:.2f}; a perfect denoiser could save {gap.saved:.0%} of the steps "
+        "(1 - 1 / ratio)",
+    )
+
+
+def _letters(points: Sequence[Point]) -> str:
+    return "; ".join(f"{'abc'[i]}: {point.when}" for i, point in enumerate(points))

@@ -1,0 +1,151 @@
+"""Arms of the sample-efficiency experiments: plain DP training, its noise-free ceiling, methods.
+
+Every arm trains with the same data, sampling rate, clipping norm and number of steps. The arms with
+noise have the same noise, and so the same (epsilon, delta). A ceiling is trained without noise; its
+name says that it is NON-PRIVATE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowrank_dp import _validate
+from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.experiments.tuning import Tuned
+from lowrank_dp.train import TrainConfig
+
+FOLDER = Path("runs") / "steps"  # of every sweep: `gap` and `steps_*` share plain runs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of training.
+
+    Attributes:
+        fields: fields that differ from the base configuration, which trains by DP-Adam.
+        start: middle of the first grid of learning rates.
+    """
+
+    fields: Mapping[str, Any]
+    start: float
+
+
+# SGD along the bias-corrected running mean of gradients, which is Adam's way of averaging; under
+# torch's momentum the first ten steps are smaller
+_SGD = {"optimizer": "sgd", "momentum_beta": 0.9}
+_NOISE_FREE = {"epsilon": None, "noise_multiplier": None, "noise_free": True}
+_MEAN = {"momentum_beta": 0.9}
+_OPTIMAL = {"scheme": "optimal"}
+# Adam's clock would make the first non-zero gradient of a matrix a large step
+_ZEROED = {"below": "zero", "skip_zeros": True}
+# biases and norms stay as they are: a vector has no rank-one scale
+_FROZEN = {"precondition_freeze_vectors": True}
+
+
+def _partial(alpha: float, **options: str) -> Arm:
+    """Restore a part of the profile (arXiv 2510.01137, version 3)."""
+    return Arm({"scheme": "partial", "scheme_options": {"alpha": alpha, **options}}, 1e-2)
+
+
+ARMS: dict[str, Arm] = {
+    "DP-Adam": Arm({}, 1e-2),
+    "DP-SGD": Arm(_SGD, 3.0),
+    "noise-free Adam (NON-PRIVATE)": Arm(_NOISE_FREE, 1e-3),
+    "noise-free SGD (NON-PRIVATE)": Arm({**_SGD, **_NOISE_FREE}, 3.0),
+    "DP-SGD, torch's momentum": Arm({"optimizer": "sgd", "beta1": 0.9}, 0.3),
+    # singular values of each step's sum
+    "denoise": Arm({"scheme": "denoise"}, 1e-2),  # arXiv 2510.01137, version 1
+    "partial, 0.5": _partial(0.5),
+    "partial, 0.9": _partial(0.9),
+    "partial, power law, 0.5": _partial(0.5, target="power-law"),
+    "partial, power law, 0.9": _partial(0.9, target="power-law"),
+    "optimal": Arm(_OPTIMAL, 1e-2),
+    "optimal, zeroed": Arm({**_OPTIMAL, **_ZEROED}, 1e-2),
+    # running means over steps
+    "DOPPLER": Arm({"filter_b": (0.15, -0.05), "filter_a": (-0.9,)}, 1e-2),
+    "DiSK": Arm({"disk_kappa": 0.7}, 1e-2),
+    "mean, denoise": Arm({"scheme": "denoise", **_MEAN}, 1e-2),
+    "mean, optimal": Arm({**_OPTIMAL, **_MEAN}, 1e-3),
+    "mean, optimal, zeroed": Arm({**_OPTIMAL, **_ZEROED, **_MEAN}, 1e-3),
+    # optimizers
+    "DP-AdamBC": Arm({"optimizer": "adam-bc"}, 1e-2),
+    "DP-Muon": Arm({"optimizer": "muon"}, 1e-2),
+    "DP-MuonBC": Arm({"optimizer": "muon-bc"}, 1e-2),
+    # Muon on what is restored: SGD, since the scheme sets the size of a matrix's step
+    "mean, polar, zeroed": Arm({"scheme": "polar", **_ZEROED, **_MEAN, "optimizer": "sgd"}, 1.0),
+    # adapters
+    "DP-LoRA": Arm({"method": "lora"}, 3e-2),
+    "DP-LoRA, frozen A": Arm({"method": "lora-frozen-a"}, 3e-2),  # FFA-LoRA
+    "DP-LoRA, mean, optimal, zeroed": Arm({"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN}, 1e-2),
+    # rank-one preconditioners inside the mechanism; at power 0 all scales are 1, which leaves the
+    # effect of the frozen vectors
+    "DP-SGD, vectors frozen": Arm(
+        {**_SGD, **_FROZEN, "precondition": "generated", "precondition_power": 0.0}, 3.0
+    ),
+    "preconditioned, generated text": Arm({**_SGD, **_FROZEN, "precondition": "generated"}, 10.0),
+    "preconditioned, CoLA": Arm({**_SGD, **_FROZEN, "precondition": "cola"}, 10.0),
+    "preconditioned, vectors trained": Arm({**_SGD, "precondition": "generated"}, 10.0),
+    "preconditioned, noisy sums": Arm(
+        {"optimizer": "sgd", "beta1": 0.9, **_FROZEN, "precondition": "noisy"}, 1.0
+    ),
+}
+# every arm is judged against both, each with its own ceiling
+CEILING_OF = {
+    "DP-Adam": "noise-free Adam (NON-PRIVATE)",
+    "DP-SGD": "noise-free SGD (NON-PRIVATE)",
+}
+BASELINES = tuple(CEILING_OF)
+CEILINGS = tuple(CEILING_OF.values())
+PLAIN = BASELINES + CEILINGS
+
+
+def base_config(**fields: Any) -> TrainConfig:
+    """Return the configuration that the arms of an experiment share: DP-Adam, scored every step.
+
+    ``eval_examples`` should be the size of the validation split, or more, but not much more: the
+    loss on the members is computed on as many at the end of a run.
+    """
+    return TrainConfig(**{"delta": 1e-5, "eval_every": 1, "generate": False, **fields})
+
+
+def arm_config(
+    base: TrainConfig, arm: str, learning_rate: float, seed: int, holdout: int = 0
+) -> TrainConfig:
+    """Return the configuration of one run of an arm; ``holdout`` > 0 is for tuning."""
+    fields = {**ARMS[arm].fields, "learning_rate": learning_rate}
+    return replace(base, **fields, seed=seed, holdout=holdout)
+
+
+def check_runs(
+    base: TrainConfig, score: str, num_seeds: int, tuning_seeds: Sequence[int], holdout: int
+) -> None:
+    """Raise ValueError for runs that the protocol does not allow."""
+    _validate.choice("score", score, HIGHER_IS_BETTER)
+    _validate.integer("num_seeds", num_seeds, low=2)
+    _validate.integer("tuning_holdout", holdout)
+    if len({*tuning_seeds}) < 2 or len({*tuning_seeds}) < len(tuning_seeds):
+        raise ValueError(f"tuning_seeds must be two or more different seeds, got {tuning_seeds}")
+    if min(tuning_seeds) < num_seeds:
+        raise ValueError(
+            f"tuning_seeds must not be among the {num_seeds} reported seeds, got {tuning_seeds}"
+        )
+    if base.eval_every != 1:
+        raise ValueError(f"eval_every must be 1: every step is scored, got {base.eval_every}")
+    _validate.integer("steps", base.steps, low=2)
+
+
+def wanted_runs(
+    tuned: Mapping[str, Tuned],
+    num_seeds: int,
+    config_of: Callable[[str, float, int], TrainConfig],
+) -> dict[tuple[str, int], TrainConfig]:
+    """Return the configurations of the reported runs, by arm and seed, at each chosen rate."""
+    return {
+        (arm, seed): config_of(arm, found.chosen, seed)
+        for arm, found in tuned.items()
+        if found.chosen is not None
+        for seed in range(num_seeds)
+    }

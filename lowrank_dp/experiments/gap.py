@@ -1,0 +1,394 @@
+"""Ceiling and gap: the steps that noise costs DP training, over epsilon, batch and trained part.
+
+DP-SGD and DP-Adam train beside themselves without noise: same clipping, sampling and steps, each
+tuned by itself. Two ratios of steps to one target are kept apart. What noise costs an optimizer is
+DP-X over noise-free X. What lost adaptivity costs is noise-free SGD over noise-free Adam, since
+noise makes Adam's second moment flat, and DP-Adam behaves like SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_dp import _validate
+from lowrank_dp._terminal import progress
+from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.experiments import protocol, tuning
+from lowrank_dp.experiments.arms import (
+    ARMS,
+    BASELINES,
+    CEILING_OF,
+    CEILINGS,
+    FOLDER,
+    arm_config,
+    base_config,
+    check_runs,
+    wanted_runs,
+)
+from lowrank_dp.experiments.cost import measure_cost, workers_of
+from lowrank_dp.mechanism import NON_PRIVATE
+from lowrank_dp.sweep import Outcome, sweep
+from lowrank_dp.train import TrainConfig
+
+PARTS: dict[str, dict[str, Any]] = {
+    "last block": {"train_layers": 1},
+    "all": {"train_layers": None},
+}
+SHARE = 0.9
+WORTH = 1.5  # arms are compared in settings whose gap is at least this
+CAPTION = (
+    "Steps to 90% of the gain of the weaker of tuned DP-SGD and tuned DP-Adam, as ratios of means "
+    "over seeds, by epsilon, expected batch B and trained part. What noise costs: DP-X over X with "
+    "the same clipping and sampling and no noise. What lost adaptivity costs: noise-free SGD over "
+    "noise-free Adam. Gap: the faster DP optimizer over the faster noise-free optimizer, the most "
+    "that a perfect denoiser could save. A run that does not reach the target counts as one step "
+    "more than it has, which makes the ratio a bound. NON-PRIVATE: the noise-free runs are "
+    "computed from clean gradients."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Runs of the experiment.
+
+    Attributes:
+        base: configuration of all runs; epsilon, batch size, trained layers, seed, learning rate
+            and holdout are replaced.
+        epsilons: budgets of the runs with noise; a noise-free run is made once for all of them.
+        batch_sizes: expected batch sizes.
+        parts: trained parts, names in ``PARTS``.
+        num_seeds: number of reported seeds, counted from 0; 2 or more.
+        tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
+        tuning_holdout: training units held out, on which the learning rates are chosen.
+        score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
+        num_workers: number of concurrent runs; None means one per CPU core.
+    """
+
+    base: TrainConfig
+    epsilons: tuple[float, ...] = (0.5, 1.0, 3.0, 8.0)
+    batch_sizes: tuple[int, ...] = (256, 1024)
+    parts: tuple[str, ...] = tuple(PARTS)
+    num_seeds: int = 5
+    tuning_seeds: tuple[int, ...] = (1000, 1001)
+    tuning_holdout: int = 1000
+    score: str = "accuracy"
+    num_workers: int | None = None
+
+
+SST2 = Config(base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30))
+# a trial of minutes on generated text, with a model that needs no download
+SMALL = Config(
+    base_config(model="tiny", task="generated", epsilon=8.0, steps=12),
+    epsilons=(1.0, 8.0),
+    batch_sizes=(64,),
+    parts=("last block",),
+    num_seeds=2,
+    tuning_holdout=200,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of runs: a trained part, a batch size, an arm, and epsilon (None without noise)."""
+
+    part: str
+    batch_size: int
+    arm: str
+    epsilon: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The setting in words."""
+        noise = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
+        return f"{self.arm}, {self.part}, B = {self.batch_size}{noise}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Curves of every setting; NaN for a run that stopped, or a setting without a learning rate.
+
+    ``private`` is (parts, batch sizes, epsilons, optimizers, seeds, steps + 1), and ``ceiling``,
+    NON-PRIVATE, is (parts, batch sizes, optimizers, seeds, steps + 1); the optimizers are those of
+    ``arms.BASELINES``. ``noise_multiplier`` (batch sizes, epsilons) is relative to the clipping
+    norm. ``tuned`` holds the grids of learning rates, by the settings' names.
+    """
+
+    config: Config
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    privacy: str
+    description: str
+    criterion: str
+    failures: tuple[str, ...]
+    tuned: tuple[tuning.Tuned, ...]
+    private: np.ndarray
+    ceiling: np.ndarray
+    noise_multiplier: np.ndarray
+
+    @property
+    def budget(self) -> int:
+        """Number of steps of every run."""
+        return self.private.shape[-1] - 1
+
+    @property
+    def ratios(self) -> dict[str, Ratio]:
+        """Ratios of steps to ``SHARE`` of the gain: see :func:`ratios`."""
+        return ratios(self)
+
+
+def settings(config: Config) -> list[Setting]:
+    """List the settings: those with noise, and the noise-free ones, which have no epsilon."""
+    places = [(part, size) for part in config.parts for size in config.batch_sizes]
+    return [
+        *(
+            Setting(*place, arm, epsilon)
+            for place in places
+            for epsilon in config.epsilons
+            for arm in BASELINES
+        ),
+        *(Setting(*place, arm) for place in places for arm in CEILINGS),
+    ]
+
+
+def setting_config(
+    config: Config, setting: Setting, learning_rate: float, seed: int, holdout: int = 0
+) -> TrainConfig:
+    """Return the configuration of one run of a setting; ``holdout`` > 0 is for tuning."""
+    base = replace(config.base, batch_size=setting.batch_size, **PARTS[setting.part])
+    if setting.epsilon is not None:
+        base = replace(base, epsilon=setting.epsilon)
+    return arm_config(base, setting.arm, learning_rate, seed, holdout)
+
+
+def plan(config: Config) -> str:
+    """Describe what :func:`run` will do, with its hours on this machine by measured steps."""
+    number = len(config.epsilons) * len(BASELINES) + len(CEILINGS)
+    runs = tuning.TYPICAL_RATES * len(config.tuning_seeds) + config.num_seeds
+    hours, words = 0.0, []
+    places = [(part, size) for part in config.parts for size in config.batch_sizes]
+    for part, size in progress(places, "measuring a step of each setting"):
+        setting = Setting(part, size, BASELINES[0], config.epsilons[0])
+        cost = measure_cost(setting_config(config, setting, 1e-6, 0), config.num_workers)
+        needed = cost.hours(number * runs, config.base.steps) / workers_of(config.num_workers)
+        hours += needed
+        words.append(
+            f"{part}, B = {size}: {cost.step:.2f} s a step, {cost.evaluation:.2f} s an evaluation, "
+            f"{needed:.1f} hours"
+        )
+    return (
+        f"{len(settings(config))} settings of about {runs} runs of {config.base.steps} steps each, "
+        f"about {hours:.1f} hours here with {workers_of(config.num_workers)} runs at a time "
+        f"({'; '.join(words)}); finished runs are not repeated"
+    )
+
+
+def run(config: Config, folder: str | Path = FOLDER) -> Result:
+    """Tune and train every setting; a run that is finished in ``folder`` is not repeated.
+
+    Raises ValueError for a config that cannot be run, or if every run failed.
+    """
+    for part in config.parts:
+        _validate.choice("part", part, PARTS)
+    check_runs(
+        config.base, config.score, config.num_seeds, config.tuning_seeds, config.tuning_holdout
+    )
+    by_name = {setting.name: setting for setting in settings(config)}
+
+    def config_of(name: str, learning_rate: float, seed: int, holdout: int = 0) -> TrainConfig:
+        return setting_config(config, by_name[name], learning_rate, seed, holdout)
+
+    tuned, failures = tuning.tune_by_sweep(
+        {name: ARMS[setting.arm].start for name, setting in by_name.items()},
+        partial(config_of, holdout=config.tuning_holdout),
+        config.tuning_seeds,
+        config.score,
+        folder,
+        config.num_workers,
+    )
+    failures += [found.failure for found in tuned.values() if found.failure]
+    wanted = wanted_runs(tuned, config.num_seeds, config_of)
+    outcomes = sweep([*wanted.values()], folder, num_workers=config.num_workers)
+    return _collect(config, tuned, failures, dict(zip(wanted, outcomes, strict=True)))
+
+
+def _collect(
+    config: Config,
+    tuned: dict[str, tuning.Tuned],
+    failures: list[str],
+    outcomes: dict[tuple[str, int], Outcome],
+) -> Result:
+    done = [o.result for o in outcomes.values() if o.result is not None]
+    failures += [tuning.describe_failure(name, o) for (name, _), o in outcomes.items() if o.error]
+    if not done:
+        raise ValueError(f"every run failed: {failures[0]}")
+    scores = tuning.stack(outcomes, [*tuned], config.num_seeds, config.base.steps, config.score)
+    shape = (len(config.parts), len(config.batch_sizes))
+    split = int(np.prod(shape)) * len(config.epsilons) * len(BASELINES)
+    return Result(
+        config=config,
+        privacy=f"{NON_PRIVATE}: the noise-free runs; the others are (epsilon, "
+        f"{done[0].delta:g})-DP at the epsilon of their setting, with seeded noise",
+        description=done[0].description,
+        criterion=tuning.criterion(config.score),
+        failures=tuple(failures),
+        tuned=tuple(tuned.values()),
+        private=scores[:split].reshape(
+            *shape, len(config.epsilons), len(BASELINES), *scores.shape[1:]
+        ),
+        ceiling=scores[split:].reshape(*shape, len(CEILINGS), *scores.shape[1:]),
+        noise_multiplier=_noise_multipliers(config, outcomes),
+    )
+
+
+def _noise_multipliers(config: Config, outcomes: Mapping[tuple[str, int], Outcome]) -> np.ndarray:
+    """Return the noise multipliers of the finished runs, (batch sizes, epsilons); else NaN."""
+    found = np.full((len(config.batch_sizes), len(config.epsilons)), np.nan)
+    for outcome in outcomes.values():
+        run = outcome.config
+        if outcome.result is not None and run.epsilon is not None:
+            place = config.batch_sizes.index(run.batch_size), config.epsilons.index(run.epsilon)
+            found[place] = outcome.result.noise_multiplier
+    return found
+
+
+def steps_to(result: Result, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps to a share of the weaker DP optimizer's gain, with and without noise.
+
+    Both arrays are (parts, batch sizes, epsilons, optimizers, seeds), with infinity for a run that
+    does not reach the target; the target differs by epsilon, also for the noise-free runs.
+    """
+    higher = HIGHER_IS_BETTER[result.config.score]
+    private, ceiling = (np.full(result.private.shape[:-1], np.inf) for _ in range(2))
+    for place in np.ndindex(*result.private.shape[:3]):
+        curves = result.private[place]
+        target = protocol.target_score(curves, share, higher_is_better=higher)
+        private[place] = protocol.steps_to(curves, target, higher_is_better=higher)
+        ceiling[place] = protocol.steps_to(
+            result.ceiling[place[:2]], target, higher_is_better=higher
+        )
+    return private, ceiling
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratios of mean steps over seeds, and where censoring makes a ratio a bound.
+
+    ``value`` is NaN where both sides are censored, or nothing was learned. ``is_lower_bound`` marks
+    values whose numerator is censored, and ``is_upper_bound`` those whose denominator is.
+    """
+
+    value: np.ndarray
+    is_lower_bound: np.ndarray
+    is_upper_bound: np.ndarray
+
+    def text(self, place: tuple[int, ...]) -> str:
+        """Format one ratio, with ≥ or ≤ for a bound."""
+        if np.isnan(self.value[place]):
+            return "?"
+        sign = "≥ " if self.is_lower_bound[place] else "≤ " if self.is_upper_bound[place] else ""
+        return f"{sign}{self.value[place]:.2f}"
+
+
+def ratio(above: np.ndarray, below: np.ndarray, budget: int) -> Ratio:
+    """Return the ratio of mean steps; both arguments are (..., seeds), infinite if not reached."""
+    lower, upper = np.isinf(above).any(axis=-1), np.isinf(below).any(axis=-1)
+    means = [protocol.censored(steps, budget).mean(axis=-1) for steps in (above, below)]
+    return Ratio(np.where(lower & upper, np.nan, means[0] / means[1]), lower, upper)
+
+
+def ratios(result: Result, share: float = SHARE) -> dict[str, Ratio]:
+    """Return every ratio of steps, (parts, batch sizes, epsilons) each, by its name."""
+    private, ceiling = steps_to(result, share)
+    sgd, adam = (BASELINES.index(name) for name in ("DP-SGD", "DP-Adam"))
+    cost = partial(ratio, budget=result.budget)
+    found = {
+        f"noise, {name}": cost(private[..., i, :], ceiling[..., i, :])
+        for i, name in enumerate(CEILING_OF)
+    }
+    found["lost adaptivity"] = cost(ceiling[..., sgd, :], ceiling[..., adam, :])
+    found["gap"] = cost(_faster(private, result.budget), _faster(ceiling, result.budget))
+    return found
+
+
+def _faster(steps: np.ndarray, budget: int) -> np.ndarray:
+    """Return the steps of the optimizer with the lower mean over seeds: (..., seeds)."""
+    best = protocol.censored(steps, budget).mean(axis=-1).argmin(axis=-1)
+    return np.take_along_axis(steps, best[..., None, None], axis=-2)[..., 0, :]
+
+
+def places(result: Result) -> Iterator[tuple[tuple[int, int, int], str]]:
+    """Yield the index of every cell of the map, and its setting in words."""
+    config = result.config
+    for place in np.ndindex(*result.private.shape[:3]):
+        part, size, epsilon = place
+        yield (
+            (part, size, epsilon),
+            (
+                f"{config.parts[part]}, B = {config.batch_sizes[size]}, "
+                f"epsilon {config.epsilons[epsilon]:g}"
+            ),
+        )
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Tabulate each setting: noise multiplier, steps by optimizer, and the ratios."""
+    found, (private, ceiling) = ratios(result), steps_to(result)
+    columns = [
+        "setting",
+        "noise multiplier",
+        *(f"steps to {SHARE:.0%}, {name}" for name in (*BASELINES, *CEILINGS)),
+        *(f"final {result.config.score}, {name}" for name in (*BASELINES, *CEILINGS)),
+        *(f"steps, ratio: {name}" for name in found),
+    ]
+    rows = []
+    for place, words in places(result):
+        scores = [*result.private[place], *result.ceiling[place[:2]]]
+        steps = [*private[place], *ceiling[place]]
+        rows.append(
+            [
+                words,
+                f"{result.noise_multiplier[place[1:]]:.3g}",
+                *map(_each, steps, scores),
+                *(_mean(curves[:, -1]) for curves in scores),
+                *(cost.text(place) for cost in found.values()),
+            ]
+        )
+    return columns, rows
+
+
+def headline(result: Result) -> Mapping[str, str]:
+    """Summarise the figure: the ratios of each setting, and where the gap is worth closing."""
+    found = ratios(result)
+    lines = {
+        f"steps, ratio, {words}": ", ".join(f"{name} {r.text(place)}" for name, r in found.items())
+        for place, words in places(result)
+    }
+    gap = found["gap"]
+    wide = [p for p, _ in places(result) if gap.value[p] >= WORTH and not gap.is_upper_bound[p]]
+    narrow = [p for p, _ in places(result) if gap.value[p] < WORTH and not gap.is_lower_bound[p]]
+    for name, chosen in (
+        (f"gap of {WORTH:g} or more (NON-PRIVATE)", wide),
+        ("gap not known", [p for p, _ in places(result) if p not in (*wide, *narrow)]),
+    ):
+        lines[name] = "; ".join(words for p, words in places(result) if p in chosen) or "none"
+    lines["learning rates chosen by"] = result.criterion
+    if missing := [found.arm for found in result.tuned if found.chosen is None]:
+        lines["no learning rate inside its grid"] = "; ".join(missing)
+    return lines
+
+
+def _mean(values: np.ndarray) -> str:
+    return "no run" if np.isnan(values).any() else f"{values.mean():.3f}"
+
+
+def _each(steps: np.ndarray, curves: np.ndarray) -> str:
+    """Format the steps by seed; a seed without a run, or whose run stopped, has no curve."""
+    return ", ".join(
+        "no run" if np.isnan(curve).any() else "not reached" if np.isinf(value) else f"{value:.0f}"
+        for value, curve in zip(steps, curves, strict=True)
+    )

@@ -1,0 +1,88 @@
+"""Measures of sample efficiency: steps to a target, share of a gap closed, paired differences.
+
+All functions take scores of every step: the last axis has the score before training and the score
+after each step, so that an index is a number of steps. NaN stands for a run that stopped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lowrank_dp.experiments.intervals import mean_and_interval
+
+MIN_GAP = 1.0  # steps; a smaller gap has no share that could be closed
+
+
+def running_median(scores: np.ndarray) -> np.ndarray:
+    """Return the median of each step and its two neighbours, NaN at both ends; (..., steps + 1)."""
+    medians = np.full(scores.shape, np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(scores, 3, axis=-1)
+    medians[..., 1:-1] = np.median(windows, axis=-1)
+    return medians
+
+
+def target_score(baselines: np.ndarray, share: float, *, higher_is_better: bool) -> float:
+    """Return the score at ``share`` of the gain of the weaker baseline.
+
+    The gain of a baseline is the difference between the score before training and the best
+    running median of the mean curve over seeds. The weaker baseline is taken so that every baseline
+    reaches the target.
+
+    Args:
+        baselines: (baselines, seeds, steps + 1).
+        share: share of the gain, in (0, 1].
+        higher_is_better: whether a higher score is better than a lower one.
+
+    Returns:
+        The score; NaN if a baseline gained nothing, or if every run of a baseline stopped.
+    """
+    stopped = np.isnan(baselines).any(axis=-1)
+    if stopped.all(axis=-1).any():
+        return float("nan")
+    sign = 1.0 if higher_is_better else -1.0
+    curves = np.nanmean(baselines, axis=1)
+    start = float(curves[:, 0].mean())
+    gain = float((np.nanmax(sign * running_median(curves), axis=-1) - sign * start).min())
+    return start + sign * share * gain if gain > 0 else float("nan")
+
+
+def steps_to(scores: np.ndarray, target: float, *, higher_is_better: bool) -> np.ndarray:
+    """Return the first step whose running median of 3 reaches ``target``: (...,), or infinity.
+
+    The last step has one neighbour only, and cannot be the first to reach the target.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    reached = sign * running_median(scores) >= sign * target  # a comparison with NaN is false
+    return np.where(reached.any(axis=-1), reached.argmax(axis=-1), np.inf)
+
+
+def censored(steps: np.ndarray, budget: int) -> np.ndarray:
+    """Return ``steps`` with ``budget + 1`` for a run that did not reach the target in ``budget``.
+
+    A difference or a ratio of censored numbers is a bound, not a measurement.
+    """
+    return np.where(np.isinf(steps), budget + 1.0, steps)
+
+
+def gap_share(steps_dp: np.ndarray, steps_arm: np.ndarray, steps_ceiling: np.ndarray) -> float:
+    """Return (steps_dp - steps_arm) / (steps_dp - steps_ceiling), each a mean over seeds.
+
+    Args:
+        steps_dp, steps_arm, steps_ceiling: (seeds,) steps to one target, censored, of plain DP
+            training, of the arm, and of training without noise (NON-PRIVATE).
+
+    Returns:
+        1 for an arm as fast as training without noise, 0 for an arm as fast as plain DP training,
+        negative for a slower one; NaN if the gap is less than ``MIN_GAP`` steps.
+    """
+    gap = float(np.mean(steps_dp) - np.mean(steps_ceiling))
+    return float(np.mean(steps_dp) - np.mean(steps_arm)) / gap if gap >= MIN_GAP else float("nan")
+
+
+def paired(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Return the mean of ``first - second``, both (seeds,), and the half-width of its 95% interval.
+
+    The interval is Student's t for the differences of one seed, with seeds - 1 degrees of freedom.
+    """
+    mean, half = mean_and_interval(np.asarray(first, dtype=float) - np.asarray(second, dtype=float))
+    return float(mean), float(half)

@@ -1,0 +1,323 @@
+"""Claim: restored singular values save steps (arXiv 2510.01137); each arm against its ceiling.
+
+Every arm has its own grid of learning rates, and is compared, seed by seed, with tuned DP-Adam and
+with tuned DP-SGD. Training without noise bounds what removing noise can save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_dp import _validate
+from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.experiments import protocol, tuning
+from lowrank_dp.experiments.arms import (
+    ARMS,
+    BASELINES,
+    CEILING_OF,
+    CEILINGS,
+    FOLDER,
+    PLAIN,
+    arm_config,
+    check_runs,
+    wanted_runs,
+)
+from lowrank_dp.experiments.cost import measure_cost, workers_of
+from lowrank_dp.experiments.gap import ratio
+from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
+from lowrank_dp.experiments.steps_configs import Config
+from lowrank_dp.mechanism import NON_PRIVATE
+from lowrank_dp.sweep import Outcome, sweep
+
+SHARES = (0.9, 0.95)
+CAPTION = (
+    "DP training by arm, each at its own learning rate, which lies inside its grid (tuning seeds "
+    "and held-out training examples that are not reported). A score is that of the validation "
+    "split after every step. A target is a share of the gain of the weaker of tuned DP-Adam and "
+    "tuned DP-SGD, and is reached at the first step whose running median of 3 reaches it. "
+    "Differences are paired by seed, with 95% t-intervals; a run that does not reach the target "
+    "counts as one step more than it has, which makes a difference a bound: ≥ if only runs of the "
+    "baseline miss the target, ≤ if only runs of the arm do, and ? if both. Share of the gap "
+    "closed: (steps of DP - steps of the arm) / (steps of DP - steps of the faster noise-free "
+    "optimizer). NON-PRIVATE: the noise-free arms are computed from clean gradients."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Curves of every arm; NaN for a run that stopped, or an arm without a learning rate.
+
+    ``score``, ``loss`` and ``seconds`` are (arms, seeds, steps + 1). ``restore_share``
+    (arms, seeds) is the share of the steps' time that restoration takes. ``final`` holds, by arm
+    and metric, one value per finished seed at the last step. ``failures`` states why runs stopped,
+    and which arms have no learning rate.
+    """
+
+    config: Config
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    privacy: str
+    epsilon: float
+    delta: float
+    description: str
+    criterion: str
+    arms: tuple[str, ...]
+    failures: tuple[str, ...]
+    tuned: tuple[tuning.Tuned, ...]
+    final: dict[str, dict[str, list[float]]]
+    score: np.ndarray
+    loss: np.ndarray
+    seconds: np.ndarray
+    restore_share: np.ndarray
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher ``score`` is better than a lower one."""
+        return HIGHER_IS_BETTER[self.config.score]
+
+    @property
+    def budget(self) -> int:
+        """Number of steps of every run."""
+        return self.score.shape[-1] - 1
+
+    def of(self, arm: str, values: np.ndarray | None = None) -> np.ndarray:
+        """Return the scores of an arm, or its part of other ``values`` (arms, ...)."""
+        return (self.score if values is None else values)[self.arms.index(arm)]
+
+    def target(self, share: float = SHARES[0]) -> float:
+        """Return the score at a share of the gain of the weaker baseline."""
+        baselines = np.stack([self.of(arm) for arm in BASELINES])
+        return protocol.target_score(baselines, share, higher_is_better=self.higher_is_better)
+
+    def band(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean curve of an arm over seeds, and the half-width of its 95% t-interval."""
+        return mean_and_interval(self.of(arm))
+
+    def saved(self, arm: str, baseline: str) -> tuple[float, float]:
+        """Return :func:`steps_saved` at the first of ``SHARES``."""
+        return steps_saved(self, arm, baseline, SHARES[0])
+
+
+def plan(config: Config) -> str:
+    """Describe what :func:`run` will do, with its hours on this machine by one measured step."""
+    cost = measure_cost(arm_config(config.base, BASELINES[0], 1e-6, 0), config.num_workers)
+    tuning_runs = len(config.arms) * tuning.TYPICAL_RATES * len(config.tuning_seeds)
+    runs = tuning_runs + len(config.arms) * config.num_seeds
+    hours = cost.hours(runs, config.base.steps) / workers_of(config.num_workers)
+    return (
+        f"{len(config.arms)} arms, about {tuning_runs} tuning runs and "
+        f"{runs - tuning_runs} reported runs of {config.base.steps} steps; here a DP-Adam step is "
+        f"{cost.step:.2f} s and an evaluation {cost.evaluation:.2f} s: about {hours:.1f} hours "
+        f"with {workers_of(config.num_workers)} runs at a time; finished runs are not repeated"
+    )
+
+
+def run(config: Config, folder: str | Path = FOLDER) -> Result:
+    """Tune and train every arm; a run that is finished in ``folder`` is not repeated.
+
+    Raises ValueError for a config that cannot be run, or if a baseline or a ceiling has no learning
+    rate.
+    """
+    for arm in config.arms:
+        _validate.choice("arm", arm, ARMS)
+    if missing := [arm for arm in PLAIN if arm not in config.arms]:
+        raise ValueError(f"arms must include the baselines and the ceilings, got no {missing[0]!r}")
+    check_runs(
+        config.base, config.score, config.num_seeds, config.tuning_seeds, config.tuning_holdout
+    )
+    config_of = partial(arm_config, config.base)
+    tuned, stopped = tuning.tune_by_sweep(
+        {arm: ARMS[arm].start for arm in config.arms},
+        partial(config_of, holdout=config.tuning_holdout),
+        config.tuning_seeds,
+        config.score,
+        folder,
+        config.num_workers,
+    )
+    failures = [*stopped, *(found.failure for found in tuned.values() if found.failure)]
+    for arm in PLAIN:
+        if tuned[arm].failure:
+            raise ValueError(tuned[arm].failure)
+    wanted = wanted_runs(tuned, config.num_seeds, config_of)
+    outcomes = sweep([*wanted.values()], folder, num_workers=config.num_workers)
+    return _collect(config, tuned, failures, dict(zip(wanted, outcomes, strict=True)))
+
+
+def _collect(
+    config: Config,
+    tuned: dict[str, tuning.Tuned],
+    failures: list[str],
+    outcomes: dict[tuple[str, int], Outcome],
+) -> Result:
+    private = [outcomes[BASELINES[0], seed] for seed in range(config.num_seeds)]
+    done = [outcome.result for outcome in private if outcome.result is not None]
+    if not done:
+        raise ValueError(f"every run of {BASELINES[0]} stopped: {private[0].error}")
+    failures += [tuning.describe_failure(arm, o) for (arm, _), o in outcomes.items() if o.error]
+    final: dict[str, dict[str, list[float]]] = {}
+    for arm in config.arms:
+        results = [o.result for (name, _), o in outcomes.items() if name == arm]
+        last = [result.curve[-1] for result in results if result is not None]
+        names = [name for name in (last[0] if last else ()) if name in HIGHER_IS_BETTER]
+        final[arm] = {name: [entry[name] for entry in last] for name in names}
+    stack = partial(tuning.stack, outcomes, config.arms, config.num_seeds, config.base.steps)
+    seconds = stack("seconds")
+    return Result(
+        config=config,
+        privacy=f"{NON_PRIVATE}: {', '.join(CEILINGS)}; every other arm: {done[0].privacy}",
+        epsilon=float(done[0].epsilon or np.inf),
+        delta=done[0].delta,
+        description=done[0].description,
+        criterion=tuning.criterion(config.score),
+        arms=config.arms,
+        failures=tuple(failures),
+        tuned=tuple(tuned[arm] for arm in config.arms),
+        final=final,
+        score=stack(config.score),
+        loss=stack("loss"),
+        seconds=seconds,
+        restore_share=stack("restore_seconds")[..., -1] / seconds[..., -1],
+    )
+
+
+def steps_to(result: Result, share: float) -> np.ndarray:
+    """Return the steps to a share of the weaker baseline's gain, or infinity: (arms, seeds)."""
+    return protocol.steps_to(
+        result.score, result.target(share), higher_is_better=result.higher_is_better
+    )
+
+
+def seconds_to(result: Result, share: float) -> np.ndarray:
+    """Return the seconds of training, on the machine of the runs, of :func:`steps_to`."""
+    steps = steps_to(result, share)
+    index = np.where(np.isinf(steps), 0, steps).astype(int)[..., None]
+    return np.where(
+        np.isinf(steps), np.inf, np.take_along_axis(result.seconds, index, axis=-1)[..., 0]
+    )
+
+
+def steps_saved(result: Result, arm: str, baseline: str, share: float) -> tuple[float, float]:
+    """Return how many steps fewer an arm takes than a baseline, paired by seed, and the interval.
+
+    The second number is the half-width of the 95% t-interval. Steps are censored.
+    """
+    steps = protocol.censored(steps_to(result, share), result.budget)
+    return protocol.paired(result.of(baseline, steps), result.of(arm, steps))
+
+
+def gap_share(result: Result, arm: str, baseline: str, share: float) -> float:
+    """Return the share of a baseline's gap to the faster ceiling that an arm closes."""
+    steps = protocol.censored(steps_to(result, share), result.budget)
+    ceiling = min((result.of(name, steps) for name in CEILINGS), key=np.mean)
+    return protocol.gap_share(result.of(baseline, steps), result.of(arm, steps), ceiling)
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Tabulate each arm: score, steps, differences from both baselines, and time."""
+    metric, share = result.config.score, SHARES[0]
+    columns = [
+        "arm",
+        "learning rate (grid)",
+        f"final {metric}",
+        f"mean {metric} over the run",
+        *(f"steps to {s:.0%}, by seed" for s in SHARES),
+        *(
+            f"{what} {name}"
+            for name in BASELINES
+            for what in (
+                f"steps to {share:.0%} fewer than",
+                "share of the gap closed of",
+                f"final {metric} above",
+            )
+        ),
+        f"seconds to {share:.0%}, by seed",
+        "restoring, share of step time",
+    ]
+    reached = {s: steps_to(result, s) for s in SHARES}
+    seconds, rows = seconds_to(result, share), []
+    for i, (arm, found) in enumerate(zip(result.arms, result.tuned, strict=True)):
+        cells = [arm, _rate(found)]
+        if found.chosen is None:
+            rows.append(cells + [""] * (len(columns) - len(cells)))
+            continue
+        cells += [_unless_stopped(result.score[i, :, -1])]
+        cells += [_unless_stopped(result.score[i, :, 1:].mean(axis=-1))]
+        cells += [_each(reached[s][i]) for s in SHARES]
+        for name in BASELINES:
+            final = result.of(name)[:, -1]
+            cells += (
+                ["", "", ""]
+                if name == arm
+                else [
+                    _saved(result, arm, name, share),
+                    _share(result, arm, name, share),
+                    _interval(*protocol.paired(result.score[i, :, -1], final), "+.3f"),
+                ]
+            )
+        cells += [_each(seconds[i]), f"{np.nanmean(result.restore_share[i]):.1%}"]
+        rows.append(cells)
+    return columns, rows
+
+
+def headline(result: Result) -> Mapping[str, str]:
+    """Summarise the figure in a few lines."""
+    share, metric = SHARES[0], result.config.score
+    steps = steps_to(result, share)
+    lines = {
+        "epsilon of every arm with noise": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
+        "learning rates chosen by": result.criterion,
+        f"{metric} at {share:.0%} of the weaker baseline's gain": f"{result.target(share):.4g}",
+    }
+    for arm in PLAIN:
+        lines[f"{arm}: steps to {share:.0%}"] = _each(result.of(arm, steps))
+    for baseline, ceiling in CEILING_OF.items():
+        cost = ratio(result.of(baseline, steps), result.of(ceiling, steps), result.budget)
+        lines[f"steps of {baseline} over those without noise (NON-PRIVATE)"] = cost.text(())
+    for arm, found in zip(result.arms, result.tuned, strict=True):
+        if arm not in PLAIN and found.chosen is not None:
+            lines[f"{arm}: steps fewer than {' and than '.join(BASELINES)}"] = " and ".join(
+                _saved(result, arm, name, share) for name in BASELINES
+            )
+    return lines
+
+
+def _rate(found: tuning.Tuned) -> str:
+    grid = f"{found.rates[0]:g} to {found.rates[-1]:g}"
+    return f"none inside ({grid})" if found.chosen is None else f"{found.chosen:g} ({grid})"
+
+
+def _interval(mean: float, half: float, form: str) -> str:
+    return "a run stopped" if np.isnan(mean) else f"{mean:{form}} ± {half:{form.lstrip('+')}}"
+
+
+def _saved(result: Result, arm: str, baseline: str, share: float) -> str:
+    """Format :func:`steps_saved`, marked where runs that miss the target make it a bound."""
+    if np.isnan(result.target(share)):
+        return "no target"
+    steps = steps_to(result, share)
+    missed = np.isinf(result.of(baseline, steps)).any(), np.isinf(result.of(arm, steps)).any()
+    sign = {(True, False): "≥ ", (False, True): "≤ ", (True, True): "? "}.get(missed, "")
+    return sign + _interval(*steps_saved(result, arm, baseline, share), "+.1f")
+
+
+def _share(result: Result, arm: str, baseline: str, share: float) -> str:
+    if np.isnan(result.target(share)):
+        return "no target"
+    closed = gap_share(result, arm, baseline, share)
+    return "no gap" if np.isnan(closed) else f"{closed:.2f}"
+
+
+def _unless_stopped(values: np.ndarray) -> str:
+    if np.isnan(values).any():
+        return f"{int(np.isnan(values).sum())} of {len(values)} runs stopped"
+    return with_interval(values)
+
+
+def _each(values: np.ndarray) -> str:
+    """Format one value per seed; a mean would hide the runs that never reached the target."""
+    return ", ".join("not reached" if np.isinf(v) else f"{v:.0f}" for v in values)

@@ -1,0 +1,101 @@
+"""Configurations of the experiment on steps to a target: the published settings, and trials."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lowrank_dp.experiments.arms import PLAIN, base_config
+from lowrank_dp.train import TrainConfig
+
+RESTORED = ("denoise", "optimal", "optimal, zeroed")
+AVERAGED = ("DOPPLER", "mean, denoise", "mean, optimal", "mean, optimal, zeroed")
+LORA = ("DP-LoRA", "DP-LoRA, frozen A")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Runs of the experiment.
+
+    Attributes:
+        base: configuration that all arms share; its seed, learning rate and holdout are replaced.
+        arms: names in ``arms.ARMS``; both baselines and both ceilings must be among them.
+        num_seeds: number of reported seeds, counted from 0; 2 or more.
+        tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
+        tuning_holdout: training units held out, on which the learning rates are chosen.
+        score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
+        num_workers: number of concurrent runs; None means one per CPU core.
+    """
+
+    base: TrainConfig
+    arms: tuple[str, ...] = (*PLAIN, *RESTORED, *AVERAGED, *LORA)
+    num_seeds: int = 5
+    tuning_seeds: tuple[int, ...] = (1000, 1001)
+    tuning_holdout: int = 1000
+    score: str = "accuracy"
+    num_workers: int | None = None
+
+
+_SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)
+
+SST2 = Config(replace(_SST2, batch_size=1024, train_layers=1))
+# where a prototype saw a gap: noise-free Adam needed half of DP-Adam's steps
+SST2_GAP = Config(replace(_SST2, batch_size=256, epsilon=1.0, train_layers=1))
+SST2_ALL = Config(replace(_SST2, batch_size=1024), arms=(*PLAIN, "denoise", *AVERAGED[2:]))
+MNLI = Config(
+    base_config(
+        model="minilm",
+        task="mnli",
+        epsilon=8.0,
+        max_length=64,
+        batch_size=1024,
+        steps=21,
+        train_layers=1,
+        eval_examples=10_000,
+    ),
+    arms=(*PLAIN, "denoise", "mean, optimal, zeroed", "DP-LoRA"),
+)
+E2E = Config(
+    base_config(
+        model="tiny-llama", task="e2e", epsilon=8.0, batch_size=512, steps=24, eval_examples=5000
+    ),
+    score="loss",
+    tuning_holdout=300,
+)
+# micro-batches of 8, and few validation examples: each token has logits for 49,152 words
+SMOLLM2 = Config(
+    base_config(
+        model="smollm2",
+        task="e2e",
+        epsilon=8.0,
+        batch_size=128,
+        steps=12,
+        train_layers=2,
+        eval_examples=64,
+        micro_batch_size=8,
+    ),
+    arms=(*PLAIN, "denoise", "mean, optimal, zeroed", "DP-LoRA"),
+    score="loss",
+    tuning_holdout=64,
+)
+
+# trials of minutes on generated text, with models that need no download
+SMALL = Config(
+    base_config(model="tiny", task="generated", epsilon=2.0, batch_size=128, steps=12),
+    arms=(*PLAIN, "mean, optimal, zeroed"),
+    num_seeds=2,
+    tuning_holdout=200,
+)
+SMALL_TABLES = Config(
+    base_config(
+        model="tiny-llama",
+        task="generated-table",
+        epsilon=8.0,
+        batch_size=64,
+        steps=8,
+        eval_examples=60,
+    ),
+    arms=(*PLAIN, "denoise"),
+    num_seeds=2,
+    score="loss",
+    tuning_holdout=60,
+)

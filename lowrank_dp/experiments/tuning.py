@@ -1,0 +1,237 @@
+"""Choice of learning rates: grids that grow until the best rate lies inside, for many arms at once.
+
+The rates of a grid are ``start * 10^(k / 4)`` with integers k, its places. A grid begins with the
+places -2, 0 and 2. While the best rate is at an end, the grid is extended there by two places, a
+factor of 3.16. Then the places beside the best rate are filled, so that both of its neighbours are
+a factor of 1.78 away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.sweep import Outcome, sweep
+from lowrank_dp.train import TrainConfig
+
+PER_DECADE = 4  # places of a grid in a decade
+COARSE = 2  # places between the rates of the first grid
+MAX_RATIO = 2.0  # of the chosen rate and a neighbour
+MAX_EXTENSIONS = 6  # three decades
+# numbers that a text about a sweep's cost assumes: a grid has 5 to 11 rates
+TYPICAL_RATES = 6
+
+# (arm, learning rate) of many runs -> scores of each by tuning seed, NaN for a run that stopped
+Measure = Callable[[list[tuple[str, float]]], list[Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Learning rates that were tried for an arm, and the chosen one.
+
+    Attributes:
+        arm: name of the arm.
+        rates: the grid, in rising order.
+        scores: the criterion by rate and tuning seed; None for a run that stopped.
+        chosen: the best rate, which lies inside the grid; None if there is none.
+        failure: why no rate was chosen; empty otherwise.
+    """
+
+    arm: str
+    rates: tuple[float, ...]
+    scores: tuple[tuple[float | None, ...], ...]
+    chosen: float | None
+    failure: str = ""
+
+    @property
+    def means(self) -> np.ndarray:
+        """Mean of the criterion over the tuning seeds, (rates,); NaN if one of the runs stopped."""
+        return np.array(self.scores, dtype=float).mean(axis=1)  # None becomes NaN
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the chosen rate has a neighbour within ``MAX_RATIO`` on both sides."""
+        if self.chosen not in self.rates[1:-1]:
+            return False
+        i = self.rates.index(self.chosen)
+        ratios = (self.rates[i] / self.rates[i - 1], self.rates[i + 1] / self.rates[i])
+        return max(ratios) <= MAX_RATIO
+
+
+def criterion(metric: str) -> str:
+    """Describe what a learning rate is chosen by."""
+    kind = "highest" if HIGHER_IS_BETTER[metric] else "lowest"
+    return (
+        f"{kind} {metric} on held-out training examples, mean over all steps after the first "
+        "evaluation and over the tuning seeds"
+    )
+
+
+def best_index(means: Sequence[float]) -> int:
+    """Return the index of the highest number; of equal ones, the index nearest to the middle.
+
+    NaN is lower than every number. If all numbers are NaN, the index is 0: every run stopped, so
+    the rates are too high.
+    """
+    values = np.where(np.isnan(means), -np.inf, means)
+    if np.isneginf(values).all():
+        return 0
+    tied = np.flatnonzero(values == values.max())
+    return int(tied[np.argmin(np.abs(tied - (len(values) - 1) / 2))])
+
+
+def next_places(places: Sequence[int], means: Sequence[float]) -> list[int]:
+    """Return the places to try next; none once the best one is inside, between its neighbours.
+
+    Args:
+        places: two or more places of a grid, in rising order.
+        means: score of each place; higher is better, and NaN is worst.
+    """
+    best = best_index(means)
+    if best == 0:
+        return [places[0] - COARSE]
+    if best == len(places) - 1:
+        return [places[-1] + COARSE]
+    neighbours = (places[best - 1], places[best + 1])
+    return [(places[best] + place) // 2 for place in neighbours if abs(place - places[best]) > 1]
+
+
+def rate_at(start: float, place: int) -> float:
+    """Return the learning rate at a place of a grid, to three digits so that it can be read."""
+    return float(f"{start * 10 ** (place / PER_DECADE):.3g}")
+
+
+def tune(
+    starts: Mapping[str, float],
+    measure: Measure,
+    *,
+    higher_is_better: bool = True,
+    max_extensions: int = MAX_EXTENSIONS,
+) -> dict[str, Tuned]:
+    """Choose a learning rate for each arm; all arms are measured together, round by round.
+
+    An arm whose best rate is still at an end of its grid after ``max_extensions`` extensions has no
+    chosen rate, and a ``failure`` that says so.
+
+    Args:
+        starts: middle of the first grid, > 0, by arm.
+        measure: function that trains; each (arm, rate) is asked for once.
+        higher_is_better: whether a higher score is better than a lower one.
+        max_extensions: largest number of extensions of a grid.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    grids: dict[str, dict[int, Sequence[float]]] = {arm: {} for arm in starts}
+    extensions, failed = dict.fromkeys(starts, 0), set[str]()
+    wanted = {arm: [-COARSE, 0, COARSE] for arm in starts}
+    while asked := [(arm, place) for arm, places in wanted.items() for place in places]:
+        scores = measure([(arm, rate_at(starts[arm], place)) for arm, place in asked])
+        for (arm, place), by_seed in zip(asked, scores, strict=True):
+            grids[arm][place] = by_seed
+        wanted = {}
+        for arm in (name for name in starts if name not in failed):
+            places = sorted(grids[arm])
+            means = [sign * float(np.mean(grids[arm][place])) for place in places]
+            if best_index(means) in (0, len(places) - 1):
+                extensions[arm] += 1
+            if extensions[arm] > max_extensions:
+                failed.add(arm)
+            else:
+                wanted[arm] = next_places(places, means)
+    return {arm: _tuned(arm, starts[arm], grids[arm], sign, arm in failed) for arm in starts}
+
+
+def _tuned(
+    arm: str, start: float, grid: Mapping[int, Sequence[float]], sign: float, failed: bool
+) -> Tuned:
+    places = sorted(grid)
+    rates = tuple(rate_at(start, place) for place in places)
+    best = rates[best_index([sign * float(np.mean(grid[place])) for place in places])]
+    scores = tuple(
+        tuple(None if math.isnan(score) else float(score) for score in grid[place])
+        for place in places
+    )
+    if not failed:
+        return Tuned(arm, rates, scores, best)
+    if all(score is None for by_seed in scores for score in by_seed):
+        failure = f"{arm}: every run stopped at the learning rates {rates[0]:g} to {rates[-1]:g}"
+        return Tuned(arm, rates, scores, None, failure)
+    failure = (
+        f"{arm}: the best learning rate, {best:g}, is still at an end of the grid {rates[0]:g} to "
+        f"{rates[-1]:g}"
+    )
+    return Tuned(arm, rates, scores, None, failure)
+
+
+def tune_by_sweep(
+    starts: Mapping[str, float],
+    config_of: Callable[[str, float, int], TrainConfig],
+    seeds: Sequence[int],
+    metric: str,
+    folder: str | Path,
+    num_workers: int | None,
+) -> tuple[dict[str, Tuned], list[str]]:
+    """Choose a learning rate for each arm by :func:`criterion`, and list the runs that stopped.
+
+    Args:
+        starts: middle of the first grid by arm.
+        config_of: (arm, learning rate, seed) -> configuration, with held-out units to evaluate on.
+        seeds: tuning seeds.
+        metric: name in ``evaluation.HIGHER_IS_BETTER``.
+        folder: folder of the sweep, whose finished runs are not repeated.
+        num_workers: number of concurrent runs; None means one per CPU core.
+    """
+    stopped: list[str] = []
+
+    def measure(asked: list[tuple[str, float]]) -> list[Sequence[float]]:
+        configs = [config_of(arm, rate, seed) for arm, rate in asked for seed in seeds]
+        outcomes = sweep(configs, folder, num_workers=num_workers)
+        stopped.extend(
+            describe_failure(asked[i // len(seeds)][0], outcome)
+            for i, outcome in enumerate(outcomes)
+            if outcome.error
+        )
+        means = [float(curve(outcome, metric)[1:].mean()) for outcome in outcomes]
+        return [means[i : i + len(seeds)] for i in range(0, len(means), len(seeds))]
+
+    tuned = tune(starts, measure, higher_is_better=HIGHER_IS_BETTER[metric])
+    return tuned, stopped
+
+
+def curve(outcome: Outcome, metric: str) -> np.ndarray:
+    """Return the metric at each evaluation, or NaN for a run that stopped."""
+    steps, every = outcome.config.steps, outcome.config.eval_every
+    if outcome.result is None:
+        return np.full(-(-steps // every) + 1, np.nan)
+    return np.array([entry[metric] for entry in outcome.result.curve])
+
+
+def stack(
+    outcomes: Mapping[tuple[str, int], Outcome],
+    arms: Sequence[str],
+    num_seeds: int,
+    steps: int,
+    metric: str,
+) -> np.ndarray:
+    """Return the metric of each arm and seed after every step: (arms, seeds, steps + 1).
+
+    NaN stands for a run that stopped, and for an arm that was not run.
+    """
+    values = np.full((len(arms), num_seeds, steps + 1), np.nan)
+    for (arm, seed), outcome in outcomes.items():
+        values[list(arms).index(arm), seed] = curve(outcome, metric)
+    return values
+
+
+def describe_failure(arm: str, outcome: Outcome) -> str:
+    """Describe a run that stopped."""
+    config = outcome.config
+    held_out = " (tuning)" if config.holdout else ""
+    return (
+        f"{arm}, learning rate {config.learning_rate:g}, seed {config.seed}{held_out}: "
+        f"{outcome.error}"
+    )

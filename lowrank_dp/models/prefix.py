@@ -1,0 +1,192 @@
+"""Frozen prefix of a model: run it alone, or give its output to the model in place of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dp.models.heads import without_adapter
+from lowrank_dp.models.trainable import blocks
+
+STATES = "prefix_states"  # name of the batch's entry that holds the output of the frozen prefix
+
+
+class FrozenPrefix:
+    """Transformer blocks below the first block that trains, with everything below them.
+
+    While the object is installed, a batch may hold the prefix's output, (B, T, d), under the name
+    ``STATES``: the model then skips the blocks of the prefix. The rest of the model's forward
+    (masks, positions, trained blocks, head and loss) runs as usual, and so does the whole model on
+    a batch without the entry. The caller verifies that both ways agree, since a model may use the
+    output of a frozen block in more places than in the next block.
+
+    Args:
+        model: a transformers or PEFT model, with ``requires_grad`` set on its trained parameters.
+
+    Raises:
+        ValueError: if no block is frozen below the first trained block.
+    """
+
+    def __init__(self, model: Any) -> None:
+        base = without_adapter(model)
+        found = blocks(base)
+        modules = [[base.get_submodule(name) for name in names] for names in found]
+        self.num_blocks = len(found)
+        frozen = [not any(_trains(module) for module in block) for block in modules]
+        self.length = frozen.index(False) if False in frozen else len(frozen)
+        if not self.length:
+            raise ValueError("no transformer block is frozen below the first trained one")
+        if any(len(block) > 1 for block in modules[: self.length]):
+            raise ValueError(f"the blocks of {type(base).__name__} are several modules each")
+        self._model = model
+        self._blocks = [block[0] for block in modules[: self.length]]
+        above = [
+            m for block in modules[self.length :] for module in block for m in module.modules()
+        ]
+        self._trained = {
+            name: module
+            for name, module in base.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+        }
+        self._above = {id(t) for m in (*above, *self._trained.values()) for t in _own_tensors(m)}
+        last = modules[-1][0] if self.length < len(found) else None
+        self._attention = getattr(last, "attention", None)
+        self._states: Tensor | None = None
+        self._wrap: Callable[[Tensor], Any] = lambda states: states
+        self._undo: list[Callable[[], Any]] = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the frozen parameters and the buffers that the prefix may use, by name.
+
+        Those of the blocks above, and of a layer that trains, are left out.
+        """
+        base = without_adapter(self._model)
+        named = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        return {
+            name: tensor
+            for name, tensor in named.items()
+            if id(tensor) not in self._above and not tensor.requires_grad
+        }
+
+    @torch.no_grad()
+    def run(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the prefix's output on a batch, (B, T, d); nothing above the prefix runs.
+
+        Raises:
+            ValueError: if the output is no tensor (B, T, d), alone or as a tuple's first element
+                beside None, or if a layer that trains runs before the last frozen block.
+        """
+        if self._model.training:
+            raise ValueError("model must be in evaluation mode, got training mode")
+        handles = [self._blocks[-1].register_forward_hook(_stop)] + [
+            module.register_forward_pre_hook(partial(_refuse, name))
+            for name, module in self._trained.items()
+        ]
+        try:
+            self._model(**{name: value for name, value in batch.items() if name != STATES})
+        except _Reached as reached:
+            output = reached.output
+        else:
+            raise ValueError("the model does not run its last frozen block")
+        finally:
+            for handle in handles:
+                handle.remove()
+        states = output[0] if isinstance(output, tuple) else output
+        rest = output[1:] if isinstance(output, tuple) else ()
+        whole = tuple(batch["input_ids"].shape)
+        if not isinstance(states, Tensor) or any(part is not None for part in rest):
+            raise ValueError("a frozen block returns more than one tensor")
+        if states.ndim != 3 or tuple(states.shape[:2]) != whole:
+            raise ValueError(
+                f"a frozen block's output has shape {tuple(states.shape)} for a batch {whole}"
+            )
+        if isinstance(output, tuple):
+            self._wrap = lambda given: (given, *rest)
+        return states
+
+    def install(self, *, first_position_only: bool = False) -> None:
+        """Let the model take the entry ``STATES`` of a batch; call :meth:`run` once before.
+
+        Args:
+            first_position_only: whether the last block, on such a batch, computes what follows its
+                attention at the first position only. This is right for a classifier that reads no
+                other position of the last block, and for a block whose layers after the attention
+                treat each position by itself.
+
+        Raises:
+            ValueError: for ``first_position_only`` if the last block is frozen or has no module
+                ``attention``.
+        """
+        if first_position_only and not isinstance(self._attention, nn.Module):
+            raise ValueError("the last block must train and have a module named attention")
+
+        def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            self._states = kwargs.get(STATES)
+            return args, {name: value for name, value in kwargs.items() if name != STATES}
+
+        def drop(module: nn.Module, args: Any, output: Any) -> None:
+            self._states = None
+
+        hooks = [
+            self._model.register_forward_pre_hook(take, with_kwargs=True),
+            self._model.register_forward_hook(drop, always_call=True),
+        ]
+        if first_position_only and self._attention is not None:
+            hooks.append(self._attention.register_forward_hook(self._first_position))
+        self._undo = [hook.remove for hook in hooks]
+        for block in self._blocks:
+            block.forward = self._skipping(block, block.forward)
+            self._undo.append(partial(block.__dict__.pop, "forward", None))
+
+    def _first_position(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._states is None:
+            return output
+        if isinstance(output, tuple):
+            return (output[0][:, :1], *output[1:])
+        return output[:, :1]
+
+    def remove(self) -> None:
+        """Undo :meth:`install`."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _skipping(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward that gives the prefix's output, if the batch holds the output."""
+
+        def skipping(*args: Any, **kwargs: Any) -> Any:
+            if self._states is None:
+                return forward(*args, **kwargs)
+            dtype = next((p.dtype for p in block.parameters()), self._states.dtype)
+            if torch.is_autocast_enabled(self._states.device.type):
+                dtype = self._states.dtype
+            return self._wrap(self._states.to(dtype))
+
+        return skipping
+
+
+class _Reached(Exception):
+    """Ends a forward at the last frozen block, whose output it carries."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+def _refuse(name: str, module: nn.Module, args: Any) -> None:
+    raise ValueError(f"{name or 'the model itself'} trains, and runs below the last frozen block")
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -1,0 +1,199 @@
+"""DP-Muon: momentum of noisy gradients, orthogonalised; with a bias correction for known noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+from lowrank_dp.optim.noise_level import NOISE_LEVEL
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon's Newton-Schulz iteration
+_ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for other parameters, on noisy gradients (arXiv 2605.12994).
+
+    The running mean ``M <- momentum M + (1 - momentum) g`` of a matrix's noisy gradients is
+    orthogonalised, ``W <- W - lr * .2 sqrt(max(m, n)) * T(M / |M|)``: T maps a singular value x to
+    ``f(x)``, near 1, by five Newton-Schulz iterations. The step is that of ``torch.optim.Muon``
+    without Nesterov's term, at the scale that matches AdamW, so that one learning rate serves
+    matrices and other parameters. Both read noisy gradients only: post-processing.
+
+    With ``bias_correction`` the step is DP-MuonBC's: noise of standard deviation tau on the entries
+    of M shifts the mean of the orthogonalised matrix by ``tau^2 / 2`` times the Laplacian of T, to
+    leading order, and this shift is subtracted (:func:`bias_corrected`).
+
+    What was read of the paper is its abstract and a summary of DP-Muon; the algorithm of its
+    DP-MuonBC was not found. The correction here is derived from the abstract ("removes the leading
+    output-level bias term" of a "matrix-valued heat-smoothing bias"). The paper clips the gradient
+    of each matrix by itself; ``lowrank_dp.train`` clips all parameters together.
+
+    Args:
+        matrices: parameters with two axes that Muon moves. Embeddings should be among ``others``.
+        others: all other parameters.
+        lr: learning rate of both, > 0.
+        momentum: decay of the running mean, and AdamW's beta1; in [0, 1).
+        beta2: AdamW's beta2, in [0, 1).
+        weight_decay: decoupled weight decay of both, >= 0.
+        bias_correction: whether to correct the orthogonalised matrix for the noise.
+        mean_noise_std: standard deviation of the noise on each entry of ``p.grad``, absolute, in
+            the units of ``p.grad``, >= 0: for a mean over a batch, ``noise_multiplier *
+            max_grad_norm / batch_size``. Needed with ``bias_correction``. It is an entry of the
+            matrices' parameter group, which may be assigned before a step.
+
+    Raises:
+        ValueError: on a bad argument.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor] = (),
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 0.0,
+        bias_correction: bool = False,
+        mean_noise_std: float | None = None,
+    ) -> None:
+        _validate.positive("lr", lr)
+        _validate.real("weight_decay", weight_decay, low=0)
+        for name, beta in (("momentum", momentum), ("beta2", beta2)):
+            _validate.real(name, beta, low=0, high=1, high_open=True)
+        matrices, others = list(matrices), list(others)
+        for matrix in matrices:
+            if matrix.ndim != 2:
+                _validate.fail("matrices", "parameters with two axes", tuple(matrix.shape))
+        self._inner: list[torch.optim.Optimizer] = []
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        if matrices and bias_correction:
+            std = _validate.real(NOISE_LEVEL, mean_noise_std, low=0)
+            self._inner.append(_BiasCorrected(matrices, **shared, momentum=momentum, std=std))
+        elif matrices:
+            self._inner.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=lr,
+                    weight_decay=weight_decay,
+                    momentum=momentum,
+                    nesterov=False,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if others or not matrices:
+            self._inner.append(torch.optim.AdamW(others, **shared, betas=(momentum, beta2)))
+        super().__init__([group for inner in self._inner for group in inner.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step along the gradients in ``.grad``; a closure is not accepted."""
+        if closure is not None:
+            raise ValueError("step must be called without a closure: gradients must hold noise")
+        for inner, group in zip(self._inner, self.param_groups, strict=True):
+            # loading a state replaces both
+            inner.param_groups, inner.state = [group], self.state
+            inner.step()
+
+
+class _BiasCorrected(torch.optim.Optimizer):
+    """``torch.optim.Muon`` with :func:`bias_corrected` in place of the orthogonalised matrix."""
+
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        std: float,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, NOISE_LEVEL: std}
+        super().__init__(matrices, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        momentum, rate = group["momentum"], group["lr"]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+                state["noise_variance"] = torch.zeros((), device=p.device)
+            state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            own = ((1 - momentum) * group[NOISE_LEVEL]) ** 2
+            state["noise_variance"].mul_(momentum**2).add_(own)
+            update = bias_corrected(
+                state["momentum_buffer"], math.sqrt(float(state["noise_variance"]))
+            )
+            p.mul_(1 - rate * group["weight_decay"])
+            p.add_(update, alpha=-rate * 0.2 * math.sqrt(max(p.shape)))
+
+
+def bias_corrected(matrix: Tensor, noise_std: float) -> Tensor:
+    """Orthogonalise a noisy matrix, less the bias that its noise gives to the result.
+
+    For noise Z of independent N(0, 1) entries, ``E T(M + tau Z) = T(M) + tau^2 / 2 * (Laplacian of
+    T)(M) + O(tau^4)``. The result is ``T(N) - tau^2 / 2 * (Laplacian of T)(N)`` for the noisy N. T
+    acts on the singular values by an odd function f and so does its Laplacian: with m <= n, the
+    value ``x_i`` becomes, with divided differences ``f[.]``,
+
+        f''(x_i) + sum over j != i of (f[x_i, x_i, x_j] + f[x_i, x_i, -x_j])
+        + (n - m) (f'(x_i) / x_i - f(x_i) / x_i^2).
+
+    Args:
+        matrix: (m, n), float32 or float64.
+        noise_std: standard deviation tau of the noise on each entry, absolute, >= 0.
+
+    Returns:
+        The matrix, in the shape and type of ``matrix``. ``|matrix|`` is treated as a constant; a
+        matrix of zeros gives zeros.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    wide = wide.double()
+    norm = float(torch.linalg.matrix_norm(wide))
+    if norm == 0:
+        return torch.zeros_like(matrix)
+    unit = wide / norm
+    squares, u = torch.linalg.eigh(unit @ unit.mT)
+    x = squares.clamp(min=1e-18).sqrt()
+    values, slope, curvature = _newton_schulz(x)
+    laplacian = curvature + _between(x, values, slope, curvature)
+    laplacian += (wide.shape[1] - wide.shape[0]) * (slope / x - values / x**2)
+    tau = noise_std / norm
+    gains = (values - tau**2 / 2 * laplacian) / x
+    result = (u * gains) @ (u.mT @ unit)
+    return (result if wide.shape == matrix.shape else result.mT).to(matrix.dtype)
+
+
+def _newton_schulz(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return f(x), f'(x) and f''(x) of the composed Newton-Schulz polynomials."""
+    a, b, c = _COEFFICIENTS
+    slope, curvature = torch.ones_like(x), torch.zeros_like(x)
+    for _ in range(_ITERATIONS):
+        first = a + 3 * b * x**2 + 5 * c * x**4
+        second = 6 * b * x + 20 * c * x**3
+        curvature = second * slope**2 + first * curvature
+        slope = first * slope
+        x = a * x + b * x**3 + c * x**5
+    return x, slope, curvature
+
+
+def _between(x: Tensor, values: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    """Sum over j != i of ``f[x_i, x_i, x_j] + f[x_i, x_i, -x_j]``."""
+    total = torch.zeros_like(x)
+    for sign in (1.0, -1.0):
+        apart = x[:, None] - sign * x
+        near = apart.abs() < 1e-6
+        apart = torch.where(near, 1.0, apart)
+        differences = (values[:, None] - sign * values) / apart
+        terms = torch.where(near, curvature[:, None] / 2, (slope[:, None] - differences) / apart)
+        total += terms.fill_diagonal_(0).sum(-1)
+    return total

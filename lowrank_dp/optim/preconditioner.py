@@ -1,0 +1,132 @@
+"""Rank-one preconditioner for training loops of Opacus, from the gradients of public batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_dp import _validate
+from lowrank_dp.grads.opacus_samples import register_scaled_layers
+from lowrank_dp.models.scaled import (
+    ScaledConv1D,
+    ScaledLinear,
+    remove_scales,
+    scalable_layers,
+    scale_layers,
+    scaled_layers,
+)
+from lowrank_dp.precondition import joint_scales, public_moments
+
+
+def attach_preconditioner(
+    model: nn.Module,
+    public_batches: Iterable[Any],
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    *,
+    power: float = 0.125,
+    learning_rate: float = 1e-3,
+) -> Preconditioner:
+    """Precondition the trained linear layers of a model, before ``PrivacyEngine.make_private``.
+
+    The model takes one noise-free step of Adam per public batch, and gets its weights back. The row
+    and column means of the squared gradients give each weight its scales r and c. From then on each
+    layer stores its weight divided by ``r c^T``; its function is the same. Opacus clips and noises
+    the gradient of the stored weight, which is ``r c^T`` times that of the weight. Its sensitivity
+    is ``max_grad_norm``, so epsilon does not change. Opacus's modes "hooks" and "ghost" work.
+
+    Learning rates of an ordinary run do not carry over. The method was tried with SGD with momentum
+    0.9 on the stored weights.
+
+    Args:
+        model: the model, in training mode, with at least one trained ``nn.Linear`` (or GPT-2's
+            ``Conv1D``) that shares its weight with no other layer. Other parameters are not scaled.
+        public_batches: batches of PUBLIC data, one per step. A private batch would make the
+            scales, and everything that is computed with them, NON-PRIVATE.
+        loss_of: ``loss_of(model, batch)`` returns the mean loss of the batch, a scalar.
+        power: p of ``r_i = a row_i^-p``, in [0, 0.5] (``precondition.joint_scales``).
+        learning_rate: learning rate of Adam on the public batches, above 0.
+
+    Returns:
+        A handle, with ``remove()``.
+
+    Raises:
+        ValueError: if the model has no such layer, already has scales or is wrapped by Opacus, if
+            there is no batch, on a number out of range, or if a gradient is not finite.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> batch = torch.eye(3), torch.tensor([0, 1, 1])
+    >>> loss_of = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+    >>> handle = attach_preconditioner(model, [batch], loss_of)
+    >>> handle.remove()
+    """
+    layers = scalable_layers(model)
+    if not layers:
+        found = ", ".join(scaled_layers(model)) or "none"
+        _validate.fail("model", "one with trained linear layers that have no scales", found)
+    if any(hasattr(p, "grad_sample") for p in model.parameters()):
+        raise ValueError(
+            "model must not be wrapped by Opacus yet, whose hooks would keep the gradients of the "
+            "public batches: call attach_preconditioner before make_private"
+        )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradient(batch: Any) -> Mapping[str, Tensor]:
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        return {n: p.new_zeros(p.shape) if p.grad is None else p.grad for n, p in trained.items()}
+
+    moments = public_moments(
+        trained,
+        (partial(gradient, batch) for batch in public_batches),
+        learning_rate=learning_rate,
+    )
+    own = {name: moments[_weight(name)] for name in layers}
+    scale_layers(model, joint_scales(own, power))
+    for layer in layers.values():
+        layer.__class__ = _OF_OPACUS[type(layer)]
+    register_scaled_layers(*_OF_OPACUS.values())
+    return Preconditioner(model)
+
+
+class Preconditioner:
+    """Handle of one attachment, made by :func:`attach_preconditioner`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def remove(self) -> None:
+        """Make the layers ordinary again, with their full weights; for saving after the training.
+
+        The parameters stay the same objects. An optimizer with momentum must not step afterwards:
+        its momentum is that of the stored weights.
+        """
+        remove_scales(self._model)
+
+
+class _WithoutBuffers(nn.Module):
+    """Layer that shows no buffers.
+
+    Opacus refuses trained layers with buffers, because those of a batch norm are computed from
+    private data. The scales are public constants.
+    """
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        return iter(())
+
+
+class _OpacusLinear(_WithoutBuffers, ScaledLinear):
+    pass
+
+
+class _OpacusConv1D(_WithoutBuffers, ScaledConv1D):
+    pass
+
+
+_OF_OPACUS: dict[type, type] = {ScaledLinear: _OpacusLinear, ScaledConv1D: _OpacusConv1D}
+
+
+def _weight(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"

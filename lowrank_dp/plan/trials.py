@@ -1,0 +1,296 @@
+"""Gap in steps between training with and without noise, from short trainings on public text.
+
+Each arm trains the same weights on public text with clipped gradients: without noise, and with the
+noise that the private run adds to its mean gradient. A score of held-out public rows is followed:
+for classes the mean of ``1 - p(label)``, which stays bounded where an overconfident model's loss
+does not, and else the loss. The gap is the number of steps of the noisy arm over the number of
+steps in which the noise-free arm reaches the same score. Nothing is fitted: the model, the trained
+part, the optimizer, the clipping norm and the noise are those of the run, and only text, labels and
+the number of rows per step differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+from lowrank_dp._terminal import progress
+from lowrank_dp.grads import Batch
+from lowrank_dp.plan.public_text import PublicText
+
+FACTOR = 10**0.5  # between neighbouring learning rates
+# (adaptive, noisy) -> learning rates that are tried first, for a clipping norm of 1
+RATES = {
+    (True, False): (3e-4, 1e-3, 3e-3),
+    (True, True): (3e-3, 1e-2, 3e-2),
+    (False, False): (1.0, 3.0, 10.0),
+    (False, True): (1.0, 3.0, 10.0),
+}
+HELD_OUT = 128  # rows whose score is followed
+SHARE = 0.9  # of the gain, at which steps are compared
+WINDOW = 3  # steps of the running median
+MIN_GAIN = 0.01  # of the score; an arm that gains less has learned nothing that steps could count
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm of the comparison, at its best learning rate.
+
+    Attributes:
+        name: the arm in words.
+        rate: learning rate whose mean score over the run is lowest.
+        rates: the learning rates that were tried.
+        scores: held-out score before the first step and after each step; lower is better.
+    """
+
+    name: str
+    rate: float
+    rates: tuple[float, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def gain(self) -> float:
+        """Fall of the smoothed score over the training, >= 0."""
+        return self.scores[0] - _smooth(self.scores)[-1]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Steps that noise costs, as predicted by trainings on public text.
+
+    Attributes:
+        trials: the arms: for SGD, with noise and without; for any other optimizer, SGD without
+            noise, Adam with noise and Adam without.
+        ratio: steps of the noisy arm per step of the noise-free arm, to one score. A perfect
+            denoiser could save the share ``1 - 1 / ratio`` of the steps. None if one of the two
+            gains less than ``MIN_GAIN``.
+        adaptivity: steps of noise-free SGD per step of noise-free Adam; None for SGD, and if one
+            of the two gains less than ``MIN_GAIN``.
+    """
+
+    trials: tuple[Trial, ...]
+    ratio: float | None
+    adaptivity: float | None
+
+    @property
+    def saved(self) -> float | None:
+        """Share of the steps that training without noise would save; None without a ratio."""
+        return None if self.ratio is None else max(0.0, 1 - 1 / self.ratio)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm trains with.
+
+    Attributes:
+        name: the arm in words.
+        optimizer: "sgd" (momentum 0.9), or an optimizer that adapts to each coordinate.
+        noise_std: standard deviation of the noise on an entry of the mean gradient, absolute.
+    """
+
+    name: str
+    optimizer: str
+    noise_std: float
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the optimizer divides by a second moment."""
+        return self.optimizer != "sgd"
+
+
+def measure_gap(
+    text: PublicText,
+    optimizer: str,
+    noise_std: float,
+    max_grad_norm: float,
+    *,
+    steps: int,
+    rows: int | None = None,
+    seed: int = 0,
+) -> Gap:
+    """Train on public text with and without noise, and compare the steps to one score.
+
+    The weights of ``text.model`` end as the noise-free arm left them.
+
+    Args:
+        text: public text and model.
+        optimizer: a name in ``train.config_checks.OPTIMIZERS``; all but "sgd" stand for Adam.
+        noise_std: standard deviation of the noise on an entry of the *mean* gradient, absolute:
+            ``noise_multiplier * max_grad_norm / batch_size``.
+        max_grad_norm: clipping norm C of one row.
+        steps: steps of each training, >= 1.
+        rows: rows per step; None takes 64 with frozen blocks below the trained ones, else 32.
+        seed: random seed of the rows and of the noise.
+
+    Raises:
+        ValueError: if an argument is out of range, or the text has too few rows.
+    """
+    steps = _validate.integer("steps", steps)
+    rows = _validate.integer("rows", rows or (64 if text.prefix else 32))
+    held = range(min(HELD_OUT, len(text.rows) // 2))
+    if len(text.rows) - len(held) < rows:
+        _validate.fail("public", f"text of at least {rows + len(held)} rows", len(text.rows))
+    kind = "sgd" if optimizer == "sgd" else "adam"
+    name = {"sgd": "SGD", "adam": "Adam"}[kind]
+    arms = [
+        Arm(f"{name} with noise", kind, noise_std),
+        Arm(f"{name} without noise", kind, 0.0),
+    ]
+    if kind != "sgd":
+        arms.insert(0, Arm("SGD without noise", "sgd", 0.0))
+    start = _weights(text)
+    held_batches = [*text.batches(held)]
+    ends: dict[float, dict[str, Tensor]] = {}
+
+    def scores(rate: float, arm: Arm) -> list[float]:
+        _assign(text, start)
+        draws = torch.Generator().manual_seed(seed)
+        found = [_held_out_score(text, held_batches)]
+        for _ in _steps(text, arm, rate, max_grad_norm, steps, rows, len(held), draws):
+            found.append(_held_out_score(text, held_batches))
+        ends[rate] = _weights(text) if arm.noise_std == 0 else {}
+        return found
+
+    trials = []
+    for arm in progress(arms, "short trainings on public text"):
+        ends.clear()
+        unit = 1.0 if arm.adaptive else 1.0 / max_grad_norm
+        first = [rate * unit for rate in RATES[arm.adaptive, arm.noise_std > 0]]
+        rate, curves = best_rate(partial(scores, arm=arm), first)
+        trials.append(Trial(arm.name, rate, tuple(sorted(curves)), tuple(curves[rate])))
+    _assign(text, ends[trials[-1].rate])
+    *slow, noisy, clean = trials
+    return Gap(
+        tuple(trials),
+        steps_ratio(noisy.scores, clean.scores),
+        steps_ratio(slow[0].scores, clean.scores) if slow else None,
+    )
+
+
+def best_rate(
+    scores: Callable[[float], Sequence[float]], first: Sequence[float], *, most: int = 5
+) -> tuple[float, dict[float, Sequence[float]]]:
+    """Find the learning rate of the lowest mean score over a run.
+
+    Rates are added beyond an end of the grid, by ``FACTOR``, while the best rate is at that end and
+    fewer than ``most`` rates were tried.
+
+    Args:
+        scores: learning rate -> scores of a run; lower is better. A run with a score that is not
+            finite is never the best.
+        first: learning rates that are tried first.
+        most: largest number of rates.
+
+    Returns:
+        The best rate, and the scores of every rate that was tried.
+    """
+    curves = {rate: scores(rate) for rate in first}
+
+    def mean(rate: float) -> float:
+        value = sum(curves[rate]) / len(curves[rate])
+        return value if math.isfinite(value) else math.inf
+
+    best = min(curves, key=mean)
+    while len(curves) < most and best in (min(curves), max(curves)):
+        new = best / FACTOR if best == min(curves) else best * FACTOR
+        curves[new] = scores(new)
+        best = min(curves, key=mean)
+    return best, curves
+
+
+def steps_ratio(slow: Sequence[float], fast: Sequence[float], share: float = SHARE) -> float | None:
+    """Return the steps of ``slow`` per step of ``fast`` to one score.
+
+    The score is reached at ``share`` of the gain of the arm that gains less. Scores are running
+    minima of running medians of ``WINDOW`` values, interpolated linearly between steps. The ratio
+    is below 1 if ``slow`` is the faster of the two, and None if one of them gains less than
+    ``MIN_GAIN``: its steps to the other's scores are not known.
+
+    Args:
+        slow, fast: scores before the first step and after each step; lower is better.
+        share: share of the gain, in (0, 1].
+    """
+    slow, fast = _smooth(slow), _smooth(fast)
+    start = slow[0]
+    gain = min(start - slow[-1], start - fast[-1])
+    if not gain >= MIN_GAIN:
+        return None
+    target = start - share * gain
+    return _crossing(slow, target) / _crossing(fast, target)
+
+
+def _smooth(scores: Sequence[float]) -> list[float]:
+    """Running minimum of the running median; the first value, which all arms share, stays."""
+    medians = [scores[0]]
+    medians += [
+        statistics.median(scores[max(0, i - WINDOW + 1) : i + 1]) for i in range(1, len(scores))
+    ]
+    return list(itertools.accumulate(medians, min))
+
+
+def _crossing(scores: Sequence[float], target: float) -> float:
+    """Number of steps, interpolated, after which falling scores reach ``target``."""
+    last = next(i for i, score in enumerate(scores) if score <= target)
+    before, after = scores[last - 1], scores[last]
+    return last - 1 + (before - target) / (before - after)
+
+
+def _steps(
+    text: PublicText,
+    arm: Arm,
+    rate: float,
+    max_grad_norm: float,
+    steps: int,
+    rows: int,
+    held: int,
+    draws: torch.Generator,
+) -> Iterator[None]:
+    """Take the steps of one training; the first ``held`` rows of the text are not trained on."""
+    trained = text.trained
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(trained.values(), lr=rate)
+        if arm.adaptive
+        else torch.optim.SGD(trained.values(), lr=rate, momentum=0.9)
+    )
+    for _ in range(steps):
+        chosen = torch.randperm(len(text.rows) - held, generator=draws)[:rows] + held
+        sums = text.clipped_sum(chosen.tolist(), max_grad_norm)
+        for name, p in trained.items():
+            noise = torch.randn(p.shape, generator=draws).to(p) * arm.noise_std
+            p.grad = (sums[name] / rows).to(p) + noise
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def _weights(text: PublicText) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in text.trained.items()}
+
+
+@torch.no_grad()
+def _assign(text: PublicText, weights: dict[str, Tensor]) -> None:
+    for name, p in text.trained.items():
+        p.copy_(weights[name])
+
+
+@torch.no_grad()
+def _held_out_score(text: PublicText, batches: Sequence[Batch]) -> float:
+    """Mean score of the rows of the batches: ``1 - p(label)`` for classes, else the loss."""
+    total, rows = 0.0, 0
+    for batch in batches:
+        output, size = text.model(**batch), len(batch["input_ids"])
+        if text.kind == "classification":
+            p = output.logits.softmax(-1).gather(1, batch["labels"][:, None])
+            total += float((1 - p).sum())
+        else:
+            total += float(output.loss) * size
+        rows += size
+    return total / rows

@@ -1,0 +1,88 @@
+"""Factored second moments of gradients, along a few steps of training on public data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_dp import _validate
+
+
+class Moment(NamedTuple):
+    """Row and column means of the squares of a gradient (m, n), or of a mean of such squares.
+
+    Attributes:
+        row: (m,) float64, >= 0: the mean over the columns, in the units of the squared gradient.
+        col: (n,) float64, >= 0: the mean over the rows.
+    """
+
+    row: Tensor
+    col: Tensor
+
+
+def second_moment(gradient: Tensor) -> Moment:
+    """Return the row and column means of a matrix's squares (Adafactor, arXiv 1804.04235).
+
+    Raises ValueError if ``gradient`` is not a matrix of finite entries.
+    """
+    _validate.matrix("gradient", gradient)
+    if gradient.ndim != 2:
+        _validate.fail("gradient", "a matrix (m, n)", tuple(gradient.shape))
+    squares = gradient.double().square()
+    return Moment(squares.mean(1), squares.mean(0))
+
+
+def public_moments(
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Iterable[Callable[[], Mapping[str, Tensor]]],
+    *,
+    learning_rate: float = 1e-3,
+) -> dict[str, Moment]:
+    """Train on public data without noise, and return the mean second moment of each matrix.
+
+    Each step is one of Adam (beta1 0.9, beta2 0.999). The parameters get their values back at the
+    end, so that nothing remains of the training but the moments.
+
+    Args:
+        parameters: the trained parameters, by name.
+        gradients: one function per step, which returns the gradients of PUBLIC data at the
+            parameters' present values, by name. The gradients' unit does not matter.
+        learning_rate: learning rate of Adam, above 0.
+
+    Returns:
+        The mean over the steps of :func:`second_moment`, for each parameter that is a matrix.
+
+    Raises:
+        ValueError: if ``learning_rate`` is not above 0, if there is no step, or if a gradient is
+            not finite.
+    """
+    _validate.positive("learning_rate", learning_rate)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.Adam(list(parameters.values()), lr=learning_rate)
+    totals: dict[str, Moment] = {}
+    steps = 0
+    try:
+        for gradient in gradients:
+            found = gradient()
+            for name, p in parameters.items():
+                p.grad = found[name].to(p.dtype)
+                if p.ndim == 2:
+                    moment = second_moment(found[name])
+                    totals[name] = (
+                        Moment(totals[name].row + moment.row, totals[name].col + moment.col)
+                        if name in totals
+                        else moment
+                    )
+            optimizer.step()
+            steps += 1
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.grad = None
+                p.copy_(before[name])
+    if not steps:
+        _validate.fail("gradients", "at least one step of public data", "none")
+    return {name: Moment(total.row / steps, total.col / steps) for name, total in totals.items()}

@@ -1,0 +1,64 @@
+"""Scales of rows and columns from factored second moments, normalised over all layers together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+
+from lowrank_dp import _validate
+from lowrank_dp.models.scaled import Scale
+from lowrank_dp.precondition.moments import Moment
+
+LEAST = 1e-6  # smallest row or column mean that counts, relative to the matrix's mean square
+
+
+def joint_scales(
+    moments: Mapping[str, Moment],
+    power: float = 0.125,
+    *,
+    equal_rows: Collection[str] = (),
+) -> dict[str, Scale]:
+    """Return ``r_i = a row_i^-power`` and ``c_j = a col_j^-power`` of each matrix.
+
+    The factor ``a`` is one for all matrices: it makes the mean square of ``r_i c_j`` over all
+    entries of all matrices 1. A matrix of small gradients gets larger scales than a matrix of
+    large gradients. Means below ``LEAST`` times the matrix's own mean count as this bound. A
+    matrix whose moment is 0 gets scales of 1, and does not count in ``a``.
+
+    Args:
+        moments: second moments, by name of the matrix; the common unit does not matter.
+        power: p, in [0, 0.5]: p = 0 scales nothing; with p = 1/4, the steps of SGD on the stored
+            weights scale with the inverse root of the second moment, as Adam's do.
+        equal_rows: names of matrices whose rows get one scale, from the mean of their row means:
+            a classifier's last layer, whose rows are other classes than those of the public text.
+
+    Raises:
+        ValueError: if ``power`` is out of range, or a moment is negative or not finite.
+    """
+    _validate.real("power", power, low=0, high=0.5)
+    found: dict[str, Scale] = {}
+    squares, entries = 0.0, 0
+    for name, (row, col) in moments.items():
+        for part in (row, col):
+            if not bool((part >= 0).all() and part.isfinite().all()):
+                raise ValueError(f"moment of {name} must be finite and >= 0")
+        level = float(row.mean())
+        if not level > 0:
+            continue
+        if name in equal_rows:
+            row = torch.full_like(row, level)
+        scale = Scale(*(part.clamp(min=LEAST * level).pow(-power) for part in (row, col)))
+        found[name] = scale
+        squares += float(scale.row.square().sum() * scale.col.square().sum())
+        entries += len(row) * len(col)
+    factor = (entries / squares) ** 0.25 if squares else 1.0
+    if not math.isfinite(factor):
+        raise ValueError("moments must not differ by more than float64 can hold")
+    return {
+        name: Scale(found[name].row * factor, found[name].col * factor)
+        if name in found
+        else Scale(torch.ones_like(moment.row), torch.ones_like(moment.col))
+        for name, moment in moments.items()
+    }

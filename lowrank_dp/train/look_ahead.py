@@ -1,0 +1,62 @@
+"""Look-ahead of DiSK: gradients are taken ahead of the weights, along their last movement.
+
+With the weights x_t, the movement d = x_t - x_(t-1) and a gain kappa, DiSK (Zhang et al., arXiv
+2410.03883) releases the noisy sum of the clipped per-example gradients
+
+    c grad f(x_t + gamma d) + (1 - c) grad f(x_t),    c = (1 - kappa) / (kappa gamma),
+
+and filters it by ``restore.kalman_filter``. For gamma = (1 - kappa) / kappa the second term
+is zero. That form is implemented here: one gradient per example, taken at x_t + gamma d and
+clipped there to the norm C, so a step is one release of sensitivity C, as without DiSK. The point
+depends on earlier releases only. In the first step d is 0. (The authors' scripts take gamma = 0.5
+at kappa = 0.7, where the second term has the weight 1/7.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class LookAhead:
+    """Look-ahead of a run, with the last movement of its parameters.
+
+    Attributes:
+        movement: parameter name -> ``x_t - x_(t-1)``; empty before the first step, and without
+            DiSK. The movement is computed from released gradients, so it may be published.
+    """
+
+    def __init__(self, gamma: float | None) -> None:
+        """Args: gamma: length of the look-ahead, in units of the movement; None for no DiSK."""
+        self._gamma = gamma
+        self.movement: dict[str, Tensor] = {}
+
+    @contextmanager
+    def applied(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Move the parameters ahead within the block, and put them back to the bit."""
+        if self._gamma is None or not self.movement:
+            yield
+            return
+        here = {name: p.detach().clone() for name, p in trained.items()}
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.add_(self.movement[name], alpha=self._gamma)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(here[name])
+
+    @contextmanager
+    def measured(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Note how far the block moves the parameters."""
+        if self._gamma is None:
+            yield
+            return
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        yield
+        self.movement = {name: p.detach() - before[name] for name, p in trained.items()}

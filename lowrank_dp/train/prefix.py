@@ -1,0 +1,382 @@
+"""Cache of the frozen blocks' output, so that steps and evaluations run the trained blocks only.
+
+A cached output depends on one row's tokens and on frozen weights. It is stored per row in a folder
+that runs share (:class:`lowrank_dp.artifacts.row_store.RowStore`), under a hash of everything that
+the output depends on. The outputs are as sensitive as the records: only the owner can read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+from lowrank_dp._json import json_digest
+from lowrank_dp._terminal import first_line, progress
+from lowrank_dp.artifacts.row_store import RowStore, bytes_used
+from lowrank_dp.data.batches import collate
+from lowrank_dp.grads import Batch
+from lowrank_dp.grads.clipping import clipped_sum
+from lowrank_dp.models.heads import without_adapter
+from lowrank_dp.models.prefix import STATES, FrozenPrefix
+from lowrank_dp.train import processes
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.identity import digest_of_tensors, settings_of, versions_and_machine
+
+OFF = "off"
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+FORMAT = 1  # raised if the meaning of the stored tensors changes
+FILE_BYTES = 64 << 20  # about the size of one file of a store
+AGREEMENT = 1e-3  # largest error of a clipped sum on public rows, relative to the sum's norm
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """What a caller of a run wants of the cache, beside the configuration.
+
+    Attributes:
+        shared_by: number of runs that share the folder. A first pass is made only if the runs
+            together visit as many rows as the pass does; None makes the pass in any case.
+        training: whether training steps read the cache, if this is decided: a resumed run
+            must go on as the run began, since both ways round differently. None decides anew.
+        show_progress: whether to show a bar on stderr, if stderr is a terminal.
+    """
+
+    shared_by: int | None = None
+    training: bool | None = None
+    show_progress: bool = True
+
+
+DEFAULT_REQUEST = CacheRequest()
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """Cached outputs of the frozen blocks for one run.
+
+    Attributes:
+        note: what is cached, or why nothing is, in words; empty if no cache was asked for.
+        digest: SHA-256 of the outputs of the rows that are trained on; empty if steps read none.
+        pad_to: number of tokens that every row is padded to, or None.
+        training, evaluation: stores of the outputs; None where batches get no outputs.
+    """
+
+    note: str = ""
+    digest: str = ""
+    pad_to: int | None = None
+    training: RowStore | None = None
+    evaluation: RowStore | None = None
+
+    def for_training(self, rows: Sequence[Row], batch: Batch) -> Batch:
+        """Return a training batch with the cached outputs of its rows, if steps read the cache."""
+        return _with_states(self.training, rows, batch, self.pad_to)
+
+    def for_evaluation(self, rows: Sequence[Row], batch: Batch) -> Batch:
+        """Return an evaluation batch with the cached outputs, if every row's output is cached."""
+        return _with_states(self.evaluation, rows, batch, self.pad_to)
+
+
+def cache_wanted(config: TrainConfig) -> bool:
+    """Return whether the configuration names a folder of a cache."""
+    return config.prefix_cache not in ("", OFF)
+
+
+def without_states(batch: Batch) -> Batch:
+    """Return the batch without cached outputs, on which the whole model runs."""
+    return {name: value for name, value in batch.items() if name != STATES}
+
+
+def open_cache(
+    model: Any,
+    config: TrainConfig,
+    request: CacheRequest,
+    *,
+    training: Sequence[Row],
+    evaluation: Sequence[Row],
+    public: Sequence[Batch],
+    pad_token_id: int,
+    pad_to: int | None,
+) -> PrefixCache:
+    """Open the cache of ``config.prefix_cache``, and compute the outputs that it lacks.
+
+    Args:
+        model: the model on its device; hooks that take the cached outputs stay on it.
+        config: configuration of the run.
+        request: see :class:`CacheRequest`.
+        training: encoded rows that are trained on.
+        evaluation: encoded rows of the evaluations.
+        public: batches of public rows, on which steps with and without cache are compared.
+        pad_token_id: token that fills the padding.
+        pad_to: number of tokens that every row is padded to, or None.
+
+    Raises:
+        ValueError: if the folder belongs to another user or can't be made.
+        OSError: if a file in the folder can't be written.
+    """
+    if reason := _unavailable(config):
+        return PrefixCache(f"frozen blocks not cached ({reason})")
+    try:
+        prefix = FrozenPrefix(model)
+    except ValueError as error:  # a sweep asks for every run, whether or not blocks are frozen
+        asked = request.shared_by is None
+        return PrefixCache(f"frozen blocks not cached ({first_line(error)})" if asked else "")
+    try:
+        with _evaluating(model):
+            _install(model, prefix, public, config)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, TypeError) as error:
+        return PrefixCache(f"frozen blocks not cached ({first_line(error)})")
+    fill = partial(_filled, model, prefix, config, request, pad_token_id, pad_to)
+    stores, reasons = dict[str, RowStore | None](), list[str]()
+    for use, rows, half, pays in (
+        ("training", training, config.precision == "bf16", _pays(config, request, len(training))),
+        ("evaluation", evaluation, False, _evaluations(config, request) > 1),
+    ):
+        stores[use], reason = (
+            (None, "as the run began") if pays is None else fill(rows, half, use, pays)
+        )
+        reasons += [f"{use} ({reason})"] if reason else []
+    used = stores["training"]
+    digest = _over_ranks(used.digest([_key(row) for row in training]) if used else "")
+    if not any(stores.values()):
+        prefix.remove()
+        return PrefixCache(f"frozen blocks not cached in {' and '.join(reasons)}")
+    note = f"frozen blocks 1 to {prefix.length} of {prefix.num_blocks} cached in "
+    note += config.prefix_dtype + (f", but not in {reasons[0]}" if reasons else "")
+    return PrefixCache(note, digest, pad_to, used, stores["evaluation"])
+
+
+def _unavailable(config: TrainConfig) -> str:
+    """Return the option that excludes the cache, or an empty text."""
+    for name in ("dropout", "shard", "compile", "train_embeddings"):
+        if getattr(config, name):
+            return f"--{name.replace('_', '-')}"
+    return ""
+
+
+def _pays(config: TrainConfig, request: CacheRequest, num_rows: int) -> bool | None:
+    """Return whether a first pass over the training rows is worthwhile; None: must not be read."""
+    if request.training is not None:
+        return request.training or None
+    if request.shared_by is None:
+        return True
+    return config.steps * config.batch_size * request.shared_by >= num_rows
+
+
+def _evaluations(config: TrainConfig, request: CacheRequest) -> float:
+    """Return the number of evaluations of the runs that share the folder."""
+    shared_by = math.inf if request.shared_by is None else request.shared_by
+    return shared_by * (1 + config.steps // config.eval_every)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Put the model into evaluation mode, and restore its mode afterwards."""
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
+
+
+def _over_ranks(digest: str) -> str:
+    """Return, on rank 0, a digest of the digests of all ranks; empty if all are empty."""
+    mine = torch.tensor([*digest.encode(), 0])
+    found = processes.gather_to_rank0({f"{processes.rank():08}": mine})
+    if len(found) < 2 or all(len(other) == 1 for other in found.values()):
+        return digest
+    return json_digest({rank: found[rank].tolist() for rank in sorted(found)})
+
+
+def _install(
+    model: Any, prefix: FrozenPrefix, public: Sequence[Batch], config: TrainConfig
+) -> None:
+    """Install the prefix in its fastest form for which clipped sums on public rows agree.
+
+    Raises ValueError, and leaves the model as it was, if no form gives the sums of the whole model.
+    """
+    public = [{n: t.to(config.device) for n, t in batch.items()} for batch in public]
+    given = [
+        {**batch, STATES: _unpadded(prefix.run(batch), batch, config.padding)} for batch in public
+    ]
+    sums = partial(_sums, model, config.padding)
+    expected = [sums(batch) for batch in public]
+    for first_position_only in (True, False):
+        with suppress(ValueError, RuntimeError, TypeError):
+            prefix.install(first_position_only=first_position_only)
+            if all(map(_agree, map(sums, given), expected)):
+                return
+        prefix.remove()
+    raise ValueError("the model uses more than the last frozen block's output")
+
+
+def _sums(model: Any, padding: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return a batch's clipped sum, as one vector, and the norms of its rows."""
+    found, norms = clipped_sum(model, batch, 1.0, padding=padding, check_rows=False)
+    return torch.cat([total.flatten().double() for total in found.values()]), norms.double()
+
+
+def _agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    """Return whether both tensors agree within ``AGREEMENT``, relative to their norms."""
+    return all(
+        bool((new - old).norm() <= AGREEMENT * old.norm())
+        for new, old in zip(found, expected, strict=True)
+    )
+
+
+def _unpadded(states: Tensor, batch: Mapping[str, Tensor], padding: str) -> Tensor:
+    """Return the outputs as the store gives them: zeros at the padding, if padding is no part."""
+    if padding == "max-length":
+        return states
+    return states * batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+
+
+def _with_states(
+    store: RowStore | None, rows: Sequence[Row], batch: Batch, pad_to: int | None
+) -> Batch:
+    if store is None:
+        return batch
+    keys = [_key(row) for row in rows]
+    if not all(key in store for key in keys):
+        return batch
+    found = [store[key] for key in keys]
+    ids = batch["input_ids"]
+    states = found[0].new_zeros((*ids.shape, found[0].shape[-1]))
+    for i, (row, tensor) in enumerate(zip(rows, found, strict=True)):
+        if len(tensor) != (pad_to or len(row["input_ids"])):
+            raise ValueError(f"the cached output of a row has another length: {len(tensor)}")
+        states[i, : len(tensor)] = tensor
+    return {**batch, STATES: states.to(ids.device)}
+
+
+def _key(row: Row) -> bytes:
+    """Return the name of a row in a store: a SHA-256 of everything that enters the prefix."""
+    tokens = (row["input_ids"], row.get("token_type_ids"))
+    return hashlib.sha256(repr(tokens).encode()).digest()
+
+
+def _filled(
+    model: Any,
+    prefix: FrozenPrefix,
+    config: TrainConfig,
+    request: CacheRequest,
+    pad_token_id: int,
+    pad_to: int | None,
+    rows: Sequence[Row],
+    half: bool,
+    use: str,
+    pays: bool,
+) -> tuple[RowStore | None, str]:
+    """Return the store with the outputs of all ``rows``; or None, and the reason in words.
+
+    The outputs are computed under bf16 autocast if ``half`` is set. Missing outputs are computed
+    only if ``pays`` is set and they fit.
+    """
+    root = Path(config.prefix_cache).expanduser()
+    try:
+        store = RowStore(root / _name(model, prefix, config, half, pad_to))
+    except OSError as error:
+        _validate.fail("prefix_cache", "a folder that can be written", f"{root} ({error.strerror})")
+    distinct = {_key(row): row for row in rows}
+    if all(key in store for key in distinct):
+        return store, ""
+    if not pays:
+        return None, "too few visits of a row to pay for a first pass"
+    with store.lock(), _evaluating(model):
+        missing = [row for key, row in distinct.items() if key not in store]
+        run = partial(_run, prefix, config, half, pad_token_id, pad_to)
+        tokens = sum(pad_to or len(row["input_ids"]) for row in missing)
+        if missing and (reason := _no_room(root, config, tokens, run(missing[:1])[0])):
+            return None, reason
+        size = config.micro_batch_size
+        missing.sort(key=lambda row: -len(row["input_ids"]))
+        parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+        words = f"frozen blocks on {len(missing):,} {use} rows"
+        _write(store, progress(parts, words) if request.show_progress else parts, run)
+    return store, ""
+
+
+def _name(
+    model: Any, prefix: FrozenPrefix, config: TrainConfig, half: bool, pad_to: int | None
+) -> str:
+    """Return the name of a store: a digest of everything but the row."""
+    base = without_adapter(model)
+    versions = versions_and_machine(config.device)
+    document = {
+        "format": FORMAT,
+        "weights": digest_of_tensors(prefix.tensors().items()),
+        "configuration": settings_of(getattr(base, "config", None)),
+        "attention": str(getattr(getattr(base, "config", None), "_attn_implementation", None)),
+        "blocks": prefix.length,
+        "pad_to": pad_to,
+        "autocast": half,
+        "stored": config.prefix_dtype,
+        "device": torch.device(config.device).type,
+        "torch": torch.__version__,
+        "transformers": versions["transformers"],
+        "lowrank_dp": versions["lowrank_dp"].split()[0],
+    }
+    return json_digest(document, default=str)[:32]
+
+
+def _no_room(root: Path, config: TrainConfig, tokens: int, example: Tensor) -> str:
+    """Return why the outputs of ``tokens`` tokens do not fit, or an empty text.
+
+    The text states no size: the number of tokens is private.
+    """
+    needed = tokens * example.shape[-1] * example.itemsize
+    left = config.prefix_gigabytes * 1e9 - bytes_used(root)
+    if needed > left:
+        return f"more than --prefix-gigabytes {config.prefix_gigabytes:g} leaves"
+    if needed > shutil.disk_usage(root).free:
+        return "more than the disk has free"
+    return ""
+
+
+def _write(
+    store: RowStore, parts: Iterable[Sequence[Row]], run: Callable[[Sequence[Row]], list[Tensor]]
+) -> None:
+    """Add the outputs of all rows to the store, in files of about ``FILE_BYTES``."""
+    keys: list[bytes] = []
+    tensors: list[Tensor] = []
+    for part in parts:
+        keys += [_key(row) for row in part]
+        tensors += run(part)
+        if sum(t.numel() * t.itemsize for t in tensors) >= FILE_BYTES:
+            store.add(keys, tensors)
+            keys, tensors = [], []
+    if keys:
+        store.add(keys, tensors)
+
+
+def _run(
+    prefix: FrozenPrefix,
+    config: TrainConfig,
+    half: bool,
+    pad_token_id: int,
+    pad_to: int | None,
+    rows: Sequence[Row],
+) -> list[Tensor]:
+    """Return the outputs of rows, each (T_i, d), without padding that is no part of the row."""
+    bare = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+    batch = collate(bare, pad_token_id, length=pad_to)
+    device = torch.device(config.device)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+        states = prefix.run(batch)
+    stored = states.to("cpu", DTYPES[config.prefix_dtype])
+    return [part[: pad_to or len(row["input_ids"])] for part, row in zip(stored, rows, strict=True)]

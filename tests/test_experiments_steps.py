@@ -1,0 +1,512 @@
+"""Steps to a target by arm, and the map of the gap: made-up sweeps, and real small ones."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lowrank_dp import artifacts, figures
+from lowrank_dp.data import load_task
+from lowrank_dp.experiments import arms, cost, gap, steps, steps_configs, tuning
+from lowrank_dp.experiments.arms import ARMS, PLAIN
+from lowrank_dp.plots.gap import plot_gap
+from lowrank_dp.plots.steps import plot_steps
+from lowrank_dp.precondition import Moment, joint_scales
+from lowrank_dp.sweep import Outcome, sweep
+from lowrank_dp.train import TrainConfig
+from tests.tasks import case, needs_data
+
+PAPER = Path(__file__).parent.parent / "paper_artifacts"
+STEPS = 10
+BASE = arms.base_config(
+    model="tiny", task="generated", epsilon=8.0, batch_size=64, steps=STEPS, max_examples=300
+)
+CONFIG = steps_configs.Config(
+    BASE, (*PLAIN, "mean, optimal, zeroed", "DP-LoRA"), num_seeds=3, tuning_holdout=50
+)
+
+
+def best_rate(config):
+    """The rate at which a made-up run is fastest."""
+    return {"sgd": 9.49, "adam": 0.01}[config.optimizer] * (0.1 if config.noise_free else 1)
+
+
+def delay(config):
+    """Step at which a made-up run at its best rate begins to rise."""
+    if config.method == "lora":
+        return 8
+    if config.scheme == "optimal":
+        return 3
+    slow = 0 if config.noise_free else 2 + (config.epsilon < 1)
+    return 1 + slow + (config.optimizer == "sgd")
+
+
+def made(config):
+    """The curve of a made-up run: a jump to 0.9, later by seed, and by distance of the rate."""
+    distance = abs(math.log10(config.learning_rate / best_rate(config)))
+    jump = delay(config) + config.seed % 2 + 3 * max(0, distance - 0.05)
+    return [
+        {
+            "step": step,
+            "loss": 1.0,
+            "accuracy": 0.5 + 0.4 * (step >= jump),
+            "seconds": 2.0 * step,
+            "restore_seconds": 0.2 * step,
+        }
+        for step in range(config.steps + 1)
+    ]
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """Replace training by made-up curves; yields the configurations that were asked for."""
+    asked = []
+
+    def made_up(configs, folder, **options):
+        asked.extend(configs)
+        return [
+            Outcome(
+                config,
+                SimpleNamespace(
+                    curve=made(config),
+                    privacy="(8, 1e-05)-DP",
+                    epsilon=None if config.noise_free else config.epsilon,
+                    delta=1e-5,
+                    description="made up",
+                    noise_multiplier=0.0 if config.noise_free else 1 / config.epsilon,
+                ),
+            )
+            for config in configs
+        ]
+
+    for module in (tuning, steps, gap):
+        monkeypatch.setattr(module, "sweep", made_up)
+    return asked
+
+
+def test_every_arm_is_a_configuration():
+    for name, arm in ARMS.items():
+        config = arms.arm_config(BASE, name, arm.start, 7, 20)
+        assert isinstance(config, TrainConfig) and (config.seed, config.holdout) == (7, 20)
+        assert config.noise_free == ("NON-PRIVATE" in name) and not config.non_private, name
+        assert config.noise_free or config.epsilon == 8.0, name
+    assert [ARMS[name].fields.get("optimizer", "adam") for name in PLAIN] == ["adam", "sgd"] * 2
+    plain = arms.arm_config(BASE, "DP-SGD", 1.0, 0)
+    assert plain.momentum_beta == 0.9 and plain.averaging == 0.0 and plain.scheme == "none"
+
+
+def test_steps_of_a_made_up_sweep(swept, tmp_path):
+    result = steps.run(CONFIG)
+    # each arm at its best rate, which lies inside its own grid
+    for found in result.tuned:
+        config = arms.arm_config(BASE, found.arm, 1.0, 0)
+        assert found.is_inside and found.chosen == pytest.approx(best_rate(config), rel=0.06), (
+            found.arm
+        )
+    # tuned on held-out examples by seeds that are not reported
+    tuned_by = [config for config in swept if config.holdout]
+    assert {config.seed for config in tuned_by} == {1000, 1001}
+    assert {config.holdout for config in tuned_by} == {50}
+    reported = [config for config in swept if not config.holdout]
+    assert [config.seed for config in reported] == [0, 1, 2] * len(CONFIG.arms)
+    assert {config.eval_every for config in swept} == {1}
+
+    # the jump: a running median of 3 has it at the same step
+    want = {
+        arm: [delay(arms.arm_config(BASE, arm, 1.0, seed)) + seed % 2 for seed in range(3)]
+        for arm in CONFIG.arms
+    }
+    assert result.target() == pytest.approx(0.5 + 0.9 * 0.4)
+    found = steps.steps_to(result, 0.9)
+    assert {arm: found[i].tolist() for i, arm in enumerate(result.arms)} == want
+    np.testing.assert_array_equal(steps.seconds_to(result, 0.9), 2 * found)
+
+    # DP-Adam 3, 4, 3; DP-SGD 4, 5, 4; noise-free Adam 1, 2, 1; the arms 3, 4, 3 and 8, 9, 8
+    for arm, baseline, saved, share in (
+        ("mean, optimal, zeroed", "DP-SGD", 1, 0.5 - 1 / 6),
+        ("mean, optimal, zeroed", "DP-Adam", 0, 0),
+        ("noise-free Adam (NON-PRIVATE)", "DP-Adam", 2, 1),
+        ("DP-LoRA", "DP-Adam", -5, -2.5),
+    ):
+        with case(arm, baseline):
+            mean, half = steps.steps_saved(result, arm, baseline, 0.9)
+            assert (mean, half) == (saved, 0)
+            assert steps.gap_share(result, arm, baseline, 0.9) == pytest.approx(share)
+
+    artifacts.save_result(result, tmp_path, "steps")
+    again = artifacts.load_result(tmp_path, "steps", steps.Result)
+    assert steps.table(again) == steps.table(result) and again.tuned == result.tuned
+    assert plot_steps(again).axes and result.privacy.startswith("NON-PRIVATE")
+    columns, rows = steps.table(result)
+    assert {len(row) for row in rows} == {len(columns)}
+    row = rows[CONFIG.arms.index("mean, optimal, zeroed")]
+    assert row[columns.index("steps to 90% fewer than DP-SGD")] == "+1.0 ± 0.0"
+    assert row[columns.index("steps to 90%, by seed")] == "3, 4, 3"
+    assert row[columns.index("restoring, share of step time")] == "10.0%"
+    assert steps.headline(result)["steps of DP-Adam over those without noise (NON-PRIVATE)"] == (
+        "2.50"
+    )
+
+
+def test_differences_are_paired_by_seed(swept):
+    result = steps.run(CONFIG)
+    score = result.score.copy()
+    i = CONFIG.arms.index("DP-LoRA")
+    score[i] = result.of("DP-Adam")
+    score[i, 0, 2:] = score[i, 1, 8:] = 0.9  # steps 2, never in time, as DP-Adam's
+    score[i, 1, :9] = 0.5
+    result = replace(result, score=score)
+    first = np.array([3.0, 4, 3]) - np.array([2.0, 9, 3])
+    interval = stats.t.interval(0.95, 2, first.mean(), stats.sem(first))
+    mean, half = steps.steps_saved(result, "DP-LoRA", "DP-Adam", 0.9)
+    assert (mean - half, mean + half) == pytest.approx(interval)
+    # a run that never reaches the target counts as one step more than it has
+    score[i, 1] = 0.5
+    assert steps.steps_saved(result, "DP-LoRA", "DP-Adam", 0.9)[0] == pytest.approx((1 - 7) / 3)
+    columns, rows = steps.table(result)
+    assert "2, not reached, 3" in rows[i]
+    # the difference is then a bound, whose direction depends on who misses the target
+    saved = columns.index("steps to 90% fewer than DP-Adam")
+    assert rows[i][saved].startswith("≤ -2.0 ±")
+    adam = CONFIG.arms.index("DP-Adam")
+    late = score.copy()
+    late[adam, 2] = 0.5
+    assert steps.table(replace(result, score=late))[1][i][saved].startswith("? ")
+    late[i] = score[CONFIG.arms.index("mean, optimal, zeroed")]
+    late = replace(result, score=late)
+    assert steps.table(late)[1][i][saved].startswith("≥ ")
+    lines = steps.headline(late)
+    assert lines["DP-LoRA: steps fewer than DP-Adam and than DP-SGD"].startswith("≥ ")
+    assert lines["steps of DP-Adam over those without noise (NON-PRIVATE)"].startswith("≥ ")
+
+
+def test_baselines_that_learn_nothing_leave_no_target(swept):
+    """Steps are then censored for every arm: a difference of 0 would look like a tie."""
+    result = steps.run(CONFIG)
+    score = result.score.copy()
+    score[CONFIG.arms.index("DP-SGD")] = 0.5
+    flat = replace(result, score=score)
+    columns, rows = steps.table(flat)
+    row = rows[CONFIG.arms.index("DP-LoRA")]
+    assert row[columns.index("steps to 90% fewer than DP-Adam")] == "no target"
+    assert row[columns.index("share of the gap closed of DP-Adam")] == "no target"
+    assert "no target" in steps.headline(flat)["DP-LoRA: steps fewer than DP-Adam and than DP-SGD"]
+
+
+def test_an_arm_without_a_rate_is_named_and_left_out(swept, monkeypatch):
+    def stuck(config):
+        """The smaller the rate of this arm, the better."""
+        curve = plain(config)
+        if config.scheme == "optimal":
+            return [{**e, "accuracy": 0.5 - config.learning_rate * (e["step"] > 0)} for e in curve]
+        return curve
+
+    plain = made
+    monkeypatch.setitem(globals(), "made", stuck)
+    result = steps.run(CONFIG)
+    i = CONFIG.arms.index("mean, optimal, zeroed")
+    assert any("still at an end of the grid" in line for line in result.failures)
+    assert result.tuned[i].chosen is None and np.isnan(result.score[i]).all()
+    columns, rows = steps.table(result)
+    assert rows[i][1].startswith("none inside") and {len(row) for row in rows} == {len(columns)}
+    assert plot_steps(result).axes and steps.headline(result)
+
+
+def test_an_arm_whose_runs_all_stop_is_not_said_to_have_a_best_rate():
+    found = tuning.tune({"arm": 1.0}, lambda asked: [(math.nan, math.nan) for _ in asked])["arm"]
+    assert found.chosen is None and "every run stopped" in found.failure
+    assert "best" not in found.failure
+
+
+def test_frozen_vectors_are_the_only_difference_of_their_control():
+    """At power 0, a preconditioner's scales are 1."""
+    moments = {"w": Moment(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0, 9.0]))}
+    (scale,) = joint_scales(moments, 0.0).values()
+    assert scale.row.tolist() == [1, 1] and scale.col.tolist() == [1, 1, 1]
+    control, plain = (
+        arms.arm_config(BASE, name, 1.0, 0).chosen()
+        for name in ("DP-SGD, vectors frozen", "DP-SGD")
+    )
+    assert control == plain | {
+        "precondition": "generated",
+        "precondition_power": 0.0,
+        "precondition_freeze_vectors": True,
+    }
+
+
+GAP = gap.Config(BASE, epsilons=(0.5, 8.0), batch_sizes=(32, 64), num_seeds=2, tuning_holdout=50)
+
+
+def test_the_gap_of_a_made_up_sweep(swept, tmp_path):
+    result = gap.run(GAP)
+    assert result.private.shape == (2, 2, 2, 2, 2, STEPS + 1)
+    assert result.ceiling.shape == (2, 2, 2, 2, STEPS + 1)
+    assert all(found.is_inside for found in result.tuned) and len(result.tuned) == 24
+    # runs without noise are made once for all epsilons
+    reported = [config for config in swept if not config.holdout]
+    assert sum(config.noise_free for config in reported) == 2 * 2 * 2 * 2
+    assert sum(not config.noise_free for config in reported) == 2 * 2 * 2 * 2 * 2
+    assert len({json.dumps(config.as_json()) for config in reported}) == len(reported)
+    assert {(c.train_layers, c.batch_size) for c in reported} == {
+        (layers, size) for layers in (1, None) for size in (32, 64)
+    }
+    # by seed: DP-SGD 4, 5 and DP-Adam 3, 4, each one more at epsilon 0.5; without noise 2, 3; 1, 2
+    private, ceiling = gap.steps_to(result)
+    assert private[0, 1, 1].tolist() == [[3, 4], [4, 5]]
+    assert private[1, 0, 0].tolist() == [[4, 5], [5, 6]]
+    assert ceiling[1, 0, 0].tolist() == [[1, 2], [2, 3]]
+    want = {
+        "noise, DP-Adam": (4.5 / 1.5, 3.5 / 1.5),
+        "noise, DP-SGD": (5.5 / 2.5, 4.5 / 2.5),
+        "lost adaptivity": (2.5 / 1.5, 2.5 / 1.5),
+        "gap": (4.5 / 1.5, 3.5 / 1.5),
+    }
+    assert {*result.ratios} == {*want}
+    for name, by_epsilon in want.items():
+        found = result.ratios[name]
+        np.testing.assert_allclose(
+            found.value, np.broadcast_to(by_epsilon, (2, 2, 2)), err_msg=name
+        )
+    np.testing.assert_allclose(result.noise_multiplier, [[2, 1 / 8], [2, 1 / 8]])
+
+    artifacts.save_result(result, tmp_path, "gap")
+    again = artifacts.load_result(tmp_path, "gap", gap.Result)
+    assert gap.table(again) == gap.table(result) and gap.headline(again) == gap.headline(result)
+    columns, rows = gap.table(result)
+    assert len(rows) == 8 and {len(row) for row in rows} == {len(columns)}
+    row = dict(zip(columns, rows[0], strict=True))
+    assert row["setting"] == "last block, B = 32, epsilon 0.5"
+    assert row["steps to 90%, DP-SGD"] == "5, 6" and row["steps, ratio: gap"] == "3.00"
+    figure = plot_gap(again)
+    maps = [axis for axis in figure.axes if axis.images]
+    assert len(maps) == 8
+    # the first map: rows are epsilons, columns are batch sizes
+    np.testing.assert_allclose(
+        maps[0].images[0].get_array(), np.log2([[3, 3], [3.5 / 1.5, 3.5 / 1.5]])
+    )
+    assert "NON-PRIVATE" in figure.axes[-1].get_ylabel()
+
+
+def test_a_ratio_with_a_run_out_of_reach_is_a_bound():
+    inf = math.inf
+    found = gap.ratio(
+        np.array([[4, 6], [4, inf], [4, 6], [inf, 4]]),
+        np.array([[2, 3], [2, 3], [inf, 2], [inf, 2]]),
+        9,
+    )
+    np.testing.assert_allclose(found.value, [2, 14 / 5, 10 / 12, np.nan])
+    assert [found.text((i,)) for i in range(4)] == ["2.00", "≥ 2.80", "≤ 0.83", "?"]
+
+
+def test_a_bound_does_not_settle_whether_a_gap_is_worth_closing(swept):
+    result = gap.run(GAP)
+    assert gap.headline(result)["gap not known"] == "none"
+    private, ceiling = result.private.copy(), result.ceiling.copy()
+    place = "last block, B = 32, epsilon 0.5"
+    # each noise-free optimizer has a run that misses the target: the ratio is at most 0.75
+    ceiling[0, 0, :, 0] = 0.5
+    lines = gap.headline(replace(result, ceiling=ceiling))
+    assert place not in lines["gap of 1.5 or more (NON-PRIVATE)"]
+    assert place not in lines["gap not known"]
+    # a DP run that misses the target makes the ratio a lower bound: 1.5 or more stays so
+    private[0, 0, 0, :, 0] = 0.5
+    assert (
+        place in gap.headline(replace(result, private=private))["gap of 1.5 or more (NON-PRIVATE)"]
+    )
+    # both
+    lines = gap.headline(replace(result, private=private, ceiling=ceiling))
+    assert place in lines["gap not known"]
+    # a seed without a run is not one that missed the target
+    private[0, 0, 0, 0, 0] = np.nan
+    columns, rows = gap.table(replace(result, private=private))
+    assert rows[0][columns.index(f"steps to 90%, {gap.BASELINES[0]}")].startswith("no run, ")
+
+
+def test_bad_configurations_of_both(tmp_path):
+    for change, words in (
+        ({"tuning_seeds": (1000,)}, "two or more different seeds"),
+        ({"tuning_seeds": (1000, 1000)}, "two or more different seeds"),
+        ({"tuning_seeds": (2, 1000)}, "must not be among the 3 reported seeds"),
+        ({"num_seeds": 1}, "num_seeds"),
+        ({"tuning_holdout": 0}, "tuning_holdout"),
+        ({"score": "acuracy"}, "did you mean 'accuracy'"),
+        ({"base": replace(BASE, eval_every=2)}, "eval_every must be 1"),
+    ):
+        for run, config in (
+            (steps.run, CONFIG),
+            (gap.run, replace(GAP, num_seeds=3)),
+        ):
+            with case(change, run.__module__), pytest.raises(ValueError, match=words):
+                run(replace(config, **change), tmp_path)
+    for change, words in (
+        ({"arms": (*PLAIN, "denois")}, "did you mean 'denoise'"),
+        ({"arms": PLAIN[:3]}, "got no 'noise-free SGD"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            steps.run(replace(CONFIG, **change), tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'last block'"):
+        gap.run(replace(GAP, parts=("last blok",)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_runs_and_hours(monkeypatch):
+    seen = []
+
+    def measured(config, workers):
+        seen.append((config.batch_size, config.train_layers))
+        return cost.Cost(once=0, step=3.0, evaluation=0.6)
+
+    for module in (steps, gap):
+        monkeypatch.setattr(module, "measure_cost", measured)
+    # 6 arms x (6 rates x 2 seeds + 3) runs x 10 steps x 3.6 s, two at a time
+    assert "about 0.5 hours" in steps.plan(replace(CONFIG, num_workers=2))
+    assert "about 0.9 hours" in steps.plan(replace(CONFIG, num_workers=1))
+    seen.clear()
+    said = gap.plan(replace(GAP, num_workers=1))
+    # 24 settings of 6 x 2 + 2 runs x 10 steps x 3.6 s
+    assert "24 settings of about 14 runs" in said and "about 3.4 hours" in said
+    assert seen == [(32, 1), (64, 1), (32, None), (64, None)]
+
+
+def test_the_full_scale_obeys_the_protocol():
+    for name in figures.NAMES:
+        config = figures.find(name).full
+        if isinstance(config, steps_configs.Config | gap.Config):
+            arms.check_runs(
+                config.base,
+                config.score,
+                config.num_seeds,
+                config.tuning_seeds,
+                config.tuning_holdout,
+            )
+            assert config.num_seeds >= 5 and len(config.tuning_seeds) >= 2, name
+    assert gap.SST2.epsilons == (0.5, 1.0, 3.0, 8.0) and gap.SST2.batch_sizes == (256, 1024)
+    assert gap.SST2.parts == ("last block", "all")
+
+
+@needs_data
+def test_every_validation_example_counts():
+    for name in figures.NAMES:
+        config = figures.find(name).full
+        if isinstance(config, steps_configs.Config | gap.Config) and name != "steps_smollm2":
+            assert config.base.eval_examples >= len(load_task(config.base.task).validation), name
+
+
+def test_the_gap_and_the_arms_share_their_plain_runs():
+    for part, size, epsilon, config in (
+        ("last block", 1024, 8.0, steps_configs.SST2),
+        ("last block", 256, 1.0, steps_configs.SST2_GAP),
+        ("all", 1024, 8.0, steps_configs.SST2_ALL),
+    ):
+        for arm in PLAIN:
+            of_gap = gap.Setting(part, size, arm, None if "NON-PRIVATE" in arm else epsilon)
+            for seed, holdout in ((0, 0), (1000, gap.SST2.tuning_holdout)):
+                assert gap.setting_config(gap.SST2, of_gap, 0.1, seed, holdout) == arms.arm_config(
+                    config.base, arm, 0.1, seed, holdout
+                ), (part, arm)
+    assert {c.tuning_seeds for c in (gap.SST2, steps_configs.SST2, steps_configs.SST2_ALL)} == {
+        gap.SST2.tuning_seeds
+    }
+
+
+def chosen_rates_at_an_end(document):
+    """Grids of a saved result whose chosen rate is at an end, or far from its neighbours."""
+    for found in document["tuned"]:
+        grid = tuning.Tuned(
+            found["arm"], tuple(found["rates"]), (), found["chosen"], found["failure"]
+        )
+        if not grid.is_inside and not (
+            grid.chosen is None and grid.failure in document["failures"]
+        ):
+            yield found["arm"]
+
+
+def test_no_artifact_has_a_rate_at_the_end_of_its_grid():
+    for path in sorted(PAPER.glob("*.json")):
+        document = json.loads(path.read_text())
+        if "tuned" in document:
+            assert not [*chosen_rates_at_an_end(document)], path.name
+
+
+def test_the_check_of_artifacts_sees_an_end():
+    good = {"arm": "a", "rates": [1.0, 1.78, 3.16], "chosen": 1.78, "failure": ""}
+    for change, bad in (
+        ({}, False),
+        ({"chosen": 1.0}, True),
+        ({"chosen": 3.16}, True),
+        ({"rates": [0.1, 1.78, 3.16]}, True),
+        ({"chosen": None, "failure": "at an end"}, False),
+        ({"chosen": None, "failure": "not said"}, True),
+    ):
+        with case(change):
+            document = {"tuned": [{**good, **change}], "failures": ["at an end"]}
+            assert bool([*chosen_rates_at_an_end(document)]) == bad
+
+
+TINY = {"num_workers": 1, "tuning_holdout": 40, "num_seeds": 2}
+SHORT = replace(BASE, steps=2, eval_examples=30, max_examples=150)
+
+
+@pytest.mark.slow
+def test_real_small_sweeps(tmp_path, monkeypatch):
+    """The gap, and then the arms, which find the plain runs of the gap in the folder.
+
+    The grids keep their first three rates: made-up sweeps show how grids grow.
+    """
+    monkeypatch.setattr(tuning, "next_places", lambda *_: [])
+    for module in (tuning, steps, gap):
+        monkeypatch.setattr(module, "sweep", partial(sweep, engine="sequential"))
+    found = gap.run(
+        gap.Config(SHORT, epsilons=(8.0,), batch_sizes=(64,), parts=("all",), **TINY), tmp_path
+    )
+    runs = {path.name for path in tmp_path.iterdir()}
+    assert np.isfinite(found.private).all() and np.isfinite(found.ceiling).all()
+    assert (found.private[..., 0] == found.ceiling[:, :, None, :, :, 0]).all()  # untrained
+    assert (found.private != found.ceiling[:, :, None]).any()
+    result = steps.run(steps_configs.Config(SHORT, (*PLAIN, "denoise"), **TINY), tmp_path)
+    assert runs <= {path.name for path in tmp_path.iterdir()}
+    np.testing.assert_array_equal(result.score[:2, :, :], found.private[0, 0, 0])
+    np.testing.assert_array_equal(result.score[2:4], found.ceiling[0, 0])
+    assert plot_gap(found).axes and plot_steps(result).axes
+    assert result.privacy.count("NON-PRIVATE") == 3 and "-DP after 2 steps" in result.privacy
+
+
+def test_the_cost_is_that_of_the_second_run(monkeypatch):
+    """A clock that moves by hand: 5 s of loading, 2 s an evaluation, 3 s a step, 8 s the members.
+
+    The first run takes ten times as long.
+    """
+    clock, caches = [0.0], []
+
+    def train(config, folder, *, on_start, **options):
+        slow = 1 if caches else 10
+        caches.append((config.prefix_cache, options["prefix_shared_by"] > 1))
+        clock[0] += 5 * slow
+        rows = SimpleNamespace(task=SimpleNamespace(validation=range(20)), rows=range(900))
+        on_start(rows, 1)
+        assert (config.steps, config.seed, config.eval_every) == (1, 0, 1)
+        clock[0] += (2 * 2 + 3 + 8) * slow
+        return SimpleNamespace(seconds=3.0 * slow)
+
+    monkeypatch.setattr(cost, "train", train)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    found = cost.measure_cost(replace(BASE, eval_examples=80), 1)
+    # once per run: loading, the evaluation before the first step, and the members
+    assert (found.once, found.step, found.evaluation) == pytest.approx((5 + 2 + 8, 3, 2))
+    assert caches[0] == caches[1] and caches[0][0] and caches[0][1]
+
+
+@pytest.mark.slow
+def test_a_measured_step_costs_something():
+    found = cost.measure_cost(SHORT, 1)
+    assert found.once > 0 and found.step > 0 and found.evaluation > 0
+    assert found.hours(2, 10) == pytest.approx(
+        2 * (found.once + 10 * (found.step + found.evaluation)) / 3600
+    )
