@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -356,7 +357,8 @@ def test_a_plan_reads_no_private_record_by_another_spelling(tmp_path, monkeypatc
 def test_a_copy_of_the_records_is_not_public_text(tmp_path):
     own, copied = (str(write_reviews(tmp_path / name)) for name in ("own", "copy"))
     config, task = TrainConfig(**RUN | {"task": own}), load_task(own)
-    for public in (own, copied, f"{own}/train.jsonl", f"{tmp_path}/./own"):
+    named = shutil.copy(f"{own}/train.jsonl", tmp_path / "generated.jsonl")
+    for public in (own, copied, f"{own}/train.jsonl", f"{tmp_path}/./own", str(named)):
         message = refusal_of(load_public_text, config, task, public, False, 0)
         assert "own_records" in message and "\n" not in message, public
 

@@ -857,7 +857,7 @@ def test_the_manifest_says_who_without_saying_what(tmp_path):
     assert document["num_members"] == SENTENCES // 2 == sum(document["is_member"])
     assert document["num_records"] == SENTENCES
     assert document["coins"] == {"scheme": "fixed", "probability": 0.5, "seed": 3}
-    assert document["schema_version"] == 1 and document["recipe"] == config.as_json()
+    assert document["schema_version"] == 1 and document["recipe"] == config.recipe()
     before, after = (entry["loss"] for entry in result.curve)
     assert document["eval_loss"] == after != before
     assert document["train_loss"] == result.train_loss

@@ -26,26 +26,43 @@ MARGIN = 1.1  # "gains nothing" means: less than a tenth
 def log_factor(numerator: Array, denominator: Array) -> Array:
     """Return the log of the factor between two falls of the loss, clipped to log ``LIMIT``.
 
-    Both are (..., N) over noise draws and are averaged first; the result (...) is NaN where the
-    denominator's mean is not above 0.
+    Both are (..., N) over noise draws and are averaged first, without the draws that are NaN; the
+    result (...) is NaN where no draw is left or the denominator's mean is not above 0.
     """
-    over, under = numerator.mean(-1), denominator.mean(-1)
+    over, under = _mean(numerator), _mean(denominator)
     factor = np.clip(over / np.where(under > 0, under, np.nan), 1 / LIMIT, LIMIT)
     return np.log(factor)
 
 
+def _mean(values: Array) -> Array:
+    """Mean over the last axis without NaN; NaN if nothing is left."""
+    count = np.isfinite(values).sum(-1)
+    return np.nansum(values, axis=-1) / np.where(count > 0, count, np.nan)
+
+
+def usable_gain(result: Result) -> Array:
+    """Gains (K, 3, W, N, D), NaN where the curvature is below 0.
+
+    Without a positive curvature the quadratic model has no best step, and so the line search no
+    step to begin with. A direction of zeros has gain 0.
+    """
+    return np.where(result.curvature >= 0, result.gain, np.nan)
+
+
 def gain_factors(result: Result) -> Array:
     """Log factors (K, 3, W, D) between the gain along each direction and along the noisy sum."""
-    noisy = result.along("noisy")
-    return np.stack([log_factor(result.along(name), noisy) for name in DIRECTIONS], axis=-1)
+    gains = usable_gain(result)
+    noisy = result.along("noisy", gains)
+    return np.stack([log_factor(result.along(name, gains), noisy) for name in DIRECTIONS], axis=-1)
 
 
 def layer_factors(result: Result) -> Array:
-    """Log factors (K, 3, W, D') of gains along one matrix, on average over the matrices.
+    """Log factors (K, 3, W, D') of gains along one matrix, over the matrices together.
 
-    The gains of the matrices are added before the factor to the noisy sum's is taken.
+    The gains of the matrices are added before the factor to the noisy sum's is taken; the matrices
+    whose curvature is below 0 along a direction count as gain 0.
     """
-    gains = np.nansum(result.layer_gain, axis=-2)  # (K, 3, W, N', D')
+    gains = np.nansum(np.where(result.layer_curvature >= 0, result.layer_gain, 0.0), axis=-2)
     noisy = gains[..., LAYER_DIRECTIONS.index("noisy")]
     return np.stack([log_factor(gains[..., j], noisy) for j in range(gains.shape[-1])], axis=-1)
 
@@ -88,20 +105,24 @@ class Judgement:
 
 
 def _factor(one: str, other: str) -> Callable[[Result], Array]:
-    return lambda result: log_factor(result.along(one), result.along(other))
+    def quantity(result: Result) -> Array:
+        gains = usable_gain(result)
+        return log_factor(result.along(one, gains), result.along(other, gains))
+
+    return quantity
 
 
 def _norm_effect(result: Result) -> Array:
     """Log of the gain by larger layer norms, at restored and at noisy directions of the layers."""
-    restored = log_factor(result.along("denoise"), result.along("optimal"))
-    noisy = log_factor(result.along("noisy"), result.along("noisy, optimal's norms"))
+    restored = _factor("denoise", "optimal")(result)
+    noisy = _factor("noisy", "noisy, optimal's norms")(result)
     return (restored + noisy) / 2
 
 
 def _denoising_effect(result: Result) -> Array:
     """Log of the gain by restored directions of the layers, at noisy and at restored norms."""
-    at_noisy = log_factor(result.along("denoise"), result.along("noisy"))
-    at_restored = log_factor(result.along("optimal"), result.along("noisy, optimal's norms"))
+    at_noisy = _factor("denoise", "noisy")(result)
+    at_restored = _factor("optimal", "noisy, optimal's norms")(result)
     return (at_noisy + at_restored) / 2
 
 

@@ -154,7 +154,7 @@ def load_public_text(
             )
         columns = None if known_name(name) else Columns.of(config)
         text = load_task(name, columns=columns, seed=config.data_seed + 1, warn=False)
-        if known_name(text.name) not in GENERATED_TASKS and is_copy(
+        if known_name(name) not in GENERATED_TASKS and is_copy(
             [example for split in text.splits.values() for example in split], task.train
         ):
             raise ValueError(
