@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def counting(monkeypatch):
-    """The configurations that are really trained."""
+    """The configurations that are really trained, without the folder of the sweep's cache."""
     trained = []
 
     def count(config, *args, **kwargs):
-        trained.append(config)
+        trained.append(replace(config, prefix_cache=""))
         return train(config, *args, **kwargs)
 
     monkeypatch.setattr(sweep_module, "train", count)
@@ -193,12 +193,15 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "precondition_steps": 5,
         "precondition_rate": 1e-2,
         "precondition_every": 3,
-        "precondition_freeze_vectors": True,
     }
     others = {
         "warmup_steps": {"warmup_steps": 1, "schedule": "linear"},
         "filter_a": {"filter_b": (0.5,), "filter_a": (0.1,)},
         "scheme_options": {"scheme": "truncate", "scheme_options": {"k": 2}},
+        "precondition_freeze_vectors": {
+            "precondition": "generated",
+            "precondition_freeze_vectors": True,
+        },
         "diagnostic": {"scheme": "oracle", "diagnostic": True},
         "noise_multiplier": {"epsilon": None, "noise_multiplier": 0.9},
         "non_private": {"epsilon": None, "non_private": True},

@@ -278,7 +278,6 @@ def _measure(
     std = config.noise_multiplier * source.config.max_grad_norm
     loud_std = config.loud_multiplier * source.config.max_grad_norm
     layers = spread_layers(clean, case.num_layers)
-    loss = large.loss()
     clip = source.config.max_grad_norm
     sums, _ = clipped_sum_over(source.model, large.batches, clip)
     gradient = {name: sums[name] / large.num_rows for name in source.matrices}
@@ -330,7 +329,7 @@ def _measure(
         privacy=NON_PRIVATE,
         description=source.description,
         layers=tuple(layers),
-        loss=np.array(loss),
+        loss=np.array(large.loss()),
         above=above,
         **arrays,
     )
