@@ -43,7 +43,8 @@ def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
     ]
     outcomes = sweep(configs, tmp_path / "runs", engine="sequential")
     assert [outcome.config for outcome in outcomes] == configs
-    assert [outcome.result.config for outcome in outcomes] == configs
+    recipes = [config.recipe() for config in configs]
+    assert [outcome.result.config.recipe() for outcome in outcomes] == recipes
     assert not any(outcome.error for outcome in outcomes)
     assert len(trained) == 3 and outcomes[0] == outcomes[3]
     assert len(list((tmp_path / "runs").iterdir())) == 3
