@@ -64,7 +64,8 @@ ARMS: dict[str, Arm] = {
     "partial, power law, 0.9": _partial(0.9, target="power-law"),
     "optimal": Arm(_OPTIMAL, 1e-2),
     "optimal, zeroed": Arm({**_OPTIMAL, **_ZEROED}, 1e-2),
-    # running means over steps
+    # running means over steps; DOPPLER's filter is one of its first author's public code, since the
+    # table of coefficients in the paper was not found
     "DOPPLER": Arm({"filter_b": (0.15, -0.05), "filter_a": (-0.9,)}, 1e-2),
     "DiSK": Arm({"disk_kappa": 0.7}, 1e-2),
     "mean, denoise": Arm({"scheme": "denoise", **_MEAN}, 1e-2),
@@ -73,6 +74,8 @@ ARMS: dict[str, Arm] = {
     # optimizers
     "DP-AdamBC": Arm({"optimizer": "adam-bc"}, 1e-2),
     "DP-Muon": Arm({"optimizer": "muon"}, 1e-2),
+    # its correction is derived here, for small noise; at the noise of these runs the expansion is out
+    # of its range, so this arm judges the derivation and not the paper (arXiv 2605.12994)
     "DP-MuonBC": Arm({"optimizer": "muon-bc"}, 1e-2),
     # Muon on what is restored: SGD, since the scheme sets the size of a matrix's step
     "mean, polar, zeroed": Arm({"scheme": "polar", **_ZEROED, **_MEAN, "optimizer": "sgd"}, 1.0),
