@@ -74,8 +74,8 @@ ARMS: dict[str, Arm] = {
     # optimizers
     "DP-AdamBC": Arm({"optimizer": "adam-bc"}, 1e-2),
     "DP-Muon": Arm({"optimizer": "muon"}, 1e-2),
-    # its correction is derived here, for small noise; the noise of these runs is out of the range of
-    # the expansion, so this arm judges the derivation and not the paper (arXiv 2605.12994)
+    # its correction is derived here, for smaller noise than these runs have: this arm judges the
+    # derivation and not the paper (arXiv 2605.12994)
     "DP-MuonBC": Arm({"optimizer": "muon-bc"}, 1e-2),
     # Muon on what is restored: SGD, since the scheme sets the size of a matrix's step
     "mean, polar, zeroed": Arm({"scheme": "polar", **_ZEROED, **_MEAN, "optimizer": "sgd"}, 1.0),

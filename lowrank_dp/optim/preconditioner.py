@@ -56,6 +56,7 @@ def attach_preconditioner(
         ValueError: if the model has no such layer, already has scales or is wrapped by Opacus, if
             there is no batch, on a number out of range, or if a gradient is not finite.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 2))
     >>> batch = torch.eye(3), torch.tensor([0, 1, 1])
     >>> loss_of = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
