@@ -100,7 +100,13 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """List at most ``most`` names, and the number of the others, for a message."""
+    """List at most ``most`` names, and the number of the others, for a message.
+
+    >>> listed(["a", "b", "c", "d"])
+    'a, b, c, d'
+    >>> listed(["a", "b", "c", "d", "e"])
+    'a, b, c, d and 1 more'
+    """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -21,6 +21,7 @@ from lowrank_dp.evaluation import (
     evaluate,
     generate_texts,
 )
+from lowrank_dp.evaluation.models import _groups
 from lowrank_dp.models import load_model, tiny
 from tests.oracles import naive_bleu, naive_rouge, refusal_of
 from tests.tasks import needs_data
@@ -571,3 +572,9 @@ def test_logits_that_are_not_finite():
         for num_beams in (1, 2):
             message = refusal_of(generate_texts, writer, tokenizer, ["a"], num_beams=num_beams)
             assert "infinity for the next token" in message, (value, num_beams)
+
+
+def test_one_text_is_one_source_whatever_its_group():
+    texts = [("a b", "1"), ("c", "1"), ("A  b", "2"), ("c", "1")]
+    examples = [Example(str(i), text, target="t", group=g) for i, (text, g) in enumerate(texts)]
+    assert [[e.id for e in group] for group in _groups(examples)] == [["0", "2"], ["1", "3"]]

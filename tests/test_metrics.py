@@ -204,3 +204,9 @@ def test_bad_input():
     for number, (call, words) in enumerate(cases):
         message = refusal_of(call)
         assert re.search(words, message) and "\n" not in message, (number, words, message)
+
+
+@pytest.mark.parametrize(("outputs", "labels"), [([0, 2, 1], [0, 1, 1]), ([0, 1, 1], [0, 2, 1])])
+def test_f1_wants_two_classes_of_predictions_and_of_labels(outputs, labels):
+    with pytest.raises(ValueError, match="must be classes 0 and 1 for f1"):
+        label_metrics(["f1"], outputs, labels)

@@ -606,3 +606,13 @@ def test_bad_input():
 def test_lists_and_coins_as_integers():
     assert metrics.auc([1, 2, 3, 0], [0, 1, 1, 0]).value == 1.0
     assert metrics.tpr_at_fpr([1, 2, 3, 0], [0, 1, 1, 0], 0.5).tpr == 1.0
+
+
+def test_ties_reveal_no_order_of_the_records():
+    """Members first, all scores equal: 100 guesses by chance, right by Binomial(100, 1/2)."""
+    is_member = np.arange(200) < 100
+    counts = [
+        metrics.one_run_correct(np.zeros(200), is_member, 100, np.random.default_rng(seed))
+        for seed in range(50)
+    ]
+    assert 40 < np.mean(counts) < 60 and np.std(counts) > 1  # by the order of records: 0 or 100
