@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank_dp.experiments.intervals import mean_and_interval
-from lowrank_dp.experiments.noise_cost import Result
+from lowrank_dp.experiments.noise_cost import Result, predicted_gain
 from lowrank_dp.experiments.noise_cost_directions import DIRECTIONS, LAYER_DIRECTIONS
 from lowrank_dp.experiments.scheme_scores import Array
 
 LIMIT = 100.0  # factors are clipped to 1 / LIMIT and LIMIT: a fall of 0 has no logarithm
+MAX_RATIO = 4.0  # of a gain to the predicted gain
 MARGIN = 1.1  # "gains nothing" means: less than a tenth
 
 
@@ -40,18 +41,24 @@ def _mean(values: Array) -> Array:
     return np.nansum(values, axis=-1) / np.where(count > 0, count, np.nan)
 
 
-def usable_gain(result: Result) -> Array:
-    """Gains (K, 3, W, N, D), NaN where the curvature is below 0.
+def usable_gain(gain: Array, slope: Array, curvature: Array) -> Array:
+    """Return the gains, all (...), with NaN where the quadratic model does not hold.
 
-    Without a positive curvature the quadratic model has no best step, and so the line search no
-    step to begin with. A direction of zeros has gain 0.
+    The model has no best step where the curvature is below 0, and the line search then no scale. A
+    gain of more than ``MAX_RATIO`` times the predicted one was found far from the predicted step,
+    where the control variate of the line search does not hold. A direction of zeros has gain 0.
     """
-    return np.where(result.curvature >= 0, result.gain, np.nan)
+    far = gain > MAX_RATIO * np.nan_to_num(predicted_gain(slope, curvature))
+    return np.where((curvature < 0) | far, np.nan, gain)
+
+
+def _gains(result: Result) -> Array:
+    return usable_gain(result.gain, result.slope, result.curvature)
 
 
 def gain_factors(result: Result) -> Array:
     """Log factors (K, 3, W, D) between the gain along each direction and along the noisy sum."""
-    gains = usable_gain(result)
+    gains = _gains(result)
     noisy = result.along("noisy", gains)
     return np.stack([log_factor(result.along(name, gains), noisy) for name in DIRECTIONS], axis=-1)
 
@@ -59,12 +66,17 @@ def gain_factors(result: Result) -> Array:
 def layer_factors(result: Result) -> Array:
     """Log factors (K, 3, W, D') of gains along one matrix, over the matrices together.
 
-    The gains of the matrices are added before the factor to the noisy sum's is taken; the matrices
-    whose curvature is below 0 along a direction count as gain 0.
+    The gains of the matrices are added before the factor to the noisy sum's is taken, without the
+    matrices for which one of the two gains is not usable.
     """
-    gains = np.nansum(np.where(result.layer_curvature >= 0, result.layer_gain, 0.0), axis=-2)
-    noisy = gains[..., LAYER_DIRECTIONS.index("noisy")]
-    return np.stack([log_factor(gains[..., j], noisy) for j in range(gains.shape[-1])], axis=-1)
+    gains = usable_gain(result.layer_gain, result.layer_slope, result.layer_curvature)
+    noisy = gains[..., LAYER_DIRECTIONS.index("noisy")]  # (K, 3, W, N', L)
+    factors = []
+    for j in range(gains.shape[-1]):
+        both = np.isfinite(noisy) & np.isfinite(gains[..., j])
+        over, under = (np.where(both, one, 0.0).sum(-1) for one in (gains[..., j], noisy))
+        factors.append(log_factor(over, under))
+    return np.stack(factors, axis=-1)
 
 
 def curvature_ratios(result: Result) -> Array:
@@ -106,7 +118,7 @@ class Judgement:
 
 def _factor(one: str, other: str) -> Callable[[Result], Array]:
     def quantity(result: Result) -> Array:
-        gains = usable_gain(result)
+        gains = _gains(result)
         return log_factor(result.along(one, gains), result.along(other, gains))
 
     return quantity
@@ -228,7 +240,7 @@ def verdicts(result: Result, prediction: Prediction) -> tuple[list[list[Judgemen
     """
     values = prediction.quantity(result)
     each = [[judge(stage, prediction) for stage in case] for case in values]
-    return each, judge(values.mean(axis=1).ravel(), prediction)
+    return each, judge(_mean(values.swapaxes(1, 2)).ravel(), prediction)
 
 
 def headline(result: Result) -> Mapping[str, str]:
@@ -287,7 +299,7 @@ def _row(name: str, values: Array, form: str) -> list[str]:
 def _interval_row(name: str, logs: Array) -> list[str]:
     """Format factors with intervals, from logs (K, 3, W)."""
     cells = [_with_ends(stage) for case in logs for stage in case]
-    return [name, *cells, _with_ends(logs.mean(axis=1).ravel())]
+    return [name, *cells, _with_ends(_mean(logs.swapaxes(1, 2)).ravel())]
 
 
 def _with_ends(logs: Array) -> str:
