@@ -277,7 +277,9 @@ class TrainConfig:
         choices=PREFIX_DTYPES,
     )
     prefix_gigabytes: float = option(
-        20.0, "Largest size of the cache; a run whose rows do not fit goes on without it."
+        20.0,
+        "Largest size of the prefix cache, in gigabytes. A run whose rows do not fit trains without "
+        "the cache.",
     )
 
     def __post_init__(self) -> None:
