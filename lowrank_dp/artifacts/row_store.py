@@ -28,8 +28,8 @@ class RowStore:
     only, and a file that cannot be read counts as absent.
 
     Args:
-        folder: folder of the files, which is made if it is missing; the folder around it is made
-            too, if it is missing, and only the owner can read that one then.
+        folder: folder of the files. This folder and its parent are made if they are missing; only
+            the owner can read a folder that is made here.
 
     Raises:
         ValueError: if the folder belongs to another user.

@@ -278,7 +278,7 @@ class TrainConfig:
     )
     prefix_gigabytes: float = option(
         20.0,
-        "Largest size of the prefix cache, in gigabytes. A run whose rows do not fit trains without "
+        "Largest size of the prefix cache in gigabytes. A run whose rows do not fit trains without "
         "the cache.",
     )
 

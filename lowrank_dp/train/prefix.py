@@ -50,7 +50,8 @@ class CacheRequest:
         shared_by: number of runs that share the folder. A first pass is made only if the runs
             together visit as many rows as the pass does; None makes the pass in any case.
         training: whether training steps read the cache, if this is decided: a resumed run
-            must go on as the run began, since both ways round differently. None decides anew.
+            must continue as the run began, since sums with and without the cache differ in
+            rounding. None decides again.
         show_progress: whether to show a bar on stderr, if stderr is a terminal.
     """
 
