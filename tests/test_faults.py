@@ -327,8 +327,8 @@ def test_the_command_says_how_to_go_on(base, tmp_path, capsys, monkeypatch):
         code, _, said = run_main(capsys, *train_words(base, tmp_path / "run"))
     assert code == 143 and signal.getsignal(signal.SIGTERM) == before
     assert said == (
-        "stopped by SIGTERM: step 1 of 2 is saved; to go on, repeat "
-        "the command, training with --resume\n"
+        "stopped by SIGTERM: step 1 of 2 is saved; to resume the run, repeat "
+        "the command (train: with --resume)\n"
     )
     assert train(base, tmp_path / "run", resume=True).releases == 2
 

@@ -179,8 +179,8 @@ def _steps(
         if stopping:
             stop = Interrupted(
                 stopping[0],
-                f"step {state.step} of {config.steps} is saved; to go on, "
-                "repeat the command, training with --resume",
+                f"step {state.step} of {config.steps} is saved; to resume the run, "
+                "repeat the command (train: with --resume)",
             )
             raise stop if folder is not None else SystemExit(stop.code)  # only rank 0 reports
 
