@@ -138,7 +138,8 @@ def test_steps_of_a_made_up_sweep(swept, tmp_path):
         with case(arm, baseline):
             mean, half = steps.steps_saved(result, arm, baseline, 0.9)
             assert (mean, half) == (saved, 0)
-            assert steps.gap_share(result, arm, baseline, 0.9) == pytest.approx(share)
+            found, half = steps.gap_share(result, arm, baseline, 0.9)
+            assert (found, half) == pytest.approx((share, 0))  # all seeds agree
 
     artifacts.save_result(result, tmp_path, "steps")
     again = artifacts.load_result(tmp_path, "steps", steps.Result)
@@ -185,6 +186,38 @@ def test_differences_are_paired_by_seed(swept):
     lines = steps.headline(late)
     assert lines["DP-LoRA: steps fewer than DP-Adam and than DP-SGD"].startswith("≥ ")
     assert lines["steps of DP-Adam over those without noise (NON-PRIVATE)"].startswith("≥ ")
+
+
+def test_arms_are_faster_beyond_chance_against_both_baselines(swept):
+    result = steps.run(CONFIG)
+    arm, compared = "mean, optimal, zeroed", len(CONFIG.arms) - len(PLAIN)
+    rows = {name: CONFIG.arms.index(name) for name in ("DP-Adam", "DP-SGD", arm)}
+
+    def made_up(**steps_by_arm):
+        score = result.score.copy()
+        for name, values in steps_by_arm.items():
+            score[rows[name.replace("_", "-") if name != "arm" else arm]] = 0.5
+            for seed, first in enumerate(values):
+                score[rows[name.replace("_", "-") if name != "arm" else arm], seed, first:] = 0.9
+        return replace(result, score=score)
+
+    # differences 1, 2, 2: significant alone and not over all arms together
+    close = made_up(DP_Adam=(3, 4, 4), DP_SGD=(3, 4, 4), arm=(2, 2, 2))
+    difference = np.array([1.0, 2, 2])
+    assert stats.ttest_1samp(difference, 0).pvalue > 0.05 / compared
+    assert stats.ttest_1samp(difference, 0).pvalue < 0.05 and steps.faster_arms(close) == []
+    # the same number of steps less for every seed has no spread
+    clear = made_up(DP_Adam=(4, 4, 5), DP_SGD=(4, 4, 5), arm=(2, 2, 3))
+    assert steps.faster_arms(clear) == [arm]
+    assert (
+        arm
+        in steps.headline(clear)[
+            "arms faster than both, at 95% over all arms together (Bonferroni)"
+        ]
+    )
+    one_only = made_up(DP_Adam=(4, 4, 5), DP_SGD=(2, 2, 3), arm=(2, 2, 3))
+    slower = made_up(DP_Adam=(2, 2, 3), DP_SGD=(2, 2, 3), arm=(4, 4, 5))
+    assert steps.faster_arms(one_only) == steps.faster_arms(slower) == []
 
 
 def test_baselines_that_learn_nothing_leave_no_target(swept):

@@ -72,8 +72,28 @@ def test_share_of_the_gap():
         ([10, 10], [5, 5], [12, 12], None),
     ):
         with case(dp, arm, ceiling):
-            found = protocol.gap_share(*map(np.array, (dp, arm, ceiling)))
+            found, half = protocol.gap_share(*map(np.array, (dp, arm, ceiling)))
             assert math.isnan(found) if want is None else found == pytest.approx(want)
+            assert math.isnan(half) if want is None else half >= 0
+
+
+def test_interval_of_the_share_of_the_gap():
+    rng = np.random.default_rng(0)
+    dp, arm, ceiling = np.array([[18], [14], [10]]) + rng.integers(-2, 3, (3, 5))
+
+    def of(*kept):
+        means = [values[[*kept]].mean() for values in (dp, arm, ceiling)]
+        return (means[0] - means[1]) / (means[0] - means[2])
+
+    whole = of(0, 1, 2, 3, 4)
+    left_out = [of(*(j for j in range(5) if j != i)) for i in range(5)]
+    jackknife = math.sqrt(4 / 5 * sum((x - np.mean(left_out)) ** 2 for x in left_out))
+    found, half = protocol.gap_share(dp, arm, ceiling)
+    assert found == pytest.approx(whole)
+    assert half == pytest.approx(stats.t.ppf(0.975, 4) * jackknife)
+    # without the first seed there is no gap
+    dp, ceiling = np.array([30, 10, 10, 10, 10]), np.full(5, 10)
+    assert protocol.gap_share(dp, arm, ceiling)[1] == math.inf
 
 
 def test_a_target_out_of_reach_counts_as_one_step_more():
@@ -88,6 +108,8 @@ def test_paired_differences_against_scipy():
     assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
     assert mean == pytest.approx(4.0)  # the first is the larger one
     assert math.isnan(protocol.paired(np.array([np.nan, 1.0]), np.array([0.0, 0.0]))[0])
+    wide = stats.ttest_rel(first, second).confidence_interval(0.99)
+    assert protocol.paired(first, second, level=0.99)[1] == pytest.approx(wide.high - mean)
 
 
 # Grids of learning rates

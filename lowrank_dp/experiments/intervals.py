@@ -9,15 +9,18 @@ from scipy import stats
 from lowrank_dp.mia.metrics import auc
 
 
-def mean_and_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean along ``axis`` and the half-width of its 95% t-interval.
+def mean_and_interval(
+    values: np.ndarray, axis: int = 0, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean along ``axis`` and the half-width of its t-interval.
 
-    ``axis`` is the axis of the seeds (or noise draws), of length 2 or more. Both results have the
-    shape of ``values`` without that axis.
+    ``axis`` is the axis of the seeds (or noise draws), of length 2 or more. The interval contains
+    the true mean with probability ``level``, in (0, 1). Both results have the shape of ``values``
+    without that axis.
     """
     count = values.shape[axis]
-    half = stats.t.ppf(0.975, count - 1) * values.std(axis=axis, ddof=1) / np.sqrt(count)
-    return values.mean(axis=axis), half
+    quantile = stats.t.ppf((1 + level) / 2, count - 1)
+    return values.mean(axis=axis), quantile * values.std(axis=axis, ddof=1) / np.sqrt(count)
 
 
 def with_interval(values: np.ndarray) -> str:

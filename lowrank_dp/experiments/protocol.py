@@ -64,8 +64,13 @@ def censored(steps: np.ndarray, budget: int) -> np.ndarray:
     return np.where(np.isinf(steps), budget + 1.0, steps)
 
 
-def gap_share(steps_dp: np.ndarray, steps_arm: np.ndarray, steps_ceiling: np.ndarray) -> float:
-    """Return (steps_dp - steps_arm) / (steps_dp - steps_ceiling), each a mean over seeds.
+def gap_share(
+    steps_dp: np.ndarray, steps_arm: np.ndarray, steps_ceiling: np.ndarray
+) -> tuple[float, float]:
+    """Return the share of the gap that an arm closes, and the half-width of its 95% interval.
+
+    The share is (steps_dp - steps_arm) / (steps_dp - steps_ceiling), each a mean over seeds. The
+    interval is Student's t for the jackknife's pseudo-values, which leave out one seed each.
 
     Args:
         steps_dp, steps_arm, steps_ceiling: (seeds,) steps to one target, censored, of plain DP
@@ -73,16 +78,30 @@ def gap_share(steps_dp: np.ndarray, steps_arm: np.ndarray, steps_ceiling: np.nda
 
     Returns:
         1 for an arm as fast as training without noise, 0 for an arm as fast as plain DP training,
-        negative for a slower one; NaN if the gap is less than ``MIN_GAP`` steps.
+        negative for a slower one; NaN if the gap is less than ``MIN_GAP`` steps. The half-width is
+        infinite if the gap is so small without one of the seeds.
+
+    Source of the interval: Tukey, Annals of Mathematical Statistics 29 (1958), p. 614.
     """
-    gap = float(np.mean(steps_dp) - np.mean(steps_ceiling))
-    return float(np.mean(steps_dp) - np.mean(steps_arm)) / gap if gap >= MIN_GAP else float("nan")
+    steps = np.stack([steps_dp, steps_arm, steps_ceiling]).astype(float)
+    count = steps.shape[-1]
+
+    def share(kept: np.ndarray) -> float:
+        dp, arm, ceiling = steps[:, kept].mean(axis=-1)
+        return float((dp - arm) / (dp - ceiling)) if dp - ceiling >= MIN_GAP else float("nan")
+
+    whole = share(np.arange(count))
+    without = np.array([share(np.arange(count) != seed) for seed in range(count)])
+    _, half = mean_and_interval(count * whole - (count - 1) * without)
+    return whole, float("inf") if np.isnan(half) and not np.isnan(whole) else float(half)
 
 
-def paired(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Return the mean of ``first - second``, both (seeds,), and the half-width of its 95% interval.
+def paired(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Return the mean of ``first - second``, both (seeds,), and the half-width of its interval.
 
-    The interval is Student's t for the differences of one seed, with seeds - 1 degrees of freedom.
+    The interval is Student's t for the differences of one seed, with seeds - 1 degrees of freedom,
+    and contains the true mean with probability ``level``.
     """
-    mean, half = mean_and_interval(np.asarray(first, dtype=float) - np.asarray(second, dtype=float))
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, half = mean_and_interval(differences, level=level)
     return float(mean), float(half)
