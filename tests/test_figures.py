@@ -20,7 +20,6 @@ PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments of many hours without a saved result yet: `make figures` leaves their figures out
 PENDING = {
-    "noise_cost",
     "plan_check",
     "gap",
     "steps_sst2",

@@ -39,7 +39,7 @@ def plot_noise_cost(result: noise_cost.Result) -> Figure:
         "noisy",
     )
     axes[1, 1].set_xlabel("gain at the best step / noisy sum's")
-    letter(axes[1, 1], "d  one matrix at a time, warm model")
+    letter(axes[1, 1], "d  one matrix, warm model")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -90,7 +90,7 @@ def _plot_curvature(axis: Axes, result: noise_cost.Result) -> None:
         shift = 0.22 * (case - (len(result.config.cases) - 1) / 2)
         for values in usable:
             axis.plot(values, y + shift, alpha=0.7, **_style(result, case))
-    axis.set_xlabel("|d'Hd| / clean sum's, a point for each warm-up")
+    axis.set_xlabel("|d'Hd| / clean sum's, each warm-up")
 
 
 def _plot_prediction(axis: Axes, result: noise_cost.Result) -> None:
