@@ -350,6 +350,8 @@ ELSEWHERE = {
     "membership",
     "noise_cost",
     "gap",
+    "gap_large_batch",
+    "gap_all_layers",
     "steps_sst2",
     "steps_sst2_gap",
     "steps_sst2_all",

@@ -420,8 +420,11 @@ def test_the_full_scale_obeys_the_protocol():
                 config.tuning_holdout,
             )
             assert config.num_seeds >= 5 and len(config.tuning_seeds) >= 2, name
-    assert gap.SST2.epsilons == (0.5, 1.0, 3.0, 8.0) and gap.SST2.batch_sizes == (256, 1024)
-    assert gap.SST2.parts == ("last block", "all")
+    maps = [figures.find(name).full for name in figures.NAMES if name.startswith("gap")]
+    assert {one.epsilons for one in maps} == {(0.5, 1.0, 3.0, 8.0)}
+    assert {(part, size) for one in maps for part in one.parts for size in one.batch_sizes} == {
+        (part, size) for part in ("last block", "all") for size in (256, 1024)
+    }
 
 
 @needs_data

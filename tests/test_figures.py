@@ -22,6 +22,8 @@ LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 PENDING = {
     "plan_check",
     "gap",
+    "gap_large_batch",
+    "gap_all_layers",
     "steps_sst2",
     "steps_sst2_gap",
     "steps_sst2_all",

@@ -81,7 +81,12 @@ class Config:
     num_workers: int | None = None
 
 
-SST2 = Config(base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30))
+_SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)
+
+# the map in three parts, by the hours that they take
+SST2 = Config(_SST2, batch_sizes=(256,), parts=("last block",))
+SST2_LARGE_BATCH = Config(_SST2, batch_sizes=(1024,), parts=("last block",))
+SST2_ALL_LAYERS = Config(_SST2, parts=("all",))
 # a trial of minutes on generated text, with a model that needs no download
 SMALL = Config(
     base_config(model="tiny", task="generated", epsilon=8.0, steps=12),

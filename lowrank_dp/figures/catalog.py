@@ -29,6 +29,8 @@ ROOMS = {
     "efficiency_e2e": "training",
     "efficiency_smollm2": "training",
     "gap": "training",
+    "gap_large_batch": "training",
+    "gap_all_layers": "training",
     "steps_sst2": "training",
     "steps_sst2_gap": "training",
     "steps_sst2_all": "training",

@@ -24,6 +24,21 @@ def _efficiency(small: Any, full: Any) -> FigureSpec:
     )
 
 
+def _gap(small: Any, full: Any) -> FigureSpec:
+    return FigureSpec(
+        run=gap.run,
+        result=gap.Result,
+        small=small,
+        full=full,
+        plot=plot_gap,
+        headline=gap.headline,
+        caption=gap.CAPTION,
+        table=gap.table,
+        plan=gap.plan,
+        lengthy=True,
+    )
+
+
 def _steps(small: Any, full: Any) -> FigureSpec:
     return FigureSpec(
         run=steps.run,
@@ -59,18 +74,9 @@ FIGURES = {
     "efficiency_mnli": _efficiency(efficiency.SMALL, efficiency.MNLI),
     "efficiency_e2e": _efficiency(efficiency.SMALL_TABLES, efficiency.E2E),
     "efficiency_smollm2": _efficiency(efficiency.SMALL_TABLES, efficiency.SMOLLM2),
-    "gap": FigureSpec(
-        run=gap.run,
-        result=gap.Result,
-        small=gap.SMALL,
-        full=gap.SST2,
-        plot=plot_gap,
-        headline=gap.headline,
-        caption=gap.CAPTION,
-        table=gap.table,
-        plan=gap.plan,
-        lengthy=True,
-    ),
+    "gap": _gap(gap.SMALL, gap.SST2),
+    "gap_large_batch": _gap(gap.SMALL, gap.SST2_LARGE_BATCH),
+    "gap_all_layers": _gap(gap.SMALL, gap.SST2_ALL_LAYERS),
     "steps_sst2": _steps(steps_configs.SMALL, steps_configs.SST2),
     "steps_sst2_gap": _steps(steps_configs.SMALL, steps_configs.SST2_GAP),
     "steps_sst2_all": _steps(steps_configs.SMALL, steps_configs.SST2_ALL),
