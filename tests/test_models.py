@@ -3,6 +3,8 @@
 import importlib.util
 import itertools
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ from torch.nn import functional as F
 
 from lowrank_dp import models
 from lowrank_dp.data import Example, collate, encode, load_task
-from lowrank_dp.models import describe, load_model, matrix_parameters, tiny
+from lowrank_dp.models import (
+    backbones,
+    describe,
+    gguf_files,
+    load_model,
+    matrix_parameters,
+    tiny,
+)
 from lowrank_dp.models.tiny import loading, pretrain
 from tests.tasks import case
 
@@ -411,7 +420,7 @@ def test_minilm_is_the_real_one():
 def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
     pytest.importorskip("gguf", reason="pip install gguf")
     model, tokenizer = load_model("smollm2")
-    assert "4-bit quantised weights, dequantised" in describe(model)
+    assert "Q4_1 quantised weights, dequantised" in describe(model)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         logits = model(**prompt).logits
@@ -424,6 +433,115 @@ def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
     again, tokenizer = load_model(tmp_path, method="lora")
     with torch.no_grad():
         assert torch.equal(again(**prompt).logits, logits)
+
+
+@needs("gemma3-270m")
+@pytest.mark.slow
+def test_gemma_is_the_real_one():
+    model, tokenizer = load_model("gemma3-270m", train_layers=1)
+    assert "Q4_K_M quantised weights, dequantised" in describe(model)
+    text = "The capital of Germany is Berlin. The capital of France is"
+    with torch.no_grad():
+        logits = model(**tokenizer(text, return_tensors="pt")).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+
+# --- GGUF files --------------------------------------------------------------------------------
+
+
+def written(path, file_type, before=()):
+    """A GGUF file without tensors, by gguf's own writer; ``before`` stands before its type."""
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in before:
+        writer.add_key_value(name, *value)
+    if file_type is not None:
+        writer.add_file_type(file_type)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_header_of_a_gguf_file_names_its_weights(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    kinds = gguf.GGUFValueType
+    before = [
+        ("words", (["ä", "", "long" * 99], kinds.ARRAY)),
+        ("numbers", ([1, 2, 3], kinds.ARRAY)),
+        ("wide", (2**40, kinds.UINT64)),
+        ("ratio", (0.5, kinds.FLOAT64)),
+        ("flag", (True, kinds.BOOL)),
+        ("text", ("general.file_type", kinds.STRING)),
+    ]
+    for i, (kind, words) in enumerate(
+        (
+            (gguf.LlamaFileType.MOSTLY_Q4_K_M, "Q4_K_M quantised weights, dequantised"),
+            (gguf.LlamaFileType.MOSTLY_Q8_0, "Q8_0 quantised weights, dequantised"),
+            (gguf.LlamaFileType.MOSTLY_BF16, "BF16 weights"),
+            (gguf.LlamaFileType.ALL_F32, "F32 weights"),
+            (None, "weights of unnamed type"),
+        )
+    ):
+        path = written(tmp_path / f"{i}.gguf", kind, before)
+        fields = gguf.GGUFReader(path).fields
+        assert ("general.file_type" in fields) == (kind is not None)
+        assert gguf_files.weights_in_words(path) == words
+        one = tmp_path / f"folder{i}"
+        one.mkdir()
+        path.rename(one / path.name)
+        found = backbones.find_backbone(str(one))
+        assert found.load == {"gguf_file": path.name} and words in found.note
+        assert backbones.find_backbone(str(one / path.name)).load == found.load
+
+
+def test_a_damaged_gguf_file_is_named(tmp_path):
+    whole = written(tmp_path / "whole.gguf", 15, [("words", (["abc"] * 5, 9))]).read_bytes()
+    for name, content in (
+        ("empty", b""),
+        ("other", b"PK" + whole[2:]),
+        ("cut", whole[:40]),
+        ("long", whole[:24] + (2**60).to_bytes(8, "little") + whole[32:]),
+    ):
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^model file .*{name}\.gguf must be a GGUF file"):
+            load_model(str(path))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "whole.gguf").write_bytes(whole)
+    with pytest.raises(ValueError, match="could not be loaded"):  # it has no weights
+        load_model(str(tmp_path / "sub"), kind="generation")
+    with pytest.raises(
+        ValueError, match=r"holds 5 GGUF files: give the path of one, such as .*cut"
+    ):
+        load_model(str(tmp_path))
+
+
+def test_a_file_in_parts_is_joined_once(tmp_path, monkeypatch):
+    target, calls = tmp_path / "cache" / "m.gguf", []
+
+    def assemble(path):
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            calls.append(path.name)
+            path.write_bytes(b"parts")
+            if damaged:
+                raise ValueError("sha256 did not match")
+        return path
+
+    package = types.SimpleNamespace(default_output_path=lambda: target, assemble=assemble)
+    monkeypatch.setitem(sys.modules, "in_parts", package)
+    damaged = True
+    with pytest.raises(ValueError, match=r"^package in_parts could not be joined .*did not match"):
+        gguf_files.assembled("in_parts")
+    assert [*target.parent.iterdir()] == []  # no half-made file is left to be taken for the whole
+    damaged = False
+    assert gguf_files.assembled("in_parts") == target and target.read_bytes() == b"parts"
+    gguf_files.assembled.cache_clear()
+    assert gguf_files.assembled("in_parts") == target and len(calls) == 2
+    assert [path.name for path in target.parent.iterdir()] == ["m.gguf"]
 
 
 # --- the embedded models -----------------------------------------------------------------------

