@@ -333,7 +333,7 @@ def test_pickles_are_refused(folders, tmp_path):
 
 
 def test_broken_folders_fail_in_one_line(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"must hold config.json or adapter_config.json"):
+    with pytest.raises(ValueError, match=r"must hold config.json, adapter_config.json or a GGUF file"):
         load_model(tmp_path)
     for file in (folders / "gpt2").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -371,7 +371,7 @@ def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch, no_wai
             ValueError,
             match="not cached and the hub is unreachable.*"
             + hint
-            + ".*minilm .packaged., smollm2, tiny",
+            + ".*minilm .packaged., smollm2, gemma3-270m, tiny",
         ) as caught:
             load_model(name, kind="classification", num_labels=2)
         assert "\n" not in str(caught.value)
