@@ -375,7 +375,7 @@ def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch, no_wai
         ) as caught:
             load_model(name, kind="classification", num_labels=2)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="an existing folder or a hub id"):
+    with pytest.raises(ValueError, match="an existing folder or GGUF file, or a hub id"):
         load_model("./nowhere/at/all")
 
 
