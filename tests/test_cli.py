@@ -157,6 +157,15 @@ def test_spectrum_measures_saves_and_prints(tmp_path, call):
     assert "attention.self.query" in names and "bert.encoder.layer.1" in names
 
 
+@pytest.mark.slow
+def test_spectrum_of_a_language_model_is_cold_by_default(call):
+    code, out, err = call(
+        *("spectrum", "--model", "tiny-llama", "--task", "generated-table"),
+        *("--batch-size", "8", "--json"),
+    )
+    assert code == 0 and err.startswith("measures: tiny-llama") and "warm-up" not in err, err
+
+
 def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
     for words, expected in (
         (["spectrum", "--task", "sst3"], ["did you mean 'sst2'"]),

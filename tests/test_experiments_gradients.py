@@ -40,6 +40,21 @@ def test_the_warm_up_reaches_its_loss_and_leaves_eval_mode(source):
     assert cold.warm_steps == 0 and 0.6 < cold.loss < 1.2  # near log 2: it knows nothing yet
 
 
+def test_a_warm_up_says_what_it_will_do_and_where_it_ended():
+    for loss, steps, last in (
+        (1e-3, 2, "the loss is .* after 2 steps, above 0.001$"),
+        (9.0, 5, ""),
+    ):
+        found = gradients.load_source(
+            dataclasses.replace(GRADIENTS, warm_loss=loss, max_warm_steps=steps)
+        )
+        said = []
+        _, done = gradients.warm_up(found, said.append)
+        assert said[0].startswith(f"warm-up without privacy: up to {steps} steps of 32 examples")
+        assert "the first step took" in said[1] and len(said) == 2 + bool(last)
+        assert done == (2 if last else 1) and re.search(last, said[-1])
+
+
 def test_clean_sum_does_not_depend_on_the_micro_batches(source):
     indices = list(range(40))
     total = source.clean_sum(indices)

@@ -333,7 +333,9 @@ def test_pickles_are_refused(folders, tmp_path):
 
 
 def test_broken_folders_fail_in_one_line(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"must hold config.json, adapter_config.json or a GGUF file"):
+    with pytest.raises(
+        ValueError, match=r"must hold config.json, adapter_config.json or a GGUF file"
+    ):
         load_model(tmp_path)
     for file in (folders / "gpt2").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -56,9 +56,11 @@ def main(
 ) -> None:
     """Compare LoRA's projection noise, measured on real layers' gradients, with the theory."""
     asked = Options(**given)
+    from rich.console import Console
+
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import lora_noise
-    from lowrank_dp.experiments.gradients import GradientConfig
+    from lowrank_dp.experiments.gradients import GradientConfig, prepare
 
     config = lora_noise.Config(
         gradients=GradientConfig(
@@ -76,7 +78,9 @@ def main(
         num_draws=asked.draws,
         vector_draws=asked.draws,
     )
-    result = lora_noise.run(config)
+    source = prepare(config.gradients, asked.batch_size)
+    say(Console(stderr=True), f"measures: {source.description}")
+    result = lora_noise.run(config, source)
     if output is not None:
         artifacts.save_result(result, output, "lora", seed=asked.seed, device=asked.device)
     if as_json:

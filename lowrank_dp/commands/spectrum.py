@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,7 @@ class Options:
     """Options of the command: the gradients that are measured, and their noise."""
 
     model: str = option(
-        "", "Hub id, folder or packaged name. Default: minilm if installed, else tiny."
+        "", "Hub id, folder, GGUF file or packaged name. Default: minilm if installed, else tiny."
     )
     task: str = option("generated", "Task name, or a folder with train.jsonl.gz.")
     batch_size: int = option(2048, "Number of examples in the gradient sum.")
@@ -37,9 +37,10 @@ class Options:
     scheme: str = option(
         "optimal", "Restoration scheme of the gradients.", choices=("none", *EDGE_SCHEMES)
     )
-    warm_loss: float = option(
-        0.36,
-        "Loss to which the model is first trained without privacy; 0 leaves the model as it is.",
+    warm_loss: float | None = option(
+        None,
+        "Loss to which the model is first trained without privacy; 0 leaves the model as it is. "
+        "Default: 0.36 for a classifier, else 0.",
     )
     max_length: int = option(128, "Number of tokens that a text is cut to.")
     micro_batch_size: int = option(64, "Number of examples in memory at a time.")
@@ -51,7 +52,8 @@ class Options:
         _validate.positive("--noise-multiplier", self.noise_multiplier)
         _validate.integer("--batch-size", self.batch_size)
         _validate.integer("--micro-batch-size", self.micro_batch_size)
-        _validate.real("--warm-loss", self.warm_loss, low=0)
+        if self.warm_loss is not None:
+            _validate.real("--warm-loss", self.warm_loss, low=0)
 
 
 @app.command()
@@ -67,7 +69,7 @@ def main(
     asked = Options(**given)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra
-    from lowrank_dp.experiments.gradients import GradientConfig, prepare
+    from lowrank_dp.experiments.gradients import GradientConfig, load_source, warm_up
 
     gradients = GradientConfig(
         model=asked.model,
@@ -79,8 +81,12 @@ def main(
         seed=asked.seed,
         device=asked.device,
     )
-    config = spectra.Config(gradients, asked.batch_size, asked.noise_multiplier, asked.scheme)
-    source = prepare(gradients, asked.batch_size, _say_what_is_measured)
+    source = load_source(gradients, asked.batch_size)
+    if asked.warm_loss is None and source.kind == "classification":
+        source.config = replace(gradients, warm_loss=GradientConfig.warm_loss)
+    _say(f"measures: {source.description}")
+    source.loss, source.warm_steps = warm_up(source, _say)
+    config = spectra.Config(source.config, asked.batch_size, asked.noise_multiplier, asked.scheme)
     result = spectra.run(config, source)
     if output is not None:
         from lowrank_dp.plots.spectra import plot_spectra
@@ -93,10 +99,10 @@ def main(
         _print(result, spectra.headline(result))
 
 
-def _say_what_is_measured(description: str) -> None:
+def _say(line: str) -> None:
     from rich.console import Console
 
-    say(Console(stderr=True), f"measures: {description}")
+    say(Console(stderr=True), line)
 
 
 def _document(result: Result, headline: dict[str, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ NON-PRIVATE throughout: the warm-up has no noise, and the sums are read before n
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,7 @@ class GradientSource:
         matrices: names of the trainable matrices.
         description: model and data in words.
         config: the config that the source was prepared from.
+        kind: kind of the task.
         loss: training loss at the end of the warm-up, or of the cold model.
         warm_steps: number of warm-up steps.
         sums: clean sums by batch size, kept because several experiments measure the same sums.
@@ -82,6 +84,7 @@ class GradientSource:
     matrices: list[str]
     description: str
     config: GradientConfig
+    kind: str
     loss: float = float("nan")
     warm_steps: int = 0
     sums: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
@@ -121,21 +124,14 @@ class GradientSource:
         return micro_batches(rows, size, self.pad_token_id, device=self.config.device)
 
 
-def prepare(
-    config: GradientConfig,
-    batch_size: int = 1,
-    on_load: Callable[[str], None] | None = None,
-) -> GradientSource:
+def prepare(config: GradientConfig, batch_size: int = 1) -> GradientSource:
     """Load model and task, and train the model to ``config.warm_loss``.
 
-    The model ends in eval mode, so that the measured gradients are free of dropout. ``on_load`` is
-    called with the source's description before the warm-up.
+    The model ends in eval mode, so that the measured gradients are free of dropout.
 
     Raises ValueError, before the warm-up, as :func:`load_source` does.
     """
     source = load_source(config, batch_size)
-    if on_load is not None:
-        on_load(source.description)
     source.loss, source.warm_steps = warm_up(source)
     return source
 
@@ -168,15 +164,23 @@ def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
         matrices,
         f"{describe(model)}; {task.name} from {task.source}, {len(rows):,} examples",
         config,
+        task.kind,
     )
 
 
-def warm_up(source: GradientSource) -> tuple[float, int]:
+def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) -> tuple[float, int]:
     """Train without privacy from the source's weights to ``source.config.warm_loss``.
 
-    Returns the running mean of the training loss in nats and the number of steps. A ``warm_loss``
-    of None trains nothing; the loss is then the mean over 512 rows.
+    Args:
+        source: the model and its rows.
+        say: function that gets the plan of the warm-up before it begins, its longest time after the
+            first step, and a line if the loss was not reached.
+
+    Returns:
+        The running mean of the training loss in nats, and the number of steps. A ``warm_loss`` of
+        None trains nothing; the loss is then the mean over 512 rows.
     """
+    say = say or (lambda line: None)
     config, model = source.config, source.model
     generator = torch.Generator().manual_seed(config.seed)
     if config.warm_loss is None:
@@ -185,19 +189,32 @@ def warm_up(source: GradientSource) -> tuple[float, int]:
     _validate.positive("warm_loss", config.warm_loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.warm_learning_rate)
-    loss, step = float("nan"), 0
+    loss, step, most = float("nan"), 0, config.max_warm_steps
+    say(
+        f"warm-up without privacy: up to {most} steps of {config.warm_batch_size} examples, until "
+        f"the training loss is {config.warm_loss:g}"
+    )
     model.train()
     cuda = [torch.cuda.current_device()] if config.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)  # seeds dropout
-        for step, batch in enumerate(_bucketed(source, generator), 1):
+        began, batches = time.monotonic(), itertools.islice(_bucketed(source, generator), most)
+        for step, batch in enumerate(progress(batches, "warm-up", total=most), 1):
             value = model(**batch).loss
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
             loss = value.item() if step == 1 else 0.95 * loss + 0.05 * value.item()
-            if loss <= config.warm_loss or step == config.max_warm_steps:
+            if step == 1:
+                seconds = time.monotonic() - began
+                say(
+                    f"warm-up: the first step took {seconds:.1f} s, so that all would take "
+                    f"{most * seconds / 60:.1f} minutes"
+                )
+            if loss <= config.warm_loss:
                 break
+        else:
+            say(f"warm-up: the loss is {loss:.3g} after {step} steps, above {config.warm_loss:g}")
     model.eval()
     return loss, step
 
