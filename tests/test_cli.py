@@ -159,7 +159,7 @@ def test_spectrum_measures_saves_and_prints(tmp_path, call):
 
 @pytest.mark.slow
 def test_spectrum_of_a_language_model_is_cold_by_default(call):
-    code, out, err = call(
+    code, _, err = call(
         *("spectrum", "--model", "tiny-llama", "--task", "generated-table"),
         *("--batch-size", "8", "--json"),
     )
