@@ -6,6 +6,7 @@ A vector q is replaced by q A^T A, where A is rank x n with independent N(0, 1/r
 True
 """
 
+from lowrank_dp.theory.composition import hu_guarantee, projection_epsilon
 from lowrank_dp.theory.coordinate import (
     berry_esseen_bound,
     kolmogorov_exact,
@@ -28,8 +29,8 @@ from lowrank_dp.theory.privacy import gaussian_privacy_profile, privacy_floor, p
 
 # fmt: off
 __all__ = [
-    "berry_esseen_bound", "gaussian_privacy_profile", "joint_tv", "joint_tv_limit",
+    "berry_esseen_bound", "gaussian_privacy_profile", "hu_guarantee", "joint_tv", "joint_tv_limit",
     "joint_tv_lower_bound", "joint_tv_upper_bound", "kolmogorov_exact", "noise_kurtosis",
-    "noise_logpdf", "noise_variance", "privacy_floor", "privacy_profile", "projection_logpdf",
-    "symmetry_score", "tv_bound", "tv_exact", "tv_lower_bound",
+    "noise_logpdf", "noise_variance", "privacy_floor", "privacy_profile", "projection_epsilon",
+    "projection_logpdf", "symmetry_score", "tv_bound", "tv_exact", "tv_lower_bound",
 ]

@@ -1,0 +1,185 @@
+r"""Epsilon of vector queries q -> A^T A q that are repeated, each with an A of its own.
+
+`projection_epsilon` states what the exact law of `lowrank_dp.theory.privacy` gives for one pair of
+neighbouring vectors, `hu_guarantee` what theorem 1 of Hu et al. (arXiv 2601.21719) gives for the
+same pair. Neither covers
+
+* an A that several steps share, such as a frozen A: two released vectors are then a matrix query,
+  whose delta is 1 (`lowrank_dp.theory.matrix`);
+* a matrix of two or more rows that share A, for the same reason;
+* pairs without a bound on the angle and on the ratio of norms: delta tends to 1 as the angle grows.
+
+Arguments and errors are otherwise as in `lowrank_dp.theory.privacy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import optimize, special
+
+from lowrank_dp._validate import fail, integer, positive, real
+from lowrank_dp.theory._arrays import Array, FloatOrArray, integers, reals, unwrap
+from lowrank_dp.theory.privacy import privacy_floor, privacy_profile
+
+_CELLS = 50  # intervals up to the epsilon at which the profile has halved
+_GROWTH = 1.02  # of the dots' distances from 0, beyond these
+_ERROR = 1e-9  # of a computed delta; it is added, so that a composed epsilon is an upper bound
+_POINTS = 10_000_000  # of a composed distribution, at most
+_MOST = 1e4  # a larger epsilon is reported as infinite
+_SMALLEST = 1e-8  # delta that errors of the deltas and of the Fourier transform do not reach
+
+
+def projection_epsilon(
+    delta: float, rank: int, n: int, *, angle: float, norm_ratio: float = 1.0, steps: int = 1
+) -> float:
+    """Epsilon of ``steps`` releases of A^T A q, each with a fresh A, for one pair (q, q').
+
+    The pair of step t may depend on earlier releases, as long as its angle is ``angle`` and its
+    ratio of norms ``norm_ratio``. In all cases that were computed, a smaller angle has a smaller
+    delta at every epsilon; this was not proved. Both directions are covered: the larger epsilon is
+    returned, or infinity if it exceeds 1e4.
+
+    One step: the inverse of `privacy_profile`. Several steps: the privacy loss is discretised by
+    connecting the dots of the profile, after the error of the profile was added, and composed by
+    dp-accounting. The result is then an upper bound. It requires that ``delta`` be at least
+    ``1e-8 * steps``.
+
+    Args:
+        delta: in (0, 1).
+        rank: number of rows of A, >= 1.
+        n: length of q, >= 1.
+        angle: between q and q', in radians, in [0, pi].
+        norm_ratio: |q'| / |q| > 0.
+        steps: number of releases, >= 1.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Source of the discretisation: Doroshenko et al., PoPETs 2022(4).
+
+    >>> round(projection_epsilon(3e-3, 16, 768, angle=0.01), 3)
+    0.107
+    >>> round(projection_epsilon(1e-5, 16, 768, angle=0.01, steps=100), 2)
+    2.88
+    """
+    delta = real("delta", delta, low=0, high=1, low_open=True, high_open=True)
+    steps = integer("steps", steps)
+    if steps > 1 and delta < _SMALLEST * steps:
+        fail("delta", f">= {_SMALLEST * steps:g} for {steps} steps", delta)
+    rank, n, ratio_ = integer("rank", rank), integer("n", n), positive("norm_ratio", norm_ratio)
+    angle = real("angle", angle, low=0, high=np.pi)
+    profiles = [
+        lambda epsilon, ratio=ratio: float(
+            privacy_profile(epsilon, rank, n, angle=angle, norm_ratio=ratio)
+        )
+        for ratio in {ratio_, 1 / ratio_}
+    ]
+    if max(profile(0.0) for profile in profiles) == 0:
+        return 0.0
+    if steps == 1:
+        return max(_inverse(profile, delta) for profile in profiles)
+    return _composed(
+        profiles[0], profiles[-1], delta, steps, float(privacy_floor(rank, angle=angle))
+    )
+
+
+def hu_guarantee(
+    rank: ArrayLike, n: ArrayLike, *, angle: ArrayLike, tail: ArrayLike
+) -> tuple[FloatOrArray, FloatOrArray]:
+    """Epsilon and delta of one release by theorem 1 of Hu et al. (arXiv 2601.21719), as read.
+
+    With rho = cos(angle), the Student quantile t of ``rank`` degrees of freedom and the chi^2
+    quantile kappa of ``rank + n - 1`` degrees, both exceeded with probability ``tail``, and
+    K = sin(angle) t / sqrt(rank),
+
+        epsilon = (n + rank - 1) / 2 ln(rho + K) + (1 - rho + K) kappa / (2 (rho - K)),
+        delta = E Phi(-rho sqrt(x) / sin(angle)) + 3 tail,  x ~ chi^2_rank.
+
+    Epsilon is infinite where K >= rho. The text of the theorem was not at hand: the formula is
+    that of a summary.
+
+    Args:
+        rank: number of rows of A, >= 1.
+        n: length of q, >= 1.
+        angle: largest angle between neighbouring vectors, in radians, in [0, pi/2).
+        tail: delta' in (0, 1/3).
+
+    >>> epsilon, delta = hu_guarantee(16, 768, angle=0.01, tail=1e-3)
+    >>> round(epsilon, 2), round(delta, 6)
+    (7.83, 0.003)
+    """
+    r, n_ = integers("rank", rank), integers("n", n)
+    theta = reals("angle", angle, low=0, high=np.pi / 2)
+    tail_ = reals("tail", tail, low=0, high=1 / 3, low_open=True)
+    rho = np.cos(theta)
+    k = np.sin(theta) * -special.stdtrit(r, tail_) / np.sqrt(r)
+    kappa = special.chdtri(r + n_ - 1, tail_)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        epsilon = (n_ + r - 1) / 2 * np.log(rho + k) + (1 - rho + k) * kappa / (2 * (rho - k))
+    delta = np.asarray(privacy_floor(r, angle=theta)) + 3 * tail_
+    return unwrap(np.where(k < rho, epsilon, np.inf)), unwrap(np.broadcast_to(delta, epsilon.shape))
+
+
+def _inverse(profile: Callable[[float], float], delta: float) -> float:
+    """Return the smallest epsilon >= 0 at which the profile is at most ``delta``."""
+    if profile(0.0) <= delta:
+        return 0.0
+    high = 1.0
+    while profile(high) > delta:
+        high *= 2
+        if high > _MOST:
+            return float("inf")
+    return float(
+        optimize.brentq(
+            lambda epsilon: profile(epsilon) - delta, high / 2 if high > 1 else 0.0, high
+        )
+    )
+
+
+def _places(last: float) -> Array:
+    """Return rising integers from 0 to ``last`` or more: all small ones, then ever fewer."""
+    count = int(np.ceil(np.log(max(last, 2.0)) / np.log(_GROWTH)))
+    return np.unique(np.concatenate([[0], np.ceil(_GROWTH ** np.arange(count + 1))])).astype(int)
+
+
+def _composed(
+    forward: Callable[[float], float],
+    backward: Callable[[float], float],
+    delta: float,
+    steps: int,
+    floor: float,
+) -> float:
+    """Return epsilon of ``steps`` releases of a pair with these profiles, in both directions."""
+    from dp_accounting.pld import pld_pmf
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+    if floor * steps >= delta:
+        return float("inf")
+    half = max(_inverse(profile, profile(0.0) / 2) for profile in (forward, backward))
+    interval, largest = half / _CELLS, half
+    # losses beyond the largest dot count as infinite
+    while max(forward(largest), backward(largest)) > floor + 1e-3 * delta / steps:
+        largest *= 1.5
+        if largest > min(_MOST, _POINTS * interval / steps):
+            break
+    places = _places(largest / interval)
+    grid = interval * places
+    deltas = [np.array([profile(one) for one in grid]) + _ERROR for profile in (forward, backward)]
+
+    def distribution(ahead: Array, reverse: Array) -> pld_pmf.PLDPmf:
+        # H_(e^-x)(P | Q) = 1 - e^-x + e^-x H_(e^x)(Q | P)
+        negative = 1 - np.exp(-grid[:0:-1]) * (1 - reverse[:0:-1])
+        both = np.minimum(np.concatenate([negative, ahead]), 1.0)
+        return pld_pmf.create_pmf_pessimistic_connect_dots(
+            interval,
+            np.concatenate([-places[:0:-1], places]),
+            np.minimum.accumulate(both),
+        )
+
+    composed = PrivacyLossDistribution(
+        distribution(*deltas), distribution(*deltas[::-1])
+    ).self_compose(steps)
+    return float(composed.get_epsilon_for_delta(delta))

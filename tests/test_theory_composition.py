@@ -1,0 +1,160 @@
+"""Composed epsilon of vector queries, and theorem 1 of Hu et al., against the exact law."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from lowrank_dp import theory
+from lowrank_dp.theory import composition
+from tests.tasks import case
+
+
+def losses(rank, n, angle, ratio, steps, trials, seed):
+    """Total privacy losses of ``steps`` releases under q, from the exact sampler."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros(trials)
+    for _ in range(steps):
+        phi = np.arctan(rng.standard_t(rank, trials) / np.sqrt(rank))
+        v = rng.chisquare(rank + n - 1, trials)
+        c = ratio * np.cos(phi - angle) / np.cos(phi)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            one = (rank - 1) * np.log(ratio) - (rank - n - 1) / 2 * np.log(c) - v / 2 * (1 - 1 / c)
+        total += np.where(c > 0, one, np.inf)
+    return total
+
+
+@pytest.mark.parametrize(
+    "rank, n, angle, ratio, steps",
+    [
+        (16, 768, 0.03, 1.0, 5),
+        (4, 64, 0.05, 1.0, 20),
+        (8, 128, 0.02, 1.03, 3),
+        (8, 32, 0.0, 1.1, 2),
+    ],
+)
+def test_composition_against_simulation(rank, n, angle, ratio, steps):
+    """Error rate per case: below 1e-6, at five standard errors of the simulated delta."""
+    delta, trials = 1e-2, 200_000
+    epsilon = theory.projection_epsilon(delta, rank, n, angle=angle, norm_ratio=ratio, steps=steps)
+    found, errors = [], []
+    for one in {ratio, 1 / ratio}:
+        loss = losses(rank, n, angle, one, steps, trials, seed=7)
+        excess = np.clip(-np.expm1(np.minimum(epsilon - loss, 0.0)), 0, 1)
+        found.append(excess.mean())
+        errors.append(excess.std() / np.sqrt(trials))
+    worst = int(np.argmax(found))
+    assert found[worst] <= delta + 5 * errors[worst]  # an upper bound
+    assert found[worst] >= 0.97 * delta - 5 * errors[worst]  # and nearly tight
+
+
+def test_one_step_is_the_inverse_of_the_profile():
+    for rank, n, angle, ratio in ((16, 768, 0.01, 1.0), (4, 64, 0.1, 1.0), (8, 256, 0.02, 0.98)):
+        with case(rank, n, angle, ratio):
+            epsilon = theory.projection_epsilon(1e-4, rank, n, angle=angle, norm_ratio=ratio)
+            deltas = [
+                theory.privacy_profile(epsilon, rank, n, angle=angle, norm_ratio=one)
+                for one in (ratio, 1 / ratio)
+            ]
+            assert max(deltas) == pytest.approx(1e-4, rel=1e-6)
+
+
+def test_dots_bound_the_exact_epsilon_from_above():
+    for delta, angle in ((1e-4, 0.01), (1e-2, 0.03)):
+        exact = theory.projection_epsilon(delta, 16, 768, angle=angle)
+
+        def profile(x, angle=angle):
+            return theory.privacy_profile(x, 16, 768, angle=angle)
+
+        floor = theory.privacy_floor(16, angle=angle)
+        found = composition._composed(profile, profile, delta, 1, floor)
+        assert exact <= found <= 1.01 * exact
+
+
+def test_more_steps_and_smaller_deltas_cost_more():
+    def epsilon(**changes):
+        given = {"delta": 1e-3, "rank": 16, "n": 256, "angle": 0.01, "steps": 4} | changes
+        return theory.projection_epsilon(given.pop("delta"), **given)
+
+    assert epsilon(steps=1) < epsilon(steps=2) < epsilon() < epsilon(steps=16)
+    assert epsilon(delta=1e-2) < epsilon() < epsilon(angle=0.012)
+    assert epsilon(norm_ratio=1.01) == pytest.approx(epsilon(norm_ratio=1 / 1.01), rel=1e-9)
+    assert epsilon(angle=0.0) == 0.0
+    assert epsilon(rank=1, angle=0.1) == np.inf  # the floor alone exceeds delta
+    assert epsilon(rank=1, angle=0.1, steps=1) == np.inf
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 64),
+    st.integers(2, 1024),
+    st.floats(1e-4, np.pi / 2),
+    st.floats(0.05, 1),
+    st.floats(0, 8),
+    st.booleans(),
+)
+def test_a_smaller_angle_leaks_less_at_every_epsilon(rank, n, angle, part, epsilon, reverse):
+    """Also at negative epsilons: this is what makes one pair dominate a step of the composition."""
+    smaller, larger = (
+        theory.privacy_profile(epsilon, rank, n, angle=one) for one in (part * angle, angle)
+    )
+    assert smaller <= larger + 2e-9
+
+
+SETTINGS = [
+    (rank, n, angle, tail)
+    for rank in (4, 16)
+    for n in (128, 768)
+    for angle in (0.003, 0.01, 0.03, 0.1)
+    for tail in (1e-3, 1e-5)
+]
+
+
+def test_the_guarantee_of_hu_is_valid_and_loose():
+    ratios = []
+    for rank, n, angle, tail in SETTINGS:
+        with case(rank, n, angle, tail):
+            epsilon, delta = theory.hu_guarantee(rank, n, angle=angle, tail=tail)
+            rho = np.cos(angle)
+            k = np.sqrt(1 - rho**2) * stats.t.isf(tail, rank) / np.sqrt(rank)
+            kappa = stats.chi2.isf(tail, rank + n - 1)
+            if k >= rho:
+                assert epsilon == np.inf
+                continue
+            assert epsilon == pytest.approx(
+                (n + rank - 1) / 2 * np.log(rho + k) + (1 - rho + k) * kappa / (2 * (rho - k)),
+                rel=1e-8,
+            )
+            # P(rho sqrt(x) + sin(angle) Z < 0) by Student's law of Z / sqrt(x / rank)
+            floor = stats.t.sf(np.sqrt(rank) / np.tan(angle), rank)
+            assert delta == pytest.approx(floor + 3 * tail, rel=1e-8)
+            # the exact delta at this epsilon is below, and the exact epsilon at this delta is, too
+            assert theory.privacy_profile(epsilon, rank, n, angle=angle) < delta
+            exact = theory.projection_epsilon(delta, rank, n, angle=angle)
+            assert exact < epsilon
+            ratios.append(epsilon / exact if exact else np.inf)
+    assert min(ratios) > 3 and len(ratios) > 20
+
+
+def test_arrays_and_bad_input():
+    epsilon, delta = theory.hu_guarantee([4, 16], [[128], [768]], angle=0.01, tail=1e-3)
+    assert epsilon.shape == delta.shape == (2, 2)
+    assert epsilon[1, 1] == theory.hu_guarantee(16, 768, angle=0.01, tail=1e-3)[0]
+    for changes, words in (
+        ({"delta": 0.0}, "^delta must be"),
+        ({"delta": 1.0}, "^delta must be"),
+        ({"steps": 0}, "^steps must be an integer >= 1"),
+        ({"rank": 2.5}, "^rank must be"),
+        ({"n": 0}, "^n must be"),
+        ({"angle": -0.1}, "^angle must be"),
+        ({"angle": 4.0}, "^angle must be"),
+        ({"norm_ratio": 0.0}, "^norm_ratio must be"),
+        ({"delta": 1e-9, "steps": 2}, "^delta must be >= 2e-08 for 2 steps"),
+    ):
+        given = {"delta": 1e-3, "rank": 4, "n": 16, "angle": 0.1} | changes
+        with pytest.raises(ValueError, match=words):
+            theory.projection_epsilon(given.pop("delta"), **given)
+    for changes, words in (({"tail": 0.0}, "^tail must be"), ({"angle": 2.0}, "^angle must be")):
+        with pytest.raises(ValueError, match=words):
+            theory.hu_guarantee(4, 16, **{"angle": 0.1, "tail": 1e-3} | changes)
