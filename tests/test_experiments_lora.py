@@ -8,7 +8,14 @@ import torch
 from matplotlib.figure import Figure
 
 from lowrank_dp import artifacts, figures, theory
-from lowrank_dp.experiments import dynamics, lora_noise, projection_privacy, total_variation
+from lowrank_dp.experiments import (
+    dynamics,
+    gradients,
+    lora_noise,
+    projection_privacy,
+    total_variation,
+    vector_privacy,
+)
 from lowrank_dp.experiments.gradients import GradientConfig
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE
 
@@ -41,6 +48,20 @@ CONFIGS = {
             rank_grid=(1, 16, 256),
             widths=(768,),
             batch_size=8,
+        ),
+    ),
+    "vector_privacy": (
+        vector_privacy,
+        replace(
+            vector_privacy.SMALL,
+            gradients=TINY,
+            ranks=(4, 16),
+            angles=(0.003, 0.03, 0.3),
+            composed_angles=(0.01,),
+            steps=(1, 4),
+            batch_sizes=(4, 8),
+            num_examples=2,
+            num_layers=2,
         ),
     ),
     "dynamics": (
@@ -107,6 +128,42 @@ def test_two_rows_give_the_candidate_away_and_one_does_not(results):
     assert np.isnan(result.auc[0, 1:]).all()
     assert (result.profile >= result.profile_gaussian)[:3].all()  # rank << n
     assert result.by_rank[0, 1] < min(result.by_rank[0, [0, 2]])  # not monotone in the rank
+
+
+def test_angles_of_one_example_against_a_plain_loop(results):
+    result = results["vector_privacy"]
+    source = gradients.prepare(TINY)
+    chosen = source.sample(8, torch.Generator().manual_seed(TINY.seed + 1))
+    alone = [source.clean_sum([i]) for i in chosen]
+    for i, name in enumerate(result.layers):
+        for j, size in enumerate((4, 8)):
+            angles, ratios = [], []
+            for left_out in range(2):
+                kept = [k for k in range(size) if k != left_out]
+                whole = sum(alone[k][name] for k in range(size)).double()
+                other = sum(alone[k][name] for k in kept).double()
+                for q, p in zip(whole, other, strict=True):
+                    if q.norm() > 0 and p.norm() > 0:
+                        angles.append(
+                            float(torch.arccos((q @ p / q.norm() / p.norm()).clip(-1, 1)))
+                        )
+                        ratios.append(abs(float((p.norm() / q.norm()).log())))
+            for found, values in ((result.angle, angles), (result.log_ratio, ratios)):
+                want = [np.median(values), np.quantile(values, 0.95), max(values)]
+                np.testing.assert_allclose(found[i, j], want, rtol=2e-2, atol=2e-3)
+    # one example matters less in the larger batch
+    assert (result.angle[:, 1, 0] < result.angle[:, 0, 0]).all()
+
+
+def test_the_exact_law_is_stronger_than_the_theorem_and_weaker_than_the_reading(results):
+    result = results["vector_privacy"]
+    known = np.isfinite(result.hu_epsilon)
+    assert known.any() and (result.exact_epsilon < result.hu_epsilon)[known].all()
+    assert (result.exact_delta > result.gaussian_delta).all()
+    assert (np.diff(result.exact_delta) > 0).all() and (np.diff(result.composed) > 0).all()
+    assert vector_privacy.headline(result)["exact delta at the theorem's epsilon is smaller"] == (
+        "always"
+    )
 
 
 def test_every_arm_starts_like_full_fine_tuning_and_ends_elsewhere(results):

@@ -22,6 +22,7 @@ ROOMS = {
     "lora_noise": "lora",
     "total_variation": "lora",
     "projection_privacy": "lora",
+    "vector_privacy": "lora",
     "matrix_attack": "lora",
     "dynamics": "lora",
     "efficiency": "training",

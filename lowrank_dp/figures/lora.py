@@ -6,11 +6,13 @@ from lowrank_dp.experiments import (
     matrix_attack,
     projection_privacy,
     total_variation,
+    vector_privacy,
 )
 from lowrank_dp.figures.spec import FigureSpec
 from lowrank_dp.plots.dynamics import plot_dynamics
 from lowrank_dp.plots.lora_noise import plot_lora_noise, plot_total_variation
 from lowrank_dp.plots.projection import plot_matrix_attack, plot_projection_privacy
+from lowrank_dp.plots.vector_privacy import plot_vector_privacy
 
 FIGURES = {
     "lora_noise": FigureSpec(
@@ -41,6 +43,18 @@ FIGURES = {
         headline=projection_privacy.headline,
         caption=projection_privacy.CAPTION,
         takes_source=True,
+    ),
+    "vector_privacy": FigureSpec(
+        run=vector_privacy.run,
+        result=vector_privacy.Result,
+        small=vector_privacy.SMALL,
+        full=vector_privacy.Config(),
+        plot=plot_vector_privacy,
+        headline=vector_privacy.headline,
+        caption=vector_privacy.CAPTION,
+        table=vector_privacy.table,
+        takes_source=True,
+        lengthy=True,
     ),
     "matrix_attack": FigureSpec(
         run=matrix_attack.run,

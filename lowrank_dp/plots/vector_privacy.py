@@ -1,0 +1,87 @@
+"""Figure of the privacy of one vector's projection: theorem, exact law, measured angles, steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lowrank_dp.plots.style import COLOURS, MARKERS, letter, new_figure, styled
+
+if TYPE_CHECKING:
+    from lowrank_dp.experiments import vector_privacy
+
+
+@styled
+def plot_vector_privacy(result: vector_privacy.Result) -> Figure:
+    """Plot epsilon and delta against the angle, measured angles, and epsilon against steps."""
+    figure, axes = new_figure(2, 2, height=5.0)
+    config = result.config
+    for i, rank in enumerate(config.ranks):
+        for axis, exact, other in (
+            (axes[0, 0], result.exact_epsilon, result.hu_epsilon),
+            (axes[0, 1], result.exact_delta, result.gaussian_delta),
+        ):
+            axis.plot(config.angles, exact[i], color=COLOURS[i], label=f"r = {rank}")
+            axis.plot(config.angles, other[i], "--", color=COLOURS[i])
+    axes[0, 0].set(
+        xscale="log", yscale="log", xlabel="angle (radians)", ylabel="ε at the theorem's δ"
+    )
+    axes[0, 0].legend(title=f"n = {config.width}", title_fontsize=7)
+    letter(axes[0, 0], "a  computed: exact —, theorem 1 – –")
+    axes[0, 1].set(
+        xscale="log",
+        yscale="log",
+        ylim=(1e-15, 1.5),
+        xlabel="angle (radians)",
+        ylabel="δ at ε = 1",
+    )
+    letter(axes[0, 1], "b  computed: exact —, Gaussian reading – –")
+    _plot_angles(result, axes[1, 0])
+    for i, angle in enumerate(config.composed_angles):
+        axes[1, 1].plot(
+            config.steps,
+            result.composed[i],
+            color=COLOURS[i],
+            marker=MARKERS[i],
+            markersize=3,
+            label=f"angle {angle:g}",
+        )
+    axes[1, 1].set(
+        xscale="log",
+        yscale="log",
+        xlabel="steps, each with a fresh A",
+        ylabel=f"ε at δ = {config.delta:g}",
+    )
+    axes[1, 1].legend(title=f"r = {config.composed_rank}, n = {config.width}", title_fontsize=7)
+    letter(axes[1, 1], "d  computed: exact law, composed")
+    return figure
+
+
+def _plot_angles(result: vector_privacy.Result, axis: Axes) -> None:
+    sizes = sorted(result.config.batch_sizes)
+    for i, name in enumerate(result.layers):
+        short = ".".join(name.split(".")[-3:-1])
+        for k, line in ((0, "-"), (2, ":")):
+            axis.plot(
+                sizes,
+                result.angle[i, :, k],
+                line,
+                color=COLOURS[i],
+                marker=MARKERS[i],
+                markersize=3,
+                label=short if k == 0 else None,
+            )
+    axis.plot(
+        sizes,
+        result.angle[0, 0, 0] * sizes[0] / np.array(sizes),
+        "--",
+        color="black",
+        linewidth=0.8,
+        label="1 / B",
+    )
+    axis.set(xscale="log", yscale="log", xlabel="batch B", ylabel="angle by one example (radians)")
+    axis.legend(fontsize=6)
+    letter(axis, "c  NON-PRIVATE: median —, largest ···")
