@@ -150,6 +150,11 @@ def test_steps_of_a_made_up_sweep(swept, tmp_path):
     row = rows[CONFIG.arms.index("mean, optimal, zeroed")]
     assert row[columns.index("steps to 90% fewer than DP-SGD")] == "+1.0 ± 0.0"
     assert row[columns.index("steps to 90%, by seed")] == "3, 4, 3"
+    above = np.mean(result.of(row[0])[:, 1:] - result.of("DP-SGD")[:, 1:], axis=1)
+    mean, half = steps.mean_above(result, row[0], "DP-SGD")
+    assert mean == pytest.approx(above.mean()) and mean > 0
+    assert half == pytest.approx(stats.t.ppf(0.975, 2) * above.std(ddof=1) / math.sqrt(3))
+    assert row[columns.index("mean accuracy above DP-SGD")] == f"{mean:+.3f} ± {half:.3f}"
     assert row[columns.index("restoring, share of step time")] == "10.0%"
     assert steps.headline(result)["steps of DP-Adam over those without noise (NON-PRIVATE)"] == (
         "2.50"

@@ -5,13 +5,15 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from lowrank_dp import artifacts
 from lowrank_dp.data import encode, load_task, micro_batches
-from lowrank_dp.experiments import gap, plan_check
+from lowrank_dp.experiments import gap, plan_check, plan_gap
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE, GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.plan import make_plan, predict_alignment, predict_spectrum, step_gain
@@ -20,6 +22,7 @@ from lowrank_dp.plan.making import SCHEMES
 from lowrank_dp.plan.public_text import load_public_text
 from lowrank_dp.plan.request import Measurement
 from lowrank_dp.plan.trials import best_rate, steps_ratio
+from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig
 from tests.oracles import assert_refused, refusal_of
@@ -378,20 +381,7 @@ def test_plans_of_own_spectra_agree_with_measured_alignment():
     assert len(rows) == 2 * len(SCHEMES) and {len(row) for row in rows} == {len(columns)}
 
 
-def test_a_gap_is_predicted_if_it_is_within_the_tolerance():
-    for predicted, measured, close in (
-        (1.29, 1.0, True),
-        (0.71, 1.0, True),
-        (1.31, 1.0, False),
-        (1.0, 1.5, False),
-    ):
-        check = plan_check.GapCheck(8.0, 256, 1, predicted, measured)
-        assert check.is_close == close, (predicted, measured)
-    with pytest.raises(ValueError, match="trial_steps"):
-        plan_check.check_gaps([], Measurement(trial_steps=0))
-
-
-def test_measured_gaps_come_with_the_configurations_of_their_runs():
+def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, tmp_path):
     steps = np.arange(13)
 
     def curve(speed):
@@ -415,10 +405,42 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs():
         ceiling=ceiling,
         noise_multiplier=np.ones((2, 2)),
     )
-    found = plan_check.gap_settings(result)
-    assert [(run.epsilon, run.batch_size, run.train_layers) for run, _ in found] == [
+    found = plan_gap.gap_settings(result)
+    assert [(run.epsilon, run.batch_size, run.train_layers) for run, _ in found.values()] == [
         (1.0, 64, 1),
         (8.0, 64, 1),
         (8.0, 128, 1),
     ]
-    assert all(run.optimizer == "adam" and ratio > 1.5 for run, ratio in found)
+    assert all(run.optimizer == "adam" for run, _ in found.values())
+    made = iter([2.0, None, 1.0, 3.0, 2.1, 1.9])
+    asked = []
+
+    def make_plan(run, measurement):
+        asked.append((run.seed, measurement.public, measurement.own_records))
+        return SimpleNamespace(gap=SimpleNamespace(ratio=next(made)))
+
+    monkeypatch.setattr(plan_gap, "make_plan", make_plan)
+    check = plan_gap.compare(plan_gap.Config(config, seeds=(5,)), result)
+    assert asked == [(5, "", False)] * 3 + [(5, "", True)] * 3
+    measured = float(gap.ratios(result)["noise, DP-Adam"].value[0, 0, 0])
+    assert measured > 1.5 and check.measured == pytest.approx([measured] * 3)
+    np.testing.assert_allclose(check.errors[1, :, 0], np.array([3.0, 2.1, 1.9]) / measured - 1)
+    lines = plan_gap.headline(check)
+    within = [abs(one / measured - 1) <= 0.3 for one in (3.0, 2.1, 1.9)]
+    assert lines[f"predictions within 30%, {plan_gap.OWN}"].startswith(f"{sum(within)} of 3;")
+    assert "1 without a ratio" in lines["predictions within 30%, public generated text"]
+    artifacts.save_result(check, tmp_path, "plan_gap")
+    again = artifacts.load_result(tmp_path, "plan_gap", plan_gap.Result)
+    assert plan_gap.table(again) == plan_gap.table(check) and plot_plan_gap(again).axes
+    columns, rows = plan_gap.table(check)
+    assert len(rows) == 3 and rows[1][2] == "none" and len(columns) == 4
+
+
+@pytest.mark.slow
+def test_a_small_gap_is_measured_and_predicted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # finished runs are kept in runs/
+    config = replace(plan_gap.SMALL, gap=replace(plan_gap.SMALL.gap, num_workers=1))
+    result = plan_gap.run(config)
+    assert result.predicted.shape == (1, 1, 1) and np.isfinite(result.measured).all()
+    with pytest.raises(ValueError, match="trial_steps"):
+        plan_gap.run(replace(config, trial_steps=0))

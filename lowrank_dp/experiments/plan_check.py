@@ -8,7 +8,7 @@ the error of random-matrix theory from the error of the public text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,17 +18,13 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments import gap
 from lowrank_dp.experiments.gradients import GradientConfig, add_noise, prepare
 from lowrank_dp.experiments.scheme_scores import cosine, measure_schemes
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.plan import make_plan, predict_alignment, predict_spectrum
+from lowrank_dp.plan import predict_alignment, predict_spectrum
 from lowrank_dp.plan.making import SCHEMES
-from lowrank_dp.plan.request import Measurement
-from lowrank_dp.train import TrainConfig
 
 VALUES = ("one vector", "mean")
-TOLERANCE = 0.3  # relative error of a predicted gap that counts as right
 CAPTION = (
     "Alignment with the clean gradient of each scheme, measured on the task's own noisy gradients "
     "against predicted from singular values alone: those of public text, as python -m "
@@ -175,81 +171,6 @@ def _measured(config: Config, clean: Mapping[str, Tensor]) -> np.ndarray:
 def errors(result: Result) -> np.ndarray:
     """Return predicted less mean measured alignment: (texts, points, levels, schemes, 2)."""
     return result.predicted - result.measured.mean(axis=2)
-
-
-@dataclass(frozen=True)
-class GapCheck:
-    """Predicted gap in steps of one setting, against the measured one.
-
-    Attributes:
-        epsilon, batch_size, train_layers: the setting.
-        predicted: steps with noise per step without, from public text: ``plan.Gap.ratio``; NaN,
-            which is not close, where the plan has none.
-        measured: the same ratio from trainings on the task. NON-PRIVATE.
-    """
-
-    epsilon: float | None
-    batch_size: int
-    train_layers: int | str | None
-    predicted: float
-    measured: float
-
-    @property
-    def is_close(self) -> bool:
-        """Whether the prediction is within ``TOLERANCE`` of the measurement."""
-        return abs(self.predicted / self.measured - 1) <= TOLERANCE
-
-
-def check_gaps(
-    settings: Iterable[tuple[TrainConfig, float]], measurement: Measurement
-) -> list[GapCheck]:
-    """Predict the gap of every setting, and compare each with the measured ratio of steps.
-
-    Args:
-        settings: configuration of each run, and its measured ratio, such as those of the
-            experiment on the gap.
-        measurement: public text and length of the short trainings.
-
-    Raises:
-        ValueError: as :func:`lowrank_dp.plan.make_plan`, and if ``trial_steps`` is 0.
-    """
-    _validate.integer("trial_steps", measurement.trial_steps)
-    found = []
-    for config, measured in settings:
-        gap = make_plan(config, measurement).gap
-        assert gap is not None
-        found.append(
-            GapCheck(
-                config.epsilon,
-                config.batch_size,
-                config.train_layers,
-                float("nan") if gap.ratio is None else gap.ratio,
-                measured,
-            )
-        )
-    return found
-
-
-def gap_settings(result: gap.Result) -> list[tuple[TrainConfig, float]]:
-    """Return the settings of the experiment on the gap for DP-Adam, with their measured ratios.
-
-    The ratio is that of the steps of DP-Adam and of noise-free Adam. Settings without a ratio are
-    left out; a ratio that is a bound is taken as it is. NON-PRIVATE.
-    """
-    measured = gap.ratios(result)["noise, DP-Adam"].value
-    found = []
-    for place in np.ndindex(*measured.shape):
-        part, size, epsilon = place
-        setting = gap.Setting(
-            result.config.parts[part],
-            result.config.batch_sizes[size],
-            "DP-Adam",
-            result.config.epsilons[epsilon],
-        )
-        if np.isfinite(measured[place]):
-            run = gap.setting_config(result.config, setting, 1e-3, 0)
-            found.append((run, float(measured[place])))
-    return found
 
 
 def headline(result: Result) -> dict[str, str]:

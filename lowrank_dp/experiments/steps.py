@@ -251,6 +251,11 @@ def faster_arms(result: Result, share: float = SHARES[0]) -> list[str]:
     return [arm for arm in compared if all(is_faster(arm, baseline) for baseline in BASELINES)]
 
 
+def mean_above(result: Result, arm: str, baseline: str) -> tuple[float, float]:
+    """Return the paired difference of the mean score over the run, and its 95% half-width."""
+    return protocol.paired(_mean_over_steps(result.of(arm)), _mean_over_steps(result.of(baseline)))
+
+
 def gap_share(result: Result, arm: str, baseline: str, share: float) -> tuple[float, float]:
     """Return the share of a baseline's gap to the faster ceiling that an arm closes.
 
@@ -276,6 +281,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
             for what in (
                 f"steps to {share:.0%} fewer than",
                 "share of the gap closed of",
+                f"mean {metric} above",
                 f"final {metric} above",
             )
         ),
@@ -289,18 +295,19 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         if found.chosen is None:
             rows.append(cells + [""] * (len(columns) - len(cells)))
             continue
-        cells += [_unless_stopped(result.score[i, :, -1])]
-        cells += [_unless_stopped(result.score[i, :, 1:].mean(axis=-1))]
+        cells += [_unless_stopped(of(result.score[i])) for of in (_last, _mean_over_steps)]
         cells += [_each(reached[s][i]) for s in SHARES]
         for name in BASELINES:
-            final = result.of(name)[:, -1]
             cells += (
-                ["", "", ""]
+                [""] * 4
                 if name == arm
                 else [
                     _saved(result, arm, name, share),
                     _share(result, arm, name, share),
-                    _interval(*protocol.paired(result.score[i, :, -1], final), "+.3f"),
+                    _interval(*mean_above(result, arm, name), "+.3f"),
+                    _interval(
+                        *protocol.paired(_last(result.score[i]), _last(result.of(name))), "+.3f"
+                    ),
                 ]
             )
         cells += [_each(seconds[i]), f"{np.nanmean(result.restore_share[i]):.1%}"]
@@ -327,10 +334,25 @@ def headline(result: Result) -> Mapping[str, str]:
             lines[f"{arm}: steps fewer than {' and than '.join(BASELINES)}"] = " and ".join(
                 _saved(result, arm, name, share) for name in BASELINES
             )
+            lines[f"{arm}: mean {metric} over the run above {' and '.join(BASELINES)}"] = (
+                " and ".join(
+                    _interval(*mean_above(result, arm, name), "+.3f") for name in BASELINES
+                )
+            )
     lines["arms faster than both, at 95% over all arms together (Bonferroni)"] = (
         "; ".join(faster_arms(result)) or "none"
     )
     return lines
+
+
+def _last(scores: np.ndarray) -> np.ndarray:
+    """Return the score after the last step: (seeds,) of (seeds, steps + 1)."""
+    return scores[:, -1]
+
+
+def _mean_over_steps(scores: np.ndarray) -> np.ndarray:
+    """Return the mean score over all steps, by which rates are chosen: (seeds,)."""
+    return scores[:, 1:].mean(axis=-1)
 
 
 def _rate(found: tuning.Tuned) -> str:

@@ -9,6 +9,22 @@ from lowrank_dp.train import TrainConfig
 
 RESTORED = ("denoise", "optimal", "optimal, zeroed")
 AVERAGED = ("DOPPLER", "mean, denoise", "mean, optimal", "mean, optimal, zeroed")
+PRECONDITIONED = (
+    "DP-SGD, vectors frozen",
+    "preconditioned, generated text",
+    "preconditioned, CoLA",
+    "preconditioned, vectors trained",
+    "preconditioned, noisy sums",
+)
+OTHERS = (
+    "partial, 0.5",
+    "partial, 0.9",
+    "denoise",
+    "optimal, zeroed",
+    "mean, optimal, zeroed",
+    "DP-AdamBC",
+    "DP-Muon",
+)
 LORA = ("DP-LoRA", "DP-LoRA, frozen A")
 
 
@@ -38,8 +54,11 @@ class Config:
 _SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)
 
 SST2 = Config(replace(_SST2, batch_size=1024, train_layers=1))
-# where a prototype saw a gap: noise-free Adam needed half of DP-Adam's steps
-SST2_GAP = Config(replace(_SST2, batch_size=256, epsilon=1.0, train_layers=1))
+# where noise-free Adam needs less than half of DP-Adam's steps
+SST2_GAP = Config(
+    replace(_SST2, batch_size=256, epsilon=1.0, train_layers=1),
+    arms=(*PLAIN, *PRECONDITIONED, *OTHERS),
+)
 SST2_ALL = Config(replace(_SST2, batch_size=1024), arms=(*PLAIN, "denoise", *AVERAGED[2:]))
 MNLI = Config(
     base_config(

@@ -18,6 +18,7 @@ ROOMS = {
     "ablation": "restoration",
     "momentum": "restoration",
     "plan_check": "restoration",
+    "plan_gap": "restoration",
     "noise_cost": "restoration",
     "lora_noise": "lora",
     "total_variation": "lora",

@@ -6,6 +6,7 @@ from lowrank_dp.experiments import (
     momentum,
     noise_cost,
     plan_check,
+    plan_gap,
     spectra,
     tasks,
 )
@@ -14,6 +15,7 @@ from lowrank_dp.figures.spec import FigureSpec
 from lowrank_dp.plots import restoration as plots
 from lowrank_dp.plots.noise_cost import plot_noise_cost
 from lowrank_dp.plots.plan_check import plot_plan_check
+from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.plots.spectra import plot_spectra
 
 FIGURES = {
@@ -81,6 +83,18 @@ FIGURES = {
         headline=plan_check.headline,
         caption=plan_check.CAPTION,
         table=plan_check.table,
+        lengthy=True,
+    ),
+    "plan_gap": FigureSpec(
+        run=plan_gap.run,
+        result=plan_gap.Result,
+        small=plan_gap.SMALL,
+        full=plan_gap.SST2,
+        plot=plot_plan_gap,
+        headline=plan_gap.headline,
+        caption=plan_gap.CAPTION,
+        table=plan_gap.table,
+        plan=plan_gap.plan,
         lengthy=True,
     ),
     "noise_cost": FigureSpec(

@@ -62,6 +62,11 @@ def plot_steps(result: steps.Result) -> Figure:
         )
     axes[0, 0].axhline(result.target(), color=BLACK, linewidth=0.8, linestyle="--")
     axes[0, 0].set(xlabel="step", ylabel=f"validation {result.config.score}")
+    # the limits are those of the means: an interval of a curve's steep part can be far wider
+    curves = [result.band(arm)[0] for arm in shown]
+    low, high = float(np.nanmin(curves)), float(np.nanmax(curves))
+    room = 0.05 * (high - low) or 0.1
+    axes[0, 0].set_ylim(low - room, high + room)
     letter(axes[0, 0], "a  each at its own rate")
     _plot_saved(result, axes[0, 1])
     _plot_grids(result, shown, axes[0, 2])
@@ -121,7 +126,7 @@ def _plot_saved(result: steps.Result, axis: Axes) -> None:
     axis.set_yticks(range(len(arms)), [arm.replace(" (", "\n(") for arm in arms], fontsize=6)
     axis.invert_yaxis()
     axis.set(xlabel="steps to 90% fewer, paired")
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, loc="lower left")
     letter(axis, "b  steps saved")
 
 

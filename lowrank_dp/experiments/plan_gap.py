@@ -1,0 +1,178 @@
+"""Claim: a plan predicts how many steps noise costs, before any privacy is spent.
+
+The plan of :mod:`lowrank_dp.plan` trains for a few steps on public text, with the noise of the
+private run and without. Its ratio of steps is compared with the ratio that the experiment on the
+gap measures on the task. The plan from the task's own records, which is NON-PRIVATE, tells the
+error of the short trainings from the error of the public text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lowrank_dp import _validate
+from lowrank_dp._terminal import progress
+from lowrank_dp.experiments import gap
+from lowrank_dp.mechanism import NON_PRIVATE
+from lowrank_dp.plan import make_plan
+from lowrank_dp.plan.request import Measurement
+from lowrank_dp.train import TrainConfig
+
+TOLERANCE = 0.3  # relative error of a predicted ratio that counts as right
+OWN = "the task's own records (NON-PRIVATE)"
+CAPTION = (
+    "Steps of DP-Adam per step of noise-free Adam to 90% of the gain: predicted by python -m "
+    "lowrank_dp.plan against measured, one point per setting and seed of the plan. Short trainings "
+    "on public text, which spend no privacy, and on the task's own records. The band is a relative "
+    "error of 30%. An arrow marks a measured ratio that is a bound. NON-PRIVATE: the measured "
+    "ratios and the plans from own records."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings and texts of the comparison.
+
+    Attributes:
+        gap: the experiment whose settings are predicted; its finished runs are not repeated.
+        public: public texts, by name; "" is generated text.
+        own_records: whether a plan from the task's own records is made, too.
+        seeds: seeds of the plans.
+        trial_steps: steps of each short training, >= 1.
+    """
+
+    gap: gap.Config
+    public: tuple[str, ...] = ("",)
+    own_records: bool = True
+    seeds: tuple[int, ...] = (0, 1)
+    trial_steps: int = 14
+
+
+SST2 = Config(gap.SST2)
+# a trial of minutes on generated text, with a model that needs no download
+SMALL = Config(replace(gap.SMALL, epsilons=(8.0,)), own_records=False, seeds=(0,), trial_steps=8)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Predicted and measured ratios of steps.
+
+    ``predicted`` is (texts, settings, seeds), NaN where a plan predicts no ratio; ``measured``,
+    ``is_lower_bound`` and ``is_upper_bound`` are (settings,).
+    """
+
+    config: Config
+    provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    privacy: str
+    description: str
+    texts: tuple[str, ...]
+    settings: tuple[str, ...]
+    predicted: np.ndarray
+    measured: np.ndarray
+    is_lower_bound: np.ndarray
+    is_upper_bound: np.ndarray
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Relative errors (texts, settings, seeds): predicted / measured - 1."""
+        return self.predicted / self.measured[:, None] - 1
+
+
+def plan(config: Config) -> str:
+    """Describe what :func:`run` will do."""
+    return gap.plan(config.gap)
+
+
+def run(config: Config) -> Result:
+    """Measure the gaps, or read them from finished runs, and predict each of them.
+
+    Raises ValueError if ``trial_steps`` is 0, if no setting has a measured ratio, and as
+    :func:`lowrank_dp.experiments.gap.run` and :func:`lowrank_dp.plan.make_plan` do.
+    """
+    _validate.integer("trial_steps", config.trial_steps)
+    return compare(config, gap.run(config.gap))
+
+
+def compare(config: Config, measured: gap.Result) -> Result:
+    """Predict every setting of a measured gap."""
+    settings = gap_settings(measured)
+    if not settings:
+        raise ValueError("no setting of the gap has a measured ratio of steps")
+    texts = [Measurement(public=name, trial_steps=config.trial_steps) for name in config.public]
+    if config.own_records:
+        texts.append(Measurement(own_records=True, trial_steps=config.trial_steps))
+    predicted = np.full((len(texts), len(settings), len(config.seeds)), np.nan)
+    runs = [run for run, _ in settings.values()]
+    for i, j, k in progress([*np.ndindex(predicted.shape)], "plans"):
+        found = make_plan(replace(runs[j], seed=config.seeds[k]), texts[i]).gap
+        if found is not None and found.ratio is not None:
+            predicted[i, j, k] = found.ratio
+    ratio = gap.ratios(measured)["noise, DP-Adam"]
+    places = [place for _, place in settings.values()]
+    return Result(
+        config=config,
+        privacy=NON_PRIVATE,
+        description=measured.description,
+        texts=(
+            *(f"public {name or 'generated text'}" for name in config.public),
+            *([OWN] if config.own_records else []),
+        ),
+        settings=tuple(settings),
+        predicted=predicted,
+        measured=np.array([ratio.value[place] for place in places]),
+        is_lower_bound=np.array([ratio.is_lower_bound[place] for place in places]),
+        is_upper_bound=np.array([ratio.is_upper_bound[place] for place in places]),
+    )
+
+
+def gap_settings(
+    measured: gap.Result,
+) -> dict[str, tuple[TrainConfig, tuple[int, int, int]]]:
+    """Return the settings for DP-Adam by name: the run's configuration, and its place in the map.
+
+    Settings without a measured ratio are left out.
+    """
+    ratio = gap.ratios(measured)["noise, DP-Adam"].value
+    found = {}
+    for place, words in gap.places(measured):
+        part, size, epsilon = place
+        setting = gap.Setting(
+            measured.config.parts[part],
+            measured.config.batch_sizes[size],
+            "DP-Adam",
+            measured.config.epsilons[epsilon],
+        )
+        if np.isfinite(ratio[place]):
+            found[words] = gap.setting_config(measured.config, setting, 1e-3, 0), place
+    return found
+
+
+def headline(result: Result) -> Mapping[str, str]:
+    """Summarise: by text, the settings that are predicted within the tolerance."""
+    close = np.abs(result.errors) <= TOLERANCE  # a comparison with NaN is false
+    lines = {}
+    for i, text in enumerate(result.texts):
+        missing = int(np.isnan(result.predicted[i]).sum())
+        lines[f"predictions within {TOLERANCE:.0%}, {text}"] = (
+            f"{int(close[i].sum())} of {close[i].size}"
+            + (f", {missing} without a ratio" if missing else "")
+            + f"; mean relative error {np.nanmean(result.errors[i]):+.0%}"
+        )
+    return lines
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Tabulate measured and predicted ratios, one row per setting."""
+    columns = ["setting", "measured (NON-PRIVATE)", *(f"predicted, {t}" for t in result.texts)]
+    rows = []
+    for j, setting in enumerate(result.settings):
+        sign = "≥ " if result.is_lower_bound[j] else "≤ " if result.is_upper_bound[j] else ""
+        cells = [setting, f"{sign}{result.measured[j]:.2f}"]
+        for text in result.predicted:
+            cells.append(", ".join("none" if np.isnan(r) else f"{r:.2f}" for r in text[j]))
+        rows.append(cells)
+    return columns, rows
