@@ -22,7 +22,6 @@ LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 PENDING = {
     "plan_check",
     "plan_gap",
-    "gap",
     "gap_large_batch",
     "gap_all_layers",
     "steps_sst2",

@@ -41,6 +41,7 @@ def plot_gap(result: gap.Result) -> Figure:
             if i == 0:
                 letter(axis, f"{'abcd'[j]}  {name}")
     bar = figure.colorbar(image, ax=axes, extend="both", shrink=0.8)
+    bar.set_ticks([-1, 0, 1], labels=["1/2", "1", "2"])
     bar.set_label("ratio of steps (NON-PRIVATE)")
     return figure
 
