@@ -48,8 +48,8 @@ class Config:
     gap: gap.Config
     public: tuple[str, ...] = ("",)
     own_records: bool = True
-    seeds: tuple[int, ...] = (0, 1)
-    trial_steps: int = 14
+    seeds: tuple[int, ...] = (0,)
+    trial_steps: int = 24
 
 
 SST2 = Config(gap.SST2)

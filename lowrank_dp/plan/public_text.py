@@ -22,7 +22,7 @@ from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.config_checks import is_same_task
 from lowrank_dp.train.records import token_limit
 
-MAX_ROWS = 1024  # rows that are encoded, drawn at random
+MAX_ROWS = 4096  # rows that are encoded, drawn at random
 MAX_STATES = 2 << 30  # bytes of the outputs of frozen blocks that are kept
 AGREEMENT = 1e-3  # largest difference of the loss with kept outputs, in nats
 GENERATED = {"generation": "generated-table"}  # generated task of a kind; any other: "generated"

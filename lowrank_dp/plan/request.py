@@ -29,13 +29,13 @@ class Measurement:
         512, "Largest number of rows whose gradients are summed; a larger batch is extrapolated."
     )
     trial_steps: int = option(
-        14,
+        24,
         "Steps of each short training on public text that predicts the gap in steps; 0 omits the "
         "trainings.",
     )
     trial_rows: int | None = option(
         None,
-        "Rows per step of the short trainings. Default: 64 with frozen blocks below the trained "
+        "Rows per step of the short trainings. Default: 128 with frozen blocks below the trained "
         "ones, else 32.",
     )
 

@@ -127,14 +127,14 @@ def measure_gap(
             ``noise_multiplier * max_grad_norm / batch_size``.
         max_grad_norm: clipping norm C of one row.
         steps: steps of each training, >= 1.
-        rows: rows per step; None takes 64 with frozen blocks below the trained ones, else 32.
+        rows: rows per step; None takes 128 with frozen blocks below the trained ones, else 32.
         seed: random seed of the rows and of the noise.
 
     Raises:
         ValueError: if an argument is out of range, or the text has too few rows.
     """
     steps = _validate.integer("steps", steps)
-    rows = _validate.integer("rows", rows or (64 if text.prefix else 32))
+    rows = _validate.integer("rows", rows or (128 if text.prefix else 32))
     held = range(min(HELD_OUT, len(text.rows) // 2))
     if len(text.rows) - len(held) < rows:
         _validate.fail("public", f"text of at least {rows + len(held)} rows", len(text.rows))
