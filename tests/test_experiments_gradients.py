@@ -371,6 +371,7 @@ ELSEWHERE = {
     "gap_all_layers",
     "steps_sst2",
     "steps_sst2_gap",
+    "steps_sst2_eps8",
     "steps_sst2_all",
     "steps_mnli",
     "steps_e2e",

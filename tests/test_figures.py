@@ -25,6 +25,7 @@ PENDING = {
     "gap_large_batch",
     "gap_all_layers",
     "steps_sst2",
+    "steps_sst2_eps8",
     "steps_sst2_all",
     "steps_mnli",
     "steps_e2e",

@@ -59,6 +59,10 @@ SST2_GAP = Config(
     replace(_SST2, batch_size=256, epsilon=1.0, train_layers=1),
     arms=(*PLAIN, *PRECONDITIONED, *OTHERS),
 )
+# the same with less noise
+SST2_EPS8 = replace(
+    SST2_GAP, base=replace(SST2_GAP.base, epsilon=8.0), arms=(*PLAIN, *PRECONDITIONED[:3])
+)
 SST2_ALL = Config(replace(_SST2, batch_size=1024), arms=(*PLAIN, "denoise", *AVERAGED[2:]))
 MNLI = Config(
     base_config(

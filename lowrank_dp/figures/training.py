@@ -79,6 +79,7 @@ FIGURES = {
     "gap_all_layers": _gap(gap.SMALL, gap.SST2_ALL_LAYERS),
     "steps_sst2": _steps(steps_configs.SMALL, steps_configs.SST2),
     "steps_sst2_gap": _steps(steps_configs.SMALL, steps_configs.SST2_GAP),
+    "steps_sst2_eps8": _steps(steps_configs.SMALL, steps_configs.SST2_EPS8),
     "steps_sst2_all": _steps(steps_configs.SMALL, steps_configs.SST2_ALL),
     "steps_mnli": _steps(steps_configs.SMALL, steps_configs.MNLI),
     "steps_e2e": _steps(steps_configs.SMALL_TABLES, steps_configs.E2E),
