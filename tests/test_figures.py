@@ -21,7 +21,6 @@ LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments of many hours without a saved result yet: `make figures` leaves their figures out
 PENDING = {
     "plan_check",
-    "plan_gap",
     "gap_large_batch",
     "gap_all_layers",
     "steps_sst2",

@@ -63,6 +63,8 @@ def _derived(plan: Plan) -> dict[str, Any]:
 
 
 def _print(console: Console, plan: Plan) -> None:
+    from lowrank_dp.mechanism import NO_RECORDS
+
     for line in (
         f"plan: {plan.description}",
         f"privacy of the run: {plan.statement}",
@@ -77,6 +79,12 @@ def _print(console: Console, plan: Plan) -> None:
     _print_steps(console, plan.points)
     if plan.gap is not None:
         _print_gap(console, plan.gap)
+        if plan.privacy == NO_RECORDS:
+            say(
+                console,
+                "This ratio holds for tasks that are learned as fast as the public text: the "
+                "figure plan_gap compares generated text and own records with measured ratios.",
+            )
     say(console, plan.privacy)
 
 
