@@ -156,11 +156,11 @@ def _measured(
                 whole = sums[size][name]
                 angles[i][j][k], ratios[i][j][k] = _row_changes(whole, whole - own[name])
     quantiles = list(QUANTILES.values())
-    found = (
+    angle, log_ratio = (
         np.array([[np.quantile(np.concatenate(one), quantiles) for one in layer] for layer in both])
         for both in (angles, ratios)
     )
-    return layers, *found
+    return layers, angle, log_ratio
 
 
 def _row_changes(matrix: Tensor, other: Tensor) -> tuple[np.ndarray, np.ndarray]:
