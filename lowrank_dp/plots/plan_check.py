@@ -35,7 +35,7 @@ def plot_plan_check(result: plan_check.Result) -> Figure:
                         markersize=4,
                     )
             own = column == len(result.texts) - 1
-            name = f"{text} itself" if own else f"public {text}"
+            name = f"{text} itself, NON-PRIVATE" if own else f"public {text}"
             letter(axis, f"{'abcdefgh'[row * len(result.texts) + column]}  {name}")
             axis.set(
                 xlim=(0, 1), ylim=(0, 1), xlabel=f"measured, {value}", ylabel=f"predicted, {value}"
