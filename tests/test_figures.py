@@ -177,7 +177,7 @@ def test_what_has_no_saved_result_is_left_out_unless_it_is_asked_for(monkeypatch
     status, _, error = run_command(
         capsys, figure_command.app, "--redraw", "--only", "gap_all_layers", *places
     )
-    assert status == 2 and "no result gap.json" in " ".join(error.split())
+    assert status == 2 and "no result gap_all_layers.json" in " ".join(error.split())
 
 
 def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):
