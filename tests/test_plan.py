@@ -272,7 +272,7 @@ def test_a_plan_measures_public_text_as_a_naive_computation_does(plan):
         for name, into in total.items():
             into += model.get_parameter(name).grad * min(1.0, 1.0 / norm)
     first, last = plan.points
-    assert first.loss == pytest.approx(loss, rel=0.1) and last.when == "after 2 public steps"
+    assert first.loss == pytest.approx(loss, rel=0.1) and last.when == "after 2 steps"
     for layer in first.layers:
         clean = torch.linalg.svdvals(total[layer.name].detach()) * 128 / 64  # of the whole batch
         m, n = layer.shape

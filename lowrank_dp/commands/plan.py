@@ -78,8 +78,9 @@ def _print(console: Console, plan: Plan) -> None:
     _print_schemes(console, plan.points)
     _print_steps(console, plan.points)
     if plan.gap is not None:
-        _print_gap(console, plan.gap)
-        if plan.privacy == NO_RECORDS:
+        is_public = plan.privacy == NO_RECORDS
+        _print_gap(console, plan.gap, "public text" if is_public else "the task's own records")
+        if is_public and plan.gap.ratio is not None:
             say(
                 console,
                 "This ratio holds for tasks that are learned as fast as the public text: the "
@@ -156,13 +157,13 @@ def _print_steps(console: Console, points: Sequence[Point]) -> None:
     )
 
 
-def _print_gap(console: Console, gap: Gap) -> None:
+def _print_gap(console: Console, gap: Gap, text: str) -> None:
     """Print the predicted gap in steps, and what denoising could save."""
     say(console, "")
     steps = len(gap.trials[0].scores) - 1
     say(
         console,
-        f"Gap in steps, predicted by trainings of {steps} steps on public text with the noise of "
+        f"Gap in steps, predicted by trainings of {steps} steps on {text} with the noise of "
         "the run; ratio: steps with noise per step without, to one held-out score (classes: the "
         "mean of 1 - p(label); else the loss).",
     )

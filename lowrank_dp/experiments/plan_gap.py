@@ -81,10 +81,16 @@ class Result:
         """Relative errors (texts, settings, seeds): predicted / measured - 1."""
         return self.predicted / self.measured[:, None] - 1
 
+    @property
+    def tolerance(self) -> float:
+        """Relative error of a predicted ratio that counts as right."""
+        return TOLERANCE
+
 
 def plan(config: Config) -> str:
     """Describe what :func:`run` will do."""
-    return gap.plan(config.gap)
+    plans = (len(config.public) + config.own_records) * len(config.seeds)
+    return f"{gap.plan(config.gap)}; then {plans} plans of each setting for DP-Adam"
 
 
 def run(config: Config) -> Result:

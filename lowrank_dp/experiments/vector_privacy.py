@@ -147,14 +147,15 @@ def _measured(
     sums = source.nested_sums(sizes)
     chosen = source.sample(sizes[-1], torch.Generator().manual_seed(source.config.seed + 1))
     layers = tuple(spread_layers(sums[sizes[-1]], config.num_layers))
-    shape = len(layers), len(sizes), config.num_examples
-    angles, ratios = ([[[np.empty(0)] * shape[2] for _ in sizes] for _ in layers] for _ in "ab")
+    angles, ratios = ([[list[np.ndarray]() for _ in sizes] for _ in layers] for _ in range(2))
     for k in progress(range(config.num_examples), "angles"):
         own = source.clean_sum(chosen[k : k + 1])
         for i, name in enumerate(layers):
             for j, size in enumerate(sizes):
                 whole = sums[size][name]
-                angles[i][j][k], ratios[i][j][k] = _row_changes(whole, whole - own[name])
+                angle_of_rows, ratio_of_rows = _row_changes(whole, whole - own[name])
+                angles[i][j].append(angle_of_rows)
+                ratios[i][j].append(ratio_of_rows)
     quantiles = list(QUANTILES.values())
     angle, log_ratio = (
         np.array([[np.quantile(np.concatenate(one), quantiles) for one in layer] for layer in both])

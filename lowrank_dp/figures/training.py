@@ -1,5 +1,6 @@
 """Figures of whole training runs: sample efficiency, and membership inference."""
 
+from functools import partial
 from typing import Any
 
 from lowrank_dp.experiments import efficiency, gap, membership, steps, steps_configs
@@ -10,64 +11,26 @@ from lowrank_dp.plots.steps import plot_steps
 from lowrank_dp.plots.training import plot_efficiency
 
 
-def _efficiency(small: Any, full: Any) -> FigureSpec:
+def _training(module: Any, plot: Any, small: Any, full: Any) -> FigureSpec:
+    """Return the figure of an experiment that trains, from the names that such modules share."""
     return FigureSpec(
-        run=efficiency.run,
-        result=efficiency.Result,
+        run=module.run,
+        result=module.Result,
         small=small,
         full=full,
-        plot=plot_efficiency,
-        headline=efficiency.headline,
-        caption=efficiency.CAPTION,
-        table=efficiency.table,
+        plot=plot,
+        headline=module.headline,
+        caption=module.CAPTION,
+        table=module.table,
+        plan=getattr(module, "plan", None),
         lengthy=True,
     )
 
 
-def _gap(small: Any, full: Any) -> FigureSpec:
-    return FigureSpec(
-        run=gap.run,
-        result=gap.Result,
-        small=small,
-        full=full,
-        plot=plot_gap,
-        headline=gap.headline,
-        caption=gap.CAPTION,
-        table=gap.table,
-        plan=gap.plan,
-        lengthy=True,
-    )
-
-
-def _steps(small: Any, full: Any) -> FigureSpec:
-    return FigureSpec(
-        run=steps.run,
-        result=steps.Result,
-        small=small,
-        full=full,
-        plot=plot_steps,
-        headline=steps.headline,
-        caption=steps.CAPTION,
-        table=steps.table,
-        plan=steps.plan,
-        lengthy=True,
-    )
-
-
-def _membership(small: Any, full: Any) -> FigureSpec:
-    return FigureSpec(
-        run=membership.run,
-        result=membership.Result,
-        small=small,
-        full=full,
-        plot=plot_membership,
-        headline=membership.headline,
-        caption=membership.CAPTION,
-        table=membership.table,
-        plan=membership.plan,
-        lengthy=True,
-    )
-
+_efficiency = partial(_training, efficiency, plot_efficiency)
+_gap = partial(_training, gap, plot_gap)
+_steps = partial(_training, steps, plot_steps)
+_membership = partial(_training, membership, plot_membership)
 
 FIGURES = {
     "efficiency": _efficiency(efficiency.SMALL, efficiency.SST2),

@@ -47,7 +47,7 @@ def weights_in_words(path: Path) -> str:
             return "weights of unnamed type"
         name = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except (struct.error, ValueError, KeyError, OverflowError):
-        raise ValueError(f"model file {path} must be a GGUF file, and its header is not") from None
+        raise ValueError(f"model file {path} must be a GGUF file, got no valid header") from None
     return (
         f"{name} weights"
         if name in ("F32", "F16", "BF16")

@@ -157,7 +157,7 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
             rows=measurement.trial_rows,
             seed=seed,
         )
-        when = f"after {measurement.trial_steps} public steps"
+        when = f"after {measurement.trial_steps} steps"
         points.append(_point(when, text, size, mechanism, measurement, schemes))
     return Plan(
         privacy=NON_PRIVATE if measurement.own_records else NO_RECORDS,

@@ -12,8 +12,6 @@ from lowrank_dp.plots.style import COLOURS, FULL, GREY, MARKERS, letter, new_fig
 if TYPE_CHECKING:
     from lowrank_dp.experiments import plan_gap
 
-_TOLERANCE = 0.3  # half-width of the band, relative
-
 
 @styled
 def plot_plan_gap(result: plan_gap.Result) -> Figure:
@@ -26,7 +24,11 @@ def plot_plan_gap(result: plan_gap.Result) -> Figure:
         axis = axes[0, i]
         axis.plot(line, line, color=GREY, linewidth=0.8)
         axis.fill_between(
-            line, (1 - _TOLERANCE) * line, (1 + _TOLERANCE) * line, color=GREY, alpha=0.15
+            line,
+            (1 - result.tolerance) * line,
+            (1 + result.tolerance) * line,
+            color=GREY,
+            alpha=0.15,
         )
         for j, setting in enumerate(result.settings):
             bound = ">" if result.is_lower_bound[j] else "<" if result.is_upper_bound[j] else ""

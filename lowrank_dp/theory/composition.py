@@ -24,7 +24,7 @@ from lowrank_dp._validate import fail, integer, positive, real
 from lowrank_dp.theory._arrays import Array, FloatOrArray, integers, reals, unwrap
 from lowrank_dp.theory.privacy import privacy_floor, privacy_profile
 
-_CELLS = 50  # intervals up to the epsilon at which the profile has halved
+_CELLS = 50  # intervals up to the epsilon at which the profile is half-way to its floor
 _GROWTH = 1.02  # of the dots' distances from 0, beyond these
 _ERROR = 1e-9  # of a computed delta; it is added, so that a composed epsilon is an upper bound
 _POINTS = 10_000_000  # of a composed distribution, at most
@@ -156,9 +156,9 @@ def _composed(
     from dp_accounting.pld import pld_pmf
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-    if floor * steps >= delta:
+    if -np.expm1(steps * np.log1p(-floor)) >= delta:
         return float("inf")
-    half = max(_inverse(profile, profile(0.0) / 2) for profile in (forward, backward))
+    half = max(_inverse(profile, (profile(0.0) + floor) / 2) for profile in (forward, backward))
     interval, largest = half / _CELLS, half
     # losses beyond the largest dot count as infinite
     while max(forward(largest), backward(largest)) > floor + 1e-3 * delta / steps:
