@@ -3,8 +3,10 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank_dp.optim as optim
-from lowrank_dp.optim import attach_restoration, hook
+from lowrank_dp.optim import attach_restoration, hook, restoration_of
 from lowrank_dp.restore import LowPassFilter, exponential_average, kalman_filter, restore
 from lowrank_dp.restore.noise_floor import least_norm
 from tests.refusals import refused
@@ -596,34 +598,28 @@ def test_the_example_runs():
     assert max(losses) < 1.3  # of 1.386 = log 4 untrained; the example claims no order
 
 
-def test_an_optimizer_with_a_restoration_refuses_to_be_copied():
-    """A copy would lose the hooks of torch, and step without restoration."""
+def test_an_optimizer_with_a_restoration_refuses_to_be_pickled():
+    """A pickled or shallow copy would lose the hooks of torch, and step without restoration."""
 
     def pickled(optimizer):
         return pickle.loads(pickle.dumps(optimizer))
 
     def saved(optimizer):
         torch.save(optimizer, io.BytesIO())
-        return copy.deepcopy(optimizer)
 
     for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         weight = torch.nn.Parameter(torch.zeros(4, 4))
         optimizer = kind([weight], lr=1.0)
         handle = attach_restoration(optimizer, mean_noise_std=1.0)
-        for copied in (copy.copy, copy.deepcopy, pickled, saved):
+        for copied in (copy.copy, pickled, saved):
             for thing in (optimizer, {"in": [optimizer]}, handle):
                 if copied is copy.copy and thing is not optimizer:
                     continue  # which shares the optimizer
-                with pytest.raises(
-                    ValueError,
-                    match=r"^an optimizer with a restoration attached "
-                    r"must not be copied .*remove\(\) it",
-                ):
-                    copied(thing)
+                refused(r"^an optimizer .* must not be pickled .*remove\(\) the", copied, thing)
         state = copy.deepcopy(optimizer.state_dict())
         handle.remove()
         handle.remove()
-        for copied in (copy.copy, copy.deepcopy, pickled, saved):
+        for copied in (copy.copy, copy.deepcopy, pickled):
             other = copied(optimizer)
             other.load_state_dict(state)
             again = attach_restoration(other, mean_noise_std=1.0)
@@ -632,3 +628,177 @@ def test_an_optimizer_with_a_restoration_refuses_to_be_copied():
             other.step()
             assert parameter.grad[0, 0] == pytest.approx(65**0.5) and not parameter.grad[1:].any()
             again.remove()
+
+
+def test_a_deep_copy_restores_in_the_same_state():
+    for inner in (torch.optim.SGD, torch.optim.Adam):
+        parameters, optimizer, steps = noisy_problem(inner, lr=0.5)
+        handle = attach_restoration(optimizer, mean_noise_std=0.1, low_pass=FILTERS[2])
+        run(parameters, optimizer, steps[:3])
+        pair = parameters, optimizer  # a copy of both, so that the optimizer moves the copies
+        others, second = copy.deepcopy(pair)
+        kept = {name: tensor.clone() for name, tensor in handle.state_dict().items()}
+        own = restoration_of(second)
+        assert own is not handle and restoration_of(optimizer) is handle
+        run(others, second, steps[3:])
+        for name, tensor in handle.state_dict().items():
+            assert torch.equal(tensor, kept[name]), name  # the states are separate
+        run(parameters, optimizer, steps[3:])
+        torch.testing.assert_close(others, parameters, rtol=0, atol=0)
+        copied = copy.deepcopy(own)  # a handle is copied with its optimizer
+        assert copied is not own and copied._inner is not second
+        third = copy.deepcopy(second)
+        own.remove()
+        assert restoration_of(second) is None and restoration_of(third) is not None
+        others[0].grad = steps[0][0].clone()
+        second.step()
+        assert torch.equal(others[0].grad, steps[0][0])  # only the removed one passes gradients
+
+
+def test_a_copy_of_opacus_is_refused():
+    """Opacus's own copies lack their optimizer: without a restoration, deepcopy fails, too."""
+    _, optimizer, *_ = private()
+    with pytest.raises(AttributeError):
+        copy.deepcopy(optimizer)
+    handle = attach_restoration(optimizer)
+    for thing in (optimizer, optimizer.original_optimizer, handle):
+        for copied in (copy.deepcopy, pickle.dumps):
+            refused("DPOptimizer not by copy.deepcopy", copied, thing)
+    handle.remove()
+    copy.deepcopy(optimizer.original_optimizer)
+
+
+def copied_weights(parameters):
+    with torch.no_grad():
+        fresh, *_ = noisy_problem(lr=1.0)
+        for new, old in zip(fresh, parameters, strict=True):
+            new.copy_(old)
+    return fresh
+
+
+def test_the_optimizers_own_state_dict_holds_the_running_means():
+    """Saved and loaded as files of torch are, before and after the restoration is attached."""
+    settings = {"betas": (0.0, 0.999)}
+    cases = [{"momentum_beta": 0.8}, *({"low_pass": low_pass} for low_pass in FILTERS)]
+    for arguments in cases:
+        parameters, optimizer, steps = noisy_problem(torch.optim.Adam, lr=0.1, **settings)
+        arguments = {"mean_noise_std": 0.1} | arguments
+        attach_restoration(optimizer, **arguments)
+        run(parameters, optimizer, steps[:3])
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        ended = []
+        for attach_first in (True, False):
+            fresh = copied_weights(parameters)
+            groups = [{"params": fresh[:2]}, {"params": fresh[2:]}]
+            second = torch.optim.Adam(groups, lr=0.1, **settings)
+            if attach_first:
+                attach_restoration(second, **arguments)
+            file.seek(0)
+            second.load_state_dict(torch.load(file, weights_only=True))
+            if not attach_first:
+                attach_restoration(second, **arguments)
+            assert hook.STATE not in second.state
+            run(fresh, second, steps[3:])
+            ended.append(fresh)
+        run(parameters, optimizer, steps[3:])
+        for fresh in ended:
+            torch.testing.assert_close(fresh, parameters, rtol=0, atol=0)
+
+
+def test_a_state_dict_without_the_right_running_means():
+    parameters, optimizer, steps = noisy_problem(lr=1.0)
+    handle = attach_restoration(optimizer, mean_noise_std=0.1, momentum_beta=0.8)
+    run(parameters, optimizer, steps[:2])
+    state = optimizer.state_dict()
+    handle.remove()
+    assert hook.STATE not in optimizer.state_dict()["state"]
+    for beta in (None, 0.9):  # another filter: refused, with nothing attached and nothing loaded
+        _, second, _ = noisy_problem(lr=1.0)
+        second.load_state_dict(state)
+        refused("momentum_beta of the state", attach_restoration, second,
+                mean_noise_std=0.1, momentum_beta=beta)  # fmt: skip
+        assert restoration_of(second) is None
+        _, second, _ = noisy_problem(lr=1.0)
+        attach_restoration(second, mean_noise_std=0.1, momentum_beta=beta)
+        refused("momentum_beta of the state", second.load_state_dict, state)
+    plain, second, _ = noisy_problem(lr=1.0)  # an optimizer without restoration may load it
+    second.load_state_dict(state)
+    run(plain, second, steps[:1])
+    assert torch.equal(plain[0], -steps[0][0])
+    _, second, _ = noisy_problem(lr=1.0)
+    attach_restoration(second, mean_noise_std=0.1, momentum_beta=0.8)
+    with pytest.warns(UserWarning, match="holds no running means"):
+        second.load_state_dict(noisy_problem(lr=1.0)[1].state_dict())
+
+
+def test_a_second_momentum_is_warned_of():
+    parameters = noisy_problem(lr=1.0)[0]
+    averaged = {"momentum_beta": 0.8}
+    doppler, disk = ({"low_pass": low_pass} for low_pass in (FILTERS[0], FILTERS[2]))
+    for optimizer, filtered, words in (
+        (torch.optim.Adam(parameters), averaged, r"betas\[0\] of Adam should be 0 .* got 0.9"),
+        (torch.optim.AdamW(parameters), doppler, r"betas\[0\] of AdamW should be 0"),
+        (torch.optim.SGD(parameters, momentum=0.5), averaged, "momentum of SGD .* got 0.5"),
+        (optim.Muon(parameters[:1]), averaged, "momentum of Muon should be 0"),
+        (torch.optim.Adam(parameters, betas=(0.0, 0.9)), averaged, None),
+        (torch.optim.SGD(parameters), averaged, None),
+        (torch.optim.Adam(parameters), {}, None),
+        (torch.optim.Adam(parameters), disk, None),  # DiSK filters the gradients of Adam
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attach_restoration(optimizer, mean_noise_std=0.1, **filtered)
+        assert len(caught) == (words is not None), (optimizer, filtered)
+        if words:
+            assert re.search(words, str(caught[0].message)), str(caught[0].message)
+            assert caught[0].filename == __file__  # the line of the caller
+
+
+@pytest.mark.slow
+def test_a_resumed_trainer_ends_with_the_weights_of_one_that_was_not_stopped(tmp_path):
+    """A real model and Trainer; the checkpoint holds the running means beside Adam's moments."""
+    from transformers import Trainer, TrainingArguments
+
+    from lowrank_dp.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer("tiny")
+    texts = [f"a film of {word} number {n}" for n in range(8) for word in ("good", "bad")]
+    rows = [
+        {**tokenizer(text, padding="max_length", max_length=24), "labels": int("bad" in text)}
+        for text in texts
+    ]
+
+    class NoisyTrainer(Trainer):  # stands for one that also clips each example
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad += 0.01 * torch.randn(p.shape)  # of the generator that Trainer restores
+            return loss
+
+    def trained(folder, steps, resume=None, drop=False, **filtered):
+        model, _ = load_model("tiny", kind="classification", num_labels=2)
+        args = TrainingArguments(
+            output_dir=str(folder), max_steps=steps, save_steps=2, save_strategy="steps",
+            per_device_train_batch_size=4, max_grad_norm=0.0, adam_beta1=0.0, learning_rate=1e-2,
+            lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True, seed=3,
+        )  # fmt: skip
+        callback = optim.RestorationCallback(mean_noise_std=0.01, **filtered)
+        run = NoisyTrainer(model=model, args=args, train_dataset=rows, callbacks=[callback])
+        if drop:
+            path = Path(resume) / "optimizer.pt"
+            state = torch.load(path, weights_only=True)
+            del state["state"][hook.STATE]
+            torch.save(state, path)
+        run.train(resume_from_checkpoint=resume)
+        return [p.detach().clone() for p in model.parameters()]
+
+    averaged = {"momentum_beta": 0.8}
+    whole = trained(tmp_path / "whole", 4, **averaged)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")  # where another process was stopped
+    resumed = trained(tmp_path / "resumed", 4, checkpoint, **averaged)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="holds no running means .* start anew"):
+        other = trained(tmp_path / "lost", 4, checkpoint, drop=True, **averaged)
+    assert any(not torch.equal(a, b) for a, b in zip(other, whole, strict=True))

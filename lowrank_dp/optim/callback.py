@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,8 +16,11 @@ class RestorationCallback(TrainerCallback):
 
     The trainer must add noise to ``p.grad`` before its optimizer steps (in ``training_step``, for
     example), or use an optimizer of Opacus. The clipping of the trainer itself would rescale that
-    noise: set ``max_grad_norm=0`` in ``TrainingArguments``. The running means of a resumed run
-    start anew unless the saved ``handle.state_dict()`` is loaded.
+    noise: set ``max_grad_norm=0`` in ``TrainingArguments``.
+
+    The running means are saved with the optimizer in each checkpoint (``optimizer.pt``), and
+    ``Trainer.train(resume_from_checkpoint=...)`` continues from them. A run that is resumed from a
+    checkpoint without running means starts them anew, with a warning.
 
     Args:
         scheme: a name in ``lowrank_dp.restore.SCHEMES``.
@@ -27,7 +31,8 @@ class RestorationCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins, as :func:`attach_restoration` raises it; also if
-            ``max_grad_norm`` of ``TrainingArguments`` is not 0.
+            ``max_grad_norm`` of ``TrainingArguments`` is not 0, or if the checkpoint holds the
+            running means of another filter.
     """
 
     def __init__(self, scheme: str = "optimal", **arguments: Any) -> None:
@@ -46,6 +51,12 @@ class RestorationCallback(TrainerCallback):
                 args.max_grad_norm,
             )
         self.handle = attach_restoration(optimizer, self.scheme, **self.arguments)
+        if state.global_step and self.handle.lacks_running_means:
+            warnings.warn(
+                "the checkpoint that the run is resumed from holds no running means of a "
+                "restoration: they start anew",
+                stacklevel=2,
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach the restoration; the handle stays readable."""

@@ -10,14 +10,23 @@ before the reduction, where only rank 0 holds noise.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
+from lowrank_dp.optim.inspection import (
+    effective_multiplier,
+    is_opacus,
+    opacus_noise_std,
+    require_whole,
+    unwrap,
+    warn_of_other_momentum,
+)
 from lowrank_dp.restore import (
     SCHEMES,
     GradientRestorer,
@@ -29,11 +38,12 @@ from lowrank_dp.restore import (
 )
 from lowrank_dp.restore.gradients import is_matrix
 
-_OPACUS = ("original_optimizer", "noise_multiplier", "max_grad_norm", "expected_batch_size")
 # names of a running mean's tensors in a state_dict; those of other filters keep their names
 _STATE_KEYS = {"output0": "output", "weights0": "weights", "noise_stds": "noise_stds"}
 _FILTER_KEYS = ("low_pass_b", "low_pass_a")
-_attached: WeakSet[torch.optim.Optimizer] = WeakSet()
+# key of the running means in an optimizer's state, and attribute of an optimizer for its handle
+STATE = "lowrank_dp.restoration"
+_HANDLE = "_lowrank_dp_restoration"
 
 
 def attach_restoration(
@@ -49,8 +59,20 @@ def attach_restoration(
 
     The restoration runs once per logical step, not on the micro-batches that Opacus skips.
     Gradients that are matrices with both sides above 1 are restored in float32 or float64 and
-    returned in their own type. Other gradients (biases, convolutions) pass unchanged, and
-    parameters without a gradient are left out.
+    returned in their own type. Gradients of 0, 1, 3 or more axes (biases, convolutions) and
+    matrices with a side of 1 are not restored, though their running means are taken. Parameters
+    without a gradient are left out.
+
+    The default restores each noisy gradient alone and keeps a matrix without a value above the
+    edge. ``momentum_beta=0.9`` comes nearer to the clean gradient (``momentum`` in
+    ``paper_artifacts``), but is not the default: the optimizer's own momentum would have to be
+    switched off, and at tuned learning rates no saving in steps was found for it
+    (``efficiency``). ``below="zero"`` is not the default either: what it removes still lowers the
+    loss (``noise_cost``).
+
+    The running means are part of ``optimizer.state_dict()``, under the key
+    ``"lowrank_dp.restoration"`` of its ``"state"``. An optimizer that loads that dictionary
+    continues from them, whether the restoration is attached before or after the loading.
 
     Args:
         optimizer: an Opacus ``DPOptimizer`` of any mode, as ``make_private`` returns it, whose
@@ -64,22 +86,27 @@ def attach_restoration(
         momentum_beta: in [0, 1): replace every gradient by the bias-corrected running mean of the
             noisy gradients, whose noise is smaller and known, and restore the mean. The running
             mean takes the place of the optimizer's own momentum: set Adam's beta1, or SGD's
-            momentum, to 0.
+            momentum, to 0. A warning is given if the optimizer has a momentum of its own.
         low_pass: another filter over the noisy gradients in place of ``momentum_beta``, before its
             first input, such as ``LowPassFilter(b=(0.15, -0.05), a=(-0.9,))`` (DOPPLER, arXiv
             2408.13460) or ``kalman_filter(0.7)`` (the filter of DiSK, arXiv 2410.03883, without
-            its look-ahead).
+            its look-ahead). The warning about momentum is given for every filter but a Kalman
+            filter, which DiSK combines with Adam.
         options: keyword arguments of :func:`lowrank_dp.restore.restore`: ``method``, ``below``,
             ``false_spike_rate``, and the options of the scheme.
 
     Returns:
-        A handle, with ``remove()``, ``state_dict()`` and ``load_state_dict()``. While the
-        restoration is attached, the optimizer refuses to be copied or pickled. A new optimizer
-        that loads the ``state_dict()`` of this optimizer needs an attachment of its own.
+        A handle, with ``remove()``, ``state_dict()`` and ``load_state_dict()``. A copy of the
+        optimizer by ``copy.deepcopy`` has a restoration of its own, in the same state:
+        :func:`restoration_of` returns its handle. Pickling and ``copy.copy`` are refused while the
+        restoration is attached, and so is any copy of a ``DPOptimizer``, which Opacus does not
+        copy. A new optimizer that loads the ``state_dict()`` of this optimizer needs an attachment
+        of its own.
 
     Raises:
-        ValueError: on a bad argument, no noise, sharded parameters, or a second attachment; and at
-            a step, if a gradient is too small to hold the stated noise.
+        ValueError: on a bad argument, no noise, sharded parameters, a second attachment, or running
+            means of another filter in the optimizer's loaded state; and at a step, if a gradient
+            is too small to hold the stated noise.
 
     >>> weight = torch.nn.Parameter(torch.zeros(4, 4))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -105,6 +132,16 @@ def attach_restoration(
     return Restoration(optimizer, scheme, mean_noise_std, low_pass, options)
 
 
+def restoration_of(optimizer: Any) -> Restoration | None:
+    """Return the handle of the restoration that is attached to ``optimizer``, or None.
+
+    Args:
+        optimizer: a torch optimizer, an Opacus ``DPOptimizer``, or one wrapped by Accelerate.
+    """
+    optimizer = unwrap(optimizer)
+    return vars(unwrap(getattr(optimizer, "original_optimizer", optimizer))).get(_HANDLE)
+
+
 class Restoration:
     """Handle of one attachment, made by :func:`attach_restoration`.
 
@@ -123,32 +160,75 @@ class Restoration:
         *,
         beta: float | None = None,
     ) -> None:
-        optimizer = _unwrap(optimizer)
-        self._opacus = optimizer if all(hasattr(optimizer, name) for name in _OPACUS) else None
-        self._inner = _unwrap(optimizer.original_optimizer) if self._opacus else optimizer
+        optimizer = unwrap(optimizer)
+        self._opacus = optimizer if is_opacus(optimizer) else None
+        self._inner = unwrap(optimizer.original_optimizer) if self._opacus else optimizer
         self._check(optimizer, scheme, mean_noise_std)
         self.mean_noise_std = mean_noise_std
         self._low_pass, self._beta = low_pass, beta
         self._restorer = GradientRestorer(scheme, low_pass=low_pass, **options)
         if self._opacus:
             self._clip_bound = float(self._opacus.max_grad_norm)
-            _effective_multiplier(self._opacus)
+            effective_multiplier(self._opacus)
         else:
             self._read_noise_std()
         for index, parameter in self._parameters().items():
-            _require_whole(index, parameter)
+            require_whole(index, parameter)
             if is_matrix(parameter):
                 check_arguments(scheme, tuple(parameter.shape), **options)
-        self._hook = self._inner.register_step_pre_hook(self._before_step)
-        vars(self._inner)["__getstate__"] = _refuse_copy  # copy, deepcopy and pickle call it
-        _attached.add(self._inner)
+        if STATE in self._inner.state:  # loaded before the restoration was attached
+            self.load_state_dict(self._inner.state[STATE])
+            del self._inner.state[STATE]
+        if low_pass is not None and not low_pass.steady_start:
+            warn_of_other_momentum(self._inner)
+        self._register()
+
+    def _register(self) -> None:
+        inner = self._inner
+        self._hooks = [
+            inner.register_step_pre_hook(self._before_step),
+            inner.register_state_dict_post_hook(self._save_with),
+            inner.register_load_state_dict_pre_hook(self._load_with),
+        ]
+        # the copy module and pickle look these names up on the object
+        refusing = {"__getstate__": _refuse_copy, "__deepcopy__": _refuse_copy}
+        vars(inner).update({_HANDLE: self, **refusing})
+        if self._opacus:
+            vars(self._opacus).update(refusing)
+        else:
+            vars(inner)["__deepcopy__"] = self._copy_optimizer
+
+    def _unregister(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if restoration_of(self._inner) is self:
+            for optimizer in (self._inner, self._opacus):
+                for name in (_HANDLE, "__getstate__", "__deepcopy__"):
+                    vars(optimizer or self._inner).pop(name, None)
+
+    def _copy_optimizer(self, memo: dict[int, Any]) -> torch.optim.Optimizer:
+        """Copy the optimizer, and attach a copy of this restoration to the copy."""
+        self._unregister()
+        try:
+            inner = copy.deepcopy(self._inner, memo)
+        finally:
+            self._register()
+        twin = object.__new__(Restoration)
+        vars(twin).update(vars(self))
+        twin._inner, twin._restorer = inner, copy.deepcopy(self._restorer, memo)
+        twin._register()
+        return inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Restoration | None:
+        """Return the handle of a deep copy of the optimizer."""
+        return restoration_of(copy.deepcopy(self._opacus or self._inner, memo))
 
     def _check(self, optimizer: Any, scheme: str, mean_noise_std: float | None) -> None:
         if not isinstance(self._inner, torch.optim.Optimizer):
             _validate.fail(
                 "optimizer", "an Opacus DPOptimizer or a torch optimizer", type(optimizer).__name__
             )
-        if self._inner in _attached:
+        if _HANDLE in vars(self._inner):
             raise ValueError("optimizer must not have a restoration attached yet: remove() it")
         if not SCHEMES[_validate.choice("scheme", scheme, SCHEMES)].private:
             raise ValueError(
@@ -169,11 +249,14 @@ class Restoration:
         """
         return self._restorer.reports
 
+    @property
+    def lacks_running_means(self) -> bool:
+        """Whether the restoration takes running means, and has seen no gradient yet."""
+        return self._low_pass is not None and not self._restorer.filters
+
     def remove(self) -> None:
         """Detach: later steps use their gradients unchanged. The state stays readable."""
-        self._hook.remove()
-        vars(self._inner).pop("__getstate__", None)
-        _attached.discard(self._inner)
+        self._unregister()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the running means as tensors under flat names; empty without a filter.
@@ -216,6 +299,25 @@ class Restoration:
         except KeyError as error:
             raise ValueError(f"state must fit the optimizer's parameters, got no {error}") from None
 
+    def _save_with(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        """Add the running means to a state_dict of the optimizer."""
+        own = self.state_dict()
+        return {**saved, "state": {**saved["state"], STATE: own}} if own else saved
+
+    def _load_with(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        """Take the running means out of a state_dict that the optimizer loads."""
+        state = dict(saved["state"])
+        means = state.pop(STATE, None)
+        if means is not None:
+            self.load_state_dict(means)
+        elif self._low_pass is not None:
+            warnings.warn(
+                "the state_dict that the optimizer loads holds no running means of a restoration, "
+                "which stay as they are: load the handle's state_dict() too",
+                stacklevel=4,
+            )
+        return {**saved, "state": state}
+
     def _coefficients(self) -> dict[str, Tensor]:
         """Tensors of a state_dict that identify the filter."""
         if self._low_pass is None:
@@ -253,13 +355,7 @@ class Restoration:
             return _validate.positive("mean_noise_std", self.mean_noise_std)
         # AdaClip has already replaced its bound by the bound of the next step
         bound, self._clip_bound = self._clip_bound, float(opacus.max_grad_norm)
-        if not hasattr(opacus, "unclipped_num_std"):
-            bound = self._clip_bound
-        std = _effective_multiplier(opacus) * bound
-        if opacus.loss_reduction == "mean":
-            std /= opacus.expected_batch_size * opacus.accumulated_iterations
-            std /= getattr(opacus, "world_size", 1)  # under DDP the batch size is per worker
-        return std
+        return opacus_noise_std(opacus, bound)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
@@ -272,7 +368,7 @@ class Restoration:
         for index, parameter in parameters.items():
             grad = parameter.grad
             if grad is not None and (is_matrix(grad) or self._low_pass is not None):
-                _require_whole(index, grad)
+                require_whole(index, grad)
                 noisy[index] = grad if grad.dtype == torch.float64 else grad.float()
                 require_noise(
                     f"gradient of parameter {index}",
@@ -285,39 +381,9 @@ class Restoration:
             parameters[index].grad = grad.to(parameters[index].grad.dtype)  # type: ignore
 
 
-def _refuse_copy() -> NoReturn:
+def _refuse_copy(memo: Any = None) -> NoReturn:
     raise ValueError(
-        "an optimizer with a restoration attached must not be copied or pickled: "
-        "torch drops the hook, so the copy would step without restoration; remove() "
-        "it, copy, and attach to each (optimizer.state_dict() can be saved as it is)"
+        "an optimizer with a restoration attached must not be pickled or copied by copy.copy, and "
+        "a DPOptimizer not by copy.deepcopy: the copy would step without restoration; save "
+        "optimizer.state_dict(), or remove() the restoration first"
     )
-
-
-def _unwrap(optimizer: Any) -> Any:
-    """Return the optimizer inside Accelerate's wrappers."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _effective_multiplier(opacus: Any) -> float:
-    """Return sigma: the noise on an entry of the clipped sum, relative to the clipping bound."""
-    sigma = float(getattr(opacus, "_adjusted_noise_multiplier", opacus.noise_multiplier))
-    if not sigma > 0:
-        raise ValueError(
-            f"noise_multiplier of the DPOptimizer must be > 0, got {sigma:g}: without "
-            "noise there is nothing to restore, and no privacy"
-        )
-    if hasattr(opacus, "unclipped_num_std"):  # AdaClip spends a share on its noisy count
-        sigma = (sigma**-2 - (2 * opacus.unclipped_num_std) ** -2) ** -0.5
-    return sigma
-
-
-def _require_whole(index: str, tensor: Tensor) -> None:
-    if hasattr(tensor, "full_tensor") or tensor.layout != torch.strided:
-        _validate.fail(
-            f"parameter {index}",
-            "one dense tensor (a shard's singular values are not "
-            "the matrix's: use DDP, or train --shard)",
-            type(tensor).__name__,
-        )

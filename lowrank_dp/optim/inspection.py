@@ -1,0 +1,77 @@
+"""What a restoration reads from an optimizer: its wrappers, noise level, momentum and shards."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_dp import _validate
+
+_OPACUS = ("original_optimizer", "noise_multiplier", "max_grad_norm", "expected_batch_size")
+
+
+def is_opacus(optimizer: Any) -> bool:
+    """Tell whether an optimizer is a ``DPOptimizer`` of Opacus, by its attributes."""
+    return all(hasattr(optimizer, name) for name in _OPACUS)
+
+
+def opacus_noise_std(opacus: Any, last_bound: float) -> float:
+    """Return the noise level of the noisy ``p.grad`` of a ``DPOptimizer``, absolute.
+
+    ``last_bound`` is the clipping bound before the step, which AdaClip has replaced by then.
+    """
+    bound = last_bound if hasattr(opacus, "unclipped_num_std") else float(opacus.max_grad_norm)
+    std = effective_multiplier(opacus) * bound
+    if opacus.loss_reduction == "mean":
+        std /= opacus.expected_batch_size * opacus.accumulated_iterations
+        std /= getattr(opacus, "world_size", 1)  # under DDP the batch size is per worker
+    return std
+
+
+def unwrap(optimizer: Any) -> Any:
+    """Return the optimizer inside Accelerate's wrappers."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def effective_multiplier(opacus: Any) -> float:
+    """Return sigma: the noise on an entry of the clipped sum, relative to the clipping bound."""
+    sigma = float(getattr(opacus, "_adjusted_noise_multiplier", opacus.noise_multiplier))
+    if not sigma > 0:
+        raise ValueError(
+            f"noise_multiplier of the DPOptimizer must be > 0, got {sigma:g}: without "
+            "noise there is nothing to restore, and no privacy"
+        )
+    if hasattr(opacus, "unclipped_num_std"):  # AdaClip spends a share on its noisy count
+        sigma = (sigma**-2 - (2 * opacus.unclipped_num_std) ** -2) ** -0.5
+    return sigma
+
+
+def require_whole(index: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if a parameter or gradient is a shard, or is not dense."""
+    if hasattr(tensor, "full_tensor") or tensor.layout != torch.strided:
+        _validate.fail(
+            f"parameter {index}",
+            "one dense tensor (a shard's singular values are not "
+            "the matrix's: use DDP, or train --shard)",
+            type(tensor).__name__,
+        )
+
+
+def warn_of_other_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Warn if an optimizer averages gradients itself: Adam's beta1, or a momentum, above 0."""
+    for group in optimizer.param_groups:
+        betas = group.get("betas") or (0.0,)
+        for name, value in (("betas[0]", betas[0]), ("momentum", group.get("momentum"))):
+            if value:
+                warnings.warn(
+                    f"{name} of {type(optimizer).__name__} should be 0 beside a running mean of "
+                    f"gradients (momentum_beta or low_pass), got {float(value):g}: the gradients "
+                    "are averaged twice",
+                    stacklevel=4,
+                )
+                return
