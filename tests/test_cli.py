@@ -89,10 +89,11 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
     ):
         assert_refused(call(*restore_words(path, out, changes)), *words)
         assert not out.exists(), changes
-    for dtype in (torch.float16, torch.float8_e4m3fn):  # torch has no norm of the latter
-        save_file({"weight": torch.ones(4, 4).to(dtype)}, tmp_path / "narrow.safetensors")
-        done = call(*restore_words(tmp_path / "narrow.safetensors", out, {}))
-        assert_refused(done, "weight", "float32 or float64")
+    path = tmp_path / "narrow.safetensors"  # torch has no norm of this type
+    save_file({"weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, path)
+    assert_refused(call(*restore_words(path, out, {})), "weight", "float32 or float64")
+    save_file({"weight": torch.ones(30, 30).bfloat16()}, path)
+    assert_refused(call(*restore_words(path, out, {"--noise-std": "5"})), "must hold noise")
 
 
 def test_restore_replaces_a_file_only_if_told_to_and_never_its_input(noisy_file, tmp_path, call):

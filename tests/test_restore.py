@@ -428,16 +428,64 @@ def test_batch_equals_one_by_one():
         spiked((130, 160), factors, seed=seed, dtype=torch.float32)[0]
         for seed, factors in enumerate([[3.0, 1.2], [], [9.0] * 3, [1.02], [2.0], [0.1]])
     ]
-    batch = torch.stack(matrices).reshape(2, 3, 130, 160)
+    batch = torch.stack(matrices)
     for (name, options), method in itertools.product(CASES, ("exact", "fast")):
         got, reports = restore_with_report(batch, 0.7, name, method=method, **options)
         assert got.shape == batch.shape and len(reports) == 6
-        for one, matrix, report in zip(got.flatten(0, 1), matrices, reports, strict=True):
+        for one, matrix, report in zip(got, matrices, reports, strict=True):
             case = str((name, options, method))
             alone, (own,) = restore_with_report(matrix, 0.7, name, method=method, **options)
             np.testing.assert_allclose(one, alone, rtol=1e-5, atol=1e-5, err_msg=case)
             assert report.action == own.action, case
             assert report.num_above_edge == own.num_above_edge, case
+
+
+def test_half_precision_and_numpy_are_restored_in_float32_and_returned_in_kind():
+    noisy = spiked((130, 160), [3.0, 1.2], dtype=torch.float32)[0]
+    for (name, options), method in itertools.product(CASES, ("exact", "fast")):
+        for dtype in (torch.float16, torch.bfloat16):
+            half = noisy.to(dtype)
+            case = str((name, options, method, dtype))
+            want, (report,) = restore_with_report(half.float(), 0.7, name, method=method, **options)
+            got, (own,) = restore_with_report(half, 0.7, name, method=method, **options)
+            assert got.dtype == dtype and torch.equal(got, want.to(dtype)), case
+            assert own == report and torch.equal(half, noisy.to(dtype)), case
+        for dtype in (np.float16, np.float32, np.float64, ">f4"):
+            array = noisy.numpy().astype(dtype)
+            array.flags.writeable = False
+            case = str((name, options, method, dtype))
+            own = torch.from_numpy(array.astype(np.float64 if dtype == np.float64 else np.float32))
+            want = restore(own, 0.7, name, method=method, **options)
+            for view in (array, np.asfortranarray(array), array[::-1][::-1]):
+                got = restore(view, 0.7, name, method=method, **options)
+                assert isinstance(got, np.ndarray) and got.dtype == array.dtype, case
+                np.testing.assert_array_equal(got, want.numpy().astype(dtype), err_msg=case)
+    # the corrected norm, 7.5e4, is that of one value, which float16 cannot hold
+    large = np.diag([6e4] + 20 * [1e4]).astype(np.float16)
+    for matrix in (large, torch.from_numpy(large)):
+        refused("can hold its restoration, got .*float16", restore, matrix, 2e3, "denoise")
+
+
+def test_a_gradient_of_a_convolution_is_left():
+    """As :func:`attach_restoration` leaves it: a kernel of 3 x 3 is no matrix of a layer."""
+    kernel = spiked((48, 27), [3.0], dtype=torch.float32)[0].reshape(16, 3, 9, 3)
+    for name, options in CASES:
+        if "values" in options or "target" in options:
+            continue  # tensors that fit one shape
+        for noisy in (kernel, kernel.bfloat16(), kernel.unsqueeze(0), kernel.numpy()):
+            got, reports = restore_with_report(noisy, 0.7, name, **options)
+            assert reports == [] and (got == noisy).all() and got is not noisy, name
+            assert got.dtype == noisy.dtype and type(got) is type(noisy), name
+    got[:] = 0
+    assert kernel.any()
+    for arguments, words in (
+        ({"noise_std": 0}, "^noise_std must"),
+        ({"scheme": "optmal"}, "did you mean 'optimal'"),
+        ({"kappa": 1}, "^option of scheme"),
+        ({"noisy": torch.full((2, 2, 2, 2), math.nan)}, "^noisy must have finite"),
+        ({"noisy": torch.ones((2, 2, 2, 2), dtype=torch.int64)}, "^noisy must be a float32"),
+    ):
+        refused(words, restore, **{"noisy": kernel, "noise_std": 0.7} | arguments)
 
 
 def test_reports():
@@ -669,13 +717,15 @@ def test_bad_matrix():
         (torch.ones(3), "at least 2 axes"),
         (torch.ones(0, 3), "non-empty"),
         (torch.ones(2, 3, dtype=torch.int64), "float32 or float64"),
-        (torch.ones(2, 3).half(), "float32 or float64"),
+        (np.ones((2, 3), dtype=np.longdouble), "an array of float16, float32 or float64"),
         (torch.ones(2, 3, dtype=torch.complex64), "float32 or float64"),
         (torch.full((2, 3), math.nan), "finite entries"),
         (torch.tensor([[1.0, math.inf]]), "finite entries"),
         (torch.full((3, 3), 3e38), "Frobenius norm"),
         (torch.zeros(2, 3), "nonzero entry"),
-        (np.ones((2, 3)), "a torch tensor"),
+        (np.ones((2, 3), dtype=int), "an array of float16, float32 or float64"),
+        (np.ones(3), "at least 2 axes"),
+        ([[1.0]], "a torch tensor or a numpy array"),
         (None, "a torch"),
     ):
         for scheme in ("optimal", "power", "none"):

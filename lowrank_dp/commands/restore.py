@@ -103,10 +103,12 @@ def _read(path: Path, noise_std: float) -> dict[str, Tensor]:
         tensors = load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"--input must be a safetensors file, got {path.name}: {error}") from None
+    types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for name, tensor in tensors.items():
-        if tensor.ndim == 2 and tensor.dtype in (torch.float32, torch.float64):
+        if tensor.ndim == 2 and tensor.dtype in types:
+            wide = tensor if tensor.dtype == torch.float64 else tensor.float()
             require_noise(
-                f"matrix {name}", tensor, noise_std, remedy="give --noise-std in its own units"
+                f"matrix {name}", wide, noise_std, remedy="give --noise-std in its own units"
             )
     return tensors
 

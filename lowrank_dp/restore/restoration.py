@@ -7,15 +7,22 @@ The noisy matrix is decomposed as ``u diag(s) v^T``. Its restoration is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp.restore.krylov import MIN_SIDE, leading_triplets
-from lowrank_dp.restore.plan import ORDINARY, Plan, make_plan
+from lowrank_dp.restore.plan import ORDINARY, Plan, check_arguments, make_plan
+from lowrank_dp.restore.schemes import SCHEMES
 from lowrank_dp.spectrum.decomposition import to_unit
+
+# types of a noisy matrix, and the type in which its restoration is computed
+_COMPUTED_IN = {"float16": torch.float32, "bfloat16": torch.float32}
+_MOST_AXES = 3  # of a batch of matrices; a gradient of more axes is that of a convolution
+Matrices = TypeVar("Matrices", Tensor, np.ndarray)
 
 
 def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +65,7 @@ class Report:
 
 
 def restore(
-    noisy: Tensor,
+    noisy: Matrices,
     noise_std: float,
     scheme: str = "optimal",
     *,
@@ -66,12 +73,19 @@ def restore(
     below: str = "keep",
     false_spike_rate: float | None = None,
     **options: Any,
-) -> Tensor:
+) -> Matrices:
     """Restore the singular values of a noisy gradient by ``scheme``.
 
     Args:
-        noisy: (..., m, n), float32 or float64, on any device; never mutated. Leading axes are a
-            batch of matrices.
+        noisy: a torch tensor on any device, or a numpy array; float16, bfloat16, float32 or
+            float64; never mutated. Half precision is restored in float32. What is restored depends
+            on the number of axes:
+
+            - two axes (m, n): the matrix, also with a side of 1;
+            - three axes (L, m, n): each matrix of the batch;
+            - four or more axes: nothing, since such a gradient is that of a convolution;
+              ``attach_restoration`` leaves it, too. Flatten a batch of several axes to three axes;
+            - fewer than two axes: refused.
         noise_std: standard deviation of the noise on each entry, absolute, in the units of
             ``noisy`` (for a DP-SGD sum: ``noise_multiplier * max_grad_norm``); > 0 for the schemes
             that read the noise level (``EDGE_SCHEMES``), and >= 0 for the others.
@@ -91,29 +105,78 @@ def restore(
             ``p``; oracle ``values``.
 
     Returns:
-        The restored matrices, in the shape, type and device of ``noisy``.
+        The restored matrices, in the shape, type and device of ``noisy``; a numpy array for a numpy
+        array.
 
     Raises:
         ValueError: naming the argument, on a bad shape or type, NaN or infinite entries, an
-            unknown name, a bad option, or an all-zero matrix with ``noise_std`` > 0.
+            unknown name, a bad option, or an all-zero matrix with ``noise_std`` > 0; and if a
+            restored entry is too large for the type of ``noisy``.
 
     >>> noisy = torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0]))
     >>> [round(s, 4) for s in restore(noisy, 1.0).diagonal().tolist()]
     [8.0623, 0.0, 0.0, 0.0]
     """
     arguments = {"method": method, "below": below, "false_spike_rate": false_spike_rate}
-    return _restore(noisy, noise_std, scheme, arguments | options)[0]
+    tensor = _as_tensor(noisy)
+    if tensor.ndim > _MOST_AXES:
+        restored = _unrestored(tensor, noise_std, scheme, arguments | options)
+    else:
+        restored = _restore(tensor, noise_std, scheme, arguments | options)[0]
+    return _in_kind(restored, noisy)
+
+
+def _unrestored(noisy: Tensor, noise_std: float, scheme: str, arguments: dict[str, Any]) -> Tensor:
+    """Copy a gradient that is not restored, after the checks of the arguments."""
+    check_arguments(scheme, **arguments)
+    reads = SCHEMES[scheme].reads_noise_level
+    _validate.real("noise_std", noise_std, low=0, low_open=reads)
+    return _validate.floating("noisy", noisy).detach().clone()
+
+
+def _as_tensor(noisy: Any) -> Tensor:
+    """Return what is restored as a tensor of float32 or float64; a numpy array is copied."""
+    if isinstance(noisy, np.ndarray):
+        if noisy.dtype.kind != "f" or noisy.dtype.itemsize > 8:
+            _validate.fail("noisy", "an array of float16, float32 or float64", str(noisy.dtype))
+        own = np.float64 if noisy.dtype.itemsize == 8 else np.float32
+        return torch.from_numpy(np.array(noisy, dtype=own, order="C"))
+    if isinstance(noisy, Tensor):
+        return noisy.to(_COMPUTED_IN.get(str(noisy.dtype).removeprefix("torch."), noisy.dtype))
+    _validate.fail("noisy", "a torch tensor or a numpy array", type(noisy).__name__)
+
+
+def _in_kind(restored: Tensor, noisy: Any) -> Any:
+    """Return restored matrices in the type of ``noisy``."""
+    if isinstance(noisy, np.ndarray):
+        with np.errstate(over="ignore"):
+            result = restored.numpy().astype(noisy.dtype, copy=False)
+        fits = bool(np.isfinite(result).all())
+    elif restored.dtype != noisy.dtype:
+        result = restored.to(noisy.dtype)
+        fits = bool(result.isfinite().all())
+    else:
+        return restored
+    if not fits:
+        raise ValueError(
+            f"noisy must have a type that can hold its restoration, got {noisy.dtype}, in which a "
+            "restored entry overflows: convert it to float32"
+        )
+    return result
 
 
 def restore_with_report(
-    noisy: Tensor, noise_std: float, scheme: str = "optimal", **arguments: Any
-) -> tuple[Tensor, list[Report]]:
+    noisy: Matrices, noise_std: float, scheme: str = "optimal", **arguments: Any
+) -> tuple[Matrices, list[Report]]:
     """Restore as :func:`restore` does, and return a :class:`Report` per matrix.
 
-    The reports are in row-major order of the batch. ``arguments`` are the keyword arguments of
-    :func:`restore`; the errors are the same.
+    The reports are in the order of the batch; there is none for a gradient of four or more axes.
+    ``arguments`` are the keyword arguments of :func:`restore`; the errors are the same.
     """
-    restored, plan, norms, values = _restore(noisy, noise_std, scheme, arguments)
+    tensor = _as_tensor(noisy)
+    if tensor.ndim > _MOST_AXES:
+        return _in_kind(_unrestored(tensor, noise_std, scheme, arguments), noisy), []
+    restored, plan, norms, values = _restore(tensor, noise_std, scheme, arguments)
     before, after = norms.flatten().tolist(), _norms(restored).flatten().tolist()
     reports = []
     for s, norm_before, norm_after in zip(values, before, after, strict=True):
@@ -135,7 +198,7 @@ def restore_with_report(
                 norm_after,
             )
         )
-    return restored, reports
+    return _in_kind(restored, noisy), reports
 
 
 def restored_values(
