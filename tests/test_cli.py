@@ -222,18 +222,25 @@ def test_figures_replace_only_results_of_the_same_configuration(tmp_path, call, 
     code, _, err = call(*FORMULAS, *folders)  # the same again
     assert code == 0 and "not computed" not in err
     words = [*FORMULAS, *folders, "--scale", "full"]
-    assert_refused(call(*words), "total_variation.json", "ranks", "--force")
+    code, _, err = call(*words)  # another configuration: a folder of its own, which is said
+    trial = tmp_path / "trials"
+    (named,) = trial.iterdir()
+    assert code == 0 and named.name.startswith("full_") and f"{named.name}" in err
+    assert "ranks" in err and "--update" in err
     assert json.loads(saved.read_text())["config"] == before
-    code, *_ = call(*words, "--force")
+    assert json.loads((named / saved.name).read_text())["config"]["ranks"] == [1, 8]
+    code, *_ = call(*words, "--update")
     assert code == 0 and json.loads(saved.read_text())["config"]["ranks"] == [1, 8]
     # a configuration that nobody asked for gives way to the saved result
     code, _, err = call(*FORMULAS, *folders)
-    assert code == 0 and "not computed but drawn" in err and "--force" in err
+    assert code == 0 and "not computed but drawn" in err and "--update" in err
     assert json.loads(saved.read_text())["config"]["ranks"] == [1, 8]
     for content in ("{}", "no JSON"):  # another command's
         saved.write_text(content)
-        assert_refused(call(*words), "another command", "--force")
+        code, _, err = call(*words)
+        assert code == 0 and "another command" in err
         assert saved.read_text() == content
+    assert_refused(call(*words, "--redraw", "--update"), "--redraw and --update")
 
 
 def test_committed_results_are_those_of_the_default_configurations():
@@ -250,11 +257,12 @@ def test_committed_results_are_those_of_the_default_configurations():
 
 
 def test_documented_figure_commands_are_not_refused(call, monkeypatch):
-    """The committed results are there: a command of another configuration needs ``--force``."""
+    """Nor do they compute trials: the commands of the index make the saved results."""
     root, made = Path(__file__).parents[1], []
 
-    def make(name, config, *_):
+    def make(name, place, *_):
         made.append(name)
+        assert place.config is None or not place.is_trial, name
         return {"figure": name, "headline": {}, "privacy": "", "ran on": "", "files": []}
 
     monkeypatch.chdir(root)

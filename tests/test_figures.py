@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.commands import figures as figure_command
 from lowrank_dp.experiments import gradients
-from lowrank_dp.figures import catalog, lora, restoration, training
+from lowrank_dp.figures import catalog, lora, places, restoration, training
 from tests.tasks import run_command
 
 PAPER = Path(__file__).parent.parent / "paper_artifacts"
@@ -171,13 +172,133 @@ def test_what_has_no_saved_result_is_left_out_unless_it_is_asked_for(monkeypatch
         for name in PENDING:
             assert f"{name}: left out, since no result is saved" in " ".join(error.split()), words
     made.clear()
-    run_command(capsys, figure_command.app, "--scale", "full", "--force", *places)
+    run_command(capsys, figure_command.app, "--scale", "full", "--update", *places)
     assert made == [*figures.NAMES]  # this scale computes all
     monkeypatch.undo()
     status, _, error = run_command(
         capsys, figure_command.app, "--redraw", "--only", "gap_all_layers", *places
     )
     assert status == 2 and "no result gap_all_layers.json" in " ".join(error.split())
+
+
+def unchanged(folder):
+    """Whether every committed result stands in a copy of the folder, byte for byte."""
+    return all((folder / path.name).read_bytes() == path.read_bytes() for path in PAPER.glob("*.*"))
+
+
+def stand_in(monkeypatch, name, description=None):
+    """Replace an experiment by one that returns the saved result with the asked configuration."""
+    saved = artifacts.load_result(PAPER, name, figures.find(name).result)
+
+    def run(config):
+        changed = {} if description is None else {"description": description}
+        return dataclasses.replace(saved, config=config, provenance={}, **changed)
+
+    replaced(monkeypatch, name, run=run, takes_source=False, plot=lambda result: Figure((1, 1)))
+
+
+def test_without_the_data_the_committed_results_are_drawn(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PAPER, tmp_path / "paper_artifacts")
+    for name in ("spectra", "lora_noise"):
+        replaced(monkeypatch, name, run=None, plot=lambda result: Figure((1, 1)))
+    status, _, error = run_command(capsys, figure_command.app, "--only", "spectra,lora_noise")
+    assert status == 0 and unchanged(tmp_path / "paper_artifacts")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}{suffix}" for name in ("spectra", "lora_noise") for suffix in (".png", ".pdf")
+    }
+    assert "spectra: not computed but drawn" in " ".join(error.split())
+    assert not (tmp_path / "trials").exists()
+
+
+def test_another_task_model_scale_or_seed_is_a_trial_in_a_folder_of_its_own(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PAPER, tmp_path / "paper_artifacts")
+    stand_in(monkeypatch, "spectra")
+    folders = set()
+    for words in (
+        ("--task", "generated"),
+        ("--task", "generated", "--model", "tiny"),
+        ("--task", "sst2", "--scale", "full"),
+        ("--task", "sst2", "--seed", "5"),
+    ):
+        status, _, error = run_command(capsys, figure_command.app, "--only", "spectra", *words)
+        assert status == 0 and unchanged(tmp_path / "paper_artifacts"), words
+        (folder,) = {*(tmp_path / "trials").iterdir()} - folders
+        folders.add(folder)
+        assert f"a trial, written to trials/{folder.name}" in " ".join(error.split()), words
+        assert {path.name for path in folder.iterdir()} == {
+            f"spectra{suffix}"
+            for suffix in (".png", ".pdf", ".json", ".npz", ".csv", ".md", ".tex")
+        }
+        assert [*(tmp_path / "figures").iterdir()] == [], words
+    words = "--only", "spectra", "--task", "generated", "--output", "asked"
+    assert run_command(capsys, figure_command.app, *words)[0] == 0
+    assert (tmp_path / "asked" / "spectra.png").exists()
+    assert run_command(capsys, figure_command.app, *words, "--update")[0] == 0
+    config = json.loads((tmp_path / "paper_artifacts" / "spectra.json").read_text())["config"]
+    assert config["gradients"]["task"] == "generated"  # replaced on purpose
+
+
+def test_the_same_options_on_another_model_or_data_are_a_trial(monkeypatch, tmp_path, capsys):
+    """A config leaves the model to what is installed: without MiniLM, the tiny model runs."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PAPER, tmp_path / "paper_artifacts")
+    words = "--only", "spectra", "--task", "sst2"
+    stand_in(monkeypatch, "spectra", description="tiny, 100 examples")
+    status, _, error = run_command(capsys, figure_command.app, *words)
+    assert status == 0 and unchanged(tmp_path / "paper_artifacts")
+    assert "computed on tiny, 100 examples" in " ".join(error.split())
+    assert len([*(tmp_path / "trials").glob("*/spectra.json")]) == 1
+    stand_in(monkeypatch, "spectra")  # on the same, the result is made anew, and is equal
+    assert run_command(capsys, figure_command.app, *words)[0] == 0
+    assert not unchanged(tmp_path / "paper_artifacts")  # but for its provenance
+    assert (tmp_path / "figures" / "spectra.png").exists()
+
+
+def test_where_no_result_is_saved_only_the_published_config_goes_beside_the_others(tmp_path):
+    def place(name, **changes):
+        own = changes.pop("own_folder", False)
+        scale = changes.pop("scale", "small")
+        given = frozenset(changes)
+        changes = {"device": "cpu", "seed": 0} | changes
+        return places.place_of(
+            name, places.Request(scale, changes, given, (name,), tmp_path / "a", own_folder=own)
+        )
+
+    for name, options, trial in (
+        ("spectra", {"task": "sst2"}, False),
+        ("spectra", {"task": "generated"}, True),
+        ("spectra", {"task": "generated", "own_folder": True}, False),
+        ("total_variation", {}, False),
+        ("steps_sst2", {"scale": "full"}, False),
+        ("steps_sst2", {"scale": "full", "seed": 4}, True),
+        ("steps_sst2", {"task": "generated"}, True),
+    ):
+        found = place(name, **options)
+        assert found.config is not None and found.is_trial == trial, (name, options)
+        assert found.folder.parent == (tmp_path / "trials" if trial else tmp_path), name
+    assert place("steps_sst2").config is None  # drawn, at the small scale
+
+
+def test_only_takes_commas_and_may_be_repeated(monkeypatch, tmp_path, capsys):
+    made = []
+
+    def make(name, *_):
+        made.append(name)
+        return {"figure": name, "headline": {}, "privacy": "", "ran on": "", "files": []}
+
+    monkeypatch.setattr(figure_command, "_make", make)
+    places = "--output", tmp_path / "f", "--artifacts", PAPER
+    words = "--only", "spectra, tasks", "--only", "spectra", "--only", "ablation"
+    assert run_command(capsys, figure_command.app, *words, *places)[0] == 0
+    assert made == ["spectra", "tasks", "ablation"]
+    words = "--only", "spectra,tasc"
+    status, _, error = run_command(capsys, figure_command.app, *words, *places)
+    assert status == 2 and "did you mean 'tasks'" in error
 
 
 def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):

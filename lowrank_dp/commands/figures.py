@@ -19,6 +19,8 @@ from lowrank_dp.figures.catalog import NAMES
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lowrank_dp.figures.places import Place, Request
+
 app = _console.new_app("Draw the figures: PNG and PDF in figures/, arrays in paper_artifacts/.")
 
 
@@ -27,7 +29,9 @@ class Options:
     """Options of the command: the figures to make, and the experiments behind them."""
 
     only: tuple[str, ...] = option(
-        (), "Figure to make; may be repeated. Default: all.", choices=NAMES
+        (),
+        "Figures to make: names with commas between; may be repeated. Default: all.",
+        choices=NAMES,
     )
     scale: str = option("small", "Scale of the experiments: small (minutes on 2 cores) or full.")
     model: str = option(
@@ -53,42 +57,64 @@ class Options:
 @_console.options_of(Options)
 def main(
     given: dict[str, Any],
-    output: Annotated[Path, typer.Option(help="Folder for PNG and PDF.")] = Path("figures"),
-    artifact_folder: Annotated[
-        Path, typer.Option("--artifacts", help="Folder for results and tables.")
-    ] = Path("paper_artifacts"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for PNG and PDF. Default: figures, or the folder of a trial."),
+    ] = None,
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results and tables. Default: paper_artifacts."),
+    ] = None,
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Draw from saved results, compute nothing.")
     ] = False,
-    force: Annotated[
+    update: Annotated[
         bool,
-        typer.Option("--force", help="Replace saved results of another configuration."),
+        typer.Option(
+            "--update",
+            help="Replace saved results by those of this configuration, which would otherwise be "
+            "written to a folder of their own under trials/.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Make the figures, one after the other, and print a summary."""
+    if "only" in given:
+        words = (name.strip() for names in given["only"] for name in names.split(","))
+        given["only"] = tuple(dict.fromkeys(words))
     asked = Options(**given)
+    if redraw and update:
+        raise ValueError("--redraw and --update must not both be given")
     from rich.console import Console
 
-    for folder in (output, artifact_folder):
-        folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
+    from lowrank_dp.figures.places import Place, Request, place_of
+
+    folder = artifacts or Path("paper_artifacts")
+    for needed in (output or Path("figures"), folder):
+        needed.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
-    explicit = bool(given.keys() - {"only"})
-    left_out = _without_result(artifact_folder) if redraw or asked.scale == "small" else []
+    request = Request(
+        scale=asked.scale,
+        changes=asked.changes,
+        given=frozenset(given),
+        only=asked.only,
+        folder=folder,
+        own_folder=artifacts is not None,
+        update=update,
+    )
+    left_out = _without_result(folder) if redraw or asked.scale == "small" else []
     names = asked.only or [name for name in NAMES if name not in left_out]
-    configs = {
-        name: None
-        if redraw
-        else _to_compute(name, asked, explicit, artifact_folder, force, console)
-        for name in names
-    }
+    places = {name: Place(None, folder) if redraw else place_of(name, request) for name in names}
+    for place in places.values():
+        if place.note:
+            say(console, place.note)
     summary: list[dict[str, Any]] = []
     sources: dict[Any, Any] = {}
-    for name, config in configs.items():
+    for name, place in places.items():
         if console.is_terminal:
-            say(console, f"{name}: {'redrawing' if config is None else 'computing'} ...")
+            say(console, f"{name}: {'redrawing' if place.config is None else 'computing'} ...")
         started = time.perf_counter()
-        entry = _make(name, config, asked, output, artifact_folder, sources, console)
+        entry = _make(name, place, request, output, sources, console)
         summary.append(entry | {"seconds": round(time.perf_counter() - started, 1)})
     for name in left_out if not asked.only else ():
         say(console, f"{name}: left out, since no result is saved; --scale full computes it")
@@ -105,110 +131,55 @@ def _without_result(folder: Path) -> list[str]:
     return [name for name in NAMES if find(name).lengthy and not (folder / f"{name}.json").exists()]
 
 
-def _to_compute(
-    name: str, asked: Options, explicit: bool, folder: Path, force: bool, console: Console
-) -> Any:
-    """Return the configuration to compute a figure's result by; None draws the saved result.
-
-    Raises ValueError if the saved result is of another configuration than the one asked for, unless
-    ``force``. If no option asked for a configuration, the saved result is drawn whatever its
-    configuration.
-    """
-    from lowrank_dp.figures import config_of, find
-
-    spec = find(name)
-    if spec.lengthy and asked.scale == "small":
-        say(
-            console,
-            f"{name}: drawn from the saved result; --scale full computes it, which takes minutes "
-            "to hours",
-        )
-        return None
-    config = config_of(name, asked.scale, **asked.changes)
-    other = "" if force else _other_result(folder, name, spec.result, config)
-    if not other:
-        return config
-    if explicit:
-        raise ValueError(
-            f"{folder / name}.json holds {other}: choose another folder by --artifacts, or replace "
-            "the result with --force"
-        )
-    say(
-        console,
-        f"{name}: not computed but drawn, from {other}; --force computes and replaces it",
-    )
-    return None
-
-
-def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
-    """Describe a saved result whose configuration is not ``config``; "" if none differs."""
-    from lowrank_dp import artifacts
-
-    if not (folder / f"{name}.json").exists():
-        return ""
-    try:
-        saved: Any = artifacts.load_result(folder, name, kind)
-    except (ValueError, OSError):
-        return "a result of another command or version"
-    if saved.config == config:
-        return ""
-    return f"a result of another configuration ({_first_difference(saved.config, config)})"
-
-
-def _first_difference(saved: Any, asked: Any) -> str:
-    from lowrank_dp.artifacts.jsonable import to_jsonable
-
-    def flat(value: Any, path: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {path: value}
-        inner = (flat(item, f"{path}.{key}" if path else key) for key, item in value.items())
-        return {key: item for part in inner for key, item in part.items()}
-
-    before, now = flat(to_jsonable(saved)), flat(to_jsonable(asked))
-    name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
-    return f"{name} {before.get(name)!r}, asked {now.get(name)!r}"
-
-
 def _make(
     name: str,
-    config: Any,
-    asked: Options,
-    output: Path,
-    artifact_folder: Path,
+    place: Place,
+    request: Request,
+    output: Path | None,
     sources: dict[Any, Any],
     console: Console,
 ) -> dict[str, Any]:
-    """Compute a figure's result if there is a ``config``; draw and summarise the result."""
+    """Compute a figure's result if there is a config; draw and summarise the result."""
     from lowrank_dp import artifacts
     from lowrank_dp.figures import compute, find, show
 
     spec = find(name)
-    if config is not None:
+    if place.config is not None:
         if spec.plan is not None:
-            say(console, f"plan: {spec.plan(config)}")
-        artifacts.save_result(
-            compute(name, config, sources),
-            artifact_folder,
-            name,
-            seed=asked.seed,
-            device=asked.device,
-        )
-    result, figure = show(name, artifact_folder=artifact_folder)  # drawn from the saved files alone
-    artifacts.save_figure(figure, output, name)
+            say(console, f"plan: {spec.plan(place.config)}")
+        computed = compute(name, place.config, sources)
+        place = _checked(name, place, computed, request, console)
+        place.folder.mkdir(parents=True, exist_ok=True)
+        made = {"seed": request.changes["seed"], "device": request.changes["device"]}
+        artifacts.save_result(computed, place.folder, name, **made)
+    result, figure = show(name, artifact_folder=place.folder)  # drawn from the saved files alone
+    drawn = output or (place.folder if place.is_trial else Path("figures"))
+    artifacts.save_figure(figure, drawn, name)
     columns, rows = spec.rows(result)
-    artifacts.save_table(columns, rows, artifact_folder, name, caption=spec.caption)
+    artifacts.save_table(columns, rows, place.folder, name, caption=spec.caption)
+    paths = (drawn / f"{name}.png", drawn / f"{name}.pdf", place.folder / f"{name}.json")
     return {
         "figure": name,
         "seconds": 0.0,
         "headline": spec.headline(result),
         "privacy": result.privacy,
         "ran on": getattr(result, "description", ""),
-        "files": [
-            str(output / f"{name}.png"),
-            str(output / f"{name}.pdf"),
-            str(artifact_folder / f"{name}.json"),
-        ],
+        "files": [str(path) for path in paths],
     }
+
+
+def _checked(name: str, place: Place, result: Any, request: Request, console: Console) -> Place:
+    """Return the place, or a folder of trials if the saved result is of other models or data."""
+    from lowrank_dp.figures.places import replaces_other_data, trial_of
+
+    if place.is_trial or request.update:
+        return place
+    other = replaces_other_data(name, result, place.folder)
+    if not other:
+        return place
+    trial = trial_of(name, place.config, request, f"{place.folder / name}.json holds {other}")
+    say(console, trial.note)
+    return trial
 
 
 def _print(summary: list[dict[str, Any]]) -> None:

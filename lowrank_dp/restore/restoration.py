@@ -148,6 +148,7 @@ def _as_tensor(noisy: Any) -> Tensor:
 
 def _in_kind(restored: Tensor, noisy: Any) -> Any:
     """Return restored matrices in the type of ``noisy``."""
+    result: Any = restored
     if isinstance(noisy, np.ndarray):
         with np.errstate(over="ignore"):
             result = restored.numpy().astype(noisy.dtype, copy=False)
@@ -156,7 +157,7 @@ def _in_kind(restored: Tensor, noisy: Any) -> Any:
         result = restored.to(noisy.dtype)
         fits = bool(result.isfinite().all())
     else:
-        return restored
+        fits = True
     if not fits:
         raise ValueError(
             f"noisy must have a type that can hold its restoration, got {noisy.dtype}, in which a "

@@ -1,0 +1,157 @@
+"""Where a figure's result is computed to: a committed result is replaced only on purpose."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_dp import artifacts
+from lowrank_dp.artifacts.jsonable import to_jsonable
+from lowrank_dp.figures.catalog import find
+from lowrank_dp.figures.making import config_of, configure, default_task
+
+TRIALS = "trials"  # folder beside the folder of the results
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for.
+
+    Attributes:
+        scale, changes: scale of the experiments, and the fields of their configs that were given
+            (task, model) or have a default (seed, device).
+        given: names of the options that were given, ``only`` and ``scale`` among them.
+        only: figures that were named.
+        folder: folder of the saved results.
+        own_folder: whether the user named ``folder``.
+        update: whether a saved result is replaced, whatever its configuration.
+    """
+
+    scale: str
+    changes: dict[str, Any]
+    given: frozenset[str]
+    only: tuple[str, ...]
+    folder: Path
+    own_folder: bool = False
+    update: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is done for one figure.
+
+    Attributes:
+        config: config to compute by; None draws the saved result.
+        folder: folder of the result.
+        is_trial: whether ``folder`` is a folder of trials, which also takes the figure.
+        note: what the user is told; "" for nothing.
+    """
+
+    config: Any
+    folder: Path
+    is_trial: bool = False
+    note: str = ""
+
+
+def place_of(name: str, request: Request) -> Place:
+    """Decide whether a figure is computed or drawn, and to which folder its result goes.
+
+    A result of another configuration than the saved one goes to :func:`trial_folder`. The saved
+    result is drawn if no option asks for a configuration and the default is another one, and for
+    a lengthy figure at the small scale. ``update`` computes into ``folder`` in every case.
+
+    Raises:
+        ValueError: for an unknown name or scale.
+    """
+    spec, folder = find(name), request.folder
+    asked_trial = name in request.only and request.given - {"only", "scale"}
+    if spec.lengthy and request.scale == "small" and not (asked_trial and not request.update):
+        return Place(
+            None,
+            folder,
+            note=f"{name}: drawn from the saved result; --scale full computes it, which takes "
+            "minutes to hours",
+        )
+    config = config_of(name, request.scale, **request.changes)
+    if request.update:
+        return Place(config, folder)
+    if not (folder / f"{name}.json").exists():
+        if request.own_folder or config == published_config(name):
+            return Place(config, folder)
+        return trial_of(name, config, request, "the published configuration is another one")
+    other = _other_result(folder, name, spec.result, config)
+    if not other:
+        return Place(config, folder)
+    if request.given - {"only"}:
+        return trial_of(name, config, request, f"{folder / name}.json holds {other}")
+    note = f"{name}: not computed but drawn, from {other}; --update computes and replaces it"
+    return Place(None, folder, note=note)
+
+
+def trial_of(name: str, config: Any, request: Request, why: str) -> Place:
+    """Return the place of a result that must not replace the saved one."""
+    folder = trial_folder(name, request)
+    note = f"{name}: a trial, written to {folder}, since {why}; --update replaces the saved result"
+    return Place(config, folder, is_trial=True, note=note)
+
+
+def trial_folder(name: str, request: Request) -> Path:
+    """Return the folder of trials of a request: scale, task, model and seed in its name."""
+    from lowrank_dp.models import default_model
+
+    changes = request.changes
+    task = changes.get("task") or ("" if find(name).lengthy else default_task())
+    parts = [request.scale, task, changes.get("model") or default_model()]
+    parts.append(f"seed{changes.get('seed', 0)}")
+    if changes.get("device", "cpu") != "cpu":
+        parts.append(changes["device"])
+    words = (re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts)
+    return request.folder.parent / TRIALS / "_".join(word for word in words if word)
+
+
+def published_config(name: str) -> Any:
+    """Return the configuration of the result that the repository ships."""
+    spec = find(name)
+    return spec.full if spec.lengthy else configure(spec.small, task="sst2")
+
+
+def replaces_other_data(name: str, result: Any, folder: Path) -> str:
+    """Describe a saved result of another model or data with the same config; "" if there is none.
+
+    A config may leave the model to what is installed, so that only the computed result tells
+    which model and data it was computed on.
+    """
+    try:
+        saved: Any = artifacts.load_result(folder, name, type(result))
+    except (ValueError, OSError):
+        return ""
+    for field in ("description", "descriptions"):
+        before, now = getattr(saved, field, None), getattr(result, field, None)
+        if before != now:
+            return f"a result on other models or data ({before}), computed on {now}"
+    return ""
+
+
+def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
+    """Describe a saved result whose configuration is not ``config``; "" if none differs."""
+    try:
+        saved: Any = artifacts.load_result(folder, name, kind)
+    except (ValueError, OSError):
+        return "a result of another command or version"
+    if saved.config == config:
+        return ""
+    return f"a result of another configuration ({_first_difference(saved.config, config)})"
+
+
+def _first_difference(saved: Any, asked: Any) -> str:
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {path: value}
+        inner = (flat(item, f"{path}.{key}" if path else key) for key, item in value.items())
+        return {key: item for part in inner for key, item in part.items()}
+
+    before, now = flat(to_jsonable(saved)), flat(to_jsonable(asked))
+    name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
+    return f"{name} {before.get(name)!r}, asked {now.get(name)!r}"
