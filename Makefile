@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # options for the commands below, e.g. make figures ARGS="--only spectra --scale full"
 ARGS ?=
 
-.PHONY: help install figures check test coverage faults lint map benchmarks notebooks clean
+.PHONY: help install figures check test coverage faults lint map package benchmarks notebooks clean
 
 help:
 	@echo "make install     virtual environment in $(VENV) with every tested version"
@@ -17,6 +17,7 @@ help:
 	@echo "make faults      a hundred kill -9 over every command that writes"
 	@echo "make lint        ruff's rules, ruff's format and mypy"
 	@echo "make map         write the table of modules in README.md anew"
+	@echo "make package     sdist and wheel in dist/, and their test outside of the repository"
 	@echo "make benchmarks  speeds and memory, beside what is asked of them"
 	@echo "make notebooks   execute every notebook"
 	@echo "make clean       remove $(VENV) and caches"
@@ -69,6 +70,12 @@ lint: $(STAMP)
 map: $(STAMP)
 	@echo "== writing the table of modules in README.md"
 	$(BIN)/python -m tests.readme_map
+
+# The test is one of the tests of `make test` and CI, too.
+package: $(STAMP)
+	@echo "== building the sdist and the wheel, and trying them in an empty folder"
+	$(BIN)/python -m hatchling build
+	$(PYTEST) tests/test_package.py $(ARGS)
 
 benchmarks: $(STAMP)
 	@echo "== running the benchmarks, one after the other"

@@ -282,7 +282,7 @@ def test_the_console_script_lists_its_commands(capsys):
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
     main(["--version"])
-    assert capsys.readouterr().out.strip() == "0.1.0"
+    assert capsys.readouterr().out.strip() == "0.2.0"
 
 
 def test_help_loads_nothing_heavy():

@@ -281,7 +281,8 @@ def test_where_no_result_is_saved_only_the_published_config_goes_beside_the_othe
         found = place(name, **options)
         assert found.config is not None and found.is_trial == trial, (name, options)
         assert found.folder.parent == (tmp_path / "trials" if trial else tmp_path), name
-    assert place("steps_sst2").config is None  # drawn, at the small scale
+    with pytest.raises(FileNotFoundError, match=r"^no result tasks.json in .* --artifacts"):
+        place("tasks")
 
 
 def test_only_takes_commas_and_may_be_repeated(monkeypatch, tmp_path, capsys):

@@ -64,10 +64,16 @@ def place_of(name: str, request: Request) -> Place:
 
     Raises:
         ValueError: for an unknown name or scale.
+        FileNotFoundError: if the saved result would be drawn, and there is none.
     """
     spec, folder = find(name), request.folder
     asked_trial = name in request.only and request.given - {"only", "scale"}
     if spec.lengthy and request.scale == "small" and not (asked_trial and not request.update):
+        if not (folder / f"{name}.json").exists():
+            raise FileNotFoundError(
+                f"no result {name}.json in {folder}: name the folder of a checkout's saved results "
+                "by --artifacts, or compute the result by --scale full"
+            )
         return Place(
             None,
             folder,
@@ -113,8 +119,10 @@ def trial_folder(name: str, request: Request) -> Path:
 
 def published_config(name: str) -> Any:
     """Return the configuration of the result that the repository ships."""
-    spec = find(name)
-    return spec.full if spec.lengthy else configure(spec.small, task="sst2")
+    spec, defaults = find(name), {"seed": 0, "device": "cpu"}
+    if spec.lengthy:
+        return configure(spec.full, **defaults)
+    return configure(spec.small, task="sst2", **defaults)
 
 
 def replaces_other_data(name: str, result: Any, folder: Path) -> str:
