@@ -540,7 +540,7 @@ def test_help_lists_every_option_with_its_help_text(capsys):
         ("mia", Attack, ["--model", "--compare", "--output", "--force", "--dry-run", "--json"]),
         ("spectrum", Spectrum, ["--output", "--json"]),
         ("lora", Lora, ["--output", "--json"]),
-        ("figures", Figures, ["--output", "--artifacts", "--redraw", "--force", "--json"]),
+        ("figures", Figures, ["--output", "--artifacts", "--redraw", "--update", "--json"]),
         ("restore", None, ["--input", "--noise-std", "--scheme", "--option", "--force"]),
     ):
         code, out, err = run_main(capsys, command, "--help")
