@@ -570,7 +570,7 @@ def test_hugging_face_callback(tmp_path):
     first = callback.handle
     run.train()  # attaches anew
     assert callback.handle is not first
-    assert not hook._unwrap(run.optimizer)._optimizer_step_pre_hooks
+    assert not hook.unwrap(run.optimizer)._optimizer_step_pre_hooks
 
 
 def test_hugging_face_clipping_is_refused(tmp_path):
