@@ -1,7 +1,8 @@
 """Claim: LoRA's implicit noise makes it resist membership inference (arXiv 2409.17538, version 7).
 
-With a frozen Gaussian A, scaling 1 and plain SGD, LoRA is exactly full fine-tuning of the same
-matrices whose gradient G becomes ``G A^T A = G + noise``, with the same A in every step. Two
+With a frozen Gaussian A, scaling 1 and SGD, LoRA is exactly full fine-tuning of the same matrices
+whose gradient G becomes ``G A^T A = G + noise``, with the same A in every step; momentum is linear
+in the gradients and changes nothing in this. Two
 controls give full fine-tuning that noise anew in each step: exactly (a new A), and as Gaussian
 noise of the same variance. If the noise protects, the controls must leak less than full
 fine-tuning at equal training loss and at equal held-out loss. Each arm and rank has a learning

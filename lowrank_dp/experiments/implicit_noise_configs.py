@@ -17,8 +17,7 @@ class Config:
     """Arms, runs and attacks of the experiment; all runs are made in this process, in turn.
 
     Attributes:
-        base: configuration that all arms share; it trains by SGD without momentum. The method, the
-            rank, the number of steps, the learning rate and the seed are replaced.
+        base: configuration that all arms share; it trains by SGD. The method, the rank, the number of steps, the learning rate and the seed are replaced.
         ranks: ranks of the frozen A and of both kinds of noise.
         lora_ranks: ranks of LoRA.
         main_rank: rank of LoRA with dropout, and of the arms that are attacked with shadows.
@@ -37,15 +36,15 @@ class Config:
     """
 
     base: TrainConfig
-    ranks: tuple[int, ...] = (1, 8, 64)
+    ranks: tuple[int, ...] = (4, 8, 64)
     lora_ranks: tuple[int, ...] = (8, 64)
     main_rank: int = 8
     steps: tuple[int, ...] = (20, 40, 60, 80, 100, 120)
     num_seeds: int = 3
     tuning_seed: int = 100
-    tuning_steps: int = 60
+    tuning_steps: int = 80
     tuning_holdout: int = 300
-    start: float = 0.2
+    start: float = 0.02
     train_levels: tuple[float, ...] = (0.5, 0.3, 0.1)
     held_out_levels: tuple[float, ...] = (0.6, 0.55)
     num_shadows: int = 16
@@ -57,6 +56,7 @@ SST2 = Config(
         task="sst2",
         non_private=True,
         optimizer="sgd",
+        beta1=0.9,  # of torch's momentum, under which all ranks learn within these steps
         delta=1e-3,
         batch_size=32,
         max_examples=1000,
