@@ -108,10 +108,11 @@ def test_a_weight_that_is_stored_transposed_gets_the_noise_of_its_transpose():
     assert torch.linalg.matrix_rank(turned) == 2
 
 
-def test_lora_with_a_frozen_a_is_full_fine_tuning_with_one_projection_for_all_steps(monkeypatch):
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_lora_with_a_frozen_a_is_full_fine_tuning_with_one_projection(beta, monkeypatch):
     """W_0 + B A after each step of SGD, against full SGD whose gradient is G A^T A."""
-    lora, lora_state = ready(small(method="lora-frozen-a"))
-    full, full_state = ready(small(implicit_noise="fresh-a"))
+    lora, lora_state = ready(small(method="lora-frozen-a", beta1=beta))
+    full, full_state = ready(small(implicit_noise="fresh-a", beta1=beta))
     layers = {
         f"{name.removeprefix('base_model.model.')}.weight": module
         for name, module in lora.model.named_modules()

@@ -41,7 +41,7 @@ __all__ = [
 ]  # fmt: skip
 FOLDER = Path("runs") / "implicit_noise"
 CAPTION = (
-    "Membership inference after plain SGD on the same matrices, records and coins, mean over "
+    "Membership inference after SGD on the same matrices, records and coins, mean over "
     "seeds with 95% t-intervals: full fine-tuning (band), LoRA, LoRA with a frozen A, and full "
     "fine-tuning with the noise of such a projection drawn anew in each step, exactly (fresh A) "
     "or as Gaussian noise of the same variance. Each arm and rank has its own learning rate, "
@@ -206,13 +206,9 @@ def _check(config: Config) -> None:
     _validate.integer("num_seeds", config.num_seeds, low=2)
     if config.tuning_seed < config.num_seeds:
         raise ValueError(f"tuning_seed must not be one of the {config.num_seeds} reported seeds")
-    if (
-        config.base.optimizer != "sgd"
-        or config.base.averaging
-        or config.base.schedule != "constant"
-    ):
+    if config.base.optimizer != "sgd" or config.base.schedule != "constant":
         raise ValueError(
-            "base must train by SGD without momentum at a constant learning rate, got optimizer "
+            "base must train by SGD at a constant learning rate, got optimizer "
             f"{config.base.optimizer!r} and schedule {config.base.schedule!r}"
         )
     if wrong := [step for step in config.steps if step % config.base.eval_every]:

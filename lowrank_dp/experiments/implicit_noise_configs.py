@@ -17,7 +17,8 @@ class Config:
     """Arms, runs and attacks of the experiment; all runs are made in this process, in turn.
 
     Attributes:
-        base: configuration that all arms share; it trains by SGD. The method, the rank, the number of steps, the learning rate and the seed are replaced.
+        base: configuration that all arms share; it trains by SGD. The method, the rank, the number
+            of steps, the learning rate and the seed are replaced.
         ranks: ranks of the frozen A and of both kinds of noise.
         lora_ranks: ranks of LoRA.
         main_rank: rank of LoRA with dropout, and of the arms that are attacked with shadows.
