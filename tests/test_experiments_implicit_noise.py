@@ -91,7 +91,26 @@ def test_a_run_attacked_on_its_way_is_a_shorter_run_attacked_at_its_end(tmp_path
 
 
 @pytest.mark.slow
-def test_a_small_trial(tmp_path):
+def test_targets_that_differ_in_their_seed_share_their_shadows(tmp_path):
+    one, two = (arm_config(SMALL, {}, 0.02, seed, 2) for seed in (0, 1))
+    found = runs.attack_with_shadows(one, 12, tmp_path)
+    assert 0 < found.lira < 1 and 0 < found.base < 1 and found.train_loss > 0
+    trained = len([*(tmp_path / "cache" / "shadows").glob("*/training.json")])
+    assert trained == 12
+    assert runs.attack_with_shadows(two, 12, tmp_path).lira != found.lira
+    assert len([*(tmp_path / "cache" / "shadows").glob("*/training.json")]) == trained
+    assert len([*(tmp_path / "targets").glob("*/training.json")]) == 2
+
+
+@pytest.mark.slow
+def test_a_small_trial(tmp_path, monkeypatch):
+    asked = []
+
+    def attacked(config, num_shadows, folder):
+        asked.append((config.method, config.implicit_noise, config.seed, config.steps))
+        return runs.ShadowAttack(0.5 + len(asked) / 100, 0.5, 0.7, "")
+
+    monkeypatch.setattr(runs, "attack_with_shadows", attacked)
     config = replace(SMALL, num_shadows=16, train_levels=(0.69,), held_out_levels=(0.69,))
     result = implicit_noise.run(config, tmp_path / "runs")
     assert result.arms[0] == "full" and len(result.arms) == 7
@@ -99,7 +118,14 @@ def test_a_small_trial(tmp_path):
     assert np.isfinite(result.train_loss).all() and np.ptp(result.auc[..., 1:]) > 0
     assert len({tuple(row) for row in result.train_loss[:5, :, -1]}) == 5  # five ways of training
     assert result.shadow_arms == ("full", "Gaussian noise r=8", "frozen A r=8")
-    assert result.lira.shape == (3, 2) and np.ptp(result.lira) > 0
+    np.testing.assert_allclose(result.lira, [[0.51, 0.52], [0.53, 0.54], [0.55, 0.56]])
+    assert [one[:3] for one in asked[::2]] == [
+        ("full", "none", 0),
+        ("full", "gaussian", 0),
+        ("lora-frozen-a", "none", 0),
+    ]
+    gaps = np.abs(result.train_loss[0, :, 1:].mean(axis=0) - 0.69)
+    assert asked[0][3] == asked[1][3] == SMALL.steps[gaps.argmin()]
     assert "NON-PRIVATE" in result.privacy and all(
         one.is_inside or one.failure for one in result.tuned
     )

@@ -229,8 +229,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         tokenizer, task, max_length=max_length, max_examples=config.eval_examples
     )
     cache = _open_cache(model, tokenizer, task, rows, evaluated[1], max_length, config, request)
-    if cache.digest:
-        identity["prefix"] = cache.digest
+    identity |= {"prefix": cache.digest} if cache.digest else {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(config, model, trained)
     return Setup(
