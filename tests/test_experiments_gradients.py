@@ -356,12 +356,14 @@ TRIALS = {
     },
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
-# test_experiments_efficiency, test_experiments_lora, test_experiments_membership,
+# test_experiments_efficiency, test_experiments_implicit_noise, test_experiments_lora,
+# test_experiments_membership,
 # test_experiments_noise_cost, test_experiments_steps and test_plan run these on generated text
 ELSEWHERE = {
     "efficiency",
     "efficiency_mnli",
     "efficiency_smollm2",
+    "implicit_noise",
     "membership",
     "noise_cost",
     "plan_gap",

@@ -207,6 +207,7 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "noise_multiplier": {"epsilon": None, "noise_multiplier": 0.9},
         "non_private": {"epsilon": None, "non_private": True},
         "noise_free": {"epsilon": None, "noise_free": True},
+        "implicit_noise": {"epsilon": None, "non_private": True, "implicit_noise": "fresh-a"},
     }
     unseeded = {"secure_rng"}  # goes without a seed, so never in a sweep
     left_out = unseeded | {*INCIDENTAL}

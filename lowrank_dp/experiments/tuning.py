@@ -174,6 +174,7 @@ def tune_by_sweep(
     metric: str,
     folder: str | Path,
     num_workers: int | None,
+    engine: str = "loky",
 ) -> tuple[dict[str, Tuned], list[str]]:
     """Choose a learning rate for each arm by :func:`criterion`, and list the runs that stopped.
 
@@ -184,12 +185,13 @@ def tune_by_sweep(
         metric: name in ``evaluation.HIGHER_IS_BETTER``.
         folder: folder of the sweep, whose finished runs are not repeated.
         num_workers: number of concurrent runs; None means one per CPU core.
+        engine: engine of the sweep.
     """
     stopped: list[str] = []
 
     def measure(asked: list[tuple[str, float]]) -> list[Sequence[float]]:
         configs = [config_of(arm, rate, seed) for arm, rate in asked for seed in seeds]
-        outcomes = sweep(configs, folder, num_workers=num_workers)
+        outcomes = sweep(configs, folder, num_workers=num_workers, engine=engine)
         stopped.extend(
             describe_failure(asked[i // len(seeds)][0], outcome)
             for i, outcome in enumerate(outcomes)

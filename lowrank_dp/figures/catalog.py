@@ -42,6 +42,7 @@ ROOMS = {
     "steps_smollm2": "training",
     "membership": "training",
     "membership_e2e": "training",
+    "implicit_noise": "training",
 }
 NAMES = tuple(ROOMS)
 

@@ -3,9 +3,17 @@
 from functools import partial
 from typing import Any
 
-from lowrank_dp.experiments import efficiency, gap, membership, steps, steps_configs
+from lowrank_dp.experiments import (
+    efficiency,
+    gap,
+    implicit_noise,
+    membership,
+    steps,
+    steps_configs,
+)
 from lowrank_dp.figures.spec import FigureSpec
 from lowrank_dp.plots.gap import plot_gap
+from lowrank_dp.plots.implicit_noise import plot_implicit_noise
 from lowrank_dp.plots.membership import plot_membership
 from lowrank_dp.plots.steps import plot_steps
 from lowrank_dp.plots.training import plot_efficiency
@@ -49,4 +57,7 @@ FIGURES = {
     "steps_smollm2": _steps(steps_configs.SMALL_TABLES, steps_configs.SMOLLM2),
     "membership": _membership(membership.SMALL, membership.SST2),
     "membership_e2e": _membership(membership.SMALL_TABLES, membership.E2E),
+    "implicit_noise": _training(
+        implicit_noise, plot_implicit_noise, implicit_noise.SMALL, implicit_noise.SST2
+    ),
 }

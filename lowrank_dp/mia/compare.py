@@ -104,6 +104,8 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
 def method_name(config: TrainConfig) -> str:
     """Describe a configuration without its number of steps: "lora r=8, DP, sigma 0.6, optimal"."""
     words = [config.method if config.method == "full" else f"{config.method} r={config.rank}"]
+    if config.implicit_noise != "none":
+        words.append(f"implicit noise {config.implicit_noise} r={config.rank}")
     if config.noise_free:
         words.append("clipped, noise-free (NON-PRIVATE)")
     elif not config.non_private:

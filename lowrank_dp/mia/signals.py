@@ -61,6 +61,7 @@ def measure(
     batch_size: int = 64,
     reference: Any = None,
     template: str | None = None,
+    add_inputs: Callable[[Sequence[Mapping[str, Any]], Mapping[str, Tensor]], Any] | None = None,
 ) -> Signals:
     """Measure the signals of ``examples``, in their order, by one forward pass of ``model``.
 
@@ -73,6 +74,7 @@ def measure(
         batch_size: number of records per forward pass.
         reference: the model before fine-tuning, which runs on the same batches; or ``model`` itself
             if it is a PEFT model whose head was not trained; its adapter is then switched off.
+        add_inputs: as in ``evaluation.evaluate``.
 
     Raises ValueError with the records' ids if a loss is not finite; no record is dropped.
     """
@@ -85,6 +87,8 @@ def measure(
             rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device
         ):
             labels = batch.pop("labels")
+            if add_inputs is not None:
+                batch = dict(add_inputs([rows[i] for i in indices], batch))
             logits = model(**batch).logits.float()
             other = None
             if reference is not None:

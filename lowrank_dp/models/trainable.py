@@ -89,13 +89,9 @@ def add_lora(
     import peft
 
     head = list(head_modules(model))
-    linear = {
-        name: m for name, m in model.named_modules() if is_linear(m) and not _inside(name, head)
-    }
-    inside = _lora_layers(model, list(linear), target_modules)
-    kept = _narrow(model, [f"{name}.weight" for name in inside], train_layers)
-    targets = [name.removesuffix(".weight") for name in kept]
-    if len({isinstance(linear[name], Conv1D) for name in targets}) > 1:
+    targets = lora_targets(model, target_modules, train_layers)
+    transposed = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
+    if len(transposed) > 1:
         _validate.fail("target_modules", "all Linear or all Conv1D layers", targets)
     kind: Any = "SEQ_CLS" if head else "CAUSAL_LM"
     config = peft.LoraConfig(
@@ -104,7 +100,7 @@ def add_lora(
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=targets,
         modules_to_save=head or None,
-        fan_in_fan_out=isinstance(linear[targets[0]], Conv1D),
+        fan_in_fan_out=True in transposed,
     )
     note = model.lowrank_dp_note
     with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 renames
@@ -116,6 +112,20 @@ def add_lora(
                 nn.init.normal_(p, std=rank**-0.5)
     adapted.lowrank_dp_note = f"{note}, LoRA of rank {rank} on {len(targets)} layers"
     return adapted
+
+
+def lora_targets(
+    model: Any, target_modules: list[str] | None, train_layers: int | str | None
+) -> list[str]:
+    """List the linear layers that LoRA adapts, in the model's order; the head is not among them.
+
+    ``model`` is the model without LoRA. Raises ValueError as :func:`add_lora` does.
+    """
+    head = list(head_modules(model))
+    linear = [name for name, m in model.named_modules() if is_linear(m) and not _inside(name, head)]
+    inside = _lora_layers(model, linear, target_modules)
+    kept = _narrow(model, [f"{name}.weight" for name in inside], train_layers)
+    return [name.removesuffix(".weight") for name in kept]
 
 
 def _lora_layers(model: Any, linear: list[str], target_modules: list[str] | None) -> list[str]:

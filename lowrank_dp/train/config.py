@@ -14,6 +14,7 @@ from lowrank_dp.membership.units import MEMBERSHIPS
 from lowrank_dp.models.names import METHODS
 from lowrank_dp.restore.names import SCHEME_NAMES
 from lowrank_dp.train.config_checks import (
+    IMPLICIT_NOISES,
     OPTIMIZERS,
     PADDINGS,
     PRECISIONS,
@@ -185,6 +186,14 @@ class TrainConfig:
     lora_init: str = option("peft", "Distribution that LoRA's A is drawn from: peft or gaussian.")
     target_modules: tuple[str, ...] = option(
         (), "Layer that LoRA adapts; may be repeated. Default: all linear layers."
+    )
+    implicit_noise: str = option(
+        "none",
+        "Noise of LoRA's projection, added to the mean gradient of the matrices that LoRA of the "
+        "same --rank would adapt, anew in each step: fresh-a, the exact noise G A^T A - G of a new "
+        "Gaussian A; or gaussian, independent Gaussian noise of the same variance. For method full "
+        "with --non-private: the noise depends on the gradient and gives no privacy guarantee.",
+        choices=IMPLICIT_NOISES,
     )
     train_embeddings: bool = option(False, "Train the embeddings too; excludes LoRA.")
     train_layers: int | str | None = option(

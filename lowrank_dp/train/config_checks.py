@@ -21,6 +21,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
 PADDINGS = ("longest", "max-length")
+IMPLICIT_NOISES = ("none", "gaussian", "fresh-a")
 PREFIX_DTYPES = ("float32", "bf16")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
@@ -36,6 +37,7 @@ def check_config(config: TrainConfig) -> None:
     _check_restoration(config)
     _check_preconditioner(config)
     _check_optimizer(config)
+    _check_implicit_noise(config)
 
 
 def _check_choices_and_ranges(config: TrainConfig) -> None:
@@ -51,6 +53,7 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         ("precision", PRECISIONS),
         ("padding", PADDINGS),
         ("prefix_dtype", PREFIX_DTYPES),
+        ("implicit_noise", IMPLICIT_NOISES),
     ):
         _validate.choice(name, getattr(config, name), options)
     for name in (
@@ -258,3 +261,23 @@ def _check_optimizer(config: TrainConfig) -> None:
     for field in ("disk_kappa", "skip_zeros"):
         if getattr(config, field):
             raise ValueError(f"shard must go without {field}")
+
+
+def _check_implicit_noise(config: TrainConfig) -> None:
+    if config.implicit_noise == "none":
+        return
+    asked = f"implicit_noise {config.implicit_noise!r}"
+    if config.method != "full":
+        raise ValueError(
+            f"{asked} must go with method 'full', got {config.method!r}: LoRA's own gradient has "
+            "that noise already"
+        )
+    if not config.non_private:
+        raise ValueError(
+            f"{asked} must go with non_private: the noise depends on the gradient, so that it is "
+            "no privacy mechanism"
+        )
+    if config.shard:
+        raise ValueError(f"shard must go without {asked}, which needs whole matrices")
+    if config.precondition != "none":
+        raise ValueError(f"{asked} must go without a preconditioner, which scales the matrices")

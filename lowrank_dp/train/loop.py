@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from lowrank_dp.train.state import (
 )
 from lowrank_dp.train.step import take_step
 
+OnEvaluation = Callable[[Setup, Mapping[str, float]], None]
 MOVEMENT_STEPS = 3  # number of steps after which a weight with gradients must have moved
 
 
@@ -46,6 +47,7 @@ def train(
     keep_model: bool = True,
     show_progress: bool = True,
     on_start: Callable[[Setup, int], None] | None = None,
+    on_evaluation: OnEvaluation | None = None,
     prefix_shared_by: int | None = None,
 ) -> TrainResult:
     """Fine-tune a model, and write a checkpoint to ``output``.
@@ -61,6 +63,10 @@ def train(
         show_progress: whether to show a bar on stderr, if stderr is a terminal.
         on_start: called before the first step with the :class:`Setup` and the number of releases
             that the run will have made at its end.
+        on_evaluation: called after each evaluation, the one before the first step included, with
+            the :class:`Setup`, whose model must not be changed, and the new entry of the curve. The
+            next snapshot is saved after the call, so a resumed run repeats no call whose entry is
+            in its snapshot.
         prefix_shared_by: number of runs that share ``config.prefix_cache``. A cache of rows that
             the runs would together visit less often than a first pass does is not made. None makes
             the cache in any case.
@@ -90,9 +96,9 @@ def train(
                 setup, state = _begin_or_resume(config, folder, request)
                 if on_start is not None:
                     on_start(setup, _releases_at_the_end(config, state, folder))
-                _evaluate_before_training(setup, state, folder)
+                _evaluate_before_training(setup, state, folder, on_evaluation)
                 with deferred_signals() as signals:
-                    _steps(setup, state, folder, show_progress, signals)
+                    _steps(setup, state, folder, show_progress, signals, on_evaluation)
                 guards.check_releases(folder.num_releases(), state.step)
                 result = result_of(setup, state, folder.num_releases(), _loss_on_members(setup))
                 save_run(setup, result, folder, _weights(setup) if keep_model else None)
@@ -128,10 +134,15 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
     return artifacts.from_jsonable("result", found["result"], TrainResult)
 
 
-def _evaluate_before_training(setup: Setup, state: State, folder: runs.RunFolder | None) -> None:
+def _evaluate_before_training(
+    setup: Setup,
+    state: State,
+    folder: runs.RunFolder | None,
+    on_evaluation: OnEvaluation | None = None,
+) -> None:
     """Evaluate the untrained model of a new run, and save the first snapshot."""
     if not state.curve and (folder is not None or setup.layout.collective):
-        _evaluate(setup, state)
+        _evaluate(setup, state, on_evaluation)
         _snapshot(setup, state, folder)
 
 
@@ -141,6 +152,7 @@ def _steps(
     folder: runs.RunFolder | None,
     show_progress: bool,
     signals: Sequence[int],
+    on_evaluation: OnEvaluation | None = None,
 ) -> None:
     """Take all steps from ``state.step`` on, which update the model in ``setup``, and ``state``.
 
@@ -173,7 +185,7 @@ def _steps(
             last = state.step == config.steps
             evaluating = last or state.step % config.eval_every == 0
             if evaluating:
-                _evaluate(setup, state, generate=last and config.generate)
+                _evaluate(setup, state, on_evaluation, generate=last and config.generate)
             if last or stopping or state.step % config.snapshot_every == 0:
                 _snapshot(setup, state, folder)
         if stopping:
@@ -192,8 +204,14 @@ def _snapshot(setup: Setup, state: State, folder: runs.RunFolder | None) -> None
         folder.save_snapshot(state.step, *packed)
 
 
-def _evaluate(setup: Setup, state: State, *, generate: bool = False) -> None:
-    """Add an entry to the curve; raise ValueError if the run has diverged."""
+def _evaluate(
+    setup: Setup,
+    state: State,
+    on_evaluation: OnEvaluation | None,
+    *,
+    generate: bool = False,
+) -> None:
+    """Add an entry to the curve, and report it; raise ValueError if the run has diverged."""
     entry = {
         "step": state.step,
         **_scores(setup, generate=generate),
@@ -202,6 +220,8 @@ def _evaluate(setup: Setup, state: State, *, generate: bool = False) -> None:
     }
     state.curve.append(entry)
     guards.check_loss(entry["loss"], state.curve[0]["loss"], state.step)
+    if on_evaluation is not None:
+        on_evaluation(setup, entry)
 
 
 def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
@@ -22,6 +22,7 @@ from lowrank_dp.models.heads import head_state
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
+from lowrank_dp.train.implicit_noise import noisy_matrices
 from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
 from lowrank_dp.train.optimizers import make_optimizer
 from lowrank_dp.train.preconditioning import add_preconditioner
@@ -62,6 +63,8 @@ class Setup:
         evaluated: examples of the evaluations on the validation split, and their encoded rows.
         prefix: cached outputs of the frozen blocks.
         preconditioner: source of the preconditioner's moments, in words; "" if there is none.
+        noisy_matrices: weights whose gradients get LoRA's implicit noise, each with whether it is
+            stored transposed; empty for a run without this noise.
     """
 
     config: TrainConfig
@@ -86,6 +89,7 @@ class Setup:
     evaluated: tuple[Sequence[Example], Sequence[Mapping[str, Any]]]
     prefix: PrefixCache
     preconditioner: str = ""
+    noisy_matrices: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def pad_to(self) -> int | None:
@@ -107,6 +111,13 @@ class Setup:
 
     def statement(self, releases: int) -> str:
         """State the privacy after ``releases`` releases, with all facts that weaken the claim."""
+        if self.noisy_matrices:
+            return (
+                "NON-PRIVATE: no clipping; LoRA's implicit noise "
+                f"({self.config.implicit_noise}, rank {self.config.rank}) on the gradients of "
+                f"{len(self.noisy_matrices)} matrices depends on these gradients and is no privacy "
+                "mechanism"
+            )
         if self.config.non_private:
             return "NON-PRIVATE: no clipping and no noise"
         if self.config.noise_free:
@@ -218,8 +229,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         tokenizer, task, max_length=max_length, max_examples=config.eval_examples
     )
     cache = _open_cache(model, tokenizer, task, rows, evaluated[1], max_length, config, request)
-    if cache.digest:
-        identity["prefix"] = cache.digest
+    identity |= {"prefix": cache.digest} if cache.digest else {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(config, model, trained)
     return Setup(
@@ -245,6 +255,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         evaluated=evaluated,
         prefix=cache,
         preconditioner=preconditioner,
+        noisy_matrices=noisy_matrices(model, config),
     )
 
 

@@ -17,6 +17,7 @@ from lowrank_dp.restore import SCHEMES
 from lowrank_dp.rng import Generator, derive_seed, uniform
 from lowrank_dp.train import guards, preconditioning, processes
 from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.implicit_noise import add_implicit_noise
 from lowrank_dp.train.layout import Tensors
 from lowrank_dp.train.optimizers import update
 from lowrank_dp.train.setup import Setup
@@ -32,7 +33,8 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     3. Noise: N(0, noise_std^2) is added to every entry. The noisy sum is the step's release.
     4. Restore: the noisy sums are averaged over steps, if the run has a filter, and the singular
        values of every matrix are restored.
-    5. Update: the optimizer steps along the restored sum over the expected batch size.
+    5. Update: the optimizer steps along the restored sum over the expected batch size. A
+       NON-PRIVATE run may add LoRA's implicit noise to this mean gradient.
 
     Steps 4 and 5 read releases only, and are post-processing; an oracle scheme, which reads the
     clean sum, makes the run NON-PRIVATE.
@@ -83,7 +85,11 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     restored = _seconds(config.device)
 
     # 5. update
-    layout.assign(setup.trained, {n: total / config.batch_size for n, total in gradient.items()})
+    mean = {n: total / config.batch_size for n, total in gradient.items()}
+    if setup.noisy_matrices:
+        kind, matrices, at = config.implicit_noise, setup.noisy_matrices, state.step
+        mean = add_implicit_noise(mean, matrices, kind, config.rank, seed=setup.seed, step=at)
+    layout.assign(setup.trained, mean)
     if checks:
         checks.assigned(noisy, state.step)
     mean_noise_std = state.restorer.noise_std(mechanism.noise_std) / config.batch_size
