@@ -50,7 +50,7 @@ CONFIG = TrainConfig(
 )
 DESIGNS = {  # design, and what differs from CONFIG
     "sums": (Design("sums"), {}),
-    "weights": (Design("weights", canaries=100), {"batch_size": 30, "noise_multiplier": 8.0}),
+    "weights": (Design("weights", canaries=100), {"batch_size": 30, "noise_multiplier": 16.0}),
     "runs": (Design("runs", runs=80), {"steps": 3}),
 }
 CAPTION = (
@@ -106,7 +106,9 @@ class Result:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--only", action="append", default=[], help="name of a bug; may repeat")
     parser.add_argument("--output", default="paper_artifacts", help="folder of the table")
     given = parser.parse_args()

@@ -3,9 +3,10 @@
 NON-PRIVATE: an audit reads clean sums, samples and membership bits, which a private run never
 publishes.
 
-    request  options of an audit          canaries  rows of random tokens, and audited runs of steps
-    sums, weights, runs  the designs      stepping  what the design sums reads in one step
-    laws  tests of the stated laws        bounds  lower bounds on epsilon        power  found factors
+    request  options of an audit      canaries  rows of random tokens, and runs with them
+    sums, weights, runs  the designs  stepping  what the design sums reads in one step
+    laws  tests of the stated laws    bounds    lower bounds on epsilon
+    power  factors that are found     timing    estimate of an audit's duration
     auditing  the audit of a configuration, and its report
 """
 

@@ -122,8 +122,7 @@ def _canary(setup: Setup, random: np.random.Generator) -> dict[str, Any]:
     labels = form["labels"]
     if isinstance(labels, Sequence):
         labels = [
-            IGNORE if label == IGNORE else token
-            for label, token in zip(labels, ids, strict=True)
+            IGNORE if label == IGNORE else token for label, token in zip(labels, ids, strict=True)
         ]
     elif setup.task.kind == "classification":
         labels = int(random.integers(setup.task.num_labels))
@@ -182,7 +181,7 @@ def take_steps(
     setup = replace(
         setup,
         optimizer=make_optimizer(setup.config, setup.model, setup.trained),
-        unit_rows=setup.unit_rows if units is None else list(units),
+        unit_rows=setup.unit_rows if units is None else [list(rows) for rows in units],
     )
     state = first_state(config, new_stream(config, 0))
     state.checks = cast(Any, observer_of(setup, state))

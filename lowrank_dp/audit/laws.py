@@ -82,7 +82,7 @@ def noise_mean(names: Sequence[str], sums: np.ndarray, entries: np.ndarray, leve
     worst, p = _worst(2 * stats.norm.sf(np.abs(z)))
     return tested(
         "noise: mean by tensor",
-        "0, within 5 standard errors",
+        "0 standard errors",
         f"{z[worst]:.2f} standard errors in {names[worst]}",
         p,
         level,
@@ -120,9 +120,7 @@ def noise_steps(heads: np.ndarray, level: float) -> Line:
     )
 
 
-def noise_tensors(
-    names: Sequence[str], heads: np.ndarray, sizes: np.ndarray, level: float
-) -> Line:
+def noise_tensors(names: Sequence[str], heads: np.ndarray, sizes: np.ndarray, level: float) -> Line:
     """Noise of two tensors: the products of their entries, over one norm, are N(0, 1).
 
     ``heads`` (T, L, H) are the first entries of each tensor, with zeros after ``sizes`` (L,).
@@ -163,7 +161,7 @@ def noise_within(
     return tested(
         "noise: correlated in a matrix",
         "variance 1 along rows and columns",
-        f"{seen:.3g} in {names[which]}",
+        f"{seen:.3g} in {names[int(which)]}",
         value,
         level,
     )
@@ -199,9 +197,7 @@ def noise_bits(on_grid: np.ndarray, entries: int, level: float) -> Line:
 def sampling_rate(sizes: np.ndarray, units: int, rate: float, level: float) -> Line:
     """Sampling rate: the units in all samples are binomial. ``sizes`` (T,) are sample sizes."""
     total, trials = int(sizes.sum()), units * len(sizes)
-    p = two_sided(
-        stats.binom.cdf(total, trials, rate), stats.binom.sf(total - 1, trials, rate)
-    )
+    p = two_sided(stats.binom.cdf(total, trials, rate), stats.binom.sf(total - 1, trials, rate))
     return tested("sample: rate", f"{rate:.4g}", f"{total / trials:.4g}", float(p), level)
 
 
@@ -232,9 +228,7 @@ def sampling_overlap(samples: Sequence[np.ndarray], rate: float, level: float) -
     pairs = list(zip(samples[::2], samples[1::2], strict=False))
     common = sum(len(np.intersect1d(a, b)) for a, b in pairs)
     trials = sum(len(np.unique(a)) for a, _ in pairs)
-    p = two_sided(
-        stats.binom.cdf(common, trials, rate), stats.binom.sf(common - 1, trials, rate)
-    )
+    p = two_sided(stats.binom.cdf(common, trials, rate), stats.binom.sf(common - 1, trials, rate))
     return tested(
         "sample: independent of the one before",
         f"{rate:.4g} in common",

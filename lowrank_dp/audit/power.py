@@ -19,6 +19,7 @@ from lowrank_dp.audit.bounds import law_bound, rate_bound, run_epsilon, run_log_
 from lowrank_dp.audit.canaries import Audited
 from lowrank_dp.audit.request import Design
 from lowrank_dp.audit.runs import split_bound
+from lowrank_dp.audit.sums import TAILS
 from lowrank_dp.audit.weights import one_run_bound
 
 POWER = 0.8  # probability with which a design finds a factor
@@ -135,7 +136,7 @@ def _law_bound_factor(
 ) -> float | None:
     """Factor of the noise at which the bound of the design ``sums`` exceeds epsilon."""
     tail, q = 1 - design.confidence, audited.sample_rate
-    rate = rate_bound(round(q * trials), trials, 0.2 * tail)
+    rate = rate_bound(round(q * trials), trials, TAILS["rate"] * tail)
     steps, delta = audited.setup.config.steps, audited.delta
 
     def excess(log_mu: float) -> float:
@@ -150,7 +151,7 @@ def _law_bound_factor(
     squares = generator.chisquare(entries, size=(_DRAWS, len(entries)))
     part = np.sqrt(entries / entries.sum())  # the contribution is spread evenly over the entries
     bounds = [
-        law_bound(s, entries, part, audited.noise_multiplier, 0.4 * tail) for s in squares
+        law_bound(s, entries, part, audited.noise_multiplier, TAILS["law"] * tail) for s in squares
     ]
     return float(max(1.0, needed / np.quantile(bounds, 1 - POWER)))
 
@@ -179,8 +180,6 @@ def _simulate_runs(audited: Audited, design: Design, factor: float) -> np.ndarra
         values = taken * shift + generator.normal(size=taken.shape) / factor
         scores = run_log_ratio(values, np.full(steps, shift), audited.sample_rate)
         bounds.append(
-            split_bound(
-                scores, coins, generator, delta=audited.delta, confidence=design.confidence
-            )
+            split_bound(scores, coins, generator, delta=audited.delta, confidence=design.confidence)
         )
     return np.array(bounds)

@@ -53,9 +53,7 @@ class Design:
             ]
             _validate.integer("runs", self.runs, low=least, high=most)
         for name in ("confidence", "level"):
-            _validate.real(
-                name, getattr(self, name), low=0, high=1, low_open=True, high_open=True
-            )
+            _validate.real(name, getattr(self, name), low=0, high=1, low_open=True, high_open=True)
 
     @property
     def num_canaries(self) -> int:

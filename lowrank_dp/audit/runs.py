@@ -8,6 +8,7 @@ Clopper-Pearson bounds on the other half, without an assumption on the noise.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,15 +33,17 @@ def audit_runs(audited: Audited, design: Design) -> Outcome:
     for run in progress(range(design.num_runs), "audited runs"):
         observer = RatioObserver(audited)
         units = audited.setup.unit_rows if coins[run] else audited.setup.unit_rows[:-1]
-        take_steps(audited, lambda setup, state, o=observer: o, run, units=units)
+        take_steps(audited, partial(_given, observer), run, units=units)
         scores.append(run_log_ratio(observer.values, observer.shifts, audited.sample_rate))
-    bound = split_bound(
-        scores, coins, generator, delta=audited.delta, confidence=design.confidence
-    )
+    bound = split_bound(scores, coins, generator, delta=audited.delta, confidence=design.confidence)
     method = (
         f"likelihood ratio of {design.num_runs} runs (Clopper-Pearson, threshold from one half)"
     )
     return Outcome(bounds=(LowerBound(method, bound),), lines=())
+
+
+def _given(observer: Observer, setup: object, state: object) -> Observer:
+    return observer
 
 
 def split_bound(

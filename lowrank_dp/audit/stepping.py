@@ -32,7 +32,8 @@ class Record:
         names, entries: (L,) name and size of each tensor.
         squares, sums: (T, L) of the noise in each tensor.
         heads: (T, L, HEAD) first entries of the noise, with zeros after the last entry.
-        within: (T, M) squared norms of products; ``within_names`` and ``freedom`` (M,) describe them.
+        within: (T, M) squared norms of products, which ``within_names`` and ``freedom`` (M,)
+            describe.
         on_grid, fine: number of entries near a half-precision number, in units of sigma C and in
             absolute units (2,), of how many.
         samples: the units of each sample, with repetitions.
@@ -172,7 +173,9 @@ class SumsObserver(Observer):
         for name, total in expected.items():
             grad = setup.trained[name].grad
             through = torch.zeros_like(total) if grad is None else grad * config.batch_size
-            most = max(most, float((through - total).abs().max()) / (float(total.abs().max()) + std))
+            most = max(
+                most, float((through - total).abs().max()) / (float(total.abs().max()) + std)
+            )
         return most
 
     def _note_noise(self, noise: Sums, noisy: Sums) -> None:

@@ -24,7 +24,7 @@ from lowrank_dp.train.checks import StepChecks
 from lowrank_dp.train.setup import Setup
 from lowrank_dp.train.state import State
 
-_TAILS = {"law": 0.4, "test": 0.4, "rate": 0.2}  # shares of 1 - confidence
+TAILS = {"law": 0.4, "test": 0.4, "rate": 0.2}  # shares of 1 - confidence
 _PLAIN = 1e-3  # a tensor's noise counts as claimed if its p-value in the first run is larger
 
 
@@ -65,39 +65,62 @@ def audit_sums(audited: Audited, design: Design) -> Outcome:
     )
 
 
-def _bounds(audited: Audited, record: Record, design: Design) -> tuple[LowerBound, ...]:
-    tail, config = 1 - design.confidence, audited.setup.config
-    units = len(audited.setup.unit_rows)
+@dataclass(frozen=True)
+class Limits:
+    """Confidence limits that the bounds on epsilon follow from.
+
+    Attributes:
+        rate: lower limit of the sampling rate.
+        by_law, by_test: lower limits of mu, from the noise by tensor and from ``trials`` tests.
+    """
+
+    rate: float
+    by_law: float
+    by_test: float
+    trials: int
+
+
+def limits_of(audited: Audited, record: Record, design: Design) -> Limits:
+    """Return the limits, of which any is on the wrong side with probability 1 - confidence."""
+    tail = 1 - design.confidence
     taken = sum(len(np.unique(sample)) for sample in record.samples)
-    trials = units * len(record.samples)
-    rate = rate_bound(taken, trials, _TAILS["rate"] * tail)
     moved = np.array(record.moved)
-    largest = moved[moved.sum(1).argmax()]
-    by_law = law_bound(
-        np.array(record.squares).sum(0),
-        record.entries * len(record.squares),
-        np.sqrt(largest),
-        audited.noise_multiplier,
-        _TAILS["law"] * tail,
-    )
+    squares = np.array(record.squares)
     counts = step_trials(
         np.array(record.gram),
         np.array(record.products),
-        np.array(record.squares),
+        squares,
         record.entries,
         audited.noise_multiplier,
-        len(record.squares) // design.num_runs,
+        len(squares) // design.num_runs,
         audited.generator,
     )
-    by_test = threshold_bound(*counts, _TAILS["test"] * tail)
+    return Limits(
+        rate=rate_bound(
+            taken, len(audited.setup.unit_rows) * len(record.samples), TAILS["rate"] * tail
+        ),
+        by_law=law_bound(
+            squares.sum(0),
+            record.entries * len(squares),
+            np.sqrt(moved[moved.sum(1).argmax()]),
+            audited.noise_multiplier,
+            TAILS["law"] * tail,
+        ),
+        by_test=threshold_bound(*counts, TAILS["test"] * tail),
+        trials=counts[1] + counts[3],
+    )
+
+
+def _bounds(audited: Audited, record: Record, design: Design) -> tuple[LowerBound, ...]:
+    found, steps = limits_of(audited, record, design), audited.setup.config.steps
     return tuple(
-        LowerBound(method, run_epsilon(mu, rate, config.steps, audited.delta))
+        LowerBound(method, run_epsilon(mu, found.rate, steps, audited.delta))
         for method, mu in (
-            ("likelihood ratio of the noise seen by tensor (chi-squared limits)", by_law),
+            ("likelihood ratio of the noise seen by tensor (chi-squared limits)", found.by_law),
             (
-                f"likelihood-ratio test of {counts[1] + counts[3]} sums with or without a canary "
+                f"likelihood-ratio test of {found.trials} sums with or without a canary "
                 "(Clopper-Pearson)",
-                by_test,
+                found.by_test,
             ),
         )
     )
@@ -212,9 +235,7 @@ def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
     twice = sum(len(sample) - len(np.unique(sample)) for sample in record.samples)
     close, slack = (0.2, 0.05) if half else (0.02, 1e-3)
     return (
-        Line(
-            "sample: no unit twice", "0 repetitions", f"{twice}", None, twice == 0
-        ),
+        Line("sample: no unit twice", "0 repetitions", f"{twice}", None, twice == 0),
         Line(
             "clipping: one canary moves the sum by",
             "at most 1 C",

@@ -112,9 +112,7 @@ class ProjectionObserver(Observer):
     def assigned(self, noisy: Sums, step: int) -> None:
         """Add the step's scores: <gradient, release> over the gradient's norm, times its share."""
         audited = self._audited
-        release = {
-            name: p.grad for name, p in audited.setup.trained.items() if p.grad is not None
-        }
+        release = {name: p.grad for name, p in audited.setup.trained.items() if p.grad is not None}
         along = _derivatives(audited, release) * audited.setup.config.batch_size
         norms = np.maximum(self._norms, 1e-30)
         self.scores += along / norms * np.minimum(1.0, norms / audited.max_grad_norm)
