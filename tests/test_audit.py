@@ -81,6 +81,17 @@ def test_mu_of_the_law_is_that_of_the_likelihood_ratio_test():
     assert exact == pytest.approx(math.sqrt(0.6**2 + 1.2**2) / sigma, rel=1e-3)
     few = law_bound(scale**2 * 50, [50, 50], shift, sigma, 0.05)
     assert 0 < few < exact
+    # both limits, in the order of the formula
+    squares, n, a2 = np.array([60.0, 30.0]), np.array([50.0, 40.0]), np.array([0.2, 0.7])
+    high = [s / stats.chi2(k).ppf(0.05 / 4) for s, k in zip(squares, n, strict=True)]
+    first = sum(a / h for a, h in zip(a2, high, strict=True))
+    spread = sum((a * h) ** 2 / k for a, h, k in zip(a2, high, n, strict=True))
+    mean = sum(a * s / k for a, s, k in zip(a2, squares, n, strict=True))
+    second = a2.sum() ** 2 / (mean + 2 * math.sqrt(spread * math.log(2 / 0.05)))
+    found = law_bound(squares, n, np.sqrt(a2), sigma, 0.05)
+    assert found == pytest.approx(math.sqrt(max(first, second)) / sigma)
+    # many small tensors: the second is near the truth, where the first is not
+    assert law_bound(np.full(400, 20.0), np.full(400, 20), np.full(400, 0.05), 1, 0.05) > 0.9
 
 
 def test_a_tensor_without_noise_has_no_finite_epsilon():
@@ -486,7 +497,7 @@ def test_planted_bugs_contradict_the_claim(bug, config, monkeypatch):
     plant, _, *changes = BUGS[bug]
     plant(monkeypatch)
     report = audit(
-        replace(config, steps=8, **(changes[0] if changes else {})),
+        replace(config, steps=16, **(changes[0] if changes else {})),
         Design("sums", canaries=2),
         power=False,
     )

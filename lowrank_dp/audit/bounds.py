@@ -60,8 +60,13 @@ def law_bound(
 
     The best test between a sum with and without a contribution is the likelihood-ratio test. For
     noise of standard deviation s_l sigma C in tensor l, and a contribution of norm a_l C there, its
-    power is that of mu = sqrt(sum_l (a_l / s_l)^2) / sigma. An upper limit takes the place of each
-    s_l^2: ``squares[l]`` over the quantile ``tail / L`` of the chi-squared distribution.
+    power is that of mu = sqrt(sum_l (a_l / s_l)^2) / sigma. The bound is the larger of two:
+
+    - an upper limit in place of each s_l^2: ``squares[l]`` over the quantile ``tail / 2L`` of the
+      chi-squared distribution;
+    - sum_l a_l^2 / sqrt(w) / sigma, which is at most mu by Jensen's inequality for w =
+      sum_l a_l^2 s_l^2, with an upper limit of w at ``tail / 2`` (Laurent & Massart 2000, lemma 1,
+      whose variance is bounded by the first limits). It is sharper where tensors are small.
 
     Args:
         squares: (L,) sum of the squares of the noise in each tensor, in units of (sigma C)^2.
@@ -87,10 +92,13 @@ def law_bound(
             "squares, entries and contribution must have one shape (L,), got "
             f"{squares.shape}, {entries.shape} and {part.shape}"
         )
-    highest = squares / stats.chi2.ppf(tail / len(squares), entries)
+    highest = squares / stats.chi2.ppf(tail / 2 / len(squares), entries)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(part > 0, part**2 / highest, 0.0)
-    return float(np.sqrt(share.sum())) / noise_multiplier
+        by_tensor = np.where(part > 0, part**2 / highest, 0.0).sum()
+        seen = (part**2 * squares / entries).sum()
+        spread = ((part**2 * highest) ** 2 / entries).sum()
+        together = (part**2).sum() ** 2 / (seen + 2 * math.sqrt(spread * math.log(2 / tail)))
+    return float(np.sqrt(np.fmax(by_tensor, together))) / noise_multiplier
 
 
 def threshold_bound(tp: int, num_in: int, fp: int, num_out: int, tail: float) -> float:

@@ -38,8 +38,8 @@ class Record:
             absolute units (2,), of how many.
         samples: the units of each sample, with repetitions.
         moved: (T, L) squared norm, by tensor, of the difference between the sums with and without
-            one canary; ``excess`` (T,) is its distance from the canary's gradient, clipped by
-            autograd.
+            one canary; ``excess`` (T,) is its distance from the canary's gradient by autograd,
+            clipped.
         gram, products: (T, L, K, K) inner products of the canaries' own clipped gradients, and
             (T, L, K) with the noise.
         deviations: (T,) largest difference between the optimizer's gradient and the release.
@@ -101,37 +101,47 @@ class SumsObserver(Observer):
         self._record.samples.append(np.array([self._unit_of[row] for row in rows], dtype=int))
 
     def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
-        """Measure what one canary adds to the step's sum, and every canary's own contribution."""
+        """Measure what one canary adds to the step's sum, and every canary's own contribution.
+
+        The step's clipping function is called with the norm C, or with a quarter of the canary's
+        gradient norm if that is less, so that the canary's gradient is clipped. Contributions are
+        relative to the norm of the call, and count as those of a row whose gradient exceeds C.
+        """
         self._ask_guards("clipped", sums, norms, clip, step)
-        audited, record, bound = self._audited, self._record, self._audited.setup.mechanism
-        max_norm = bound.max_grad_norm
+        audited, record = self._audited, self._record
         chosen = audited.canaries[step % len(audited.canaries)]
+        gradient = self._gradient(chosen)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+        max_norm, scale = self._clipping_norm(norm)
         others = [row for row in self._rows if row != chosen]
         with_it, without = (
             clip(audited.batches(rows), max_norm)[0] for rows in ([*others, chosen], others)
         )
-        moved = {name: (with_it[name] - without[name]) / audited.max_grad_norm for name in sums}
-        record.moved.append(np.array([float(m.double().square().sum()) for m in moved.values()]))
-        expected = self._by_autograd(chosen)
+        moved = {name: (with_it[name] - without[name]).double() * scale for name in sums}
+        record.moved.append(np.array([float(m.square().sum()) for m in moved.values()]))
+        unit = {name: g / max(norm, max_norm) for name, g in gradient.items()}
         record.excess.append(
-            math.sqrt(
-                sum(
-                    float((m.double() - expected.get(name, torch.zeros_like(m))).square().sum())
-                    for name, m in moved.items()
-                )
-            )
+            math.sqrt(sum(float((m - unit.get(n, 0.0)).square().sum()) for n, m in moved.items()))
         )
-        self._own = [clip(audited.batches([row]), max_norm)[0] for row in audited.canaries]
+        self._own = []
+        for row in audited.canaries:
+            max_norm, scale = self._clipping_norm(float(clip(audited.batches([row]), 1.0)[1][0]))
+            own = clip(audited.batches([row]), max_norm)[0]
+            self._own.append({name: g.double() * scale for name, g in own.items()})
 
-    def _by_autograd(self, row: int) -> dict[str, Tensor]:
-        """Return a row's gradient by autograd, clipped to C, in units of C."""
+    def _clipping_norm(self, norm: float) -> tuple[float, float]:
+        """Return a norm that clips a gradient, and the factor from its units to those of C."""
+        stated = self._audited.setup.mechanism.max_grad_norm
+        max_norm = min(stated, norm / 4) if norm > 0 else stated
+        return max_norm, stated / self._audited.max_grad_norm / max_norm
+
+    def _gradient(self, row: int) -> dict[str, Tensor]:
+        """Return a row's gradient by autograd, in float64."""
         setup = self._audited.setup
         dtype = torch.bfloat16 if setup.config.precision == "bf16" else None
         (batch,) = self._audited.batches([row])
         (gradient,) = row_gradients(setup.model, batch, autocast_dtype=dtype)
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
-        scale = 1 / max(norm, self._audited.max_grad_norm)
-        return {name: g.double() * scale for name, g in gradient.items()}
+        return {name: g.double() for name, g in gradient.items()}
 
     def noised(self, clean: Sums, noisy: Sums, noise: Any, step: int) -> None:
         """Keep the clean sums until the gradients are assigned."""
@@ -152,10 +162,9 @@ class SumsObserver(Observer):
         std = audited.noise_multiplier * audited.max_grad_norm
         noise = {name: (release[name] - self._clean[name]) / std for name in self._clean}
         self._note_noise(noise, noisy)
-        own = [{n: g / audited.max_grad_norm for n, g in one.items()} for one in self._own]
         gram, products = [], []
         for name, z in noise.items():
-            stacked = torch.stack([one[name].flatten() for one in own]).double()
+            stacked = torch.stack([one[name].flatten() for one in self._own])
             gram.append((stacked @ stacked.mT).cpu().numpy())
             products.append((stacked @ z.flatten().double()).cpu().numpy())
         record.gram.append(np.array(gram))

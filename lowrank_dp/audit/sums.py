@@ -244,7 +244,7 @@ def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
             most <= 1 + slack,
         ),
         Line(
-            "clipping: that is the canary's gradient, clipped by autograd",
+            "clipping: that is the canary's gradient by autograd, clipped",
             "difference 0 C",
             f"{excess:.2g} C",
             None,
