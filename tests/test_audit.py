@@ -393,7 +393,7 @@ def test_power_is_that_of_simulated_audits():
 # Canaries and runs -------------------------------------------------------------------------------
 
 
-def test_canaries_are_units_of_the_run_and_of_one_length(config):
+def test_canaries_are_units_of_the_run_and_of_one_length(config, monkeypatch):
     audited = canaries.open_audit(config, 3)
     again = canaries.open_audit(config, 3)
     setup = audited.setup
@@ -413,6 +413,9 @@ def test_canaries_are_units_of_the_run_and_of_one_length(config):
     ):
         with pytest.raises(ValueError, match=f"{name} must be False for an audit"):
             canaries.open_audit(replace(config, **{name: True}, **also), 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process, not by torchrun"):
+        canaries.open_audit(config, 3)
 
 
 def test_derivatives_along_a_release_are_inner_products_with_gradients(config):

@@ -15,6 +15,7 @@ from lowrank_dp.audit.request import Design
 from lowrank_dp.audit.runs import audit_runs
 from lowrank_dp.audit.sums import audit_sums
 from lowrank_dp.audit.weights import audit_weights
+from lowrank_dp.train import guards
 from lowrank_dp.train.config import TrainConfig
 
 LABEL = (
@@ -110,7 +111,8 @@ def audit_opened(audited: Audited, design: Design, *, power: bool = True) -> Rep
     setup, config = audited.setup, audited.setup.config
     claimed = claimed_epsilon(audited)
     started = time.perf_counter()
-    outcome = _DESIGNS[design.design](audited, design)
+    with guards.memory(config.micro_batch_size):
+        outcome = _DESIGNS[design.design](audited, design)
     seconds = time.perf_counter() - started
     contradictions = [
         f"epsilon is at least {bound.epsilon:.4g} by {bound.method}"

@@ -6,6 +6,7 @@ records predicts them, and its gradient is large.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -25,6 +26,7 @@ from lowrank_dp.train.state import State, first_state, new_stream
 
 Sums = Mapping[str, Tensor]
 Clip = Callable[[Any, float], tuple[Sums, Tensor]]
+DEVIATION = 0.02  # largest relative difference between .grad and what it is made of
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ def open_audit(config: TrainConfig, num_canaries: int) -> Audited:
 
 
 def _require_auditable(config: TrainConfig) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "an audit must be started as one process, not by torchrun (WORLD_SIZE is set)"
+        )
     for name, wanted in (
         ("non_private", False),
         ("noise_free", False),
@@ -211,6 +217,3 @@ def released(
         if deviation > DEVIATION:
             found[name] = through
     return found, most
-
-
-DEVIATION = 0.02  # largest relative difference between .grad and what it is made of

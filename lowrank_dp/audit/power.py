@@ -19,7 +19,7 @@ from lowrank_dp.audit.bounds import law_bound, rate_bound, run_epsilon, run_log_
 from lowrank_dp.audit.canaries import Audited
 from lowrank_dp.audit.request import Design
 from lowrank_dp.audit.runs import split_bound
-from lowrank_dp.audit.sums import TAILS
+from lowrank_dp.audit.sums import TAILS, rounding_of_clipping
 from lowrank_dp.audit.weights import one_run_bound
 
 POWER = 0.8  # probability with which a design finds a factor
@@ -98,7 +98,10 @@ def _power_of_sums(audited: Audited, design: Design, epsilon: float) -> tuple[Fo
             "the bound",
             _law_bound_factor(audited, design, epsilon, steps * sizes, units * steps),
         ),
-        Found("clipping to f C", "the measured contribution", 1.001),
+        Found(
+            "clipping to f C", "the measured contribution",
+            1 + rounding_of_clipping(audited.setup.config),
+        ),
         Found(
             "sampling rate f q",
             "the law's test",

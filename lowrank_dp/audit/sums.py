@@ -21,6 +21,7 @@ from lowrank_dp.audit.laws import Line
 from lowrank_dp.audit.request import Design
 from lowrank_dp.audit.stepping import Record, SumsObserver
 from lowrank_dp.train.checks import StepChecks
+from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.setup import Setup
 from lowrank_dp.train.state import State
 
@@ -233,7 +234,7 @@ def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
     most = float(np.sqrt(np.array(record.moved).sum(1).max()))
     excess, deviation = max(record.excess), max(record.deviations)
     twice = sum(len(sample) - len(np.unique(sample)) for sample in record.samples)
-    close, slack = (0.2, 0.05) if half else (0.02, 1e-3)
+    close, slack = (0.2 if half else 0.02), rounding_of_clipping(audited.setup.config)
     return (
         Line("sample: no unit twice", "0 repetitions", f"{twice}", None, twice == 0),
         Line(
@@ -259,6 +260,11 @@ def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
         ),
         *_accounting(audited),
     )
+
+
+def rounding_of_clipping(config: TrainConfig) -> float:
+    """Largest excess of a measured contribution over C, relative to C, that counts as rounding."""
+    return 0.05 if config.precision == "bf16" else 1e-3
 
 
 def _accounting(audited: Audited) -> tuple[Line, ...]:

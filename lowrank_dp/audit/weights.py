@@ -29,7 +29,7 @@ _SHIFT = 1e-2  # movement of the weights, in Euclidean norm, of the finite diffe
 def audit_weights(audited: Audited, design: Design) -> Outcome:
     """Audit one run with ``design.num_canaries`` canaries by fair coins. NON-PRIVATE.
 
-    The two scores share 1 - confidence. Scores do not depend on the coins of other canaries.
+    The two scores share 1 - confidence. No guess uses the coins of other canaries.
     """
     generator = audited.generator
     coins = generator.random(len(audited.canaries)) < 0.5
