@@ -125,7 +125,7 @@ class SumsObserver(Observer):
         )
         self._own = []
         for row in audited.canaries:
-            max_norm, scale = self._clipping_norm(float(clip(audited.batches([row]), 1.0)[1][0]))
+            max_norm, scale = self._clipping_norm(float(clip(audited.batches([row]), 1.0)[1].sum()))
             own = clip(audited.batches([row]), max_norm)[0]
             self._own.append({name: g.double() * scale for name, g in own.items()})
 
