@@ -14,6 +14,7 @@ COMMANDS = {
     "lora": "measure LoRA's implicit noise on real layers",
     "plan": "predict the noise's effects on a private run, without spending privacy",
     "train": "fine-tune a model with differential privacy",
+    "audit": "audit a run's epsilon by canaries in its training loop",
     "mia": "attack a checkpoint by membership inference",
     "figures": "draw the papers' figures",
 }

@@ -41,6 +41,7 @@ ORDER = (
     "engines",
     "sweep",
     "mia",
+    "audit",
     "experiments",
     "plots",
     "figures",

@@ -1,0 +1,149 @@
+"""Audit a configuration by a design, and report the bounds beside the accountant's epsilon."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank_dp import accounting
+from lowrank_dp.audit.bounds import LowerBound
+from lowrank_dp.audit.canaries import Audited, open_audit
+from lowrank_dp.audit.laws import Line
+from lowrank_dp.audit.power import Found, power_of
+from lowrank_dp.audit.request import Design
+from lowrank_dp.audit.runs import audit_runs
+from lowrank_dp.audit.sums import audit_sums
+from lowrank_dp.audit.weights import audit_weights
+from lowrank_dp.train import guards
+from lowrank_dp.train.config import TrainConfig
+
+LABEL = (
+    "NON-PRIVATE: computed from clean sums, samples and membership bits, which no mechanism "
+    "protects; keep a report on real records as private as the records"
+)
+CONSISTENT, CONTRADICTION = "CONSISTENT", "CONTRADICTION"
+_DESIGNS = {"sums": audit_sums, "weights": audit_weights, "runs": audit_runs}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Report of an audit. NON-PRIVATE.
+
+    Attributes:
+        privacy: the label of the report.
+        config: configuration of the audited run.
+        design: the design and its sizes.
+        description: the model, the data and the canaries, in words.
+        statement: the accountant's claim for the run with its canaries, in words.
+        epsilon, delta: the claim: ``config.epsilon``, or the accountant's epsilon of the noise
+            multiplier, the clipping norm and the sampling rate that the configuration states.
+        confidence: confidence of the bounds, one-sided, all bounds together.
+        bounds: lower bounds on epsilon.
+        lines: compared facts; empty but for the design ``sums``.
+        objection: first objection of train's own checks, which do not stop an audit; "" if they
+            had none, None if the design does not ask them.
+        power: the factors that the design finds at its size.
+        contradictions: what contradicts the claim, in words.
+        verdict: CONSISTENT or CONTRADICTION.
+        seconds: wall-clock time of the runs.
+        provenance: versions, machine, commit and command.
+    """
+
+    privacy: str
+    config: dict[str, Any]
+    design: Design
+    description: str
+    statement: str
+    epsilon: float
+    delta: float
+    confidence: float
+    bounds: tuple[LowerBound, ...]
+    lines: tuple[Line, ...]
+    objection: str | None
+    power: tuple[Found, ...]
+    contradictions: tuple[str, ...]
+    verdict: str
+    seconds: float
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def lower_bound(self) -> float:
+        """Largest lower bound on epsilon; it holds at ``confidence``."""
+        return max((bound.epsilon for bound in self.bounds), default=0.0)
+
+
+def audit(config: TrainConfig, design: Design | None = None, *, power: bool = True) -> Report:
+    """Audit the training loop of ``config`` by canaries. NON-PRIVATE.
+
+    The runs are made by :func:`lowrank_dp.train.take_step` on the records of ``config`` and the
+    canaries; nothing is saved, and the checks of ``train`` are asked without stopping a run.
+
+    Args:
+        config: configuration of the run, with noise.
+        design: design and sizes; default: ``Design()``, the released sums.
+        power: whether to compute the factors that the design finds.
+
+    Returns:
+        The report. On a correct run, its largest bound exceeds the accountant's epsilon with
+        probability 1 - ``design.confidence`` at most, and a line fails with probability
+        ``design.level`` at most.
+
+    Raises:
+        ValueError: if the run can't be made or audited, or a step of ``train`` fails.
+    """
+    design = design or Design()
+    return audit_opened(open_audit(config, design.num_canaries), design, power=power)
+
+
+def claimed_epsilon(audited: Audited) -> float:
+    """Return the epsilon that the configuration claims for the run with all canaries."""
+    config = audited.setup.config
+    if config.epsilon is not None:
+        return config.epsilon
+    return accounting.bound(
+        audited.noise_multiplier, audited.sample_rate, config.steps, audited.delta
+    ).epsilon
+
+
+def audit_opened(audited: Audited, design: Design, *, power: bool = True) -> Report:
+    """Audit a run that :func:`lowrank_dp.audit.canaries.open_audit` has opened; see `audit`."""
+    setup, config = audited.setup, audited.setup.config
+    claimed = claimed_epsilon(audited)
+    started = time.perf_counter()
+    with guards.memory(config.micro_batch_size):
+        outcome = _DESIGNS[design.design](audited, design)
+    seconds = time.perf_counter() - started
+    contradictions = [
+        f"epsilon is at least {bound.epsilon:.4g} by {bound.method}"
+        for bound in outcome.bounds
+        if bound.judged and bound.epsilon > claimed
+    ]
+    contradictions += [line.what for line in outcome.lines if not line.passed]
+    return Report(
+        privacy=LABEL,
+        config=config.as_json(),
+        design=design,
+        description=describe_audit(audited, design),
+        statement=setup.mechanism.statement(config.steps, audited.delta),
+        epsilon=claimed,
+        delta=audited.delta,
+        confidence=design.confidence,
+        bounds=outcome.bounds,
+        lines=outcome.lines,
+        objection=outcome.objection,
+        power=power_of(audited, design, claimed) if power else (),
+        contradictions=tuple(contradictions),
+        verdict=CONTRADICTION if contradictions else CONSISTENT,
+        seconds=seconds,
+    )
+
+
+def describe_audit(audited: Audited, design: Design) -> str:
+    """Return the model, the data, the canaries and the runs, in words."""
+    canaries = f"{design.num_canaries} canar{'y' if design.num_canaries == 1 else 'ies'}"
+    runs = f"{design.num_runs} run{'' if design.num_runs == 1 else 's'}"
+    return (
+        f"{audited.setup.description}; {canaries} of random tokens; {runs} of "
+        f"{audited.setup.config.steps} steps"
+    )

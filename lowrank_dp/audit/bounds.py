@@ -1,0 +1,162 @@
+"""Lower bounds on the epsilon of a run of the subsampled Gaussian mechanism.
+
+A step that adds N(0, (sigma C)^2) noise to sums that one unit moves by at most C is mu-GDP with
+mu = 1 / sigma, if the unit takes part. Every bound here is a lower bound on mu, which
+:func:`run_epsilon` turns into the epsilon of all steps with Poisson sampling. A correct run exceeds
+the accountant's epsilon with probability 1 - confidence at most.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special, stats
+
+from lowrank_dp import accounting
+from lowrank_dp._validate import integer, real
+from lowrank_dp.mia.intervals import lower_bound
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """Lower bound on epsilon.
+
+    Attributes:
+        method: the method, in words.
+        epsilon: the bound, >= 0; infinite if what was seen has no finite epsilon.
+        judged: whether the bound was fixed beforehand as one that the verdict depends on.
+    """
+
+    method: str
+    epsilon: float
+    judged: bool = True
+
+
+def run_epsilon(mu: float, sample_rate: float, steps: int, delta: float) -> float:
+    """Return epsilon at ``delta`` of ``steps`` sampled steps that are each ``mu``-GDP.
+
+    ``mu`` >= 0 is the sensitivity over the standard deviation of the noise; infinite without
+    noise. The value is that of :func:`lowrank_dp.accounting.bound`, and does not fall in ``mu`` or
+    ``sample_rate``.
+    """
+    if mu <= 0 or sample_rate <= 0:
+        return 0.0
+    if math.isinf(mu):
+        return math.inf
+    return accounting.bound(1 / mu, min(sample_rate, 1.0), steps, delta).epsilon
+
+
+def law_bound(
+    squares: ArrayLike,
+    entries: ArrayLike,
+    contribution: ArrayLike,
+    noise_multiplier: float,
+    tail: float,
+) -> float:
+    """Lower bound on mu from the noise that was seen in each tensor, if the noise is Gaussian.
+
+    The best test between a sum with and without a contribution is the likelihood-ratio test. For
+    noise of standard deviation s_l sigma C in tensor l, and a contribution of norm a_l C there, its
+    power is that of mu = sqrt(sum_l (a_l / s_l)^2) / sigma. The bound is the larger of two:
+
+    - an upper limit in place of each s_l^2: ``squares[l]`` over the quantile ``tail / 2L`` of the
+      chi-squared distribution;
+    - sum_l a_l^2 / sqrt(w) / sigma, which is at most mu by Jensen's inequality for w =
+      sum_l a_l^2 s_l^2, with an upper limit of w at ``tail / 2`` (Laurent & Massart 2000, lemma 1,
+      whose variance is bounded by the first limits). It is sharper where tensors are small.
+
+    Args:
+        squares: (L,) sum of the squares of the noise in each tensor, in units of (sigma C)^2.
+        entries: (L,) number of entries that were added up, all steps together.
+        contribution: (L,) norm of one unit's contribution in each tensor, relative to C.
+        noise_multiplier: sigma > 0 of the claim, relative to C.
+        tail: probability in (0, 1) that the bound exceeds the true mu, if ``contribution`` is
+            exact.
+
+    Returns:
+        The bound, >= 0; infinite for a contribution in a tensor without noise.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    tail = real("tail", tail, low=0, high=1, low_open=True, high_open=True)
+    noise_multiplier = real("noise_multiplier", noise_multiplier, low=0, low_open=True)
+    squares, entries, part = (
+        np.atleast_1d(np.asarray(x, dtype=float)) for x in (squares, entries, contribution)
+    )
+    if not squares.shape == entries.shape == part.shape or squares.ndim != 1:
+        raise ValueError(
+            "squares, entries and contribution must have one shape (L,), got "
+            f"{squares.shape}, {entries.shape} and {part.shape}"
+        )
+    highest = squares / stats.chi2.ppf(tail / 2 / len(squares), entries)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_tensor = np.where(part > 0, part**2 / highest, 0.0).sum()
+        seen = (part**2 * squares / entries).sum()
+        spread = ((part**2 * highest) ** 2 / entries).sum()
+        together = (part**2).sum() ** 2 / (seen + 2 * math.sqrt(spread * math.log(2 / tail)))
+    return float(np.sqrt(np.fmax(by_tensor, together))) / noise_multiplier
+
+
+def threshold_bound(tp: int, num_in: int, fp: int, num_out: int, tail: float) -> float:
+    """Lower bound on mu from the rates of a test that was fixed beforehand (GDP).
+
+    A mu-GDP step satisfies Phi^-1(TPR) - Phi^-1(FPR) <= mu for every test. Clopper-Pearson bounds
+    each rate at ``tail / 2`` (Nasr et al. 2023, arXiv 2302.07956). Tests of trials whose own mu
+    differ count with the largest mu, since trade-off curves of Gaussians are convex, and binomial
+    limits hold for the mean rate of independent trials (Hoeffding 1956).
+
+    Args:
+        tp, num_in: number of trials with the canary, and how many of them the test called so.
+        fp, num_out: number of trials without the canary, and how many the test called "with".
+        tail: probability in (0, 1) that the bound exceeds the true mu.
+
+    Returns:
+        The bound, >= 0; 0 if there is no trial of a kind.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    >>> round(threshold_bound(95, 100, 5, 100, 0.05), 2)
+    2.4
+    """
+    tail = real("tail", tail, low=0, high=1, low_open=True, high_open=True)
+    num_in, num_out = integer("num_in", num_in, low=0), integer("num_out", num_out, low=0)
+    tp = integer("tp", tp, low=0, high=num_in)
+    fp = integer("fp", fp, low=0, high=num_out)
+    if not num_in or not num_out:
+        return 0.0
+    least = lower_bound(tp, num_in, tail / 2), lower_bound(num_out - fp, num_out, tail / 2)
+    return max(0.0, float(special.ndtri(least[0]) + special.ndtri(least[1])))
+
+
+def rate_bound(taken: int, trials: int, tail: float) -> float:
+    """Lower Clopper-Pearson bound on the sampling rate, exceeded with probability ``tail``.
+
+    ``taken`` of ``trials`` pairs of a unit and a step had the unit in the sample.
+    """
+    return float(lower_bound(taken, trials, tail))
+
+
+def run_log_ratio(values: ArrayLike, shifts: ArrayLike, sample_rate: float) -> np.ndarray:
+    """Log-likelihood ratio of runs with a canary to runs without, under the claim.
+
+    In a step, the value is N(s, 1) if the canary takes part, which has probability
+    ``sample_rate``, and N(0, 1) otherwise.
+
+    Args:
+        values: (..., T) released sums along the canary's gradient, without the other rows'
+            sums, in units of sigma C.
+        shifts: (..., T) norm s of the canary's contribution, in units of sigma C.
+        sample_rate: q in (0, 1] of the claim.
+
+    Returns:
+        The ratio (...) of each run.
+    """
+    x, s = np.asarray(values, dtype=float), np.asarray(shifts, dtype=float)
+    with np.errstate(divide="ignore"):
+        out = np.log1p(-sample_rate)
+    return np.logaddexp(out, math.log(sample_rate) + x * s - s**2 / 2).sum(-1)

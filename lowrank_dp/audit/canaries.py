@@ -1,0 +1,219 @@
+"""Canaries: rows of random tokens beside a run's records, and runs of train's own steps with them.
+
+A canary is one more unit of privacy. Its tokens and its label are random, so that nothing in the
+records predicts them, and its gradient is large.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_dp.losses import IGNORE
+from lowrank_dp.rng import derive_seed
+from lowrank_dp.train import setup as preparation
+from lowrank_dp.train import step as training
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.optimizers import make_optimizer
+from lowrank_dp.train.setup import Setup
+from lowrank_dp.train.state import State, first_state, new_stream
+
+Sums = Mapping[str, Tensor]
+Clip = Callable[[Any, float], tuple[Sums, Tensor]]
+DEVIATION = 0.02  # largest relative difference between .grad and what it is made of
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A run that is audited, with its canaries.
+
+    Attributes:
+        setup: setup of the run; every canary is a row and a unit of the run.
+        canaries: positions of the canaries among the setup's rows, which are also the last units.
+        initial: trained parameters before the first step, by name.
+        sample_rate, noise_multiplier, max_grad_norm: what the configuration states: q, sigma
+            relative to C, and C, absolute.
+        delta: delta at which epsilon is stated.
+        seed: seed of the audit's own random numbers, and of the noise of a run with a seed.
+    """
+
+    setup: Setup
+    canaries: tuple[int, ...]
+    initial: dict[str, Tensor]
+    sample_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    delta: float
+    seed: int
+
+    @property
+    def generator(self) -> np.random.Generator:
+        """A new generator of the coins of an audit, always in the same state."""
+        return np.random.default_rng(self.seed)
+
+    def batches(self, rows: Sequence[int]) -> list[Any]:
+        """Micro-batches of rows, as a step makes them."""
+        return list(self.setup.batches(rows))
+
+
+def open_audit(config: TrainConfig, num_canaries: int) -> Audited:
+    """Prepare the run of ``config`` and add ``num_canaries`` canaries to its records.
+
+    The sampling rate is the batch size over the number of units with all canaries.
+
+    Raises:
+        ValueError: if the run makes no claim, or reads rows in a way that canaries cannot follow.
+    """
+    _require_auditable(config)
+    seed = config.seed if config.seed is not None else derive_seed(None, "audit")
+    setup = preparation.prepare(config, seed)
+    rows, first = list(setup.rows), len(setup.rows)
+    random = np.random.default_rng(derive_seed(seed, "canaries"))
+    rows += [_canary(setup, random) for _ in range(num_canaries)]
+    unit_rows = [*setup.unit_rows, *([first + i] for i in range(num_canaries))]
+    mechanism, delta = preparation.make_mechanism(config, len(unit_rows))
+    return Audited(
+        setup=replace(setup, rows=rows, unit_rows=unit_rows, mechanism=mechanism, delta=delta),
+        canaries=tuple(range(first, first + num_canaries)),
+        initial={name: p.detach().clone() for name, p in setup.trained.items()},
+        sample_rate=config.batch_size / len(unit_rows),
+        noise_multiplier=config.noise_multiplier or mechanism.noise_multiplier,
+        max_grad_norm=config.max_grad_norm,
+        delta=delta,
+        seed=derive_seed(seed, "coins"),
+    )
+
+
+def _require_auditable(config: TrainConfig) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "an audit must be started as one process, not by torchrun (WORLD_SIZE is set)"
+        )
+    for name, wanted in (
+        ("non_private", False),
+        ("noise_free", False),
+        ("diagnostic", False),
+        ("dropout", False),
+        ("compile", False),
+        ("shard", False),
+        ("precondition", "none"),
+        ("prefix_cache", ""),
+    ):
+        if getattr(config, name) != wanted:
+            why = (
+                "a run without a privacy claim has nothing to audit"
+                if name in ("non_private", "noise_free", "diagnostic")
+                else "an audit takes the gradients of canaries beside those of a step"
+            )
+            raise ValueError(
+                f"{name} must be {wanted!r} for an audit, got {getattr(config, name)!r}: {why}"
+            )
+
+
+def _canary(setup: Setup, random: np.random.Generator) -> dict[str, Any]:
+    """Return a row with the form of the longest record, and random tokens and label.
+
+    All canaries of a run have the same number of tokens.
+    """
+    form = max(setup.rows, key=lambda row: len(row["input_ids"]))
+    special = set(setup.tokenizer.all_special_ids)
+    known = [i for i in range(len(setup.tokenizer)) if i not in special]
+    ids = [i if i in special else int(random.choice(known)) for i in form["input_ids"]]
+    labels = form["labels"]
+    if isinstance(labels, Sequence):
+        labels = [
+            IGNORE if label == IGNORE else token for label, token in zip(labels, ids, strict=True)
+        ]
+    elif setup.task.kind == "classification":
+        labels = int(random.integers(setup.task.num_labels))
+    else:
+        labels = float(random.uniform(*_range_of_scores(setup)))
+    return {**form, "input_ids": ids, "labels": labels}
+
+
+def _range_of_scores(setup: Setup) -> tuple[float, float]:
+    scores = [row["labels"] for row in setup.rows]
+    return min(scores), max(scores)
+
+
+class Observer:
+    """What an audit does in a step of ``train``, in place of the checks of the step.
+
+    The methods are those of :class:`lowrank_dp.train.checks.StepChecks`, in the order of a step.
+    """
+
+    def sampled(self, rows: Sequence[int], sampler: Any) -> None:
+        """Take the rows of the sample."""
+
+    def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
+        """Take the clipped sums and the step's own clipping function, before the noise."""
+
+    def noised(self, clean: Sums, noisy: Sums, noise: Any, step: int) -> None:
+        """Take the sums before and after the noise."""
+
+    def assigned(self, noisy: Sums, step: int) -> None:
+        """Take the gradients of the optimizer, which are in ``.grad``."""
+
+
+def take_steps(
+    audited: Audited,
+    observer_of: Callable[[Setup, State], Observer],
+    run: int,
+    *,
+    units: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Take all steps of one run by ``train``'s own step, from the weights before training.
+
+    Args:
+        audited: the run.
+        observer_of: makes the observer of the run's steps from the setup and the first state.
+        run: number of the run, which decides on the draws of a run with a seed.
+        units: rows of each unit; None takes all records and all canaries.
+    """
+    setup = audited.setup
+    config = setup.config
+    if config.seed is not None:
+        config = replace(config, seed=derive_seed(config.seed, f"audited run {run}") >> 1)
+    with torch.no_grad():
+        for name, p in setup.trained.items():
+            p.copy_(audited.initial[name])
+            p.grad = None
+    setup = replace(
+        setup,
+        optimizer=make_optimizer(setup.config, setup.model, setup.trained),
+        unit_rows=setup.unit_rows if units is None else [list(rows) for rows in units],
+    )
+    state = first_state(config, new_stream(config, 0))
+    state.checks = cast(Any, observer_of(setup, state))
+    for _ in range(config.steps):
+        training.take_step(setup, state)
+        setup.optimizer.zero_grad()
+
+
+def released(
+    audited: Audited, noisy: Sums, plain: Callable[[Tensor], bool]
+) -> tuple[dict[str, Tensor], float]:
+    """Return what reaches the optimizer in a step, and the largest deviation from ``noisy``.
+
+    The release of a tensor that is not restored is its ``.grad`` times the batch size, if the two
+    differ by more than rounding, and its noisy sum otherwise. The deviation is relative to an entry
+    of the noisy sum and its noise.
+    """
+    noise_std = audited.noise_multiplier * audited.max_grad_norm
+    found, most = dict(noisy), 0.0
+    for name, total in noisy.items():
+        grad = audited.setup.trained[name].grad
+        if grad is None or not plain(total):
+            continue
+        through = grad.to(total.dtype) * audited.setup.config.batch_size
+        deviation = float(((through - total).abs() / (total.abs() + noise_std)).max())
+        most = max(most, deviation)
+        if deviation > DEVIATION:
+            found[name] = through
+    return found, most

@@ -1,0 +1,232 @@
+"""What the design ``sums`` reads in one step: noise, sample, contributions of the canaries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_dp.audit.canaries import Audited, Clip, Observer, Sums, released
+from lowrank_dp.grads.clipping import row_gradients
+from lowrank_dp.restore import SCHEMES, restore_gradients
+from lowrank_dp.restore.gradients import is_matrix
+from lowrank_dp.train.checks import StepChecks
+
+HEAD = 128  # entries of each tensor that are compared with other tensors and other steps
+
+
+@dataclass
+class Record:
+    """Everything that the steps of all runs gave. NON-PRIVATE.
+
+    T is the number of steps of all runs, L the number of trained tensors, M the number of products
+    of matrices with unit vectors, K the number of canaries. Noise is in units of sigma C, and
+    contributions in units of C.
+
+    Attributes:
+        names, entries: (L,) name and size of each tensor.
+        squares, sums: (T, L) of the noise in each tensor.
+        heads: (T, L, HEAD) first entries of the noise, with zeros after the last entry.
+        within: (T, M) squared norms of products, which ``within_names`` and ``freedom`` (M,)
+            describe.
+        on_grid, fine: number of entries near a half-precision number, in units of sigma C and in
+            absolute units (2,), of how many.
+        samples: the units of each sample, with repetitions.
+        moved: (T, L) squared norm, by tensor, of the difference between the sums with and without
+            one canary; ``excess`` (T,) is its distance from the canary's gradient by autograd,
+            clipped.
+        gram, products: (T, L, K, K) inner products of the canaries' own clipped gradients, and
+            (T, L, K) with the noise.
+        deviations: (T,) largest difference between the optimizer's gradient and the release.
+        objection: first objection of train's own checks, or "".
+    """
+
+    names: list[str] = field(default_factory=list)
+    entries: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    squares: list[np.ndarray] = field(default_factory=list)
+    sums: list[np.ndarray] = field(default_factory=list)
+    heads: list[np.ndarray] = field(default_factory=list)
+    within: list[np.ndarray] = field(default_factory=list)
+    within_names: list[str] = field(default_factory=list)
+    freedom: list[int] = field(default_factory=list)
+    on_grid: np.ndarray = field(default_factory=lambda: np.zeros(2, dtype=int))
+    fine: int = 0
+    samples: list[np.ndarray] = field(default_factory=list)
+    moved: list[np.ndarray] = field(default_factory=list)
+    excess: list[float] = field(default_factory=list)
+    gram: list[np.ndarray] = field(default_factory=list)
+    products: list[np.ndarray] = field(default_factory=list)
+    deviations: list[float] = field(default_factory=list)
+    objection: str = ""
+
+
+class SumsObserver(Observer):
+    """Observer of one run, which adds to a :class:`Record`.
+
+    Args:
+        audited: the run.
+        record: what is added to.
+        guards: train's own checks, whose first objection is noted and does not stop the run; None
+            for none.
+    """
+
+    def __init__(self, audited: Audited, record: Record, guards: StepChecks | None) -> None:
+        self._audited, self._record, self._guards = audited, record, guards
+        self._unit_of = {
+            row: unit for unit, rows in enumerate(audited.setup.unit_rows) for row in rows
+        }
+        self._rows: list[int] = []
+        self._own: list[Sums] = []
+        self._clean: Sums = {}
+        config = audited.setup.config
+        self._tolerance = 0.2 if config.precision == "bf16" else 0.02
+        self._restored = not SCHEMES[config.scheme].is_identity
+
+    def _ask_guards(self, check: str, *arguments: Any) -> None:
+        if self._guards is not None and not self._record.objection:
+            try:
+                getattr(self._guards, check)(*arguments)
+            except ValueError as error:
+                self._record.objection = str(error)
+
+    def sampled(self, rows: Sequence[int], sampler: Any) -> None:
+        """Note the units of the sample."""
+        self._ask_guards("sampled", rows, sampler)
+        self._rows = list(rows)
+        self._record.samples.append(np.array([self._unit_of[row] for row in rows], dtype=int))
+
+    def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
+        """Measure what one canary adds to the step's sum, and every canary's own contribution.
+
+        The step's clipping function is called with the norm C, or with a quarter of the canary's
+        gradient norm if that is less, so that the canary's gradient is clipped. Contributions are
+        relative to the norm of the call, and count as those of a row whose gradient exceeds C.
+        """
+        self._ask_guards("clipped", sums, norms, clip, step)
+        audited, record = self._audited, self._record
+        chosen = audited.canaries[step % len(audited.canaries)]
+        gradient = self._gradient(chosen)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+        max_norm, scale = self._clipping_norm(norm)
+        others = [row for row in self._rows if row != chosen]
+        with_it, without = (
+            clip(audited.batches(rows), max_norm)[0] for rows in ([*others, chosen], others)
+        )
+        moved = {name: (with_it[name] - without[name]).double() * scale for name in sums}
+        record.moved.append(np.array([float(m.square().sum()) for m in moved.values()]))
+        unit = {name: g / max(norm, max_norm) for name, g in gradient.items()}
+        record.excess.append(
+            math.sqrt(sum(float((m - unit.get(n, 0.0)).square().sum()) for n, m in moved.items()))
+        )
+        self._own = []
+        for row in audited.canaries:
+            max_norm, scale = self._clipping_norm(float(clip(audited.batches([row]), 1.0)[1].sum()))
+            own = clip(audited.batches([row]), max_norm)[0]
+            self._own.append({name: g.double() * scale for name, g in own.items()})
+
+    def _clipping_norm(self, norm: float) -> tuple[float, float]:
+        """Return a norm that clips a gradient, and the factor from its units to those of C."""
+        stated = self._audited.setup.mechanism.max_grad_norm
+        max_norm = min(stated, norm / 4) if norm > 0 else stated
+        return max_norm, stated / self._audited.max_grad_norm / max_norm
+
+    def _gradient(self, row: int) -> dict[str, Tensor]:
+        """Return a row's gradient by autograd, in float64."""
+        setup = self._audited.setup
+        dtype = torch.bfloat16 if setup.config.precision == "bf16" else None
+        (batch,) = self._audited.batches([row])
+        (gradient,) = row_gradients(setup.model, batch, autocast_dtype=dtype)
+        return {name: g.double() for name, g in gradient.items()}
+
+    def noised(self, clean: Sums, noisy: Sums, noise: Any, step: int) -> None:
+        """Keep the clean sums until the gradients are assigned."""
+        self._ask_guards("noised", clean, noisy, noise, step)
+        self._clean = {name: total.clone() for name, total in clean.items()}
+
+    def assigned(self, noisy: Sums, step: int) -> None:
+        """Take the noise of the step, as it reaches the optimizer."""
+        self._ask_guards("assigned", noisy, step)
+        audited, record = self._audited, self._record
+        config = audited.setup.config
+        deviation = self._post_processing(noisy)
+        averaged = config.low_pass is not None
+        release, found = released(
+            audited, noisy, lambda t: not averaged and not (self._restored and is_matrix(t))
+        )
+        record.deviations.append(max(deviation, found))
+        std = audited.noise_multiplier * audited.max_grad_norm
+        noise = {name: (release[name] - self._clean[name]) / std for name in self._clean}
+        self._note_noise(noise, noisy)
+        gram, products = [], []
+        for name, z in noise.items():
+            stacked = torch.stack([one[name].flatten() for one in self._own])
+            gram.append((stacked @ stacked.mT).cpu().numpy())
+            products.append((stacked @ z.flatten().double()).cpu().numpy())
+        record.gram.append(np.array(gram))
+        record.products.append(np.array(products))
+
+    def _post_processing(self, noisy: Sums) -> float:
+        """Return how far restored gradients are from the restored releases, relatively."""
+        setup = self._audited.setup
+        config, std = setup.config, self._audited.noise_multiplier * self._audited.max_grad_norm
+        matrices = {name: total for name, total in noisy.items() if is_matrix(total)}
+        if not self._restored or config.low_pass is not None or not matrices:
+            return 0.0
+        expected, _ = restore_gradients(matrices, std, config.scheme, **config.restoration)
+        most = 0.0
+        for name, total in expected.items():
+            grad = setup.trained[name].grad
+            through = torch.zeros_like(total) if grad is None else grad * config.batch_size
+            most = max(
+                most, float((through - total).abs().max()) / (float(total.abs().max()) + std)
+            )
+        return most
+
+    def _note_noise(self, noise: Sums, noisy: Sums) -> None:
+        record = self._record
+        std = self._audited.noise_multiplier * self._audited.max_grad_norm
+        if not record.names:
+            record.names = list(noise)
+            record.entries = np.array([z.numel() for z in noise.values()], dtype=float)
+            for name, z in noise.items():
+                if z.ndim == 2 and min(z.shape) > 1:
+                    record.within_names += [f"columns of {name}", f"rows of {name}"]
+                    record.freedom += [z.shape[0], z.shape[1]]
+        squares, sums, heads, within = [], [], [], []
+        for z in noise.values():
+            flat = z.double().flatten()
+            squares.append(float(flat @ flat))
+            sums.append(float(flat.sum()))
+            head = flat[:HEAD].cpu().numpy()
+            heads.append(np.pad(head, (0, HEAD - len(head))))
+            if z.ndim == 2 and min(z.shape) > 1:
+                for matrix in (z.double(), z.double().mT):
+                    direction = _unit_vector(matrix.shape[1]).to(matrix)
+                    within.append(float((matrix @ direction).square().sum()))
+        size = np.abs(np.concatenate([z.flatten()[:HEAD].double().cpu() for z in noise.values()]))
+        total = np.abs(np.concatenate([r.flatten()[:HEAD].double().cpu() for r in noisy.values()]))
+        # the rounding of a large sum to float32 hides a grid of half precision in its noise
+        size = size[size * std > total / 128]
+        record.fine += len(size)
+        record.on_grid += np.array([_near_half(size), _near_half(size * std)])
+        record.squares.append(np.array(squares))
+        record.sums.append(np.array(sums))
+        record.heads.append(np.array(heads))
+        record.within.append(np.array(within))
+
+
+def _unit_vector(size: int) -> Tensor:
+    """Return a random unit vector of a size, always the same one."""
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    return drawn / torch.linalg.vector_norm(drawn)
+
+
+def _near_half(size: np.ndarray) -> int:
+    """Count the numbers > 0 that are within 1/20 of the spacing of a number with 11 bits."""
+    mantissa = np.frexp(size)[0] * 2.0**11
+    return int((np.abs(mantissa - np.round(mantissa)) < 0.05).sum())

@@ -1,0 +1,159 @@
+"""``python -m lowrank_dp.audit``: audit a run's privacy by canaries in its training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowrank_dp.audit.request import Request
+from lowrank_dp.commands import _console
+from lowrank_dp.commands._tables import print_table, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowrank_dp.audit.auditing import Report
+    from lowrank_dp.audit.canaries import Audited
+
+app = _console.new_app(
+    "Audit of a run's epsilon by canaries in its own training loop. NON-PRIVATE."
+)
+CONTRADICTION = 3  # exit code if the audit contradicts the accountant
+REPORT = "report.json"
+
+
+@app.command()
+@_console.options_of(Request)
+def main(
+    given: dict[str, Any],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="New or empty folder of the report. Default: nothing is written.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the runs and their estimated time, and stop."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Audit a private run; the options are those of the run, and the audit's design and sizes.
+
+    The exit code is 3 if the audit contradicts the accountant.
+    """
+    request = Request(**given)
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}")
+    from rich.console import Console
+
+    from lowrank_dp.audit.auditing import audit_opened
+    from lowrank_dp.audit.canaries import open_audit
+
+    console = Console(stderr=as_json)
+    audited = open_audit(request.run, request.design.num_canaries)
+    _print_plan(console, audited, request)
+    if dry_run:
+        return
+    report = audit_opened(audited, request.design)
+    if output is not None:
+        _save(output, report)
+    _print(console, report)
+    say(console, f"files: {output or 'none written; --output FOLDER keeps the report'}")
+    if as_json:
+        print(json.dumps(as_document(report), indent=1, allow_nan=False))
+    if report.contradictions:
+        sys.exit(CONTRADICTION)
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """Return a report as JSON types; an infinite epsilon becomes the text "infinite"."""
+    from dataclasses import replace
+
+    from lowrank_dp.artifacts.jsonable import to_jsonable
+
+    finite = [
+        replace(b, epsilon=b.epsilon if math.isfinite(b.epsilon) else -1.0) for b in report.bounds
+    ]
+    document: dict[str, Any] = to_jsonable(replace(report, bounds=tuple(finite)))
+    for bound in document["bounds"]:
+        if bound["epsilon"] < 0:
+            bound["epsilon"] = "infinite"
+    if not math.isfinite(document["epsilon"]):
+        document["epsilon"] = "infinite"
+    return document
+
+
+def _save(folder: Path, report: Report) -> None:
+    from dataclasses import replace
+
+    from lowrank_dp import artifacts
+
+    stamped = replace(report, provenance=artifacts.provenance(device=report.config["device"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts.write_json(folder / REPORT, as_document(stamped))
+
+
+def _print_plan(console: Console, audited: Audited, request: Request) -> None:
+    from lowrank_dp.audit.auditing import LABEL, describe_audit
+    from lowrank_dp.audit.timing import estimated_seconds
+
+    design = request.design
+    seconds = estimated_seconds(audited, design)
+    say(console, f"audit: {design.design}: {describe_audit(audited, design)}")
+    say(
+        console,
+        f"plan: {design.num_runs * audited.setup.config.steps:,} steps, about {seconds:.0f} s at "
+        "the speed of the canaries' gradients",
+    )
+    say(console, LABEL)
+
+
+def _print(console: Console, report: Report) -> None:
+    say(console, f"claim: {report.statement}")
+    say(console, f"epsilon: {report.epsilon:.4g} at delta {report.delta:g} by the accountant")
+    for bound in report.bounds:
+        say(console, f"  >= {_number(bound.epsilon)} by {bound.method}")
+    say(
+        console,
+        f"epsilon >= {_number(report.lower_bound)} ({report.confidence:.0%}, one-sided, the "
+        "largest of these bounds)",
+    )
+    if report.lines:
+        print_table(
+            console,
+            ["fact", "expected", "seen", "p-value", "verdict"],
+            [
+                [
+                    line.what,
+                    line.expected,
+                    line.seen,
+                    "" if line.p_value is None else f"{line.p_value:.2g}",
+                    "as claimed" if line.passed else "NOT AS CLAIMED",
+                ]
+                for line in report.lines
+            ],
+            title=f"Laws (all tests together reject a correct run with probability "
+            f"{report.design.level:g}):",
+        )
+    if report.objection is not None:
+        say(console, f"train's own checks: {report.objection or 'no objection'}")
+    for found in report.power:
+        factor = "none up to 32" if found.factor is None else f"f = {found.factor:.3f}"
+        say(console, f"power 0.8: {found.fault}: {factor}, by {found.by}")
+    say(console, f"verdict: {report.verdict}{_reasons(report)}")
+
+
+def _reasons(report: Report) -> str:
+    if not report.contradictions:
+        return " with the accountant; a lower bound is no proof of privacy"
+    return ": " + "; ".join(report.contradictions)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
