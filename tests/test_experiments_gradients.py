@@ -364,6 +364,7 @@ ELSEWHERE = {
     "efficiency_smollm2",
     "membership",
     "noise_cost",
+    "noisy_projection",
     "plan_gap",
     "vector_privacy",
     "gap",
