@@ -72,7 +72,8 @@ def plot_dynamics(result: dynamics.Result) -> Figure:
     letter(axes[1, 1], "d  weights at the end, against rank")
     _plot_rank(result, axes[2, 0])
     _plot_ratio(result, axes[2, 1])
-    figure.legend(loc="outside lower center", ncols=3, handlelength=2.2)
+    handles, labels = axes[1, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=2.2)
     return figure
 
 

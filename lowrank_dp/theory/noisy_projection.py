@@ -20,7 +20,8 @@ the row space of A. So R given A is the Gaussian mechanism with mu = |g P|_F / (
 
       delta(epsilon) <= E D(b / sigma^2),    b ~ Beta(rank/2, (n - rank)/2),
 
-  with equality for a g of rank one and norm C if 1 / sigma^2 <= x*.
+  with equality for a g of rank one and norm C if 1 / sigma^2 <= x*. The bound is cut off at the
+  worst case, which it can exceed where noise is small.
 
 The average does not cover several steps with one A (frozen): the gradients of later steps depend on
 A through the weights, so that g is not fixed before A; there only the worst case holds.
@@ -67,8 +68,9 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     epsilon = positive("epsilon", epsilon)
     sigma = positive("noise_multiplier", noise_multiplier)
     rank, n = integer("rank", rank), integer("n", n)
+    worst = float(gaussian_delta(np.array(epsilon), np.array(1 / sigma)))
     if rank >= n:
-        return float(gaussian_delta(np.array(epsilon), np.array(1 / sigma)))
+        return worst
     a, b = rank / 2, (n - rank) / 2
     low = np.arcsin(np.sqrt(special.betaincinv(a, b, _TAIL)))
     high = np.arcsin(np.sqrt(special.betainccinv(a, b, _TAIL)))
@@ -84,7 +86,7 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
         log_density = constant + (2 * a - 1) * np.log(sine) + (2 * b - 1) * np.log(cosine)
         return np.exp(log_density) * _convex_delta(epsilon, (sine / sigma) ** 2, bend)
 
-    return min(1.0, float(panel_integrals(integrand, edges[:-1], edges[1:]).sum()) + 2 * _TAIL)
+    return min(worst, float(panel_integrals(integrand, edges[:-1], edges[1:]).sum()) + 2 * _TAIL)
 
 
 def noise_projection_multiplier(epsilon: float, delta: float, rank: int, n: int) -> float:
