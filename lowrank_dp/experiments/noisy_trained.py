@@ -129,6 +129,7 @@ def attack_score(m: Tensor, without: Tensor, with_: Tensor) -> Tensor:
     """Score runs (runs,) by the linear likelihood ratio between two noise-free ends (runs, m, k).
 
     If the noise moved the end by the sum of its steps alone, the end would be N(the noise-free end,
-    v I), and the score would be v times the log-likelihood ratio, the most powerful test.
+    v I), and the score would be v times the log-likelihood ratio, the most powerful test. At large
+    learning rates the noise bends later steps, and the AUC of the score is a lower bound only.
     """
     return ((m - (without + with_) / 2) * (with_ - without)).sum(dim=(1, 2))

@@ -94,6 +94,6 @@ def _plot_trained(result: noisy_projection.Result, axis: Axes) -> None:
             )
     axis.axvline(result.start_loss, color=GREY, linestyle=":", label="before training")
     axis.axhline(0.5, color=GREY, linewidth=0.6)
-    axis.set(xlabel="held-out loss (nats)", ylabel="AUC", ylim=(0.35, 1.0))
-    axis.legend(fontsize=5.5)
+    axis.set(xlabel="held-out loss (nats)", ylabel="AUC", ylim=(0.35, 1.25))
+    axis.legend(fontsize=5.5, ncols=2, loc="upper center")
     letter(axis, f"d  {trained.num_steps} steps, A known, ε = {trained.epsilon:g} (NON-PRIVATE)")
