@@ -366,6 +366,7 @@ ELSEWHERE = {
     "implicit_noise",
     "membership",
     "noise_cost",
+    "noisy_projection",
     "plan_gap",
     "vector_privacy",
     "gap",

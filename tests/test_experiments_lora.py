@@ -178,6 +178,32 @@ def test_every_arm_starts_like_full_fine_tuning_and_ends_elsewhere(results):
     np.testing.assert_allclose(first, result.one_step_distance, rtol=0.35)
 
 
+def test_a_frozen_a_bounds_the_rank_of_the_update_and_fresh_noise_does_not(results):
+    result = results["dynamics"]  # ranks 2 and 16, 6 steps, measured after steps 1, 2, 4 and 6
+    assert dynamics.rank_steps(6) == [1, 2, 4, 6] and dynamics.rank_steps(1) == [1]
+    trained, frozen, fresh, gaussian = result.update_rank[:, 0]  # each (seeds, steps)
+    assert (frozen <= 2).all() and (trained <= 2).all()
+    assert (result.update_rank[1] <= np.array([2, 16])[:, None, None]).all()
+    np.testing.assert_array_equal(fresh, np.tile([2, 4, 8, 12], (2, 1)))  # two more per step
+    assert (gaussian > 0.9 * min(result.shape)).all()
+
+
+def test_the_paired_ratio_is_of_one_seed_and_its_expectation_of_the_full_gradients(results):
+    result = results["dynamics"]
+    _, frozen, fresh, _ = result.distance
+    np.testing.assert_allclose(
+        dynamics.paired_ratio(result)[1, 0, 3], frozen[1, 0, 4] / fresh[1, 0, 4]
+    )
+    expected = dynamics.expected_ratio(result)
+    np.testing.assert_allclose(expected[:, 0], 1, rtol=1e-6)  # one step
+    assert (expected <= np.sqrt(np.arange(1, 7)) * (1 + 1e-6)).all()
+    rows = dynamics.headline(result)
+    assert "1.00 (" not in rows["frozen A's distance over fresh A's, paired, all ranks"]
+    assert rows[f"rank of a {result.shape[0]} x {result.shape[1]} update, rank 2"].startswith(
+        "lora 2, lora-frozen-a 2, fresh-a 12"
+    )
+
+
 def test_dynamics_leave_the_global_generator_alone_and_repeat():
     config = replace(CONFIGS["dynamics"][1], ranks=(2,), num_steps=2)
     state = torch.random.get_rng_state()

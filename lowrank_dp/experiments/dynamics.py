@@ -3,29 +3,49 @@
 Four arms start from the same weights, train on the same batches, and are compared with noiseless
 full fine-tuning: LoRA with A and B trained, LoRA with A frozen, and full fine-tuning whose gradient
 has fresh noise in every step, either the exact projection noise (a new A) or Gaussian noise of the
-same variance. The arms' first steps agree in mean and variance. Later, fresh noise averages out;
-the noise of a frozen A is the same in each step and does not.
+same variance. The arms' first steps agree in mean and variance. Later they differ, for two exact
+reasons:
+
+- Rank. With A frozen, plain SGD moves B by -lr G_t A^T in step t, so that the update after any
+  number of steps is -lr (sum_t G_t A^T) A: its rows lie in the row space of A, and its rank is at
+  most r. A fresh A adds a matrix of rank r per step in a new row space, so that the rank grows to
+  T r or to full rank; Gaussian noise has full rank in the first step.
+- Size. Suppose the gradients G_1, ..., G_T of the arms were those of full fine-tuning. Then the
+  frozen A's distance to full fine-tuning is lr |(sum_t G_t)(A^T A - I)|, and the fresh noise's is
+  lr |sum_t G_t (A_t^T A_t - I)|. Since E |G (A^T A - I)|^2 = |G|^2 (n + 1) / r for each G of width
+  n, the ratio of the root mean squares is |sum_t G_t| / sqrt(sum_t |G_t|^2) at every rank: 1 if the
+  gradients are orthogonal to each other, sqrt(T) if they are equal (`expected_ratio`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
-from lowrank_dp import _validate, lora
+from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.experiments.gradients import GradientConfig
 from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.noisy_sgd import (
+    adapted_layers,
+    distance_between,
+    effective_weights,
+    frozen_a,
+    noise_to_gradient,
+    numerical_rank,
+    restored,
+    sgd,
+    train_only,
+)
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
-from lowrank_dp.models.heads import head_modules, without_adapter
+from lowrank_dp.models import default_model, describe, load_model
 
 CAPTION = (
     "Plain SGD from one start on the same batches, measured; every curve is against noiseless full "
@@ -33,13 +53,18 @@ CAPTION = (
     "effective weights, W + BA for LoRA, relative to how far full fine-tuning has moved (geometric "
     "mean), at the smallest and largest rank; dotted, the expected distance after one step, "
     "sqrt((n+1)/r) by the exact law. (c) Absolute difference of the loss on the same batch. (d) "
-    "The last distance against rank. Noise drawn anew each step averages out; the projection by a "
-    "frozen A is the same each step and does not, so LoRA is not full fine-tuning with independent "
-    "Gaussian noise (2409.17538) beyond its first step. Where the two LoRA curves coincide, A has "
+    "The last distance against rank. (e) Numerical rank of one layer's update at the smallest rank "
+    "of A: singular values above a thousandth of the largest. With A frozen the rank never exceeds "
+    "that of A; fresh noise reaches full rank, so LoRA is not full fine-tuning with independent "
+    "Gaussian noise (2409.17538) beyond its first step. (f) Distance with A frozen over the "
+    "distance with a fresh A each step, paired within the seed (geometric mean); dotted, the ratio "
+    "that the exact law expects from the gradients of full fine-tuning. Noise drawn anew averages "
+    "out only as far as the steps' gradients agree. Where the two LoRA curves coincide, A has "
     "hardly moved. NON-PRIVATE: nothing is clipped."
 )
 
 ARMS = ("lora", "lora-frozen-a", "fresh-a", "gaussian")
+TOLERANCE = 1e-3  # of the numerical rank, relative to the largest singular value
 
 
 @dataclass(frozen=True)
@@ -86,12 +111,15 @@ class Result:
     privacy: str
     description: str
     layers: tuple[str, ...]
+    shape: tuple[int, ...]  # of the first layer, whose update's rank is measured
     arms: tuple[str, ...]
     one_step_distance: np.ndarray  # (ranks,) expected relative distance after one step
     reference_loss: np.ndarray  # (seeds, T) loss on each step's batch, before the step
     reference_moved: np.ndarray  # (seeds, T + 1) |W - W_0| over the adapted layers
+    reference_step: np.ndarray  # (seeds, T) |W_t - W_(t-1)|, the same layers
     loss: np.ndarray  # (arms, ranks, seeds, T)
     distance: np.ndarray  # (arms, ranks, seeds, T + 1) |W - W_full|, absolute
+    update_rank: np.ndarray  # (arms, ranks, seeds, S) of W - W_0 in the first layer at `rank_steps`
 
     @property
     def distance_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -104,6 +132,12 @@ class Result:
         """Mean over seeds of `loss_difference`, and the ends of its 95% t-interval."""
         mean, half = mean_and_interval(loss_difference(self), axis=-2)
         return mean, mean - half, mean + half
+
+    @property
+    def ratio_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Geometric mean over seeds of `paired_ratio`, and the ends of its 95% t-interval."""
+        mean, half = mean_and_interval(np.log(paired_ratio(self)), axis=-2)
+        return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
 
 
 def run(config: Config) -> Result:
@@ -128,13 +162,22 @@ def run(config: Config) -> Result:
         description=f"{runs[0].model}; {task.name} from {task.source}; plain SGD, learning rate "
         f"{config.learning_rate:g}, batch {config.batch_size}",
         layers=tuple(runs[0].layers),
+        shape=runs[0].shape,
         arms=ARMS,
         one_step_distance=np.stack([run.one_step_distance for run in runs]).mean(axis=0),
         reference_loss=np.stack([run.reference_loss for run in runs]),
         reference_moved=np.stack([run.reference_moved for run in runs]),
+        reference_step=np.stack([run.reference_step for run in runs]),
         loss=np.stack([run.loss for run in runs], axis=2),
         distance=np.stack([run.distance for run in runs], axis=2),
+        update_rank=np.stack([run.update_rank for run in runs], axis=2),
     )
+
+
+def rank_steps(num_steps: int) -> list[int]:
+    """Return the steps after which the update's rank is measured: powers of two, and the last."""
+    powers = takewhile(lambda step: step < num_steps, (2**k for k in range(num_steps)))
+    return [*powers, num_steps]
 
 
 @dataclass(frozen=True)
@@ -143,50 +186,66 @@ class _SeedRun:
 
     model: str
     layers: list[str]
+    shape: tuple[int, ...]
     one_step_distance: np.ndarray
     reference_loss: np.ndarray
     reference_moved: np.ndarray
+    reference_step: np.ndarray
     loss: np.ndarray
     distance: np.ndarray
+    update_rank: np.ndarray
 
 
 def _run_seed(config: Config, task: Any, seed: int) -> _SeedRun:
     full, tokenizer = _load(config, task, "full", seed)
     batches = _batches(task, tokenizer, config, seed)
     adapters = [_load(config, task, "lora", seed, rank)[0] for rank in config.ranks]
-    layers = _adapted(adapters[0])
-    _train_only(full, layers)
-    path = [_effective(full, layers)]  # the weights of full fine-tuning, before and after each step
-    reference_loss, noise_to_gradient = np.zeros(config.num_steps), 0.0
-    with _restored(full):
-        for step, value in enumerate(_sgd(full, batches, config.learning_rate)):
+    layers = adapted_layers(adapters[0])
+    train_only(full, layers)
+    path = [effective_weights(full, layers)]  # of full fine-tuning, before and after each step
+    start = path[0]
+    matrix = full.get_parameter(f"{layers[0]}.weight").shape
+    measured = rank_steps(config.num_steps)
+    reference_loss, excess = np.zeros(config.num_steps), 0.0
+    with restored(full):
+        for step, value in enumerate(sgd(full, batches, config.learning_rate)):
             if step == 0:
-                noise_to_gradient = _noise_to_gradient(full, layers)
+                excess = noise_to_gradient(full, layers)
             reference_loss[step] = value
-            path.append(_effective(full, layers))
+            path.append(effective_weights(full, layers))
 
     shape = len(ARMS), len(config.ranks)
     loss = np.zeros((*shape, config.num_steps))
     distance = np.zeros((*shape, config.num_steps + 1))
+    update_rank = np.zeros((*shape, len(measured)), dtype=np.int64)
     for r, rank in enumerate(config.ranks):
         for a, arm in enumerate(ARMS):
             model = adapters[r] if arm.startswith("lora") else full
             generator = torch.Generator(config.gradients.device).manual_seed(
                 1_000_003 * seed + 101 * rank + a
             )
-            with _restored(model), _frozen_a(model, arm == "lora-frozen-a"):
-                steps = _sgd(model, batches, config.learning_rate, layers, arm, rank, generator)
+            with restored(model), frozen_a(model, arm == "lora-frozen-a"):
+                steps = sgd(model, batches, config.learning_rate, layers, arm, rank, generator)
                 for step, value in enumerate(steps):
                     loss[a, r, step] = value
-                    distance[a, r, step + 1] = _gap(_effective(model, layers), path[step + 1])
+                    weights = effective_weights(model, layers)
+                    distance[a, r, step + 1] = distance_between(weights, path[step + 1])
+                    if step + 1 in measured:
+                        update = (weights - start)[: matrix.numel()].view(matrix)
+                        update_rank[a, r, measured.index(step + 1)] = numerical_rank(
+                            update, TOLERANCE
+                        )
     return _SeedRun(
         model=describe(full),
         layers=layers,
-        one_step_distance=np.sqrt(noise_to_gradient / np.array(config.ranks)),
+        shape=tuple(matrix),
+        one_step_distance=np.sqrt(excess / np.array(config.ranks)),
         reference_loss=reference_loss,
-        reference_moved=np.array([_gap(weights, path[0]) for weights in path]),
+        reference_moved=np.array([distance_between(weights, start) for weights in path]),
+        reference_step=np.array([distance_between(b, a) for a, b in pairwise(path)]),
         loss=loss,
         distance=distance,
+        update_rank=update_rank,
     )
 
 
@@ -215,6 +274,24 @@ def loss_difference(result: Result) -> np.ndarray:
     return np.abs(result.loss - result.reference_loss)
 
 
+def paired_ratio(result: Result) -> np.ndarray:
+    """Return the distance with A frozen over that with a fresh A: (ranks, seeds, T), by seed."""
+    arms = result.arms
+    frozen, fresh = (result.distance[arms.index(arm)] for arm in ("lora-frozen-a", "fresh-a"))
+    ratio: np.ndarray = frozen[..., 1:] / fresh[..., 1:]
+    return ratio
+
+
+def expected_ratio(result: Result) -> np.ndarray:
+    """Return |sum of gradients| / sqrt(sum of squared norms) of full fine-tuning: (seeds, T).
+
+    This is the ratio of the root-mean-square distances by the exact law (module docstring), the
+    same at every rank, as far as the arms' gradients are those of full fine-tuning.
+    """
+    squares: np.ndarray = np.cumsum(result.reference_step**2, axis=1)
+    return np.asarray(result.reference_moved[:, 1:] / np.sqrt(squares))
+
+
 def headline(result: Result) -> dict[str, str]:
     """Summarise the result in a few numbers."""
     middle, low, high = result.distance_band
@@ -228,7 +305,45 @@ def headline(result: Result) -> dict[str, str]:
             f"{arm} {middle[a, r, -1]:.2f} ({low[a, r, -1]:.2f} to {high[a, r, -1]:.2f})"
             for a, arm in enumerate(result.arms)
         )
-    return numbers
+    return numbers | _ratios(result) | _ranks(result)
+
+
+def _ratios(result: Result) -> dict[str, str]:
+    """Summarise the paired ratio at the last step: per rank, over all ranks, and as expected."""
+    last = paired_ratio(result)[..., -1]
+    middle, low, high = (part[:, -1] for part in result.ratio_band)
+    numbers = {
+        f"frozen A's distance over fresh A's, paired, rank {rank}": (
+            f"{middle[r]:.2f} ({low[r]:.2f} to {high[r]:.2f}); {(last[r] > 1).sum()} of "
+            f"{last.shape[1]} seeds above 1"
+        )
+        for r, rank in enumerate(result.config.ranks)
+    }
+    mean, half = mean_and_interval(np.log(last).mean(axis=0))
+    sign = stats.binomtest(int((last > 1).sum()), last.size, alternative="greater").pvalue
+    expected = expected_ratio(result)[:, -1]
+    return numbers | {
+        "frozen A's distance over fresh A's, paired, all ranks": (
+            f"{np.exp(mean):.2f} ({np.exp(mean - half):.2f} to {np.exp(mean + half):.2f}); "
+            f"{(last > 1).sum()} of {last.size} pairs above 1 (sign test: p = {sign:.2g})"
+        ),
+        "the same ratio, expected from full fine-tuning's gradients": (
+            f"{expected.mean():.2f} ({expected.min():.2f} to {expected.max():.2f} over seeds)"
+        ),
+    }
+
+
+def _ranks(result: Result) -> dict[str, str]:
+    """Summarise the rank of the first layer's update at the last step: the range over seeds."""
+    last = result.update_rank[..., -1]
+    return {
+        f"rank of a {result.shape[0]} x {result.shape[1]} update, rank {rank}": ", ".join(
+            f"{arm} {last[a, r].min()}"
+            + ("" if np.ptp(last[a, r]) == 0 else f" to {last[a, r].max()}")
+            for a, arm in enumerate(result.arms)
+        )
+        for r, rank in enumerate(result.config.ranks)
+    }
 
 
 def _batches(task: Any, tokenizer: Any, config: Config, seed: int) -> list[dict[str, Tensor]]:
@@ -246,110 +361,3 @@ def _batches(task: Any, tokenizer: Any, config: Config, seed: int) -> list[dict[
         )
     ]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def _sgd(
-    model: nn.Module,
-    batches: list[dict[str, Tensor]],
-    learning_rate: float,
-    layers: list[str] | None = None,
-    arm: str = "",
-    rank: int = 1,
-    generator: torch.Generator | None = None,
-) -> Iterator[float]:
-    """Take one plain SGD step per batch, and yield the loss before the step.
-
-    ``arm`` selects the noise that is added to the gradient of ``layers``: "fresh-a", "gaussian",
-    or none.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    noisy = (
-        [model.get_parameter(f"{name}.weight") for name in layers or ()]
-        if arm in ("fresh-a", "gaussian")
-        else []
-    )
-    for batch in batches:
-        model.zero_grad(set_to_none=True)
-        loss = model(**batch).loss
-        loss.backward()
-        with torch.no_grad():
-            for p in noisy:
-                gradient: Any = p.grad
-                p.grad = (
-                    lora.project(gradient, rank, generator=generator)
-                    if arm == "fresh-a"
-                    else gradient + lora.matched_noise(gradient, rank, generator=generator)
-                )
-            for p in trained:
-                p.sub_(p.grad, alpha=learning_rate)  # type: ignore[arg-type]
-        if not bool(loss.isfinite()):
-            raise ValueError(
-                f"learning_rate must be small enough to train, got {learning_rate} "
-                f"and a loss of {loss.item()} ({arm or 'full'}, rank {rank})"
-            )
-        yield loss.item()
-
-
-def _adapted(model: nn.Module) -> list[str]:
-    """Return the names of the layers with a LoRA pair, as in the model without LoRA."""
-    modules = without_adapter(model).named_modules()
-    return [name for name, module in modules if hasattr(module, "get_delta_weight")]
-
-
-@torch.no_grad()
-def _effective(model: nn.Module, layers: list[str]) -> Tensor:
-    """Return the adapted layers' weights, W + BA for LoRA, as one vector."""
-
-    def weight(name: str) -> Tensor:
-        module = without_adapter(model).get_submodule(name)
-        if hasattr(module, "get_delta_weight"):
-            return module.base_layer.weight + module.get_delta_weight("default")
-        return module.weight
-
-    return torch.cat([weight(name).flatten() for name in layers])
-
-
-def _gap(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.vector_norm((a - b).double()))
-
-
-def _noise_to_gradient(model: nn.Module, layers: list[str]) -> float:
-    """Return E|G A^T A - G|^2 / |G|^2 over all layers at rank 1 (n + 1 if all have width n)."""
-    gradients: list[Any] = [model.get_parameter(f"{name}.weight").grad for name in layers]
-    squares = [float(g.square().sum()) for g in gradients]
-    return sum(g.shape[1] * s + s for g, s in zip(gradients, squares, strict=True)) / sum(squares)
-
-
-def _train_only(model: nn.Module, layers: list[str]) -> None:
-    """Train the parameters that LoRA trains: the adapted weights, and a head if there is one."""
-    heads = {id(p) for module in head_modules(model).values() for p in module.parameters()}
-    wanted = {f"{name}.weight" for name in layers}
-    if wanted - set(matrix_parameters(model)):
-        raise ValueError("model must train every adapted layer in full fine-tuning too")
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in wanted or id(p) in heads)
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore the trained parameters after the block."""
-    kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in kept:
-                p.copy_(value)
-
-
-@contextmanager
-def _frozen_a(model: nn.Module, freeze: bool) -> Iterator[None]:
-    """Freeze A inside the block if ``freeze``."""
-    a = [p for name, p in model.named_parameters() if "lora_A" in name] if freeze else []
-    for p in a:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in a:
-            p.requires_grad_(True)

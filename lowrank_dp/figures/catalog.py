@@ -25,6 +25,7 @@ ROOMS = {
     "projection_privacy": "lora",
     "vector_privacy": "lora",
     "matrix_attack": "lora",
+    "noisy_projection": "lora",
     "dynamics": "lora",
     "efficiency": "training",
     "efficiency_mnli": "training",

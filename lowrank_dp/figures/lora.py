@@ -4,6 +4,7 @@ from lowrank_dp.experiments import (
     dynamics,
     lora_noise,
     matrix_attack,
+    noisy_projection,
     projection_privacy,
     total_variation,
     vector_privacy,
@@ -11,6 +12,7 @@ from lowrank_dp.experiments import (
 from lowrank_dp.figures.spec import FigureSpec
 from lowrank_dp.plots.dynamics import plot_dynamics
 from lowrank_dp.plots.lora_noise import plot_lora_noise, plot_total_variation
+from lowrank_dp.plots.noisy_projection import plot_noisy_projection
 from lowrank_dp.plots.projection import plot_matrix_attack, plot_projection_privacy
 from lowrank_dp.plots.vector_privacy import plot_vector_privacy
 
@@ -65,6 +67,18 @@ FIGURES = {
         headline=matrix_attack.headline,
         caption=matrix_attack.CAPTION,
         takes_source=True,
+    ),
+    "noisy_projection": FigureSpec(
+        run=noisy_projection.run,
+        result=noisy_projection.Result,
+        small=noisy_projection.SMALL,
+        full=noisy_projection.Config(),
+        plot=plot_noisy_projection,
+        headline=noisy_projection.headline,
+        caption=noisy_projection.CAPTION,
+        table=noisy_projection.table,
+        takes_source=True,
+        lengthy=True,
     ),
     "dynamics": FigureSpec(
         run=dynamics.run,

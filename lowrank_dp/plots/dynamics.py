@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from lowrank_dp.experiments.dynamics import expected_ratio, rank_steps
 from lowrank_dp.plots.style import (
     BLACK,
     BLUE,
+    COLOURS,
     GREEN,
     ORANGE,
     RED,
@@ -36,8 +38,8 @@ _ARM_STYLE = {
 
 @styled
 def plot_dynamics(result: dynamics.Result) -> Figure:
-    """Plot distance to full fine-tuning over steps and against rank, and the losses' difference."""
-    figure, axes = new_figure(2, 2, height=4.8)
+    """Plot distances to full fine-tuning, losses, ranks of the update, and the paired ratio."""
+    figure, axes = new_figure(3, 2, height=7.0)
     ranks, steps = result.config.ranks, np.arange(1, result.config.num_steps + 1)
     distance, difference = result.distance_band, result.loss_band  # mean, low, high
     for column, r in enumerate((0, len(ranks) - 1)):
@@ -68,7 +70,10 @@ def plot_dynamics(result: dynamics.Result) -> Figure:
     axes[1, 1].set(yscale="log", ylabel=f"relative distance at step {steps[-1]}")
     _plain_log(axes[1, 1])
     letter(axes[1, 1], "d  weights at the end, against rank")
-    figure.legend(loc="outside lower center", ncols=3, handlelength=2.2)
+    _plot_rank(result, axes[2, 0])
+    _plot_ratio(result, axes[2, 1])
+    handles, labels = axes[1, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=2.2)
     return figure
 
 
@@ -87,6 +92,35 @@ def _plot_distance(result: dynamics.Result, axis: Axes, r: int) -> None:
         ylabel="$|W - W_{full}|$ / $|W_{full} - W_0|$",
     )
     _plain_log(axis)
+
+
+def _plot_rank(result: dynamics.Result, axis: Axes) -> None:
+    """Plot the mean rank of the update over steps, at the smallest rank of A."""
+    steps = rank_steps(result.config.num_steps)
+    for a, arm in enumerate(result.arms):
+        _, colour, marker, line = _ARM_STYLE[arm]
+        axis.plot(steps, result.update_rank[a, 0].mean(axis=0), line, color=colour, marker=marker)
+    axis.axhline(min(result.shape), color=BLACK, linestyle=":")
+    axis.set(xscale="log", yscale="log", xlabel="step", ylabel="rank of the update")
+    axis.set_xticks(steps, [str(step) for step in steps])
+    axis.minorticks_off()
+    size = " × ".join(map(str, result.shape))
+    letter(axis, f"e  update of one layer ({size}), rank {result.config.ranks[0]}")
+
+
+def _plot_ratio(result: dynamics.Result, axis: Axes) -> None:
+    """Plot the paired ratio of distances over steps, per rank, and the expected ratio."""
+    steps = np.arange(1, result.config.num_steps + 1)
+    for r, rank in enumerate(result.config.ranks):
+        curves = [part[r] for part in result.ratio_band]
+        band(axis, steps, *curves, alpha=0.1, color=COLOURS[r], label=f"rank {rank}")
+    expected = np.exp(np.log(expected_ratio(result)).mean(axis=0))
+    axis.plot(steps, expected, ":", color=BLACK, label="expected")
+    axis.axhline(1, color=BLACK, linewidth=0.6)
+    axis.set(yscale="log", xlabel="step", xlim=(1, steps[-1]), ylabel="frozen A / fresh A")
+    _plain_log(axis)
+    axis.legend(fontsize=6, ncols=2)
+    letter(axis, "f  ratio of distances, paired by seed")
 
 
 def _plain_log(axis: Axes) -> None:

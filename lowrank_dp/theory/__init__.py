@@ -25,12 +25,14 @@ from lowrank_dp.theory.joint import (
     projection_logpdf,
 )
 from lowrank_dp.theory.matrix import symmetry_score
+from lowrank_dp.theory.noisy_projection import noise_projection_delta, noise_projection_multiplier
 from lowrank_dp.theory.privacy import gaussian_privacy_profile, privacy_floor, privacy_profile
 
 # fmt: off
 __all__ = [
     "berry_esseen_bound", "gaussian_privacy_profile", "hu_guarantee", "joint_tv", "joint_tv_limit",
     "joint_tv_lower_bound", "joint_tv_upper_bound", "kolmogorov_exact", "noise_kurtosis",
-    "noise_logpdf", "noise_variance", "privacy_floor", "privacy_profile", "projection_epsilon",
-    "projection_logpdf", "symmetry_score", "tv_bound", "tv_exact", "tv_lower_bound",
+    "noise_logpdf", "noise_projection_delta", "noise_projection_multiplier", "noise_variance",
+    "privacy_floor", "privacy_profile", "projection_epsilon", "projection_logpdf",
+    "symmetry_score", "tv_bound", "tv_exact", "tv_lower_bound",
 ]

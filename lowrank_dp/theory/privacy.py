@@ -86,12 +86,16 @@ def gaussian_privacy_profile(
     eps, r = reals("epsilon", epsilon, low=0), integers("rank", rank)
     theta, kappa = _pair(angle, norm_ratio)
     mu = np.sqrt(r * ((1 - kappa) ** 2 + 4 * kappa * np.sin(theta / 2) ** 2))
-    eps, mu = np.broadcast_arrays(eps, mu)
+    return unwrap(gaussian_delta(*np.broadcast_arrays(eps, mu)))
+
+
+def gaussian_delta(epsilon: Array, mu: Array) -> Array:
+    """Delta of N(0, 1) against N(mu, 1), mu >= 0; the arrays have one shape."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        log_p = special.log_ndtr(mu / 2 - eps / mu)
-        log_q = special.log_ndtr(-mu / 2 - eps / mu)
-        delta = np.exp(log_p) * -np.expm1(np.minimum(eps + log_q - log_p, 0.0))
-    return unwrap(np.where((mu > 0) & (log_p > -np.inf), delta, 0.0))
+        log_p = special.log_ndtr(mu / 2 - epsilon / mu)
+        log_q = special.log_ndtr(-mu / 2 - epsilon / mu)
+        delta = np.exp(log_p) * -np.expm1(np.minimum(epsilon + log_q - log_p, 0.0))
+    return np.where((mu > 0) & (log_p > -np.inf), delta, 0.0)
 
 
 def _pair(angle: ArrayLike, norm_ratio: ArrayLike) -> tuple[Array, Array]:

@@ -1,0 +1,80 @@
+"""Delta of noise, then projection, averaged over A: against drawn projections and closed forms."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lowrank_dp import theory
+from lowrank_dp.mechanism import GaussianMechanism
+
+
+def gaussian(epsilon, mu):
+    """Delta of N(0, 1) against N(mu, 1) by its textbook formula."""
+    return stats.norm.cdf(mu / 2 - epsilon / mu) - np.exp(epsilon) * stats.norm.cdf(
+        -mu / 2 - epsilon / mu
+    )
+
+
+def drawn(g, rank, epsilon, sigma, num, rng):
+    """Delta for each of ``num`` drawn A: the projection is formed from A, not from a law."""
+    a = rng.standard_normal((num, rank, g.shape[1]))
+    basis = np.linalg.qr(a.transpose(0, 2, 1))[0]
+    return gaussian(epsilon, np.linalg.norm(g @ basis, axis=(1, 2)) / np.linalg.norm(g) / sigma)
+
+
+def test_rank_one_is_the_mean_over_drawn_projections():
+    rng = np.random.default_rng(0)
+    for rank, n, epsilon, sigma in ((1, 6, 1.0, 1.2), (3, 6, 1.0, 1.2), (4, 20, 0.5, 2.2)):
+        assert sigma >= 1 / np.sqrt(2 * (np.sqrt(1 + epsilon**2) - 1))  # where equality holds
+        g = np.outer(rng.standard_normal(3), rng.standard_normal(n))
+        values = drawn(g, rank, epsilon, sigma, 40_000, rng)
+        error = values.std() / np.sqrt(len(values))
+        found = theory.noise_projection_delta(epsilon, sigma, rank, n)
+        assert abs(found - values.mean()) < 4 * error, (rank, n)  # wrong for 1 seed in 15,000
+        assert 4 * error < 0.1 * found, (rank, n)
+
+
+def test_no_gradient_exceeds_the_bound():
+    rng = np.random.default_rng(1)
+    for epsilon, sigma in ((1.0, 1.2), (1.0, 0.4), (0.2, 0.5), (3.0, 0.3)):
+        bound = theory.noise_projection_delta(epsilon, sigma, 2, 8)
+        for weights in ([1, 0, 0], [1, 0.5, 0.1], [1, 1, 1]):
+            g = np.diag(weights) @ np.linalg.qr(rng.standard_normal((8, 3)))[0].T
+            values = drawn(g, 2, epsilon, sigma, 20_000, rng)
+            assert values.mean() - 4 * values.std() / np.sqrt(len(values)) < bound, weights
+
+
+def test_full_rank_is_the_gaussian_mechanism_and_the_worst_case():
+    for epsilon, sigma in ((1.0, 3.73), (8.0, 0.6), (0.1, 1.0)):
+        exact = gaussian(epsilon, 1 / sigma)
+        assert theory.noise_projection_delta(epsilon, sigma, 16, 16) == pytest.approx(exact)
+        deltas = [theory.noise_projection_delta(epsilon, sigma, r, 16) for r in (1, 4, 12, 16)]
+        assert (np.diff(deltas) >= 0).all() and deltas[0] < deltas[-1], deltas
+
+
+def test_multiplier_is_the_inverse_and_at_full_rank_the_calibrated_one():
+    plain = GaussianMechanism.calibrate(1.0, 1e-5, 1, 1.0).noise_multiplier
+    assert theory.noise_projection_multiplier(1.0, 1e-5, 32, 32) == pytest.approx(plain, abs=1e-4)
+    for rank in (1, 8):
+        sigma = theory.noise_projection_multiplier(1.0, 1e-5, rank, 384)
+        assert theory.noise_projection_delta(1.0, sigma, rank, 384) == pytest.approx(1e-5, rel=1e-6)
+        assert np.sqrt(rank / 384) * plain < sigma < plain / 2
+
+
+def test_the_bend_is_where_the_second_derivative_in_mu_squared_changes_its_sign():
+    for epsilon in (0.3, 1.0, 4.0):
+        x = 2 * (np.sqrt(1 + epsilon**2) - 1)
+        for factor, sign in ((0.9, 1), (1.1, -1)):
+            h = 1e-3 * x
+            low, middle, high = (gaussian(epsilon, np.sqrt(factor * x + k * h)) for k in (-1, 0, 1))
+            assert np.sign(low + high - 2 * middle) == sign, (epsilon, factor)
+
+
+def test_bad_input_is_one_error():
+    good = {"epsilon": 1.0, "noise_multiplier": 1.0, "rank": 2, "n": 8}
+    for name, bad in (("epsilon", 0.0), ("noise_multiplier", 0.0), ("rank", 1.5), ("n", 0)):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            theory.noise_projection_delta(**good | {name: bad})
+    for bad in (0.0, 1.0, 1e-20):
+        with pytest.raises(ValueError, match=r"^delta must be"):
+            theory.noise_projection_multiplier(1.0, bad, 2, 8)
