@@ -36,6 +36,9 @@ class Options:
     task: str = option("", "Task name. Default: sst2 if LOWRANK_DP_DATA holds it, else generated.")
     device: str = option("cpu", "Device of the experiments: cpu or cuda.")
     seed: int = option(0, "Seed of every random choice.")
+    panels: bool = option(
+        False, "Also save every panel as a page of its own, in the folder panels of --output."
+    )
 
     def __post_init__(self) -> None:
         _validate.choice("scale", self.scale, ["small", "full"])
@@ -73,7 +76,7 @@ def main(
     for folder in (output, artifact_folder):
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
-    explicit = bool(given.keys() - {"only"})
+    explicit = bool(given.keys() - {"only", "panels"})
     left_out = _without_result(artifact_folder) if redraw or asked.scale == "small" else []
     names = asked.only or [name for name in NAMES if name not in left_out]
     configs = {
@@ -194,7 +197,9 @@ def _make(
             device=asked.device,
         )
     result, figure = show(name, artifact_folder=artifact_folder)  # drawn from the saved files alone
-    artifacts.save_figure(figure, output, name)
+    artifacts.save_figure(figure, output, name, privacy=result.privacy)
+    if asked.panels:
+        _save_panels(name, result, output / "panels")
     columns, rows = spec.rows(result)
     artifacts.save_table(columns, rows, artifact_folder, name, caption=spec.caption)
     return {
@@ -209,6 +214,19 @@ def _make(
             str(artifact_folder / f"{name}.json"),
         ],
     }
+
+
+def _save_panels(name: str, result: Any, folder: Path) -> None:
+    """Save each panel of a figure as a page of its own, ``NAME_LETTER``."""
+    from lowrank_dp import artifacts
+    from lowrank_dp.figures import find
+    from lowrank_dp.plots import style
+
+    spec = find(name)
+    for panel in style.panels(spec.plot(result)):
+        page = spec.plot(result)
+        style.keep_panel(page, panel)
+        artifacts.save_figure(page, folder, f"{name}_{panel}", privacy=result.privacy)
 
 
 def _print(summary: list[dict[str, Any]]) -> None:
