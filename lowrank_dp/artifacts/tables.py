@@ -131,9 +131,11 @@ def save_figure(figure: Figure, folder: str | Path, name: str, *, privacy: str =
     paths = []
     for suffix, dpi, field in ((".png", 200, "Description"), (".pdf", None, "Subject")):
         path = Path(folder) / f"{name}{suffix}"
-        metadata: dict[str, str | None] = {"Title": name} | ({field: privacy} if privacy else {})
+        metadata: dict[str, str | None] = {"Title": name}
+        if privacy:
+            metadata[field] = privacy
         if suffix == ".pdf":
-            metadata |= {"CreationDate": None}
+            metadata["CreationDate"] = None
         options: dict[str, Any] = {"metadata": metadata} | ({"dpi": dpi} if dpi else {})
         with atomic_write(path) as file:
             with mpl.rc_context({"pdf.fonttype": 42}):  # matplotlib reads this when it saves
