@@ -86,6 +86,22 @@ def test_every_panel_has_a_letter_and_a_title():
 
 
 @pytest.mark.slow
+def test_no_panel_covers_another():
+    for name in SAVED:
+        _, figure = drawn(name)
+        figure.canvas.draw()
+        boxes = {
+            axis: axis.get_tightbbox() for axis in figure.axes if axis.get_title(loc="left")
+        }  # with labels and title
+        for axis, box in boxes.items():
+            for other in boxes.keys() - {axis}:
+                place = other.get_window_extent()
+                wide = min(box.x1, place.x1) - max(box.x0, place.x0)
+                high = min(box.y1, place.y1) - max(box.y0, place.y0)
+                assert min(wide, high) <= 0, (name, axis.get_label(), other.get_label())
+
+
+@pytest.mark.slow
 def test_bands_are_inside_their_panels():
     """The band of plan_gap is a tolerance around a line, not data, and is left out."""
     seen = 0

@@ -60,9 +60,8 @@ def plot_spectra(result: spectra.Result, *, axes: Sequence[Axes] | None = None) 
     if axes is None:
         figure = Figure(figsize=(FULL, 4.8))
         rows = figure.add_gridspec(2, 1)
-        places = [
-            rows[i].subgridspec(1, count)[j] for i, count in enumerate((4, 3)) for j in range(count)
-        ]
+        grids = [rows[i].subgridspec(1, count) for i, count in enumerate((4, 3))]
+        places = [grid[i] for grid in grids for i in range(grid.ncols)]
         panels = {name: figure.add_subplot(p) for name, p in zip("abcdefg", places, strict=True)}
     else:
         panels = dict(zip("abcdefg", own_axes(axes, 7), strict=True))
