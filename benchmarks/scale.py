@@ -1,6 +1,6 @@
 """Time of a DP training step over several processes: measured for 1 and 2, then extrapolated.
 
-    python benchmarks/scale.py [--quick] [--json FILE] [--figure FILE]
+    python benchmarks/scale.py [--quick] [--redraw] [--json FILE] [--figure FILE]
 
 The model is the packaged MiniLM with full fine-tuning, on SST-2 if LOWRANK_DP_DATA holds it, else
 on the generated task, with micro-batches of 64, sigma 0.6, scheme optimal and one thread per
@@ -16,7 +16,7 @@ process and to exchanges of other sizes, and checked against two processes:
 The cost of one matrix is m n or m n min(m, n), whichever fits restorations of single matrices.
 Tables of more devices are extrapolations: the first from these measurements, with a core as a
 device; the second from ASSUMED numbers of a GPU, which are printed with it. ``scale.json`` and
-``figures/scaling.png`` are the results of one run.
+``figures/scaling`` (PNG and PDF) are the results of one run.
 """
 
 import argparse
@@ -392,17 +392,26 @@ def draw(document):
     return figure
 
 
+def save(document, path):
+    """Save the figure as PNG and PDF, whatever the suffix of ``path``."""
+    artifacts.save_figure(draw(document), path.parent, path.stem)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 rounds instead of 7")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--figure", type=Path, help="also draw them into this file")
+    parser.add_argument("--figure", type=Path, help="also draw them, as PNG and PDF of this name")
+    parser.add_argument("--redraw", action="store_true", help="draw --json, measure nothing")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if arguments.worker:
         measure(arguments.worker[0], int(arguments.worker[1]))
+        return
+    if arguments.redraw:
+        save(json.loads(arguments.json.read_text()), arguments.figure)
         return
     rounds = 2 if arguments.quick else 7
     (one,) = launch(1, rounds)
@@ -430,7 +439,7 @@ def main():
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.figure:
-        draw(document).savefig(arguments.figure, dpi=200)
+        save(document, arguments.figure)
 
 
 if __name__ == "__main__":

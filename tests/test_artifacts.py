@@ -326,6 +326,11 @@ def test_figures(tmp_path):
     again = save_figure(figure, tmp_path / "again", "f")[1]
     assert again.read_bytes() == data
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["f.pdf", "f.png"]
+    assert b"/Subject" not in data
+    png, pdf = save_figure(figure, tmp_path / "marked", "f", privacy=NON_PRIVATE)
+    with Image.open(png) as image:
+        assert image.info["Description"] == NON_PRIVATE and image.info["Title"] == "f"
+    assert f"/Subject ({NON_PRIVATE})".encode() in pdf.read_bytes()
 
 
 def test_markers():

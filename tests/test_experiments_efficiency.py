@@ -8,7 +8,7 @@ import pytest
 from lowrank_dp import artifacts
 from lowrank_dp.experiments import efficiency
 from lowrank_dp.experiments.intervals import mean_and_interval
-from lowrank_dp.plots.training import ARM_STYLE, plot_efficiency
+from lowrank_dp.plots.training import plot_efficiency
 from lowrank_dp.train import TrainConfig, load_result
 
 BASE = TrainConfig(
@@ -165,7 +165,3 @@ def test_a_small_sweep_tunes_on_other_data_and_other_seeds(swept, tmp_path):
     assert again.config == result.config
     assert efficiency.headline(again) == efficiency.headline(result)
     assert plot_efficiency(again).axes
-
-
-def test_every_arm_has_a_style():
-    assert set(ARM_STYLE) == set(efficiency.ARMS)

@@ -329,7 +329,7 @@ def test_the_gap_of_a_made_up_sweep(swept, tmp_path):
     np.testing.assert_allclose(
         maps[0].images[0].get_array(), np.log2([[3, 3], [3.5 / 1.5, 3.5 / 1.5]])
     )
-    assert "NON-PRIVATE" in figure.axes[-1].get_ylabel()
+    assert "NON-PRIVATE" in figure.get_suptitle()
 
 
 def test_a_ratio_with_a_run_out_of_reach_is_a_bound():

@@ -109,17 +109,34 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     return "\n".join([head, "|" + "---|" * len(columns), *rest])
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
+def save_figure(figure: Figure, folder: str | Path, name: str, *, privacy: str = "") -> list[Path]:
     """Save a figure as ``NAME.png`` (200 dpi) and ``NAME.pdf`` (vector graphics, embedded fonts).
 
-    Returns the paths of the two files. The PDF states no date, so that the same figure always gives
-    the same bytes. Raises OSError if a file cannot be written.
+    Args:
+        figure: the figure.
+        folder: where to save; created if missing.
+        name: file name without suffix, and the title in the files' metadata.
+        privacy: the privacy statement of what is shown, a result's field ``privacy``. It becomes
+            ``Description`` in the PNG's metadata and ``Subject`` in the PDF's; "" states nothing.
+
+    Returns:
+        The paths of the two files. The PDF states no date, so that the same figure always gives the
+        same bytes.
+
+    Raises:
+        OSError: if a file cannot be written.
     """
     import matplotlib as mpl
 
     paths = []
-    for suffix, options in ((".png", {"dpi": 200}), (".pdf", {"metadata": {"CreationDate": None}})):
+    for suffix, dpi, field in ((".png", 200, "Description"), (".pdf", None, "Subject")):
         path = Path(folder) / f"{name}{suffix}"
+        metadata: dict[str, str | None] = {"Title": name}
+        if privacy:
+            metadata[field] = privacy
+        if suffix == ".pdf":
+            metadata["CreationDate"] = None
+        options: dict[str, Any] = {"metadata": metadata} | ({"dpi": dpi} if dpi else {})
         with atomic_write(path) as file:
             with mpl.rc_context({"pdf.fonttype": 42}):  # matplotlib reads this when it saves
                 figure.savefig(file, format=suffix[1:], **options)

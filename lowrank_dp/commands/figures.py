@@ -40,6 +40,9 @@ class Options:
     task: str = option("", "Task name. Default: sst2 if LOWRANK_DP_DATA holds it, else generated.")
     device: str = option("cpu", "Device of the experiments: cpu or cuda.")
     seed: int = option(0, "Seed of every random choice.")
+    panels: bool = option(
+        False, "Also save every panel as a page of its own, in the folder panels of --output."
+    )
 
     def __post_init__(self) -> None:
         _validate.choice("scale", self.scale, ["small", "full"])
@@ -96,11 +99,12 @@ def main(
     request = Request(
         scale=asked.scale,
         changes=asked.changes,
-        given=frozenset(given),
+        given=frozenset(given) - {"panels"},
         only=asked.only,
         folder=folder,
         own_folder=artifacts is not None,
         update=update,
+        panels=asked.panels,
     )
     left_out = _without_result(folder) if redraw or asked.scale == "small" else []
     names = asked.only or [name for name in NAMES if name not in left_out]
@@ -154,7 +158,9 @@ def _make(
         artifacts.save_result(computed, place.folder, name, **made)
     result, figure = show(name, artifact_folder=place.folder)  # drawn from the saved files alone
     drawn = output or (place.folder if place.is_trial else Path("figures"))
-    artifacts.save_figure(figure, drawn, name)
+    artifacts.save_figure(figure, drawn, name, privacy=result.privacy)
+    if request.panels:
+        _save_panels(name, result, drawn / "panels")
     columns, rows = spec.rows(result)
     artifacts.save_table(columns, rows, place.folder, name, caption=spec.caption)
     paths = (drawn / f"{name}.png", drawn / f"{name}.pdf", place.folder / f"{name}.json")
@@ -180,6 +186,19 @@ def _checked(name: str, place: Place, result: Any, request: Request, console: Co
     trial = trial_of(name, place.config, request, f"{place.folder / name}.json holds {other}")
     say(console, trial.note)
     return trial
+
+
+def _save_panels(name: str, result: Any, folder: Path) -> None:
+    """Save each panel of a figure as a page of its own, ``NAME_LETTER``."""
+    from lowrank_dp import artifacts
+    from lowrank_dp.figures import find
+    from lowrank_dp.plots import style
+
+    spec = find(name)
+    for panel in style.panels(spec.plot(result)):
+        page = spec.plot(result)
+        style.keep_panel(page, panel)
+        artifacts.save_figure(page, folder, f"{name}_{panel}", privacy=result.privacy)
 
 
 def _print(summary: list[dict[str, Any]]) -> None:

@@ -149,7 +149,7 @@ def _save(folder: Path, report: Report, asked: dict[str, Any]) -> None:
     from lowrank_dp.mia import rendering
     from lowrank_dp.plots.roc import plot_roc
 
-    artifacts.save_figure(plot_roc(report), folder, "roc")
+    artifacts.save_figure(plot_roc(report), folder, "roc", privacy=rendering.LABEL)
     rendering.save(report, folder, asked)
 
 

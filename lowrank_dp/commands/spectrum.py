@@ -92,7 +92,8 @@ def main(
         from lowrank_dp.plots.spectra import plot_spectra
 
         artifacts.save_result(result, output, "spectra", seed=asked.seed, device=asked.device)
-        artifacts.save_figure(plot_spectra(result), output, "spectra")
+        figure = plot_spectra(result)
+        artifacts.save_figure(figure, output, "spectra", privacy=result.privacy)
     if as_json:
         print(json.dumps(_document(result, spectra.headline(result)), indent=1))
     else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_dp import _validate, artifacts
 from lowrank_dp.figures.catalog import find
+from lowrank_dp.figures.reading import saved_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ def compute(name: str, config: Any, sources: dict[Any, Any] | None = None) -> An
 def show(
     name: str,
     *,
-    artifact_folder: str | Path = "paper_artifacts",
+    artifact_folder: str | Path | None = None,
     recompute: bool = False,
     scale: str = "small",
     sources: dict[Any, Any] | None = None,
@@ -86,7 +87,7 @@ def show(
 
     Args:
         name: name in ``figures.NAMES``.
-        artifact_folder: folder of saved results.
+        artifact_folder: folder of saved results; None takes :func:`reading.saved_results`.
         recompute: run the experiment instead of loading its saved result.
         scale: "small" or "full", for ``recompute``.
         sources: as in :func:`compute`; the first call is given an empty dict.
@@ -100,5 +101,6 @@ def show(
     if recompute:
         result = compute(name, config_of(name, scale), sources)
     else:
-        result = artifacts.load_result(artifact_folder, name, spec.result)
+        folder = saved_results() if artifact_folder is None else artifact_folder
+        result = artifacts.load_result(folder, name, spec.result)
     return result, spec.plot(result)

@@ -27,6 +27,7 @@ class Request:
         folder: folder of the saved results.
         own_folder: whether the user named ``folder``.
         update: whether a saved result is replaced, whatever its configuration.
+        panels: whether each panel is saved as a page of its own, too.
     """
 
     scale: str
@@ -36,6 +37,7 @@ class Request:
     folder: Path
     own_folder: bool = False
     update: bool = False
+    panels: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lowrank_dp.plots.style import FULL, letter, new_figure, styled
+from lowrank_dp.plots.style import FULL, labelled, letter, new_figure
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import gap
@@ -17,16 +18,22 @@ if TYPE_CHECKING:
 _MOST = 3.0  # ratio at which the colours end
 
 
-@styled
-def plot_gap(result: gap.Result) -> Figure:
-    """Plot every ratio of steps as a heat map: a row per trained part, a column per ratio."""
+def _over_seeds(result: gap.Result) -> str:
+    return f"Ratios of means over {result.config.num_seeds} seeds."
+
+
+@labelled(_over_seeds)
+def plot_gap(result: gap.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Plot every ratio of steps as a heat map: a row per trained part, a column per ratio.
+
+    ``axes`` are axes of the user's own to draw in, one per trained part and ratio, row by row.
+    """
     found, config = result.ratios, result.config
-    figure, axes = new_figure(
-        len(config.parts), len(found), width=FULL, height=0.9 + 1.7 * len(config.parts)
-    )
+    height = 1.1 + 1.7 * len(config.parts)
+    figure, grid = new_figure(len(config.parts), len(found), axes=axes, width=FULL, height=height)
     for i, part in enumerate(config.parts):
         for j, (name, values) in enumerate(found.items()):
-            axis = axes[i, j]
+            axis = grid[i, j]
             texts = [
                 [values.text((i, k, m)) for k in range(len(config.batch_sizes))]
                 for m in range(len(config.epsilons))
@@ -34,15 +41,12 @@ def plot_gap(result: gap.Result) -> Figure:
             image = _heat_map(axis, values.value[i].T, texts)
             axis.set_xticks(range(len(config.batch_sizes)), map(str, config.batch_sizes))
             axis.set_yticks(range(len(config.epsilons)), [f"{e:g}" for e in config.epsilons])
-            if j == 0:
-                axis.set_ylabel(f"{part}\nepsilon")
-            if i == len(config.parts) - 1:
-                axis.set_xlabel("expected batch B")
-            if i == 0:
-                letter(axis, f"{'abcd'[j]}  {name}")
-    bar = figure.colorbar(image, ax=axes, extend="both", shrink=0.8)
+            axis.set(xlabel="expected batch B", ylabel=f"epsilon, {part}")
+            mark = "abcdefghijklmnopqrstuvwxyz"[i * len(found) + j]
+            letter(axis, f"{mark}  {name}")
+    bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.8)
     bar.set_ticks([-1, 0, 1], labels=["1/2", "1", "2"])
-    bar.set_label("ratio of steps (NON-PRIVATE)")
+    bar.set_label("ratio of steps")
     return figure
 
 

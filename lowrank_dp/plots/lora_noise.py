@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,42 +17,50 @@ from lowrank_dp.plots.style import (
     GREY,
     MARKERS,
     ORANGE,
+    labelled,
+    legend_below,
     letter,
     log_ranks,
     new_figure,
-    styled,
+    shade,
 )
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import lora_noise, total_variation
 
 
-@styled
-def plot_lora_noise(result: lora_noise.Result) -> Figure:
-    """Plot variance against rank, the exact density, and kurtosis against rank."""
-    figure, axes = new_figure(1, 3, height=3.1)
-    variance, density, kurtosis = axes[0]
+def _over_draws(result: lora_noise.Result) -> str:
+    config = result.config
+    return (
+        f"Bars: 95% interval over draws of A, {config.vector_draws} for the vectors, "
+        f"{config.num_draws} for the layers."
+    )
+
+
+@labelled(_over_draws)
+def plot_lora_noise(result: lora_noise.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Plot variance against rank, the exact density, and kurtosis against rank.
+
+    ``axes`` are three axes of the user's own to draw in.
+    """
+    figure, grid = new_figure(1, 3, axes=axes, height=3.2)
+    variance, density, kurtosis = grid[0]
     _plot_moments(result, variance, kurtosis)
     _plot_one_hot(result, variance)
     ranks = np.array(result.config.ranks)
     log_ranks(variance, ranks)
     variance.set(yscale="log", ylabel="variance of $u_j$  (units of $|q|^2$)")
-    letter(variance, "a  measured ●, formula —")
+    letter(variance, "a  variance ●, formula —")
     _plot_density(result, density)
     kurtosis.axhline(3, color=BLACK, linestyle="--", linewidth=0.8)
-    kurtosis.text(ranks[0], 2.93, "Gaussian: 3", va="top", fontsize=7)
+    kurtosis.text(ranks[0], 2.95, "Gaussian: 3", va="top", fontsize=7)
     log_ranks(kurtosis, ranks)
-    kurtosis.set(yscale="log", ylabel="kurtosis of $u_j$", ylim=(2.5, None))
+    low = float(np.min(result.kurtosis - result.kurtosis_ci))
+    kurtosis.set(yscale="log", ylabel="kurtosis of $u_j$", ylim=(0.97 * min(2.6, low), None))
     kurtosis.set_yticks([3, 4, 6, 9, 12], ["3", "4", "6", "9", "12"])
     kurtosis.minorticks_off()
-    letter(kurtosis, "c  measured ●, exact —")
-    figure.legend(
-        *variance.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        handlelength=1.6,
-        fontsize=6.5,
-    )
+    letter(kurtosis, "c  kurtosis ●, exact —")
+    legend_below(figure, grid, axes is None, ncols=3, handlelength=1.6, fontsize=6.5)
     return figure
 
 
@@ -102,7 +111,7 @@ def _plot_one_hot(result: lora_noise.Result, variance: Axes) -> None:
 def _plot_density(result: lora_noise.Result, density: Axes) -> None:
     x = result.density_x
     for i, rank in enumerate(result.config.density_ranks):
-        density.plot(x, result.density[i], color=COLOURS[i], label=f"r = {rank}")
+        density.plot(x, result.density[i], color=shade("rank", rank), label=f"r = {rank}")
     density.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), "--", color=BLACK, label="Gaussian")
     density.set(
         yscale="log",
@@ -112,14 +121,19 @@ def _plot_density(result: lora_noise.Result, density: Axes) -> None:
         ylabel="density",
     )
     density.legend(loc="lower center", handlelength=1.4)
-    letter(density, "b  exact")
+    letter(density, "b  exact density")
 
 
-@styled
-def plot_total_variation(result: total_variation.Result) -> Figure:
-    """Plot the distance to a Gaussian of one coordinate, by rank and width, and of all."""
-    figure, axes = new_figure(1, 3, height=2.9)
-    by_rank, by_width, joint = axes[0]
+@labelled()
+def plot_total_variation(
+    result: total_variation.Result, *, axes: Sequence[Axes] | None = None
+) -> Figure:
+    """Plot the distance to a Gaussian of one coordinate, by rank and width, and of all.
+
+    ``axes`` are three axes of the user's own to draw in.
+    """
+    figure, grid = new_figure(1, 3, axes=axes, height=2.9)
+    by_rank, by_width, joint = grid[0]
     _plot_by_rank(result, by_rank)
     _plot_by_width(result, by_width)
     _plot_joint(result, joint)
@@ -145,7 +159,7 @@ def _plot_by_rank(result: total_variation.Result, by_rank: Axes) -> None:
 def _plot_by_width(result: total_variation.Result, by_width: Axes) -> None:
     config = result.config
     for i, rank in enumerate(config.fixed_ranks):
-        colour = COLOURS[i]
+        colour = shade("rank", rank)
         by_width.plot(config.widths, result.by_width_exact[i], color=colour)
         by_width.plot(config.widths, result.by_width_upper[i], "--", color=colour, linewidth=0.9)
         by_width.plot(config.widths, result.by_width_paper[i], ":", color=colour, linewidth=0.9)
@@ -181,7 +195,7 @@ def _plot_joint(result: total_variation.Result, joint: Axes) -> None:
             result.joint[i],
             linestyle="none",
             marker=MARKERS[i],
-            color=COLOURS[i],
+            color=shade("rank", rank),
             markersize=3.5,
             label=f"r = {rank}",
         )
@@ -189,8 +203,8 @@ def _plot_joint(result: total_variation.Result, joint: Axes) -> None:
         ratios,
         result.joint_paper[-1],
         ":",
-        color=COLOURS[len(config.joint_ranks) - 1],
-        label="paper's Gaussian",
+        color=shade("rank", config.joint_ranks[-1]),
+        label=f"r = {config.joint_ranks[-1]}, paper's",
     )
     joint.set(
         xscale="log", xlabel="width / rank  (n/r)", ylabel="TV of all coordinates", ylim=(0, 1.02)

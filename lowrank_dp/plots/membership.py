@@ -2,87 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from lowrank_dp.plots.arms import look
 from lowrank_dp.plots.style import (
-    BLACK,
-    BLUE,
     FULL,
     GREEN,
     GREY,
-    ORANGE,
-    RED,
+    labelled,
+    legend_below,
     letter,
     new_figure,
-    styled,
+    show_all,
 )
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import membership
 
-# method -> colour and marker
-METHOD_STYLE = {
-    "full": (BLACK, "s"),
-    "LoRA": (BLUE, "o"),
-    "frozen A": (ORANGE, "^"),
-    "full, DP": (GREY, "D"),
-    "full, DP restored": (RED, "*"),
-}
+
+def _over_seeds(result: membership.Result) -> str:
+    count = result.config.num_seeds
+    return (
+        f"a, b: bars and bands are 95% t-intervals, {count} seeds; c, d: means, a point per number "
+        "of steps."
+    )
 
 
-@styled
-def plot_membership(result: membership.Result) -> Figure:
-    """Plot AUC and TPR against rank, and AUC against training loss and utility."""
-    figure, axes = new_figure(2, 2, width=FULL, height=4.8)
+@labelled(_over_seeds)
+def plot_membership(result: membership.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Plot AUC and TPR against rank, and AUC against training loss and utility.
+
+    ``axes`` are four axes of the user's own to draw in.
+    """
+    figure, grid = new_figure(2, 2, axes=axes, width=FULL, height=5.0)
     steps = result.config.steps[-1]
-    _against_rank(axes[0, 0], result, result.auc)
-    axes[0, 0].set_ylabel(f"AUC, {result.config.attack}")
-    letter(axes[0, 0], f"a  {steps} steps")
-    variance = axes[0, 0].twinx()
+    _against_rank(grid[0, 0], result, result.auc)
+    grid[0, 0].set_ylabel(f"AUC, {result.config.attack}")
+    letter(grid[0, 0], f"a  AUC after {steps} steps")
+    variance = grid[0, 0].twinx()
     variance.plot(result.config.ranks, result.noise_variance, "--", color=GREEN, linewidth=1)
     variance.set(yscale="log")
     variance.set_ylabel("variance of the projection noise", color=GREEN)
     variance.grid(False)
     if np.isnan(result.tpr).all():  # an FPR of 1% needs 100 non-members
-        axes[0, 1].text(
+        grid[0, 1].text(
             0.5,
             0.5,
             "too few non-members",
             ha="center",
             va="center",
-            transform=axes[0, 1].transAxes,
+            transform=grid[0, 1].transAxes,
         )
     else:
-        _against_rank(axes[0, 1], result, result.tpr)
-        axes[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
-    axes[0, 1].set(ylabel="TPR at 1% FPR", ylim=(0, None))
-    letter(axes[0, 1], f"b  {steps} steps")
+        _against_rank(grid[0, 1], result, result.tpr)
+        grid[0, 1].axhline(0.01, color=GREY, linestyle=":", linewidth=0.8)
+        bands = [result.band(result.tpr, i) for i in range(len(result.arms))]
+        show_all(grid[0, 1], *(mean + sign * half for mean, half in bands for sign in (-1, 1)))
+    grid[0, 1].set_ylabel("TPR at 1% FPR")
+    letter(grid[0, 1], f"b  TPR at 1% FPR after {steps} steps")
     for axis, values, name, mark in (
-        (axes[1, 0], result.train_loss, "training loss", "c"),
-        (axes[1, 1], result.utility, f"held-out {result.utility_name}", "d"),
+        (grid[1, 0], result.train_loss, "training loss", "c"),
+        (grid[1, 1], result.utility, f"held-out {result.utility_name}", "d"),
     ):
         for i, arm in enumerate(result.arms):
-            colour, marker = METHOD_STYLE[arm.split(" r=")[0]]
-            axis.plot(
-                values[i].mean(0),
-                result.auc[i].mean(0),
-                "-",
-                color=colour,
-                marker=marker,
-                markersize=3,
-                linewidth=0.8,
-                alpha=0.8,
-            )
+            style = look(arm.split(" r=")[0]).points(markersize=3.5, alpha=0.8)
+            axis.plot(values[i].mean(0), result.auc[i].mean(0), **style)
         axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
         axis.set(xlabel=name, ylabel=f"AUC, {result.config.attack}")
-        letter(axis, mark)
-    axes[1, 0].xaxis.set_major_formatter(ScalarFormatter())
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        letter(axis, f"{mark}  AUC against {name}")
+    grid[1, 0].xaxis.set_major_formatter(ScalarFormatter())
+    curves, chance = grid[0, 0].get_legend_handles_labels(), Line2D([], [], color=GREY, ls=":")
+    entries = [*curves[0], chance], [*curves[1], "chance"]
+    legend_below(figure, grid, axes is None, entries, ncols=6)
     return figure
 
 
@@ -94,21 +92,17 @@ def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> 
             continue
         ranks = [int(result.arms[i].split("=")[1]) for i in chosen]
         bands = [result.band(values, i) for i in chosen]
-        colour, marker = METHOD_STYLE[family]
+        shift = 0.97 if family == "LoRA" else 1.03
         axis.errorbar(
-            ranks,
+            shift * np.array(ranks),
             [mean[-1] for mean, _ in bands],
             [half[-1] for _, half in bands],
-            color=colour,
-            marker=marker,
-            label=family,
-            elinewidth=0.8,
-            capsize=2,
+            **look(family).curve(label=family, elinewidth=0.8, capsize=2),
         )
     for arm in ("full", "full, DP", "full, DP restored"):
         mean, half = result.band(values, result.arms.index(arm))
-        colour, _ = METHOD_STYLE[arm]
-        axis.axhline(mean[-1], color=colour, linewidth=1, label=arm)
+        colour = look(arm).colour
+        axis.axhline(mean[-1], linewidth=1, label=arm, **look(arm).curve(marker=""))
         axis.axhspan(mean[-1] - half[-1], mean[-1] + half[-1], color=colour, alpha=0.08)
     axis.set(xscale="log", xlabel="rank")
     axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,16 @@ from matplotlib.figure import Figure
 
 from lowrank_dp.experiments import noise_cost_verdicts as verdicts
 from lowrank_dp.experiments.intervals import mean_and_interval
-from lowrank_dp.plots.style import COLOURS, FULL, GREY, MARKERS, letter, new_figure, styled
+from lowrank_dp.plots.style import (
+    COLOURS,
+    FULL,
+    GREY,
+    MARKERS,
+    labelled,
+    legend_below,
+    letter,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import noise_cost
@@ -18,29 +28,39 @@ if TYPE_CHECKING:
 WARM = -1  # the last stage
 
 
-@styled
-def plot_noise_cost(result: noise_cost.Result) -> Figure:
-    """Plot gain and curvature by direction, predicted gain, and the gain of single matrices."""
-    figure, axes = new_figure(2, 2, width=FULL, height=6.2, height_ratios=(3, 2))
-    _plot_factors(
-        axes[0, 0], result, verdicts.gain_factors(result)[:, WARM], result.directions, "noisy"
+def _over_warm_ups(result: noise_cost.Result) -> str:
+    return (
+        f"a, d: bars are 95% t-intervals of the logarithm, {result.gain.shape[2]} warm-ups; "
+        f"factors below {1 / verdicts.LIMIT:g} count as {1 / verdicts.LIMIT:g}."
     )
-    axes[0, 0].set_xlabel("gain at the best step / noisy sum's")
-    letter(axes[0, 0], "a  all trained matrices, warm model")
-    _plot_curvature(axes[0, 1], result)
-    letter(axes[0, 1], "b  curvature, warm model")
-    _plot_prediction(axes[1, 0], result)
-    letter(axes[1, 0], "c  quadratic model, all stages")
+
+
+@labelled(_over_warm_ups)
+def plot_noise_cost(result: noise_cost.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Plot gain and curvature by direction, predicted gain, and the gain of single matrices.
+
+    ``axes`` are four axes of the user's own to draw in.
+    """
+    figure, grid = new_figure(2, 2, axes=axes, width=FULL, height=6.4, height_ratios=(3, 2))
     _plot_factors(
-        axes[1, 1],
+        grid[0, 0], result, verdicts.gain_factors(result)[:, WARM], result.directions, "noisy"
+    )
+    grid[0, 0].set_xlabel("gain at the best step / noisy sum's")
+    letter(grid[0, 0], "a  gain, all trained matrices, warm model")
+    _plot_curvature(grid[0, 1], result)
+    letter(grid[0, 1], "b  curvature, warm model")
+    _plot_prediction(grid[1, 0], result)
+    letter(grid[1, 0], "c  fall of the loss, quadratic model, all stages")
+    _plot_factors(
+        grid[1, 1],
         result,
         verdicts.layer_factors(result)[:, WARM],
         result.layer_directions,
         "noisy",
     )
-    axes[1, 1].set_xlabel("gain at the best step / noisy sum's")
-    letter(axes[1, 1], "d  one matrix, warm model")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    grid[1, 1].set_xlabel("gain at the best step / noisy sum's")
+    letter(grid[1, 1], "d  gain, one matrix, warm model")
+    legend_below(figure, grid, axes is None, ncols=3)
     return figure
 
 
@@ -79,7 +99,6 @@ def _plot_factors(
         shift = 0.22 * (case - (len(logs) - 1) / 2)
         axis.errorbar(middle, y + shift, xerr=bars, elinewidth=0.8, **_style(result, case))
     axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
-    axis.set_xlim(0.05, 20)
 
 
 def _plot_curvature(axis: Axes, result: noise_cost.Result) -> None:

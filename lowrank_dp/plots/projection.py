@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,18 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_dp.plots.style import (
-    BLACK,
     BLUE,
-    COLOURS,
     GREEN,
     GREY,
-    MARKERS,
     ORANGE,
     RED,
+    labelled,
+    legend_below,
     letter,
     log_ranks,
     new_figure,
-    styled,
+    shade,
 )
 
 if TYPE_CHECKING:
@@ -30,11 +30,23 @@ if TYPE_CHECKING:
 _ROW_STYLES = ((RED, "o", ":"), (ORANGE, "s", "--"), (GREEN, "D", "-"), (BLUE, "^", "-."))
 
 
-@styled
-def plot_projection_privacy(result: projection_privacy.Result) -> Figure:
-    """Plot privacy profiles, delta against rank, the attack's ROC, and AUC under added noise."""
-    figure, axes = new_figure(2, 2, height=5.0)
-    (profile, by_rank), (roc, noise) = axes
+def _over_trials(result: projection_privacy.Result) -> str:
+    return (
+        f"d: bars are 95% intervals, {result.config.num_trials} trials with the candidate and as "
+        "many without."
+    )
+
+
+@labelled(_over_trials)
+def plot_projection_privacy(
+    result: projection_privacy.Result, *, axes: Sequence[Axes] | None = None
+) -> Figure:
+    """Plot privacy profiles, delta against rank, the attack's ROC, and AUC under added noise.
+
+    ``axes`` are four axes of the user's own to draw in.
+    """
+    figure, grid = new_figure(2, 2, axes=axes, height=5.2)
+    (profile, by_rank), (roc, noise) = grid
     _plot_profiles(result, profile)
     _plot_delta(result, by_rank)
     _plot_attack_roc(result, roc)
@@ -45,8 +57,9 @@ def plot_projection_privacy(result: projection_privacy.Result) -> Figure:
 def _plot_profiles(result: projection_privacy.Result, profile: Axes) -> None:
     config = result.config
     for i, rank in enumerate(config.profile_ranks):
-        profile.plot(config.epsilons, result.profile[i], color=COLOURS[i], label=f"r = {rank}")
-        profile.plot(config.epsilons, result.profile_gaussian[i], "--", color=COLOURS[i])
+        colour = shade("rank", rank)
+        profile.plot(config.epsilons, result.profile[i], color=colour, label=f"r = {rank}")
+        profile.plot(config.epsilons, result.profile_gaussian[i], "--", color=colour)
     profile.set(
         yscale="log",
         ylim=(1e-10, 1),
@@ -65,14 +78,11 @@ def _plot_profiles(result: projection_privacy.Result, profile: Axes) -> None:
 def _plot_delta(result: projection_privacy.Result, by_rank: Axes) -> None:
     config = result.config
     for i, n in enumerate(config.widths):
-        by_rank.plot(
-            config.rank_grid, result.by_rank[i], color=COLOURS[i + 2], label=f"exact, n = {n}"
-        )
-        by_rank.plot(
-            np.sqrt(n / 2), 1.15e-3, marker="^", color=COLOURS[i + 2], markersize=5, clip_on=False
-        )
+        colour = shade("width", n)
+        by_rank.plot(config.rank_grid, result.by_rank[i], color=colour, label=f"exact, n = {n}")
+        by_rank.plot(np.sqrt(n / 2), 1.15e-3, marker="^", color=colour, markersize=5, clip_on=False)
     by_rank.plot(
-        config.rank_grid, result.by_rank_gaussian, "--", color=BLACK, label="Gaussian reading"
+        config.rank_grid, result.by_rank_gaussian, "--", color=BLUE, label="Gaussian reading"
     )
     by_rank.plot([], [], "^", color=GREY, label="rank $\\sqrt{n/2}$")
     log_ranks(by_rank, np.array(config.rank_grid))
@@ -88,7 +98,7 @@ def _plot_attack_roc(result: projection_privacy.Result, roc: Axes) -> None:
         roc.plot(
             result.fpr,
             result.tpr[i],
-            color=COLOURS[i],
+            color=_ROW_STYLES[i % len(_ROW_STYLES)][0],
             linewidth=2.2 - 0.6 * i,
             linestyle=("-", "-", "--")[i % 3],
             label=f"{rows} row{'s' * (rows > 1)}, {name}: {result.auc[i, 0, 0]:.3f}",
@@ -97,7 +107,7 @@ def _plot_attack_roc(result: projection_privacy.Result, roc: Axes) -> None:
         result.fpr,
         result.tpr_gaussian_reading,
         "--",
-        color=BLACK,
+        color=BLUE,
         linewidth=1,
         label=f"1 row, Gaussian reading: {result.auc_gaussian_reading:.3f}",
     )
@@ -122,15 +132,16 @@ def _plot_added_noise(result: projection_privacy.Result, noise: Axes) -> None:
     ):
         for i, rows in enumerate(config.rows):
             value, low, high = data[i].T
+            colour, marker, _ = _ROW_STYLES[i % len(_ROW_STYLES)]
             shift = 0.08 * (i - 1) + (0.0 if filled else 0.04)
             noise.errorbar(
                 position + shift,
                 value,
                 [value - low, high - value],
-                color=COLOURS[i],
+                color=colour,
                 linestyle=line,
-                marker=MARKERS[i],
-                markerfacecolor=COLOURS[i] if filled else "white",
+                marker=marker,
+                markerfacecolor=colour if filled else "white",
                 elinewidth=0.8,
                 label=f"{label}, {rows} row{'s' * (rows > 1)}",
             )
@@ -140,27 +151,32 @@ def _plot_added_noise(result: projection_privacy.Result, noise: Axes) -> None:
         ylim=(0.2, 1.03), xlabel="added noise  (std / rms entry of the release)", ylabel="AUC"
     )
     noise.legend(ncols=2, loc="lower left", handlelength=2.2)
-    letter(noise, "d  measured: 95% intervals")
+    letter(noise, "d  measured: AUC under added noise")
 
 
-@styled
-def plot_matrix_attack(result: matrix_attack.Result) -> Figure:
-    """Plot AUC against added noise: one panel per rank, one curve per number of rows."""
-    figure, axes = new_figure(1, len(result.config.ranks), height=2.7, sharey=True)
-    for k, axis in enumerate(axes[0]):
+def _over_records(result: matrix_attack.Result) -> str:
+    return f"Bars: 95% intervals, {result.config.num_trials} trials with the record and without."
+
+
+@labelled(_over_records)
+def plot_matrix_attack(
+    result: matrix_attack.Result, *, axes: Sequence[Axes] | None = None
+) -> Figure:
+    """Plot AUC against added noise: one panel per rank, one curve per number of rows.
+
+    ``axes`` are axes of the user's own to draw in, one per rank.
+    """
+    figure, grid = new_figure(1, len(result.config.ranks), axes=axes, height=2.9, sharey=True)
+    for k, axis in enumerate(grid[0]):
         _plot_rank(result, k, axis)
-    axes[0, 0].set_ylabel("AUC")
-    curves, names = axes[0, 0].get_legend_handles_labels()
+    grid[0, 0].set_ylabel("AUC")
+    curves, names = grid[0, 0].get_legend_handles_labels()
     marks = [
-        *axes[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white"),
-        *axes[0, 0].plot([], [], ":", color=GREY, linewidth=1),
+        *grid[0, 0].plot([], [], "o", color=GREY, markerfacecolor="white"),
+        *grid[0, 0].plot([], [], ":", color=GREY, linewidth=1),
     ]
-    figure.legend(
-        [*curves, *marks],
-        [*names, "Gaussian reading, no noise", "rms entry of the release"],
-        loc="outside lower center",
-        ncols=3,
-    )
+    said = [*names, "Gaussian reading, no noise", "rms entry of the release"]
+    legend_below(figure, grid, axes is None, ([*curves, *marks], said), ncols=3)
     return figure
 
 
@@ -194,7 +210,7 @@ def _plot_rank(result: matrix_attack.Result, k: int, axis: Axes) -> None:
     axis.axvline(np.log10(rms), color=GREY, linestyle=":", linewidth=1)
     axis.axhline(0.5, color=GREY, linewidth=0.8)
     axis.set_xticks(ticks, labels)
-    bottom = min(0.4, float(result.auc.min())) - 0.04
+    bottom = min(0.4, float(result.auc.min())) - 0.04  # result.auc holds the intervals' ends
     axis.set(xlabel="added noise, std / C", ylim=(bottom, 1.03))
     letter(axis, f"{chr(ord('a') + k)}  rank {config.ranks[k]}")
 

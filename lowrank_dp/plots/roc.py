@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowrank_dp.mia.rendering import LABEL
 from lowrank_dp.plots.style import (
     BLACK,
     BLUE,
@@ -18,8 +20,8 @@ from lowrank_dp.plots.style import (
     RED,
     SKY,
     YELLOW,
+    labelled,
     new_figure,
-    styled,
 )
 
 if TYPE_CHECKING:
@@ -42,13 +44,17 @@ ATTACK_COLOUR = {
 }
 
 
-@styled
-def plot_roc(report: Report) -> Figure:
-    """Plot the ROC curve of every attack on log-log axes; the dotted line is chance."""
+@labelled(privacy=LABEL)
+def plot_roc(report: Report, *, ax: Axes | None = None) -> Figure:
+    """Plot the ROC curve of every attack on log-log axes; the dotted line is chance.
+
+    ``ax`` is one of the user's own axes to draw in.
+    """
     from lowrank_dp.mia.metrics import roc_points
 
-    figure, axes = new_figure(1, 1, width=COLUMN, height=3.2)
-    axis = axes[0, 0]
+    figure, grid = new_figure(1, 1, axes=None if ax is None else [ax], width=COLUMN, height=3.2)
+    axis = grid[0, 0]
+    axis.set_title("ROC of the attacks", fontweight="bold", loc="left")
     for attack in report.attacks:
         roc = roc_points(report.scores[attack.name], report.is_member)
         star = "*" if attack.name == report.primary else ""

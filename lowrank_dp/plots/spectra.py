@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,21 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowrank_dp.plots.style import BLACK, BLUE, FULL, GREEN, GREY, ORANGE, RED, letter, styled
+from lowrank_dp.plots.arms import look
+from lowrank_dp.plots.style import (
+    BLACK,
+    BROWN,
+    FULL,
+    GREY,
+    OLIVE,
+    PINK,
+    PURPLE,
+    labelled,
+    legend_below,
+    letter,
+    own_axes,
+    root,
+)
 from lowrank_dp.spectrum.random_matrix import (
     aspect_and_scale,
     marchenko_pastur_quantiles,
@@ -36,49 +51,60 @@ _FILLERS = (
 )
 
 
-@styled
-def plot_spectra(result: spectra.Result) -> Figure:
-    """Plot four layers' singular values, then all layers' top values, effective ranks, overlaps."""
-    figure = Figure(figsize=(FULL, 4.4))
-    halves: Any = figure.subfigures(2, 1)
-    upper, lower = halves
-    panels = upper.subplot_mosaic("abcd") | lower.subplot_mosaic("efg")
+@labelled("One batch, one noise draw.")
+def plot_spectra(result: spectra.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Plot four layers' singular values, then all layers' top values, effective ranks, overlaps.
+
+    ``axes`` are seven axes of the user's own to draw in.
+    """
+    if axes is None:
+        figure = Figure(figsize=(FULL, 4.8))
+        rows = figure.add_gridspec(2, 1)
+        grids = [rows[i].subgridspec(1, count) for i, count in enumerate((4, 3))]
+        places = [grid[i] for grid in grids for i in range(grid.ncols)]
+        panels = {name: figure.add_subplot(p) for name, p in zip("abcdefg", places, strict=True)}
+    else:
+        panels = dict(zip("abcdefg", own_axes(axes, 7), strict=True))
+        figure = root(panels["a"])
     for name, layer in zip("abcd", _spread(result, 4), strict=False):
         _plot_layer(result, panels[name], layer)
         m, n = result.shapes[layer]
         letter(panels[name], f"{name}  {_short(result.layers[layer])}\n    {m}×{n}", size=7)
     panels["a"].set_ylabel("singular value / edge")
-    handles = panels["a"].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5)
+    legend_below(figure, [panels["a"]], axes is None, ncols=5)
     _plot_top_values(result, panels["e"])
     _plot_effective_ranks(result, panels["f"])
     _plot_overlaps(result, panels["g"])
-    for name in "efg":
-        letter(panels[name], name)
+    for name, title in (
+        ("e", "top singular values"),
+        ("f", "effective ranks"),
+        ("g", "overlaps"),
+    ):
+        letter(panels[name], f"{name}  {title}")
     return figure
 
 
 def _plot_layer(result: spectra.Result, axis: Axes, layer: int) -> None:
     """Plot one layer's singular values in units of its bulk edge."""
     edge, (m, n) = result.edges[layer], result.shapes[layer]
-    for values, label, colour, style in (
-        (result.noisy, "noisy", GREY, "-"),
-        (result.restored, "restored", RED, "-"),
-        (result.clean, "clean (non-private)", BLACK, "--"),
+    for values, label in (
+        (result.noisy, "noisy"),
+        (result.restored, "restored"),
+        (result.clean, "clean"),
     ):
         row = values[layer][~np.isnan(values[layer])] / edge
         row = row[row > 1e-4]  # a logarithmic axis cannot show zero
         axis.plot(
             np.arange(1, len(row) + 1),
             row,
-            style,
-            color=colour,
-            label=label,
-            marker="." if len(row) < 20 else None,  # a line of one point is invisible
+            **look(label).curve(
+                marker="." if len(row) < 20 else "",  # a line of one point is invisible
+                label=label,
+            ),
         )
     bulk = marchenko_pastur_quantiles(min(m, n), (m, n), result.noise_std) / edge
-    axis.plot(np.arange(1, len(bulk) + 1), bulk, ":", color=BLUE, label="pure noise (MP law)")
-    axis.axhline(1, color=GREEN, linewidth=0.8, label="bulk edge")
+    axis.plot(np.arange(1, len(bulk) + 1), bulk, ":", color=PURPLE, label="pure noise (MP law)")
+    axis.axhline(1, color=BROWN, linewidth=0.8, label="bulk edge")
     axis.set(xscale="log", yscale="log", xlabel="index", ylim=(1e-2, None))
 
 
@@ -93,8 +119,8 @@ def _plot_top_values(result: spectra.Result, axis: Axes) -> None:
     axis.plot(
         order, result.clean[:, 0] / result.edges, "o", color=BLACK, label="clean", markersize=3
     )
-    axis.plot(order, expected / result.edges, "+", color=BLUE, label="noisy, expected")
-    axis.axhline(1, color=GREEN, linewidth=0.8)
+    axis.plot(order, expected / result.edges, "+", color=OLIVE, label="noisy, expected")
+    axis.axhline(1, color=BROWN, linewidth=0.8)
     axis.set(xlabel="matrix, in the model's order", ylabel="top value / edge", yscale="log")
     axis.legend(loc="upper left", handletextpad=0, borderpad=0, borderaxespad=0.1)
 
@@ -109,7 +135,7 @@ def _plot_effective_ranks(result: spectra.Result, axis: Axes) -> None:
         noise.append(np.exp(-(share * np.log(share)).sum()))
     axis.plot(order, result.effective_rank_noisy, "x", color=GREY, label="noisy")
     axis.plot(order, result.effective_rank_clean, "o", color=BLACK, label="clean", markersize=3)
-    axis.plot(order, noise, "+", color=BLUE, label="pure noise")
+    axis.plot(order, noise, "+", color=PURPLE, label="pure noise")
     axis.set(xlabel="matrix, in the model's order", ylabel="effective rank", yscale="log")
     axis.legend(loc="lower left", handletextpad=0, borderpad=0, borderaxespad=0.1)
     entropy = axis.twinx()  # the logarithm of the effective rank
@@ -141,7 +167,7 @@ def _plot_overlaps(result: spectra.Result, axis: Axes) -> None:
         hue="side",
         style="side",
         markers=["o", "s"],
-        palette=[ORANGE, BLUE],
+        palette=[PINK, OLIVE],
         s=9,
         linewidth=0,
         ax=axis,

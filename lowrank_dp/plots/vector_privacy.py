@@ -2,61 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowrank_dp.plots.style import COLOURS, MARKERS, letter, new_figure, styled
+from lowrank_dp.plots.style import COLOURS, MARKERS, labelled, letter, new_figure, shade
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import vector_privacy
 
 
-@styled
-def plot_vector_privacy(result: vector_privacy.Result) -> Figure:
-    """Plot epsilon and delta against the angle, measured angles, and epsilon against steps."""
-    figure, axes = new_figure(2, 2, height=5.0)
+@labelled("c alone is measured, on clean gradients; a, b and d are formulas.")
+def plot_vector_privacy(
+    result: vector_privacy.Result, *, axes: Sequence[Axes] | None = None
+) -> Figure:
+    """Plot epsilon and delta against the angle, measured angles, and epsilon against steps.
+
+    ``axes`` are four axes of the user's own to draw in.
+    """
+    figure, grid = new_figure(2, 2, axes=axes, height=5.2)
     config = result.config
     for i, rank in enumerate(config.ranks):
         for axis, exact, other in (
-            (axes[0, 0], result.exact_epsilon, result.hu_epsilon),
-            (axes[0, 1], result.exact_delta, result.gaussian_delta),
+            (grid[0, 0], result.exact_epsilon, result.hu_epsilon),
+            (grid[0, 1], result.exact_delta, result.gaussian_delta),
         ):
-            axis.plot(config.angles, exact[i], color=COLOURS[i], label=f"r = {rank}")
-            axis.plot(config.angles, other[i], "--", color=COLOURS[i])
-    axes[0, 0].set(
+            colour = shade("rank", rank)
+            axis.plot(config.angles, exact[i], color=colour, label=f"r = {rank}")
+            axis.plot(config.angles, other[i], "--", color=colour)
+    grid[0, 0].set(
         xscale="log", yscale="log", xlabel="angle (radians)", ylabel="ε at the theorem's δ"
     )
-    axes[0, 0].legend(title=f"n = {config.width}", title_fontsize=7)
-    letter(axes[0, 0], "a  computed: exact —, theorem 1 – –")
-    axes[0, 1].set(
+    for axis in grid[0]:
+        axis.legend(title=f"n = {config.width}", title_fontsize=7, loc="lower right")
+    letter(grid[0, 0], "a  computed: exact —, theorem 1 – –")
+    grid[0, 1].set(
         xscale="log",
         yscale="log",
         ylim=(1e-15, 1.5),
         xlabel="angle (radians)",
         ylabel="δ at ε = 1",
     )
-    letter(axes[0, 1], "b  computed: exact —, Gaussian reading – –")
-    _plot_angles(result, axes[1, 0])
+    letter(grid[0, 1], "b  computed: exact —, Gaussian reading – –")
+    _plot_angles(result, grid[1, 0])
     for i, angle in enumerate(config.composed_angles):
-        axes[1, 1].plot(
+        grid[1, 1].plot(
             config.steps,
             result.composed[i],
-            color=COLOURS[i],
+            color=shade("angle", angle),
             marker=MARKERS[i],
             markersize=3,
             label=f"angle {angle:g}",
         )
-    axes[1, 1].set(
+    grid[1, 1].set(
         xscale="log",
         yscale="log",
         xlabel="steps, each with a fresh A",
         ylabel=f"ε at δ = {config.delta:g}",
     )
-    axes[1, 1].legend(title=f"r = {config.composed_rank}, n = {config.width}", title_fontsize=7)
-    letter(axes[1, 1], "d  computed: exact law, composed")
+    grid[1, 1].legend(title=f"r = {config.composed_rank}, n = {config.width}", title_fontsize=7)
+    letter(grid[1, 1], "d  computed: exact law, composed")
     return figure
 
 

@@ -1,0 +1,127 @@
+"""Colour, marker and line of every scheme, training arm and method, the same in all figures.
+
+Black is what no noise touches, grey the plain noisy gradient and DP-Adam, red the optimal shrinker,
+blue ``denoise``, green partial restoration, brown DP-SGD, sky blue LoRA, orange LoRA with a frozen
+A, purple and olive the preconditioner. Variants of one method share its colour and differ by marker
+and line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_dp import _validate
+from lowrank_dp.plots.style import (
+    BLACK,
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    OLIVE,
+    ORANGE,
+    PINK,
+    PURPLE,
+    RED,
+    SKY,
+    YELLOW,
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn: matplotlib's colour, marker and line style."""
+
+    colour: str
+    marker: str
+    line: str
+
+    def curve(self, **options: Any) -> dict[str, Any]:
+        """Return the options of a curve with markers."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "linestyle": self.line,
+            **options,
+        }
+
+    def points(self, **options: Any) -> dict[str, Any]:
+        """Return the options of points that no line joins."""
+        return self.curve(**{"linestyle": "none", **options})
+
+
+_LOOKS: dict[str, Look] = {
+    # schemes on one gradient
+    "noisy": Look(GREY, "o", "-"),
+    "truncate(8)": Look(SKY, "v", "-"),
+    "power(3)": Look(ORANGE, "^", "-"),
+    "hard": Look(PINK, "s", "-"),
+    "soft": Look(YELLOW, "D", "-"),
+    "clean": Look(BLACK, "o", "--"),
+    "oracle profile": Look(BLACK, "x", ":"),
+    "oracle weights": Look(BLACK, "+", "--"),
+    # schemes and training arms
+    "denoise": Look(BLUE, "X", "--"),
+    "partial(0.5)": Look(GREEN, "P", "-"),
+    "partial(0.9)": Look(GREEN, "P", "--"),
+    "optimal": Look(RED, "*", "-"),
+    "optimal, zeroed": Look(RED, ".", ":"),
+    # training arms
+    "DP-Adam": Look(GREY, "o", "-"),
+    "DP-SGD": Look(BROWN, "s", "-"),
+    "noise-free Adam (NON-PRIVATE)": Look(BLACK, "", ":"),
+    "noise-free SGD (NON-PRIVATE)": Look(BLACK, "", "-."),
+    "DP-SGD, torch's momentum": Look(BROWN, "v", "--"),
+    "DP-SGD, vectors frozen": Look(BROWN, "D", ":"),
+    "partial, power law, 0.5": Look(GREEN, "d", "-"),
+    "partial, power law, 0.9": Look(GREEN, "d", "--"),
+    "low-pass filter": Look(PINK, "s", "--"),
+    "DOPPLER": Look(PINK, "s", "-."),
+    "DiSK": Look(PINK, "d", ":"),
+    "mean, denoise": Look(BLUE, "X", "-"),
+    "mean, optimal": Look(RED, "*", "--"),
+    "mean, optimal, zeroed": Look(RED, "*", "-."),
+    "mean, polar, zeroed": Look(RED, "p", ":"),
+    "DP-AdamBC": Look(YELLOW, "p", "-"),
+    "DP-Muon": Look(SKY, "h", "-"),
+    "DP-MuonBC": Look(SKY, "h", "--"),
+    "DP-LoRA": Look(SKY, "<", "--"),
+    "DP-LoRA, frozen A": Look(ORANGE, ">", "-."),
+    "DP-LoRA, mean, optimal, zeroed": Look(SKY, "*", ":"),
+    "preconditioned, generated text": Look(PURPLE, "P", "-"),
+    "preconditioned, CoLA": Look(OLIVE, "D", "-"),
+    "preconditioned, vectors trained": Look(PURPLE, "v", "--"),
+    "preconditioned, noisy sums": Look(PURPLE, "^", ":"),
+    # methods of membership inference and of training dynamics, without noise for privacy
+    "full": Look(BLACK, "s", "-"),
+    "LoRA": Look(SKY, "<", "-"),
+    "frozen A": Look(ORANGE, ">", "--"),
+    "full, DP restored": Look(RED, "d", "-"),
+    "fresh A": Look(PURPLE, "D", "-"),
+    "matched Gaussian noise": Look(GREEN, "o", "--"),
+}
+# another name of the same arm
+_SAME = {
+    "partial, 0.5": "partial(0.5)",
+    "partial, 0.9": "partial(0.9)",
+    "momentum + optimal": "mean, optimal",
+    "momentum + optimal, zeroed": "mean, optimal, zeroed",
+    "DP-LoRA, momentum + optimal, zeroed": "DP-LoRA, mean, optimal, zeroed",
+    "full, DP": "DP-Adam",
+    "lora": "LoRA",
+    "lora-frozen-a": "frozen A",
+    "fresh-a": "fresh A",
+    "gaussian": "matched Gaussian noise",
+    "restored": "optimal",
+}
+NAMES = (*_LOOKS, *_SAME)
+
+
+def look(arm: str) -> Look:
+    """Return how an arm, scheme or method is drawn; ValueError, with the nearest name, if unknown.
+
+    >>> look("momentum + optimal").colour == look("optimal").colour
+    True
+    """
+    name = _SAME.get(arm, arm)
+    return _LOOKS[_validate.choice("arm", name, NAMES)]

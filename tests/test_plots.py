@@ -1,0 +1,200 @@
+"""Every figure states its privacy and its intervals, and draws in a user's own axes."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lowrank_dp import artifacts, figures, plots
+from lowrank_dp.experiments import alignment, arms, dynamics, efficiency
+from lowrank_dp.plots import style
+from lowrank_dp.plots.arms import NAMES, look
+
+ROOT = Path(__file__).parent.parent
+PAPER, DRAWN = ROOT / "paper_artifacts", ROOT / "figures"
+SAVED = [name for name in figures.NAMES if (PAPER / f"{name}.json").exists()]
+INTERVALS = {  # figure -> what its line says of bars, bands or points
+    "spectra": "one noise draw",
+    "total_variation": "",  # exact values
+    "vector_privacy": "c alone is measured",
+    "lora_noise": "95% interval over draws of A",
+    "momentum": "bands: their range",
+    "plan_check": "mean of 2 noise draws",
+    "plan_gap": "relative error of 30%",
+    "gap": "Ratios of means over 5 seeds",
+    "projection_privacy": "95% intervals, 300 trials",
+    "matrix_attack": "95% intervals, 100 trials",
+    "noise_cost": "95% t-intervals of the logarithm, 3 warm-ups",
+}
+
+
+@functools.cache
+def drawn(name):
+    spec = figures.find(name)
+    result = artifacts.load_result(PAPER, name, spec.result)
+    return result, spec.plot(result)
+
+
+def pdf_text(text):
+    return text.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)").encode()
+
+
+@pytest.mark.slow
+def test_every_figure_states_its_privacy_and_its_intervals():
+    marked = set()
+    for name in SAVED:
+        result, figure = drawn(name)
+        line = figure.get_suptitle()
+        assert ("NON-PRIVATE" in line) == ("NON-PRIVATE" in result.privacy), name
+        marked |= {name} if "NON-PRIVATE" in line else set()
+        assert INTERVALS.get(name, "95% t-interval") in line, (name, line)
+        seeds = getattr(result.config, "num_seeds", None)
+        assert seeds is None or f"{seeds} seeds" in line, (name, line)
+    assert {"spectra", "alignment", "membership", "gap", "steps_sst2_gap"} <= marked
+    assert not marked & {"total_variation", "efficiency"}
+
+
+def test_saved_figures_hold_the_privacy_statement_of_their_results():
+    for name in SAVED:
+        privacy = artifacts.load_result(PAPER, name, figures.find(name).result).privacy
+        with Image.open(DRAWN / f"{name}.png") as image:
+            assert image.info["Description"] == privacy, name
+        assert b"/Subject (" + pdf_text(privacy) + b")" in (DRAWN / f"{name}.pdf").read_bytes(), (
+            name
+        )
+    assert (DRAWN / "scaling.pdf").exists() and (DRAWN / "scaling.png").exists()
+
+
+@pytest.mark.slow
+def test_every_panel_has_a_letter_and_a_title():
+    for name in SAVED:
+        _, figure = drawn(name)
+        letters = style.panels(figure)
+        places = {str(axis.get_position().bounds[:2]) for axis in figure.axes}
+        extra = 1 if name == "gap" else 0  # the bar of the colours
+        assert letters == list("abcdefghijklmnop"[: len(places) - extra]), name
+        for axis in figure.axes:
+            if axis.get_label() in letters:
+                assert len(axis.get_title(loc="left")) > 3, (name, axis.get_label())
+
+
+@pytest.mark.slow
+def test_no_panel_covers_another():
+    for name in SAVED:
+        _, figure = drawn(name)
+        figure.draw_without_rendering()
+        shown = [axis for axis in figure.axes if axis.get_title(loc="left")]
+        labels = {axis: axis.yaxis.get_tightbbox() for axis in shown}  # with the ticks'
+        for axis, box in ((axis, box) for axis, box in labels.items() if box):
+            for other in labels.keys() - {axis}:
+                place = other.get_window_extent()
+                wide = min(box.x1, place.x1) - max(box.x0, place.x0)
+                high = min(box.y1, place.y1) - max(box.y0, place.y0)
+                assert min(wide, high) <= 0, (name, axis.get_label(), other.get_label())
+
+
+@pytest.mark.slow
+def test_bands_are_inside_their_panels():
+    """The band of plan_gap is a tolerance around a line, not data, and is left out."""
+    seen = 0
+    for name in SAVED:
+        _, figure = drawn(name)
+        bands = [
+            (axis, band)
+            for axis in figure.axes
+            for band in axis.collections
+            if isinstance(band, PolyCollection) and name != "plan_gap"
+        ]
+        for axis, band in bands:
+            heights = np.concatenate([path.vertices[:, 1] for path in band.get_paths()])
+            low, high = axis.get_ylim()
+            assert low <= np.nanmin(heights) and np.nanmax(heights) <= high, name
+            seen += 1
+    assert seen > 40
+
+
+@pytest.mark.slow
+def test_targets_are_in_the_legend_and_no_line_joins_rates_that_never_reach_them():
+    for name in ("efficiency", "efficiency_e2e", "steps_sst2_gap"):
+        _, figure = drawn(name)
+        said = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert any(text.startswith("target: 90%") for text in said), name
+    rates = drawn("efficiency")[1].axes[-1]
+    assert {line.get_linestyle() for line in rates.lines} == {"None"}
+
+
+def test_an_arm_looks_the_same_in_all_figures_and_like_no_other():
+    every = {*arms.ARMS, *efficiency.ARMS, *alignment.SCHEMES, *dynamics.ARMS}
+    assert every <= set(NAMES)
+    for one, same in (
+        ("momentum + optimal, zeroed", "mean, optimal, zeroed"),
+        ("partial, 0.5", "partial(0.5)"),
+        ("lora", "LoRA"),
+        ("full, DP", "DP-Adam"),
+    ):
+        assert look(one) == look(same)
+    looks = [look(arm) for arm in arms.ARMS]
+    assert len(set(looks)) == len(looks)
+    looks = [look(scheme) for scheme in alignment.SCHEMES]
+    assert len(set(looks)) == len(looks)
+    with pytest.raises(ValueError, match=r"^arm must be .*did you mean 'DP-Adam'"):
+        look("DP-Adm")
+    assert style.shade("rank", 8) == style.shade("rank", 8) != style.shade("rank", 16)
+
+
+def plot_functions():
+    for module in pkgutil.iter_modules(plots.__path__):
+        found = importlib.import_module(f"lowrank_dp.plots.{module.name}")
+        for name, function in vars(found).items():
+            if name.startswith("plot_") and function.__module__ == found.__name__:
+                yield name, function
+
+
+def test_every_plot_function_takes_axes():
+    found = dict(plot_functions())
+    assert len(found) >= 17 and "plot_roc" in found
+    for name, function in found.items():
+        parameters = inspect.signature(function).parameters
+        given = parameters.get("axes", parameters.get("ax"))
+        assert given is not None and given.default is None, name
+        assert given.kind is inspect.Parameter.KEYWORD_ONLY, name
+        assert hasattr(function, "__wrapped__"), f"{name} needs the decorator style.labelled"
+
+
+def test_plots_draw_in_axes_of_the_user():
+    for name in ("total_variation", "alignment"):
+        result, _ = drawn(name)
+        mine = Figure()
+        others = mine.subplots(2, 2).ravel()
+        got = figures.find(name).plot(result, axes=others[:3])
+        assert got is mine and mine.get_suptitle() == "" and not mine.legends, name
+        assert [bool(axis.lines or axis.patches) for axis in others] == [True] * 3 + [False], name
+        said = "".join(text.get_text() for text in others[0].texts)
+        assert ("NON-PRIVATE" in said) == (name == "alignment")
+        mine.draw_without_rendering()
+        with pytest.raises(ValueError, match=r"^axes must be 3 matplotlib axes.*, got 2"):
+            figures.find(name).plot(result, axes=others[:2])
+
+
+def test_a_panel_can_stand_alone():
+    for name, panel, drawn_axes in (("alignment", "c", 1), ("membership", "a", 2)):
+        spec = figures.find(name)
+        figure = spec.plot(artifacts.load_result(PAPER, name, spec.result))
+        before = figure.get_suptitle()
+        style.keep_panel(figure, panel)
+        assert style.panels(figure) == [panel] and len(figure.axes) == drawn_axes, name
+        assert figure.get_suptitle() == before and "NON-PRIVATE" in before
+        width, height = figure.get_size_inches()
+        assert width / height == pytest.approx(16 / 9)
+        figure.draw_without_rendering()
+        place = figure.axes[0].get_position()
+        assert place.width > 0.5 and place.height > 0.4, name
+        with pytest.raises(ValueError, match=r"^panel must be one of"):
+            style.keep_panel(figure, "z")
