@@ -79,9 +79,9 @@ def documented_commands():
         text = path.read_text(encoding="utf-8")
         for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                found = re.search(r"-m lowrank_dp\.(\w+)([^#]*)", line)
+                found = re.search(r"-m lowrank_dp\.(\w+)(.*)", line)
                 if found:
-                    yield path, found[1], shlex.split(found[2])
+                    yield path, found[1], shlex.split(found[2], comments=True)
 
 
 def test_every_documented_option_exists(capsys):
