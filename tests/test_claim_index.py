@@ -29,7 +29,8 @@ def test_every_claim_has_a_verdict_and_its_artifact():
 def test_every_interval_in_words_stands_in_a_table():
     """README, this index, the site's pages and the notebooks are written by hand.
 
-    The tables are not. Those of the commit count too: `make figures` may have made those here on other data.
+    The tables are not. Those of the commit count too: `make figures` may have made those here on
+    other data.
     """
     folder = ROOT / "paper_artifacts"
     tables = [path.read_text() for path in folder.glob("*.md") if path.stem != "README"]

@@ -1,4 +1,4 @@
-"""The pages of the site and README: every block of code runs, every link and number has a source."""
+"""Pages of the site, and README: code runs, links and numbers have a source."""
 
 import contextlib
 import doctest
@@ -137,14 +137,14 @@ def test_links_are_rewritten_by_place():
     assert links.rewritten("[a](../guide.md)", "docs/how-to/x.md", "how-to/x.md") == (
         "[a](../guide.md)"
     )
-    with pytest.raises(ValueError, match="links to tests/oracles.py, which is not a part"):
+    with pytest.raises(ValueError, match=r"links to tests/oracles\.py, which is not a part"):
         links.rewritten("[a](tests/oracles.py)", "README.md", "index.md")
 
 
 def test_broken_links_of_a_built_site_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
-        '<p id="x"><a href="b.html#y"><a href="b.html#z"><a href="c.html"><a href="#x"><a href="#q">'
-        '<img src="d.png"><script src="https://e/f.js"></script><a href="https://e">'
+        '<p id="x"><a href="b.html#y"><a href="b.html#z"><a href="c.html"><a href="#x">'
+        '<a href="#q"><img src="d.png"><script src="https://e/f.js"></script><a href="https://e">'
     )
     (tmp_path / "b.html").write_text('<h1 id="y">')
     assert links.broken(tmp_path) == [
@@ -174,7 +174,9 @@ def test_every_result_has_a_page_with_its_table_claims_and_label():
 
 def test_the_claim_index_links_its_artifacts():
     text = results.index()
-    assert "| [efficiency](efficiency.md), [benchmarks/restore.py](../benchmarks/restore.py)" in text
+    assert (
+        "| [efficiency](efficiency.md), [benchmarks/restore.py](../benchmarks/restore.py)" in text
+    )
     assert len(claims(text)) == len(claims(INDEX.read_text(encoding="utf-8")))
     assert not any(row.artifacts for row in claims(text))  # no name without a link
 
@@ -189,6 +191,7 @@ def test_the_reference_has_every_public_name():
         assert ":::" in page, room
     page = reference.command_page()
     assert all(f"## {command}\n" in page for command in COMMANDS)
+    assert "Usage: python -m lowrank_dp.spectrum [OPTIONS]" in page
     assert "--noise-multiplier <float>" in page
 
 
@@ -202,6 +205,8 @@ def test_a_claim_that_is_gone_is_no_verdict():
 def test_restructured_text_becomes_markdown():
     said = roles.plain("See :func:`restore`, :class:`~torch.nn.Linear` and ``x``.")
     assert said == "See `restore`, `torch.nn.Linear` and ``x``."
+    said = roles.plain("Say a, b: c.\n\nArgs:\n    a, b: two\n    c: one, two: three")
+    assert said == "Say a, b: c.\n\nArgs:\n    a: (also b) two\n    c: one, two: three"
     session = "Say.\n\n>>> f(1)\n[1]\n>>> 2\n2"
     assert roles.plain(session) == "Say.\n\n```python\n>>> f(1)\n[1]\n>>> 2\n2\n```"
     assert roles.plain(f"{session}\n\nMore.").endswith("2\n```\n\nMore.")

@@ -6,7 +6,7 @@ import ast
 import contextlib
 import io
 import os
-from pathlib import Path
+import re
 
 from lowrank_dp.__main__ import COMMANDS, main
 from tests.readme_map import PACKAGE, face, first_line, modules_of, table
@@ -18,7 +18,6 @@ WIDTH = "88"  # columns of the help texts
 def rooms() -> list[str]:
     """Packages and top-level modules with public names, in the order of their imports."""
     return [room for room in ORDER if not room.startswith("_") and room not in ("commands",)]
-
 
 
 def public_names(room: str) -> list[str]:
@@ -54,7 +53,9 @@ def index() -> str:
         "Each package and top-level module imports only from those above it in the table; a test "
         "enforces this order. The table is made from the first line of every module."
     )
-    pages = "\n".join(f"- [`lowrank_dp.{room}`]({room}.md): {first_line(face(room))}" for room in rooms())
+    pages = "\n".join(
+        f"- [`lowrank_dp.{room}`]({room}.md): {first_line(face(room))}" for room in rooms()
+    )
     return f"# Reference\n\n{pages}\n\n## Map of modules\n\n{text}\n\n{table()}\n"
 
 
@@ -78,4 +79,7 @@ def _help(command: str) -> str:
             main([command, "--help"])
     finally:
         os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-    return said.getvalue().strip()
+    # the usage names the running program, which is mkdocs or pytest here
+    return re.sub(
+        r"^Usage: .* \[", f"Usage: python -m lowrank_dp.{command} [", said.getvalue().strip()
+    )

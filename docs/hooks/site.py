@@ -7,6 +7,7 @@ notebooks exist only while the site is built. Build the site by ``make docs``.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from docs.hooks import links, reference, results
 from docs.hooks.claims import INDEX, ROOT
 
 log = logging.getLogger("mkdocs.hooks.site")
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 _sources: dict[str, str] = {}  # page -> the file of the repository that its links are relative to
 
 
@@ -26,7 +28,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav or []:
         for title, inner in entry.items():
             if title == "Results":
-                inner.append({"Figures and tables": [f"results/{name}.md" for name in results.names()]})
+                inner.append(
+                    {"Figures and tables": [f"results/{name}.md" for name in results.names()]}
+                )
                 inner.append({"Notebooks": [links.page_of(path) for path in _notebooks()]})
             elif title == "Reference":
                 inner += [{room: f"reference/{room}.md"} for room in reference.rooms()]
@@ -91,10 +95,24 @@ def _notebooks() -> list[str]:
 
 def _notebook(path: Path) -> tuple[str, dict[str, Any]]:
     """Markdown of an executed notebook, and its pictures by name."""
+    import nbformat
     from nbconvert import MarkdownExporter
 
-    text, resources = MarkdownExporter().from_filename(
-        str(path), resources={"output_files_dir": ".", "unique_key": path.stem}
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _FORMULA.sub(_mathml, cell.source)
+    text, resources = MarkdownExporter().from_notebook_node(
+        notebook, resources={"output_files_dir": ".", "unique_key": path.stem}
     )
     pictures = {Path(name).name: content for name, content in resources["outputs"].items()}
     return text, pictures
+
+
+def _mathml(formula: re.Match[str]) -> str:
+    """MathML of a formula, which browsers draw without a script."""
+    from latex2mathml.converter import convert
+
+    block = formula[1] is not None
+    text: str = convert(formula[1] or formula[2], display="block" if block else "inline")
+    return text
