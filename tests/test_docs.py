@@ -5,6 +5,7 @@ import doctest
 import io
 import re
 import shlex
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,18 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_reads_on_a_package_index():
+    """No picture and no link of the description leads to a file that an index does not have."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    hook = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for rule in hook["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not links.LINK.findall(text) and "](https://arxiv.org" in text
+    assert "claim index (`paper_artifacts/README.md`)" in text
+    assert "(Figure, `figures/alignment.png`: Left: cosine" in text
 
 
 # --- code ----------------------------------------------------------------------------------------
@@ -124,6 +137,23 @@ def test_every_sentence_of_the_guide_has_its_artifact():
     for item in items:
         linked = re.findall(r"\.\./(?:paper_artifacts|benchmarks)/([\w.-]+)", item)
         assert linked, item
+        tables = "".join(
+            path.read_text(encoding="utf-8")
+            for name in linked
+            for path in (ROOT / "paper_artifacts").glob(f"{Path(name).stem}.*")
+            if path.suffix in (".md", ".json")
+        )
+        for number in re.findall(r"(?<![\w.])\d+\.\d{2,}", item):
+            assert number in tables, (number, item)
+
+
+def test_the_numbers_of_the_first_picture_stand_in_its_table():
+    table = (ROOT / "paper_artifacts" / "alignment.md").read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", DOCS / "findings" / "restoration.md"):
+        caption = path.read_text(encoding="utf-8").split("alignment.png)")[1].split("##")[0]
+        numbers = re.findall(r"0\.\d{3}", caption)
+        assert len(numbers) == 3, path
+        assert all(f"| {number} ± " in table for number in numbers), path
 
 
 def test_links_are_rewritten_by_place():
