@@ -226,14 +226,20 @@ def check_releases(releases: int, steps: int) -> None:
 class MovementCheck:
     """Refuse parameters that do not move although they have gradients.
 
+    A parameter that the optimizer holds may stand still for the first steps while others move: its
+    steps may be less than float32 resolves, as those of LoRA's A are while B is near 0.
+
     The object is made before the first step; :meth:`note` is called in every step, and
     :meth:`check` after some steps.
 
     Args:
         parameters: trained parameters by name.
+        optimizer: optimizer of the parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._not_held = {name for name, p in parameters.items() if id(p) not in held}
         self._parameters = parameters
         self._start = {name: _local(p.detach()).clone() for name, p in parameters.items()}
         self._with_gradient: set[str] = set()
@@ -247,18 +253,26 @@ class MovementCheck:
         }
 
     def check(self, steps: int) -> None:
-        """Raise ``ValueError`` if a parameter with a gradient has not moved since the start.
+        """Raise ``ValueError`` for parameters with gradients that have not moved since the start.
+
+        These are parameters that the optimizer does not hold, or all parameters, if none has moved
+        by as much as an entry of its mean size resolves. Entries near 0 resolve any step, so they
+        prove nothing; a parameter that starts at 0 is measured by the largest of the others.
 
         Args:
             steps: number of steps since the start.
         """
-        still = [
-            name
-            for name in self._parameters
-            if name in self._with_gradient
-            and torch.equal(_local(self._parameters[name].detach()), self._start[name])
-        ]
+        sizes = {name: float(start.abs().mean()) for name, start in self._start.items()}
+        largest, eps = max(sizes.values(), default=0.0), torch.finfo(torch.float32).eps
+        moved = {
+            name: float((_local(self._parameters[name].detach()) - start).abs().max())
+            for name, start in self._start.items()
+            if name in self._with_gradient and start.numel()
+        }
         self._start.clear()
+        still = [name for name, most in moved.items() if most == 0]
+        if any(most > eps * (sizes[name] or largest) for name, most in moved.items()):
+            still = [name for name in still if name in self._not_held]
         if still:
             raise ValueError(
                 f"{still[0]} (one of {len(still)}) has not moved in {steps} steps "
