@@ -154,6 +154,27 @@ def test_an_arm_looks_the_same_in_all_figures_and_like_no_other():
     assert style.shade("rank", 8) == style.shade("rank", 8) != style.shade("rank", 16)
 
 
+def test_plain_dp_reads_no_a_and_is_drawn_once_per_panel():
+    result, figure = drawn("noisy_projection")
+    for axis in figure.axes[:3]:
+        points = {
+            line.get_marker(): len(line.get_xdata())
+            for line in axis.lines
+            if line.get_linestyle() == "None"
+        }
+        ranks = len(result.config.ranks)
+        assert points == {"o": 1, "v": ranks, "^": ranks, "D": ranks}, axis.get_label()
+
+
+def test_wide_axes_have_fewer_labels():
+    for high, wanted in ((9, [1, 1.5, 2, 3, 5, 7]), (900, [1, 2, 5])):
+        axis = Figure().subplots()
+        axis.set(yscale="log", ylim=(1, high))
+        style.plain_log(axis.yaxis)
+        ticks = axis.yaxis.get_majorticklocs()
+        assert [*ticks[(ticks > 0.99) & (ticks < 9)]] == pytest.approx(wanted), high
+
+
 def plot_functions():
     for module in pkgutil.iter_modules(plots.__path__):
         found = importlib.import_module(f"lowrank_dp.plots.{module.name}")
