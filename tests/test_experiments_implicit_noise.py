@@ -11,6 +11,7 @@ from lowrank_dp.experiments import implicit_noise_runs as runs
 from lowrank_dp.experiments.implicit_noise_configs import arm_config, arms
 from lowrank_dp.experiments.matched import at_level, common_level
 from lowrank_dp.mia.attack import Options, attack, open_target
+from lowrank_dp.plots import style
 from lowrank_dp.plots.implicit_noise import plot_implicit_noise
 from lowrank_dp.train.loop import train
 from tests.refusals import refused
@@ -134,6 +135,10 @@ def test_a_small_trial(tmp_path, monkeypatch):
     assert implicit_noise.headline(again) == implicit_noise.headline(result)
     columns, rows = implicit_noise.table(again)
     assert len(rows) == 7 and all(len(row) == len(columns) for row in rows)
-    plot_implicit_noise(again).canvas.draw()
+    figure = plot_implicit_noise(again)
+    figure.draw_without_rendering()
+    assert style.panels(figure) == list("abcd")
+    line = figure.get_suptitle()
+    assert "NON-PRIVATE" in line and "95% t-intervals, 2 seeds" in line
     repeated = implicit_noise.run(config, tmp_path / "runs")  # nothing is trained again
     np.testing.assert_array_equal(repeated.auc, result.auc)

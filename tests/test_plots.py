@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lowrank_dp import artifacts, figures, plots
-from lowrank_dp.experiments import alignment, arms, dynamics, efficiency
+from lowrank_dp.experiments import alignment, arms, dynamics, efficiency, noisy_release
+from lowrank_dp.experiments.implicit_noise_configs import FAMILIES
 from lowrank_dp.plots import style
 from lowrank_dp.plots.arms import NAMES, look
 
@@ -31,6 +32,7 @@ INTERVALS = {  # figure -> what its line says of bars, bands or points
     "gap": "Ratios of means over 5 seeds",
     "projection_privacy": "95% intervals, 300 trials",
     "matrix_attack": "95% intervals, 100 trials",
+    "noisy_projection": "95% intervals, 100 trials",
     "noise_cost": "95% t-intervals of the logarithm, 3 warm-ups",
 }
 
@@ -131,13 +133,16 @@ def test_targets_are_in_the_legend_and_no_line_joins_rates_that_never_reach_them
 
 
 def test_an_arm_looks_the_same_in_all_figures_and_like_no_other():
-    every = {*arms.ARMS, *efficiency.ARMS, *alignment.SCHEMES, *dynamics.ARMS}
+    every = {*arms.ARMS, *efficiency.ARMS, *alignment.SCHEMES, *dynamics.ARMS, *FAMILIES}
     assert every <= set(NAMES)
+    projected = [look(name) for name in noisy_release.MECHANISMS if name != noisy_release.PLAIN]
+    assert len({*projected, look("noisy"), look("LoRA, A frozen")}) == 5
     for one, same in (
         ("momentum + optimal, zeroed", "mean, optimal, zeroed"),
         ("partial, 0.5", "partial(0.5)"),
         ("lora", "LoRA"),
         ("full, DP", "DP-Adam"),
+        ("Gaussian noise", "gaussian"),
     ):
         assert look(one) == look(same)
     looks = [look(arm) for arm in arms.ARMS]
@@ -147,6 +152,27 @@ def test_an_arm_looks_the_same_in_all_figures_and_like_no_other():
     with pytest.raises(ValueError, match=r"^arm must be .*did you mean 'DP-Adam'"):
         look("DP-Adm")
     assert style.shade("rank", 8) == style.shade("rank", 8) != style.shade("rank", 16)
+
+
+def test_plain_dp_reads_no_a_and_is_drawn_once_per_panel():
+    result, figure = drawn("noisy_projection")
+    for axis in figure.axes[:3]:
+        points = {
+            line.get_marker(): len(line.get_xdata())
+            for line in axis.lines
+            if line.get_linestyle() == "None"
+        }
+        ranks = len(result.config.ranks)
+        assert points == {"o": 1, "v": ranks, "^": ranks, "D": ranks}, axis.get_label()
+
+
+def test_wide_axes_have_fewer_labels():
+    for high, wanted in ((9, [1, 1.5, 2, 3, 5, 7]), (900, [1, 2, 5])):
+        axis = Figure().subplots()
+        axis.set(yscale="log", ylim=(1, high))
+        style.plain_log(axis.yaxis)
+        ticks = axis.yaxis.get_majorticklocs()
+        assert [*ticks[(ticks > 0.99) & (ticks < 9)]] == pytest.approx(wanted), high
 
 
 def plot_functions():

@@ -2,8 +2,8 @@
 
 Black is what no noise touches, grey the plain noisy gradient and DP-Adam, red the optimal shrinker,
 blue ``denoise``, green partial restoration, brown DP-SGD, sky blue LoRA, orange LoRA with a frozen
-A, purple and olive the preconditioner. Variants of one method share its colour and differ by marker
-and line.
+A, purple and olive the preconditioner or projections with noise. Variants of one method share its
+colour and differ by marker and line.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ _LOOKS: dict[str, Look] = {
     "clean": Look(BLACK, "o", "--"),
     "oracle profile": Look(BLACK, "x", ":"),
     "oracle weights": Look(BLACK, "+", "--"),
+    # projections of one gradient, with noise for privacy
+    "project, then noise": Look(PINK, "v", "-"),
+    "noise, then project": Look(PURPLE, "^", "-"),
+    "noise, then project, random A": Look(OLIVE, "D", "-"),
     # schemes and training arms
     "denoise": Look(BLUE, "X", "--"),
     "partial(0.5)": Look(GREEN, "P", "-"),
@@ -112,6 +116,8 @@ _SAME = {
     "lora-frozen-a": "frozen A",
     "fresh-a": "fresh A",
     "gaussian": "matched Gaussian noise",
+    "Gaussian noise": "matched Gaussian noise",
+    "LoRA, A frozen": "DP-LoRA, frozen A",
     "restored": "optimal",
 }
 NAMES = (*_LOOKS, *_SAME)

@@ -2,92 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from lowrank_dp.plots.style import (
-    BLACK,
-    BLUE,
-    FULL,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    letter,
-    new_figure,
-    styled,
-)
+from lowrank_dp.experiments.implicit_noise_configs import DROPOUT, FAMILIES
+from lowrank_dp.plots.arms import look
+from lowrank_dp.plots.style import FULL, GREY, labelled, legend_below, letter, new_figure, shade
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import implicit_noise
 
-# family -> colour, marker, and the factor that shifts its points sideways
-FAMILY_STYLE = {
-    "LoRA": (BLUE, "o", 0.88),
-    "frozen A": (ORANGE, "^", 0.96),
-    "Gaussian noise": (GREEN, "D", 1.04),
-    "fresh A": (PINK, "v", 1.13),
-}
+
+def _over_seeds(result: implicit_noise.Result) -> str:
+    count = result.config.num_seeds
+    return f"a to c: bars and band are 95% t-intervals, {count} seeds; d: means."
 
 
-@styled
-def plot_implicit_noise(result: implicit_noise.Result) -> Figure:
-    """Plot the AUC against rank at equal steps and at equal losses, and against training loss."""
-    figure, axes = new_figure(2, 2, width=FULL, height=4.8)
-    for axis, (name, values), mark in zip(axes.flat, result.readings.items(), "abc", strict=False):
+@labelled(_over_seeds)
+def plot_implicit_noise(
+    result: implicit_noise.Result, *, axes: Sequence[Axes] | None = None
+) -> Figure:
+    """Plot the AUC against rank at equal steps and at equal losses, and against training loss.
+
+    ``axes`` are four axes of the user's own to draw in.
+    """
+    figure, grid = new_figure(2, 2, axes=axes, width=FULL, height=5.0)
+    for axis, (name, values), mark in zip(grid.flat, result.readings.items(), "abc", strict=False):
         _against_rank(axis, result, values)
-        axis.set_ylabel("AUC")
-        letter(axis, f"{mark}  at {name}")
-    last = axes[1, 1]
-    for i, arm in enumerate(result.arms):
-        family, _, _ = arm.removesuffix(", dropout").partition(" r=")
-        colour, marker, _ = FAMILY_STYLE.get(family, (BLACK, "s", 1.0))
-        last.plot(
-            result.train_loss[i].mean(axis=0),
-            result.auc[i].mean(axis=0),
-            ":" if arm.endswith(", dropout") else "-",
-            color=colour,
-            marker=marker,
-            markersize=3,
-            linewidth=0.8,
-            alpha=0.8,
-        )
-    last.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
-    last.set(xlabel="training loss", ylabel="AUC")
-    letter(last, "d  over the run (dotted, with dropout)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        letter(axis, f"{mark}  AUC at {name}")
+    _over_the_run(grid[1, 1], result)
+    letter(grid[1, 1], "d  AUC over the run")
+    known = ("full", *(family for family in FAMILIES if _ranks(result, family)))
+    handles = [Line2D([], [], **look(arm).curve()) for arm in known]
+    legend_below(figure, grid, axes is None, (handles, known), ncols=5)
     return figure
+
+
+def _ranks(result: implicit_noise.Result, family: str) -> list[int]:
+    """Return the ranks of a family's arms without dropout."""
+    arms = [arm for arm in result.arms if not arm.endswith(DROPOUT)]
+    return [int(arm.split("=")[1]) for arm in arms if arm.startswith(f"{family} r=")]
 
 
 def _against_rank(axis: Axes, result: implicit_noise.Result, values: np.ndarray) -> None:
     """Plot ``values`` (arms, seeds) against rank; an arm that a seed did not reach is left out."""
     mean, half = result.band(values, "full")
     if np.isfinite(mean):
-        axis.axhline(mean, color=BLACK, linewidth=1, label="full")
-        axis.axhspan(mean - half, mean + half, color=BLACK, alpha=0.08)
-    for family, (colour, marker, shift) in FAMILY_STYLE.items():
-        ranks = [
-            int(arm.split("=")[1])
-            for arm in result.arms
-            if arm.startswith(f"{family} r=") and not arm.endswith(", dropout")
-        ]
+        axis.axhline(mean, linewidth=1, **look("full").curve(marker=""))
+        axis.axhspan(mean - half, mean + half, color=look("full").colour, alpha=0.08)
+    for family, shift in zip(FAMILIES, (0.88, 0.96, 1.04, 1.13), strict=True):
+        ranks = np.array(_ranks(result, family))
         bands = np.array([result.band(values, f"{family} r={rank}") for rank in ranks])
         if len(ranks):
-            axis.errorbar(
-                np.array(ranks) * shift,
-                bands[:, 0],
-                bands[:, 1],
-                color=colour,
-                marker=marker,
-                label=family,
-                elinewidth=0.8,
-                capsize=2,
-                linewidth=0.8,
-            )
-    axis.set(xscale="log", xlabel="rank")
+            style = look(family).curve(elinewidth=0.8, capsize=2, linewidth=0.8)
+            axis.errorbar(ranks * shift, bands[:, 0], bands[:, 1], **style)
+    axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
+    axis.set(xscale="log", xlabel="rank", ylabel="AUC")
     axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])
     axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _over_the_run(axis: Axes, result: implicit_noise.Result) -> None:
+    """Plot every arm's mean AUC against its mean training loss; the face is the rank."""
+    shown: set[int] = set()
+    for i, arm in enumerate(result.arms):
+        family, _, rank = arm.removesuffix(DROPOUT).partition(" r=")
+        style = look(family).curve(markersize=4, linewidth=0.8, alpha=0.8)
+        if rank:
+            style["markerfacecolor"] = shade("rank", int(rank))
+            shown.add(int(rank))
+        if arm.endswith(DROPOUT):
+            style["linestyle"] = ":"
+        axis.plot(result.train_loss[i].mean(axis=0), result.auc[i].mean(axis=0), **style)
+    axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
+    axis.set(xlabel="training loss (nats)", ylabel="AUC")
+    faces = [
+        Line2D([], [], marker="s", linestyle="none", color=shade("rank", rank))
+        for rank in sorted(shown)
+    ]
+    names = [f"rank {rank}" for rank in sorted(shown)]
+    if any(arm.endswith(DROPOUT) for arm in result.arms):
+        faces.append(Line2D([], [], color=GREY, linestyle=":", linewidth=0.8))
+        names.append("with dropout")
+    axis.legend(faces, names, fontsize=6)

@@ -248,8 +248,12 @@ def log_ranks(axis: Axes, ranks: np.ndarray) -> None:
 
 
 def plain_log(axis: Axis) -> None:
-    """Label a logarithmic x- or y-axis of one or two decades with plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    """Label a drawn logarithmic axis of up to three decades with plain numbers."""
+    low, high = axis.get_view_interval()
+    few = np.log10(high / low) > 1.7  # decades: more labels would overlap
+    axis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    )
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
