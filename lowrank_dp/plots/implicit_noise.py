@@ -66,8 +66,8 @@ def _against_rank(axis: Axes, result: implicit_noise.Result, values: np.ndarray)
     if np.isnan(values).any(axis=1).all():
         axis.text(0.5, 0.6, "reached by no arm", ha="center", transform=axis.transAxes)
     axis.set(xscale="log", xlabel="rank", ylabel="AUC")
-    ranks = (*result.config.ranks, *result.config.lora_ranks)
-    axis.set_xlim(0.75 * min(ranks), 1.35 * max(ranks))  # also where nothing is drawn
+    every = (*result.config.ranks, *result.config.lora_ranks)
+    axis.set_xlim(0.75 * min(every), 1.35 * max(every))  # also where nothing is drawn
     axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])
     axis.xaxis.set_minor_formatter(NullFormatter())
 
