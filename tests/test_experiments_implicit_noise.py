@@ -140,5 +140,9 @@ def test_a_small_trial(tmp_path, monkeypatch):
     assert style.panels(figure) == list("abcd")
     line = figure.get_suptitle()
     assert "NON-PRIVATE" in line and "95% t-intervals, 2 seeds" in line
+    never = replace(again, train_loss=again.train_loss + 9)
+    figure = plot_implicit_noise(never)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.axes[1].texts] == ["reached by no arm"]
     repeated = implicit_noise.run(config, tmp_path / "runs")  # nothing is trained again
     np.testing.assert_array_equal(repeated.auc, result.auc)

@@ -63,7 +63,11 @@ def _against_rank(axis: Axes, result: implicit_noise.Result, values: np.ndarray)
             style = look(family).curve(elinewidth=0.8, capsize=2, linewidth=0.8)
             axis.errorbar(ranks * shift, bands[:, 0], bands[:, 1], **style)
     axis.axhline(0.5, color=GREY, linestyle=":", linewidth=0.8)
+    if np.isnan(values).any(axis=1).all():
+        axis.text(0.5, 0.6, "reached by no arm", ha="center", transform=axis.transAxes)
     axis.set(xscale="log", xlabel="rank", ylabel="AUC")
+    every = (*result.config.ranks, *result.config.lora_ranks)
+    axis.set_xlim(0.75 * min(every), 1.35 * max(every))  # also where nothing is drawn
     axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])
     axis.xaxis.set_minor_formatter(NullFormatter())
 
