@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from lowrank_dp import accounting
-from lowrank_dp._validate import integer, real
+from lowrank_dp._validate import fail, integer, real
 from lowrank_dp.mia.intervals import lower_bound
 
 
@@ -92,6 +92,13 @@ def law_bound(
             "squares, entries and contribution must have one shape (L,), got "
             f"{squares.shape}, {entries.shape} and {part.shape}"
         )
+    for name, values, least in (
+        ("squares", squares, 0),
+        ("entries", entries, 1),
+        ("contribution", part, 0),
+    ):
+        if not values.size or not (np.isfinite(values) & (values >= least)).all():
+            fail(name, f"a non-empty array of finite numbers >= {least}", values)
     highest = squares / stats.chi2.ppf(tail / 2 / len(squares), entries)
     with np.errstate(divide="ignore", invalid="ignore"):
         by_tensor = np.where(part > 0, part**2 / highest, 0.0).sum()
