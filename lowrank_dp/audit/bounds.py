@@ -128,7 +128,7 @@ def threshold_bound(tp: int, num_in: int, fp: int, num_out: int, tail: float) ->
         ValueError: if an argument is out of range.
 
     >>> round(threshold_bound(95, 100, 5, 100, 0.05), 2)
-    2.4
+    2.42
     """
     tail = real("tail", tail, low=0, high=1, low_open=True, high_open=True)
     num_in, num_out = integer("num_in", num_in, low=0), integer("num_out", num_out, low=0)
