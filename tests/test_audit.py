@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +111,9 @@ def test_bad_arguments_of_bounds_are_named():
         (lambda: threshold_bound(1, 4, 1, 4, 0.0), "tail must"),
         (lambda: law_bound([1.0], [1, 2], [1.0], 1.0, 0.05), "one shape"),
         (lambda: law_bound([1.0], [1], [1.0], 0.0, 0.05), "noise_multiplier must"),
+        (lambda: law_bound([], [], [], 1.0, 0.05), "squares must be a non-empty"),
+        (lambda: law_bound([1.0], [0], [1.0], 1.0, 0.05), "entries must be .* >= 1"),
+        (lambda: law_bound([1.0], [1], [-1.0], 1.0, 0.05), "contribution must be"),
         (lambda: law_bound([1.0], [1], [1.0], 1.0, 1.0), "tail must"),
         (lambda: Design("sum"), "did you mean 'sums'"),
         (lambda: Design("sums", canaries=0), "canaries must be an integer >= 1"),
@@ -359,6 +363,40 @@ def test_each_law_sees_its_fault():
     assert laws.noise_bits(np.array([100, 110]), 1000, 0.05).passed
 
 
+def spoilt(bad, noise):
+    return [*noise[:2], bad * noise[2]]
+
+
+def test_noise_that_is_not_finite_is_not_as_claimed():
+    for bad in (math.nan, math.inf):
+        with np.errstate(all="ignore"):
+            found = lines_of(np.random.default_rng(8), change=partial(spoilt, bad))
+        for line in ("size", "mean"):
+            assert not found[line].passed and found[line].p_value == 0, (line, bad)
+        with pytest.raises(ValueError, match=r"squares must be .* finite"):
+            law_bound([1.0, bad], [1, 1], [0.5, 0.5], 1.0, 0.05)
+
+
+def test_a_contribution_above_the_norm_counts_unless_it_is_rounding():
+    moved = np.array([[0.1, 0.2], [0.36, 0.64]])  # the larger one has norm 1
+    for factor, slack, expected in ((1.0, 1e-3, 1.0), (0.5, 1e-3, 0.5), (1.04, 0.05, 1.0),
+                                    (1.04, 1e-3, 1.04 / 1.001), (2.0, 0.05, 2 / 1.05)):  # fmt: skip
+        found = sums.largest_contribution(moved * factor**2, slack)
+        np.testing.assert_allclose(found, np.array([0.6, 0.8]) * expected)
+
+
+@pytest.mark.parametrize("changes", [{"momentum_beta": 0.9}, {"disk_kappa": 0.7}])
+def test_running_means_are_compared_with_the_releases(changes, config, monkeypatch):
+    changes = {**changes, "scheme": "optimal", "steps": 3}
+    design = Design("sums", canaries=1)
+    for planted in (False, True):
+        if planted:
+            BUGS["clean sums to the optimizer"][0](monkeypatch)
+        report = audit(replace(config, **changes), design, power=False)
+        (line,) = (line for line in report.lines if line.what.startswith("release:"))
+        assert line.passed != planted, line
+
+
 def test_the_number_of_parts_is_that_of_the_lines_with_a_p_value(config):
     report = audit(config, Design("sums", canaries=2), power=False)
     assert sum(line.p_value is not None for line in report.lines) == laws.PARTS
@@ -554,5 +592,6 @@ def test_the_command_plans_and_refuses_bad_input(config, tmp_path, capsys):
         (["--optimizer", "adm"], ["did you mean 'adam'"]),
         (["--precondition", "generated"], ["precondition must be 'none' for an audit"]),
         (["--batch-size", "4000"], ["batch_size must be at most"]),
+        (["--output", "/proc/none"], ["/proc/none"]),
     ):
         assert_refused(run_main(capsys, *words, *more), *expected)

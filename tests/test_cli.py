@@ -241,6 +241,14 @@ def test_figures_replace_only_results_of_the_same_configuration(tmp_path, call, 
         assert code == 0 and "another command" in err
         assert saved.read_text() == content
     assert_refused(call(*words, "--redraw", "--update"), "--redraw and --update")
+    for ignored in (["--seed", "3"], ["--scale", "full"], ["--model", "tiny"]):
+        assert_refused(
+            call(*FORMULAS, *folders, "--redraw", *ignored), f"--redraw and {ignored[0]}"
+        )
+    assert_refused(call(*FORMULAS, "--output", saved), "--output must be a folder")
+    missing = saved.parent / "missing"
+    assert_refused(call(*FORMULAS, "--redraw", "--artifacts", missing), "no result")
+    assert not missing.exists()
 
 
 def test_committed_results_are_those_of_the_default_configurations():

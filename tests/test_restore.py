@@ -483,7 +483,10 @@ def test_a_gradient_of_a_convolution_is_left():
         ({"scheme": "optmal"}, "did you mean 'optimal'"),
         ({"kappa": 1}, "^option of scheme"),
         ({"noisy": torch.full((2, 2, 2, 2), math.nan)}, "^noisy must have finite"),
-        ({"noisy": torch.ones((2, 2, 2, 2), dtype=torch.int64)}, "^noisy must be a float32"),
+        (
+            {"noisy": torch.ones((2, 2, 2, 2), dtype=torch.int64)},
+            "^noisy must be a tensor of float16",
+        ),
     ):
         refused(words, restore, **{"noisy": kernel, "noise_std": 0.7} | arguments)
 
@@ -716,7 +719,10 @@ def test_bad_matrix():
     for matrix, words in (
         (torch.ones(3), "at least 2 axes"),
         (torch.ones(0, 3), "non-empty"),
-        (torch.ones(2, 3, dtype=torch.int64), "float32 or float64"),
+        (torch.ones(2, 3, dtype=torch.int64), "float16, bfloat16, float32 or float64"),
+        (torch.eye(3).to_sparse(), "a dense tensor with values"),
+        (torch.ones(2, 3, device="meta"), "a dense tensor with values"),
+        (np.ma.masked_array(np.eye(3), mask=np.eye(3) > 0), "an array without a mask"),
         (np.ones((2, 3), dtype=np.longdouble), "an array of float16, float32 or float64"),
         (torch.ones(2, 3, dtype=torch.complex64), "float32 or float64"),
         (torch.full((2, 3), math.nan), "finite entries"),

@@ -1,5 +1,7 @@
 """Delta of noise, then projection, averaged over A: against drawn projections and closed forms."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -70,9 +72,24 @@ def test_the_bend_is_where_the_second_derivative_in_mu_squared_changes_its_sign(
             assert np.sign(low + high - 2 * middle) == sign, (epsilon, factor)
 
 
+@pytest.mark.filterwarnings("error")
+def test_extreme_arguments_give_a_delta_without_a_warning():
+    for epsilon, sigma in itertools.product((1e-100, 1e-9, 1.0, 1e100), (1e-100, 1e-3, 1e100)):
+        deltas = [theory.noise_projection_delta(epsilon, sigma, r, 9) for r in (1, 8, 9)]
+        assert 0 <= deltas[0] <= deltas[1] <= deltas[2] <= 1, (epsilon, sigma, deltas)
+        assert not np.signbit(deltas).any()
+
+
 def test_bad_input_is_one_error():
     good = {"epsilon": 1.0, "noise_multiplier": 1.0, "rank": 2, "n": 8}
-    for name, bad in (("epsilon", 0.0), ("noise_multiplier", 0.0), ("rank", 1.5), ("n", 0)):
+    for name, bad in (
+        ("epsilon", 1e-300),
+        ("noise_multiplier", 1e300),
+        ("noise_multiplier", 0.0),
+        ("epsilon", 0.0),
+        ("rank", 1.5),
+        ("n", 0),
+    ):
         with pytest.raises(ValueError, match=f"^{name} must be"):
             theory.noise_projection_delta(**good | {name: bad})
     for bad in (0.0, 1.0, 1e-20):

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from lowrank_dp import accounting
-from lowrank_dp._validate import integer, real
+from lowrank_dp._validate import fail, integer, real
 from lowrank_dp.mia.intervals import lower_bound
 
 
@@ -92,6 +92,13 @@ def law_bound(
             "squares, entries and contribution must have one shape (L,), got "
             f"{squares.shape}, {entries.shape} and {part.shape}"
         )
+    for name, values, least in (
+        ("squares", squares, 0),
+        ("entries", entries, 1),
+        ("contribution", part, 0),
+    ):
+        if not values.size or not (np.isfinite(values) & (values >= least)).all():
+            fail(name, f"a non-empty array of finite numbers >= {least}", values)
     highest = squares / stats.chi2.ppf(tail / 2 / len(squares), entries)
     with np.errstate(divide="ignore", invalid="ignore"):
         by_tensor = np.where(part > 0, part**2 / highest, 0.0).sum()
@@ -121,7 +128,7 @@ def threshold_bound(tp: int, num_in: int, fp: int, num_out: int, tail: float) ->
         ValueError: if an argument is out of range.
 
     >>> round(threshold_bound(95, 100, 5, 100, 0.05), 2)
-    2.4
+    2.42
     """
     tail = real("tail", tail, low=0, high=1, low_open=True, high_open=True)
     num_in, num_out = integer("num_in", num_in, low=0), integer("num_out", num_out, low=0)

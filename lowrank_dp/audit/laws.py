@@ -35,20 +35,26 @@ class Line:
 
 
 def tested(what: str, expected: str, seen: str, p_value: float, level: float) -> Line:
-    """Return the line of a test, which passes if its p-value is at least ``level / PARTS``."""
-    p_value = float(min(1.0, p_value))
+    """Return the line of a test, which passes if its p-value is at least ``level / PARTS``.
+
+    NaN, the p-value of noise that is not finite, counts as 0.
+    """
+    p_value = 0.0 if np.isnan(p_value) else float(min(1.0, p_value))
     return Line(what, expected, seen, p_value, bool(p_value >= level / PARTS))
 
 
 def two_sided(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return two-sided p-values from the probabilities of at most, and of at least, a value."""
-    return np.minimum(1.0, 2 * np.minimum(low, high))
+    """Return two-sided p-values from the probabilities of at most, and of at least, a value.
+
+    The p-value of a value that is NaN is 0.
+    """
+    return np.nan_to_num(np.minimum(1.0, 2 * np.minimum(low, high)), nan=0.0)
 
 
 def _worst(p_values: np.ndarray) -> tuple[int, float]:
     """Return the index of the smallest p-value, and Bonferroni's p-value of all."""
-    index = int(np.argmin(p_values))
-    return index, float(min(1.0, p_values.flat[index] * p_values.size))
+    index = int(np.argmin(p_values))  # of the first NaN, if there is one
+    return index, float(p_values.flat[index] * p_values.size)
 
 
 def noise_size(

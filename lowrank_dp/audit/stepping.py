@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_dp.audit.canaries import Audited, Clip, Observer, Sums, released
 from lowrank_dp.grads.clipping import row_gradients
-from lowrank_dp.restore import SCHEMES, restore_gradients
+from lowrank_dp.restore import SCHEMES, GradientRestorer
 from lowrank_dp.restore.gradients import is_matrix
 from lowrank_dp.train.checks import StepChecks
 
@@ -86,6 +86,9 @@ class SumsObserver(Observer):
         config = audited.setup.config
         self._tolerance = 0.2 if config.precision == "bf16" else 0.02
         self._restored = not SCHEMES[config.scheme].is_identity
+        self._restorer = GradientRestorer(
+            config.scheme, low_pass=config.low_pass, **config.restoration
+        )
 
     def _ask_guards(self, check: str, *arguments: Any) -> None:
         if self._guards is not None and not self._record.objection:
@@ -171,14 +174,20 @@ class SumsObserver(Observer):
         record.products.append(np.array(products))
 
     def _post_processing(self, noisy: Sums) -> float:
-        """Return how far restored gradients are from the restored releases, relatively."""
+        """Return how far the optimizer's gradients are from post-processed releases, relatively.
+
+        The releases are averaged and restored a second time. Tensors that are neither averaged nor
+        restored are left out.
+        """
         setup = self._audited.setup
         config, std = setup.config, self._audited.noise_multiplier * self._audited.max_grad_norm
-        matrices = {name: total for name, total in noisy.items() if is_matrix(total)}
-        if not self._restored or config.low_pass is not None or not matrices:
+        processed = dict(noisy)
+        if config.low_pass is None:
+            processed = {n: t for n, t in noisy.items() if self._restored and is_matrix(t)}
+        if not processed:
             return 0.0
-        expected, _ = restore_gradients(matrices, std, config.scheme, **config.restoration)
-        most = 0.0
+        expected = self._restorer.restore(processed, std)
+        std, most = self._restorer.noise_std(std), 0.0
         for name, total in expected.items():
             grad = setup.trained[name].grad
             through = torch.zeros_like(total) if grad is None else grad * config.batch_size

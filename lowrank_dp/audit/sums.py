@@ -103,13 +103,24 @@ def limits_of(audited: Audited, record: Record, design: Design) -> Limits:
         by_law=law_bound(
             squares.sum(0),
             record.entries * len(squares),
-            np.sqrt(moved[moved.sum(1).argmax()]),
+            largest_contribution(moved, rounding_of_clipping(audited.setup.config)),
             audited.noise_multiplier,
             TAILS["law"] * tail,
         ),
         by_test=threshold_bound(*counts, TAILS["test"] * tail),
         trials=counts[1] + counts[3],
     )
+
+
+def largest_contribution(moved: np.ndarray, slack: float) -> np.ndarray:
+    """Return the norms by tensor (L,) of the largest contribution, relative to C.
+
+    ``moved`` (T, L) are squared norms. Of a contribution above C, the part up to ``slack`` is
+    rounding, which does not count.
+    """
+    largest = np.sqrt(moved[moved.sum(1).argmax()])
+    norm = float(np.linalg.norm(largest))
+    return largest / min(max(norm, 1.0), 1.0 + slack)
 
 
 def _bounds(audited: Audited, record: Record, design: Design) -> tuple[LowerBound, ...]:

@@ -57,6 +57,8 @@ def main(
 
     console = Console(stderr=as_json)
     audited = open_audit(request.run, request.design.num_canaries)
+    if output is not None and not dry_run:
+        output.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails before the runs
     _print_plan(console, audited, request)
     if dry_run:
         return
@@ -95,7 +97,6 @@ def _save(folder: Path, report: Report) -> None:
     from lowrank_dp import artifacts
 
     stamped = replace(report, provenance=artifacts.provenance(device=report.config["device"]))
-    folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(folder / REPORT, as_document(stamped))
 
 

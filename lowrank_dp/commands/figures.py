@@ -86,15 +86,18 @@ def main(
         words = (name.strip() for names in given["only"] for name in names.split(","))
         given["only"] = tuple(dict.fromkeys(words))
     asked = Options(**given)
-    if redraw and update:
-        raise ValueError("--redraw and --update must not both be given")
+    if redraw:
+        _require_only_drawing(given, update)
     from rich.console import Console
 
     from lowrank_dp.figures.places import Place, Request, place_of
 
     folder = artifacts or Path("paper_artifacts")
-    for needed in (output or Path("figures"), folder):
-        needed.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
+    for option_name, needed in (("--artifacts", folder), ("--output", output or Path("figures"))):
+        if needed.exists() and not needed.is_dir():
+            _validate.fail(option_name, "a folder", str(needed))
+        if not (redraw and needed is folder):
+            needed.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
     request = Request(
         scale=asked.scale,
@@ -126,6 +129,16 @@ def main(
         print(json.dumps(summary, indent=1))
     else:
         _print(summary)
+
+
+def _require_only_drawing(given: dict[str, Any], update: bool) -> None:
+    """Raise ValueError for options of a computation, of which --redraw would take no notice."""
+    ignored = ["update"] * update + [n for n in given if n not in ("only", "panels")]
+    if ignored:
+        raise ValueError(
+            f"--redraw and --{ignored[0]} must not both be given: --redraw draws saved results, "
+            "and computes nothing"
+        )
 
 
 def _without_result(folder: Path) -> list[str]:

@@ -136,13 +136,24 @@ def _unrestored(noisy: Tensor, noise_std: float, scheme: str, arguments: dict[st
 
 def _as_tensor(noisy: Any) -> Tensor:
     """Return what is restored as a tensor of float32 or float64; a numpy array is copied."""
+    if isinstance(noisy, np.ma.MaskedArray):
+        _validate.fail("noisy", "an array without a mask", "a masked array")
     if isinstance(noisy, np.ndarray):
         if noisy.dtype.kind != "f" or noisy.dtype.itemsize > 8:
             _validate.fail("noisy", "an array of float16, float32 or float64", str(noisy.dtype))
         own = np.float64 if noisy.dtype.itemsize == 8 else np.float32
         return torch.from_numpy(np.array(noisy, dtype=own, order="C"))
     if isinstance(noisy, Tensor):
-        return noisy.to(_COMPUTED_IN.get(str(noisy.dtype).removeprefix("torch."), noisy.dtype))
+        name = str(noisy.dtype).removeprefix("torch.")
+        if name not in (*_COMPUTED_IN, "float32", "float64"):
+            _validate.fail("noisy", "a tensor of float16, bfloat16, float32 or float64", name)
+        if noisy.layout != torch.strided or noisy.is_meta:
+            _validate.fail(
+                "noisy",
+                "a dense tensor with values",
+                "a meta tensor" if noisy.is_meta else str(noisy.layout),
+            )
+        return noisy.to(_COMPUTED_IN.get(name, noisy.dtype))
     _validate.fail("noisy", "a torch tensor or a numpy array", type(noisy).__name__)
 
 

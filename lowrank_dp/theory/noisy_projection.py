@@ -35,7 +35,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize, special
 
-from lowrank_dp._validate import fail, integer, positive, real
+from lowrank_dp._validate import fail, integer, real
 from lowrank_dp.theory._arrays import Array
 from lowrank_dp.theory._quadrature import panel_integrals
 from lowrank_dp.theory.privacy import gaussian_delta
@@ -52,8 +52,8 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     1 / sqrt(2 (sqrt(1 + epsilon^2) - 1)).
 
     Args:
-        epsilon: > 0.
-        noise_multiplier: sigma > 0, relative to the clipping norm C.
+        epsilon: in [1e-100, 1e100].
+        noise_multiplier: sigma in [1e-100, 1e100], relative to the clipping norm C.
         rank: rows of A, >= 1; a rank of n or more projects nothing.
         n: columns of A, >= 1.
 
@@ -65,16 +65,16 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     >>> f"{noise_projection_delta(1.0, 3.73, 8, 384):.1e}"  # 1e-5 without a projection
     '2.0e-18'
     """
-    epsilon = positive("epsilon", epsilon)
-    sigma = positive("noise_multiplier", noise_multiplier)
+    epsilon = real("epsilon", epsilon, low=1e-100, high=1e100)
+    sigma = real("noise_multiplier", noise_multiplier, low=1e-100, high=1e100)
     rank, n = integer("rank", rank), integer("n", n)
-    worst = float(gaussian_delta(np.array(epsilon), np.array(1 / sigma)))
+    worst = max(0.0, float(gaussian_delta(np.array(epsilon), np.array(1 / sigma))))
     if rank >= n:
         return worst
     a, b = rank / 2, (n - rank) / 2
     low = np.arcsin(np.sqrt(special.betaincinv(a, b, _TAIL)))
     high = np.arcsin(np.sqrt(special.betainccinv(a, b, _TAIL)))
-    bend = 2 * (np.sqrt(1 + epsilon**2) - 1)  # x*
+    bend = 2 * epsilon**2 / (np.sqrt(1 + epsilon**2) + 1)  # x* = 2 (sqrt(1 + epsilon^2) - 1)
     edges = np.linspace(low, high, _PANELS + 1)
     kink = np.arcsin(np.sqrt(min(1.0, bend * sigma**2)))
     if low < kink < high:
@@ -86,14 +86,17 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
         log_density = constant + (2 * a - 1) * np.log(sine) + (2 * b - 1) * np.log(cosine)
         return np.exp(log_density) * _convex_delta(epsilon, (sine / sigma) ** 2, bend)
 
-    return min(worst, float(panel_integrals(integrand, edges[:-1], edges[1:]).sum()) + 2 * _TAIL)
+    inside = float(panel_integrals(integrand, edges[:-1], edges[1:]).sum())
+    # D, which can exceed 1, is largest at b = 1
+    highest = float(_convex_delta(epsilon, np.array(sigma**-2.0), bend))
+    return min(worst, inside + 2 * _TAIL * max(1.0, highest))
 
 
 def noise_projection_multiplier(epsilon: float, delta: float, rank: int, n: int) -> float:
     """Find the least noise multiplier at which `noise_projection_delta` is at most ``delta``.
 
     Args:
-        epsilon: > 0.
+        epsilon: in [1e-100, 1e100].
         delta: in [1e-15, 1).
         rank, n: as for `noise_projection_delta`.
 
