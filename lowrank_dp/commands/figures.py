@@ -93,6 +93,11 @@ def main(
     from lowrank_dp.figures.places import Place, Request, place_of
 
     folder = artifacts or Path("paper_artifacts")
+    if redraw and not folder.is_dir():
+        raise ValueError(
+            f"--artifacts must be a folder of saved results for --redraw, got {str(folder)!r}: the "
+            "folder paper_artifacts of a clone of the repository, or one that this command wrote"
+        )
     for needed in (output or Path("figures"), folder):
         needed.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
     console = Console(stderr=True)
