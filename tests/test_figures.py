@@ -180,6 +180,10 @@ def test_what_has_no_saved_result_is_left_out_unless_it_is_asked_for(monkeypatch
         capsys, figure_command.app, "--redraw", "--only", "gap_all_layers", *places
     )
     assert status == 2 and "no result gap_all_layers.json" in " ".join(error.split())
+    places = "--output", tmp_path / "new", "--artifacts", tmp_path / "nothing"
+    status, _, error = run_command(capsys, figure_command.app, "--redraw", *places)
+    assert status == 2 and "--artifacts must be a folder of saved results" in error
+    assert not (tmp_path / "new").exists() and not (tmp_path / "nothing").exists()
 
 
 def unchanged(folder):

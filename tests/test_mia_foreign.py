@@ -391,6 +391,20 @@ def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, c
     ):
         code, out, err = run(capsys, *words, "--dry-run")
         assert code == 0 and line in out, (out, err)
+    for side in ("in", "out"):  # classes that are words, of a model that names none
+        rows = [json.loads(row) for row in open(place / f"labels-{side}.jsonl", encoding="utf-8")]
+        named = [{"text": row["text"], "label": "ny"[row["label"]]} for row in rows]
+        write_jsonl(tmp_path / f"named-{side}.jsonl", named)
+    named = ["--members", tmp_path / "named-in.jsonl", "--nonmembers", tmp_path / "named-out.jsonl"]
+    order = "(2 classes: n, y)) in sorted order (assumed: id2label of the checkpoint names no"
+    for config, assumed in (({}, True), ({"id2label": {"0": "y", "1": "n"}}, False)):
+        folder = tmp_path / f"checkpoint-{assumed}"
+        shutil.copytree(place / "classifier", folder)
+        document = json.loads((folder / "config.json").read_text()) | config
+        document.pop("label2id", None)
+        (folder / "config.json").write_text(json.dumps(document))
+        code, out, err = run(capsys, "--model", folder, *named, "--dry-run")
+        assert code == 0 and (order in out) is assumed, (out, err)
     code, out, _ = run(
         capsys, *words_of(place, "classifier", "labels", "--output", tmp_path, "--json")
     )

@@ -134,7 +134,8 @@ def test_the_command_of_the_readme(places, tmp_path):
 def test_what_is_printed_for_people(call, tmp_path):
     """Also where a folder's name looks like rich's markup; the second time it is only read."""
     output = tmp_path / "run [/b] [red]"
-    code, out, err = call({"--delta": "0.1", "--eval-every": "1"}, output)
+    asked = {"--delta": "0.1", "--eval-every": "1", "--scheme": "optimal"}
+    code, out, err = call(asked, output)
     assert code == 0 and err.startswith("warning: delta 0.1 is not below 1/N = 0.025")
     assert err.count("\n") == 1
     lines = out.splitlines()
@@ -150,13 +151,13 @@ def test_what_is_printed_for_people(call, tmp_path):
         "privacy spent: (",
     ):
         assert text in out, text
-    code, again, _ = call({"--delta": "0.1", "--eval-every": "1", "--resume": True}, output)
+    code, again, _ = call(asked | {"--resume": True}, output)
     assert code == 0 and again == "\n".join(lines[2:]) + "\n"
-    code, out, err = call(
-        {"--delta": "0.1", "--eval-every": "1", "--resume": True, "--json": True}, output
-    )
+    code, out, err = call(asked | {"--resume": True, "--json": True}, output)
     assert code == 0 and not err
     assert json.loads(out) == json.loads((output / "training.json").read_text())
+    code, out, _ = call({"--delta": "0.1"}, tmp_path / "plain")
+    assert code == 0 and "restoring: " not in out  # nothing is restored
 
 
 def test_a_run_without_privacy_says_so(call):

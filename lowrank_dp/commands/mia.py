@@ -158,7 +158,8 @@ def _print(console: Console, reports: Sequence[Report]) -> None:
 
     for report in reports:
         for line in rendering.header(report):
-            say(console, line)
+            if not line.startswith("format "):  # the plan has already printed the format
+                say(console, line)
         print_table(console, *rendering.table(report))
         for line in (*rendering.footer(report), rendering.LABEL):
             say(console, line)

@@ -139,8 +139,9 @@ def _print(console: Console, result: TrainResult, output: Path) -> None:
     print_table(console, [*columns, "seconds"], rows)
     if result.majority is not None:
         say(console, f"majority class: {result.majority:.4g}")
-    share = result.restore_seconds / result.seconds
-    say(console, f"restoring: {share:.1%} of the time of the steps")
+    if result.config.scheme != "none" or result.config.low_pass is not None:
+        share = result.restore_seconds / result.seconds
+        say(console, f"restoring: {share:.1%} of the time of the steps")
     say(console, f"loss on members: {result.train_loss:.4g} (NON-PRIVATE)")
     say(console, f"privacy spent: {result.privacy}")
     say(console, f"checkpoint: {output}")

@@ -11,6 +11,7 @@ from lowrank_dp.data.template import Template
 
 if TYPE_CHECKING:
     from lowrank_dp.membership import Manifest
+    from lowrank_dp.mia.checkpoint import Checkpoint
     from lowrank_dp.mia.options import Options
     from lowrank_dp.mia.records import Records
 
@@ -69,11 +70,14 @@ def own_format(manifest: Manifest, records: Records, options: Options) -> Format
     )
 
 
-def given_format(records: Records, options: Options, max_length: int | None) -> Format:
+def given_format(
+    records: Records, options: Options, max_length: int | None, head: Checkpoint
+) -> Format:
     """Return the encoding, given or assumed, of a checkpoint that another program trained.
 
-    ``max_length`` is used if the user gives none. Raises ValueError for a template that does not
-    fit the records.
+    ``max_length`` is used if the user gives none. ``head`` is the head that the checkpoint
+    declares: without names of its classes, the order of classes that are words is assumed. Raises
+    ValueError for a template that does not fit the records.
     """
     template = options.template
     if records.kind != "generation" and template is not None:
@@ -94,12 +98,21 @@ def given_format(records: Records, options: Options, max_length: int | None) -> 
         )
     given = options.template is not None or options.max_length is not None
     return Format(
-        _columns(records),
+        _columns(records) + _assumed_order(records, head),
         template,
         max_length if options.max_length is None else options.max_length,
         _scored(records, template),
         GIVEN if given else ASSUMED,
     )
+
+
+def _assumed_order(records: Records, head: Checkpoint) -> str:
+    """Warn where the classes are numbered in sorted order because the checkpoint names none."""
+    if records.kind != "classification" or head.is_adapter or head.label_names:
+        return ""
+    if not records.task.label_names:
+        return ""  # labels that are integers are the model's own class numbers
+    return " in sorted order (assumed: id2label of the checkpoint names no classes)"
 
 
 def _columns(records: Records) -> str:

@@ -101,7 +101,7 @@ def open_target(folder: str | Path, options: Options) -> Target:
     result = _read_result(folder)
     if not (folder / runs.MEMBERSHIP).is_file():
         base = {"model": options.base, "seed": 0} if options.base else None
-        form = given_format(records, options, result.config.max_length if result else None)
+        form = given_format(records, options, result.config.max_length if result else None, head)
         return Target(folder, records, result, base, form, _population(records, options, ()))
     manifest = read_manifest(folder / runs.MEMBERSHIP, base=options.base or None)
     _check_one_run(folder, manifest, result)
