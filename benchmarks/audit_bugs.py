@@ -27,6 +27,7 @@ import torch
 
 from lowrank_dp import artifacts
 from lowrank_dp.audit import Design, audit
+from lowrank_dp.audit.auditing import LABEL
 from lowrank_dp.train import TrainConfig, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -99,6 +100,7 @@ class Row:
 class Result:
     """The table; a bound of None is infinite."""
 
+    privacy: str
     description: str
     config: dict
     designs: dict
@@ -127,6 +129,7 @@ def main():
     if given.output is None:
         return
     result = Result(
+        privacy=LABEL,
         description=CAPTION,
         config=CONFIG.as_json(),
         designs={

@@ -23,7 +23,6 @@ LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 PENDING = {
     "gap_large_batch",
     "gap_all_layers",
-    "implicit_noise",
     "steps_sst2_all",
     "steps_mnli",
     "steps_e2e",
