@@ -188,7 +188,9 @@ def simulated(random, *, noise=1.0, clip=1.0, rate=RATE):
     """A record of two runs by the exact law, with noise and contributions times a factor."""
     record = Record(names=["a", "b", "c"], entries=SIZES)
     bound = SimpleNamespace(
-        setup=SimpleNamespace(unit_rows=[[i] for i in range(UNITS)]),
+        setup=SimpleNamespace(
+            unit_rows=[[i] for i in range(UNITS)], config=SimpleNamespace(precision="float32")
+        ),
         noise_multiplier=SIGMA,
         sample_rate=RATE,
         generator=random,

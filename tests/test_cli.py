@@ -179,7 +179,7 @@ def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
         (["figures", "--scale", "huge"], ["small, full"]),
         (
             ["figures", "--redraw", "--artifacts", tmp_path / "no", "--output", tmp_path / "f"],
-            ["no result spectra.json"],
+            ["--artifacts must be a folder of saved results"],
         ),
         (["spectrums"], ["did you mean 'spectrum'"]),
     ):
@@ -247,7 +247,7 @@ def test_figures_replace_only_results_of_the_same_configuration(tmp_path, call, 
         )
     assert_refused(call(*FORMULAS, "--output", saved), "--output must be a folder")
     missing = saved.parent / "missing"
-    assert_refused(call(*FORMULAS, "--redraw", "--artifacts", missing), "no result")
+    assert_refused(call(*FORMULAS, "--redraw", "--artifacts", missing), "--artifacts must be")
     assert not missing.exists()
 
 
