@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,10 @@ class Place:
 def place_of(name: str, request: Request) -> Place:
     """Decide whether a figure is computed or drawn, and to which folder its result goes.
 
-    A result of another configuration than the saved one goes to :func:`trial_folder`. The saved
-    result is drawn if no option asks for a configuration and the default is another one, and for
-    a lengthy figure at the small scale. ``update`` computes into ``folder`` in every case.
+    A result whose configuration differs from that of the saved result goes to
+    :func:`trial_folder`. The saved result is drawn in two cases: no option asks for a
+    configuration, and the default configuration differs from the saved one; or the figure is
+    lengthy, and the scale is small. With ``update``, the result is computed into ``folder``.
 
     Raises:
         ValueError: for an unknown name or scale.
@@ -88,7 +90,7 @@ def place_of(name: str, request: Request) -> Place:
     if not (folder / f"{name}.json").exists():
         if request.own_folder or config == published_config(name):
             return Place(config, folder)
-        return trial_of(name, config, request, "the published configuration is another one")
+        return trial_of(name, config, request, "its configuration is not the published one")
     other = _other_result(folder, name, spec.result, config)
     if not other:
         return Place(config, folder)
@@ -138,10 +140,16 @@ def replaces_other_data(name: str, result: Any, folder: Path) -> str:
     except (ValueError, OSError):
         return ""
     for field in ("description", "descriptions"):
-        before, now = getattr(saved, field, None), getattr(result, field, None)
-        if before != now:
+        before, now = getattr(saved, field, ()), getattr(result, field, ())
+        if _clauses(before) - _clauses(now):
             return f"a result on other models or data ({before}), computed on {now}"
     return ""
+
+
+def _clauses(description: str | Sequence[str]) -> set[str]:
+    """Split descriptions at "; ": a later version describes more, in clauses of their own."""
+    parts = [description] if isinstance(description, str) else description
+    return {clause for part in parts for clause in part.split("; ")}
 
 
 def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
