@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from lowrank_dp import engines
 from tests.forks import Forks
 from tests.tasks import ENVIRONMENT, save_bert, write_reviews
 
@@ -54,6 +55,20 @@ def start():
     """``start(count, script, *arguments)``: connected processes, without the agent of torchrun."""
     with Forks() as forks:
         yield forks.start
+
+
+@pytest.fixture(scope="module")
+def in_this_process():
+    """Sweeps run in this process: new workers would take longer to start than the runs take."""
+
+    def run(job, jobs, engine, workers):
+        return engines_run(job, jobs, "sequential", workers)
+
+    engines_run, threads = engines.run, torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "run", run)
+        yield
+    torch.set_num_threads(threads)  # a sweep sets the threads of its workers
 
 
 @pytest.fixture(scope="module")

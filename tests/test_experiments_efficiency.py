@@ -80,7 +80,7 @@ def test_steps_of_the_tuning_runs_at_each_learning_rate():
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def swept(tmp_path_factory, in_this_process):
     """The folder and the result of one real small sweep."""
     folder = tmp_path_factory.mktemp("sweep") / "runs"
     return folder, efficiency.run(CONFIG, folder)

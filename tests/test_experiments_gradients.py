@@ -388,7 +388,7 @@ def test_every_lengthy_figure_has_a_trial():
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch):
+def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch, in_this_process):
     monkeypatch.chdir(tmp_path)  # which holds the folder of the runs
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
     spec = figures.find(name)

@@ -55,7 +55,7 @@ def test_epsilon_is_that_of_the_largest_number_of_steps(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_small_sweep(tmp_path):
+def test_a_small_sweep(tmp_path, in_this_process):
     result = membership.run(CONFIG, tmp_path / "runs")
     assert result.arms == (
         "full",

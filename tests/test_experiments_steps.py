@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from lowrank_dp.experiments.arms import ARMS, PLAIN
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.steps import plot_steps
 from lowrank_dp.precondition import Moment, joint_scales
-from lowrank_dp.sweep import PREFIX_FOLDER, Outcome, sweep
+from lowrank_dp.sweep import PREFIX_FOLDER, Outcome
 from lowrank_dp.train import TrainConfig
 from tests.tasks import case, needs_data
 
@@ -500,14 +499,13 @@ SHORT = replace(BASE, steps=2, eval_examples=30, max_examples=150)
 
 
 @pytest.mark.slow
-def test_real_small_sweeps(tmp_path, monkeypatch):
+def test_real_small_sweeps(tmp_path, monkeypatch, in_this_process):
     """The gap, and then the arms, which find the plain runs of the gap in the folder.
 
-    The grids keep their first three rates: made-up sweeps show how grids grow.
+    Each grid has one rate: made-up sweeps show how grids grow.
     """
+    monkeypatch.setattr(tuning, "COARSE", 0)
     monkeypatch.setattr(tuning, "next_places", lambda *_: [])
-    for module in (tuning, steps, gap):
-        monkeypatch.setattr(module, "sweep", partial(sweep, engine="sequential"))
     found = gap.run(
         gap.Config(SHORT, epsilons=(8.0,), batch_sizes=(64,), parts=("all",), **TINY), tmp_path
     )
