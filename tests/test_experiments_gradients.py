@@ -360,6 +360,7 @@ TRIALS = {
 # test_experiments_membership,
 # test_experiments_noise_cost, test_experiments_steps and test_plan run these on generated text
 ELSEWHERE = {
+    "dynamics",
     "efficiency",
     "efficiency_mnli",
     "efficiency_smollm2",

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lowrank_dp.commands.train import app
+from lowrank_dp.lora import implicit_noise
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train import TrainConfig, step
 from lowrank_dp.train.implicit_noise import add_implicit_noise
@@ -180,6 +181,7 @@ def test_the_callback_sees_each_evaluation(tmp_path):
 
 
 def test_refusals(tmp_path, capsys):
+    refused("did you mean 'fresh-a'", implicit_noise, torch.ones(2, 2), 1, "fresh")
     for words, changes in (
         ("did you mean 'gaussian'", {"implicit_noise": "gausian"}),
         ("must go with method 'full', got 'lora'", {"method": "lora"}),

@@ -92,8 +92,9 @@ class Config:
     learning_rate: float = 0.05
 
 
+# a trial of a minute on generated text
 SMALL = Config(
-    gradients=GradientConfig(max_length=24),
+    gradients=GradientConfig(task="generated", max_length=24),
     ranks=(1, 8, 64),
     num_blocks=1,
     num_seeds=3,

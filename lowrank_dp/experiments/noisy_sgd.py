@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp import lora
+from lowrank_dp.lora.noise import NOISE_KINDS
 from lowrank_dp.models import matrix_parameters
 from lowrank_dp.models.heads import head_modules, without_adapter
 
@@ -25,13 +26,13 @@ def sgd(
 ) -> Iterator[float]:
     """Take one plain SGD step per batch, and yield the loss before the step.
 
-    ``arm`` selects the noise that is added to the gradient of ``layers``: "fresh-a", "gaussian",
-    or none.
+    ``arm`` selects the noise of the gradient of ``layers``, as for ``lora.implicit_noise``; any
+    other arm has none.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     noisy = (
         [model.get_parameter(f"{name}.weight") for name in layers or ()]
-        if arm in ("fresh-a", "gaussian")
+        if arm in NOISE_KINDS
         else []
     )
     for batch in batches:
@@ -41,11 +42,7 @@ def sgd(
         with torch.no_grad():
             for p in noisy:
                 gradient: Any = p.grad
-                p.grad = (
-                    lora.project(gradient, rank, generator=generator)
-                    if arm == "fresh-a"
-                    else gradient + lora.matched_noise(gradient, rank, generator=generator)
-                )
+                p.grad = lora.implicit_noise(gradient, rank, arm, generator=generator)
             for p in trained:
                 p.sub_(p.grad, alpha=learning_rate)  # type: ignore[arg-type]
         if not bool(loss.isfinite()):

@@ -88,5 +88,6 @@ FIGURES = {
         plot=plot_dynamics,
         headline=dynamics.headline,
         caption=dynamics.CAPTION,
+        lengthy=True,
     ),
 }

@@ -14,6 +14,7 @@ from lowrank_dp.theory import noise_kurtosis
 
 # distribution of the entries of A -> its kurtosis, on which the variance of the noise depends
 ENTRY_KURTOSIS = {"gaussian": 3.0, "kaiming": 9 / 5}
+NOISE_KINDS = ("gaussian", "fresh-a")  # kinds of `implicit_noise`
 _CONFIDENCE_95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 
@@ -78,6 +79,26 @@ def project(
         device=gradient.device,
     )
     return (gradient @ a.T) @ a
+
+
+def implicit_noise(
+    gradient: Tensor, rank: int, kind: str, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return a gradient with LoRA's noise: exact for a new A, or Gaussian of the same variance.
+
+    Args:
+        gradient: G (m, n), as for :func:`project`.
+        rank: rank of A, >= 1.
+        kind: "fresh-a" (:func:`project`) or "gaussian" (G plus :func:`matched_noise`).
+        generator: a generator on the device of the gradient; None uses a new one seeded from the
+            operating system.
+
+    Raises:
+        ValueError: on a bad argument, naming it.
+    """
+    if _validate.choice("kind", kind, NOISE_KINDS) == "fresh-a":
+        return project(gradient, rank, generator=generator)
+    return gradient + matched_noise(gradient, rank, generator=generator)
 
 
 def sample_noise(

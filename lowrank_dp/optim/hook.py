@@ -67,8 +67,8 @@ def attach_restoration(
     edge. ``momentum_beta=0.9`` comes nearer to the clean gradient (``momentum`` in
     ``paper_artifacts``), but is not the default: the optimizer's own momentum would have to be
     switched off, and at tuned learning rates the saving in steps was small or none
-    (``steps_sst2``, ``steps_sst2_gap``). ``below="zero"`` is not the default either: what it removes still lowers the
-    loss (``noise_cost``).
+    (``steps_sst2``, ``steps_sst2_gap``). ``below="zero"`` is not the default either: what it
+    removes still lowers the loss (``noise_cost``).
 
     The running means are part of ``optimizer.state_dict()``, under the key
     ``"lowrank_dp.restoration"`` of its ``"state"``. An optimizer that loads that dictionary

@@ -7,7 +7,7 @@ noise depends on the gradient and is no privacy mechanism.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,19 +66,11 @@ def add_implicit_noise(
         rank: rank of A, whose entries are N(0, 1/rank).
         seed, step: seed of the run, and the number of the step, from 0.
     """
-    device = _device(gradients[name] for name in matrices)
+    device = gradients[next(iter(matrices))].device
     generator = torch.Generator(device).manual_seed(derive_seed(seed, f"implicit noise {step}"))
     noisy = dict(gradients)
     for name, transposed in matrices.items():
         gradient = gradients[name].T if transposed else gradients[name]  # (out, in), as A^T A needs
-        value = (
-            lora.project(gradient, rank, generator=generator)
-            if kind == "fresh-a"
-            else gradient + lora.matched_noise(gradient, rank, generator=generator)
-        )
+        value = lora.implicit_noise(gradient, rank, kind, generator=generator)
         noisy[name] = value.T if transposed else value
     return noisy
-
-
-def _device(tensors: Iterable[Tensor]) -> torch.device:
-    return next(iter(tensors)).device
