@@ -219,10 +219,14 @@ def test_provenance_without_folders(tmp_path, monkeypatch):
     )
     found = provenance(seed=3, device="cuda")
     assert found["command"].endswith("--output out --model=out --seed=3 out")
+    assert "run.py --output" in found["command"]
     text = json.dumps(found)
     assert str(tmp_path) not in text and os.getcwd() not in text
     assert os.path.expanduser("~") not in text
     assert found["seed"] == 3 and found["device"] == "cuda"
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", [f"{os.getcwd()}/benchmarks/audit_bugs.py", "--output", "a"])
+    assert provenance()["command"] == "python benchmarks/audit_bugs.py --output a"
     assert found["versions"]["numpy"] == np.__version__
     assert found["time"].endswith("+00:00") and found["git_commit"]
     save_result(Loose(found), tmp_path, "p")

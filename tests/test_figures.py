@@ -257,8 +257,8 @@ def test_the_same_options_on_another_model_or_data_are_a_trial(monkeypatch, tmp_
     assert "computed on tiny, 100 examples" in " ".join(error.split())
     assert len([*(tmp_path / "trials").glob("*/spectra.json")]) == 1
     saved = artifacts.load_result(PAPER, "spectra", figures.find("spectra").result).description
-    model, data = saved.split("; ")  # a later version says more of the same model and data
-    stand_in(monkeypatch, "spectra", description=f"{model}; head new: bias; {data}")
+    model, rest = saved.split("; ", 1)  # a later version says more of the same model and data
+    stand_in(monkeypatch, "spectra", description=f"{model}; in float32; {rest}")
     assert run_command(capsys, figure_command.app, *words)[0] == 0
     assert not unchanged(tmp_path / "paper_artifacts")  # but for its provenance
     assert (tmp_path / "figures" / "spectra.png").exists()

@@ -73,8 +73,14 @@ def _command() -> str:
     """Return the command line without the folders of this machine."""
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = module.name.removesuffix(".__main__") if module and module.name else None
-    program = f"python -m {name}" if name else Path(sys.argv[0]).name
+    program = f"python -m {name}" if name else _script(sys.argv[0])
     return " ".join([program, *map(_without_folders, sys.argv[1:])])
+
+
+def _script(path: str) -> str:
+    """Name a script by its path below the working folder, or by its name alone."""
+    script, here = Path(path).absolute(), Path.cwd()
+    return f"python {script.relative_to(here)}" if script.is_relative_to(here) else script.name
 
 
 def _without_folders(word: str) -> str:
