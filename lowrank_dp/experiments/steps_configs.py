@@ -55,7 +55,7 @@ _SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, ste
 # a setting almost without a gap: noise-free Adam needs four fifths of DP-Adam's steps
 SST2 = Config(
     replace(_SST2, batch_size=1024, train_layers=1),
-    arms=(*PLAIN, *RESTORED[1:]),
+    arms=(*PLAIN, *RESTORED, "preconditioned, CoLA"),
 )
 # where noise-free Adam needs less than half of DP-Adam's steps
 SST2_GAP = Config(
