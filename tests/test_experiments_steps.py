@@ -13,7 +13,7 @@ from scipy import stats
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.data import load_task
-from lowrank_dp.experiments import arms, cost, gap, steps, steps_configs, tuning
+from lowrank_dp.experiments import arms, cost, gap, gap_configs, steps, steps_configs, tuning
 from lowrank_dp.experiments.arms import ARMS, PLAIN
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.steps import plot_steps
@@ -278,7 +278,9 @@ def test_frozen_vectors_are_the_only_difference_of_their_control():
     }
 
 
-GAP = gap.Config(BASE, epsilons=(0.5, 8.0), batch_sizes=(32, 64), num_seeds=2, tuning_holdout=50)
+GAP = gap_configs.Config(
+    BASE, epsilons=(0.5, 8.0), batch_sizes=(32, 64), num_seeds=2, tuning_holdout=50
+)
 
 
 def test_the_gap_of_a_made_up_sweep(swept, tmp_path):
@@ -415,7 +417,7 @@ def test_the_plan_counts_runs_and_hours(monkeypatch):
 def test_the_full_scale_obeys_the_protocol():
     for name in figures.NAMES:
         config = figures.find(name).full
-        if isinstance(config, steps_configs.Config | gap.Config):
+        if isinstance(config, steps_configs.Config | gap_configs.Config):
             arms.check_runs(
                 config.base,
                 config.score,
@@ -439,25 +441,27 @@ FEWER = ("steps_e2e", "steps_smollm2")
 def test_every_validation_example_counts():
     for name in figures.NAMES:
         config = figures.find(name).full
-        if isinstance(config, steps_configs.Config | gap.Config) and name not in FEWER:
+        if isinstance(config, steps_configs.Config | gap_configs.Config) and name not in FEWER:
             assert config.base.eval_examples >= len(load_task(config.base.task).validation), name
 
 
 def test_the_gap_and_the_arms_share_their_plain_runs():
-    for part, size, epsilon, config in (
-        ("last block", 1024, 8.0, steps_configs.SST2),
-        ("last block", 256, 1.0, steps_configs.SST2_GAP),
-        ("all", 1024, 8.0, steps_configs.SST2_ALL),
+    of_sst2 = gap_configs.SST2
+    for found, part, size, epsilon, config in (
+        (of_sst2, "last block", 1024, 8.0, steps_configs.SST2),
+        (of_sst2, "last block", 256, 1.0, steps_configs.SST2_GAP),
+        (of_sst2, "all", 1024, 8.0, steps_configs.SST2_ALL),
+        (gap_configs.E2E, "all", 512, 8.0, steps_configs.E2E),
     ):
+        assert (config.tuning_seeds, config.tuning_holdout, config.score) == (
+            *(found.tuning_seeds, found.tuning_holdout),
+            found.score,
+        )
         for arm in PLAIN:
             of_gap = gap.Setting(part, size, arm, None if "NON-PRIVATE" in arm else epsilon)
-            for seed, holdout in ((0, 0), (1000, gap.SST2.tuning_holdout)):
-                assert gap.setting_config(gap.SST2, of_gap, 0.1, seed, holdout) == arms.arm_config(
-                    config.base, arm, 0.1, seed, holdout
-                ), (part, arm)
-    assert {c.tuning_seeds for c in (gap.SST2, steps_configs.SST2, steps_configs.SST2_ALL)} == {
-        gap.SST2.tuning_seeds
-    }
+            for run in ((0.1, 0, 0), (0.1, 1000, found.tuning_holdout)):
+                wanted = arms.arm_config(config.base, arm, *run)
+                assert gap.setting_config(found, of_gap, *run) == wanted, (part, arm)
 
 
 def chosen_rates_at_an_end(document):
@@ -507,7 +511,8 @@ def test_real_small_sweeps(tmp_path, monkeypatch, in_this_process):
     monkeypatch.setattr(tuning, "COARSE", 0)
     monkeypatch.setattr(tuning, "next_places", lambda *_: [])
     found = gap.run(
-        gap.Config(SHORT, epsilons=(8.0,), batch_sizes=(64,), parts=("all",), **TINY), tmp_path
+        gap_configs.Config(SHORT, epsilons=(8.0,), batch_sizes=(64,), parts=("all",), **TINY),
+        tmp_path,
     )
     runs = {path.name for path in tmp_path.iterdir()}
     assert np.isfinite(found.private).all() and np.isfinite(found.ceiling).all()

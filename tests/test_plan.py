@@ -13,7 +13,7 @@ import torch
 
 from lowrank_dp import artifacts
 from lowrank_dp.data import encode, load_task, micro_batches
-from lowrank_dp.experiments import gap, plan_check, plan_gap
+from lowrank_dp.experiments import gap, gap_configs, plan_check, plan_gap
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE, GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.plan import make_plan, predict_alignment, predict_spectrum, step_gain
@@ -387,7 +387,7 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
     def curve(speed):
         return 0.5 + 0.3 * (1 - np.exp(-steps / speed))
 
-    config = replace(gap.SMALL, epsilons=(1.0, 8.0), batch_sizes=(64, 128), num_seeds=2)
+    config = replace(gap_configs.SMALL, epsilons=(1.0, 8.0), batch_sizes=(64, 128), num_seeds=2)
     private = np.zeros((1, 2, 2, 2, 2, 13))
     ceiling = np.zeros((1, 2, 2, 2, 13))
     private[...], ceiling[...] = curve(3.0), curve(3.0)
@@ -406,13 +406,18 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
         noise_multiplier=np.ones((2, 2)),
     )
     found = plan_gap.gap_settings(result)
-    assert [(run.epsilon, run.batch_size, run.train_layers) for run, _ in found.values()] == [
+    runs = [one.run for one in found]
+    assert [(run.epsilon, run.batch_size, run.train_layers) for run in runs] == [
         (1.0, 64, 1),
         (8.0, 64, 1),
         (8.0, 128, 1),
     ]
-    assert all(run.optimizer == "adam" for run, _ in found.values())
-    made = iter([2.0, None, 1.0, 3.0, 2.1, 1.9])
+    assert all(run.optimizer == "adam" for run in runs)
+    assert found[0].name == "generated, last block, B = 64, epsilon 1"
+    fresh = replace(config, base=replace(config.base, task="table"), batch_sizes=(64,))
+    fresh = replace(fresh, epsilons=(8.0,))
+    second = replace(result, config=fresh, private=private[:, :1, 1:], ceiling=ceiling[:, :1] * 1.0)
+    made = iter([2.0, None, 1.0, 1.6, 3.0, 2.1, 1.9, 1.4])
     asked = []
 
     def make_plan(run, measurement):
@@ -420,20 +425,21 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
         return SimpleNamespace(gap=SimpleNamespace(ratio=next(made)))
 
     monkeypatch.setattr(plan_gap, "make_plan", make_plan)
-    monkeypatch.setattr(gap, "run", lambda asked: result if asked == config else None)
-    check = plan_gap.run(plan_gap.Config(config, seeds=(5,)))
-    assert asked == [(5, "", False)] * 3 + [(5, "", True)] * 3
+    monkeypatch.setattr(gap, "run", lambda one: result if one == config else second)
+    check = plan_gap.run(plan_gap.Config((config, fresh), seeds=(5,)))
+    assert asked == [(5, "", False)] * 4 + [(5, "", True)] * 4
+    assert check.settings[3] == "table, last block, B = 64, epsilon 8"
     measured = float(gap.ratios(result)["noise, DP-Adam"].value[0, 0, 0])
-    assert measured > 1.5 and check.measured == pytest.approx([measured] * 3)
-    np.testing.assert_allclose(check.errors[1, :, 0], np.array([3.0, 2.1, 1.9]) / measured - 1)
+    assert measured > 1.5 and check.measured == pytest.approx([measured] * 4)
+    np.testing.assert_allclose(check.errors[1, :, 0], np.array([3.0, 2.1, 1.9, 1.4]) / measured - 1)
     lines = plan_gap.headline(check)
-    within = [abs(one / measured - 1) <= 0.3 for one in (3.0, 2.1, 1.9)]
-    assert lines[f"predictions within 30%, {plan_gap.OWN}"].startswith(f"{sum(within)} of 3;")
+    within = [abs(one / measured - 1) <= 0.3 for one in (3.0, 2.1, 1.9, 1.4)]
+    assert lines[f"predictions within 30%, {plan_gap.OWN}"].startswith(f"{sum(within)} of 4;")
     assert "1 without a ratio" in lines["predictions within 30%, public generated text"]
     artifacts.save_result(check, tmp_path, "plan_gap")
     again = artifacts.load_result(tmp_path, "plan_gap", plan_gap.Result)
     assert plan_gap.table(again) == plan_gap.table(check) and plot_plan_gap(again).axes
     columns, rows = plan_gap.table(check)
-    assert len(rows) == 3 and rows[1][2] == "none" and len(columns) == 4
+    assert len(rows) == 4 and rows[1][2] == "none" and len(columns) == 4
     with pytest.raises(ValueError, match="trial_steps"):
-        plan_gap.run(plan_gap.Config(config, trial_steps=0))
+        plan_gap.run(plan_gap.Config((config,), trial_steps=0))

@@ -27,19 +27,15 @@ from lowrank_dp.experiments.arms import (
     CEILINGS,
     FOLDER,
     arm_config,
-    base_config,
     check_runs,
     wanted_runs,
 )
 from lowrank_dp.experiments.cost import measure_cost, workers_of
+from lowrank_dp.experiments.gap_configs import PARTS, Config
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 
-PARTS: dict[str, dict[str, Any]] = {
-    "last block": {"train_layers": 1},
-    "all": {"train_layers": None},
-}
 SHARE = 0.9
 WORTH = 1.5  # arms are compared in settings whose gap is at least this
 CAPTION = (
@@ -50,51 +46,6 @@ CAPTION = (
     "that a perfect denoiser could save. A run that does not reach the target counts as one step "
     "more than it has, which makes the ratio a bound. NON-PRIVATE: the noise-free runs are "
     "computed from clean gradients."
-)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Runs of the experiment.
-
-    Attributes:
-        base: configuration of all runs; epsilon, batch size, trained layers, seed, learning rate
-            and holdout are replaced.
-        epsilons: budgets of the runs with noise; a noise-free run is made once for all of them.
-        batch_sizes: expected batch sizes.
-        parts: trained parts, names in ``PARTS``.
-        num_seeds: number of reported seeds, counted from 0; 2 or more.
-        tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
-        tuning_holdout: training units held out, on which the learning rates are chosen.
-        score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
-        num_workers: number of concurrent runs; None means one per CPU core.
-    """
-
-    base: TrainConfig
-    epsilons: tuple[float, ...] = (0.5, 1.0, 3.0, 8.0)
-    batch_sizes: tuple[int, ...] = (256, 1024)
-    parts: tuple[str, ...] = tuple(PARTS)
-    num_seeds: int = 5
-    tuning_seeds: tuple[int, ...] = (1000, 1001)
-    tuning_holdout: int = 1000
-    score: str = "accuracy"
-    num_workers: int | None = None
-
-
-_SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)
-
-# the map in three parts, by the hours that they take
-SST2 = Config(_SST2, batch_sizes=(256,), parts=("last block",))
-SST2_LARGE_BATCH = Config(_SST2, batch_sizes=(1024,), parts=("last block",))
-SST2_ALL_LAYERS = Config(_SST2, parts=("all",))
-# a trial of minutes on generated text, with a model that needs no download
-SMALL = Config(
-    base_config(model="tiny", task="generated", epsilon=8.0, steps=12),
-    epsilons=(1.0, 8.0),
-    batch_sizes=(64,),
-    parts=("last block",),
-    num_seeds=2,
-    tuning_holdout=200,
 )
 
 

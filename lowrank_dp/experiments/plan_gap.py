@@ -8,7 +8,7 @@ error of the short trainings from the error of the public text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments import gap
+from lowrank_dp.experiments import gap, gap_configs
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.plan import make_plan
 from lowrank_dp.plan.request import Measurement
@@ -38,23 +38,26 @@ class Config:
     """Settings and texts of the comparison.
 
     Attributes:
-        gap: the experiment whose settings are predicted; its finished runs are not repeated.
+        gaps: the experiments whose settings are predicted; finished runs are not repeated.
         public: public texts, by name; "" is generated text.
         own_records: whether a plan from the task's own records is made, too.
         seeds: seeds of the plans.
         trial_steps: steps of each short training, >= 1.
     """
 
-    gap: gap.Config
+    gaps: tuple[gap_configs.Config, ...]
     public: tuple[str, ...] = ("",)
     own_records: bool = True
     seeds: tuple[int, ...] = (0,)
     trial_steps: int = 24
 
 
-SST2 = Config(gap.SST2)
+# four settings that the lengths of the trainings were chosen on, and two that came after
+FULL = Config((gap_configs.SST2, gap_configs.SST2_LARGE_BATCH_EPS8, gap_configs.E2E))
 # a trial of minutes on generated text, with a model that needs no download
-SMALL = Config(replace(gap.SMALL, epsilons=(8.0,)), own_records=False, seeds=(0,), trial_steps=8)
+SMALL = Config(
+    (replace(gap_configs.SMALL, epsilons=(8.0,)),), own_records=False, seeds=(0,), trial_steps=8
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Result:
 def plan(config: Config) -> str:
     """Describe what :func:`run` will do."""
     plans = (len(config.public) + config.own_records) * len(config.seeds)
-    return f"{gap.plan(config.gap)}; then {plans} plans of each setting for DP-Adam"
+    gaps = "; ".join(map(gap.plan, config.gaps))
+    return f"{gaps}; then {plans} plans of each setting for DP-Adam"
 
 
 def run(config: Config) -> Result:
@@ -100,60 +104,67 @@ def run(config: Config) -> Result:
     :func:`lowrank_dp.experiments.gap.run` and :func:`lowrank_dp.plan.make_plan` do.
     """
     _validate.integer("trial_steps", config.trial_steps)
-    return compare(config, gap.run(config.gap))
+    return compare(config, [gap.run(one) for one in config.gaps])
 
 
-def compare(config: Config, measured: gap.Result) -> Result:
-    """Predict every setting of a measured gap."""
-    settings = gap_settings(measured)
+def compare(config: Config, measured: Sequence[gap.Result]) -> Result:
+    """Predict every setting of the measured gaps."""
+    settings = [found for one in measured for found in gap_settings(one)]
     if not settings:
         raise ValueError("no setting of the gap has a measured ratio of steps")
     texts = [Measurement(public=name, trial_steps=config.trial_steps) for name in config.public]
     if config.own_records:
         texts.append(Measurement(own_records=True, trial_steps=config.trial_steps))
     predicted = np.full((len(texts), len(settings), len(config.seeds)), np.nan)
-    runs = [run for run, _ in settings.values()]
     for i, j, k in progress([*np.ndindex(predicted.shape)], "plans"):
-        found = make_plan(replace(runs[j], seed=config.seeds[k]), texts[i]).gap
+        found = make_plan(replace(settings[j].run, seed=config.seeds[k]), texts[i]).gap
         if found is not None and found.ratio is not None:
             predicted[i, j, k] = found.ratio
-    ratio = gap.ratios(measured)["noise, DP-Adam"]
-    places = [place for _, place in settings.values()]
     return Result(
         config=config,
         privacy=NON_PRIVATE,
-        description=measured.description,
+        description="; ".join(dict.fromkeys(one.description for one in measured)),
         texts=(
             *(f"public {name or 'generated text'}" for name in config.public),
             *([OWN] if config.own_records else []),
         ),
-        settings=tuple(settings),
+        settings=tuple(one.name for one in settings),
         predicted=predicted,
-        measured=np.array([ratio.value[place] for place in places]),
-        is_lower_bound=np.array([ratio.is_lower_bound[place] for place in places]),
-        is_upper_bound=np.array([ratio.is_upper_bound[place] for place in places]),
+        measured=np.array([one.measured for one in settings]),
+        is_lower_bound=np.array([one.is_lower_bound for one in settings]),
+        is_upper_bound=np.array([one.is_upper_bound for one in settings]),
     )
 
 
-def gap_settings(
-    measured: gap.Result,
-) -> dict[str, tuple[TrainConfig, tuple[int, int, int]]]:
-    """Return the settings for DP-Adam by name: the run's configuration, and its place in the map.
+@dataclass(frozen=True)
+class Measured:
+    """A setting for DP-Adam: its name, the run's configuration, and the measured ratio of steps."""
 
-    Settings without a measured ratio are left out.
-    """
-    ratio = gap.ratios(measured)["noise, DP-Adam"].value
-    found = {}
-    for place, words in gap.places(measured):
+    name: str
+    run: TrainConfig
+    measured: float
+    is_lower_bound: bool
+    is_upper_bound: bool
+
+
+def gap_settings(result: gap.Result) -> list[Measured]:
+    """Return the settings of a measured gap for DP-Adam that have a ratio of steps."""
+    ratio, config, found = gap.ratios(result)["noise, DP-Adam"], result.config, []
+    for place, words in gap.places(result):
         part, size, epsilon = place
         setting = gap.Setting(
-            measured.config.parts[part],
-            measured.config.batch_sizes[size],
-            "DP-Adam",
-            measured.config.epsilons[epsilon],
+            config.parts[part], config.batch_sizes[size], "DP-Adam", config.epsilons[epsilon]
         )
-        if np.isfinite(ratio[place]):
-            found[words] = gap.setting_config(measured.config, setting, 1e-3, 0), place
+        if np.isfinite(ratio.value[place]):
+            found.append(
+                Measured(
+                    name=f"{config.base.task}, {words}",
+                    run=gap.setting_config(config, setting, 1e-3, 0),
+                    measured=float(ratio.value[place]),
+                    is_lower_bound=bool(ratio.is_lower_bound[place]),
+                    is_upper_bound=bool(ratio.is_upper_bound[place]),
+                )
+            )
     return found
 
 

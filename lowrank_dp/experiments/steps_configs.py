@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lowrank_dp.experiments import gap_configs
 from lowrank_dp.experiments.arms import PLAIN, base_config
 from lowrank_dp.train import TrainConfig
 
@@ -50,7 +51,7 @@ class Config:
     num_workers: int | None = None
 
 
-_SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)
+_SST2 = gap_configs.SST2.base
 
 # a setting almost without a gap: noise-free Adam needs four fifths of DP-Adam's steps
 SST2 = Config(
@@ -80,14 +81,11 @@ MNLI = Config(
     ),
     arms=(*PLAIN, "denoise", "mean, optimal, zeroed", "DP-LoRA"),
 )
-# 1,000 of the 4,672 validation examples, so that an evaluation takes no longer than a step
 E2E = Config(
-    base_config(
-        model="tiny-llama", task="e2e", epsilon=8.0, batch_size=512, steps=24, eval_examples=1000
-    ),
+    gap_configs.E2E.base,
     arms=(*PLAIN, *RESTORED, *PRECONDITIONED[:2]),
-    score="loss",
-    tuning_holdout=300,
+    score=gap_configs.E2E.score,
+    tuning_holdout=gap_configs.E2E.tuning_holdout,
 )
 # micro-batches of 8, and few validation examples: each token has logits for 49,152 words
 SMOLLM2 = Config(
