@@ -23,6 +23,12 @@ LABEL = (
     "protects; keep a report on real records as private as the records"
 )
 CONSISTENT, CONTRADICTION = "CONSISTENT", "CONTRADICTION"
+_DROPOUT = {  # what is measured of a run with dropout
+    "sums": "contributions beside other rows are measured without dropout, and contributions of "
+    "single rows with dropout",
+    "weights": "losses of canaries are measured without dropout",
+    "runs": "the canary's contribution is measured under other dropout masks than the step's",
+}
 _DESIGNS = {"sums": audit_sums, "weights": audit_weights, "runs": audit_runs}
 
 
@@ -143,7 +149,10 @@ def describe_audit(audited: Audited, design: Design) -> str:
     """Return the model, the data, the canaries and the runs, in words."""
     canaries = f"{design.num_canaries} canar{'y' if design.num_canaries == 1 else 'ies'}"
     runs = f"{design.num_runs} run{'' if design.num_runs == 1 else 's'}"
+    dropout = ""
+    if audited.setup.config.dropout:
+        dropout = "; " + _DROPOUT[design.design]
     return (
         f"{audited.setup.description}; {canaries} of random tokens; {runs} of "
-        f"{audited.setup.config.steps} steps"
+        f"{audited.setup.config.steps} steps{dropout}"
     )
