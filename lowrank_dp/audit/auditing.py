@@ -83,10 +83,11 @@ def audit(config: TrainConfig, design: Design | None = None, *, power: bool = Tr
     """Audit the training loop of ``config`` by canaries. NON-PRIVATE.
 
     The runs are made by :func:`lowrank_dp.train.take_step` on the records of ``config`` and the
-    canaries; nothing is saved, and the checks of ``train`` are asked without stopping a run.
+    canaries. Nothing is saved, except that a run with a prefix cache adds the canaries' outputs to
+    the cache. The checks of ``train`` are asked without stopping a run.
 
     Args:
-        config: configuration of the run, with noise.
+        config: configuration of the run, with noise and for one process.
         design: design and sizes; default: ``Design()``, the released sums.
         power: whether to compute the factors that the design finds.
 

@@ -50,7 +50,6 @@ def audit_weights(audited: Audited, design: Design) -> Outcome:
         "loss before minus after": before[0] - _losses(audited),
         "released sums along each canary's gradient": projection.scores,
     }
-    scores = {name: centred(values, _classes(audited)) for name, values in scores.items()}
     tail = (1 - design.confidence) / len(scores)
     return Outcome(
         bounds=tuple(
@@ -62,24 +61,6 @@ def audit_weights(audited: Audited, design: Design) -> Outcome:
         ),
         lines=(),
     )
-
-
-def centred(scores: ArrayLike, classes: ArrayLike) -> np.ndarray:
-    """Subtract from each score (K,) the median score of the canaries of its class (K,).
-
-    All rows of a class move the scores of that class together, which says nothing of one canary.
-    """
-    values, of = np.array(scores, dtype=float), np.asarray(classes)
-    for one in np.unique(of):
-        values[of == one] -= np.median(values[of == one])
-    return values
-
-
-def _classes(audited: Audited) -> list[int]:
-    """Return the class of each canary; one class for a task without classes."""
-    setup = audited.setup
-    labelled = setup.task.kind == "classification"
-    return [setup.rows[i]["labels"] if labelled else 0 for i in audited.canaries]
 
 
 def guesses_of(num_canaries: int) -> int:

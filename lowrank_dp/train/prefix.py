@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,7 @@ class PrefixCache:
         digest: SHA-256 of the outputs of the rows that are trained on; empty if steps read none.
         pad_to: number of tokens that every row is padded to, or None.
         training, evaluation: stores of the outputs; None where batches get no outputs.
-        fill_training: returns the store with the outputs of further rows that are trained on, or
-            None and the reason in words; None if steps read no outputs.
+        fill_training: adds the outputs of further training rows; None if steps read no outputs.
     """
 
     note: str = ""
@@ -82,7 +81,7 @@ class PrefixCache:
     pad_to: int | None = None
     training: RowStore | None = None
     evaluation: RowStore | None = None
-    fill_training: Fill | None = field(default=None, compare=False, repr=False)
+    fill_training: Fill | None = None
 
     def including(self, rows: Sequence[Row]) -> PrefixCache:
         """Return the cache with the outputs of further training rows, if steps read outputs.
@@ -158,9 +157,9 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached ({first_line(error)})")
     fill = partial(_filled, model, prefix, config, request, pad_token_id, pad_to)
     stores, reasons = dict[str, RowStore | None](), list[str]()
-    training_half = config.precision == "bf16"
+    bf16 = config.precision == "bf16"
     for use, rows, half, pays in (
-        ("training", training, training_half, _pays(config, request, len(training))),
+        ("training", training, bf16, _pays(config, request, len(training))),
         ("evaluation", evaluation, False, _evaluations(config, request) > 1),
     ):
         stores[use], reason = (
@@ -174,7 +173,7 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached in {' and '.join(reasons)}")
     note = f"frozen blocks 1 to {prefix.length} of {prefix.num_blocks} cached in "
     note += config.prefix_dtype + (f", but not in {reasons[0]}" if reasons else "")
-    further = partial(fill, half=training_half, use="further", pays=True) if used else None
+    further = partial(fill, half=bf16, use="further", pays=True) if used else None
     return PrefixCache(note, digest, pad_to, used, stores["evaluation"], further)
 
 
