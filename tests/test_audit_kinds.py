@@ -412,4 +412,5 @@ def test_one_run_with_a_thousand_canaries_sees_an_embedding_without_noise(
     )
     without(lambda name: name.endswith("word_embeddings.weight"))(monkeypatch)
     report = audit(config, Design("weights", canaries=1000), power=False)
-    assert report.epsilon == 3 and report.verdict == "CONTRADICTION", report.bounds
+    assert report.epsilon == 3 and report.verdict == "CONTRADICTION"
+    assert report.bounds[0].method.startswith("loss") and report.bounds[0].epsilon > 3
