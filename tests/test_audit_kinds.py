@@ -393,7 +393,7 @@ def save_wide_bert(folder, words):
 def test_one_run_with_a_thousand_canaries_sees_an_embedding_without_noise(
     config, tmp_path, monkeypatch
 ):
-    """By the final weights alone, at a claim of 3; 250 right guesses of 250 would show 4.2."""
+    """By the final weights alone, at a claim of 2; 250 right guesses of 250 would show 4.2."""
     rows = film_reviews(600)
     save_wide_bert(tmp_path / "model", {w for row in rows for w in row["sentence"].split()})
     write_reviews(tmp_path / "data", train=600)
@@ -405,12 +405,12 @@ def test_one_run_with_a_thousand_canaries_sees_an_embedding_without_noise(
         steps=16,
         batch_size=580,
         noise_multiplier=None,
-        epsilon=3.0,
+        epsilon=2.0,
         delta=1e-6,
         learning_rate=2e-3,
         micro_batch_size=256,
     )
     without(lambda name: name.endswith("word_embeddings.weight"))(monkeypatch)
     report = audit(config, Design("weights", canaries=1000), power=False)
-    assert report.epsilon == 3 and report.verdict == "CONTRADICTION"
-    assert report.bounds[0].method.startswith("loss") and report.bounds[0].epsilon > 3
+    assert report.epsilon == 2 and report.verdict == "CONTRADICTION"
+    assert report.bounds[0].method.startswith("loss") and report.bounds[0].epsilon > 2
