@@ -448,7 +448,6 @@ def test_canaries_are_units_of_the_run_and_of_one_length(config, monkeypatch):
     for name, also in (
         ("non_private", {"noise_multiplier": None}),
         ("noise_free", {"noise_multiplier": None}),
-        ("dropout", {}),
         ("diagnostic", {"scheme": "oracle"}),
     ):
         with pytest.raises(ValueError, match=f"{name} must be False for an audit"):
@@ -590,9 +589,8 @@ def test_the_command_plans_and_refuses_bad_input(config, tmp_path, capsys):
         (["--design", "runs", "--runs", "3"], ["runs must be an integer >= 8"]),
         (["--canaries", "0"], ["canaries"]),
         (["--confidence", "2"], ["confidence"]),
-        (["--dropout"], ["dropout must be False for an audit"]),
         (["--optimizer", "adm"], ["did you mean 'adam'"]),
-        (["--precondition", "generated"], ["precondition must be 'none' for an audit"]),
+        (["--shard"], ["shard must be False for an audit", "in one process"]),
         (["--batch-size", "4000"], ["batch_size must be at most"]),
         (["--output", "/proc/none"], ["/proc/none"]),
     ):

@@ -7,6 +7,7 @@ publishes.
     sums, weights, runs  the designs  stepping  what the design sums reads in one step
     laws  tests of the stated laws    bounds    lower bounds on epsilon
     power  factors that are found     timing    estimate of an audit's duration
+    scales  a preconditioner's scales, computed a second time from the releases
     auditing  the audit of a configuration, and its report
 """
 

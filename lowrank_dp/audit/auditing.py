@@ -23,6 +23,12 @@ LABEL = (
     "protects; keep a report on real records as private as the records"
 )
 CONSISTENT, CONTRADICTION = "CONSISTENT", "CONTRADICTION"
+_DROPOUT = {  # what is measured of a run with dropout
+    "sums": "contributions beside other rows are measured without dropout, and contributions of "
+    "single rows with dropout",
+    "weights": "losses of canaries are measured without dropout",
+    "runs": "the canary's contribution is measured under other dropout masks than the step's",
+}
 _DESIGNS = {"sums": audit_sums, "weights": audit_weights, "runs": audit_runs}
 
 
@@ -77,10 +83,11 @@ def audit(config: TrainConfig, design: Design | None = None, *, power: bool = Tr
     """Audit the training loop of ``config`` by canaries. NON-PRIVATE.
 
     The runs are made by :func:`lowrank_dp.train.take_step` on the records of ``config`` and the
-    canaries; nothing is saved, and the checks of ``train`` are asked without stopping a run.
+    canaries. Nothing is saved, except that a run with a prefix cache adds the canaries' outputs to
+    the cache. The checks of ``train`` are asked without stopping a run.
 
     Args:
-        config: configuration of the run, with noise.
+        config: configuration of the run, with noise and for one process.
         design: design and sizes; default: ``Design()``, the released sums.
         power: whether to compute the factors that the design finds.
 
@@ -143,7 +150,10 @@ def describe_audit(audited: Audited, design: Design) -> str:
     """Return the model, the data, the canaries and the runs, in words."""
     canaries = f"{design.num_canaries} canar{'y' if design.num_canaries == 1 else 'ies'}"
     runs = f"{design.num_runs} run{'' if design.num_runs == 1 else 's'}"
+    dropout = ""
+    if audited.setup.config.dropout:
+        dropout = "; " + _DROPOUT[design.design]
     return (
         f"{audited.setup.description}; {canaries} of random tokens; {runs} of "
-        f"{audited.setup.config.steps} steps"
+        f"{audited.setup.config.steps} steps{dropout}"
     )

@@ -7,7 +7,8 @@ records predicts them, and its gradient is large.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lowrank_dp.losses import IGNORE
 from lowrank_dp.rng import derive_seed
+from lowrank_dp.train import preconditioning
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as training
 from lowrank_dp.train.config import TrainConfig
@@ -37,6 +39,7 @@ class Audited:
         setup: setup of the run; every canary is a row and a unit of the run.
         canaries: positions of the canaries among the setup's rows, which are also the last units.
         initial: trained parameters before the first step, by name.
+        scales: scales of a preconditioner before the first step; empty without a preconditioner.
         sample_rate, noise_multiplier, max_grad_norm: what the configuration states: q, sigma
             relative to C, and C, absolute.
         delta: delta at which epsilon is stated.
@@ -46,6 +49,7 @@ class Audited:
     setup: Setup
     canaries: tuple[int, ...]
     initial: dict[str, Tensor]
+    scales: dict[str, Tensor]
     sample_rate: float
     noise_multiplier: float
     max_grad_norm: float
@@ -65,10 +69,11 @@ class Audited:
 def open_audit(config: TrainConfig, num_canaries: int) -> Audited:
     """Prepare the run of ``config`` and add ``num_canaries`` canaries to its records.
 
-    The sampling rate is the batch size over the number of units with all canaries.
+    The sampling rate is the batch size over the number of units with all canaries. If the run
+    caches the outputs of frozen blocks, those of the canaries are cached too.
 
     Raises:
-        ValueError: if the run makes no claim, or reads rows in a way that canaries cannot follow.
+        ValueError: if the run can't be made, makes no claim, or needs several processes.
     """
     _require_auditable(config)
     seed = config.seed if config.seed is not None else derive_seed(None, "audit")
@@ -78,10 +83,19 @@ def open_audit(config: TrainConfig, num_canaries: int) -> Audited:
     rows += [_canary(setup, random) for _ in range(num_canaries)]
     unit_rows = [*setup.unit_rows, *([first + i] for i in range(num_canaries))]
     mechanism, delta = preparation.make_mechanism(config, len(unit_rows))
+    scales = preconditioning.snapshot_tensors(setup.model, None)
     return Audited(
-        setup=replace(setup, rows=rows, unit_rows=unit_rows, mechanism=mechanism, delta=delta),
+        setup=replace(
+            setup,
+            rows=rows,
+            unit_rows=unit_rows,
+            mechanism=mechanism,
+            delta=delta,
+            prefix=setup.prefix.including(rows[first:]),
+        ),
         canaries=tuple(range(first, first + num_canaries)),
         initial={name: p.detach().clone() for name, p in setup.trained.items()},
+        scales={name: scale.clone() for name, scale in scales.items()},
         sample_rate=config.batch_size / len(unit_rows),
         noise_multiplier=config.noise_multiplier or mechanism.noise_multiplier,
         max_grad_norm=config.max_grad_norm,
@@ -91,29 +105,22 @@ def open_audit(config: TrainConfig, num_canaries: int) -> Audited:
 
 
 def _require_auditable(config: TrainConfig) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(
-            "an audit must be started as one process, not by torchrun (WORLD_SIZE is set)"
-        )
-    for name, wanted in (
-        ("non_private", False),
-        ("noise_free", False),
-        ("diagnostic", False),
-        ("dropout", False),
-        ("compile", False),
-        ("shard", False),
-        ("precondition", "none"),
-        ("prefix_cache", ""),
-    ):
-        if getattr(config, name) != wanted:
-            why = (
-                "a run without a privacy claim has nothing to audit"
-                if name in ("non_private", "noise_free", "diagnostic")
-                else "an audit takes the gradients of canaries beside those of a step"
-            )
+    for name in ("non_private", "noise_free", "diagnostic"):
+        if getattr(config, name):
             raise ValueError(
-                f"{name} must be {wanted!r} for an audit, got {getattr(config, name)!r}: {why}"
+                f"{name} must be False for an audit, got True: a run without a privacy claim has "
+                "nothing to audit"
             )
+    several = ""
+    if config.shard:
+        several = "shard must be False for an audit, got True"
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        several = "an audit must be started as one process, not by torchrun (WORLD_SIZE is set)"
+    if several:
+        raise ValueError(
+            f"{several}: only one process can take the gradients of canaries beside a step; audit "
+            "the same configuration in one process, which computes the same clipped sums"
+        )
 
 
 def _canary(setup: Setup, random: np.random.Generator) -> dict[str, Any]:
@@ -161,6 +168,14 @@ class Observer:
         """Take the gradients of the optimizer, which are in ``.grad``."""
 
 
+@contextmanager
+def dropout_from(seed: int, device: str) -> Iterator[None]:
+    """Draw dropout from a seed inside the block, and restore torch's generators afterwards."""
+    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def take_steps(
     audited: Audited,
     observer_of: Callable[[Setup, State], Observer],
@@ -180,6 +195,7 @@ def take_steps(
     config = setup.config
     if config.seed is not None:
         config = replace(config, seed=derive_seed(config.seed, f"audited run {run}") >> 1)
+    preconditioning.load_snapshot_tensors(setup.model, None, audited.scales)
     with torch.no_grad():
         for name, p in setup.trained.items():
             p.copy_(audited.initial[name])
@@ -190,10 +206,11 @@ def take_steps(
         unit_rows=setup.unit_rows if units is None else [list(rows) for rows in units],
     )
     state = first_state(config, new_stream(config, 0))
-    state.checks = cast(Any, observer_of(setup, state))
-    for _ in range(config.steps):
-        training.take_step(setup, state)
-        setup.optimizer.zero_grad()
+    with dropout_from(derive_seed(config.seed, "dropout"), config.device):
+        state.checks = cast(Any, observer_of(setup, state))
+        for _ in range(config.steps):
+            training.take_step(setup, state)
+            setup.optimizer.zero_grad()
 
 
 def released(

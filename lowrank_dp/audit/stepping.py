@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from lowrank_dp.audit.canaries import Audited, Clip, Observer, Sums, released
+from lowrank_dp.audit.scales import ExpectedScales
 from lowrank_dp.grads.clipping import row_gradients
+from lowrank_dp.grads.undisturbed import undisturbed
 from lowrank_dp.restore import SCHEMES, GradientRestorer
 from lowrank_dp.restore.gradients import is_matrix
+from lowrank_dp.rng import derive_seed
 from lowrank_dp.train.checks import StepChecks
+from lowrank_dp.train.prefix import without_states
 
 HEAD = 128  # entries of each tensor that are compared with other tensors and other steps
 
@@ -39,10 +43,12 @@ class Record:
         samples: the units of each sample, with repetitions.
         moved: (T, L) squared norm, by tensor, of the difference between the sums with and without
             one canary; ``excess`` (T,) is its distance from the canary's gradient by autograd,
-            clipped.
+            clipped. With dropout, both have a second entry per step.
         gram, products: (T, L, K, K) inner products of the canaries' own clipped gradients, and
             (T, L, K) with the noise.
         deviations: (T,) largest difference between the optimizer's gradient and the release.
+        scale_deviations: (T,) largest difference between a preconditioner's scales, before the
+            step, and those that public text or the releases give.
         objection: first objection of train's own checks, or "".
     """
 
@@ -62,6 +68,7 @@ class Record:
     gram: list[np.ndarray] = field(default_factory=list)
     products: list[np.ndarray] = field(default_factory=list)
     deviations: list[float] = field(default_factory=list)
+    scale_deviations: list[float] = field(default_factory=list)
     objection: str = ""
 
 
@@ -83,8 +90,8 @@ class SumsObserver(Observer):
         self._rows: list[int] = []
         self._own: list[Sums] = []
         self._clean: Sums = {}
+        self._scales = ExpectedScales(audited.setup.model, audited.setup.config)
         config = audited.setup.config
-        self._tolerance = 0.2 if config.precision == "bf16" else 0.02
         self._restored = not SCHEMES[config.scheme].is_identity
         self._restorer = GradientRestorer(
             config.scheme, low_pass=config.low_pass, **config.restoration
@@ -100,6 +107,7 @@ class SumsObserver(Observer):
     def sampled(self, rows: Sequence[int], sampler: Any) -> None:
         """Note the units of the sample."""
         self._ask_guards("sampled", rows, sampler)
+        self._record.scale_deviations.append(self._scales.deviation())
         self._rows = list(rows)
         self._record.samples.append(np.array([self._unit_of[row] for row in rows], dtype=int))
 
@@ -109,28 +117,50 @@ class SumsObserver(Observer):
         The step's clipping function is called with the norm C, or with a quarter of the canary's
         gradient norm if that is less, so that the canary's gradient is clipped. Contributions are
         relative to the norm of the call, and count as those of a row whose gradient exceeds C.
+
+        With dropout, the masks of a row depend on the rows beside it. The canary is therefore added
+        to the step's rows without dropout, and to the empty sample with dropout, under the masks
+        that autograd has too.
         """
         self._ask_guards("clipped", sums, norms, clip, step)
-        audited, record = self._audited, self._record
+        audited, model = self._audited, self._audited.setup.model
         chosen = audited.canaries[step % len(audited.canaries)]
-        gradient = self._gradient(chosen)
+        others = [row for row in self._rows if row != chosen]
+        masks = derive_seed(audited.seed, f"masks of step {step}")
+
+        def replayed(batches: Iterable[Any], max_norm: float) -> tuple[Sums, Tensor]:
+            torch.manual_seed(masks)
+            return clip(batches, max_norm)
+
+        with undisturbed(model, torch.device(audited.setup.config.device)):
+            if model.training:
+                self._compare(chosen, [], replayed, self._gradient(chosen, masks))
+            self._own = [self._contribution(row, replayed) for row in audited.canaries]
+            model.eval()
+            self._compare(chosen, others, clip, self._gradient(chosen, masks))
+
+    def _compare(
+        self, chosen: int, others: Sequence[int], clip: Clip, gradient: Mapping[str, Tensor]
+    ) -> None:
+        """Add a canary to other rows; compare what this adds to their sum with its gradient."""
+        audited, record = self._audited, self._record
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
         max_norm, scale = self._clipping_norm(norm)
-        others = [row for row in self._rows if row != chosen]
         with_it, without = (
             clip(audited.batches(rows), max_norm)[0] for rows in ([*others, chosen], others)
         )
-        moved = {name: (with_it[name] - without[name]).double() * scale for name in sums}
+        moved = {name: (total - without[name]).double() * scale for name, total in with_it.items()}
         record.moved.append(np.array([float(m.square().sum()) for m in moved.values()]))
         unit = {name: g / max(norm, max_norm) for name, g in gradient.items()}
         record.excess.append(
             math.sqrt(sum(float((m - unit.get(n, 0.0)).square().sum()) for n, m in moved.items()))
         )
-        self._own = []
-        for row in audited.canaries:
-            max_norm, scale = self._clipping_norm(float(clip(audited.batches([row]), 1.0)[1].sum()))
-            own = clip(audited.batches([row]), max_norm)[0]
-            self._own.append({name: g.double() * scale for name, g in own.items()})
+
+    def _contribution(self, row: int, clip: Clip) -> Sums:
+        """Return what a row alone contributes, in units of C."""
+        batches = self._audited.batches([row])
+        max_norm, scale = self._clipping_norm(float(clip(batches, 1.0)[1].sum()))
+        return {name: g.double() * scale for name, g in clip(batches, max_norm)[0].items()}
 
     def _clipping_norm(self, norm: float) -> tuple[float, float]:
         """Return a norm that clips a gradient, and the factor from its units to those of C."""
@@ -138,12 +168,16 @@ class SumsObserver(Observer):
         max_norm = min(stated, norm / 4) if norm > 0 else stated
         return max_norm, stated / self._audited.max_grad_norm / max_norm
 
-    def _gradient(self, row: int) -> dict[str, Tensor]:
-        """Return a row's gradient by autograd, in float64."""
+    def _gradient(self, row: int, masks: int) -> dict[str, Tensor]:
+        """Return a row's gradient by autograd, in float64, with dropout from the seed ``masks``.
+
+        The whole model runs, without cached outputs of frozen blocks.
+        """
         setup = self._audited.setup
         dtype = torch.bfloat16 if setup.config.precision == "bf16" else None
         (batch,) = self._audited.batches([row])
-        (gradient,) = row_gradients(setup.model, batch, autocast_dtype=dtype)
+        torch.manual_seed(masks)
+        (gradient,) = row_gradients(setup.model, without_states(batch), autocast_dtype=dtype)
         return {name: g.double() for name, g in gradient.items()}
 
     def noised(self, clean: Sums, noisy: Sums, noise: Any, step: int) -> None:
@@ -163,6 +197,7 @@ class SumsObserver(Observer):
         )
         record.deviations.append(max(deviation, found))
         std = audited.noise_multiplier * audited.max_grad_norm
+        self._scales.add(noisy, std)
         noise = {name: (release[name] - self._clean[name]) / std for name in self._clean}
         self._note_noise(noise, noisy)
         gram, products = [], []

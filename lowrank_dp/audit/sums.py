@@ -26,6 +26,7 @@ from lowrank_dp.train.setup import Setup
 from lowrank_dp.train.state import State
 
 TAILS = {"law": 0.4, "test": 0.4, "rate": 0.2}  # shares of 1 - confidence
+SCALE_DEVIATION = 1e-3  # largest relative difference of scales that counts as rounding
 _PLAIN = 1e-3  # a tensor's noise counts as claimed if its p-value in the first run is larger
 
 
@@ -241,11 +242,14 @@ def _laws(audited: Audited, record: Record, level: float) -> tuple[Line, ...]:
 
 def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
     """Compare what does not depend on chance."""
-    half = audited.setup.config.precision == "bf16"
+    config = audited.setup.config
+    cached = audited.setup.prefix.training is not None
+    half = config.precision == "bf16" or (cached and config.prefix_dtype == "bf16")
     most = float(np.sqrt(np.array(record.moved).sum(1).max()))
     excess, deviation = max(record.excess), max(record.deviations)
     twice = sum(len(sample) - len(np.unique(sample)) for sample in record.samples)
-    close, slack = (0.2 if half else 0.02), rounding_of_clipping(audited.setup.config)
+    close, slack = (0.2 if half else 0.02), rounding_of_clipping(config)
+    scales = max(record.scale_deviations)
     return (
         Line("sample: no unit twice", "0 repetitions", f"{twice}", None, twice == 0),
         Line(
@@ -268,6 +272,19 @@ def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
             f"{deviation:.2g}",
             None,
             deviation <= DEVIATION,
+        ),
+        *(
+            [
+                Line(
+                    "preconditioner: scales from public text or noisy sums alone",
+                    "difference 0",
+                    f"{scales:.2g}",
+                    None,
+                    scales <= SCALE_DEVIATION,
+                )
+            ]
+            if config.precondition != "none"
+            else []
         ),
         *_accounting(audited),
     )

@@ -12,7 +12,8 @@ from lowrank_dp.grads.clipping import clipped_sum_over
 def estimated_seconds(audited: Audited, design: Design) -> float:
     """Estimate the seconds of an audit; the gradients of one micro-batch of canaries are timed.
 
-    No record is read. The time of the noise, the optimizer and the statistics is not included.
+    No record is read. The time of the noise, the optimizer and the statistics is not included, nor
+    that of compiling.
     """
     setup, config = audited.setup, audited.setup.config
     rows = list(audited.canaries)[: config.micro_batch_size]

@@ -21,6 +21,8 @@ from lowrank_dp.audit.sums import Outcome
 from lowrank_dp.evaluation.inference import evaluating
 from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
 from lowrank_dp.mia.epsilon import one_run_correct, one_run_epsilon
+from lowrank_dp.train.look_ahead import LookAhead
+from lowrank_dp.train.state import State
 
 GUESSED = 0.25  # share of the canaries that the attacker guesses, fixed beforehand
 _SHIFT = 1e-2  # movement of the weights, in Euclidean norm, of the finite difference
@@ -38,8 +40,9 @@ def audit_weights(audited: Audited, design: Design) -> Outcome:
     projection = ProjectionObserver(audited)
     before: list[np.ndarray] = []
 
-    def observer_of(setup: object, state: object) -> Observer:
+    def observer_of(setup: object, state: State) -> Observer:
         before.append(_losses(audited))  # at the weights before the first step
+        projection.look_ahead = state.look_ahead
         return projection
 
     take_steps(audited, observer_of, 0, units=units)
@@ -95,12 +98,18 @@ class ProjectionObserver(Observer):
     """Sums, over the steps, the release along each canary's gradient.
 
     The inner product of a canary's gradient with a release is the derivative of its loss along the
-    release, taken as a central difference of two forward passes over all canaries.
+    release, taken as a central difference of two forward passes over all canaries, without dropout
+    and at the point where the step takes gradients.
+
+    Attributes:
+        look_ahead: the run's look-ahead, which gives that point.
+        scores: (K,) the sum of each canary.
     """
 
     def __init__(self, audited: Audited) -> None:
         self._audited = audited
         self._norms = np.zeros(len(audited.canaries))
+        self.look_ahead = LookAhead(None)
         self.scores = np.zeros(len(audited.canaries))
 
     def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
@@ -113,7 +122,8 @@ class ProjectionObserver(Observer):
         """Add the step's scores: <gradient, release> over the gradient's norm, times its share."""
         audited = self._audited
         release = {name: p.grad for name, p in audited.setup.trained.items() if p.grad is not None}
-        along = _derivatives(audited, release) * audited.setup.config.batch_size
+        with self.look_ahead.applied(audited.setup.trained):
+            along = _derivatives(audited, release) * audited.setup.config.batch_size
         norms = np.maximum(self._norms, 1e-30)
         self.scores += along / norms * np.minimum(1.0, norms / audited.max_grad_norm)
 

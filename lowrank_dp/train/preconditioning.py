@@ -85,7 +85,7 @@ def add_preconditioner(
         micro_batch_size=config.micro_batch_size,
     )
     own: dict[str, Moment] = {name: moments[f"{name}.weight"] for name in layers}
-    scale_layers(model, joint_scales(own, config.precondition_power, equal_rows=_class_rows(model)))
+    scale_layers(model, joint_scales(own, config.precondition_power, equal_rows=class_rows(model)))
     return f"text that must be public: {rows.source}"
 
 
@@ -119,7 +119,7 @@ def refresh(
             optimizer,
             moments.moments(),
             config.precondition_power,
-            _class_rows(model),
+            class_rows(model),
         )
 
 
@@ -151,7 +151,7 @@ def load_snapshot_tensors(
         )
 
 
-def _class_rows(model: Any) -> tuple[str, ...]:
+def class_rows(model: Any) -> tuple[str, ...]:
     """Return the name of the layer whose rows are a classifier's classes; () if there is none."""
     base = without_adapter(model)
     if not (last := final_layer(base)):

@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ FILE_BYTES = 64 << 20  # about the size of one file of a store
 AGREEMENT = 1e-3  # largest error of a clipped sum on public rows, relative to the sum's norm
 
 Row = Mapping[str, Any]
+Fill = Callable[[Sequence[Row]], tuple[RowStore | None, str]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class PrefixCache:
         digest: SHA-256 of the outputs of the rows that are trained on; empty if steps read none.
         pad_to: number of tokens that every row is padded to, or None.
         training, evaluation: stores of the outputs; None where batches get no outputs.
+        fill_training: adds the outputs of further training rows; None if steps read no outputs.
     """
 
     note: str = ""
@@ -79,6 +81,19 @@ class PrefixCache:
     pad_to: int | None = None
     training: RowStore | None = None
     evaluation: RowStore | None = None
+    fill_training: Fill | None = None
+
+    def including(self, rows: Sequence[Row]) -> PrefixCache:
+        """Return the cache with the outputs of further training rows, if steps read outputs.
+
+        Raises ``ValueError`` if these outputs do not fit into the folder.
+        """
+        if self.fill_training is None:
+            return self
+        store, reason = self.fill_training(rows)
+        if store is None:
+            raise ValueError(f"prefix_cache must have room for {len(rows)} further rows: {reason}")
+        return replace(self, training=store)
 
     def for_training(self, rows: Sequence[Row], batch: Batch) -> Batch:
         """Return a training batch with the cached outputs of its rows, if steps read the cache."""
@@ -142,8 +157,9 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached ({first_line(error)})")
     fill = partial(_filled, model, prefix, config, request, pad_token_id, pad_to)
     stores, reasons = dict[str, RowStore | None](), list[str]()
+    bf16 = config.precision == "bf16"
     for use, rows, half, pays in (
-        ("training", training, config.precision == "bf16", _pays(config, request, len(training))),
+        ("training", training, bf16, _pays(config, request, len(training))),
         ("evaluation", evaluation, False, _evaluations(config, request) > 1),
     ):
         stores[use], reason = (
@@ -157,7 +173,8 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached in {' and '.join(reasons)}")
     note = f"frozen blocks 1 to {prefix.length} of {prefix.num_blocks} cached in "
     note += config.prefix_dtype + (f", but not in {reasons[0]}" if reasons else "")
-    return PrefixCache(note, digest, pad_to, used, stores["evaluation"])
+    further = partial(fill, half=bf16, use="further", pays=True) if used else None
+    return PrefixCache(note, digest, pad_to, used, stores["evaluation"], further)
 
 
 def _unavailable(config: TrainConfig) -> str:

@@ -65,9 +65,9 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     max_norm = math.inf if config.non_private else mechanism.max_grad_norm
     with guards.diverging(state.step), state.look_ahead.applied(setup.trained):
         sums, norms = clip(_batches_of_rank(setup, rows), max_norm)
-    guards.check_covered(setup.model, setup.optimizer, sums)
-    if checks:
-        checks.clipped(sums, norms, clip, state.step)
+        guards.check_covered(setup.model, setup.optimizer, sums)
+        if checks:
+            checks.clipped(sums, norms, clip, state.step)
 
     # 3. noise
     clean, noisy = layout.add_noise(sums, mechanism if config.adds_noise else None, state.noise)
