@@ -1,4 +1,4 @@
-"""What the commands of a page need to run within seconds: small models, few steps, made-up files."""
+"""What a page's commands need to run within seconds: small models, few steps, made-up files."""
 
 import csv
 from pathlib import Path
