@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.hooks import links, reference, results, roles
+from docs.hooks import links, reference, results, roles, tables
 from docs.hooks.claims import INDEX, claims, commands, verdict_table
 from lowrank_dp.__main__ import COMMANDS
 from tests import pages
@@ -222,6 +222,17 @@ def test_every_result_has_a_page_with_its_table_claims_and_label():
             assert (f"- {row.claim}: **" in page) == (name in row.artifacts), (name, row.claim)
         private = commands(text)[name][1].startswith("yes")
         assert ('!!! warning "Privacy"\n    NON-PRIVATE' in page) == private, name
+
+
+def test_a_table_of_sentences_is_marked_and_a_table_of_numbers_is_not():
+    numbers = "| a | b |\n|---|---|\n| 1 ±\N{NO-BREAK SPACE}1 | 2 |\n"
+    sentences = numbers.replace("2", "long " * 40)
+    written = f"One.\n\n{numbers}\nTwo.\n\n{sentences}\nThree."
+    said = tables.stacked(written.replace("\N{NO-BREAK SPACE}", " "))
+    assert said == (
+        f'One.\n\n{numbers}\nTwo.\n\n<div class="stacked" markdown="1">\n\n{sentences}\n</div>\n'
+        "\nThree."
+    )
 
 
 def test_the_claim_index_links_its_artifacts():
