@@ -115,4 +115,4 @@ def _mathml(formula: re.Match[str]) -> str:
 
     block = formula[1] is not None
     text: str = convert(formula[1] or formula[2], display="block" if block else "inline")
-    return text
+    return f'<span class="formula">{text}</span>' if block else text
