@@ -10,17 +10,19 @@ from tests.tasks import save_bert, write_jsonl
 # values of options on a page, and those that replace them here
 PACKAGED = {"minilm": "tiny", "sst2": "generated", "cola": "generated", "e2e": "generated-table"}
 MOST = {"--batch-size": 48, "--steps": 2, "--max-length": 64}
+# options that a command gets in addition
+MORE = {"plan": ("--trial-steps", "6")}
 # arguments of commands that are not run: files that no test can make within seconds
 NOT_HERE = ("model-q4_k_m.gguf",)
 
 
-def shrunk(words):
+def shrunk(command, words):
     """The words of a command, on packaged models and tasks, and with small sizes."""
     small = [PACKAGED.get(word, word) for word in words]
     for i, option in enumerate(small[:-1]):
         if option in MOST:
             small[i + 1] = str(min(int(small[i + 1]), MOST[option]))
-    return small
+    return [*small, *MORE.get(command, ())]
 
 
 def opacus():

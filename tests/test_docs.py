@@ -75,8 +75,9 @@ def run_blocks(text, capsys, names=None):
                 assert (python, flag) == ("python", "-m"), line
                 if shrunk and any(word in words for word in pages.NOT_HERE):
                     continue
-                words = pages.shrunk(words) if shrunk else words
-                status, _, err = run_main(capsys, module.removeprefix("lowrank_dp."), *words)
+                command = module.removeprefix("lowrank_dp.")
+                words = pages.shrunk(command, words) if shrunk else words
+                status, _, err = run_main(capsys, command, *words)
                 assert status == 0, (line, err)
         elif kind == "python" and ">>>" not in code:
             with contextlib.redirect_stdout(io.StringIO()) as said:
