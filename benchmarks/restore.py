@@ -6,7 +6,8 @@ The matrices are float32, of rank-k signal and unit noise, k from 0 to 40. Spike
 the phase transition (mn)^(1/4), below which a clean singular value cannot be detected; "edge" means
 spikes just above it. "exact" is `torch.linalg.svd` and the product of the shrunk factors. A ratio
 is the median over rounds in which fast and exact take turns, in wall time. Alignment is the cosine
-with the clean signal, of the fast path relative to the exact path.
+with the clean signal, of the fast path relative to the exact path. ``benchmarks/restore.json`` is a
+saved run.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lowrank_dp import artifacts
 from lowrank_dp.restore import krylov, restore
 from lowrank_dp.spectrum import alignment, decompose
 from lowrank_dp.spectrum.random_matrix import aspect_and_scale, shrink_frobenius
@@ -132,9 +134,13 @@ def main():
         )
     if arguments.json:
         keys = ("figure", "measured", "low", "high", "relation", "asked")
-        arguments.json.write_text(
-            json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1)
-        )
+        result = {
+            "rows": [dict(zip(keys, row, strict=True)) for row in rows],
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+            "provenance": artifacts.provenance(seed=0, device="cpu"),
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def restore_fast(noisy):

@@ -202,9 +202,8 @@ def test_noise_level_against_what_opacus_draws(reduction):
         assert handle.reports["0"].action == "kept"
 
 
-def test_adaclip_moves_its_bound_after_the_noise():
-    weight = nn.Parameter(torch.zeros(200, 150))
-    optimizer = AdaClipDPOptimizer(
+def adaclip(weight):
+    return AdaClipDPOptimizer(
         torch.optim.SGD([weight], lr=1.0),
         noise_multiplier=SIGMA,
         max_grad_norm=BOUND,
@@ -216,6 +215,11 @@ def test_adaclip_moves_its_bound_after_the_noise():
         min_clipbound=0.01,
         unclipped_num_std=1.0,
     )
+
+
+def test_adaclip_moves_its_bound_after_the_noise():
+    weight = nn.Parameter(torch.zeros(200, 150))
+    optimizer = adaclip(weight)
     noisy, bounds, handle = [], [], attach_restoration(optimizer)
     record(optimizer, noisy)
     for _ in range(3):
@@ -226,6 +230,43 @@ def test_adaclip_moves_its_bound_after_the_noise():
         measured, error = float(noisy[-1][0].std()), 1 / (2 * weight.numel()) ** 0.5
         assert handle.reports["0"].noise_std == pytest.approx(measured, rel=6 * error)
     assert bounds[2] < 0.5 * bounds[1] < 0.25 * bounds[0]
+
+
+def test_adaclip_is_resumed_at_the_bound_that_the_loop_saved():
+    """Opacus's state_dict lacks AdaClip's bound: a loop saves and sets it, early or late."""
+    generator = torch.Generator().manual_seed(1)
+    steps = 0.3 * torch.randn(4, 50, 20, 15, generator=generator) / 300**0.5
+
+    def step(weight, optimizer, gradients):
+        for samples in gradients:
+            weight.grad_sample = samples
+            optimizer.step()
+            optimizer.zero_grad()
+
+    weight = nn.Parameter(torch.zeros(20, 15))
+    optimizer = adaclip(weight)
+    handle = attach_restoration(optimizer, momentum_beta=0.5)
+    step(weight, optimizer, steps[:2])
+    saved = [optimizer.max_grad_norm, optimizer.state_dict(), optimizer.generator.get_state()]
+    saved, start = copy.deepcopy(saved), weight.detach().clone()
+    step(weight, optimizer, steps[2:])
+    assert saved[0] < 0.5 * BOUND and float(optimizer.max_grad_norm) != float(saved[0])
+    for order in (("bound", "attach", "load"), ("attach", "load", "bound")):
+        fresh = nn.Parameter(start.clone())
+        second = adaclip(fresh)
+        second.generator.set_state(saved[2])
+        for action in order:
+            if action == "bound":
+                second.max_grad_norm = saved[0].clone()  # AdaClip changes it in place
+            elif action == "load":
+                second.load_state_dict(saved[1])
+            else:
+                again = attach_restoration(second, momentum_beta=0.5)
+        step(fresh, second, steps[2:])
+        assert again.reports["0"].noise_std == handle.reports["0"].noise_std, order
+        torch.testing.assert_close(fresh, weight, rtol=0, atol=0)
+        again.remove()
+        assert "update_max_grad_norm" not in vars(second)
 
 
 def test_ddp_averages_the_noise_over_workers():
@@ -722,8 +763,13 @@ def test_a_state_dict_without_the_right_running_means():
         refused("momentum_beta of the state", second.load_state_dict, state)
     plain, second, _ = noisy_problem(lr=1.0)  # an optimizer without restoration may load it
     second.load_state_dict(state)
-    run(plain, second, steps[:1])
+    with pytest.warns(UserWarning, match="holds the running means of a restoration"):
+        run(plain, second, steps[:1])
     assert torch.equal(plain[0], -steps[0][0])
+    attach_restoration(second, mean_noise_std=0.1, momentum_beta=0.8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(plain, second, steps[1:2])
     _, second, _ = noisy_problem(lr=1.0)
     attach_restoration(second, mean_noise_std=0.1, momentum_beta=0.8)
     with pytest.warns(UserWarning, match="holds no running means"):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 INDEX = ROOT / "paper_artifacts" / "README.md"
-# The claims of README's table of verdicts: how each begins in the index.
+VERDICTS = ("reproduced within limits", "reproduced", "not reproduced", "refuted", "holds")
+MAX_WORDS = 12  # of a cell of README's table, which is read on a phone
+# how the claims of the short table begin in the tables of all claims, in the same order
 SHOWN = (
     "Restoring the singular values from the noisy gradient alone",
     "DP-SGD reaches a given utility in fewer steps",
@@ -52,19 +54,46 @@ def commands(text: str) -> dict[str, tuple[str, str]]:
     return {name: (command, private) for name, command, private in rows}
 
 
+@dataclass(frozen=True)
+class ShortClaim:
+    """One row of the table "In short": a claim of the index, its verdict and its artifacts."""
+
+    claim: str
+    verdict: str
+    artifact: str
+
+
+def short_claims(text: str) -> list[ShortClaim]:
+    """Read the table "In short" of ``text``."""
+    rows = text.split("### In short")[1].split("\n#")[0].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if "|" in row]
+    return [ShortClaim(*row) for row in cells[2:]]
+
+
 def verdict_table(text: str) -> str:
-    """README's table of verdicts, in the words of the index ``text``.
+    """README's table of verdicts: the table "In short" of the index ``text``, with links.
 
     Raises:
-        ValueError: a claim of ``SHOWN`` is not the beginning of exactly one claim of the index.
+        ValueError: a short claim has not exactly one full claim that begins as ``SHOWN`` says, its
+            verdict or its artifacts are not those of the full claim, or a cell has too many words.
     """
     lines = ["| claim | verdict | evidence |", "|---|---|---|"]
-    for beginning in SHOWN:
+    for short, beginning in zip(short_claims(text), SHOWN, strict=True):
         found = [row for row in claims(text) if row.claim.startswith(beginning)]
         if len(found) != 1:
             raise ValueError(f"{len(found)} claims begin with {beginning!r}, expected 1")
-        row = found[0]
-        verdict = re.split(r"\. (?=[A-Z])", row.verdict)[0]
-        links = ", ".join(f"[{name}](paper_artifacts/{name}.md)" for name in row.artifacts[:2])
-        lines.append(f"| {row.claim} | {verdict} | {links} |")
+        if _verdict(short.verdict) != _verdict(found[0].verdict):
+            raise ValueError(f"{short.claim!r} and {beginning!r} have different verdicts")
+        names = re.findall(r"`([^`]+)`", short.artifact)
+        if not set(names) <= set(found[0].artifacts):
+            raise ValueError(f"{short.claim!r} names artifacts that {beginning!r} does not")
+        for cell in (short.claim, short.verdict):
+            if len(cell.split()) > MAX_WORDS:
+                raise ValueError(f"{cell!r} has more than {MAX_WORDS} words")
+        links = ", ".join(f"[{name}](paper_artifacts/{name}.md)" for name in names)
+        lines.append(f"| {short.claim} | {short.verdict} | {links} |")
     return "\n".join(lines)
+
+
+def _verdict(cell: str) -> str:
+    return next(word for word in VERDICTS if cell.startswith(word))

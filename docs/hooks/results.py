@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from docs.hooks.claims import INDEX, ROOT, claims, commands
+from docs.hooks.claims import INDEX, ROOT, claims, commands, short_claims
 
 FOLDER = ROOT / "paper_artifacts"
 KINDS = {"json": "result", "npz": "arrays", "csv": "table", "tex": "LaTeX"}
@@ -28,12 +29,20 @@ def index() -> str:
     """Markdown of the claim index, in which the name of an artifact is a link to its page."""
     text = INDEX.read_text(encoding="utf-8")
     for row in claims(text):
-        linked = row.artifact
-        for name in row.artifacts:
-            page = f"../{name}" if "/" in name else f"{name}.md"
-            linked = linked.replace(f"`{name}`", f"[{name}]({page})")
-        text = text.replace(f"| {row.claim} | {row.artifact} |", f"| {row.claim} | {linked} |")
+        cells = f"| {row.claim} | {row.artifact} |"
+        text = text.replace(cells, f"| {row.claim} | {_linked(row.artifact)} |")
+    for short in short_claims(text):
+        cells = f"| {short.verdict} | {short.artifact} |"
+        text = text.replace(cells, f"| {short.verdict} | {_linked(short.artifact)} |")
     return text
+
+
+def _linked(artifacts: str) -> str:
+    def link(name: re.Match[str]) -> str:
+        page = f"../{name[1]}" if "/" in name[1] else f"{name[1]}.md"
+        return f"[{name[1]}]({page})"
+
+    return re.sub(r"`([^`]+)`", link, artifacts)
 
 
 def page(name: str) -> str:

@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from docs.hooks import links, reference, results
+from docs.hooks import links, reference, results, tables
 from docs.hooks.claims import INDEX, ROOT
 
 log = logging.getLogger("mkdocs.hooks.site")
@@ -74,10 +74,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite the links, which are those of the repository's own files."""
+    """Rewrite the links, which are those of the repository's own files, and mark long tables."""
     name = page.file.src_uri
     try:
-        return links.rewritten(markdown, _sources.get(name, f"docs/{name}"), name)
+        return tables.stacked(links.rewritten(markdown, _sources.get(name, f"docs/{name}"), name))
     except ValueError as error:
         log.warning("%s", error)  # an error in `make docs`, which is strict
         return markdown
@@ -115,4 +115,4 @@ def _mathml(formula: re.Match[str]) -> str:
 
     block = formula[1] is not None
     text: str = convert(formula[1] or formula[2], display="block" if block else "inline")
-    return text
+    return f'<span class="formula">{text}</span>' if block else text

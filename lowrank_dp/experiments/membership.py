@@ -278,12 +278,11 @@ def _width(config: Config) -> int:
     return int(model.config.hidden_size)
 
 
-def at_matched(result: Result, by: str) -> np.ndarray:
-    """Return the AUC at the value of ``by`` that the most non-private arms pass on average.
+def matched_value(result: Result, by: str) -> float:
+    """Return the value of ``by`` that the most non-private arms pass on average.
 
     ``by`` is "train_loss" or "utility". If equally many arms pass several values, the lowest is
-    taken. The AUC (arms, seeds) is interpolated within each seed over the numbers of steps and
-    never extrapolated: the AUC is NaN for a seed that has not passed the value.
+    taken.
     """
     values = result.train_loss if by == "train_loss" else result.utility
     means = values[["DP" not in arm for arm in result.arms]].mean(axis=1)  # (arms, steps)
@@ -291,7 +290,17 @@ def at_matched(result: Result, by: str) -> np.ndarray:
     ends = np.unique([low, high])
     # if the values of all arms are equal, there is one end and no middle
     middles = (ends[1:] + ends[:-1]) / 2 if len(ends) > 1 else ends
-    value = middles[((low <= middles) & (middles <= high)).sum(axis=0).argmax()]
+    return float(middles[((low <= middles) & (middles <= high)).sum(axis=0).argmax()])
+
+
+def at_matched(result: Result, by: str) -> np.ndarray:
+    """Return the AUC at :func:`matched_value` of ``by``, "train_loss" or "utility".
+
+    The AUC (arms, seeds) is interpolated within each seed over the numbers of steps and never
+    extrapolated: the AUC is NaN for a seed that has not passed the value.
+    """
+    values = result.train_loss if by == "train_loss" else result.utility
+    value = matched_value(result, by)
     read = np.full(result.auc.shape[:2], np.nan)
     for i, seed in np.ndindex(*read.shape):
         order = np.argsort(values[i, seed])

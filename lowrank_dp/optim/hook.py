@@ -17,15 +17,22 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lowrank_dp import _validate
 from lowrank_dp.optim.inspection import (
+    HANDLE,
+    STATE,
     effective_multiplier,
+    is_adaclip,
     is_opacus,
     opacus_noise_std,
     require_whole,
+    unwatch_bound,
     unwrap,
+    warn_if_not_restored,
     warn_of_other_momentum,
+    watch_bound,
 )
 from lowrank_dp.restore import (
     SCHEMES,
@@ -41,9 +48,8 @@ from lowrank_dp.restore.gradients import is_matrix
 # names of a running mean's tensors in a state_dict; those of other filters keep their names
 _STATE_KEYS = {"output0": "output", "weights0": "weights", "noise_stds": "noise_stds"}
 _FILTER_KEYS = ("low_pass_b", "low_pass_a")
-# key of the running means in an optimizer's state, and attribute of an optimizer for its handle
-STATE = "lowrank_dp.restoration"
-_HANDLE = "_lowrank_dp_restoration"
+# of all optimizers: torch has no hook that is called when a plain optimizer loads a state
+register_optimizer_step_pre_hook(warn_if_not_restored)
 
 
 def attach_restoration(
@@ -139,7 +145,7 @@ def restoration_of(optimizer: Any) -> Restoration | None:
         optimizer: a torch optimizer, an Opacus ``DPOptimizer``, or one wrapped by Accelerate.
     """
     optimizer = unwrap(optimizer)
-    return vars(unwrap(getattr(optimizer, "original_optimizer", optimizer))).get(_HANDLE)
+    return vars(unwrap(getattr(optimizer, "original_optimizer", optimizer))).get(HANDLE)
 
 
 class Restoration:
@@ -166,9 +172,9 @@ class Restoration:
         self._check(optimizer, scheme, mean_noise_std)
         self.mean_noise_std = mean_noise_std
         self._low_pass, self._beta = low_pass, beta
+        self._clip_bound = 0.0  # AdaClip's bound of the step, set between the noise and the step
         self._restorer = GradientRestorer(scheme, low_pass=low_pass, **options)
         if self._opacus:
-            self._clip_bound = float(self._opacus.max_grad_norm)
             effective_multiplier(self._opacus)
         else:
             self._read_noise_std()
@@ -192,9 +198,11 @@ class Restoration:
         ]
         # the copy module and pickle look these names up on the object
         refusing = {"__getstate__": _refuse_copy, "__deepcopy__": _refuse_copy}
-        vars(inner).update({_HANDLE: self, **refusing})
+        vars(inner).update({HANDLE: self, **refusing})
         if self._opacus:
             vars(self._opacus).update(refusing)
+            if is_adaclip(self._opacus):
+                watch_bound(self._opacus, lambda bound: vars(self).update(_clip_bound=bound))
         else:
             vars(inner)["__deepcopy__"] = self._copy_optimizer
 
@@ -202,8 +210,10 @@ class Restoration:
         for hook in self._hooks:
             hook.remove()
         if restoration_of(self._inner) is self:
+            if self._opacus:
+                unwatch_bound(self._opacus)
             for optimizer in (self._inner, self._opacus):
-                for name in (_HANDLE, "__getstate__", "__deepcopy__"):
+                for name in (HANDLE, "__getstate__", "__deepcopy__"):
                     vars(optimizer or self._inner).pop(name, None)
 
     def _copy_optimizer(self, memo: dict[int, Any]) -> torch.optim.Optimizer:
@@ -228,7 +238,7 @@ class Restoration:
             _validate.fail(
                 "optimizer", "an Opacus DPOptimizer or a torch optimizer", type(optimizer).__name__
             )
-        if _HANDLE in vars(self._inner):
+        if HANDLE in vars(self._inner):
             raise ValueError("optimizer must not have a restoration attached yet: remove() it")
         if not SCHEMES[_validate.choice("scheme", scheme, SCHEMES)].private:
             raise ValueError(
@@ -353,9 +363,8 @@ class Restoration:
         opacus = self._opacus
         if opacus is None:
             return _validate.positive("mean_noise_std", self.mean_noise_std)
-        # AdaClip has already replaced its bound by the bound of the next step
-        bound, self._clip_bound = self._clip_bound, float(opacus.max_grad_norm)
-        return opacus_noise_std(opacus, bound)
+        bound = self._clip_bound if is_adaclip(opacus) else opacus.max_grad_norm
+        return opacus_noise_std(opacus, float(bound))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):

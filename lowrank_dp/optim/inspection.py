@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 
+# key of the running means in an optimizer's state, and attribute of an optimizer for its handle
+STATE = "lowrank_dp.restoration"
+HANDLE = "_lowrank_dp_restoration"
 _OPACUS = ("original_optimizer", "noise_multiplier", "max_grad_norm", "expected_batch_size")
 
 
@@ -18,13 +22,37 @@ def is_opacus(optimizer: Any) -> bool:
     return all(hasattr(optimizer, name) for name in _OPACUS)
 
 
-def opacus_noise_std(opacus: Any, last_bound: float) -> float:
+def is_adaclip(opacus: Any) -> bool:
+    """Tell whether a ``DPOptimizer`` moves its clipping bound itself: Opacus's AdaClip."""
+    return hasattr(opacus, "unclipped_num_std")
+
+
+def watch_bound(opacus: Any, record: Callable[[float], None]) -> None:
+    """Call ``record`` with AdaClip's clipping bound just before AdaClip replaces the bound.
+
+    AdaClip replaces the bound between the noise and the step, so that a hook of the step sees the
+    bound of the next step. Undo by :func:`unwatch_bound`.
+    """
+    update = opacus.update_max_grad_norm
+
+    def update_max_grad_norm() -> None:
+        record(float(opacus.max_grad_norm))
+        update()
+
+    vars(opacus)["update_max_grad_norm"] = update_max_grad_norm
+
+
+def unwatch_bound(opacus: Any) -> None:
+    """Undo :func:`watch_bound`."""
+    vars(opacus).pop("update_max_grad_norm", None)
+
+
+def opacus_noise_std(opacus: Any, clip_bound: float) -> float:
     """Return the noise level of the noisy ``p.grad`` of a ``DPOptimizer``, absolute.
 
-    ``last_bound`` is the clipping bound before the step, which AdaClip has replaced by then.
+    ``clip_bound`` is the clipping bound of the step, absolute.
     """
-    bound = last_bound if hasattr(opacus, "unclipped_num_std") else float(opacus.max_grad_norm)
-    std = effective_multiplier(opacus) * bound
+    std = effective_multiplier(opacus) * clip_bound
     if opacus.loss_reduction == "mean":
         std /= opacus.expected_batch_size * opacus.accumulated_iterations
         std /= getattr(opacus, "world_size", 1)  # under DDP the batch size is per worker
@@ -46,7 +74,7 @@ def effective_multiplier(opacus: Any) -> float:
             f"noise_multiplier of the DPOptimizer must be > 0, got {sigma:g}: without "
             "noise there is nothing to restore, and no privacy"
         )
-    if hasattr(opacus, "unclipped_num_std"):  # AdaClip spends a share on its noisy count
+    if is_adaclip(opacus):  # AdaClip spends a share on its noisy count
         sigma = (sigma**-2 - (2 * opacus.unclipped_num_std) ** -2) ** -0.5
     return sigma
 
@@ -75,3 +103,18 @@ def warn_of_other_momentum(optimizer: torch.optim.Optimizer) -> None:
                     stacklevel=4,
                 )
                 return
+
+
+def warn_if_not_restored(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Warn if an optimizer steps that loaded running means and has no restoration attached.
+
+    A hook for :func:`torch.optim.optimizer.register_optimizer_step_pre_hook`.
+    """
+    if STATE in optimizer.state and HANDLE not in vars(optimizer):
+        warnings.warn(
+            f"the loaded state of {type(optimizer).__name__} holds the running means of a "
+            "restoration, and no restoration is attached: the steps use their gradients "
+            "unchanged; call attach_restoration, or delete "
+            f"optimizer.state[{STATE!r}]",
+            stacklevel=4,
+        )
