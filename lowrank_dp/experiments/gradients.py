@@ -242,14 +242,19 @@ def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str
 
     The noise is not secret: anyone who knows ``seed`` can reproduce it.
     """
-    noisy = {}
+    return dict(noisy_matrices(clean, noise_std, seed))
+
+
+def noisy_matrices(
+    clean: dict[str, Tensor], noise_std: float, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the entries of :func:`add_noise` one by one, so that one matrix is in memory."""
     for offset, (name, matrix) in enumerate(clean.items()):
         generator = torch.Generator(matrix.device).manual_seed(1_000_003 * seed + offset)
         noise = torch.randn(
             matrix.shape, generator=generator, dtype=matrix.dtype, device=matrix.device
         )
-        noisy[name] = matrix + noise_std * noise
-    return noisy
+        yield name, noise.mul_(noise_std).add_(matrix)
 
 
 def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:
