@@ -357,8 +357,8 @@ TRIALS = {
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
 # test_experiments_efficiency, test_experiments_implicit_noise, test_experiments_lora,
-# test_experiments_membership,
-# test_experiments_noise_cost, test_experiments_steps and test_plan run these on generated text
+# test_experiments_membership, test_experiments_noise_cost, test_experiments_steps,
+# test_experiments_tasks_large and test_plan run these on generated text
 ELSEWHERE = {
     "dynamics",
     "efficiency",
@@ -380,6 +380,9 @@ ELSEWHERE = {
     "steps_mnli",
     "steps_e2e",
     "steps_smollm2",
+    "tasks_mpnet",
+    "tasks_gemma",
+    "tasks_qwen",
 }
 
 

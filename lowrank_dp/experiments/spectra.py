@@ -123,7 +123,8 @@ def _measure(
         action = "restored"
         weights = ((after.u.mT @ clean) * after.vh).sum(-1)
         aligned_restored = float(
-            restored.double() @ weights.double()
+            restored.double()
+            @ weights.double()
             / torch.linalg.vector_norm(restored, dtype=torch.float64)
             / torch.linalg.vector_norm(clean, dtype=torch.float64)
         )

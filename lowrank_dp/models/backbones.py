@@ -44,6 +44,8 @@ PACKAGED = {
     ),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
+# environment variable with a folder whose subfolders are models that `--model` takes by their name
+MODELS_VARIABLE = "LOWRANK_DP_MODELS"
 # transformers builds a larger model for hours before it notices that its weights are missing
 _MOST_LAYERS, _MOST_LABELS = 10_000, 10_000_000
 _INSTEAD = (
@@ -77,10 +79,16 @@ def default_model() -> str:
 
 
 def find_backbone(name: str, revision: str | None = None) -> Backbone:
-    """Find backbone ``name``; raise ValueError in one line if it is missing or pickled."""
+    """Find backbone ``name``; raise ValueError in one line if it is missing or pickled.
+
+    A subfolder of that name in the folder ``LOWRANK_DP_MODELS`` comes before a package, a path and
+    the hub.
+    """
     name = str(name)
     if name in tiny.NAMES:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
+    if own := _in_models_folder(name):
+        return _find_folder(name, own)
     if name in PACKAGED:
         return _find_packaged(name)
     path = Path(name).expanduser()
@@ -95,6 +103,20 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
             name,
         )
     return _find_on_hub(name, revision)
+
+
+def _in_models_folder(name: str) -> Path | None:
+    """Return the subfolder of that name in the folder ``LOWRANK_DP_MODELS``; None without one.
+
+    Raises ValueError if the variable names no folder.
+    """
+    folder = os.environ.get(MODELS_VARIABLE)
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        _validate.fail(MODELS_VARIABLE, "an existing folder of model folders", folder)
+    own = Path(folder) / name
+    return own if re.fullmatch(r"[\w-][\w.-]*", name) and own.is_dir() else None
 
 
 def _find_packaged(name: str) -> Backbone:
