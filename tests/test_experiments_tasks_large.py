@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lowrank_dp import artifacts, figures
-from lowrank_dp.experiments import gradients, tasks_large
+from lowrank_dp.experiments import gradients, tasks_large, tasks_large_verdicts
 from lowrank_dp.experiments import tasks_large_configs as configs
+from tests import readme_map
 
 pytestmark = pytest.mark.slow
 CONFIG = dataclasses.replace(
@@ -110,6 +111,54 @@ def test_bf16_changes_a_gradient_by_rounding_only():
             matrix.flatten(), sums[1][name].flatten(), dim=0
         )
         assert 0.99 < cosine < 1 - 1e-7, name
+
+
+def made(cosine, rank):
+    """A result of one case with these cosines (stages, W, schemes, averages) and clean ranks."""
+    cosine = np.array(cosine)[None, :, :, None]
+    stages, starts = cosine.shape[1:3]
+    return tasks_large.Result(
+        config=dataclasses.replace(CONFIG, num_starts=starts),
+        privacy="NON-PRIVATE",
+        descriptions=("a model",),
+        loss=np.ones((1, stages, starts)),
+        num_layers=np.full((1, stages, starts), 4),
+        above=np.ones((1, stages, starts, 1), dtype=int),
+        cosine=cosine,
+        effective_rank=np.broadcast_to(
+            np.array([[r, 0.8] for r in rank])[None, :, None], (1, stages, starts, 2)
+        ),
+    )
+
+
+def test_verdicts_follow_the_numbers():
+    noisy, better, mixed = [0.1, 0.1], [0.5, 0.5], [0.1 + 1e-3, 0.3]
+    spread = [[0.1, 0.1 + 0.01 * k] for k in (-1, 0, 2)]  # the t-interval holds 0
+    ups = [[noisy, better, [0.4, 0.6]], [noisy, mixed, [0.4, 0.6]], [noisy, better, [0.4, 0.6]]]
+    downs = [[noisy, one, [0.0, 0.0]] for one in spread]
+    for stages, rank, low, nearer in (
+        ((ups, ups), (0.1, 0.3), "reproduced", "reproduced within limits: in 2 of 4 comparisons"),
+        ((ups, downs), (0.1, 0.6), "reproduced within limits: in 1 of 2 comparisons", "1 of 4"),
+        ((downs, downs), (0.9, 0.6), "not reproduced", "not reproduced"),
+    ):
+        first, second = tasks_large_verdicts.verdicts(made(stages, rank))
+        assert first.verdict == low
+        assert second.verdict.endswith(nearer)
+    ups = [[noisy, [0.5 + d, 0.4], [0.4, 0.6]] for d in (0.0, 0.01, 0.02)]
+    first, second = tasks_large_verdicts.verdicts(made((ups, ups), (0.123, 0.3)))
+    assert second.verdict == "reproduced"
+    assert "12 to 30% of the largest possible, with noise 80 to 80%" in first.reason
+    assert "generated, B = 96, cold: 0.100 → 0.510 (0.400 zeroed); 0.100 → 0.400" in second.reason
+
+
+def test_the_claim_index_reads_the_saved_results(tmp_path):
+    pending = readme_map.larger_models(tmp_path)
+    assert pending.count("not run yet") == len(readme_map.LARGER) == 3
+    ups = [[[0.1, 0.1], [0.5, 0.4], [0.4, 0.6]]] * 3
+    artifacts.save_result(made((ups, ups), (0.1, 0.3)), tmp_path, "tasks_qwen")
+    rows = readme_map.larger_models(tmp_path).splitlines()
+    assert len(rows) == 2 + 2 + 2 and all(row.count("|") == 6 for row in rows)
+    assert sum("`tasks_qwen` | reproduced |" in row for row in rows) == 2
 
 
 def test_bad_input():

