@@ -138,7 +138,12 @@ def test_verdicts_follow_the_numbers():
     downs = [[noisy, one, [0.0, 0.0]] for one in spread]
     for stages, rank, low, nearer in (
         ((ups, ups), (0.1, 0.3), "reproduced", "reproduced within limits: in 2 of 4 comparisons"),
-        ((ups, downs), (0.1, 0.6), "reproduced within limits: in 1 of 2 comparisons", "1 of 4"),
+        (
+            (ups, downs),
+            (0.1, 0.6),
+            "reproduced within limits: in 1 of 2 comparisons",
+            "1 of 4 comparisons",
+        ),
         ((downs, downs), (0.9, 0.6), "not reproduced", "not reproduced"),
     ):
         first, second = tasks_large_verdicts.verdicts(made(stages, rank))
