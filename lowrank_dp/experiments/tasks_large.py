@@ -49,8 +49,8 @@ CAPTION = (
 STAGES = ("cold", "warm")
 SCHEMES = ("noisy", "optimal", "optimal, zeroed")
 AVERAGES = ("mean over matrices", "one vector")
-# The full spectrum of every fifth matrix is computed: a block has 6 or 7 matrices, so that all types
-# occur.
+# The full spectrum of every fifth matrix is computed. A block has 6 or 7 matrices, so that all
+# types occur.
 STRIDE = 5
 FOLDER = Path("runs") / "tasks_large"
 
