@@ -207,7 +207,6 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     trained_on = [*compress(units, members)]
     examples = [example for unit in trained_on for example in unit]
     model, tokenizer = _load_model(config, task, seed)
-    warn_of_logits(model, task.kind, config.micro_batch_size)
     max_length = token_limit(config, task, tokenizer)
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     positions = iter(range(len(rows)))
@@ -288,7 +287,7 @@ def _open_cache(
 
 def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
     """Load the model and its tokenizer; a model that will be sharded stays on the CPU."""
-    return load_model(
+    model, tokenizer = load_model(
         config.model,
         task=task,
         method=config.method,
@@ -301,6 +300,8 @@ def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
         device="cpu" if config.shard else config.device,
         seed=seed,
     )
+    warn_of_logits(model, task.kind, config.micro_batch_size)
+    return model, tokenizer
 
 
 def make_mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:
