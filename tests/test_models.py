@@ -415,6 +415,10 @@ def test_a_micro_batch_with_too_many_logits_is_named():
         memory.warn_of_logits(model(151_936), "generation", 64)
     # 27 rows of 64 tokens, four float32 numbers per token of the vocabulary
     assert memory.logits_bytes(151_936, 27) == 27 * 64 * 151_936 * 16 <= 4 * 2**30
+    large = model(151_936)
+    assert [memory.rows_that_fit(large, "generation", n) for n in (64, 27, 3)] == [27, 27, 3]
+    assert memory.rows_that_fit(model(10**9), "generation", 64) == 1
+    assert memory.rows_that_fit(large, "classification", 64) == 64
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         memory.warn_of_logits(model(151_936), "generation", 27)

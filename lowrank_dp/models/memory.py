@@ -15,22 +15,31 @@ def logits_bytes(vocabulary: int, micro_batch_size: int) -> int:
     return COPIES * 4 * ROW_TOKENS * micro_batch_size * vocabulary
 
 
-def warn_of_logits(model: Any, kind: str, micro_batch_size: int) -> None:
-    """Warn if the logits of a micro-batch of a causal language model take over ``LIMIT`` bytes.
+def rows_that_fit(model: Any, kind: str, num_rows: int) -> int:
+    """Return the number of rows, at most ``num_rows`` and at least 1, whose logits fit ``LIMIT``.
 
     Args:
         model: the model; ``config.vocab_size`` is the width of its logits.
         kind: kind of the task; a task other than "generation" has few logits.
-        micro_batch_size: rows in memory at a time.
+        num_rows: wanted number of rows in memory at a time.
     """
     vocabulary = getattr(model.config, "vocab_size", None)
     if kind != "generation" or not isinstance(vocabulary, int):
-        return
-    size = logits_bytes(vocabulary, micro_batch_size)
-    if size > LIMIT:
-        fits = max(1, micro_batch_size * LIMIT // size)
+        return num_rows
+    return min(num_rows, max(1, LIMIT // logits_bytes(vocabulary, 1)))
+
+
+def warn_of_logits(model: Any, kind: str, micro_batch_size: int) -> None:
+    """Warn if the logits of a micro-batch of a causal language model take over ``LIMIT`` bytes.
+
+    The arguments are those of :func:`rows_that_fit`.
+    """
+    fits = rows_that_fit(model, kind, micro_batch_size)
+    if fits < micro_batch_size:
+        vocabulary = model.config.vocab_size
+        size = logits_bytes(vocabulary, micro_batch_size) / 2**30
         warnings.warn(
-            f"micro_batch_size {micro_batch_size} takes about {size / 2**30:.0f} GiB for logits "
+            f"micro_batch_size {micro_batch_size} takes about {size:.0f} GiB for logits "
             f"over {vocabulary:,} tokens at {ROW_TOKENS} tokens per row; {fits} takes 4 GiB, and "
             "the result does not depend on this number",
             stacklevel=3,
