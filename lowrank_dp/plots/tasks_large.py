@@ -53,6 +53,6 @@ def plot_tasks_large(result: tasks_large.Result, *, axes: Sequence[Axes] | None 
     for axis, title in zip(grid.ravel(), titles, strict=True):
         axis.set_yticks(y, names)
         letter(axis, title)
-        if axis is not above:
+        if axis in (joint, rank):  # the schemes of b are those of c
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
