@@ -32,6 +32,7 @@ SETTINGS = (
     "TRANSFORMERS_OFFLINE",
     "HF_ENDPOINT",
     "LOWRANK_DP_DATA",
+    "LOWRANK_DP_MODELS",
 )
 J = TypeVar("J")
 R = TypeVar("R")

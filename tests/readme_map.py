@@ -1,7 +1,9 @@
-"""The made tables of README.md: the packages, by their docstrings, and the verdicts of the claims.
+"""The made tables of README.md and of the claim index.
 
-``python -m tests.readme_map`` writes both tables anew; ``test_readme_map`` fails where a table and
-its source differ. The map of all modules, ``table``, is a page of the site.
+README.md has the packages, by their docstrings, and the verdicts of the claims; the claim index has
+the verdicts on larger models, from their results. ``python -m tests.readme_map`` writes the tables
+anew; ``test_readme_map`` fails where a table and its source differ. The map of all modules,
+``table``, is a page of the site.
 """
 
 import ast
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import lowrank_dp
 from docs.hooks.claims import INDEX, verdict_table
+from lowrank_dp.artifacts import load_result
+from lowrank_dp.experiments import tasks_large, tasks_large_verdicts
 from tests.test_imports import ORDER
 
 PACKAGE = Path(lowrank_dp.__file__).parent
@@ -16,6 +20,16 @@ README = PACKAGE.parent / "README.md"
 MARKS = {
     "map": ("<!-- map: written by `make map` -->", "<!-- end of the map -->"),
     "verdicts": ("<!-- verdicts: written by `make map` -->", "<!-- end of the verdicts -->"),
+}
+LARGER_MARKS = (
+    "<!-- larger models: written by `make map` -->",
+    "<!-- end of the larger models -->",
+)
+# artifact -> the model, and what it stands for
+LARGER = {
+    "tasks_mpnet": "MPNet base, 110 M, RoBERTa-base's sizes",
+    "tasks_gemma": "Gemma 3, 270 M, 4-bit build",
+    "tasks_qwen": "Qwen2.5-Coder-Instruct, 0.5 B, 4-bit build",
 }
 
 
@@ -62,6 +76,26 @@ def packages() -> str:
     return "\n".join(lines)
 
 
+def larger_models(folder: Path = INDEX.parent) -> str:
+    """The claim index's table of larger models: the verdicts of the results that are saved."""
+    lines = ["| model | claim | artifact | verdict | in one line |", "|---|---|---|---|---|"]
+    for name, model in LARGER.items():
+        if not (folder / f"{name}.json").is_file():
+            lines.append(f"| {model} | both | `{name}` | not run yet | No result is saved |")
+            continue
+        result = load_result(folder, name, tasks_large.Result)
+        for claim, verdict, reason in tasks_large_verdicts.verdicts(result):
+            lines.append(f"| {model} | {claim} | `{name}` | {verdict} | {reason} |")
+    return "\n".join(lines)
+
+
+def index(text: str, folder: Path = INDEX.parent) -> str:
+    """The claim index's ``text`` with the table of the results in ``folder`` between its marks."""
+    begin, end = LARGER_MARKS
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{larger_models(folder)}\n{end}{rest.split(end)[1]}"
+
+
 def written(text: str) -> str:
     """README's ``text`` with the tables of today's code and index between their marks."""
     made = {"map": packages(), "verdicts": verdict_table(INDEX.read_text(encoding="utf-8"))}
@@ -72,4 +106,5 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
+    INDEX.write_text(index(INDEX.read_text(encoding="utf-8")), encoding="utf-8")
     README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -93,6 +93,14 @@ def test_spectra(source, tmp_path):
     kept = np.array([action == "kept" for action in result.actions])
     np.testing.assert_allclose(result.alignment_restored[kept], result.alignment_noisy[kept])
     assert result.alignment_restored.mean() > 1.2 * result.alignment_noisy.mean()
+    clean = source.nested_sums([256])[256]
+    noisy = gradients.add_noise(clean, 0.5, GRADIENTS.seed)
+    for i, name in enumerate(result.layers):
+        made, size = restore(noisy[name], 0.5, method="exact"), min(clean[name].shape)
+        cosine = torch.nn.functional.cosine_similarity(made.flatten(), clean[name].flatten(), dim=0)
+        assert result.alignment_restored[i] == pytest.approx(float(cosine), abs=1e-5), name
+        values = torch.linalg.svdvals(made).numpy()
+        np.testing.assert_allclose(result.restored[i, :size], values, atol=1e-4 * values[0])
     artifacts.save_result(result, tmp_path, "spectra")
     again = artifacts.load_result(tmp_path, "spectra", spectra.Result)
     assert again.config == config and again.layers == result.layers
@@ -357,8 +365,8 @@ TRIALS = {
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
 # test_experiments_efficiency, test_experiments_implicit_noise, test_experiments_lora,
-# test_experiments_membership,
-# test_experiments_noise_cost, test_experiments_steps and test_plan run these on generated text
+# test_experiments_membership, test_experiments_noise_cost, test_experiments_steps,
+# test_experiments_tasks_large and test_plan run these on generated text
 ELSEWHERE = {
     "dynamics",
     "efficiency",
@@ -380,6 +388,9 @@ ELSEWHERE = {
     "steps_mnli",
     "steps_e2e",
     "steps_smollm2",
+    "tasks_mpnet",
+    "tasks_gemma",
+    "tasks_qwen",
 }
 
 

@@ -527,7 +527,14 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
 def test_the_plan_estimates_seconds_from_the_training():
     """240 s for 2 steps of 40 records are 3 s per record; a forward pass takes a third."""
     config = SimpleNamespace(steps=2, batch_size=40)
-    target = SimpleNamespace(result=SimpleNamespace(seconds=240.0, config=config), base=None)
+    rows = [SimpleNamespace(group=name) for name in "aabbbbbccc"]
+    records = SimpleNamespace(unit="group", examples=rows)
+    target = SimpleNamespace(
+        result=SimpleNamespace(seconds=240.0, config=config), base=None, records=records
+    )
+    # 40 groups of 10 / 3 records on average
+    assert planning._scoring_seconds(target, 100) == pytest.approx(30.0)
+    records.unit = "example"
     assert planning._scoring_seconds(target, 100) == pytest.approx(100.0)
     target.base = {"model": "tiny"}
     assert planning._scoring_seconds(target, 100) == pytest.approx(200.0)

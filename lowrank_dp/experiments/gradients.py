@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
-from lowrank_dp.data import encode, load_task, micro_batches
+from lowrank_dp.data import encode, load_task, micro_batches, subset
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
+from lowrank_dp.models.memory import warn_of_logits
 
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
 
@@ -40,6 +42,10 @@ class GradientConfig:
         max_length: tokens to which a text is cut.
         micro_batch_size: examples in memory at a time.
         train_layers: number of trained blocks, counted from the last; None trains all blocks.
+        max_rows: number of rows of the split that are read, in whole groups, chosen by the seed;
+            None reads all.
+        precision: "float32", or "bf16" for forward and backward passes under bf16 autocast; sums
+            stay in float32.
         seed: random seed of the head, the warm-up and the sampling.
         device: "cpu" or "cuda".
     """
@@ -55,8 +61,15 @@ class GradientConfig:
     max_length: int = 128
     micro_batch_size: int = 64
     train_layers: int | None = None
+    max_rows: int | None = None
+    precision: str = "float32"
     seed: int = 0
     device: str = "cpu"
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Type of mixed precision, or None."""
+        return torch.bfloat16 if self.precision == "bf16" else None
 
 
 @dataclass(eq=False)
@@ -89,10 +102,20 @@ class GradientSource:
     warm_steps: int = 0
     sums: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
-    def clean_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Sum the clipped gradients of the rows ``indices``, by trainable matrix. NON-PRIVATE."""
+    def clean_sum(self, indices: Sequence[int], check_rows: bool = True) -> dict[str, Tensor]:
+        """Sum the clipped gradients of the rows ``indices``, by trainable matrix. NON-PRIVATE.
+
+        ``check_rows`` is as in :func:`lowrank_dp.grads.clipped_sum`: the examination of a new model
+        takes as long as some dozen rows.
+        """
         batches = (batch for _, batch in self.batches(indices, self.config.micro_batch_size))
-        sums, _ = clipped_sum_over(self.model, batches, self.config.max_grad_norm)
+        sums, _ = clipped_sum_over(
+            self.model,
+            batches,
+            self.config.max_grad_norm,
+            autocast_dtype=self.config.autocast_dtype,
+            check_rows=check_rows,
+        )
         return {name: sums[name] for name in self.matrices}
 
     def nested_sums(self, batch_sizes: Iterable[int]) -> dict[int, dict[str, Tensor]]:
@@ -143,8 +166,11 @@ def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
     trainable matrix.
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
+    _validate.choice("precision", config.precision, ["float32", "bf16"])
     task = load_task(config.task, seed=config.seed)
     examples = task.split(config.split)
+    if config.max_rows is not None:
+        examples = subset(examples, config.max_rows, f"{config.seed}/{config.split}")
     _validate.integer("batch_size", batch_size, high=len(examples))
     model, tokenizer = load_model(
         config.model or default_model(),
@@ -153,6 +179,7 @@ def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
         device=config.device,
         seed=config.seed,
     )
+    warn_of_logits(model, task.kind, config.micro_batch_size)
     matrices = matrix_parameters(model)
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trainable Linear layer, got none")
@@ -185,7 +212,7 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
     generator = torch.Generator().manual_seed(config.seed)
     if config.warm_loss is None:
         indices = source.sample(min(len(source.rows), 512), generator)
-        return _mean_loss(source, indices), 0
+        return mean_loss(source, indices), 0
     _validate.positive("warm_loss", config.warm_loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.warm_learning_rate)
@@ -200,7 +227,8 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
         torch.manual_seed(config.seed)  # seeds dropout
         began, batches = time.monotonic(), itertools.islice(_bucketed(source, generator), most)
         for step, batch in enumerate(progress(batches, "warm-up", total=most), 1):
-            value = model(**batch).loss
+            with _autocast(config):
+                value = model(**batch).loss
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -229,11 +257,18 @@ def _bucketed(source: GradientSource, generator: torch.Generator) -> Iterator[di
             yield batches[i][1]
 
 
+def _autocast(config: GradientConfig) -> AbstractContextManager:
+    dtype = config.autocast_dtype
+    return torch.autocast(config.device.split(":")[0], dtype) if dtype else nullcontext()
+
+
 @torch.no_grad()
-def _mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
+def mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
+    """Return the mean loss in nats over the rows ``indices``, of the model in its own mode."""
     total = 0.0
     for part, batch in source.batches(indices, source.config.micro_batch_size):
-        total += source.model(**batch).loss.item() * len(part)
+        with _autocast(source.config):
+            total += source.model(**batch).loss.item() * len(part)
     return total / len(indices)
 
 
@@ -242,14 +277,19 @@ def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str
 
     The noise is not secret: anyone who knows ``seed`` can reproduce it.
     """
-    noisy = {}
+    return dict(noisy_matrices(clean, noise_std, seed))
+
+
+def noisy_matrices(
+    clean: dict[str, Tensor], noise_std: float, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the entries of :func:`add_noise` one by one, so that one matrix is in memory."""
     for offset, (name, matrix) in enumerate(clean.items()):
         generator = torch.Generator(matrix.device).manual_seed(1_000_003 * seed + offset)
         noise = torch.randn(
             matrix.shape, generator=generator, dtype=matrix.dtype, device=matrix.device
         )
-        noisy[name] = matrix + noise_std * noise
-    return noisy
+        yield name, noise.mul_(noise_std).add_(matrix)
 
 
 def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, add_noise, prepare
+from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, noisy_matrices, prepare
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.restore import restore_with_report
+from lowrank_dp.restore import restored_values
 from lowrank_dp.spectrum import alignment, decompose
 
 CAPTION = (
@@ -86,10 +86,10 @@ def run(config: Config, source: GradientSource | None = None) -> Result:
     source = source or prepare(config.gradients, config.batch_size)
     noise_std = config.noise_multiplier * config.gradients.max_grad_norm
     clean = source.nested_sums([config.batch_size])[config.batch_size]
-    noisy = add_noise(clean, noise_std, config.gradients.seed)
+    noisy = noisy_matrices(clean, noise_std, config.gradients.seed)
     rows = [
-        _measure(name, clean[name], noisy[name], noise_std, config.scheme)
-        for name in progress(list(clean), "singular values")
+        _measure(name, clean[name], matrix, noise_std, config.scheme)
+        for name, matrix in progress(noisy, "singular values", total=len(clean))
     ]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     actions = tuple(columns.pop("actions"))
@@ -114,23 +114,35 @@ def _measure(
     except ValueError as error:
         raise ValueError(f"gradient of {name}: {error}") from error
     after = decompose(noisy, noise_std)
-    restored, (report,) = restore_with_report(noisy, noise_std, scheme)
+    restored = restored_values(after.s, after.shape, noise_std, scheme)
     left, right = after.overlap(before)
+    aligned = alignment(noisy, clean)
+    if torch.equal(restored, after.s):
+        action, aligned_restored = "passed" if scheme == "none" else "kept", aligned
+    else:
+        action = "restored"
+        weights = ((after.u.mT @ clean) * after.vh).sum(-1)
+        aligned_restored = float(
+            restored.double()
+            @ weights.double()
+            / torch.linalg.vector_norm(restored, dtype=torch.float64)
+            / torch.linalg.vector_norm(clean, dtype=torch.float64)
+        )
     return {
         "shapes": after.shape,
         "edges": after.edge,
         "clean": before.s,
         "noisy": after.s,
-        "restored": torch.linalg.svdvals(restored),
+        "restored": restored,
         "num_above_edge": after.num_above_edge,
         "effective_rank_clean": before.effective_rank,
         "effective_rank_noisy": after.effective_rank,
         "stable_rank_clean": before.stable_rank,
         "overlap_left": left[:8],
         "overlap_right": right[:8],
-        "alignment_noisy": alignment(noisy, clean),
-        "alignment_restored": alignment(restored, clean) if report.action != "zeroed" else 0.0,
-        "actions": report.action,
+        "alignment_noisy": aligned,
+        "alignment_restored": aligned_restored,
+        "actions": action,
     }
 
 

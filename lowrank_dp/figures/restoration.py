@@ -9,6 +9,8 @@ from lowrank_dp.experiments import (
     plan_gap,
     spectra,
     tasks,
+    tasks_large,
+    tasks_large_configs,
 )
 from lowrank_dp.experiments import noise_cost_verdicts as verdicts
 from lowrank_dp.figures.spec import FigureSpec
@@ -17,6 +19,23 @@ from lowrank_dp.plots.noise_cost import plot_noise_cost
 from lowrank_dp.plots.plan_check import plot_plan_check
 from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.plots.spectra import plot_spectra
+from lowrank_dp.plots.tasks_large import plot_tasks_large
+
+
+def _tasks_large(small: tasks_large.Config, full: tasks_large.Config) -> FigureSpec:
+    return FigureSpec(
+        run=tasks_large.run,
+        result=tasks_large.Result,
+        small=small,
+        full=full,
+        plot=plot_tasks_large,
+        headline=tasks_large.headline,
+        caption=tasks_large.CAPTION,
+        table=tasks_large.table,
+        plan=tasks_large.plan,
+        lengthy=True,
+    )
+
 
 FIGURES = {
     "spectra": FigureSpec(
@@ -51,6 +70,9 @@ FIGURES = {
         table=tasks.table,
         lengthy=True,
     ),
+    "tasks_mpnet": _tasks_large(tasks_large_configs.SMALL, tasks_large_configs.MPNET),
+    "tasks_gemma": _tasks_large(tasks_large_configs.SMALL_TABLES, tasks_large_configs.GEMMA),
+    "tasks_qwen": _tasks_large(tasks_large_configs.SMALL_TABLES, tasks_large_configs.QWEN),
     "ablation": FigureSpec(
         run=ablation.run,
         result=ablation.Result,

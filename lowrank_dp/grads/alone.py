@@ -96,6 +96,7 @@ def rows_alone(
         for name, g in gradient.items():
             sums[name] = sums[name].add_(g, alpha=weight) if name in sums else g.mul_(weight)
         losses[row], norms[row] = loss, norm
+        gradient = {}  # a large model's gradient must not be in memory beside the next row's
     return RowsAlone(losses, norms, sums, max_grad_norm or 1.0)
 
 
@@ -119,10 +120,8 @@ def _require_same_at_own_length(
         ) from error
     zero, norm = torch.zeros((), device=micro_batch.device), norm_of(gradient.values())
     moved = norm_of(
-        [
-            gradient.get(name, zero) - gradient_own.get(name, zero)
-            for name in {**gradient, **gradient_own}
-        ]
+        gradient.get(name, zero) - gradient_own.get(name, zero)
+        for name in {**gradient, **gradient_own}
     )
     if abs(loss - loss_own) > loss_allowance(micro_batch, loss) or not (
         moved <= gradient_allowance(micro_batch, loss) * norm + VANISHING

@@ -106,7 +106,9 @@ class Options:
         "recipe allows it, by projection.",
     )
     max_records: int | None = option(None, "Attack a random subset of this many records.")
-    batch_size: int = option(64, "Number of records in memory at a time.")
+    batch_size: int = option(
+        64, "Number of records in memory at a time; fewer if a large vocabulary needs the memory."
+    )
     seed: int = option(0, "Random seed of shadow models, splits and subsets.")
     device: str = option("cpu", "Device of the models: cpu or cuda.")
     num_workers: int | None = option(

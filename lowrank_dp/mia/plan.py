@@ -50,8 +50,10 @@ def _scoring_seconds(target: Target, count: int) -> float:
     """Estimate the seconds of ``count`` records through the models; 0 if not known."""
     if target.result is None:
         return 0.0
-    result = target.result
-    per_record = result.seconds / (result.config.steps * result.config.batch_size)
+    result, records = target.result, target.records
+    units = {example.group for example in records.examples} if records.unit == "group" else ()
+    per_unit = len(records.examples) / len(units) if units else 1.0
+    per_record = result.seconds / (result.config.steps * result.config.batch_size * per_unit)
     return FORWARD_SHARE * per_record * count * (2 if target.base is not None else 1)
 
 

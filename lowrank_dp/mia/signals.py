@@ -23,6 +23,7 @@ from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.losses import LOSSES
 from lowrank_dp.mia import scores, token_scores
 from lowrank_dp.mia._arrays import Array
+from lowrank_dp.models.memory import rows_that_fit
 
 LOGITS_AT_A_TIME = 2**24  # 128 MiB in float64; intermediate results take several times as much
 
@@ -71,7 +72,7 @@ def measure(
         max_length, template: as in ``data.encode``.
         pad_to: length that every row is padded to, as in training; None pads to the longest row of
             the batch.
-        batch_size: number of records per forward pass.
+        batch_size: number of records per forward pass; fewer if their logits take over 4 GiB.
         reference: the model before fine-tuning, which runs on the same batches; or ``model`` itself
             if it is a PEFT model whose head was not trained; its adapter is then switched off.
         add_inputs: as in ``evaluation.evaluate``.
@@ -80,6 +81,7 @@ def measure(
     """
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
+    batch_size = rows_that_fit(model, task.kind, batch_size)
     found = {field.name: np.full(len(rows), np.nan) for field in fields(Signals)}
     model.eval()
     with torch.no_grad():
@@ -136,6 +138,7 @@ def gradient_norms(
     """
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length, template=template)
     device = next(model.parameters()).device
+    batch_size = rows_that_fit(model, task.kind, batch_size)
     batches = list(
         micro_batches(rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device)
     )

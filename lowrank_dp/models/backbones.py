@@ -44,6 +44,8 @@ PACKAGED = {
     ),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
+# environment variable with a folder whose subfolders are models that `--model` takes by their name
+MODELS_VARIABLE = "LOWRANK_DP_MODELS"
 # transformers builds a larger model for hours before it notices that its weights are missing
 _MOST_LAYERS, _MOST_LABELS = 10_000, 10_000_000
 _INSTEAD = (
@@ -77,10 +79,16 @@ def default_model() -> str:
 
 
 def find_backbone(name: str, revision: str | None = None) -> Backbone:
-    """Find backbone ``name``; raise ValueError in one line if it is missing or pickled."""
+    """Find backbone ``name``; raise ValueError in one line if it is missing or pickled.
+
+    A subfolder of that name in the folder ``LOWRANK_DP_MODELS`` comes before a package, a path and
+    the hub.
+    """
     name = str(name)
     if name in tiny.NAMES:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
+    if own := _in_models_folder(name):
+        return _find_folder(name, own, f"folder in {MODELS_VARIABLE}")
     if name in PACKAGED:
         return _find_packaged(name)
     path = Path(name).expanduser()
@@ -97,6 +105,20 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
     return _find_on_hub(name, revision)
 
 
+def _in_models_folder(name: str) -> Path | None:
+    """Return the subfolder of that name in the folder ``LOWRANK_DP_MODELS``; None without one.
+
+    Raises ValueError if the variable names no folder.
+    """
+    folder = os.environ.get(MODELS_VARIABLE)
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        _validate.fail(MODELS_VARIABLE, "an existing folder of model folders", folder)
+    own = Path(folder) / name
+    return own if re.fullmatch(r"[\w-][\w.-]*", name) and own.is_dir() else None
+
+
 def _find_packaged(name: str) -> Backbone:
     package, inside, install = PACKAGED[name]
     found = importlib.util.find_spec(package)  # not imported: minilm's package imports much else
@@ -105,7 +127,9 @@ def _find_packaged(name: str) -> Backbone:
     if not inside:
         return _gguf(name, assembled(package), "packaged")
     file = Path(found.submodule_search_locations[0]) / inside
-    return _gguf(name, file, "packaged") if file.suffix == SUFFIX else _find_folder(name, file)
+    if file.suffix == SUFFIX:
+        return _gguf(name, file, "packaged")
+    return _find_folder(name, file, "packaged")
 
 
 def _gguf(name: str, file: Path, source: str) -> Backbone:
@@ -120,7 +144,7 @@ def _gguf(name: str, file: Path, source: str) -> Backbone:
     )
 
 
-def _find_folder(name: str, folder: Path) -> Backbone:
+def _find_folder(name: str, folder: Path, source: str = "local folder") -> Backbone:
     """Check a folder, which must hold a model or an adapter in safetensors, or one GGUF file."""
     adapter = (folder / "adapter_config.json").is_file()
     quantised = gguf_files(folder)
@@ -130,7 +154,7 @@ def _find_folder(name: str, folder: Path) -> Backbone:
                 f"model folder {folder} holds {len(quantised)} GGUF files: give the path of one, "
                 f"such as {quantised[0]}"
             )
-        return _gguf(name, quantised[0], "local folder")
+        return _gguf(name, quantised[0], source)
     if not adapter and not (folder / "config.json").is_file():
         raise ValueError(
             f"model folder {folder} must hold config.json, adapter_config.json or a GGUF file"
@@ -155,7 +179,7 @@ def _find_folder(name: str, folder: Path) -> Backbone:
         str(folder),
         {"use_safetensors": True, "local_files_only": True},
         config,
-        f"{name} ({'packaged' if name in PACKAGED else 'local folder'})",
+        f"{name} ({source})",
     )
 
 

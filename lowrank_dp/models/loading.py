@@ -50,7 +50,8 @@ def load_model(
     """Load a model in eval mode, with ``requires_grad`` set by ``method``, and its tokenizer.
 
     Args:
-        name: a name of ``models.NAMES``, a hub id, a GGUF file (dequantised), or a folder with a
+        name: a name of ``models.NAMES``, a subfolder of the folder that the environment variable
+            ``LOWRANK_DP_MODELS`` names, a hub id, a GGUF file (dequantised), or a folder with a
             full model, an adapter or one GGUF file.
         task: the task whose head the model gets. A checkpoint that already is a classifier or a
             causal language model needs neither ``task`` nor ``kind``.

@@ -19,6 +19,7 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
+from lowrank_dp.models.memory import warn_of_logits
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
@@ -286,7 +287,7 @@ def _open_cache(
 
 def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
     """Load the model and its tokenizer; a model that will be sharded stays on the CPU."""
-    return load_model(
+    model, tokenizer = load_model(
         config.model,
         task=task,
         method=config.method,
@@ -299,6 +300,8 @@ def _load_model(config: TrainConfig, task: Task, seed: int) -> tuple[Any, Any]:
         device="cpu" if config.shard else config.device,
         seed=seed,
     )
+    warn_of_logits(model, task.kind, config.micro_batch_size)
+    return model, tokenizer
 
 
 def make_mechanism(config: TrainConfig, num_units: int) -> tuple[GaussianMechanism, float]:

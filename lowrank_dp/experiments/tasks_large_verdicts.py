@@ -1,0 +1,74 @@
+"""Verdicts on larger models, computed from the results of :mod:`.tasks_large`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.tasks_large import AVERAGES, SCHEMES, STAGES, Result
+
+LOW = 0.5  # an effective rank below this share of the largest possible counts as low
+
+
+class Verdict(NamedTuple):
+    """A claim, its verdict, and the numbers on which the verdict rests, as text."""
+
+    claim: str
+    verdict: str
+    reason: str
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """Judge both claims of the restoration on one result.
+
+    A claim is reproduced if all its comparisons hold, reproduced within limits if some hold, and
+    not reproduced if none holds. A gradient is of low rank if its median effective rank, mean over
+    starts, is below half of the largest possible. Restoration brings a gradient nearer to the
+    clean one if the 95% t-interval over starts of the difference of the cosines is above 0.
+    """
+    return [_low_rank(result), _nearer(result)]
+
+
+def _word(holds: np.ndarray) -> str:
+    if holds.all():
+        return "reproduced"
+    if not holds.any():
+        return "not reproduced"
+    return f"reproduced within limits: in {int(holds.sum())} of {holds.size} comparisons"
+
+
+def _low_rank(result: Result) -> Verdict:
+    share = result.effective_rank.mean(axis=2)  # (K, 2, clean or noisy)
+    clean, noisy = share[..., 0], share[..., 1]
+    return Verdict(
+        "A layer's gradient in fine-tuning has few large singular values",
+        _word(clean < LOW),
+        f"Median effective rank {100 * clean.min():.0f} to {100 * clean.max():.0f}% of the largest "
+        f"possible, with noise {100 * noisy.min():.0f} to {100 * noisy.max():.0f}%",
+    )
+
+
+def _nearer(result: Result) -> Verdict:
+    cosines = [
+        [result.starts(scheme, average) for scheme in range(len(SCHEMES))]
+        for average in range(len(AVERAGES))
+    ]
+    gains = np.stack([optimal - noisy for noisy, optimal, _ in cosines])  # (averages, K, 2, W)
+    mean, half = mean_and_interval(gains, axis=-1)
+    parts = []
+    for case, stage in result.rows:
+        one = result.config.cases[case]
+        texts = [
+            f"{noisy[case, stage].mean():.3f} → {optimal[case, stage].mean():.3f} "
+            f"({zeroed[case, stage].mean():.3f} zeroed)"
+            for noisy, optimal, zeroed in cosines
+        ]
+        parts.append(f"{one.task}, B = {one.batch_size}, {STAGES[stage]}: {'; '.join(texts)}")
+    return Verdict(
+        "Restoring the singular values from the noisy gradient alone brings it nearer to the clean "
+        "one",
+        _word(mean - half > 0),
+        f"Cosine with the clean sum, noisy → optimal, {'; '.join(AVERAGES)}: {'. '.join(parts)}",
+    )
