@@ -233,6 +233,8 @@ DEFINITIONS = {
     "paper_artifacts/README.md": {
         "simulated audits of tests/test_audit.py, and their nominal rate": "400 5%",
         "kurtosis 3 + 6/r, a formula": "6",
+        "level of the interval that decides on a verdict": "95%",
+        "parameters of the larger models, in millions and billions": "110 270 0.5",
     },
 }
 
