@@ -83,7 +83,13 @@ MNLI = Config(
 )
 E2E = Config(
     gap_configs.E2E.base,
-    arms=(*PLAIN, *RESTORED, *PRECONDITIONED[:2]),
+    arms=(
+        *PLAIN,
+        "partial, 0.5",
+        "denoise",
+        "mean, optimal, zeroed",
+        "preconditioned, generated text",
+    ),
     score=gap_configs.E2E.score,
     tuning_holdout=gap_configs.E2E.tuning_holdout,
 )
