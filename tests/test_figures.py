@@ -67,8 +67,10 @@ def leaves(config):
 
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options():
     options = {"model": "m", "task": "t", "seed": 7, "device": "cuda"}
-    some = {"total_variation": (), "tasks": ("seed", "device")}  # of no model; of many
-    some["noise_cost"] = some["tasks"]
+    some = {"total_variation": (), "tasks": ("seed", "device")}  # of no model; of many models
+    some["plan_gap"] = some["total_variation"]
+    for name in ("noise_cost", "tasks_mpnet", "tasks_gemma", "tasks_qwen"):
+        some[name] = some["tasks"]
     for name in figures.NAMES:
         spec = figures.find(name)
         assert spec.caption and callable(spec.headline) and callable(spec.plot), name

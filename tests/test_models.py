@@ -579,7 +579,7 @@ def test_a_file_in_parts_is_joined_once(tmp_path, monkeypatch):
                 raise ValueError("sha256 did not match")
         return path
 
-    package = types.types.SimpleNamespace(default_output_path=lambda: target, assemble=assemble)
+    package = types.SimpleNamespace(default_output_path=lambda: target, assemble=assemble)
     monkeypatch.setitem(sys.modules, "in_parts", package)
     damaged = True
     with pytest.raises(ValueError, match=r"^package in_parts could not be joined .*did not match"):
