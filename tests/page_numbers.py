@@ -84,10 +84,9 @@ def _efficiency_smollm2():
     return [arrays["score"][:, :, 0].mean(), *arrays["tuning"][:, 0, -1]]
 
 
-def _steps_sst2():
+def _noise_costs(result):
     return [
-        _steps("steps_sst2", f"DP-{name}")
-        / _steps("steps_sst2", f"noise-free {name} (NON-PRIVATE)")
+        _steps(result, f"DP-{name}") / _steps(result, f"noise-free {name} (NON-PRIVATE)")
         for name in ("Adam", "SGD")
     ]
 
@@ -155,7 +154,8 @@ COMPUTED = {
     "efficiency": _efficiency,
     "efficiency_mnli": lambda: [_arrays("efficiency_mnli")["score"][:, :, 0].mean()],
     "efficiency_smollm2": _efficiency_smollm2,
-    "steps_sst2": _steps_sst2,
+    "steps_sst2": lambda: _noise_costs("steps_sst2"),
+    "steps_e2e": lambda: _noise_costs("steps_e2e"),
     "membership": lambda: _membership("membership"),
     "membership_e2e": lambda: _membership("membership_e2e"),
     "vector_privacy": _vector_privacy,

@@ -25,7 +25,6 @@ PENDING = {
     "gap_all_layers",
     "steps_sst2_all",
     "steps_mnli",
-    "steps_e2e",
     "steps_smollm2",
     "tasks_mpnet",
     "tasks_gemma",
