@@ -26,7 +26,6 @@ PENDING = {
     "steps_sst2_all",
     "steps_mnli",
     "steps_smollm2",
-    "tasks_mpnet",
     "tasks_gemma",
     "tasks_qwen",
 }
