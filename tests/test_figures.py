@@ -26,8 +26,6 @@ PENDING = {
     "steps_sst2_all",
     "steps_mnli",
     "steps_smollm2",
-    "tasks_gemma",
-    "tasks_qwen",
 }
 
 
