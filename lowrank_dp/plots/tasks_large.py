@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 
 from lowrank_dp.experiments import tasks_large as experiment
 from lowrank_dp.plots.arms import look
-from lowrank_dp.plots.style import BLACK, BLUE, FULL, GREY, labelled, letter, new_figure
+from lowrank_dp.plots.style import (
+    BLACK,
+    BLUE,
+    FULL,
+    GREY,
+    labelled,
+    legend_below,
+    letter,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import tasks_large
@@ -45,7 +54,7 @@ def plot_tasks_large(result: tasks_large.Result, *, axes: Sequence[Axes] | None 
             axis.errorbar(middle, y + shift, xerr=half, **look(name).points(label=name))
         axis.axvline(0, color=GREY, linewidth=0.6, linestyle=":")
         axis.set(xlabel="cosine with the clean gradient")
-    for column, colour, marker, name in ((0, BLACK, "o", "clean"), (1, GREY, "x", "noisy")):
+    for column, colour, marker, name in ((0, BLACK, "o", "clean (d)"), (1, GREY, "x", "noisy (d)")):
         ranks = [result.effective_rank[row][:, column].mean() for row in rows]
         rank.plot(ranks, y, marker, color=colour, label=name)
     rank.set(xlim=(0, 1), xlabel="effective rank / largest")
@@ -53,6 +62,7 @@ def plot_tasks_large(result: tasks_large.Result, *, axes: Sequence[Axes] | None 
     for axis, title in zip(grid.ravel(), titles, strict=True):
         axis.set_yticks(y, names)
         letter(axis, title)
-        if axis in (joint, rank):  # the schemes of b are those of c
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    schemes, ranks_of = (axis.get_legend_handles_labels() for axis in (joint, rank))
+    entries = [*schemes[0], *ranks_of[0]], [*schemes[1], *ranks_of[1]]
+    legend_below(figure, grid, axes is None, entries, ncols=5)
     return figure
