@@ -59,16 +59,22 @@ def start():
 
 @pytest.fixture(scope="module")
 def in_this_process():
-    """Sweeps run in this process: new workers would take longer to start than the runs take."""
+    """Sweeps run in this process: new workers would take longer to start than the runs take.
+
+    Runs keep to one thread. The threads that a sweep gives its workers take ten times as long
+    beside a second process of pytest.
+    """
 
     def run(job, jobs, engine, workers):
         return engines_run(job, jobs, "sequential", workers)
 
     engines_run, threads = engines.run, torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "run", run)
+        patch.setattr(torch, "set_num_threads", lambda _: None)
         yield
-    torch.set_num_threads(threads)  # a sweep sets the threads of its workers
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
