@@ -418,13 +418,7 @@ def test_the_full_scale_obeys_the_protocol():
     for name in figures.NAMES:
         config = figures.find(name).full
         if isinstance(config, steps_configs.Config | gap_configs.Config):
-            arms.check_runs(
-                config.base,
-                config.score,
-                config.num_seeds,
-                config.tuning_seeds,
-                config.tuning_holdout,
-            )
+            arms.check_runs(config.base, config)
             assert config.num_seeds >= 5 and len(config.tuning_seeds) >= 2, name
     maps = [figures.find(name).full for name in figures.NAMES if name.startswith("gap")]
     assert {one.epsilons for one in maps} == {(0.5, 1.0, 3.0, 8.0)}

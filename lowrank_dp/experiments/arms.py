@@ -7,7 +7,7 @@ name says that it is NON-PRIVATE.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,31 @@ def arm_config(
     return replace(base, **fields, seed=seed, holdout=holdout)
 
 
-def check_runs(
-    base: TrainConfig, score: str, num_seeds: int, tuning_seeds: Sequence[int], holdout: int
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How the arms of an experiment are tuned and repeated.
+
+    Attributes:
+        num_seeds: number of reported seeds, counted from 0; 2 or more.
+        tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
+        tuning_holdout: training units held out, on which the learning rates are chosen.
+        score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
+        num_workers: number of concurrent runs; None means one per CPU core.
+    """
+
+    num_seeds: int = 5
+    tuning_seeds: tuple[int, ...] = (1000, 1001)
+    tuning_holdout: int = 1000
+    score: str = "accuracy"
+    num_workers: int | None = None
+
+
+def check_runs(base: TrainConfig, protocol: Protocol) -> None:
     """Raise ValueError for runs that the protocol does not allow."""
-    _validate.choice("score", score, HIGHER_IS_BETTER)
+    num_seeds, tuning_seeds = protocol.num_seeds, protocol.tuning_seeds
+    _validate.choice("score", protocol.score, HIGHER_IS_BETTER)
     _validate.integer("num_seeds", num_seeds, low=2)
-    _validate.integer("tuning_holdout", holdout)
+    _validate.integer("tuning_holdout", protocol.tuning_holdout)
     if len({*tuning_seeds}) < 2 or len({*tuning_seeds}) < len(tuning_seeds):
         raise ValueError(f"tuning_seeds must be two or more different seeds, got {tuning_seeds}")
     if min(tuning_seeds) < num_seeds:

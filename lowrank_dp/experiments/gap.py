@@ -151,9 +151,7 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
     """
     for part in config.parts:
         _validate.choice("part", part, PARTS)
-    check_runs(
-        config.base, config.score, config.num_seeds, config.tuning_seeds, config.tuning_holdout
-    )
+    check_runs(config.base, config)
     by_name = {setting.name: setting for setting in settings(config)}
 
     def config_of(name: str, learning_rate: float, seed: int, holdout: int = 0) -> TrainConfig:

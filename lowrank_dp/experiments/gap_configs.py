@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowrank_dp.experiments.arms import base_config
+from lowrank_dp.experiments.arms import Protocol, base_config
 from lowrank_dp.train import TrainConfig
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -15,8 +15,8 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Config:
-    """Runs of the experiment.
+class Config(Protocol):
+    """Runs of the experiment, beside the fields of :class:`Protocol`.
 
     Attributes:
         base: configuration of all runs; epsilon, batch size, trained layers, seed, learning rate
@@ -24,22 +24,12 @@ class Config:
         epsilons: budgets of the runs with noise; a noise-free run is made once for all of them.
         batch_sizes: expected batch sizes.
         parts: trained parts, names in ``PARTS``.
-        num_seeds: number of reported seeds, counted from 0; 2 or more.
-        tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
-        tuning_holdout: training units held out, on which the learning rates are chosen.
-        score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
-        num_workers: number of concurrent runs; None means one per CPU core.
     """
 
     base: TrainConfig
     epsilons: tuple[float, ...] = (0.5, 1.0, 3.0, 8.0)
     batch_sizes: tuple[int, ...] = (256, 1024)
     parts: tuple[str, ...] = tuple(PARTS)
-    num_seeds: int = 5
-    tuning_seeds: tuple[int, ...] = (1000, 1001)
-    tuning_holdout: int = 1000
-    score: str = "accuracy"
-    num_workers: int | None = None
 
 
 _SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)

@@ -134,9 +134,7 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
         _validate.choice("arm", arm, ARMS)
     if missing := [arm for arm in PLAIN if arm not in config.arms]:
         raise ValueError(f"arms must include the baselines and the ceilings, got no {missing[0]!r}")
-    check_runs(
-        config.base, config.score, config.num_seeds, config.tuning_seeds, config.tuning_holdout
-    )
+    check_runs(config.base, config)
     config_of = partial(arm_config, config.base)
     tuned, stopped = tuning.tune_by_sweep(
         {arm: ARMS[arm].start for arm in config.arms},

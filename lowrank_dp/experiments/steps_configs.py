@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lowrank_dp.experiments import gap_configs
-from lowrank_dp.experiments.arms import PLAIN, base_config
+from lowrank_dp.experiments.arms import PLAIN, Protocol, base_config
 from lowrank_dp.train import TrainConfig
 
 # versions 3 and 1 of arXiv 2510.01137, the optimal shrinker, and the same on a running mean
@@ -29,26 +29,16 @@ OTHERS = (
 
 
 @dataclass(frozen=True)
-class Config:
-    """Runs of the experiment.
+class Config(Protocol):
+    """Runs of the experiment, beside the fields of :class:`Protocol`.
 
     Attributes:
         base: configuration that all arms share; its seed, learning rate and holdout are replaced.
         arms: names in ``arms.ARMS``; both baselines and both ceilings must be among them.
-        num_seeds: number of reported seeds, counted from 0; 2 or more.
-        tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
-        tuning_holdout: training units held out, on which the learning rates are chosen.
-        score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
-        num_workers: number of concurrent runs; None means one per CPU core.
     """
 
     base: TrainConfig
     arms: tuple[str, ...] = (*PLAIN, *RESTORED)
-    num_seeds: int = 5
-    tuning_seeds: tuple[int, ...] = (1000, 1001)
-    tuning_holdout: int = 1000
-    score: str = "accuracy"
-    num_workers: int | None = None
 
 
 _SST2 = gap_configs.SST2.base

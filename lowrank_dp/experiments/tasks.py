@@ -154,7 +154,7 @@ def _measure(config: Config, case: Case) -> dict[str, Any]:
     def cosine(matrices: Mapping[str, torch.Tensor]) -> float:
         return float(np.mean([alignment(matrix, clean[name]) for name, matrix in matrices.items()]))
 
-    share = [[_effective_share(matrix) for matrix in one.values()] for one in (clean, noisy[0])]
+    share = [[effective_share(matrix) for matrix in one.values()] for one in (clean, noisy[0])]
     return {
         "descriptions": source.description,
         "loss": source.loss,
@@ -170,7 +170,8 @@ def _measure(config: Config, case: Case) -> dict[str, Any]:
     }
 
 
-def _effective_share(matrix: torch.Tensor) -> float:
+def effective_share(matrix: torch.Tensor) -> float:
+    """Return the effective rank of a matrix (m, n), divided by min(m, n)."""
     return float(decompose(matrix, 0.0).effective_rank) / min(matrix.shape)
 
 

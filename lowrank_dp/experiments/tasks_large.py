@@ -30,15 +30,16 @@ from lowrank_dp.experiments.gradients import (
 )
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.experiments.scheme_scores import cosine
+from lowrank_dp.experiments.tasks import effective_share
 from lowrank_dp.experiments.tasks_large_configs import Case, Config
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.restore import restore_with_report
-from lowrank_dp.spectrum import decompose
 
 CAPTION = (
     "One clipped gradient sum for each model, task and stage, with DP-SGD's noise (sigma = 0.6 C): "
     "the model as it was loaded, and after some steps without noise; forward and backward passes "
-    "under bf16 autocast. (a) Share of the matrices with a singular value above the bulk edge. "
+    "under bf16 autocast. (a) Share of the matrices with a singular value above the bulk edge; "
+    "dotted, that of pure noise, about one in seven. "
     "(b) Cosine with the clean sum, mean over matrices: noisy, restored by the optimal shrinker, "
     "and with the matrices without a value above the edge set to zero (their cosine is 0). "
     "(c) The same with all matrices as one vector. (d) Effective rank as a share of the largest "
@@ -190,7 +191,7 @@ def _measure(config: Config, case: Case, source: GradientSource, start: int) -> 
     ]
     some = {name: clean[name] for name in list(clean)[::STRIDE]}
     noisy = dict(noisy_matrices(some, std, 1000 * source.config.seed))
-    share = [[_effective_share(matrix) for matrix in one.values()] for one in (some, noisy)]
+    share = [[effective_share(matrix) for matrix in one.values()] for one in (some, noisy)]
     return Stage(
         privacy=NON_PRIVATE,
         description="; ".join(filter(None, [source.description, case.build])),
@@ -220,10 +221,6 @@ def _products(made: Tensor, clean: Tensor) -> tuple[float, float, float]:
     """Return ``|M|^2, <M, G>, |G|^2`` of a matrix M and the clean matrix G, in float64."""
     m, g = made.double().flatten(), clean.double().flatten()
     return float(m @ m), float(m @ g), float(g @ g)
-
-
-def _effective_share(matrix: Tensor) -> float:
-    return float(decompose(matrix, 0.0).effective_rank) / min(matrix.shape)
 
 
 # --- what it shows --------------------------------------------------------------------------------

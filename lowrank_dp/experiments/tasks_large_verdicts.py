@@ -39,14 +39,19 @@ def _word(holds: np.ndarray) -> str:
     return f"reproduced within limits: in {int(holds.sum())} of {holds.size} comparisons"
 
 
+def _percent(shares: np.ndarray) -> str:
+    low, high = (f"{100 * value:.0f}" for value in (shares.min(), shares.max()))
+    return f"{low}%" if low == high else f"{low} to {high}%"
+
+
 def _low_rank(result: Result) -> Verdict:
     share = result.effective_rank.mean(axis=2)  # (K, 2, clean or noisy)
     clean, noisy = share[..., 0], share[..., 1]
     return Verdict(
         "A layer's gradient in fine-tuning has few large singular values",
         _word(clean < LOW),
-        f"Median effective rank {100 * clean.min():.0f} to {100 * clean.max():.0f}% of the largest "
-        f"possible, with noise {100 * noisy.min():.0f} to {100 * noisy.max():.0f}%",
+        f"Median effective rank {_percent(clean)} of the largest possible, with noise "
+        f"{_percent(noisy)}",
     )
 
 

@@ -46,6 +46,7 @@ def plot_tasks_large(result: tasks_large.Result, *, axes: Sequence[Axes] | None 
     names = [f"{result.label(*row)}, {experiment.STAGES[row[1]]}" for row in rows]
     share = [(result.above[row].mean(axis=-1) / result.num_layers[row]).mean() for row in rows]
     above.barh(y, share, color=BLUE, height=0.6)
+    above.axvline(1 / 7, color=GREY, linewidth=0.8, linestyle=":")  # pure noise, see bulk_edge
     above.set(xlim=(0, 1), xlabel="share of matrices above the edge")
     for average, axis in enumerate((mean, joint)):
         for scheme, name in enumerate(experiment.SCHEMES):
