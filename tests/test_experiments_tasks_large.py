@@ -152,7 +152,7 @@ def test_verdicts_follow_the_numbers():
     ups = [[noisy, [0.5 + d, 0.4], [0.4, 0.6]] for d in (0.0, 0.01, 0.02)]
     first, second = tasks_large_verdicts.verdicts(made((ups, ups), (0.123, 0.3)))
     assert second.verdict == "reproduced"
-    assert "12 to 30% of the largest possible, with noise 80 to 80%" in first.reason
+    assert "12 to 30% of the largest possible, with noise 80%" in first.reason
     assert "generated, B = 96, cold: 0.100 → 0.510 (0.400 zeroed); 0.100 → 0.400" in second.reason
 
 
