@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def start():
     """``start(count, script, *arguments)``: connected processes, without the agent of torchrun."""
     with Forks() as forks:
         yield forks.start
+
+
+@pytest.fixture
+def without_cpp(monkeypatch):
+    """What is compiled is traced, and run as traced: inductor takes 20 s for its C++."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,7 @@ def test_faults_of_every_kind_contradict_the_claim(fault, config, kinds, monkeyp
 
 
 @pytest.mark.slow
-def test_compiled_runs_are_audited_as_compiled(config, kinds, monkeypatch):
+def test_compiled_runs_are_audited_as_compiled(config, kinds, monkeypatch, without_cpp):
     """One model, compiled once, for a correct run and for one with a tripled C."""
     audited = open_audit(replace(config, **kinds["compiled"]), 1)
     backends, factor = [], 1

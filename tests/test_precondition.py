@@ -106,7 +106,7 @@ def test_every_backend_clips_the_scaled_gradient(arch):
 
 
 @pytest.mark.slow
-def test_the_compiled_backend_clips_the_scaled_gradient():
+def test_the_compiled_backend_clips_the_scaled_gradient(without_cpp):
     model, batch = build("bert"), make_batch()
     scales = random_scales(model)
     expected = scaled_one_by_one(model, batch, scales, 0.5)
