@@ -6,6 +6,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.figures import reading
@@ -16,10 +17,24 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def execute(notebook, folder="/"):
-    nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(folder)}}
-    ).execute()
+@pytest.fixture(scope="module")
+def kernel():
+    """One kernel outside of the repository: a new one per notebook imports the package anew."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd="/")
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+def execute(notebook, kernel):
+    """Run a notebook in the kernel, without the names that an earlier notebook left."""
+    forget = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%reset -s -f")])
+    for each in (forget, notebook):
+        runner = nbclient.NotebookClient(each, km=kernel, timeout=120)
+        try:
+            runner.execute()
+        finally:
+            runner.kc.stop_channels()
 
 
 def tagged(notebook, tag):
@@ -42,10 +57,10 @@ def said(notebook):
 
 @pytest.mark.slow
 @every_notebook
-def test_notebook_runs_from_any_folder_and_says_what_it_said(path):
+def test_notebook_runs_from_any_folder_and_says_what_it_said(path, kernel):
     kept = nbformat.read(path, as_version=4)
     notebook = nbformat.read(path, as_version=4)
-    execute(notebook)
+    execute(notebook, kernel)
     outputs = [
         output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     ]
@@ -91,20 +106,20 @@ def test_no_number_of_a_result_is_typed_by_hand(path):
 
 
 @pytest.mark.slow
-def test_a_trial_says_that_it_is_one_once():
+def test_a_trial_says_that_it_is_one_once(kernel):
     notebook = nbformat.read(FOLDER / "05_tv_bounds.ipynb", as_version=4)
     tagged(notebook, "parameters")[0].source += "\nRECOMPUTE = True"
-    execute(notebook)
+    execute(notebook, kernel)
     text = "".join(said(notebook).values())
     assert text.count("TRIAL") == 1 and "Saved results are shown" not in text
 
 
 @pytest.mark.slow
-def test_notebook_without_its_artifact_says_so(tmp_path):
+def test_notebook_without_its_artifact_says_so(tmp_path, kernel):
     notebook = nbformat.read(FOLDER / "03_sample_efficiency.ipynb", as_version=4)
     tagged(notebook, "parameters")[0].source += f"\nARTIFACTS = {str(tmp_path)!r}"
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="no result efficiency"):
-        execute(notebook)
+        execute(notebook, kernel)
 
 
 def test_the_folder_of_saved_results_is_found_from_anywhere(monkeypatch, tmp_path):
