@@ -13,7 +13,7 @@ MAX_WORDS = 12  # of a cell of README's table, which is read on a phone
 # how the claims of the short table begin in the tables of all claims, in the same order
 SHOWN = (
     "Restoring the singular values from the noisy gradient alone",
-    "DP-SGD reaches a given utility in fewer steps",
+    "DP-SGD with restored gradients reaches a given utility",
     "What noise costs in steps",
     "A rank-one preconditioner from public text",
     "Each coordinate of LoRA's noise",
