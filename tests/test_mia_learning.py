@@ -104,7 +104,7 @@ def test_a_model_that_knows_something_is_found():
         assert found.accuracy == pytest.approx((said == labels)[:100].mean())
         assert found.majority == pytest.approx(max(np.bincount(labels[:100])) / 100)
     swapped = judged(labels, -logits, 100)
-    assert not swapped.better, "every label swapped is no knowledge that an attack can use"
+    assert not swapped.better, "swapped labels count as knowledge"
 
 
 def test_texts_must_beat_the_model_before():

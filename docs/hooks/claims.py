@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 INDEX = ROOT / "paper_artifacts" / "README.md"
 VERDICTS = ("reproduced within limits", "reproduced", "not reproduced", "refuted", "holds")
-MAX_WORDS = 12  # of a cell of README's table, which is read on a phone
+MAX_WORDS = 12  # in a cell of README's table, which must fit the screen of a phone
 # how the claims of the short table begin in the tables of all claims, in the same order
 SHOWN = (
     "Restoring the singular values from the noisy gradient alone",
