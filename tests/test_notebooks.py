@@ -50,7 +50,7 @@ def test_notebook_runs_from_any_folder_and_says_what_it_said(path):
         output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     ]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert said(notebook) == said(kept), "the outputs differ from the saved results: execute the notebook"
+    assert said(notebook) == said(kept), "the outputs are out of date: execute the notebook"
 
 
 @every_notebook
