@@ -1,4 +1,4 @@
-"""Which audit sees which privacy bug: the table of planted bugs.
+"""Table of planted privacy bugs: which audit finds which bug.
 
     python benchmarks/audit_bugs.py [--only NAME ...] [--output FOLDER]
 
@@ -143,7 +143,7 @@ def main():
 
 
 def row_of(name):
-    """Plant one bug, and see who notices."""
+    """Plant one bug, and record which guards and audits find it."""
     plant, _, *changes = BUGS.get(name, (lambda patch: None, ""))
     config = replace(CONFIG, **(changes[0] if changes else {}))
     message = ""

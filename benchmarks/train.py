@@ -13,8 +13,9 @@ head is trained, in one thread, with and without the cache of the frozen blocks'
 (``--prefix-cache``), with all checks and an evaluation on the validation split after each step; the
 time of the first pass, which fills the cache, is printed by itself. ``--only cache`` measures this
 part alone, and takes another model (a name, or a folder), number of trained blocks, batch size and
-number of records; 2.5 times is asked of one trained block, 3 times of two of twelve, of which the
-passes alone save 16 / 6 = 2.7 (per block, a forward pass is one unit and a backward pass two).
+number of records. The target is a factor of 2.5 with one trained block, and of 3 with two of twelve
+blocks; the passes alone save a factor of 16 / 6 = 2.7 (per block, a forward pass is one unit and a
+backward pass two).
 Times are process-CPU seconds of all threads, which other load on the machine changes little. Ratios
 are medians over rounds in which the modes take turns. Peak memory is that of a process that runs
 one mode only.

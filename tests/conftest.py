@@ -13,21 +13,21 @@ from lowrank_dp import engines
 from tests.forks import Forks
 from tests.tasks import ENVIRONMENT, save_bert, write_reviews
 
-# A shell without job control starts background jobs with SIGINT ignored, and children inherit that;
-# the tests send SIGINT to theirs.
+# A shell without job control starts background jobs with SIGINT ignored. Child processes inherit
+# this setting, and the tests send SIGINT to their child processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that have the most slow tests, so that no worker is left waiting."""
+    """Run the files with the most slow tests first, so that no worker is idle near the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])  # stable: within a file the order stays
+    items.sort(key=lambda item: -slow[item.path])  # the sort is stable: the order in a file stays
 
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """``torchrun(count, script, *arguments)``: what ``count`` processes printed, exit code 0."""
+    """``torchrun(count, script, *arguments)``: run ``count`` processes; fail unless all succeed."""
 
     def run(count, *arguments):
         done = subprocess.run(
@@ -53,7 +53,7 @@ def torchrun():
 
 @pytest.fixture(scope="session")
 def start():
-    """``start(count, script, *arguments)``: connected processes, without the agent of torchrun."""
+    """``start(count, script, *arguments)``: start connected processes, without torchrun's agent."""
     with Forks() as forks:
         yield forks.start
 
@@ -69,10 +69,10 @@ def without_cpp(monkeypatch):
 
 @pytest.fixture(scope="module")
 def in_this_process():
-    """Sweeps run in this process: new workers would take longer to start than the runs take.
+    """Run sweeps in this process: starting new workers would take longer than the runs.
 
-    Runs keep to one thread. The threads that a sweep gives its workers take ten times as long
-    beside a second process of pytest.
+    Runs keep to one thread. With the threads that a sweep gives its workers, a run takes ten times
+    as long if a second process of pytest is running.
     """
 
     def run(job, jobs, engine, workers):
@@ -89,7 +89,7 @@ def in_this_process():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """One torch thread: threads slow small sums down on a busy machine."""
+    """Use one torch thread: several threads slow small sums down on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -108,7 +108,7 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture(scope="session")
 def small_bert(tmp_path_factory):
-    """Folder of a BERT of two layers; to be read only."""
+    """Return the folder of a BERT of two layers. Tests must not change the folder."""
     folder = tmp_path_factory.mktemp("small_bert")
     save_bert(folder, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
     return folder
@@ -116,7 +116,7 @@ def small_bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A configuration of a quick run: a BERT of one layer, forty sentences, two steps."""
+    """Return the configuration of a quick run: a BERT of one layer, forty sentences, two steps."""
     from lowrank_dp.train import TrainConfig
 
     folder = tmp_path_factory.mktemp("places")

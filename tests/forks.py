@@ -79,7 +79,7 @@ class Forks:
         return int(self._server.stdout.readline())
 
     def start(self, count, script, *arguments):
-        """``count`` connected processes that run a script, without the agent of torchrun."""
+        """Start ``count`` connected processes that run a script, without the agent of torchrun."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -91,7 +91,7 @@ class Forks:
 
 
 class Forked:
-    """One of these processes, with what ``subprocess.Popen`` has."""
+    """A forked process, with the methods of ``subprocess.Popen`` that the tests use."""
 
     def __init__(self, forks, script, arguments, environment):
         self._forks, self._folder = forks, Path(tempfile.mkdtemp(dir=forks._scratch.name))
@@ -106,7 +106,7 @@ class Forked:
         os.kill(self.pid, number)
 
     def communicate(self, timeout):
-        """What the process wrote to stdout and to stderr; it is killed when the time is up."""
+        """Wait for the end, at most ``timeout`` seconds; return stdout and stderr."""
         end = time.monotonic() + timeout
         while not self._ended() and time.monotonic() < end:
             time.sleep(0.02)
@@ -118,5 +118,5 @@ class Forked:
         return tuple((self._folder / name).read_text() for name in ("out", "err"))
 
     def _ended(self):
-        """Whether the process is a zombie: the server reaps it when it is asked to."""
+        """Whether the process is a zombie, which the server reaps on request."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

@@ -16,9 +16,9 @@ import torch
 def clip_one_by_one(model, batch, max_grad_norm, own_length=False):
     """Compute the clipped sum by its definition: a backward pass per row, clip, add up.
 
-    ``max_grad_norm=None`` clips at the median norm, and so some rows but not all. With
-    ``own_length`` a row is fed without its padding. Returns the float64 sums by parameter name and
-    the norm of each row's gradient before clipping.
+    With ``max_grad_norm=None`` the sum is clipped at the median norm, so that some rows are clipped
+    and others are not. With ``own_length`` a row is fed without its padding. Returns the float64
+    sums by parameter name and the norm of each row's gradient before clipping.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = []

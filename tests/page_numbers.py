@@ -1,12 +1,13 @@
 """Numbers of README.md, the pages and the claim index, and the results that the numbers come from.
 
 :func:`unsourced` lists the numbers of a page that have no source. A number has a source if it
-stands, to its rounding, in a result that its own sentence, list item or table row names, or else
-that its section names: in the result's table, in the scalars of its JSON, or in :data:`COMPUTED`,
-which computes the number from the result's arrays. "a ± b" and "a (b to c)" count as one number. A
-section that names no result is checked for all numbers but single digits. A number that is no
-measurement stands in :data:`DEFINITIONS`, with its reason. ``python -m tests.page_numbers`` lists
-all numbers without a source.
+stands, to its rounding, in a result that its sentence, list item or table row names. If its
+sentence names no result, the results that its section names count. A number stands in a result if
+it stands in the result's table, in the scalars of the result's JSON, or in :data:`COMPUTED`, which
+computes numbers from the result's arrays. "a ± b" and "a (b to c)" count as one number. A section
+that names no result is checked for all numbers but single digits. A number that is no measurement
+stands in :data:`DEFINITIONS`, with its reason. ``python -m tests.page_numbers`` lists all numbers
+without a source.
 """
 
 import functools

@@ -17,7 +17,7 @@ NOT_HERE = ("model-q4_k_m.gguf",)
 
 
 def shrunk(command, words):
-    """The words of a command, on packaged models and tasks, and with small sizes."""
+    """Words of a command, on packaged models and tasks, and with small sizes."""
     small = [PACKAGED.get(word, word) for word in words]
     for i, option in enumerate(small[:-1]):
         if option in MOST:
@@ -26,7 +26,7 @@ def shrunk(command, words):
 
 
 def opacus():
-    """Names of the page on Opacus: an optimizer, a noisy sum, and a model with public batches."""
+    """Names that the blocks on Opacus use: an optimizer, a noisy sum, public batches."""
     from opacus.optimizers import DPOptimizer
 
     weight = torch.nn.Parameter(torch.zeros(8, 6))
@@ -51,7 +51,7 @@ def opacus():
 
 
 def own_checkpoint():
-    """Checkpoints of other programs, and their records, in the working directory."""
+    """Write checkpoints of other programs, and their records, to the working directory."""
     import peft
     import transformers
 
@@ -86,7 +86,7 @@ def own_checkpoint():
 
 
 def plan_and_measure():
-    """The file of gradients that the page restores."""
+    """Write the file of gradients that the page restores."""
     from safetensors.torch import save_file
 
     save_file({"layer.weight": torch.randn(12, 8)}, "noisy.safetensors")

@@ -1,9 +1,9 @@
-"""The made tables of README.md and of the claim index.
+"""The generated tables of README.md and of the claim index.
 
-README.md has the packages, by their docstrings, and the verdicts of the claims; the claim index has
-the verdicts on larger models, from their results. ``python -m tests.readme_map`` writes the tables
-anew; ``test_readme_map`` fails where a table and its source differ. The map of all modules,
-``table``, is a page of the site.
+README.md has a table of the packages, from their docstrings, and a table of the verdicts of the
+claims. The claim index has a table of the verdicts on larger models, from their results. ``python
+-m tests.readme_map`` writes the tables; ``test_readme_map`` fails where a table and its source
+differ. The map of all modules, which ``table`` returns, is a page of the site.
 """
 
 import ast
@@ -48,7 +48,7 @@ def face(room: str) -> Path:
 
 
 def modules_of(room: str) -> list[Path]:
-    """A room's files by name, without its own face; a package inside a room has its face first."""
+    """Files of a package by name, without its ``__init__.py``; that of a subpackage comes first."""
     if (PACKAGE / f"{room}.py").exists():
         return [PACKAGE / f"{room}.py"]
     inner = sorted((PACKAGE / room).rglob("*.py"))
@@ -56,7 +56,7 @@ def modules_of(room: str) -> list[Path]:
 
 
 def table() -> str:
-    """The whole table: a bold row for every room, in the order of imports, then its modules."""
+    """Table of all modules: per package a bold row, then its modules, in the order of imports."""
     lines = ["| module | what it holds |", "|---|---|"]
     for room in ORDER:
         if face(room).name == "__init__.py":
@@ -90,14 +90,14 @@ def larger_models(folder: Path = INDEX.parent) -> str:
 
 
 def index(text: str, folder: Path = INDEX.parent) -> str:
-    """The claim index's ``text`` with the table of the results in ``folder`` between its marks."""
+    """The claim index's ``text`` with the table of results of ``folder`` between its marks."""
     begin, end = LARGER_MARKS
     before, rest = text.split(begin)
     return f"{before}{begin}\n{larger_models(folder)}\n{end}{rest.split(end)[1]}"
 
 
 def written(text: str) -> str:
-    """README's ``text`` with the tables of today's code and index between their marks."""
+    """README's ``text`` with the tables of the current code and index between their marks."""
     made = {"map": packages(), "verdicts": verdict_table(INDEX.read_text(encoding="utf-8"))}
     for name, (begin, end) in MARKS.items():
         before, rest = text.split(begin)

@@ -11,7 +11,7 @@ import torch
 
 import lowrank_dp
 
-# of a process that a test starts: one thread, no hub, the package of this checkout
+# environment of a process that a test starts: one thread, no hub, the package of this checkout
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -27,7 +27,7 @@ needs_data = pytest.mark.skipif(
 
 @contextmanager
 def case(*what):
-    """Add ``what`` to the report of a failure: the case of a loop."""
+    """Add ``what``, which names the current case of a loop, to the report of a failure."""
     try:
         yield
     except BaseException as error:
@@ -36,11 +36,11 @@ def case(*what):
 
 
 class Stop(BaseException):
-    """Breaks a run off. It is no ``Exception``, which would be reported as a failed write."""
+    """Stops a run. The class is no ``Exception``, which would be reported as a failed write."""
 
 
 def seeded(seed=0):
-    """A CPU generator with a fixed seed."""
+    """Return a CPU generator with a fixed seed."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -54,7 +54,7 @@ def write_jsonl(path, rows):
 
 
 def film_reviews(count):
-    """``count`` records with SST-2's columns; the label follows from the last word."""
+    """Return ``count`` records with SST-2's columns; the last word determines the label."""
     return [
         {
             "idx": i,
@@ -96,7 +96,7 @@ def save_bert(folder, **sizes):
 
 
 def run_command(capsys, app, *arguments):
-    """Run a command line in this process: exit code, stdout, stderr."""
+    """Run a command line in this process; return exit code, stdout and stderr."""
     from lowrank_dp.commands import _console
 
     with pytest.raises(SystemExit) as stop:
@@ -105,7 +105,7 @@ def run_command(capsys, app, *arguments):
 
 
 def run_main(capsys, *words):
-    """Run ``lowrank-dp`` in this process: exit code, stdout, stderr."""
+    """Run ``lowrank-dp`` in this process; return exit code, stdout and stderr."""
     from lowrank_dp.__main__ import main
 
     with pytest.raises(SystemExit) as stop:

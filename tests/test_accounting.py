@@ -50,7 +50,7 @@ def test_stored_references():
             continue
         best = min(row["rdp"], row.get("pld", math.inf))
         assert found <= 1.05 * best, (found, row)
-        if "pld" in row:  # its discretisation leaves it up to 1.5% above the limit
+        if "pld" in row:  # the discretised reference is up to 1.5% too large
             assert found >= 0.985 * row["pld"], (found, row)
 
 
@@ -66,7 +66,10 @@ def test_lines_of_the_table_of_faults():
 
 
 def test_one_step_is_exact_in_both_directions():
-    """Exact down to delta = 1e-20, which a difference of numbers near 1 could not resolve."""
+    """Epsilon is exact down to delta = 1e-20.
+
+    A difference of numbers near 1 could not resolve so small a delta.
+    """
     for rate, sigma in ((0.1, 1.0), (1e-4, 0.4), (0.9, 5.0)):
         for delta in (1e-4, 1e-12, 1e-20):
             exact = max(exact_step(rate, sigma, delta, sign) for sign in (1, -1))
@@ -175,7 +178,7 @@ def test_renyi_divergences_at_integers_are_binomial_sums():
 
 
 def divergences_one_by_one(sigma, rate):
-    """The trapezoid rule of each order on points of its own, up to a length of 200,000."""
+    """Renyi divergences by the trapezoid rule, on a grid per order, up to 200,000 grid points."""
     interval, found = min(sigma / 4, sigma**2 / 4), []
     for order in accounting._ORDERS:
         low, high = -40 * sigma, order + 40 * sigma
@@ -196,7 +199,7 @@ def divergences_one_by_one(sigma, rate):
 
 
 def test_renyi_epsilon_is_the_smallest_over_all_orders():
-    """The search ends early, and gives what a search over all orders gives."""
+    """The search stops early, and returns the result of a search over all orders."""
     stopped = 0
     for sigma, rate, steps, delta in (
         (0.27, 0.004, 2, 1e-4),
@@ -229,7 +232,7 @@ def test_renyi_epsilon_is_the_smallest_over_all_orders():
 
 @pytest.mark.slow
 def test_monotone_in_everything():
-    """Epsilon is monotone up to a percent, the error of the discretisation."""
+    """Epsilon is monotone in each argument, up to 1%, the error of the discretisation."""
     rng = np.random.default_rng(0)
     for _ in range(8):
         sigma, rate = 10 ** rng.uniform(-0.3, 2), 10 ** rng.uniform(-4, 0)

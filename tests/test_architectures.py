@@ -106,7 +106,7 @@ OWN = {  # sizes that depend on other sizes
 
 
 def config_of(model_type, **changes):
-    """A configuration of an architecture, with every size that has a known name made tiny."""
+    """Configuration of an architecture, in which every size with a known name is made tiny."""
     kind = transformers.CONFIG_MAPPING[model_type]
     known = vars(kind())
     names = {*known, *getattr(kind, "attribute_map", {})}
@@ -161,7 +161,7 @@ def build(model_type, kind, method="full"):
 
 
 def batch_of(kind, padded, rows=4, length=9):
-    """Rows of random tokens; padded ones are of four lengths."""
+    """Rows of random tokens; padded rows have four lengths."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, VOCAB, (rows, length), generator=generator)
     mask = torch.ones_like(ids)

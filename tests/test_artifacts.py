@@ -131,7 +131,7 @@ def test_disk_trouble(tmp_path):
 
 
 class Attack:
-    """Runs code when unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (os.environ["ATTACK_FOLDER"],)

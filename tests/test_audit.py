@@ -41,7 +41,7 @@ def config(base):
 
 
 def assert_rate(hits, trials, nominal):
-    """The true rate of ``hits`` is at most ``nominal``, unless by chance (probability ERROR)."""
+    """Check that ``hits`` fit a true rate of at most ``nominal`` (false alarm rate: ERROR)."""
     assert hits <= stats.binom.isf(ERROR, trials, nominal), (hits, trials)
 
 
@@ -59,12 +59,12 @@ def test_limits_of_rates_are_those_of_clopper_and_pearson():
         found = threshold_bound(tp, n1, fp, n0, tail)
         assert found == pytest.approx(max(0, expected), abs=1e-9), (tp, n1, fp, n0)
         assert rate_bound(tp, n1, tail) == pytest.approx(low(tp, n1, tail))
-    assert threshold_bound(0, 50, 50, 50, 0.05) == 0  # the wrong way round is never turned
+    assert threshold_bound(0, 50, 50, 50, 0.05) == 0  # scores in the wrong order are never reversed
     assert threshold_bound(0, 0, 0, 50, 0.05) == threshold_bound(0, 50, 0, 0, 0.05) == 0
 
 
 def test_mu_of_the_law_is_that_of_the_likelihood_ratio_test():
-    """Against Monte Carlo of the Neyman-Pearson test between two Gaussians."""
+    """mu agrees with a Monte Carlo simulation of the Neyman-Pearson test between two Gaussians."""
     random = np.random.default_rng(0)
     entries, scale = np.array([4, 3]), np.array([1.0, 0.5])  # standard deviations, in sigma C
     shift = np.array([0.6, 0.6])  # norm of the contribution in each tensor, in C
@@ -76,7 +76,7 @@ def test_mu_of_the_law_is_that_of_the_likelihood_ratio_test():
     cut = np.median(np.concatenate(ratio))
     tpr, fpr = ((r > cut).mean() for r in ratio)
     simulated = stats.norm.ppf(tpr) - stats.norm.ppf(fpr)
-    many = 1e9  # entries, so that the limits are the noise itself
+    many = 1e9  # entries: so many that the confidence limits equal the noise level
     exact = law_bound(scale**2 * many, [many, many], shift, sigma, 0.05)
     assert exact == pytest.approx(simulated, abs=5 * 2 / math.sqrt(draws))
     assert exact == pytest.approx(math.sqrt(0.6**2 + 1.2**2) / sigma, rel=1e-3)
@@ -91,7 +91,7 @@ def test_mu_of_the_law_is_that_of_the_likelihood_ratio_test():
     second = a2.sum() ** 2 / (mean + 2 * math.sqrt(spread * math.log(2 / 0.05)))
     found = law_bound(squares, n, np.sqrt(a2), sigma, 0.05)
     assert found == pytest.approx(math.sqrt(max(first, second)) / sigma)
-    # many small tensors: the second is near the truth, where the first is not
+    # many small tensors: the second limit is near the truth, and the first is not
     assert law_bound(np.full(400, 20.0), np.full(400, 20), np.full(400, 0.05), 1, 0.05) > 0.9
 
 
@@ -152,7 +152,7 @@ def test_directions_are_those_of_a_qr_decomposition():
     values, own = sums.along_directions(vectors.T @ vectors, vectors.T @ z)
     np.testing.assert_allclose(values, signs * (q.T @ z))
     np.testing.assert_allclose(own, np.abs(np.diag(r)))
-    twice = np.c_[vectors[:, :1], vectors[:, :1], vectors[:, 1:]]  # a canary that is there twice
+    twice = np.c_[vectors[:, :1], vectors[:, :1], vectors[:, 1:]]  # a canary that occurs twice
     again, _ = sums.along_directions(twice.T @ twice, twice.T @ z)
     np.testing.assert_allclose(again, values)
 
@@ -185,7 +185,7 @@ SIGMA, RATE, UNITS, STEPS = 1.5, 0.2, 50, 20
 
 
 def simulated(random, *, noise=1.0, clip=1.0, rate=RATE):
-    """A record of two runs by the exact law, with noise and contributions times a factor."""
+    """Simulate a record of two runs by the exact law; noise and contributions can be scaled."""
     record = Record(names=["a", "b", "c"], entries=SIZES)
     bound = SimpleNamespace(
         setup=SimpleNamespace(
@@ -212,7 +212,7 @@ def simulated(random, *, noise=1.0, clip=1.0, rate=RATE):
 
 
 def test_limits_of_correct_runs_exceed_the_claim_at_no_more_than_their_rate():
-    """Design sums. A bound on epsilon exceeds the claim only if a limit is on the wrong side."""
+    """For design sums, a bound exceeds the claimed epsilon only if a limit is on the wrong side."""
     design, random = Design("sums"), np.random.default_rng(1)
     wrong, mus = 0, []
     for _ in range(AUDITS):
@@ -228,7 +228,7 @@ def test_limits_of_correct_runs_exceed_the_claim_at_no_more_than_their_rate():
 
 
 def test_single_step_tests_of_correct_runs_have_their_rate():
-    """The Clopper-Pearson bound alone, of many steps, so that it is sharp."""
+    """The Clopper-Pearson bound keeps its rate; 300 single steps make the test sharp."""
     random, wrong = np.random.default_rng(2), 0
     for _ in range(AUDITS):
         values = random.normal(size=300)
@@ -255,7 +255,7 @@ def test_tests_of_single_steps_see_what_is_there():
 
 
 def test_one_run_bounds_of_correct_runs_exceed_the_claim_at_no_more_than_their_rate():
-    """Design weights: scores by the exact law of sums whose other contributions are known."""
+    """For design weights, scores follow the exact law of sums with known other contributions."""
     random, wrong, steps = np.random.default_rng(4), 0, 4
     claim = run_epsilon(1 / SIGMA, 1.0, steps, DELTA)
     for _ in range(AUDITS):
@@ -268,7 +268,7 @@ def test_one_run_bounds_of_correct_runs_exceed_the_claim_at_no_more_than_their_r
 
 
 def test_split_bounds_of_correct_runs_exceed_the_claim_at_no_more_than_their_rate():
-    """Design runs: the likelihood ratio of the exact law, with and without leakage."""
+    """For design runs, scores are likelihood ratios of the exact law, with and without leakage."""
     random, shift = np.random.default_rng(5), np.full(5, 1 / SIGMA)
     for q in (1.0, 0.3, 1e-9):
         claim = run_epsilon(1 / SIGMA, q, 5, DELTA)
@@ -289,7 +289,7 @@ def test_split_bounds_of_correct_runs_exceed_the_claim_at_no_more_than_their_rat
 
 
 def lines_of(random, steps=12, change=lambda noise: noise, sample=None, size=(8, 16)):
-    """The lines with a p-value of noise that is drawn, and changed before it is seen."""
+    """Report lines with a p-value, for noise that is drawn and then changed by ``change``."""
     names, entries = ["w", "v", "b"], np.array([128.0, 128.0, 6.0])
     heads, squares, totals, within = [], [], [], []
     direction = np.ones(16) / 4
@@ -492,7 +492,7 @@ def test_runs_start_from_the_same_weights_and_differ_in_noise(config):
 
 @pytest.mark.slow
 def test_correct_runs_are_consistent(config):
-    """A line fails with probability 1e-3 per run at most; the seeds are fixed."""
+    """A line fails with probability at most 1e-3 per run; the seeds are fixed."""
     for changes in (
         {"scheme": "optimal"},
         {"momentum_beta": 0.9},

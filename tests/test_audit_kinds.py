@@ -44,7 +44,7 @@ def other_texts(rows):
 
 
 def with_authors(rows):
-    """Give every two rows one author."""
+    """Give each pair of rows one author."""
     return [row | {"author": f"author {row['idx'] // 2}"} for row in rows]
 
 
@@ -56,9 +56,9 @@ def config(base):
 
 @pytest.fixture(scope="module")
 def kinds(base, tmp_path_factory):
-    """Changes of a configuration, by the name of a kind of run."""
+    """Changes of a configuration, by the name of the kind of run that they give."""
     folder = tmp_path_factory.mktemp("kinds")
-    save_bert(  # with weights so large that a block's output depends on the row
+    save_bert(  # large weights, so that a block's output depends on the row
         folder / "deep",
         hidden_size=16,
         num_hidden_layers=2,
@@ -78,7 +78,7 @@ def kinds(base, tmp_path_factory):
         "prefix in bf16": {**cached, "prefix_dtype": "bf16"},
         "generated": {"precondition": "generated", **few},
         "a public task": {"precondition": str(folder / "public"), **few},
-        "noisy": {  # with so little noise that scales differ
+        "noisy": {  # little noise, so that the scales differ
             "precondition": "noisy",
             "precondition_every": 2,
             "precondition_power": 0.5,
@@ -95,7 +95,7 @@ def kinds(base, tmp_path_factory):
 
 
 def stale_rows(patch):
-    """The cache finds a row by its number of tokens."""
+    """Plant a bug: the cache finds a row by its number of tokens."""
     patch.setattr(
         prefix_module,
         "_key",
@@ -104,7 +104,7 @@ def stale_rows(patch):
 
 
 def scaled_after_the_clip(patch):
-    """Rows are clipped by the norm of the full weights' gradient, and scaled afterwards."""
+    """Plant a bug: rows are clipped by the norm without scales, and scaled afterwards."""
 
     def clip(model, batches, bound, **arguments):
         total, norms = {}, []
@@ -127,7 +127,7 @@ def scaled_after_the_clip(patch):
 
 
 def scales_from_clean_sums(patch):
-    """A noisy preconditioner reads the sums before the noise."""
+    """Plant a bug: a noisy preconditioner reads the sums before the noise."""
     kept, refresh = {}, preconditioning.refresh
 
     def add_noise(self, clean, mechanism, generator):
@@ -145,7 +145,7 @@ def scales_from_clean_sums(patch):
 
 
 def clipped_to_3_with_dropout(patch):
-    """C is three times as large in training mode."""
+    """Plant a bug: C is three times as large in training mode."""
     patch.setattr(
         step_module,
         "clipped_sum_over",
@@ -156,7 +156,7 @@ def clipped_to_3_with_dropout(patch):
 
 
 def all_rows_of_a_group(patch):
-    """A sampled group takes part with all of its rows."""
+    """Plant a bug: a sampled group takes part with all of its rows."""
     patch.setattr(
         step_module,
         "_draw",
@@ -171,7 +171,7 @@ def all_rows_of_a_group(patch):
 
 @pytest.mark.slow
 def test_correct_runs_of_every_kind_are_consistent(config, kinds):
-    """A line fails with probability 1e-3 per run at most; the seeds are fixed."""
+    """A line fails with probability at most 1e-3 per run; the seeds are fixed."""
     for kind, changes in kinds.items():
         with case(kind):
             if kind == "compiled":
@@ -219,7 +219,7 @@ def test_faults_of_every_kind_contradict_the_claim(fault, config, kinds, monkeyp
 
 @pytest.mark.slow
 def test_compiled_runs_are_audited_as_compiled(config, kinds, monkeypatch, without_cpp):
-    """One model, compiled once, for a correct run and for one with a tripled C."""
+    """One model is compiled once, and audited for a correct run and for a run with C tripled."""
     audited = open_audit(replace(config, **kinds["compiled"]), 1)
     backends, factor = [], 1
 
@@ -246,7 +246,7 @@ def test_other_designs_take_every_kind(config, kinds):
 
 
 def test_canaries_are_cached_with_outputs_of_their_own(config, kinds):
-    """Against the hidden states of transformers."""
+    """The cached outputs of canaries equal the hidden states that transformers computes."""
     config = replace(config, **kinds["prefix"])
     audited = open_audit(config, 3)
     (batch,) = audited.batches(audited.canaries)
@@ -263,7 +263,7 @@ def test_canaries_are_cached_with_outputs_of_their_own(config, kinds):
 
 
 def test_contributions_are_measured_where_the_step_takes_gradients(config, kinds):
-    """DiSK: at the weights plus GAMMA times their last movement."""
+    """DiSK takes gradients at the weights plus GAMMA times their last movement."""
     audited = open_audit(replace(config, **kinds["DiSK"]), 2)
     p = next(iter(audited.setup.trained.values()))
     ahead, at, before = [], [], [p.detach().clone()]
@@ -284,7 +284,7 @@ def test_contributions_are_measured_where_the_step_takes_gradients(config, kinds
 
 
 def test_scores_of_canaries_are_taken_at_the_point_of_the_gradients(config, kinds):
-    """Design weights on DiSK: inner products of filtered releases with gradients by autograd."""
+    """With DiSK, scores are inner products of filtered releases and gradients by autograd."""
     audited = open_audit(replace(config, **kinds["DiSK"], steps=3), 20)
     model, trained = audited.setup.model, audited.setup.trained
     expected, gradients = np.zeros(20), []
@@ -313,7 +313,7 @@ def test_scores_of_canaries_are_taken_at_the_point_of_the_gradients(config, kind
 
 
 def test_runs_begin_with_the_same_scales_and_dropout(config, kinds):
-    """A second run 0 releases what the first one did, to the bit."""
+    """A second run with number 0 makes the same releases as the first, to the bit."""
     for kind in ("noisy", "dropout"):
         audited, released = open_audit(replace(config, **kinds[kind]), 2), []
 
@@ -332,7 +332,7 @@ def test_runs_begin_with_the_same_scales_and_dropout(config, kinds):
 
 
 def test_masks_of_a_canary_are_those_of_autograd(config, kinds):
-    """The comparison passes, and other masks would change the gradient by over 5% of its norm."""
+    """The comparison passes, and other dropout masks change the gradient by over 5% of its norm."""
     config = replace(config, **kinds["dropout"], steps=1)
     audited = open_audit(config, 1)
     report = audit_opened(audited, Design("sums", canaries=1), power=False)
@@ -393,7 +393,10 @@ def save_wide_bert(folder, words):
 def test_one_run_with_a_thousand_canaries_sees_an_embedding_without_noise(
     config, tmp_path, monkeypatch
 ):
-    """By the final weights alone, at a claim of 2; 250 right guesses of 250 would show 4.2."""
+    """The losses under the final weights alone contradict a claimed epsilon of 2.
+
+    If all 250 guesses are right, the bound is 4.2.
+    """
     rows = film_reviews(600)
     save_wide_bert(tmp_path / "model", {w for row in rows for w in row["sentence"].split()})
     write_reviews(tmp_path / "data", train=600)

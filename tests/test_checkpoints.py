@@ -119,14 +119,14 @@ def configuration(name, **changes):
 
 @pytest.fixture(autouse=True)
 def quietly():
-    """Silence the reports of transformers on each load."""
+    """Suppress the reports that transformers prints on each load."""
     transformers.utils.logging.set_verbosity_error()
     yield
     transformers.utils.logging.set_verbosity_warning()
 
 
 def save_base(folder, name, auto=None, seed=0, **changes):
-    """Save a backbone at random weights as a language model does: without pooler and head."""
+    """Save a backbone with random weights as a language model is saved: without pooler and head."""
     config = configuration(name, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -146,7 +146,7 @@ def save_base(folder, name, auto=None, seed=0, **changes):
 
 
 def perturb(model, seed=1):
-    """Move every parameter that trains, as training does."""
+    """Move every trained parameter, as training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -175,7 +175,10 @@ def edit_json(path, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "lora-frozen-a"])
 def test_every_family_comes_back_here_and_elsewhere(tmp_path, method):
-    """Head and pooler are new; the global generator is in another state at each load."""
+    """A checkpoint gives the same logits in this package, in transformers and in PEFT.
+
+    Head and pooler are new, and the global generator has another state at each load.
+    """
     families = FAMILIES if method != "lora-frozen-a" else ["bert", "distilbert", "xlnet"]
     for number, name in enumerate(families):
         base, saved = save_base(tmp_path / f"{name}", name), tmp_path / f"{name}-saved"
@@ -285,7 +288,7 @@ def test_weights_that_are_not_on_disk_are_refused_by_name(tmp_path):
             with pytest.raises(ValueError, match=f"no weights for {key}: it would be drawn"):
                 load_model(broken, new_head=new_head)
     deeper = tmp_path / "deeper"
-    for layers in (1, 0):  # and what the configuration leaves out is not left out silently
+    for layers in (1, 0):  # a layer that the configuration leaves out is not left out silently
         shutil.rmtree(deeper, ignore_errors=True)
         shutil.copytree(base, deeper)
         edit_json(deeper / "config.json", num_hidden_layers=layers)
@@ -358,7 +361,7 @@ def test_initial_head_holds_the_new_pooler_too(tmp_path):
 
 
 def test_a_run_on_a_bert_without_pooler_comes_back(tmp_path, base):
-    """The checkpoint has the run's last loss, and its reference the loss before step 1."""
+    """The checkpoint has the run's last loss, and its reference model the loss before step 1."""
     from lowrank_dp.mia.loading import load_reference
 
     folder = save_base(tmp_path / "bert", "bert")
@@ -402,14 +405,14 @@ def test_labels_are_mapped_by_name(tmp_path):
         model, tokenizer = load_model(folder, task=TASK)
         assert torch.equal(logits(model), plain[:, [2, 1, 0]]), name
         assert model.config.id2label == dict(enumerate(LABELS))
-        assert torch.equal(logits(load_model(folder)[0]), plain)  # no task, no order
+        assert torch.equal(logits(load_model(folder)[0]), plain)  # without a task there is no order
         save_model(model, tokenizer, tmp_path / "saved")
         again, _ = load_model(tmp_path / "saved", task=TASK, new_head=False)
         assert torch.equal(logits(again), plain[:, [2, 1, 0]]), name
 
 
 def test_names_of_labels(tmp_path):
-    """Names are matched across spellings; default names count as no names."""
+    """Names are matched across spellings; default names such as LABEL_0 count as no names."""
     assert label_rows(["Not-Entailment", "entailed"], ["entailment", "not_entailment"], "m") == [
         1,
         0,
@@ -463,7 +466,7 @@ def test_the_problem_must_be_the_head_s(tmp_path):
 
 
 def adapt(base, folder, tokens=0, seed=1, **options):
-    """Save a PEFT adapter as another program does, and return its logits."""
+    """Save a PEFT adapter as another program does; return the logits of the adapted model."""
     model = SEQUENCE.from_pretrained(base, num_labels=3)
     if tokens:
         model.resize_token_embeddings(tokens, mean_resizing=False)
@@ -574,7 +577,7 @@ def test_an_adapter_with_two_added_tokens(tmp_path):
 
 
 def test_a_base_that_was_changed_is_noticed(tmp_path, base):
-    """Adapter and reference are refused on a base with other weights of the same shapes."""
+    """Adapter and reference are refused on a base with different weights of the same shapes."""
     from lowrank_dp.membership.manifest import read_manifest
     from lowrank_dp.mia.loading import load_reference
 
@@ -587,7 +590,7 @@ def test_a_base_that_was_changed_is_noticed(tmp_path, base):
         for method in before
     }
     assert len(told["lora"]["weights"]) == 64
-    shutil.copytree(folder, tmp_path / "moved")  # another folder with the same weights will do
+    shutil.copytree(folder, tmp_path / "moved")  # another folder with the same weights is accepted
     moved, _ = load_model(tmp_path / "lora", task=task, base=str(tmp_path / "moved"))
     assert torch.equal(logits(moved), logits(before["lora"]))
     key = "bert.embeddings.word_embeddings.weight"
@@ -610,7 +613,7 @@ def test_a_base_that_was_changed_is_noticed(tmp_path, base):
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
-    """transformers would make a tokenizer to which every word is unknown."""
+    """Without the refusal, transformers would make a tokenizer to which every word is unknown."""
     for name in ("bert", "roberta", "gpt2", "t5"):
         folder = save_classifier(tmp_path / name, name, LABELS)
         kept = {file.name: file.read_bytes() for file in folder.glob("tokenizer*")}
@@ -659,7 +662,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
 def test_mutated_configurations_are_refused_in_one_line(tmp_path, file):
-    """A field without a meaning may hold anything."""
+    """A field that is not read may hold any value; a bad value of another field is refused."""
     base = save_classifier(tmp_path / "bert", "bert", LABELS)
     folder = base
     if file.startswith("adapter"):

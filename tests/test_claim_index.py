@@ -11,7 +11,7 @@ from docs.hooks.claims import claims
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "paper_artifacts" / "README.md").read_text()
 VERDICTS = ("reproduced", "reproduced within limits", "not reproduced", "refuted", "holds")
-# signs are said in words, too
+# a text may state the sign of a difference in words
 INTERVAL = r"\d+\.\d+ ± \d+\.\d+|\b\d[\d.e-]* \(\d[\d.e-]* to \d[\d.e-]*\)"
 
 
@@ -27,10 +27,10 @@ def test_every_claim_has_a_verdict_and_its_artifact():
 
 
 def test_every_interval_in_words_stands_in_a_table():
-    """README, this index, the site's pages and the notebooks are written by hand.
+    """Intervals in README, the claim index, the pages and the notebooks, which are written by hand.
 
-    The tables are not. Those of the commit count too: `make figures` may have made those here on
-    other data.
+    The tables are generated. The tables of the last commit count too, because `make figures` may
+    have computed the tables in the folder from other data.
     """
     folder = ROOT / "paper_artifacts"
     tables = [path.read_text() for path in folder.glob("*.md") if path.stem != "README"]

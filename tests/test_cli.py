@@ -54,7 +54,7 @@ def restore_words(path, output, changes):
 
 @pytest.mark.slow
 def test_restore_writes_what_the_function_returns(noisy_file, tmp_path):
-    """In a process of its own, as ``python -m`` starts one."""
+    """The command runs in a process of its own, as ``python -m`` starts it."""
     path, tensors = noisy_file
     out = tmp_path / "out.safetensors"
     words = restore_words(path, out, {"--scheme": "denoise", "--option": "kappa=1.1"})[1:]
@@ -252,7 +252,10 @@ def test_figures_replace_only_results_of_the_same_configuration(tmp_path, call, 
 
 
 def test_committed_results_are_those_of_the_default_configurations():
-    """Or ``make figures`` on a clean checkout would draw, and compute nothing."""
+    """Saved results have the configurations that ``make figures`` uses by default.
+
+    Otherwise ``make figures`` in a clean checkout would draw the saved results and compute nothing.
+    """
     from lowrank_dp.figures import NAMES, config_of, find
 
     folder = Path(__file__).parents[1] / "paper_artifacts"
@@ -265,7 +268,7 @@ def test_committed_results_are_those_of_the_default_configurations():
 
 
 def test_documented_figure_commands_are_not_refused(call, monkeypatch):
-    """Nor do they compute trials: the commands of the index make the saved results."""
+    """The commands of the index are accepted, and make the saved results, not trials."""
     root, made = Path(__file__).parents[1], []
 
     def make(name, place, *_):
@@ -295,7 +298,7 @@ def test_the_console_script_lists_its_commands(capsys):
 
 
 def test_help_loads_nothing_heavy():
-    """One process for all commands; each starts with a module, whose face must be light too."""
+    """One process tests all commands. The module that starts a command must be light too."""
     code = f"""
 import importlib, sys
 from lowrank_dp.__main__ import COMMANDS, main
@@ -313,7 +316,7 @@ for command in COMMANDS:
 
 
 def test_a_signal_during_imports_is_one_line(tmp_path):
-    """A module that is imported slowly, and a SIGINT meanwhile."""
+    """SIGINT arrives while a slow module is being imported."""
     (tmp_path / "numpy.py").write_text(
         f"open({str(tmp_path / 'begun')!r}, 'w').close()\nimport time\ntime.sleep(60)\n"
     )
@@ -348,7 +351,7 @@ def test_tables_lose_nothing_at_any_width():
 
 
 def test_progress_is_silent_without_a_terminal_whatever_the_environment_says(capsys, monkeypatch):
-    """A notebook sets FORCE_COLOR, and its workers would fill the cell with bars."""
+    """Notebooks set FORCE_COLOR; without the rule, workers would fill a cell with progress bars."""
     from lowrank_dp._terminal import progress
 
     monkeypatch.setenv("FORCE_COLOR", "1")

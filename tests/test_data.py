@@ -308,7 +308,7 @@ def test_select_keeps_order_and_refuses_strangers():
 
 
 def test_max_examples_is_a_seeded_subset_of_whole_groups():
-    """The size is random: about 100 rows of about 700 groups, within 5 standard deviations."""
+    """The size is random: about 100 rows in whole groups, within 5 standard deviations."""
     full, few = load_task("generated-table"), load_task("generated-table", max_examples=100)
     assert few == load_task("generated-table", max_examples=100)
     assert set(few.train) < set(full.train) and 25 <= len(few.train) <= 175

@@ -128,7 +128,7 @@ def test_the_sessions_of_the_pages_are_right():
 
 
 def documented_commands():
-    """Each ``python -m lowrank_dp.COMMAND ...`` of a block of README and the pages, as words."""
+    """Yield each ``python -m lowrank_dp.COMMAND ...`` of README and the pages, as words."""
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
@@ -139,7 +139,7 @@ def documented_commands():
 
 
 def test_every_documented_option_exists(capsys):
-    """An option that a command does not have, in a block of any page."""
+    """Every option in a block of any page is an option of its command."""
     helps, count = {}, 0
     for path, command, words in documented_commands():
         if command not in COMMANDS:

@@ -28,7 +28,7 @@ from tests.tasks import needs_data
 
 
 def few(name, size):
-    """A task with at most ``size`` examples in each split."""
+    """Return a task with at most ``size`` examples in each split."""
     task = load_task(name)
     return replace(
         task,
@@ -80,7 +80,7 @@ def rows_of(task, tokenizer, split="validation"):
 
 @torch.no_grad()
 def greedy(model, tokenizer, source, max_new_tokens):
-    """Greedy text of one source, token by token, without padding or cache."""
+    """Generate the greedy text of one source, token by token, without padding or cache."""
     ids = encode([Example("x", source)], tokenizer, kind="generation", with_target=False)[0][
         "input_ids"
     ]
@@ -172,7 +172,7 @@ def test_worse_models_have_larger_losses(llama):
 
 def test_perplexity_beyond_floats_is_infinite(llama):
     class Certain(torch.nn.Module):
-        """A model that always predicts token 7, which never comes."""
+        """A model that always predicts token 7, which never occurs."""
 
         def __init__(self):
             super().__init__()
@@ -217,7 +217,7 @@ def test_mode_gradients_and_generator_are_left_alone():
 
 
 def test_half_precision_is_measured_in_single(llama):
-    """Losses are computed in float32: bfloat16 would be wrong in the third digit."""
+    """Losses are computed in float32: a loss in bfloat16 would be wrong in the third digit."""
     _, _, tokenizer = llama
     model, _ = load_model("tiny-llama", task=TABLES, dtype=torch.bfloat16)
     losses = []
@@ -339,7 +339,7 @@ def test_beams_find_likelier_texts(llama):
 
 @torch.no_grad()
 def test_beams_are_compared_by_their_mean_log_likelihood(llama):
-    """As transformers' own search with length_penalty 1; another penalty chooses other lengths."""
+    """Beam search equals transformers' own with length_penalty 1; penalty 0 chooses other texts."""
     _, model, tokenizer = llama
     sources, best = sources_of(TABLES.validation)[:5], {0.0: [], 1.0: []}
     for source in sources:

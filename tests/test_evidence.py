@@ -1,4 +1,4 @@
-"""The guards of noise and samples: exact null distributions, few false alarms, quick true ones.
+"""The guards of noise and samples: exact null distributions, rare false alarms, fast detection.
 
 Oracle: expectations by scipy's distributions, and simulated runs with fixed seeds.
 """
@@ -55,7 +55,7 @@ def test_evidence_has_expectation_one_under_the_null():
 
 
 def test_evidence_is_within_the_tail_that_scipy_gives():
-    """At the level of a run of 10^4 steps and 10^3 tensors: true tails, never above the bound."""
+    """At the level of a run of 10^4 steps and 10^3 tensors, exact tails stay below the bound."""
     level = 24.0
     x = np.linspace(0, 20, 20_001)
     first = x[np.argmax(evidence.normal(x, np.ones(x.shape)) >= level)]
@@ -80,7 +80,7 @@ def honest(generator, std=0.8):
 
 @pytest.mark.slow
 def test_honest_runs_are_stopped_no_more_often_than_stated(monkeypatch):
-    """The bound is raised to a fifth, so that it can be seen to hold: 120 runs of 12 steps."""
+    """The bound is raised to 1/5 so that 120 runs of 12 steps can test it."""
     monkeypatch.setattr(noise_checks, "FALSE_ALARMS", 0.2)
     monkeypatch.setattr(sampling_checks, "FALSE_ALARMS", 0.2)
     generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
@@ -105,7 +105,7 @@ def test_honest_runs_are_stopped_no_more_often_than_stated(monkeypatch):
 
 
 def test_single_steps_share_the_bound_of_the_run():
-    """1 / U is the e-value that reaches each level as often as Ville's inequality allows."""
+    """The e-value 1 / U (U uniform) reaches each level as often as Ville's inequality allows."""
 
     def of_single_steps(total, count):
         return np.where(count == 1, total, 0.0)
@@ -120,7 +120,7 @@ def test_single_steps_share_the_bound_of_the_run():
 
 @pytest.mark.slow
 def test_long_honest_runs_pass():
-    """At the true bound; noise from far above to far below the sums; groups; a rate of 1."""
+    """At the true bound: noise far above and far below the sums, groups, and a rate of 1."""
     generator, random = torch.Generator().manual_seed(1), np.random.default_rng(1)
     for std in (1e-3, 0.8, 1e3):
         check = NoiseCheck(std, 10_000)
@@ -139,7 +139,7 @@ def test_long_honest_runs_pass():
 
 
 def steps_until(change, most):
-    """Number of steps after which a run with changed noise is stopped, and by which words."""
+    """Steps until a run with changed noise is stopped, and the message of the stop."""
     generator, check, memory = torch.Generator().manual_seed(2), NoiseCheck(0.8, 10_000), {}
     for step in range(most):
         clean, noisy = honest(generator)
@@ -239,7 +239,7 @@ def test_generators_must_move_on():
 
 
 def test_the_secure_generator_must_move_on_too():
-    """The generator of a run without a seed, whose state is a key and a position."""
+    """The state of the generator of an unseeded run is a key and a position, which must advance."""
     generator = SecureRandom(bytes(range(16)))
     check = GeneratorCheck("noise", generator)
     start = generator.state()

@@ -28,7 +28,7 @@ CONFIG = efficiency.Config(
 
 
 def made(score, metric="accuracy"):
-    """A result with the given scores (arms, seeds, evaluations); step 10 k at evaluation k."""
+    """Make a result with the given scores (arms, seeds, evaluations), one every 10 steps."""
     score = np.asarray(score, dtype=float)
     steps = 10 * np.arange(score.shape[-1])
     seconds = np.broadcast_to(2.0 * steps, score.shape)
@@ -81,14 +81,14 @@ def test_steps_of_the_tuning_runs_at_each_learning_rate():
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, in_this_process):
-    """The folder and the result of one real small sweep."""
+    """Return the folder and the result of a small sweep that really trains."""
     folder = tmp_path_factory.mktemp("sweep") / "runs"
     return folder, efficiency.run(CONFIG, folder)
 
 
 @pytest.mark.slow
 def test_a_run_that_stopped_is_named_by_its_arm(monkeypatch, swept):
-    """Two arms of one scheme, as DP-Adam and the low-pass filter are, must not look alike."""
+    """The message tells two arms of one scheme apart, such as DP-Adam and the low-pass filter."""
     real = efficiency.sweep
 
     def broken(configs, folder, **options):

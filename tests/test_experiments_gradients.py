@@ -37,7 +37,7 @@ def test_the_warm_up_reaches_its_loss_and_leaves_eval_mode(source):
     assert source.loss <= 0.66 and 1 < source.warm_steps < 300
     assert not source.model.training
     cold = gradients.prepare(dataclasses.replace(GRADIENTS, warm_loss=None))
-    assert cold.warm_steps == 0 and 0.6 < cold.loss < 1.2  # near log 2: it knows nothing yet
+    assert cold.warm_steps == 0 and 0.6 < cold.loss < 1.2  # near log 2: nothing is learned
 
 
 def test_a_warm_up_says_what_it_will_do_and_where_it_ended():
@@ -75,7 +75,7 @@ def test_noise_has_the_stated_deviation_and_seed(source):
     once, again = (gradients.add_noise(clean, 0.5, 3) for _ in range(2))
     other = gradients.add_noise(clean, 0.5, 4)
     noise = torch.cat([(once[n] - clean[n]).flatten() for n in clean]).double()
-    # about 70,000 entries: a standard error of 0.3%, so 2% is beyond six of them
+    # about 70,000 entries: 2% is more than six standard errors of 0.3%
     assert noise.std().item() == pytest.approx(0.5, rel=0.02)
     assert all(torch.equal(once[n], again[n]) for n in clean)
     assert not any(torch.equal(once[n], other[n]) for n in clean)
@@ -87,7 +87,7 @@ def test_spectra(source, tmp_path):
     assert result.privacy.startswith("NON-PRIVATE")
     m, n = result.shapes[0]
     assert result.edges[0] == pytest.approx(0.5 * (np.sqrt(m) + np.sqrt(n)))
-    top = result.noisy[:, 0] > result.clean[:, 0] - 0.5 * 3  # noise inflates, up to its own size
+    top = result.noisy[:, 0] > result.clean[:, 0] - 0.5 * 3  # less by at most 3 noise levels
     assert top.all()
     assert (result.effective_rank_noisy[:-1] > result.effective_rank_clean[:-1]).all()
     kept = np.array([action == "kept" for action in result.actions])
@@ -108,7 +108,7 @@ def test_spectra(source, tmp_path):
 
 
 def test_one_decomposition_measures_what_restoring_makes(source):
-    """Every scheme of ``alignment`` and ``ablation``, against the matrices themselves."""
+    """The values of one decomposition equal those of restored matrices, for every scheme."""
     batch = source.nested_sums([128])[128]
     schemes = {**alignment.SCHEMES, **ablation.VARIANTS}
     for noise_std in (0.3, 2.0):  # most layers above the edge, none above it
@@ -165,7 +165,7 @@ def test_alignment_orders_the_schemes(source):
     result = alignment.run(config, source)
     assert result.alignment.shape == (3, len(alignment.SCHEMES), 2, len(source.matrices))
     by = dict(zip(result.schemes, result.alignment.mean((2, 3)).T, strict=True))
-    assert (by["oracle weights"] >= by["optimal"] - 1e-6).all()  # nothing beats the ceiling
+    assert (by["oracle weights"] >= by["optimal"] - 1e-6).all()  # no scheme is above the ceiling
     assert (by["optimal"] > by["noisy"]).all()
     np.testing.assert_array_less(by["noisy"][[0, 2]], by["noisy"][1])  # more data, less noise
     np.testing.assert_array_less(
@@ -185,7 +185,7 @@ def test_alignment_orders_the_schemes(source):
 
 
 def by_svd(noisy, std, kappa=1.0, threshold=None, correct=False, keep=False):
-    """What denoise, optimal or (with ``threshold``) hard make, by the formulas as written."""
+    """Restore by denoise, optimal or (with ``threshold``) hard, by the formulas as written."""
     u, s, vt = np.linalg.svd(noisy, full_matrices=False)
     m, n = sorted(noisy.shape)
     b, y = m / n, s / (std * np.sqrt(n))

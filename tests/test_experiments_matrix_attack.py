@@ -30,7 +30,7 @@ TINY = replace(
 
 
 def worlds(num, m=2, n=24, size=0.3, seed=1):
-    """G0 (m, n), rank-two records (num, m, n), and who is in."""
+    """Return G0 (m, n), records of rank two (num, m, n), and whether each record is in."""
     rng = np.random.default_rng(seed)
     rest = rng.standard_normal((m, n))
     records = size * np.einsum(
@@ -40,7 +40,7 @@ def worlds(num, m=2, n=24, size=0.3, seed=1):
 
 
 def scored(rest, records, truth, rank, noise_std=0.0, seed=2):
-    """Scores of fresh releases of the worlds in ``truth``, each with its own A and noise."""
+    """Score fresh releases of the worlds in ``truth``, each with its own A and noise."""
     seen = attack.release(rest, records, truth, rank, seeded(seed))
     seen = seen + noise_std * torch.randn(seen.shape, generator=seeded(seed + 1), dtype=seen.dtype)
     return attack.score(seen.numpy(), rest.numpy(), (rest + records).numpy(), rank, noise_std)
@@ -94,7 +94,7 @@ def test_row_density_is_the_mean_over_formed_projections():
     error = values.std() / np.sqrt(len(values))
     density = np.exp(attack.row_logpdf(y, q, rank, noise_std))
     assert abs(density - values.mean()) < 4 * error  # wrong in 6e-5 of all seeds
-    assert 4 * error < 0.02 * density  # so the test can see 2 %
+    assert 4 * error < 0.02 * density  # so the test detects an error of 2 %
 
 
 def test_row_density_tends_to_the_noise_free_one_and_integrates_to_one():
@@ -122,7 +122,7 @@ def test_scores_are_the_naive_ones():
     for trial in range(6):
         g0, g1 = rest.numpy(), (rest + records[trial]).numpy()
         assert got[trial] == pytest.approx(asymmetry(seen[trial], g0) - asymmetry(seen[trial], g1))
-        # and the release is that of the world it should be
+        # the release comes from the world that ``truth`` names
         truth_, other = (g1, g0) if truth[trial] else (g0, g1)
         assert asymmetry(seen[trial], truth_) < 1e-13 < 1e-3 < asymmetry(seen[trial], other)
 
@@ -273,7 +273,7 @@ def test_bad_config_is_one_error(source):
 
 
 def test_the_size_of_a_real_candidate_is_relative_to_the_rest_of_the_batch():
-    """Over the two rows in which the candidate is largest, of a batch of one and two others."""
+    """The size is taken over the two rows in which the candidate, one of three, is largest."""
     rest, own = torch.eye(16), torch.zeros(16, 16)
     own[3, 0], own[5, 0], own[9, 0] = 1.0, 3.0, 4.0
     source = SimpleNamespace(

@@ -102,7 +102,7 @@ def test_matched_loss_is_read_within_seeds_and_never_beyond():
     )
     read = result.at("train_loss")  # both ordinary arms have passed 0.4 to 0.6: read at 0.5
     np.testing.assert_allclose(read[:2], [[0.7, 0.7], [0.6, 0.6]])
-    assert np.isnan(read[2]).all()  # the private arm never got there
+    assert np.isnan(read[2]).all()  # the private arm never reached the value
     apart = replace(result, train_loss=loss + np.array([0.0, 1.0, 0.0])[:, None, None])
     read = apart.at("train_loss")  # two values with one arm each: the lower, again 0.5
     np.testing.assert_allclose(read[0], 0.7)

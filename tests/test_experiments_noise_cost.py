@@ -193,7 +193,7 @@ def test_the_small_scale_is_drawn_and_tabulated(result, tmp_path, monkeypatch):
 
 
 def planted(gains, curvature=1.0, noise_curvature=1e-5, spread=0.02):
-    """A result with the mean gains given by direction (others 1), equal in all cases and stages."""
+    """Make a result with the given mean gains by direction (1 for others), equal everywhere."""
     generator = np.random.default_rng(0)
     shape = (2, 3, 3, 5, len(NAMES))
     gain = np.array([gains.get(name, 1.0) for name in NAMES]) * np.exp(
@@ -250,14 +250,14 @@ def test_planted_effects_get_their_verdicts():
 
 
 def test_errors_of_the_quadratic_model_do_not_cancel():
-    """Half of the predicted falls are twice the measured ones, and half are half of them."""
+    """Half of the predicted falls are twice the measured ones; the other half are half as large."""
     result = planted(SUPPORTING, spread=0.0)
     factor = np.where(np.arange(len(NAMES)) % 2, 2.0, 0.5)
     found = dataclasses.replace(result, slope=result.slope * np.sqrt(factor))
     assert judged(found)[-1] == "contradicted"
     values = verdicts.PREDICTIONS[-1].quantity(found)
     np.testing.assert_allclose(np.exp(values), 2.0)
-    # a fall that is predicted and not found is an error too; one that is not predicted is none
+    # a predicted fall that is not measured is an error; a fall that is not predicted is none
     gain = np.zeros_like(result.gain)
     assert judged(dataclasses.replace(result, gain=gain))[-1] == "contradicted"
     assert judged(dataclasses.replace(result, curvature=-result.curvature))[-1] == "undecided"
@@ -281,5 +281,5 @@ def test_a_direction_of_zeros_counts_as_the_least_factor():
     result = planted({"optimal, zeroed": 0.0})
     logs = verdicts.gain_factors(result)[..., NAMES.index("optimal, zeroed")]
     np.testing.assert_allclose(np.exp(logs), 1 / verdicts.LIMIT)
-    nothing = planted({"noisy": 0.0})  # then there is nothing to compare with
+    nothing = planted({"noisy": 0.0})  # without predicted falls there is nothing to compare
     assert judged(nothing)[0] == "undecided"

@@ -1,4 +1,4 @@
-"""Noisy projections: scores and training against slow definitions, and a tiny complete run."""
+"""Noisy projections: scores and training against slow definitions, and one tiny whole run."""
 
 from dataclasses import replace
 
@@ -162,7 +162,7 @@ def test_every_arm_trains_as_autograd_and_a_loop_over_records():
             outputs = torch.eye(6) if adapter.outputs is None else adapter.outputs
             want = naive(layer, arm, p, x, y, 0.8, 0.5, 4)
             torch.testing.assert_close(found[0] @ outputs, want), arm
-            # a record that is left out leaves the rest's mean over all 7
+            # if a record is left out, the mean of the others is still over all 7
             short = naive(layer, arm, p, x[:6], y[:6], 0.8, 0.5 * 6 / 7, 4)
             torch.testing.assert_close(found[1] @ outputs, short)
             # the update keeps the row space of the frozen A
@@ -236,7 +236,7 @@ def test_a_tiny_run_reloads_plots_and_agrees_with_the_guarantee(result, source, 
     assert isinstance(spec.plot(loaded), Figure)
     columns, rows = spec.rows(loaded)
     assert {len(row) for row in rows} == {len(columns)}
-    # no attack on a calibrated mechanism exceeds what its epsilon permits, up to chance
+    # no AUC of a calibrated mechanism exceeds the limit of its epsilon, up to chance
     assert (result.auc[:3, ..., 1] < result.ceiling[:, None]).all()
     assert result.noiseless_auc[0, 0] == 1
     factor = result.noise_factor

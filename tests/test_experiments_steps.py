@@ -33,7 +33,7 @@ CONFIG = steps_configs.Config(
 
 
 def best_rate(config):
-    """The rate at which a made-up run is fastest."""
+    """Learning rate at which a made-up run is fastest."""
     return {"sgd": 9.49, "adam": 0.01}[config.optimizer] * (0.1 if config.noise_free else 1)
 
 
@@ -48,7 +48,7 @@ def delay(config):
 
 
 def made(config):
-    """The curve of a made-up run: a jump to 0.9, later by seed, and by distance of the rate."""
+    """Curve of a made-up run: a jump to 0.9, which is later for odd seeds and for worse rates."""
     distance = abs(math.log10(config.learning_rate / best_rate(config)))
     jump = delay(config) + config.seed % 2 + 3 * max(0, distance - 0.05)
     return [
@@ -65,7 +65,7 @@ def made(config):
 
 @pytest.fixture
 def swept(monkeypatch):
-    """Replace training by made-up curves; yields the configurations that were asked for."""
+    """Replace training by made-up curves; yield the list of configurations that are asked for."""
     asked = []
 
     def made_up(configs, folder, **options):
@@ -225,7 +225,7 @@ def test_arms_are_faster_beyond_chance_against_both_baselines(swept):
 
 
 def test_baselines_that_learn_nothing_leave_no_target(swept):
-    """Steps are then censored for every arm: a difference of 0 would look like a tie."""
+    """Without the rule, all arms would be censored, and a difference of 0 would look like a tie."""
     result = steps.run(CONFIG)
     score = result.score.copy()
     score[CONFIG.arms.index("DP-SGD")] = 0.5
@@ -239,7 +239,7 @@ def test_baselines_that_learn_nothing_leave_no_target(swept):
 
 def test_an_arm_without_a_rate_is_named_and_left_out(swept, monkeypatch):
     def stuck(config):
-        """The smaller the rate of this arm, the better."""
+        """A run in which a smaller learning rate of this arm is always better."""
         curve = plain(config)
         if config.scheme == "optimal":
             return [{**e, "accuracy": 0.5 - config.learning_rate * (e["step"] > 0)} for e in curve]
@@ -263,7 +263,7 @@ def test_an_arm_whose_runs_all_stop_is_not_said_to_have_a_best_rate():
 
 
 def test_frozen_vectors_are_the_only_difference_of_their_control():
-    """At power 0, a preconditioner's scales are 1."""
+    """At power 0 all scales of a preconditioner are 1."""
     moments = {"w": Moment(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0, 9.0]))}
     (scale,) = joint_scales(moments, 0.0).values()
     assert scale.row.tolist() == [1, 1] and scale.col.tolist() == [1, 1, 1]
@@ -362,7 +362,7 @@ def test_a_bound_does_not_settle_whether_a_gap_is_worth_closing(swept):
     # both
     lines = gap.headline(replace(result, private=private, ceiling=ceiling))
     assert place in lines["gap not known"]
-    # a seed without a run is not one that missed the target
+    # a seed without a run does not count as a run that missed the target
     private[0, 0, 0, 0, 0] = np.nan
     columns, rows = gap.table(replace(result, private=private))
     assert rows[0][columns.index(f"steps to 90%, {gap.BASELINES[0]}")].startswith("no run, ")
@@ -498,9 +498,9 @@ SHORT = replace(BASE, steps=2, eval_examples=30, max_examples=150)
 
 @pytest.mark.slow
 def test_real_small_sweeps(tmp_path, monkeypatch, in_this_process):
-    """The gap, and then the arms, which find the plain runs of the gap in the folder.
+    """Train the gap, and then the arms, which reuse the plain runs of the gap.
 
-    Each grid has one rate: made-up sweeps show how grids grow.
+    Each grid has one rate. Tests with made-up sweeps show how grids grow.
     """
     monkeypatch.setattr(tuning, "COARSE", 0)
     monkeypatch.setattr(tuning, "next_places", lambda *_: [])
@@ -521,9 +521,9 @@ def test_real_small_sweeps(tmp_path, monkeypatch, in_this_process):
 
 
 def test_the_cost_is_that_of_the_second_run(monkeypatch, tmp_path):
-    """A clock that moves by hand: 5 s of loading, 2 s an evaluation, 3 s a step, 8 s the members.
+    """The test moves the clock: 5 s of loading, 2 s per evaluation, 3 s per step, 8 s for members.
 
-    The first run takes ten times as long.
+    The first run takes ten times as long, and is not counted.
     """
     clock, caches = [0.0], []
 

@@ -22,7 +22,7 @@ CONFIG = dataclasses.replace(
 
 
 def by_definition(config, start, stage):
-    """Both averages of the three schemes' cosines, (draws, 3, 2), from whole SVDs."""
+    """Compute both averages of the three schemes' cosines, (draws, 3, 2), from full SVDs."""
     case = config.cases[0]
     asked = config.gradients(case, start)
     source = gradients.load_source(asked, case.batch_size)
@@ -79,7 +79,7 @@ def test_both_averages_are_those_of_whole_decompositions(tmp_path):
     assert (result.loss[0, 1] < result.loss[0, 0]).all()
     assert result.description.count("generated from") == 1
 
-    # a stage that is kept is not measured again, and a lost one alone is
+    # a stage that was kept is not measured again; only the lost stage is
     stages = sorted(tmp_path.glob("*.json"))
     assert len(stages) == 4
     times = {path: path.stat().st_mtime_ns for path in stages}
@@ -114,7 +114,7 @@ def test_bf16_changes_a_gradient_by_rounding_only():
 
 
 def made(cosine, rank):
-    """A result of one case with these cosines (stages, W, schemes, averages) and clean ranks."""
+    """Make a result of one case from cosines (stages, W, schemes, averages) and clean ranks."""
     cosine = np.array(cosine)[None, :, :, None]
     stages, starts = cosine.shape[1:3]
     return tasks_large.Result(

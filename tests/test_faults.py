@@ -139,7 +139,7 @@ def curve(result):
 
 
 def assert_whole(folder):
-    """Every file that has its final name can be read, and nothing else is left."""
+    """Check that every file with its final name can be read, and that no temporary file is left."""
     for path in folder.rglob("*"):
         if path.suffix == ".json":
             json.loads(path.read_bytes())
@@ -154,14 +154,14 @@ def assert_whole(folder):
 
 
 def spent_at_most(folder, result):
-    """Distinct noisy sums that were drawn are all counted; and only those."""
+    """Whether no more distinct noisy sums were drawn than releases were counted."""
     drawn = set(folder.with_name(f"{folder.name}.draws").read_text().split())
     return len(drawn) <= result.releases
 
 
 @pytest.fixture(scope="module")
 def target(base, tmp_path_factory):
-    """A checkpoint to attack, of fair coins on eighty sentences."""
+    """Return a checkpoint to attack, whose members fair coins chose among eighty sentences."""
     folder = tmp_path_factory.mktemp("target")
     write_reviews(folder / "data", train=80)
     config = replace(base, task=str(folder / "data"), membership="half", delta=1e-3)
@@ -205,11 +205,11 @@ SECONDS = {"train": 1.5, "sweep": 2.5, "attack": 3.0, "figures": 1.5}
 @pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", SECONDS)
 def test_kill_9_leaves_nothing_half_done(what, kills, base, target, tmp_path):
-    """Then the same command ends as if nothing had happened."""
+    """After the kills, the same command ends with the result of an uninterrupted run."""
     folder = tmp_path / what
     configs = [replace(base, steps=30, snapshot_every=4, seed=seed) for seed in (1, 2)]
     done, attempt = 0, 0
-    while done < kills:  # a command that ends before it is killed starts anew elsewhere
+    while done < kills:  # if a command ends before it is killed, another folder is used
         place = folder / str(attempt) if what != "train" else tmp_path / f"train {attempt}"
         place.parent.mkdir(exist_ok=True)
         killed, code = run(
@@ -249,7 +249,7 @@ def test_kill_9_leaves_nothing_half_done(what, kills, base, target, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["attack", "figures"])
 def test_a_full_disk_is_one_line_and_costs_nothing(what, target, base, tmp_path):
-    """Files may not grow beyond a size; then they may."""
+    """A size limit on files fails the command twice; without a limit, the command then succeeds."""
     place = tmp_path / what
     codes = run(LIMITED, what, place, [base], limits=[600, 6000], words=words(what, target, place))
     assert codes == [2, 2, 0]
@@ -258,7 +258,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(what, target, base, tmp_path)
 
 @pytest.mark.parametrize("what", ["attack", "figures"])
 def test_a_place_that_cannot_be_written_is_one_line(what, target, tmp_path, capsys):
-    """Below a file, since root may write to folders that are read-only."""
+    """The folder lies below a file, because root may write to folders that are read-only."""
     (tmp_path / "file").write_text("")
     code, _, said = run_main(capsys, *words(what, target, tmp_path / "file" / "below"))
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
@@ -266,7 +266,7 @@ def test_a_place_that_cannot_be_written_is_one_line(what, target, tmp_path, caps
 
 @pytest.mark.slow
 def test_a_report_is_replaced_only_by_the_same_attack(target, tmp_path, capsys):
-    """Without --output nothing is written, neither beside the checkpoint nor elsewhere."""
+    """Without --output nothing is written, neither beside the checkpoint nor anywhere else."""
     config, place = target
     beside = sorted(path.name for path in (place / "model").iterdir())
 
@@ -299,7 +299,7 @@ def test_a_report_is_replaced_only_by_the_same_attack(target, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_signals_wait_for_the_end_of_the_step(base, tmp_path):
-    """SIGINT, then SIGTERM, each with a snapshot of the step; then on to the same end."""
+    """SIGINT and SIGTERM each save a snapshot of the step; the resumed run ends undisturbed."""
     config = replace(base, steps=40, snapshot_every=1000, seed=3)
     asked = [(int(signal.SIGINT), 3), (int(signal.SIGTERM), 9)]
     codes, said, last = run(SIGNALLED, "train", tmp_path / "run", [config], signals=asked)

@@ -19,7 +19,7 @@ from tests.tasks import run_command
 
 PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
-# experiments of many hours without a saved result yet: `make figures` leaves their figures out
+# experiments that take many hours and have no saved result yet; `make figures` omits their figures
 PENDING = {
     "gap_large_batch",
     "gap_all_layers",
@@ -30,7 +30,7 @@ PENDING = {
 
 
 def replaced(monkeypatch, name, **fields):
-    """Change some fields of a figure for one test."""
+    """Replace some fields of a figure for one test."""
     module = {"restoration": restoration, "lora": lora, "training": training}[catalog.ROOMS[name]]
     spec = dataclasses.replace(figures.find(name), **fields)
     monkeypatch.setitem(module.FIGURES, name, spec)
@@ -53,7 +53,7 @@ def test_the_names_load_no_experiment():
 
 
 def leaves(config):
-    """The value of every field of a config by the field's name, at any depth."""
+    """Values of all fields of a config, at any depth, by the name of the field."""
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -63,7 +63,7 @@ def leaves(config):
 
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options():
     options = {"model": "m", "task": "t", "seed": 7, "device": "cuda"}
-    some = {"total_variation": (), "tasks": ("seed", "device")}  # of no model; of many models
+    some = {"total_variation": (), "tasks": ("seed", "device")}  # no model; many models
     some["plan_gap"] = some["total_variation"]
     for name in ("noise_cost", "tasks_mpnet", "tasks_gemma", "tasks_qwen"):
         some[name] = some["tasks"]
@@ -98,7 +98,7 @@ def test_committed_results_load_draw_and_save_again_to_the_digit(tmp_path):
         result = artifacts.load_result(PAPER, name, spec.result)
         path = artifacts.save_result(result, tmp_path, name)
         saved, kept = (json.loads(p.read_text()) for p in (path, PAPER / path.name))
-        assert holds(saved, kept), name  # and perhaps fields that came later
+        assert holds(saved, kept), name  # the config may have fields that were added later
         with np.load(tmp_path / f"{name}.npz") as ours, np.load(PAPER / f"{name}.npz") as theirs:
             assert sorted(ours.files) == sorted(theirs.files), name
             for key in ours.files:
@@ -188,12 +188,12 @@ def test_what_has_no_saved_result_is_left_out_unless_it_is_asked_for(monkeypatch
 
 
 def unchanged(folder):
-    """Whether every committed result stands in a copy of the folder, byte for byte."""
+    """Whether a copy of the folder holds every committed result, byte for byte."""
     return all((folder / path.name).read_bytes() == path.read_bytes() for path in PAPER.glob("*.*"))
 
 
 def stand_in(monkeypatch, name, description=None):
-    """Replace an experiment by one that returns the saved result with the asked configuration."""
+    """Let an experiment return the saved result with the configuration that was asked for."""
     saved = artifacts.load_result(PAPER, name, figures.find(name).result)
 
     def run(config):
@@ -250,7 +250,7 @@ def test_another_task_model_scale_or_seed_is_a_trial_in_a_folder_of_its_own(
 
 
 def test_the_same_options_on_another_model_or_data_are_a_trial(monkeypatch, tmp_path, capsys):
-    """A config leaves the model to what is installed: without MiniLM, the tiny model runs."""
+    """A config can leave the model to what is installed: without MiniLM, the tiny model runs."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(PAPER, tmp_path / "paper_artifacts")
     words = "--only", "spectra", "--task", "sst2"
@@ -260,10 +260,10 @@ def test_the_same_options_on_another_model_or_data_are_a_trial(monkeypatch, tmp_
     assert "computed on tiny, 100 examples" in " ".join(error.split())
     assert len([*(tmp_path / "trials").glob("*/spectra.json")]) == 1
     saved = artifacts.load_result(PAPER, "spectra", figures.find("spectra").result).description
-    model, rest = saved.split("; ", 1)  # a later version says more of the same model and data
+    model, rest = saved.split("; ", 1)  # a later version adds words
     stand_in(monkeypatch, "spectra", description=f"{model}; in float32; {rest}")
     assert run_command(capsys, figure_command.app, *words)[0] == 0
-    assert not unchanged(tmp_path / "paper_artifacts")  # but for its provenance
+    assert not unchanged(tmp_path / "paper_artifacts")  # the new provenance is the only change
     assert (tmp_path / "figures" / "spectra.png").exists()
 
 
@@ -321,7 +321,7 @@ def test_the_default_task_never_is_the_hub(monkeypatch, tmp_path):
 
 
 def test_a_computed_result_says_how_it_was_made(monkeypatch, tmp_path, capsys):
-    """The experiments return no provenance: the command's writer adds it, with seed and device."""
+    """Experiments return no provenance: the command adds it, with seed and device."""
     computed = figures.find("total_variation").small
     computed = figures.compute(
         "total_variation",

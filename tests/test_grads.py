@@ -87,12 +87,12 @@ AUTO = {
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Draw the same weights and batches in whatever order the tests run."""
+    """Draw the same weights and batches in any order of the tests."""
     torch.manual_seed(0)
 
 
 def build(arch, task="sequence", method="full", seed=0, **options):
-    """A tiny random model; its biases and norm weights differ from their neutral initial values."""
+    """Build a tiny random model, whose biases and norm weights differ from their neutral values."""
     torch.manual_seed(seed)
     if arch in ("bert", "roberta") and task == "causal":
         options["is_decoder"] = True
@@ -327,7 +327,7 @@ def test_dropout_follows_the_mode():
 
 
 def test_dropout_is_known_though_two_losses_agree_by_chance():
-    """Dropout that seldom drops anything gives the first row its loss twice in most draws."""
+    """With rare dropout, the first row has the same loss twice in most draws."""
     for seed in range(10):
         model, batch = build("bert", hidden_dropout_prob=2e-3).train(), make_batch()
         torch.manual_seed(seed)
@@ -351,7 +351,7 @@ def test_gradient_checkpointing(arch, method):
 
 
 class Toy(nn.Module):
-    """A module that uses one layer several times and another layer never."""
+    """A module that uses one layer several times and never uses another layer."""
 
     def __init__(self, width=6, classes=3, repeats=2):
         super().__init__()
@@ -396,7 +396,7 @@ def test_layers_on_pooled_inputs_and_unused_parameters():
 
 
 class Table(nn.Module):
-    """A model for rows of padding only, whose gradient is zero."""
+    """A model whose gradient is zero on a row of padding only."""
 
     def __init__(self):
         super().__init__()
@@ -408,7 +408,7 @@ class Table(nn.Module):
 
 
 def test_the_norm_of_positions_that_cancel_covers_the_rounding_of_their_sum():
-    """A norm below that of the float32 contribution would scale the contribution up beyond C."""
+    """A norm below that of the float32 sum would leave a contribution above C."""
     for seed in range(20):
         left, right = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(seed))
         left = torch.cat([left, left], 1)

@@ -46,15 +46,15 @@ SIZES = dict(
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Draw the same weights and batches in whatever order the tests run."""
+    """Draw the same weights and batches in any order of the tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Collect every graph that dynamo makes; graphs run without a C++ compiler.
+    """Collect every graph that dynamo makes; the graphs run without a C++ compiler.
 
-    ``graphs.lower`` says whether AOT autograd traces them first, as it does for inductor.
+    ``graphs.lower`` says whether AOT autograd traces the graphs first, as it does for inductor.
     """
     made = Graphs()
 
@@ -123,8 +123,8 @@ def assert_same(got, want, tolerance=1e-5):
     ],
 )
 def test_sums_and_norms_are_those_of_book_keeping(name, graphs):
-    """Micro-batches that differ in rows and length run on graphs that are made once."""
-    graphs.lower = name == "gpt2"  # inductor lowers BERT below
+    """Micro-batches of different rows and lengths share graphs, each of which is made once."""
+    graphs.lower = name == "gpt2"  # test_inductor lowers BERT
     model = make(name)
     parts = [
         batch_of(model, rows, length, seed)
@@ -144,7 +144,7 @@ def test_sums_and_norms_are_those_of_book_keeping(name, graphs):
 
 
 def test_another_choice_of_layers_is_another_graph(graphs):
-    """A graph uses the current weights, not the weights at the time of its making."""
+    """A graph uses the current weights, not the weights at the time when the graph was made."""
     model = Model().requires_grad_(True)
     assert len(clipped_sum(model, TOY_BATCH, 0.5, backend="compiled")[0]) == 3
     with torch.no_grad():
@@ -202,7 +202,7 @@ def same(hidden):
 
 
 class Model(nn.Module):
-    """An embedding, which is frozen, and one layer whose input and output a test may change."""
+    """A frozen embedding, and one layer whose input and output a test may change."""
 
     def __init__(self, twist=same, before=same):
         super().__init__()
@@ -244,7 +244,7 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(graphs):
         "another axis": (Model(before=another_axis), r"output of shape \(3, 5, 1, 2\), which"),
     }.items():
         want, _ = clipped_sum(model, batch, 1.0)
-        for _ in range(2):  # nothing of the first attempt is kept
+        for _ in range(2):  # the first attempt leaves no state behind
             message = refusal_of(clipped_sum, model, batch, 1.0, backend="compiled")
             assert re.search(words, message) and "\n" not in message, (case, message)
         assert "forward" not in vars(model.layer) and model.layer.weight.requires_grad, case
@@ -289,7 +289,7 @@ def test_a_compiled_run_trains_as_another(base, graphs, tmp_path):
 
 @pytest.mark.slow
 def test_steps_that_were_lost_count_again(base, graphs, tmp_path, monkeypatch):
-    """Another graph may round differently: with the same noise, its sums are a second release."""
+    """Another graph may round differently: its sums with the same noise are a second release."""
     config = replace(base, steps=5, snapshot_every=2, compile=True)
     begin = RunFolder.begin_release
 

@@ -1,7 +1,7 @@
-"""Two thousand damaged inputs at the command lines' own entry: exit 0, or exit 2 with one line.
+"""Two thousand damaged inputs to command lines: each exits with 0, or with 2 and one line.
 
 Configurations, data files, checkpoints, manifests, snapshots and ledgers are changed in one place,
-by structure or by bytes. A run that is refused leaves its output folder as it was.
+in their structure or in their bytes. A run that is refused leaves its output folder unchanged.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ ROWS = [
 
 
 def odd_structure(document, rng):
-    """``document`` with one value replaced, removed or renamed, at any depth."""
+    """Return ``document`` with one value replaced, removed or renamed, at any depth."""
     place = document = json.loads(json.dumps(document))
     while True:
         name = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
@@ -90,7 +90,7 @@ def odd_structure(document, rng):
 
 
 def odd_bytes(data, rng):
-    """``data`` with bytes removed, overwritten or put in, at one to three places."""
+    """Return ``data`` with bytes removed, overwritten or inserted, at one to three places."""
     for _ in range(rng.randrange(1, 4)):
         start = rng.randrange(len(data) + 1)
         data = (
@@ -118,7 +118,7 @@ def odd_lines(data, rng):
 
 
 def odd_tensors(path, rng):
-    """A safetensors file with a tensor missing, too many, of another shape, type or value."""
+    """Damage a safetensors file: a tensor is missing, added, or of another shape, type or value."""
     if rng.random() < 0.4:
         return path.write_bytes(odd_bytes(path.read_bytes(), rng))
     tensors = load_file(path)
@@ -141,7 +141,7 @@ def odd_tensors(path, rng):
 
 
 def contents(folder):
-    """Every file below a folder by its hash; None if there is no folder."""
+    """Hash of every file below a folder; None if there is no folder."""
     if not folder.exists():
         return None
     return {
@@ -152,7 +152,7 @@ def contents(folder):
 
 
 class Trial:
-    """Runs commands in this process, and notes each that does not end as it should."""
+    """Runs commands in this process, and records each command that does not end as it should."""
 
     def __init__(self, capsys):
         self.capsys, self.codes, self.wrong = capsys, Counter(), []
@@ -192,7 +192,7 @@ def trial(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(small_bert, tmp_path_factory):
-    """Data in every format, two finished runs and one that was killed; to be copied."""
+    """Return data in every format, two finished runs and a killed run; tests copy them."""
     import datasets
 
     folder = tmp_path_factory.mktemp("hostile")
@@ -269,7 +269,7 @@ def test_configurations(made, small_bert, tmp_path, trial):
 
 
 def test_data_files(made, small_bert, tmp_path, trial):
-    """The batch is larger than the data, so that a file that can be read is refused as well."""
+    """The batch is larger than the data, so that the command refuses a readable file too."""
     rng = random.Random(2)
     shutil.copytree(made / "data", data := tmp_path / "data")
     shutil.rmtree(data / "named")
@@ -333,7 +333,7 @@ def test_checkpoints(made, tmp_path, trial):
 
 
 def test_killed_runs(made, small_bert, tmp_path, trial, monkeypatch):
-    """Snapshots and ledger: a run that resumes is finished, and a run that does not is intact."""
+    """A run that resumes from damaged snapshots or ledger finishes; a refused run stays intact."""
     monkeypatch.setenv("LOWRANK_DP_DATA", str(made / "data" / "named"))
     rng, run = random.Random(4), tmp_path / "run"
     names = sorted(p.name for p in (made / "killed" / "snapshots").iterdir())

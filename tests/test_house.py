@@ -33,7 +33,7 @@ def body_lines(function):
 
 
 def faces_with_more_than_names(path, tree):
-    """Every statement of a face that is no docstring, import or assignment."""
+    """Yield each statement of an ``__init__.py`` that is no docstring, import or assignment."""
     for node in tree.body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         plain = isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AugAssign)

@@ -12,7 +12,7 @@ from lowrank_dp.train.identity import changed, not_repeatable, versions_and_mach
 
 
 def test_settings_that_choose_kernels_are_part_of_a_runs_identity(monkeypatch):
-    """Each rounds a sum otherwise, or in bfloat16, without a change of model, data or versions."""
+    """A setting changes the rounding of sums; model, data and versions stay the same."""
     before = versions_and_machine("cpu")
     assert changed(before, versions_and_machine("cpu")) == []
     for variable, value in (
@@ -51,7 +51,7 @@ def test_settings_that_choose_kernels_are_part_of_a_runs_identity(monkeypatch):
 
 
 def test_a_stream_of_another_library_is_not_read_as_this_ones():
-    """Snapshots from the time of randomgen hold a key and a position too, of other words."""
+    """Snapshots with randomgen's noise also hold a key and a position, of another stream."""
     now = versions_and_machine("cpu")
     before = {name: value for name, value in now.items() if name != "cryptography"}
     before["randomgen"] = "2.5.1"
@@ -68,7 +68,7 @@ def test_a_digest_that_differs_is_told_in_words():
 
 
 def test_steps_on_a_gpu_are_not_replayed_with_their_noise():
-    """Atomic additions have no fixed order, so that the sums of two attempts differ in rounding."""
+    """Atomic additions have no fixed order, so the sums of two attempts differ by rounding."""
     assert not not_repeatable(TrainConfig(noise_multiplier=1.0))
     assert "compiled" in not_repeatable(TrainConfig(noise_multiplier=1.0, compile=True))
     on_gpu = TrainConfig(noise_multiplier=1.0, device="cuda:0")
@@ -100,7 +100,7 @@ def test_a_release_whose_line_lacks_only_its_end_counts(tmp_path):
 
 
 def test_a_lock_that_was_removed_while_it_was_waited_for_does_not_hold(tmp_path, monkeypatch):
-    """A run that leaves an empty folder unlinks its lock; a third one could lock a new file."""
+    """A run that leaves an empty folder removes its lock, and a third run could lock a new file."""
     path = tmp_path / "run"
     flock = fcntl.flock
 

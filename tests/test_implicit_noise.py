@@ -46,7 +46,7 @@ def ready(config):
 
 
 def naive_noise(gradient, kind, rank, generator):
-    """The gradient (out, in) with its noise, in float64, from the same standard normals."""
+    """Compute the noisy gradient (out, in) in float64, from the same standard normals."""
     g = gradient.double().numpy()
     if kind == "fresh-a":
         a = torch.randn(rank, g.shape[1], generator=generator).double().numpy() / np.sqrt(rank)
@@ -63,7 +63,7 @@ def test_steps_are_those_of_a_loop_that_adds_the_noise_itself(kind):
     assert list(setup.noisy_matrices) == adapted and len(adapted) == 6
     for t in range(3):
         before = {n: p.detach().clone() for n, p in setup.trained.items()}
-        with torch.no_grad():  # the same weights, of which the other run takes the clean gradient
+        with torch.no_grad():  # the weights at which the other run takes the clean gradient
             for n, p in plain.trained.items():
                 p.copy_(before[n])
         step.take_step(plain, other)
@@ -111,7 +111,7 @@ def test_a_weight_that_is_stored_transposed_gets_the_noise_of_its_transpose():
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_lora_with_a_frozen_a_is_full_fine_tuning_with_one_projection(beta, monkeypatch):
-    """W_0 + B A after each step of SGD, against full SGD whose gradient is G A^T A."""
+    """W_0 + B A after each step of SGD equals full SGD with the gradient G A^T A."""
     lora, lora_state = ready(small(method="lora-frozen-a", beta1=beta))
     full, full_state = ready(small(implicit_noise="fresh-a", beta1=beta))
     layers = {
@@ -135,7 +135,7 @@ def test_lora_with_a_frozen_a_is_full_fine_tuning_with_one_projection(beta, monk
             want = full.trained[name]
             gap, moved = (got - want).norm(), (want - start[name]).norm()
             assert moved > 1e-3 and gap <= 1e-4 * moved, name
-    for name, p in full.trained.items():  # the head, which both train
+    for name, p in full.trained.items():  # the head, which both runs train
         if name not in layers:
             (twin,) = [
                 q

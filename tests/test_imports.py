@@ -108,7 +108,7 @@ def test_the_check_itself():
 
 
 def test_light_imports():
-    """In one process, the lightest first."""
+    """One process tests all imports, the lightest first."""
     heavy = ("torch", "transformers", "peft", "opacus", "matplotlib")
     code = f"""
 import sys

@@ -49,13 +49,13 @@ MINDING = {
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Draw the same weights and batches in whatever order the tests run."""
+    """Draw the same weights and batches in any order of the tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder with a task of 128 short records and a long one, and with the models."""
+    """Make a folder with a task of 128 short records and one long record, and with the models."""
     folder = tmp_path_factory.mktemp("minding")
     for split, count in (("train", 129), ("validation", 8)):
         words = ["the film was a very dull " + "film " * (120 * (i == 128)) for i in range(count)]
@@ -161,7 +161,7 @@ def out(logits, labels):
 
 
 class Small(nn.Module):
-    """Embedding, a layer, mean over positions, head; ``how`` names a peculiarity of the forward."""
+    """Embedding, layer, mean over positions, head; ``how`` names what is unusual in the forward."""
 
     def __init__(self, how, width=8, layer=None):
         super().__init__()
@@ -274,7 +274,7 @@ def test_a_model_that_mixes_rows_is_refused_where_rows_run_together():
                 clipped_sum(model, batch_of(), 1.0, backend=backend)
     require_loop(Small("mixed").eval(), batch_of(), backend="loop")
     clipped_sum(Small("mixed in training").eval(), batch_of(), 1.0)
-    model = Small("")  # a model that begins to mix rows after its examination
+    model = Small("")  # a model that mixes rows only after it was examined
     clipped_sum(model, batch_of(), 1.0)
     model.how = "mixed"
     with pytest.raises(ValueError, match=r"^model must keep .* row 0 is .* in the batch"):
@@ -482,7 +482,7 @@ def test_opposite_positions_move_the_sum_by_at_most_the_bound():
     half=st.booleans(),
 )
 def test_no_row_contributes_more_than_the_bound(data, scales, seed, spread, bound, ids, half):
-    """Positions that nearly cancel, at any scale within float32, for every kind of factor."""
+    """Positions nearly cancel, at any scale within float32, for every kind of factor."""
     generator = torch.Generator().manual_seed(seed)
     count, rows, cols = len(scales), 40, 48
     left = torch.randn(1, rows, generator=generator).expand(count, rows).clone()

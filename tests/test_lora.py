@@ -28,7 +28,7 @@ def vector(n, seed=1, dtype=F64):
 
 
 def formed(q, rank, num_samples, seed=2):
-    """Noise of projections whose A is formed, from numpy's generator: the oracle."""
+    """Draw noise of projections whose A is formed, from numpy's generator: the oracle."""
     a = np.random.default_rng(seed).standard_normal((num_samples, rank, len(q))) / math.sqrt(rank)
     q = q.numpy()
     return np.einsum("srn,sr->sn", a, a @ q) - q

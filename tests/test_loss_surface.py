@@ -11,7 +11,7 @@ from lowrank_dp.experiments import gradients, loss_surface
 from tests.oracles import clip_one_by_one
 from tests.tasks import seeded
 
-# the task, and how many of the two blocks train: with one, the first block's output is kept
+# the task, and how many of the two blocks train (1: the first block's output is cached)
 CASES = (
     ("tiny", "generated", 1),
     ("tiny", "generated", None),
@@ -44,7 +44,7 @@ def some_direction(surface, seed, names=None):
 
 @pytest.mark.slow
 def test_the_loss_is_the_mean_over_rows_of_the_models_own_loss(surface):
-    """Row by row, by the model's own loss, with no block replaced."""
+    """The oracle takes the model's own loss row by row, with no block replaced."""
     total, rows = 0.0, 0
     with torch.no_grad():
         for batch in surface.batches:
@@ -66,7 +66,7 @@ def test_frozen_blocks_do_not_run_again(surface):
     handle = next(surface.frozen[0].children()).register_forward_hook(lambda *_: ran.append(1))
     surface.loss()
     assert not ran
-    surface.model(**surface.batches[0])  # afterwards the model is whole again
+    surface.model(**surface.batches[0])  # afterwards the model has its own blocks again
     assert ran
     handle.remove()
 
@@ -99,7 +99,7 @@ def test_clip_factors_as_row_weights_give_the_mean_of_the_clipped_gradients(surf
 
 
 def collate_again(batches):
-    """Join batches of several lengths to one batch, with their rows in the same order."""
+    """Join batches of different lengths to one batch, with the rows in the same order."""
     length = max(batch["input_ids"].shape[1] for batch in batches)
     fill = {"labels": -100}
     return {

@@ -63,7 +63,7 @@ def test_against_scipys_filter():
 
 
 def test_a_steady_start_against_scipys_initial_state():
-    """The first input has been there for ever, in the output and in the noise's weights."""
+    """A steady start assumes that the first input was there before, in output and noise weights."""
     rng = np.random.default_rng(4)
     inputs, stds = rng.standard_normal((7, 3)), rng.uniform(0.5, 2, 7)
     for name, (b, a) in FILTERS.items():
@@ -146,7 +146,7 @@ def test_state_is_frozen_and_separate():
 
 
 def test_average_lifts_a_signal_over_the_edge():
-    """A spike under the edge in every gradient stands above it in their mean."""
+    """A spike that is below the edge in every gradient is above the edge in their mean."""
     generator = seeded(3)
     u, v = (torch.linalg.qr(torch.randn(n, 1, generator=generator))[0] for n in (60, 90))
     clean = 8.0 * u @ v.T  # the transition is at (60 * 90) ** 0.25 = 8.6

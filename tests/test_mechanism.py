@@ -52,7 +52,10 @@ def test_upper_bound_next_to_a_finer_one():
 
 
 def test_without_sampling_against_the_exact_profile():
-    """Balle & Wang 2018: the exact epsilon of a Gaussian mechanism (memory stays small, too)."""
+    """Epsilon is the exact epsilon of a Gaussian mechanism (Balle & Wang 2018).
+
+    Many steps take no more memory than few.
+    """
     for sigma, steps, delta in (
         (1.0, 10, 1e-5),
         (5.0, 100, 1e-6),
@@ -166,9 +169,9 @@ def test_noise_from_the_operating_system():
 
 
 def test_a_generator_from_the_operating_system_is_not_one_of_2_to_the_32(monkeypatch):
-    """torch's CPU generator keeps 32 bits of a seed; here the whole state is random.
+    """torch's CPU generator uses only 32 bits of a seed; this generator has a random whole state.
 
-    numpy's Mersenne Twister, given the same words, must give the same numbers.
+    numpy's Mersenne Twister, with the same words as its state, must give the same numbers.
     """
     short, long = (torch.Generator().manual_seed(seed) for seed in (7, 7 + 2**32))
     assert torch.equal(torch.randn(9, generator=short), torch.randn(9, generator=long))
@@ -201,7 +204,7 @@ def test_sample_takes_each_unit_with_the_stated_probability(rate):
     neighbours, successive = taken[:, 1:] * taken[:, :-1], taken[1:] * taken[:-1]
     for pairs in (*neighbours.T, *successive):  # independent within each
         assert stats.binomtest(int(pairs.sum()), len(pairs), rate**2).pvalue > alarm
-    # the sizes are binomial: neither fixed nor spread wider
+    # the sizes are binomial: neither fixed nor of larger variance
     spread = 399 * taken.sum(axis=1).var(ddof=1) / (500 * rate * (1 - rate))
     assert stats.chi2.ppf(alarm, 399) < spread < stats.chi2.isf(alarm, 399)
 

@@ -88,7 +88,7 @@ def test_f1_is_of_class_one():
 
 
 def test_directions():
-    """Every metric has a direction, in which it moves from bad answers to good ones."""
+    """Every metric has a direction, in which the metric moves from bad answers to good answers."""
     named = {name for spec in TASKS.values() if spec for name in spec.metrics}
     assert HIGHER_IS_BETTER.keys() == named | {"loss", "perplexity"}
     labels = [0, 1, 1, 0, 1]

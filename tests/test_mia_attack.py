@@ -31,7 +31,7 @@ from lowrank_dp.train.loop import train
 from tests.tasks import case, run_command, write_jsonl
 
 # A small pool and many steps, so that the checkpoint remembers its members. With this seed members
-# have both labels equally often; otherwise a private model's preference for one label tells a bit.
+# have both labels equally often; otherwise a private model's preference for one label would leak.
 OVERFIT = TrainConfig(
     model="tiny",
     task="generated",
@@ -74,7 +74,7 @@ SHORT = replace(OVERFIT, steps=2, eval_every=2, snapshot_every=2, eval_examples=
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A classifier and a causal language model after a few steps; to be read only."""
+    """A classifier and a causal language model after a few steps. Tests must not change them."""
     folder = tmp_path_factory.mktemp("checkpoints")
     train(SHORT, folder / "short")
     train(TABLES, folder / "tables")
@@ -83,7 +83,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def overfit(tmp_path_factory):
-    """A classifier that remembers its members; to be read only."""
+    """A classifier that has memorised its members. Tests must not change it."""
     folder = tmp_path_factory.mktemp("overfit") / "overfit"
     train(OVERFIT, folder)
     return folder
@@ -94,7 +94,7 @@ def run(capsys, *arguments):
 
 
 def test_signals_against_one_record_at_a_time(checkpoints):
-    """Loss, phi and the reference's loss by hand, from logits in float64."""
+    """The oracle computes losses and phi of target and reference from logits in float64."""
     target = open_target(checkpoints / "short", Options())
     task, examples = target.records.task, target.records.examples[:7]
     model, tokenizer = load_model(str(target.folder), task=task)
@@ -264,7 +264,7 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
         tmp_path / "no",
     )
     assert code == 2 and "train both with one --seed" in err and err.count("\n") == 1
-    # the attack may have taken hours: its report is kept
+    # the attack may have taken hours, so its report is kept
     assert (tmp_path / "no" / "report.json").exists() and "verdict" in out
     assert not (tmp_path / "no" / "compare.json").exists()
 
@@ -409,7 +409,7 @@ def test_a_rate_needs_as_many_others_as_hold_one_false_positive():
 
 
 def test_the_population_holds_no_text_of_the_run():
-    """Neither of the attacked records nor of the others in the manifest, in any spelling."""
+    """The population has no text of the manifest, attacked or not, in any spelling."""
     validation = tuple(Example(f"v/{i}", text) for i, text in enumerate(["a b", "c", "d"]))
     some = SimpleNamespace(
         examples=(Example("t/0", "A  B"),), task=SimpleNamespace(splits={"validation": validation})
@@ -474,7 +474,7 @@ def test_a_checkpoint_from_before_a_field_was_there(checkpoints, tmp_path):
 def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):
     shutil.copytree(checkpoints / "short", tmp_path / "lying")
     document = json.loads((tmp_path / "lying" / "training.json").read_text())
-    document["epsilon"] = -1.0  # below any bound, which is never negative
+    document["epsilon"] = -1.0  # below every bound, since a bound is never negative
     (tmp_path / "lying" / "training.json").write_text(json.dumps(document))
     code, out, _ = run(capsys, "--model", tmp_path / "lying")
     assert code == 3 and "CONTRADICTION" in out
@@ -525,7 +525,7 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
 
 
 def test_the_plan_estimates_seconds_from_the_training():
-    """240 s for 2 steps of 40 records are 3 s per record; a forward pass takes a third."""
+    """240 s for 2 steps of 40 records are 3 s per record; a forward pass takes a third of that."""
     config = SimpleNamespace(steps=2, batch_size=40)
     rows = [SimpleNamespace(group=name) for name in "aabbbbbccc"]
     records = SimpleNamespace(unit="group", examples=rows)
@@ -583,7 +583,7 @@ ODD = (
 
 
 def mutated(text, rng):
-    """A document with one place changed, or a file with some bytes changed."""
+    """Return a document with one place changed, or a file with some bytes changed."""
     if rng.random() < 0.3:
         data = bytearray(text.encode())
         start = rng.randrange(len(data))
@@ -608,7 +608,7 @@ def mutated(text, rng):
 
 @pytest.mark.slow
 def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_path, monkeypatch):
-    """400 mutations of membership.json and training.json, also as those of a shadow."""
+    """Make 400 mutations of membership.json and training.json, and of those of a shadow model."""
     monkeypatch.setattr(records, "load_task", functools.cache(records.load_task))
     recipe = open_target(checkpoints / "short", Options()).recipe
     for name in ("short", "shadows/one"):
@@ -683,7 +683,7 @@ def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
 
 
 def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys):
-    """Members that are given as non-members, from two files without an overlap."""
+    """Members are given as non-members, from two files that do not overlap."""
     found = open_target(checkpoints / "short", Options()).records
     inside = [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit]
     for name, part in (("a", inside[:30]), ("b", inside[30:60])):
@@ -706,7 +706,7 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
 
 
 def test_copies_in_a_manifests_pool_are_left_out_on_both_sides(tmp_path):
-    """The membership of the other records stays independent."""
+    """The membership bits of the records that remain are still independent."""
     lines = [{"text": f"text {i} of a pool", "label": i % 2} for i in range(80)]
     lines += [{"text": f"TEXT {i} of a  pool", "label": 1} for i in range(12)]
     write_jsonl(tmp_path / "pool.jsonl", lines)

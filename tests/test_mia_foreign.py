@@ -18,7 +18,7 @@ from tests.tasks import run_command, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "### Input: {prompt}\n### Response: {target}"
-SIDE = 50  # members, and as many others
+SIDE = 50  # number of members, and of non-members
 
 
 def run(capsys, *arguments):
@@ -49,10 +49,10 @@ def save(model, folder, tokenizer):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Classifiers, causal language models and adapters, each with its base; members and others.
+    """Classifiers, causal language models and adapters, each with its base, members and others.
 
-    Labels are random, so that only memory predicts them. A confident classifier is right on half
-    of the non-members, so the best AUC is 3/4 plus what the confidence adds.
+    Labels are random, so that a model predicts them only from memory. A confident classifier is
+    right on half of the non-members, so the best AUC is 3/4 plus what its confidence adds.
     """
     root = tmp_path_factory.mktemp("foreign")
     rng = np.random.default_rng(1)
@@ -274,7 +274,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_source(place, tmp_path, ca
 
 
 def test_no_false_reassurance(place, tmp_path, capsys):
-    """Each case once ended with exit code 0 and an AUC of at most about 1/2."""
+    """An earlier version exited with code 0 in each case, with an AUC of at most about 1/2."""
     (tmp_path / "run").mkdir()
     load_tokenizer(str(place / "classifier")).save_pretrained(tmp_path / "run")
     for folder in ("run/checkpoint-500", "alone"):
@@ -356,7 +356,7 @@ def test_no_false_reassurance(place, tmp_path, capsys):
 
 
 def test_a_model_that_learned_nothing_is_not_called_safe(place, tmp_path):
-    """Untrained weights, and a trained model that is shown its records wrongly."""
+    """One model is untrained; another model is trained and gets its records in the wrong form."""
     for model, what, options in (("classifier-base", "labels", {}), ("lm-base", "texts", {})):
         report = found(place, tmp_path, model, **files(place, what), **options)
         assert not report.learning.better, model
@@ -423,7 +423,7 @@ def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, c
 
 
 def test_labels_count_in_the_models_own_classes(place, tmp_path):
-    """Labels are matched by number or by name, never by their rank in a file."""
+    """Labels are matched by number or by name, and never by their rank in a file."""
     rows = {
         side: [
             json.loads(line) for line in (place / f"labels-{side}.jsonl").read_text().splitlines()
@@ -448,7 +448,7 @@ def test_labels_count_in_the_models_own_classes(place, tmp_path):
 
 
 def test_copies_count_once(place, tmp_path):
-    """A repeated row would make every interval too short."""
+    """A repeated row counted twice would make every interval too short."""
     lines = (place / "labels-in.jsonl").read_text()
     (tmp_path / "thrice.jsonl").write_text(lines * 3)
     options = Options(members=tmp_path / "thrice.jsonl", nonmembers=place / "labels-out.jsonl")
@@ -484,7 +484,7 @@ def test_templates():
         assert row["input_ids"][-len(labelled) :] == labelled
         assert "serves Thai food." in tokenizer.decode(labelled), text
         assert "name[" not in tokenizer.decode(labelled), text
-        if "{target}" != text:  # the cut takes the source's end, and no more
+        if "{target}" != text:  # truncation removes the end of the source only
             (short,) = encode(
                 [example],
                 tokenizer,
@@ -532,7 +532,7 @@ def test_templates():
 
 
 def test_loading_does_not_run_the_model(place, monkeypatch):
-    """Loading, which --dry-run does, makes no forward pass."""
+    """Loading, which --dry-run does too, makes no forward pass."""
 
     def forward(*arguments, **options):
         raise AssertionError("a forward pass")

@@ -33,7 +33,7 @@ def records(labels):
 
 
 def judged(labels, logits, members):
-    """Learning from logits (N, C), by softmax."""
+    """Judge what a model learned from its logits (N, C), with losses by softmax."""
     examples, labels = records(labels), np.asarray(labels)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     rows = np.arange(len(labels))
@@ -61,7 +61,7 @@ def test_chance_is_the_best_answer_that_knows_nothing():
     scores = [0.5, 1.5, 4.0]
     found = learning.chance_losses("regression", records(scores), np.array([1, 1, 0], bool), [], 1)
     np.testing.assert_allclose(found, [0.25, 0.25, 9.0])
-    # texts, by a loop: the tokens of the other members, one added to each of 6
+    # texts, by a loop: counts of the tokens of the other members, plus 1 for each of 6 tokens
     texts = [[1, 1, 2], [3], [2, 4, 2, 2], [5, 1]]
     rows = [{"labels": [IGNORE, *tokens]} for tokens in texts]
     truth = np.array([1, 1, 1, 0], bool)
@@ -73,7 +73,7 @@ def test_chance_is_the_best_answer_that_knows_nothing():
 
 
 def test_a_model_that_knows_nothing_passes_in_one_of_a_hundred():
-    """300 models of five kinds: at a rate of .01, 12 or more pass once in 10^5 (binomial)."""
+    """300 models per kind: at a rate of .01, 12 or more pass with probability 6e-5 (binomial)."""
     rng = np.random.default_rng(0)
     for name, make in {
         "random logits": lambda n: rng.normal(0, 1, (n, 3)),
@@ -104,11 +104,11 @@ def test_a_model_that_knows_something_is_found():
         assert found.accuracy == pytest.approx((said == labels)[:100].mean())
         assert found.majority == pytest.approx(max(np.bincount(labels[:100])) / 100)
     swapped = judged(labels, -logits, 100)
-    assert not swapped.better, "every label swapped is no knowledge that an attack can use"
+    assert not swapped.better, "swapped labels count as knowledge"
 
 
 def test_texts_must_beat_the_model_before():
-    """A language model is better than chance before it is fine-tuned."""
+    """A language model is better than chance before fine-tuning, so its base is the comparison."""
     rng = np.random.default_rng(2)
     examples, truth = records([None] * 60), np.arange(60) < 30
     chance, before = np.full(60, 5.0), 3 + rng.normal(0, 0.3, 60)
@@ -133,7 +133,7 @@ def verdict(auc, *, better=True, found="ok", sampling="bernoulli", near=0, name=
 
 
 def test_verdicts():
-    """None says that there is no leak."""
+    """No verdict says that there is no leak."""
     assert verdict((0.55, 0.8)) == verdict((0.55, 0.8), better=False) == "LEAKS"
     assert verdict((0.4, 0.6), found=shift.INVALID) == "INVALID (shift)"
     assert verdict((0.2, 0.4)).startswith("BELOW CHANCE") and "NOTHING" not in verdict((0.2, 0.4))
@@ -158,7 +158,7 @@ def test_verdicts():
 
 
 def test_a_leak_that_only_another_attack_finds_is_not_called_safe():
-    """At 97.5% for both attacks together: an AUC 2.24 standard errors above a half."""
+    """Two attacks share a level of 97.5%: the AUC must be 2.24 standard errors above 1/2."""
     for better in (True, False):
         for primary in ((0.4, 0.6), (0.2, 0.4)):
             found = verdict(primary, better=better, other=0.73)
@@ -183,7 +183,7 @@ def test_a_verdict_names_what_is_not_known_of_the_training():
 
 
 def test_what_an_attack_would_have_found():
-    """By simulation: scores of two normal laws with that AUC leave a half in 80% of audits."""
+    """By simulation, scores of two normal laws with this AUC exclude 1/2 in 80% of audits."""
     rng = np.random.default_rng(3)
     truth = np.arange(240) < 100
     auc = verdicts.detectable_auc(truth)

@@ -92,7 +92,7 @@ def test_auc_at_the_ends():
         one, zero = metrics.auc(truth * 1.0, truth), metrics.auc(-1.0 * truth, truth)
         low = 0.025 ** (1 / 5)  # Clopper-Pearson, 5 of 5
         assert (one.value, one.se, one.ci) == (1.0, 0.0, (pytest.approx(low), 1.0))
-        # the wrong way round stays the wrong way round
+        # an AUC below 1/2 stays below 1/2
         assert (zero.value, zero.se, zero.ci) == (0.0, 0.0, (0.0, pytest.approx(1 - low)))
     ties = metrics.auc(np.ones(10), np.arange(10) < 5)
     assert (ties.value, ties.se) == (0.5, 0.0) and ties.ci == pytest.approx((0.5, 0.5))
@@ -278,7 +278,7 @@ def test_clopper_pearson_covers_exactly():
 
 
 def naive_epsilon(tp, n1, fp, n0, delta, confidence):
-    """With scipy's exact one-sided intervals."""
+    """Bound epsilon with scipy's exact one-sided intervals of both rates."""
     level = (1 + confidence) / 2
     tpr = stats.binomtest(tp, n1, alternative="greater").proportion_ci(level).low
     fpr = stats.binomtest(fp, n0, alternative="less").proportion_ci(level).high
@@ -309,12 +309,12 @@ def test_epsilon_lower_bound_by_definition(n1, n0, tpr, fpr, delta, confidence):
 def test_epsilon_lower_bound_corners():
     assert metrics.epsilon_lower_bound(0, 10, 0, 10) == 0.0
     assert metrics.epsilon_lower_bound(10, 10, 10, 10) == 0.0
-    # the wrong way round is not flipped
+    # scores in the wrong order are not reversed
     assert metrics.epsilon_lower_bound(0, 1000, 1000, 1000) == 0.0
     # a perfect test on 1000 + 1000: ln(0.025^(1/1000) / (1 - 0.025^(1/1000)))
     q = 0.025 ** (1 / 1000)
     assert metrics.epsilon_lower_bound(1000, 1000, 0, 1000) == pytest.approx(math.log(q / (1 - q)))
-    # delta takes a rare but certain catch away
+    # delta removes a rare but certain detection
     assert metrics.epsilon_lower_bound(20, 1000, 0, 10**5) > 4
     assert metrics.epsilon_lower_bound(20, 1000, 0, 10**5, delta=0.02) == 0.0
 
@@ -336,17 +336,17 @@ def test_epsilon_lower_bound_holds_exactly():
 
 
 def leak_rates(bound, runs, rng, n=1000, effect=0.0):
-    """Share of runs with a bound above 0, members being told by ``effect`` (0: not at all)."""
+    """Share of runs with a bound above 0; members score ``effect`` higher (0: no leakage)."""
     return np.mean([bound(*binormal(rng, n // 2, n // 2, effect)) > 0 for _ in range(runs)])
 
 
 @pytest.mark.slow
 def test_no_leakage_reads_zero_with_a_split_threshold():
-    """500 runs on 1000 records: at a true rate of 5% more than 7.5% have probability 0.6%.
+    """500 runs on 1000 records: at a true rate of 5%, over 7.5% occur with probability 0.6%.
 
-    Two Clopper-Pearson bounds that do not overlap are rarer than that, 0.03%. The best of three
-    useless attacks and of all thresholds, on the records that are counted, exceeds what is
-    allowed: the test can tell.
+    Two Clopper-Pearson bounds that do not overlap have a rate of 0.03% only. The rate exceeds the
+    limit if the best of three useless attacks and of all thresholds is chosen on the records that
+    are counted, so the test can detect this fault.
     """
     rng = np.random.default_rng(7)
 
@@ -372,7 +372,7 @@ def test_split_epsilon():
     assert got.epsilon == metrics.epsilon_lower_bound(got.tp, 250, got.fp, 151, delta=1e-3) > 0.5
     assert got == metrics.split_epsilon(scores, truth, np.random.default_rng(9), delta=1e-3)
     assert got != metrics.split_epsilon(scores, truth, np.random.default_rng(10), delta=1e-3)
-    # the evaluation half alone is counted
+    # only the evaluation half is counted
     assert got.tp <= (scores[truth] > got.threshold).sum()
     # a monotone map changes the threshold only
     image = metrics.split_epsilon(np.exp(scores), truth, np.random.default_rng(9), delta=1e-3)
@@ -383,7 +383,7 @@ def test_split_epsilon():
 
 
 def test_split_epsilon_chooses_the_best_threshold_of_the_calibration_half():
-    """Found again by a loop over the thresholds, on the half that was not counted."""
+    """A loop over the thresholds finds the same threshold, on the half that is not counted."""
     rng = np.random.default_rng(11)
     scores, truth = np.round(binormal(rng, 60, 60, 2.5)[0], 1), np.arange(120) < 60
     got = metrics.split_epsilon(scores, truth, np.random.default_rng(12))
@@ -411,7 +411,7 @@ def mp_one_run_p_value(m, r, v, epsilon, delta):
 
 
 def test_one_run_epsilon_against_mpmath():
-    """At the bound the p-value is 5%, a little below it is less."""
+    """At the bound the p-value is 5%; slightly below the bound the p-value is smaller."""
     for m, r, v, delta in [
         (100, 100, 90, 0.01),
         (100, 100, 90, 0.0),
@@ -440,7 +440,10 @@ def test_one_run_epsilon_published_values():
 
 
 def test_one_run_delta_is_more_than_a_subtraction():
-    """90 of 100 right at delta 0.01: pure 1.63; less m delta / r would be 1.62; in truth 0.39."""
+    """90 of 100 guesses are right; epsilon is 1.63 at delta 0, and 0.39 at delta 0.01.
+
+    Subtracting m delta / r from the first would give 1.62.
+    """
     pure = metrics.one_run_epsilon(100, 100, 90)
     assert pure == pytest.approx(1.631, abs=1e-3)
     assert pure - 100 * 0.01 / 100 == pytest.approx(1.62, abs=5e-3)
@@ -486,7 +489,7 @@ def test_one_run_epsilon_monotone(r, v, extra, delta, confidence):
 def test_one_run_epsilon_holds_exactly():
     """Each bit is released with probability delta, else by randomised response: (eps, delta)-DP.
 
-    All bits are guessed: the bound exceeds epsilon with probability at most 5%.
+    All bits are guessed, and the bound exceeds epsilon with probability at most 5%.
     """
     for epsilon, delta in [
         (0.0, 0.0),
@@ -512,8 +515,8 @@ def test_one_run_epsilon_holds_exactly():
 def test_no_leakage_reads_zero_in_one_run():
     """1000 runs with 1000 fair bits each: a true rate of 5% exceeds 7.5% with p < 4e-4.
 
-    The exact rate at 200 guesses is P[Bin(200, 1/2) >= 113] = 3.8%; the best of many numbers of
-    guesses is too often above 0, so the test can tell.
+    The exact rate at 200 guesses is P[Bin(200, 1/2) >= 113] = 3.8%. The best of many numbers of
+    guesses is above 0 too often, so the test can detect such a choice.
     """
     rng = np.random.default_rng(13)
     guesses = [20, 50, 100, 200, 400, 700, 1000]
@@ -609,7 +612,7 @@ def test_lists_and_coins_as_integers():
 
 
 def test_ties_reveal_no_order_of_the_records():
-    """Members first, all scores equal: 100 guesses by chance, right by Binomial(100, 1/2)."""
+    """Members come first and all scores are equal: 100 guesses are right by Binomial(100, 1/2)."""
     is_member = np.arange(200) < 100
     counts = [
         metrics.one_run_correct(np.zeros(200), is_member, 100, np.random.default_rng(seed))

@@ -37,7 +37,7 @@ def document(
     members=None,
     **changes,
 ):
-    """What a run writes, by its own function."""
+    """Return the manifest that a run writes, made by the run's own function."""
     units = membership.group_units(examples, unit)
     members = membership.draw_members(units, sampling, seed) if members is None else members
     config = TrainConfig(
@@ -97,7 +97,7 @@ def tables(count, rows_each=3, word="version"):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """SST-2 with 120 rows and E2E with 40 tables of three references, in local files."""
+    """Write SST-2 with 120 rows and E2E with 40 tables of three references to local files."""
     root = tmp_path_factory.mktemp("data")
     write(root / "glue" / "sst2" / "train.jsonl.gz", sentences(120))
     write(root / "e2e" / "train.jsonl", tables(40))
@@ -313,14 +313,14 @@ def test_files_that_are_no_manifest(tmp_path):
 def test_a_file_of_any_size_takes_bounded_memory(tmp_path, monkeypatch):
     path = tmp_path / "membership.json"
     with path.open("wb") as file:
-        file.truncate(reading.MAX_BYTES + 1)  # sparse: it takes no room
+        file.truncate(reading.MAX_BYTES + 1)  # a sparse file, which takes no disk space
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"at most 268,435,456 bytes, got 268,435,457"):
         read_manifest(path)
     path.write_bytes(b"[" + b"{}," * 5_000_001 + b"{}]")
     with pytest.raises(ValueError, match=r"at most 10,000,000 values"):
         read_manifest(path)
-    assert tracemalloc.get_traced_memory()[1] < 40e6  # the file's 15 MB, and not its objects
+    assert tracemalloc.get_traced_memory()[1] < 40e6  # the 15 MB of the file, without objects
     tracemalloc.stop()
 
 
@@ -386,7 +386,7 @@ fuzzing = settings(
 @fuzzing
 @given(draw=st.data())
 def test_fuzz_fields(fuzzed, draw):
-    """Some fields, at any depth, are replaced, removed or moved."""
+    """Some fields are replaced, removed or moved, at any depth."""
     path, text = fuzzed
     found = json.loads(text)
     for _ in range(draw.draw(st.integers(1, 3))):
@@ -412,7 +412,7 @@ def test_fuzz_fields(fuzzed, draw):
 @fuzzing
 @given(draw=st.data())
 def test_fuzz_bytes(fuzzed, draw):
-    """A valid file is cut, or has some bytes overwritten, removed or put in."""
+    """A valid file is truncated, or some bytes are overwritten, removed or inserted."""
     path, text = fuzzed
     content = text.encode()
     for _ in range(draw.draw(st.integers(1, 3))):
@@ -492,7 +492,7 @@ def test_other_data_than_was_trained_on_is_refused(tmp_path, data, sst2):
     save(tmp_path, document([replace(sst2[0], group="elsewhere"), *sst2[1:]]))
     with pytest.raises(ValueError, match=r"^1 of 120 records .* content hash or group"):
         load_records(tmp_path, data_dir=data)
-    same = [replace(e, text=e.text.upper() + " ") for e in sst2]  # as far as the hash goes
+    same = [replace(e, text=e.text.upper() + " ") for e in sst2]  # the hash ignores case and spaces
     save(tmp_path, document(same))
     assert load_records(tmp_path, data_dir=data).examples == sst2
 
@@ -651,7 +651,7 @@ def test_a_subset_is_balanced_random_and_in_order(tmp_path, data, sst2):
 
 
 def test_every_record_is_as_likely_to_be_kept(tmp_path, data, sst2):
-    """60 of 120 kept 200 times: 100 expected of each, 5 standard deviations are 36."""
+    """60 of 120 are kept 200 times: 100 times each, with 36 as 5 standard deviations."""
     save(tmp_path, document(sst2, members=[i % 2 == 0 for i in range(120)]))
     kept = Counter(
         i

@@ -19,7 +19,7 @@ TEXTS = ["the cat sat on the mat", "aaaaaaaaaaaaaaaaaaaaaaaa", "naïve café, �
 
 
 def shadow_world(num_shadows, num_records, seed, effect=2.0):
-    """Confidences of a target and its shadows: higher by ``effect`` on what each has seen."""
+    """Confidences of a target and its shadows, ``effect`` higher on what a model has seen."""
     rng = np.random.default_rng(seed)
     hardness = rng.normal(0, 3, num_records)
     # every record has two shadows with it and two without it
@@ -106,7 +106,7 @@ def test_zlib():
     np.testing.assert_allclose(scores.zlib_score(losses, TEXTS), want, rtol=1e-15)
     one = scores.zlib_score(2.0, TEXTS[1])
     assert type(one) is float and one == pytest.approx(want[1], rel=1e-15)
-    # the same loss on a text that is easy anyway tells less
+    # the same loss on an easier text gives a lower score
     assert scores.zlib_score(1.0, TEXTS[0]) > scores.zlib_score(1.0, TEXTS[1])
 
 
@@ -161,7 +161,7 @@ def test_min_k_plus_plus_against_mpmath():
 
 
 def test_min_k_plus_plus_weights_by_probability():
-    """Unweighted moments over the vocabulary would give 1.32 here."""
+    """Moments without the weights, over the whole vocabulary, would give 1.32 here."""
     p = np.array([0.7, 0.2, 0.1])
     mean = p @ np.log(p)
     want = (np.log(0.7) - mean) / np.sqrt(p @ (np.log(p) - mean) ** 2)
@@ -209,14 +209,14 @@ def test_error_zone_against_mpmath():
 def test_error_zone_corners():
     reference, ids = np.array([[0.0, 0, 0], [0, 0, 0]]), [0, 0]
     worse = np.array([[-2.0, 1.0, 0.0], [-2.0, 1.0, 0.0]])
-    # every token in error got likelier: the strongest evidence, not the weakest
+    # every wrong token got likelier, which is the strongest evidence
     up = np.array([[1.0, 1.1, -9.0], [1.0, 1.1, -9.0]])
     assert scores.error_zone(up, reference, ids) == 1.0
     assert scores.error_zone(worse, reference, ids) == 0.0
     right = np.array([[5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
     assert scores.error_zone(right, reference, ids) == 0.5  # no error
     assert scores.error_zone(worse, worse, ids) == 0.5  # no change
-    # a tie for the top is no error, whichever index comes first
+    # a tie for the largest probability is no error, at any index
     assert scores.error_zone([[1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0]], [0]) == 0.5
     assert scores.error_zone([[1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0]], [1]) == 0.5
 
@@ -225,7 +225,7 @@ def test_error_zone_corners():
 
 
 def naive_lira(phi, shadow_phi, member, location, fixed_variance, online):
-    """Record by record, with the standard library's words."""
+    """Compute LiRA record by record, with the standard library."""
     centre = {"mean": np.mean, "median": np.median}[location]
     n = len(phi)
     groups = {
@@ -307,7 +307,7 @@ def test_lira_in_single_precision_input():
 
 
 def test_lira_tails():
-    # one shadow without each record: no spread to measure, and still ranked by phi - phi_out
+    # one shadow without each record gives no variance; the ranking is still by phi - phi_out
     phi, out = np.array([1.0, 3.0, -1e4, 1e4]), np.zeros((1, 4))
     z = scores.lira_offline(phi, out, np.zeros((1, 4), bool))
     assert np.isfinite(z).all() and (np.argsort(z) == np.argsort(phi)).all()
@@ -320,7 +320,7 @@ def test_lira_tails():
                 np.testing.assert_array_equal(
                     score(flat[0], flat, member, location=location, fixed_variance=fixed), 0
                 )
-    # far in the tail, where a p-value would be 0 or 1
+    # far in the tail a p-value would be 0 or 1
     _, shadow_phi, member, _ = shadow_world(8, 4, seed=1)
     far = np.array([-1e4, -5e3, 5e3, 1e4])
     same = [0, 0, 0, 0]
@@ -338,7 +338,7 @@ def test_lira_tails():
     fixed=st.booleans(),
 )
 def test_lira_invariances(seed, shift, scale, location, fixed):
-    """Free of the scale and origin of phi, and of the order of the shadows."""
+    """The score depends on neither scale and origin of phi nor the order of the shadows."""
     phi, shadow_phi, member, _ = shadow_world(6, 9, seed)
     order = np.random.default_rng(seed).permutation(6)
     for score in (scores.lira_online, scores.lira_offline):
@@ -361,9 +361,10 @@ def test_lira_invariances(seed, shift, scale, location, fixed):
 
 
 def naive_rmia(loss, shadow_loss, member, population_loss, population_shadow_loss, gamma, a=None):
-    """Probabilities and all pairs, in 50 digits; offline with ``a``, online without.
+    """Compute RMIA from probabilities and all pairs, in 50 digits; offline if ``a`` is given.
 
-    The shares are for a gamma higher and lower by 1e-12: float64 cannot tell closer ratios apart.
+    The shares are those for a gamma larger and smaller by 1e-12, because float64 cannot separate
+    ratios that are closer.
     """
 
     def mean_p(losses):
@@ -417,7 +418,7 @@ def test_rmia_against_mpmath():
 
 
 def test_rmia_uses_the_mean_of_all_shadows_for_the_population():
-    """Not of its most confident half."""
+    """The mean is over all shadows, not over the most confident half."""
     loss = np.array([0.5])
     shadows = np.array([[1.0], [1.0]])
     member = np.array([[True], [False]])
@@ -475,7 +476,7 @@ def test_rmia_properties(seed, gamma, a):
 def test_members_score_higher():
     """Records with a lower loss, or a higher confidence than without them, rank as members.
 
-    With these 400 records each AUC is above 0.65; a score the wrong way round is below 0.35.
+    With these 400 records each AUC is above 0.65. A score with the wrong sign would be below 0.35.
     """
     phi, shadow_phi, member, truth = shadow_world(16, 400, seed=11)
     phi_z, shadow_z, _, _ = shadow_world(16, 300, seed=12, effect=0.0)
@@ -511,7 +512,7 @@ def test_members_score_higher():
 
 
 def test_lira_offline_is_one_sided():
-    """A confidence far *below* the OUT shadows is no sign of membership."""
+    """A confidence far *below* that of the OUT shadows is no evidence of membership."""
     z = scores.lira_offline([-5.0, 0.0, 5.0], np.tile([[-1.0], [1.0]], 3), np.zeros((2, 3), bool))
     np.testing.assert_allclose(z, [-5, 0, 5])
 
@@ -713,7 +714,7 @@ def test_import_loads_no_torch():
 
 
 def test_functions_of_one_value_an_entry_take_any_shape():
-    """Each entry is what it is alone, for (num_shadows, N) losses and for more axes."""
+    """Each entry equals the value of the entry alone, for losses (num_shadows, N) and more axes."""
     rng = np.random.default_rng(0)
     for shape in ((32, 2400), (3, 4, 5), (1, 1), (7,)):
         loss, other = rng.gamma(1.0, 2.0, (2, *shape))

@@ -25,7 +25,7 @@ def sentences():
 
 @pytest.fixture(scope="module")
 def tables():
-    """Whole groups: each has one to three rows."""
+    """Return records in whole groups; each group has one to three rows."""
     return load_task("generated-table", seed=5).train
 
 
@@ -55,8 +55,10 @@ def excludes_half(auc):
 
 @pytest.mark.slow
 def test_the_shift_check_has_one_false_alarm_in_a_hundred(sentences):
-    """With 150 audits at a true rate of 1%, more than 7 alarms come up with probability 2e-4;
-    a mean or spread outside these bounds with less than 1e-3."""
+    """150 audits: at a true rate of 1%, more than 7 alarms have probability 2e-4.
+
+    A mean or a standard deviation outside of these bounds has a probability below 1e-3.
+    """
     rng = np.random.default_rng(1)
     found = [
         shift.blind_baseline(draw(rng, sentences, 120), rng.random(120) < 0.5, seed=i)
@@ -70,10 +72,11 @@ def test_the_shift_check_has_one_false_alarm_in_a_hundred(sentences):
 
 @pytest.mark.slow
 def test_the_shift_check_keeps_its_level_for_sampled_groups(tables):
-    """Rows of a group are similar and sampled together: counted singly, they shorten the interval.
+    """Rows of a group are similar and sampled together; counted singly, they shorten the interval.
 
-    150 audits as above; the wrong spread is about sqrt(2.3), the mean square of a group's size
-    over its mean."""
+    There are 150 audits as above. The wrong standard deviation is about sqrt(2.3), from the mean
+    square of a group's size over its mean.
+    """
     rng = np.random.default_rng(2)
     groups = sorted({e.group for e in tables})
     z, alarms = [], 0
@@ -98,7 +101,7 @@ def test_a_fixed_half_is_no_shift_and_a_few_records_widen_the_interval(sentences
 
 
 def test_copies_and_groups_do_not_leak_across_folds(sentences):
-    """Four copies of each text are sampled together: a copy in training gives away the others."""
+    """Four copies of a text are sampled together: one copy in training would reveal the others."""
     rng = np.random.default_rng(4)
     member = rng.random(150) < 0.5
     copies = [
@@ -131,9 +134,11 @@ def test_units_are_chained_through_groups_and_copies():
 
 
 def test_why_the_folds_go_forwards():
-    """Scores linear in the labels: two-way folds' mean has twice the variance of their sum.
+    """With two-way folds and linear scores, the variance is twice the sum of the folds' variances.
 
-    The docstring's claim, in exact arithmetic: the covariance of all products y_i y_j."""
+    The docstring of the package makes this claim. Exact arithmetic checks it by the covariance of
+    all products y_i y_j.
+    """
     rng = np.random.default_rng(5)
     points = rng.standard_normal((40, 6))
     kernel, fold = points @ points.T, np.arange(40) % 5
@@ -141,7 +146,7 @@ def test_why_the_folds_go_forwards():
     forwards = np.where(fold[:, None] > fold, kernel, 0)
 
     def variance(weights):
-        """Of sum_ij w_ij y_i y_j for independent signs y, w_ii = 0."""
+        """Variance of sum_ij w_ij y_i y_j for independent signs y, with w_ii = 0."""
         symmetric = weights + weights.T
         return (np.triu(symmetric, 1) ** 2).sum()
 
@@ -156,7 +161,7 @@ def test_why_the_folds_go_forwards():
 
 
 def test_a_planted_shift_is_found(sentences):
-    """Two in five members differ: the AUC of seeing just that is 0.7 (for the label 0.6)."""
+    """Two in five members differ: the AUC of this difference alone is 0.7 (0.6 for the label)."""
     for name, change in {
         "length": lambda e: replace(e, text=e.text + " , all in all"),
         "word": lambda e: replace(e, text=f"notably {e.text}"),
@@ -174,7 +179,7 @@ def test_a_planted_shift_is_found(sentences):
             found = shift.blind_baseline(examples, truth)
             assert found.ci[0] > 0.5
             assert shift.shift_verdict(found, None) == "INVALID (shift)"
-            flipped = shift.blind_baseline(examples, ~truth)  # whoever is called a member
+            flipped = shift.blind_baseline(examples, ~truth)  # with members and non-members swapped
             assert flipped.value == pytest.approx(found.value, abs=0.01)
 
 
@@ -229,8 +234,11 @@ def test_unit_auc_by_hand():
 
 
 def test_unit_auc_keeps_its_level_where_rows_are_sampled_together():
-    """Groups of 8 rows with one loss and one bit: 300 audits, of which 1% may alarm; more than
-    11 have a probability of 1e-4. Row by row the spread is sqrt(8): some 36% alarm."""
+    """Groups of 8 rows share one loss and one bit: 300 audits, of which 1% may give an alarm.
+
+    More than 11 alarms have a probability of 1e-4. If rows are counted singly, the standard
+    deviation is sqrt(8), and some 36% give an alarm.
+    """
     rng = np.random.default_rng(9)
     examples = [
         Example(f"{g}/{i}", f"text {g} {i}", group=str(g)) for g in range(60) for i in range(8)
@@ -279,7 +287,7 @@ def grams(text, n=5):
 
 
 def brute_force(examples, truth, threshold):
-    """Best similarity of each non-member, by sets, with all members that reach it."""
+    """Best similarity of each non-member, by sets, and all members that have this similarity."""
     found = {}
     for other, bit in zip(examples, truth, strict=True):
         if bit:
@@ -351,7 +359,7 @@ def test_near_duplicates_ignore_case_accents_and_exact_copies():
 
 
 def test_near_duplicates_of_one_in_a_thousand_is_found_in_linear_memory():
-    """8,000 records make 16 million pairs: 64 MB even at four bytes each."""
+    """8,000 records have 16 million pairs, which would take 64 MB at four bytes per pair."""
     rng = np.random.default_rng(11)
     words = np.array([f"w{i:04d}" for i in range(3000)])
     found = [" ".join(words[rng.integers(0, 3000, 5)]) for _ in range(8000)]

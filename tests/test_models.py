@@ -71,7 +71,7 @@ def folders(tmp_path_factory):
         auto = transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModel
         auto.from_config(config(**shape)).save_pretrained(root / name)
         tokenizer = tiny.tokenizer("tiny-llama" if name in CAUSAL else "tiny")
-        if name != "bert":  # GPT-2 and Llama know one kind of token; they don't pad either
+        if name != "bert":  # GPT-2 and Llama have no token types and no padding token
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if name in CAUSAL:
             tokenizer.pad_token = None
@@ -133,7 +133,7 @@ def test_full_classifier(folders):
 def test_full_generator_counts_the_loss_on_the_target_alone(folders):
     for name in CAUSAL:
         with case(name):
-            model, tokenizer = load_model(folders / name)  # a causal LM on disk says so itself
+            model, tokenizer = load_model(folders / name)  # a causal LM's configuration says so
             rows = encode(TABLES, tokenizer, kind="generation")
             batch = collate(rows, tokenizer.pad_token_id)
             with torch.no_grad():
@@ -347,7 +347,7 @@ def test_broken_folders_fail_in_one_line(folders, tmp_path):
     wrong = json.loads((folders / "gpt2/config.json").read_text()) | {"n_layer": 3}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     with pytest.raises(ValueError, match=r"has no weights for transformer.h.2.* drawn at random"):
-        load_model(tmp_path)  # a block without weights is not silently drawn at random
+        load_model(tmp_path)  # a block without weights is refused, not drawn at random
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match="could not be loaded") as caught:
         load_model(tmp_path)
@@ -394,7 +394,7 @@ def test_a_folder_of_models_gives_them_names(folders, tmp_path, monkeypatch):
     assert "(local folder)" in describe(direct)
     for one, other in zip(model.parameters(), direct.parameters(), strict=True):
         torch.testing.assert_close(one, other)
-    # the folder comes before a package; a path or a name without a folder is what it was before
+    # a folder wins over a package; paths, and names without a folder, work as before
     (tmp_path / "minilm").symlink_to(folders / name)
     monkeypatch.setenv("LOWRANK_DP_MODELS", str(tmp_path))
     assert "LOWRANK_DP_MODELS" in describe(load_model("minilm")[0])
@@ -498,7 +498,7 @@ def test_gemma_is_the_real_one():
 
 
 def written(path, file_type, before=()):
-    """A GGUF file without tensors, by gguf's own writer; ``before`` stands before its type."""
+    """Write a GGUF file without tensors, by gguf's own writer; ``before`` precedes its type."""
     gguf = pytest.importorskip("gguf", reason="pip install gguf")
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in before:
@@ -584,7 +584,7 @@ def test_a_file_in_parts_is_joined_once(tmp_path, monkeypatch):
     damaged = True
     with pytest.raises(ValueError, match=r"^package in_parts could not be joined .*did not match"):
         gguf_files.assembled("in_parts")
-    assert [*target.parent.iterdir()] == []  # no half-made file is left to be taken for the whole
+    assert [*target.parent.iterdir()] == []  # no partial file is left
     damaged = False
     assert gguf_files.assembled("in_parts") == target and target.read_bytes() == b"parts"
     gguf_files.assembled.cache_clear()
@@ -618,7 +618,7 @@ def test_tiny_learns_the_generated_sentiment():
 
 @pytest.mark.slow
 def test_the_shipped_files_are_what_the_script_makes(tmp_path):
-    """The tokenizer agrees to the letter, weights up to the rounding of another processor."""
+    """The tokenizer is equal, and weights are equal up to the rounding of another processor."""
     torch.manual_seed(5)
     before = torch.get_rng_state(), torch.get_num_threads()
     pretrain.main(tmp_path)

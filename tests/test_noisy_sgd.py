@@ -10,7 +10,7 @@ from lowrank_dp.experiments.noisy_sgd import numerical_rank
 
 
 def test_expected_ratio_is_that_of_simulated_projections():
-    """A frozen A against fresh ones, in plain numpy, for gradients that partly agree."""
+    """A frozen A is compared with fresh ones, in plain numpy, for gradients that partly agree."""
     rng = np.random.default_rng(0)
     steps, m, n, rank, trials = 5, 3, 10, 2, 4000
     gradients = 0.7 * rng.standard_normal((m, n)) + rng.standard_normal((steps, m, n))

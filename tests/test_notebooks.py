@@ -38,7 +38,7 @@ def execute(notebook, kernel):
 
 
 def tagged(notebook, tag):
-    """The cells with a tag: "parameters" are those that tools such as papermill replace."""
+    """Cells with a tag. Tools such as papermill replace the cells with the tag "parameters"."""
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
@@ -65,7 +65,7 @@ def test_notebook_runs_from_any_folder_and_says_what_it_said(path, kernel):
         output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     ]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert said(notebook) == said(kept), "the outputs are not those of the saved results: run it"
+    assert said(notebook) == said(kept), "the outputs are out of date: execute the notebook"
 
 
 @every_notebook
@@ -84,7 +84,7 @@ def test_notebook_is_well_kept(path):
     assert code.count("figures.notice(SCALE, RECOMPUTE)") == 1
     for cell in tagged(notebook, "prose"):
         assert cell.source.startswith("if not RECOMPUTE:\n"), cell.id
-    assert path.stat().st_size < 400_000  # it is read on a code host
+    assert path.stat().st_size < 400_000  # code hosts must be able to show the file
 
 
 @every_notebook
@@ -95,12 +95,12 @@ def test_no_number_of_a_result_is_typed_by_hand(path):
             text = cell.source
         elif cell in tagged(notebook, "prose"):
             text = cell.source.partition('rf"""')[2]
-            while (bare := re.sub(r"\{[^{}]*\}", "", text)) != text:  # what is filled in
+            while (bare := re.sub(r"\{[^{}]*\}", "", text)) != text:  # fields that results fill in
                 text = bare
         else:
             continue
         text = re.sub(r"\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\d{4}\.\d{5}", "", text, flags=re.DOTALL)
-        # a learning rate, alpha and chance are settings, which the text names
+        # settings that the text names: learning rates, alpha, the AUC of chance
         typed = set(re.findall(r"\d+\.\d+|±", text)) - {"0.001", "0.003", "0.01", "0.5", "0.9"}
         assert not typed, (cell.id, typed)
 
@@ -126,7 +126,7 @@ def test_the_folder_of_saved_results_is_found_from_anywhere(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert figures.saved_results() == ROOT / "paper_artifacts"
     (tmp_path / "paper_artifacts").mkdir()
-    assert figures.saved_results() == ROOT / "paper_artifacts"  # an empty folder is not it
+    assert figures.saved_results() == ROOT / "paper_artifacts"  # an empty folder holds no results
     (tmp_path / "paper_artifacts/README.md").touch()
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")

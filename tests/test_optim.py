@@ -44,7 +44,7 @@ def data():
 
 
 def private(mode="hooks", inner=torch.optim.SGD, learning_rate=0.5, wrap=True, **arguments):
-    """Model, optimizer, loader, loss and engine, with fixed seeds."""
+    """Return model, optimizer, loader, loss and engine, with fixed seeds."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     engine = PrivacyEngine()
@@ -65,7 +65,7 @@ def private(mode="hooks", inner=torch.optim.SGD, learning_rate=0.5, wrap=True, *
 
 
 def record(optimizer, kept):
-    """Append to ``kept`` a copy of every gradient that the inner optimizer sees from now on."""
+    """Append to ``kept`` a copy of every gradient that the inner optimizer gets after this call."""
 
     def hook(inner, args, kwargs):
         kept.append([p.grad.clone() for group in inner.param_groups for p in group["params"]])
@@ -179,7 +179,7 @@ def test_accumulated_batches_lower_the_noise():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_noise_level_against_what_opacus_draws(reduction):
-    """Gradients of zero leave noise alone; its level agrees within 6 standard errors."""
+    """Gradients of zero leave only noise, whose level agrees within 6 standard errors."""
     weight = nn.Parameter(torch.zeros(200, 150))
     optimizer = DPOptimizer(
         torch.optim.SGD([weight], lr=1.0),
@@ -233,7 +233,10 @@ def test_adaclip_moves_its_bound_after_the_noise():
 
 
 def test_adaclip_is_resumed_at_the_bound_that_the_loop_saved():
-    """Opacus's state_dict lacks AdaClip's bound: a loop saves and sets it, early or late."""
+    """Opacus's state_dict lacks AdaClip's bound, so the loop saves the bound and sets it again.
+
+    The loop may set the bound before or after the restoration is attached.
+    """
     generator = torch.Generator().manual_seed(1)
     steps = 0.3 * torch.randn(4, 50, 20, 15, generator=generator) / 300**0.5
 
@@ -434,7 +437,7 @@ def test_a_filters_state_must_be_the_same_filters():
 
 
 def test_polar_in_an_optimizer():
-    """A matrix's step has the size of the noise's edge at most, whatever the gradient's."""
+    """The step of a matrix is at most as large as the noise's edge, for a gradient of any size."""
     for size in (1.0, 100.0):
         parameters, optimizer, steps = noisy_problem(lr=1.0)
         attach_restoration(optimizer, "polar", mean_noise_std=0.1, below="zero")
@@ -489,7 +492,7 @@ def test_bad_arguments_are_refused_before_training():
     ):
         _, optimizer, _ = noisy_problem(lr=1.0)
         refused(words, attach_restoration, optimizer, **({"mean_noise_std": 0.1} | arguments))
-        attach_restoration(optimizer, mean_noise_std=0.1)  # the refusal left nothing attached
+        attach_restoration(optimizer, mean_noise_std=0.1)  # after the refusal nothing is attached
     words = "optimizer must be an Opacus DPOptimizer or a torch"
     refused(words, attach_restoration, nn.Linear(2, 2), mean_noise_std=0.1)
 
@@ -636,7 +639,7 @@ def test_the_example_runs():
     losses = [float(line.split("loss")[1].split()[0]) for line in lines]
     assert len(lines) == 2
     assert epsilons[0] == epsilons[1]
-    assert max(losses) < 1.3  # of 1.386 = log 4 untrained; the example claims no order
+    assert max(losses) < 1.3  # the untrained model has log 4 = 1.386; the example claims no order
 
 
 def test_an_optimizer_with_a_restoration_refuses_to_be_pickled():
@@ -693,11 +696,11 @@ def test_a_deep_copy_restores_in_the_same_state():
         assert restoration_of(second) is None and restoration_of(third) is not None
         others[0].grad = steps[0][0].clone()
         second.step()
-        assert torch.equal(others[0].grad, steps[0][0])  # only the removed one passes gradients
+        assert torch.equal(others[0].grad, steps[0][0])  # no restoration is left
 
 
 def test_a_copy_of_opacus_is_refused():
-    """Opacus's own deepcopy fails without a restoration, too, and patches its class for good."""
+    """Opacus's own deepcopy fails without a restoration too, and leaves its class patched."""
     _, optimizer, *_ = private()
     handle = attach_restoration(optimizer)
     for thing in (optimizer, optimizer.original_optimizer, handle):
@@ -716,7 +719,7 @@ def copied_weights(parameters):
 
 
 def test_the_optimizers_own_state_dict_holds_the_running_means():
-    """Saved and loaded as files of torch are, before and after the restoration is attached."""
+    """The state passes through a file, and is loaded before or after a restoration is attached."""
     settings = {"betas": (0.0, 0.999)}
     cases = [{"momentum_beta": 0.8}, *({"low_pass": low_pass} for low_pass in FILTERS)]
     for arguments in cases:
@@ -752,7 +755,7 @@ def test_a_state_dict_without_the_right_running_means():
     state = optimizer.state_dict()
     handle.remove()
     assert hook.STATE not in optimizer.state_dict()["state"]
-    for beta in (None, 0.9):  # another filter: refused, with nothing attached and nothing loaded
+    for beta in (None, 0.9):  # another filter is refused: nothing is attached and nothing is loaded
         _, second, _ = noisy_problem(lr=1.0)
         second.load_state_dict(state)
         refused("momentum_beta of the state", attach_restoration, second,
@@ -801,7 +804,7 @@ def test_a_second_momentum_is_warned_of():
 
 @pytest.mark.slow
 def test_a_resumed_trainer_ends_with_the_weights_of_one_that_was_not_stopped(tmp_path):
-    """A real model and Trainer; the checkpoint holds the running means beside Adam's moments."""
+    """With a real Trainer, the checkpoint holds the running means beside Adam's moments."""
     from transformers import Trainer, TrainingArguments
 
     from lowrank_dp.models import load_model, load_tokenizer

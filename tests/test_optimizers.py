@@ -38,7 +38,7 @@ def run(optimizer, weights, steps):
 
 
 def naive_adam_bc(start, grads, *, lr, betas, stds, floor, decay):
-    """One entry at a time, from the definition: all weights of all steps written out."""
+    """Compute DP-AdamBC entry by entry from its definition, with all weights of all steps."""
     x, seen = start, []
     for t, grad in enumerate(grads):
         seen.append(grad + decay * x)
@@ -119,7 +119,7 @@ def test_a_rate_that_is_assigned_reaches_both_kinds():
 
 
 def newton_schulz(x):
-    """The iteration of torch.optim.Muon on matrices, in float64, of a matrix of norm near 1."""
+    """Iterate as torch.optim.Muon does on matrices, in float64, on a matrix of norm near 1."""
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
@@ -127,7 +127,7 @@ def newton_schulz(x):
 
 
 def test_bias_correction_is_half_the_laplacian():
-    """Second differences along every entry, on a matrix of unit norm: no formula is shared."""
+    """Second differences along every entry of a matrix of unit norm share no formula with it."""
     for shape in ((3, 5), (4, 4), (5, 2)):
         x = torch.randn(shape, generator=seeded(1), dtype=torch.float64)
         x /= x.norm()
@@ -139,7 +139,7 @@ def test_bias_correction_is_half_the_laplacian():
         want = newton_schulz(x) - tau**2 / 2 * laplacian / h**2
         assert float((tau**2 / 2 * laplacian / h**2).norm()) > 0.01
         torch.testing.assert_close(bias_corrected(x, tau), want, rtol=1e-4, atol=1e-4)
-        # the result depends on the ratio of matrix and noise only
+        # the result depends only on the ratio of matrix and noise
         torch.testing.assert_close(bias_corrected(50 * x, 50 * tau), want, rtol=1e-4, atol=1e-4)
     equal = torch.eye(4, dtype=torch.float64)  # equal values: limits of divided differences
     near = equal + 1e-4 * torch.diag(torch.arange(4.0, dtype=torch.float64))
@@ -150,7 +150,7 @@ def test_bias_correction_is_half_the_laplacian():
 
 
 def test_bias_correction_removes_most_of_the_bias():
-    """Mean over 4,000 draws; the bias without correction is 8 standard errors and more."""
+    """The mean is over 4,000 draws; without correction the bias is 8 standard errors or more."""
     clean = torch.randn(4, 6, generator=seeded(2), dtype=torch.float64)
     clean, generator = clean / clean.norm(), seeded(3)
     draws = 4000

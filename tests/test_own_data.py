@@ -55,7 +55,7 @@ def write_all(folder, rows, name="mine"):
 
 
 def load(path, columns=REVIEW):
-    """Load own data; a warning is an error."""
+    """Load a user's own data; a warning counts as an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load_task(str(path), columns=columns)
@@ -90,7 +90,7 @@ def test_one_table_in_every_format(tmp_path):
 
 
 def test_folders_of_splits(tmp_path):
-    """Splits have other names, other formats, several parts, or no labels."""
+    """Splits have other names, other formats or several parts, or have no labels."""
     frame().to_csv(tmp_path / "train.csv", index=False)
     frame().to_parquet(tmp_path / "dev.parquet")
     frame()[["review"]].to_json(tmp_path / "test.jsonl", orient="records", lines=True)
@@ -131,7 +131,7 @@ def test_splits_and_classes_that_look_wrong_are_named(tmp_path):
     path.write_text("text,label,who\na,yes,u\nb,Yes , u\nc,no,v\n")
     with pytest.warns(UserWarning, match="classes 'Yes ', 'yes' differ only in case or white"):
         task = load_task(str(path), columns=Columns(group="who"))
-    assert len({e.group for e in task.train}) == 2  # a space makes no other person
+    assert len({e.group for e in task.train}) == 2  # a space does not make another person
 
 
 def labelled(tmp_path, labels, ending="jsonl"):
@@ -156,7 +156,7 @@ def test_labels_of_every_kind(tmp_path):
         ([True, False, True], ("False", "True"), [1, 0, 1]),
         ([2.0, 1.0, 10.0], ("1", "2", "10"), [1, 0, 2]),  # floats, all whole
         (["3", "1", "10"], ("1", "3", "10"), [1, 0, 2]),
-        (["007", "7", "07"], ("007", "07", "7"), [0, 2, 1]),  # codes, no numbers
+        (["007", "7", "07"], ("007", "07", "7"), [0, 2, 1]),  # codes are not numbers
         ([10**12, 5], ("5", str(10**12)), [1, 0]),
     ):
         for ending in ("jsonl", "csv", "parquet"):
@@ -218,7 +218,7 @@ def test_records_to_generate_and_pairs(tmp_path):
     assert len(said) == 1 and task.unused == ("who",)
     assert task.kind == "generation" and len({e.group for e in task.train}) == 3
     task = load(path, Columns(prompt="question", target="answer", group="who"))
-    assert len({e.group for e in task.train}) == 2  # the column wins over the source
+    assert len({e.group for e in task.train}) == 2  # the column has priority over the source
     frame([{**row, "who": int(row["who"])} for row in rows]).to_csv(tmp_path / "qa.csv")
     assert (
         load(tmp_path / "qa.csv", Columns(prompt="question", target="answer", group="who")).train
@@ -242,7 +242,7 @@ def test_blank_lines_and_the_order_of_lines(tmp_path):
 
 
 def test_quotes_in_tsv_files(tmp_path):
-    """A quote that no quote closes does not join rows."""
+    """A quote without a closing quote does not join rows."""
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"Stop, he said\tx\nplain\ty\n"quoted" and on\tx\n')
     assert [e.text for e in load(path, None).train] == [

@@ -27,7 +27,7 @@ print(lowrank_dp.__version__, lowrank_dp.__file__)
 
 
 def run(*words, cwd):
-    """Run a program without the repository on its path; return its exit code and what it said."""
+    """Run a program without the repository on its path; return its exit code and its output."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     environment.pop("LOWRANK_DP_DATA", None)
@@ -104,7 +104,7 @@ def test_the_wheel_of_the_sdist_works_in_an_empty_folder(tmp_path):
     assert code == 0, said
     assert {path.name for path in empty.iterdir()} == {"asked", "paper_artifacts"}
     assert {path.suffix for path in (empty / "asked").iterdir()} == {".png", ".pdf"}
-    # the wheel holds no saved results: a figure of hours says where they are
+    # the wheel holds no saved results; for a figure of hours, the message says where they are
     code, said = run(*words, "--only", "efficiency", cwd=empty)
     assert code == 2 and said.count("\n") == 1, said
     assert "no result efficiency.json in paper_artifacts" in said and "--artifacts" in said

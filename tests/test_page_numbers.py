@@ -1,4 +1,4 @@
-"""Every number of README.md, the pages and the claim index is a result's or a definition."""
+"""Every number of README.md, the pages and the claim index has a result or a definition."""
 
 import re
 
@@ -16,7 +16,7 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 
 
 def changed(number):
-    """The number with another last digit before a percent sign or an exponent."""
+    """Change the last digit of a number, before a percent sign or an exponent."""
     digit = list(re.finditer(r"\d(?=\D|$)", number))[0 if "e" in number else -1]
     return f"{number[: digit.start()]}{(int(digit[0]) + 5) % 10}{number[digit.end() :]}"
 
@@ -51,7 +51,7 @@ def test_a_changed_digit_of_a_page_is_noticed():
 
 
 def test_most_changed_digits_of_all_pages_are_noticed():
-    """A changed digit goes unseen where the same results hold the changed number, too."""
+    """A changed digit is not noticed if the same results hold the changed number too."""
     total = missed = 0
     for text in TEXTS.values():
         for number, _, sources in numbers(text):

@@ -40,7 +40,7 @@ RUN = {
 
 
 def matrix_with(values, rows, columns, generator):
-    """A random matrix (rows, columns) with the given singular values."""
+    """Return a random matrix (rows, columns) with the given singular values."""
     u = torch.linalg.qr(torch.randn(rows, rows, generator=generator, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64))[0]
     k = len(values)
@@ -91,7 +91,10 @@ def test_predicted_spectrum_and_alignment_agree_with_simulated_noise():
 
 
 def test_alignment_of_several_layers_adds_their_products():
-    """Closed forms: one visible value per matrix, and a matrix that is left out or zeroed."""
+    """Closed forms, for matrices with one singular value each.
+
+    A value below the edge is zeroed, and a matrix without a gradient is left out of the mean.
+    """
     noise_std, side = 1.0, 400
     spectra = [
         predict_spectrum(
@@ -128,7 +131,7 @@ def test_predictions_refuse_bad_input():
 
 @pytest.fixture(scope="module")
 def measured():
-    """A tiny classifier in float64, its batches of unequal size, and its kind of task."""
+    """Return a tiny classifier in float64, batches of unequal size, and the kind of its task."""
     task = load_task("generated", max_examples=100)
     model, tokenizer = load_model("tiny", task=task, train_layers=1)
     rows = encode(task.train[:11], tokenizer, kind=task.kind, max_length=32)
@@ -186,7 +189,7 @@ def test_step_gain_is_the_best_step_of_the_quadratic_model(measured):
         model = rates * 0.3 - rates**2 / 2 * (0.5 + noise**2 * 200.0)
         assert model.max() == pytest.approx(best, rel=1e-6)
     assert gain.noise_cost == pytest.approx(gain.clean_gain / gain.noisy_gain)
-    uphill = replace(gain, slope=-0.3)  # a step against the direction is no step along it
+    uphill = replace(gain, slope=-0.3)  # a step against the direction gains nothing
     assert uphill.clean_gain == uphill.noisy_gain == 0 and uphill.noise_cost == gain.noise_cost
     model, batches, kind = measured
     # the trace of a head's bias alone: Hutchinson's estimate against sum over unit vectors
@@ -223,18 +226,18 @@ def test_ratio_of_steps_is_that_of_curves_of_one_shape():
         with case(slower):
             assert steps_ratio(slow, fast) == pytest.approx(slower, rel=0.1)
             assert steps_ratio(fast, slow) == pytest.approx(1 / slower, rel=0.1)
-    # noise that drowns all learning is no reason to say that noise costs nothing
+    # noise that prevents all learning must not be reported as noise that costs nothing
     drowned = [1.0 - 0.001 * (step % 2) for step in range(31)]
     for pair in ((drowned, fast), (fast, drowned), ([1.0] * 9, [1.0] * 9)):
         assert steps_ratio(*pair) is None
-    for step, change in ((2, -0.6), (30, 0.3)):  # one step that is lucky, or ends badly
+    for step, change in ((2, -0.6), (30, 0.3)):  # one step with an unusually good or bad score
         noisy = [value + change * (i == step) for i, value in enumerate(fast)]
         assert steps_ratio(noisy, fast) == pytest.approx(1.0, rel=0.05), step
 
 
 @pytest.fixture(scope="module")
 def plan():
-    """A plan of a short run of the tiny model, with its trials."""
+    """Return a plan of a short run of the tiny model, with its trials."""
     return make_plan(TrainConfig(**RUN), Measurement(public_rows=64, trial_steps=2))
 
 
@@ -368,7 +371,7 @@ def test_a_copy_of_the_records_is_not_public_text(tmp_path):
 
 @pytest.mark.slow
 def test_plans_of_own_spectra_agree_with_measured_alignment():
-    """Random-matrix theory alone: the task's own singular values, and drawn noise; fixed seeds."""
+    """Random-matrix theory predicts from the task's own singular values; the noise is drawn."""
     config = replace(
         plan_check.SMALL, warm_steps=(0,), batch_size=128, noise_multipliers=(0.3, 0.9)
     )
@@ -393,7 +396,7 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
     private[...], ceiling[...] = curve(3.0), curve(3.0)
     adam = gap.BASELINES.index("DP-Adam")
     ceiling[:, :, adam] = curve(1.5)
-    private[0, 1, 0] = np.nan  # stopped: left out
+    private[0, 1, 0] = np.nan  # a run that stopped is left out
     result = gap.Result(
         config=config,
         privacy="",

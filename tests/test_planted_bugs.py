@@ -2,11 +2,11 @@
 
 ``planted_bugs`` holds the bugs, which replace a function that ``train`` calls.
 
-Three faults cannot be detected from inside the process and are therefore not planted here. First,
-an adversary knows the seed of the noise, though the generator advances as it should; the privacy
-statement names the source of the noise instead. Second, two runs in different folders share a seed
-and are both released; the statement of a seeded run says that its noise is not secret. Third, the
-accountant itself is wrong; ``test_mechanism`` compares the accountant with another one.
+Three faults cannot be detected from inside the process, and are therefore not planted here. First,
+an adversary may know the seed of the noise, while the generator advances as it should; the privacy
+statement names the source of the noise instead. Second, two runs in different folders may share a
+seed and both be released; the statement of a seeded run says that its noise is not secret. Third,
+the accountant itself may be wrong; ``test_mechanism`` compares the accountant with another one.
 """
 
 import hashlib
@@ -51,11 +51,11 @@ def test_a_planted_bug_stops_the_run_by_name(name, base, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "training.json").exists()
 
 
-# Resumption: what a run that was killed after some steps does with their noise
+# Resumption: how a killed run uses the noise of the steps after its last snapshot
 
 
 def half_made(patch, config, folder, steps):
-    """A run that is killed three steps after its last snapshot."""
+    """Start a run that is killed three steps after its last snapshot."""
     right = module.take_step
 
     def step(setup, state):
@@ -69,7 +69,7 @@ def half_made(patch, config, folder, steps):
 
 
 def noise_drawn_anew(patch):
-    """The lost steps are repeated under their names, with other noise: they count once."""
+    """Plant a bug: lost steps draw new noise under their old numbers, and count once."""
     right = module.unpack
 
     def unpack(setup, document, tensors):
@@ -82,7 +82,7 @@ def noise_drawn_anew(patch):
 
 
 def noise_of_earlier_steps(patch):
-    """Snapshots hold the noise generator as it was before the first step."""
+    """Plant a bug: snapshots hold the noise generator as it was before the first step."""
     right, kept = module.pack, {}
 
     def pack(setup, state):
@@ -94,7 +94,7 @@ def noise_of_earlier_steps(patch):
 
 
 def other_weights(patch):
-    """The base has changed, and the lost steps are repeated with their noise on other sums."""
+    """Plant a bug: the base has changed, and lost steps add their old noise to other sums."""
     patch.setattr(saved_state, "changed", lambda before, now: [])
     right = preparation.load_model
 
@@ -137,7 +137,7 @@ def test_an_honest_run_is_resumed(base, tmp_path, monkeypatch):
     assert train(config, tmp_path, resume=True, show_progress=False).releases == 12
 
 
-# Selection: a subset that one record more or less changes for other records
+# Selection: one more or one fewer record changes which other records are in the subset
 
 
 def first_rows(rows, probability, *key):
@@ -233,7 +233,7 @@ def test_an_honest_run_is_not_stopped(changes, base, tmp_path):
 
 
 def test_which_steps_are_examined_closely(base, tmp_path, monkeypatch):
-    """The first, the last and those before an evaluation, whatever is restored."""
+    """With every restoration: the first step, the last step, and steps before an evaluation."""
     look = guards.check_clipping
     for number, changes in enumerate(
         (
@@ -309,7 +309,7 @@ def test_a_stop_by_private_rows_names_none_of_their_numbers(base, tmp_path, monk
 
 
 def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
-    """A fault within the engine, which every backend shares, is noticed too."""
+    """A fault in a part of the engine that all backends share is found too."""
     torch.manual_seed(0)
     model = torch.nn.Module()
     model.linear = torch.nn.Linear(3, 2)

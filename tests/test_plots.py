@@ -21,7 +21,7 @@ from lowrank_dp.plots.arms import NAMES, look
 ROOT = Path(__file__).parent.parent
 PAPER, DRAWN = ROOT / "paper_artifacts", ROOT / "figures"
 SAVED = [name for name in figures.NAMES if (PAPER / f"{name}.json").exists()]
-INTERVALS = {  # figure -> what its line says of bars, bands or points
+INTERVALS = {  # figure -> what its caption line says about bars, bands or points
     "spectra": "one noise draw",
     "total_variation": "",  # exact values
     "vector_privacy": "c alone is measured",
@@ -80,7 +80,7 @@ def test_every_panel_has_a_letter_and_a_title():
         _, figure = drawn(name)
         letters = style.panels(figure)
         places = {str(axis.get_position().bounds[:2]) for axis in figure.axes}
-        extra = 1 if name == "gap" else 0  # the bar of the colours
+        extra = 1 if name == "gap" else 0  # the colour bar
         assert letters == list("abcdefghijklmnop"[: len(places) - extra]), name
         for axis in figure.axes:
             if axis.get_label() in letters:
@@ -104,7 +104,7 @@ def test_no_panel_covers_another():
 
 @pytest.mark.slow
 def test_bands_are_inside_their_panels():
-    """The band of plan_gap is a tolerance around a line, not data, and is left out."""
+    """The band of plan_gap is a tolerance around a line, not data, so the test omits it."""
     seen = 0
     for name in SAVED:
         _, figure = drawn(name)

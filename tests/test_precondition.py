@@ -57,7 +57,7 @@ pytestmark = [
 
 
 def random_scales(model, seed=0, spread=1.0):
-    """Log-normal scales of every layer that can have scales."""
+    """Return log-normal scales for every layer that can have scales."""
     generator = seeded(seed)
 
     def draw(count):
@@ -74,7 +74,7 @@ def outer(scale):
 
 
 def scaled_one_by_one(model, batch, scales, bound):
-    """Clip ``r c^T * gradient`` of an ordinary model, row by row by autograd, and add up."""
+    """Scale the gradient of an ordinary model by ``r c^T``, clip row by row by autograd, add up."""
     names = {f"{name}.weight": outer(scale) for name, scale in scales.items()}
     total, norms = {}, []
     for row in range(len(batch["labels"])):
@@ -225,7 +225,7 @@ def test_bad_arguments_are_named(tmp_path):
 
 
 def test_public_training_is_adam_and_leaves_no_trace():
-    """Rosenbrock-like gradients by hand; Adam by its formulas."""
+    """Moments equal those of Adam by its formulas, and the parameters keep their values."""
     target = torch.arange(6.0).view(2, 3)
     p, q = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.zeros(3))
     found = public_moments(
@@ -247,7 +247,7 @@ def test_public_training_is_adam_and_leaves_no_trace():
 
 
 def test_noisy_moments_are_those_of_the_clean_gradient_on_average():
-    """The mean over 2,000 steps is within 5 standard errors: an honest failure once in 10^5."""
+    """The mean over 2,000 steps is within 5 standard errors; correct code fails once in 10^5."""
     generator = seeded(3)
     clean = (
         torch.randn(4, 6, generator=generator).double()
@@ -326,7 +326,7 @@ def test_public_text_is_disjoint_from_generated_tasks_and_fits_the_classes():
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A BERT of one layer at random weights, and a private and a public task of sentences."""
+    """Make a BERT of one layer with random weights, and a private and a public task."""
     folder = tmp_path_factory.mktemp("places")
     save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=24)
     write_reviews(folder / "data")
@@ -363,7 +363,7 @@ def make_config(places, **changes):
 
 
 def test_a_step_moves_the_full_weight_by_the_scaled_noisy_sum(places):
-    """Closed form of SGD: W - rate / B * r c^T * (noisy sum), whose clean part is r c^T * G."""
+    """SGD has the closed form W - rate / B * r c^T * (noisy sum), with the clean part r c^T * G."""
     config = make_config(places, beta1=0.0)
     setup = prepare(config, 5)
     state = first_state(config, "x")

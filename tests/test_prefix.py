@@ -1,4 +1,4 @@
-"""The cache of frozen blocks: against hidden states of transformers, and runs without the cache."""
+"""Cache of frozen blocks, compared with hidden states of transformers and uncached runs."""
 
 import os
 import shutil
@@ -30,12 +30,12 @@ from tests.forks import MAIN
 from tests.tasks import Stop, case, save_bert, train_words, write_reviews
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SAME = 1e-5  # largest relative difference of two runs, with and without the cache
+SAME = 1e-5  # largest relative difference between a run with the cache and a run without
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A BERT of three blocks with dropout, at random weights, and film reviews."""
+    """Make a BERT of three blocks with dropout, with random weights, and film reviews."""
     folder = tmp_path_factory.mktemp("prefix")
     save_bert(folder / "model", hidden_size=32, num_hidden_layers=3, intermediate_size=48)
     write_reviews(folder / "data")
@@ -156,7 +156,7 @@ def test_the_prefix_is_the_hidden_state_of_transformers(name, method, places):
     expected = whole.hidden_states[prefix.length]
     states = prefix.run(batch)
     assert torch.allclose(states, expected, atol=1e-6)
-    # given other states, the model is the function of these states; without, it is as before
+    # with given states the model computes from them; without, it computes as before
     prefix.install()
     with torch.no_grad():
         same = model(**batch, **{STATES: states}).logits
@@ -232,7 +232,7 @@ def test_every_batch_holds_the_states_of_its_own_rows(places, tmp_path):
 
 
 def count_frozen(setup, work):
-    """Rows that the first block runs on with its own forward during ``work``."""
+    """Count the rows on which ``work`` runs the first block with the block's own forward."""
     block = setup.model.bert.encoder.layer[0]
     rows = []
     with torch.no_grad():
@@ -294,11 +294,11 @@ def test_autocast_steps_read_their_own_states(places, tmp_path):
     config = make_config(places, precision="bf16")
     plain = train(config, tmp_path / "plain")
     cached = train(replace(config, prefix_cache=str(tmp_path / "cache")), tmp_path / "cached")
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # of the steps, and of the evaluations
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # for steps, and for evaluations
     assert cached.curve[-1]["loss"] == pytest.approx(plain.curve[-1]["loss"], rel=0.01)
 
 
-# Where there is no cache, and why.
+# Models without a cache, and the reasons.
 
 
 def test_without_a_cache_the_description_says_why(places, tmp_path):
@@ -421,7 +421,7 @@ def test_a_first_pass_must_pay(places, tmp_path):
     assert few.prefix.training is None and few.prefix.evaluation is not None
     many = prepare(config, 5, CacheRequest(shared_by=50))
     assert many.digests["prefix"] and "but not" not in many.description
-    # what is there is read, whether or not it would have paid
+    # an existing cache is read, whether or not building it would save time
     assert prepare(config, 5, CacheRequest(shared_by=1)).digests["prefix"]
 
 
@@ -429,7 +429,7 @@ def test_a_first_pass_must_pay(places, tmp_path):
 
 
 def interrupt(monkeypatch, config, folder, count):
-    """Break the run off at the beginning of step ``count``."""
+    """Stop the run at the beginning of step ``count``."""
     calls = []
     original = loop_module.take_step
 
@@ -469,7 +469,7 @@ def test_other_states_begin_new_noise_that_counts(change, places, tmp_path, monk
         )
     with pytest.warns(UserWarning, match="resuming with new noise.*prefix"):
         result = train(config, tmp_path / "run", resume=True)
-    assert result.releases == config.steps + 2  # both steps after the snapshot are drawn anew
+    assert result.releases == config.steps + 2  # both steps after the snapshot draw new noise
 
 
 def test_a_run_that_began_without_the_cache_goes_on_without(places, tmp_path, monkeypatch):

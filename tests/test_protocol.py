@@ -1,4 +1,4 @@
-"""The protocol of sample efficiency: each measure against a plain loop, grids on made-up scores."""
+"""Protocol of sample efficiency: measures against plain loops, grids on made-up scores."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ SCORES = st.lists(st.floats(0, 1), min_size=3, max_size=12)
 
 
 def first_crossing(scores, target, sign):
-    """Step by step: the first with the median of itself and both neighbours at the target."""
+    """First step at which the median of its score and both neighbours reaches the target."""
     for step in range(1, len(scores) - 1):
         middle = statistics.median([scores[step - 1], scores[step], scores[step + 1]])
         if sign * middle >= sign * target:
@@ -38,7 +38,7 @@ def test_steps_to_a_target_against_a_loop(curves, target, higher):
 def test_a_spike_does_not_reach_a_target():
     scores = np.array([[0.5, 0.9, 0.6, 0.7, 0.9, 0.9, 0.7], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.9]])
     assert protocol.steps_to(scores, 0.85, higher_is_better=True).tolist() == [4, math.inf]
-    scores[0, 3] = np.nan  # a gap in the curve is not passed over
+    scores[0, 3] = np.nan  # a median with a missing score reaches no target
     assert protocol.steps_to(scores, 0.85, higher_is_better=True)[0] == 5
 
 
@@ -49,9 +49,9 @@ def test_the_target_is_of_the_weaker_baseline():
     found = protocol.target_score(both, 0.9, higher_is_better=True)
     assert found == pytest.approx(0.5 + 0.9 * 0.2)
     assert found == protocol.target_score(both[::-1], 0.9, higher_is_better=True)
-    # a loss counts downwards
+    # a loss must fall to its target
     assert protocol.target_score(-both, 0.9, higher_is_better=False) == pytest.approx(-found)
-    # a run that stopped leaves the other seeds; without any, or without a gain, there is no target
+    # other seeds count if a run stopped; without any seed, or without a gain, there is no target
     both[1, 1] = np.nan
     assert protocol.target_score(both, 0.9, higher_is_better=True) == pytest.approx(found)
     both[1, 0] = np.nan
@@ -116,7 +116,7 @@ def test_paired_differences_against_scipy():
 
 
 def scored(function, seeds=2):
-    """A measure of made-up scores, which remembers what it was asked for."""
+    """Return a measure of made-up scores, and the list of rates that it is asked for."""
     asked_for = []
 
     def measure(asked):
@@ -137,7 +137,7 @@ def scored(function, seeds=2):
 def test_the_best_rate_is_inside_its_grid_or_the_failure_says_so(
     start, peak, width, diverges, higher
 ):
-    """One hump over the logarithm of the rate, and perhaps rates that diverge."""
+    """Scores have one maximum over the logarithm of the rate; some rates may diverge."""
     limit = math.inf if diverges is None else peak + diverges
     sign = 1.0 if higher else -1.0
 
@@ -173,14 +173,14 @@ def test_the_best_rate_is_inside_its_grid_or_the_failure_says_so(
 @given(st.lists(st.one_of(st.floats(-1, 1), st.just(math.nan)), min_size=3, max_size=9))
 @settings(max_examples=200, deadline=None)
 def test_any_scores_end_in_a_rate_or_a_failure(values):
-    """Scores without any shape, by the order in which rates are asked for."""
+    """Scores follow no function of the rate, only the order in which rates are asked for."""
     queue = iter([*values * 20])
     found = tune({"arm": 1.0}, lambda asked: [[next(queue)] for _ in asked])["arm"]
     assert found.is_inside == (found.chosen is not None) == (not found.failure)
 
 
 def test_a_grid_by_hand():
-    """The best is a decade above the start: one extension, then a rate on each side."""
+    """The best rate is a decade above the start: one extension, then a rate on each side."""
     measure, asked = scored(lambda arm, rate, seed: -abs(math.log10(rate) - 1.1))
     found = tune({"a": 1.0}, measure)["a"]
     assert [rate for _, rate in asked] == [0.316, 1.0, 3.16, 10.0, 31.6, 5.62, 17.8]

@@ -55,7 +55,7 @@ def test_bulk_matches_simulated_noise(shape):
     density = rmt.marchenko_pastur_pdf(grid, shape, 0.7)
     cdf = integrate.cumulative_trapezoid(density, grid, initial=0)
     distance = stats.kstest(s, lambda x: np.interp(x, grid, cdf)).statistic
-    assert distance < 5 / min(shape)  # singular values are rigid: far closer than i.i.d. draws
+    assert distance < 5 / min(shape)  # singular values repel each other: i.i.d. draws are farther
     quantiles = rmt.marchenko_pastur_quantiles(min(shape), shape, 0.7)
     assert (np.diff(quantiles) < 0).all()
     np.testing.assert_allclose(quantiles, s, atol=0.02 * s[0])
@@ -78,7 +78,7 @@ def top_values(shape, count):
 
 
 def test_false_spike_rate():
-    """Observed share of pure-noise draws above the level, within 4 standard errors."""
+    """The share of pure-noise draws above the level is within 4 standard errors of the rate."""
     count = 1500
     for shape, rate in itertools.product([(64, 96), (150, 50)], (0.2, 0.05, 0.01)):
         above = (top_values(shape, count) > rmt.bulk_edge(shape, 1.0, false_spike_rate=rate)).mean()
@@ -115,7 +115,7 @@ def test_spike_map_round_trip(aspect, factor):
     y = rmt.visible_value(t64(theta), aspect)
     want = math.sqrt((theta + 1 / theta) * (theta + aspect / theta))
     assert float(y) == pytest.approx(want, rel=1e-12)
-    # next to the edge y moves with the square of theta's distance: half the digits are lost
+    # near the edge, y changes with the square of theta's distance, which costs half of the digits
     rel = 3e-8 + 1e-14 / (factor - 1)
     assert float(rmt.clean_value(y, aspect)) == pytest.approx(theta, rel=rel)
 
@@ -139,7 +139,7 @@ SHRINKERS = {
 
 @given(ASPECTS, st.floats(1.0 + 1e-6, 1e4))
 def test_formulas_of_the_literature(aspect, factor):
-    """Inverse map and Frobenius shrinker as printed, in 50 digits (they cancel in doubles)."""
+    """Inverse map and Frobenius shrinker as printed, in 50 digits, since they cancel in doubles."""
     import mpmath as mp
 
     with mp.workdps(50):
@@ -164,7 +164,7 @@ def test_formulas_of_the_literature(aspect, factor):
 
 @pytest.mark.parametrize("aspect", [1.0, 0.3, 1e-3])
 def test_single_precision_near_and_far(aspect):
-    """float32 agrees with float64 at the same y: next to the edge, and without overflow."""
+    """float32 agrees with float64 at the same y, next to the edge and without overflow far away."""
     edge = 1 + math.sqrt(aspect)
     y = torch.tensor(
         [0.0, 1e-30, edge * 0.99, edge * 1.001, edge * 1.1, 50.0, 1e5, 1e12, 1e20, 1e30]
@@ -182,7 +182,7 @@ def test_single_precision_near_and_far(aspect):
 
 @functools.cache
 def spiked(shape, theta, rounds=6):
-    """Mean top value (units of scale) and squared cosines (left, right) of one-spike matrices."""
+    """Mean top singular value (units of scale) and squared cosines (left, right) of one spike."""
     rng = np.random.default_rng([*shape, int(theta * 1000)])
     scale = 0.3 * math.sqrt(max(shape))
     rows = []
@@ -205,7 +205,7 @@ def test_visible_value_and_overlaps_by_simulation(shape, theta):
         left, right = right, left
     assert (short, long) == pytest.approx((left, right), abs=0.05 if theta > 1.2 else 0.15)
     if shape[0] != shape[1]:
-        assert short > long + 0.02  # the side with fewer entries is the better estimated one
+        assert short > long + 0.02  # the shorter vector is estimated better
         assert left > right + 0.02
 
 
@@ -213,7 +213,7 @@ def test_visible_value_and_overlaps_by_simulation(shape, theta):
 
 
 def asymptotic_loss(eta, theta, aspect, loss):
-    """Loss of estimating a clean spike by eta along the noisy vectors: a 2 x 2 problem."""
+    """Loss of the estimate eta of a clean spike along the noisy vectors, as a 2 x 2 problem."""
     short, long = (float(c) for c in rmt.overlaps(t64(theta), aspect))
     c, d = math.sqrt(short), math.sqrt(long)
     clean = np.array([[theta, 0], [0, 0]])
@@ -248,7 +248,7 @@ def test_shrinkers_minimise_their_asymptotic_loss():
 
 
 def losses_by_simulation(shape):
-    """Total loss of the shrunk spiked matrices: loss name -> shrinker name -> loss."""
+    """Simulate total losses of shrunk spiked matrices: loss name -> shrinker name -> loss."""
     rng = np.random.default_rng(5)
     aspect, scale = rmt.aspect_and_scale(shape, 1.0)
     totals = {loss: dict.fromkeys(SHRINKERS, 0.0) for loss in SHRINKERS}
@@ -257,7 +257,7 @@ def losses_by_simulation(shape):
         clean = (u * np.array([1.35, 1.6, 2.0]) * aspect**0.25 * scale) @ v.T
         left, s, right = np.linalg.svd(clean + rng.standard_normal(shape), full_matrices=False)
         for name, shrink in SHRINKERS.items():
-            # the top value only: noise fluctuates above the edge now and then
+            # only the spikes: noise is above the edge now and then
             new = scale * shrink(torch.from_numpy(s[:3] / scale), aspect).numpy()
             error = np.linalg.svd((left[:, :3] * new) @ right[:3] - clean, compute_uv=False)
             totals["frobenius"][name] += (error**2).sum()
@@ -273,7 +273,7 @@ def test_each_shrinker_wins_at_its_own_loss():
 
 
 def test_hard_threshold():
-    """At lambda*, keeping and removing a spike cost the same (Gavish & Donoho 2014)."""
+    """At lambda*, keeping and removing a spike give the same loss (Gavish & Donoho 2014)."""
     assert rmt.hard_threshold(1.0) == pytest.approx(4 / math.sqrt(3), rel=1e-15)
     for aspect in (1.0, 0.5, 0.1, 1e-3):
         level = rmt.hard_threshold(aspect)

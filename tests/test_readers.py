@@ -52,7 +52,7 @@ def one_line(read, expected):
 
 
 def spoil(draw, content):
-    """Cut a valid file, or overwrite, remove or insert some of its bytes."""
+    """Truncate a valid file, or overwrite, remove or insert some of its bytes."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         length = draw(st.sampled_from([0, 1, 1, 2, 40, len(content)]))

@@ -1,4 +1,4 @@
-"""The made tables of README.md and of the claim index equal those that code and results give."""
+"""The generated tables of README.md and of the claim index are up to date."""
 
 from tests.readme_map import INDEX, PACKAGE, README, index, modules_of, written
 from tests.test_imports import ORDER

@@ -154,7 +154,7 @@ def naive(noisy, noise_std, name, below="keep", **options):
 
 
 def test_schemes_by_their_formulas():
-    """Both methods: on these small matrices the fast path takes the exact one."""
+    """Both methods are tested; on these small matrices the fast path uses the exact path."""
     for shape in SHAPES:
         factors = [4.0, 2.0, 1.3, 1.1][: min(shape)]
         for seed, some in enumerate([factors, [20.0], [0.5]]):
@@ -307,7 +307,7 @@ def test_kappa_moves_the_trigger():
 
 
 def test_values_between_the_edge_and_the_threshold_are_zeroed():
-    """A value above the edge but below lambda* leaves nothing, with both methods."""
+    """A value above the edge and below lambda* is removed, with both methods."""
     noise = torch.randn(200, 300, generator=generator(0))
     u, s, vh = torch.linalg.svd(noise, full_matrices=False)
     s[0] = 34.0  # edge 31.5, lambda* 36.4
@@ -319,7 +319,7 @@ def test_values_between_the_edge_and_the_threshold_are_zeroed():
 
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_false_spike_rate(method):
-    """Pure noise passes the edge in about one draw of eight, and the level in one of a hundred."""
+    """Pure noise passes the edge in about one draw of eight, and the level of 1% in one of 100."""
     g = generator(7)
     acted = np.zeros(2)
     for _ in range(150):
@@ -366,7 +366,7 @@ def test_invariances(method, shape):
     left, right = (
         torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0] for n in shape
     )
-    # the fast path stops when it has settled to a few per cent, from another start when rotated
+    # the fast path converges to a few per cent, and starts elsewhere when rotated
     tolerance = 1e-8 if method == "exact" else 0.06
 
     for name, options in CASES:
@@ -467,7 +467,7 @@ def test_half_precision_and_numpy_are_restored_in_float32_and_returned_in_kind()
 
 
 def test_a_gradient_of_a_convolution_is_left():
-    """As :func:`attach_restoration` leaves it: a kernel of 3 x 3 is no matrix of a layer."""
+    """A convolution's kernel is left as it is, as :func:`attach_restoration` leaves it."""
     kernel = spiked((48, 27), [3.0], dtype=torch.float32)[0].reshape(16, 3, 9, 3)
     for name, options in CASES:
         if "values" in options or "target" in options:
@@ -579,7 +579,7 @@ def test_oracle_from_clean_gradients():
 
 
 def test_restorer_keeps_running_means():
-    """Each mean is restored at its own noise level, here and through a round trip of the state."""
+    """Each mean is restored at its own noise level, also after a round trip of the state."""
     steps = [
         {"w": spiked((60, 90), [3.0], seed=i)[0], "b.c": torch.full((5,), 1.0 * i)}
         for i in range(4)
@@ -618,7 +618,7 @@ def test_restorer_keeps_running_means():
     plain = GradientRestorer("none", low_pass=exponential_average(0.8))
     got = plain.restore(last, 0.7, distribute=distribute)
     torch.testing.assert_close(got["w"], last["w"])
-    assert not shares  # the identity is no work to distribute
+    assert not shares  # the identity needs no work that could be distributed
     refused("^k must be given", GradientRestorer, "truncate")
 
 
@@ -669,7 +669,7 @@ SPIKES = {
 
 @pytest.mark.parametrize("shape", BIG)
 def test_fast_alignment(shape):
-    """The alignment with the clean matrix is at least 0.99 of the exact path's, per scheme."""
+    """The alignment with the clean matrix is at least 0.99 of the exact path's, for each scheme."""
     cases = [("optimal", {}), ("denoise", {}), ("partial", {}), ("optimal", {"loss": "nuclear"})]
     cases, compared = cases if shape[0] != 768 else cases[:1], 0
     for spikes, factors in SPIKES.items():

@@ -28,14 +28,14 @@ KEY = b"sixteen bytes ok"
 
 
 def at(key, position):
-    """The generator of ``key`` after ``position`` words, as its state is documented."""
+    """Generator of ``key`` after ``position`` words, made from its documented state."""
     return SecureRandom.from_state(
         torch.tensor([*key, *position.to_bytes(16, "little")], dtype=torch.uint8)
     )
 
 
 def keystream(key, position, size):
-    """Words from single blocks, each of which is encrypted by itself."""
+    """Words from blocks of the counter, each of which is encrypted separately."""
     cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     halves = [(i // 2, i % 2 * 8) for i in range(position, position + size)]
     blocks = {block: cipher.update(block.to_bytes(16, "big")) for block, _ in halves}
@@ -84,7 +84,7 @@ def test_words_from_a_position_are_those_of_one_long_draw(start, size):
 
 
 def test_words_that_were_lost_or_drawn_by_another_thread_never_come_again():
-    """A position before the drawn words would draw the words again, for another sum."""
+    """If the position fell behind the drawn words, the same words would be noise of another sum."""
 
     class Interrupted:
         def update_into(self, *arguments):
@@ -95,8 +95,8 @@ def test_words_that_were_lost_or_drawn_by_another_thread_never_come_again():
     with pytest.raises(KeyboardInterrupt):
         secure.words(7)
     assert torch.equal(secure.state(), at(KEY, 7).state())
-    assert secure.words(5).tolist() == at(KEY, 7).words(5).tolist()  # as a replay draws them
-    secure, size, calls = SecureRandom(KEY), 70_001, 40  # more words than are encrypted at once
+    assert secure.words(5).tolist() == at(KEY, 7).words(5).tolist()  # a replay draws the same words
+    secure, size, calls = SecureRandom(KEY), 70_001, 40  # more words than one encryption call gives
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -126,7 +126,7 @@ def test_draws_follow_their_laws():
 
 
 def test_tails_are_neither_cut_nor_coarse(monkeypatch):
-    """Words near both ends, against mpmath's inverse of the normal distribution."""
+    """Words near both ends give the values of mpmath's inverse normal distribution."""
     import mpmath
 
     ends = [2**63 - 1 - k for k in (0, 1, 5, 10**6, 2**42, 2**43, 2**44)]
@@ -282,11 +282,11 @@ def test_statements_say_where_noise_comes_from():
 
 
 # --- the attack ---------------------------------------------------------------------------------
-# A torch generator's outputs are linear in its state over GF(2), so that known ones give it away.
-# Here the attacker has 24 bits of each, as torch.rand shows; 8 bits a word are left to solve for.
+# A torch generator's outputs are linear in its state over GF(2), so known outputs reveal the state.
+# The attacker knows 24 bits of each output, as torch.rand shows, and solves for 8 bits per word.
 
 WORDS, MIDDLE, KNOWN, HIDDEN = 624, 397, 24, 8
-EXTRA = 700  # outputs beyond the state, which overdetermine the unknowns
+EXTRA = 700  # outputs after the first 624, which give more equations than unknowns
 
 
 def untempered(y):
@@ -311,7 +311,7 @@ def left(rows, count, mask):
 
 
 def tempered(rows):
-    """Coefficients over GF(2), one row per bit of a 32-bit word: unknowns, then a constant."""
+    """Output bits as coefficients over GF(2): 32 rows of unknowns, with the constant last."""
     rows = rows ^ right(rows, 11)
     rows = rows ^ left(rows, 7, 0x9D2C5680)
     rows = rows ^ left(rows, 15, 0xEFC60000)
@@ -319,14 +319,14 @@ def tempered(rows):
 
 
 def following(first, second, middle):
-    """The next word of the twister, from the words k, k + 1 and k + 397."""
+    """Next word of the Mersenne Twister, from the words k, k + 1 and k + 397."""
     mixed = np.concatenate([second[:31], first[31:]])
     odd = np.array([0x9908B0DF >> i & 1 for i in range(32)], dtype=np.uint64)[:, None] * mixed[:1]
     return middle ^ right(mixed, 1) ^ odd
 
 
 def recovered_state(outputs):
-    """The 624 words whose outputs have the known 24 low bits; None if no words do."""
+    """Find the 624 words whose outputs have the known 24 low bits; None if there are none."""
     unknowns = HIDDEN * WORDS
     columns = unknowns // 64 + 1  # the constant is the last bit
     inverse = np.array(
@@ -366,7 +366,7 @@ def recovered_state(outputs):
 
 
 def solved(rows, unknowns):
-    """The unknowns that make every row 0, as packed bits; None if there are none."""
+    """Find the unknowns that make every row 0, as packed bits; None if there is no solution."""
     rank, pivots = 0, []
     for place in range(unknowns):
         column, bit = place // 64, np.uint64(place % 64)
@@ -387,7 +387,7 @@ def solved(rows, unknowns):
 
 
 def test_a_twister_can_be_predicted_from_its_draws_and_the_secure_generator_not():
-    """An attacker computes the noise of the next release exactly from a twister's earlier draws."""
+    """From a twister's earlier draws, an attacker computes the noise of the next release."""
     mechanism = GaussianMechanism(1.0, 1.0, 0.1)
     generator = os_seeded_generator()
     shown = (torch.rand(WORDS + EXTRA, generator=generator) * 2**KNOWN).long()

@@ -29,7 +29,7 @@ def records(rng, count, grouped):
 
 
 def numbered(rows):
-    """Make examples with the numbers of their rows as ids, as from a file without ids."""
+    """Make examples whose ids are row numbers, as a file without ids gives."""
     return tuple(
         Example(f"t/train/{i}", text, pair, label, group=user or f"t/train/{i}")
         for i, (text, pair, label, user) in enumerate(rows)
@@ -101,7 +101,7 @@ def test_one_record_more_changes_that_record_alone():
             for found in (before, after)
         ]
         assert difference(*members) in ((0, 0), (0, 1)), trial
-    assert crossed < 25  # of 250: the sizes at which the public number itself changes
+    assert crossed < 25  # of 250 sizes; at these the public number itself changes
 
 
 def test_one_group_more_changes_that_group_alone():
@@ -122,7 +122,7 @@ def test_one_group_more_changes_that_group_alone():
 
 
 def test_each_unit_is_chosen_by_its_own_hash():
-    """Rows, groups, copies kept together and copies kept apart agree with the definition."""
+    """Rows, groups, and copies (kept together or apart) are chosen as the definition says."""
     rng = random.Random(3)
     examples = numbered(records(rng, 200, False) + records(rng, 200, True))
     chosen, rest = partition(examples, 0.3, "max_examples train", 7)
@@ -150,7 +150,7 @@ def test_each_unit_is_chosen_by_its_own_hash():
 
 
 def test_copies_are_drawn_apart_for_membership_and_together_for_a_holdout():
-    """500 copies of one text are drawn fairly and independently (false alarm 1e-8)."""
+    """500 copies of a text get independent fair coins (false alarm 1e-8), and one hold-out draw."""
     copies = numbered([("the same", None, 0, None)] * 500)
     heads = sum(draw_members([[e] for e in copies], "bernoulli", 0))
     assert stats.binomtest(heads, 500, 0.5).pvalue > 1e-8
@@ -187,7 +187,7 @@ def test_the_rounded_count_is_the_nearest_square_and_moves_seldom():
 
 
 def test_max_examples_of_a_file_with_one_record_more(tmp_path):
-    """Rows are read from files, with ids of the user's own or without ids."""
+    """Rows are read from files, with the user's ids or without ids."""
     rng = random.Random(4)
     for trial in range(12):
         rows = [{"text": f"t {rng.random()}", "label": i % 3} for i in range(150)]
@@ -213,7 +213,7 @@ def test_max_examples_of_a_file_with_one_record_more(tmp_path):
 @pytest.mark.slow
 @needs_data
 def test_sst2_with_one_record_inserted(tmp_path):
-    """A random sample of positions changed 906 of 1,000 records; the draw changes one at most."""
+    """With row numbers, one insertion changed 906 of 1,000 records; with hashes, at most one."""
     source = os.path.join(os.environ["LOWRANK_DP_DATA"], "glue", "sst2", "train.jsonl.gz")
     with gzip.open(source) as file:
         lines = file.read().splitlines(keepends=True)

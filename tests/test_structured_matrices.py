@@ -96,7 +96,7 @@ def test_every_scheme_on_every_structure():
             if scheme == "truncate" and any(w in name for w in ("equal", "block", "multiple")):
                 continue  # which three of equal values are kept is not determined
             if scheme == "polar" and name.endswith("value far above"):
-                continue  # rounding in float32 stands above the edge, and counts as much
+                continue  # rounding in float32 is above the edge, and counts like a signal
             for extra in ({}, {"below": "zero"}, {"false_spike_rate": 0.01}):
                 fast, exact = (
                     restore(noisy, 1.0, scheme, method=method, **options, **extra)
@@ -116,7 +116,7 @@ def test_every_scheme_on_every_structure():
     seed=st.integers(0, 99),
 )
 def test_fast_equals_exact(shape, rank, equal, top, noise, rows, seed):
-    """The results agree to 1e-3 without noise, and to 1% in alignment and norm with noise."""
+    """Without noise, results agree to 1e-3; with noise, alignment and norm agree to 1%."""
     values = [top] * rank if equal else np.geomspace(top, 60, rank).tolist()
     clean = low_rank(shape, values, seed)
     if rows is not None:
@@ -131,7 +131,7 @@ def test_fast_equals_exact(shape, rank, equal, top, noise, rows, seed):
 
 
 def test_a_batch_with_such_matrices_among_ordinary_ones():
-    """The result is the same one by one and as one batch, which a GPU would take."""
+    """Matrices give the same result singly and in one batch, which a GPU would use."""
     ordinary = low_rank((300, 200), [200.0, 90.0]) + torch.randn(
         300, 200, generator=torch.Generator().manual_seed(0)
     )
@@ -146,7 +146,7 @@ def test_a_batch_with_such_matrices_among_ordinary_ones():
 
 
 def test_any_unit_gives_the_same_result():
-    """The unit cancels, also for denormals and at the ends of float32 and float64."""
+    """The unit of a matrix cancels, for denormals and at the ends of float32 and float64 too."""
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(160, 200, generator=generator, dtype=torch.float64)
     plain[:, :3] *= 30

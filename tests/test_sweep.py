@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def counting(monkeypatch):
-    """The configurations that are really trained, without the folder of the sweep's cache."""
+    """Collect the configurations that are trained, without the folder of the sweep's cache."""
     trained = []
 
     def count(config, *args, **kwargs):
@@ -48,7 +48,7 @@ def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
     assert not any(outcome.error for outcome in outcomes)
     assert len(trained) == 3 and outcomes[0] == outcomes[3]
     assert len(list((tmp_path / "runs").iterdir())) == 3
-    for outcome in outcomes:  # what train alone gives
+    for outcome in outcomes:  # the result of train alone
         folder = run_folder(outcome.config, tmp_path / "runs")
         assert load_result(folder) == outcome.result
         assert {path.name for path in folder.iterdir()} - {".lock"} == {"training.json"}
@@ -104,7 +104,7 @@ def test_a_failure_does_not_stop_the_others(base, tmp_path, monkeypatch):
     assert "did you mean 'sst2'" in outcomes[0].error and not outcomes[1].error
     assert "learning rate" in outcomes[2].error and "at most the 40" in outcomes[3].error
     assert all("\n" not in outcome.error for outcome in outcomes)
-    trained = counting(monkeypatch)  # what failed is tried again
+    trained = counting(monkeypatch)  # a failed run is tried again
     assert sweep(configs[:2], tmp_path, engine="sequential") == outcomes[:2]
     assert trained == configs[:2]
 
@@ -131,7 +131,7 @@ def test_bad_input(base, tmp_path):
 
 
 def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
-    """Another value of any field is another run; the same values are the same one."""
+    """Another value of any training field is another run; the same values are the same run."""
     base = replace(base, noise_multiplier=None, epsilon=2.0)
     changes = {
         "model": "other",
@@ -276,7 +276,7 @@ def test_concurrent_runs_share_the_cores(base, tmp_path, monkeypatch):
 
 
 def test_the_last_attempt_at_a_job_has_no_other_beside_it(monkeypatch):
-    """A job that takes down the pool each time fails alone; the job beside it is done."""
+    """A job that kills the pool in every attempt fails alone; the job beside it succeeds."""
 
     class Died(Exception):
         pass
@@ -308,7 +308,7 @@ def test_the_last_attempt_at_a_job_has_no_other_beside_it(monkeypatch):
 
 @pytest.fixture
 def cluster(request):
-    """The name of an engine; for Ray and Dask a cluster of two workers is there meanwhile."""
+    """Yield the name of an engine; for Ray and Dask, a cluster of two workers runs meanwhile."""
     name = request.param
     if name == "loky":
         yield name
@@ -335,7 +335,7 @@ def cluster(request):
 
 
 def killed_once(folder):
-    """``sweep._run``, killed in its second step the first time."""
+    """``sweep._run``, which is killed in its second step in the first attempt."""
     run = sweep_module._run
 
     def run_or_die(job, **options):
@@ -350,7 +350,7 @@ def killed_once(folder):
             runs.RunFolder.begin_release = begin_release
         return run(job, **options)
 
-    return run_or_die  # not importable, and so pickled with all it needs
+    return run_or_die  # it cannot be imported, so it is pickled with its variables
 
 
 @pytest.mark.slow
@@ -358,10 +358,10 @@ def killed_once(folder):
 def test_an_engine_gives_what_this_process_gives_though_workers_die(
     cluster, base, tmp_path, monkeypatch
 ):
-    """Jobs first: one's worker is killed once, another's each time, which fails alone; then a run.
+    """The worker of one job is killed once, and that of another job in every attempt, which fails.
 
-    The run is killed in its second step, and another worker resumes the run from its last snapshot
-    (not on Ray, where a job's worker is killed in the same way above).
+    Then a run is killed in its second step, and another worker resumes the run from its last
+    snapshot (not on Ray, where a job's worker is killed in the same way above).
     """
     here, folder = os.getpid(), tmp_path
 
@@ -374,17 +374,17 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
         return 10 * number
 
     batches = [[0, 1, 2, 3, 4]]
-    if cluster == "ray":  # whose workers take seconds to start, so with one attempt less
+    if cluster == "ray":  # Ray's workers take seconds to start, so it gets fewer attempts
         monkeypatch.setattr(engines, "ATTEMPTS", 2)
-        batches = [[2], [3, 4]]  # else job 3 could take one of the two attempts of job 2
+        batches = [[2], [3, 4]]  # otherwise job 3 could use up an attempt of job 2
     for jobs in batches:
         found = {jobs[i]: result for i, result in engines.run(job, jobs, cluster, 2)}
         assert found == {number: None if number == 3 else 10 * number for number in jobs}
     deaths = {number: len(list(folder.glob(f"{number} *"))) for number in (2, 3)}
-    # Workers share a pool in all attempts but the last. So the one death of job 2 may take one
-    # attempt of job 3 with it before job 3 begins, and on loky either job's death ends the pool.
+    # Workers share a pool in all attempts but the last. So the one death of job 2 may use up one
+    # attempt of job 3 before job 3 begins, and on loky the death of either job ends the pool.
     assert deaths[2] == 1 and deaths[3] >= {"loky": 1, "ray": 1, "dask": 2}[cluster]
-    if cluster == "loky":  # a single worker may die too
+    if cluster == "loky":  # the only worker may die too
         assert dict(engines.run(job, [3, 4], cluster, 1)) == {0: None, 1: 40}
 
     configs = [replace(base, steps=3, snapshot_every=1), replace(base, task="sst3")]
@@ -403,7 +403,7 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
 
 
 def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
-    """Each process would do all of it, into the same folders."""
+    """Each process would do all of the work, and write to the same folders."""
     from lowrank_dp.mia.attack import Options
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -413,7 +413,7 @@ def test_torchrun_is_not_for_sweeps_and_attacks(base, tmp_path, monkeypatch):
 
 
 def test_a_folder_does_not_depend_on_fields_at_their_defaults(base, tmp_path):
-    """So a later version, which has more fields, finds the runs of this version."""
+    """A later version, which has more fields, therefore finds the runs of this version."""
     folder = run_folder(base, tmp_path)
     chosen = base.chosen()
     assert replace(TrainConfig(non_private=True), **{"non_private": False, **chosen}) == base

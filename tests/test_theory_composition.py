@@ -12,7 +12,7 @@ from tests.tasks import case
 
 
 def losses(rank, n, angle, ratio, steps, trials, seed):
-    """Total privacy losses of ``steps`` releases under q, from the exact sampler."""
+    """Draw total privacy losses of ``steps`` releases under q, from the exact sampler."""
     rng = np.random.default_rng(seed)
     total = np.zeros(trials)
     for _ in range(steps):
@@ -35,7 +35,7 @@ def losses(rank, n, angle, ratio, steps, trials, seed):
     ],
 )
 def test_composition_against_simulation(rank, n, angle, ratio, steps):
-    """Error rate per case: below 1e-6, at five standard errors of the simulated delta."""
+    """The error rate per case is below 1e-6, at five standard errors of the simulated delta."""
     delta, trials = 1e-2, 200_000
     epsilon = theory.projection_epsilon(delta, rank, n, angle=angle, norm_ratio=ratio, steps=steps)
     found, errors = [], []
@@ -46,7 +46,7 @@ def test_composition_against_simulation(rank, n, angle, ratio, steps):
         errors.append(excess.std() / np.sqrt(trials))
     worst = int(np.argmax(found))
     assert found[worst] <= delta + 5 * errors[worst]  # an upper bound
-    assert found[worst] >= 0.97 * delta - 5 * errors[worst]  # and nearly tight
+    assert found[worst] >= 0.97 * delta - 5 * errors[worst]  # the bound is nearly tight
 
 
 def test_a_floor_of_a_third_per_step_is_composed():
@@ -107,7 +107,7 @@ def test_more_steps_and_smaller_deltas_cost_more():
     st.floats(0, 8),
 )
 def test_a_smaller_angle_leaks_less_at_every_epsilon(rank, n, angle, part, epsilon):
-    """One pair then dominates a step: at equal norms, both directions have the same profile."""
+    """So the pair with the largest angle dominates a step, in both directions at equal norms."""
     smaller, larger = (
         theory.privacy_profile(epsilon, rank, n, angle=one) for one in (part * angle, angle)
     )
@@ -141,7 +141,7 @@ def test_the_guarantee_of_hu_is_valid_and_loose():
             # P(rho sqrt(x) + sin(angle) Z < 0) by Student's law of Z / sqrt(x / rank)
             floor = stats.t.sf(np.sqrt(rank) / np.tan(angle), rank)
             assert delta == pytest.approx(floor + 3 * tail, rel=1e-8)
-            # the exact delta at this epsilon is below, and the exact epsilon at this delta is, too
+            # the exact delta at this epsilon is smaller, and so is the exact epsilon at this delta
             assert theory.privacy_profile(epsilon, rank, n, angle=angle) < delta
             exact = theory.projection_epsilon(delta, rank, n, angle=angle)
             assert exact < epsilon

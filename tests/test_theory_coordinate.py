@@ -1,4 +1,4 @@
-"""The law of one coordinate against reference values, mpmath, simulations that form A, limits."""
+"""Law of one coordinate against references, mpmath, limits, and simulations that form A."""
 
 import functools
 import itertools
@@ -64,7 +64,7 @@ def mp_mixture_log_density(x, rank, beta2):
 
 
 def simulated_coordinate(rank, q, j, count, seed):
-    """``count`` draws of u_j / |q|, each with an A that is formed."""
+    """Return ``count`` draws of u_j / |q|, each with an A that is formed."""
     a = np.random.default_rng(seed).standard_normal((count, rank, len(q))) / np.sqrt(rank)
     projected = np.einsum("srn,n->sr", a, q)
     return (np.einsum("sr,sr->s", projected, a[:, :, j]) - q[j]) / np.linalg.norm(q)
@@ -163,7 +163,7 @@ def test_logpdf_special_cases():
         )
     assert theory.noise_logpdf(-0.5, 1, beta2=0.25) == np.inf
     assert np.isfinite(theory.noise_logpdf(-0.5, 3, beta2=0.25))
-    # from both sides into the cusp at y = 0, where K_nu overflows
+    # from both sides towards the cusp at y = 0, where K_nu overflows
     for rank in (3, 20, 49):
         at, near = theory.noise_logpdf([-0.5, -0.5 + 1e-12], rank, beta2=0.25)
         assert at == pytest.approx(near, abs=1e-9)
@@ -242,7 +242,7 @@ def test_third_moment_against_mpmath():
     [(1, [1.0, -2.0, 0.5], 0), (3, [0.3, 0.4, 1.5, 0.2], 2), (8, [1.0, 1.0], 1), (4, [2.0], 0)],
 )
 def test_simulation_with_a_formed(rank, q, j):
-    """Fails by chance with probability about 1e-6 a case (KS) and 2e-7 (each moment)."""
+    """A case fails by chance with probability about 1e-6 (KS) and 2e-7 (each moment)."""
     q = np.array(q)
     u = simulated_coordinate(rank, q, j, 200_000, seed=[rank, j])
     beta2 = q[j] ** 2 / (q @ q)

@@ -1,4 +1,4 @@
-"""The joint law against reference values, mpmath, simulations that form A, limits."""
+"""Joint law against reference values, mpmath, limits, and simulations that form A."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ REFERENCE = json.loads((Path(__file__).parent / "data" / "theory_ref.json").read
 
 
 def released(rank, q, count, seed):
-    """``count`` draws of A^T A q, each with an A that is formed."""
+    """Return ``count`` draws of A^T A q, each with an A that is formed."""
     a = np.random.default_rng(seed).standard_normal((count, rank, len(q))) / np.sqrt(rank)
     return np.einsum("srn,sr->sn", a, a @ np.asarray(q))
 
@@ -93,7 +93,7 @@ def test_joint_tv_against_mpmath(rank, n, reference):
 
 @pytest.mark.parametrize("rank, q", [(2, [0.7, -1.1, 0.4]), (9, [1.0, 2.0])])
 def test_joint_tv_by_simulation(rank, q):
-    """TV = E_p max(0, 1 - g/p), with A formed; within 5.2 standard errors (2e-7 by chance)."""
+    """TV = E_p max(0, 1 - g/p), with A formed, within 5.2 standard errors (2e-7 by chance)."""
     q = np.array(q)
     y = released(rank, q, 100_000, seed=rank)
     log_p = theory.projection_logpdf(y, q, rank)
@@ -144,7 +144,7 @@ def test_limits():
 
 
 def test_monotone_in_width():
-    # a marginal of the wider problem, so proved
+    # proved, since it is a marginal of the wider problem
     assert np.all(np.diff(theory.joint_tv(8, [1, 2, 3, 10, 100, 1000])) > 0)
 
 
@@ -192,7 +192,7 @@ def test_density_integrates_to_the_known_moments():
 
 
 def test_density_is_that_of_the_projection():
-    """E_p[p'/p] = P'(support of p), with A formed: wrong by chance with probability 2e-7."""
+    """E_p[p'/p] = P'(support of p), with A formed; fails by chance with probability 2e-7."""
     q, other, rank = np.array([1.0, 0.3, -0.2]), np.array([0.9, 0.5, 0.0]), 6
     y = released(rank, q, 200_000, seed=5)
     ratio = np.exp(theory.projection_logpdf(y, other, rank) - theory.projection_logpdf(y, q, rank))

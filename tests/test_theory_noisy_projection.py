@@ -1,4 +1,4 @@
-"""Delta of noise, then projection, averaged over A: against drawn projections and closed forms."""
+"""Delta of noise then projection, averaged over A: against drawn A and closed forms."""
 
 import itertools
 
@@ -11,14 +11,14 @@ from lowrank_dp.mechanism import GaussianMechanism
 
 
 def gaussian(epsilon, mu):
-    """Delta of N(0, 1) against N(mu, 1) by its textbook formula."""
+    """Delta between N(0, 1) and N(mu, 1) by its textbook formula."""
     return stats.norm.cdf(mu / 2 - epsilon / mu) - np.exp(epsilon) * stats.norm.cdf(
         -mu / 2 - epsilon / mu
     )
 
 
 def drawn(g, rank, epsilon, sigma, num, rng):
-    """Delta for each of ``num`` drawn A: the projection is formed from A, not from a law."""
+    """Delta for each of ``num`` drawn A; the projection is computed from A, not from a law."""
     a = rng.standard_normal((num, rank, g.shape[1]))
     basis = np.linalg.qr(a.transpose(0, 2, 1))[0]
     return gaussian(epsilon, np.linalg.norm(g @ basis, axis=(1, 2)) / np.linalg.norm(g) / sigma)

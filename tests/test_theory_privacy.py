@@ -1,4 +1,4 @@
-"""Privacy profiles against reference values, mpmath, simulations that form A, limits."""
+"""Privacy profiles against reference values, mpmath, limits, and simulations that form A."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def test_reference_gaussian_reading_and_floor():
     got = theory.gaussian_privacy_profile(
         ROWS["eps"], ROWS["r"], angle=ROWS["theta"], norm_ratio=ROWS["kappa"]
     )
-    # angles are rounded to 11 digits, which the smallest values magnify
+    # angles are rounded to 11 digits, and the smallest values are the most sensitive to that
     np.testing.assert_allclose(got, ROWS["delta_gauss_paper"], rtol=1e-9, atol=1e-300)
     np.testing.assert_allclose(
         theory.privacy_floor(ROWS["r"], angle=ROWS["theta"]), ROWS["floor"], rtol=1e-9, atol=1e-300
@@ -58,7 +58,7 @@ def test_reference_gap():
 
 
 def mp_profile(epsilon, rank, n, theta, kappa):
-    """The same reduction, integrated in high precision by tanh-sinh with mpmath."""
+    """Integrate the same reduction in high precision, by tanh-sinh with mpmath."""
     r, theta, kappa, epsilon = mp.mpf(rank), mp.mpf(theta), mp.mpf(kappa), mp.mpf(epsilon)
     half_dof = (r + n - 1) / 2
     z = mp.beta(mp.mpf(1) / 2, r / 2)

@@ -71,11 +71,11 @@ def tables(**changes):
     )
 
 
-# The oracle: everything that the loop does, written out one example and one matrix at a time.
+# The oracle does all that the loop does, one example and one matrix at a time.
 
 
 def one_by_one(config, *, restore=None, beta=None, seed=3):
-    """Weights by name after training, those before, and how many matrices were restored."""
+    """Return weights by name after and before training, and the number of restored matrices."""
     task = load_task(config.task, max_examples=config.max_examples, seed=config.data_seed)
     model, tokenizer = load_model(
         config.model,
@@ -173,7 +173,7 @@ SCHEDULES = {
 
 
 def shrink(matrix, std):
-    """Gavish & Donoho 2017, Frobenius loss; a matrix with nothing above the edge stays."""
+    """Shrink by Gavish & Donoho 2017, Frobenius loss; a matrix with all below the edge stays."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     values = optimal_values(s.tolist(), matrix.shape, std)
     if not values.any():
@@ -188,10 +188,11 @@ def weights_of(folder, config):
 
 
 def assert_same_weights(got, want, before, trained, tolerance):
-    """To ``tolerance`` of the distance that the parameter moved, in Frobenius norm.
+    """Compare to ``tolerance`` of the distance that each parameter moved, in Frobenius norm.
 
-    Not entry by entry: Adam divides by an entry's own gradient, so where that is nearly zero the
-    rounding of one processor against another moves it by a part of the learning rate.
+    The comparison is not entry by entry: Adam divides an entry by its own gradient, so where the
+    gradient is nearly zero, rounding that differs between processors moves the entry by a part of
+    the learning rate.
     """
     assert got.keys() == want.keys()
     for name in want:
@@ -256,7 +257,7 @@ def test_equals_training_one_example_at_a_time(changes, trained, tmp_path):
     config = small(**changes)
     result = train(config, tmp_path)
     want, before, _ = one_by_one(config)
-    # Adam divides by a gradient's own size, rounding included, where no noise covers it
+    # without noise, Adam divides even the rounding of a gradient by its own size
     tolerance = 1e-4 if config.adds_noise else 1e-3
     assert_same_weights(weights_of(tmp_path, config), want, before, trained, tolerance)
     assert result.releases == STEPS and load_result(tmp_path) == result
@@ -285,7 +286,7 @@ def test_equals_it_for_groups_of_rows(tmp_path):
     ],
 )
 def test_equals_restoring_every_matrix_by_hand(changes, tmp_path):
-    """At little noise, so that some matrices stand above the edge and some do not."""
+    """Noise is small, so that some matrices have a value above the edge and some have none."""
     config = small(noise_multiplier=0.05, scheme="optimal", restore_method="exact", **changes)
     train(config, tmp_path)
     want, before, (restored, kept) = one_by_one(config, restore=shrink, beta=config.momentum_beta)
@@ -299,7 +300,7 @@ def test_equals_a_running_mean_by_hand(tmp_path):
     train(config, tmp_path)
     want, before, _ = one_by_one(config, beta=0.7)
     assert_same_weights(weights_of(tmp_path, config), want, before, full, 1e-4)
-    # the bias correction and Adam's beta1 = 0 both matter: an oracle without them is far off
+    # the bias correction and Adam's beta1 = 0 matter: an oracle without either is far off
     other, *_ = one_by_one(small(optimizer="adam", beta1=0.7))
     name = "classifier.weight"
     assert float((other[name] - want[name]).abs().max()) > 1e-3
@@ -307,7 +308,7 @@ def test_equals_a_running_mean_by_hand(tmp_path):
 
 @pytest.mark.slow
 def test_equals_it_for_scores_and_on_a_decoder(tmp_path):
-    """Regression on pairs of texts; and a Llama that classifies."""
+    """The model is a regression on pairs of texts, or a Llama that classifies."""
     for split, count in (("train", 40), ("validation", 10)):
         rows = [
             {"sentence1": f"film {i}", "sentence2": f"plot {i % 7}", "label": i % 5 / 2}
@@ -328,7 +329,7 @@ def test_equals_it_for_scores_and_on_a_decoder(tmp_path):
 
 @pytest.mark.slow
 def test_mixed_precision_stays_near(tmp_path):
-    """bf16 keeps 8 bits of a gradient, which noise covers."""
+    """bf16 keeps 8 bits of a gradient, an error that is smaller than the noise."""
     for precision in ("float32", "bf16"):
         train(small(precision=precision), tmp_path / precision)
     one, other = (weights_of(tmp_path / name, small()) for name in ("float32", "bf16"))
@@ -369,7 +370,7 @@ def test_same_seed_same_bits_and_another_seed_another_run(tmp_path):
 
 
 def backbone(folder, dropout=0.1):
-    """A BERT of two layers with dropout, at random weights."""
+    """Save a BERT of two layers with dropout, with random weights."""
     path = folder / "backbone"
     if not path.exists():
         save_bert(
@@ -385,7 +386,7 @@ def backbone(folder, dropout=0.1):
 
 @pytest.mark.slow
 def test_dropout_only_where_it_is_asked_for(tmp_path):
-    """Without it, training is that of the same weights under a configuration with none."""
+    """Training without --dropout equals training of the same weights configured without dropout."""
     weights = {}
     for name, rate, dropout in (("off", 0.3, False), ("none", 0.0, True), ("on", 0.3, True)):
         folder = tmp_path / name
@@ -400,7 +401,7 @@ def test_dropout_only_where_it_is_asked_for(tmp_path):
 
 
 def test_an_empty_sample_is_a_release_of_noise(tmp_path):
-    """Weights move by the noise alone."""
+    """The step of an empty sample moves the weights by the noise alone."""
     seed = next(
         seed
         for seed in range(100)
@@ -433,7 +434,7 @@ def test_an_empty_sample_is_a_release_of_noise(tmp_path):
 
 @pytest.mark.slow
 def test_a_sampled_group_takes_part_with_one_of_its_rows():
-    """Over 400 draws: one row a group, each row of a group equally often (false alarm 1e-6)."""
+    """Over 400 draws: one row per group, each row of a group equally often (false alarm 1e-6)."""
     setup = prepare(tables(unit="group"), 3)
     group_of = {
         tuple(row["input_ids"]): unit
@@ -513,7 +514,7 @@ def test_a_target_epsilon_is_met(tmp_path):
 
 
 def test_a_schedule_begins_at_the_whole_rate_after_its_warm_up():
-    """Two of six steps: half the rate, the whole rate, and then the schedule over four steps."""
+    """Two of six steps warm up, at half and at full rate; the schedule covers the other four."""
     for schedule, rest in (
         ("linear", [1, 0.75, 0.5, 0.25]),
         ("cosine", [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
@@ -532,7 +533,7 @@ def test_large_delta_is_warned_of():
 
 
 def test_a_step_and_its_restoration_are_timed_apart(monkeypatch):
-    """Two steps of 20 s and 7 s, of which restoring takes 3 s and 1 s; a snapshot keeps both."""
+    """Two steps take 20 s and 7 s, of which restoring takes 3 s and 1 s; a snapshot keeps both."""
     clock = iter([0.0, 10.0, 13.0, 20.0, 100.0, 105.0, 106.0, 107.0])
     setup = prepare(small(), 3)
     state = first_state(setup.config, "a")
@@ -578,7 +579,7 @@ def test_nothing_is_claimed_where_nothing_holds(tmp_path):
 
 @pytest.mark.slow
 def test_the_oracle_puts_the_best_diagonal_in_place(tmp_path):
-    """diag(u^T clean v) in the noisy singular vectors; vectors keep their noise."""
+    """The oracle puts diag(u^T clean v) between the noisy singular vectors; biases stay noisy."""
     config = small(scheme="oracle", diagnostic=True, steps=1)
     setup = prepare(config, 3)
     before = {name: p.detach().clone() for name, p in setup.trained.items()}
@@ -645,7 +646,7 @@ def test_movement_is_asked_only_of_weights_with_gradients():
 
 
 def test_weights_may_stand_still_while_others_move(tmp_path):
-    # the gradient of LoRA's A is near 0 as long as B is, and its first steps are lost to rounding
+    # while B is near 0, so is the gradient of LoRA's A: its first steps are lost to rounding
     changes = {"method": "lora", "rank": 8, "lora_init": "gaussian", "optimizer": "sgd"}
     plain = small(**changes, non_private=True, noise_multiplier=None, learning_rate=1e-6, steps=4)
     assert len(train(plain, tmp_path).curve) == 3
@@ -670,7 +671,7 @@ def test_loss_guard():
     for loss in (math.nan, math.inf, 50.0):
         with pytest.raises(ValueError, match=r"after 7 steps .*lower the learning rate"):
             guards.check_loss(loss, 0.7, 7)
-    guards.check_loss(1.9, 0.01, 7)  # a small first loss is no reason to stop at an ordinary one
+    guards.check_loss(1.9, 0.01, 7)  # a small first loss: an ordinary loss is no divergence
     guards.check_loss(13.9, 0.7, 7)
 
 
@@ -684,7 +685,7 @@ SHAPES = {
 
 
 def test_right_noise_passes():
-    """100 draws a model, at false alarms of 2e-8 each; from noise far above to far below sums."""
+    """100 draws per model, false-alarm rate 2e-8 each, with noise far above and below the sums."""
     generator = torch.Generator().manual_seed(0)
     for shapes in SHAPES.values():
         for draw in range(100):
@@ -708,7 +709,7 @@ def test_noise_of_another_size_is_refused():
 
 
 def test_correlated_noise_of_the_right_size_is_refused():
-    """Rank one; and every row the same."""
+    """One noise matrix has rank one; another has equal rows."""
     for m, n in ((64, 64), (8, 384), (384, 8), (256, 64)):
         generator = torch.Generator().manual_seed(0)
         rank_one = torch.outer(
@@ -746,16 +747,16 @@ def units(count):
 
 @pytest.mark.slow
 def test_coins_are_independent_and_fair():
-    """200 coins under 300 seeds, against binomial laws; false alarm 1e-6 in all."""
+    """200 coins under 300 seeds follow binomial laws (total false-alarm rate 1e-6)."""
     records = units(200)
     coins = np.array([draw_members(records, "bernoulli", seed) for seed in range(300)])
     alarm = 1e-6 / 1000
     assert stats.binomtest(int(coins.sum()), coins.size, 0.5).pvalue > alarm
     for column in coins.T:
         assert stats.binomtest(int(column.sum()), 300, 0.5).pvalue > alarm
-    agree = (coins[:, :-1] == coins[:, 1:]).sum(axis=0)  # neighbours in the list
+    agree = (coins[:, :-1] == coins[:, 1:]).sum(axis=0)  # pairs of consecutive units
     assert all(stats.binomtest(int(count), 300, 0.5).pvalue > alarm for count in agree)
-    agree = (coins[:-1] == coins[1:]).sum(axis=1)  # neighbouring seeds
+    agree = (coins[:-1] == coins[1:]).sum(axis=1)  # pairs of consecutive seeds
     assert all(stats.binomtest(int(count), 200, 0.5).pvalue > alarm for count in agree)
     # the number of heads varies as a binomial's, unlike that of a fixed half: variance 50
     assert (
@@ -785,7 +786,7 @@ SENTENCES = 60
 
 
 def own_data(folder, *, change=None, text=""):
-    """A user's own task: SST-2's columns; training record ``change`` gets another ``text``."""
+    """Write a user's own task with SST-2's columns; training record ``change`` gets ``text``."""
     rng = random.Random(0)
     for split, count in (("train", SENTENCES), ("validation", 20)):
         rows = []
@@ -807,9 +808,9 @@ def own_data(folder, *, change=None, text=""):
 
 @pytest.mark.slow
 def test_only_members_are_trained_on(tmp_path):
-    """Another text in a non-member's place leaves every bit; in a member's place it does not.
+    """A new text of a non-member changes no bit of the weights; a new text of a member does.
 
-    Each new text is one whose own coin falls as that of the text it replaces.
+    Each new text has the same coin as the text that it replaces.
     """
     records = load_task(str(own_data(tmp_path / "a" / "data"))).train
     coins = draw_members([[e] for e in records], "bernoulli", 3)
@@ -893,7 +894,7 @@ def test_groups_are_members_as_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", ["example", "group"])
 def test_a_holdout_shares_no_record_with_what_is_trained_on(unit):
-    """About 200 units: within 5 standard deviations of a binomial, groups held out whole."""
+    """About 200 units are held out, within 5 standard deviations, and groups are held out whole."""
     config = tables(unit=unit, holdout=200, max_examples=None)
     setup = prepare(config, 3)
     trained_on = {example.group for example in setup.task.train}
@@ -917,7 +918,7 @@ def test_a_holdout_shares_no_record_with_what_is_trained_on(unit):
 
 @pytest.mark.slow
 def test_groups_by_a_column(tmp_path):
-    """400 rows of 20 users were 400 groups; a group takes part with one of its rows."""
+    """400 rows of 20 users are 20 groups, not 400; a group takes part with one of its rows."""
     rows = [
         {
             "text": f"the film {i} is {('dull', 'fresh')[i % 2]}",
@@ -1084,7 +1085,7 @@ def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     assert plain.config.id2label == {0: "negative", 1: "positive"}
     check_files(tmp_path, {"model.safetensors", "config.json", "tokenizer.json"})
 
-    # the curve's last entry is what the checkpoint scores, by the package and by hand
+    # the last entry of the curve is the checkpoint's score, by the package and by hand
     last = result.curve[-1]
     scores = evaluate(ours, tokenizer, task, max_examples=30, max_length=128)
     assert {name: last[name] for name in scores} == pytest.approx(scores, rel=1e-5)
@@ -1105,7 +1106,7 @@ def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     assert result.train_loss == pytest.approx(members["loss"], rel=1e-5)
     saved = json.loads((tmp_path / "training.json").read_text())
     assert saved["sensitive"].startswith("train_loss: NON-PRIVATE")
-    del saved["sensitive"]  # earlier runs did not write it
+    del saved["sensitive"]  # earlier versions did not write it
     (tmp_path / "training.json").write_text(json.dumps(saved))
     assert load_result(tmp_path) == result
 
@@ -1216,7 +1217,7 @@ def test_without_a_model_only_the_result_is_left(tmp_path):
 
 @pytest.mark.slow
 def test_what_could_never_be_generated_is_refused_before_the_first_step(tmp_path):
-    """Not after the last one, when the privacy is spent."""
+    """A refusal after the last step would come when the privacy is already spent."""
     with pytest.raises(ValueError, match="max_new_tokens"):
         train(tables(generate=True, max_new_tokens=256, steps=1, max_examples=20), tmp_path)
     assert not list(tmp_path.rglob("releases.jsonl"))

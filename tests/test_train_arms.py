@@ -45,10 +45,10 @@ def small(**changes):
 
 
 def naive(config, step, ahead=0.0):
-    """Weights by name after training with ``step(weights, mean gradients, state, t)`` in numpy.
+    """Train with ``step(weights, mean gradients, state, t, matrices)`` in numpy; return weights.
 
-    Gradients are taken one example at a time, ``ahead`` times the last movement ahead of the
-    weights.
+    Gradients are taken one example at a time, at the weights plus ``ahead`` times the last
+    movement.
     """
     task = load_task(config.task, max_examples=config.max_examples, seed=0)
     model, tokenizer = load_model(config.model, task=task, seed=config.seed)
@@ -82,7 +82,7 @@ def naive(config, step, ahead=0.0):
 
 
 def trained_by(config):
-    """Weights after the steps of the package, and the setup and state they end with."""
+    """Weights after the steps of the package, with the final setup and state."""
     setup = prepare(config, config.seed)
     state = first_state(config, new_stream(config, 0))
     for _ in range(config.steps):
@@ -122,7 +122,7 @@ def test_adam_bc():
 
 @pytest.mark.slow
 def test_adam_bc_on_a_running_mean_knows_its_noise():
-    """LP-DPAdamBC of DOPPLER: the noise of the mean falls from step to step."""
+    """In LP-DPAdamBC of DOPPLER, the noise of the mean falls from step to step."""
     beta, floor = 0.6, 0.3
 
     def step(weights, mean, state, t, matrices):
@@ -164,7 +164,7 @@ def test_disk(optimizer):
         **({"learning_rate": 0.5} if optimizer == "sgd" else {}),
     )
     assert_equal_to(config, step, ahead=0.3 / 0.7)
-    with pytest.raises(AssertionError):  # where gradients are taken matters
+    with pytest.raises(AssertionError):  # the point at which gradients are taken matters
         assert_equal_to(config, step, ahead=0.0)
 
 
@@ -172,7 +172,7 @@ def test_the_look_ahead_puts_the_weights_back_to_the_bit():
     p = {"w": nn.Parameter(torch.tensor([0.1, 1e8, -3.0]))}
     look = LookAhead(0.3)
     with look.applied(p):
-        assert torch.equal(p["w"], torch.tensor([0.1, 1e8, -3.0]))  # no movement yet
+        assert torch.equal(p["w"], torch.tensor([0.1, 1e8, -3.0]))  # the weights have not moved yet
     with look.measured(p), torch.no_grad():
         p["w"] += 1.0
     here = p["w"].detach().clone()
@@ -204,7 +204,7 @@ def test_muon_bc():
 
 @pytest.mark.slow
 def test_muon():
-    """torch works in bfloat16, whose rounding is about 1%."""
+    """torch's Muon works in bfloat16, whose rounding is about 1%."""
     config = small(optimizer="muon")
     assert_equal_to(config, muon(lambda m, t: bias_corrected(m, 0.0)), tolerance=0.05)
 
@@ -219,7 +219,7 @@ def test_embeddings_and_vectors_are_not_muons():
 
 
 def restored_by(new_values):
-    """A step of SGD at rate 1 on matrices whose singular values are replaced."""
+    """Return a step of SGD at rate 1 on matrices whose singular values are replaced."""
 
     def step(weights, mean, state, t, matrices):
         for n, g in mean.items():
@@ -235,7 +235,7 @@ def restored_by(new_values):
 
 
 def operator_shrunk(s, shape):
-    """Clean values over the noise's scale that noisy values of a spiked matrix imply."""
+    """Clean values, in units of the noise's scale, that the spiked model gives for noisy values."""
     m, n = sorted(shape)
     y, b = s / (STD * math.sqrt(n)), m / n
     seen = np.maximum(y, 1 + math.sqrt(b))
@@ -271,7 +271,7 @@ def power_law(s, shape, edge, alpha=0.9):
     ],
 )
 def test_schemes_in_training(scheme, options, new_values, monkeypatch):
-    """At a fifth of the noise, so that some matrices stand above the edge."""
+    """The noise is reduced to a fifth, so that some matrices have a value above the edge."""
     monkeypatch.setitem(globals(), "SIGMA", 0.05)
     monkeypatch.setitem(globals(), "STD", 0.05 * BOUND / BATCH)
     config = small(
@@ -310,7 +310,7 @@ NEW = [
 
 @pytest.mark.slow
 def test_a_snapshot_holds_every_new_state():
-    """Two steps, a snapshot, a new setup, two steps: the bits of four steps."""
+    """Two steps, a snapshot, a new setup and two steps give the same bits as four steps."""
     for changes in NEW:
         config = small(noise_multiplier=0.05, **changes)
         want, *_ = trained_by(config)

@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).parent.parent / "paper_artifacts" / "configs"
 
 @pytest.fixture(scope="module")
 def places(small_bert, tmp_path_factory):
-    """A BERT of two layers at random weights, and a task of sentences with labels."""
+    """Make a BERT of two layers with random weights, and a task of sentences with labels."""
     folder = tmp_path_factory.mktemp("places")
     shutil.copytree(small_bert, folder / "model")
     write_reviews(folder / "data")
@@ -38,7 +38,7 @@ def places(small_bert, tmp_path_factory):
 
 
 def words(places, output, changes):
-    """A command line; an option with None is left out, with True is a flag."""
+    """Words of a command line; an option with None is left out, and True makes a flag."""
     options = {
         "--model": str(places / "model"),
         "--task": str(places / "data"),
@@ -58,7 +58,7 @@ def words(places, output, changes):
 
 @pytest.fixture
 def call(places, tmp_path, capsys):
-    """Run the command in this process: exit code, stdout, stderr."""
+    """Run the command in this process; return exit code, stdout and stderr."""
 
     def run(changes=(), output=None):
         return run_main(capsys, "train", *words(places, output or tmp_path / "out", dict(changes)))
@@ -68,7 +68,7 @@ def call(places, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command_of_the_readme(places, tmp_path):
-    """Every option of the contract, in a process of its own; JSON alone on stdout."""
+    """Every option of the contract, in a process of its own; stdout holds JSON and nothing else."""
     options = {
         "--method": "lora",
         "--rank": "4",
@@ -132,7 +132,7 @@ def test_the_command_of_the_readme(places, tmp_path):
 
 
 def test_what_is_printed_for_people(call, tmp_path):
-    """Also where a folder's name looks like rich's markup; the second time it is only read."""
+    """The folder's name looks like rich's markup. A second command only reads the finished run."""
     output = tmp_path / "run [/b] [red]"
     asked = {"--delta": "0.1", "--eval-every": "1", "--scheme": "optimal"}
     code, out, err = call(asked, output)
@@ -201,7 +201,7 @@ def test_options_reach_the_configuration(call, tmp_path):
 
 
 def test_a_configuration_file_gives_the_defaults(call, tmp_path):
-    """What is given beside the file wins over it."""
+    """Options on the command line have priority over the file."""
     document = {
         "steps": 7,
         "learning_rate": 0.25,
@@ -290,7 +290,7 @@ def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):
 
 
 def test_resume_alone_goes_on_from_the_saved_configuration(call, tmp_path, capsys, monkeypatch):
-    """Options and files given beside it must agree; the run is killed after its first step."""
+    """Options and files beside --resume must agree; the run is killed after its first step."""
     output, taken = tmp_path / "out", []
 
     def broken_off(*arguments):
@@ -320,7 +320,7 @@ def test_resume_alone_goes_on_from_the_saved_configuration(call, tmp_path, capsy
     config = load_result(output).config
     assert code == 0 and not err, err
     assert (config.steps, config.scheme, config.seed) == (2, "denoise", 1)
-    code, out, _ = resume()  # finished: says the same again
+    code, out, _ = resume()  # the run is finished: the command prints the same result again
     assert code == 0 and f"checkpoint: {output}" in out
     assert_refused(resume("--steps", "3"), "steps: 3 / 2")
 
@@ -399,7 +399,7 @@ def test_bad_input_is_refused_in_one_line(case, call, tmp_path):
 
 @pytest.mark.parametrize("steps", ["1", "3"])
 def test_a_run_that_diverges_ends_in_one_line(steps, call, tmp_path):
-    """In its evaluation, or in the step after."""
+    """The run diverges in its evaluation, or in the step after the evaluation."""
     code, out, err = call({"--learning-rate": "1e12", "--optimizer": "sgd", "--steps": steps})
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert "lower the learning rate" in err or "with a lower learning rate" in err
@@ -480,7 +480,7 @@ def test_a_task_without_validation_is_refused(call, tmp_path):
 
 
 def test_a_table_of_ones_own(call, tmp_path):
-    """CSV with named columns: one warning names what is not read, the first line what is."""
+    """A CSV with named columns: a warning names unread columns, the first line names the others."""
     rows = "".join(
         f'"a film, number {i}",{("bad", "good", "ok")[i % 3]},u{i % 15},x\n' for i in range(45)
     )
@@ -535,7 +535,7 @@ def test_places_that_cannot_be_written(call, tmp_path):
 
 
 def test_help_lists_every_option_with_its_help_text(capsys):
-    """A field without an option would be accepted in a file, and not be heeded."""
+    """A field without an option would be accepted in a file, and would have no effect."""
     for command, kind, more in (
         ("train", TrainConfig, ["--output", "--config", "--resume", "--json"]),
         ("mia", Attack, ["--model", "--compare", "--output", "--force", "--dry-run", "--json"]),

@@ -60,13 +60,13 @@ RUNS = {
     "groups": {"unit": "group", "method": "lora", "optimizer": "adam"},
     "oracle": {"scheme": "oracle", "diagnostic": True},
     "non-private": {"noise_multiplier": None, "non_private": True},
-    "one at most": {"batch_size": 1},  # most shares of a sample are empty
+    "one at most": {"batch_size": 1},  # most shares of a sample have no rows
     "dropout": {"dropout": True, "scheme": "soft"},
     "unseeded": {"seed": None},
-    "secure": {"seed": None, "secure_rng": True},  # nothing that two processes could draw alike
+    "secure": {"seed": None, "secure_rng": True},  # two processes cannot draw the same
 }
 
-# In each process: all runs with every step looked at; a restoration spread and not; runs that fail
+# In each process: runs with all steps recorded, distributed and local restoration, failing runs
 TOGETHER = """
 import hashlib, json, os, sys
 import torch
@@ -171,7 +171,7 @@ json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
 
 @pytest.fixture(scope="module")
 def together(model, torchrun, tmp_path_factory):
-    """What two processes saw: the configurations, the folder, a report from each."""
+    """What two processes did: the configurations, the folder, and a report from each process."""
     folder = tmp_path_factory.mktemp("together")
     configs = {name: make_config(model, **changes) for name, changes in RUNS.items()}
     for split in ("train", "validation"):
@@ -209,13 +209,13 @@ def test_weights_and_gradients_are_the_same_to_the_bit_on_every_process(name, to
     _, _, reports = together
     first, second = (report["steps"][name] for report in reports)
     assert len(first) == STEPS and first == second
-    assert len({weights for _, weights, *_ in first}) == STEPS  # and they do move
+    assert len({weights for _, weights, *_ in first}) == STEPS  # the weights do change
     assert reports[0][name] == reports[1][name]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_processes_share_out_one_sample(name, together):
-    """Each row that the first process drew is clipped once, by one of the two."""
+    """Each row of rank 0's sample is clipped once, by one of the two processes."""
     _, _, reports = together
     assert name not in reports[1]["drawn"]
     drawn, *taken = reports[0]["drawn"][name], *(report["taken"][name] for report in reports)
@@ -227,7 +227,7 @@ def test_the_processes_share_out_one_sample(name, together):
 
 @pytest.mark.parametrize("name", list(RUNS)[:-3])
 def test_two_processes_train_as_one_does(name, together):
-    """The same draws in this process: sums before and after the noise, and weights."""
+    """The same draws in this process give the same sums (before and after noise) and weights."""
     configs, folder, reports = together
     setup = prepare(configs[name], 5)
     start = {n: p.detach().clone() for n, p in setup.trained.items()}
@@ -239,7 +239,7 @@ def test_two_processes_train_as_one_does(name, together):
             got = load_file(folder / f"{name}-{kind}-{step}.safetensors")
             largest = max(float(total.abs().max()) for total in want.values())
             assert got.keys() == want.keys()
-            for n in want:  # weights that differ in their last bits give such gradients
+            for n in want:  # the last bits of weights differ, and so do gradients
                 assert float((got[n] - want[n]).abs().max()) <= 1e-5 * max(largest, 0.1), (step, n)
     got = load_file(folder / f"{name}-weights-{STEPS}.safetensors")
     for n, p in setup.trained.items():
@@ -248,7 +248,7 @@ def test_two_processes_train_as_one_does(name, together):
 
 
 def test_noise_is_added_once(together):
-    """Its variance over all entries and steps, chi-squared: false alarm in 10^6 runs."""
+    """A chi-squared test of the variance over all entries and steps (false alarm rate 1e-6)."""
     _, folder, _ = together
     noise = np.concatenate(
         [
@@ -265,7 +265,7 @@ def test_noise_is_added_once(together):
     total = float(np.sum((noise / (SIGMA * BOUND)) ** 2))
     low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], noise.size)
     assert noise.size > 50_000 and low < total < high
-    half = noise.size // STEPS  # and each step's is its own
+    half = noise.size // STEPS  # each step has noise of its own
     assert abs(np.corrcoef(noise[:half], noise[half : 2 * half])[0, 1]) < 5 / math.sqrt(half)
 
 
@@ -285,11 +285,11 @@ def test_spread_restoration_is_restoration(together):
     assert result == want and same == [result, want]
     assert not set(done) & set(others)
     assert set(done) | set(others) == {"m0", "m1", "m2", "m3", "m5", "m6", "m7"}
-    assert ("m2" in done) != ("m7" in done)  # the two that cost most
+    assert ("m2" in done) != ("m7" in done)  # the two most expensive matrices
 
 
 def test_one_that_fails_stops_all_in_one_voice(together):
-    """An error is raised where it arose, and elsewhere nothing is said; then the run goes on."""
+    """A process that fails raises its error, and the other stops quietly; the run then resumes."""
     _, folder, reports = together
     for case, rank, kind, text in (
         ("disk", 0, "OSError", "ledger could not be written"),
@@ -303,14 +303,14 @@ def test_one_that_fails_stops_all_in_one_voice(together):
         assert others[0] == "SystemExit" and others[1] == "2", (case, others)
         assert "another process of this run has stopped" in others[2], (case, others)
     result = load_result(folder / "failing")
-    assert result.releases == STEPS  # replayed alike, dropout included: each counts once
+    assert result.releases == STEPS  # steps are replayed, dropout included, so each counts once
     assert (folder / "failing" / "model.safetensors").read_bytes() == (
         folder / "dropout" / "model.safetensors"
     ).read_bytes()
 
 
 def test_bad_input_is_one_line(together):
-    """What every process finds, and what only the first finds."""
+    """Bad input that every process finds, and bad input that only rank 0 finds."""
     _, folder, reports = together
     lines = [line for line in (folder / "said").read_text().splitlines() if "error:" in line]
     assert len(lines) == 2 and [report["codes"] for report in reports] == [[2, 2], [2, 2]], lines
@@ -343,7 +343,10 @@ main(sys.argv[1:])
 
 
 def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_path, monkeypatch):
-    """One process, then three, with no agent to stop two when the first is killed; then one."""
+    """One process starts the run, three resume it, and one finishes it.
+
+    No agent stops the other two processes when rank 0 is killed.
+    """
     config = make_config(model, steps=9, dropout=True)
     original = train_module.take_step
 
@@ -359,7 +362,7 @@ def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_pat
     assert [step for _, step in ledger(tmp_path)] == [0, 1, 2, 3]
 
     three = start(3, KILLED, *train_words(config, tmp_path, "--resume"))
-    said = [process.communicate(timeout=400) for process in three]  # the group's own is two hours
+    said = [process.communicate(timeout=400) for process in three]  # the group's timeout: two hours
     assert [process.returncode for process in three] == [-signal.SIGKILL, 2, 2]
     for out, err in said[1:]:
         assert (
@@ -377,7 +380,7 @@ def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_pat
     assert snapshot["step"] == 6
     assert snapshot["identity"].items() >= {**environment("cpu"), "processes": "3"}.items()
     result = train(config, tmp_path, resume=True)
-    # three streams: steps 0 to 3, 2 to 6, and what this one process draws anew, 6 to 8
+    # three noise streams: steps 0 to 3, steps 2 to 6, and steps 6 to 8, which this process draws
     assert result.releases == 4 + 5 + 3
     mechanism = GaussianMechanism(SIGMA, BOUND, 13 / TRAIN)
     assert result.epsilon == mechanism.epsilon(12, result.delta)
@@ -385,7 +388,7 @@ def test_killed_and_resumed_by_another_number_of_processes(model, start, tmp_pat
 
 @pytest.mark.parametrize("layout", ["copies", "shards"])
 def test_signals_stop_all_after_one_step(layout, model, start, tmp_path):
-    """As torchrun passes SIGTERM on to all: the step is saved, and one process says so."""
+    """All processes get SIGTERM, as from torchrun: the step is saved, and rank 0 says so."""
     config = make_config(
         model, steps=100_000, snapshot_every=100_000, eval_every=100_000, shard=layout == "shards"
     )
@@ -420,7 +423,7 @@ def test_owners():
         owner = processes.owners(shapes, count)
         assert owner.keys() == cost.keys() and set(owner.values()) <= set(range(count))
         loads = [sum(cost[n] for n in owner if owner[n] == rank) for rank in range(count)]
-        best = max(sum(cost.values()) / count, max(cost.values()))  # no division does better
+        best = max(sum(cost.values()) / count, max(cost.values()))  # no other split is better
         assert max(loads) <= 4 / 3 * best
     assert processes.owners(dict(reversed(shapes.items())), 3) == processes.owners(shapes, 3)
 

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A BERT of one layer with dropout, at random weights, and a task of sentences with labels."""
+    """Make a BERT of one layer with dropout and random weights, and a task of sentences."""
     folder = tmp_path_factory.mktemp("places")
     save_bert(folder / "model", hidden_size=16, num_hidden_layers=1, intermediate_size=24)
     write_reviews(folder / "data")
@@ -76,7 +76,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(places, tmp_path_factory):
-    """Weights of runs that nothing broke off, by configuration."""
+    """Return the weights of runs without an interruption, by configuration."""
     known = {}
 
     def find(config):
@@ -91,7 +91,7 @@ def uninterrupted(places, tmp_path_factory):
 
 
 def break_off(monkeypatch, owner, name, count, *, after=False):
-    """Let the call number ``count`` of a function raise, before or after it has done its work."""
+    """Let call number ``count`` of a function raise, before or after the function does its work."""
     original, calls = getattr(owner, name), []
 
     def breaking(*args, **kwargs):
@@ -115,7 +115,7 @@ def interrupt(monkeypatch, config, folder, owner, name, count, *, after=False, r
 
 
 def assert_finished(config, folder, result, reference):
-    """As if nothing had happened: the weights to the bit, and one release a step."""
+    """Check for the state of an undisturbed run: equal weights, and one release per step."""
     assert weights(folder) == reference
     assert result.releases == config.steps
     assert result.epsilon == GaussianMechanism(config.noise_multiplier, 1.0, 10 / 40).epsilon(
@@ -204,7 +204,7 @@ def test_several_interruptions_in_a_row(places, uninterrupted, tmp_path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [5, None])
 def test_a_replayed_step_makes_the_same_release(seed, places, tmp_path, monkeypatch):
-    """Without a seed too: the noisy sums are the same to the bit, so that a pair counts once."""
+    """The noisy sums are the same to the bit, also without a seed, so both count as one release."""
     config = make_config(places, **LORA | {"seed": seed})
     original, made = GaussianMechanism.add_noise, []
 
@@ -234,7 +234,7 @@ def test_without_a_seed_every_run_is_another(places, tmp_path):
     assert weights(tmp_path / "a") != weights(tmp_path / "b")
 
 
-# A stream of draws that can't go on
+# A stream of draws that cannot be continued
 
 
 def elsewhere(device):
@@ -249,7 +249,10 @@ def go_elsewhere(patch):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [5, None])
 def test_steps_drawn_anew_count_again(seed, places, tmp_path, monkeypatch):
-    """Six releases here, then steps 3 to 6 elsewhere; then, killed there as well, still those."""
+    """Six releases are made here, and steps 3 to 6 again on another machine, which count too.
+
+    The second run is killed there as well. When it is resumed, its replayed steps count once.
+    """
     config = make_config(places, **FULL | {"seed": seed})
     interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 6)
     with monkeypatch.context() as patch:
@@ -257,8 +260,8 @@ def test_steps_drawn_anew_count_again(seed, places, tmp_path, monkeypatch):
         interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 4, resume=True)
         seen = []
         result = train(config, tmp_path, resume=True, on_start=lambda _, count: seen.append(count))
-    # without a seed the second attempt elsewhere draws anew once more from step 6's snapshot, or
-    # goes on with the stream of that snapshot: which was made there, so the latter
+    # without a seed, the second attempt on the other machine could draw new noise from step 6's
+    # snapshot on; but the snapshot was made on that machine, so its stream of noise is continued
     assert seen == [result.releases] == [6 + 4]
     mechanism = GaussianMechanism(0.6, 1.0, 0.25)
     assert (
@@ -293,7 +296,7 @@ def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"secure_rng": True}])
 def test_secure_draws_are_replayed_and_count_once(changes, places, tmp_path, monkeypatch):
-    """Six releases, of which three are lost with the process, come back to the bit."""
+    """Of six releases, three are lost when the process dies, and are repeated to the bit."""
     config = make_config(places, **FULL | {"seed": None} | changes)
     original, made = GaussianMechanism.add_noise, []
 
@@ -333,7 +336,7 @@ def change_tokenizer(folder):
 
 @pytest.mark.slow
 def test_what_changes_the_sums_begins_new_noise_that_counts(places, tmp_path, monkeypatch):
-    """Between the kill and the resumption; and once more for another change, at the same step."""
+    """A change is made between the kill and the resumption, and another one at the same step."""
     shutil.copytree(places / "model", tmp_path / "model")
     config = make_config(places, **LORA | {"model": str(tmp_path / "model")})
     original, made = GaussianMechanism.add_noise, []
@@ -372,7 +375,7 @@ def test_what_changes_the_sums_begins_new_noise_that_counts(places, tmp_path, mo
 
 @pytest.mark.slow
 def test_a_copied_folder_makes_the_same_releases(places, tmp_path, monkeypatch):
-    """Two resumptions of one snapshot are one sequence, so that nothing is drawn for two sums."""
+    """Two resumptions of one snapshot make one sequence, so no noise is used for two sums."""
     config = make_config(places, **FULL | {"seed": None})
     interrupt(monkeypatch, config, tmp_path / "a", GradientRestorer, "restore", 5)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -386,7 +389,7 @@ def test_a_copied_folder_makes_the_same_releases(places, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def half_done(tmp_path_factory):
-    """``half_done(config, folder)``: a copy of a run broken off in step 7; snapshots of 3 and 6."""
+    """``half_done(config, folder)``: copy a run that stopped in step 7, with snapshots 3 and 6."""
     known = {}
 
     def copy(config, folder):
@@ -417,7 +420,7 @@ def test_a_torn_last_line_of_the_ledger_was_no_release(config, uninterrupted, ha
 
 
 def test_a_damaged_ledger_is_refused(config, half_done, tmp_path):
-    """Torn, filled up, with lines of another kind; or with lines lost, which would understate."""
+    """Lines are cut, appended, of another kind, or missing, which would understate the releases."""
     for number, (damage, words) in enumerate(
         [
             *(
@@ -488,7 +491,7 @@ DAMAGE = [
 def test_a_damaged_snapshot_is_passed_over_for_the_one_before(
     places, uninterrupted, half_done, tmp_path
 ):
-    """Every damage leads to step 3; from there one run, as good as any, is finished."""
+    """Each kind of damage leads to the snapshot of step 3; one of the runs is then finished."""
     config = make_config(places, **LORA)
     for number, (damage, suffix) in enumerate(DAMAGE):
         folder = tmp_path / str(number)
@@ -501,14 +504,14 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before(
 
 
 def spoil(rng, content):
-    """One bit flipped, one byte removed, put in or overwritten; a cut; two lines exchanged."""
+    """Flip a bit; remove, insert or overwrite a byte; cut the content; or exchange two lines."""
     place, kind = rng.randrange(len(content)), rng.randrange(7)
     if kind == 5:
         lines = content.split(b"\n")
         i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
         lines[i], lines[j] = lines[j], lines[i]
         return b"\n".join(lines)
-    if kind == 6:  # a digit, which JSON would still take
+    if kind == 6:  # a digit, so that the JSON stays valid
         digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
         place = rng.choice(digits) if digits else place
         return content[:place] + bytes([48 + rng.randrange(10)]) + content[place + 1 :]
@@ -522,7 +525,7 @@ def spoil(rng, content):
 
 
 def test_any_damage_is_refused_in_a_line_or_harmless(tmp_path):
-    """Two hundred damaged files: what is read is a snapshot that was written, or nothing is."""
+    """Each of 200 damaged files is refused in one line, or a snapshot that was written is read."""
     rng = random.Random(0)
     with open_run(tmp_path / "run") as folder:
         written = {}
@@ -553,14 +556,14 @@ def test_any_damage_is_refused_in_a_line_or_harmless(tmp_path):
             for other, content in files.items():
                 other.write_bytes(content)
         assert min(outcomes.values()) > 20
-        # nothing was written for what both are needed for
+        # without files there is no snapshot
         for path in files:
             path.unlink()
         assert folder.load_snapshot() is None
 
 
 def test_a_step_that_was_turned_back_is_not_believed(config, half_done, tmp_path):
-    """In the snapshot's JSON, 6 -> 4 as a number: releases would be counted for fewer draws."""
+    """The JSON's step 6 is edited to 4, so that releases would be counted for fewer draws."""
     half_done(config, tmp_path)
     path = tmp_path / "snapshots" / "step-000006.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "step": 4}))
@@ -591,7 +594,7 @@ def test_files_of_an_earlier_version_are_named(config, half_done, tmp_path):
 
 
 def test_without_a_whole_snapshot_the_releases_made_are_not_forgotten(places, half_done, tmp_path):
-    """What they spent depends on a configuration that nobody remembers."""
+    """The privacy that they spent depends on a configuration that is lost with the snapshot."""
     for seed in (5, None):
         config, folder = make_config(places, seed=seed), tmp_path / str(seed)
         half_done(config, folder)
@@ -601,7 +604,7 @@ def test_without_a_whole_snapshot_the_releases_made_are_not_forgotten(places, ha
             train(config, folder, resume=True)
 
 
-# Another run than the one that was begun
+# A run that differs from the run in the folder
 
 
 def test_another_configuration_is_refused(config, places, half_done, tmp_path):
@@ -638,7 +641,7 @@ def test_other_data_is_refused(places, tmp_path, half_done):
 
 @pytest.mark.slow
 def test_a_finished_run_is_not_repeated(config, places, tmp_path, monkeypatch):
-    result = train(config, tmp_path, resume=True)  # in an empty folder it starts afresh
+    result = train(config, tmp_path, resume=True)  # in an empty folder the run starts at step 0
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     break_off(monkeypatch, train_module, "prepare", 1)
     assert train(config, tmp_path, resume=True) == result
@@ -654,7 +657,7 @@ def test_a_finished_run_is_not_repeated(config, places, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_snapshots_that_outlived_their_run_are_removed(config, tmp_path):
-    """Killed just after the result was written: their generators could undo the noise."""
+    """The run was killed just after its result was written; its generators could undo the noise."""
     train(config, tmp_path)
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "step-000006.json").write_text("{}")
@@ -689,7 +692,7 @@ def test_a_refused_run_leaves_nothing_in_the_way(places, tmp_path):
     train(make_config(places, steps=1), tmp_path / "new")
 
 
-# Ledger and lock by themselves
+# Ledger and lock without a run
 
 
 def test_the_ledger_counts_pairs_once(tmp_path):
@@ -697,7 +700,7 @@ def test_the_ledger_counts_pairs_once(tmp_path):
         for stream, step in (("a", 0), ("a", 1), ("a", 1), ("b", 1), ("b", 2)):
             folder.begin_release(stream, step)
         assert folder.num_releases() == 4
-        assert folder.num_releases("b", range(1, 5)) == 6  # b's 3 and 4 are still to come
+        assert folder.num_releases("b", range(1, 5)) == 6  # b has yet to make steps 3 and 4
         assert folder.num_releases("c", range(1, 5)) == 8
         lines = (folder.snapshots / "releases.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
@@ -709,7 +712,7 @@ def test_the_ledger_counts_pairs_once(tmp_path):
 
 
 def test_a_last_line_counts_if_only_its_newline_is_missing(tmp_path):
-    """The release of a whole line may have been made; that of a line cut short was not."""
+    """A release may follow a whole line; no release follows a line that was cut short."""
     for missing, count in ((1, 3), (2, 2), (40, 2)):
         with open_run(tmp_path / str(missing)) as folder:
             for step in range(3):
@@ -794,7 +797,7 @@ print(json.dumps(codes))
 
 @pytest.mark.slow
 def test_a_full_disk_costs_nothing_that_was_done(places, tmp_path, monkeypatch):
-    """While a snapshot is written; and the checkpoint. Afterwards the run goes on."""
+    """The disk is full while a snapshot or the checkpoint is written; the run then resumes."""
     growing = make_config(places, optimizer="adam")  # whose state appears after the first step
     narrow = make_config(places, optimizer="adam", train_layers="pooler")
     sizes = []
@@ -894,7 +897,7 @@ for name, (kills, document) in json.loads(sys.argv[1]).items():
 
 @pytest.mark.slow
 def test_kill_9_at_random_times_changes_nothing(places, uninterrupted, tmp_path):
-    """A few steps after each start, somewhere in a step, as a seed chooses; then left to finish."""
+    """A seed chooses the kills: a few steps after each start, in mid-step. Then the run ends."""
     configs = {
         "lora": (4, make_config(places, **LORA, steps=24)),
         "full": (3, make_config(places, **FULL, steps=24)),

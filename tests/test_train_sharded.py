@@ -1,4 +1,4 @@
-"""Models sharded over processes (FSDP2): against a single process, and with failing processes."""
+"""Models sharded over processes (FSDP2): against one process, and with failing processes."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ json.dump(report, open(f"{folder}/rank-{rank}.json", "w"))
 
 @pytest.fixture(scope="module")
 def sharded(small_bert, start, tmp_path_factory):
-    """What two processes did: configurations, folder, and a report from each."""
+    """What two processes did: the configurations, the folder, and a report from each process."""
     folder = tmp_path_factory.mktemp("sharded")
     configs = {name: TrainConfig(**BASE | changes) for name, changes in RUNS.items()}
     configs["classifier"] = replace(configs["classifier"], model=str(small_bert))
@@ -131,7 +131,7 @@ def alone(config, stream):
 
 @pytest.mark.parametrize("name", list(RUNS)[:-2])
 def test_shards_train_as_one_process_does(name, sharded):
-    """Each sum on one process, the same noise to the bit, and the same weights at the end."""
+    """Each sum is on one process; noise (to the bit) and weights are those of a single process."""
     configs, folder, reports = sharded
     steps, setup, start = alone(configs[name], reports[0]["streams"][name][0])
     for step, pair in enumerate(steps, 1):
@@ -164,7 +164,7 @@ def test_shards_train_as_one_process_does(name, sharded):
 
 
 def test_secure_noise_is_added_once(sharded):
-    """Its variance over all entries and steps, chi-squared: false alarm in 10^6 runs."""
+    """A chi-squared test of the variance over all entries and steps (false alarm rate 1e-6)."""
     _, folder, _ = sharded
     noise = np.concatenate(
         [
@@ -212,7 +212,7 @@ def test_epsilon_and_results_are_those_of_one_process(sharded):
 
 
 def test_the_checkpoint_is_a_plain_one(sharded):
-    """Loaded by transformers, weights tied; LoRA's by PEFT, and it writes what the run's would."""
+    """transformers loads the checkpoint with tied weights; PEFT loads LoRA's and generates text."""
     import peft
 
     _, folder, _ = sharded
@@ -261,10 +261,14 @@ main(sys.argv[2:])
 
 
 def test_killed_mid_step_and_resumed(sharded, start, tmp_path):
-    """The other ends in seconds, with one line; two go on to the same bits, three count."""
+    """The other process ends within seconds, with one line.
+
+    Two processes resume the run to the same bits. If three processes resume a copy, lost steps
+    count again.
+    """
 
     def train_by(count, folder, after=0):
-        """Exit codes, and what was said; after so many sums the second process is killed."""
+        """Exit codes and output; the second process is killed after the given number of sums."""
         running = start(
             count,
             KILLED,
@@ -293,7 +297,7 @@ def test_killed_mid_step_and_resumed(sharded, start, tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "three")
     codes, said = train_by(2, tmp_path / "run")
     assert codes == [0, 0], said
-    assert load_result(tmp_path / "run").releases == STEPS  # replayed alike: each counts once
+    assert load_result(tmp_path / "run").releases == STEPS  # replayed steps count once
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
         folder / "restored" / "model.safetensors"
     ).read_bytes()
@@ -352,7 +356,7 @@ def test_an_idle_batch_adds_nothing():
 
 
 def test_a_sharded_model_needs_its_reduction(tmp_path):
-    """Else each process would clip and add its own rows only, and call that the sum."""
+    """Without it, each process would clip and add its own rows only, and return that as the sum."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 INDEX = ROOT / "paper_artifacts" / "README.md"
 VERDICTS = ("reproduced within limits", "reproduced", "not reproduced", "refuted", "holds")
-MAX_WORDS = 12  # of a cell of README's table, which is read on a phone
+MAX_WORDS = 12  # in a cell of README's table, which must fit the screen of a phone
 # how the claims of the short table begin in the tables of all claims, in the same order
 SHOWN = (
     "Restoring the singular values from the noisy gradient alone",
-    "DP-SGD reaches a given utility in fewer steps",
+    "DP-SGD with restored gradients reaches a given utility",
     "What noise costs in steps",
     "A rank-one preconditioner from public text",
     "Each coordinate of LoRA's noise",

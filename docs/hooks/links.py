@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# the pages that are made of a file of the repository outside docs/
+# the pages that are generated from a file of the repository outside of docs/
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "project/contributing.md",

@@ -21,7 +21,7 @@ def rooms() -> list[str]:
 
 
 def public_names(room: str) -> list[str]:
-    """Names that the face of ``room`` lists in ``__all__``; none if it lists none."""
+    """Names in the ``__all__`` of the package ``room``; none if the package has no ``__all__``."""
     for node in ast.parse(face(room).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return sorted(ast.literal_eval(node.value), key=str.lower)

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that are made of the code and the results, their links, and a check.
+"""Hooks of mkdocs: pages generated from the code and the results, their links, and a check.
 
 No copy of a result is kept in ``docs``: the pages of the results, of the reference and of the
 notebooks exist only while the site is built. Build the site by ``make docs``.
@@ -24,7 +24,7 @@ _sources: dict[str, str] = {}  # page -> the file of the repository that its lin
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the made pages to the navigation."""
+    """Add the generated pages to the navigation."""
     for entry in config.nav or []:
         for title, inner in entry.items():
             if title == "Results":
@@ -38,7 +38,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the made pages and the files that they show."""
+    """Add the generated pages and the files that they show."""
     _sources.clear()
 
     def add(page: str, source: str, text: str) -> None:
