@@ -12,7 +12,7 @@ the row space of A. So R given A is the Gaussian mechanism with mu = |g P|_F / (
 - Average over A: since A is independent of the data, delta(epsilon) of the pair (A, R) is
   E_A delta_Gauss(epsilon, |g P| / (sigma C)), for a neighbour that was fixed before A was drawn.
   For a g of rank one, |g P|^2 / |g|^2 has the distribution Beta(rank/2, (n - rank)/2), of mean
-  rank / n: the *squared* sensitivity falls by rank / n on average. Any g has
+  rank / n: the *squared* sensitivity falls to rank / n on average. Any g has
   |g P|^2 / |g|^2 = sum_i w_i b_i with such b_i and weights w_i that sum to 1. As a function of
   x = mu^2, delta_Gauss is convex up to x* = 2 (sqrt(1 + epsilon^2) - 1) and concave beyond.
   Replacing it beyond x* by its tangent at x* gives a convex function D >= delta_Gauss, and by
