@@ -1,4 +1,4 @@
-"""``python -m lowrank_dp.plan``: what the noise of a private run will do, before it is run."""
+"""``python -m lowrank_dp.plan``: predict the effect of noise on a private run, before the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lowrank_dp.plan import Gap, Plan
     from lowrank_dp.plan.making import Point
 
-app = _console.new_app("Noise, visible rank, alignment and step costs of a run, before it is run.")
+app = _console.new_app("Noise, visible rank, alignment and step costs of a private run, predicted.")
 
 
 @app.command()
@@ -28,7 +28,10 @@ def main(
     given: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Plan a private run from public text; the options are those of the run, and a few more."""
+    """Plan a private run from public text, without spending privacy.
+
+    The command takes the options of the run, and the options of the plan's own measurements.
+    """
     request = Request(**given)
     from rich.console import Console
 
@@ -43,7 +46,7 @@ def main(
 
 
 def _derived(plan: Plan) -> dict[str, Any]:
-    """Return the numbers that follow from a plan's fields, for JSON; infinity becomes None."""
+    """Return derived numbers of a plan as JSON types; an infinite number becomes None."""
 
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
@@ -131,7 +134,7 @@ def _print_schemes(console: Console, points: Sequence[Point]) -> None:
 
 
 def _print_steps(console: Console, points: Sequence[Point]) -> None:
-    """Print what noise costs the best step along the clean gradient."""
+    """Print the loss decrease of the best step along the clean gradient, with and without noise."""
     say(console, "")
     say(
         console,
@@ -158,7 +161,7 @@ def _print_steps(console: Console, points: Sequence[Point]) -> None:
 
 
 def _print_gap(console: Console, gap: Gap, text: str) -> None:
-    """Print the predicted gap in steps, and what denoising could save."""
+    """Print the predicted gap in steps, and the share of steps that a perfect denoiser saves."""
     say(console, "")
     steps = len(gap.trials[0].scores) - 1
     say(
