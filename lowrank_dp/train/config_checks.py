@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lowrank_dp.train.config import TrainConfig
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "adam-bc", "muon", "muon-bc")
-_READ_NOISE = ("adam-bc", "muon-bc")  # these need the noise level of the gradients they receive
-_NEED_WHOLE = ("muon", "muon-bc")  # these need whole matrices
+_READ_NOISE = ("adam-bc", "muon-bc")  # optimizers that need the noise level of their gradients
+_NEED_WHOLE = ("muon", "muon-bc")  # optimizers that need whole matrices, not shards
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
@@ -25,9 +25,9 @@ IMPLICIT_NOISES = ("none", "gaussian", "fresh-a")
 PREFIX_DTYPES = ("float32", "bf16")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
-_MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
-_LEAST_GAIN = 1e-6  # of DiSK, whose look-ahead is 1 / gain movements long
-_MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
+_MOST_REAL = 1e20  # largest real option; _MOST_REAL * _MOST_NOISE, also in sums, fits a float32
+_LEAST_GAIN = 1e-6  # smallest gain of DiSK, whose look-ahead is about 1 / gain movements long
+_MOST_NOISE = 1e9  # largest noise multiplier, as in GaussianMechanism.calibrate
 
 
 def check_config(config: TrainConfig) -> None:
@@ -225,14 +225,14 @@ def _check_preconditioner(config: TrainConfig) -> None:
 
 
 def _preconditioned_by_own_task(config: TrainConfig) -> bool:
-    """Tell whether the preconditioner's moments come from the private task."""
+    """Return whether the preconditioner's moments come from the private task."""
     if config.precondition in PRECONDITIONERS:
         return False
     return is_same_task(config.precondition, config.task)
 
 
 def is_same_task(one: str, other: str) -> bool:
-    """Tell whether two names or paths of tasks are spellings of the same one."""
+    """Return whether two names or paths denote the same task."""
     from lowrank_dp.data.tasks import known_name
 
     known = known_name(one)
