@@ -158,7 +158,7 @@ def _print(console: Console, reports: Sequence[Report]) -> None:
 
     for report in reports:
         for line in rendering.header(report):
-            if not line.startswith("format "):  # the plan has already printed the format
+            if not line.startswith("format "):  # the planned attacks already state the format
                 say(console, line)
         print_table(console, *rendering.table(report))
         for line in (*rendering.footer(report), rendering.LABEL):
