@@ -24,10 +24,10 @@ LABEL = (
 )
 CONSISTENT, CONTRADICTION = "CONSISTENT", "CONTRADICTION"
 _DROPOUT = {  # limits of the measurements of a run with dropout, by design
-    "sums": "contributions beside other rows are measured without dropout, and contributions of "
-    "single rows with dropout",
+    "sums": "contributions to a sum with other rows are measured without dropout, and "
+    "contributions of single rows are measured with dropout",
     "weights": "losses of canaries are measured without dropout",
-    "runs": "the canary's contribution is measured under other dropout masks than the step's",
+    "runs": "the canary's contribution is measured with other dropout masks than in the step",
 }
 _DESIGNS = {"sums": audit_sums, "weights": audit_weights, "runs": audit_runs}
 

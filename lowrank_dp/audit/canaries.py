@@ -109,8 +109,8 @@ def _require_auditable(config: TrainConfig) -> None:
     for name in ("non_private", "noise_free", "diagnostic"):
         if getattr(config, name):
             raise ValueError(
-                f"{name} must be False for an audit, got True: a run without a privacy claim has "
-                "nothing to audit"
+                f"{name} must be False for an audit, got True: an audit tests the privacy claim "
+                "of a run, and this run has none"
             )
     several = ""
     if config.shard:

@@ -89,7 +89,7 @@ def train_only(model: nn.Module, layers: list[str]) -> None:
     heads = {id(p) for module in head_modules(model).values() for p in module.parameters()}
     wanted = {f"{name}.weight" for name in layers}
     if wanted - set(matrix_parameters(model)):
-        raise ValueError("model must train every adapted layer in full fine-tuning too")
+        raise ValueError("model must also train every adapted layer in full fine-tuning")
     for name, p in model.named_parameters():
         p.requires_grad_(name in wanted or id(p) in heads)
 

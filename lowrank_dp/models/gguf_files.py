@@ -64,7 +64,7 @@ def _file_type(file: BinaryIO, size: int) -> int | None:
     def take() -> bytes:
         length = number("Q")
         if length > size:
-            raise ValueError("a text is longer than the file")
+            raise ValueError("a string in the header is longer than the file")
         return file.read(length)
 
     def skip(kind: int) -> None:
@@ -81,7 +81,7 @@ def _file_type(file: BinaryIO, size: int) -> int | None:
             number(_NUMBERS[kind])
 
     if file.read(4) != _MAGIC:
-        raise ValueError("no GGUF file")
+        raise ValueError("the file does not begin with GGUF's magic number")
     _version, _tensors, fields = number("I"), number("Q"), number("Q")
     for _ in range(fields):
         name, kind = take().decode(), number("I")

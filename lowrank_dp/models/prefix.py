@@ -39,9 +39,9 @@ class FrozenPrefix:
         frozen = [not any(_trains(module) for module in block) for block in modules]
         self.length = frozen.index(False) if False in frozen else len(frozen)
         if not self.length:
-            raise ValueError("no transformer block is frozen below the first trained one")
+            raise ValueError("no transformer block is frozen below the first trained block")
         if any(len(block) > 1 for block in modules[: self.length]):
-            raise ValueError(f"the blocks of {type(base).__name__} are several modules each")
+            raise ValueError(f"a block of {type(base).__name__} consists of several modules")
         self._model = model
         self._blocks = [block[0] for block in modules[: self.length]]
         above = [
@@ -181,7 +181,7 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _refuse(name: str, module: nn.Module, args: Any) -> None:
-    raise ValueError(f"{name or 'the model itself'} trains, and runs below the last frozen block")
+    raise ValueError(f"{name or 'the model'} is trained, and runs below the last frozen block")
 
 
 def _trains(module: nn.Module) -> bool:

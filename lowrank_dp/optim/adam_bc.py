@@ -72,7 +72,7 @@ class AdamBC(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step along the gradients in ``.grad``; a closure is not accepted."""
         if closure is not None:
-            raise ValueError("step must be called without a closure: gradients must hold noise")
+            raise ValueError("step must be called without a closure: .grad must contain the noise")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -54,7 +54,7 @@ class RestorationCallback(TrainerCallback):
         if state.global_step and self.handle.lacks_running_means:
             warnings.warn(
                 "the checkpoint that the run is resumed from holds no running means of a "
-                "restoration: they start anew",
+                "restoration: the running means start anew",
                 stacklevel=2,
             )
 

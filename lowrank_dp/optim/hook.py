@@ -320,8 +320,8 @@ class Restoration:
             self.load_state_dict(means)
         elif self._low_pass is not None:
             warnings.warn(
-                "the state_dict that the optimizer loads holds no running means of a restoration, "
-                "which stay as they are: load the handle's state_dict() too",
+                "the state_dict that the optimizer loads holds no running means of a restoration; "
+                "the present running means are kept: load the handle's state_dict() too",
                 stacklevel=4,
             )
         return {**saved, "state": state}

@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step along the gradients in ``.grad``; a closure is not accepted."""
         if closure is not None:
-            raise ValueError("step must be called without a closure: gradients must hold noise")
+            raise ValueError("step must be called without a closure: .grad must contain the noise")
         for inner, group in zip(self._inner, self.param_groups, strict=True):
             # loading a state replaces param_groups and state
             inner.param_groups, inner.state = [group], self.state

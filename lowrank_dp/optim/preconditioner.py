@@ -68,7 +68,7 @@ def attach_preconditioner(
     layers = scalable_layers(model)
     if not layers:
         found = ", ".join(scaled_layers(model)) or "none"
-        _validate.fail("model", "one with trained linear layers that have no scales", found)
+        _validate.fail("model", "a model with trained linear layers that have no scales", found)
     if any(hasattr(p, "grad_sample") for p in model.parameters()):
         raise ValueError(
             "model must not be wrapped by Opacus yet, whose hooks would keep the gradients of the "

@@ -143,7 +143,7 @@ def predict_alignment(
     """
     found = [spectrum for spectrum in spectra if spectrum.clean_norm > 0]
     if not found:
-        raise ValueError("spectra must hold a matrix with a nonzero clean gradient, got none")
+        raise ValueError("spectra must include a matrix with a nonzero clean gradient, got none")
     result = []
     for label, (scheme, options) in schemes.items():
         products = torch.tensor(

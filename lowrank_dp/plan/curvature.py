@@ -121,7 +121,7 @@ def slope_and_curvatures(
             curvatures[i] += float((second * change).sum())
         rows += len(losses)
     if not rows:
-        raise ValueError("batches must hold a row, got none")
+        raise ValueError("batches must hold at least one row, got none")
     return slope / rows, [max(value, 0.0) / rows for value in curvatures]
 
 

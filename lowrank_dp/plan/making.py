@@ -137,7 +137,7 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
     measurement = measurement or Measurement()
     if not config.adds_noise:
         raise ValueError(
-            "non_private and noise_free must be False for a plan: there is no noise to plan with"
+            "non_private and noise_free must be False for a plan: a plan predicts effects of noise"
         )
     if config.precondition != "none":
         raise ValueError(

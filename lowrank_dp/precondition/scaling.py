@@ -59,7 +59,7 @@ def joint_scales(
         entries += len(row) * len(col)
     factor = (entries / squares) ** 0.25 if squares else 1.0
     if not math.isfinite(factor):
-        raise ValueError("moments must not differ by more than float64 can hold")
+        raise ValueError("moments must not differ by a factor beyond the range of float64")
     return {
         name: Scale(found[name].row * factor, found[name].col * factor)
         if name in found

@@ -126,7 +126,7 @@ def _check_privacy(config: TrainConfig) -> None:
     if config.secure_rng and (config.seed is not None or not config.adds_noise):
         raise ValueError(
             "secure_rng must go without a seed, which would make the noise "
-            "reproducible, and without non_private and noise_free, which draw none"
+            "reproducible, and without non_private and noise_free, which draw no noise"
         )
 
 
@@ -200,12 +200,13 @@ def _check_preconditioner(config: TrainConfig) -> None:
         if config.shard or config.low_pass is not None:
             raise ValueError(
                 "precondition 'noisy' must go without shard and without a running mean of "
-                "gradients, whose noise would differ from entry to entry after a refreshment"
+                "gradients: after an update of the scales, the noise of a running mean would "
+                "differ from entry to entry"
             )
         if config.optimizer not in ("sgd", "adam", "adamw"):
             raise ValueError(
                 "precondition 'noisy' must go with optimizer sgd, adam or adamw, whose momentum "
-                f"can be expressed in a new metric, got {config.optimizer!r}"
+                f"can be rescaled to new scales, got {config.optimizer!r}"
             )
     elif config.precondition not in PRECONDITIONERS:
         from lowrank_dp.data.tasks import TASKS, known_name
@@ -269,13 +270,13 @@ def _check_implicit_noise(config: TrainConfig) -> None:
     asked = f"implicit_noise {config.implicit_noise!r}"
     if config.method != "full":
         raise ValueError(
-            f"{asked} must go with method 'full', got {config.method!r}: LoRA's own gradient has "
-            "that noise already"
+            f"{asked} must go with method 'full', got {config.method!r}: LoRA's own gradient "
+            "already has this noise"
         )
     if not config.non_private:
         raise ValueError(
-            f"{asked} must go with non_private: the noise depends on the gradient, so that it is "
-            "no privacy mechanism"
+            f"{asked} must go with non_private: the noise depends on the gradient, and is no "
+            "privacy mechanism"
         )
     if config.shard:
         raise ValueError(f"shard must go without {asked}, which needs whole matrices")

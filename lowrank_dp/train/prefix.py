@@ -145,7 +145,7 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached ({reason})")
     try:
         prefix = FrozenPrefix(model)
-    except ValueError as error:  # a sweep asks for every run, whether or not blocks are frozen
+    except ValueError as error:  # a sweep requests a cache for all runs, also without frozen blocks
         asked = request.shared_by is None
         return PrefixCache(f"frozen blocks not cached ({first_line(error)})" if asked else "")
     try:
@@ -313,7 +313,7 @@ def _filled(
     if all(key in store for key in distinct):
         return store, ""
     if not pays:
-        return None, "too few visits of a row to pay for a first pass"
+        return None, "too few steps: filling the cache would take longer than it saves"
     with store.lock(), _evaluating(model):
         missing = [row for key, row in distinct.items() if key not in store]
         run = partial(_run, prefix, config, half, pad_token_id, pad_to)
@@ -359,9 +359,9 @@ def _no_room(root: Path, config: TrainConfig, tokens: int, example: Tensor) -> s
     needed = tokens * example.shape[-1] * example.itemsize
     left = config.prefix_gigabytes * 1e9 - bytes_used(root)
     if needed > left:
-        return f"more than --prefix-gigabytes {config.prefix_gigabytes:g} leaves"
+        return f"outputs larger than --prefix-gigabytes {config.prefix_gigabytes:g} allows"
     if needed > shutil.disk_usage(root).free:
-        return "more than the disk has free"
+        return "outputs larger than the free space on the disk"
     return ""
 
 
