@@ -35,7 +35,7 @@ class Options:
     )
     scale: str = option("small", "Scale of the experiments: small (minutes on 2 cores) or full.")
     model: str = option(
-        "", "Hub id, folder or packaged name. Default: minilm if installed, else tiny."
+        "", "Model: hub id, folder or packaged name. Default: minilm if installed, else tiny."
     )
     task: str = option("", "Task name. Default: sst2 if LOWRANK_DP_DATA holds it, else generated.")
     device: str = option("cpu", "Device of the experiments: cpu or cuda.")
@@ -84,7 +84,7 @@ def main(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Make the figures, one after the other, and print a summary."""
+    """Compute or load the results of the figures, draw the figures, and print a summary."""
     if "only" in given:
         words = (name.strip() for names in given["only"] for name in names.split(","))
         given["only"] = tuple(dict.fromkeys(words))

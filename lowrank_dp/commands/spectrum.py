@@ -67,7 +67,7 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Measure one batch's clipped gradient sum, layer by layer. NON-PRIVATE."""
+    """Measure the singular values of one batch's clipped gradient sum, by layer. NON-PRIVATE."""
     asked = Options(**given)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra

@@ -80,8 +80,8 @@ class Options:
     nonmembers: Path | None = option(None, "File of records that were not trained on.")
     population: Path | None = option(
         None,
-        "File of records in no model, for RMIA and the quantile attack. Default: up to "
-        f"{POPULATION:,} records of the validation split.",
+        "File of records that no model was trained on, for RMIA and the quantile attack. Default: "
+        f"up to {POPULATION:,} records of the validation split.",
     )
     base: str = option(
         "",

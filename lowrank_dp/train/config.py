@@ -50,7 +50,11 @@ class TrainConfig:
         "Task name, or own data: a file (CSV, TSV, JSON Lines, JSON, Parquet), a folder "
         "with a train and a validation file, or a folder saved by datasets.",
     )
-    method: str = option("full", "Trained parameters: the model's own, or LoRA's.", choices=METHODS)
+    method: str = option(
+        "full",
+        "Trained parameters: the model's own (full), LoRA's A and B, or B alone (lora-frozen-a).",
+        choices=METHODS,
+    )
     epsilon: float | None = option(
         None, "Privacy budget epsilon, above 0. The noise is calibrated to this budget."
     )
@@ -117,12 +121,12 @@ class TrainConfig:
         choices=SCHEDULES,
     )
     warmup_steps: int = option(
-        0, "Number of steps at the start in which the learning rate rises from 0 to its full value."
+        0, "Number of steps at the start in which the learning rate rises to its full value."
     )
     scheme: str = option(
         "none",
-        "Restoration scheme of the noisy gradients (lowrank_dp.restore.restore); none is "
-        "plain DP-SGD.",
+        "Restoration scheme of the noisy gradients (lowrank_dp.restore.restore); none leaves the "
+        "gradients unchanged.",
         choices=SCHEME_NAMES,
     )
     scheme_options: Mapping[str, Any] = option(
@@ -133,7 +137,8 @@ class TrainConfig:
     )
     below: str = option(
         "keep",
-        "Treatment of a matrix without a singular value above the bulk of the noise: keep or zero.",
+        "Treatment of a matrix without a singular value above the bulk of the noise: keep (leave "
+        "the matrix unchanged) or zero (set the matrix to 0).",
     )
     restore_method: str = option(
         "fast",
