@@ -119,8 +119,8 @@ def _require_auditable(config: TrainConfig) -> None:
         several = "an audit must be started as one process, not by torchrun (WORLD_SIZE is set)"
     if several:
         raise ValueError(
-            f"{several}: only one process can take the gradients of canaries beside a step; audit "
-            "the same configuration in one process, which computes the same clipped sums"
+            f"{several}: only one process can compute the canaries' gradients in a training step; "
+            "audit the same configuration in one process, which computes the same clipped sums"
         )
 
 

@@ -229,7 +229,7 @@ def _products(made: Tensor, clean: Tensor) -> tuple[float, float, float]:
     return float(m @ m), float(m @ g), float(g @ g)
 
 
-# --- what it shows --------------------------------------------------------------------------------
+# --- table and summary ----------------------------------------------------------------------------
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:

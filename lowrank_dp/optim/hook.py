@@ -91,7 +91,7 @@ def attach_restoration(
         momentum_beta: in [0, 1): replace every gradient by the bias-corrected running mean of the
             noisy gradients, whose noise is smaller and known, and restore the mean. The running
             mean takes the place of the optimizer's own momentum: set Adam's beta1, or SGD's
-            momentum, to 0. A warning is given if the optimizer has a momentum of its own.
+            momentum, to 0. If the optimizer has its own momentum, a warning is given.
         low_pass: filter over the noisy gradients, in its initial state, in place of
             ``momentum_beta``, such as ``LowPassFilter(b=(0.15, -0.05), a=(-0.9,))`` (DOPPLER, arXiv
             2408.13460) or ``kalman_filter(0.7)`` (the filter of DiSK, arXiv 2410.03883, without

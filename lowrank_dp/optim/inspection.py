@@ -97,7 +97,7 @@ def warn_of_other_momentum(optimizer: torch.optim.Optimizer) -> None:
         for name, value in (("betas[0]", betas[0]), ("momentum", group.get("momentum"))):
             if value:
                 warnings.warn(
-                    f"{name} of {type(optimizer).__name__} should be 0 beside a running mean of "
+                    f"{name} of {type(optimizer).__name__} should be 0 with a running mean of "
                     f"gradients (momentum_beta or low_pass), got {float(value):g}: the gradients "
                     "are averaged twice",
                     stacklevel=4,

@@ -49,7 +49,7 @@ class Measurement:
         if self.trial_rows is not None:
             _validate.integer("trial_rows", self.trial_rows)
         if self.public and self.own_records:
-            raise ValueError("public must be left out beside own_records, got both")
+            raise ValueError("public must be left out if own_records is given, got both")
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _check_restoration(config: TrainConfig) -> None:
             )
     if averaged and config.disk_kappa is None and config.beta1:
         raise ValueError(
-            f"beta1 must be 0 or left out beside a running mean of gradients, got {config.beta1:g}"
+            f"beta1 must be 0 or left out with a running mean of gradients, got {config.beta1:g}"
         )
 
 
