@@ -110,8 +110,8 @@ def _print_plan(console: Console, audited: Audited, request: Request) -> None:
     say(console, f"audit: {design.design}: {describe_audit(audited, design)}")
     say(
         console,
-        f"plan: {design.num_runs * audited.setup.config.steps:,} steps, about {seconds:.0f} s at "
-        "the speed of the canaries' gradients",
+        f"plan: {design.num_runs * audited.setup.config.steps:,} steps, about {seconds:.0f} s "
+        "(estimated from the time of the canaries' gradients)",
     )
     say(console, LABEL)
 
@@ -140,11 +140,11 @@ def _print(console: Console, report: Report) -> None:
                 ]
                 for line in report.lines
             ],
-            title=f"Laws (all tests together reject a correct run with probability "
+            title=f"Laws (the tests together reject a correct run with probability at most "
             f"{report.design.level:g}):",
         )
     if report.objection is not None:
-        say(console, f"train's own checks: {report.objection or 'no objection'}")
+        say(console, f"checks of train: {report.objection or 'all passed'}")
     for found in report.power:
         factor = "none up to 32" if found.factor is None else f"f = {found.factor:.3f}"
         say(console, f"power 0.8: {found.fault}: {factor}, by {found.by}")

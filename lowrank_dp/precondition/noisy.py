@@ -112,6 +112,9 @@ def refresh_scales(
         moments: moments of full-weight gradients, by the layer's name.
         power: exponent of :func:`joint_scales`, in [0, 0.5].
         equal_rows: as in :func:`joint_scales`.
+
+    Raises:
+        ValueError: in the cases of :func:`joint_scales`.
     """
     layers = scaled_layers(model)
     for name, scale in joint_scales(moments, power, equal_rows=equal_rows).items():

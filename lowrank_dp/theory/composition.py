@@ -107,6 +107,9 @@ def hu_guarantee(
         angle: largest angle between neighbouring vectors, in radians, in [0, pi/2).
         tail: delta' of the theorem, in (0, 1/3).
 
+    Raises:
+        ValueError: for an argument out of its range.
+
     >>> epsilon, delta = hu_guarantee(16, 768, angle=0.01, tail=1e-3)
     >>> round(epsilon, 2), round(delta, 6)
     (7.83, 0.003)
