@@ -77,7 +77,7 @@ class Report:
 
     @property
     def lower_bound(self) -> float:
-        """Largest lower bound on epsilon; it holds at ``confidence``."""
+        """Largest lower bound on epsilon, at the confidence ``confidence``."""
         return max((bound.epsilon for bound in self.bounds), default=0.0)
 
 

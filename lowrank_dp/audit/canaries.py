@@ -158,16 +158,16 @@ class Observer:
     """
 
     def sampled(self, rows: Sequence[int], sampler: Any) -> None:
-        """Take the rows of the sample."""
+        """Receive the rows of the sample, and the generator of the samples."""
 
     def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
-        """Take the clipped sums and the step's own clipping function, before the noise."""
+        """Receive the clipped sums and the step's own clipping function, before the noise."""
 
     def noised(self, clean: Sums, noisy: Sums, noise: Any, step: int) -> None:
-        """Take the sums before and after the noise."""
+        """Receive the sums before and after the noise is added."""
 
     def assigned(self, noisy: Sums, step: int) -> None:
-        """Take the gradients of the optimizer, which are in ``.grad``."""
+        """Receive the noisy sums, when the optimizer's gradients are in ``.grad``."""
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def _make(
     sources: dict[Any, Any],
     console: Console,
 ) -> dict[str, Any]:
-    """Compute a figure's result if there is a config; draw and summarise the result."""
+    """Compute a figure's result if ``place`` has a config; draw and summarise the result."""
     from lowrank_dp import artifacts
     from lowrank_dp.figures import compute, find, show
 

@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The setting in words."""
+        """Name of the setting, in words."""
         noise = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
         return f"{self.arm}, {self.part}, B = {self.batch_size}{noise}"
 

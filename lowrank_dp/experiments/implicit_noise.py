@@ -89,12 +89,12 @@ class Result:
 
     @property
     def train_level(self) -> float:
-        """The training loss, in nats, at which arms are compared."""
+        """Training loss, in nats, at which arms are compared."""
         return common_level(self.train_loss, self.config.train_levels)
 
     @property
     def held_out_level(self) -> float:
-        """The held-out loss, in nats, at which arms are compared."""
+        """Held-out loss, in nats, at which arms are compared."""
         return common_level(self.held_out_loss, self.config.held_out_levels)
 
     @property

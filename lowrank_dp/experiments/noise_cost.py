@@ -211,7 +211,7 @@ def _collect(config: Config, found: list[list[Stage]]) -> Result:
 
 
 def _padded(values: np.ndarray, num_layers: int) -> np.ndarray:
-    """Pad the layers, axis 1, with NaN."""
+    """Pad axis 1 of ``values`` with NaN to the length ``num_layers``."""
     missing = num_layers - values.shape[1]
     return np.pad(values, [(0, 0), (0, missing), (0, 0)], constant_values=np.nan)
 

@@ -147,7 +147,7 @@ def restoration_of(optimizer: Any) -> Restoration | None:
 
 
 class Restoration:
-    """Handle of one attachment, made by :func:`attach_restoration`.
+    """Handle of an optimizer's restoration, made by :func:`attach_restoration`.
 
     Attributes:
         mean_noise_std: noise level in the units of ``p.grad``, None with Opacus; assign a new value
@@ -279,7 +279,7 @@ class Restoration:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a :meth:`state_dict` of the same parameters and filter.
+        """Load a :meth:`state_dict` of the same parameters and filter.
 
         Raises:
             ValueError: if the state belongs to another filter or to other parameters.
@@ -327,7 +327,7 @@ class Restoration:
         return {**saved, "state": state}
 
     def _coefficients(self) -> dict[str, Tensor]:
-        """Tensors of a state_dict that identify the filter."""
+        """Return the tensors of a state_dict that identify the filter."""
         if self._low_pass is None:
             return {}
         if self._beta is not None:

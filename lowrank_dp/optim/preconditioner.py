@@ -95,7 +95,7 @@ def attach_preconditioner(
 
 
 class Preconditioner:
-    """Handle of one attachment, made by :func:`attach_preconditioner`."""
+    """Handle of a model's preconditioner, made by :func:`attach_preconditioner`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

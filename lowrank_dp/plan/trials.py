@@ -61,7 +61,7 @@ class Trial:
 
     @property
     def gain(self) -> float:
-        """Fall of the smoothed score over the training, >= 0."""
+        """Decrease of the smoothed score over the training, >= 0."""
         return self.scores[0] - _smooth(self.scores)[-1]
 
 

@@ -226,8 +226,8 @@ def check_releases(releases: int, steps: int) -> None:
 class MovementCheck:
     """Refuse parameters that do not move although they have gradients.
 
-    A parameter that the optimizer holds may stand still for the first steps while others move: its
-    steps may be less than float32 resolves, as those of LoRA's A are while B is near 0.
+    A parameter that the optimizer holds may stay unchanged in the first steps while others move:
+    its steps may be smaller than the float32 spacing. LoRA's A is an example while B is near 0.
 
     The object is made before the first step; :meth:`note` is called in every step, and
     :meth:`check` after some steps.

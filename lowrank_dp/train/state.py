@@ -1,4 +1,4 @@
-"""State of a run between two steps: what a snapshot holds, and how it is packed and unpacked.
+"""State of a run between two steps, and the packing of this state into a snapshot.
 
 A snapshot holds the trained parameters, the optimizer's state, the running means, DiSK's last
 movement, the scales and moments of a preconditioner, the states of all generators, and the curve so
