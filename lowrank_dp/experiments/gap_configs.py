@@ -34,7 +34,7 @@ class Config(Protocol):
 
 _SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)
 
-# the settings in three parts, each of a few hours
+# the settings in three parts, split by their computing time
 SST2 = Config(_SST2, batch_sizes=(256,), parts=("last block",))
 SST2_LARGE_BATCH = Config(_SST2, batch_sizes=(1024,), parts=("last block",))
 SST2_ALL_LAYERS = Config(_SST2, parts=("all",))
