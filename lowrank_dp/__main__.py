@@ -12,15 +12,15 @@ COMMANDS = {
     "spectrum": "measure the spectra of a model's gradients",
     "restore": "restore noisy gradients in a file",
     "lora": "measure LoRA's implicit noise on real layers",
-    "plan": "predict the noise's effects on a private run, without spending privacy",
+    "plan": "predict the effects of noise on a private run, without spending privacy",
     "train": "fine-tune a model with differential privacy",
-    "audit": "audit a run's epsilon by canaries in its training loop",
+    "audit": "bound the epsilon of a run from below, by canaries in its training loop",
     "mia": "attack a checkpoint by membership inference",
     "figures": "draw the papers' figures",
 }
 # Number of new objects after which the garbage collector runs. Imports make many objects that live
-# as long as the process, and with Python's default of 700 the collector runs a thousand times
-# (0.6 s of CPU).
+# as long as the process. With Python's default of 700, the collector would run a thousand times,
+# which takes 0.6 s of CPU.
 _NEW_OBJECTS = 50_000
 
 

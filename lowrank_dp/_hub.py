@@ -20,10 +20,10 @@ def offline_requested() -> bool:
 
 
 def hub_reachable() -> bool:
-    """Tell whether the hub accepts a connection within three seconds.
+    """Return whether the hub accepts a connection within three seconds.
 
     The Hugging Face libraries retry for a long time before they fail, so callers call this function
-    first. Behind an HTTPS proxy a direct connection proves nothing; the result is True.
+    first. Behind an HTTPS proxy, a direct connection shows nothing, and the result is True.
     """
     if urllib.request.getproxies().get("https"):
         return True

@@ -1,4 +1,4 @@
-"""Strict JSON (no name twice in an object, no endless nesting) and digests of documents."""
+"""Strict JSON (no repeated names in an object, limited nesting), and digests of documents."""
 
 from __future__ import annotations
 

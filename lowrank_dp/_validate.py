@@ -112,7 +112,7 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def did_you_mean(value: Any, options: Iterable[str]) -> str:
-    """Return " (did you mean ...?)" with the option most similar to ``value``, or "" for none."""
+    """Return " (did you mean ...?)" with the option most similar to ``value``, or ""."""
     near = difflib.get_close_matches(str(value), list(options), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

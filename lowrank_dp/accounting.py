@@ -16,10 +16,10 @@ delta below about 1e-10 and can put epsilon below the truth. The distribution is
 multiplied by exp(theta * loss), with the theta of Chernoff's bound, before the transform, and
 divided by the same factor afterwards. The error is then relative to delta.
 
-This composition and the search of ``GaussianMechanism.calibrate`` stay instead of dp-accounting's
+This composition and the search of ``GaussianMechanism.calibrate`` replace dp-accounting's
 ``PLDAccountant`` and ``calibrate_dp_mechanism``. In one comparison over six settings (which no
-benchmark keeps), the latter also met the target epsilon, but took 14 to 23 times as long and asked
-for more noise: up to 9%, and six times as much for epsilon 1e-3 in 1000 steps.
+benchmark keeps), those of dp-accounting also met the target epsilon. They took 14 to 23 times as
+long and gave more noise: up to 9% more, and six times as much for epsilon 1e-3 in 1000 steps.
 """
 
 from __future__ import annotations
@@ -155,10 +155,10 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """Epsilon at ``delta`` by Renyi DP, the smallest over the orders in ``_ORDERS``.
 
-    The arguments are those of :func:`bound`. The orders are tried in blocks, from the smallest
-    order on. A Renyi divergence does not fall as its order grows (van Erven & Harremoes 2014,
-    theorem 3), so the search stops when the divergence of an order shows that no larger order gives
-    a smaller epsilon.
+    The arguments are those of :func:`bound`. The orders are tried in blocks, in increasing order. A
+    Renyi divergence does not decrease in its order (van Erven & Harremoes 2014, theorem 3). The
+    search therefore stops when the divergence of an order shows that no larger order gives a
+    smaller epsilon.
     """
     best = math.inf
     for start in range(0, len(_ORDERS), _BLOCK):
@@ -170,8 +170,8 @@ def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta
         found, _ = rdp_privacy_accountant.compute_epsilon(orders[kept], divergences[kept], delta)
         best = min(best, float(found))
         order, divergence = orders[kept][-1], divergences[kept][-1]
-        # lower bound on epsilon of all larger orders: without the term in log(1 / delta), which
-        # is positive; the factor covers the rounding error of the divergences
+        # lower bound on epsilon of all larger orders: the positive term in log(1 / delta) is left
+        # out, and the factor covers the rounding error of the divergences
         least = divergence * (1 - 1e-6) + math.log1p(-1 / order) - math.log(order) / (order - 1)
         if least > best or not kept.all():
             break
@@ -197,7 +197,7 @@ def _divergences(noise_multiplier: float, sample_rate: float, start: int) -> np.
     computed = int(np.searchsorted(spans, _POINTS, side="right"))
     if not computed:
         return found
-    # the orders share the points and differ in their number
+    # all orders use the same points; a larger order uses more of them
     x = np.arange(low, orders[computed - 1] + 40 * noise_multiplier, interval)
     log_ratio = (x - 0.5) / noise_multiplier**2
     loss = np.where(  # log1p and expm1 keep the relative precision of a small loss

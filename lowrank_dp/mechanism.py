@@ -161,9 +161,9 @@ class GaussianMechanism:
             steps: number of releases, >= 0; a step with an empty sample counts.
             delta: in (0, 1). Delta should be below 1 / N for N units of privacy. This class does
                 not know N; ``train`` warns if delta is larger.
-            accountant: "pld" (default), the smallest bound of :mod:`lowrank_dp.accounting`, which
-                the tests hold to at most 5% above reference values; "rdp", the bound of Renyi DP
-                alone, which is looser for ``sample_rate`` < 1.
+            accountant: "pld" (default) is the smallest bound of :mod:`lowrank_dp.accounting`; the
+                tests require it to be at most 5% above reference values. "rdp" is the bound of
+                Renyi DP alone, which is looser for ``sample_rate`` < 1.
 
         Raises:
             ValueError: if an argument is out of range.

@@ -167,7 +167,7 @@ def state_of(generator: Generator) -> Tensor:
 
 
 def generator_at(generator: Generator, state: Tensor) -> Generator:
-    """Return a generator of the same kind at a saved state; a torch generator is set to it."""
+    """Return a generator of the same kind at a saved state; changes a torch generator in place."""
     if isinstance(generator, SecureRandom):
         return SecureRandom.from_state(state)
     return generator.set_state(state)

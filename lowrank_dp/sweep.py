@@ -1,8 +1,8 @@
 """Sweeps: many training configurations, trained in parallel, resumable, each only once.
 
 Every configuration has a folder that is named after a hash of the configuration. A sweep that is
-repeated or extended therefore computes only what is missing, and a killed run resumes from its last
-snapshot.
+repeated or extended therefore trains only the configurations without a finished run. A killed run
+resumes from its last snapshot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.train import TrainConfig, TrainResult
 from lowrank_dp.train.loop import train
 
-PREFIX_FOLDER = "prefix_cache"  # what frozen blocks make of the records, for all runs
+PREFIX_FOLDER = "prefix_cache"  # folder of the frozen blocks' outputs, shared by all runs
 PATIENCE = 600.0  # seconds to wait for a run that another process holds, which may be dying
 DIED = (
     f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it (out "
@@ -49,8 +49,8 @@ class Outcome:
 def run_folder(config: TrainConfig, folder: str | Path) -> Path:
     """Return the folder of a run, named after a hash of the fields that differ from their defaults.
 
-    A field that has its default does not enter the hash, so that a later version of this package,
-    which has more fields, finds the finished runs.
+    A field with its default value does not enter the hash. A later version of this package, which
+    has more fields, therefore finds the finished runs.
 
     Raises:
         ValueError: if ``config.seed`` is None: an unseeded run cannot be identified later.
@@ -74,7 +74,7 @@ def sweep(
     whose worker was killed resumes from its last snapshot; after three deaths the run counts as
     failed. Runs whose lower blocks are frozen share a cache of these blocks' outputs in
     ``folder / "prefix_cache"``, unless a configuration names another folder or "off". The cache is
-    as sensitive as the records; it may be deleted once the sweep is finished.
+    as sensitive as the records, and may be deleted once the sweep is finished.
 
     Args:
         configs: configurations, each with a seed.

@@ -104,7 +104,7 @@ def test_targets_that_differ_in_their_seed_share_their_shadows(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_trial(tmp_path, monkeypatch):
+def test_a_small_trial(tmp_path, monkeypatch, in_this_process):
     asked = []
 
     def attacked(config, num_shadows, folder):

@@ -201,7 +201,7 @@ def test_step_gain_is_the_best_step_of_the_quadratic_model(measured):
     assert found.trace == pytest.approx(exact, rel=0.2)  # 3 standard errors: 0.21
     with pytest.raises(ValueError, match="noise_std"):
         step_gain(model, batches, kind, direction, -1.0)
-    with pytest.raises(ValueError, match="must hold a row"):
+    with pytest.raises(ValueError, match="must hold at least one row"):
         step_gain(model, [], kind, direction, 1.0)
 
 

@@ -305,7 +305,7 @@ def test_without_a_cache_the_description_says_why(places, tmp_path):
     for changes, words in (
         ({"train_layers": None}, "no transformer block is frozen"),
         ({"dropout": True}, "--dropout"),
-        ({"prefix_gigabytes": 1e-6}, "more than --prefix-gigabytes 1e-06 leaves"),
+        ({"prefix_gigabytes": 1e-6}, "outputs larger than --prefix-gigabytes 1e-06 allows"),
     ):
         with case(*changes):
             config = make_config(places, prefix_cache=str(tmp_path / "cache"), **changes)
@@ -417,7 +417,7 @@ def test_a_tenth_too_much_of_a_row_stops_the_run(dtype, places, tmp_path, monkey
 def test_a_first_pass_must_pay(places, tmp_path):
     config = make_config(places, prefix_cache=str(tmp_path / "cache"), steps=1, eval_every=1)
     few = prepare(config, 5, CacheRequest(shared_by=1))
-    assert "not in training (too few visits" in few.description
+    assert "not in training (too few steps" in few.description
     assert few.prefix.training is None and few.prefix.evaluation is not None
     many = prepare(config, 5, CacheRequest(shared_by=50))
     assert many.digests["prefix"] and "but not" not in many.description

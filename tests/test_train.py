@@ -1016,7 +1016,7 @@ BAD = [
     ),
     (
         {"noise_multiplier": None, "noise_free": True, "secure_rng": True, "seed": None},
-        "without non_private and noise_free, which draw none",
+        "without non_private and noise_free, which draw no noise",
     ),
     ({"scheme": "truncate"}, "k must be given"),
     ({"scheme": "denoise", "scheme_options": {"kapa": 1}}, "did you mean 'kappa'"),

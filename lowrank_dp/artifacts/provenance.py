@@ -78,7 +78,7 @@ def _command() -> str:
 
 
 def _script(path: str) -> str:
-    """Name a script by its path below the working folder, or by its name alone."""
+    """Return a script's path below the working folder; for other scripts, the file name alone."""
     script, here = Path(path).absolute(), Path.cwd()
     return f"python {script.relative_to(here)}" if script.is_relative_to(here) else script.name
 

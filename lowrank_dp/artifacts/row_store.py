@@ -23,13 +23,13 @@ _SUFFIX = ".safetensors"
 class RowStore:
     """Tensors (T_i, d) by key, in files that are mapped into memory.
 
-    Every file holds the tensors of many rows, is written once and is named after the SHA-256 of its
-    content. Only the owner can read the folder and its files. A killed writer leaves whole files
-    only, and a file that cannot be read counts as absent.
+    Every file holds the tensors of many rows. A file is written once, and its name is the SHA-256
+    of its content. Only the owner can read the folder and its files. A killed writer leaves no
+    partial file. A file that cannot be read counts as absent.
 
     Args:
-        folder: folder of the files. This folder and its parent are made if they are missing; only
-            the owner can read a folder that is made here.
+        folder: folder of the files. The folder and its parent are made if they are missing; only
+            the owner can read a new folder.
 
     Raises:
         ValueError: if the folder belongs to another user.
@@ -90,7 +90,7 @@ class RowStore:
         self.refresh()
 
     def digest(self, keys: Sequence[bytes]) -> str:
-        """Return a SHA-256 that changes if the tensor under one of the keys does."""
+        """Return a SHA-256 that changes if the tensor under any of ``keys`` changes."""
         found = hashlib.sha256()
         for key in keys:
             found.update(f"{key.hex()} {self._places[key]}\n".encode())
@@ -98,9 +98,9 @@ class RowStore:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Wait until no other process is in such a block, so that none does the same work.
+        """Lock the store for one process, so that two processes do not compute the same tensors.
 
-        On a file system without locks nobody waits, which costs time only.
+        On a file system without locks, no process waits: tensors may be computed twice.
         """
         with open(self._folder / "lock", "wb", opener=_private) as file:
             with contextlib.suppress(OSError):

@@ -116,8 +116,9 @@ def save_figure(figure: Figure, folder: str | Path, name: str, *, privacy: str =
         figure: the figure.
         folder: where to save; created if missing.
         name: file name without suffix, and the title in the files' metadata.
-        privacy: the privacy statement of what is shown, a result's field ``privacy``. It becomes
-            ``Description`` in the PNG's metadata and ``Subject`` in the PDF's; "" states nothing.
+        privacy: privacy statement of the shown result (its field ``privacy``). The statement is
+            stored as ``Description`` in the PNG's metadata and as ``Subject`` in the PDF's; "" is
+            not stored.
 
     Returns:
         The paths of the two files. The PDF states no date, so that the same figure always gives the

@@ -1,14 +1,18 @@
-"""Audit of a run's privacy by canaries in its own training loop, beside the accountant's claim.
+"""Privacy audit: canaries in the training loop give lower bounds on epsilon.
 
 NON-PRIVATE: an audit reads clean sums, samples and membership bits, which a private run never
-publishes.
+publishes. The module of each subject:
 
-    request  options of an audit      canaries  rows of random tokens, and runs with them
-    sums, weights, runs  the designs  stepping  what the design sums reads in one step
-    laws  tests of the stated laws    bounds    lower bounds on epsilon
-    power  factors that are found     timing    estimate of an audit's duration
-    scales  a preconditioner's scales, computed a second time from the releases
-    auditing  the audit of a configuration, and its report
+    request             options of an audit
+    canaries            rows of random tokens, and training runs with these rows
+    sums, weights, runs the three designs of an audit
+    stepping            measurements of the design ``sums`` in one training step
+    laws                statistical tests of noise, sample and contributions
+    bounds              lower bounds on epsilon
+    power               smallest faults that a design detects
+    timing              estimate of an audit's duration
+    scales              second computation of a preconditioner's scales, from the releases
+    auditing            audit of a configuration, and its report
 """
 
 from typing import TYPE_CHECKING

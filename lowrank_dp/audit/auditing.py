@@ -1,4 +1,4 @@
-"""Audit a configuration by a design, and report the bounds beside the accountant's epsilon."""
+"""Audit of a training configuration: lower bounds on epsilon, compared with the accountant's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LABEL = (
     "protects; keep a report on real records as private as the records"
 )
 CONSISTENT, CONTRADICTION = "CONSISTENT", "CONTRADICTION"
-_DROPOUT = {  # what is measured of a run with dropout
-    "sums": "contributions beside other rows are measured without dropout, and contributions of "
-    "single rows with dropout",
+_DROPOUT = {  # limits of the measurements of a run with dropout, by design
+    "sums": "contributions to a sum with other rows are measured without dropout, and "
+    "contributions of single rows are measured with dropout",
     "weights": "losses of canaries are measured without dropout",
-    "runs": "the canary's contribution is measured under other dropout masks than the step's",
+    "runs": "the canary's contribution is measured with other dropout masks than in the step",
 }
 _DESIGNS = {"sums": audit_sums, "weights": audit_weights, "runs": audit_runs}
 
@@ -37,23 +37,25 @@ class Report:
     """Report of an audit. NON-PRIVATE.
 
     Attributes:
-        privacy: the label of the report.
-        config: configuration of the audited run.
+        privacy: sentence that says why the report is NON-PRIVATE.
+        config: configuration of the audited run, as JSON types.
         design: the design and its sizes.
         description: the model, the data and the canaries, in words.
-        statement: the accountant's claim for the run with its canaries, in words.
-        epsilon, delta: the claim: ``config.epsilon``, or the accountant's epsilon of the noise
-            multiplier, the clipping norm and the sampling rate that the configuration states.
-        confidence: confidence of the bounds, one-sided, all bounds together.
+        statement: privacy statement of the mechanism for the run with its canaries, in words.
+        epsilon, delta: the audited claim. Epsilon is ``config.epsilon`` if given. Otherwise the
+            accountant computes epsilon from the noise multiplier and the sampling rate that the
+            configuration states.
+        confidence: confidence, in (0, 1), that all lower bounds hold together; one-sided.
         bounds: lower bounds on epsilon.
-        lines: compared facts; empty but for the design ``sums``.
-        objection: first objection of train's own checks, which do not stop an audit; "" if they
-            had none, None if the design does not ask them.
-        power: the factors that the design finds at its size.
-        contradictions: what contradicts the claim, in words.
-        verdict: CONSISTENT or CONTRADICTION.
+        lines: comparisons of measurements with their expected values or laws; empty for the
+            designs ``weights`` and ``runs``.
+        objection: message of the first check of ``train`` that failed. A failed check does not
+            stop an audit. "" if no check failed; None if the design does not run these checks.
+        power: smallest faults that the design detects at its size; empty if they were not computed.
+        contradictions: bounds and comparisons that contradict the claim, in words.
+        verdict: "CONSISTENT" or "CONTRADICTION".
         seconds: wall-clock time of the runs.
-        provenance: versions, machine, commit and command.
+        provenance: versions, machine, commit and command; empty until the report is saved.
     """
 
     privacy: str
@@ -75,26 +77,27 @@ class Report:
 
     @property
     def lower_bound(self) -> float:
-        """Largest lower bound on epsilon; it holds at ``confidence``."""
+        """Largest lower bound on epsilon, at the confidence ``confidence``."""
         return max((bound.epsilon for bound in self.bounds), default=0.0)
 
 
 def audit(config: TrainConfig, design: Design | None = None, *, power: bool = True) -> Report:
     """Audit the training loop of ``config`` by canaries. NON-PRIVATE.
 
-    The runs are made by :func:`lowrank_dp.train.take_step` on the records of ``config`` and the
-    canaries. Nothing is saved, except that a run with a prefix cache adds the canaries' outputs to
-    the cache. The checks of ``train`` are asked without stopping a run.
+    The audit trains with :func:`lowrank_dp.train.take_step` on the records of ``config`` and the
+    canaries. The audit saves nothing, with one exception: with a prefix cache, the cached outputs
+    of the canaries stay in the cache. A failed check of ``train`` is reported and does not stop a
+    run.
 
     Args:
-        config: configuration of the run, with noise and for one process.
-        design: design and sizes; default: ``Design()``, the released sums.
-        power: whether to compute the factors that the design finds.
+        config: configuration of the run. The run must add noise and use one process.
+        design: design and sizes; default: ``Design()``, which tests the released sums.
+        power: whether to compute the smallest faults that the design detects.
 
     Returns:
-        The report. On a correct run, its largest bound exceeds the accountant's epsilon with
-        probability 1 - ``design.confidence`` at most, and a line fails with probability
-        ``design.level`` at most.
+        The report. If the run is correct, the largest bound exceeds the accountant's epsilon with
+        probability at most 1 - ``design.confidence``, and a line fails with probability at most
+        ``design.level``.
 
     Raises:
         ValueError: if the run can't be made or audited, or a step of ``train`` fails.
@@ -114,7 +117,7 @@ def claimed_epsilon(audited: Audited) -> float:
 
 
 def audit_opened(audited: Audited, design: Design, *, power: bool = True) -> Report:
-    """Audit a run that :func:`lowrank_dp.audit.canaries.open_audit` has opened; see `audit`."""
+    """Audit a run that :func:`lowrank_dp.audit.canaries.open_audit` has prepared; see `audit`."""
     setup, config = audited.setup, audited.setup.config
     claimed = claimed_epsilon(audited)
     started = time.perf_counter()
@@ -147,7 +150,7 @@ def audit_opened(audited: Audited, design: Design, *, power: bool = True) -> Rep
 
 
 def describe_audit(audited: Audited, design: Design) -> str:
-    """Return the model, the data, the canaries and the runs, in words."""
+    """Return a description of the model, the data, the canaries and the runs, in words."""
     canaries = f"{design.num_canaries} canar{'y' if design.num_canaries == 1 else 'ies'}"
     runs = f"{design.num_runs} run{'' if design.num_runs == 1 else 's'}"
     dropout = ""

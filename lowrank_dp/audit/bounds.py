@@ -1,9 +1,10 @@
 """Lower bounds on the epsilon of a run of the subsampled Gaussian mechanism.
 
-A step that adds N(0, (sigma C)^2) noise to sums that one unit moves by at most C is mu-GDP with
-mu = 1 / sigma, if the unit takes part. Every bound here is a lower bound on mu, which
-:func:`run_epsilon` turns into the epsilon of all steps with Poisson sampling. A correct run exceeds
-the accountant's epsilon with probability 1 - confidence at most.
+A step adds noise N(0, (sigma C)^2) to sums that one unit moves by at most C. For a unit that takes
+part, the step is mu-GDP (Gaussian differential privacy) with mu = 1 / sigma. The functions of this
+module give lower bounds on mu. :func:`run_epsilon` turns mu into the epsilon of all steps with
+Poisson sampling. For a correct run, the bound exceeds the accountant's epsilon with probability at
+most 1 - confidence.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class LowerBound:
 
     Attributes:
         method: the method, in words.
-        epsilon: the bound, >= 0; infinite if what was seen has no finite epsilon.
-        judged: whether the bound was fixed beforehand as one that the verdict depends on.
+        epsilon: the bound, >= 0; infinite if no finite epsilon agrees with the measurements.
+        judged: whether the verdict of the audit depends on this bound; fixed before the run.
     """
 
     method: str
@@ -36,11 +37,11 @@ class LowerBound:
 
 
 def run_epsilon(mu: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Return epsilon at ``delta`` of ``steps`` sampled steps that are each ``mu``-GDP.
+    """Return epsilon at ``delta`` of ``steps`` Poisson-sampled steps that are each ``mu``-GDP.
 
-    ``mu`` >= 0 is the sensitivity over the standard deviation of the noise; infinite without
-    noise. The value is that of :func:`lowrank_dp.accounting.bound`, and does not fall in ``mu`` or
-    ``sample_rate``.
+    ``mu`` >= 0 is the sensitivity divided by the standard deviation of the noise; ``mu`` is
+    infinite without noise. :func:`lowrank_dp.accounting.bound` computes epsilon, which does not
+    decrease in ``mu`` or ``sample_rate``.
     """
     if mu <= 0 or sample_rate <= 0:
         return 0.0
@@ -56,28 +57,30 @@ def law_bound(
     noise_multiplier: float,
     tail: float,
 ) -> float:
-    """Lower bound on mu from the noise that was seen in each tensor, if the noise is Gaussian.
+    """Lower bound on mu from the measured noise variance of each tensor, for Gaussian noise.
 
-    The best test between a sum with and without a contribution is the likelihood-ratio test. For
-    noise of standard deviation s_l sigma C in tensor l, and a contribution of norm a_l C there, its
-    power is that of mu = sqrt(sum_l (a_l / s_l)^2) / sigma. The bound is the larger of two:
+    The most powerful test between a sum with and without a contribution is the likelihood-ratio
+    test. Let the noise have standard deviation s_l sigma C in tensor l, and the contribution the
+    norm a_l C. The test then has the power of mu = sqrt(sum_l (a_l / s_l)^2) / sigma. The function
+    returns the larger of two lower bounds on this mu:
 
-    - an upper limit in place of each s_l^2: ``squares[l]`` over the quantile ``tail / 2L`` of the
-      chi-squared distribution;
-    - sum_l a_l^2 / sqrt(w) / sigma, which is at most mu by Jensen's inequality for w =
-      sum_l a_l^2 s_l^2, with an upper limit of w at ``tail / 2`` (Laurent & Massart 2000, lemma 1,
-      whose variance is bounded by the first limits). It is sharper where tensors are small.
+    - mu with an upper limit in place of each s_l^2. The limit is ``squares[l]`` divided by the
+      quantile ``tail / 2L`` of the chi-squared distribution.
+    - sum_l a_l^2 / sqrt(w) / sigma with an upper limit, at ``tail / 2``, of w = sum_l a_l^2 s_l^2.
+      By Jensen's inequality, the value at w itself is at most mu. The limit of w is lemma 1 of
+      Laurent & Massart (2000), with variances bounded by the limits above. This bound is sharper
+      where tensors are small.
 
     Args:
         squares: (L,) sum of the squares of the noise in each tensor, in units of (sigma C)^2.
-        entries: (L,) number of entries that were added up, all steps together.
+        entries: (L,) number of squares in each sum, over all steps.
         contribution: (L,) norm of one unit's contribution in each tensor, relative to C.
-        noise_multiplier: sigma > 0 of the claim, relative to C.
-        tail: probability in (0, 1) that the bound exceeds the true mu, if ``contribution`` is
-            exact.
+        noise_multiplier: sigma > 0 that is claimed, relative to C.
+        tail: largest probability, in (0, 1), that the bound exceeds the true mu, if
+            ``contribution`` is exact.
 
     Returns:
-        The bound, >= 0; infinite for a contribution in a tensor without noise.
+        The bound, >= 0; infinite if there is a contribution to a tensor without noise.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -109,20 +112,21 @@ def law_bound(
 
 
 def threshold_bound(tp: int, num_in: int, fp: int, num_out: int, tail: float) -> float:
-    """Lower bound on mu from the rates of a test that was fixed beforehand (GDP).
+    """Lower bound on mu from the true and false positive rates of a test.
 
-    A mu-GDP step satisfies Phi^-1(TPR) - Phi^-1(FPR) <= mu for every test. Clopper-Pearson bounds
-    each rate at ``tail / 2`` (Nasr et al. 2023, arXiv 2302.07956). Tests of trials whose own mu
-    differ count with the largest mu, since trade-off curves of Gaussians are convex, and binomial
-    limits hold for the mean rate of independent trials (Hoeffding 1956).
+    A mu-GDP step satisfies Phi^-1(TPR) - Phi^-1(FPR) <= mu for every test that is fixed before
+    the trials. The bound takes a Clopper-Pearson limit of each rate, at ``tail / 2`` (Nasr et al.
+    2023, arXiv 2302.07956). If mu differs between trials, the bound holds for the largest mu:
+    trade-off curves of Gaussians are convex, and binomial limits hold for the mean rate of
+    independent trials (Hoeffding 1956).
 
     Args:
-        tp, num_in: number of trials with the canary, and how many of them the test called so.
-        fp, num_out: number of trials without the canary, and how many the test called "with".
-        tail: probability in (0, 1) that the bound exceeds the true mu.
+        tp, num_in: true positives, and number of trials with the canary.
+        fp, num_out: false positives, and number of trials without the canary.
+        tail: largest probability, in (0, 1), that the bound exceeds the true mu.
 
     Returns:
-        The bound, >= 0; 0 if there is no trial of a kind.
+        The bound, >= 0; 0 if there is no trial with, or no trial without, the canary.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -141,27 +145,28 @@ def threshold_bound(tp: int, num_in: int, fp: int, num_out: int, tail: float) ->
 
 
 def rate_bound(taken: int, trials: int, tail: float) -> float:
-    """Lower Clopper-Pearson bound on the sampling rate, exceeded with probability ``tail``.
+    """Lower Clopper-Pearson limit of the sampling rate, at confidence 1 - ``tail``.
 
-    ``taken`` of ``trials`` pairs of a unit and a step had the unit in the sample.
+    A trial is a pair of a unit and a step. In ``taken`` of ``trials`` trials, the sample of the
+    step contained the unit.
     """
     return float(lower_bound(taken, trials, tail))
 
 
 def run_log_ratio(values: ArrayLike, shifts: ArrayLike, sample_rate: float) -> np.ndarray:
-    """Log-likelihood ratio of runs with a canary to runs without, under the claim.
+    """Log-likelihood ratio of runs with a canary to runs without, under the claimed law.
 
-    In a step, the value is N(s, 1) if the canary takes part, which has probability
-    ``sample_rate``, and N(0, 1) otherwise.
+    In each step, the canary takes part with probability ``sample_rate``. The value of the step is
+    N(s, 1) if the canary takes part, and N(0, 1) otherwise.
 
     Args:
-        values: (..., T) released sums along the canary's gradient, without the other rows'
-            sums, in units of sigma C.
+        values: (..., T) component of each released sum along the canary's gradient, minus the
+            component of the other rows, in units of sigma C.
         shifts: (..., T) norm s of the canary's contribution, in units of sigma C.
-        sample_rate: q in (0, 1] of the claim.
+        sample_rate: q in (0, 1] that is claimed.
 
     Returns:
-        The ratio (...) of each run.
+        The log-likelihood ratio (...) of each run.
     """
     x, s = np.asarray(values, dtype=float), np.asarray(shifts, dtype=float)
     with np.errstate(divide="ignore"):

@@ -1,7 +1,7 @@
-"""Canaries: rows of random tokens beside a run's records, and runs of train's own steps with them.
+"""Canaries: rows of random tokens that an audit adds to a run's records, and runs with them.
 
-A canary is one more unit of privacy. Its tokens and its label are random, so that nothing in the
-records predicts them, and its gradient is large.
+Each canary is one more unit of privacy. The tokens and the label of a canary are random, so that
+nothing in the records predicts them, and the gradient of a canary is large.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from lowrank_dp.train.state import State, first_state, new_stream
 
 Sums = Mapping[str, Tensor]
 Clip = Callable[[Any, float], tuple[Sums, Tensor]]
-DEVIATION = 0.02  # largest relative difference between .grad and what it is made of
+DEVIATION = 0.02  # largest relative difference of .grad from the release that counts as rounding
 
 
 @dataclass(frozen=True)
 class Audited:
-    """A run that is audited, with its canaries.
+    """An audited run with its canaries.
 
     Attributes:
         setup: setup of the run; every canary is a row and a unit of the run.
-        canaries: positions of the canaries among the setup's rows, which are also the last units.
+        canaries: positions of the canaries among the setup's rows; also the last units.
         initial: trained parameters before the first step, by name.
         scales: scales of a preconditioner before the first step; empty without a preconditioner.
-        sample_rate, noise_multiplier, max_grad_norm: what the configuration states: q, sigma
-            relative to C, and C, absolute.
+        sample_rate: sampling rate q in (0, 1] that the configuration states.
+        noise_multiplier: sigma that the configuration states, relative to C.
+        max_grad_norm: clipping norm C that the configuration states, absolute.
         delta: delta at which epsilon is stated.
-        seed: seed of the audit's own random numbers, and of the noise of a run with a seed.
+        seed: seed of the audit's own random numbers, and of the noise if the run has a seed.
     """
 
     setup: Setup
@@ -58,22 +59,22 @@ class Audited:
 
     @property
     def generator(self) -> np.random.Generator:
-        """A new generator of the coins of an audit, always in the same state."""
+        """New generator of the audit's coins, always in the same initial state."""
         return np.random.default_rng(self.seed)
 
     def batches(self, rows: Sequence[int]) -> list[Any]:
-        """Micro-batches of rows, as a step makes them."""
+        """Return the micro-batches into which a training step splits these rows."""
         return list(self.setup.batches(rows))
 
 
 def open_audit(config: TrainConfig, num_canaries: int) -> Audited:
     """Prepare the run of ``config`` and add ``num_canaries`` canaries to its records.
 
-    The sampling rate is the batch size over the number of units with all canaries. If the run
-    caches the outputs of frozen blocks, those of the canaries are cached too.
+    The sampling rate is the batch size divided by the number of units, canaries included. If the
+    run caches the outputs of frozen blocks, the outputs of the canaries are cached too.
 
     Raises:
-        ValueError: if the run can't be made, makes no claim, or needs several processes.
+        ValueError: if the run can't be made, has no privacy guarantee, or needs several processes.
     """
     _require_auditable(config)
     seed = config.seed if config.seed is not None else derive_seed(None, "audit")
@@ -108,8 +109,8 @@ def _require_auditable(config: TrainConfig) -> None:
     for name in ("non_private", "noise_free", "diagnostic"):
         if getattr(config, name):
             raise ValueError(
-                f"{name} must be False for an audit, got True: a run without a privacy claim has "
-                "nothing to audit"
+                f"{name} must be False for an audit, got True: an audit tests the privacy claim "
+                "of a run, and this run has none"
             )
     several = ""
     if config.shard:
@@ -118,13 +119,13 @@ def _require_auditable(config: TrainConfig) -> None:
         several = "an audit must be started as one process, not by torchrun (WORLD_SIZE is set)"
     if several:
         raise ValueError(
-            f"{several}: only one process can take the gradients of canaries beside a step; audit "
-            "the same configuration in one process, which computes the same clipped sums"
+            f"{several}: only one process can compute the canaries' gradients in a training step; "
+            "audit the same configuration in one process, which computes the same clipped sums"
         )
 
 
 def _canary(setup: Setup, random: np.random.Generator) -> dict[str, Any]:
-    """Return a row with the form of the longest record, and random tokens and label.
+    """Return a row of random tokens and a random label, in the form of the longest record.
 
     All canaries of a run have the same number of tokens.
     """
@@ -150,27 +151,28 @@ def _range_of_scores(setup: Setup) -> tuple[float, float]:
 
 
 class Observer:
-    """What an audit does in a step of ``train``, in place of the checks of the step.
+    """Observer of a training step, which takes the place of the checks of the step.
 
     The methods are those of :class:`lowrank_dp.train.checks.StepChecks`, in the order of a step.
+    Here they do nothing; the designs override them.
     """
 
     def sampled(self, rows: Sequence[int], sampler: Any) -> None:
-        """Take the rows of the sample."""
+        """Receive the rows of the sample, and the generator of the samples."""
 
     def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
-        """Take the clipped sums and the step's own clipping function, before the noise."""
+        """Receive the clipped sums and the step's own clipping function, before the noise."""
 
     def noised(self, clean: Sums, noisy: Sums, noise: Any, step: int) -> None:
-        """Take the sums before and after the noise."""
+        """Receive the sums before and after the noise is added."""
 
     def assigned(self, noisy: Sums, step: int) -> None:
-        """Take the gradients of the optimizer, which are in ``.grad``."""
+        """Receive the noisy sums, when the optimizer's gradients are in ``.grad``."""
 
 
 @contextmanager
 def dropout_from(seed: int, device: str) -> Iterator[None]:
-    """Draw dropout from a seed inside the block, and restore torch's generators afterwards."""
+    """Context that draws dropout masks from a seed, and then restores torch's generators."""
     with torch.random.fork_rng([device] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
         yield
@@ -183,12 +185,12 @@ def take_steps(
     *,
     units: Sequence[Sequence[int]] | None = None,
 ) -> None:
-    """Take all steps of one run by ``train``'s own step, from the weights before training.
+    """Take all steps of one run with :func:`lowrank_dp.train.take_step`, from the initial weights.
 
     Args:
         audited: the run.
-        observer_of: makes the observer of the run's steps from the setup and the first state.
-        run: number of the run, which decides on the draws of a run with a seed.
+        observer_of: function that makes the observer from the setup and the initial state.
+        run: number of the run. For a run with a seed, this number selects the random numbers.
         units: rows of each unit; None takes all records and all canaries.
     """
     setup = audited.setup
@@ -216,11 +218,12 @@ def take_steps(
 def released(
     audited: Audited, noisy: Sums, plain: Callable[[Tensor], bool]
 ) -> tuple[dict[str, Tensor], float]:
-    """Return what reaches the optimizer in a step, and the largest deviation from ``noisy``.
+    """Return the released sum of each tensor in a step, and the largest deviation from ``noisy``.
 
-    The release of a tensor that is not restored is its ``.grad`` times the batch size, if the two
-    differ by more than rounding, and its noisy sum otherwise. The deviation is relative to an entry
-    of the noisy sum and its noise.
+    For a tensor that is not restored, the release should equal the optimizer's ``.grad`` times the
+    batch size. If the two differ by more than rounding, ``.grad`` times the batch size counts as
+    the release; otherwise the noisy sum does. The deviation is relative to the size of an entry of
+    the noisy sum and its noise.
     """
     noise_std = audited.noise_multiplier * audited.max_grad_norm
     found, most = dict(noisy), 0.0

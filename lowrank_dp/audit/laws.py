@@ -1,7 +1,7 @@
-"""Tests of what the accountant assumes: noise, sample and contribution against their exact laws.
+"""Statistical tests of the accountant's assumptions on noise and sampling.
 
-Each function returns a :class:`Line`. Its p-value is exact, or Bonferroni's bound over the tests
-that the function makes. The null law is stated in the docstring.
+Each function returns a :class:`Line`. The p-value is exact, or the Bonferroni bound over the tests
+that the function makes. The docstring of each function states the law under the null hypothesis.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ PARTS = 12  # number of lines with a p-value, which share the level of an audit
 
 @dataclass(frozen=True)
 class Line:
-    """One compared fact.
+    """One comparison of a measurement with the claim.
 
     Attributes:
-        what: the fact.
-        expected, seen: what the claim says, and what was measured, in words.
-        p_value: probability of what was seen or more under the claim; None for a fact that does
-            not depend on chance.
-        passed: whether the fact agrees with the claim, at the level of the audit.
+        what: name of the compared quantity.
+        expected: value or law under the claim, in words.
+        seen: measured value, in words.
+        p_value: probability, under the claim, of a measurement at least as extreme; None for a
+            quantity that does not depend on chance.
+        passed: whether the measurement agrees with the claim, at the level of the audit.
     """
 
     what: str
@@ -35,16 +36,16 @@ class Line:
 
 
 def tested(what: str, expected: str, seen: str, p_value: float, level: float) -> Line:
-    """Return the line of a test, which passes if its p-value is at least ``level / PARTS``.
+    """Return the line of a test. The test passes if its p-value is at least ``level / PARTS``.
 
-    NaN, the p-value of noise that is not finite, counts as 0.
+    A p-value that is NaN, because the noise is not finite, counts as 0.
     """
     p_value = 0.0 if np.isnan(p_value) else float(min(1.0, p_value))
     return Line(what, expected, seen, p_value, bool(p_value >= level / PARTS))
 
 
 def two_sided(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return two-sided p-values from the probabilities of at most, and of at least, a value.
+    """Return two-sided p-values from the two one-sided p-values, ``low`` and ``high``.
 
     The p-value of a value that is NaN is 0.
     """
@@ -52,7 +53,7 @@ def two_sided(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _worst(p_values: np.ndarray) -> tuple[int, float]:
-    """Return the index of the smallest p-value, and Bonferroni's p-value of all."""
+    """Return the index of the smallest p-value, and the Bonferroni p-value of all tests."""
     index = int(np.argmin(p_values))  # of the first NaN, if there is one
     return index, float(p_values.flat[index] * p_values.size)
 
@@ -60,10 +61,10 @@ def _worst(p_values: np.ndarray) -> tuple[int, float]:
 def noise_size(
     names: Sequence[str], squares: np.ndarray, entries: np.ndarray, level: float
 ) -> Line:
-    """Noise variance: the squares of each tensor (T, L) are chi-squared over all steps.
+    """Test the noise variance: the sum of squares over all steps of a tensor is chi-squared.
 
-    ``squares`` are in units of (sigma C)^2, and ``entries`` (L,) is the size of each tensor. All
-    tensors together count as one more tensor.
+    ``squares`` (T, L) holds the sum of squares per step and tensor, in units of (sigma C)^2.
+    ``entries`` (L,) is the size of each tensor. All tensors together count as one more tensor.
     """
     total = np.append(squares.sum(0), squares.sum())
     count = len(squares) * np.append(entries, entries.sum())
@@ -83,7 +84,11 @@ def noise_size(
 
 
 def noise_mean(names: Sequence[str], sums: np.ndarray, entries: np.ndarray, level: float) -> Line:
-    """Noise mean: the sum of each tensor (T, L) over all steps is normal."""
+    """Test the noise mean: the sum over all steps of a tensor's noise is normal with mean 0.
+
+    ``sums`` (T, L) holds the sum per step and tensor, in units of sigma C; ``entries`` (L,) is the
+    size of each tensor.
+    """
     z = sums.sum(0) / np.sqrt(len(sums) * entries)
     worst, p = _worst(2 * stats.norm.sf(np.abs(z)))
     return tested(
@@ -96,7 +101,10 @@ def noise_mean(names: Sequence[str], sums: np.ndarray, entries: np.ndarray, leve
 
 
 def noise_along(what: str, values: np.ndarray, level: float) -> Line:
-    """Noise along orthonormal directions that were fixed before: ``values`` are N(0, 1)."""
+    """Test the noise along orthonormal directions that do not depend on it: N(0, 1) each.
+
+    ``values`` holds the components of the noise, in units of sigma C.
+    """
     total, count = float((values**2).sum()), values.size
     p = two_sided(stats.chi2.cdf(total, count), stats.chi2.sf(total, count))
     return tested(
@@ -105,9 +113,10 @@ def noise_along(what: str, values: np.ndarray, level: float) -> Line:
 
 
 def noise_steps(heads: np.ndarray, level: float) -> Line:
-    """Noise of two steps: the products of their entries, over one norm, are N(0, 1).
+    """Test independence of the noise of two steps: the normalised inner product is N(0, 1).
 
-    ``heads`` (T, K) are entries of the noise of every step, of all runs.
+    ``heads`` (T, K) holds K entries of the noise of every step of all runs. The inner product of
+    two steps is divided by the norm of one of them.
     """
     norms = np.linalg.norm(heads, axis=1)
     products = heads @ heads.T / np.where(norms > 0, norms, 1.0)[:, None]
@@ -127,9 +136,10 @@ def noise_steps(heads: np.ndarray, level: float) -> Line:
 
 
 def noise_tensors(names: Sequence[str], heads: np.ndarray, sizes: np.ndarray, level: float) -> Line:
-    """Noise of two tensors: the products of their entries, over one norm, are N(0, 1).
+    """Test independence of the noise of two tensors: the normalised inner product is N(0, 1).
 
-    ``heads`` (T, L, H) are the first entries of each tensor, with zeros after ``sizes`` (L,).
+    ``heads`` (T, L, H) holds the first entries of each tensor, and zeros after ``sizes`` (L,)
+    entries. The inner product of two tensors is divided by the norm of one of them.
     """
     products = np.einsum("tah,tbh->ab", heads, heads)
     inside = (np.arange(heads.shape[2]) < sizes[:, None]).astype(float)
@@ -153,10 +163,11 @@ def noise_tensors(names: Sequence[str], heads: np.ndarray, sizes: np.ndarray, le
 def noise_within(
     names: Sequence[str], projected: np.ndarray, freedom: np.ndarray, level: float
 ) -> Line:
-    """Noise within a matrix: its products with a fixed unit vector are chi-squared.
+    """Test independence within a matrix: the squared norm of noise times a vector is chi-squared.
 
-    ``projected`` (T, M) are the squared norms of the products, of rows or of columns, in units of
-    (sigma C)^2; ``freedom`` (M,) are their degrees of freedom.
+    The matrix of noise is multiplied by a fixed unit vector, from the left or from the right.
+    ``projected`` (T, M) holds the squared norms of the products, in units of (sigma C)^2, and
+    ``freedom`` (M,) their degrees of freedom.
     """
     if not projected.size:
         return tested("noise: correlated in a matrix", "independent", "no matrix", 1.0, level)
@@ -174,7 +185,7 @@ def noise_within(
 
 
 def noise_shape(entries: np.ndarray, level: float) -> Line:
-    """Noise distribution: Kolmogorov-Smirnov test of entries against N(0, 1)."""
+    """Test the noise distribution: Kolmogorov-Smirnov test of ``entries`` against N(0, 1)."""
     distance, p = stats.kstest(entries, "norm")
     return tested(
         "noise: normal distribution",
@@ -186,9 +197,10 @@ def noise_shape(entries: np.ndarray, level: float) -> Line:
 
 
 def noise_bits(on_grid: np.ndarray, entries: int, level: float) -> Line:
-    """Low bits of the noise: at most 15% of the entries are near a half-precision number.
+    """Test the low bits of the noise: at most 15% of its entries are near half-precision numbers.
 
-    ``on_grid`` (S,) are counts among ``entries`` entries in S units; a tenth is usual.
+    ``on_grid`` (S,) holds, for S units of measurement, the number of entries near a half-precision
+    number, out of ``entries`` entries. About 10% are expected by chance.
     """
     p = float(stats.binom.sf(on_grid - 1, entries, 0.15).min()) * len(on_grid) if entries else 1.0
     return tested(
@@ -201,16 +213,17 @@ def noise_bits(on_grid: np.ndarray, entries: int, level: float) -> Line:
 
 
 def sampling_rate(sizes: np.ndarray, units: int, rate: float, level: float) -> Line:
-    """Sampling rate: the units in all samples are binomial. ``sizes`` (T,) are sample sizes."""
+    """Test the sampling rate: the sum of the sample sizes, ``sizes`` (T,), is binomial."""
     total, trials = int(sizes.sum()), units * len(sizes)
     p = two_sided(stats.binom.cdf(total, trials, rate), stats.binom.sf(total - 1, trials, rate))
     return tested("sample: rate", f"{rate:.4g}", f"{total / trials:.4g}", float(p), level)
 
 
 def sampling_spread(sizes: np.ndarray, units: int, rate: float, level: float) -> Line:
-    """Fixed sizes: pairs of successive samples of one size are binomial.
+    """Test for fixed sample sizes: the number of successive samples of equal size is binomial.
 
-    Two independent samples have one size with probability sum_k P(k)^2; the pairs do not overlap.
+    Let P be the distribution of a sample's size. Two independent samples have equal sizes with
+    probability sum_k P(k)^2. The pairs of samples do not overlap.
     """
     pairs = len(sizes) // 2
     mass = stats.binom.pmf(np.arange(units + 1), units, rate)
@@ -226,10 +239,10 @@ def sampling_spread(sizes: np.ndarray, units: int, rate: float, level: float) ->
 
 
 def sampling_overlap(samples: Sequence[np.ndarray], rate: float, level: float) -> Line:
-    """Dependent samples: the units common to two successive samples are binomial.
+    """Test independence of samples: the number of units in two successive samples is binomial.
 
-    The pairs of samples do not overlap, so that the number of trials is independent of the units in
-    common.
+    The pairs of samples do not overlap, so that the number of trials is independent of the number
+    of common units.
     """
     pairs = list(zip(samples[::2], samples[1::2], strict=False))
     common = sum(len(np.intersect1d(a, b)) for a, b in pairs)
@@ -245,7 +258,7 @@ def sampling_overlap(samples: Sequence[np.ndarray], rate: float, level: float) -
 
 
 def sampling_units(samples: Sequence[np.ndarray], units: int, rate: float, level: float) -> Line:
-    """Unequal units: the number of samples that each unit is in is binomial."""
+    """Test for unequal sampling rates: the number of samples that contain a unit is binomial."""
     drawn = np.bincount(
         np.concatenate([np.unique(s) for s in samples]).astype(int), minlength=units
     )

@@ -1,8 +1,9 @@
-"""Power of a design: the factors of noise, clipping and sampling that the design finds.
+"""Power of an audit: smallest faults of noise, clipping and sampling that a design detects.
 
-A factor f of noise stands for noise of standard deviation sigma C / f. It moves a canary's signal
-as clipping to f C does. The power is computed from the exact law of a released sum, for a canary
-whose gradient is clipped (norm C) in every step.
+A fault of size f is noise of standard deviation sigma C / f, clipping to norm f C, or a sampling
+rate f q. Noise divided by f and clipping to f C change the score of a canary by the same factor.
+The power follows from the exact law of a released sum, for a canary whose gradient is clipped to
+norm C in every step.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from lowrank_dp.audit.runs import split_bound
 from lowrank_dp.audit.sums import TAILS, rounding_of_clipping
 from lowrank_dp.audit.weights import one_run_bound
 
-POWER = 0.8  # probability with which a design finds a factor
+POWER = 0.8  # probability of detection that defines the smallest detected fault
 MOST = 32.0  # largest factor that is considered
 _DRAWS = 100  # simulated audits per factor
 
 
 @dataclass(frozen=True)
 class Found:
-    """Smallest factor that a design finds with probability ``POWER``.
+    """Smallest size of a fault that a design detects with probability ``POWER``.
 
     Attributes:
-        fault: the fault, in words.
-        by: what finds it, in words.
-        factor: the factor, >= 1; None if no factor up to ``MOST`` is found.
+        fault: the fault, in words, with its size f.
+        by: the test or bound that detects the fault, in words.
+        factor: the size f >= 1; None if the design does not detect the fault up to f = ``MOST``.
     """
 
     fault: str
@@ -43,12 +44,12 @@ class Found:
 
 
 def power_of(audited: Audited, design: Design, epsilon: float) -> tuple[Found, ...]:
-    """Return what the design finds at its size.
+    """Return the smallest faults that the design detects at its size.
 
     Args:
         audited: the run.
         design: design of the audit.
-        epsilon: the accountant's epsilon, which a bound must exceed.
+        epsilon: the accountant's epsilon. A lower bound above this value detects a fault.
     """
     if design.design == "sums":
         return _power_of_sums(audited, design, epsilon)
@@ -63,9 +64,11 @@ def power_of(audited: Audited, design: Design, epsilon: float) -> tuple[Found, .
 
 
 def smallest_factor(found: Callable[[float], np.ndarray]) -> float | None:
-    """Smallest factor in [1, MOST], within 2%, at which ``found`` is true in a share ``POWER``.
+    """Return the smallest factor in [1, MOST], within 2%, that is detected with probability POWER.
 
-    ``found`` returns one bool per simulated audit, and its share must not fall in the factor.
+    ``found`` simulates audits at a factor and returns one bool per audit: whether the audit
+    detects the fault. The detected share must not decrease in the factor. None if the share is
+    below ``POWER`` at ``MOST``.
     """
 
     def enough(factor: float) -> bool:
@@ -113,7 +116,7 @@ def _power_of_sums(audited: Audited, design: Design, epsilon: float) -> tuple[Fo
 def noise_factor(entries: float, level: float) -> float:
     """Factor f at which noise / f fails a two-sided chi-squared test with probability POWER.
 
-    ``entries`` is the number of entries, and ``level`` in (0, 1) that of the test.
+    ``entries`` is the number of entries of the noise; ``level`` in (0, 1) is the level of the test.
     """
     return math.sqrt(stats.chi2.ppf(POWER, entries) / stats.chi2.ppf(level / 2, entries))
 
@@ -121,7 +124,8 @@ def noise_factor(entries: float, level: float) -> float:
 def rate_factor(trials: int, rate: float, level: float) -> float | None:
     """Factor f at which the rate f q fails a two-sided binomial test with probability POWER.
 
-    None if no rate up to 1 does.
+    ``rate`` is q, and ``level`` in (0, 1) is the level of the test. The result is None if no rate
+    up to 1 fails with that probability.
     """
     least = stats.binom.isf(level / 2, trials, rate) + 1
 
@@ -137,7 +141,7 @@ def rate_factor(trials: int, rate: float, level: float) -> float | None:
 def _law_bound_factor(
     audited: Audited, design: Design, epsilon: float, entries: np.ndarray, trials: int
 ) -> float | None:
-    """Factor of the noise at which the bound of the design ``sums`` exceeds epsilon."""
+    """Factor f at which noise / f raises the bound of the design ``sums`` above epsilon."""
     tail, q = 1 - design.confidence, audited.sample_rate
     rate = rate_bound(round(q * trials), trials, TAILS["rate"] * tail)
     steps, delta = audited.setup.config.steps, audited.delta
@@ -160,7 +164,7 @@ def _law_bound_factor(
 
 
 def _simulate_weights(audited: Audited, design: Design, factor: float) -> np.ndarray:
-    """Bounds of simulated audits of the design ``weights`` with noise / ``factor``."""
+    """Simulate audits of the design ``weights`` with noise / ``factor``; return their bounds."""
     generator, bounds = np.random.default_rng(0), []
     steps, tail = audited.setup.config.steps, (1 - design.confidence) / 2
     for _ in range(_DRAWS):
@@ -173,7 +177,7 @@ def _simulate_weights(audited: Audited, design: Design, factor: float) -> np.nda
 
 
 def _simulate_runs(audited: Audited, design: Design, factor: float) -> np.ndarray:
-    """Bounds of simulated audits of the design ``runs`` with noise / ``factor``."""
+    """Simulate audits of the design ``runs`` with noise / ``factor``; return their bounds."""
     generator, bounds = np.random.default_rng(0), []
     steps, shift = audited.setup.config.steps, 1 / audited.noise_multiplier
     for _ in range(_DRAWS):

@@ -1,4 +1,4 @@
-"""Request for an audit: a run's configuration and the design; importable without torch."""
+"""Request for an audit: the run's configuration and the audit's design; needs no torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ RUNS = {"sums": 2, "weights": 1, "runs": 200}  # default number of runs by desig
 
 @dataclass(frozen=True)
 class Design:
-    """Design of an audit, and its sizes.
+    """Design of an audit and its sizes: number of canaries and runs, confidence, test level.
 
-    Raises ValueError for a value out of its range, and for a size that the design does not have.
+    Raises ValueError for a value out of its range, and for a number of canaries or runs that the
+    design does not allow.
     """
 
     design: str = option(
         "sums",
-        "Design of the audit: sums (the released noisy sums of every step, whose law is known), "
-        "weights (one run, in which a fair coin decides on each of many canaries) or runs (many "
-        "runs, with or without one canary).",
+        "Design of the audit: sums (tests the released noisy sum of every step against its known "
+        "law), weights (one run, in which a fair coin per canary decides whether the canary is "
+        "trained on) or runs (many runs, each with or without one canary).",
         choices=DESIGNS,
     )
     canaries: int | None = option(
@@ -35,10 +36,13 @@ class Design:
     runs: int | None = option(
         None, "Number of training runs. Default: 2 (sums), 1 (weights), 200 (runs)."
     )
-    confidence: float = option(0.95, "Confidence of the lower bound on epsilon, one-sided.")
+    confidence: float = option(
+        0.95, "Confidence, between 0 and 1, of the lower bound on epsilon; one-sided."
+    )
     level: float = option(
         1e-3,
-        "Probability that the tests of the laws, all together, reject a correct run (sums).",
+        "Largest probability with which the tests of the design sums, all together, reject a "
+        "correct run.",
     )
 
     def __post_init__(self) -> None:
@@ -68,7 +72,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Request:
-    """The run that is audited, and the design of the audit."""
+    """Configuration of the audited run, and design of the audit."""
 
     run: TrainConfig = field(default_factory=TrainConfig)
     design: Design = field(default_factory=Design)

@@ -1,8 +1,8 @@
-"""Design ``runs``: many short runs in one process, with or without one canary by a fair coin.
+"""Design ``runs``: many short runs, each with or without one canary by a fair coin.
 
-The score of a run is the likelihood ratio of its releases with the canary to those without. The
-auditor knows the sums of the other rows. A threshold from one half of the runs gives
-Clopper-Pearson bounds on the other half, without an assumption on the noise.
+The score of a run is the likelihood ratio of its releases, with the canary to without. The auditor
+knows the sums of the other rows. One half of the runs selects a threshold; the other half gives
+Clopper-Pearson bounds. The bounds make no assumption on the noise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowrank_dp.restore.gradients import is_matrix
 
 
 def audit_runs(audited: Audited, design: Design) -> Outcome:
-    """Audit ``design.num_runs`` runs, each with the canary by a fair coin. NON-PRIVATE."""
+    """Audit ``design.num_runs`` runs, each with or without the canary. NON-PRIVATE."""
     generator = audited.generator
     coins = generator.random(design.num_runs) < 0.5
     coins[:4] = [True, True, False, False]  # the threshold needs two runs of each kind
@@ -57,9 +57,9 @@ def split_bound(
     """Lower bound on epsilon from one score per run, by :func:`mia.epsilon.split_epsilon`.
 
     Args:
-        scores: (R,) one finite score per run; a higher score speaks for "with the canary".
-        coins: (R,) whether each run had the canary; at least 2 of each kind.
-        generator: splits the runs.
+        scores: (R,) one finite score per run; a run with the canary has higher scores.
+        coins: (R,) whether each run contained the canary; at least 2 runs with and 2 without.
+        generator: random generator that splits the runs into halves.
         delta: delta of the claim, in [0, 1).
         confidence: confidence of the bound, one-sided, in (0, 1).
 
@@ -70,11 +70,12 @@ def split_bound(
 
 
 class RatioObserver(Observer):
-    """Takes the releases of a run along the canary's gradient, and the canary's contributions.
+    """Observer of the releases of one run along the canary's gradient.
 
     Attributes:
-        values, shifts: of each step, in units of sigma C: the release without the other rows' sums
-            along the canary's clipped gradient, and the norm of that gradient.
+        values: per step, the component of the release, minus the sum of the other rows, along the
+            canary's clipped gradient; in units of sigma C.
+        shifts: per step, the norm of the canary's clipped gradient; in units of sigma C.
     """
 
     def __init__(self, audited: Audited) -> None:
@@ -86,11 +87,11 @@ class RatioObserver(Observer):
         self.shifts: list[float] = []
 
     def sampled(self, rows: list[int], sampler: object) -> None:  # type: ignore[override]
-        """Note whether the canary takes part."""
+        """Note whether the canary is in the sample."""
         self._taken = self._audited.canaries[0] in rows
 
     def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
-        """Take the canary's contribution."""
+        """Compute the canary's contribution."""
         batches = self._audited.batches(self._audited.canaries)
         self._own = clip(batches, self._audited.setup.mechanism.max_grad_norm)[0]
 
@@ -99,7 +100,7 @@ class RatioObserver(Observer):
         self._clean = {name: total.clone() for name, total in clean.items()}
 
     def assigned(self, noisy: Sums, step: int) -> None:
-        """Add the step."""
+        """Append the step's value and shift."""
         audited, config = self._audited, self._audited.setup.config
         plain = SCHEMES[config.scheme].is_identity
         release, _ = released(

@@ -1,4 +1,4 @@
-"""Second computation of a preconditioner's scales from the releases, to compare with the run's."""
+"""Second computation of a preconditioner's scales from the releases, to check the run's scales."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lowrank_dp.train.preconditioning import class_rows
 
 
 class ExpectedScales:
-    """Scales that a run must have, if they depend on public text or on releases alone.
+    """Scales that a run must have if its scales depend on public text or on releases alone.
 
-    Scales from public text stay as they are before the first step. Scales from noisy sums are
-    computed a second time, from the releases that :meth:`add` is given.
+    Scales from public text must stay as they are before the first step. Scales from noisy sums are
+    computed a second time, from the releases that :meth:`add` receives.
 
     Args:
         model: the model before the first step, with or without scaled layers.
@@ -35,7 +35,8 @@ class ExpectedScales:
     def deviation(self) -> float:
         """Return the largest difference between a scale of the model and its expected value.
 
-        The difference is relative to the expected value; 0 for a model without scaled layers.
+        The difference is relative to the expected value. For a model without scaled layers, the
+        result is 0.
         """
         most = 0.0
         for name, layer in scaled_layers(self._model).items():
@@ -46,7 +47,7 @@ class ExpectedScales:
         return most
 
     def add(self, released: Mapping[str, Tensor], noise_std: float) -> None:
-        """Count the releases of a step; call before the run refreshes its scales.
+        """Add the releases of one step. Call this method before the run refreshes its scales.
 
         Args:
             released: noisy sums of the stored weights, by parameter name.

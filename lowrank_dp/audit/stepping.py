@@ -1,4 +1,4 @@
-"""What the design ``sums`` reads in one step: noise, sample, contributions of the canaries."""
+"""Measurements of the design ``sums`` in each training step: noise, sample, contributions."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ HEAD = 128  # entries of each tensor that are compared with other tensors and ot
 
 @dataclass
 class Record:
-    """Everything that the steps of all runs gave. NON-PRIVATE.
+    """Measurements of all steps of all runs. NON-PRIVATE.
 
     T is the number of steps of all runs, L the number of trained tensors, M the number of products
-    of matrices with unit vectors, K the number of canaries. Noise is in units of sigma C, and
-    contributions in units of C.
+    of noise matrices with unit vectors, K the number of canaries. Noise is in units of sigma C,
+    and contributions are in units of C.
 
     Attributes:
         names, entries: (L,) name and size of each tensor.
-        squares, sums: (T, L) of the noise in each tensor.
+        squares, sums: (T, L) sum of squares, and sum, of the noise in each tensor.
         heads: (T, L, HEAD) first entries of the noise, with zeros after the last entry.
-        within: (T, M) squared norms of products, which ``within_names`` and ``freedom`` (M,)
-            describe.
-        on_grid, fine: number of entries near a half-precision number, in units of sigma C and in
-            absolute units (2,), of how many.
+        within: (T, M) squared norms of the products of noise matrices with unit vectors.
+        within_names, freedom: (M,) name and degrees of freedom of each product.
+        on_grid: (2,) number of entries of the noise near a half-precision number, in units of
+            sigma C and in absolute units.
+        fine: number of entries that ``on_grid`` was counted among.
         samples: the units of each sample, with repetitions.
         moved: (T, L) squared norm, by tensor, of the difference between the sums with and without
-            one canary; ``excess`` (T,) is its distance from the canary's gradient by autograd,
-            clipped. With dropout, both have a second entry per step.
-        gram, products: (T, L, K, K) inner products of the canaries' own clipped gradients, and
-            (T, L, K) with the noise.
+            one canary. With dropout, ``moved`` and ``excess`` have two entries per step.
+        excess: (T,) distance of this difference from the canary's clipped gradient by autograd.
+        gram: (T, L, K, K) inner products of the canaries' clipped gradients.
+        products: (T, L, K) inner products of the canaries' clipped gradients with the noise.
         deviations: (T,) largest difference between the optimizer's gradient and the release.
-        scale_deviations: (T,) largest difference between a preconditioner's scales, before the
-            step, and those that public text or the releases give.
-        objection: first objection of train's own checks, or "".
+        scale_deviations: (T,) largest difference, before the step, between a preconditioner's
+            scales and the scales that public text or the releases give.
+        objection: message of the first check of ``train`` that failed, or "".
     """
 
     names: list[str] = field(default_factory=list)
@@ -73,13 +74,13 @@ class Record:
 
 
 class SumsObserver(Observer):
-    """Observer of one run, which adds to a :class:`Record`.
+    """Observer of one run, which appends measurements to a :class:`Record`.
 
     Args:
         audited: the run.
-        record: what is added to.
-        guards: train's own checks, whose first objection is noted and does not stop the run; None
-            for none.
+        record: the record that the measurements are appended to.
+        guards: checks of ``train``, or None. The message of the first failed check is recorded;
+            the run does not stop.
     """
 
     def __init__(self, audited: Audited, record: Record, guards: StepChecks | None) -> None:
@@ -105,22 +106,22 @@ class SumsObserver(Observer):
                 self._record.objection = str(error)
 
     def sampled(self, rows: Sequence[int], sampler: Any) -> None:
-        """Note the units of the sample."""
+        """Record the units of the sample."""
         self._ask_guards("sampled", rows, sampler)
         self._record.scale_deviations.append(self._scales.deviation())
         self._rows = list(rows)
         self._record.samples.append(np.array([self._unit_of[row] for row in rows], dtype=int))
 
     def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
-        """Measure what one canary adds to the step's sum, and every canary's own contribution.
+        """Measure the contribution of one canary beside the step's rows, and of each canary alone.
 
-        The step's clipping function is called with the norm C, or with a quarter of the canary's
-        gradient norm if that is less, so that the canary's gradient is clipped. Contributions are
-        relative to the norm of the call, and count as those of a row whose gradient exceeds C.
+        The clipping function of the step is called with the clipping norm C, or with a quarter of
+        the canary's gradient norm if that quarter is smaller. The canary's gradient is therefore
+        always clipped. Contributions are relative to the clipping norm of the call.
 
-        With dropout, the masks of a row depend on the rows beside it. The canary is therefore added
-        to the step's rows without dropout, and to the empty sample with dropout, under the masks
-        that autograd has too.
+        With dropout, the masks of a row depend on the other rows of the micro-batch. The canary is
+        therefore added to the step's rows without dropout. A second measurement with dropout adds
+        the canary to an empty sample, with the same masks as autograd.
         """
         self._ask_guards("clipped", sums, norms, clip, step)
         audited, model = self._audited, self._audited.setup.model
@@ -142,7 +143,7 @@ class SumsObserver(Observer):
     def _compare(
         self, chosen: int, others: Sequence[int], clip: Clip, gradient: Mapping[str, Tensor]
     ) -> None:
-        """Add a canary to other rows; compare what this adds to their sum with its gradient."""
+        """Compare a canary's contribution to the sum of other rows with its clipped gradient."""
         audited, record = self._audited, self._record
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
         max_norm, scale = self._clipping_norm(norm)
@@ -157,13 +158,13 @@ class SumsObserver(Observer):
         )
 
     def _contribution(self, row: int, clip: Clip) -> Sums:
-        """Return what a row alone contributes, in units of C."""
+        """Return the clipped sum of a sample of one row, in units of C."""
         batches = self._audited.batches([row])
         max_norm, scale = self._clipping_norm(float(clip(batches, 1.0)[1].sum()))
         return {name: g.double() * scale for name, g in clip(batches, max_norm)[0].items()}
 
     def _clipping_norm(self, norm: float) -> tuple[float, float]:
-        """Return a norm that clips a gradient, and the factor from its units to those of C."""
+        """Return a clipping norm below ``norm``, and the factor that rescales results to C."""
         stated = self._audited.setup.mechanism.max_grad_norm
         max_norm = min(stated, norm / 4) if norm > 0 else stated
         return max_norm, stated / self._audited.max_grad_norm / max_norm
@@ -186,7 +187,7 @@ class SumsObserver(Observer):
         self._clean = {name: total.clone() for name, total in clean.items()}
 
     def assigned(self, noisy: Sums, step: int) -> None:
-        """Take the noise of the step, as it reaches the optimizer."""
+        """Record the noise of the step, as contained in the optimizer's gradients."""
         self._ask_guards("assigned", noisy, step)
         audited, record = self._audited, self._record
         config = audited.setup.config
@@ -209,10 +210,10 @@ class SumsObserver(Observer):
         record.products.append(np.array(products))
 
     def _post_processing(self, noisy: Sums) -> float:
-        """Return how far the optimizer's gradients are from post-processed releases, relatively.
+        """Return the relative distance of the optimizer's gradients from post-processed releases.
 
-        The releases are averaged and restored a second time. Tensors that are neither averaged nor
-        restored are left out.
+        This method averages and restores the releases a second time. Tensors that are neither
+        averaged nor restored are left out.
         """
         setup = self._audited.setup
         config, std = setup.config, self._audited.noise_multiplier * self._audited.max_grad_norm
@@ -265,12 +266,12 @@ class SumsObserver(Observer):
 
 
 def _unit_vector(size: int) -> Tensor:
-    """Return a random unit vector of a size, always the same one."""
+    """Return a random unit vector (size,), the same vector in every call."""
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
     return drawn / torch.linalg.vector_norm(drawn)
 
 
 def _near_half(size: np.ndarray) -> int:
-    """Count the numbers > 0 that are within 1/20 of the spacing of a number with 11 bits."""
+    """Count the positive numbers within 1/20 of the spacing from a half-precision number."""
     mantissa = np.frexp(size)[0] * 2.0**11
     return int((np.abs(mantissa - np.round(mantissa)) < 0.05).sum())

@@ -1,9 +1,9 @@
-"""Design ``sums``: the released noisy sums of every step against their exact law.
+"""Design ``sums``: tests of the released noisy sum of every step against its exact law.
 
-Under the accountant's claim, a released sum is the clipped sum plus N(0, (sigma C)^2) in every
-entry, a unit takes part with probability q, and moves the sum by at most C. The auditor knows the
-clean sums. Two lower bounds on epsilon follow from the likelihood ratio of a sum with and without a
-canary, and the laws of noise, sample and contribution are tested one by one.
+The accountant claims three facts: a released sum is the clipped sum plus N(0, (sigma C)^2) in every
+entry; a unit takes part with probability q; a unit moves the sum by at most C. The auditor knows
+the clean sums. Two lower bounds on epsilon follow from the likelihood ratio of a sum with and
+without a canary. The laws of noise, sample and contribution are also tested one by one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.setup import Setup
 from lowrank_dp.train.state import State
 
-TAILS = {"law": 0.4, "test": 0.4, "rate": 0.2}  # shares of 1 - confidence
+TAILS = {"law": 0.4, "test": 0.4, "rate": 0.2}  # share of 1 - confidence of each limit
 SCALE_DEVIATION = 1e-3  # largest relative difference of scales that counts as rounding
-_PLAIN = 1e-3  # a tensor's noise counts as claimed if its p-value in the first run is larger
+_PLAIN = 1e-3  # smallest p-value in the first steps for which a tensor's noise counts as claimed
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Outcome:
 
     Attributes:
         bounds: lower bounds on epsilon.
-        lines: compared facts.
-        objection: first objection of train's own checks, which did not stop the audit; "" for
-            none, None if they were not asked.
+        lines: comparisons of measurements with their expected values or laws.
+        objection: message of the first check of ``train`` that failed; "" if no check failed;
+            None if the design does not run these checks.
     """
 
     bounds: tuple[LowerBound, ...]
@@ -69,11 +69,13 @@ def audit_sums(audited: Audited, design: Design) -> Outcome:
 
 @dataclass(frozen=True)
 class Limits:
-    """Confidence limits that the bounds on epsilon follow from.
+    """Confidence limits from which the lower bounds on epsilon follow.
 
     Attributes:
         rate: lower limit of the sampling rate.
-        by_law, by_test: lower limits of mu, from the noise by tensor and from ``trials`` tests.
+        by_law: lower limit of mu from the measured noise of each tensor.
+        by_test: lower limit of mu from likelihood-ratio tests.
+        trials: number of likelihood-ratio tests.
     """
 
     rate: float
@@ -83,7 +85,7 @@ class Limits:
 
 
 def limits_of(audited: Audited, record: Record, design: Design) -> Limits:
-    """Return the limits, of which any is on the wrong side with probability 1 - confidence."""
+    """Return the limits. They hold together with probability at least ``design.confidence``."""
     tail = 1 - design.confidence
     taken = sum(len(np.unique(sample)) for sample in record.samples)
     moved = np.array(record.moved)
@@ -114,10 +116,10 @@ def limits_of(audited: Audited, record: Record, design: Design) -> Limits:
 
 
 def largest_contribution(moved: np.ndarray, slack: float) -> np.ndarray:
-    """Return the norms by tensor (L,) of the largest contribution, relative to C.
+    """Return the norm, in each tensor (L,), of the largest contribution, relative to C.
 
-    ``moved`` (T, L) are squared norms. Of a contribution above C, the part up to ``slack`` is
-    rounding, which does not count.
+    ``moved`` (T, L) holds squared norms. An excess over C of up to ``slack`` C counts as rounding
+    and is removed.
     """
     largest = np.sqrt(moved[moved.sum(1).argmax()])
     norm = float(np.linalg.norm(largest))
@@ -148,22 +150,23 @@ def step_trials(
     first: int,
     generator: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """Test released sums with and without each canary, by the likelihood ratio of a learned law.
+    """Test whether released sums contain each canary, by the likelihood ratio.
 
-    The first steps give the noise of each tensor; it counts as claimed unless its chi-squared
-    p-value is below ``_PLAIN``. In each later step, the canaries' gradients are orthonormalised,
-    so that the noise along them is independent; a fair coin adds the canary's contribution; and
-    the test says "with" if the likelihood ratio is above 1.
+    The first steps give the noise variance of each tensor. The claimed variance is used unless its
+    chi-squared p-value in these steps is below ``_PLAIN``. Each later step gives one trial per
+    canary. The canaries' gradients are orthonormalised, so that the noise along them is
+    independent. A fair coin decides whether the canary's contribution is added. The test says
+    "with the canary" if the likelihood ratio is above 1.
 
     Args:
         gram, products, squares, entries: as in :class:`lowrank_dp.audit.stepping.Record`.
-        noise_multiplier: sigma of the claim, relative to C.
-        first: number of the first steps, which are not tested.
-        generator: generator of the coins.
+        noise_multiplier: sigma that is claimed, relative to C.
+        first: number of first steps, which give the variances and no trials.
+        generator: random generator of the coins.
 
     Returns:
-        ``(tp, num_in, fp, num_out)``: trials with a canary that the test called so, trials with a
-        canary, trials without that the test called "with", and trials without.
+        ``(tp, num_in, fp, num_out)``: true positives, trials with the canary, false positives,
+        trials without the canary.
     """
     total, count = squares[:first].sum(0), first * entries
     p = laws.two_sided(stats.chi2.cdf(total, count), stats.chi2.sf(total, count))
@@ -193,7 +196,8 @@ def along_directions(gram: np.ndarray, products: np.ndarray) -> tuple[np.ndarray
 
     Returns:
         The components of z along the orthonormal directions, and the component of each vector
-        along its own direction; vectors that depend on those before are left out.
+        along its own direction. Vectors that are linear combinations of earlier vectors are left
+        out.
     """
     rows: list[np.ndarray] = []  # coefficients of each direction in the given vectors
     values, own = [], []
@@ -241,7 +245,7 @@ def _laws(audited: Audited, record: Record, level: float) -> tuple[Line, ...]:
 
 
 def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
-    """Compare what does not depend on chance."""
+    """Compare the quantities that do not depend on chance."""
     config = audited.setup.config
     cached = audited.setup.prefix.training is not None
     half = config.precision == "bf16" or (cached and config.prefix_dtype == "bf16")
@@ -291,12 +295,12 @@ def _facts(audited: Audited, record: Record) -> tuple[Line, ...]:
 
 
 def rounding_of_clipping(config: TrainConfig) -> float:
-    """Largest excess of a measured contribution over C, relative to C, that counts as rounding."""
+    """Return the largest excess of a contribution over C, relative to C, that is rounding."""
     return 0.05 if config.precision == "bf16" else 1e-3
 
 
 def _accounting(audited: Audited) -> tuple[Line, ...]:
-    """Compare the mechanism and its epsilon with what the configuration asks for."""
+    """Compare the mechanism and its epsilon with the values that the configuration states."""
     config, mechanism = audited.setup.config, audited.setup.mechanism
     stated = accounting.bound(
         audited.noise_multiplier, audited.sample_rate, config.steps, audited.delta

@@ -1,4 +1,4 @@
-"""Estimate of an audit's duration, from the time of its canaries' gradients."""
+"""Estimate of an audit's duration, from the time that the canaries' gradients take."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lowrank_dp.grads.clipping import clipped_sum_over
 
 
 def estimated_seconds(audited: Audited, design: Design) -> float:
-    """Estimate the seconds of an audit; the gradients of one micro-batch of canaries are timed.
+    """Estimate the duration of an audit in seconds, by timing one micro-batch of canaries.
 
-    No record is read. The time of the noise, the optimizer and the statistics is not included, nor
-    that of compiling.
+    No record is read. The estimate leaves out the time for noise, optimizer, statistics and
+    compilation.
     """
     setup, config = audited.setup, audited.setup.config
     rows = list(audited.canaries)[: config.micro_batch_size]
     seconds = []
-    for _ in range(2):  # the first call compares a new model with an ordinary loop
+    for _ in range(2):  # the first call includes a check of the model's per-example gradients
         started = time.perf_counter()
         clipped_sum_over(
             setup.model, setup.batches(rows), audited.max_grad_norm, padding=config.padding

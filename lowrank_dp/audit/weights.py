@@ -1,8 +1,9 @@
-"""Design ``weights``: one run in which a fair coin decides on each of many canaries.
+"""Design ``weights``: one run, in which a fair coin per canary decides whether it is trained on.
 
-The scores of a canary are its loss before minus after the training (the final weights alone), and
-the sum over the steps of the released update along its gradient (white box). The bound is theorem
-5.2 of Steinke, Nasr & Jagielski 2023 (arXiv 2305.08846), which makes no assumption on the noise.
+A canary has two scores. The first is the canary's loss before the training minus its loss after the
+training, which needs the final weights alone. The second is white box: the sum, over the steps, of
+the released update along the canary's gradient. The bound is theorem 5.2 of Steinke, Nasr &
+Jagielski 2023 (arXiv 2305.08846), which makes no assumption on the noise.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from lowrank_dp.train.look_ahead import LookAhead
 from lowrank_dp.train.state import State
 
 GUESSED = 0.25  # share of the canaries that the attacker guesses, fixed beforehand
-_SHIFT = 1e-2  # movement of the weights, in Euclidean norm, of the finite difference
+_SHIFT = 1e-2  # step of the finite difference: Euclidean norm of the change of the weights
 
 
 def audit_weights(audited: Audited, design: Design) -> Outcome:
-    """Audit one run with ``design.num_canaries`` canaries by fair coins. NON-PRIVATE.
+    """Audit one run; a fair coin includes each of ``design.num_canaries`` canaries. NON-PRIVATE.
 
-    The two scores share 1 - confidence. No guess uses the coins of other canaries.
+    Each of the two scores gets half of 1 - confidence. A guess about one canary does not use the
+    coins of the other canaries.
     """
     generator = audited.generator
     coins = generator.random(len(audited.canaries)) < 0.5
@@ -64,7 +66,7 @@ def audit_weights(audited: Audited, design: Design) -> Outcome:
 
 
 def guesses_of(num_canaries: int) -> int:
-    """Number of guesses of an audit with ``num_canaries`` canaries."""
+    """Return the number of guesses of an audit with ``num_canaries`` canaries."""
     return max(1, round(GUESSED * num_canaries))
 
 
@@ -79,12 +81,12 @@ def one_run_bound(
     """Lower bound on epsilon from the scores of one run.
 
     Args:
-        scores: (K,) one score per canary; a higher score speaks for "in".
-        coins: (K,) whether each canary was in, by independent fair coins.
-        generator: breaks ties.
+        scores: (K,) one score per canary; a canary that was trained on has higher scores.
+        coins: (K,) whether each canary was trained on, by independent fair coins.
+        generator: random generator that breaks ties.
         delta: delta of the claim, in [0, 1).
-        tail: probability in (0, 1) that the bound exceeds the epsilon of an (epsilon, delta)-DP
-            training.
+        tail: largest probability, in (0, 1), that the bound exceeds the epsilon of an
+            (epsilon, delta)-DP training.
 
     Raises ValueError if an argument is out of range.
     """
@@ -95,15 +97,15 @@ def one_run_bound(
 
 
 class ProjectionObserver(Observer):
-    """Sums, over the steps, the release along each canary's gradient.
+    """Observer that adds up, over the steps, the release along each canary's gradient.
 
-    The inner product of a canary's gradient with a release is the derivative of its loss along the
-    release, taken as a central difference of two forward passes over all canaries, without dropout
-    and at the point where the step takes gradients.
+    The inner product of a canary's gradient with a release is the derivative of the canary's loss
+    along the release. The derivative is a central difference of two forward passes over all
+    canaries. Both passes run without dropout, around the weights at which the step takes gradients.
 
     Attributes:
-        look_ahead: the run's look-ahead, which gives that point.
-        scores: (K,) the sum of each canary.
+        look_ahead: look-ahead of the run, which gives these weights.
+        scores: (K,) sum of each canary over the steps.
     """
 
     def __init__(self, audited: Audited) -> None:
@@ -113,13 +115,13 @@ class ProjectionObserver(Observer):
         self.scores = np.zeros(len(audited.canaries))
 
     def clipped(self, sums: Sums, norms: Tensor, clip: Clip, step: int) -> None:
-        """Take the norm of every canary's gradient."""
+        """Compute the norm of every canary's gradient."""
         audited = self._audited
         batches = audited.batches(audited.canaries)
         self._norms = clip(batches, audited.setup.mechanism.max_grad_norm)[1].double().cpu().numpy()
 
     def assigned(self, noisy: Sums, step: int) -> None:
-        """Add the step's scores: <gradient, release> over the gradient's norm, times its share."""
+        """Add the step's scores: <clipped gradient, release> / C."""
         audited = self._audited
         release = {name: p.grad for name, p in audited.setup.trained.items() if p.grad is not None}
         with self.look_ahead.applied(audited.setup.trained):
@@ -129,7 +131,7 @@ class ProjectionObserver(Observer):
 
 
 def _derivatives(audited: Audited, direction: Mapping[str, Tensor]) -> np.ndarray:
-    """Derivative of each canary's loss along a direction of the trained parameters (K,)."""
+    """Return the derivative of each canary's loss (K,) along a direction of the parameters."""
     trained = audited.setup.trained
     length = float(
         torch.linalg.vector_norm(
@@ -152,7 +154,7 @@ def _derivatives(audited: Audited, direction: Mapping[str, Tensor]) -> np.ndarra
 
 
 def _losses(audited: Audited) -> np.ndarray:
-    """Loss of each canary (K,), in the order of the canaries, which have one length."""
+    """Return the loss of each canary (K,), in the given order; all have the same length."""
     setup, found = audited.setup, []
     loss_of = LOSSES[LOSS_OF_KIND[setup.task.kind]]
     with evaluating(setup.model):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowrank_dp.audit.canaries import Audited
 
 app = _console.new_app(
-    "Audit of a run's epsilon by canaries in its own training loop. NON-PRIVATE."
+    "Lower bound on the epsilon of a run, by canaries in its training loop. NON-PRIVATE."
 )
 CONTRADICTION = 3  # exit code if the audit contradicts the accountant
 REPORT = "report.json"
@@ -34,18 +34,19 @@ def main(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="New or empty folder of the report. Default: nothing is written.",
+            help="New or empty folder for the report. Default: the report is not saved.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the runs and their estimated time, and stop."),
+        typer.Option("--dry-run", help="Print the planned runs and their time, and stop."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Audit a private run; the options are those of the run, and the audit's design and sizes.
+    """Audit the training loop of a private run by canaries. NON-PRIVATE.
 
-    The exit code is 3 if the audit contradicts the accountant.
+    The command takes the options of the run, and the design and sizes of the audit. The exit code
+    is 3 if the audit contradicts the accountant.
     """
     request = Request(**given)
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -109,8 +110,8 @@ def _print_plan(console: Console, audited: Audited, request: Request) -> None:
     say(console, f"audit: {design.design}: {describe_audit(audited, design)}")
     say(
         console,
-        f"plan: {design.num_runs * audited.setup.config.steps:,} steps, about {seconds:.0f} s at "
-        "the speed of the canaries' gradients",
+        f"plan: {design.num_runs * audited.setup.config.steps:,} steps, about {seconds:.0f} s "
+        "(estimated from the time of the canaries' gradients)",
     )
     say(console, LABEL)
 
@@ -139,11 +140,11 @@ def _print(console: Console, report: Report) -> None:
                 ]
                 for line in report.lines
             ],
-            title=f"Laws (all tests together reject a correct run with probability "
+            title=f"Laws (the tests together reject a correct run with probability at most "
             f"{report.design.level:g}):",
         )
     if report.objection is not None:
-        say(console, f"train's own checks: {report.objection or 'no objection'}")
+        say(console, f"checks of train: {report.objection or 'all passed'}")
     for found in report.power:
         factor = "none up to 32" if found.factor is None else f"f = {found.factor:.3f}"
         say(console, f"power 0.8: {found.fault}: {factor}, by {found.by}")

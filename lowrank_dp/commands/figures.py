@@ -30,18 +30,18 @@ class Options:
 
     only: tuple[str, ...] = option(
         (),
-        "Figures to make: names with commas between; may be repeated. Default: all.",
+        "Names of the figures to make, separated by commas; may be repeated. Default: all figures.",
         choices=NAMES,
     )
     scale: str = option("small", "Scale of the experiments: small (minutes on 2 cores) or full.")
     model: str = option(
-        "", "Hub id, folder or packaged name. Default: minilm if installed, else tiny."
+        "", "Model: hub id, folder or packaged name. Default: minilm if installed, else tiny."
     )
     task: str = option("", "Task name. Default: sst2 if LOWRANK_DP_DATA holds it, else generated.")
     device: str = option("cpu", "Device of the experiments: cpu or cuda.")
     seed: int = option(0, "Seed of every random choice.")
     panels: bool = option(
-        False, "Also save every panel as a page of its own, in the folder panels of --output."
+        False, "Also save every panel as a separate file, in the folder panels inside --output."
     )
 
     def __post_init__(self) -> None:
@@ -62,26 +62,29 @@ def main(
     given: dict[str, Any],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for PNG and PDF. Default: figures, or the folder of a trial."),
+        typer.Option(
+            help="Folder for PNG and PDF files. Default: figures, or for a result that is written "
+            "under trials/, the folder of this result."
+        ),
     ] = None,
     artifacts: Annotated[
         Path | None,
-        typer.Option(help="Folder for results and tables. Default: paper_artifacts."),
+        typer.Option(help="Folder for saved results and tables. Default: paper_artifacts."),
     ] = None,
     redraw: Annotated[
-        bool, typer.Option("--redraw", help="Draw from saved results, compute nothing.")
+        bool, typer.Option("--redraw", help="Draw the figures from saved results; compute nothing.")
     ] = False,
     update: Annotated[
         bool,
         typer.Option(
             "--update",
-            help="Replace saved results by those of this configuration, which would otherwise be "
-            "written to a folder of their own under trials/.",
+            help="Replace saved results of another configuration. Without this option, a result of "
+            "a new configuration is written to a separate folder under trials/.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Make the figures, one after the other, and print a summary."""
+    """Compute or load the results of the figures, draw the figures, and print a summary."""
     if "only" in given:
         words = (name.strip() for names in given["only"] for name in names.split(","))
         given["only"] = tuple(dict.fromkeys(words))
@@ -102,7 +105,7 @@ def main(
             "folder paper_artifacts of a clone of the repository, or one that this command wrote"
         )
     for needed in (folder, output or Path("figures")):
-        needed.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails at once
+        needed.mkdir(parents=True, exist_ok=True)  # fail at once if the folder can't be written
     console = Console(stderr=True)
     request = Request(
         scale=asked.scale,
@@ -137,7 +140,7 @@ def main(
 
 
 def _require_only_drawing(given: dict[str, Any], update: bool) -> None:
-    """Raise ValueError for options of a computation, of which --redraw would take no notice."""
+    """Raise ValueError for options of a computation, which --redraw would ignore."""
     ignored = ["update"] * update + [n for n in given if n not in ("only", "panels")]
     if ignored:
         raise ValueError(
@@ -147,7 +150,7 @@ def _require_only_drawing(given: dict[str, Any], update: bool) -> None:
 
 
 def _without_result(folder: Path) -> list[str]:
-    """Return the lengthy figures that have no result in ``folder``."""
+    """Return the figures with lengthy computations that have no result in ``folder``."""
     from lowrank_dp.figures import find
 
     return [name for name in NAMES if find(name).lengthy and not (folder / f"{name}.json").exists()]
@@ -161,7 +164,7 @@ def _make(
     sources: dict[Any, Any],
     console: Console,
 ) -> dict[str, Any]:
-    """Compute a figure's result if there is a config; draw and summarise the result."""
+    """Compute a figure's result if ``place`` has a config; draw and summarise the result."""
     from lowrank_dp import artifacts
     from lowrank_dp.figures import compute, find, show
 
@@ -193,7 +196,7 @@ def _make(
 
 
 def _checked(name: str, place: Place, result: Any, request: Request, console: Console) -> Place:
-    """Return the place, or a folder of trials if the saved result is of other models or data."""
+    """Return ``place``, or a place under trials/ if the saved result has other models or data."""
     from lowrank_dp.figures.places import replaces_other_data, trial_of
 
     if place.is_trial or request.update:
@@ -207,7 +210,7 @@ def _checked(name: str, place: Place, result: Any, request: Request, console: Co
 
 
 def _save_panels(name: str, result: Any, folder: Path) -> None:
-    """Save each panel of a figure as a page of its own, ``NAME_LETTER``."""
+    """Save each panel of a figure as a separate file ``NAME_LETTER``."""
     from lowrank_dp import artifacts
     from lowrank_dp.figures import find
     from lowrank_dp.plots import style

@@ -27,15 +27,19 @@ app = _console.new_app(
 class Options:
     """Options of the command: the gradients that are projected, the ranks and the draws."""
 
-    model: str = option("", "Backbone. Default: minilm if installed, else tiny.")
+    model: str = option(
+        "",
+        "Model: hub id, folder, GGUF file or packaged name. Default: minilm if installed, else "
+        "tiny.",
+    )
     task: str = option("sst2", "Task whose gradients are projected.")
     rank: tuple[int, ...] = option(
-        (1, 4, 16, 64), "Rank of A; may be repeated. Default: 1, 4, 16 and 64."
+        (1, 4, 16, 64), "Rank of LoRA's A; may be repeated. Default: 1, 4, 16 and 64."
     )
     batch_size: int = option(32, "Number of examples whose clipped gradients are summed.")
-    max_grad_norm: float = option(1.0, "Clipping norm of one example.")
+    max_grad_norm: float = option(1.0, "Clipping norm of one example's gradient, absolute.")
     max_length: int = option(64, "Number of tokens that a text is cut to.")
-    draws: int = option(200, "Number of draws of A per layer and rank.")
+    draws: int = option(200, "Number of random draws of A per layer and rank.")
     seed: int = option(0, "Random seed for the head, the batch and A.")
     device: str = option("cpu", "Device of the model: cpu or cuda.")
 

@@ -36,22 +36,27 @@ COMPUTING = ("batch_size", "device", "num_workers", "engine")
 @_console.options_of(Options, without=("group_column",))
 def main(
     given: dict[str, Any],
-    model: Annotated[Path, typer.Option(help="Checkpoint folder, full or PEFT.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder of the checkpoint: a full model or a PEFT adapter.")
+    ],
     compare_with: Annotated[
         list[Path] | None,
-        typer.Option("--compare", help="Another checkpoint on the same records; may be repeated."),
+        typer.Option(
+            "--compare",
+            help="Folder of another checkpoint with the same records, to compare; may be repeated.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the report, and of trained shadows. Default: nothing is written."
+            help="Folder for the report and for trained shadow models. Default: nothing is written."
         ),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="Replace a report in --output that is of another checkpoint or other options.",
+            help="Replace a report of another checkpoint, or with other options, in --output.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -62,7 +67,7 @@ def main(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Attack a checkpoint and report what the checkpoint leaks.
+    """Attack a checkpoint by membership inference, and report how much it reveals. NON-PRIVATE.
 
     The exit code is 3 if an attack contradicts the epsilon that the accountant claims.
     """
@@ -158,7 +163,7 @@ def _print(console: Console, reports: Sequence[Report]) -> None:
 
     for report in reports:
         for line in rendering.header(report):
-            if not line.startswith("format "):  # the plan has already printed the format
+            if not line.startswith("format "):  # the planned attacks already state the format
                 say(console, line)
         print_table(console, *rendering.table(report))
         for line in (*rendering.footer(report), rendering.LABEL):

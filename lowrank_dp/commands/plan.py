@@ -1,4 +1,4 @@
-"""``python -m lowrank_dp.plan``: what the noise of a private run will do, before it is run."""
+"""``python -m lowrank_dp.plan``: predict the effect of noise on a private run, before the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lowrank_dp.plan import Gap, Plan
     from lowrank_dp.plan.making import Point
 
-app = _console.new_app("Noise, visible rank, alignment and step costs of a run, before it is run.")
+app = _console.new_app("Noise, visible rank, alignment and step costs of a private run, predicted.")
 
 
 @app.command()
@@ -28,7 +28,10 @@ def main(
     given: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Plan a private run from public text; the options are those of the run, and a few more."""
+    """Plan a private run from public text, without spending privacy.
+
+    The command takes the options of the run, and the options of the plan's own measurements.
+    """
     request = Request(**given)
     from rich.console import Console
 
@@ -43,7 +46,7 @@ def main(
 
 
 def _derived(plan: Plan) -> dict[str, Any]:
-    """Return the numbers that follow from a plan's fields, for JSON; infinity becomes None."""
+    """Return derived numbers of a plan as JSON types; an infinite number becomes None."""
 
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
@@ -69,8 +72,8 @@ def _print(console: Console, plan: Plan) -> None:
         f"plan: {plan.description}",
         f"privacy of the run: {plan.statement}",
         f"noise: multiplier sigma {plan.noise_multiplier:.4g} for {plan.num_units:,} units at rate "
-        f"{plan.sample_rate:.4g}; standard deviation {plan.noise_std:.4g} on an entry of the sum, "
-        f"{plan.noise_std_of_mean:.3g} on an entry of the mean",
+        f"{plan.sample_rate:.4g}; standard deviation {plan.noise_std:.4g} on an entry of the "
+        f"gradient sum, {plan.noise_std_of_mean:.3g} on an entry of the mean gradient",
         "",
     ):
         say(console, line)
@@ -83,8 +86,9 @@ def _print(console: Console, plan: Plan) -> None:
         if is_public and plan.gap.ratio is not None:
             say(
                 console,
-                "This ratio holds for tasks that are learned as fast as the public text: the "
-                "figure plan_gap compares generated text and own records with measured ratios.",
+                "This ratio holds for tasks that are learned as fast as the public text. The "
+                "figure plan_gap compares predictions from generated text, and from a task's own "
+                "records, with measured ratios.",
             )
     say(console, plan.privacy)
 
@@ -104,8 +108,9 @@ def _print_layers(console: Console, points: Sequence[Point]) -> None:
         columns += [f"top {'abc'[i]}", f"rank {'abc'[i]}"]
     say(
         console,
-        "Visible rank: singular values of the gradient sum that stand above the edge of the noise; "
-        f"top: the largest singular value without noise. {_letters(points)}.",
+        "Columns rank: visible rank, the number of singular values of the gradient sum above the "
+        "edge of the noise. Columns top: largest singular value without noise. "
+        f"{_letters(points)}.",
     )
     if pattern:
         say(console, f"matrices: {pattern}")
@@ -117,8 +122,8 @@ def _print_schemes(console: Console, points: Sequence[Point]) -> None:
     say(console, "")
     say(
         console,
-        "Predicted cosine with the clean gradient: all matrices as one vector, and mean over "
-        f"matrices. {_letters(points)}.",
+        "Predicted cosine with the clean gradient: with all matrices as one vector, and as a mean "
+        f"over matrices. {_letters(points)}.",
     )
     columns = ["scheme"]
     for i, _ in enumerate(points):
@@ -131,13 +136,14 @@ def _print_schemes(console: Console, points: Sequence[Point]) -> None:
 
 
 def _print_steps(console: Console, points: Sequence[Point]) -> None:
-    """Print what noise costs the best step along the clean gradient."""
+    """Print the loss decrease of the best step along the clean gradient, with and without noise."""
     say(console, "")
     say(
         console,
-        "Noise's cost of one step d, the mean clipped gradient, by the quadratic model: best gain "
-        "(g.d)^2 / (2 d'Hd) without noise, (g.d)^2 / (2 (d'Hd + s^2 tr H)) with noise; cost: the "
-        "ratio, 1 + s^2 tr H / d'Hd. H: Gauss-Newton matrix, s: noise on an entry of the mean.",
+        "Cost of noise in one step along the mean clipped gradient d, by the quadratic model. Best "
+        "decrease of the loss (gain): (g.d)^2 / (2 d'Hd) without noise, "
+        "(g.d)^2 / (2 (d'Hd + s^2 tr H)) with noise. Cost: the ratio 1 + s^2 tr H / d'Hd. "
+        "H: Gauss-Newton matrix; s: standard deviation of the noise on an entry of the mean.",
     )
     print_table(
         console,
@@ -158,14 +164,14 @@ def _print_steps(console: Console, points: Sequence[Point]) -> None:
 
 
 def _print_gap(console: Console, gap: Gap, text: str) -> None:
-    """Print the predicted gap in steps, and what denoising could save."""
+    """Print the predicted gap in steps, and the share of steps that a perfect denoiser saves."""
     say(console, "")
     steps = len(gap.trials[0].scores) - 1
     say(
         console,
         f"Gap in steps, predicted by trainings of {steps} steps on {text} with the noise of "
-        "the run; ratio: steps with noise per step without, to one held-out score (classes: the "
-        "mean of 1 - p(label); else the loss).",
+        "the run. Ratio: number of steps with noise / number of steps without noise to the same "
+        "held-out score. Score: mean of 1 - p(label) for classes, else the loss.",
     )
     print_table(
         console,
@@ -193,7 +199,7 @@ def _print_gap(console: Console, gap: Gap, text: str) -> None:
         say(
             console,
             f"no ratio: the score fell by {noisy.gain:.3f} with noise and by {clean.gain:.3f} "
-            f"without; less than {MIN_GAIN:g} is too little to count steps by (--trial-steps)",
+            f"without noise; both must fall by at least {MIN_GAIN:g}: increase --trial-steps",
         )
         return
     say(

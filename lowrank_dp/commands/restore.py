@@ -24,22 +24,30 @@ app = _console.new_app("Restore the singular values of noisy gradients: post-pro
 
 @app.command()
 def main(
-    input: Annotated[Path, typer.Option(help="safetensors file of noisy gradients by name.")],
+    input: Annotated[Path, typer.Option(help="safetensors file with noisy gradients by name.")],
     noise_std: Annotated[
         float,
         typer.Option(
-            help="Standard deviation of the noise on each entry, in the gradients' units."
+            help="Standard deviation of the noise on each entry, absolute, in the gradients' units."
         ),
     ],
     output: Annotated[Path, typer.Option(help="safetensors file for the restored gradients.")],
     scheme: Annotated[
-        str, typer.Option(help=f"Scheme. One of {', '.join(SCHEME_NAMES)}.")
+        str, typer.Option(help=f"Restoration scheme. One of {', '.join(SCHEME_NAMES)}.")
     ] = "optimal",
     method: Annotated[
-        str, typer.Option(help="Algorithm: fast (leading singular triplets) or exact (full SVD).")
+        str,
+        typer.Option(
+            help="Algorithm of the restoration: fast (leading singular triplets) or exact (full "
+            "SVD)."
+        ),
     ] = "fast",
     below: Annotated[
-        str, typer.Option(help="Treatment of matrices with nothing above the edge: keep or zero.")
+        str,
+        typer.Option(
+            help="Treatment of a matrix without a singular value above the bulk of the noise: keep "
+            "(leave the matrix unchanged) or zero (set the matrix to 0)."
+        ),
     ] = "keep",
     option: Annotated[
         list[str] | None,
@@ -48,11 +56,11 @@ def main(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the file --output if there is one.")
+        bool, typer.Option("--force", help="Replace the file --output if the file exists.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Restore every matrix of a file; other tensors pass unchanged."""
+    """Restore every matrix in a file of noisy gradients; other tensors stay unchanged."""
     from safetensors.torch import save
 
     from lowrank_dp import artifacts

@@ -26,21 +26,23 @@ class Options:
     """Options of the command: the gradients that are measured, and their noise."""
 
     model: str = option(
-        "", "Hub id, folder, GGUF file or packaged name. Default: minilm if installed, else tiny."
+        "",
+        "Model: hub id, folder, GGUF file or packaged name. Default: minilm if installed, else "
+        "tiny.",
     )
     task: str = option("generated", "Task name, or a folder with train.jsonl.gz.")
     batch_size: int = option(2048, "Number of examples in the gradient sum.")
     noise_multiplier: float = option(
         0.6, "Standard deviation of the noise, relative to --max-grad-norm."
     )
-    max_grad_norm: float = option(1.0, "Clipping norm of one example.")
+    max_grad_norm: float = option(1.0, "Clipping norm of one example's gradient, absolute.")
     scheme: str = option(
         "optimal", "Restoration scheme of the gradients.", choices=("none", *EDGE_SCHEMES)
     )
     warm_loss: float | None = option(
         None,
-        "Loss to which the model is first trained without privacy; 0 leaves the model as it is. "
-        "Default: 0.36 for a classifier, else 0.",
+        "Training loss, in nats, down to which the model is trained without privacy before the "
+        "measurement; 0 leaves the model as it is. Default: 0.36 for a classifier, else 0.",
     )
     max_length: int = option(128, "Number of tokens that a text is cut to.")
     micro_batch_size: int = option(64, "Number of examples in memory at a time.")
@@ -65,7 +67,7 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Measure one batch's clipped gradient sum, layer by layer. NON-PRIVATE."""
+    """Measure the singular values of one batch's clipped gradient sum, by layer. NON-PRIVATE."""
     asked = Options(**given)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra

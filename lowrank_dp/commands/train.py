@@ -35,20 +35,20 @@ def main(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file of a TrainConfig's fields; options take precedence over the file."
+            help="JSON file with fields of TrainConfig. Options take precedence over the file."
         ),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Continue the killed run in --output with its saved configuration; options given "
-            "with --resume must agree with that configuration.",
+            help="Continue the killed run in --output with its saved configuration. Options given "
+            "with --resume must agree with the saved configuration.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Fine-tune a classifier or a causal language model; leave a Hugging Face checkpoint."""
+    """Fine-tune a classifier or a causal language model, and save a Hugging Face checkpoint."""
     from rich.console import Console
 
     from lowrank_dp.artifacts.jsonable import to_jsonable

@@ -8,7 +8,7 @@ of examples, :func:`collate` one padded batch, and :func:`micro_batches` batches
     rows  rows to records   formats  files to rows         readers   folders to splits
     own  a user's columns   labels   classes and scores    selection  random subsets
     template  texts around  encoding  records to token rows  batches  padded rows
-    generated  English, private and public    copies  public copies of private records
+    generated  generated English text         copies  public copies of private records
 """
 
 from typing import TYPE_CHECKING

@@ -83,7 +83,7 @@ def micro_batches(
     """Yield ``(indices, batch)`` over all rows, with rows of similar length in one batch.
 
     ``indices[j]`` is the position in ``rows`` of the batch's row ``j``. Each batch is padded to its
-    longest row, or to ``length``, and lies on ``device``. The longest rows come first, so that a
+    longest row, or to ``length``, and is on ``device``. The longest rows come first, so that a
     batch too large for the memory fails at once. No rows give no batch. The other arguments, the
     form of a batch and the errors are those of :func:`collate`; ``batch_size`` below 1 raises
     ValueError as well.

@@ -1,4 +1,4 @@
-"""Recognise a copy of private records among data that is said to be public."""
+"""Detection of copies of private records in data that should be public."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from lowrank_dp.data.examples import Example
 
-COPY = 0.5  # share of common texts from which on one set of records counts as a copy of the other
+COPY = 0.5  # smallest share of common texts at which one data set counts as a copy of the other
 
 
 def is_copy(public: Sequence[Example], private: Sequence[Example]) -> bool:
-    """Tell whether half of the private texts are public ones, or half of the public texts private.
+    """Return whether half of the private texts are public, or half of the public texts private.
 
-    The text of an example is its target, if it has one, and else its text or pair of texts; case
-    and white space do not count. The answer reads private records: it serves to refuse a run, and
-    one record changes it only if the share is at its bound.
+    The compared text of an example is its target if the example has a target, and otherwise its
+    text or pair of texts. Case and white space do not count. NON-PRIVATE: the result depends on
+    private records. Use the result only to refuse a run. One record changes the result only if the
+    share is at the limit ``COPY``.
     """
     return max(_share(public, private), _share(private, public)) >= COPY
 

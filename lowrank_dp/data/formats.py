@@ -335,7 +335,7 @@ def _class_names(field: Any, metadata: Any) -> tuple[str, ...]:
 
     try:
         features = datasets.Features.from_arrow_schema(pa.schema([field], metadata=metadata))
-    except (ValueError, TypeError):  # `datasets` lacks the type, or cannot read the metadata
+    except (ValueError, TypeError):  # `datasets` does not know the type or the metadata
         return ()
     feature = features[field.name]
     return tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ()

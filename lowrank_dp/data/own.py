@@ -44,7 +44,7 @@ class Columns:
 
     text: str | None = option(
         None,
-        "Column of own data with the text of a labelled record, or with plain texts (attacks).",
+        "Column of own data with the text of a labelled record or, for an attack, with plain text.",
         name="text_column",
     )
     pair: str | None = option(

@@ -162,7 +162,7 @@ def load_task(
 
 
 def known_name(name: str | os.PathLike[str]) -> str | None:
-    """Find the task that ``name`` spells, whatever its case and hyphens are: "SST-2" is "sst2"."""
+    """Return the task that ``name`` denotes, whatever its case and hyphens: "SST-2" is "sst2"."""
     key = re.sub(r"[-_ ]", "", str(name).lower().removeprefix("glue/"))
     return ({task.replace("-", ""): task for task in TASKS} | _ALIASES).get(key)
 

@@ -122,8 +122,8 @@ def text_metrics(
     return {"bleu": min(bleu, 100.0), "rouge_l": 100 * float(np.mean(rouge))}
 
 
-# Label metrics: predictions (N,), labels (N,) -> value. Each library is slow to import, so it is
-# imported when its metric is used.
+# Label metrics: predictions (N,), labels (N,) -> value. The libraries are slow to import, so each
+# library is imported when its metric is used.
 
 
 def _float64(name: str, values: Any) -> Array:

@@ -63,10 +63,11 @@ def evaluate(
         num_beams: number of beams; 1 decodes greedily.
         max_new_tokens: longest generated text, in tokens.
         seed: random seed of the subset.
-        encoded: result of :func:`evaluated_rows` for the same arguments, which a caller that
-            evaluates often keeps.
-        add_inputs: called with the encoded rows of a batch and the batch; returns the batch that
-            the model is given. None gives the batch as it is. Text generation does not call it.
+        encoded: result of :func:`evaluated_rows` for the same arguments, to save time in repeated
+            evaluations; None encodes the examples.
+        add_inputs: function from the encoded rows of a batch and the batch to the batch that the
+            model receives; None passes the batch unchanged. Text generation does not use this
+            function.
 
     Returns:
         ``loss``, always: the mean over examples of each example's own loss. The loss of an example
@@ -180,7 +181,7 @@ def _forward(
                 f"model must have the head of {task.name}, with logits of shape "
                 f"{expected}, got {tuple(logits.shape)}: load it with task=task"
             )
-        # a sum is finite only if every term is; to test every logit takes twenty times as long
+        # a sum is finite only if every term is finite; testing every logit takes 20 times as long
         if not bool(logits.sum().isfinite()):
             bad = logits.flatten(1).isfinite().all(1).logical_not()
             if bool(bad.any()):

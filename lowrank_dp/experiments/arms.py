@@ -1,8 +1,8 @@
-"""Arms of the sample-efficiency experiments: plain DP training, its noise-free ceiling, methods.
+"""Arms of the sample-efficiency experiments: plain DP training, noise-free ceilings, other methods.
 
-Every arm trains with the same data, sampling rate, clipping norm and number of steps. The arms with
-noise have the same noise, and so the same (epsilon, delta). A ceiling is trained without noise; its
-name says that it is NON-PRIVATE.
+Every arm trains with the same data, sampling rate, clipping norm and number of steps. All arms with
+noise have the same noise level, and so the same (epsilon, delta). A ceiling is an arm without
+noise; the name of a ceiling says NON-PRIVATE.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.experiments.tuning import Tuned
 from lowrank_dp.train import TrainConfig
 
-FOLDER = Path("runs") / "steps"  # of every sweep: `gap` and `steps_*` share plain runs
+FOLDER = Path("runs") / "steps"  # folder of all sweeps; `gap` and `steps_*` share plain runs
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of training.
+    """Arm of an experiment: a training method.
 
     Attributes:
-        fields: fields that differ from the base configuration, which trains by DP-Adam.
-        start: middle of the first grid of learning rates.
+        fields: configuration fields that differ from the base configuration (DP-Adam).
+        start: middle of the first grid of learning rates, > 0.
     """
 
     fields: Mapping[str, Any]
     start: float
 
 
-# SGD along the bias-corrected running mean of gradients, which is Adam's way of averaging; under
-# torch's momentum the first ten steps are smaller
+# SGD along the bias-corrected running mean of the gradients, which Adam also uses; with torch's
+# momentum, the first ten steps would be smaller
 _SGD = {"optimizer": "sgd", "momentum_beta": 0.9}
 _NOISE_FREE = {"epsilon": None, "noise_multiplier": None, "noise_free": True}
 _MEAN = {"momentum_beta": 0.9}
 _OPTIMAL = {"scheme": "optimal"}
-# Adam's clock would make the first non-zero gradient of a matrix a large step
+# without skip_zeros, Adam takes a large step at the first non-zero gradient of a matrix
 _ZEROED = {"below": "zero", "skip_zeros": True}
-# biases and norms stay as they are: a vector has no rank-one scale
+# biases and norms are frozen, because a vector has no rank-one scale
 _FROZEN = {"precondition_freeze_vectors": True}
 
 
 def _partial(alpha: float, **options: str) -> Arm:
-    """Restore a part of the profile (arXiv 2510.01137, version 3)."""
+    """Return an arm of the scheme ``partial`` (arXiv 2510.01137, version 3)."""
     return Arm({"scheme": "partial", "scheme_options": {"alpha": alpha, **options}}, 1e-2)
 
 
@@ -56,7 +56,7 @@ ARMS: dict[str, Arm] = {
     "noise-free Adam (NON-PRIVATE)": Arm(_NOISE_FREE, 1e-3),
     "noise-free SGD (NON-PRIVATE)": Arm({**_SGD, **_NOISE_FREE}, 3.0),
     "DP-SGD, torch's momentum": Arm({"optimizer": "sgd", "beta1": 0.9}, 0.3),
-    # singular values of each step's sum
+    # restoration of each step's noisy sum
     "denoise": Arm({"scheme": "denoise"}, 1e-2),  # arXiv 2510.01137, version 1
     "partial, 0.5": _partial(0.5),
     "partial, 0.9": _partial(0.9),
@@ -64,8 +64,8 @@ ARMS: dict[str, Arm] = {
     "partial, power law, 0.9": _partial(0.9, target="power-law"),
     "optimal": Arm(_OPTIMAL, 1e-2),
     "optimal, zeroed": Arm({**_OPTIMAL, **_ZEROED}, 1e-2),
-    # running means over steps; DOPPLER's filter is one of its first author's public code, since the
-    # table of coefficients in the paper was not found
+    # running means over steps. DOPPLER's coefficients are those of its first author's public code,
+    # since the table of coefficients in the paper was not found
     "DOPPLER": Arm({"filter_b": (0.15, -0.05), "filter_a": (-0.9,)}, 1e-2),
     "DiSK": Arm({"disk_kappa": 0.7}, 1e-2),
     "mean, denoise": Arm({"scheme": "denoise", **_MEAN}, 1e-2),
@@ -74,17 +74,17 @@ ARMS: dict[str, Arm] = {
     # optimizers
     "DP-AdamBC": Arm({"optimizer": "adam-bc"}, 1e-2),
     "DP-Muon": Arm({"optimizer": "muon"}, 1e-2),
-    # its correction is derived here, for smaller noise than these runs have: this arm judges the
-    # derivation and not the paper (arXiv 2605.12994)
+    # the correction is derived in optim/muon.py for smaller noise than these runs have: this arm
+    # judges that derivation and not the paper (arXiv 2605.12994)
     "DP-MuonBC": Arm({"optimizer": "muon-bc"}, 1e-2),
-    # Muon on what is restored: SGD, since the scheme sets the size of a matrix's step
+    # Muon on restored values: the optimizer is SGD, since the scheme sets the size of each step
     "mean, polar, zeroed": Arm({"scheme": "polar", **_ZEROED, **_MEAN, "optimizer": "sgd"}, 1.0),
     # adapters
     "DP-LoRA": Arm({"method": "lora"}, 3e-2),
     "DP-LoRA, frozen A": Arm({"method": "lora-frozen-a"}, 3e-2),  # FFA-LoRA
     "DP-LoRA, mean, optimal, zeroed": Arm({"method": "lora", **_OPTIMAL, **_ZEROED, **_MEAN}, 1e-2),
-    # rank-one preconditioners inside the mechanism; at power 0 all scales are 1, which leaves the
-    # effect of the frozen vectors
+    # rank-one preconditioners inside the mechanism; at power 0 all scales are 1, so that the arm
+    # shows the effect of freezing the vectors alone
     "DP-SGD, vectors frozen": Arm(
         {**_SGD, **_FROZEN, "precondition": "generated", "precondition_power": 0.0}, 3.0
     ),
@@ -95,7 +95,7 @@ ARMS: dict[str, Arm] = {
         {"optimizer": "sgd", "beta1": 0.9, **_FROZEN, "precondition": "noisy"}, 1.0
     ),
 }
-# every arm is judged against both, each with its own ceiling
+# baseline -> its ceiling; every arm is compared with both baselines
 CEILING_OF = {
     "DP-Adam": "noise-free Adam (NON-PRIVATE)",
     "DP-SGD": "noise-free SGD (NON-PRIVATE)",
@@ -108,8 +108,8 @@ PLAIN = BASELINES + CEILINGS
 def base_config(**fields: Any) -> TrainConfig:
     """Return the configuration that the arms of an experiment share: DP-Adam, scored every step.
 
-    ``eval_examples`` should be the size of the validation split, or more, but not much more: the
-    loss on the members is computed on as many at the end of a run.
+    ``eval_examples`` should be at least the size of the validation split, and not much larger: at
+    the end of a run, the loss is also computed on this number of training examples.
     """
     return TrainConfig(**{"delta": 1e-5, "eval_every": 1, "generate": False, **fields})
 
@@ -124,12 +124,13 @@ def arm_config(
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How the arms of an experiment are tuned and repeated.
+    """Protocol of an experiment: seeds, tuning and score.
 
     Attributes:
         num_seeds: number of reported seeds, counted from 0; 2 or more.
         tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
-        tuning_holdout: training units held out, on which the learning rates are chosen.
+        tuning_holdout: expected number of held-out training units, on which learning rates are
+            chosen.
         score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
         num_workers: number of concurrent runs; None means one per CPU core.
     """
@@ -163,7 +164,7 @@ def wanted_runs(
     num_seeds: int,
     config_of: Callable[[str, float, int], TrainConfig],
 ) -> dict[tuple[str, int], TrainConfig]:
-    """Return the configurations of the reported runs, by arm and seed, at each chosen rate."""
+    """Return the configurations of the reported runs, by arm and seed, at the chosen rates."""
     return {
         (arm, seed): config_of(arm, found.chosen, seed)
         for arm, found in tuned.items()

@@ -1,4 +1,4 @@
-"""Cost of a sweep of training runs, extrapolated from a measured step."""
+"""Cost of a sweep of training runs in hours, extrapolated from one measured step."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from lowrank_dp.sweep import PREFIX_FOLDER
 from lowrank_dp.train import Setup, TrainConfig
 from lowrank_dp.train.loop import train
 
-_MANY = 1000  # runs of a sweep, which are worth a cache
+_MANY = 1000  # assumed number of runs of a sweep, large enough that filling the cache pays
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured seconds of a run: once per run, per step, and per evaluation."""
+    """Measured seconds of a training run: once per run, per step, and per evaluation."""
 
     once: float
     step: float
     evaluation: float
 
     def hours(self, runs: int, steps: int) -> float:
-        """Return the hours of ``runs`` runs in turn, with an evaluation after each step."""
+        """Return the hours of ``runs`` successive runs, with an evaluation after each step."""
         return runs * (self.once + steps * (self.step + self.evaluation)) / 3600
 
 
 def measure_cost(config: TrainConfig, folder: Path, num_workers: int | None) -> Cost:
-    """Train one step twice, with the threads that a worker of a sweep has.
+    """Measure the cost of a run by two runs of one step, with the threads of a sweep's worker.
 
-    The second run is measured. The first one loads the libraries, and fills the cache of the frozen
-    blocks' outputs in ``folder``, which the sweep in ``folder`` uses; the runs themselves are not
-    kept. The time that is not spent in the step is split by the number of examples that are
-    evaluated. Concurrent runs share the machine's memory bandwidth, and may be slower.
+    The first run loads the libraries, and fills the cache of the frozen blocks' outputs in
+    ``folder``, which a sweep in ``folder`` uses. The second run is measured. Neither run is kept.
+    The time outside of the step is divided among the evaluations by their numbers of examples.
+    Concurrent runs share the machine's memory bandwidth, and may be slower than measured.
     """
     cache = config.prefix_cache or str(folder.absolute() / PREFIX_FOLDER)
     one = replace(config, steps=1, seed=0, holdout=0, generate=False, prefix_cache=cache)
@@ -57,13 +57,13 @@ def measure_cost(config: TrainConfig, folder: Path, num_workers: int | None) -> 
             ended = time.perf_counter()
     started, validation, members = seen
     validation, members = (min(n, config.eval_examples) for n in (validation, members))
-    share = validation / (2 * validation + members)  # before and after the step, and at the end
+    share = validation / (2 * validation + members)  # two validations, and one pass over members
     evaluation = share * (ended - started - result.seconds)
     return Cost(ended - began - result.seconds - evaluation, result.seconds, evaluation)
 
 
 def _note(seen: list[int | float], setup: Setup, _: int) -> None:
-    """Note the time at which a run begins, and the sizes of its splits."""
+    """Append the time at which a run begins, and the sizes of its splits, to ``seen``."""
     seen.extend([time.perf_counter(), len(setup.task.validation), len(setup.rows)])
 
 

@@ -63,7 +63,7 @@ CAPTION = (
 )
 
 ARMS = ("lora", "lora-frozen-a", "fresh-a", "gaussian")
-TOLERANCE = 1e-3  # of the numerical rank, relative to the largest singular value
+TOLERANCE = 1e-3  # tolerance of the numerical rank, relative to the largest singular value
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Config:
     learning_rate: float = 0.05
 
 
-# a trial of a minute on generated text
+# trial of one minute on generated text
 SMALL = Config(
     gradients=GradientConfig(task="generated", max_length=24),
     ranks=(1, 8, 64),
@@ -135,7 +135,7 @@ class Result:
 
     @property
     def ratio_band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Geometric mean over seeds of `paired_ratio`, and the ends of its 95% t-interval."""
+        """Geometric mean over seeds of `paired_ratio`, and both ends of its 95% t-interval."""
         mean, half = mean_and_interval(np.log(paired_ratio(self)), axis=-2)
         return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
 
@@ -202,7 +202,7 @@ def _run_seed(config: Config, task: Any, seed: int) -> _SeedRun:
     adapters = [_load(config, task, "lora", seed, rank)[0] for rank in config.ranks]
     layers = adapted_layers(adapters[0])
     train_only(full, layers)
-    path = [effective_weights(full, layers)]  # of full fine-tuning, before and after each step
+    path = [effective_weights(full, layers)]  # full fine-tuning's weights before and after steps
     start = path[0]
     matrix = full.get_parameter(f"{layers[0]}.weight").shape
     measured = rank_steps(config.num_steps)
@@ -275,7 +275,7 @@ def loss_difference(result: Result) -> np.ndarray:
 
 
 def paired_ratio(result: Result) -> np.ndarray:
-    """Return the distance with A frozen over that with a fresh A: (ranks, seeds, T), by seed."""
+    """Return distance with a frozen A / distance with a fresh A, by seed: (ranks, seeds, T)."""
     arms = result.arms
     frozen, fresh = (result.distance[arms.index(arm)] for arm in ("lora-frozen-a", "fresh-a"))
     ratio: np.ndarray = frozen[..., 1:] / fresh[..., 1:]
@@ -285,8 +285,8 @@ def paired_ratio(result: Result) -> np.ndarray:
 def expected_ratio(result: Result) -> np.ndarray:
     """Return |sum of gradients| / sqrt(sum of squared norms) of full fine-tuning: (seeds, T).
 
-    This is the ratio of the root-mean-square distances by the exact law (module docstring), the
-    same at every rank, as far as the arms' gradients are those of full fine-tuning.
+    If the arms had the gradients of full fine-tuning, this would be the exact ratio of the
+    root-mean-square distances, at every rank (see the docstring of the module).
     """
     squares: np.ndarray = np.cumsum(result.reference_step**2, axis=1)
     return np.asarray(result.reference_moved[:, 1:] / np.sqrt(squares))
@@ -309,7 +309,7 @@ def headline(result: Result) -> dict[str, str]:
 
 
 def _ratios(result: Result) -> dict[str, str]:
-    """Summarise the paired ratio at the last step: per rank, over all ranks, and as expected."""
+    """Summarise the paired ratio at the last step: per rank, over all ranks, and expected."""
     last = paired_ratio(result)[..., -1]
     middle, low, high = (part[:, -1] for part in result.ratio_band)
     numbers = {

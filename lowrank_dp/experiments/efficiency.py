@@ -5,8 +5,8 @@ at the same (epsilon, delta). The learning rate of each arm is chosen from one g
 that is not reported, on held-out training examples. The reported seeds are scored on the
 validation split.
 
-:mod:`lowrank_dp.experiments.steps` replaces this experiment; this module stays as long as its saved
-results are drawn.
+:mod:`lowrank_dp.experiments.steps` replaces this experiment. This module is kept because its saved
+results are still drawn.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "DP-Adam": {},
     "denoise": {"scheme": "denoise"},
     "optimal, zeroed": {**_OPTIMAL, **_ZEROED},
-    # DOPPLER's kind: one pole at 0.9, a zero at the highest frequency, no restoration
+    # filter as in DOPPLER: one pole at 0.9, a zero at the highest frequency, no restoration
     "low-pass filter": {"filter_b": (0.05, 0.05), "filter_a": (-0.9,)},
     "momentum + optimal": {**_OPTIMAL, **_MEAN},
     "momentum + optimal, zeroed": {**_OPTIMAL, **_ZEROED, **_MEAN},

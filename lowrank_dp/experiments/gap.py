@@ -1,9 +1,10 @@
-"""Ceiling and gap: the steps that noise costs DP training, over epsilon, batch and trained part.
+"""Gap in steps between DP training and noise-free training, by epsilon, batch size, trained part.
 
-DP-SGD and DP-Adam train beside themselves without noise: same clipping, sampling and steps, each
-tuned by itself. Two ratios of steps to one target are kept apart. What noise costs an optimizer is
-DP-X over noise-free X. What lost adaptivity costs is noise-free SGD over noise-free Adam, since
-noise makes Adam's second moment flat, and DP-Adam behaves like SGD.
+DP-SGD, DP-Adam and their noise-free versions train with the same clipping, sampling and number of
+steps. Each of the four is tuned separately. Two ratios of steps to one target are reported. The
+cost of noise is the ratio of DP-X to noise-free X, for X = SGD or Adam. The cost of lost adaptivity
+is the ratio of noise-free SGD to noise-free Adam: noise makes Adam's second moment nearly constant,
+so that DP-Adam behaves like SGD.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 
 SHARE = 0.9
-WORTH = 1.5  # arms are compared in settings whose gap is at least this
+WORTH = 1.5  # smallest gap at which other experiments compare arms
 CAPTION = (
     "Steps to 90% of the gain of the weaker of tuned DP-SGD and tuned DP-Adam, as ratios of means "
     "over seeds, by epsilon, expected batch B and trained part. What noise costs: DP-X over X with "
@@ -51,7 +52,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of runs: a trained part, a batch size, an arm, and epsilon (None without noise)."""
+    """Setting of runs: trained part, batch size, arm, and epsilon (None without noise)."""
 
     part: str
     batch_size: int
@@ -60,19 +61,20 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The setting in words."""
+        """Name of the setting, in words."""
         noise = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
         return f"{self.arm}, {self.part}, B = {self.batch_size}{noise}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Curves of every setting; NaN for a run that stopped, or a setting without a learning rate.
+    """Curves of the score in every setting.
 
-    ``private`` is (parts, batch sizes, epsilons, optimizers, seeds, steps + 1), and ``ceiling``,
-    NON-PRIVATE, is (parts, batch sizes, optimizers, seeds, steps + 1); the optimizers are those of
+    NaN stands for a run that stopped, and for a setting without a learning rate. ``private`` is
+    (parts, batch sizes, epsilons, optimizers, seeds, steps + 1). ``ceiling`` is (parts, batch
+    sizes, optimizers, seeds, steps + 1), and is NON-PRIVATE. The optimizers are those of
     ``arms.BASELINES``. ``noise_multiplier`` (batch sizes, epsilons) is relative to the clipping
-    norm. ``tuned`` holds the grids of learning rates, by the settings' names.
+    norm. ``tuned`` holds the grid of learning rates of each setting, by the setting's name.
     """
 
     config: Config
@@ -98,7 +100,7 @@ class Result:
 
 
 def settings(config: Config) -> list[Setting]:
-    """List the settings: those with noise, and the noise-free ones, which have no epsilon."""
+    """List all settings: settings with noise, and noise-free settings, which have no epsilon."""
     places = [(part, size) for part in config.parts for size in config.batch_sizes]
     return [
         *(
@@ -122,7 +124,7 @@ def setting_config(
 
 
 def plan(config: Config) -> str:
-    """Describe what :func:`run` will do, with its hours on this machine by measured steps."""
+    """Describe the work of :func:`run`, with the hours on this machine, from measured steps."""
     number = len(config.epsilons) * len(BASELINES) + len(CEILINGS)
     runs = tuning.TYPICAL_RATES * len(config.tuning_seeds) + config.num_seeds
     hours, words = 0.0, []
@@ -201,7 +203,7 @@ def _collect(
 
 
 def _noise_multipliers(config: Config, outcomes: Mapping[tuple[str, int], Outcome]) -> np.ndarray:
-    """Return the noise multipliers of the finished runs, (batch sizes, epsilons); else NaN."""
+    """Return the noise multipliers (batch sizes, epsilons); NaN without a finished run."""
     found = np.full((len(config.batch_sizes), len(config.epsilons)), np.nan)
     for outcome in outcomes.values():
         run = outcome.config
@@ -214,8 +216,8 @@ def _noise_multipliers(config: Config, outcomes: Mapping[tuple[str, int], Outcom
 def steps_to(result: Result, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps to a share of the weaker DP optimizer's gain, with and without noise.
 
-    Both arrays are (parts, batch sizes, epsilons, optimizers, seeds), with infinity for a run that
-    does not reach the target; the target differs by epsilon, also for the noise-free runs.
+    Both arrays are (parts, batch sizes, epsilons, optimizers, seeds). Infinity stands for a run
+    that does not reach the target. The target depends on epsilon, also for the noise-free runs.
     """
     higher = HIGHER_IS_BETTER[result.config.score]
     private, ceiling = (np.full(result.private.shape[:-1], np.inf) for _ in range(2))
@@ -231,10 +233,11 @@ def steps_to(result: Result, share: float = SHARE) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratios of mean steps over seeds, and where censoring makes a ratio a bound.
+    """Ratios of mean numbers of steps over seeds; a censored run makes a ratio a bound.
 
-    ``value`` is NaN where both sides are censored, or nothing was learned. ``is_lower_bound`` marks
-    values whose numerator is censored, and ``is_upper_bound`` those whose denominator is.
+    A run is censored if the run does not reach the target. ``value`` is NaN if numerator and
+    denominator are censored, or if a baseline gained nothing. ``is_lower_bound`` marks values with
+    a censored numerator, and ``is_upper_bound`` values with a censored denominator.
     """
 
     value: np.ndarray
@@ -250,14 +253,14 @@ class Ratio:
 
 
 def ratio(above: np.ndarray, below: np.ndarray, budget: int) -> Ratio:
-    """Return the ratio of mean steps; both arguments are (..., seeds), infinite if not reached."""
+    """Return the ratio of mean steps (...); the arguments are (..., seeds), inf if not reached."""
     lower, upper = np.isinf(above).any(axis=-1), np.isinf(below).any(axis=-1)
     means = [protocol.censored(steps, budget).mean(axis=-1) for steps in (above, below)]
     return Ratio(np.where(lower & upper, np.nan, means[0] / means[1]), lower, upper)
 
 
 def ratios(result: Result, share: float = SHARE) -> dict[str, Ratio]:
-    """Return every ratio of steps, (parts, batch sizes, epsilons) each, by its name."""
+    """Return name -> ratio of steps, each of shape (parts, batch sizes, epsilons)."""
     private, ceiling = steps_to(result, share)
     sgd, adam = (BASELINES.index(name) for name in ("DP-SGD", "DP-Adam"))
     cost = partial(ratio, budget=result.budget)
@@ -277,7 +280,7 @@ def _faster(steps: np.ndarray, budget: int) -> np.ndarray:
 
 
 def places(result: Result) -> Iterator[tuple[tuple[int, int, int], str]]:
-    """Yield the index of every cell of the map, and its setting in words."""
+    """Yield the index (part, batch size, epsilon) of every cell, and its setting in words."""
     config = result.config
     for place in np.ndindex(*result.private.shape[:3]):
         part, size, epsilon = place
@@ -317,7 +320,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(result: Result) -> Mapping[str, str]:
-    """Summarise the figure: the ratios of each setting, and where the gap is worth closing."""
+    """Summarise the figure: the ratios of each setting, and the settings with a large gap."""
     found = ratios(result)
     lines = {
         f"steps, ratio, {words}": ", ".join(f"{name} {r.text(place)}" for name, r in found.items())
@@ -342,7 +345,7 @@ def _mean(values: np.ndarray) -> str:
 
 
 def _each(steps: np.ndarray, curves: np.ndarray) -> str:
-    """Format the steps by seed; a seed without a run, or whose run stopped, has no curve."""
+    """Format the steps of each seed; a seed whose run is missing or stopped has no curve."""
     return ", ".join(
         "no run" if np.isnan(curve).any() else "not reached" if np.isinf(value) else f"{value:.0f}"
         for value, curve in zip(steps, curves, strict=True)

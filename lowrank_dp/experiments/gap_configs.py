@@ -1,4 +1,4 @@
-"""Configurations of the experiment on the gap that noise makes, and trials."""
+"""Configurations of the experiment on the gap in steps, and trials."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PARTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config(Protocol):
-    """Runs of the experiment, beside the fields of :class:`Protocol`.
+    """Settings of the experiment, in addition to the fields of :class:`Protocol`.
 
     Attributes:
-        base: configuration of all runs; epsilon, batch size, trained layers, seed, learning rate
+        base: configuration of all runs. Epsilon, batch size, trained layers, seed, learning rate
             and holdout are replaced.
-        epsilons: budgets of the runs with noise; a noise-free run is made once for all of them.
+        epsilons: privacy budgets of the runs with noise. Noise-free runs do not depend on them.
         batch_sizes: expected batch sizes.
         parts: trained parts, names in ``PARTS``.
     """
@@ -34,11 +34,11 @@ class Config(Protocol):
 
 _SST2 = base_config(model="minilm", task="sst2", epsilon=8.0, max_length=64, steps=30)
 
-# the map in three parts, by the hours that they take
+# the settings in three parts, split by their computing time
 SST2 = Config(_SST2, batch_sizes=(256,), parts=("last block",))
 SST2_LARGE_BATCH = Config(_SST2, batch_sizes=(1024,), parts=("last block",))
 SST2_ALL_LAYERS = Config(_SST2, parts=("all",))
-# the settings of these that other experiments train in, too
+# the settings of SST2_LARGE_BATCH in which other experiments train, too
 SST2_LARGE_BATCH_EPS8 = replace(SST2_LARGE_BATCH, epsilons=(8.0,))
 # 1,000 of the 4,672 validation examples, so that an evaluation takes no longer than a step
 E2E = Config(
@@ -51,7 +51,7 @@ E2E = Config(
     score="loss",
     tuning_holdout=300,
 )
-# a trial of minutes on generated text, with a model that needs no download
+# trial of a few minutes on generated text, with a model that needs no download
 SMALL = Config(
     base_config(model="tiny", task="generated", epsilon=8.0, steps=12),
     epsilons=(1.0, 8.0),

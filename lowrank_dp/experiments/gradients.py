@@ -41,10 +41,10 @@ class GradientConfig:
         warm_batch_size: batch size of the warm-up.
         max_length: tokens to which a text is cut.
         micro_batch_size: examples in memory at a time.
-        train_layers: number of trained blocks, counted from the last; None trains all blocks.
-        max_rows: number of rows of the split that are read, in whole groups, chosen by the seed;
-            None reads all.
-        precision: "float32", or "bf16" for forward and backward passes under bf16 autocast; sums
+        train_layers: number of trained blocks, counted from the last block; None trains all blocks.
+        max_rows: expected number of rows of a random subset of the split, in whole groups, chosen
+            by the seed; None reads all rows.
+        precision: "float32", or "bf16" for forward and backward passes under bf16 autocast. Sums
             stay in float32.
         seed: random seed of the head, the warm-up and the sampling.
         device: "cpu" or "cuda".
@@ -105,8 +105,8 @@ class GradientSource:
     def clean_sum(self, indices: Sequence[int], check_rows: bool = True) -> dict[str, Tensor]:
         """Sum the clipped gradients of the rows ``indices``, by trainable matrix. NON-PRIVATE.
 
-        ``check_rows`` is as in :func:`lowrank_dp.grads.clipped_sum`: the examination of a new model
-        takes as long as some dozen rows.
+        ``check_rows`` is as in :func:`lowrank_dp.grads.clipped_sum`. The examination of a new model
+        takes as long as the gradients of some dozen rows.
         """
         batches = (batch for _, batch in self.batches(indices, self.config.micro_batch_size))
         sums, _ = clipped_sum_over(
@@ -200,12 +200,12 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
 
     Args:
         source: the model and its rows.
-        say: function that gets the plan of the warm-up before it begins, its longest time after the
-            first step, and a line if the loss was not reached.
+        say: function that receives lines of text: the plan before the warm-up, the longest possible
+            time after the first step, and a line if ``warm_loss`` was not reached.
 
     Returns:
-        The running mean of the training loss in nats, and the number of steps. A ``warm_loss`` of
-        None trains nothing; the loss is then the mean over 512 rows.
+        The running mean of the training loss in nats, and the number of steps. If ``warm_loss`` is
+        None, the model is not trained, and the loss is the mean over 512 rows.
     """
     say = say or (lambda line: None)
     config, model = source.config, source.model
@@ -264,7 +264,7 @@ def _autocast(config: GradientConfig) -> AbstractContextManager:
 
 @torch.no_grad()
 def mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
-    """Return the mean loss in nats over the rows ``indices``, of the model in its own mode."""
+    """Return the mean loss in nats over the rows ``indices``, in the model's present mode."""
     total = 0.0
     for part, batch in source.batches(indices, source.config.micro_batch_size):
         with _autocast(source.config):
@@ -283,7 +283,7 @@ def add_noise(clean: dict[str, Tensor], noise_std: float, seed: int) -> dict[str
 def noisy_matrices(
     clean: dict[str, Tensor], noise_std: float, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the entries of :func:`add_noise` one by one, so that one matrix is in memory."""
+    """Yield the entries of :func:`add_noise` one by one, to save memory."""
     for offset, (name, matrix) in enumerate(clean.items()):
         generator = torch.Generator(matrix.device).manual_seed(1_000_003 * seed + offset)
         noise = torch.randn(

@@ -1,12 +1,12 @@
-"""Claim: LoRA's implicit noise makes it resist membership inference (arXiv 2409.17538, version 7).
+"""Claim: LoRA's implicit noise protects against membership inference (arXiv 2409.17538, version 7).
 
 With a frozen Gaussian A, scaling 1 and SGD, LoRA is exactly full fine-tuning of the same matrices
-whose gradient G becomes ``G A^T A = G + noise``, with the same A in every step; momentum is linear
-in the gradients and changes nothing in this. Two
-controls give full fine-tuning that noise anew in each step: exactly (a new A), and as Gaussian
-noise of the same variance. If the noise protects, the controls must leak less than full
-fine-tuning at equal training loss and at equal held-out loss. Each arm and rank has a learning
-rate of its own, chosen with another seed, so that the rank is not confounded with the step size.
+in which ``G A^T A = G + noise`` replaces the gradient G, with the same A in every step. Momentum
+does not change this, because momentum is linear in the gradients. Two controls are full fine-tuning
+with fresh noise in each step: the exact noise of a new A, and Gaussian noise of the same variance.
+If the noise protects, the controls leak less than full fine-tuning at equal training loss and at
+equal held-out loss. Each arm and rank has its own learning rate, which is chosen with another seed,
+so that the rank is not confounded with the step size.
 """
 
 from __future__ import annotations
@@ -54,16 +54,17 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Result:
-    """Attacks on every arm. NON-PRIVATE.
+    """Losses and attack results of every arm. NON-PRIVATE.
 
     ``auc``, ``tpr`` (at 1% FPR), ``train_loss``, ``held_out_loss`` and ``accuracy`` are (arms,
-    seeds, steps + 1): before training, and after each number of steps; NaN for a run that stopped.
-    ``tuned`` has the grid of learning rates of each arm without dropout; an arm with dropout has
-    the rate of the arm without. ``failures`` states which runs stopped, and which arms have no
-    learning rate. The attack with shadows was made on ``shadow_arms`` after ``shadow_steps``
-    (arms,) steps, at which their training losses are nearest to each other; its results are (arms,
-    seeds): ``lira``, ``lira_base`` (the attack without shadows) and ``lira_train_loss``. ``shift``
-    has its verdicts on distribution shift other than "ok".
+    seeds, steps + 1): before training, and after each number of steps. NaN stands for a run that
+    stopped. ``tuned`` holds the grid of learning rates of each arm without dropout; an arm with
+    dropout has the rate of the same arm without dropout. ``failures`` lists the runs that stopped
+    and the arms without a learning rate. The attack with shadow models was made on ``shadow_arms``
+    after ``shadow_steps`` (arms,) steps, at which the training losses of the arms are nearest to
+    each other. The results of this attack are (arms, seeds): ``lira``, ``lira_base`` (the attack
+    without shadow models) and ``lira_train_loss``. ``shift`` lists the verdicts of this attack on
+    distribution shift, except "ok".
     """
 
     config: Config
@@ -88,12 +89,12 @@ class Result:
 
     @property
     def train_level(self) -> float:
-        """The training loss, in nats, at which arms are compared."""
+        """Training loss, in nats, at which arms are compared."""
         return common_level(self.train_loss, self.config.train_levels)
 
     @property
     def held_out_level(self) -> float:
-        """The held-out loss, in nats, at which arms are compared."""
+        """Held-out loss, in nats, at which arms are compared."""
         return common_level(self.held_out_loss, self.config.held_out_levels)
 
     @property
@@ -110,7 +111,7 @@ class Result:
         }
 
     def rate(self, arm: str) -> float | None:
-        """Return the learning rate of an arm; None if there is none."""
+        """Return the chosen learning rate of an arm, or None."""
         name = arm.removesuffix(DROPOUT)
         return next(tuned.chosen for tuned in self.tuned if tuned.arm == name)
 
@@ -121,7 +122,7 @@ class Result:
 
 
 def plan(config: Config) -> str:
-    """Describe what :func:`run` will do: numbers of runs, steps and attacks."""
+    """Describe the work of :func:`run`: numbers of runs, steps and attacks."""
     names = arms(config)
     tuned = sum(not name.endswith(DROPOUT) for name in names)
     reported = len(names) * config.num_seeds
@@ -164,7 +165,7 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
         one = arm_config(config, table[arm], rate, seed, config.steps[-1])
         try:
             found = runs.observed(one, config.steps, folder)
-        except ValueError as error:  # a run that diverges
+        except ValueError as error:  # the run diverged
             failures.append(f"{arm}, learning rate {rate:g}, seed {seed}: {error}")
             continue
         measured[arm, seed] = runs.curves(found)
@@ -231,7 +232,7 @@ def _tune(config: Config, folder: Path) -> tuple[dict[str, tuning.Tuned], list[s
 
 
 def _shadow_arms(config: Config) -> tuple[str, ...]:
-    """Return the arms that are attacked with shadows: full, with Gaussian noise, frozen A."""
+    """Return the arms that are attacked with shadow models: full, Gaussian noise, frozen A."""
     rank, known = config.main_rank, arms(config)
     names = ("full", f"Gaussian noise r={rank}", f"frozen A r={rank}")
     return tuple(name for name in names if name in known)
@@ -244,7 +245,7 @@ def _attack_with_shadows(
     level: float,
     folder: Path,
 ) -> dict[str, tuple[int, list[runs.ShadowAttack]]]:
-    """Attack each primary arm after the number of steps whose mean training loss is nearest."""
+    """Attack each arm after the number of steps whose mean training loss is nearest the level."""
     table = arms(config)
     chosen = _shadow_arms(config) if config.num_shadows else ()
     found = {}
@@ -314,7 +315,7 @@ def _shadow_cells(result: Result, arm: str) -> list[str]:
 
 
 def headline(result: Result) -> Mapping[str, str]:
-    """Summarise: each arm's AUC less that of full fine-tuning, and noise less frozen A by rank."""
+    """Summarise AUC differences: each arm and full fine-tuning; by rank, frozen A and noise."""
     lines = {}
     for name, values in result.readings.items():
         for i, arm in enumerate(result.arms[1:], start=1):

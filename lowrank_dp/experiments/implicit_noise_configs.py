@@ -9,31 +9,31 @@ from typing import Any
 from lowrank_dp.train import TrainConfig
 
 DROPOUT = ", dropout"
-FAMILIES = ("LoRA", "frozen A", "Gaussian noise", "fresh A")  # arms with a rank
+FAMILIES = ("LoRA", "frozen A", "Gaussian noise", "fresh A")  # families of arms that have a rank
 
 
 @dataclass(frozen=True)
 class Config:
-    """Arms, runs and attacks of the experiment; all runs are made in this process, in turn.
+    """Arms, runs and attacks of the experiment. All runs are made in this process, one by one.
 
     Attributes:
-        base: configuration that all arms share; it trains by SGD. The method, the rank, the number
-            of steps, the learning rate and the seed are replaced.
+        base: configuration that all arms share, with the optimizer SGD. The method, the rank, the
+            number of steps, the learning rate and the seed are replaced.
         ranks: ranks of the frozen A and of both kinds of noise.
         lora_ranks: ranks of LoRA.
         main_rank: rank of LoRA with dropout, and of the arms that are attacked with shadows.
-        steps: numbers of steps after which a run is attacked, multiples of ``base.eval_every`` in
-            rising order.
+        steps: numbers of steps after which a run is attacked, in increasing order; multiples of
+            ``base.eval_every``.
         num_seeds: number of seeds, counted from 0, each with its own membership bits; 2 or more.
         tuning_seed: seed of the choice of learning rates; none of the reported seeds.
         tuning_steps: number of steps after which learning rates are compared.
         tuning_holdout: expected number of training examples set aside for this comparison.
         start: middle of every arm's first grid of learning rates; grids grow until the best rate
             is inside.
-        train_levels, held_out_levels: losses in nats at which arms are compared; the tables show
+        train_levels, held_out_levels: losses in nats at which arms can be compared. The tables show
             the level that the most runs reach.
-        num_shadows: number of shadow models per arm that is attacked with shadows; 0 makes no such
-            attack.
+        num_shadows: number of shadow models per attacked arm; 0 omits the attack with shadow
+            models.
     """
 
     base: TrainConfig
@@ -57,22 +57,22 @@ SST2 = Config(
         task="sst2",
         non_private=True,
         optimizer="sgd",
-        beta1=0.9,  # of torch's momentum, under which all ranks learn within these steps
+        beta1=0.9,  # torch's momentum, with which all ranks learn within these steps
         delta=1e-3,
         batch_size=32,
         max_examples=1000,
         membership="bernoulli",
         max_length=64,
-        # the matrices of the last two of six blocks; without biases and norms, as LoRA has it
+        # the matrices of the last two of six blocks, without biases and norms, as in LoRA
         train_layers=r"layer\.[45]\..*\.(query|key|value|dense)\.weight$",
         lora_init="gaussian",
-        micro_batch_size=8,  # short texts together; the result does not depend on it
+        micro_batch_size=8,  # less padding; the result does not depend on this number
         eval_every=20,
         snapshot_every=20,
     )
 )
 
-# a trial of one minute on generated text, with a model that needs no download
+# trial of one minute on generated text, with a model that needs no download
 SMALL = Config(
     base=replace(
         SST2.base,

@@ -1,8 +1,8 @@
 """Runs of the experiment on LoRA's implicit noise: trained once, attacked at each number of steps.
 
-With a constant learning rate, the first 40 of 120 steps are a run of 40 steps. So one run of
-:func:`lowrank_dp.train.loop.train` is attacked after each of several numbers of steps. What the
-attack measures is saved beside the runs, so that a finished run is not repeated.
+With a constant learning rate, the first 40 of 120 steps equal a run of 40 steps. One run of
+:func:`lowrank_dp.train.loop.train` can therefore be attacked after each of several numbers of
+steps. The measured losses are saved beside the runs, so that a finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from lowrank_dp.sweep import PREFIX_FOLDER, run_folder, sweep
 from lowrank_dp.train import Setup, TrainConfig
 from lowrank_dp.train.loop import train
 
-LOSSES = "losses"  # folder of what was measured, beside the runs
+LOSSES = "losses"  # folder of the measured losses, beside the runs
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of every record of a run's pool, after some number of steps. NON-PRIVATE.
+    """Losses of all members and non-members of a run after some number of steps. NON-PRIVATE.
 
     Attributes:
-        loss, is_member: (N,) loss in nats in evaluation mode, and the membership bit.
-        held_out_loss, accuracy: on the validation split.
+        loss: (N,) loss of each record in nats, in evaluation mode.
+        is_member: (N,) membership bit of each record.
+        held_out_loss, accuracy: loss in nats, and accuracy, on the validation split.
         description: model and data of the run, in words.
     """
 
@@ -43,13 +44,13 @@ class Losses:
 
 @dataclass(frozen=True)
 class Curves:
-    """A run after 0 steps and after each number of steps in turn: (T,) each. NON-PRIVATE.
+    """Attack and losses of a run after 0 steps and each number of steps, (T,) each. NON-PRIVATE.
 
     Attributes:
-        auc: of the attack "base", the loss before fine-tuning minus the loss; 1/2 after 0 steps.
-        tpr: true-positive rate of that attack at 1% FPR; NaN for fewer than 100 non-members.
+        auc: AUC of the attack "base" (loss before fine-tuning minus loss); 1/2 after 0 steps.
+        tpr: true-positive rate of the attack "base" at 1% FPR; NaN for fewer than 100 non-members.
         train_loss: mean loss of all members, in nats.
-        held_out_loss, accuracy: on the validation split.
+        held_out_loss, accuracy: loss in nats, and accuracy, on the validation split.
     """
 
     auc: np.ndarray
@@ -61,13 +62,14 @@ class Curves:
 
 @dataclass(frozen=True)
 class ShadowAttack:
-    """A checkpoint attacked with shadow models of its own recipe. NON-PRIVATE.
+    """Attack on a checkpoint with shadow models of the same configuration. NON-PRIVATE.
 
     Attributes:
-        lira: AUC of LiRA without the shadows that were trained on the record ("lira-offline").
-        base: AUC of the attack without shadows.
-        train_loss: loss of the members.
-        shift: a verdict on distribution shift other than "ok", else "".
+        lira: AUC of the attack "lira-offline", which uses for each record only the shadow models
+            that were not trained on the record.
+        base: AUC of the attack "base", without shadow models.
+        train_loss: mean loss of the members, in nats.
+        shift: verdict on distribution shift; "" for the verdict "ok".
     """
 
     lira: float
@@ -77,9 +79,9 @@ class ShadowAttack:
 
 
 def observed(config: TrainConfig, steps: Sequence[int], folder: Path) -> list[Losses]:
-    """Train, unless the run is finished, and return the losses after 0 and after ``steps`` steps.
+    """Return the losses of a run after 0 and after ``steps`` steps; train if not finished.
 
-    Raises ValueError if the run stops, or if a finished run's losses are missing.
+    Raises ValueError if the run stops, or if the losses of a finished run are missing.
     """
     run = run_folder(config, folder)
     wanted = (0, *steps)
@@ -153,12 +155,12 @@ def curves(measured: Sequence[Losses]) -> Curves:
 
 
 def attack_with_shadows(config: TrainConfig, num_shadows: int, folder: Path) -> ShadowAttack:
-    """Train a checkpoint and its shadows, as far as they are missing, and attack the checkpoint.
+    """Attack a checkpoint with shadow models; train the checkpoint and the models if missing.
 
-    Checkpoints that differ in their seed only share their shadows. Raises ValueError if a run
-    stops, or if some record is in every shadow's training set.
+    Checkpoints that differ in the seed alone share their shadow models. Raises ValueError if a run
+    stops, or if a record is in the training set of every shadow model.
     """
-    targets = folder / "targets"  # the runs in the folder itself keep no checkpoint
+    targets = folder / "targets"  # runs directly in ``folder`` keep no checkpoint
     (outcome,) = sweep([_with_cache(config, folder)], targets, engine="sequential", keep_model=True)
     if outcome.result is None:
         raise ValueError(outcome.error)

@@ -1,4 +1,4 @@
-"""Intervals of results: Student's t for means over seeds, and those of an AUC."""
+"""Confidence intervals of results: Student's t for means over seeds, and the interval of an AUC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def mean_and_interval(
 
     ``axis`` is the axis of the seeds (or noise draws), of length 2 or more. The interval contains
     the true mean with probability ``level``, in (0, 1). Both results have the shape of ``values``
-    without that axis.
+    without ``axis``.
     """
     count = values.shape[axis]
     quantile = stats.t.ppf((1 + level) / 2, count - 1)

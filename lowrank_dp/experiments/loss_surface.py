@@ -1,9 +1,9 @@
 """Loss of a model along a direction in weight space: slope, curvature and best step.
 
-For weights ``w`` and a direction ``d``, the loss on fixed rows is followed along ``w - eta d``.
-The slope ``g^T d`` and the curvature ``d^T H d`` come from automatic differentiation; the quadratic
-model predicts that the best step lowers the loss by ``(g^T d)^2 / (2 d^T H d)``. NON-PRIVATE where
-the rows are private: nothing is clipped, and no noise is added.
+For weights ``w`` and a direction ``d``, the loss on fixed rows is measured along ``w - eta d``.
+Automatic differentiation gives the slope ``g^T d`` and the curvature ``d^T H d``. The quadratic
+model predicts that the best step decreases the loss by ``(g^T d)^2 / (2 d^T H d)``. NON-PRIVATE if
+the rows are private: no gradient is clipped, and no noise is added.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Direction = Mapping[str, Tensor]  # parameter name -> tensor; other parameters d
 class LossSurface:
     """Mean loss over fixed rows, as a function of some weights of a model.
 
-    The object holds the outputs of the model's frozen blocks: the frozen blocks must not change as
-    long as the object is in use. The mean is over rows; the loss of a row with several target
-    tokens is the mean over these tokens.
+    The object holds the outputs of the model's frozen blocks, so the frozen blocks must not change
+    while the object is in use. The mean is over rows. The loss of a row with several target tokens
+    is the mean over these tokens.
 
     Attributes:
-        model: the model, in eval mode. The methods leave its weights as they found them.
-        names: parameters that directions may move.
+        model: the model, in eval mode. The methods leave its weights unchanged.
+        names: names of the parameters that directions may move.
         batches: rows of the surface, with labels.
-        frozen: blocks in front of the first trained block.
-        outputs: per batch, the output of the last frozen block.
-        row_weights: factor (rows,) of each row's loss, in the order of the batches; None for 1.
+        frozen: frozen blocks below the first trained block.
+        outputs: output of the last frozen block for each batch.
+        row_weights: (rows,) factor of each row's loss, in the order of the batches; None means 1.
     """
 
     model: nn.Module
@@ -50,7 +50,7 @@ class LossSurface:
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        """The weights that directions may move, by name."""
+        """Weights that directions may move, by name."""
         return {name: self.model.get_parameter(name) for name in self.names}
 
     @property
@@ -78,7 +78,7 @@ class LossSurface:
     def curvature(self) -> Iterator[Callable[[Direction], float]]:
         """Yield the function ``d -> d^T H d`` by Hessian-vector products, in nats per unit squared.
 
-        The graphs of the gradients are kept in memory for the length of the block.
+        The graphs of the gradients stay in memory until the end of the block.
         """
         weights = self.weights
         gradients = []
@@ -103,7 +103,7 @@ class LossSurface:
     @torch.no_grad()
     def loss_at(self, direction: Direction, step: float) -> float:
         """Compute the mean loss in nats at ``w - step * direction``."""
-        # changes of .data leave the graphs that `curvature` keeps valid, since they are undone
+        # .data is changed and restored, so the graphs of `curvature` stay valid
         weights = {name: self.weights[name].data for name in direction}
         start = {name: w.clone() for name, w in weights.items()}
         try:
@@ -115,7 +115,7 @@ class LossSurface:
                 weights[name].copy_(w)
 
     def _losses(self) -> Iterator[Tensor]:
-        """Yield the share of each batch in the mean loss, in float64."""
+        """Yield the contribution of each batch to the mean loss, in float64."""
         rows, first = self.num_rows, 0
         for i, batch in enumerate(self.batches):
             output = self.outputs[i] if self.outputs else None
@@ -133,7 +133,7 @@ def make_surface(
     """Build a surface, and compute the outputs of the frozen blocks once.
 
     ``model`` is a classifier or a causal language model in eval mode, and ``names`` are trainable
-    parameters. Blocks are frozen if neither they nor blocks before them have a parameter with
+    parameters. A block is frozen if neither the block nor any block below it has a parameter with
     ``requires_grad``.
     """
     surface = LossSurface(model, names, list(batches))
@@ -156,7 +156,7 @@ def make_surface(
 
 @contextlib.contextmanager
 def _replaced(modules: list[nn.Module], output: Any) -> Iterator[None]:
-    """Let every module return ``output`` without computing."""
+    """Make every module return ``output`` without computation, inside the block."""
     for module in modules:
         module.forward = lambda *inputs, **options: output
     try:
@@ -167,7 +167,7 @@ def _replaced(modules: list[nn.Module], output: Any) -> Iterator[None]:
 
 
 def _row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Compute the loss of each row (B,), float64; a language model's head sees targets only."""
+    """Compute the loss of each row (B,), float64; a language model's head runs on targets only."""
     labels = batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if labels.ndim == 1:
@@ -182,16 +182,16 @@ def _row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
         logits = model(**inputs).logits
     finally:
         handle.remove()
-    # float32: double precision over a whole vocabulary would take most of the time
+    # float32, since float64 over a whole vocabulary would take most of the time
     losses = functional.cross_entropy(logits, targets[wanted], reduction="none").double()
     row = wanted.nonzero()[:, 0]
     return losses.new_zeros(len(labels)).index_add(0, row, losses) / wanted.sum(1)
 
 
 def unit(direction: Direction) -> tuple[dict[str, Tensor], float]:
-    """Scale a direction to norm 1 over all its tensors; return it with its norm before.
+    """Scale a direction to norm 1 over all its tensors; return the result and the original norm.
 
-    A direction of zeros stays as it is.
+    A direction of zeros is returned unchanged.
     """
     norm = float(torch.stack([d.double().square().sum() for d in direction.values()]).sum()) ** 0.5
     return {name: d / (norm or 1.0) for name, d in direction.items()}, norm
@@ -205,16 +205,20 @@ def product(one: Direction, other: Direction) -> float:
 def line_search(
     change: Callable[[float], float], first: float, max_doublings: int = 12
 ) -> tuple[float, float]:
-    """Search the step of largest fall of a loss on the grid ``first * 2^k``, and between points.
+    """Search for the step of largest decrease of a loss, on the grid ``first * 2^k`` and between.
+
+    The search moves from ``first`` towards a lower loss, until the best step has a worse step on
+    both sides, or for ``max_doublings`` steps of the grid. Then the vertex of the parabola through
+    these three points is tried.
 
     Args:
-        change: step -> change of the loss, for steps above 0; 0 at step 0.
-        first: first step, > 0. The search walks from it downhill until the best step has a worse
-            one on both sides, or for ``max_doublings``. One more step is tried at the vertex of the
-            parabola through these three points.
+        change: function from a step above 0 to the change of the loss relative to step 0.
+        first: first step, > 0.
+        max_doublings: largest |k|.
 
     Returns:
-        The best step and the fall of the loss there, (0, 0) if every step raises the loss.
+        The best step and the decrease of the loss at this step; (0, 0) if every step raises the
+        loss.
     """
     seen: dict[int, float] = {}
 
@@ -231,7 +235,7 @@ def line_search(
         best = lower
     step, low = first * 2.0**best, seen[best]
     left, right = at(best - 1) - low, at(best + 1) - low
-    # through (-1/2, left), (0, 0), (1, right) in units of the best step
+    # parabola through (-1/2, left), (0, 0), (1, right), in units of the best step
     bend = (2 * left + right) / 1.5
     if bend > 0:
         tilt = right - bend

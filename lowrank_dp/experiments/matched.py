@@ -1,8 +1,7 @@
-"""Values of training runs read where a loss first falls to a given level.
+"""Values of training runs at the point where a loss first falls to a given level.
 
-A method that learns less leaks less, so that membership inference is compared at one loss. A
-held-out loss falls and rises again: it has one value at two stages of training, of which the
-earlier is read.
+A method that learns less leaks less, so membership inference is compared at equal losses. A
+held-out loss falls and then rises, so it passes a level twice; the first time counts.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ import numpy as np
 
 
 def at_level(loss: np.ndarray, values: np.ndarray, level: float) -> np.ndarray:
-    """Return ``values`` where ``loss`` first falls to ``level``, interpolated and not extrapolated.
+    """Interpolate ``values`` at the point where ``loss`` first falls to ``level``.
 
     Args:
-        loss: (..., T) loss after rising numbers of steps; NaN for a run that stopped.
-        values: (..., T) the values to read, such as an AUC.
-        level: the loss to read at, in the unit of ``loss``.
+        loss: (..., T) loss after increasing numbers of steps; NaN for a run that stopped.
+        values: (..., T) values to interpolate, such as an AUC.
+        level: level of the loss, in the unit of ``loss``.
 
     Returns:
-        (...,) linear interpolation, in the loss, between the two numbers of steps around the first
-        fall from above ``level`` to ``level`` or below; NaN where there is none.
+        (...,) values, interpolated linearly in the loss between the last point above ``level`` and
+        the first point at or below ``level``; NaN if the loss does not fall to ``level``. The
+        values are never extrapolated.
     """
     before, after = loss[..., :-1], loss[..., 1:]
     falls = (before > level) & (after <= level)  # a comparison with NaN is false
@@ -36,7 +36,7 @@ def at_level(loss: np.ndarray, values: np.ndarray, level: float) -> np.ndarray:
 
 
 def common_level(loss: np.ndarray, levels: tuple[float, ...]) -> float:
-    """Return the one of ``levels`` to which the loss (..., T) of the most runs falls.
+    """Return the level, among ``levels``, to which the loss (..., T) of the most runs falls.
 
     If equally many runs fall to several levels, the lowest of these is returned.
     """

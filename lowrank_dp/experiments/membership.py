@@ -281,8 +281,8 @@ def _width(config: Config) -> int:
 def matched_value(result: Result, by: str) -> float:
     """Return the value of ``by`` that the most non-private arms pass on average.
 
-    ``by`` is "train_loss" or "utility". If equally many arms pass several values, the lowest is
-    taken.
+    ``by`` is "train_loss" or "utility". If equally many arms pass several values, the lowest of
+    these values is returned.
     """
     values = result.train_loss if by == "train_loss" else result.utility
     means = values[["DP" not in arm for arm in result.arms]].mean(axis=1)  # (arms, steps)
@@ -296,8 +296,8 @@ def matched_value(result: Result, by: str) -> float:
 def at_matched(result: Result, by: str) -> np.ndarray:
     """Return the AUC at :func:`matched_value` of ``by``, "train_loss" or "utility".
 
-    The AUC (arms, seeds) is interpolated within each seed over the numbers of steps and never
-    extrapolated: the AUC is NaN for a seed that has not passed the value.
+    The AUC (arms, seeds) is interpolated within each seed over the numbers of steps, and never
+    extrapolated. The AUC is NaN for a seed that has not passed the value.
     """
     values = result.train_loss if by == "train_loss" else result.utility
     value = matched_value(result, by)

@@ -1,8 +1,9 @@
-"""Claim: noise costs a step little, because it lies where the loss is flat (ours).
+"""Claim: noise costs a step little, because the loss is flat along the noise (ours).
 
-Along the clean sum, the noisy sum, what each scheme makes of it, what the schemes remove, and the
-noise alone, a line search on held-out training examples measures how far one step can lower the
-loss, and Hessian-vector products measure the curvature. NON-PRIVATE throughout.
+The experiment takes one step along each of several directions: the clean sum, the noisy sum, the
+noisy sum restored by each scheme, the part that each scheme removes, and the noise alone. A line
+search on held-out training examples measures how far one step along a direction can lower the loss.
+Hessian-vector products measure the curvature. NON-PRIVATE throughout.
 """
 
 from __future__ import annotations
@@ -59,13 +60,13 @@ CAPTION = (
     "added up over the measured matrices. NON-PRIVATE: computed from clean gradients and losses "
     "without noise."
 )
-MAX_DOUBLINGS = 3  # a line search ends at 1/8 and 8 times the predicted step
+MAX_DOUBLINGS = 3  # a line search covers 1/8 to 8 times the predicted step
 STAGES = ("cold", "half-way", "warm")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Measurement of one case, stage and warm-up; the fields are those of :class:`Result`."""
+    """Measurement of one case, stage and warm-up; fields as in :class:`Result`."""
 
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
@@ -88,19 +89,23 @@ class Stage:
 class Result:
     """Slope, curvature and best step along every direction, scaled to norm 1. NON-PRIVATE.
 
-    The loss that is followed is the mean over held-out rows of ``a_i l_i``, with the clip factors
-    ``a_i = min(1, C / |g_i|)`` held fixed. The gradient of this loss is the mean of the clipped
-    gradients, which is what DP-SGD follows without noise; the unclipped loss may rise along it.
+    The measured loss is the mean over held-out rows of ``a_i l_i``, with fixed clip factors
+    ``a_i = min(1, C / |g_i|)``. The gradient of this loss is the mean of the clipped gradients, the
+    direction of DP-SGD without noise. The loss without clip factors may rise along this direction.
 
-    K cases, 3 stages, W warm-ups, N noise draws and D directions; an array is (K, 3, W, N, D)
-    unless stated. ``slope`` is ``g'd`` in nats per unit, ``curvature`` ``d'Hd`` in nats per unit
-    squared, ``step`` the best step found, absolute (0 where every step raises the loss), and
-    ``gain`` the fall of the loss there in nats. ``norm`` is the norm of the direction before it was
-    scaled, absolute, and ``cosine`` its cosine with the clean sum. Along a direction of zeros, all
-    are 0. The arrays ``layer_*`` (K, 3, W, N', L, D') hold the same for directions that are
-    restricted to one of ``layers``, NaN where a case has fewer than L. ``loss`` (K, 3, W) is the
-    held-out loss in nats without these factors, and ``above`` (K, 3, W, N) the number of trained
-    matrices with a singular value above the bulk edge.
+    There are K cases, 3 stages, W warm-ups, N noise draws and D directions. Arrays are
+    (K, 3, W, N, D) unless another shape is stated. Along a direction of zeros, all values are 0.
+
+    - ``slope``: ``g'd`` in nats per unit.
+    - ``curvature``: ``d'Hd`` in nats per unit squared.
+    - ``step``: best step found, absolute; 0 if every step raises the loss.
+    - ``gain``: decrease of the loss at the best step, in nats.
+    - ``norm``: norm of the direction before scaling, absolute.
+    - ``cosine``: cosine of the direction with the clean sum.
+    - ``layer_*`` (K, 3, W, N', L, D'): the same for directions that are restricted to one of
+      ``layers``; NaN if a case has fewer than L layers.
+    - ``loss`` (K, 3, W): held-out loss in nats, without clip factors.
+    - ``above`` (K, 3, W, N): number of trained matrices with a singular value above the bulk edge.
     """
 
     config: Config
@@ -130,11 +135,11 @@ class Result:
 
     @property
     def predicted(self) -> np.ndarray:
-        """Fall of the loss by the quadratic model, nats; NaN unless slope and curvature are > 0."""
+        """Predicted decrease of the loss in nats; NaN unless slope and curvature are above 0."""
         return predicted_gain(self.slope, self.curvature)
 
     def along(self, name: str, values: np.ndarray | None = None) -> np.ndarray:
-        """Select a direction from ``values`` (default: ``gain``): (K, 3, W, N)."""
+        """Return ``values`` (default: ``gain``) of one direction: (K, 3, W, N)."""
         values = self.gain if values is None else values
         return values[..., self.directions.index(name)]
 
@@ -206,7 +211,7 @@ def _collect(config: Config, found: list[list[Stage]]) -> Result:
 
 
 def _padded(values: np.ndarray, num_layers: int) -> np.ndarray:
-    """Pad the layers, axis 1, with NaN."""
+    """Pad axis 1 of ``values`` with NaN to the length ``num_layers``."""
     missing = num_layers - values.shape[1]
     return np.pad(values, [(0, 0), (0, missing), (0, 0)], constant_values=np.nan)
 
@@ -239,7 +244,7 @@ def _warm_up_stages(config: Config, case: Case, warm: int, folder: str | Path) -
 
 
 def _stage_name(config: Config, case: Case, warm: int, stage: str) -> str:
-    """Name a stage's file by all that it depends on."""
+    """Return the file name of a stage: a hash of all inputs of the measurement."""
     same = replace(config, cases=(case,), num_warm_ups=2)
     return json_digest([to_jsonable(same), DIRECTIONS, LAYER_DIRECTIONS, warm, stage])[:16]
 
@@ -249,13 +254,13 @@ def _load(
 ) -> tuple[GradientSource, tuple[LossSurface, LossSurface]]:
     """Load a cold model, and build the surfaces of the slopes and of the line searches.
 
-    The source then lacks the held-out rows.
+    The held-out rows are removed from the source.
     """
     gradients = replace(case.gradients, seed=config.seed + warm, device=config.device)
     source = load_source(gradients, case.batch_size + case.slope_rows)
     generator = torch.Generator().manual_seed(gradients.seed + 1)
     held_out = source.sample(case.slope_rows, generator)
-    size = max(1, gradients.micro_batch_size // 8)  # few rows: little padding
+    size = max(1, gradients.micro_batch_size // 8)  # small batches need little padding
     large, small = (
         make_surface(
             source.model, source.matrices, [batch for _, batch in source.batches(rows, size)]
@@ -272,7 +277,7 @@ def _load(
 def _measure(
     config: Config, case: Case, source: GradientSource, large: LossSurface, small: LossSurface
 ) -> Stage:
-    """Measure all directions at the weights that the source has now."""
+    """Measure all directions at the present weights of the source."""
     generator = torch.Generator().manual_seed(source.config.seed + 2)
     clean = source.clean_sum(source.sample(case.batch_size, generator))
     std = config.noise_multiplier * source.config.max_grad_norm
@@ -290,7 +295,7 @@ def _measure(
     with small.curvature() as curvature:
 
         def along(direction: Direction) -> np.ndarray:
-            """Norm, cosine, slope, curvature, best step and gain of a direction."""
+            """Return norm, cosine, slope, curvature, best step and gain of a direction."""
             d, norm = unit(direction)
             if norm == 0:
                 return np.zeros(6)

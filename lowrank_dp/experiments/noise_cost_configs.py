@@ -1,4 +1,4 @@
-"""Configurations of the experiment on what noise costs a step."""
+"""Configurations of the experiment on the cost of noise in one step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ class Case:
     Attributes:
         gradients: model, task, clipping and warm-up; ``warm_loss``, ``max_warm_steps`` and
             ``seed`` are replaced.
-        steps: numbers of warm-up steps of the stages half-way and warm.
-        batch_size: examples of the clean sum.
-        slope_rows: held-out training examples of the slope ``g'd``, used for nothing else.
-        rows: the first of these, on which curvature and line search are measured. The line search
-            replaces the slope on these rows by the slope on all, as a control variate: the slope
-            varies most from row to row.
-        num_layers: matrices that are measured one by one, one of each shape, without the head.
+        steps: numbers of warm-up steps of the stages "half-way" and "warm".
+        batch_size: number of examples of the clean sum.
+        slope_rows: number of held-out training examples on which the slope ``g'd`` is measured.
+        rows: number of these examples, from the first, on which curvature and line search are
+            measured. As a control variate, the line search uses the slope on all ``slope_rows``
+            examples in place of the slope on these rows, because the slope varies most from row to
+            row.
+        num_layers: number of matrices that are measured separately, one of each shape, without the
+            head.
     """
 
     gradients: GradientConfig
@@ -70,11 +72,13 @@ class Config:
     Attributes:
         cases: models and tasks.
         noise_multiplier: sigma, relative to the clipping norm.
-        loud_multiplier: a larger sigma, at which the noisy sum and its flattening are measured too.
-        num_draws: noise draws per warm-up and stage.
-        num_warm_ups: warm-ups per case, each with a head, warm-up batches, clean sum and held-out
-            rows of its own; 2 or more.
-        layer_draws: noise draws for which single matrices are measured; at most ``num_draws``.
+        loud_multiplier: a larger sigma, relative to the clipping norm, at which the noisy sum and
+            its flattened version are measured, too.
+        num_draws: number of noise draws per warm-up and stage.
+        num_warm_ups: number of warm-ups per case, 2 or more. Each warm-up has its own head, warm-up
+            batches, clean sum and held-out rows.
+        layer_draws: number of noise draws for which single matrices are measured; at most
+            ``num_draws``.
         device: "cpu" or "cuda".
         seed: seed of the first warm-up.
     """
@@ -89,7 +93,7 @@ class Config:
     seed: int = 0
 
 
-# a trial of one minute on generated text, with models that need no download
+# trial of one minute on generated text, with models that need no download
 SMALL = Config(
     cases=(
         Case(

@@ -1,7 +1,7 @@
-"""Directions of one step, made of the clean and the noisy gradient sum.
+"""Directions of one step, computed from the clean and the noisy gradient sum.
 
 Sums and directions are dicts from the name of a trained matrix to a tensor (m, n). NON-PRIVATE:
-most directions are made of the clean sum.
+most directions are computed from the clean sum.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_dp.experiments.scheme_scores import Scheme
 from lowrank_dp.restore import restored_values
 
-# what each scheme makes of the noisy sum: layers with nothing above the edge are kept, or zeroed
+# schemes that restore the noisy sum; matrices without a value above the edge are kept, or zeroed
 SCHEMES: dict[str, Scheme] = {
     "optimal": ("optimal", {}),
     "optimal, zeroed": ("optimal", {"below": "zero"}),
@@ -25,7 +25,7 @@ SCHEMES: dict[str, Scheme] = {
     "partial(0.5), power law": ("partial", {"alpha": 0.5, "target": "power-law"}),
     "partial(0.9), power law": ("partial", {"alpha": 0.9, "target": "power-law"}),
 }
-ONCE = ("clean", "clean, noisy norms", "clean, flattened")  # the same in every noise draw
+ONCE = ("clean", "clean, noisy norms", "clean, flattened")  # directions without a noise draw
 PER_DRAW = (
     "noisy",
     *SCHEMES,
@@ -41,10 +41,10 @@ LAYER_DIRECTIONS = ("clean", "noisy", "optimal, zeroed", "removed", "noise")
 
 
 def once(clean: Mapping[str, Tensor], noise_std: float) -> dict[str, dict[str, Tensor]]:
-    """Make the directions ``ONCE``, in this order, of the clean sum.
+    """Return the directions ``ONCE``, in this order, computed from the clean sum.
 
-    ``noise_std`` is the noise on every entry of the noisy sum, absolute, whose expected norms by
-    matrix one of the directions gets.
+    ``noise_std`` is the standard deviation of the noise on an entry of the noisy sum, absolute. The
+    direction "clean, noisy norms" gets the expected norm of each noisy matrix.
     """
     noisy_norm = {
         name: (float(c.double().square().sum()) + noise_std**2 * c.numel()) ** 0.5
@@ -63,16 +63,16 @@ def per_draw(
     noise_std: float,
     loud: Mapping[str, Tensor],
 ) -> tuple[dict[str, dict[str, Tensor]], int]:
-    """Make the directions ``PER_DRAW`` of one noise draw from sums by name of the matrix.
+    """Return the directions ``PER_DRAW`` of one noise draw.
 
     Args:
-        clean, noisy: sums without and with noise, each matrix (m, n).
+        clean, noisy: sums without and with noise: name -> matrix (m, n).
         noise_std: standard deviation of the noise on every entry of ``noisy``, absolute.
-        loud: sums with more noise.
+        loud: sums with more noise: name -> matrix (m, n).
 
     Returns:
-        Direction by name, each with all matrices, and the number of matrices of which a singular
-        value is above the bulk edge.
+        Each direction by its name, and the number of matrices with a singular value above the bulk
+        edge.
     """
     made: dict[str, dict[str, Tensor]] = {name: {} for name in PER_DRAW}
     above = 0
@@ -108,5 +108,5 @@ def _flat(matrix: Tensor) -> Tensor:
 
 
 def _with_norm(matrix: Tensor, norm: float) -> Tensor:
-    """Scale a matrix to a Frobenius norm; a matrix of zeros stays as it is."""
+    """Scale a matrix to the Frobenius norm ``norm``; a matrix of zeros is returned unchanged."""
     return matrix * (norm / (float(matrix.norm()) or 1.0))

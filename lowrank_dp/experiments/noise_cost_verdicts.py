@@ -1,10 +1,10 @@
-"""Verdicts on what noise costs a step, computed from the arrays of ``noise_cost``.
+"""Verdicts on the cost of noise in one step, computed from the arrays of ``noise_cost``.
 
-Every prediction is a quantity and the range in which the prediction puts it. The quantity is
-averaged over noise draws, and the 95% t-interval is taken over warm-ups: the means of different
-warm-ups differ by the draws, too, so that the interval covers both. A prediction is supported if
-the whole interval is inside the range, contradicted if the whole interval is outside, and otherwise
-undecided. NON-PRIVATE throughout.
+A prediction states a quantity and a range. The quantity is averaged over noise draws, and the 95%
+t-interval is taken over warm-ups. The means of different warm-ups also differ by their draws, so
+the interval covers both sources of variation. A prediction is supported if the whole interval is
+inside the range, contradicted if the whole interval is outside, and undecided otherwise.
+NON-PRIVATE throughout.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lowrank_dp.experiments.noise_cost import Result, predicted_gain
 from lowrank_dp.experiments.noise_cost_directions import DIRECTIONS, LAYER_DIRECTIONS
 from lowrank_dp.experiments.scheme_scores import Array
 
-LIMIT = 100.0  # factors are clipped to 1 / LIMIT and LIMIT: a fall of 0 has no logarithm
-MAX_RATIO = 4.0  # of a gain to the predicted gain
-MARGIN = 1.1  # "gains nothing" means: less than a tenth
+LIMIT = 100.0  # factors are clipped to [1 / LIMIT, LIMIT], because a gain of 0 has no logarithm
+MAX_RATIO = 4.0  # largest ratio of a usable gain to the predicted gain
+MARGIN = 1.1  # a factor below MARGIN counts as no gain
 
 
 def log_factor(numerator: Array, denominator: Array) -> Array:
-    """Return the log of the factor between two falls of the loss, clipped to log ``LIMIT``.
+    """Return the log of the ratio of two mean gains (...), clipped to +-log ``LIMIT``.
 
-    Both are (..., N) over noise draws and are averaged first, without the draws that are NaN; the
-    result (...) is NaN where no draw is left or the denominator's mean is not above 0.
+    Both arguments are gains (..., N) over noise draws. Draws that are NaN are left out of the
+    means. The result is NaN if no draw is left, or if the mean of the denominator is not above 0.
     """
     over, under = _mean(numerator), _mean(denominator)
     factor = np.clip(over / np.where(under > 0, under, np.nan), 1 / LIMIT, LIMIT)
@@ -36,16 +36,16 @@ def log_factor(numerator: Array, denominator: Array) -> Array:
 
 
 def _mean(values: Array) -> Array:
-    """Mean over the last axis without NaN; NaN if nothing is left."""
+    """Return the mean over the last axis without NaN; NaN if all values are NaN."""
     count = np.isfinite(values).sum(-1)
     return np.nansum(values, axis=-1) / np.where(count > 0, count, np.nan)
 
 
 def usable_gain(gain: Array, slope: Array, curvature: Array) -> Array:
-    """Return the gains, all (...), with NaN where the quadratic model does not hold.
+    """Return the gains (...), with NaN where the quadratic model does not hold.
 
-    The model has no best step where the curvature is below 0, and the line search then no scale. A
-    gain of more than ``MAX_RATIO`` times the predicted one was found far from the predicted step,
+    If the curvature is below 0, the model has no best step, and the line search has no scale. A
+    gain of more than ``MAX_RATIO`` times the predicted gain was found far from the predicted step,
     where the control variate of the line search does not hold. A direction of zeros has gain 0.
     """
     far = gain > MAX_RATIO * np.nan_to_num(predicted_gain(slope, curvature))
@@ -57,17 +57,17 @@ def _gains(result: Result) -> Array:
 
 
 def gain_factors(result: Result) -> Array:
-    """Log factors (K, 3, W, D) between the gain along each direction and along the noisy sum."""
+    """Return logs (K, 3, W, D) of the gain along each direction / gain along the noisy sum."""
     gains = _gains(result)
     noisy = result.along("noisy", gains)
     return np.stack([log_factor(result.along(name, gains), noisy) for name in DIRECTIONS], axis=-1)
 
 
 def layer_factors(result: Result) -> Array:
-    """Log factors (K, 3, W, D') of gains along one matrix, over the matrices together.
+    """Return log factors (K, 3, W, D') of gains along single matrices, all matrices together.
 
-    The gains of the matrices are added before the factor to the noisy sum's is taken, without the
-    matrices for which one of the two gains is not usable.
+    The gains of the matrices are added, and divided by the added gains along the noisy sum. A
+    matrix is left out if one of its two gains is not usable.
     """
     gains = usable_gain(result.layer_gain, result.layer_slope, result.layer_curvature)
     noisy = gains[..., LAYER_DIRECTIONS.index("noisy")]  # (K, 3, W, N', L)
@@ -80,17 +80,17 @@ def layer_factors(result: Result) -> Array:
 
 
 def curvature_ratios(result: Result) -> Array:
-    """Ratios (K, 3, W, D) of the mean curvature along each direction to the clean sum's."""
+    """Return ratios (K, 3, W, D) of the mean curvature along each direction to the clean sum's."""
     curvature = result.curvature.mean(-2)
     return curvature / curvature[..., [DIRECTIONS.index("clean")]]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction: ``quantity`` of a result lies between ``low`` and ``high``.
+    """Prediction that ``quantity`` of a result lies between ``low`` and ``high``.
 
-    ``quantity`` returns (K, 3, W): logs of a factor if ``is_log``, with ``low`` and ``high`` for
-    the factor itself.
+    ``quantity`` returns an array (K, 3, W). If ``is_log``, the array holds logarithms of a factor,
+    and ``low`` and ``high`` are limits of the factor itself.
     """
 
     text: str
@@ -125,24 +125,24 @@ def _factor(one: str, other: str) -> Callable[[Result], Array]:
 
 
 def _norm_effect(result: Result) -> Array:
-    """Log of the gain by larger layer norms, at restored and at noisy directions of the layers."""
+    """Return the log of the gain by noisy layer norms, mean over restored and noisy directions."""
     restored = _factor("denoise", "optimal")(result)
     noisy = _factor("noisy", "noisy, optimal's norms")(result)
     return (restored + noisy) / 2
 
 
 def _denoising_effect(result: Result) -> Array:
-    """Log of the gain by restored directions of the layers, at noisy and at restored norms."""
+    """Return the log of the gain by restored layer directions, mean over both kinds of norms."""
     at_noisy = _factor("denoise", "noisy")(result)
     at_restored = _factor("optimal", "noisy, optimal's norms")(result)
     return (at_noisy + at_restored) / 2
 
 
 def _prediction_error(result: Result) -> Array:
-    """Log of the factor between measured and predicted fall, whichever is larger.
+    """Return the mean absolute log of measured gain / predicted gain.
 
-    The mean is over the draws and directions with a predicted fall. Falls that are too large and
-    falls that are too small do not cancel.
+    The mean is over all draws and directions with a predicted gain. Gains that are too large and
+    gains that are too small do not cancel.
     """
     predicted = result.predicted
     exists = np.isfinite(predicted)
@@ -233,10 +233,10 @@ def judge(values: Array, prediction: Prediction) -> Judgement:
 
 
 def verdicts(result: Result, prediction: Prediction) -> tuple[list[list[Judgement]], Judgement]:
-    """Judge a prediction for each case and stage (K, 3), and over all of them.
+    """Judge a prediction for each case and stage (K, 3), and for all cases and stages together.
 
-    The latter takes the mean over stages of each case and warm-up as one value: the stages of a
-    warm-up are not independent.
+    The joint judgement takes the mean over stages of each case and warm-up as one value, because
+    the stages of a warm-up are not independent.
     """
     values = prediction.quantity(result)
     each = [[judge(stage, prediction) for stage in case] for case in values]
@@ -244,7 +244,7 @@ def verdicts(result: Result, prediction: Prediction) -> tuple[list[list[Judgemen
 
 
 def headline(result: Result) -> Mapping[str, str]:
-    """Summarise each prediction: the verdict over all, and the number of each verdict."""
+    """Summarise each prediction: the joint verdict, and the number of each verdict."""
     lines = {}
     for prediction in PREDICTIONS:
         each, together = verdicts(result, prediction)
@@ -259,7 +259,7 @@ def headline(result: Result) -> Mapping[str, str]:
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Tabulate verdicts, losses, gains, curvatures and cosines for each case and stage.
 
-    Gains of directions are factors to the gain along the noisy sum, curvatures ratios to that
+    Gains are relative to the gain along the noisy sum, and curvatures are relative to the curvature
     along the clean sum.
     """
     columns = ["quantity"]

@@ -1,4 +1,4 @@
-"""A real model's pooler, trained with noise by each arm, and the attack on its released weights."""
+"""Training of a real model's pooler with noise by each arm, and attack on the released weights."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ class TrainedConfig:
     Attributes:
         ranks: ranks of A, at most the smaller side of the pooler.
         epsilon: epsilon after all steps, at the experiment's delta.
-        num_steps: SGD steps on all records.
-        num_records: records beside the attacked one.
-        num_trials: trials with the record, and as many without; each has a record, an A and noise
-            of its own.
-        num_held_out: records on which the loss is measured.
-        learning_rates: learning rates, rising; each arm takes the one of the smallest held-out
-        loss. num_draws: draws of A and noise per learning rate.
+        num_steps: number of SGD steps on all records.
+        num_records: number of records beside the attacked record.
+        num_trials: number of trials with the attacked record, and as many without. Each trial has
+            its own record, A and noise.
+        num_held_out: number of records on which the loss is measured.
+        learning_rates: increasing learning rates. Each arm takes the rate with the smallest
+            held-out loss.
+        num_draws: number of draws of A and noise per learning rate.
     """
 
     ranks: tuple[int, ...] = (8, 64)
@@ -56,7 +57,7 @@ class TrainedConfig:
 
 @dataclass(frozen=True)
 class _Data:
-    """The pooler before training; features (N, n) and labels (N,) of three groups of records."""
+    """Pooler before training, and features (N, n) and labels (N,) of three groups of records."""
 
     layer: Layer
     rest: tuple[Tensor, Tensor]
@@ -85,7 +86,7 @@ def measure(
     auc, rates = np.zeros((*shape, 3)), np.zeros(shape)
     noiseless = np.zeros((len(config.ranks), 3))
     for i, k in progress([*np.ndindex(shape)], "trained arms"):
-        if ARMS[i] == FULL and k:  # has no rank
+        if ARMS[i] == FULL and k:  # the arm FULL has no rank
             for values in (loss, accuracy, auc, rates):
                 values[i, k] = values[i, 0]
             continue
@@ -125,7 +126,7 @@ def _check(config: TrainedConfig) -> None:
 
 @torch.no_grad()
 def _read(config: TrainedConfig, source: GradientSource, generator: torch.Generator) -> _Data:
-    """Read the pooler and its inputs; C is the median norm of the attacked records' gradients."""
+    """Return the pooler and its inputs; C is the median norm of the attacked records' gradients."""
     model, sizes = source.model, (config.num_records, 2 * config.num_trials, config.num_held_out)
     found = [m for name, m in model.named_modules() if name.endswith("pooler.dense")]
     if not found or not final_layer(model):
@@ -165,7 +166,7 @@ def _utility(
     sigma: float,
     generator: torch.Generator,
 ) -> tuple[list[float], list[float]]:
-    """Held-out loss and accuracy per learning rate: means over draws of A and noise."""
+    """Return held-out loss and accuracy per learning rate, means over draws of A and noise."""
     losses, rights = [], []
     for rate in config.learning_rates:
         found = []
@@ -190,7 +191,7 @@ def _utility(
 
 
 def _evaluate(data: _Data, adapter: Adapter | None, m: Tensor | None) -> tuple[float, float]:
-    """Held-out loss in nats and accuracy, before training or with M (m, k)."""
+    """Return held-out loss in nats and accuracy, before training or with M (m, k)."""
     x, y = data.held_out
     hidden = x @ data.layer.weight.T + data.layer.bias
     if adapter is not None and m is not None:
@@ -208,12 +209,12 @@ def _attack(
     rate: float,
     generator: torch.Generator,
 ) -> tuple[float, float, float]:
-    """AUC with its interval of the attack that knows A, all records and the training."""
+    """Return the AUC and its interval of the attack that knows A, all records and the training."""
     records, labels = data.records
     member = np.arange(len(records)) < config.num_trials
     scores = np.empty(len(records))
     for t in range(len(records)):
-        weights = torch.ones(3, config.num_records + 1)  # the release, and both noise-free ends
+        weights = torch.ones(3, config.num_records + 1)  # the release, and two noise-free runs
         weights[1, -1], weights[0, -1] = 0.0, float(member[t])
         ends = train(
             data.layer,

@@ -1,10 +1,11 @@
 """Claim: with noise, a random projection of a gradient matrix amplifies privacy (arXiv 2601.21719).
 
-Hu et al. name two mechanisms: project, then add noise, and add noise, then project. Here both stand
-beside plain DP with noise calibrated to one epsilon (the sensitivities are derived in
-`lowrank_dp.experiments.noisy_release`): what attacks find of a record in a real layer, what is left
-of the gradient, and the same for the weights of a layer that was trained for several steps with a
-frozen, published A. Their text was read as far as the abstract of version 1 and a summary.
+Hu et al. name two mechanisms: "project, then add noise" and "add noise, then project". The
+experiment compares both with plain DP at one epsilon; `lowrank_dp.experiments.noisy_release`
+derives the sensitivities. Attacks measure what a release reveals about a record in a real layer,
+and cosines measure the utility of the release. The same is measured for the weights of a layer that
+was trained for several steps with a frozen, published A. Only the abstract of version 1 of the
+paper and a summary were available.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ class Config:
     """Releases of one step, and trained layers.
 
     Attributes:
-        gradients: model, task and clipping norm of the utility's gradients; cold by default.
+        gradients: model, task and clipping norm of the gradients whose utility is measured; by
+            default, the model is not warmed up.
         ranks: ranks of A, at most the smaller side of the attacked layer.
-        epsilons: epsilon of one release at ``delta``, rising.
+        epsilons: epsilons of one release at ``delta``, in increasing order.
         delta: delta of every guarantee.
-        batch_size: records beside the attacked one in a release.
-        num_trials: trials with the record, and as many without; each has a record, an A and noise
-            of its own.
-        utility_batch: records of the sum whose releases are compared with the clean sum.
-        trained: the trained layer.
+        batch_size: number of records beside the attacked record in a release.
+        num_trials: number of trials with the attacked record, and as many without. Each trial has
+            its own record, A and noise.
+        utility_batch: number of records of the sum whose releases are compared with the clean sum.
+        trained: config of the trained layer.
     """
 
     gradients: GradientConfig = field(
@@ -80,9 +82,10 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """AUCs and utilities by mechanism (4), rank (K), epsilon (E) and attack (3), in config's order.
+    """AUCs and utilities by mechanism (4), rank (K), epsilon (E) and attack (3).
 
-    An AUC has three values: the value, and the ends of its 95% interval.
+    Ranks and epsilons are in the order of the config. The last axis of an AUC has three entries:
+    the AUC, and both ends of its 95% interval.
     """
 
     config: Config
@@ -173,11 +176,14 @@ def _check(config: Config) -> None:
 def clipped_layer(
     source: GradientSource, config: Config, generator: torch.Generator
 ) -> tuple[str, Tensor, Tensor, float]:
-    """Compute a middle layer's gradients, each record clipped in this layer. NON-PRIVATE.
+    """Compute the clipped gradients of records in one middle layer. NON-PRIVATE.
+
+    Gradients are clipped by their norm in this layer alone.
 
     Returns:
-        Name of the layer, the sum G of ``batch_size`` records (m, n), the gradients of 2 num_trials
-        more records (N, m, n), both in float64, and C: the median norm of these records' gradients.
+        The name of the layer; the sum G (m, n) of ``batch_size`` records; the gradients (N, m, n)
+        of ``2 * num_trials`` other records; and C, the median norm of the gradients of these other
+        records, absolute. Sum and gradients are float64.
 
     Raises:
         ValueError: if the split has too few records, or a rank exceeds the layer's smaller side.
@@ -202,7 +208,7 @@ def clipped_layer(
 
 
 def _random_a(config: Config, n: int) -> np.ndarray:
-    """Noise multipliers (K, E) that suffice on average over A, for gradients of width ``n``."""
+    """Return noise multipliers (K, E) that suffice on average over A, for gradients of width n."""
     return np.array(
         [
             [theory.noise_projection_multiplier(e, config.delta, r, n) for e in config.epsilons]
@@ -224,7 +230,10 @@ def _attacked(
     random_a: np.ndarray,
     generator: torch.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs (4, K, E, attacks, 3) and noise factors (4, K, E); the first half has the record."""
+    """Return AUCs (4, K, E, attacks, 3) and noise factors (4, K, E).
+
+    The attacked record is in the first half of the releases.
+    """
     shape = len(MECHANISMS), len(config.ranks), len(sigmas)
     scores = np.empty((*shape, len(noisy_release.ATTACKS), len(records)))
     factor = np.zeros((*shape, len(records)))
@@ -235,7 +244,7 @@ def _attacked(
         for k, rank in enumerate(config.ranks):
             projection = _draw(rank, rest.shape[1], generator, rest.dtype)
             for i, mechanism in enumerate(MECHANISMS):
-                if mechanism == PLAIN and k:  # reads no A
+                if mechanism == PLAIN and k:  # the mechanism PLAIN has no A
                     scores[i, k, ..., t], factor[i, k, :, t] = scores[i, 0, ..., t], 1.0
                     continue
                 for j, sigma in enumerate(sigmas):
@@ -253,10 +262,11 @@ def _attacked(
 def _utility(
     config: Config, source: GradientSource, sigmas: np.ndarray, generator: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and relative error (4, K, E, 2) of one release of all layers, one A per layer.
+    """Return cosine and relative error (4, K, E, 2) of one release of all layers, one A per layer.
 
-    Records are clipped over all layers together. The sensitivity of "project, then noise" is met by
-    noise of sigma C times each layer's own largest eigenvalue; sigma_A is that of the least width.
+    Records are clipped over all layers together. For "project, then noise", the noise of a layer is
+    sigma C times the largest eigenvalue of the layer's A^T A. For the random A, sigma_A is computed
+    for the smallest width of all layers.
     """
     clean = source.nested_sums([config.utility_batch])[config.utility_batch]
     clip = config.gradients.max_grad_norm

@@ -1,4 +1,4 @@
-"""Plain SGD of LoRA, and of full fine-tuning whose gradients carry LoRA's implicit noise."""
+"""Plain SGD for LoRA, and for full fine-tuning with LoRA's implicit noise on its gradients."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def sgd(
 ) -> Iterator[float]:
     """Take one plain SGD step per batch, and yield the loss before the step.
 
-    ``arm`` selects the noise of the gradient of ``layers``, as for ``lora.implicit_noise``; any
-    other arm has none.
+    If ``arm`` is a kind of ``lora.implicit_noise``, this noise of rank ``rank`` is added to the
+    gradients of ``layers``. For any other arm, no noise is added.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     noisy = (
@@ -85,11 +85,11 @@ def noise_to_gradient(model: nn.Module, layers: list[str]) -> float:
 
 
 def train_only(model: nn.Module, layers: list[str]) -> None:
-    """Train the parameters that LoRA trains: the adapted weights, and a head if there is one."""
+    """Set ``requires_grad`` for the parameters that LoRA trains: the layers' weights and a head."""
     heads = {id(p) for module in head_modules(model).values() for p in module.parameters()}
     wanted = {f"{name}.weight" for name in layers}
     if wanted - set(matrix_parameters(model)):
-        raise ValueError("model must train every adapted layer in full fine-tuning too")
+        raise ValueError("model must also train every adapted layer in full fine-tuning")
     for name, p in model.named_parameters():
         p.requires_grad_(name in wanted or id(p) in heads)
 
@@ -108,7 +108,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_a(model: nn.Module, freeze: bool) -> Iterator[None]:
-    """Freeze A inside the block if ``freeze``."""
+    """Freeze LoRA's A inside the block if ``freeze`` is True."""
     a = [p for name, p in model.named_parameters() if "lora_A" in name] if freeze else []
     for p in a:
         p.requires_grad_(False)

@@ -1,19 +1,19 @@
-"""Several private SGD steps of one real layer, and the attack on the weights that are released.
+"""Several private SGD steps of one real layer, and the attack on the released weights.
 
-The layer is a classifier's pooler, tanh(W x + b) under a fixed head, on the features x (n,) that
-the frozen encoder gives: a record's gradient is delta x^T, of rank one. All records are in every
-step, so that T steps are T Gaussian mechanisms. The released update is M K for the trained M and a
-fixed K; the last column is what a step subtracts from M:
+The layer is a classifier's pooler, tanh(W x + b) under a fixed head, on features x (n,) of the
+frozen encoder. A record's gradient is delta x^T, of rank one. All records are in every step, so
+that T steps are T Gaussian mechanisms. The released update is M K, with a trained M and a fixed K.
+The last column of the table is the sum that a step subtracts from M:
 
     full fine-tuning       M (m, n), K = I        sum of clip(delta x^T) + sigma C Z
     project, then noise    M (m, n), K = I        sum of clip(delta x^T) W + sigma C w Z
     noise, then project    M (m, r), K = V^T W    sum of clip(delta x^T) V + sigma C Z
     LoRA, A frozen         M = B (m, r), K = A    sum of clip(delta x^T A^T) + sigma C Z
 
-A (r, n) is drawn once, stays frozen and is published, W = A^T A = V diag(.) V^T, and w is the
-largest eigenvalue of W. Each step of each arm is a Gaussian mechanism of noise multiplier sigma
-given A and the earlier steps, so that all arms have the same epsilon, against an adversary who
-knows A.
+A (r, n) is drawn once, stays frozen and is published. W = A^T A = V diag(.) V^T, and w is the
+largest eigenvalue of W. Given A and the earlier steps, each step of each arm is a Gaussian
+mechanism of noise multiplier sigma. All arms therefore have the same epsilon against an adversary
+who knows A.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FULL, PROJECT_NOISE, NOISE_PROJECT, LORA = ARMS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """The layer before training: weight (m, n), bias (m,), head (c, m), head bias (c,)."""
+    """Layer before training: weight (m, n), bias (m,), head (c, m), head bias (c,)."""
 
     weight: Tensor
     bias: Tensor
@@ -43,7 +43,7 @@ class Layer:
     head_bias: Tensor
 
     def loss_and_delta(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss (...,), gradient by the input of tanh (..., m), and whether it is right."""
+        """Return loss (...,), gradient by tanh's input (..., m), and whether the class is right."""
         active = torch.tanh(hidden)
         log_p = torch.log_softmax(active @ self.head.T + self.head_bias, dim=-1)
         hot = torch.nn.functional.one_hot(labels, len(self.head)).to(log_p)
@@ -53,10 +53,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Maps of an arm: ``inputs`` x -> z of M's gradient delta z^T, ``outputs`` x -> K x, and noise.
+    """Linear maps and sensitivity of an arm.
 
-    ``sensitivity`` is that of one step's sum, in units of C. ``clips_inputs`` says whether records
-    are clipped by the norm of delta z^T and not of delta x^T.
+    ``inputs`` (k, n) maps x to z, where delta z^T is the gradient of M. ``outputs`` maps x to K x.
+    ``sensitivity`` is the sensitivity of one step's sum, in units of C. If ``clips_inputs``,
+    records are clipped by the norm of delta z^T, and otherwise by the norm of delta x^T.
     """
 
     inputs: Tensor | None  # (k, n); None is the identity
@@ -96,19 +97,19 @@ def train(
     num_steps: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Train M for each of the rows of ``weights``, and return M (runs, m, k).
+    """Train one M per row of ``weights``, and return M (runs, m, k).
 
     Args:
-        layer, adapter: the layer, and the arm's maps.
-        features: x of all records (N, n).
-        labels: classes (N,).
-        weights: 1 for a record in the run's sum and 0 for a record that is left out (runs, N).
-        noisy: whether a run has noise (runs,), bool.
+        layer, adapter: the layer, and the maps of the arm.
+        features: (N, n) features x of all records.
+        labels: (N,) classes of all records.
+        weights: (runs, N), 1 for a record that the run trains on, and 0 for any other record.
+        noisy: (runs,) bool, whether the run has noise.
         noise_multiplier: sigma, relative to C times the arm's sensitivity.
-        clip: C, absolute.
-        learning_rate: step size of the mean of ``N`` clipped gradients.
-        num_steps: T.
-        generator: generator of the noise; every noisy run has its own.
+        clip: clipping norm C, absolute.
+        learning_rate: step size along the mean of ``N`` clipped gradients.
+        num_steps: number of steps T.
+        generator: random generator of the noise. Noisy runs have independent noise.
     """
     z, x = mapped(adapter.inputs, features), mapped(adapter.outputs, features)
     clipped_by = (z if adapter.clips_inputs else features).norm(dim=1)
@@ -126,10 +127,18 @@ def train(
 
 
 def attack_score(m: Tensor, without: Tensor, with_: Tensor) -> Tensor:
-    """Score runs (runs,) by the linear likelihood ratio between two noise-free ends (runs, m, k).
+    """Score runs by the linear likelihood ratio between two noise-free results.
 
-    If the noise moved the end by the sum of its steps alone, the end would be N(the noise-free end,
-    v I), and the score would be v times the log-likelihood ratio, the most powerful test. At large
-    learning rates the noise bends later steps, and the AUC of the score is a lower bound only.
+    If noise in one step did not change the gradients of later steps, the trained M would be normal
+    with the noise-free M as mean and covariance v I. The score is then v times the log-likelihood
+    ratio, the most powerful test. At large learning rates, noise changes later gradients, and the
+    AUC of the score is only a lower bound on the best AUC.
+
+    Args:
+        m: (runs, m, k) trained M of each run.
+        without, with_: (runs, m, k) noise-free M, trained without and with the attacked record.
+
+    Returns:
+        The scores (runs,); a run with the record has higher scores.
     """
     return ((m - (without + with_) / 2) * (with_ - without)).sum(dim=(1, 2))

@@ -1,9 +1,9 @@
-"""Claim: a plan predicts from public text what noise does to the private task's gradients.
+"""Claim: a plan predicts from public text the alignment of the private task's noisy gradients.
 
-The plan of :mod:`lowrank_dp.plan` reads the singular values of public gradients and the noise level
-alone. Here its predicted alignment is compared with the measured one of a task's own noisy
-gradients, at the same weights up to the head. Predictions from the task's own singular values tell
-the error of random-matrix theory from the error of the public text.
+The plan of :mod:`lowrank_dp.plan` reads only the singular values of public gradients and the noise
+level. This experiment compares the predicted alignment with the measured alignment of a task's own
+noisy gradients, at the same weights except for the head. Predictions from the task's own singular
+values separate the error of random-matrix theory from the error of the public text.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Config:
     """Texts, points and noise levels of the comparison.
 
     Attributes:
-        gradients: model, task and clipping; the warm-up's loss and steps are replaced.
-        public: tasks whose text is public.
-        warm_steps: numbers of warm-up steps, each on the text that is measured; 0 is cold.
-        batch_size: examples in a gradient sum.
-        noise_multipliers: sigma, relative to the clipping norm.
-        noise_seeds: number of noise draws that the measured alignment is a mean over.
+        gradients: model, task and clipping. The loss and the steps of the warm-up are replaced.
+        public: names of tasks whose text is public.
+        warm_steps: numbers of warm-up steps on the measured text; 0 means no warm-up.
+        batch_size: number of examples in a gradient sum.
+        noise_multipliers: values of sigma, relative to the clipping norm.
+        noise_seeds: number of noise draws over which the measured alignment is averaged.
     """
 
     gradients: GradientConfig = field(default_factory=GradientConfig)
@@ -55,7 +55,7 @@ class Config:
     noise_seeds: int = 2
 
 
-# a trial of one minute on generated text, with a model that needs no download
+# trial of one minute on generated text, with a model that needs no download
 SMALL = Config(
     GradientConfig(model="tiny", task="generated"),
     public=("generated",),
@@ -86,7 +86,8 @@ class Result:
 def run(config: Config) -> Result:
     """Predict on every text, and measure on the task.
 
-    Raises ValueError for no noise draw, and as :func:`lowrank_dp.experiments.gradients.prepare`.
+    Raises ValueError if ``noise_seeds`` is below 1, and in the cases of
+    :func:`lowrank_dp.experiments.gradients.prepare`.
     """
     seeds = _validate.integer("noise_seeds", config.noise_seeds)
     texts = (*config.public, config.gradients.task)
@@ -169,7 +170,7 @@ def _measured(config: Config, clean: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def errors(result: Result) -> np.ndarray:
-    """Return predicted less mean measured alignment: (texts, points, levels, schemes, 2)."""
+    """Return predicted minus mean measured alignment: (texts, points, levels, schemes, 2)."""
     return result.predicted - result.measured.mean(axis=2)
 
 

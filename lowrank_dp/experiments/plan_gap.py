@@ -1,9 +1,9 @@
-"""Claim: a plan predicts how many steps noise costs, before any privacy is spent.
+"""Claim: a plan predicts the gap in steps of a private run, before any privacy is spent.
 
 The plan of :mod:`lowrank_dp.plan` trains for a few steps on public text, with the noise of the
-private run and without. Its ratio of steps is compared with the ratio that the experiment on the
-gap measures on the task. The plan from the task's own records, which is NON-PRIVATE, tells the
-error of the short trainings from the error of the public text.
+private run and without noise. The predicted ratio of steps is compared with the ratio that
+:mod:`lowrank_dp.experiments.gap` measures on the task. A plan from the task's own records, which is
+NON-PRIVATE, separates the error of the short trainings from the error of the public text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowrank_dp.plan import make_plan
 from lowrank_dp.plan.request import Measurement
 from lowrank_dp.train import TrainConfig
 
-TOLERANCE = 0.3  # relative error of a predicted ratio that counts as right
+TOLERANCE = 0.3  # largest relative error of a ratio that counts as predicted
 OWN = "the task's own records (NON-PRIVATE)"
 CAPTION = (
     "Steps of DP-Adam per step of noise-free Adam to 90% of the gain: predicted by python -m "
@@ -38,11 +38,12 @@ class Config:
     """Settings and texts of the comparison.
 
     Attributes:
-        gaps: the experiments whose settings are predicted; finished runs are not repeated.
-        public: public texts, by name; "" is generated text.
-        own_records: whether a plan from the task's own records is made, too.
+        gaps: configs of the gap experiments whose settings are predicted. Finished runs are not
+            repeated.
+        public: names of public texts; "" is generated text.
+        own_records: whether to make plans from the task's own records, too. NON-PRIVATE.
         seeds: seeds of the plans.
-        trial_steps: steps of each short training, >= 1.
+        trial_steps: number of steps of each short training, >= 1.
     """
 
     gaps: tuple[gap_configs.Config, ...]
@@ -52,9 +53,9 @@ class Config:
     trial_steps: int = 24
 
 
-# four settings that the lengths of the trainings were chosen on, and two that came after
+# four settings with which the lengths of the trainings were chosen, and two later settings
 FULL = Config((gap_configs.SST2, gap_configs.SST2_LARGE_BATCH_EPS8, gap_configs.E2E))
-# a trial of minutes on generated text, with a model that needs no download
+# trial of a few minutes on generated text, with a model that needs no download
 SMALL = Config(
     (replace(gap_configs.SMALL, epsilons=(8.0,)),), own_records=False, seeds=(0,), trial_steps=8
 )
@@ -86,19 +87,19 @@ class Result:
 
     @property
     def tolerance(self) -> float:
-        """Relative error of a predicted ratio that counts as right."""
+        """Largest relative error of a ratio that counts as predicted."""
         return TOLERANCE
 
 
 def plan(config: Config) -> str:
-    """Describe what :func:`run` will do."""
+    """Describe the work of :func:`run`."""
     plans = (len(config.public) + config.own_records) * len(config.seeds)
     gaps = "; ".join(map(gap.plan, config.gaps))
     return f"{gaps}; then {plans} plans of each setting for DP-Adam"
 
 
 def run(config: Config) -> Result:
-    """Measure the gaps, or read them from finished runs, and predict each of them.
+    """Measure the gaps, or read them from finished runs, and predict each gap by plans.
 
     Raises ValueError if ``trial_steps`` is 0, if no setting has a measured ratio, and as
     :func:`lowrank_dp.experiments.gap.run` and :func:`lowrank_dp.plan.make_plan` do.
@@ -138,7 +139,7 @@ def compare(config: Config, measured: Sequence[gap.Result]) -> Result:
 
 @dataclass(frozen=True)
 class Measured:
-    """A setting for DP-Adam: its name, the run's configuration, and the measured ratio of steps."""
+    """Setting for DP-Adam: name, configuration of the run, and measured ratio of steps."""
 
     name: str
     run: TrainConfig
@@ -148,7 +149,7 @@ class Measured:
 
 
 def gap_settings(result: gap.Result) -> list[Measured]:
-    """Return the settings of a measured gap for DP-Adam that have a ratio of steps."""
+    """Return the settings of a measured gap in which DP-Adam has a ratio of steps."""
     ratio, config, found = gap.ratios(result)["noise, DP-Adam"], result.config, []
     for place, words in gap.places(result):
         part, size, epsilon = place
@@ -169,7 +170,7 @@ def gap_settings(result: gap.Result) -> list[Measured]:
 
 
 def headline(result: Result) -> Mapping[str, str]:
-    """Summarise: by text, the settings that are predicted within the tolerance."""
+    """Summarise the number of settings that are predicted within the tolerance, by text."""
     close = np.abs(result.errors) <= TOLERANCE  # a comparison with NaN is false
     lines = {}
     for i, text in enumerate(result.texts):

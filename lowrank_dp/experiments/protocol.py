@@ -1,7 +1,7 @@
 """Measures of sample efficiency: steps to a target, share of a gap closed, paired differences.
 
-All functions take scores of every step: the last axis has the score before training and the score
-after each step, so that an index is a number of steps. NaN stands for a run that stopped.
+All functions take scores of every step. The last axis holds the score before training and the score
+after each step, so the index is the number of steps. NaN stands for a run that stopped.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import numpy as np
 
 from lowrank_dp.experiments.intervals import mean_and_interval
 
-MIN_GAP = 1.0  # steps; a smaller gap has no share that could be closed
+MIN_GAP = 1.0  # smallest gap, in steps, of which a closed share is computed
 
 
 def running_median(scores: np.ndarray) -> np.ndarray:
-    """Return the median of each step and its two neighbours, NaN at both ends; (..., steps + 1)."""
+    """Return the median of each step and its two neighbours (..., steps + 1); NaN at both ends."""
     medians = np.full(scores.shape, np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(scores, 3, axis=-1)
     medians[..., 1:-1] = np.median(windows, axis=-1)
@@ -25,16 +25,17 @@ def target_score(baselines: np.ndarray, share: float, *, higher_is_better: bool)
     """Return the score at ``share`` of the gain of the weaker baseline.
 
     The gain of a baseline is the difference between the score before training and the best
-    running median of the mean curve over seeds. The weaker baseline is taken so that every baseline
-    reaches the target.
+    running median of the mean curve over seeds. The target is that of the weaker baseline, so that
+    every baseline reaches the target.
 
     Args:
-        baselines: (baselines, seeds, steps + 1).
+        baselines: (baselines, seeds, steps + 1) scores.
         share: share of the gain, in (0, 1].
-        higher_is_better: whether a higher score is better than a lower one.
+        higher_is_better: whether a higher score is better than a lower score.
 
     Returns:
-        The score; NaN if a baseline gained nothing, or if every run of a baseline stopped.
+        The score; NaN if the gain of a baseline is not above 0, or if every run of a baseline
+        stopped.
     """
     stopped = np.isnan(baselines).any(axis=-1)
     if stopped.all(axis=-1).any():
@@ -47,9 +48,9 @@ def target_score(baselines: np.ndarray, share: float, *, higher_is_better: bool)
 
 
 def steps_to(scores: np.ndarray, target: float, *, higher_is_better: bool) -> np.ndarray:
-    """Return the first step whose running median of 3 reaches ``target``: (...,), or infinity.
+    """Return the first step (...,) at which the running median reaches ``target``, or infinity.
 
-    The last step has one neighbour only, and cannot be the first to reach the target.
+    The running median is over 3 steps. The last step has only one neighbour, and is never returned.
     """
     sign = 1.0 if higher_is_better else -1.0
     reached = sign * running_median(scores) >= sign * target  # a comparison with NaN is false
@@ -57,7 +58,7 @@ def steps_to(scores: np.ndarray, target: float, *, higher_is_better: bool) -> np
 
 
 def censored(steps: np.ndarray, budget: int) -> np.ndarray:
-    """Return ``steps`` with ``budget + 1`` for a run that did not reach the target in ``budget``.
+    """Return ``steps``, with ``budget + 1`` for runs that did not reach the target.
 
     A difference or a ratio of censored numbers is a bound, not a measurement.
     """
@@ -73,13 +74,14 @@ def gap_share(
     interval is Student's t for the jackknife's pseudo-values, which leave out one seed each.
 
     Args:
-        steps_dp, steps_arm, steps_ceiling: (seeds,) steps to one target, censored, of plain DP
-            training, of the arm, and of training without noise (NON-PRIVATE).
+        steps_dp, steps_arm, steps_ceiling: (seeds,) censored numbers of steps to one target, of
+            plain DP training, of the arm, and of training without noise (NON-PRIVATE).
 
     Returns:
-        1 for an arm as fast as training without noise, 0 for an arm as fast as plain DP training,
-        negative for a slower one; NaN if the gap is less than ``MIN_GAP`` steps. The half-width is
-        infinite if the gap is so small without one of the seeds.
+        The share and the half-width. The share is 1 for an arm as fast as training without noise,
+        0 for an arm as fast as plain DP training, and negative for a slower arm. The share is NaN
+        if the gap is less than ``MIN_GAP`` steps. The half-width is infinite if the gap is less
+        than ``MIN_GAP`` steps when one of the seeds is left out.
 
     Source of the interval: Tukey, Annals of Mathematical Statistics 29 (1958), p. 614.
     """
@@ -99,8 +101,8 @@ def gap_share(
 def paired(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Return the mean of ``first - second``, both (seeds,), and the half-width of its interval.
 
-    The interval is Student's t for the differences of one seed, with seeds - 1 degrees of freedom,
-    and contains the true mean with probability ``level``.
+    The differences are taken within each seed. The interval is Student's t with seeds - 1 degrees
+    of freedom, and contains the true mean with probability ``level``, in (0, 1).
     """
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     mean, half = mean_and_interval(differences, level=level)

@@ -1,7 +1,7 @@
 """Claim: restored singular values save steps (arXiv 2510.01137); each arm against its ceiling.
 
 Every arm has its own grid of learning rates, and is compared, seed by seed, with tuned DP-Adam and
-with tuned DP-SGD. Training without noise bounds what removing noise can save.
+with tuned DP-SGD. Training without noise bounds the steps that removing noise can save.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Result:
-    """Curves of every arm; NaN for a run that stopped, or an arm without a learning rate.
+    """Curves of every arm; NaN for a run that stopped, and for an arm without a learning rate.
 
     ``score``, ``loss`` and ``seconds`` are (arms, seeds, steps + 1). ``restore_share``
-    (arms, seeds) is the share of the steps' time that restoration takes. ``final`` holds, by arm
-    and metric, one value per finished seed at the last step. ``failures`` states why runs stopped,
-    and which arms have no learning rate.
+    (arms, seeds) is the share of the steps' time that restoration takes. ``final`` holds one value
+    per arm, metric and finished seed, at the last step. ``failures`` lists the reasons why runs
+    stopped, and the arms without a learning rate.
     """
 
     config: Config
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a higher ``score`` is better than a lower one."""
+        """Whether a higher ``score`` is better than a lower score."""
         return HIGHER_IS_BETTER[self.config.score]
 
     @property
@@ -89,7 +89,7 @@ class Result:
         return self.score.shape[-1] - 1
 
     def of(self, arm: str, values: np.ndarray | None = None) -> np.ndarray:
-        """Return the scores of an arm, or its part of other ``values`` (arms, ...)."""
+        """Return the entry of an arm in ``values`` (arms, ...); default: its scores."""
         return (self.score if values is None else values)[self.arms.index(arm)]
 
     def target(self, share: float = SHARES[0]) -> float:
@@ -111,7 +111,7 @@ class Result:
 
 
 def plan(config: Config) -> str:
-    """Describe what :func:`run` will do, with its hours on this machine by one measured step."""
+    """Describe the work of :func:`run`, with the hours on this machine, from one measured step."""
     cost = measure_cost(arm_config(config.base, BASELINES[0], 1e-6, 0), FOLDER, config.num_workers)
     tuning_runs = len(config.arms) * tuning.TYPICAL_RATES * len(config.tuning_seeds)
     runs = tuning_runs + len(config.arms) * config.num_seeds
@@ -198,7 +198,7 @@ def steps_to(result: Result, share: float) -> np.ndarray:
 
 
 def seconds_to(result: Result, share: float) -> np.ndarray:
-    """Return the seconds of training, on the machine of the runs, of :func:`steps_to`."""
+    """Return the seconds of training (arms, seeds) that the steps of :func:`steps_to` took."""
     steps = steps_to(result, share)
     index = np.where(np.isinf(steps), 0, steps).astype(int)[..., None]
     return np.where(
@@ -207,19 +207,20 @@ def seconds_to(result: Result, share: float) -> np.ndarray:
 
 
 def steps_saved(result: Result, arm: str, baseline: str, share: float) -> tuple[float, float]:
-    """Return how many steps fewer an arm takes than a baseline, paired by seed, and the interval.
+    """Return the mean number of steps that an arm saves against a baseline, and its half-width.
 
-    The second number is the half-width of the 95% t-interval. Steps are censored.
+    Differences are paired by seed, and steps are censored. The half-width is that of the 95%
+    t-interval.
     """
     steps = protocol.censored(steps_to(result, share), result.budget)
     return protocol.paired(result.of(baseline, steps), result.of(arm, steps))
 
 
 def bound(result: Result, arm: str, baseline: str, share: float) -> str:
-    """Return the sign of :func:`steps_saved` where runs that miss the target make it a bound.
+    """Return the sign of :func:`steps_saved`, if runs that miss the target make it a bound.
 
-    The sign is "≥" if only runs of the baseline miss the target, "≤" if only runs of the arm do,
-    "?" if both, and "" if none.
+    The sign is "≥" if only runs of the baseline miss the target, "≤" if only runs of the arm miss
+    the target, "?" if runs of both do, and "" if no run does.
     """
     missed = np.isinf(steps_to(result, share)).any(axis=-1)
     pair = bool(result.of(baseline, missed)), bool(result.of(arm, missed))
@@ -227,11 +228,11 @@ def bound(result: Result, arm: str, baseline: str, share: float) -> str:
 
 
 def faster_arms(result: Result, share: float = SHARES[0]) -> list[str]:
-    """List the arms with noise that take fewer steps than both baselines, beyond chance.
+    """List the arms with noise that take significantly fewer steps than both baselines.
 
-    Each paired t-interval has the level ``1 - 0.05 / n`` for the n arms that are compared
-    (Bonferroni), so that the probability that any listed arm saves no steps is at most 5%. A
-    difference that is an upper bound lists no arm.
+    Each paired t-interval has the level ``1 - 0.05 / n`` for the n compared arms (Bonferroni). The
+    probability that any listed arm saves no steps is therefore at most 5%. An arm whose difference
+    is an upper bound is not listed.
     """
     steps = protocol.censored(steps_to(result, share), result.budget)
     compared = [
@@ -257,7 +258,7 @@ def mean_above(result: Result, arm: str, baseline: str) -> tuple[float, float]:
 def gap_share(result: Result, arm: str, baseline: str, share: float) -> tuple[float, float]:
     """Return the share of a baseline's gap to the faster ceiling that an arm closes.
 
-    The second number is the half-width of the 95% interval, which :func:`protocol.gap_share` has.
+    The second number is the half-width of the 95% interval of :func:`protocol.gap_share`.
     """
     steps = protocol.censored(steps_to(result, share), result.budget)
     ceiling = min((result.of(name, steps) for name in CEILINGS), key=np.mean)
@@ -349,7 +350,7 @@ def _last(scores: np.ndarray) -> np.ndarray:
 
 
 def _mean_over_steps(scores: np.ndarray) -> np.ndarray:
-    """Return the mean score over all steps, by which rates are chosen: (seeds,)."""
+    """Return the mean score over all steps (seeds,), the criterion of the tuning."""
     return scores[:, 1:].mean(axis=-1)
 
 
@@ -363,7 +364,7 @@ def _interval(mean: float, half: float, form: str) -> str:
 
 
 def _saved(result: Result, arm: str, baseline: str, share: float) -> str:
-    """Format :func:`steps_saved`, marked where runs that miss the target make it a bound."""
+    """Format :func:`steps_saved`, with a sign if runs that miss the target make it a bound."""
     if np.isnan(result.target(share)):
         return "no target"
     sign = bound(result, arm, baseline, share)
@@ -384,5 +385,5 @@ def _unless_stopped(values: np.ndarray) -> str:
 
 
 def _each(values: np.ndarray) -> str:
-    """Format one value per seed; a mean would hide the runs that never reached the target."""
+    """Format one value per seed; a mean would hide runs that did not reach the target."""
     return ", ".join("not reached" if np.isinf(v) else f"{v:.0f}" for v in values)

@@ -8,7 +8,7 @@ from lowrank_dp.experiments import gap_configs
 from lowrank_dp.experiments.arms import PLAIN, Protocol, base_config
 from lowrank_dp.train import TrainConfig
 
-# versions 3 and 1 of arXiv 2510.01137, the optimal shrinker, and the same on a running mean
+# versions 3 and 1 of arXiv 2510.01137, the optimal shrinker, and the shrinker on a running mean
 RESTORED = ("partial, 0.5", "denoise", "optimal, zeroed", "mean, optimal, zeroed")
 PRECONDITIONED = (
     "DP-SGD, vectors frozen",
@@ -30,11 +30,11 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Config(Protocol):
-    """Runs of the experiment, beside the fields of :class:`Protocol`.
+    """Arms of the experiment, in addition to the fields of :class:`Protocol`.
 
     Attributes:
-        base: configuration that all arms share; its seed, learning rate and holdout are replaced.
-        arms: names in ``arms.ARMS``; both baselines and both ceilings must be among them.
+        base: configuration that all arms share. Seed, learning rate and holdout are replaced.
+        arms: names in ``arms.ARMS``. The names must include both baselines and both ceilings.
     """
 
     base: TrainConfig
@@ -43,17 +43,17 @@ class Config(Protocol):
 
 _SST2 = gap_configs.SST2.base
 
-# a setting almost without a gap: noise-free Adam needs four fifths of DP-Adam's steps
+# setting with a small gap: noise-free Adam needs four fifths of DP-Adam's steps
 SST2 = Config(
     replace(_SST2, batch_size=1024, train_layers=1),
     arms=(*PLAIN, *RESTORED, "preconditioned, CoLA"),
 )
-# where noise-free Adam needs less than half of DP-Adam's steps
+# setting with a large gap: noise-free Adam needs less than half of DP-Adam's steps
 SST2_GAP = Config(
     replace(_SST2, batch_size=256, epsilon=1.0, train_layers=1),
     arms=(*PLAIN, *PRECONDITIONED, *OTHERS),
 )
-# the same with less noise
+# the setting SST2_GAP with less noise
 SST2_EPS8 = replace(
     SST2_GAP, base=replace(SST2_GAP.base, epsilon=8.0), arms=(*PLAIN, *PRECONDITIONED[:3])
 )
@@ -83,7 +83,7 @@ E2E = Config(
     score=gap_configs.E2E.score,
     tuning_holdout=gap_configs.E2E.tuning_holdout,
 )
-# micro-batches of 8, and few validation examples: each token has logits for 49,152 words
+# micro-batches of 8, and few validation examples, since each token has 49,152 logits
 SMOLLM2 = Config(
     base_config(
         model="smollm2",
@@ -100,7 +100,7 @@ SMOLLM2 = Config(
     tuning_holdout=64,
 )
 
-# trials of minutes on generated text, with models that need no download
+# trials of a few minutes on generated text, with models that need no download
 SMALL = Config(
     base_config(model="tiny", task="generated", epsilon=2.0, batch_size=128, steps=12),
     arms=(*PLAIN, "mean, optimal, zeroed"),

@@ -1,7 +1,8 @@
 """Claim: restoration helps at the sizes of the papers' models, too (arXiv 2510.01137).
 
-The measurement of :mod:`lowrank_dp.experiments.tasks` on larger models: an encoder of
-RoBERTa-base's sizes, and two causal language models of 0.27 and 0.5 B parameters.
+The experiment repeats the measurement of :mod:`lowrank_dp.experiments.tasks` on larger models: an
+encoder of the size of RoBERTa-base, and two causal language models of 0.27 and 0.5 billion
+parameters.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ CAPTION = (
 STAGES = ("cold", "warm")
 SCHEMES = ("noisy", "optimal", "optimal, zeroed")
 AVERAGES = ("mean over matrices", "one vector")
-# The full spectrum of every fifth matrix is computed. A block has 6 or 7 matrices, so that all
-# types occur.
+# Distance of the matrices whose full spectrum is computed. A block has 6 or 7 matrices, so that all
+# types of matrices occur.
 STRIDE = 5
 FOLDER = Path("runs") / "tasks_large"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Measurement of one case, start and stage; the fields are those of :class:`Result`."""
+    """Measurement of one case, start and stage; fields as in :class:`Result`."""
 
     provenance: dict[str, Any] = field(default_factory=dict, kw_only=True)
     privacy: str
@@ -74,11 +75,13 @@ class Stage:
 class Result:
     """Measurements of K cases, 2 stages (``STAGES``), W starts and N noise draws. NON-PRIVATE.
 
-    ``cosine`` (K, 2, W, N, 3, 2) is that of the ``SCHEMES`` with the clean sum, in [-1, 1], for the
-    two ``AVERAGES``. ``above`` (K, 2, W, N) counts the matrices with a singular value above the
-    bulk edge, of ``num_layers`` (K, 2, W). ``effective_rank`` (K, 2, W, 2) is the median over
-    matrices of the effective rank divided by min(m, n), clean and noisy. ``loss`` (K, 2, W) is the
-    mean loss over the rows of the gradient sum, in nats.
+    - ``cosine`` (K, 2, W, N, 3, 2): cosine with the clean sum, in [-1, 1], of each of the three
+      ``SCHEMES`` by each of the two ``AVERAGES``.
+    - ``above`` (K, 2, W, N): number of matrices with a singular value above the bulk edge.
+    - ``num_layers`` (K, 2, W): number of all trained matrices.
+    - ``effective_rank`` (K, 2, W, 2): median over matrices of the effective rank divided by
+      min(m, n), clean and noisy.
+    - ``loss`` (K, 2, W): mean loss over the rows of the gradient sum, in nats.
     """
 
     config: Config
@@ -102,7 +105,10 @@ class Result:
         return list(itertools.product(range(len(self.config.cases)), range(len(STAGES))))
 
     def starts(self, scheme: int, average: int) -> np.ndarray:
-        """Return the cosine of a scheme by an average, mean over noise draws: (K, 2, W)."""
+        """Return the cosine (K, 2, W) of a scheme by an average, mean over noise draws.
+
+        ``scheme`` and ``average`` are indices in ``SCHEMES`` and ``AVERAGES``.
+        """
         return self.cosine[..., scheme, average].mean(axis=-1)
 
     def label(self, case: int, stage: int) -> str:
@@ -174,16 +180,16 @@ def _stages(config: Config, case: Case, start: int, folder: str | Path) -> list[
 
 
 def _stage_name(config: Config, case: Case, start: int, stage: str) -> str:
-    """Name a stage's file by all that it depends on."""
+    """Return the file name of a stage: a hash of all inputs of the measurement."""
     same = replace(config, cases=(case,), num_starts=2)
     return json_digest([to_jsonable(same), SCHEMES, AVERAGES, STRIDE, start, stage])[:16]
 
 
 def _measure(config: Config, case: Case, source: GradientSource, start: int) -> Stage:
-    """Measure one gradient sum at the weights that the source has now."""
+    """Measure one gradient sum at the present weights of the source."""
     generator = torch.Generator().manual_seed(source.config.seed + 1)
     rows = source.sample(case.batch_size, generator)
-    # the rows of a model are examined at its first start only, which takes as long as 30 rows
+    # only the first start of a model examines rows, which takes as long as 30 gradients
     clean = source.clean_sum(rows, check_rows=start == 0)
     std = config.noise_multiplier * source.config.max_grad_norm
     draws = [
@@ -223,7 +229,7 @@ def _products(made: Tensor, clean: Tensor) -> tuple[float, float, float]:
     return float(m @ m), float(m @ g), float(g @ g)
 
 
-# --- what it shows --------------------------------------------------------------------------------
+# --- table and summary ----------------------------------------------------------------------------
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -13,14 +13,15 @@ class Case:
     """A model on a task, and the sizes of its batches.
 
     Attributes:
-        model: name for ``models.load_model``; a folder of the folder ``LOWRANK_DP_MODELS``.
+        model: name for ``models.load_model``, such as a subfolder of ``LOWRANK_DP_MODELS``.
         task: name for ``data.load_task``.
         split: split of the task whose gradients are measured.
-        batch_size: rows of the measured gradient sum.
-        warm_steps: warm-up steps without noise before the second stage.
-        warm_batch_size: rows of one warm-up step.
-        micro_batch_size: rows in memory at a time.
-        build: what the folder does not tell about the weights, such as their quantisation.
+        batch_size: number of rows of the measured gradient sum.
+        warm_steps: number of warm-up steps without noise before the second stage.
+        warm_batch_size: number of rows of one warm-up step.
+        micro_batch_size: number of rows in memory at a time.
+        build: facts about the weights that the model folder does not state, such as their
+            quantisation.
     """
 
     model: str
@@ -40,13 +41,13 @@ class Config:
     Attributes:
         cases: models and tasks, in the order of the figure.
         noise_multiplier: sigma, relative to the clipping norm C = 1.
-        num_draws: noise draws per measurement.
-        num_starts: starts per case, each with its own head, batch, warm-up order and noise; 2 or
-            more.
+        num_draws: number of noise draws per measurement.
+        num_starts: number of starts per case, 2 or more. Each start has its own head, batch,
+            warm-up order and noise.
         warm_learning_rate: learning rate of the warm-up's AdamW.
-        max_length: tokens to which a text is cut.
-        max_rows: rows of the split that are read, a random subset of each start.
-        precision: "float32", or "bf16" for passes under bf16 autocast.
+        max_length: number of tokens that a text is cut to.
+        max_rows: expected number of rows of the split that are read; a random subset per start.
+        precision: "float32", or "bf16" for forward and backward passes under bf16 autocast.
         device: "cpu" or "cuda".
         seed: random seed of the first start; the next start has the next seed.
     """
@@ -68,7 +69,7 @@ class Config:
             model=case.model,
             task=case.task,
             split=case.split,
-            warm_loss=1e-9,  # never reached: the warm-up takes all its steps
+            warm_loss=1e-9,  # never reached, so the warm-up takes all steps
             max_warm_steps=case.warm_steps,
             warm_learning_rate=self.warm_learning_rate,
             warm_batch_size=case.warm_batch_size,
@@ -81,7 +82,7 @@ class Config:
         )
 
 
-# batch sizes of about an hour of one core for the three together
+# batch sizes for which the three models together take about one hour of one core
 MPNET = Config(
     cases=(
         Case("mpnet-base", "sst2", 512),
@@ -107,7 +108,7 @@ QWEN = Config(
         Case("qwen2.5-coder-0.5b", "dart", 16, **_QWEN, **_DART),
     )
 )
-# trials of one minute on generated text, with models that need no download
+# trials of one minute on generated text, with a model that needs no download
 SMALL = Config(cases=(Case("tiny", "generated", 256, warm_steps=20),), num_draws=2, num_starts=2)
 SMALL_TABLES = Config(
     cases=(Case("tiny-llama", "generated-table", 64, warm_steps=5, warm_batch_size=8),),

@@ -9,11 +9,11 @@ import numpy as np
 from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.experiments.tasks_large import AVERAGES, SCHEMES, STAGES, Result
 
-LOW = 0.5  # an effective rank below this share of the largest possible counts as low
+LOW = 0.5  # share of the largest possible effective rank below which a rank counts as low
 
 
 class Verdict(NamedTuple):
-    """A claim, its verdict, and the numbers on which the verdict rests, as text."""
+    """Claim, verdict, and reason with the numbers behind the verdict, as text."""
 
     claim: str
     verdict: str
@@ -21,12 +21,12 @@ class Verdict(NamedTuple):
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """Judge both claims of the restoration on one result.
+    """Judge two claims on one result: low rank of gradients, and benefit of restoration.
 
     A claim is reproduced if all its comparisons hold, reproduced within limits if some hold, and
-    not reproduced if none holds. A gradient is of low rank if its median effective rank, mean over
-    starts, is below half of the largest possible. Restoration brings a gradient nearer to the
-    clean one if the 95% t-interval over starts of the difference of the cosines is above 0.
+    not reproduced if none holds. A gradient has low rank if its median effective rank, mean over
+    starts, is below half of the largest possible rank. Restoration brings a gradient nearer to the
+    clean gradient if the 95% t-interval, over starts, of the difference of the cosines is above 0.
     """
     return [_low_rank(result), _nearer(result)]
 

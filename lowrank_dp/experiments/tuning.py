@@ -1,9 +1,9 @@
-"""Choice of learning rates: grids that grow until the best rate lies inside, for many arms at once.
+"""Tuning of learning rates for many arms, by grids that grow until the best rate lies inside.
 
-The rates of a grid are ``start * 10^(k / 4)`` with integers k, its places. A grid begins with the
-places -2, 0 and 2. While the best rate is at an end, the grid is extended there by two places, a
-factor of 3.16. Then the places beside the best rate are filled, so that both of its neighbours are
-a factor of 1.78 away.
+The rates of a grid are ``start * 10^(k / 4)`` with integers k, the *places* of the grid. A grid
+begins with the places -2, 0 and 2. While the best rate is at an end of the grid, the grid is
+extended at this end by two places, a factor of 3.16. Then the places beside the best rate are
+added, so that both neighbours of the best rate differ from it by a factor of 1.78.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.sweep import Outcome, sweep
 from lowrank_dp.train import TrainConfig
 
-PER_DECADE = 4  # places of a grid in a decade
-COARSE = 2  # places between the rates of the first grid
-MAX_RATIO = 2.0  # of the chosen rate and a neighbour
-MAX_EXTENSIONS = 6  # three decades
-# numbers that a text about a sweep's cost assumes: a grid has 5 to 11 rates
+PER_DECADE = 4  # number of places of a grid per decade
+COARSE = 2  # distance, in places, of the rates of the first grid
+MAX_RATIO = 2.0  # largest ratio of the chosen rate and a neighbour in the grid
+MAX_EXTENSIONS = 6  # largest number of extensions of a grid, which span three decades
+# assumed number of rates in an estimate of a sweep's cost; a grid has 5 to 11 rates
 TYPICAL_RATES = 6
 
-# (arm, learning rate) of many runs -> scores of each by tuning seed, NaN for a run that stopped
+# list of (arm, learning rate) -> scores of each, one per tuning seed; NaN for a run that stopped
 Measure = Callable[[list[tuple[str, float]]], list[Sequence[float]]]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Learning rates that were tried for an arm, and the chosen one.
+    """Tried learning rates of an arm, and the chosen rate.
 
     Attributes:
         arm: name of the arm.
-        rates: the grid, in rising order.
-        scores: the criterion by rate and tuning seed; None for a run that stopped.
-        chosen: the best rate, which lies inside the grid; None if there is none.
-        failure: why no rate was chosen; empty otherwise.
+        rates: (rates,) the grid, in increasing order.
+        scores: (rates, tuning seeds) values of the criterion; None for a run that stopped.
+        chosen: the best rate, which lies inside the grid; None if no rate was chosen.
+        failure: why no rate was chosen; "" if a rate was chosen.
     """
 
     arm: str
@@ -50,7 +50,7 @@ class Tuned:
 
     @property
     def means(self) -> np.ndarray:
-        """Mean of the criterion over the tuning seeds, (rates,); NaN if one of the runs stopped."""
+        """Mean of the criterion over the tuning seeds, (rates,); NaN if a run stopped."""
         return np.array(self.scores, dtype=float).mean(axis=1)  # None becomes NaN
 
     @property
@@ -64,7 +64,7 @@ class Tuned:
 
 
 def criterion(metric: str) -> str:
-    """Describe what a learning rate is chosen by."""
+    """Describe the criterion by which learning rates are chosen."""
     kind = "highest" if HIGHER_IS_BETTER[metric] else "lowest"
     return (
         f"{kind} {metric} on held-out training examples, mean over all steps after the first "
@@ -73,10 +73,10 @@ def criterion(metric: str) -> str:
 
 
 def best_index(means: Sequence[float]) -> int:
-    """Return the index of the highest number; of equal ones, the index nearest to the middle.
+    """Return the index of the highest number; if several are equal, the index nearest the middle.
 
-    NaN is lower than every number. If all numbers are NaN, the index is 0: every run stopped, so
-    the rates are too high.
+    NaN counts as lower than every number. If all numbers are NaN, the index is 0: every run
+    stopped, so the rates are too high.
     """
     values = np.where(np.isnan(means), -np.inf, means)
     if np.isneginf(values).all():
@@ -86,10 +86,10 @@ def best_index(means: Sequence[float]) -> int:
 
 
 def next_places(places: Sequence[int], means: Sequence[float]) -> list[int]:
-    """Return the places to try next; none once the best one is inside, between its neighbours.
+    """Return the places to try next; empty once the best place has neighbours on both sides.
 
     Args:
-        places: two or more places of a grid, in rising order.
+        places: two or more places of a grid, in increasing order.
         means: score of each place; higher is better, and NaN is worst.
     """
     best = best_index(means)
@@ -102,7 +102,7 @@ def next_places(places: Sequence[int], means: Sequence[float]) -> list[int]:
 
 
 def rate_at(start: float, place: int) -> float:
-    """Return the learning rate at a place of a grid, to three digits so that it can be read."""
+    """Return the learning rate at a place of a grid, rounded to three digits."""
     return float(f"{start * 10 ** (place / PER_DECADE):.3g}")
 
 
@@ -113,15 +113,15 @@ def tune(
     higher_is_better: bool = True,
     max_extensions: int = MAX_EXTENSIONS,
 ) -> dict[str, Tuned]:
-    """Choose a learning rate for each arm; all arms are measured together, round by round.
+    """Choose a learning rate for each arm; in each round, the new rates of all arms are measured.
 
-    An arm whose best rate is still at an end of its grid after ``max_extensions`` extensions has no
-    chosen rate, and a ``failure`` that says so.
+    If the best rate of an arm is still at an end of the grid after ``max_extensions`` extensions,
+    the arm has no chosen rate, and ``failure`` states this reason.
 
     Args:
         starts: middle of the first grid, > 0, by arm.
-        measure: function that trains; each (arm, rate) is asked for once.
-        higher_is_better: whether a higher score is better than a lower one.
+        measure: function that trains and returns scores. Each (arm, rate) is requested once.
+        higher_is_better: whether a higher score is better than a lower score.
         max_extensions: largest number of extensions of a grid.
     """
     sign = 1.0 if higher_is_better else -1.0
@@ -180,10 +180,10 @@ def tune_by_sweep(
 
     Args:
         starts: middle of the first grid by arm.
-        config_of: (arm, learning rate, seed) -> configuration, with held-out units to evaluate on.
+        config_of: function (arm, learning rate, seed) -> configuration with a holdout.
         seeds: tuning seeds.
         metric: name in ``evaluation.HIGHER_IS_BETTER``.
-        folder: folder of the sweep, whose finished runs are not repeated.
+        folder: folder of the sweep. Finished runs in the folder are not repeated.
         num_workers: number of concurrent runs; None means one per CPU core.
         engine: engine of the sweep.
     """

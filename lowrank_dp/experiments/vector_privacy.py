@@ -1,8 +1,9 @@
 """Claim: one vector's random projection is private under an angle bound (arXiv 2601.21719).
 
 Theorem 1 of Hu et al. bounds epsilon of q -> A^T A q by the largest angle between neighbouring
-vectors. Here the bound stands beside the exact law and the Gaussian reading, beside the angles that
-one example makes on real gradients, and beside the epsilon of many steps with a fresh A each.
+vectors. The experiment compares this bound with the exact law and with the Gaussian reading. It
+also measures the angles by which one example turns real gradients, and computes the epsilon of many
+steps with a fresh A each.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ class Config:
     Attributes:
         gradients: model, task and clipping of panel (c).
         width: length n of the vector.
-        ranks: ranks r.
+        ranks: ranks r of A in panels (a) and (b).
         angles: angles between neighbours, in radians, of panels (a) and (b).
-        tail: delta' of the theorem.
-        composed_rank: rank of panel (d).
-        composed_angles: angles of panel (d).
+        tail: delta' of the theorem, in (0, 1/3).
+        composed_rank: rank of A in panel (d).
+        composed_angles: angles between neighbours, in radians, of panel (d).
         steps: numbers of steps of panel (d).
         delta: delta of panel (d).
-        batch_sizes: examples in the sums of panel (c), rising.
-        num_examples: examples that are removed, one at a time; at most the smallest batch.
-        num_layers: layers that are measured, one of each shape.
+        batch_sizes: numbers of examples in the sums of panel (c), in increasing order.
+        num_examples: number of examples that are removed, one at a time; at most the smallest
+            batch.
+        num_layers: number of measured layers, one of each shape.
     """
 
     gradients: GradientConfig = field(
@@ -78,10 +80,10 @@ SMALL = Config(
 
 @dataclass(frozen=True)
 class Result:
-    """Epsilons and deltas by the laws, and measured angles.
+    """Computed epsilons and deltas, and measured angles.
 
-    ``angle`` and ``log_ratio`` are (layers, batch sizes, quantiles), with the quantiles of
-    ``QUANTILES`` over rows and removed examples: the angle in radians, and |log(|q'| / |q|)|.
+    ``angle`` is in radians, and ``log_ratio`` is |log(|q'| / |q|)|. Both are (layers, batch sizes,
+    quantiles): the quantiles ``QUANTILES`` over rows and removed examples.
     """
 
     config: Config
@@ -143,7 +145,7 @@ def run(config: Config, source: GradientSource | None = None) -> Result:
 def _measured(
     config: Config, source: GradientSource, sizes: list[int]
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Measure what one example of the smallest batch changes in each row of each sum."""
+    """Measure the change of each row of each sum when one example is removed."""
     sums = source.nested_sums(sizes)
     chosen = source.sample(sizes[-1], torch.Generator().manual_seed(source.config.seed + 1))
     layers = tuple(spread_layers(sums[sizes[-1]], config.num_layers))
@@ -165,9 +167,9 @@ def _measured(
 
 
 def _row_changes(matrix: Tensor, other: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the angle in radians between equal rows, and |log of the ratio of norms|, (rows,).
+    """Return, per row of two matrices, the angle in radians and |log of the ratio of norms|.
 
-    Rows that are zero in either matrix are left out.
+    Both results are (rows,). A row that is zero in one of the matrices is left out.
     """
     a, b = matrix.double().cpu(), other.double().cpu()
     norm_a, norm_b = (torch.linalg.vector_norm(x, dim=1) for x in (a, b))

@@ -1,4 +1,4 @@
-"""Figures of arXiv 2409.17538 and 2601.21719: LoRA's implicit noise, its privacy, its dynamics."""
+"""Figures on arXiv 2409.17538 and 2601.21719: LoRA's implicit noise, its privacy, its dynamics."""
 
 from lowrank_dp.experiments import (
     dynamics,

@@ -87,7 +87,8 @@ def show(
 
     Args:
         name: name in ``figures.NAMES``.
-        artifact_folder: folder of saved results; None takes :func:`reading.saved_results`.
+        artifact_folder: folder of saved results; None takes the result of
+            :func:`lowrank_dp.figures.saved_results`.
         recompute: run the experiment instead of loading its saved result.
         scale: "small" or "full", for ``recompute``.
         sources: as in :func:`compute`; the first call is given an empty dict.

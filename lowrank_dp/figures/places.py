@@ -1,4 +1,7 @@
-"""Where a figure's result is computed to: a committed result is replaced only on purpose."""
+"""Folder of a figure's result: the folder of saved results, or a folder of trials.
+
+A saved result is replaced only if its configuration is the same, or if the user asks for it.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,18 @@ TRIALS = "trials"  # folder beside the folder of the results
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked for.
+    """Options of a request for figures.
 
     Attributes:
-        scale, changes: scale of the experiments, and the fields of their configs that were given
-            (task, model) or have a default (seed, device).
-        given: names of the options that were given, ``only`` and ``scale`` among them.
-        only: figures that were named.
+        scale: scale of the experiments, "small" or "full".
+        changes: config field -> value, for fields that the user gave (task, model) or that have a
+            default (seed, device).
+        given: names of the options that the user gave, ``only`` and ``scale`` included.
+        only: names of the requested figures; empty for all figures.
         folder: folder of the saved results.
-        own_folder: whether the user named ``folder``.
-        update: whether a saved result is replaced, whatever its configuration.
-        panels: whether each panel is saved as a page of its own, too.
+        own_folder: whether the user gave ``folder``.
+        update: whether a saved result of another configuration is replaced.
+        panels: whether each panel is also saved as a separate file.
     """
 
     scale: str
@@ -43,13 +47,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Place:
-    """What is done for one figure.
+    """Config and folder of one figure's result.
 
     Attributes:
-        config: config to compute by; None draws the saved result.
+        config: config of the experiment to run; None draws the saved result.
         folder: folder of the result.
-        is_trial: whether ``folder`` is a folder of trials, which also takes the figure.
-        note: what the user is told; "" for nothing.
+        is_trial: whether ``folder`` is a folder of trials. The figure is then saved there, too.
+        note: message for the user, or "".
     """
 
     config: Any
@@ -59,16 +63,17 @@ class Place:
 
 
 def place_of(name: str, request: Request) -> Place:
-    """Decide whether a figure is computed or drawn, and to which folder its result goes.
+    """Decide whether a figure is computed or drawn, and in which folder its result is written.
 
-    A result whose configuration differs from that of the saved result goes to
-    :func:`trial_folder`. The saved result is drawn in two cases: no option asks for a
-    configuration, and the default configuration differs from the saved one; or the figure is
-    lengthy, and the scale is small. With ``update``, the result is computed into ``folder``.
+    A result whose configuration differs from the configuration of the saved result is written to
+    :func:`trial_folder`. The saved result is drawn, and nothing computed, in two cases. Case one:
+    no option changes the configuration, and the default configuration differs from the saved one.
+    Case two: the computation is lengthy, and the scale is small. With ``update``, the result is
+    computed and written to ``folder``.
 
     Raises:
         ValueError: for an unknown name or scale.
-        FileNotFoundError: if the saved result would be drawn, and there is none.
+        FileNotFoundError: if the saved result should be drawn, and no result is saved.
     """
     spec, folder = find(name), request.folder
     asked_trial = name in request.only and request.given - {"only", "scale"}
@@ -101,14 +106,14 @@ def place_of(name: str, request: Request) -> Place:
 
 
 def trial_of(name: str, config: Any, request: Request, why: str) -> Place:
-    """Return the place of a result that must not replace the saved one."""
+    """Return the place of a result that must not replace the saved result."""
     folder = trial_folder(name, request)
     note = f"{name}: a trial, written to {folder}, since {why}; --update replaces the saved result"
     return Place(config, folder, is_trial=True, note=note)
 
 
 def trial_folder(name: str, request: Request) -> Path:
-    """Return the folder of trials of a request: scale, task, model and seed in its name."""
+    """Return the folder of trials of a request; its name states scale, task, model and seed."""
     from lowrank_dp.models import default_model
 
     changes = request.changes
@@ -130,10 +135,10 @@ def published_config(name: str) -> Any:
 
 
 def replaces_other_data(name: str, result: Any, folder: Path) -> str:
-    """Describe a saved result of another model or data with the same config; "" if there is none.
+    """Describe a saved result with the same config and other models or data; "" if there is none.
 
-    A config may leave the model to what is installed, so that only the computed result tells
-    which model and data it was computed on.
+    A config may leave the model open, so that the installed model is used. Only the result then
+    states the model and the data.
     """
     try:
         saved: Any = artifacts.load_result(folder, name, type(result))
@@ -147,7 +152,7 @@ def replaces_other_data(name: str, result: Any, folder: Path) -> str:
 
 
 def _clauses(description: str | Sequence[str]) -> set[str]:
-    """Split descriptions at "; ": a later version describes more, in clauses of their own."""
+    """Split descriptions at "; ". A later version of the package may add clauses."""
     parts = [description] if isinstance(description, str) else description
     return {clause for part in parts for clause in part.split("; ")}
 

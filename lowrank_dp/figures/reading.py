@@ -1,4 +1,4 @@
-"""What a notebook needs of a saved result: its folder, its origin, and the cells of its table."""
+"""Saved results for notebooks: folder of the results, origin of the numbers, cells of a table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FOLDER = "paper_artifacts"
 def saved_results() -> Path:
     """Return the folder ``paper_artifacts``, from any working directory.
 
-    The folder is searched in the working directory and those above it, then beside the package.
-    Raises FileNotFoundError if there is none.
+    The folder is searched in the working directory, in the directories above it, and then beside
+    the package. Raises FileNotFoundError if no such folder exists.
     """
     here = Path.cwd()
     for parent in (here, *here.parents, Path(__file__).resolve().parents[2]):
@@ -28,7 +28,7 @@ def saved_results() -> Path:
 
 
 def notice(scale: str, recompute: bool) -> str:
-    """State where a notebook's numbers come from, once for all its figures.
+    """Return a sentence that states the origin of a notebook's numbers.
 
     Args:
         scale: "small" or "full", as for :func:`lowrank_dp.figures.show`.
@@ -46,10 +46,11 @@ def cells(name: str, result: Any, keys: int = 1) -> dict[str, dict[str, str]]:
 
     Args:
         name: name in ``figures.NAMES``.
-        result: its result.
-        keys: number of first columns that name a row, joined by ", ".
+        result: result of the figure.
+        keys: number of columns, from the left, that name a row; their cells are joined by ", ".
 
-    A column's second occurrence is named with " (2)". Raises ValueError for an unknown name.
+    The second of two columns of one name gets the suffix " (2)". Raises ValueError for an unknown
+    name.
 
     >>> columns = ["arm", "gain", "less DP-Adam", "loss", "less DP-Adam"]
     >>> _by_column(columns, ["mean", "1", "2", "3", "4"])["less DP-Adam (2)"]

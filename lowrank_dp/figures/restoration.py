@@ -1,4 +1,4 @@
-"""Figures of arXiv 2510.01137: gradient spectra, and gradients before and after restoration."""
+"""Figures on arXiv 2510.01137: gradient spectra, and gradients before and after restoration."""
 
 from lowrank_dp.experiments import (
     ablation,

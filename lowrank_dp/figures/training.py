@@ -21,7 +21,7 @@ from lowrank_dp.plots.training import plot_efficiency
 
 
 def _training(module: Any, plot: Any, small: Any, full: Any) -> FigureSpec:
-    """Return the figure of an experiment that trains, from the names that such modules share."""
+    """Return the specification of a figure whose experiment trains models."""
     return FigureSpec(
         run=module.run,
         result=module.Result,

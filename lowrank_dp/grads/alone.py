@@ -96,7 +96,7 @@ def rows_alone(
         for name, g in gradient.items():
             sums[name] = sums[name].add_(g, alpha=weight) if name in sums else g.mul_(weight)
         losses[row], norms[row] = loss, norm
-        gradient = {}  # a large model's gradient must not be in memory beside the next row's
+        gradient = {}  # free the memory before the next row's gradient is computed
     return RowsAlone(losses, norms, sums, max_grad_norm or 1.0)
 
 

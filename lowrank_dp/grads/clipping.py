@@ -70,7 +70,7 @@ def clipped_sum(
         autocast_dtype: ``torch.bfloat16`` for mixed precision. Sums are accumulated in float32.
         backend: method of computing per-example gradients.
             ``"bookkeeping"``: from layer inputs and output gradients, in one backward pass.
-            ``"compiled"``: the same on a graph of ``torch.compile``, which is made at the first
+            ``"compiled"``: the same on a graph of ``torch.compile``. The graph is made at the first
             micro-batch of a model and checked against ``"bookkeeping"``.
             ``"opacus"``: by Opacus's hooks, for layers without a rule in this package.
             ``"loop"``: one example at a time, for any model.

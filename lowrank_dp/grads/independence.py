@@ -160,7 +160,7 @@ def _repeatable(micro_batch: MicroBatch) -> tuple[bool, AbstractContextManager |
             fail_without_loss()
         return bool(torch.isclose(one, two, rtol=1e-5, atol=1e-7, equal_nan=True))
 
-    # two losses under dropout may be close by chance; that random numbers were drawn is certain
+    # losses under dropout may agree by chance; the generators show whether numbers were drawn
     before = _generator_states(micro_batch.device)
     if same() and all(map(torch.equal, before, _generator_states(micro_batch.device))):
         return True, nullcontext()
@@ -172,7 +172,7 @@ def _repeatable(micro_batch: MicroBatch) -> tuple[bool, AbstractContextManager |
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:
-    """States of torch's default generators that a model on ``device`` may draw from."""
+    """Return the states of torch's default generators that a model on ``device`` may use."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 

@@ -47,8 +47,8 @@ def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
 def register_scaled_layers(*kinds: type) -> None:
     """Register the rules of scaled layers with Opacus, for per-example gradients and for norms.
 
-    Opacus looks rules up by a layer's exact type. A rule is that of Opacus's ``nn.Linear`` on the
-    scaled input and the scaled output gradient.
+    Opacus looks up rules by the exact type of a layer. The rule of a scaled layer applies Opacus's
+    rule for ``nn.Linear`` to the scaled input and the scaled output gradient.
 
     Args:
         kinds: subclasses of ``ScaledLinear`` and ``ScaledConv1D``.

@@ -84,14 +84,20 @@ def project(
 def implicit_noise(
     gradient: Tensor, rank: int, kind: str, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return a gradient with LoRA's noise: exact for a new A, or Gaussian of the same variance.
+    """Add LoRA's implicit noise to a gradient: exact for a fresh A, or Gaussian noise.
+
+    The noise is not a privacy mechanism, because the noise depends on the gradient.
 
     Args:
-        gradient: G (m, n), as for :func:`project`.
+        gradient: gradient G (m, n), as for :func:`project`.
         rank: rank of A, >= 1.
-        kind: "fresh-a" (:func:`project`) or "gaussian" (G plus :func:`matched_noise`).
-        generator: a generator on the device of the gradient; None uses a new one seeded from the
-            operating system.
+        kind: "fresh-a" returns ``G A^T A`` with a fresh A (:func:`project`). "gaussian" returns G
+            plus Gaussian noise of the same variance (:func:`matched_noise`).
+        generator: random generator on the device of the gradient; None makes a new generator that
+            is seeded from the operating system.
+
+    Returns:
+        The gradient with noise, (m, n).
 
     Raises:
         ValueError: on a bad argument, naming it.

@@ -64,7 +64,7 @@ def has_label_head(model: str) -> bool:
 
 
 def load_checkpoint(folder: Path, base: str, **arguments: Any) -> tuple[Any, Any]:
-    """Load model and tokenizer of ``folder``, without drawing any weight at random.
+    """Load the model and the tokenizer of ``folder``; no weight is drawn at random.
 
     ``base`` replaces the base model that an adapter names; "" takes the adapter's. ``arguments`` go
     to ``models.load_model``. Raises ValueError as ``models.load_model`` does; for a folder without

@@ -138,7 +138,7 @@ def _placements(members: Array, others: Array) -> tuple[float, Array, Array]:
 def chance_variance(num_members: int, num_nonmembers: int) -> float:
     """Return the variance of an AUC if all orders of the records are equally likely.
 
-    The variance is that of the Mann-Whitney statistic without ties; ties lower it.
+    The variance is that of the Mann-Whitney statistic without ties; ties decrease the variance.
     """
     return (num_members + num_nonmembers + 1) / (12 * num_members * num_nonmembers)
 
@@ -179,7 +179,7 @@ class Roc:
 
 
 def allowed_false_positives(fpr: float, num_nonmembers: int) -> int:
-    """Return floor(fpr n0), the number of false positives that a rate allows."""
+    """Return floor(fpr n0), the largest number of false positives at a rate of at most ``fpr``."""
     return math.floor(fpr * num_nonmembers + 1e-9)  # 0.29 * 100 is below 29
 
 

@@ -50,25 +50,28 @@ def _rates(text: str) -> tuple[float, ...]:
 class Options:
     """Options of an attack.
 
-    Every field is an option of ``python -m lowrank_dp.mia``; the help texts document both.
-    Raises ValueError for a value out of its range and for values that exclude each other.
+    Every field is an option of ``python -m lowrank_dp.mia``; the help text of the option documents
+    the field. Raises ValueError for a value out of its range and for values that exclude each
+    other.
     """
 
     attacks: tuple[str, ...] = option(
         (),
-        f"Attacks to make: auto, or names with commas between: {', '.join(ATTACKS)}. Default: "
-        "auto, all that the checkpoint and the shadow models allow.",
+        f"Attacks to run: auto, or names separated by commas: {', '.join(ATTACKS)}. Default: "
+        "auto, which runs every attack that the checkpoint and the shadow models allow.",
         parse=_names,
     )
     primary: str = option(
         "",
-        "Attack that the verdict rests on, named beforehand. Default: lira-offline with shadows, "
-        "else base, else loss.",
+        "Attack that decides the verdict, chosen before the attacks run. Default: lira-offline "
+        "with shadow models, else base, else loss.",
     )
     num_shadows: int = option(
-        0, "Number of shadow models to train by the checkpoint's own recipe.", name="shadows"
+        0,
+        "Number of shadow models to train with the configuration of the checkpoint.",
+        name="shadows",
     )
-    shadow_dir: Path | None = option(None, "Folder of shadow models trained before.")
+    shadow_dir: Path | None = option(None, "Folder of shadow models that were trained before.")
     members: Path | None = option(
         None,
         "File of records that were trained on, for a checkpoint without membership.json: "
@@ -77,37 +80,40 @@ class Options:
     nonmembers: Path | None = option(None, "File of records that were not trained on.")
     population: Path | None = option(
         None,
-        "File of records in no model, for RMIA and the quantile attack. Default: up to "
-        f"{POPULATION:,} records of the validation split.",
+        "File of records that no model was trained on, for RMIA and the quantile attack. Default: "
+        f"up to {POPULATION:,} records of the validation split.",
     )
     base: str = option(
         "",
-        "Model that the checkpoint was fine-tuned from, in place of the one that its "
-        "manifest or its adapter names.",
+        "Model that the checkpoint was fine-tuned from, in place of the model that the manifest or "
+        "the adapter names.",
     )
     data_dir: Path | None = option(None, "Folder of the task's data, in place of LOWRANK_DP_DATA.")
     fpr: tuple[float, ...] = option(
         (0.01, 0.001),
-        "False-positive rates at which the true-positive rate is reported, with commas between. "
+        "False-positive rates, separated by commas, at which the true-positive rate is reported. "
         "Default: 0.01,0.001.",
         parse=_rates,
     )
     delta: float | None = option(
-        None, "Delta of the lower bound on epsilon. Default: the accountant's."
+        None, "Delta of the lower bound on epsilon. Default: the delta of the accountant."
     )
     guesses: int = option(
         0,
-        "Number of guesses of the one-run audit, fixed beforehand; 0 for none. The audit needs "
-        "a checkpoint trained with --membership bernoulli.",
+        "Number of guesses of the one-run audit, chosen before the attacks run; 0 omits the audit. "
+        "The audit needs a checkpoint trained with --membership bernoulli.",
     )
     white_box: bool = option(
         False,
-        "Make the white-box attacks too: by the norm of each record's gradient and, where the "
-        "recipe allows it, by projection.",
+        "Run the white-box attacks too: the attack by the norm of each record's gradient and, "
+        "where the checkpoint's configuration allows it, the attack by LoRA's projection.",
     )
-    max_records: int | None = option(None, "Attack a random subset of this many records.")
+    max_records: int | None = option(
+        None, "Number of records of a random subset to attack. Default: all records."
+    )
     batch_size: int = option(
-        64, "Number of records in memory at a time; fewer if a large vocabulary needs the memory."
+        64,
+        "Number of records in memory at a time. For a large vocabulary, fewer records are taken.",
     )
     seed: int = option(0, "Random seed of shadow models, splits and subsets.")
     device: str = option("cpu", "Device of the models: cpu or cuda.")
@@ -118,11 +124,12 @@ class Options:
     columns: Columns = field(default_factory=Columns)
     template: str | None = option(
         None,
-        "Text in which a causal language model trained elsewhere was shown a record, such as "
-        "'### Input: {prompt}\\n### Response: {target}', or '{text}' for plain texts.",
+        "Template of the text that a causal language model of another program was trained on for "
+        "each record, such as '### Input: {prompt}\\n### Response: {target}', or '{text}' for "
+        "plain texts.",
     )
     max_length: int | None = option(
-        None, "Number of tokens that a text is cut to, for a checkpoint trained elsewhere."
+        None, "Number of tokens that a text is cut to, for a checkpoint of another program."
     )
 
     def __post_init__(self) -> None:

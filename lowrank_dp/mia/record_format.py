@@ -75,9 +75,10 @@ def given_format(
 ) -> Format:
     """Return the encoding, given or assumed, of a checkpoint that another program trained.
 
-    ``max_length`` is used if the user gives none. ``head`` is the head that the checkpoint
-    declares: without names of its classes, the order of classes that are words is assumed. Raises
-    ValueError for a template that does not fit the records.
+    ``max_length`` is the number of tokens that texts are cut to if the user gives no number.
+    ``head`` is the head that the checkpoint declares. If the head does not name its classes and the
+    labels are words, sorted order is assumed. Raises ValueError for a template that does not fit
+    the records.
     """
     template = options.template
     if records.kind != "generation" and template is not None:
@@ -107,11 +108,11 @@ def given_format(
 
 
 def _assumed_order(records: Records, head: Checkpoint) -> str:
-    """Warn where the classes are numbered in sorted order because the checkpoint names none."""
+    """Warn if classes are numbered in sorted order because the checkpoint does not name them."""
     if records.kind != "classification" or head.is_adapter or head.label_names:
         return ""
     if not records.task.label_names:
-        return ""  # labels that are integers are the model's own class numbers
+        return ""  # integer labels are the class numbers of the model
     return " in sorted order (assumed: id2label of the checkpoint names no classes)"
 
 

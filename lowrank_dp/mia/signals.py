@@ -72,7 +72,8 @@ def measure(
         max_length, template: as in ``data.encode``.
         pad_to: length that every row is padded to, as in training; None pads to the longest row of
             the batch.
-        batch_size: number of records per forward pass; fewer if their logits take over 4 GiB.
+        batch_size: number of records per forward pass. If their logits would take more than 4 GiB,
+            fewer records are taken.
         reference: the model before fine-tuning, which runs on the same batches; or ``model`` itself
             if it is a PEFT model whose head was not trained; its adapter is then switched off.
         add_inputs: as in ``evaluation.evaluate``.

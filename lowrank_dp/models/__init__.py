@@ -8,7 +8,8 @@ The package never executes code from a model repository, and it refuses pickled 
     backbones  find the files   base  read a model          adapters  read a PEFT adapter
     heads  layers of a head     labels  their order         trainable  what trains
     tokenizers  read one        checkpoints  write a model  tiny  the embedded backbones
-    gguf_files  their headers   scaled  layers with a preconditioner   memory  of logits
+    gguf_files  GGUF headers    scaled  layers with a preconditioner   memory  size of logits
+    prefix  frozen blocks
     loading  the public functions
 """
 

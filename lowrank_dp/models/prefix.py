@@ -1,4 +1,4 @@
-"""Frozen prefix of a model: run it alone, or give its output to the model in place of a run."""
+"""Frozen prefix of a model: the frozen blocks, run alone or replaced by their stored output."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from lowrank_dp.models.heads import without_adapter
 from lowrank_dp.models.trainable import blocks
 
-STATES = "prefix_states"  # name of the batch's entry that holds the output of the frozen prefix
+STATES = "prefix_states"  # key of a batch's entry with the output of the frozen prefix
 
 
 class FrozenPrefix:
-    """Transformer blocks below the first block that trains, with everything below them.
+    """Transformer blocks below the first trained block, with all layers below them.
 
-    While the object is installed, a batch may hold the prefix's output, (B, T, d), under the name
-    ``STATES``: the model then skips the blocks of the prefix. The rest of the model's forward
-    (masks, positions, trained blocks, head and loss) runs as usual, and so does the whole model on
-    a batch without the entry. The caller verifies that both ways agree, since a model may use the
-    output of a frozen block in more places than in the next block.
+    While the object is installed, a batch may hold the prefix's output, (B, T, d), under the key
+    ``STATES``. On such a batch, the model skips the blocks of the prefix and runs the rest of its
+    forward pass (masks, positions, trained blocks, head and loss). On any other batch, the whole
+    model runs. The caller must verify that both results agree, since a model may use the output of
+    a frozen block in more places than the next block.
 
     Args:
         model: a transformers or PEFT model, with ``requires_grad`` set on its trained parameters.
@@ -39,9 +39,9 @@ class FrozenPrefix:
         frozen = [not any(_trains(module) for module in block) for block in modules]
         self.length = frozen.index(False) if False in frozen else len(frozen)
         if not self.length:
-            raise ValueError("no transformer block is frozen below the first trained one")
+            raise ValueError("no transformer block is frozen below the first trained block")
         if any(len(block) > 1 for block in modules[: self.length]):
-            raise ValueError(f"the blocks of {type(base).__name__} are several modules each")
+            raise ValueError(f"a block of {type(base).__name__} consists of several modules")
         self._model = model
         self._blocks = [block[0] for block in modules[: self.length]]
         above = [
@@ -62,7 +62,7 @@ class FrozenPrefix:
     def tensors(self) -> dict[str, Tensor]:
         """Return the frozen parameters and the buffers that the prefix may use, by name.
 
-        Those of the blocks above, and of a layer that trains, are left out.
+        Parameters and buffers of the blocks above, and of trained layers, are left out.
         """
         base = without_adapter(self._model)
         named = {**dict(base.named_parameters()), **dict(base.named_buffers())}
@@ -74,11 +74,11 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def run(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the prefix's output on a batch, (B, T, d); nothing above the prefix runs.
+        """Run the prefix alone on a batch, and return its output (B, T, d).
 
         Raises:
-            ValueError: if the output is no tensor (B, T, d), alone or as a tuple's first element
-                beside None, or if a layer that trains runs before the last frozen block.
+            ValueError: if the model is in training mode, if the output is not one tensor (B, T, d),
+                or if a trained layer runs before the last frozen block.
         """
         if self._model.training:
             raise ValueError("model must be in evaluation mode, got training mode")
@@ -109,13 +109,13 @@ class FrozenPrefix:
         return states
 
     def install(self, *, first_position_only: bool = False) -> None:
-        """Let the model take the entry ``STATES`` of a batch; call :meth:`run` once before.
+        """Make the model read the entry ``STATES`` of a batch; :meth:`run` must be called before.
 
         Args:
-            first_position_only: whether the last block, on such a batch, computes what follows its
-                attention at the first position only. This is right for a classifier that reads no
-                other position of the last block, and for a block whose layers after the attention
-                treat each position by itself.
+            first_position_only: whether the last block computes its layers after the attention at
+                the first position only, on a batch with the entry. The result is correct if the
+                classifier reads no other position of the last block and the layers after the
+                attention treat each position separately.
 
         Raises:
             ValueError: for ``first_position_only`` if the last block is frozen or has no module
@@ -155,7 +155,7 @@ class FrozenPrefix:
             self._undo.pop()()
 
     def _skipping(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a forward that gives the prefix's output, if the batch holds the output."""
+        """Return a forward method that returns the stored output, if the batch holds it."""
 
         def skipping(*args: Any, **kwargs: Any) -> Any:
             if self._states is None:
@@ -169,7 +169,7 @@ class FrozenPrefix:
 
 
 class _Reached(Exception):
-    """Ends a forward at the last frozen block, whose output it carries."""
+    """Exception that ends a forward pass at the last frozen block, and carries its output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _refuse(name: str, module: nn.Module, args: Any) -> None:
-    raise ValueError(f"{name or 'the model itself'} trains, and runs below the last frozen block")
+    raise ValueError(f"{name or 'the model'} is trained, and runs below the last frozen block")
 
 
 def _trains(module: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 A layer with scales r (one per row) and c (one per column) stores W' and computes with the *full
 weight* ``diag(r) W' diag(c)``. The gradient of W' is ``r c^T`` times the gradient of the full
-weight, entry by entry. A mechanism that clips and noises the gradient of W' therefore clips and
-noises a preconditioned gradient, and its sensitivity is the clipping norm as before.
+weight, entry by entry. A mechanism that clips the gradient of W' and adds noise therefore acts on a
+preconditioned gradient. The sensitivity is the clipping norm, as without scales.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Scale(NamedTuple):
-    """Scales of one weight (m, n); without a unit.
+    """Scales of the rows and columns of one weight (m, n); without a unit.
 
     Attributes:
         row: (m,), above 0.
@@ -42,7 +42,7 @@ class ScaledLinear(nn.Linear):
 
 
 class ScaledConv1D(Conv1D):
-    """GPT-2's ``Conv1D``, weight (in, out), that stores its weight divided by its scales."""
+    """GPT-2's ``Conv1D`` that stores its weight (in, out) divided by its scales."""
 
     row_scale: Tensor
     col_scale: Tensor
@@ -62,15 +62,15 @@ _SCALED: dict[type, type] = {nn.Linear: ScaledLinear, Conv1D: ScaledConv1D}
 
 
 def full_weight(layer: Any) -> Tensor:
-    """Return ``diag(r) W' diag(c)`` of a scaled layer, the weight that it computes with."""
+    """Return the full weight ``diag(r) W' diag(c)`` of a scaled layer, (m, n)."""
     return layer.row_scale[:, None] * layer.weight * layer.col_scale
 
 
 def scalable_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the layers with a trained weight matrix of their own, by name.
+    """Return the linear layers with a trained weight that no other layer shares, by name.
 
-    A layer is left out if its forward is not that of ``nn.Linear`` or ``Conv1D``, or if another
-    layer shares its weight (an output layer that is tied to the embedding).
+    A layer is left out if its forward method is not that of ``nn.Linear`` or ``Conv1D``, or if
+    another layer shares its weight (such as an output layer that is tied to the embedding).
     """
     uses = Counter(
         id(p) for module in model.modules() for p in module._parameters.values() if p is not None
@@ -95,14 +95,14 @@ def scaled_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def scale_layers(model: nn.Module, scales: Mapping[str, Scale]) -> None:
-    """Give layers scales; the function of the model stays the same up to rounding.
+    """Give layers scales; the outputs of the model stay the same up to rounding.
 
-    Layers, parameters and their names stay the same objects; a layer's class changes, as it does
-    in ``torch.nn.utils.parametrize``. The scales become buffers that no state dict holds.
+    Layers and parameters stay the same objects under the same names. The class of a layer changes,
+    as in ``torch.nn.utils.parametrize``. The scales become buffers that a state dict leaves out.
 
     Args:
         model: a model without scaled layers.
-        scales: names of :func:`scalable_layers` and the scales of their weights.
+        scales: name of a layer of :func:`scalable_layers` -> scales of its weight.
     """
     for name, scale in scales.items():
         layer: Any = model.get_submodule(name)
@@ -114,11 +114,11 @@ def scale_layers(model: nn.Module, scales: Mapping[str, Scale]) -> None:
 
 @torch.no_grad()
 def change_scale(layer: Any, scale: Scale) -> Scale:
-    """Give a scaled layer new scales, and change its stored weight so that its function stays.
+    """Give a scaled layer new scales, and change its stored weight so that its outputs stay.
 
     Returns:
-        The factors ``new / old`` of rows and columns. A gradient of the stored weight is multiplied
-        by their outer product.
+        The factors ``new / old`` of rows and columns. The gradient of the stored weight changes by
+        the outer product of these factors.
     """
     before = Scale(layer.row_scale.clone(), layer.col_scale.clone())
     set_scale(layer, scale)
@@ -129,7 +129,7 @@ def change_scale(layer: Any, scale: Scale) -> Scale:
 
 @torch.no_grad()
 def set_scale(layer: Any, scale: Scale) -> None:
-    """Put scales in place and leave the stored weight as it is."""
+    """Set the scales of a layer without changing its stored weight."""
     layer.row_scale.copy_(scale.row)
     layer.col_scale.copy_(scale.col)
 
@@ -147,7 +147,7 @@ def full_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 @torch.no_grad()
 def remove_scales(model: nn.Module) -> None:
-    """Turn scaled layers back into ordinary ones that store their full weight."""
+    """Turn scaled layers back into ordinary layers that store their full weight."""
     plain = {scaled: kind for kind, scaled in _SCALED.items()}
     for layer in scaled_layers(model).values():
         layer.weight.copy_(full_weight(layer))

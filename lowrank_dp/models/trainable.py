@@ -117,9 +117,10 @@ def add_lora(
 def lora_targets(
     model: Any, target_modules: list[str] | None, train_layers: int | str | None
 ) -> list[str]:
-    """List the linear layers that LoRA adapts, in the model's order; the head is not among them.
+    """List the linear layers that LoRA adapts, in the model's order, without the head.
 
-    ``model`` is the model without LoRA. Raises ValueError as :func:`add_lora` does.
+    ``model`` is the model without LoRA. Raises ValueError if the blocks have no linear layer, or no
+    layer that the arguments select.
     """
     head = list(head_modules(model))
     linear = [name for name, m in model.named_modules() if is_linear(m) and not _inside(name, head)]

@@ -1,4 +1,4 @@
-"""Gradients restored or preconditioned, and optimizers that know the noise: Opacus, torch."""
+"""Restoration and preconditioning for Opacus and torch loops; optimizers that know the noise."""
 
 from typing import TYPE_CHECKING
 

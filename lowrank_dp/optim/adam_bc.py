@@ -14,18 +14,20 @@ NOISE_FLOOR = 0.3  # default of `floor`
 
 
 class AdamBC(torch.optim.Optimizer):
-    """Adam on noisy gradients, less the noise in its second moment (DP-AdamBC, arXiv 2312.14334).
+    """Adam with the noise variance subtracted from its second moment (DP-AdamBC, arXiv 2312.14334).
 
-    With Adam's bias-corrected moments m and v of the noisy mean gradient, and the variance phi of
-    its noise, a step is ``- lr * m / (sqrt(max(v - phi, floor * phi)) + eps)``: Algorithm 1 of Tang
-    et al. (AAAI 2024), with the paper's gamma' = ``floor * phi``. If the noise level changes, phi
-    is the mean of the variances with the weights that v gives to the gradients. Without noise the
-    optimizer is Adam. The noise level is public, so the correction is post-processing.
+    Let m and v be Adam's bias-corrected moments of the noisy mean gradient, and phi the variance of
+    its noise. A step is ``- lr * m / (sqrt(max(v - phi, floor * phi)) + eps)``. This is Algorithm 1
+    of Tang et al. (AAAI 2024), with the paper's gamma' = ``floor * phi``. If the noise level
+    changes, phi is the mean of the variances with the weights that v gives to the gradients.
+    Without noise, the optimizer is Adam. The noise level is public, so the correction is
+    post-processing.
 
     The paper tunes gamma' per data set as an absolute number; the authors' scripts give 1e-9 to
-    7e-9. Here the floor is relative to phi, because v - phi is an estimate whose error is relative
-    to phi: its standard deviation is about ``phi * sqrt(2 / t)`` after t steps, for t below
-    ``1 / (1 - beta2)``. A floor far below this error divides noise by a number near zero.
+    7e-9. Here the floor is relative to phi, because the error of v - phi is relative to phi: its
+    standard deviation is about ``phi * sqrt(2 / t)`` after t steps, for t below
+    ``1 / (1 - beta2)``. With a floor far below this error, noise would be divided by a number near
+    zero.
 
     Args:
         params: parameters or groups of parameters, as for any torch optimizer.
@@ -33,9 +35,9 @@ class AdamBC(torch.optim.Optimizer):
         betas: decay of the first and of the second moment, each in [0, 1).
         mean_noise_std: standard deviation of the noise on each entry of ``p.grad``, absolute, in
             the units of ``p.grad``, >= 0. For a mean over a batch, this is ``noise_multiplier *
-            max_grad_norm / batch_size``. It is an entry of each parameter group, which may be
-            assigned before a step if the noise level changes.
-        floor: smallest corrected second moment, relative to the variance of the noise, > 0.
+            max_grad_norm / batch_size``. Each parameter group has an entry ``mean_noise_std``;
+            assign a new value before a step if the noise level changes.
+        floor: lower limit of the corrected second moment, relative to the noise variance, > 0.
         eps: term added to the denominator, as in Adam, > 0.
         weight_decay: L2 penalty, which is added to the gradient as in Adam, >= 0.
 
@@ -70,7 +72,7 @@ class AdamBC(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step along the gradients in ``.grad``; a closure is not accepted."""
         if closure is not None:
-            raise ValueError("step must be called without a closure: gradients must hold noise")
+            raise ValueError("step must be called without a closure: .grad must contain the noise")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

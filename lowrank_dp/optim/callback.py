@@ -15,8 +15,8 @@ class RestorationCallback(TrainerCallback):
     """Attach a restoration to the optimizer for the duration of ``Trainer.train()``.
 
     The trainer must add noise to ``p.grad`` before its optimizer steps (in ``training_step``, for
-    example), or use an optimizer of Opacus. The clipping of the trainer itself would rescale that
-    noise: set ``max_grad_norm=0`` in ``TrainingArguments``.
+    example), or use an optimizer of Opacus. Set ``max_grad_norm=0`` in ``TrainingArguments``, since
+    the trainer's own clipping would rescale the noise.
 
     The running means are saved with the optimizer in each checkpoint (``optimizer.pt``), and
     ``Trainer.train(resume_from_checkpoint=...)`` continues from them. A run that is resumed from a
@@ -30,7 +30,7 @@ class RestorationCallback(TrainerCallback):
         handle: the handle of the last attachment, None before the first.
 
     Raises:
-        ValueError: when training begins, as :func:`attach_restoration` raises it; also if
+        ValueError: when training begins, in the cases of :func:`attach_restoration`; also if
             ``max_grad_norm`` of ``TrainingArguments`` is not 0, or if the checkpoint holds the
             running means of another filter.
     """
@@ -54,7 +54,7 @@ class RestorationCallback(TrainerCallback):
         if state.global_step and self.handle.lacks_running_means:
             warnings.warn(
                 "the checkpoint that the run is resumed from holds no running means of a "
-                "restoration: they start anew",
+                "restoration: the running means start anew",
                 stacklevel=2,
             )
 

@@ -48,7 +48,7 @@ from lowrank_dp.restore.gradients import is_matrix
 # names of a running mean's tensors in a state_dict; those of other filters keep their names
 _STATE_KEYS = {"output0": "output", "weights0": "weights", "noise_stds": "noise_stds"}
 _FILTER_KEYS = ("low_pass_b", "low_pass_a")
-# of all optimizers: torch has no hook that is called when a plain optimizer loads a state
+# hook of every optimizer, since torch calls no hook when a plain optimizer loads a state
 register_optimizer_step_pre_hook(warn_if_not_restored)
 
 
@@ -69,16 +69,15 @@ def attach_restoration(
     matrices with a side of 1 are not restored, though their running means are taken. Parameters
     without a gradient are left out.
 
-    The default restores each noisy gradient alone and keeps a matrix without a value above the
-    edge. ``momentum_beta=0.9`` comes nearer to the clean gradient (``momentum`` in
-    ``paper_artifacts``), but is not the default: the optimizer's own momentum would have to be
-    switched off, and at tuned learning rates the saving in steps was small or none
-    (``steps_sst2``, ``steps_sst2_gap``). ``below="zero"`` is not the default either: what it
-    removes still lowers the loss (``noise_cost``).
+    By default, each noisy gradient is restored alone, and a matrix without a singular value above
+    the edge is kept. ``momentum_beta=0.9`` gives gradients nearer to the clean gradient
+    (``momentum`` in ``paper_artifacts``), but needs an optimizer without momentum, and saved few
+    steps or none at tuned learning rates (``steps_sst2``, ``steps_sst2_gap``). ``below="zero"`` is
+    not the default, since the zeroed gradients still lower the loss (``noise_cost``).
 
     The running means are part of ``optimizer.state_dict()``, under the key
-    ``"lowrank_dp.restoration"`` of its ``"state"``. An optimizer that loads that dictionary
-    continues from them, whether the restoration is attached before or after the loading.
+    ``"lowrank_dp.restoration"`` of its ``"state"``. An optimizer that loads this dictionary
+    continues from the saved running means. The restoration may be attached before or after.
 
     Args:
         optimizer: an Opacus ``DPOptimizer`` of any mode, as ``make_private`` returns it, whose
@@ -92,27 +91,26 @@ def attach_restoration(
         momentum_beta: in [0, 1): replace every gradient by the bias-corrected running mean of the
             noisy gradients, whose noise is smaller and known, and restore the mean. The running
             mean takes the place of the optimizer's own momentum: set Adam's beta1, or SGD's
-            momentum, to 0. A warning is given if the optimizer has a momentum of its own.
-        low_pass: another filter over the noisy gradients in place of ``momentum_beta``, before its
-            first input, such as ``LowPassFilter(b=(0.15, -0.05), a=(-0.9,))`` (DOPPLER, arXiv
+            momentum, to 0. If the optimizer has its own momentum, a warning is given.
+        low_pass: filter over the noisy gradients, in its initial state, in place of
+            ``momentum_beta``, such as ``LowPassFilter(b=(0.15, -0.05), a=(-0.9,))`` (DOPPLER, arXiv
             2408.13460) or ``kalman_filter(0.7)`` (the filter of DiSK, arXiv 2410.03883, without
-            its look-ahead). The warning about momentum is given for every filter but a Kalman
-            filter, which DiSK combines with Adam.
+            its look-ahead). Every filter except a Kalman filter gives the warning about momentum;
+            DiSK combines the Kalman filter with Adam.
         options: keyword arguments of :func:`lowrank_dp.restore.restore`: ``method``, ``below``,
             ``false_spike_rate``, and the options of the scheme.
 
     Returns:
         A handle, with ``remove()``, ``state_dict()`` and ``load_state_dict()``. A copy of the
-        optimizer by ``copy.deepcopy`` has a restoration of its own, in the same state:
-        :func:`restoration_of` returns its handle. Pickling and ``copy.copy`` are refused while the
-        restoration is attached, and so is any copy of a ``DPOptimizer``, which Opacus does not
-        copy. A new optimizer that loads the ``state_dict()`` of this optimizer needs an attachment
-        of its own.
+        optimizer by ``copy.deepcopy`` has its own restoration, in the same state;
+        :func:`restoration_of` returns its handle. While the restoration is attached, pickling and
+        ``copy.copy`` raise ValueError, and so does any copy of a ``DPOptimizer``. A new optimizer
+        that loads the ``state_dict()`` of this optimizer needs its own attachment.
 
     Raises:
         ValueError: on a bad argument, no noise, sharded parameters, a second attachment, or running
-            means of another filter in the optimizer's loaded state; and at a step, if a gradient
-            is too small to hold the stated noise.
+            means of another filter in the optimizer's loaded state. A step raises ValueError if a
+            gradient is too small to contain the stated noise.
 
     >>> weight = torch.nn.Parameter(torch.zeros(4, 4))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -142,14 +140,14 @@ def restoration_of(optimizer: Any) -> Restoration | None:
     """Return the handle of the restoration that is attached to ``optimizer``, or None.
 
     Args:
-        optimizer: a torch optimizer, an Opacus ``DPOptimizer``, or one wrapped by Accelerate.
+        optimizer: a torch optimizer or an Opacus ``DPOptimizer``, also if wrapped by Accelerate.
     """
     optimizer = unwrap(optimizer)
     return vars(unwrap(getattr(optimizer, "original_optimizer", optimizer))).get(HANDLE)
 
 
 class Restoration:
-    """Handle of one attachment, made by :func:`attach_restoration`.
+    """Handle of an optimizer's restoration, made by :func:`attach_restoration`.
 
     Attributes:
         mean_noise_std: noise level in the units of ``p.grad``, None with Opacus; assign a new value
@@ -172,7 +170,7 @@ class Restoration:
         self._check(optimizer, scheme, mean_noise_std)
         self.mean_noise_std = mean_noise_std
         self._low_pass, self._beta = low_pass, beta
-        self._clip_bound = 0.0  # AdaClip's bound of the step, set between the noise and the step
+        self._clip_bound = 0.0  # AdaClip's bound in the step; set between noise and step
         self._restorer = GradientRestorer(scheme, low_pass=low_pass, **options)
         if self._opacus:
             effective_multiplier(self._opacus)
@@ -182,7 +180,7 @@ class Restoration:
             require_whole(index, parameter)
             if is_matrix(parameter):
                 check_arguments(scheme, tuple(parameter.shape), **options)
-        if STATE in self._inner.state:  # loaded before the restoration was attached
+        if STATE in self._inner.state:  # a state was loaded before the attachment
             self.load_state_dict(self._inner.state[STATE])
             del self._inner.state[STATE]
         if low_pass is not None and not low_pass.steady_start:
@@ -196,7 +194,7 @@ class Restoration:
             inner.register_state_dict_post_hook(self._save_with),
             inner.register_load_state_dict_pre_hook(self._load_with),
         ]
-        # the copy module and pickle look these names up on the object
+        # the copy module and pickle look up these attributes of the optimizer
         refusing = {"__getstate__": _refuse_copy, "__deepcopy__": _refuse_copy}
         vars(inner).update({HANDLE: self, **refusing})
         if self._opacus:
@@ -261,7 +259,7 @@ class Restoration:
 
     @property
     def lacks_running_means(self) -> bool:
-        """Whether the restoration takes running means, and has seen no gradient yet."""
+        """Whether the restoration has a filter, and has received no gradient yet."""
         return self._low_pass is not None and not self._restorer.filters
 
     def remove(self) -> None:
@@ -281,7 +279,7 @@ class Restoration:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a :meth:`state_dict` of the same parameters and filter.
+        """Load a :meth:`state_dict` of the same parameters and filter.
 
         Raises:
             ValueError: if the state belongs to another filter or to other parameters.
@@ -315,21 +313,21 @@ class Restoration:
         return {**saved, "state": {**saved["state"], STATE: own}} if own else saved
 
     def _load_with(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        """Take the running means out of a state_dict that the optimizer loads."""
+        """Load the running means from a state_dict that the optimizer loads."""
         state = dict(saved["state"])
         means = state.pop(STATE, None)
         if means is not None:
             self.load_state_dict(means)
         elif self._low_pass is not None:
             warnings.warn(
-                "the state_dict that the optimizer loads holds no running means of a restoration, "
-                "which stay as they are: load the handle's state_dict() too",
+                "the state_dict that the optimizer loads holds no running means of a restoration; "
+                "the present running means are kept: load the handle's state_dict() too",
                 stacklevel=4,
             )
         return {**saved, "state": state}
 
     def _coefficients(self) -> dict[str, Tensor]:
-        """Tensors of a state_dict that identify the filter."""
+        """Return the tensors of a state_dict that identify the filter."""
         if self._low_pass is None:
             return {}
         if self._beta is not None:
@@ -341,7 +339,7 @@ class Restoration:
         }
 
     def _require_same_filter(self, tensors: dict[str, Tensor]) -> None:
-        """Take the filter's coefficients out of a state_dict; refuse another filter's."""
+        """Remove the filter's coefficients from a state_dict; raise ValueError if they differ."""
         own = self._coefficients()
         for name in ("momentum_beta", *_FILTER_KEYS):
             saved = tensors.pop(name).tolist() if name in tensors else None

@@ -1,4 +1,4 @@
-"""What a restoration reads from an optimizer: its wrappers, noise level, momentum and shards."""
+"""Inspection of an optimizer for a restoration: wrappers, noise level, momentum, shards."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 
-# key of the running means in an optimizer's state, and attribute of an optimizer for its handle
+# key of the running means in an optimizer's state; also the attribute that holds the handle
 STATE = "lowrank_dp.restoration"
 HANDLE = "_lowrank_dp_restoration"
 _OPACUS = ("original_optimizer", "noise_multiplier", "max_grad_norm", "expected_batch_size")
 
 
 def is_opacus(optimizer: Any) -> bool:
-    """Tell whether an optimizer is a ``DPOptimizer`` of Opacus, by its attributes."""
+    """Return whether an optimizer is a ``DPOptimizer`` of Opacus, by its attributes."""
     return all(hasattr(optimizer, name) for name in _OPACUS)
 
 
 def is_adaclip(opacus: Any) -> bool:
-    """Tell whether a ``DPOptimizer`` moves its clipping bound itself: Opacus's AdaClip."""
+    """Return whether a ``DPOptimizer`` adapts its clipping bound (AdaClip)."""
     return hasattr(opacus, "unclipped_num_std")
 
 
 def watch_bound(opacus: Any, record: Callable[[float], None]) -> None:
     """Call ``record`` with AdaClip's clipping bound just before AdaClip replaces the bound.
 
-    AdaClip replaces the bound between the noise and the step, so that a hook of the step sees the
-    bound of the next step. Undo by :func:`unwatch_bound`.
+    AdaClip replaces the bound between the noise and the step. A hook of the step would therefore
+    read the bound of the next step. :func:`unwatch_bound` undoes this function.
     """
     update = opacus.update_max_grad_norm
 
@@ -74,7 +74,7 @@ def effective_multiplier(opacus: Any) -> float:
             f"noise_multiplier of the DPOptimizer must be > 0, got {sigma:g}: without "
             "noise there is nothing to restore, and no privacy"
         )
-    if is_adaclip(opacus):  # AdaClip spends a share on its noisy count
+    if is_adaclip(opacus):  # AdaClip spends a part of the budget on its noisy count
         sigma = (sigma**-2 - (2 * opacus.unclipped_num_std) ** -2) ** -0.5
     return sigma
 
@@ -91,13 +91,13 @@ def require_whole(index: str, tensor: Tensor) -> None:
 
 
 def warn_of_other_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Warn if an optimizer averages gradients itself: Adam's beta1, or a momentum, above 0."""
+    """Warn if an optimizer averages gradients: if Adam's beta1, or a momentum, is above 0."""
     for group in optimizer.param_groups:
         betas = group.get("betas") or (0.0,)
         for name, value in (("betas[0]", betas[0]), ("momentum", group.get("momentum"))):
             if value:
                 warnings.warn(
-                    f"{name} of {type(optimizer).__name__} should be 0 beside a running mean of "
+                    f"{name} of {type(optimizer).__name__} should be 0 with a running mean of "
                     f"gradients (momentum_beta or low_pass), got {float(value):g}: the gradients "
                     "are averaged twice",
                     stacklevel=4,
@@ -106,9 +106,9 @@ def warn_of_other_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def warn_if_not_restored(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Warn if an optimizer steps that loaded running means and has no restoration attached.
+    """Warn before a step of an optimizer that loaded running means and has no restoration.
 
-    A hook for :func:`torch.optim.optimizer.register_optimizer_step_pre_hook`.
+    This function is a hook for ``torch.optim.optimizer.register_optimizer_step_pre_hook``.
     """
     if STATE in optimizer.state and HANDLE not in vars(optimizer):
         warnings.warn(

@@ -1,4 +1,4 @@
-"""DP-Muon: momentum of noisy gradients, orthogonalised; with a bias correction for known noise."""
+"""DP-Muon: orthogonalised momentum of noisy gradients, with an optional bias correction."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from torch import Tensor
 from lowrank_dp import _validate
 from lowrank_dp.optim.noise_level import NOISE_LEVEL
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon's Newton-Schulz iteration
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of torch.optim.Muon
 _ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and AdamW for other parameters, on noisy gradients (arXiv 2605.12994).
 
-    The running mean ``M <- momentum M + (1 - momentum) g`` of a matrix's noisy gradients is
-    orthogonalised, ``W <- W - lr * .2 sqrt(max(m, n)) * T(M / |M|)``: T maps a singular value x to
-    ``f(x)``, near 1, by five Newton-Schulz iterations. The step is that of ``torch.optim.Muon``
-    without Nesterov's term, at the scale that matches AdamW, so that one learning rate serves
-    matrices and other parameters. Both read noisy gradients only: post-processing.
+    Muon keeps the running mean ``M <- momentum M + (1 - momentum) g`` of a matrix's noisy gradients
+    and steps by ``W <- W - lr * .2 sqrt(max(m, n)) * T(M / |M|)``. T orthogonalises a matrix: five
+    Newton-Schulz iterations map a singular value x to ``f(x)``, near 1. The step is that of
+    ``torch.optim.Muon`` without Nesterov's term. Its scale matches AdamW, so that matrices and
+    other parameters share one learning rate. Muon and AdamW read noisy gradients only, so their
+    steps are post-processing.
 
-    With ``bias_correction`` the step is DP-MuonBC's: noise of standard deviation tau on the entries
-    of M shifts the mean of the orthogonalised matrix by ``tau^2 / 2`` times the Laplacian of T, to
-    leading order, and this shift is subtracted (:func:`bias_corrected`).
+    With ``bias_correction``, the step is that of DP-MuonBC. To leading order, noise of standard
+    deviation tau on the entries of M shifts the mean of the orthogonalised matrix by ``tau^2 / 2``
+    times the Laplacian of T. DP-MuonBC subtracts this shift (:func:`bias_corrected`).
 
-    What was read of the paper is its abstract and a summary of DP-Muon; the algorithm of its
-    DP-MuonBC was not found. The correction here is derived from the abstract ("removes the leading
-    output-level bias term" of a "matrix-valued heat-smoothing bias"). The paper clips the gradient
-    of each matrix by itself; ``lowrank_dp.train`` clips all parameters together.
+    Only the abstract of the paper and a summary of DP-Muon were available, and neither gives the
+    algorithm of DP-MuonBC. The correction of this class is derived from the abstract ("removes the
+    leading output-level bias term" of a "matrix-valued heat-smoothing bias"). The paper clips the
+    gradient of each matrix separately; ``lowrank_dp.train`` clips all parameters together.
 
     Args:
-        matrices: parameters with two axes that Muon moves. Embeddings should be among ``others``.
-        others: all other parameters.
-        lr: learning rate of both, > 0.
+        matrices: parameters with two axes that Muon updates. Embeddings should be in ``others``.
+        others: all other parameters, which AdamW updates.
+        lr: learning rate of Muon and AdamW, > 0.
         momentum: decay of the running mean, and AdamW's beta1; in [0, 1).
         beta2: AdamW's beta2, in [0, 1).
-        weight_decay: decoupled weight decay of both, >= 0.
+        weight_decay: decoupled weight decay of Muon and AdamW, >= 0.
         bias_correction: whether to correct the orthogonalised matrix for the noise.
         mean_noise_std: standard deviation of the noise on each entry of ``p.grad``, absolute, in
-            the units of ``p.grad``, >= 0: for a mean over a batch, ``noise_multiplier *
-            max_grad_norm / batch_size``. Needed with ``bias_correction``. It is an entry of the
-            matrices' parameter group, which may be assigned before a step.
+            the units of ``p.grad``, >= 0. For a mean over a batch, this is ``noise_multiplier *
+            max_grad_norm / batch_size``. Required with ``bias_correction``. The matrices' parameter
+            group has an entry ``mean_noise_std``; assign a new value if the noise level changes.
 
     Raises:
         ValueError: on a bad argument.
@@ -95,9 +96,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step along the gradients in ``.grad``; a closure is not accepted."""
         if closure is not None:
-            raise ValueError("step must be called without a closure: gradients must hold noise")
+            raise ValueError("step must be called without a closure: .grad must contain the noise")
         for inner, group in zip(self._inner, self.param_groups, strict=True):
-            # loading a state replaces both
+            # loading a state replaces param_groups and state
             inner.param_groups, inner.state = [group], self.state
             inner.step()
 
@@ -138,12 +139,12 @@ class _BiasCorrected(torch.optim.Optimizer):
 
 
 def bias_corrected(matrix: Tensor, noise_std: float) -> Tensor:
-    """Orthogonalise a noisy matrix, less the bias that its noise gives to the result.
+    """Orthogonalise a noisy matrix, and subtract the leading bias that the noise causes.
 
     For noise Z of independent N(0, 1) entries, ``E T(M + tau Z) = T(M) + tau^2 / 2 * (Laplacian of
     T)(M) + O(tau^4)``. The result is ``T(N) - tau^2 / 2 * (Laplacian of T)(N)`` for the noisy N. T
-    acts on the singular values by an odd function f and so does its Laplacian: with m <= n, the
-    value ``x_i`` becomes, with divided differences ``f[.]``,
+    applies an odd function f to the singular values. The Laplacian of T also acts on the singular
+    values alone: with m <= n and divided differences ``f[.]``, it maps ``x_i`` to
 
         f''(x_i) + sum over j != i of (f[x_i, x_i, x_j] + f[x_i, x_i, -x_j])
         + (n - m) (f'(x_i) / x_i - f(x_i) / x_i^2).
@@ -153,8 +154,8 @@ def bias_corrected(matrix: Tensor, noise_std: float) -> Tensor:
         noise_std: standard deviation tau of the noise on each entry, absolute, >= 0.
 
     Returns:
-        The matrix, in the shape and type of ``matrix``. ``|matrix|`` is treated as a constant; a
-        matrix of zeros gives zeros.
+        The corrected matrix, in the shape and type of ``matrix``. The norm ``|matrix|`` counts as a
+        constant. A matrix of zeros gives zeros.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     wide = wide.double()
@@ -187,7 +188,7 @@ def _newton_schulz(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _between(x: Tensor, values: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
-    """Sum over j != i of ``f[x_i, x_i, x_j] + f[x_i, x_i, -x_j]``."""
+    """Return the sum over j != i of ``f[x_i, x_i, x_j] + f[x_i, x_i, -x_j]``."""
     total = torch.zeros_like(x)
     for sign in (1.0, -1.0):
         apart = x[:, None] - sign * x

@@ -1,3 +1,3 @@
-"""Name under which an optimizer's parameter groups hold the noise level of their gradients."""
+"""Key of the noise level in an optimizer's parameter groups."""
 
 NOISE_LEVEL = "mean_noise_std"  # absolute, in the units of ``p.grad``; read at every step

@@ -1,4 +1,4 @@
-"""Rank-one preconditioner for training loops of Opacus, from the gradients of public batches."""
+"""Rank-one preconditioner for Opacus training loops, from gradients of public batches."""
 
 from __future__ import annotations
 
@@ -31,30 +31,32 @@ def attach_preconditioner(
 ) -> Preconditioner:
     """Precondition the trained linear layers of a model, before ``PrivacyEngine.make_private``.
 
-    The model takes one noise-free step of Adam per public batch, and gets its weights back. The row
-    and column means of the squared gradients give each weight its scales r and c. From then on each
-    layer stores its weight divided by ``r c^T``; its function is the same. Opacus clips and noises
-    the gradient of the stored weight, which is ``r c^T`` times that of the weight. Its sensitivity
-    is ``max_grad_norm``, so epsilon does not change. Opacus's modes "hooks" and "ghost" work.
+    The model takes one noise-free step of Adam per public batch, and then gets its initial weights
+    back. The row and column means of the squared gradients determine the scales r and c of each
+    weight. Each layer then stores its weight divided by ``r c^T`` and computes the same outputs as
+    before. Opacus clips the gradient of the stored weight, which is ``r c^T`` times the gradient of
+    the full weight, and adds noise. The sensitivity is ``max_grad_norm``, so epsilon does not
+    change. Opacus's modes "hooks" and "ghost" work.
 
-    Learning rates of an ordinary run do not carry over. The method was tried with SGD with momentum
-    0.9 on the stored weights.
+    Tune the learning rate anew: the best rate of a run without preconditioner does not apply. The
+    method was measured with SGD with momentum 0.9 on the stored weights.
 
     Args:
         model: the model, in training mode, with at least one trained ``nn.Linear`` (or GPT-2's
             ``Conv1D``) that shares its weight with no other layer. Other parameters are not scaled.
         public_batches: batches of PUBLIC data, one per step. A private batch would make the
             scales, and everything that is computed with them, NON-PRIVATE.
-        loss_of: ``loss_of(model, batch)`` returns the mean loss of the batch, a scalar.
-        power: p of ``r_i = a row_i^-p``, in [0, 0.5] (``precondition.joint_scales``).
+        loss_of: function ``loss_of(model, batch)`` that returns the mean loss of the batch, a
+            scalar.
+        power: p of the scales ``r_i = a row_i^-p``, in [0, 0.5] (``precondition.joint_scales``).
         learning_rate: learning rate of Adam on the public batches, above 0.
 
     Returns:
         A handle, with ``remove()``.
 
     Raises:
-        ValueError: if the model has no such layer, already has scales or is wrapped by Opacus, if
-            there is no batch, on a number out of range, or if a gradient is not finite.
+        ValueError: if the model has no layer to scale, already has scales, or is wrapped by Opacus;
+            if there is no batch; on a number out of range; or if a gradient is not finite.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 2))
@@ -66,7 +68,7 @@ def attach_preconditioner(
     layers = scalable_layers(model)
     if not layers:
         found = ", ".join(scaled_layers(model)) or "none"
-        _validate.fail("model", "one with trained linear layers that have no scales", found)
+        _validate.fail("model", "a model with trained linear layers that have no scales", found)
     if any(hasattr(p, "grad_sample") for p in model.parameters()):
         raise ValueError(
             "model must not be wrapped by Opacus yet, whose hooks would keep the gradients of the "
@@ -93,25 +95,25 @@ def attach_preconditioner(
 
 
 class Preconditioner:
-    """Handle of one attachment, made by :func:`attach_preconditioner`."""
+    """Handle of a model's preconditioner, made by :func:`attach_preconditioner`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def remove(self) -> None:
-        """Make the layers ordinary again, with their full weights; for saving after the training.
+        """Remove the scales: each layer stores its full weight again, for saving the model.
 
-        The parameters stay the same objects. An optimizer with momentum must not step afterwards:
-        its momentum is that of the stored weights.
+        The parameters stay the same objects. An optimizer with momentum must not step afterwards,
+        because its momentum belongs to the stored weights.
         """
         remove_scales(self._model)
 
 
 class _WithoutBuffers(nn.Module):
-    """Layer that shows no buffers.
+    """Layer that hides its buffers.
 
-    Opacus refuses trained layers with buffers, because those of a batch norm are computed from
-    private data. The scales are public constants.
+    Opacus refuses trained layers with buffers, because the buffers of a batch norm are computed
+    from private data. The scales of a layer are public constants.
     """
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:

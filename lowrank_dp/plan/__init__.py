@@ -1,6 +1,6 @@
 """Plan of a private run, before any privacy is spent: noise, visible rank, alignment, step costs.
 
-Everything is computed from public text, the model's weights and the mechanism's own noise level.
+A plan is computed from public text, the model's weights and the noise level of the mechanism.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Alignment of each scheme with the clean gradient, predicted from the clean singular values alone.
+"""Prediction of each scheme's alignment with the clean gradient, from clean singular values alone.
 
 The noisy matrix is ``N = G + noise_std * Z``, and a scheme replaces its singular values s by
 ``f(s)``: ``M = sum_i f(s_i) u_i v_i^T``. With ``w_i = u_i^T G v_i``, ``<M, G> = sum_i f(s_i) w_i``
@@ -7,9 +7,9 @@ gives s and w in the limit of a large matrix:
 
 * A clean value theta above the threshold ``aspect ** 0.25`` is visible. It becomes
   ``visible_value(theta)``, with ``w = theta * sqrt(short overlap * long overlap)``.
-* The other values of N are those of pure noise. Their w follow from ``<N, G> = |G|^2``, which holds
-  on average: what the visible values leave of ``|G|^2`` is shared in proportion to s, as a small
-  change of the matrix in all directions shares it.
+* The other singular values of N are those of pure noise. The sum of ``s_i w_i`` over all values is
+  ``<N, G>``, which is ``|G|^2`` on average. The part of ``|G|^2`` that the visible values leave is
+  divided among the other values so that each w is proportional to its s.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from lowrank_dp.spectrum.random_matrix import (
 
 @dataclass(frozen=True)
 class NoisySpectrum:
-    """Expected singular values of one noisy matrix, and the clean gradient along their vectors.
+    """Expected singular values of one noisy matrix, and clean gradient along its singular vectors.
 
     Attributes:
         shape: (m, n) of the matrix.
         noise_std: standard deviation of the noise on an entry, absolute.
-        values: (k,) float64, singular values of the noisy matrix, absolute, descending.
-        weights: (k,) float64, ``u_i^T G v_i``, absolute.
+        values: (min(m, n),) float64, singular values of the noisy matrix, absolute, descending.
+        weights: (min(m, n),) float64, ``u_i^T G v_i``, absolute.
         clean_norm: Frobenius norm of the clean matrix, absolute.
         top_clean: largest singular value of the clean matrix, absolute.
         visible_rank: number of clean singular values that stand above the edge of the noise.
@@ -65,7 +65,7 @@ def predict_spectrum(clean: Tensor, shape: tuple[int, int], noise_std: float) ->
         noise_std: standard deviation of the noise on an entry, absolute, > 0.
 
     Raises:
-        ValueError: on a bad shape or noise level, or values that are not a spectrum of that shape.
+        ValueError: on a bad shape or noise level, or if ``clean`` is not a spectrum of the shape.
 
     Source: Benaych-Georges & Nadakuditi, J. Multivariate Anal. 111 (2012), for the visible values.
     """
@@ -105,8 +105,8 @@ def scheme_products(
 ) -> tuple[float, float, float]:
     """Predict ``(|M|^2, <M, G>, |G|^2)`` of the restored matrix M and the clean matrix G.
 
-    ``scheme`` and ``options`` are those of :func:`lowrank_dp.restore.restored_values`, which raises
-    the errors. The products are absolute; those of several layers add up.
+    ``scheme`` and ``options`` are arguments of :func:`lowrank_dp.restore.restored_values`, which
+    also raises the errors. The products are absolute. The products of several layers can be added.
     """
     new = restored_values(spectrum.values, spectrum.shape, spectrum.noise_std, scheme, **options)
     return float(new.square().sum()), float(new @ spectrum.weights), spectrum.clean_norm**2
@@ -118,9 +118,9 @@ class SchemeAlignment:
 
     Attributes:
         scheme: the scheme in words.
-        one_vector: cosine of all matrices together, as one vector.
-        mean: mean over the matrices of the cosine of each; a matrix that the scheme zeroes has
-            cosine 0.
+        one_vector: cosine between the two gradients with all matrices concatenated to one vector.
+        mean: mean over the matrices of each matrix's cosine. A matrix that the scheme sets to zero
+            has cosine 0.
     """
 
     scheme: str
@@ -134,16 +134,16 @@ def predict_alignment(
     """Predict the alignment of each scheme over the matrices of a model.
 
     Args:
-        spectra: one predicted spectrum per matrix; a matrix whose clean gradient is zero is left
-            out.
-        schemes: label -> name in ``restore.SCHEMES``, and options.
+        spectra: one predicted spectrum per matrix. A matrix whose clean gradient is zero does not
+            count.
+        schemes: label -> (name in ``restore.SCHEMES``, options of the scheme).
 
     Raises:
         ValueError: as :func:`lowrank_dp.restore.restored_values`, and if no matrix has a gradient.
     """
     found = [spectrum for spectrum in spectra if spectrum.clean_norm > 0]
     if not found:
-        raise ValueError("spectra must hold a matrix with a nonzero clean gradient, got none")
+        raise ValueError("spectra must include a matrix with a nonzero clean gradient, got none")
     result = []
     for label, (scheme, options) in schemes.items():
         products = torch.tensor(
@@ -157,6 +157,6 @@ def predict_alignment(
 
 
 def cosine(products: Tensor) -> Tensor:
-    """Return the cosines (...) of products (..., 3) of :func:`scheme_products`; 0 for M = 0."""
+    """Return the cosines (...) from products (..., 3) of :func:`scheme_products`; 0 for M = 0."""
     made2, dot, clean2 = products.unbind(-1)
     return torch.where(made2 > 0, dot / (made2 * clean2).clamp(min=1e-300).sqrt(), 0.0)

@@ -1,13 +1,14 @@
-"""Curvature of the loss along directions, and what noise costs a step by the quadratic model.
+"""Curvature of the loss along a direction, and loss decrease of a step with and without noise.
 
 The curvature is that of the generalised Gauss-Newton matrix ``H = J^T L J`` (Schraudolph, Neural
 Computation 14, 2002), with J the derivative of the logits and L the Hessian of the loss in the
-logits. H is positive semidefinite, so the quadratic model has a best step; the trace of the Hessian
-itself can turn negative after a few steps of fine-tuning.
+logits. H is positive semidefinite, so the quadratic model has a best step. The trace of the
+Hessian, by contrast, can become negative after a few steps of fine-tuning.
 
-A step ``theta - eta (d + s z)``, z ~ N(0, I), along a direction d of slope ``a = g.d`` changes the
-loss by ``-eta a + eta^2 / 2 (d'Hd + s^2 tr H)`` on average. The best rate gains
-``a^2 / (2 (d'Hd + s^2 tr H))``: noise divides the gain of a step by ``1 + s^2 tr H / d'Hd``.
+Consider a step ``theta - eta (d + s z)``, z ~ N(0, I), along a direction d of slope ``a = g.d``. In
+the quadratic model, the step changes the loss by ``-eta a + eta^2 / 2 (d'Hd + s^2 tr H)`` on
+average. The best rate eta decreases the loss by ``a^2 / (2 (d'Hd + s^2 tr H))``. Noise therefore
+divides the gain of a step by ``1 + s^2 tr H / d'Hd``.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ Tensors = Mapping[str, Tensor]  # by parameter name
 
 @dataclass(frozen=True)
 class StepGain:
-    """Gain of one step by the quadratic model, on the mean loss of some rows.
+    """Decrease of the mean loss of some rows in one step, by the quadratic model.
 
     Attributes:
-        slope: ``g.d``, the decrease of the loss per unit of the rate. A step along a d of negative
-            slope raises the loss, and its gain is 0.
+        slope: ``g.d``, the decrease of the loss per unit of the learning rate. A step along a
+            direction of negative slope raises the loss; its gain is 0.
         curvature: ``d'Hd``, >= 0.
         trace: ``tr H``, estimated, >= 0.
         noise_std: s, standard deviation of the noise on an entry of d, absolute.
@@ -46,7 +47,7 @@ class StepGain:
 
     @property
     def clean_gain(self) -> float:
-        """Decrease of the loss, in nats, by the best step along d."""
+        """Decrease of the loss, in nats, by the best step along d without noise."""
         return _ratio(max(self.slope, 0.0) ** 2, 2 * self.curvature)
 
     @property
@@ -58,7 +59,7 @@ class StepGain:
 
     @property
     def noise_cost(self) -> float:
-        """``clean_gain / noisy_gain``, >= 1: noisy steps that gain what one clean step gains."""
+        """``clean_gain / noisy_gain``, >= 1: number of noisy steps that equal one clean step."""
         return 1 + _ratio(self.noise_std**2 * self.trace, self.curvature)
 
 
@@ -72,15 +73,17 @@ def step_gain(
     probes: int = 4,
     seed: int = 0,
 ) -> StepGain:
-    """Measure the gain of a step along ``direction``, and the cost of noise.
+    """Measure the loss decrease of a step along ``direction``, and the cost of noise.
 
     NON-PRIVATE if the rows are private.
 
     Args:
-        model: model in eval mode; its trainable parameters are those of ``direction``.
-        batches: batches of rows with labels, of which the mean loss over all rows is taken.
-        kind: kind of the task, of which ``losses.LOSS_OF_KIND`` gives the loss.
-        direction: d, by parameter name: a step moves the parameters by ``-eta d``.
+        model: model in eval mode. The keys of ``direction`` are the names of its trainable
+            parameters.
+        batches: batches of rows with labels. The loss is the mean over all rows.
+        kind: kind of the task; ``losses.LOSS_OF_KIND`` gives the loss of each kind.
+        direction: d, by parameter name, in the shapes of the parameters. A step moves the
+            parameters by ``-eta d``.
         noise_std: s >= 0, standard deviation of the noise on an entry of d, absolute (for a
             DP-SGD mean: ``noise_multiplier * max_grad_norm / batch_size``).
         probes: number of random sign vectors for the trace (Hutchinson 1989).
@@ -100,10 +103,10 @@ def step_gain(
 def slope_and_curvatures(
     model: nn.Module, batches: Iterable[Batch], kind: str, directions: Sequence[Tensors]
 ) -> tuple[float, list[float]]:
-    """Compute ``g.d`` of the first direction, and ``d'Hd`` of each, on the rows' mean loss.
+    """Compute ``g.d`` of the first direction, and ``d'Hd`` of each direction.
 
-    Arguments and errors are those of :func:`step_gain`. A product costs one backward pass per
-    direction and batch.
+    The loss is the mean over all rows. Arguments and errors are those of :func:`step_gain`. Each
+    product costs one backward pass per direction and batch.
     """
     loss_of = LOSSES[LOSS_OF_KIND[_validate.choice("kind", kind, LOSS_OF_KIND)]]
     slope, curvatures, rows = 0.0, [0.0] * len(directions), 0
@@ -118,7 +121,7 @@ def slope_and_curvatures(
             curvatures[i] += float((second * change).sum())
         rows += len(losses)
     if not rows:
-        raise ValueError("batches must hold a row, got none")
+        raise ValueError("batches must hold at least one row, got none")
     return slope / rows, [max(value, 0.0) / rows for value in curvatures]
 
 
@@ -127,8 +130,8 @@ def _logit_changes(
 ) -> tuple[list[Tensor], Tensor]:
     """Compute ``J d`` for each direction, in the shape of the logits, and the logits.
 
-    ``J^T u`` is linear in u, so that its derivative along d is J d: this needs a backward pass
-    through a backward pass, which only the "math" attention offers.
+    ``J^T u`` is linear in u, so the derivative of ``d . J^T u`` in u is J d. This computation is a
+    backward pass through a backward pass, which only the "math" attention supports.
     """
     named = dict(model.named_parameters())
     parameters = [named[name] for name in directions[0]]
@@ -157,5 +160,5 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """Return part / whole; 0 for 0 / 0, infinity for a positive part of nothing."""
+    """Return ``part / whole``; 0 for 0 / 0, and infinity for a positive ``part`` over 0."""
     return part / whole if whole > 0 else (math.inf if part > 0 else 0.0)

@@ -1,4 +1,4 @@
-"""Make the plan of a private run from its configuration, public text and its own noise level."""
+"""Plan of a private run, computed from the configuration, public text and the noise level."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "optimal": ("optimal", {}),
     "optimal, zeroed": ("optimal", {"below": "zero"}),
 }
-CURVATURE_ROWS = 128  # public rows of the curvature
+CURVATURE_ROWS = 128  # number of public rows on which the curvature is measured
 _PART = 128  # rows per update of the progress bar
 
 
@@ -48,12 +48,15 @@ class Layer:
     """Predicted spectrum of one matrix of a noisy gradient sum; singular values are absolute.
 
     Attributes:
-        name, shape: the trained matrix, (m, n).
+        name: name of the trained matrix.
+        shape: (m, n) of the matrix.
         edge: bulk edge of the noise.
         top_clean: largest singular value without noise.
-        visible_rank: number of clean singular values that stand above the edge.
-        alignment_noisy, alignment_optimal: predicted cosine with the clean gradient of the noisy
-            gradient, and of the gradient that the optimal shrinker restores.
+        visible_rank: number of clean singular values that stand above the edge after noise is
+            added.
+        alignment_noisy: predicted cosine between the noisy and the clean gradient.
+        alignment_optimal: predicted cosine between the gradient restored by the scheme
+            ``optimal`` and the clean gradient.
     """
 
     name: str
@@ -67,14 +70,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Point:
-    """Predictions at one point of a training.
+    """Predictions at one point of a training run.
 
     Attributes:
-        when: the point, in words.
+        when: the point, in words, such as "first step".
         loss: mean loss of the measured rows, in nats.
-        layers: the trained matrices, in the model's order.
+        layers: prediction for each trained matrix, in the model's order.
         schemes: predicted alignment of each scheme.
-        gain: gain of a step along the clean direction, and its cost of noise.
+        gain: loss decrease of a step along the clean gradient, with and without noise.
     """
 
     when: str
@@ -86,19 +89,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of a private run: its noise, and what the noise does to the gradients of public text.
+    """Plan of a private run: its noise, and the effect of the noise on gradients of public text.
 
     Attributes:
-        privacy: what the measurements are computed from.
-        statement: privacy of the planned run after its last step, with the accountant.
+        privacy: sentence that says which data the measurements are computed from.
+        statement: privacy statement of the planned run after its last step.
         description: the model and the measured text, in words.
         num_units: number of units of privacy that the run trains on.
-        delta, sample_rate: delta of the guarantee, and the probability of a unit in a step.
-        noise_multiplier: sigma, relative to the clipping norm.
-        noise_std: standard deviation of the noise on an entry of the sum, absolute.
-        noise_std_of_mean: the same on an entry of the mean gradient: ``noise_std / batch_size``.
+        delta: delta of the guarantee.
+        sample_rate: probability, in (0, 1], that a unit takes part in a step.
+        noise_multiplier: sigma, relative to the clipping norm C.
+        noise_std: standard deviation of the noise on an entry of the gradient sum, absolute.
+        noise_std_of_mean: standard deviation of the noise on an entry of the mean gradient,
+            absolute: ``noise_std / batch_size``.
         points: predictions at the first step, and after the short trainings if there are any.
-        gap: predicted gap in steps between training with and without noise, or None.
+        gap: predicted gap in steps between training with and without noise; None without short
+            trainings.
     """
 
     privacy: str
@@ -117,17 +123,21 @@ class Plan:
 def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Plan:
     """Plan the run of ``config`` without spending privacy.
 
-    Of the task's records, only their number is read, which ``train`` treats as public too; with
-    ``own_records``, their gradients are read and the plan is NON-PRIVATE.
+    The plan reads the number of the task's records, which ``train`` treats as public too, and no
+    record. With ``own_records``, the plan reads gradients of the records and is NON-PRIVATE.
+
+    Args:
+        config: configuration of the run.
+        measurement: measurements of the plan; default: ``Measurement()``.
 
     Raises:
-        ValueError: if the run can't be made or has no noise, or if public text is missing or the
-            same as the task.
+        ValueError: if the run can't be made or has no noise, or if the public text is missing or
+            is the task's own text.
     """
     measurement = measurement or Measurement()
     if not config.adds_noise:
         raise ValueError(
-            "non_private and noise_free must be False for a plan: there is no noise to plan with"
+            "non_private and noise_free must be False for a plan: a plan predicts effects of noise"
         )
     if config.precondition != "none":
         raise ValueError(
@@ -175,7 +185,7 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
 
 
 def _own_scheme(config: TrainConfig) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return the scheme of the run under a label of its own, if the plan has no such scheme."""
+    """Return label -> scheme and options of the run; empty if ``SCHEMES`` has the scheme."""
     if config.scheme == "none" or config.scheme in NON_PRIVATE_SCHEMES:
         return {}
     options = {"below": config.below, **config.scheme_options}
@@ -196,7 +206,7 @@ def _point(
     measurement: Measurement,
     schemes: Mapping[str, tuple[str, dict[str, Any]]],
 ) -> Point:
-    """Measure the text's gradients at the model's weights, and predict what the noise does."""
+    """Measure the gradients of the text at the present weights, and predict the noise's effect."""
     count = min(batch_size, measurement.public_rows, len(text.rows))
     mean = _mean_gradient(text, count, mechanism.max_grad_norm, when)
     spectra = {}
@@ -234,7 +244,7 @@ def _mean_gradient(
 
 
 def _layer(name: str, spectrum: NoisySpectrum) -> Layer:
-    """Summarise one matrix; a matrix without a gradient has alignment 0."""
+    """Summarise the spectrum of one matrix; the alignment of a zero gradient is 0."""
     noisy = optimal = 0.0
     if spectrum.clean_norm > 0:
         found = predict_alignment([spectrum], {"noisy": ("none", {}), "optimal": ("optimal", {})})

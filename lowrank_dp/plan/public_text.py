@@ -1,4 +1,4 @@
-"""Public text, and the model that is planned for with a head for that text."""
+"""Public text of a plan, and the planned run's model with a head for this text."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.config_checks import is_same_task
 from lowrank_dp.train.records import token_limit
 
-MAX_ROWS = 4096  # rows that are encoded, drawn at random
+MAX_ROWS = 4096  # largest number of encoded rows, which are drawn at random
 MAX_STATES = 2 << 30  # bytes of the outputs of frozen blocks that are kept
-AGREEMENT = 1e-3  # largest difference of the loss with kept outputs, in nats
-GENERATED = {"generation": "generated-table"}  # generated task of a kind; any other: "generated"
-GENERATED_TASKS = ("generated", "generated-table")  # new text for each seed
+AGREEMENT = 1e-3  # largest difference of the loss, in nats, with and without kept outputs
+GENERATED = {"generation": "generated-table"}  # kind -> generated task; other kinds: "generated"
+GENERATED_TASKS = ("generated", "generated-table")  # tasks with different text for each seed
 
 
 @dataclass(eq=False)
 class PublicText:
-    """A model, and rows of text that it may be measured on.
+    """Model, and rows of public text on which the model is measured.
 
-    The object is mutable: measurements train the model, and the outputs of frozen blocks below the
-    trained ones are computed once per row and kept in ``states``.
+    The object is mutable: measurements train the model. The outputs of the frozen blocks below the
+    first trained block are computed once per row and kept in ``states``.
 
     Attributes:
         model: the model, in eval mode, with a head for the text.
         kind: kind of the text's task.
         rows: encoded rows, in random order.
-        pad_token_id: token that fills short rows.
+        pad_token_id: id of the token that pads short rows.
         matrices: names of the trained matrices.
-        micro_batch_size: rows in memory at a time.
+        micro_batch_size: number of rows in memory at a time.
         device: device of the model.
-        description: model and text in words.
-        prefix: the frozen blocks, installed, or None to run the whole model each time.
-        states: output of the frozen blocks, (tokens, d), by the position of the row.
+        description: the model and the text, in words.
+        prefix: frozen blocks whose outputs are kept; None if every pass runs the whole model.
+        states: position of a row -> output of the frozen blocks, (tokens, d).
     """
 
     model: Any
@@ -62,7 +62,7 @@ class PublicText:
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters, by name."""
+        """Trained parameters, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def batches(self, chosen: Sequence[int]) -> Iterator[Batch]:
@@ -91,7 +91,7 @@ class PublicText:
         return total / len(chosen)
 
     def keep_states(self) -> None:
-        """Keep the outputs of the frozen blocks, if there are any and the model allows it."""
+        """Keep the outputs of the frozen blocks from now on, if the model has such blocks."""
         tokens = sum(len(row["input_ids"]) for row in self.rows)
         width = getattr(self.model.config, "hidden_size", 0)
         if not width or tokens * width * 4 > MAX_STATES:
@@ -102,7 +102,7 @@ class PublicText:
             try:
                 prefix = FrozenPrefix(self.model)
                 prefix.run(next(self.batches(first)))
-            except ValueError:  # nothing is frozen, or the model can't be cut there
+            except ValueError:  # no block is frozen, or the model can't be split into blocks
                 return
             prefix.install()
             self.prefix = prefix
@@ -131,17 +131,19 @@ class PublicText:
 def load_public_text(
     config: TrainConfig, task: Task, public: str, own_records: bool, seed: int
 ) -> PublicText:
-    """Load public text and the model of a run, with a new head if the text has another task.
+    """Load public text and the model of a run, with a new head if the text is of another task.
 
     Args:
         config: configuration of the run.
-        task: the run's task.
-        public: task name or path of the public text; "" takes generated text.
-        own_records: whether to take the task's own records. NON-PRIVATE.
+        task: the task of the run.
+        public: task name or path of the public text; "" selects generated text.
+        own_records: whether to measure the task's own records in place of public text. If so, the
+            measurements are NON-PRIVATE.
         seed: random seed of the head and of the order of the rows.
 
     Raises:
-        ValueError: if the text is the task's own without ``own_records``, or can't be read.
+        ValueError: if the public text can't be read, or if it is the text of the task and
+            ``own_records`` is False.
     """
     name = public or GENERATED.get(task.kind, "generated")
     if own_records:

@@ -1,4 +1,4 @@
-"""Request for a plan: a run's configuration and the measurements; importable without torch."""
+"""Request for a plan: the run's configuration and the plan's measurements; needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowrank_dp.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a plan measures, beside the configuration of the run.
+    """Measurements of a plan: their text, their number of rows, and the short trainings.
 
     Raises ValueError for a value out of its range, and if both ``public`` and ``own_records`` are
     given.
@@ -19,24 +19,28 @@ class Measurement:
 
     public: str = option(
         "",
-        "Public text whose gradients stand in for those of the task: a task name, or own data with "
-        "the column names of --task. Default: generated text.",
+        "Public text on which the plan measures gradients in place of the task's records: a task "
+        "name, or own data with the column names of --task. Default: generated text.",
     )
     own_records: bool = option(
-        False, "Measure the task's own records in place of public text; marks the plan NON-PRIVATE."
+        False,
+        "Measure gradients of the task's own records in place of public text; marks the plan "
+        "NON-PRIVATE.",
     )
     public_rows: int = option(
-        512, "Largest number of rows whose gradients are summed; a larger batch is extrapolated."
+        512,
+        "Largest number of rows of which the plan computes gradients. For a larger batch, the plan "
+        "extrapolates.",
     )
     trial_steps: int = option(
         24,
-        "Steps of each short training on public text that predicts the gap in steps; 0 omits the "
-        "trainings.",
+        "Number of steps of each short training on public text. The short trainings predict the "
+        "gap in steps; 0 omits them.",
     )
     trial_rows: int | None = option(
         None,
-        "Rows per step of the short trainings. Default: 128 with frozen blocks below the trained "
-        "ones, else 32.",
+        "Number of rows per step of the short trainings. Default: 128 if the blocks below the "
+        "first trained block are frozen, else 32.",
     )
 
     def __post_init__(self) -> None:
@@ -45,12 +49,12 @@ class Measurement:
         if self.trial_rows is not None:
             _validate.integer("trial_rows", self.trial_rows)
         if self.public and self.own_records:
-            raise ValueError("public must be left out beside own_records, got both")
+            raise ValueError("public must be left out if own_records is given, got both")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The run that is planned, and what is measured for the plan."""
+    """Configuration of the planned run, and measurements of the plan."""
 
     run: TrainConfig = field(default_factory=TrainConfig)
     measurement: Measurement = field(default_factory=Measurement)

@@ -1,12 +1,14 @@
 """Gap in steps between training with and without noise, from short trainings on public text.
 
-Each arm trains the same weights on public text with clipped gradients: without noise, and with the
-noise that the private run adds to its mean gradient. A score of held-out public rows is followed:
-for classes the mean of ``1 - p(label)``, which stays bounded where an overconfident model's loss
-does not, and else the loss. The gap is the number of steps of the noisy arm over the number of
-steps in which the noise-free arm reaches the same score. Nothing is fitted: the model, the trained
-part, the optimizer, the clipping norm and the noise are those of the run, and only text, labels and
-the number of rows per step differ.
+Each arm trains the same initial weights on public text with clipped gradients. The noisy arm adds
+the noise that the private run adds to its mean gradient; the noise-free arm adds none. After each
+step, held-out public rows give a score. For classes, the score is the mean of ``1 - p(label)``,
+which stays bounded even if the model is overconfident; for other tasks, the score is the loss. The
+ratio is the number of steps of the noisy arm divided by the number of steps in which the noise-free
+arm reaches the same score.
+
+No quantity is fitted. The model, the trained part, the optimizer, the clipping norm and the noise
+are those of the run. Only the text, the labels and the number of rows per step differ.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ from lowrank_dp._terminal import progress
 from lowrank_dp.grads import Batch
 from lowrank_dp.plan.public_text import PublicText
 
-FACTOR = 10**0.5  # between neighbouring learning rates
-# (adaptive, noisy) -> learning rates that are tried first, for a clipping norm of 1
+FACTOR = 10**0.5  # ratio of neighbouring learning rates in the grid
+# (adaptive, noisy) -> learning rates that are tried first; for a clipping norm of 1
 RATES = {
     (True, False): (3e-4, 1e-3, 3e-3),
     (True, True): (3e-3, 1e-2, 3e-2),
     (False, False): (1.0, 3.0, 10.0),
     (False, True): (1.0, 3.0, 10.0),
 }
-HELD_OUT = 128  # rows whose score is followed
-SHARE = 0.9  # of the gain, at which steps are compared
-WINDOW = 3  # steps of the running median
-MIN_GAIN = 0.01  # of the score; an arm that gains less has learned nothing that steps could count
+HELD_OUT = 128  # number of held-out rows that give the score
+SHARE = 0.9  # share of the smaller gain at which the steps of two arms are compared
+WINDOW = 3  # number of steps in the running median
+MIN_GAIN = 0.01  # least fall of the score of an arm whose steps can be compared
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class Trial:
 
     Attributes:
         name: the arm in words.
-        rate: learning rate whose mean score over the run is lowest.
-        rates: the learning rates that were tried.
-        scores: held-out score before the first step and after each step; lower is better.
+        rate: learning rate with the lowest mean score over the run.
+        rates: all learning rates that were tried.
+        scores: (steps + 1,) held-out score before the first step and after each step; lower is
+            better.
     """
 
     name: str
@@ -58,22 +61,23 @@ class Trial:
 
     @property
     def gain(self) -> float:
-        """Fall of the smoothed score over the training, >= 0."""
+        """Decrease of the smoothed score over the training, >= 0."""
         return self.scores[0] - _smooth(self.scores)[-1]
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Steps that noise costs, as predicted by trainings on public text.
+    """Gap in steps between training with and without noise, predicted on public text.
 
     Attributes:
-        trials: the arms: for SGD, with noise and without; for any other optimizer, SGD without
-            noise, Adam with noise and Adam without.
-        ratio: steps of the noisy arm per step of the noise-free arm, to one score. A perfect
-            denoiser could save the share ``1 - 1 / ratio`` of the steps. None if one of the two
-            gains less than ``MIN_GAIN``.
-        adaptivity: steps of noise-free SGD per step of noise-free Adam; None for SGD, and if one
-            of the two gains less than ``MIN_GAIN``.
+        trials: the arms. For SGD: with noise, without noise. For any other optimizer: SGD without
+            noise, Adam with noise, Adam without noise.
+        ratio: number of steps of the noisy arm, divided by the number of steps in which the
+            noise-free arm reaches the same score. A perfect denoiser could save the share
+            ``1 - 1 / ratio`` of the steps. None if an arm's score falls by less than ``MIN_GAIN``.
+        adaptivity: number of steps of SGD, divided by the number of steps in which Adam reaches
+            the same score, both without noise. None if the optimizer is SGD, or if an arm's score
+            falls by less than ``MIN_GAIN``.
     """
 
     trials: tuple[Trial, ...]
@@ -88,11 +92,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm trains with.
+    """Optimizer and noise of one arm.
 
     Attributes:
         name: the arm in words.
-        optimizer: "sgd" (momentum 0.9), or an optimizer that adapts to each coordinate.
+        optimizer: "sgd" (momentum 0.9), or the name of an adaptive optimizer.
         noise_std: standard deviation of the noise on an entry of the mean gradient, absolute.
     """
 
@@ -102,7 +106,7 @@ class Arm:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the optimizer divides by a second moment."""
+        """Whether the optimizer divides each coordinate by the root of its second moment."""
         return self.optimizer != "sgd"
 
 
@@ -116,18 +120,20 @@ def measure_gap(
     rows: int | None = None,
     seed: int = 0,
 ) -> Gap:
-    """Train on public text with and without noise, and compare the steps to one score.
+    """Train on public text with and without noise, and compare the numbers of steps to one score.
 
-    The weights of ``text.model`` end as the noise-free arm left them.
+    At the end, ``text.model`` has the weights that the noise-free arm reached.
 
     Args:
         text: public text and model.
-        optimizer: a name in ``train.config_checks.OPTIMIZERS``; all but "sgd" stand for Adam.
+        optimizer: a name in ``train.config_checks.OPTIMIZERS``. The trainings use Adam for every
+            name except "sgd".
         noise_std: standard deviation of the noise on an entry of the *mean* gradient, absolute:
             ``noise_multiplier * max_grad_norm / batch_size``.
-        max_grad_norm: clipping norm C of one row.
-        steps: steps of each training, >= 1.
-        rows: rows per step; None takes 128 with frozen blocks below the trained ones, else 32.
+        max_grad_norm: clipping norm C of one row, absolute.
+        steps: number of steps of each training, >= 1.
+        rows: number of rows per step. None takes 128 if the blocks below the first trained block
+            are frozen, else 32.
         seed: random seed of the rows and of the noise.
 
     Raises:
@@ -178,16 +184,16 @@ def measure_gap(
 def best_rate(
     scores: Callable[[float], Sequence[float]], first: Sequence[float], *, most: int = 5
 ) -> tuple[float, dict[float, Sequence[float]]]:
-    """Find the learning rate of the lowest mean score over a run.
+    """Find the learning rate with the lowest mean score over a run.
 
-    Rates are added beyond an end of the grid, by ``FACTOR``, while the best rate is at that end and
-    fewer than ``most`` rates were tried.
+    While the best rate is at an end of the grid and fewer than ``most`` rates were tried, the grid
+    is extended at this end by one rate, by ``FACTOR``.
 
     Args:
-        scores: learning rate -> scores of a run; lower is better. A run with a score that is not
-            finite is never the best.
+        scores: function from a learning rate to the scores of a run; lower is better. A run with a
+            score that is not finite is never the best.
         first: learning rates that are tried first.
-        most: largest number of rates.
+        most: largest number of tried rates.
 
     Returns:
         The best rate, and the scores of every rate that was tried.
@@ -207,15 +213,15 @@ def best_rate(
 
 
 def steps_ratio(slow: Sequence[float], fast: Sequence[float], share: float = SHARE) -> float | None:
-    """Return the steps of ``slow`` per step of ``fast`` to one score.
+    """Return the ratio of the numbers of steps in which ``slow`` and ``fast`` reach one score.
 
-    The score is reached at ``share`` of the gain of the arm that gains less. Scores are running
+    The compared score is that of ``share`` of the smaller gain of the two arms. Scores are running
     minima of running medians of ``WINDOW`` values, interpolated linearly between steps. The ratio
-    is below 1 if ``slow`` is the faster of the two, and None if one of them gains less than
-    ``MIN_GAIN``: its steps to the other's scores are not known.
+    is below 1 if ``slow`` needs fewer steps. The ratio is None if an arm gains less than
+    ``MIN_GAIN``.
 
     Args:
-        slow, fast: scores before the first step and after each step; lower is better.
+        slow, fast: (steps + 1,) scores before the first step and after each step; lower is better.
         share: share of the gain, in (0, 1].
     """
     slow, fast = _smooth(slow), _smooth(fast)
@@ -228,7 +234,7 @@ def steps_ratio(slow: Sequence[float], fast: Sequence[float], share: float = SHA
 
 
 def _smooth(scores: Sequence[float]) -> list[float]:
-    """Running minimum of the running median; the first value, which all arms share, stays."""
+    """Return the running minimum of the running median; the first score is kept unchanged."""
     medians = [scores[0]]
     medians += [
         statistics.median(scores[max(0, i - WINDOW + 1) : i + 1]) for i in range(1, len(scores))
@@ -237,7 +243,7 @@ def _smooth(scores: Sequence[float]) -> list[float]:
 
 
 def _crossing(scores: Sequence[float], target: float) -> float:
-    """Number of steps, interpolated, after which falling scores reach ``target``."""
+    """Return the interpolated number of steps after which decreasing scores reach ``target``."""
     last = next(i for i, score in enumerate(scores) if score <= target)
     before, after = scores[last - 1], scores[last]
     return last - 1 + (before - target) / (before - after)
@@ -253,7 +259,7 @@ def _steps(
     held: int,
     draws: torch.Generator,
 ) -> Iterator[None]:
-    """Take the steps of one training; the first ``held`` rows of the text are not trained on."""
+    """Take the steps of one training on all rows of the text except the first ``held`` rows."""
     trained = text.trained
     optimizer: torch.optim.Optimizer = (
         torch.optim.Adam(trained.values(), lr=rate)
@@ -283,7 +289,7 @@ def _assign(text: PublicText, weights: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _held_out_score(text: PublicText, batches: Sequence[Batch]) -> float:
-    """Mean score of the rows of the batches: ``1 - p(label)`` for classes, else the loss."""
+    """Return the mean score of the rows: ``1 - p(label)`` for classes, else the loss."""
     total, rows = 0.0, 0
     for batch in batches:
         output, size = text.model(**batch), len(batch["input_ids"])

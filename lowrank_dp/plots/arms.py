@@ -1,9 +1,10 @@
 """Colour, marker and line of every scheme, training arm and method, the same in all figures.
 
-Black is what no noise touches, grey the plain noisy gradient and DP-Adam, red the optimal shrinker,
-blue ``denoise``, green partial restoration, brown DP-SGD, sky blue LoRA, orange LoRA with a frozen
-A, purple and olive the preconditioner or projections with noise. Variants of one method share its
-colour and differ by marker and line.
+Black stands for gradients and runs without noise, grey for the plain noisy gradient and DP-Adam,
+red for the optimal shrinker, blue for ``denoise``, green for partial restoration, brown for DP-SGD,
+sky blue for LoRA, and orange for LoRA with a frozen A. Purple stands for the preconditioner; purple
+and olive stand for projections with noise. Variants of one method have one colour and differ by
+marker and line.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from lowrank_dp.plots.style import (
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm is drawn: matplotlib's colour, marker and line style."""
+    """Look of an arm in a plot: matplotlib's colour, marker and line style."""
 
     colour: str
     marker: str
     line: str
 
     def curve(self, **options: Any) -> dict[str, Any]:
-        """Return the options of a curve with markers."""
+        """Return matplotlib's options for a curve with markers."""
         return {
             "color": self.colour,
             "marker": self.marker,
@@ -46,7 +47,7 @@ class Look:
         }
 
     def points(self, **options: Any) -> dict[str, Any]:
-        """Return the options of points that no line joins."""
+        """Return matplotlib's options for points without a line."""
         return self.curve(**{"linestyle": "none", **options})
 
 
@@ -104,7 +105,7 @@ _LOOKS: dict[str, Look] = {
     "fresh A": Look(PURPLE, "D", "-"),
     "matched Gaussian noise": Look(GREEN, "o", "--"),
 }
-# another name of the same arm
+# other name -> name of the same arm
 _SAME = {
     "partial, 0.5": "partial(0.5)",
     "partial, 0.9": "partial(0.9)",
@@ -124,7 +125,7 @@ NAMES = (*_LOOKS, *_SAME)
 
 
 def look(arm: str) -> Look:
-    """Return how an arm, scheme or method is drawn; ValueError, with the nearest name, if unknown.
+    """Return the look of an arm, scheme or method; ValueError with the nearest name if unknown.
 
     >>> look("momentum + optimal").colour == look("optimal").colour
     True

@@ -42,7 +42,7 @@ def _over_seeds(result: dynamics.Result) -> str:
 def plot_dynamics(result: dynamics.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot distances to full fine-tuning, losses, ranks of the update, and the paired ratio.
 
-    ``axes`` are six axes of the user's own to draw in.
+    ``axes`` are six existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(3, 2, axes=axes, height=7.0)
     ranks, steps = result.config.ranks, np.arange(1, result.config.num_steps + 1)

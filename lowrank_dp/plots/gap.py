@@ -1,4 +1,4 @@
-"""Map of what noise and lost adaptivity cost, by epsilon, batch size and trained part."""
+"""Figure of the cost of noise and of lost adaptivity, by epsilon, batch size and trained part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_dp.plots.style import FULL, labelled, letter, new_figure
 if TYPE_CHECKING:
     from lowrank_dp.experiments import gap
 
-_MOST = 3.0  # ratio at which the colours end
+_MOST = 3.0  # ratio at the end of the colour scale
 
 
 def _over_seeds(result: gap.Result) -> str:
@@ -26,7 +26,7 @@ def _over_seeds(result: gap.Result) -> str:
 def plot_gap(result: gap.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot every ratio of steps as a heat map: a row per trained part, a column per ratio.
 
-    ``axes`` are axes of the user's own to draw in, one per trained part and ratio, row by row.
+    ``axes`` are existing matplotlib axes to draw in, one per trained part and ratio, row by row.
     """
     found, config = result.ratios, result.config
     height = 1.1 + 1.7 * len(config.parts)

@@ -30,7 +30,7 @@ def plot_implicit_noise(
 ) -> Figure:
     """Plot the AUC against rank at equal steps and at equal losses, and against training loss.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(2, 2, axes=axes, width=FULL, height=5.0)
     for axis, (name, values), mark in zip(grid.flat, result.readings.items(), "abc", strict=False):
@@ -51,7 +51,7 @@ def _ranks(result: implicit_noise.Result, family: str) -> list[int]:
 
 
 def _against_rank(axis: Axes, result: implicit_noise.Result, values: np.ndarray) -> None:
-    """Plot ``values`` (arms, seeds) against rank; an arm that a seed did not reach is left out."""
+    """Plot ``values`` (arms, seeds) against rank, without arms that lack a value for a seed."""
     mean, half = result.band(values, "full")
     if np.isfinite(mean):
         axis.axhline(mean, linewidth=1, **look("full").curve(marker=""))
@@ -67,13 +67,13 @@ def _against_rank(axis: Axes, result: implicit_noise.Result, values: np.ndarray)
         axis.text(0.5, 0.6, "reached by no arm", ha="center", transform=axis.transAxes)
     axis.set(xscale="log", xlabel="rank", ylabel="AUC")
     every = (*result.config.ranks, *result.config.lora_ranks)
-    axis.set_xlim(0.75 * min(every), 1.35 * max(every))  # also where nothing is drawn
+    axis.set_xlim(0.75 * min(every), 1.35 * max(every))  # the same limits if an arm is left out
     axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _over_the_run(axis: Axes, result: implicit_noise.Result) -> None:
-    """Plot every arm's mean AUC against its mean training loss; the face is the rank."""
+    """Plot every arm's mean AUC against its mean training loss; the fill colour is the rank."""
     shown: set[int] = set()
     for i, arm in enumerate(result.arms):
         family, _, rank = arm.removesuffix(DROPOUT).partition(" r=")

@@ -41,7 +41,7 @@ def _over_draws(result: lora_noise.Result) -> str:
 def plot_lora_noise(result: lora_noise.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot variance against rank, the exact density, and kurtosis against rank.
 
-    ``axes`` are three axes of the user's own to draw in.
+    ``axes`` are three existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(1, 3, axes=axes, height=3.2)
     variance, density, kurtosis = grid[0]
@@ -130,7 +130,7 @@ def plot_total_variation(
 ) -> Figure:
     """Plot the distance to a Gaussian of one coordinate, by rank and width, and of all.
 
-    ``axes`` are three axes of the user's own to draw in.
+    ``axes`` are three existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(1, 3, axes=axes, height=2.9)
     by_rank, by_width, joint = grid[0]

@@ -39,7 +39,7 @@ def _over_seeds(result: membership.Result) -> str:
 def plot_membership(result: membership.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot AUC and TPR against rank, and AUC against training loss and utility.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(2, 2, axes=axes, width=FULL, height=5.0)
     steps = result.config.steps[-1]

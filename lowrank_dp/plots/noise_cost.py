@@ -1,4 +1,4 @@
-"""Figure of what noise costs a step: gain, curvature, and the quadratic prediction."""
+"""Figure of the cost of noise in one step: gain, curvature, and the quadratic prediction."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _over_warm_ups(result: noise_cost.Result) -> str:
 def plot_noise_cost(result: noise_cost.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot gain and curvature by direction, predicted gain, and the gain of single matrices.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(2, 2, axes=axes, width=FULL, height=6.4, height_ratios=(3, 2))
     _plot_factors(
@@ -74,7 +74,7 @@ def _style(result: noise_cost.Result, case: int) -> dict[str, Any]:
 
 
 def _rows(axis: Axes, names: tuple[str, ...]) -> np.ndarray:
-    """Label a row per name, from the top; return the heights of the rows."""
+    """Label one row per name, from the top; return the y-coordinates of the rows."""
     y = np.arange(len(names))
     axis.set_yticks(y, names)
     axis.set_ylim(len(names) - 0.4, -0.6)
@@ -113,7 +113,7 @@ def _plot_curvature(axis: Axes, result: noise_cost.Result) -> None:
 
 
 def _plot_prediction(axis: Axes, result: noise_cost.Result) -> None:
-    """Plot the measured fall against the predicted fall, a point for each direction."""
+    """Plot the measured against the predicted decrease of the loss, one point per direction."""
     predicted, measured = result.predicted, result.gain
     seen = (measured > 0) & np.isfinite(predicted)
     for case in range(len(result.config.cases)):

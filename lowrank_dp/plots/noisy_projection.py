@@ -1,4 +1,4 @@
-"""Figure of noisy projections beside plain DP at one epsilon: attacks, utility, a trained layer."""
+"""Figure of noisy projections and plain DP at one epsilon: attacks, utility, a trained layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowrank_dp.plots.style import (
 if TYPE_CHECKING:
     from lowrank_dp.experiments import noisy_projection
 
-_PLAIN_DP = "plain DP"  # the mechanism PLAIN, and FULL among the trained arms
+_PLAIN_DP = "plain DP"  # label of the mechanism PLAIN and of the trained arm FULL
 
 
 def _over_trials(result: noisy_projection.Result) -> str:
@@ -45,7 +45,7 @@ def plot_noisy_projection(
 ) -> Figure:
     """Plot AUC with A known and secret, the cosine, and the trained layer's AUC against loss.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(2, 2, axes=axes, height=5.4)
     last = len(result.config.epsilons) - 1
@@ -76,7 +76,7 @@ def _label(name: str) -> str:
 
 
 def _places(result: noisy_projection.Result, axis: Axes, i: int) -> np.ndarray:
-    """Label one place without A and one per rank, and return those of the i-th mechanism."""
+    """Label the x-axis ("no A", then ranks); return the x-coordinates of the i-th mechanism."""
     ranks = result.config.ranks
     axis.set_xticks(range(len(ranks) + 1), ["no A", *(f"rank {rank}" for rank in ranks)])
     if result.mechanisms[i] == PLAIN:
@@ -109,10 +109,10 @@ def _plot_cosine(result: noisy_projection.Result, axis: Axes, j: int) -> None:
 
 
 def _plot_trained(result: noisy_projection.Result, axis: Axes) -> None:
-    """Plot each trained arm's AUC against its smallest held-out loss; the face is the rank."""
+    """Plot each trained arm's AUC against its smallest held-out loss; the fill is the rank."""
     ranks = result.config.trained.ranks
     for i, k in np.ndindex(len(result.arms), len(ranks)):
-        if result.arms[i] == FULL and k:  # has no rank
+        if result.arms[i] == FULL and k:  # the arm FULL has no rank
             continue
         middle, low, high = result.trained_auc[i, k]
         style = _look(result.arms[i]).points(markersize=6, markeredgewidth=1.3, elinewidth=0.8)

@@ -24,8 +24,8 @@ def _over_draws(result: plan_check.Result) -> str:
 def plot_plan_check(result: plan_check.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot predicted against measured alignment, one row per value and one panel per text.
 
-    ``axes`` are axes of the user's own to draw in, two per text: all of the first row, then all of
-    the second.
+    ``axes`` are existing matplotlib axes to draw in, two per text: all of the first row, then all
+    of the second.
     """
     figure, grid = new_figure(2, len(result.texts), axes=axes, width=FULL, height=4.8)
     measured = result.measured.mean(axis=2)

@@ -33,7 +33,7 @@ def _band(result: plan_gap.Result) -> str:
 def plot_plan_gap(result: plan_gap.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot predicted against measured ratios of steps, one panel per text.
 
-    ``axes`` are axes of the user's own to draw in, one per text.
+    ``axes`` are existing matplotlib axes to draw in, one per text.
     """
     figure, grid = new_figure(1, len(result.texts), axes=axes, width=FULL, height=3.2)
     values = [*result.predicted[np.isfinite(result.predicted)], *result.measured, 1.0]

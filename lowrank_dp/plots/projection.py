@@ -43,7 +43,7 @@ def plot_projection_privacy(
 ) -> Figure:
     """Plot privacy profiles, delta against rank, the attack's ROC, and AUC under added noise.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(2, 2, axes=axes, height=5.2)
     (profile, by_rank), (roc, noise) = grid
@@ -164,7 +164,7 @@ def plot_matrix_attack(
 ) -> Figure:
     """Plot AUC against added noise: one panel per rank, one curve per number of rows.
 
-    ``axes`` are axes of the user's own to draw in, one per rank.
+    ``axes`` are existing matplotlib axes to draw in, one per rank.
     """
     figure, grid = new_figure(1, len(result.config.ranks), axes=axes, height=2.9, sharey=True)
     for k, axis in enumerate(grid[0]):
@@ -210,7 +210,7 @@ def _plot_rank(result: matrix_attack.Result, k: int, axis: Axes) -> None:
     axis.axvline(np.log10(rms), color=GREY, linestyle=":", linewidth=1)
     axis.axhline(0.5, color=GREY, linewidth=0.8)
     axis.set_xticks(ticks, labels)
-    bottom = min(0.4, float(result.auc.min())) - 0.04  # result.auc holds the intervals' ends
+    bottom = min(0.4, float(result.auc.min())) - 0.04  # result.auc includes the intervals' ends
     axis.set(xlabel="added noise, std / C", ylim=(bottom, 1.03))
     letter(axis, f"{chr(ord('a') + k)}  rank {config.ranks[k]}")
 

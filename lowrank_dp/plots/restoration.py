@@ -39,7 +39,7 @@ def _over_draws(result: Any) -> str:
 def plot_alignment(result: alignment.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot alignment against batch size and against noise, and error at the largest batch.
 
-    ``axes`` are three axes of the user's own to draw in.
+    ``axes`` are three existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(1, 3, axes=axes, width=FULL, height=3.0)
     by_size = result.noise_multiplier == result.noise_multiplier[0]
@@ -88,7 +88,7 @@ def _plot_schemes(result: alignment.Result, axis: Axes, chosen: np.ndarray, x: n
 def plot_ablation(result: ablation.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot alignment and error against kappa, and of every threshold at the largest batch.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(2, 2, axes=axes, width=FULL, height=4.9, height_ratios=(4, 5))
     _plot_kappas(result, *grid[0])
@@ -165,7 +165,7 @@ def _plot_thresholds(result: ablation.Result, aligned: Axes, error: Axes) -> Non
     for axis, title in ((aligned, "c  alignment"), (error, "d  error")):
         axis.set_yticks(y, names)
         axis.set_ylim(len(names) - 0.4, -0.6)
-        axis.tick_params(labelleft=axis is aligned)  # one row for both
+        axis.tick_params(labelleft=axis is aligned)  # both panels share the row labels
         letter(axis, f"{title}, batch {largest}, noise {result.config.noise_multiplier:g}")
 
 
@@ -177,7 +177,7 @@ def _over_seeds(result: momentum.Result) -> str:
 def plot_momentum(result: momentum.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot the alignment of each running mean over steps, noisy and restored.
 
-    ``axes`` are two axes of the user's own to draw in.
+    ``axes`` are two existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(1, 2, axes=axes, width=FULL, height=2.8, width_ratios=(2, 1))
     main, side = grid[0]
@@ -220,7 +220,7 @@ def _over_task_draws(result: tasks.Result) -> str:
 def plot_tasks(result: tasks.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot layers above the edge, alignment and effective rank, one row per case.
 
-    ``axes`` are three axes of the user's own to draw in.
+    ``axes`` are three existing matplotlib axes to draw in; None makes a new figure.
     """
     height = 0.9 + 0.24 * len(result.loss)
     figure, grid = new_figure(1, 3, axes=axes, width=FULL, height=height, sharey=True)

@@ -48,7 +48,7 @@ ATTACK_COLOUR = {
 def plot_roc(report: Report, *, ax: Axes | None = None) -> Figure:
     """Plot the ROC curve of every attack on log-log axes; the dotted line is chance.
 
-    ``ax`` is one of the user's own axes to draw in.
+    ``ax`` are existing matplotlib axes to draw in; None makes a new figure.
     """
     from lowrank_dp.mia.metrics import roc_points
 

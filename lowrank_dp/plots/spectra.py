@@ -55,7 +55,7 @@ _FILLERS = (
 def plot_spectra(result: spectra.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot four layers' singular values, then all layers' top values, effective ranks, overlaps.
 
-    ``axes`` are seven axes of the user's own to draw in.
+    ``axes`` are seven existing matplotlib axes to draw in; None makes a new figure.
     """
     if axes is None:
         figure = Figure(figsize=(FULL, 4.8))

@@ -25,8 +25,8 @@ from lowrank_dp.plots.style import (
 if TYPE_CHECKING:
     from lowrank_dp.experiments import steps
 
-SHOWN = 4  # arms beside plain training whose curves and grids are drawn: those that save most
-# baseline -> shift of the row of the steps saved against it
+SHOWN = 4  # number of arms, beside plain training, whose curves and grids are drawn
+# baseline -> vertical shift of the points of the steps saved against this baseline
 _BASELINES = {"DP-Adam": -0.15, "DP-SGD": 0.15}
 
 
@@ -38,9 +38,9 @@ def _over_seeds(result: steps.Result) -> str:
 def plot_steps(result: steps.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot the score over steps, the steps saved by each arm, and the tuning grids.
 
-    Curves and grids are those of plain training and of the ``SHOWN`` arms that save the most steps
-    against the faster baseline; steps saved are those of every arm. ``axes`` are three axes of the
-    user's own to draw in.
+    Curves and grids are drawn for plain training and for the ``SHOWN`` arms that save the most
+    steps against the faster baseline. Steps saved are drawn for every arm. ``axes`` are three
+    existing matplotlib axes to draw in; None makes a new figure.
     """
     height = max(3.8, 1.6 + 0.21 * len(result.arms))
     ratios = (1.2, 1, 1.1)
@@ -76,7 +76,7 @@ def plot_steps(result: steps.Result, *, axes: Sequence[Axes] | None = None) -> F
 
 
 def _shown(result: steps.Result) -> list[str]:
-    """Return plain training and the arms with the most steps saved, in the order of the result."""
+    """Return plain training and the arms that save the most steps, in the order of the result."""
     tuned = _tuned_arms(result)
 
     def saved(arm: str) -> float:
@@ -116,7 +116,7 @@ def _plot_saved(result: steps.Result, axis: Axes) -> None:
 
 
 def _plot_grids(result: steps.Result, shown: Sequence[str], axis: Axes) -> None:
-    """Plot the tuning criterion against the learning rate; a ring marks the chosen rate."""
+    """Plot the tuning criterion against the learning rate; rings mark the selected rates."""
     for found in (found for found in result.tuned if found.arm in shown):
         line = look(found.arm).curve(markersize=3, linewidth=0.8)
         axis.plot(found.rates, found.means, **line)

@@ -32,10 +32,10 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = (
     "#CC79A7",
     "#7F7F7F",
 )
-PURPLE, BROWN, OLIVE = "#6A3D9A", "#8C510A", "#7A7A00"  # beside Okabe and Ito's
+PURPLE, BROWN, OLIVE = "#6A3D9A", "#8C510A", "#7A7A00"  # in addition to Okabe and Ito's colours
 COLOURS = (RED, ORANGE, GREEN, BLUE, PINK, SKY, BLACK, GREY)  # of series without a style
 MARKERS = "osD^vPX*"
-# quantity -> palette, and the largest value that its colours tell apart
+# quantity -> palette, and the value at the end of the palette
 _SHADES = {
     "rank": ("viridis", 2**10),
     "width": ("copper", 2**13),
@@ -68,15 +68,15 @@ styled = mpl.rc_context(STYLE)
 def labelled(
     note: Callable[[Any], str] | str = "", privacy: str | None = None
 ) -> Callable[[Callable[P, Figure]], Callable[P, Figure]]:
-    """Decorate ``plot(result, *, axes=None)``: the style, and a line above the panels.
+    """Decorate ``plot(result, *, axes=None)`` with the style and a line of text above the panels.
 
-    The line begins with the privacy statement of the result, up to its first semicolon, if the
-    statement says NON-PRIVATE, and ends with ``note``: what the bars or bands are. On a figure of
-    the plot's own the line stands at the top; on a user's axes it stands above the first of them.
+    If the privacy statement of the result says NON-PRIVATE, the line begins with the statement, up
+    to its first semicolon. The line ends with ``note``, which says what bars and bands are. In a
+    new figure, the line is at the top. On a user's axes, the line is above the first of these axes.
 
     Args:
-        note: the text, or a function from the result to the text.
-        privacy: the privacy statement; None takes the field ``privacy`` of the result.
+        note: the note, or a function from the result to the note.
+        privacy: privacy statement; None takes the field ``privacy`` of the result.
     """
 
     def decorate(plot: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -97,14 +97,14 @@ def labelled(
 
 
 def _line(privacy: str, note: str) -> str:
-    """Join what the line above the panels says, in one line or two."""
+    """Join privacy statement and note to the text above the panels, of one line or two."""
     mark = privacy.partition(";")[0] if "NON-PRIVATE" in privacy else ""
     parts = [part for part in (mark and f"{mark}.", note) if part]
     return ("   " if sum(map(len, parts)) < 130 else "\n").join(parts)
 
 
 def _write(figure: Figure, given: Any, line: str) -> None:
-    """Write ``line`` at the top of the figure, or above the first of the axes that were given."""
+    """Write ``line`` at the top of the figure, or above the first of the given axes."""
     if not line:
         return
     colour = "#A00000" if "NON-PRIVATE" in line else "#404040"
@@ -135,9 +135,9 @@ def new_figure(
 ) -> tuple[Figure, Any]:
     """Make a figure of ``width`` by ``height`` inches with an array of axes (rows, columns).
 
-    The figure is made without pyplot, so no global state changes and nothing has to be closed. If
-    ``axes`` are given, one per panel and in the panels' order, they are drawn in instead, and their
-    figure is returned. Raises ValueError for another number of axes.
+    The figure is made without pyplot, so no global state changes and no figure has to be closed. If
+    ``axes`` are given, one per panel in the panels' order, the function returns these axes and
+    their figure. Raises ValueError for another number of axes.
     """
     if axes is None:
         figure = Figure(figsize=(width, height))
@@ -155,7 +155,7 @@ def own_axes(axes: Sequence[Axes], count: int) -> np.ndarray:
 
 
 def root(axes: Axes) -> Figure:
-    """Return the figure of a user's axes, also if they stand in a subfigure."""
+    """Return the figure of a user's axes, also if the axes belong to a subfigure."""
     figure: Any = axes.figure
     while figure is not figure.figure:  # a subfigure belongs to a figure
         figure = figure.figure
@@ -175,10 +175,10 @@ def legend_below(
     Args:
         figure: the figure of the panels.
         axes: array of the panels.
-        own: whether the plot made the figure: the legend then stands below the panels, and else
-            inside the first panel.
-        entries: handles and labels; None takes those of the first panel.
-        options: options of matplotlib's ``legend``, of which a user's axes take only ``fontsize``.
+        own: whether the plot made the figure. If so, the legend is below the panels; on a user's
+            axes, the legend is inside the first panel.
+        entries: handles and labels; None takes the entries of the first panel.
+        options: options of matplotlib's ``legend``. On a user's axes, only ``fontsize`` applies.
     """
     first: Axes = np.ravel(axes)[0]
     handles, labels = entries or first.get_legend_handles_labels()
@@ -205,10 +205,10 @@ def _is_panel(axis: Axes) -> bool:
 
 
 def keep_panel(figure: Figure, panel: str) -> None:
-    """Leave one panel of a drawn figure, on a page of a slide's proportions, in place.
+    """Remove all panels of a drawn figure except one, and give the page a slide's proportions.
 
-    The line about privacy and intervals stays, and so does the shared legend, unless the panel has
-    a legend of its own. Raises ValueError if the figure has no such panel.
+    The figure is changed in place. The line about privacy and intervals is kept. The shared legend
+    is kept unless the panel has its own legend. Raises ValueError if the figure has no such panel.
     """
     _validate.choice("panel", panel, panels(figure))
     axis = next(axis for axis in figure.axes if _is_panel(axis) and axis.get_label() == panel)
@@ -230,7 +230,7 @@ def keep_panel(figure: Figure, panel: str) -> None:
 
 
 def shade(quantity: str, value: float) -> Any:
-    """Return the colour of a rank, width, angle or batch size: one colour in every figure."""
+    """Return the colour of a rank, width, angle or batch size, the same in every figure."""
     palette, largest = _SHADES[quantity]
     smallest = 1e-3 if quantity == "angle" else 1
     place = np.log(max(value, smallest) / smallest) / np.log(largest / smallest)
@@ -248,9 +248,9 @@ def log_ranks(axis: Axes, ranks: np.ndarray) -> None:
 
 
 def plain_log(axis: Axis) -> None:
-    """Label a drawn logarithmic axis of up to three decades with plain numbers."""
+    """Label a drawn logarithmic axis of up to three decades with numbers, without exponents."""
     low, high = axis.get_view_interval()
-    few = np.log10(high / low) > 1.7  # decades: more labels would overlap
+    few = np.log10(high / low) > 1.7  # over 1.7 decades, more labels would overlap
     axis.set_major_locator(
         LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
     )
@@ -274,10 +274,10 @@ def band(
 
 
 def show_all(axis: Axes, *values: Iterable[float]) -> None:
-    """Set the y-limits so that the finite ``values`` and some room beyond them are seen."""
+    """Set the y-limits so that all finite ``values`` are visible, with a margin."""
     finite = np.concatenate([np.ravel(np.asarray(part, dtype=float)) for part in values])
     finite = finite[np.isfinite(finite)]
-    if not finite.size:  # nothing is drawn
+    if not finite.size:  # no value is drawn
         return
     low, high = float(finite.min()), float(finite.max())
     room = 0.05 * (high - low) or 0.1

@@ -33,9 +33,9 @@ def _over_starts(result: tasks_large.Result) -> str:
 
 @labelled(_over_starts)
 def plot_tasks_large(result: tasks_large.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
-    """Plot matrices above the edge, alignment by both averages, and effective rank, row by row.
+    """Plot matrices above the edge, alignment by both averages, and effective rank, per case.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     rows = result.rows
     figure, grid = new_figure(

@@ -34,7 +34,7 @@ def _over_seeds(result: efficiency.Result) -> str:
 def plot_efficiency(result: efficiency.Result, *, axes: Sequence[Axes] | None = None) -> Figure:
     """Plot score and loss over steps, and steps to the target at every learning rate.
 
-    ``axes`` are axes of the user's own to draw in: three, or two if the score is the loss.
+    ``axes`` are existing matplotlib axes to draw in: three, or two if the score is the loss.
     """
     curves = {
         result.config.score: result.score,
@@ -68,7 +68,7 @@ def plot_efficiency(result: efficiency.Result, *, axes: Sequence[Axes] | None = 
 
 
 def _plot_rates(result: efficiency.Result, axis: Axes) -> None:
-    """Plot steps to 90% against the learning rate; runs in the top row never reached 90%."""
+    """Plot steps to 90% of the gain against the rate; the top row shows runs that missed 90%."""
     steps, rates = result.tuning_steps, np.arange(len(result.config.learning_rates))
     never = 1.15 * float(result.steps[-1])
     # the arms are shifted, so that equal values do not hide each other

@@ -21,7 +21,7 @@ def plot_vector_privacy(
 ) -> Figure:
     """Plot epsilon and delta against the angle, measured angles, and epsilon against steps.
 
-    ``axes`` are four axes of the user's own to draw in.
+    ``axes`` are four existing matplotlib axes to draw in; None makes a new figure.
     """
     figure, grid = new_figure(2, 2, axes=axes, height=5.2)
     config = result.config

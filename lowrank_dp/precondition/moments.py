@@ -12,11 +12,11 @@ from lowrank_dp import _validate
 
 
 class Moment(NamedTuple):
-    """Row and column means of the squares of a gradient (m, n), or of a mean of such squares.
+    """Row and column means of the squared entries of a gradient (m, n), or their mean over steps.
 
     Attributes:
-        row: (m,) float64, >= 0: the mean over the columns, in the units of the squared gradient.
-        col: (n,) float64, >= 0: the mean over the rows.
+        row: (m,) float64, >= 0: mean of each row, in the units of the squared gradient.
+        col: (n,) float64, >= 0: mean of each column, in the units of the squared gradient.
     """
 
     row: Tensor
@@ -24,7 +24,7 @@ class Moment(NamedTuple):
 
 
 def second_moment(gradient: Tensor) -> Moment:
-    """Return the row and column means of a matrix's squares (Adafactor, arXiv 1804.04235).
+    """Return the row and column means of a matrix's squared entries (Adafactor, arXiv 1804.04235).
 
     Raises ValueError if ``gradient`` is not a matrix of finite entries.
     """
@@ -43,13 +43,13 @@ def public_moments(
 ) -> dict[str, Moment]:
     """Train on public data without noise, and return the mean second moment of each matrix.
 
-    Each step is one of Adam (beta1 0.9, beta2 0.999). The parameters get their values back at the
-    end, so that nothing remains of the training but the moments.
+    The optimizer is Adam (beta1 0.9, beta2 0.999). At the end, the parameters get their initial
+    values back.
 
     Args:
         parameters: the trained parameters, by name.
-        gradients: one function per step, which returns the gradients of PUBLIC data at the
-            parameters' present values, by name. The gradients' unit does not matter.
+        gradients: one function per step. The function returns the gradients of PUBLIC data at the
+            present values of the parameters, by name. The unit of the gradients does not matter.
         learning_rate: learning rate of Adam, above 0.
 
     Returns:

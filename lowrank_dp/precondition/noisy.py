@@ -1,11 +1,12 @@
-"""Scales from a run's own noisy sums, refreshed every few steps: post-processing of releases.
+"""Preconditioner's scales from a run's own noisy sums: post-processing of releases.
 
-A preconditioner that is delayed, and so less noisy, is that of DP^2 (Li et al. 2023, arXiv
-2212.00309); here it acts before clipping in every step, and is factored.
+The scales are refreshed every few steps. DP^2 (Li et al. 2023, arXiv 2212.00309) also refreshes a
+preconditioner with delay, so that its noise averages out. The preconditioner of this module acts
+before clipping in every step, and is of rank one.
 
-A row mean of n squared entries of a noisy sum holds noise of known mean and small variance, so the
-noise's share can be subtracted. The noisy sums are those of the stored weights; each is brought
-back to the metric of the full weights before it counts.
+The mean of the squared entries of a row of a noisy sum contains noise of known mean and small
+variance, so this mean can be subtracted. The noisy sums are gradients of the stored weights. Each
+noisy sum is divided by ``r c^T``, which gives the gradient of the full weight.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lowrank_dp.models.scaled import Scale, change_scale, scaled_layers
 from lowrank_dp.precondition.moments import Moment
 from lowrank_dp.precondition.scaling import joint_scales
 
-# how each entry of an optimizer's state changes if gradients are multiplied by a factor
+# power of the factor by which each entry of the optimizer's state changes with the gradients
 _POWER_OF_FACTOR = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2}
 _KEYS = ("row", "col", "row_variance", "col_variance")
 
@@ -29,7 +30,7 @@ class NoisyMoments:
     """Second moments of full-weight gradients, estimated from noisy sums of stored weights.
 
     Attributes:
-        steps: number of sums per matrix so far.
+        steps: number of noisy sums per matrix so far.
     """
 
     def __init__(self) -> None:
@@ -39,12 +40,12 @@ class NoisyMoments:
     def add(
         self, noisy: Mapping[str, Tensor], scales: Mapping[str, Scale], noise_std: float
     ) -> None:
-        """Add the sums of one step.
+        """Add the noisy sums of one step.
 
         Args:
-            noisy: noisy sums (m, n) of the stored weights, by name.
-            scales: the scales under which they were computed.
-            noise_std: standard deviation of the noise on each entry, absolute.
+            noisy: noisy sums (m, n) of the stored weights' gradients, by name.
+            scales: scales of the layers in this step, by name.
+            noise_std: standard deviation of the noise on each entry of ``noisy``, absolute.
         """
         for name, scale in scales.items():
             row, col = scale.row.double().square(), scale.col.double().square()
@@ -64,7 +65,7 @@ class NoisyMoments:
         self.steps += 1
 
     def moments(self) -> dict[str, Moment]:
-        """Return the mean moments; a mean counts as its own standard error if it is below that."""
+        """Return the mean moments; each row or column mean is at least its standard error."""
         return {
             name: Moment(
                 *(
@@ -85,7 +86,7 @@ class NoisyMoments:
         return found | {"steps": torch.tensor(self.steps)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from :meth:`tensors`."""
+        """Set the state to that of ``tensors``, a result of :meth:`tensors`."""
         tensors = dict(tensors)
         self.steps, self._sums = int(tensors.pop("steps")), {}
         for key, value in tensors.items():
@@ -100,17 +101,20 @@ def refresh_scales(
     power: float,
     equal_rows: tuple[str, ...] = (),
 ) -> None:
-    """Give the scaled layers new scales, and express weights and momentum in the new metric.
+    """Give the scaled layers new scales, and rescale stored weights and optimizer state to match.
 
-    The function of the model and the direction of the momentum, as a change of the full weights'
-    gradient, stay the same.
+    The full weights, and therefore the outputs of the model, do not change. The momentum stays the
+    same gradient of the full weights.
 
     Args:
         model: a model with scaled layers.
-        optimizer: SGD, Adam or AdamW of its stored weights.
+        optimizer: SGD, Adam or AdamW of the stored weights.
         moments: moments of full-weight gradients, by the layer's name.
-        power: as in :func:`joint_scales`.
+        power: exponent of :func:`joint_scales`, in [0, 0.5].
         equal_rows: as in :func:`joint_scales`.
+
+    Raises:
+        ValueError: in the cases of :func:`joint_scales`.
     """
     layers = scaled_layers(model)
     for name, scale in joint_scales(moments, power, equal_rows=equal_rows).items():

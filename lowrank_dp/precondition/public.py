@@ -1,4 +1,4 @@
-"""Public text of a preconditioner: generated sentences, or a public task; and its moments."""
+"""Public text of a preconditioner (generated text or a public task), and its second moments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_dp.grads import clipped_sum_over
 from lowrank_dp.precondition.moments import Moment, public_moments
 
 GENERATED = "generated"
-_SEED = 0  # of generated text and of the order of public rows, which need not be secret
+_SEED = 0  # seed of generated text and of the order of public rows; the seed need not be secret
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class PublicRows:
     """Public examples, with labels that the run's model can be trained on.
 
     Attributes:
-        examples: the examples.
-        source: where they come from, in words.
-        copy: whether the public task is a copy of the private one (``data.copies.is_copy``).
+        examples: the public examples.
+        source: source of the examples, in words.
+        copy: whether the public task is a copy of the private task (``data.copies.is_copy``).
     """
 
     examples: tuple[Example, ...]
@@ -38,15 +38,17 @@ class PublicRows:
 def public_rows(source: str, task: Task, count: int) -> PublicRows:
     """Return about ``count`` public examples for a model of the private task.
 
-    The public labels stand for classes of the model's own head by their number, modulo the number
-    of classes: the layers below the head learn of public text what they learn of any labels.
+    A public label is mapped to a class of the model's head: the number of the label, modulo the
+    number of classes. The public labels serve to compute gradients; they need not mean the same as
+    the classes of the private task.
 
     Args:
         source: "generated" for the package's public sentences or tables, which are disjoint from
             every generated task; or the name or path of a public task.
-        task: the private task, of which kind and number of classes are read, and the training
-            texts to recognise a copy of them.
-        count: number of rows; a public task keeps each row with a probability (``load_task``).
+        task: the private task. Its kind and its number of classes are read. Its training texts are
+            compared with the public texts, to recognise a copy.
+        count: expected number of rows. Each row of a public task is kept with equal probability
+            (``load_task``).
 
     Raises:
         ValueError: if the public task can't be loaded, or its kind does not fit.
@@ -103,20 +105,21 @@ def model_moments(
 ) -> dict[str, Moment]:
     """Return the second moments of clipped public gradient sums along noise-free steps of Adam.
 
-    The model is trained in its present mode and gets its weights back.
+    The model is trained in its present mode (train or eval). At the end, the model gets its initial
+    weights back.
 
     Args:
         model, tokenizer: the model and its tokenizer.
         rows: public rows.
         kind: kind of the private task.
-        steps: number of steps.
-        batch_size: rows per step, in a random order that is the same in every run; all rows if
-            there are fewer.
-        learning_rate: learning rate of Adam.
+        steps: number of steps, >= 1.
+        batch_size: number of rows per step, >= 1; all rows if ``rows`` has fewer. The random order
+            of the rows is the same in every run.
+        learning_rate: learning rate of Adam, above 0.
         max_grad_norm: clipping norm C of a row, absolute.
-        max_length: number of tokens that texts are cut to, or None.
+        max_length: number of tokens that texts are cut to; None does not cut.
         pad_to: number of tokens that every row is padded to; None pads to the longest row.
-        micro_batch_size: rows in memory at a time.
+        micro_batch_size: number of rows in memory at a time.
 
     Returns:
         Name of each trained matrix -> moment.
@@ -141,7 +144,7 @@ def model_moments(
             (batch for _, batch in batches),
             max_grad_norm,
             padding="longest" if pad_to is None else "max-length",
-            check_rows=False,  # the model was examined on public rows of random tokens
+            check_rows=False,  # independence of rows was checked before, on random tokens
         )
         return {name: total / len(chosen) for name, total in sums.items()}
 
@@ -156,7 +159,7 @@ def model_moments(
 
 
 def _order(count: int, batch_size: int, steps: int) -> list[list[int]]:
-    """Return the rows of each step: random permutations of all rows, one after the other."""
+    """Return the rows of each step, from consecutive random permutations of all rows."""
     generator = torch.Generator().manual_seed(_SEED)
     size = min(batch_size, count)
     rows: list[int] = []

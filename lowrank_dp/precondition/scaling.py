@@ -11,7 +11,7 @@ from lowrank_dp import _validate
 from lowrank_dp.models.scaled import Scale
 from lowrank_dp.precondition.moments import Moment
 
-LEAST = 1e-6  # smallest row or column mean that counts, relative to the matrix's mean square
+LEAST = 1e-6  # lower limit of row and column means, relative to the matrix's mean square
 
 
 def joint_scales(
@@ -22,17 +22,21 @@ def joint_scales(
 ) -> dict[str, Scale]:
     """Return ``r_i = a row_i^-power`` and ``c_j = a col_j^-power`` of each matrix.
 
-    The factor ``a`` is one for all matrices: it makes the mean square of ``r_i c_j`` over all
-    entries of all matrices 1. A matrix of small gradients gets larger scales than a matrix of
-    large gradients. Means below ``LEAST`` times the matrix's own mean count as this bound. A
-    matrix whose moment is 0 gets scales of 1, and does not count in ``a``.
+    All matrices share the factor ``a``, for which the mean square of ``r_i c_j`` over all entries
+    of all matrices is 1. A matrix of small gradients therefore gets larger scales than a matrix of
+    large gradients. Row and column means below ``LEAST`` times the mean of the matrix are raised to
+    this limit. A matrix whose moment is 0 gets scales of 1, and does not count in ``a``.
 
     Args:
         moments: second moments, by name of the matrix; the common unit does not matter.
-        power: p, in [0, 0.5]: p = 0 scales nothing; with p = 1/4, the steps of SGD on the stored
-            weights scale with the inverse root of the second moment, as Adam's do.
-        equal_rows: names of matrices whose rows get one scale, from the mean of their row means:
-            a classifier's last layer, whose rows are other classes than those of the public text.
+        power: p, in [0, 0.5]. p = 0 gives scales of 1. With p = 1/4, the steps of SGD on the
+            stored weights scale with the inverse root of the second moment, as Adam's steps do.
+        equal_rows: names of matrices whose rows get one common scale, from the mean of their row
+            means. An example is a classifier's last layer: its rows are the classes of the private
+            task, and the public text has other classes.
+
+    Returns:
+        Name of each matrix -> scales r (m,) and c (n,).
 
     Raises:
         ValueError: if ``power`` is out of range, or a moment is negative or not finite.
@@ -55,7 +59,7 @@ def joint_scales(
         entries += len(row) * len(col)
     factor = (entries / squares) ** 0.25 if squares else 1.0
     if not math.isfinite(factor):
-        raise ValueError("moments must not differ by more than float64 can hold")
+        raise ValueError("moments must not differ by a factor beyond the range of float64")
     return {
         name: Scale(found[name].row * factor, found[name].col * factor)
         if name in found

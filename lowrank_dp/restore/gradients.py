@@ -85,7 +85,10 @@ def _batches(
 
 
 def is_matrix(tensor: Tensor, smallest_side: int = 2) -> bool:
-    """Tell whether schemes restore a gradient; they pass vectors, and tensors of more axes."""
+    """Return whether a gradient is restored: a matrix with both sides >= ``smallest_side``.
+
+    Vectors, and gradients of three or more axes, are left unchanged.
+    """
     return tensor.ndim == 2 and min(tensor.shape) >= smallest_side
 
 
@@ -168,11 +171,12 @@ class GradientRestorer:
         return restored
 
     def noise_std(self, noise_std: float) -> float:
-        """Noise level of the last filtered gradients, before their restoration, absolute.
+        """Return the noise level of the last filtered gradients before restoration, absolute.
 
         Args:
-            noise_std: noise level of the noisy gradients, which is the result without a filter.
-                With a filter, every parameter must have had a gradient in every step.
+            noise_std: standard deviation of the noise on an entry of the noisy gradients, absolute.
+                Without a filter, this value is returned. With a filter, every parameter must have
+                had a gradient in every step.
         """
         return next((low_pass.noise_std for low_pass in self.filters.values()), noise_std)
 

@@ -26,8 +26,8 @@ class LowPassFilter:
 
     Attributes:
         b, a: coefficients of the last inputs and of the last outputs, the newest first.
-        steady_start: whether the filter starts as if its first input had been its input for ever;
-            if not, inputs and outputs before the first are zero.
+        steady_start: whether the filter starts from the steady state of a constant input equal to
+            the first input. If False, inputs and outputs before the first are zero.
         inputs, outputs: the last inputs and outputs, the newest first, as many as the coefficients
             refer to.
         weights: per kept output, the weight (t,) of every input so far, oldest first.
@@ -81,7 +81,7 @@ class LowPassFilter:
         output = torch.zeros_like(noisy)
         for i, (b, tensor) in enumerate(zip(self.b, inputs, strict=False)):
             output = output.add(tensor, alpha=b)
-            weight[max(steps - 1 - i, 0)] += b  # inputs before the first are copies of the first
+            weight[max(steps - 1 - i, 0)] += b  # earlier inputs are copies of the first input
         for a, tensor, past in zip(self.a, self.outputs, self.weights, strict=False):
             output = output.sub(tensor, alpha=a)
             weight[: len(past)] -= a * past
@@ -95,7 +95,7 @@ class LowPassFilter:
         )
 
     def _steady(self, noisy: Tensor, noise_std: float) -> LowPassFilter:
-        """Return the filter after ``noisy``, with the past that a constant input would leave."""
+        """Return the filter in the steady state of the constant input ``noisy``."""
         gain, keep = sum(self.b) / (1 + sum(self.a)), max(len(self.a), 1)
         return replace(
             self,
@@ -165,10 +165,10 @@ def exponential_average(beta: float) -> LowPassFilter:
 def kalman_filter(kappa: float) -> LowPassFilter:
     """Make DiSK's filter ``m_t = (1 - kappa) m_(t-1) + kappa g_t``, ``m_1 = g_1``, 0 < kappa <= 1.
 
-    The filter is a Kalman filter with a constant gain (Zhang et al., arXiv 2410.03883); the first
-    input keeps the weight ``(1 - kappa)^(t-1)``, where :func:`exponential_average` would correct
-    the bias. DiSK also moves the point at which gradients are taken: see ``disk_kappa`` of
-    ``TrainConfig``.
+    The filter is a Kalman filter with a constant gain (Zhang et al., arXiv 2410.03883). The first
+    input keeps the weight ``(1 - kappa)^(t-1)``; :func:`exponential_average` corrects this bias,
+    and this filter does not. DiSK also moves the point at which gradients are taken: see
+    ``disk_kappa`` of ``TrainConfig``.
 
     Raises:
         ValueError: if ``kappa`` is out of range.

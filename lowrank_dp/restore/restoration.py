@@ -19,9 +19,9 @@ from lowrank_dp.restore.plan import ORDINARY, Plan, check_arguments, make_plan
 from lowrank_dp.restore.schemes import SCHEMES
 from lowrank_dp.spectrum.decomposition import to_unit
 
-# types of a noisy matrix, and the type in which its restoration is computed
+# half-precision types, and the type in which their restoration is computed
 _COMPUTED_IN = {"float16": torch.float32, "bfloat16": torch.float32}
-_MOST_AXES = 3  # of a batch of matrices; a gradient of more axes is that of a convolution
+_MOST_AXES = 3  # number of axes of a batch of matrices; convolutions have gradients of more axes
 Matrices = TypeVar("Matrices", Tensor, np.ndarray)
 
 
@@ -78,14 +78,14 @@ def restore(
 
     Args:
         noisy: a torch tensor on any device, or a numpy array; float16, bfloat16, float32 or
-            float64; never mutated. Half precision is restored in float32. What is restored depends
-            on the number of axes:
+            float64; never mutated. Half precision is restored in float32. The number of axes
+            decides:
 
-            - two axes (m, n): the matrix, also with a side of 1;
-            - three axes (L, m, n): each matrix of the batch;
-            - four or more axes: nothing, since such a gradient is that of a convolution;
-              ``attach_restoration`` leaves it, too. Flatten a batch of several axes to three axes;
-            - fewer than two axes: refused.
+            - two axes (m, n): the matrix is restored, also if a side is 1;
+            - three axes (L, m, n): each matrix of the batch is restored;
+            - four or more axes: the array is returned unchanged, as the gradient of a convolution
+              (``attach_restoration`` does the same). Flatten a batch of matrices to three axes;
+            - fewer than two axes: ValueError.
         noise_std: standard deviation of the noise on each entry, absolute, in the units of
             ``noisy`` (for a DP-SGD sum: ``noise_multiplier * max_grad_norm``); > 0 for the schemes
             that read the noise level (``EDGE_SCHEMES``), and >= 0 for the others.
@@ -127,7 +127,7 @@ def restore(
 
 
 def _unrestored(noisy: Tensor, noise_std: float, scheme: str, arguments: dict[str, Any]) -> Tensor:
-    """Copy a gradient that is not restored, after the checks of the arguments."""
+    """Check the arguments, and return a copy of a gradient that schemes do not restore."""
     check_arguments(scheme, **arguments)
     reads = SCHEMES[scheme].reads_noise_level
     _validate.real("noise_std", noise_std, low=0, low_open=reads)
@@ -135,7 +135,7 @@ def _unrestored(noisy: Tensor, noise_std: float, scheme: str, arguments: dict[st
 
 
 def _as_tensor(noisy: Any) -> Tensor:
-    """Return what is restored as a tensor of float32 or float64; a numpy array is copied."""
+    """Return ``noisy`` as a tensor of float32 or float64; a numpy array is copied."""
     if isinstance(noisy, np.ma.MaskedArray):
         _validate.fail("noisy", "an array without a mask", "a masked array")
     if isinstance(noisy, np.ndarray):
@@ -158,7 +158,7 @@ def _as_tensor(noisy: Any) -> Tensor:
 
 
 def _in_kind(restored: Tensor, noisy: Any) -> Any:
-    """Return restored matrices in the type of ``noisy``."""
+    """Return restored matrices in the type of ``noisy``: torch or numpy, and its precision."""
     result: Any = restored
     if isinstance(noisy, np.ndarray):
         with np.errstate(over="ignore"):
@@ -182,7 +182,7 @@ def restore_with_report(
 ) -> tuple[Matrices, list[Report]]:
     """Restore as :func:`restore` does, and return a :class:`Report` per matrix.
 
-    The reports are in the order of the batch; there is none for a gradient of four or more axes.
+    The reports are in the order of the batch. A gradient of four or more axes has no report.
     ``arguments`` are the keyword arguments of :func:`restore`; the errors are the same.
     """
     tensor = _as_tensor(noisy)
@@ -379,7 +379,7 @@ def _fast(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | No
 
 
 def _weight(plan: Plan, s: Tensor) -> Tensor:
-    """Contribution of singular values to the result, such as the squares of their new values."""
+    """Return each singular value's contribution to the result, such as its new value squared."""
     if plan.scheme.reads_noise_level:
         return plan.scheme.contribution(s, plan.noise)
     return plan.scheme.new_values(s, plan.noise, **plan.options) ** 2

@@ -126,14 +126,14 @@ def power(s: Tensor, noise: NoiseModel, *, p: float = 3) -> Tensor:
 
 
 def polar(s: Tensor, noise: NoiseModel) -> Tensor:
-    """Muon on what is restored: ``edge * cos_m * cos_n`` for a value above the edge, 0 for others.
+    """Muon on visible values: ``edge * cos_m * cos_n`` for a value above the edge, 0 for others.
 
     ``cos_m`` and ``cos_n`` are the cosines that random-matrix theory gives between the noisy and
     the clean singular vectors (:func:`lowrank_dp.spectrum.random_matrix.overlaps`). All visible
-    directions thus get about the same size, less where their vectors are noise. The common scale is
-    the bulk edge of the noise, so the result does not depend on the size of the gradient. On a
-    running mean of decay .9 the edge falls with the noise, to 0.23 of the first step's, and so does
-    the size of a step.
+    directions get about the same size, and directions whose singular vectors are mostly noise get
+    less. The common scale is the bulk edge of the noise, so the result does not depend on the size
+    of the gradient. With a running mean of decay 0.9, the edge falls with the noise of the mean, to
+    0.23 of the edge of the first step. The size of a step falls by the same factor.
     """
     theta = rmt.clean_value(s / noise.scale, noise.aspect)
     short_side, long_side = rmt.overlaps(theta, noise.aspect)
@@ -172,8 +172,8 @@ class Scheme:
         needs_all_values: (shape, options) -> whether the leading singular values do not suffice.
         by_products: (noisy, norm, options) -> the restored matrices (L, m, n) by matrix products
             alone, or None where a decomposition is needed.
-        contribution: (s, noise) -> contribution of each value to the result, >= 0; the fast method
-            searches for singular values until the sum of the contributions has settled.
+        contribution: (s, noise) -> contribution of each value to the result, >= 0. The fast method
+            computes singular values until the sum of the contributions converges.
     """
 
     new_values: Callable[..., Tensor]

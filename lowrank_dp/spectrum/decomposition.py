@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank_dp import _validate
 from lowrank_dp.spectrum.random_matrix import bulk_edge
 
-_CHUNK = 1 << 22  # entries of a tensor that are copied to float64 at a time
+_CHUNK = 1 << 22  # number of entries that are converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def decompose(matrix: Tensor, noise_std: float) -> Spectrum:
     unit, scale = to_unit(matrix.detach())
     if bool((unit == 0).all(-1).all(-1).any()):
         raise ValueError("matrix must have a nonzero entry, got all zeros (no gradient reached it)")
-    if unit.shape[-2] < unit.shape[-1]:  # LAPACK takes a third of the time for a tall matrix
+    if unit.shape[-2] < unit.shape[-1]:  # LAPACK needs a third of the time for a tall matrix
         right, s, left = torch.linalg.svd(unit.mT, full_matrices=False)
         u, vh = left.mT, right.mT
     else:
@@ -161,7 +161,7 @@ def alignment(a: Tensor, b: Tensor) -> float:
 
 
 def _power_of_two(x: Tensor) -> float:
-    """Return the power of two that brings the largest entry of a tensor to [1, 2); 0 for zeros."""
+    """Return the power of two that scales the largest entry of a tensor to [1, 2); 0 for zeros."""
     low, high = x.aminmax()
     largest = max(-float(low), float(high))
     return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 0.0

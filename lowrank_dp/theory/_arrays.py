@@ -37,7 +37,7 @@ def reals(
 
 
 def integers(name: str, value: ArrayLike) -> Array:
-    """Convert ``value`` to a float64 array of integers >= 1; 8.5 and True are refused.
+    """Convert ``value`` to a float64 array of integers >= 1; raise ValueError for 8.5 or True.
 
     >>> integers("rank", [4, 0])
     Traceback (most recent call last):

@@ -1,8 +1,8 @@
-r"""Epsilon of vector queries q -> A^T A q that are repeated, each with an A of its own.
+r"""Epsilon of repeated vector queries q -> A^T A q, each with a fresh A.
 
-`projection_epsilon` states what the exact law of `lowrank_dp.theory.privacy` gives for one pair of
-neighbouring vectors, `hu_guarantee` what theorem 1 of Hu et al. (arXiv 2601.21719) gives for the
-same pair. Neither covers
+`projection_epsilon` computes epsilon from the exact law of `lowrank_dp.theory.privacy` for one pair
+of neighbouring vectors. `hu_guarantee` computes the epsilon of theorem 1 of Hu et al. (arXiv
+2601.21719) for the same pair. Neither result covers
 
 * an A that several steps share, such as a frozen A: two released vectors are then a matrix query,
   whose delta is 1 (`lowrank_dp.theory.matrix`);
@@ -24,12 +24,12 @@ from lowrank_dp._validate import fail, integer, positive, real
 from lowrank_dp.theory._arrays import Array, FloatOrArray, integers, reals, unwrap
 from lowrank_dp.theory.privacy import privacy_floor, privacy_profile
 
-_CELLS = 50  # intervals up to the epsilon at which the profile is half-way to its floor
-_GROWTH = 1.02  # of the dots' distances from 0, beyond these
-_ERROR = 1e-9  # of a computed delta; it is added, so that a composed epsilon is an upper bound
-_POINTS = 10_000_000  # of a composed distribution, at most
+_CELLS = 50  # equal intervals of the grid, up to the epsilon half-way to the profile's floor
+_GROWTH = 1.02  # ratio of successive grid points beyond these intervals
+_ERROR = 1e-9  # error of a computed delta, added so that a composed epsilon is an upper bound
+_POINTS = 10_000_000  # largest number of points of a composed distribution
 _MOST = 1e4  # a larger epsilon is reported as infinite
-_SMALLEST = 1e-8  # delta that errors of the deltas and of the Fourier transform do not reach
+_SMALLEST = 1e-8  # smallest delta per step that exceeds the numerical errors
 
 
 def projection_epsilon(
@@ -37,21 +37,21 @@ def projection_epsilon(
 ) -> float:
     """Epsilon of ``steps`` releases of A^T A q, each with a fresh A, for one pair (q, q').
 
-    The pair of step t may depend on earlier releases, as long as its angle is ``angle`` and its
-    ratio of norms ``norm_ratio``. In all cases that were computed, a smaller angle has a smaller
-    delta at every epsilon; this was not proved. Both directions are covered: the larger epsilon is
-    returned, or infinity if it exceeds 1e4.
+    The pair of a step may depend on earlier releases, as long as its angle is ``angle`` and its
+    ratio of norms is ``norm_ratio``. In all computed cases, a smaller angle has a smaller delta at
+    every epsilon; this property is not proved. The function returns the larger epsilon of the two
+    directions, or infinity if this epsilon exceeds 1e4.
 
-    One step: the inverse of `privacy_profile`. Several steps: the privacy loss is discretised by
-    connecting the dots of the profile, after the error of the profile was added, and composed by
-    dp-accounting. The result is then an upper bound. It requires that ``delta`` be at least
-    ``1e-8 * steps``.
+    For one step, the result is the inverse of `privacy_profile`. For several steps, the result is
+    an upper bound: the numerical error is added to the profile, the privacy loss is discretised by
+    connecting the dots of the profile, and dp-accounting composes the losses. Several steps require
+    a ``delta`` of at least ``1e-8 * steps``.
 
     Args:
-        delta: in (0, 1).
+        delta: delta of the guarantee, in (0, 1).
         rank: number of rows of A, >= 1.
         n: length of q, >= 1.
-        angle: between q and q', in radians, in [0, pi].
+        angle: angle between q and q', in radians, in [0, pi].
         norm_ratio: |q'| / |q| > 0.
         steps: number of releases, >= 1.
 
@@ -89,23 +89,26 @@ def projection_epsilon(
 def hu_guarantee(
     rank: ArrayLike, n: ArrayLike, *, angle: ArrayLike, tail: ArrayLike
 ) -> tuple[FloatOrArray, FloatOrArray]:
-    """Epsilon and delta of one release by theorem 1 of Hu et al. (arXiv 2601.21719), as read.
+    """Epsilon and delta of one release by theorem 1 of Hu et al. (arXiv 2601.21719).
 
-    With rho = cos(angle), the Student quantile t of ``rank`` degrees of freedom and the chi^2
-    quantile kappa of ``rank + n - 1`` degrees, both exceeded with probability ``tail``, and
-    K = sin(angle) t / sqrt(rank),
+    The formula is taken from a summary of the theorem; the text of the paper was not available. Let
+    rho = cos(angle). Let t be the quantile of the Student distribution of ``rank`` degrees of
+    freedom, and kappa the quantile of the chi^2 distribution of ``rank + n - 1`` degrees, both
+    exceeded with probability ``tail``. Let K = sin(angle) t / sqrt(rank). Then
 
         epsilon = (n + rank - 1) / 2 ln(rho + K) + (1 - rho + K) kappa / (2 (rho - K)),
         delta = E Phi(-rho sqrt(x) / sin(angle)) + 3 tail,  x ~ chi^2_rank.
 
-    Epsilon is infinite where K >= rho. The text of the theorem was not at hand: the formula is
-    that of a summary.
+    Epsilon is infinite where K >= rho. The arguments are broadcast against each other.
 
     Args:
         rank: number of rows of A, >= 1.
         n: length of q, >= 1.
         angle: largest angle between neighbouring vectors, in radians, in [0, pi/2).
-        tail: delta' in (0, 1/3).
+        tail: delta' of the theorem, in (0, 1/3).
+
+    Raises:
+        ValueError: for an argument out of its range.
 
     >>> epsilon, delta = hu_guarantee(16, 768, angle=0.01, tail=1e-3)
     >>> round(epsilon, 2), round(delta, 6)
@@ -140,7 +143,7 @@ def _inverse(profile: Callable[[float], float], delta: float) -> float:
 
 
 def _places(last: float) -> Array:
-    """Return rising integers from 0 to ``last`` or more: all small ones, then ever fewer."""
+    """Return increasing integers from 0 to at least ``last``; their spacing grows."""
     count = int(np.ceil(np.log(max(last, 2.0)) / np.log(_GROWTH)))
     return np.unique(np.concatenate([[0], np.ceil(_GROWTH ** np.arange(count + 1))])).astype(int)
 
@@ -152,7 +155,7 @@ def _composed(
     steps: int,
     floor: float,
 ) -> float:
-    """Return epsilon of ``steps`` releases of a pair with these profiles, in both directions."""
+    """Return the epsilon of ``steps`` releases of a pair with these profiles, one per direction."""
     from dp_accounting.pld import pld_pmf
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 

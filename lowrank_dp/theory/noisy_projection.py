@@ -1,4 +1,4 @@
-r"""Privacy of a matrix that is noised and then projected, averaged over a random public A.
+r"""Privacy of a matrix to which noise is added before a projection by a random public A.
 
 The mechanism releases A and R = (G + sigma C Z) A^T A, where A (rank, n) has independent
 N(0, 1/rank) entries, is drawn for this release and independently of the data, and Z (m, n) has
@@ -12,22 +12,23 @@ the row space of A. So R given A is the Gaussian mechanism with mu = |g P|_F / (
 - Average over A: since A is independent of the data, delta(epsilon) of the pair (A, R) is
   E_A delta_Gauss(epsilon, |g P| / (sigma C)), for a neighbour that was fixed before A was drawn.
   For a g of rank one, |g P|^2 / |g|^2 has the distribution Beta(rank/2, (n - rank)/2), of mean
-  rank / n: the *squared* sensitivity falls to rank / n on average. Any g has
-  |g P|^2 / |g|^2 = sum_i w_i b_i with such b_i and weights w_i that sum to 1. As a function of
-  x = mu^2, delta_Gauss is convex up to x* = 2 (sqrt(1 + epsilon^2) - 1) and concave beyond.
-  Replacing it beyond x* by its tangent at x* gives a convex function D >= delta_Gauss, and by
-  Jensen's inequality
+  rank / n: the *squared* sensitivity falls to rank / n on average. For any g,
+  |g P|^2 / |g|^2 = sum_i w_i b_i, where each b_i has this Beta distribution and the weights w_i
+  sum to 1. As a function of x = mu^2, delta_Gauss is convex up to
+  x* = 2 (sqrt(1 + epsilon^2) - 1) and concave beyond. Let D be delta_Gauss up to x*, and the
+  tangent of delta_Gauss at x* beyond. D is convex and D >= delta_Gauss. By Jensen's inequality,
 
       delta(epsilon) <= E D(b / sigma^2),    b ~ Beta(rank/2, (n - rank)/2),
 
-  with equality for a g of rank one and norm C if 1 / sigma^2 <= x*. The bound is cut off at the
-  worst case, which it can exceed where noise is small.
+  with equality for a g of rank one and norm C if 1 / sigma^2 <= x*. Where the noise is small, the
+  right side can exceed delta of the worst case, which then replaces it.
 
-The average does not cover several steps with one A (frozen): the gradients of later steps depend on
-A through the weights, so that g is not fixed before A; there only the worst case holds.
+The average does not cover several steps with one frozen A. The gradients of later steps depend on A
+through the weights, so that g is not fixed before A is drawn. Only the worst case holds for them.
 
-This is this project's own statement. What Hu et al. (arXiv 2601.21719v1) prove of noisy projections
-could not be read beyond the abstract and a summary, which speaks of a factor rank / n.
+The statement and its proof are this project's own. Hu et al. (arXiv 2601.21719v1) also study noisy
+projections. Only the abstract of the paper and a summary, which names a factor rank / n, were
+available.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from lowrank_dp.theory._arrays import Array
 from lowrank_dp.theory._quadrature import panel_integrals
 from lowrank_dp.theory.privacy import gaussian_delta
 
-_TAIL = 1e-18  # mass of the Beta distribution that is cut off at either end, and added to delta
+_TAIL = 1e-18  # mass of the Beta distribution cut off at each end; the mass is added to delta
 _PANELS = 100
 
 
@@ -52,10 +53,11 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     1 / sqrt(2 (sqrt(1 + epsilon^2) - 1)).
 
     Args:
-        epsilon: in [1e-100, 1e100].
+        epsilon: epsilon of the guarantee, in [1e-100, 1e100].
         noise_multiplier: sigma in [1e-100, 1e100], relative to the clipping norm C.
-        rank: rows of A, >= 1; a rank of n or more projects nothing.
-        n: columns of A, >= 1.
+        rank: number of rows of A, >= 1. With a rank of n or more, the projection is invertible,
+            and delta is that of the Gaussian mechanism.
+        n: number of columns of A, >= 1.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -96,9 +98,9 @@ def noise_projection_multiplier(epsilon: float, delta: float, rank: int, n: int)
     """Find the least noise multiplier at which `noise_projection_delta` is at most ``delta``.
 
     Args:
-        epsilon: in [1e-100, 1e100].
-        delta: in [1e-15, 1).
-        rank, n: as for `noise_projection_delta`.
+        epsilon: epsilon of the guarantee, in [1e-100, 1e100].
+        delta: delta of the guarantee, in [1e-15, 1).
+        rank, n: number of rows and of columns of A, as for `noise_projection_delta`.
 
     Raises:
         ValueError: for an argument out of its range, or if no multiplier in [1e-3, 1e6] meets
@@ -120,7 +122,7 @@ def noise_projection_multiplier(epsilon: float, delta: float, rank: int, n: int)
 
 
 def _convex_delta(epsilon: float, x: Array, bend: float) -> Array:
-    """D at ``x``: delta_Gauss at mu = sqrt(x) up to ``bend``, and its tangent beyond."""
+    """Return D at ``x``: delta_Gauss at mu = sqrt(x) up to ``bend``, and its tangent beyond."""
     mu = np.sqrt(np.minimum(x, bend))
     value = gaussian_delta(np.full_like(mu, epsilon), mu)
     root = np.sqrt(bend)

@@ -90,7 +90,7 @@ def gaussian_privacy_profile(
 
 
 def gaussian_delta(epsilon: Array, mu: Array) -> Array:
-    """Delta of N(0, 1) against N(mu, 1), mu >= 0; the arrays have one shape."""
+    """Delta at ``epsilon`` of N(0, 1) against N(mu, 1), mu >= 0; both arrays have one shape."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         log_p = special.log_ndtr(mu / 2 - epsilon / mu)
         log_q = special.log_ndtr(-mu / 2 - epsilon / mu)

@@ -13,7 +13,7 @@ snapshot with the same draws. Processes that torchrun starts share one run::
     guards  errors that stop a run      checks  privacy checks of a step, by noise_checks,
     identity  inputs that fix the sums          sampling_checks, evidence; public_rows
     processes  ranks, their exchanges   layout  replicated or sharded tensors
-    prefix  cached output of the frozen blocks
+    prefix  cache of the frozen blocks' outputs
 """
 
 from typing import TYPE_CHECKING

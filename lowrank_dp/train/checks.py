@@ -125,8 +125,8 @@ class StepChecks:
     ) -> None:
         """Compare the clipped sum of a batch with autograd, without dropout.
 
-        ``half`` tells that ``clip`` reads outputs of frozen blocks in half precision, and autograd
-        does not.
+        Set ``half`` if ``clip`` reads outputs of frozen blocks in half precision; autograd runs
+        the frozen blocks in full precision.
         """
         config, model = self._setup.config, self._setup.model
         training = model.training

@@ -26,18 +26,18 @@ from lowrank_dp.train.config_checks import (
 if TYPE_CHECKING:
     from lowrank_dp.restore import LowPassFilter
 
-# fields that name a place or a bound of this machine; runs that differ only here are equal
+# fields that do not change the result: runs that differ in these fields only are the same run
 INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of (differentially private) fine-tuning.
+    """Configuration of one run of fine-tuning, private or not.
 
-    Exactly one of ``epsilon``, ``noise_multiplier``, ``non_private`` and ``noise_free`` states the
-    privacy. Every field is an option of ``python -m lowrank_dp.train``; its help text documents
-    both. ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError for a value out
-    of its range and for values that exclude each other.
+    Exactly one of ``epsilon``, ``noise_multiplier``, ``non_private`` and ``noise_free`` must be
+    given. Every field is an option of ``python -m lowrank_dp.train``; the help text of the option
+    documents the field. ``noise_multiplier`` is relative to ``max_grad_norm``. Raises ValueError
+    for a value out of its range and for values that exclude each other.
     """
 
     model: str = option(
@@ -50,28 +50,35 @@ class TrainConfig:
         "Task name, or own data: a file (CSV, TSV, JSON Lines, JSON, Parquet), a folder "
         "with a train and a validation file, or a folder saved by datasets.",
     )
-    method: str = option("full", "Trained parameters: the model's own, or LoRA's.", choices=METHODS)
-    epsilon: float | None = option(None, "Privacy budget; the noise is calibrated to it.")
+    method: str = option(
+        "full",
+        "Trained parameters: the model's own (full), LoRA's A and B, or B alone (lora-frozen-a).",
+        choices=METHODS,
+    )
+    epsilon: float | None = option(
+        None, "Privacy budget epsilon, above 0. The noise is calibrated to this budget."
+    )
     delta: float | None = option(None, "Delta of the guarantee. Default: N^-1.1 for N units.")
     noise_multiplier: float | None = option(
         None,
-        "Standard deviation of the noise relative to --max-grad-norm, above 0; in place of "
-        "--epsilon.",
+        "Standard deviation of the noise on the gradient sum, relative to --max-grad-norm, above "
+        "0; in place of --epsilon.",
     )
     non_private: bool = option(False, "Train without clipping, noise and privacy guarantee.")
     noise_free: bool = option(
         False,
-        "Sample and clip as a private run does, and add no noise: the ceiling of every method that "
-        "removes noise. There is no privacy guarantee, and the run is marked NON-PRIVATE.",
+        "Sample and clip as a private run does, and add no noise. The score of such a run is the "
+        "upper limit of every method that removes noise. The run has no privacy guarantee, and is "
+        "marked NON-PRIVATE.",
     )
     max_grad_norm: float = option(
         1.0, "Clipping norm: the largest contribution of one unit of privacy to a step."
     )
     unit: str = option(
         "example",
-        "Unit of privacy: example (one row), or group: all rows that share a "
-        "--group-column's value, or, for generation, all rows of one source record. A "
-        "sampled group takes part in a step with one of its rows, drawn at random.",
+        "Unit of privacy: example (one row) or group. A group is all rows with the same value of "
+        "--group-column or, for generation, all rows of one source record. A sampled group takes "
+        "part in a step with one of its rows, drawn at random.",
     )
     text_column: str | None = own_column("text")
     pair_column: str | None = own_column("pair")
@@ -79,30 +86,33 @@ class TrainConfig:
     prompt_column: str | None = own_column("prompt")
     target_column: str | None = own_column("target")
     group_column: str | None = own_column("group")
-    steps: int = option(50, "Optimizer steps.")
+    steps: int = option(50, "Number of optimizer steps.")
     batch_size: int = option(512, "Expected number of units per step (Poisson sampling).")
     optimizer: str = option(
         "adam",
-        "Optimizer: SGD, Adam or AdamW of torch.optim; adam-bc, Adam without the noise in its "
-        "second moment (DP-AdamBC, arXiv 2312.14334); muon, orthogonalised momentum for matrices "
-        "and AdamW for the rest (DP-Muon, arXiv 2605.12994); muon-bc, Muon corrected for noise.",
+        "Optimizer. sgd, adam and adamw are those of torch.optim. adam-bc is Adam with the noise "
+        "variance subtracted from the second moment (DP-AdamBC, arXiv 2312.14334). muon is "
+        "orthogonalised momentum for matrices and AdamW for all other parameters (DP-Muon, arXiv "
+        "2605.12994). muon-bc is muon with a correction for the noise.",
         choices=OPTIMIZERS,
     )
     noise_floor: float = option(
         0.3,
-        "Smallest second moment of adam-bc after the correction, relative to the noise's variance.",
+        "Lower limit of adam-bc's second moment after the subtraction of the noise variance, "
+        "relative to the noise variance.",
     )
     skip_zeros: bool = option(
         False,
-        "Leave a parameter and its optimizer state as they are in a step in which its gradient is "
-        "all zero, such as a matrix under --below zero. Otherwise Adam's second moment counts such "
-        "steps, and the first gradient, at step t, moves weights by up to sqrt(t) times the rate.",
+        "Skip a parameter, and keep its optimizer state, in every step in which its whole gradient "
+        "is zero, as --below zero gives for some matrices. Without this option, Adam's second "
+        "moment counts these steps; the first nonzero gradient, at step t, then moves weights by "
+        "up to sqrt(t) times the learning rate.",
     )
     learning_rate: float = option(1e-4, "Learning rate of the optimizer.")
     beta1: float | None = option(
         None,
-        "Adam's beta1, or the momentum of SGD or Muon. Default: 0.9 (Adam, Muon); 0 with SGD or a "
-        "running mean.",
+        "Coefficient beta1 of Adam, or momentum of SGD or Muon. Default: 0.9 for Adam and Muon; 0 "
+        "for SGD, and with --momentum-beta or --filter-b.",
     )
     weight_decay: float = option(0.0, "Weight decay of the optimizer.")
     schedule: str = option(
@@ -110,11 +120,13 @@ class TrainConfig:
         "Schedule of the learning rate, by transformers.get_scheduler.",
         choices=SCHEDULES,
     )
-    warmup_steps: int = option(0, "Number of first steps in which the learning rate rises.")
+    warmup_steps: int = option(
+        0, "Number of steps at the start in which the learning rate rises to its full value."
+    )
     scheme: str = option(
         "none",
-        "Restoration scheme of the noisy gradients (lowrank_dp.restore.restore); none is "
-        "plain DP-SGD.",
+        "Restoration scheme of the noisy gradients (lowrank_dp.restore.restore); none leaves the "
+        "gradients unchanged.",
         choices=SCHEME_NAMES,
     )
     scheme_options: Mapping[str, Any] = option(
@@ -125,7 +137,8 @@ class TrainConfig:
     )
     below: str = option(
         "keep",
-        "Treatment of a matrix without a singular value above the bulk of the noise: keep or zero.",
+        "Treatment of a matrix without a singular value above the bulk of the noise: keep (leave "
+        "the matrix unchanged) or zero (set the matrix to 0).",
     )
     restore_method: str = option(
         "fast",
@@ -133,53 +146,61 @@ class TrainConfig:
     )
     momentum_beta: float | None = option(
         None,
-        "Decay of a running mean of the noisy gradients, such as 0.9; the mean is restored in "
-        "place of each gradient.",
+        "Decay, in [0, 1), of a running mean of the noisy gradients, such as 0.9. The running mean "
+        "is restored in place of each gradient.",
     )
     filter_b: tuple[float, ...] = option(
         (),
-        "Coefficient on gradients of a low-pass filter (DOPPLER, arXiv 2408.13460) in place of "
-        "--momentum-beta; may be repeated.",
+        "Coefficient on noisy gradients of a low-pass filter (DOPPLER, arXiv 2408.13460), the "
+        "newest first; may be repeated. The filter takes the place of --momentum-beta.",
     )
     filter_a: tuple[float, ...] = option(
-        (), "Coefficient on past outputs of the low-pass filter; may be repeated."
+        (),
+        "Coefficient on past outputs of the low-pass filter, the newest first; may be repeated.",
     )
     precondition: str = option(
         "none",
-        "Source of a rank-one preconditioner inside the mechanism: none; generated (text of this "
-        "package); noisy (the run's own noisy sums); or a public task, by name or path.",
+        "Source of the second moments of a rank-one preconditioner, which scales gradients before "
+        "clipping and noise: none (no preconditioner); generated (text of this package); noisy "
+        "(the run's own noisy sums); or a public task, by name or path.",
     )
     precondition_power: float = option(
         0.125,
-        "Power p of a preconditioner: the scale of a row or column is its second moment to -p.",
+        "Power p of the preconditioner, in [0, 0.5]: the scale of a row or column is its second "
+        "moment to the power -p.",
     )
     precondition_rows: int = option(
-        1500, "Expected number of rows of public text that give a preconditioner its moments."
+        1500,
+        "Expected number of rows of public text from which the preconditioner's second moments are "
+        "computed.",
     )
     precondition_steps: int = option(
-        10, "Noise-free steps on public text along which a preconditioner's moments are taken."
+        10,
+        "Number of noise-free steps on public text over which the preconditioner's second moments "
+        "are averaged.",
     )
     precondition_rate: float = option(
-        1e-3, "Learning rate of Adam in the noise-free steps on public text."
+        1e-3, "Learning rate of Adam in the preconditioner's noise-free steps on public text."
     )
     precondition_freeze_vectors: bool = option(
-        False, "Freeze biases and norms, for which a preconditioner has no scales."
+        False, "Freeze biases and norms, for which the preconditioner has no scales."
     )
     precondition_every: int = option(
-        5, "Steps between refreshments of a preconditioner from noisy sums."
+        5, "Number of steps between updates of a preconditioner from noisy sums."
     )
     disk_kappa: float | None = option(
         None,
-        "Gain of DiSK's Kalman filter (arXiv 2410.03883), in (0, 1], such as the authors' 0.7. "
-        "Gradients are taken and clipped at x + (1 - kappa) / kappa * d, for the weights x and "
-        "their last movement d, and averaged: g <- (1 - kappa) g + kappa * gradient.",
+        "Gain kappa of DiSK's Kalman filter (arXiv 2410.03883), in (0, 1]; the authors use 0.7. "
+        "Gradients are computed and clipped at x + (1 - kappa) / kappa * d, where x are the "
+        "weights and d is their last change. The noisy gradients are averaged by "
+        "g <- (1 - kappa) g + kappa * gradient. Default: no DiSK.",
     )
     diagnostic: bool = option(
         False,
-        "Allow the oracle scheme, which reads clean gradients, and a preconditioner from the "
-        "private task itself; marks the run NON-PRIVATE.",
+        "Allow the scheme oracle, which reads clean gradients, or a preconditioner from the "
+        "private task itself. The run is marked NON-PRIVATE.",
     )
-    rank: int = option(8, "Rank of LoRA's update.")
+    rank: int = option(8, "Rank of LoRA's update of each weight.")
     lora_alpha: float | None = option(
         None, "Alpha of LoRA: the update is scaled by alpha / rank. Default: the rank."
     )
@@ -189,70 +210,76 @@ class TrainConfig:
     )
     implicit_noise: str = option(
         "none",
-        "Noise of LoRA's projection, added to the mean gradient of the matrices that LoRA of the "
-        "same --rank would adapt, anew in each step: fresh-a, the exact noise G A^T A - G of a new "
-        "Gaussian A; or gaussian, independent Gaussian noise of the same variance. For method full "
-        "with --non-private: the noise depends on the gradient and gives no privacy guarantee.",
+        "Implicit noise of LoRA, added in each step to the mean gradient G of every matrix that "
+        "LoRA of the same --rank would adapt. fresh-a is the exact noise G A^T A - G with a new "
+        "Gaussian A; gaussian is independent Gaussian noise of the same variance. Needs --method "
+        "full and --non-private, since noise that depends on the gradient gives no privacy "
+        "guarantee.",
         choices=IMPLICIT_NOISES,
     )
     train_embeddings: bool = option(False, "Train the embeddings too; excludes LoRA.")
     train_layers: int | str | None = option(
         None,
-        "Train the last k blocks, or the parameters that match this regular expression.",
+        "Trained part of the model: a number k for the last k blocks, or a regular expression for "
+        "the parameters whose names match. Default: all blocks.",
         parse=number_or_text,
     )
     dropout: bool = option(
-        False, "Train with dropout, which is off by default as is usual with DP."
+        False, "Train with the model's dropout. Without this option, dropout is off."
     )
     max_examples: int | None = option(
         None,
-        "Expected size of a random subset of each split; whole groups are chosen, by a hash of "
-        "each record's content.",
+        "Expected number of examples of a random subset of each split. A hash of each record's "
+        "content decides; all rows of a group are kept or left out together.",
     )
     data_seed: int = option(
         0,
-        "Seed of --max-examples' subset and of a generated task; separate from --seed, so that "
-        "runs with different seeds share their records.",
+        "Seed of the subset of --max-examples and of the text of a generated task. The seed of the "
+        "data is separate from --seed, so that runs with different seeds share their records.",
     )
     max_length: int | None = option(
         None,
-        "Number of tokens that a text is cut to. Default: 128 with labels, or the model's context "
-        "if the context is shorter; uncut for generation, where a text beyond the model's context "
-        "is refused.",
+        "Number of tokens that a text is cut to. Default for labelled tasks: 128, or the length of "
+        "the model's context if the context is shorter. Default for generation: no text is cut, "
+        "and a text longer than the model's context is an error.",
     )
     padding: str = option(
         "longest",
-        "Length that rows are padded to: that of the longest row in the micro-batch, or "
-        "--max-length, for models whose output depends on padding (for generation, --max-length "
-        "must be given).",
+        "Length that rows are padded to: the longest row in the micro-batch, or --max-length. "
+        "Models whose output depends on padding need max-length. For generation, max-length "
+        "requires the option --max-length.",
         choices=PADDINGS,
     )
     holdout: int = option(
         0,
-        "Expected number of units that are taken out of the train split and evaluated on "
-        "in place of the validation split, for tuning; the same units for every seed.",
+        "Expected number of units that are removed from the train split and replace the validation "
+        "split, for tuning. The units are the same for every seed.",
     )
     membership: str = option(
         "all",
-        "Units trained on: all; bernoulli, by a fair coin per unit; or half, a random half.",
+        "Units of privacy that are trained on: all; bernoulli (a fair coin per unit); or half (a "
+        "random half).",
         choices=MEMBERSHIPS,
     )
     micro_batch_size: int = option(
-        64, "Rows in memory at a time; the result does not depend on the number."
+        64, "Number of rows in memory at a time; the result does not depend on this number."
     )
     precision: str = option(
         "float32",
-        "Precision of forward and backward; clipped sums, noise and restoration stay in float32.",
+        "Precision of the forward and backward passes; clipped sums, noise and restoration stay in "
+        "float32.",
         choices=PRECISIONS,
     )
-    eval_every: int = option(10, "Steps between evaluations on the validation split.")
+    eval_every: int = option(10, "Number of steps between evaluations on the validation split.")
     eval_examples: int = option(1000, "Largest number of validation examples per evaluation.")
     generate: bool = option(
-        True, "Generate text in a generation task's last evaluation (BLEU, ROUGE-L)."
+        True, "Generate texts in the last evaluation of a generation task, for BLEU and ROUGE-L."
     )
-    num_beams: int = option(1, "Number of beams of the text generation; 1 is greedy.")
+    num_beams: int = option(1, "Number of beams of the text generation; 1 is greedy search.")
     max_new_tokens: int = option(64, "Largest number of tokens generated per prompt.")
-    snapshot_every: int = option(10, "Steps between snapshots, from which a killed run resumes.")
+    snapshot_every: int = option(
+        10, "Number of steps between snapshots, from which a killed run resumes."
+    )
     seed: int | None = option(
         None,
         "Seed of all random numbers, the noise included: anyone who knows the seed can reproduce "
@@ -260,14 +287,14 @@ class TrainConfig:
     )
     secure_rng: bool = option(
         False,
-        "Draw the noise from a cryptographic generator on CUDA too, which is slower. On the CPU "
+        "Draw the noise from a cryptographic generator on CUDA too, which is slower. On the CPU, "
         "the cryptographic generator is the default.",
     )
     compile: bool = option(
         False,
-        "Compile the step with torch.compile, which delays the first step and may make the others "
-        "faster; excludes --dropout and --shard. If the run is killed, the steps since the last "
-        "snapshot may count again in epsilon.",
+        "Compile the step with torch.compile. Compiling delays the first step and may make later "
+        "steps faster. Excludes --dropout and --shard. If the run is killed and resumed, the steps "
+        "since the last snapshot may count twice in epsilon.",
     )
     shard: bool = option(
         False,
@@ -276,15 +303,16 @@ class TrainConfig:
     device: str = option("cpu", "Device of the trained parameters: cpu, cuda or cuda:N.")
     prefix_cache: str = option(
         "",
-        "Folder of a cache of what the frozen blocks below the first trained block make of each "
-        "row, so that steps and evaluations run the trained blocks only; runs may share the "
-        "folder. The cache is as sensitive as the records, and only its owner can read it. "
-        "Default: no cache; a sweep uses a folder beside its runs, unless the value is off.",
+        "Folder of a cache of the frozen blocks' outputs for each row, up to the first trained "
+        "block. With the cache, steps and evaluations run the trained blocks only. Several runs "
+        "may share the folder. The cache is as sensitive as the records, and only its owner can "
+        "read the files. Default: no cache. A sweep uses a folder beside its runs, unless the "
+        "value is off.",
     )
     prefix_dtype: str = option(
         "float32",
-        "Type of the numbers in the cache; bf16 halves its size and rounds the trained blocks' "
-        "inputs.",
+        "Number type of the prefix cache. bf16 halves the size of the cache, and rounds the inputs "
+        "of the trained blocks.",
         choices=PREFIX_DTYPES,
     )
     prefix_gigabytes: float = option(
@@ -298,7 +326,7 @@ class TrainConfig:
 
     @property
     def low_pass(self) -> LowPassFilter | None:
-        """Filter that takes the place of each noisy gradient, before its first input, or None."""
+        """Filter in its initial state, whose output replaces each noisy gradient; None without."""
         if self.momentum_beta is None and self.disk_kappa is None and not self.filter_b:
             return None
         # imported here, since it imports torch
@@ -312,7 +340,7 @@ class TrainConfig:
 
     @property
     def adds_noise(self) -> bool:
-        """Whether noise is added to the sums; without noise there is no privacy guarantee."""
+        """Whether noise is added to the sums; a run without noise has no privacy guarantee."""
         return not (self.non_private or self.noise_free)
 
     @property
@@ -322,7 +350,7 @@ class TrainConfig:
 
     @property
     def averaging(self) -> float:
-        """Adam's beta1, or the momentum of SGD or Muon."""
+        """Coefficient beta1 of Adam, or momentum of SGD or Muon, with the default filled in."""
         if self.beta1 is not None:
             return self.beta1
         averaged = self.low_pass is not None and self.disk_kappa is None
@@ -330,7 +358,7 @@ class TrainConfig:
 
     @property
     def look_ahead(self) -> float | None:
-        """DiSK's look-ahead, in units of the last movement of the weights; None without DiSK."""
+        """Length of DiSK's look-ahead, in units of the weights' last change; None without DiSK."""
         return None if self.disk_kappa is None else (1 - self.disk_kappa) / self.disk_kappa
 
     def as_json(self) -> dict[str, Any]:
@@ -338,7 +366,7 @@ class TrainConfig:
         return to_jsonable(self)
 
     def recipe(self) -> dict[str, Any]:
-        """Return :meth:`as_json` without the fields of ``INCIDENTAL``, as a run's identity."""
+        """Return :meth:`as_json` without the fields in ``INCIDENTAL``: the identity of a run."""
         return {name: v for name, v in self.as_json().items() if name not in INCIDENTAL}
 
     def chosen(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lowrank_dp.train.config import TrainConfig
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "adam-bc", "muon", "muon-bc")
-_READ_NOISE = ("adam-bc", "muon-bc")  # these need the noise level of the gradients they receive
-_NEED_WHOLE = ("muon", "muon-bc")  # these need whole matrices
+_READ_NOISE = ("adam-bc", "muon-bc")  # optimizers that need the noise level of their gradients
+_NEED_WHOLE = ("muon", "muon-bc")  # optimizers that need whole matrices, not shards
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
@@ -25,9 +25,9 @@ IMPLICIT_NOISES = ("none", "gaussian", "fresh-a")
 PREFIX_DTYPES = ("float32", "bf16")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
-_MOST_REAL = 1e20  # its product with _MOST_NOISE fits a float32, with room for a sum
-_LEAST_GAIN = 1e-6  # of DiSK, whose look-ahead is 1 / gain movements long
-_MOST_NOISE = 1e9  # the limit of GaussianMechanism.calibrate
+_MOST_REAL = 1e20  # largest real option; _MOST_REAL * _MOST_NOISE, also in sums, fits a float32
+_LEAST_GAIN = 1e-6  # smallest gain of DiSK, whose look-ahead is about 1 / gain movements long
+_MOST_NOISE = 1e9  # largest noise multiplier, as in GaussianMechanism.calibrate
 
 
 def check_config(config: TrainConfig) -> None:
@@ -126,7 +126,7 @@ def _check_privacy(config: TrainConfig) -> None:
     if config.secure_rng and (config.seed is not None or not config.adds_noise):
         raise ValueError(
             "secure_rng must go without a seed, which would make the noise "
-            "reproducible, and without non_private and noise_free, which draw none"
+            "reproducible, and without non_private and noise_free, which draw no noise"
         )
 
 
@@ -185,7 +185,7 @@ def _check_restoration(config: TrainConfig) -> None:
             )
     if averaged and config.disk_kappa is None and config.beta1:
         raise ValueError(
-            f"beta1 must be 0 or left out beside a running mean of gradients, got {config.beta1:g}"
+            f"beta1 must be 0 or left out with a running mean of gradients, got {config.beta1:g}"
         )
 
 
@@ -200,12 +200,13 @@ def _check_preconditioner(config: TrainConfig) -> None:
         if config.shard or config.low_pass is not None:
             raise ValueError(
                 "precondition 'noisy' must go without shard and without a running mean of "
-                "gradients, whose noise would differ from entry to entry after a refreshment"
+                "gradients: after an update of the scales, the noise of a running mean would "
+                "differ from entry to entry"
             )
         if config.optimizer not in ("sgd", "adam", "adamw"):
             raise ValueError(
                 "precondition 'noisy' must go with optimizer sgd, adam or adamw, whose momentum "
-                f"can be expressed in a new metric, got {config.optimizer!r}"
+                f"can be rescaled to new scales, got {config.optimizer!r}"
             )
     elif config.precondition not in PRECONDITIONERS:
         from lowrank_dp.data.tasks import TASKS, known_name
@@ -225,14 +226,14 @@ def _check_preconditioner(config: TrainConfig) -> None:
 
 
 def _preconditioned_by_own_task(config: TrainConfig) -> bool:
-    """Tell whether the preconditioner's moments come from the private task."""
+    """Return whether the preconditioner's moments come from the private task."""
     if config.precondition in PRECONDITIONERS:
         return False
     return is_same_task(config.precondition, config.task)
 
 
 def is_same_task(one: str, other: str) -> bool:
-    """Tell whether two names or paths of tasks are spellings of the same one."""
+    """Return whether two names or paths denote the same task."""
     from lowrank_dp.data.tasks import known_name
 
     known = known_name(one)
@@ -269,13 +270,13 @@ def _check_implicit_noise(config: TrainConfig) -> None:
     asked = f"implicit_noise {config.implicit_noise!r}"
     if config.method != "full":
         raise ValueError(
-            f"{asked} must go with method 'full', got {config.method!r}: LoRA's own gradient has "
-            "that noise already"
+            f"{asked} must go with method 'full', got {config.method!r}: LoRA's own gradient "
+            "already has this noise"
         )
     if not config.non_private:
         raise ValueError(
-            f"{asked} must go with non_private: the noise depends on the gradient, so that it is "
-            "no privacy mechanism"
+            f"{asked} must go with non_private: the noise depends on the gradient, and is no "
+            "privacy mechanism"
         )
     if config.shard:
         raise ValueError(f"shard must go without {asked}, which needs whole matrices")

@@ -31,7 +31,7 @@ def _mixture(exponents: np.ndarray) -> np.ndarray:
 
 
 def _as_columns(total: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return both as floats with one more axis, along which a mixture's grid runs."""
+    """Return both arrays as floats with one more axis, for the grid of the mixture."""
     return np.asarray(total, dtype=float)[..., None], np.asarray(count, dtype=float)[..., None]
 
 

@@ -110,14 +110,14 @@ def check_clipping(
 
     This function computes the clip factors itself, so that a fault in the backend's own factors is
     noticed. The norm is ``max_grad_norm``, or less if ``max_grad_norm`` would not clip every row.
-    The tolerance of the difference is a hundredth of the norm per row, and a fifth in half
+    The largest allowed difference per row is 0.01 times the norm, and 0.2 times the norm in half
     precision.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         batch: rows to compare.
-        max_grad_norm: C > 0, absolute.
-        clip: returns the clipped sum of a batch, by parameter name.
+        max_grad_norm: clipping norm C > 0, absolute.
+        clip: function that returns the clipped sum of a batch, by parameter name.
         autocast_dtype: dtype of mixed precision, or None.
         half: whether ``clip`` rounds to half precision where autograd does not.
     """
@@ -226,8 +226,8 @@ def check_releases(releases: int, steps: int) -> None:
 class MovementCheck:
     """Refuse parameters that do not move although they have gradients.
 
-    A parameter that the optimizer holds may stand still for the first steps while others move: its
-    steps may be less than float32 resolves, as those of LoRA's A are while B is near 0.
+    A parameter that the optimizer holds may stay unchanged in the first steps while others move:
+    its steps may be smaller than the float32 spacing. LoRA's A is an example while B is near 0.
 
     The object is made before the first step; :meth:`note` is called in every step, and
     :meth:`check` after some steps.
@@ -255,9 +255,11 @@ class MovementCheck:
     def check(self, steps: int) -> None:
         """Raise ``ValueError`` for parameters with gradients that have not moved since the start.
 
-        These are parameters that the optimizer does not hold, or all parameters, if none has moved
-        by as much as an entry of its mean size resolves. Entries near 0 resolve any step, so they
-        prove nothing; a parameter that starts at 0 is measured by the largest of the others.
+        A parameter has not moved if no entry has changed. If any parameter has clearly moved, only
+        parameters that the optimizer does not hold are reported. A parameter has clearly moved if
+        an entry has changed by more than the float32 spacing at the mean size of its entries. A
+        smaller change of an entry near 0 proves nothing, since any step changes such an entry. A
+        parameter that starts at 0 is compared with the largest mean size of all parameters.
 
         Args:
             steps: number of steps since the start.

@@ -131,7 +131,7 @@ def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value that JSON lacks: a set to a sorted list, any other by ``str``."""
+    """Convert a value that JSON lacks: a set to a sorted list, any other value by ``str``."""
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 

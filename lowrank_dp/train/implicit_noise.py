@@ -1,8 +1,9 @@
-"""LoRA's implicit noise in full fine-tuning: what a projection by a new A adds to each gradient.
+"""LoRA's implicit noise in full fine-tuning: ``G A^T A - G`` with a fresh A, or Gaussian noise.
 
-With a frozen A and plain SGD, LoRA is full fine-tuning whose gradient G of each adapted matrix is
-replaced by ``G A^T A``, with one A for all steps. The noise here is drawn anew in each step. The
-noise depends on the gradient and is no privacy mechanism.
+With a frozen A and plain SGD, LoRA is full fine-tuning in which ``G A^T A`` replaces the gradient G
+of each adapted matrix, with one A for all steps. This module draws a fresh A, or fresh Gaussian
+noise of the same variance, in each step. The noise depends on the gradient and is no privacy
+mechanism.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from lowrank_dp.train.processes import world_size
 
 
 def noisy_matrices(model: Any, config: TrainConfig) -> dict[str, bool]:
-    """Return the weights that get implicit noise, and whether each is stored transposed.
+    """Return name -> whether the weight is stored as (in, out), for weights with implicit noise.
 
-    The weights are those of the layers that LoRA would adapt; they must be trained. The result is
-    empty for a run without implicit noise. Raises ValueError for a weight that is not trained, and
-    for several processes.
+    The weights are those of the layers that LoRA would adapt. All of them must be trained. The
+    result is empty for a run without implicit noise. Raises ValueError if a weight is not trained,
+    or if several processes share the run.
     """
     if config.implicit_noise == "none":
         return {}
@@ -54,23 +55,24 @@ def add_implicit_noise(
     seed: int,
     step: int,
 ) -> dict[str, Tensor]:
-    """Return the gradients with the noise of one step on ``matrices``; the others as they are.
+    """Return all gradients, with the implicit noise of one step added to those of ``matrices``.
 
     The noise is a function of the gradients, ``seed`` and ``step``, so that a resumed run draws
-    the same noise. The matrices' draws are independent, in the order of ``matrices``.
+    the same noise. The draws of different matrices are independent, in the order of ``matrices``.
 
     Args:
-        gradients: mean gradient of each trained parameter, finite.
-        matrices: names of the weights, each with whether it is stored as (in, out).
+        gradients: mean gradient of each trained parameter, by name; finite.
+        matrices: name of each weight with noise -> whether it is stored as (in, out).
         kind: "gaussian" or "fresh-a", as in ``TrainConfig.implicit_noise``.
-        rank: rank of A, whose entries are N(0, 1/rank).
-        seed, step: seed of the run, and the number of the step, from 0.
+        rank: rank of A, >= 1. The entries of A are N(0, 1/rank).
+        seed: seed of the run.
+        step: number of the step, from 0.
     """
     device = gradients[next(iter(matrices))].device
     generator = torch.Generator(device).manual_seed(derive_seed(seed, f"implicit noise {step}"))
     noisy = dict(gradients)
     for name, transposed in matrices.items():
-        gradient = gradients[name].T if transposed else gradients[name]  # (out, in), as A^T A needs
+        gradient = gradients[name].T if transposed else gradients[name]  # (out, in), for A^T A
         value = lora.implicit_noise(gradient, rank, kind, generator=generator)
         noisy[name] = value.T if transposed else value
     return noisy

@@ -1,15 +1,16 @@
-"""Look-ahead of DiSK: gradients are taken ahead of the weights, along their last movement.
+"""Look-ahead of DiSK: gradients are computed ahead of the weights, along their last movement.
 
-With the weights x_t, the movement d = x_t - x_(t-1) and a gain kappa, DiSK (Zhang et al., arXiv
-2410.03883) releases the noisy sum of the clipped per-example gradients
+Let x_t be the weights, d = x_t - x_(t-1) their last movement, and kappa a gain. DiSK (Zhang et al.,
+arXiv 2410.03883) releases the noisy sum of the clipped per-example gradients
 
     c grad f(x_t + gamma d) + (1 - c) grad f(x_t),    c = (1 - kappa) / (kappa gamma),
 
-and filters it by ``restore.kalman_filter``. For gamma = (1 - kappa) / kappa the second term
-is zero. That form is implemented here: one gradient per example, taken at x_t + gamma d and
-clipped there to the norm C, so a step is one release of sensitivity C, as without DiSK. The point
-depends on earlier releases only. In the first step d is 0. (The authors' scripts take gamma = 0.5
-at kappa = 0.7, where the second term has the weight 1/7.)
+and filters the releases by ``restore.kalman_filter``. This module implements the case
+gamma = (1 - kappa) / kappa, in which the second term is zero. Each example has one gradient, which
+is computed at x_t + gamma d and clipped to the norm C. A step is therefore one release of
+sensitivity C, as without DiSK. The point x_t + gamma d depends on earlier releases only. In the
+first step, d is 0. (The authors' scripts take gamma = 0.5 at kappa = 0.7, for which the second term
+has the weight 1/7.)
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ class LookAhead:
 
     Attributes:
         movement: parameter name -> ``x_t - x_(t-1)``; empty before the first step, and without
-            DiSK. The movement is computed from released gradients, so it may be published.
+            DiSK. The movement is computed from releases, so the movement may be published.
     """
 
     def __init__(self, gamma: float | None) -> None:
-        """Args: gamma: length of the look-ahead, in units of the movement; None for no DiSK."""
+        """Start without movement; ``gamma`` is the length in units of the movement, or None."""
         self._gamma = gamma
         self.movement: dict[str, Tensor] = {}
 
     @contextmanager
     def applied(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Move the parameters ahead within the block, and put them back to the bit."""
+        """Move the parameters ahead within the block, and restore their exact values after it."""
         if self._gamma is None or not self.movement:
             yield
             return
@@ -53,7 +54,7 @@ class LookAhead:
 
     @contextmanager
     def measured(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Note how far the block moves the parameters."""
+        """Record the movement of the parameters within the block."""
         if self._gamma is None:
             yield
             return

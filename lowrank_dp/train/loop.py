@@ -63,13 +63,13 @@ def train(
         show_progress: whether to show a bar on stderr, if stderr is a terminal.
         on_start: called before the first step with the :class:`Setup` and the number of releases
             that the run will have made at its end.
-        on_evaluation: called after each evaluation, the one before the first step included, with
-            the :class:`Setup`, whose model must not be changed, and the new entry of the curve. The
-            next snapshot is saved after the call, so a resumed run repeats no call whose entry is
-            in its snapshot.
-        prefix_shared_by: number of runs that share ``config.prefix_cache``. A cache of rows that
-            the runs would together visit less often than a first pass does is not made. None makes
-            the cache in any case.
+        on_evaluation: function that is called after each evaluation, also after the evaluation
+            before the first step. Its arguments are the :class:`Setup`, whose model must not be
+            changed, and the new entry of the curve. The next snapshot is saved after the call, so a
+            resumed run does not repeat the calls for entries in its snapshot.
+        prefix_shared_by: number of runs that share ``config.prefix_cache``. If these runs together
+            read fewer rows than filling the cache does, no cache is made. None always makes the
+            cache.
 
     Returns:
         The result, as ``training.json`` holds it.
@@ -211,7 +211,7 @@ def _evaluate(
     *,
     generate: bool = False,
 ) -> None:
-    """Add an entry to the curve, and report it; raise ValueError if the run has diverged."""
+    """Add an entry to the curve, and report the entry; raise ValueError if the run has diverged."""
     entry = {
         "step": state.step,
         **_scores(setup, generate=generate),
@@ -286,7 +286,7 @@ def _begin_or_resume(
 
 
 def _prepare(config: TrainConfig, seed: int, request: CacheRequest) -> Setup:
-    """Broadcast what every rank loads, and load the setup; for rank 0."""
+    """Broadcast the arguments of the setup to every rank, and load the setup; rank 0 only."""
     processes.broadcast_from_rank0(
         {
             "seed": seed,
@@ -324,7 +324,7 @@ def _loss_on_members(setup: Setup) -> float:
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
-    """Return the model's state dict as a single process would hold it, without scales."""
+    """Return the model's full state dict, unsharded and without a preconditioner's scales."""
     return full_weights(setup.model, setup.layout.full_tensors(setup.model.state_dict()))
 
 

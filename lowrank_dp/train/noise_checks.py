@@ -284,7 +284,7 @@ class GeneratorCheck:
 
     Args:
         what: name of the draws, for messages.
-        generator: generator of the draws.
+        generator: the run's own generator of the draws.
     """
 
     def __init__(self, what: str, generator: Generator) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers of a run: made from its configuration, and one update."""
+"""Optimizer of a run: construction from the configuration, and one update of the weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer of the trained parameters; :func:`update` sets its noise level.
 
-    Muon moves the matrices of linear layers with both sides above 1; AdamW moves all other
-    parameters, embeddings among them.
+    With muon, Muon updates the matrices of linear layers with both sides above 1, and AdamW updates
+    all other parameters, embeddings included.
     """
     rate, decay, beta1 = config.learning_rate, config.weight_decay, config.averaging
     parameters = [*trained.values()]
@@ -57,14 +57,14 @@ def make_optimizer(
 def update(
     optimizer: torch.optim.Optimizer, rate: float, mean_noise_std: float, *, skip_zeros: bool
 ) -> None:
-    """Take the optimizer's step along ``.grad``.
+    """Update the weights by the optimizer, from the gradients in ``.grad``.
 
     Args:
         optimizer: an optimizer of :func:`make_optimizer`.
         rate: learning rate of the step.
         mean_noise_std: standard deviation of the noise on each entry of ``.grad``, absolute.
-        skip_zeros: whether to leave a parameter whose gradient is all zero, and its state, as they
-            are; its ``.grad`` is then None.
+        skip_zeros: whether to skip parameters whose whole gradient is zero. A skipped parameter
+            keeps its value and its optimizer state, and its ``.grad`` is set to None.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Preconditioner of a run: its scaled layers, their refreshing, and their part of a snapshot."""
+"""Preconditioner of a run: scaled layers, updates of their scales, and their part of a snapshot."""
 
 from __future__ import annotations
 
@@ -34,30 +34,31 @@ _SCALES, _MOMENTS = "scale.", "noisy_moment."  # prefixes of tensors in a snapsh
 def add_preconditioner(
     model: Any, tokenizer: Any, task: Task, max_length: int | None, config: TrainConfig
 ) -> str:
-    """Give the trained matrices of linear layers their scales; leave vectors and embeddings.
+    """Give the trained matrices of linear layers their scales; skip vectors and embeddings.
 
-    The gradient of a vector that trains counts in the clipping norm as it is: its scale is 1.
+    A trained vector or embedding has the scale 1: its unscaled gradient counts in the clipping
+    norm.
 
     Args:
         model: the model before its first step, not sharded.
         tokenizer: tokenizer of the model.
-        task: the private task, of which kind, name and classes are read, and the training texts to
-            refuse a copy of them.
-        max_length: number of tokens that texts are cut to, or None.
+        task: the private task. Its kind, name and classes are read. Its training texts are compared
+            with the public texts, to refuse a copy.
+        max_length: number of tokens that texts are cut to; None does not cut.
         config: configuration of the run, with a preconditioner.
 
     Returns:
         The source of the moments, in words.
 
     Raises:
-        ValueError: if no trained matrix can be scaled, the public task can't be used, or the public
-            task is a copy of the private one and the run is not marked as diagnostic.
+        ValueError: if no trained matrix can be scaled; if the public task can't be used; or if the
+            public task is a copy of the private task and the run is not marked as diagnostic.
     """
     layers = scalable_layers(model)
     if not layers:
         raise ValueError(
-            "precondition must go with trained linear layers, and the model has none whose weight "
-            "is its own: leave precondition out"
+            "precondition must go with trained linear layers, and the model has none with a weight "
+            "that is not shared with another layer: leave precondition out"
         )
     if config.precondition_freeze_vectors:
         for p in model.parameters():
@@ -97,12 +98,12 @@ def refresh(
     noise_std: float,
     config: TrainConfig,
 ) -> None:
-    """Count a step's noisy sums, and refresh the scales every ``precondition_every`` steps.
+    """Add a step's noisy sums, and update the scales every ``precondition_every`` steps.
 
     Args:
         model: model with scaled layers.
-        optimizer: optimizer of its stored weights, which has taken the step.
-        moments: moments of the run so far.
+        optimizer: optimizer of the stored weights, after its step.
+        moments: second moments of the run so far; updated.
         noisy: the step's releases, by parameter name.
         noise_std: standard deviation of the noise on each entry of ``noisy``, absolute.
         config: configuration of the run.
@@ -137,7 +138,7 @@ def snapshot_tensors(model: Any, moments: NoisyMoments | None) -> dict[str, Tens
 def load_snapshot_tensors(
     model: Any, moments: NoisyMoments | None, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put the scales and the moments of :func:`snapshot_tensors` in place."""
+    """Set the scales and the moments to those of a snapshot (:func:`snapshot_tensors`)."""
     for name, layer in scaled_layers(model).items():
         set_scale(layer, Scale(*(tensors[f"{_SCALES}{name}:{side}"] for side in ("row", "col"))))
     if moments is not None:
@@ -152,7 +153,7 @@ def load_snapshot_tensors(
 
 
 def class_rows(model: Any) -> tuple[str, ...]:
-    """Return the name of the layer whose rows are a classifier's classes; () if there is none."""
+    """Return the name of the layer whose rows are a classifier's classes; () without a layer."""
     base = without_adapter(model)
     if not (last := final_layer(base)):
         return ()

@@ -1,8 +1,8 @@
-"""Cache of the frozen blocks' output, so that steps and evaluations run the trained blocks only.
+"""Cache of the frozen blocks' outputs, so that steps and evaluations run the trained blocks only.
 
-A cached output depends on one row's tokens and on frozen weights. It is stored per row in a folder
-that runs share (:class:`lowrank_dp.artifacts.row_store.RowStore`), under a hash of everything that
-the output depends on. The outputs are as sensitive as the records: only the owner can read them.
+A cached output depends on one row's tokens and on frozen weights. A folder that runs share
+(:class:`lowrank_dp.artifacts.row_store.RowStore`) holds one output per row, named by a hash of all
+inputs of the output. The outputs are as sensitive as the records: only the owner can read them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from lowrank_dp.train.identity import digest_of_tensors, settings_of, versions_a
 
 OFF = "off"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-FORMAT = 1  # raised if the meaning of the stored tensors changes
-FILE_BYTES = 64 << 20  # about the size of one file of a store
+FORMAT = 1  # version of the stored tensors; to be raised if their meaning changes
+FILE_BYTES = 64 << 20  # approximate size of one file of a store
 AGREEMENT = 1e-3  # largest error of a clipped sum on public rows, relative to the sum's norm
 
 Row = Mapping[str, Any]
@@ -45,14 +45,14 @@ Fill = Callable[[Sequence[Row]], tuple[RowStore | None, str]]
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a caller of a run wants of the cache, beside the configuration.
+    """Options of the cache that are not part of the run's configuration.
 
     Attributes:
-        shared_by: number of runs that share the folder. A first pass is made only if the runs
-            together visit as many rows as the pass does; None makes the pass in any case.
-        training: whether training steps read the cache, if this is decided: a resumed run
-            must continue as the run began, since sums with and without the cache differ in
-            rounding. None decides again.
+        shared_by: number of runs that share the folder. The cache is filled only if these runs
+            together read at least as many rows as filling does; None always fills the cache.
+        training: whether training steps read the cache. A resumed run must continue as the run
+            began, since sums with and without the cache differ in rounding. None decides by
+            ``shared_by``.
         show_progress: whether to show a bar on stderr, if stderr is a terminal.
     """
 
@@ -69,11 +69,11 @@ class PrefixCache:
     """Cached outputs of the frozen blocks for one run.
 
     Attributes:
-        note: what is cached, or why nothing is, in words; empty if no cache was asked for.
-        digest: SHA-256 of the outputs of the rows that are trained on; empty if steps read none.
+        note: cached blocks, or why there is no cache, in words; empty if no cache was requested.
+        digest: SHA-256 of the outputs of the training rows; empty if steps do not read the cache.
         pad_to: number of tokens that every row is padded to, or None.
-        training, evaluation: stores of the outputs; None where batches get no outputs.
-        fill_training: adds the outputs of further training rows; None if steps read no outputs.
+        training, evaluation: stores of the outputs; None if the cache is not read there.
+        fill_training: adds outputs of more training rows; None if steps do not read the cache.
     """
 
     note: str = ""
@@ -84,7 +84,7 @@ class PrefixCache:
     fill_training: Fill | None = None
 
     def including(self, rows: Sequence[Row]) -> PrefixCache:
-        """Return the cache with the outputs of further training rows, if steps read outputs.
+        """Return the cache with the outputs of more training rows, if steps read the cache.
 
         Raises ``ValueError`` if these outputs do not fit into the folder.
         """
@@ -105,12 +105,12 @@ class PrefixCache:
 
 
 def cache_wanted(config: TrainConfig) -> bool:
-    """Return whether the configuration names a folder of a cache."""
+    """Return whether the configuration names a cache folder."""
     return config.prefix_cache not in ("", OFF)
 
 
 def without_states(batch: Batch) -> Batch:
-    """Return the batch without cached outputs, on which the whole model runs."""
+    """Return the batch without cached outputs. The whole model runs on such a batch."""
     return {name: value for name, value in batch.items() if name != STATES}
 
 
@@ -125,16 +125,16 @@ def open_cache(
     pad_token_id: int,
     pad_to: int | None,
 ) -> PrefixCache:
-    """Open the cache of ``config.prefix_cache``, and compute the outputs that it lacks.
+    """Open the cache in the folder ``config.prefix_cache``, and compute its missing outputs.
 
     Args:
-        model: the model on its device; hooks that take the cached outputs stay on it.
+        model: the model on its device; gets hooks, which stay, that read the cached outputs.
         config: configuration of the run.
-        request: see :class:`CacheRequest`.
+        request: options of the cache beside the configuration.
         training: encoded rows that are trained on.
         evaluation: encoded rows of the evaluations.
         public: batches of public rows, on which steps with and without cache are compared.
-        pad_token_id: token that fills the padding.
+        pad_token_id: id of the padding token.
         pad_to: number of tokens that every row is padded to, or None.
 
     Raises:
@@ -145,7 +145,7 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached ({reason})")
     try:
         prefix = FrozenPrefix(model)
-    except ValueError as error:  # a sweep asks for every run, whether or not blocks are frozen
+    except ValueError as error:  # a sweep requests a cache for all runs, also without frozen blocks
         asked = request.shared_by is None
         return PrefixCache(f"frozen blocks not cached ({first_line(error)})" if asked else "")
     try:
@@ -178,7 +178,7 @@ def open_cache(
 
 
 def _unavailable(config: TrainConfig) -> str:
-    """Return the option that excludes the cache, or an empty text."""
+    """Return the option that excludes the cache, or an empty string."""
     for name in ("dropout", "shard", "compile", "train_embeddings"):
         if getattr(config, name):
             return f"--{name.replace('_', '-')}"
@@ -186,7 +186,7 @@ def _unavailable(config: TrainConfig) -> str:
 
 
 def _pays(config: TrainConfig, request: CacheRequest, num_rows: int) -> bool | None:
-    """Return whether a first pass over the training rows is worthwhile; None: must not be read."""
+    """Return whether filling the cache for training saves time; None if steps must not read it."""
     if request.training is not None:
         return request.training or None
     if request.shared_by is None:
@@ -223,9 +223,9 @@ def _over_ranks(digest: str) -> str:
 def _install(
     model: Any, prefix: FrozenPrefix, public: Sequence[Batch], config: TrainConfig
 ) -> None:
-    """Install the prefix in its fastest form for which clipped sums on public rows agree.
+    """Install the fastest form of the prefix that leaves clipped sums on public rows unchanged.
 
-    Raises ValueError, and leaves the model as it was, if no form gives the sums of the whole model.
+    If no form agrees with the whole model, the model is left unchanged and ValueError is raised.
     """
     public = [{n: t.to(config.device) for n, t in batch.items()} for batch in public]
     given = [
@@ -249,7 +249,7 @@ def _sums(model: Any, padding: str, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
-    """Return whether both tensors agree within ``AGREEMENT``, relative to their norms."""
+    """Return whether sums and norms agree within ``AGREEMENT``, relative to their size."""
     return all(
         bool((new - old).norm() <= AGREEMENT * old.norm())
         for new, old in zip(found, expected, strict=True)
@@ -257,7 +257,7 @@ def _agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> boo
 
 
 def _unpadded(states: Tensor, batch: Mapping[str, Tensor], padding: str) -> Tensor:
-    """Return the outputs as the store gives them: zeros at the padding, if padding is no part."""
+    """Return the outputs as the store does: with zeros at the padding, unless rows include it."""
     if padding == "max-length":
         return states
     return states * batch["attention_mask"].unsqueeze(-1).to(states.dtype)
@@ -282,7 +282,7 @@ def _with_states(
 
 
 def _key(row: Row) -> bytes:
-    """Return the name of a row in a store: a SHA-256 of everything that enters the prefix."""
+    """Return the name of a row in a store: SHA-256 of the row's inputs to the frozen blocks."""
     tokens = (row["input_ids"], row.get("token_type_ids"))
     return hashlib.sha256(repr(tokens).encode()).digest()
 
@@ -299,10 +299,10 @@ def _filled(
     use: str,
     pays: bool,
 ) -> tuple[RowStore | None, str]:
-    """Return the store with the outputs of all ``rows``; or None, and the reason in words.
+    """Return the store with the outputs of all ``rows``, or None with the reason in words.
 
-    The outputs are computed under bf16 autocast if ``half`` is set. Missing outputs are computed
-    only if ``pays`` is set and they fit.
+    If ``half`` is set, the outputs are computed under bf16 autocast. Missing outputs are computed
+    only if ``pays`` is set and the outputs fit.
     """
     root = Path(config.prefix_cache).expanduser()
     try:
@@ -313,7 +313,7 @@ def _filled(
     if all(key in store for key in distinct):
         return store, ""
     if not pays:
-        return None, "too few visits of a row to pay for a first pass"
+        return None, "too few steps: filling the cache would take longer than it saves"
     with store.lock(), _evaluating(model):
         missing = [row for key, row in distinct.items() if key not in store]
         run = partial(_run, prefix, config, half, pad_token_id, pad_to)
@@ -331,7 +331,7 @@ def _filled(
 def _name(
     model: Any, prefix: FrozenPrefix, config: TrainConfig, half: bool, pad_to: int | None
 ) -> str:
-    """Return the name of a store: a digest of everything but the row."""
+    """Return the name of a store: a digest of all inputs of its outputs except the rows."""
     base = without_adapter(model)
     versions = versions_and_machine(config.device)
     document = {
@@ -352,16 +352,16 @@ def _name(
 
 
 def _no_room(root: Path, config: TrainConfig, tokens: int, example: Tensor) -> str:
-    """Return why the outputs of ``tokens`` tokens do not fit, or an empty text.
+    """Return why the outputs of ``tokens`` tokens do not fit, or an empty string.
 
-    The text states no size: the number of tokens is private.
+    The reason states no size, because the number of tokens is private.
     """
     needed = tokens * example.shape[-1] * example.itemsize
     left = config.prefix_gigabytes * 1e9 - bytes_used(root)
     if needed > left:
-        return f"more than --prefix-gigabytes {config.prefix_gigabytes:g} leaves"
+        return f"outputs larger than --prefix-gigabytes {config.prefix_gigabytes:g} allows"
     if needed > shutil.disk_usage(root).free:
-        return "more than the disk has free"
+        return "outputs larger than the free space on the disk"
     return ""
 
 
@@ -389,7 +389,7 @@ def _run(
     pad_to: int | None,
     rows: Sequence[Row],
 ) -> list[Tensor]:
-    """Return the outputs of rows, each (T_i, d), without padding that is no part of the row."""
+    """Return the outputs (T_i, d) of rows, without padding unless padding is part of a row."""
     bare = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
     batch = collate(bare, pad_token_id, length=pad_to)
     device = torch.device(config.device)

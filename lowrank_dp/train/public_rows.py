@@ -64,8 +64,8 @@ def public_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Return batches of rows of random tokens, on the CPU.
 
-    The first batch has three rows of different lengths. With padding "longest", the second has as
-    many rows as tokens per row.
+    The first batch has three rows of different lengths. With padding "longest", there is a second
+    batch, whose number of rows equals its number of tokens per row.
     """
     pad_to = max_length if padding == "max-length" else None
     room = max_length or tokenizer.model_max_length - 8

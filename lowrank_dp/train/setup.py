@@ -61,11 +61,12 @@ class Setup:
         data_fingerprint: SHA-256 of the records that are trained on.
         digests: SHA-256 of model and data before the first step, by ``identity.digests``.
         layout: placement of the tensors on the processes that share the run.
-        evaluated: examples of the evaluations on the validation split, and their encoded rows.
+        evaluated: validation examples of the evaluations, and their encoded rows.
         prefix: cached outputs of the frozen blocks.
-        preconditioner: source of the preconditioner's moments, in words; "" if there is none.
-        noisy_matrices: weights whose gradients get LoRA's implicit noise, each with whether it is
-            stored transposed; empty for a run without this noise.
+        preconditioner: source of the preconditioner's moments, in words; "" if there is no
+            preconditioner.
+        noisy_matrices: name of each weight whose gradient gets LoRA's implicit noise -> whether the
+            weight is stored as (in, out); empty for a run without this noise.
     """
 
     config: TrainConfig
@@ -193,7 +194,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     Args:
         config: configuration of the run.
         seed: ``config.seed``, or the number that was drawn in its place.
-        request: use of the cache of the frozen blocks' outputs.
+        request: options of the cache of the frozen blocks' outputs.
 
     Raises:
         ValueError: if the run can't be made; the message is one line.
@@ -219,7 +220,7 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     preconditioner = ""
     if config.precondition != "none":
         preconditioner = add_preconditioner(model, tokenizer, task, max_length, config)
-        equalise(model)  # public sums may round differently on different ranks
+        equalise(model)  # sums of public gradients may round differently on different ranks
         require_independent_rows(model, tokenizer, task, max_length, config)
     identity = digests(model, tokenizer, rows)
     if task.warning:  # after all checks, so that an error is one line

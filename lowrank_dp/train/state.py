@@ -1,4 +1,4 @@
-"""State of a run between two steps: what a snapshot holds, and how it is packed and unpacked.
+"""State of a run between two steps, and the packing of this state into a snapshot.
 
 A snapshot holds the trained parameters, the optimizer's state, the running means, DiSK's last
 movement, the scales and moments of a preconditioner, the states of all generators, and the curve so
@@ -53,12 +53,12 @@ class State:
         sampler: generator of the Poisson samples, on the CPU.
         noise: generator of the DP noise, on the model's device.
         restorer: restorer of the noisy gradients, with their running means if the run has a filter.
-        look_ahead: DiSK's look-ahead, with the last movement of the weights.
+        look_ahead: look-ahead of DiSK, with the last movement of the weights.
         curve: evaluations so far.
         seconds, restore_seconds: wall-clock time spent in steps, and the part spent restoring.
         restarted: why the stream differs from the snapshot's, in words; empty if the streams
             are the same.
-        noisy_moments: moments of the noisy sums, for a preconditioner from them, or None.
+        noisy_moments: second moments for a preconditioner from noisy sums; None for other runs.
         checks: privacy checks of this process's steps, or None; not in a snapshot.
     """
 

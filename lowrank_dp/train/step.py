@@ -28,13 +28,13 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     """Take one step, which moves the model, the optimizer and ``state``.
 
     1. Sample: every unit of privacy takes part independently with probability ``sample_rate``.
-    2. Clip: the gradients of the sample's rows, each clipped to the norm C, are summed. DiSK takes
-       them ahead of the weights.
+    2. Clip: the gradients of the sample's rows, each clipped to the norm C, are summed. With DiSK,
+       the gradients are computed ahead of the weights.
     3. Noise: N(0, noise_std^2) is added to every entry. The noisy sum is the step's release.
     4. Restore: the noisy sums are averaged over steps, if the run has a filter, and the singular
        values of every matrix are restored.
-    5. Update: the optimizer steps along the restored sum over the expected batch size. A
-       NON-PRIVATE run may add LoRA's implicit noise to this mean gradient.
+    5. Update: the restored sum is divided by the expected batch size, and the optimizer takes a
+       step along this mean gradient. A NON-PRIVATE run may first add LoRA's implicit noise.
 
     Steps 4 and 5 read releases only, and are post-processing; an oracle scheme, which reads the
     clean sum, makes the run NON-PRIVATE.
