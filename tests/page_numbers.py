@@ -247,6 +247,7 @@ DEFINITIONS = {
         "simulated audits of tests/test_audit.py, and their nominal rate": "400 5%",
         "kurtosis 3 + 6/r, a formula": "6",
         "parameters of the larger models, in millions and billions": "110 270 0.5",
+        "bits of the weights of their builds": "4",
     },
 }
 
