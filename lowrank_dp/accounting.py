@@ -1,4 +1,4 @@
-"""Epsilon from noise multiplier, sampling rate and number of steps: upper bounds.
+"""Upper bounds on epsilon from noise multiplier, sampling rate and number of steps.
 
 A step takes a Poisson sample of rate q, sums contributions of norm at most 1, and adds
 N(0, noise_multiplier^2). Neighbours differ by adding or removing one unit. Epsilon is the smallest

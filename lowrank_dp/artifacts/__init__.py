@@ -1,4 +1,4 @@
-"""Everything that is written to disk: results, tables, figures and the folders of training runs.
+"""Files on disk: results with provenance, tables, figures, and the folders of training runs.
 
 A result is one frozen dataclass, saved as ``NAME.json`` (config, provenance, scalars) and
 ``NAME.npz`` (arrays). Every file is written beside its final name and then renamed, so a reader

@@ -1,4 +1,4 @@
-"""Tasks as immutable examples with stable ids, and the batches that a model takes.
+"""Tasks (benchmarks, or a user's own files) as immutable examples, and batches for a model.
 
 ``load_task("sst2").train`` is a tuple of :class:`Example`, whether the task comes from a local
 folder, the Hugging Face hub, the generator or a user's own files. :func:`encode` makes token rows

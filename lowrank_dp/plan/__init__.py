@@ -1,4 +1,4 @@
-"""Plan of a private run, before any privacy is spent: noise, visible rank, alignment, step costs.
+"""Plan of a run before it spends privacy: noise, visible rank, and what denoising could save.
 
 A plan is computed from public text, the model's weights and the noise level of the mechanism.
 """

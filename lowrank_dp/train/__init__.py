@@ -1,4 +1,4 @@
-"""Differentially private fine-tuning with restored gradients.
+"""Differentially private fine-tuning: loop and step of a run, and the snapshots to resume from.
 
 A step (:func:`take_step`) draws a Poisson sample, sums its clipped gradients, adds Gaussian noise,
 restores the singular values of each noisy matrix or of its running mean, and calls a torch
