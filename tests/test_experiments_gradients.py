@@ -144,18 +144,33 @@ def test_one_decomposition_measures_what_restoring_makes(source):
 def test_clean_sums_are_taken_once_and_nest(source, monkeypatch):
     fresh = dataclasses.replace(source, sums={})
     chosen = source.sample(1100, torch.Generator().manual_seed(GRADIENTS.seed + 1))
-    taken, real = [], gradients.GradientSource.clean_sum
-    monkeypatch.setattr(
-        gradients.GradientSource,
-        "clean_sum",
-        lambda self, indices: taken.append(len(indices)) or real(self, indices),
-    )
-    first = fresh.nested_sums([1100, 512])
-    again = fresh.nested_sums([1024, 1100])
+    taken, said, real = [], [], gradients.GradientSource._clean_sum
+
+    def counted(self, batches, *check_rows):
+        batches = list(batches)
+        taken.append(sum(len(batch["input_ids"]) for batch in batches))
+        return real(self, batches, *check_rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients.GradientSource, "_clean_sum", counted)
+        first = fresh.nested_sums([1100, 512], said.append)
+        again = fresh.nested_sums([1024, 1100])
     assert taken == [512, 512, 76, 512] and list(again) == [1024, 1100]
+    (line,) = said  # before the sums are there
+    count = 2 * -(-512 // GRADIENTS.micro_batch_size) + -(-76 // GRADIENTS.micro_batch_size)
+    assert line.startswith(f"gradients: the first of {count} micro-batches took "), line
     for size, sums in {**first, **again}.items():
-        for name, matrix in real(source, chosen[:size]).items():
+        for name, matrix in source.clean_sum(chosen[:size]).items():
             torch.testing.assert_close(sums[name], matrix, rtol=1e-4, atol=1e-4)
+
+    def broken(self, batches, *check_rows):
+        raise KeyboardInterrupt
+
+    fresh = dataclasses.replace(source, sums={512: first[512]})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gradients.GradientSource, "_clean_sum", broken)
+        fresh.nested_sums([1100])
+    assert list(fresh.sums) == [512]  # no sum of a part
 
 
 def test_alignment_orders_the_schemes(source):

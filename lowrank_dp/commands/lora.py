@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def main(
 
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import lora_noise
-    from lowrank_dp.experiments.gradients import GradientConfig, prepare
+    from lowrank_dp.experiments.gradients import GradientConfig, load_source, warm_up
 
     config = lora_noise.Config(
         gradients=GradientConfig(
@@ -82,8 +83,10 @@ def main(
         num_draws=asked.draws,
         vector_draws=asked.draws,
     )
-    source = prepare(config.gradients, asked.batch_size)
-    say(Console(stderr=True), f"measures: {source.description}")
+    source = load_source(config.gradients, asked.batch_size)
+    tell = functools.partial(say, Console(stderr=True))
+    tell(f"measures: {source.description}")
+    source.loss, source.warm_steps = warm_up(source, tell)
     result = lora_noise.run(config, source)
     if output is not None:
         artifacts.save_result(result, output, "lora", seed=asked.seed, device=asked.device)

@@ -89,7 +89,7 @@ def main(
     _say(f"measures: {source.description}")
     source.loss, source.warm_steps = warm_up(source, _say)
     config = spectra.Config(source.config, asked.batch_size, asked.noise_multiplier, asked.scheme)
-    result = spectra.run(config, source)
+    result = spectra.run(config, source, _say)
     if output is not None:
         from lowrank_dp.plots.spectra import plot_spectra
 

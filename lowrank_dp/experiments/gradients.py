@@ -6,6 +6,8 @@ NON-PRIVATE throughout: the warm-up has no noise, and the sums are read before n
 from __future__ import annotations
 
 import itertools
+import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -108,7 +110,68 @@ class GradientSource:
         ``check_rows`` is as in :func:`lowrank_dp.grads.clipped_sum`. The examination of a new model
         takes as long as the gradients of some dozen rows.
         """
-        batches = (batch for _, batch in self.batches(indices, self.config.micro_batch_size))
+        count = math.ceil(len(indices) / self.config.micro_batch_size)
+        batches = self._micro_batches(indices)
+        if count > 1:
+            batches = progress(batches, "clean gradients", total=count)
+        return self._clean_sum(batches, check_rows)
+
+    def nested_sums(
+        self, batch_sizes: Iterable[int], say: Callable[[str], None] | None = None
+    ) -> dict[int, dict[str, Tensor]]:
+        """Compute ``clean_sum`` for several batch sizes, in rising order. NON-PRIVATE.
+
+        Smaller batches are prefixes of the largest batch, which depends on the seed alone.
+        ``say`` receives one line after the first micro-batch: the longest possible time of all.
+        """
+        sizes = sorted(set(batch_sizes))
+        chosen = self.sample(sizes[-1], torch.Generator().manual_seed(self.config.seed + 1))
+        parts: list[tuple[int, int]] = []
+        done = {0, *self.sums}
+        for size in sizes:
+            if size not in done:
+                first = max(smaller for smaller in done if smaller < size)
+                parts += itertools.pairwise([*range(first, size, PART), size])
+                done.add(size)
+        total: dict[str, Tensor] = {}
+        stream = self._stream(parts, chosen, say)
+        for (start, stop), group in itertools.groupby(stream, key=operator.itemgetter(0)):
+            part = self._clean_sum(batch for _, batch in group)
+            total = self.sums.get(start, total if start else {})
+            total = {name: total[name] + part[name] if total else part[name] for name in part}
+            if stop in sizes:
+                self.sums[stop] = total
+        return {size: self.sums[size] for size in sizes}
+
+    def _stream(
+        self,
+        parts: Sequence[tuple[int, int]],
+        chosen: Sequence[int],
+        say: Callable[[str], None] | None,
+    ) -> Iterator[tuple[tuple[int, int], dict[str, Tensor]]]:
+        """Yield (part, micro-batch) over all parts of the rows ``chosen``, with one bar."""
+        count = sum(math.ceil((b - a) / self.config.micro_batch_size) for a, b in parts)
+        pairs = (
+            ((start, stop), batch)
+            for start, stop in parts
+            for batch in self._micro_batches(chosen[start:stop])
+        )
+        began = time.monotonic()
+        for done, pair in enumerate(progress(pairs, "clean gradients", total=count)):
+            if done == 1 and say is not None:  # the longest rows came first
+                seconds = time.monotonic() - began
+                say(
+                    f"gradients: the first of {count} micro-batches took {seconds:.1f} s, so that "
+                    f"all would take {count * seconds / 60:.1f} minutes"
+                )
+            yield pair
+
+    def _micro_batches(self, indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        return (batch for _, batch in self.batches(indices, self.config.micro_batch_size))
+
+    def _clean_sum(
+        self, batches: Iterable[dict[str, Tensor]], check_rows: bool = True
+    ) -> dict[str, Tensor]:
         sums, _ = clipped_sum_over(
             self.model,
             batches,
@@ -117,22 +180,6 @@ class GradientSource:
             check_rows=check_rows,
         )
         return {name: sums[name] for name in self.matrices}
-
-    def nested_sums(self, batch_sizes: Iterable[int]) -> dict[int, dict[str, Tensor]]:
-        """Compute ``clean_sum`` for several batch sizes, in rising order. NON-PRIVATE.
-
-        Smaller batches are prefixes of the largest batch, which depends on the seed alone.
-        """
-        sizes = sorted(set(batch_sizes))
-        chosen = self.sample(sizes[-1], torch.Generator().manual_seed(self.config.seed + 1))
-        for size in progress([size for size in sizes if size not in self.sums], "clean gradients"):
-            done = max((smaller for smaller in self.sums if smaller < size), default=0)
-            total = self.sums.get(done, {})
-            for start, stop in itertools.pairwise([*range(done, size, PART), size]):
-                part = self.clean_sum(chosen[start:stop])
-                total = {name: total[name] + part[name] if total else part[name] for name in part}
-            self.sums[size] = total
-        return {size: self.sums[size] for size in sizes}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[int]:
         """Draw ``batch_size`` distinct positions in ``rows``, uniformly; ValueError if too many."""
@@ -200,8 +247,9 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
 
     Args:
         source: the model and its rows.
-        say: function that receives lines of text: the plan before the warm-up, the longest possible
-            time after the first step, and a line if ``warm_loss`` was not reached.
+        say: function that receives lines of text: the plan before the warm-up (or before the loss
+            is computed), the longest possible time after the first step, and a line if
+            ``warm_loss`` was not reached.
 
     Returns:
         The running mean of the training loss in nats, and the number of steps. If ``warm_loss`` is
@@ -212,6 +260,7 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
     generator = torch.Generator().manual_seed(config.seed)
     if config.warm_loss is None:
         indices = source.sample(min(len(source.rows), 512), generator)
+        say(f"loss before any training: the mean over {len(indices)} examples")
         return mean_loss(source, indices), 0
     _validate.positive("warm_loss", config.warm_loss)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -265,8 +314,9 @@ def _autocast(config: GradientConfig) -> AbstractContextManager:
 @torch.no_grad()
 def mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
     """Return the mean loss in nats over the rows ``indices``, in the model's present mode."""
-    total = 0.0
-    for part, batch in source.batches(indices, source.config.micro_batch_size):
+    total, size = 0.0, source.config.micro_batch_size
+    batches = source.batches(indices, size)
+    for part, batch in progress(batches, "loss", total=math.ceil(len(indices) / size)):
         with _autocast(source.config):
             total += source.model(**batch).loss.item() * len(part)
     return total / len(indices)

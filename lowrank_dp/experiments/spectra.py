@@ -6,6 +6,7 @@ DP-SGD's noise, and restored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,14 +79,17 @@ class Result:
     actions: tuple[str, ...]
 
 
-def run(config: Config, source: GradientSource | None = None) -> Result:
+def run(
+    config: Config, source: GradientSource | None = None, say: Callable[[str], None] | None = None
+) -> Result:
     """Measure the spectra; a missing ``source`` is prepared.
 
+    ``say`` receives one line after the first micro-batch: the longest possible time of all.
     Raises ValueError, which names the layer, if a layer received no gradient.
     """
     source = source or prepare(config.gradients, config.batch_size)
     noise_std = config.noise_multiplier * config.gradients.max_grad_norm
-    clean = source.nested_sums([config.batch_size])[config.batch_size]
+    clean = source.nested_sums([config.batch_size], say)[config.batch_size]
     noisy = noisy_matrices(clean, noise_std, config.gradients.seed)
     rows = [
         _measure(name, clean[name], matrix, noise_std, config.scheme)
