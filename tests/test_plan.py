@@ -21,7 +21,7 @@ from lowrank_dp.plan.curvature import StepGain, slope_and_curvatures
 from lowrank_dp.plan.making import SCHEMES
 from lowrank_dp.plan.public_text import load_public_text
 from lowrank_dp.plan.request import Measurement
-from lowrank_dp.plan.trials import best_rate, steps_ratio
+from lowrank_dp.plan.trials import best_rate, measure_gap, steps_ratio
 from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig
@@ -230,6 +230,45 @@ def test_ratio_of_steps_is_that_of_curves_of_one_shape():
     for step, change in ((2, -0.6), (30, 0.3)):  # one step that is lucky, or ends badly
         noisy = [value + change * (i == step) for i, value in enumerate(fast)]
         assert steps_ratio(noisy, fast) == pytest.approx(1.0, rel=0.05), step
+
+
+class Bowl:
+    """Text of 40 rows whose gradients all point from ``w`` to one point and are clipped."""
+
+    kind, prefix, rows = "regression", None, range(40)
+
+    def __init__(self):
+        self.w = torch.nn.Parameter(torch.zeros(5))
+        self.target, self.trained, self.asked = torch.linspace(1, 2, 5), {"w": self.w}, []
+
+    def model(self, **batch):
+        return SimpleNamespace(loss=(self.w - self.target).square().mean())
+
+    def batches(self, chosen):
+        return [{"input_ids": list(chosen)}]
+
+    def clipped_sum(self, chosen, max_grad_norm):
+        self.asked.append(chosen)
+        away = (self.w - self.target).detach()
+        return {"w": len(chosen) * max_grad_norm * away / away.norm()}
+
+
+def test_short_trainings_leave_the_held_out_rows_and_scale_with_the_clipping_norm():
+    """SGD at rate / C on gradients and noise of C takes the steps of rate on those of 1."""
+    for optimizer in ("sgd", "adam"):
+        of_one, of_quarter = (
+            measure_gap((text := Bowl()), optimizer, 0.05 * c, c, steps=4, rows=8).trials
+            for c in (1.0, 0.25)
+        )
+        for row in text.asked:
+            assert len({*row}) == 8 and 20 <= min(row) <= max(row) < 40  # 20 rows are held out
+        assert len({i for row in text.asked for i in row}) > 8
+        for one, quarter in zip(of_one, of_quarter, strict=True):
+            unit = 0.25 if one.name.startswith("SGD") else 1.0
+            with case(one.name, optimizer):
+                assert [rate * unit for rate in quarter.rates] == pytest.approx(one.rates)
+                np.testing.assert_allclose(quarter.scores, one.scores, rtol=1e-4)
+                assert one.scores[0] > min(one.scores)
 
 
 @pytest.fixture(scope="module")
