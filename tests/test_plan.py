@@ -415,6 +415,9 @@ def test_plans_of_own_spectra_agree_with_measured_alignment():
     own = np.abs(plan_check.errors(result)[-1])
     assert own.shape == (1, 2, len(SCHEMES), 2)
     assert own.mean() < 0.02 and own.max() < 0.1
+    # public text of the task's own name is its validation split
+    assert result.texts == ("generated", "generated") and result.losses[0] != result.losses[1]
+    assert (result.predicted[0] != result.predicted[1]).any()
     assert "generated itself (NON-PRIVATE)" in " ".join(plan_check.headline(result))
     columns, rows = plan_check.table(result)
     assert len(rows) == 2 * len(SCHEMES) and {len(row) for row in rows} == {len(columns)}
