@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from lowrank_dp import artifacts, figures, lora, theory
-from lowrank_dp.experiments import noisy_projection, noisy_release, noisy_trained
+from lowrank_dp.experiments import noisy_pooler, noisy_projection, noisy_release, noisy_trained
 from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.experiments.noisy_pooler import TrainedConfig
 from lowrank_dp.experiments.noisy_release import MECHANISMS, NOISE_PROJECT, PROJECT_NOISE
@@ -255,6 +255,35 @@ def test_utility_is_that_of_whole_vectors_and_its_noise_suffices_for_every_width
         for found, values in ((cosine, cosines), (error, errors)):
             want = np.mean(values[:2]), values[2]
             np.testing.assert_allclose(found[i, 0, 0], want, rtol=1e-3, err_msg=mechanism)
+
+
+def test_every_arm_is_attacked_at_its_rate_of_least_held_out_loss(monkeypatch):
+    rates, asked = (0.1, 1.0, 3.0), []
+    config = TrainedConfig(ranks=(2, 4), learning_rates=rates, num_steps=5)
+    best = {(arm, rank): (i + rank // 2) % 3 for i, arm in enumerate(ARMS) for rank in (2, 4)}
+
+    def utility(arm, rank, *given):
+        return [float(i != best[arm, rank]) for i in range(3)], [0.0, 0.5, 1.0]
+
+    def attack(arm, rank, config, data, sigma, rate, generator):
+        asked.append((arm, rank, sigma, rate))
+        return rate, 0.0, 1.0
+
+    layer = tiny_layer(m=5, n=6)[0]
+    held_out = drawn(4, 6, seed=9), torch.tensor([0, 1, 2, 0])
+    data = SimpleNamespace(layer=layer, clip=0.5, held_out=held_out)
+    monkeypatch.setattr(noisy_pooler, "_read", lambda *given: data)
+    monkeypatch.setattr(noisy_pooler, "_utility", utility)
+    monkeypatch.setattr(noisy_pooler, "_attack", attack)
+    found = noisy_pooler.measure(config, None, 1e-5, seeded())
+    sigma = GaussianMechanism.calibrate(config.epsilon, 1e-5, 5, 1.0).noise_multiplier
+    for i, arm in enumerate(ARMS):
+        for k, rank in enumerate(config.ranks):
+            want = rates[best[arm, 2 if arm == FULL else rank]]
+            assert found["learning_rate"][i, k] == found["trained_auc"][i, k, 0] == want
+            assert (arm, rank, sigma, want) in asked or (arm == FULL and rank == 4)
+            assert ((arm, rank, 0.0, want) in asked) == (arm == LORA)
+    assert len(asked) == 2 * len(ARMS) - 1 + 2  # full fine-tuning once, and two without noise
 
 
 @pytest.fixture(scope="module")
