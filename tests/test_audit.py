@@ -19,10 +19,12 @@ from lowrank_dp.audit.bounds import (
     run_log_ratio,
     threshold_bound,
 )
+from lowrank_dp.audit.scales import ExpectedScales
 from lowrank_dp.audit.stepping import Record
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia.epsilon import one_run_epsilon
+from lowrank_dp.models.scaled import scale_layers, unit_scale
 from tests.oracles import assert_refused
 from tests.planted_bugs import BUGS
 from tests.tasks import case, run_main, train_words
@@ -565,6 +567,18 @@ def test_canaries_are_units_of_the_run_and_of_one_length(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process, not by torchrun"):
         canaries.open_audit(config, 3)
+
+
+def test_a_scale_that_differs_is_seen_in_any_layer():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    scale_layers(model, {name: unit_scale(model[int(name)].weight) for name in ("0", "1")})
+    expected = ExpectedScales(model, SimpleNamespace(precondition="generated"))
+    assert expected.deviation() == 0
+    for layer in model:
+        for scale in (layer.row_scale, layer.col_scale):
+            scale[1] *= 0.97
+            assert expected.deviation() == pytest.approx(0.03, rel=1e-4)
+            scale[1] /= 0.97
 
 
 def test_derivatives_along_a_release_are_inner_products_with_gradients(config):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import inspect
 import math
 
 import numpy as np
@@ -191,6 +192,12 @@ def test_moments_and_scales_are_those_of_numpy():
                 np.testing.assert_allclose(outer(scales[name]).numpy(), want, rtol=1e-12)
     equal = joint_scales(moments, 0.25, equal_rows=("a",))["a"]
     assert float(equal.row.max()) == float(equal.row.min()) and float(equal.col.std()) > 0
+
+
+def test_the_power_has_one_default_wherever_it_is_given():
+    doors = (joint_scales, attach_preconditioner)
+    found = {inspect.signature(door).parameters["power"].default for door in doors}
+    assert found == {TrainConfig.precondition_power} == {0.125}
 
 
 def test_scales_of_dead_rows_and_dead_matrices_stay_bounded():
