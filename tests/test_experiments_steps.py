@@ -126,6 +126,8 @@ def test_steps_of_a_made_up_sweep(swept, tmp_path):
     found = steps.steps_to(result, 0.9)
     assert {arm: found[i].tolist() for i, arm in enumerate(result.arms)} == want
     np.testing.assert_array_equal(steps.seconds_to(result, 0.9), 2 * found)
+    last = {"loss": [1.0] * 3, "accuracy": [0.9] * 3}  # after the jump of every run
+    assert result.final == dict.fromkeys(CONFIG.arms, last)
 
     # DP-Adam 3, 4, 3; DP-SGD 4, 5, 4; noise-free Adam 1, 2, 1; the arms 3, 4, 3 and 8, 9, 8
     for arm, baseline, saved, share in (
