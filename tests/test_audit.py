@@ -557,6 +557,8 @@ def test_canaries_are_units_of_the_run_and_of_one_length(config, monkeypatch):
     assert len({len(row["input_ids"]) for row in rows}) == 1
     assert len({tuple(row["input_ids"]) for row in rows}) == 3
     assert audited.sample_rate == setup.mechanism.sample_rate == 10 / 43
+    random = np.random.default_rng(0)
+    assert {canaries._canary(setup, random)["labels"] for _ in range(20)} == {0, 1}
     for name, also in (
         ("non_private", {"noise_multiplier": None}),
         ("noise_free", {"noise_multiplier": None}),
