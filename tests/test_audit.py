@@ -19,10 +19,12 @@ from lowrank_dp.audit.bounds import (
     run_log_ratio,
     threshold_bound,
 )
+from lowrank_dp.audit.scales import ExpectedScales
 from lowrank_dp.audit.stepping import Record
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia.epsilon import one_run_epsilon
+from lowrank_dp.models.scaled import scale_layers, unit_scale
 from tests.oracles import assert_refused
 from tests.planted_bugs import BUGS
 from tests.tasks import case, run_main, train_words
@@ -254,6 +256,87 @@ def test_tests_of_single_steps_see_what_is_there():
     assert (tp, fp) == (n1, 0)  # without noise the test is never wrong
 
 
+def test_a_test_of_one_canary_is_the_likelihood_ratio_of_the_densities():
+    """Against densities of whole vectors, whose variances come from the noise of the first steps.
+
+    Tensor "a" has a hundred times the claimed variance and "b" the claimed one, within chance.
+    """
+    random, sizes, first = np.random.default_rng(11), np.array([6, 5]), 3
+    scale = np.repeat([10.0, 1.0], sizes)
+    noise = random.normal(size=(first + 40, 11)) * scale  # in units of sigma C
+    canary = random.normal(size=(len(noise), 11))
+    canary[:, 6:] *= 0.3  # both tensors matter to the ratio
+    parts = slice(0, 6), slice(6, 11)
+    squares, gram, products = (
+        np.array([[(x[s] * y[s]).sum() for s in parts] for x, y in zip(one, other, strict=True)])
+        for one, other in ((noise, noise), (canary, canary), (canary, noise))
+    )
+    found = sums.step_trials(
+        gram[..., None, None], products[..., None], squares, sizes.astype(float), 0.5, first,
+        np.random.default_rng(0),
+    )  # fmt: skip
+    deviation = np.repeat([math.sqrt(squares[:first, 0].sum() / (first * 6)), 1.0], sizes)
+    coins, counts = np.random.default_rng(0), np.zeros(4, dtype=int)
+    for z, c in zip(noise[first:], canary[first:] / 0.5, strict=True):
+        is_in = coins.random(1)[0] < 0.5
+        ratio = stats.norm.logpdf(z + is_in * c, c, deviation).sum()
+        ratio -= stats.norm.logpdf(z + is_in * c, 0, deviation).sum()
+        counts += np.array([is_in and ratio > 0, is_in, not is_in and ratio > 0, not is_in])
+    assert found == tuple(counts) and 0 < counts[2] and counts[0] < counts[1]
+
+
+def audited_units(num_units, num_canaries, seed=0):
+    """What the designs read of an audited run whose steps a test replaces."""
+    units = [[i] for i in range(num_units + num_canaries)]
+    return SimpleNamespace(
+        setup=SimpleNamespace(unit_rows=units),
+        canaries=tuple(range(num_units, num_units + num_canaries)),
+        delta=DELTA,
+        sample_rate=RATE,
+        generator=np.random.default_rng(seed),
+    )
+
+
+def test_scores_of_one_run_share_the_tail_and_point_to_the_canaries_that_were_in(monkeypatch):
+    """Design weights, with losses that fall for the canaries of the run."""
+    audited, seen = audited_units(30, 60), {}
+
+    def steps(audited, observer_of, run, units):
+        projection = observer_of(None, SimpleNamespace(look_ahead=None))
+        seen["in"] = np.array([[c] in units for c in audited.canaries])
+        assert [unit for unit in units if unit[0] < 30] == audited.setup.unit_rows[:30]
+        projection.scores = seen["in"] - 0.0
+
+    def losses(audited):
+        return 3.0 - 2.0 * seen["in"] if seen else np.full(60, 3.0)
+
+    monkeypatch.setattr(weights, "take_steps", steps)
+    monkeypatch.setattr(weights, "_losses", losses)
+    outcome = weights.audit_weights(audited, Design("weights", canaries=60, confidence=0.9))
+    coins = np.random.default_rng(0).random(60) < 0.5
+    np.testing.assert_array_equal(seen["in"], coins)
+    guesses = weights.guesses_of(60)  # all are right
+    expected = one_run_epsilon(60, guesses, guesses, delta=DELTA, confidence=0.95)
+    assert [bound.epsilon for bound in outcome.bounds] == [expected] * 2 and expected > 1
+
+
+def test_a_run_without_the_canary_lacks_no_record(monkeypatch):
+    """Design runs: the coin takes the canary out, which is the last unit."""
+    audited, seen = audited_units(5, 1), []
+
+    def steps(audited, observer_of, run, units):
+        observer = observer_of(None, None)
+        seen.append([5] in units)
+        assert units == audited.setup.unit_rows[: 5 + seen[-1]]
+        observer.values, observer.shifts = [30.0 * seen[-1]], [30.0]
+
+    monkeypatch.setattr(runs, "take_steps", steps)
+    (bound,) = runs.audit_runs(audited, Design("runs", runs=40)).bounds
+    coins = np.random.default_rng(0).random(40) < 0.5
+    assert seen[:4] == [True, True, False, False] and seen[4:] == coins[4:].tolist()
+    assert bound.epsilon > 0.5
+
+
 def test_one_run_bounds_of_correct_runs_exceed_the_claim_at_no_more_than_their_rate():
     """For design weights, scores follow the exact law of sums with known other contributions."""
     random, wrong, steps = np.random.default_rng(4), 0, 4
@@ -365,6 +448,14 @@ def test_each_law_sees_its_fault():
     assert laws.noise_bits(np.array([100, 110]), 1000, 0.05).passed
 
 
+def test_samples_in_common_are_counted_in_pairs_that_do_not_overlap():
+    samples = [np.arange(a, a + 6) for a in (0, 3, 3, 20, 0)]  # a last sample has no partner
+    line = laws.sampling_overlap(samples, RATE, 0.05)
+    assert line.seen == "0.25"  # 3 of 6, and 0 of 6
+    test = [stats.binomtest(3, 12, RATE, side).pvalue for side in ("less", "greater")]
+    assert line.p_value == pytest.approx(min(1.0, 2 * min(test)))
+
+
 def spoilt(bad, noise):
     return [*noise[:2], bad * noise[2]]
 
@@ -430,6 +521,27 @@ def test_power_is_that_of_simulated_audits():
     assert power.smallest_factor(lambda f: np.array([True])) == 1.0
 
 
+def test_power_of_the_bound_is_that_of_audits_with_less_noise():
+    """At the factor, the noise of a run gives a bound above epsilon with the stated probability."""
+    audited = SimpleNamespace(
+        setup=SimpleNamespace(config=SimpleNamespace(steps=STEPS)),
+        sample_rate=RATE,
+        delta=DELTA,
+        noise_multiplier=SIGMA,
+    )
+    design, trials, entries = Design("sums"), 2000, np.array([30.0, 200.0])
+    rate = rate_bound(int(RATE * trials), trials, 0.05 * sums.TAILS["rate"])
+    needed = 1.5 / SIGMA
+    epsilon = run_epsilon(needed, rate, STEPS, DELTA)
+    factor = power._law_bound_factor(audited, design, epsilon, entries, trials)
+    squares = np.random.default_rng(12).chisquare(entries, size=(1000, 2)) / factor**2
+    part = np.sqrt(entries / 230)
+    found = [law_bound(s, entries, part, SIGMA, 0.05 * sums.TAILS["law"]) > needed for s in squares]
+    # the factor itself comes from 100 draws
+    assert np.mean(found) == pytest.approx(power.POWER, abs=5 * math.sqrt(0.16 / 100))
+    assert power._law_bound_factor(audited, design, 1e6, entries, trials) is None
+
+
 # Canaries and runs -------------------------------------------------------------------------------
 
 
@@ -445,6 +557,8 @@ def test_canaries_are_units_of_the_run_and_of_one_length(config, monkeypatch):
     assert len({len(row["input_ids"]) for row in rows}) == 1
     assert len({tuple(row["input_ids"]) for row in rows}) == 3
     assert audited.sample_rate == setup.mechanism.sample_rate == 10 / 43
+    random = np.random.default_rng(0)
+    assert {canaries._canary(setup, random)["labels"] for _ in range(20)} == {0, 1}
     for name, also in (
         ("non_private", {"noise_multiplier": None}),
         ("noise_free", {"noise_multiplier": None}),
@@ -455,6 +569,18 @@ def test_canaries_are_units_of_the_run_and_of_one_length(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process, not by torchrun"):
         canaries.open_audit(config, 3)
+
+
+def test_a_scale_that_differs_is_seen_in_any_layer():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    scale_layers(model, {name: unit_scale(model[int(name)].weight) for name in ("0", "1")})
+    expected = ExpectedScales(model, SimpleNamespace(precondition="generated"))
+    assert expected.deviation() == 0
+    for layer in model:
+        for scale in (layer.row_scale, layer.col_scale):
+            scale[1] *= 0.97
+            assert expected.deviation() == pytest.approx(0.03, rel=1e-4)
+            scale[1] /= 0.97
 
 
 def test_derivatives_along_a_release_are_inner_products_with_gradients(config):

@@ -169,6 +169,19 @@ def every_fifth(noise, step, memory):
     return memory[step - 5] if step >= 5 else noise
 
 
+def test_a_tensor_that_repeats_one_of_its_last_four_steps_is_seen():
+    """A bias, none of whose entries are among those that are kept for the whole run."""
+    for lag in (1, 2, 3, 4):
+
+        def repeats(noise, step, memory, lag=lag):
+            memory[step] = memory[step - lag] if step >= lag else noise["bias"]
+            return {**noise, "bias": memory[step]}
+
+        seen, message = steps_until(repeats, lag + 3)
+        when = "the step before" if lag == 1 else f"{lag} steps before"
+        assert seen <= lag + 3 and message.startswith(f"noise of bias repeats that of {when}"), lag
+
+
 @pytest.mark.slow
 def test_two_entries_are_enough_within_some_steps():
     for change, most, words in (

@@ -283,3 +283,28 @@ def test_a_direction_of_zeros_counts_as_the_least_factor():
     np.testing.assert_allclose(np.exp(logs), 1 / verdicts.LIMIT)
     nothing = planted({"noisy": 0.0})  # without predicted falls there is nothing to compare
     assert judged(nothing)[0] == "undecided"
+
+
+def test_matrices_count_in_a_factor_where_both_gains_are_usable():
+    """Against a loop; some curvatures are negative, and one case has one matrix less."""
+    generator = np.random.default_rng(1)
+    shape = (2, 3, 3, 2, 4, 5)
+    gain, bend = generator.uniform(0.5, 2, shape), generator.uniform(0.5, 2, shape)
+    bend[generator.random(shape) < 0.2] = -1.0
+    for values in (gain, bend):
+        values[1, ..., 3, :] = np.nan
+    slope = np.sqrt(2 * np.abs(bend) * gain)
+    result = dataclasses.replace(
+        planted({}), layer_gain=gain, layer_slope=slope, layer_curvature=bend
+    )
+    found = verdicts.layer_factors(result)
+    assert found.shape == (2, 3, 3, 5)
+    noisy = noise_cost_directions.LAYER_DIRECTIONS.index("noisy")
+    for k, s, w, d in np.ndindex(found.shape):
+        over = under = 0.0
+        for n, i in np.ndindex(2, 4):
+            at = k, s, w, n, i
+            if bend[(*at, d)] > 0 and bend[(*at, noisy)] > 0:
+                over, under = over + gain[(*at, d)], under + gain[(*at, noisy)]
+        np.testing.assert_allclose(found[k, s, w, d], np.log(over / under), err_msg=f"{k, s, w, d}")
+    np.testing.assert_allclose(found[..., noisy], 0.0, atol=1e-12)

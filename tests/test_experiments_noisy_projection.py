@@ -1,6 +1,7 @@
 """Noisy projections: scores and training against slow definitions, and one tiny whole run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +9,13 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from lowrank_dp import artifacts, figures, lora
-from lowrank_dp.experiments import noisy_projection, noisy_release, noisy_trained
+from lowrank_dp import artifacts, figures, lora, theory
+from lowrank_dp.experiments import noisy_pooler, noisy_projection, noisy_release, noisy_trained
 from lowrank_dp.experiments.gradients import GradientConfig, prepare
 from lowrank_dp.experiments.noisy_pooler import TrainedConfig
 from lowrank_dp.experiments.noisy_release import MECHANISMS, NOISE_PROJECT, PROJECT_NOISE
 from lowrank_dp.experiments.noisy_trained import ARMS, FULL, LORA, Adapter, Layer
-from lowrank_dp.mechanism import NON_PRIVATE
+from lowrank_dp.mechanism import NON_PRIVATE, GaussianMechanism
 from tests.tasks import seeded
 
 TINY = replace(
@@ -214,6 +215,75 @@ def test_noise_of_the_steps_adds_up_and_the_score_points_to_the_member():
         with_, without = ends[:1], ends[1:]
         assert noisy_trained.attack_score(with_, without, with_) > 0, arm
         assert noisy_trained.attack_score(without, without, with_) < 0, arm
+
+
+def test_utility_is_that_of_whole_vectors_and_its_noise_suffices_for_every_width():
+    """Two layers, released by hand with the same draws; every layer's sigma_A meets delta."""
+    clean = {"wide": drawn(3, 40, seed=1).float(), "narrow": 5 * drawn(2, 6, seed=2).float()}
+    config = replace(TINY, ranks=(2,), epsilons=(1.0,), utility_batch=4)
+    sigma = GaussianMechanism.calibrate(1.0, config.delta, 1, 1.0).noise_multiplier
+    source = SimpleNamespace(nested_sums=lambda sizes: {4: clean})
+    cosine, error = noisy_projection._utility(config, source, np.array([sigma]), seeded(3))
+    sigma_a = theory.noise_projection_multiplier(1.0, config.delta, 2, 6)
+    for g in clean.values():  # the projection of a record keeps more of it where rows are short
+        delta = theory.noise_projection_delta(1.0, sigma_a, 2, g.shape[1])
+        assert delta <= config.delta * (1 + 1e-6), g.shape
+    generator, made = seeded(3), {mechanism: [] for mechanism in MECHANISMS}
+    for g in clean.values():
+        noise = torch.randn(g.shape, generator=generator)
+        a = lora.draw_a(2, g.shape[1], generator=generator)
+        w = a.T @ a
+        largest = float(torch.linalg.eigvalsh(w)[-1])
+        for mechanism, released in zip(
+            MECHANISMS,
+            (
+                g + sigma * noise,
+                g @ w + sigma * largest * noise,
+                (g + sigma * noise) @ w,
+                (g + sigma_a * noise) @ w,
+            ),
+            strict=True,
+        ):
+            made[mechanism].append(released.flatten().double().numpy())
+    truth = [g.flatten().double().numpy() for g in clean.values()]
+    for i, mechanism in enumerate(MECHANISMS):
+        whole = [[*made[mechanism], np.concatenate(made[mechanism])], [*truth, np.hstack(truth)]]
+        cosines = [
+            m @ g / np.linalg.norm(m) / np.linalg.norm(g) for m, g in zip(*whole, strict=True)
+        ]
+        errors = [np.linalg.norm(m - g) / np.linalg.norm(g) for m, g in zip(*whole, strict=True)]
+        for found, values in ((cosine, cosines), (error, errors)):
+            want = np.mean(values[:2]), values[2]
+            np.testing.assert_allclose(found[i, 0, 0], want, rtol=1e-3, err_msg=mechanism)
+
+
+def test_every_arm_is_attacked_at_its_rate_of_least_held_out_loss(monkeypatch):
+    rates, asked = (0.1, 1.0, 3.0), []
+    config = TrainedConfig(ranks=(2, 4), learning_rates=rates, num_steps=5)
+    best = {(arm, rank): (i + rank // 2) % 3 for i, arm in enumerate(ARMS) for rank in (2, 4)}
+
+    def utility(arm, rank, *given):
+        return [float(i != best[arm, rank]) for i in range(3)], [0.0, 0.5, 1.0]
+
+    def attack(arm, rank, config, data, sigma, rate, generator):
+        asked.append((arm, rank, sigma, rate))
+        return rate, 0.0, 1.0
+
+    layer = tiny_layer(m=5, n=6)[0]
+    held_out = drawn(4, 6, seed=9), torch.tensor([0, 1, 2, 0])
+    data = SimpleNamespace(layer=layer, clip=0.5, held_out=held_out)
+    monkeypatch.setattr(noisy_pooler, "_read", lambda *given: data)
+    monkeypatch.setattr(noisy_pooler, "_utility", utility)
+    monkeypatch.setattr(noisy_pooler, "_attack", attack)
+    found = noisy_pooler.measure(config, None, 1e-5, seeded())
+    sigma = GaussianMechanism.calibrate(config.epsilon, 1e-5, 5, 1.0).noise_multiplier
+    for i, arm in enumerate(ARMS):
+        for k, rank in enumerate(config.ranks):
+            want = rates[best[arm, 2 if arm == FULL else rank]]
+            assert found["learning_rate"][i, k] == found["trained_auc"][i, k, 0] == want
+            assert (arm, rank, sigma, want) in asked or (arm == FULL and rank == 4)
+            assert ((arm, rank, 0.0, want) in asked) == (arm == LORA)
+    assert len(asked) == 2 * len(ARMS) - 1 + 2  # full fine-tuning once, and two without noise
 
 
 @pytest.fixture(scope="module")

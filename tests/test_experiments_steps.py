@@ -126,6 +126,8 @@ def test_steps_of_a_made_up_sweep(swept, tmp_path):
     found = steps.steps_to(result, 0.9)
     assert {arm: found[i].tolist() for i, arm in enumerate(result.arms)} == want
     np.testing.assert_array_equal(steps.seconds_to(result, 0.9), 2 * found)
+    last = {"loss": [1.0] * 3, "accuracy": [0.9] * 3}  # after the jump of every run
+    assert result.final == dict.fromkeys(CONFIG.arms, last)
 
     # DP-Adam 3, 4, 3; DP-SGD 4, 5, 4; noise-free Adam 1, 2, 1; the arms 3, 4, 3 and 8, 9, 8
     for arm, baseline, saved, share in (
@@ -368,7 +370,9 @@ def test_a_bound_does_not_settle_whether_a_gap_is_worth_closing(swept):
     assert rows[0][columns.index(f"steps to 90%, {gap.BASELINES[0]}")].startswith("no run, ")
 
 
-def test_bad_configurations_of_both(tmp_path):
+def test_bad_configurations_of_both(tmp_path, monkeypatch):
+    # a configuration that is accepted fails at once, and not after a sweep
+    monkeypatch.setattr(tuning, "tune_by_sweep", lambda *given: pytest.fail("was accepted"))
     for change, words in (
         ({"tuning_seeds": (1000,)}, "two or more different seeds"),
         ({"tuning_seeds": (1000, 1000)}, "two or more different seeds"),

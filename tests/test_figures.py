@@ -249,6 +249,21 @@ def test_another_task_model_scale_or_seed_is_a_trial_in_a_folder_of_its_own(
     assert config["gradients"]["task"] == "generated"  # replaced on purpose
 
 
+def test_trials_that_differ_in_one_option_never_share_a_folder(tmp_path):
+    first = {"task": "sst2", "model": "tiny", "seed": 0, "device": "cpu"}
+    requests = [("small", first), ("full", first)] + [
+        ("small", first | change)
+        for change in ({"task": "cola"}, {"model": "minilm"}, {"seed": 1}, {"device": "cuda"})
+    ]
+    folders = {
+        places.trial_folder(
+            "spectra", places.Request(scale, changes, frozenset(), ("spectra",), tmp_path / "a")
+        )
+        for scale, changes in requests
+    }
+    assert len(folders) == len(requests) and {f.parent for f in folders} == {tmp_path / "trials"}
+
+
 def test_the_same_options_on_another_model_or_data_are_a_trial(monkeypatch, tmp_path, capsys):
     """A config can leave the model to what is installed: without MiniLM, the tiny model runs."""
     monkeypatch.chdir(tmp_path)

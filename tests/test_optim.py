@@ -17,6 +17,7 @@ from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 from opacus.schedulers import ExponentialNoise
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from safetensors.torch import load, save
+from scipy import stats
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -529,6 +530,9 @@ def test_the_floor_on_the_norm_is_never_crossed_by_noise():
         norms = torch.randn(20_000, entries, generator=generator).norm(dim=1)
         assert least_norm(entries) < float(norms.min())
     assert least_norm(10**8) == pytest.approx(0.9e4, rel=1e-3)
+    # nine tenths of a norm that noise falls below once in 1e12 draws
+    for entries in (1, 2, 30, 1000):
+        assert stats.chi(entries).cdf(least_norm(entries) / 0.9) == pytest.approx(1e-12, rel=1e-6)
 
 
 def test_a_closure_is_refused():

@@ -21,7 +21,7 @@ from lowrank_dp.plan.curvature import StepGain, slope_and_curvatures
 from lowrank_dp.plan.making import SCHEMES
 from lowrank_dp.plan.public_text import load_public_text
 from lowrank_dp.plan.request import Measurement
-from lowrank_dp.plan.trials import best_rate, steps_ratio
+from lowrank_dp.plan.trials import best_rate, measure_gap, steps_ratio
 from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig
@@ -235,6 +235,45 @@ def test_ratio_of_steps_is_that_of_curves_of_one_shape():
         assert steps_ratio(noisy, fast) == pytest.approx(1.0, rel=0.05), step
 
 
+class Bowl:
+    """Text of 40 rows whose gradients all point from ``w`` to one point and are clipped."""
+
+    kind, prefix, rows = "regression", None, range(40)
+
+    def __init__(self):
+        self.w = torch.nn.Parameter(torch.zeros(5))
+        self.target, self.trained, self.asked = torch.linspace(1, 2, 5), {"w": self.w}, []
+
+    def model(self, **batch):
+        return SimpleNamespace(loss=(self.w - self.target).square().mean())
+
+    def batches(self, chosen):
+        return [{"input_ids": list(chosen)}]
+
+    def clipped_sum(self, chosen, max_grad_norm):
+        self.asked.append(chosen)
+        away = (self.w - self.target).detach()
+        return {"w": len(chosen) * max_grad_norm * away / away.norm()}
+
+
+def test_short_trainings_leave_the_held_out_rows_and_scale_with_the_clipping_norm():
+    """SGD at rate / C on gradients and noise of C takes the steps of rate on those of 1."""
+    for optimizer in ("sgd", "adam"):
+        of_one, of_quarter = (
+            measure_gap((text := Bowl()), optimizer, 0.05 * c, c, steps=4, rows=8).trials
+            for c in (1.0, 0.25)
+        )
+        for row in text.asked:
+            assert len({*row}) == 8 and 20 <= min(row) <= max(row) < 40  # 20 rows are held out
+        assert len({i for row in text.asked for i in row}) > 8
+        for one, quarter in zip(of_one, of_quarter, strict=True):
+            unit = 0.25 if one.name.startswith("SGD") else 1.0
+            with case(one.name, optimizer):
+                assert [rate * unit for rate in quarter.rates] == pytest.approx(one.rates)
+                np.testing.assert_allclose(quarter.scores, one.scores, rtol=1e-4)
+                assert one.scores[0] > min(one.scores)
+
+
 @pytest.fixture(scope="module")
 def plan():
     """Return a plan of a short run of the tiny model, with its trials."""
@@ -379,6 +418,9 @@ def test_plans_of_own_spectra_agree_with_measured_alignment():
     own = np.abs(plan_check.errors(result)[-1])
     assert own.shape == (1, 2, len(SCHEMES), 2)
     assert own.mean() < 0.02 and own.max() < 0.1
+    # public text of the task's own name is its validation split
+    assert result.texts == ("generated", "generated") and result.losses[0] != result.losses[1]
+    assert (result.predicted[0] != result.predicted[1]).any()
     assert "generated itself (NON-PRIVATE)" in " ".join(plan_check.headline(result))
     columns, rows = plan_check.table(result)
     assert len(rows) == 2 * len(SCHEMES) and {len(row) for row in rows} == {len(columns)}
@@ -420,7 +462,7 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
     fresh = replace(config, base=replace(config.base, task="table"), batch_sizes=(64,))
     fresh = replace(fresh, epsilons=(8.0,))
     second = replace(result, config=fresh, private=private[:, :1, 1:], ceiling=ceiling[:, :1] * 1.0)
-    made = iter([2.0, None, 1.0, 1.6, 3.0, 2.1, 1.9, 1.4])
+    made = iter([2.0, None, 1.0, 1.6, 3.0, 2.1, 1.9, 1.0])
     asked = []
 
     def make_plan(run, measurement):
@@ -434,9 +476,10 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
     assert check.settings[3] == "table, last block, B = 64, epsilon 8"
     measured = float(gap.ratios(result)["noise, DP-Adam"].value[0, 0, 0])
     assert measured > 1.5 and check.measured == pytest.approx([measured] * 4)
-    np.testing.assert_allclose(check.errors[1, :, 0], np.array([3.0, 2.1, 1.9, 1.4]) / measured - 1)
+    np.testing.assert_allclose(check.errors[1, :, 0], np.array([3.0, 2.1, 1.9, 1.0]) / measured - 1)
     lines = plan_gap.headline(check)
-    within = [abs(one / measured - 1) <= 0.3 for one in (3.0, 2.1, 1.9, 1.4)]
+    within = [abs(one / measured - 1) <= 0.3 for one in (3.0, 2.1, 1.9, 1.0)]
+    assert within == [False, True, True, False]  # too high, and too low
     assert lines[f"predictions within 30%, {plan_gap.OWN}"].startswith(f"{sum(within)} of 4;")
     assert "1 without a ratio" in lines["predictions within 30%, public generated text"]
     artifacts.save_result(check, tmp_path, "plan_gap")

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import inspect
 import math
 
 import numpy as np
@@ -39,6 +40,7 @@ from lowrank_dp.precondition import (
     refresh_scales,
     second_moment,
 )
+from lowrank_dp.precondition.public import _order as step_rows
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
@@ -192,6 +194,12 @@ def test_moments_and_scales_are_those_of_numpy():
     assert float(equal.row.max()) == float(equal.row.min()) and float(equal.col.std()) > 0
 
 
+def test_the_power_has_one_default_wherever_it_is_given():
+    doors = (joint_scales, attach_preconditioner)
+    found = {inspect.signature(door).parameters["power"].default for door in doors}
+    assert found == {TrainConfig.precondition_power} == {0.125}
+
+
 def test_scales_of_dead_rows_and_dead_matrices_stay_bounded():
     zero = Moment(torch.zeros(2).double(), torch.zeros(3).double())
     dead = Moment(torch.tensor([2.0, 0.0]).double(), torch.tensor([1.0, 1.0]).double())
@@ -321,6 +329,16 @@ def test_public_text_is_disjoint_from_generated_tasks_and_fits_the_classes():
     assert len(rows.examples) == 50 and {e.label for e in rows.examples} == {0, 1}
 
 
+def test_public_steps_take_all_rows_in_turn_and_in_another_order_each_time():
+    order = step_rows(6, 4, 6)
+    rows = [row for step in order for row in step]
+    assert [len(step) for step in order] == [4] * 6 and order == step_rows(6, 4, 6)
+    rounds = [rows[i : i + 6] for i in range(0, 24, 6)]
+    assert all(sorted(one) == [*range(6)] for one in rounds)
+    assert len({tuple(one) for one in rounds}) == 4  # fails by chance once in 100, for one seed
+    assert [sorted(step) for step in step_rows(3, 256, 2)] == [[0, 1, 2]] * 2
+
+
 # --- in train
 
 
@@ -436,7 +454,7 @@ def test_vectors_are_frozen_on_request(places):
 def test_noisy_scales_change_and_public_ones_do_not(places):
     for source, moves in (("noisy", True), ("generated", False)):
         with case(source):
-            config = make_config(places, precondition=source)
+            config = make_config(places, precondition=source, noise_multiplier=0.05)
             setup, state = prepare(config, 5), first_state(config, "x")
             layer = scaled_layers(setup.model)["classifier"]
             first = layer.col_scale.clone()
@@ -446,6 +464,12 @@ def test_noisy_scales_change_and_public_ones_do_not(places):
             assert torch.equal(layer.col_scale, first)
             take_step(setup, state)
             assert torch.equal(layer.col_scale, first) is not moves
+            # the classes of the public text are not those of the task
+            equal = {
+                name: len(one.row_scale.unique()) == 1
+                for name, one in scaled_layers(setup.model).items()
+            }
+            assert equal["classifier"] and not all(equal.values())
 
 
 def test_the_statement_says_what_is_public(places, tmp_path):

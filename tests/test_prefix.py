@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
-from lowrank_dp.data import load_task
+from lowrank_dp.data import collate, load_task
 from lowrank_dp.models import load_model
 from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.sweep import run_folder, sweep
@@ -229,6 +229,18 @@ def test_every_batch_holds_the_states_of_its_own_rows(places, tmp_path):
             assert not own[len(expected) :].any()
             seen += 1
     assert seen == len(range(0, len(setup.rows), 3)) + 1
+
+
+def test_rows_that_differ_in_their_segments_have_states_of_their_own(places, tmp_path):
+    setup = prepare(make_config(places, prefix_cache=str(tmp_path / "cache")), 5)
+    row = setup.rows[0]
+    twin = {**row, "token_type_ids": [1 - segment for segment in row["token_type_ids"]]}
+    batch = collate([row, twin], setup.tokenizer.pad_token_id)
+    found = setup.prefix.including([twin]).for_training([row, twin], batch)[STATES]
+    with torch.no_grad():
+        whole = setup.model(**batch, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(found, whole)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 
 def count_frozen(setup, work):

@@ -49,6 +49,22 @@ def test_composition_against_simulation(rank, n, angle, ratio, steps):
     assert found[worst] >= 0.97 * delta - 5 * errors[worst]  # the bound is nearly tight
 
 
+def test_composed_norms_are_exact_by_chi_squared():
+    """At angle 0 the releases of all steps tell the norm only: by a sum of chi-squared numbers."""
+    for rank, n, ratio, steps, delta in ((1, 1, 1.2, 30, 0.1), (8, 32, 1.1, 20, 1e-2)):
+        law = stats.chi2(steps * (rank + n - 1))
+        epsilon = theory.projection_epsilon(
+            delta, rank, n, angle=0.0, norm_ratio=ratio, steps=steps
+        )
+        found = []
+        for c in (ratio, 1 / ratio):  # log p / p' = dof / 2 ln c - v / 2 (1 - 1 / c)
+            cut = 2 * (law.args[0] / 2 * np.log(c) - epsilon) / (1 - 1 / c)
+            p, other = (law.cdf(x) if c > 1 else law.sf(x) for x in (cut, cut / c))
+            found.append(p - np.exp(epsilon) * other)
+        with case(rank, n, ratio, steps):
+            assert 0.97 * delta <= max(found) <= delta * (1 + 1e-6)
+
+
 def test_a_floor_of_a_third_per_step_is_composed():
     rank, n, angle, delta = 1, 2, 1.2, 0.65
     floor = theory.privacy_floor(rank, angle=angle)

@@ -46,6 +46,25 @@ def test_no_gradient_exceeds_the_bound():
             assert values.mean() - 4 * values.std() / np.sqrt(len(values)) < bound, weights
 
 
+def test_beyond_the_bend_the_bound_is_the_mean_of_the_tangent():
+    """Where 1 / sigma^2 exceeds x*: the slope by differences, the mean by scipy's quadrature."""
+    for epsilon, sigma, rank, n in ((1.0, 0.6, 1, 12), (3.0, 0.3, 2, 40), (0.5, 0.7, 1, 30)):
+        bend = 2 * (np.sqrt(1 + epsilon**2) - 1)
+        assert sigma**-2 > bend
+        h = 1e-4 * bend
+        low, high = (gaussian(epsilon, np.sqrt(bend + sign * h)) for sign in (-1, 1))
+
+        def convex(x, epsilon=epsilon, bend=bend, slope=(high - low) / (2 * h)):
+            inside = gaussian(epsilon, np.sqrt(min(x, bend)))
+            return inside + slope * max(x - bend, 0.0)
+
+        law = stats.beta(rank / 2, (n - rank) / 2)
+        mean = law.expect(lambda b, sigma=sigma, convex=convex: convex(b / sigma**2), epsrel=1e-9)
+        assert mean < gaussian(epsilon, 1 / sigma), (epsilon, sigma)  # below the worst case
+        found = theory.noise_projection_delta(epsilon, sigma, rank, n)
+        assert found == pytest.approx(mean, rel=1e-5), (epsilon, sigma)
+
+
 def test_full_rank_is_the_gaussian_mechanism_and_the_worst_case():
     for epsilon, sigma in ((1.0, 3.73), (8.0, 0.6), (0.1, 1.0)):
         exact = gaussian(epsilon, 1 / sigma)
