@@ -381,7 +381,7 @@ def test_a_layer_that_trains_below_the_frozen_blocks_has_no_cache(places, tmp_pa
     monkeypatch.setattr(preparation, "_load_model", loading)
     for layers, words in (
         (r"layer\.2|pooler|classifier", "frozen blocks 1 to 2 of 3 cached"),
-        (r"embeddings\.LayerNorm|layer\.2|pooler|classifier", "embeddings.LayerNorm trains"),
+        (r"embeddings\.LayerNorm|layer\.2|pooler|classifier", "embeddings.LayerNorm is trained"),
     ):
         changes = {"train_layers": layers, "prefix_cache": str(tmp_path / "cache")}
         with case(layers):
