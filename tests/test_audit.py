@@ -78,7 +78,7 @@ def test_mu_of_the_law_is_that_of_the_likelihood_ratio_test():
     cut = np.median(np.concatenate(ratio))
     tpr, fpr = ((r > cut).mean() for r in ratio)
     simulated = stats.norm.ppf(tpr) - stats.norm.ppf(fpr)
-    many = 1e9  # entries: so many that the confidence limits equal the noise level
+    many = 1e9  # number of entries; the confidence limits then equal the noise level
     exact = law_bound(scale**2 * many, [many, many], shift, sigma, 0.05)
     assert exact == pytest.approx(simulated, abs=5 * 2 / math.sqrt(draws))
     assert exact == pytest.approx(math.sqrt(0.6**2 + 1.2**2) / sigma, rel=1e-3)

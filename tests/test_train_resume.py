@@ -296,7 +296,7 @@ def test_a_target_is_not_exceeded_by_steps_drawn_anew(places, uninterrupted, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"secure_rng": True}])
 def test_secure_draws_are_replayed_and_count_once(changes, places, tmp_path, monkeypatch):
-    """Of six releases, three are lost when the process dies, and are repeated to the bit."""
+    """The process dies, three of its six releases are lost, and the resumed run repeats them."""
     config = make_config(places, **FULL | {"seed": None} | changes)
     original, made = GaussianMechanism.add_noise, []
 

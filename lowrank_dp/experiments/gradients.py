@@ -122,7 +122,7 @@ class GradientSource:
         """Compute ``clean_sum`` for several batch sizes, in rising order. NON-PRIVATE.
 
         Smaller batches are prefixes of the largest batch, which depends on the seed alone.
-        ``say`` receives one line after the first micro-batch: the longest possible time of all.
+        ``say`` receives one line after the first micro-batch: an estimate of the time of all.
         """
         sizes = sorted(set(batch_sizes))
         chosen = self.sample(sizes[-1], torch.Generator().manual_seed(self.config.seed + 1))
@@ -158,11 +158,11 @@ class GradientSource:
         )
         began = time.monotonic()
         for done, pair in enumerate(progress(pairs, "clean gradients", total=count)):
-            if done == 1 and say is not None:  # the longest rows came first
+            if done == 1 and say is not None:  # a part begins with its longest rows
                 seconds = time.monotonic() - began
                 say(
                     f"gradients: the first of {count} micro-batches took {seconds:.1f} s, so that "
-                    f"all would take {count * seconds / 60:.1f} minutes"
+                    f"all take about {count * seconds / 60:.1f} minutes"
                 )
             yield pair
 

@@ -84,7 +84,7 @@ def run(
 ) -> Result:
     """Measure the spectra; a missing ``source`` is prepared.
 
-    ``say`` receives one line after the first micro-batch: the longest possible time of all.
+    ``say`` receives one line after the first micro-batch: an estimate of the time of all.
     Raises ValueError, which names the layer, if a layer received no gradient.
     """
     source = source or prepare(config.gradients, config.batch_size)
