@@ -24,8 +24,27 @@ def _token_mean(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses.view(len(targets), -1).sum(1) / counts, counts
 
 
+def next_token_targets(labels: Tensor) -> Tensor:
+    """Return the token (B, T) that each position predicts, or ``IGNORE``, from labels (B, T)."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def losses_at_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over each row's own targets (B,), and the number of targets (B,).
+
+    Args:
+        logits: (N, V), at the N positions with a target, row after row.
+        targets: (B, T) tokens, or ``IGNORE`` where there is no target.
+    """
+    chosen = targets != IGNORE
+    each = functional.cross_entropy(logits, targets[chosen], reduction="none")
+    losses = each.new_zeros(targets.shape).masked_scatter(chosen, each)
+    counts = chosen.sum(1)
+    return losses.sum(1) / counts, counts
+
+
 def _next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return _token_mean(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORE))
+    return _token_mean(logits, next_token_targets(labels))
 
 
 def _single_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -574,6 +574,18 @@ def test_logits_that_are_not_finite():
             assert "infinity for the next token" in message, (value, num_beams)
 
 
+def test_logits_that_are_not_finite_are_those_of_the_named_example():
+    writer, tokenizer = load_model("tiny-llama", task=TABLES)
+    rows = [{*row["input_ids"]} for row in encode(TABLES.validation, tokenizer, kind=TABLES.kind)]
+    number = Counter(token for row in rows for token in row)
+    index, token = next((i, t) for i, row in enumerate(rows) for t in row if number[t] == 1)
+    writer.lm_head.weight = torch.nn.Parameter(writer.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        writer.model.embed_tokens.weight[token] = math.nan
+    message = refusal_of(evaluate, writer, tokenizer, TABLES)
+    assert f"infinity for {TABLES.validation[index].id}:" in message
+
+
 def test_one_text_is_one_source_whatever_its_group():
     texts = [("a b", "1"), ("c", "1"), ("A  b", "2"), ("c", "1")]
     examples = [Example(str(i), text, target="t", group=g) for i, (text, g) in enumerate(texts)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_dp import _validate
 from lowrank_dp.data import Example, Task, encode, micro_batches, subset
@@ -18,7 +18,8 @@ from lowrank_dp.data.examples import record_group
 from lowrank_dp.evaluation.generation import generate_texts
 from lowrank_dp.evaluation.inference import evaluating, fail_not_finite
 from lowrank_dp.evaluation.metrics import label_metrics, text_metrics
-from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
+from lowrank_dp.losses import IGNORE, LOSS_OF_KIND, LOSSES, losses_at_targets
+from lowrank_dp.models.targets import run_at_targets, separate_head
 
 Row = Mapping[str, Any]
 Batch = Mapping[str, Any]
@@ -168,29 +169,53 @@ def _forward(
     """
     losses, counts = torch.zeros(2, len(examples), dtype=torch.float64)
     kept = torch.zeros(len(examples), task.num_labels)
+    head = separate_head(model) if task.kind == "generation" else None
     for indices, batch in batches:
-        labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
-        expected = (
-            (len(indices), task.num_labels)
-            if task.num_labels
-            else (*labels.shape, logits.shape[-1])
-        )
-        if logits.shape != expected:
-            raise ValueError(
-                f"model must have the head of {task.name}, with logits of shape "
-                f"{expected}, got {tuple(logits.shape)}: load it with task=task"
-            )
-        # a sum is finite only if every term is finite; testing every logit takes 20 times as long
-        if not bool(logits.sum().isfinite()):
-            bad = logits.flatten(1).isfinite().all(1).logical_not()
-            if bool(bad.any()):
-                fail_not_finite(examples[indices[int(bad.nonzero()[0])]].id)
-        loss, count = LOSSES[LOSS_OF_KIND[task.kind]](logits, labels)
+        ids = [examples[i].id for i in indices]
+        if head is not None:
+            loss, count = _losses_at_targets(model, head, batch, ids)
+        else:
+            labels = batch.pop("labels")
+            logits = _finite_logits(model, task, batch, labels, ids)
+            loss, count = LOSSES[LOSS_OF_KIND[task.kind]](logits, labels)
+            if task.num_labels:
+                kept[indices] = logits.cpu()
         losses[indices], counts[indices] = loss.double().cpu(), count.double().cpu()
-        if task.num_labels:
-            kept[indices] = logits.cpu()
     return losses, counts, kept
+
+
+def _losses_at_targets(
+    model: Any, head: nn.Linear, batch: Batch, ids: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Compute loss (B,) and number of targets (B,), from the logits at the targets alone."""
+    output = run_at_targets(model, head, batch)
+    rows = (output.targets != IGNORE).nonzero()[:, 0]
+    _require_finite(output.logits, [ids[row] for row in rows.tolist()])
+    return losses_at_targets(output.logits.float(), output.targets)
+
+
+def _finite_logits(
+    model: Any, task: Task, batch: Batch, labels: Tensor, ids: Sequence[str]
+) -> Tensor:
+    """Compute the logits of a batch, in float32: (B, C), or (B, T, V) for a generation task."""
+    logits = model(**batch).logits.float()
+    expected = (len(ids), task.num_labels) if task.num_labels else (*labels.shape, logits.shape[-1])
+    if logits.shape != expected:
+        raise ValueError(
+            f"model must have the head of {task.name}, with logits of shape "
+            f"{expected}, got {tuple(logits.shape)}: load it with task=task"
+        )
+    _require_finite(logits, ids)
+    return logits
+
+
+def _require_finite(logits: Tensor, ids: Sequence[str]) -> None:
+    """Raise ``ValueError`` for logits (n, ...) that are not finite; ``ids`` (n,) names examples."""
+    # a sum is finite only if every term is finite; testing every logit takes 20 times as long
+    if not bool(logits.sum().isfinite()):
+        bad = logits.flatten(1).isfinite().all(1).logical_not()
+        if bool(bad.any()):
+            fail_not_finite(ids[int(bad.nonzero()[0])])
 
 
 def _groups(examples: Iterable[Example]) -> list[list[Example]]:

@@ -7,7 +7,9 @@ the model's own, and compute the loss of each row from the logits by ``lowrank_d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,8 +19,9 @@ from lowrank_dp._terminal import first_line
 from lowrank_dp.grads.factors import HALF_DTYPES, upcast
 from lowrank_dp.grads.microbatch import Batch, MicroBatch, UnsupportedParameters, copy_rows
 from lowrank_dp.grads.tolerances import loss_tolerance
-from lowrank_dp.losses import IGNORE, LOSSES
+from lowrank_dp.losses import IGNORE, LOSSES, losses_at_targets
 from lowrank_dp.models.heads import without_adapter
+from lowrank_dp.models.targets import run_at_targets, separate_head
 
 APART = (
     "clipping each row does not bound the influence of a record on such a model; use a model that "
@@ -42,24 +45,50 @@ def forward_losses(micro_batch: MicroBatch) -> Tensor:
         ValueError: if the mean of the losses is not the model's own loss, or the loss of the first
             row is not its loss alone.
     """
-    _labels(micro_batch)
-    output = forward(micro_batch)
-    _, losses = match_loss(
-        micro_batch, getattr(output, "loss", None), getattr(output, "logits", None)
-    )
+    labels, head = _labels(micro_batch), separate_head(micro_batch.model)
+    if head is not None and not head.weight.requires_grad and _is_next_token(micro_batch, labels):
+        losses = _losses_at_targets(micro_batch, head)
+    else:
+        output = forward(micro_batch)
+        _, losses = match_loss(
+            micro_batch, getattr(output, "loss", None), getattr(output, "logits", None)
+        )
     require_loss_alone(micro_batch, losses)
     return losses
 
 
-def forward(micro_batch: MicroBatch) -> Any:
-    """Output of the model on the micro-batch.
+def _is_next_token(micro_batch: MicroBatch, labels: Tensor) -> bool:
+    """Return whether the class names the next-token loss, and every row has a target."""
+    return (
+        _kind_of_class(without_adapter(micro_batch.model)) == "next_token"
+        and labels.ndim == 2
+        and bool((labels[:, 1:] != IGNORE).any(1).all())
+    )
+
+
+def _losses_at_targets(micro_batch: MicroBatch, head: nn.Linear) -> Tensor:
+    """Loss of each row (B,), from the logits at the targets alone."""
+    output = forward(micro_batch, partial(run_at_targets, micro_batch.model, head))
+    if output.loss is None:
+        fail_without_loss()
+    losses, weights = losses_at_targets(
+        upcast(output.logits), output.targets.to(output.logits.device)
+    )
+    micro_batch.require(losses.detach().isfinite(), "has a loss that is not finite")
+    if not _is_mean(output.loss, losses, weights):
+        _fail_other_loss("is none of")
+    return losses
+
+
+def forward(micro_batch: MicroBatch, run: Callable[[Batch], Any] | None = None) -> Any:
+    """Output of the model on the micro-batch, or of ``run(batch)``, which runs the model.
 
     Raises:
         ValueError: naming the first row that the model cannot run by itself.
     """
     with micro_batch.autocast:
         try:
-            return micro_batch.model(**micro_batch.batch)
+            return run(micro_batch.batch) if run else micro_batch.model(**micro_batch.batch)
         except (torch.OutOfMemoryError, UnsupportedParameters):
             raise
         except (IndexError, RuntimeError, ValueError) as error:
@@ -172,18 +201,26 @@ def match_loss(micro_batch: MicroBatch, own: Any, logits: Any) -> tuple[str, Ten
     matching = []
     for kind in _loss_kinds(micro_batch.model, logits, labels):
         losses, weights = row_losses(micro_batch, kind, logits)
-        mean = float((losses.detach() * weights).sum() / weights.sum())
-        tolerance = 2e-2 if own.dtype in HALF_DTYPES else 2e-5
-        if math.isclose(mean, float(own.detach()), rel_tol=tolerance, abs_tol=1e-6):
+        if _is_mean(own, losses, weights):
             matching.append((kind, losses))
     if len(matching) != 1:
-        found = "fits several of" if matching else "is none of"
-        raise ValueError(
-            "model must have the plain classification, regression or token loss, a mean of one "
-            f"term per example or token; its loss on this batch {found} "
-            f'({", ".join(LOSSES)}): switch off what it adds, or use backend="loop"'
-        )
+        _fail_other_loss("fits several of" if matching else "is none of")
     return matching[0]
+
+
+def _is_mean(own: Tensor, losses: Tensor, weights: Tensor) -> bool:
+    """Return whether the model's ``own`` loss is the weighted mean of the rows' losses (B,)."""
+    mean = float((losses.detach() * weights).sum() / weights.sum())
+    tolerance = 2e-2 if own.dtype in HALF_DTYPES else 2e-5
+    return math.isclose(mean, float(own.detach()), rel_tol=tolerance, abs_tol=1e-6)
+
+
+def _fail_other_loss(found: str) -> NoReturn:
+    raise ValueError(
+        "model must have the plain classification, regression or token loss, a mean of one "
+        f"term per example or token; its loss on this batch {found} "
+        f'({", ".join(LOSSES)}): switch off what it adds, or use backend="loop"'
+    )
 
 
 def row_losses(micro_batch: MicroBatch, kind: str, logits: Tensor) -> tuple[Tensor, Tensor]:

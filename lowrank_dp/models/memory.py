@@ -39,7 +39,7 @@ def warn_of_logits(model: Any, kind: str, micro_batch_size: int) -> None:
         vocabulary = model.config.vocab_size
         size = logits_bytes(vocabulary, micro_batch_size) / 2**30
         warnings.warn(
-            f"micro_batch_size {micro_batch_size} takes about {size:.0f} GiB for logits "
+            f"micro_batch_size {micro_batch_size} takes up to {size:.0f} GiB for logits "
             f"over {vocabulary:,} tokens at {ROW_TOKENS} tokens per row; {fits} takes 4 GiB, and "
             "the result does not depend on this number",
             stacklevel=3,

@@ -1,0 +1,153 @@
+"""Logits at the targets alone, compared with the logits of the whole model."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, BartConfig, GemmaConfig, GPT2Config, LlamaConfig
+from transformers.models.bart.modeling_bart import BartForCausalLM
+
+from lowrank_dp.grads.clipping import clipped_sum
+from lowrank_dp.losses import IGNORE, LOSSES, losses_at_targets, next_token_targets
+from lowrank_dp.models.targets import run_at_targets, separate_head
+from tests.oracles import clip_one_by_one, refusal_of
+
+VOCAB, PAD = 53, 1
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        pad_token_id=PAD,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=PAD
+    ),
+    "gemma": GemmaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=24,
+        pad_token_id=PAD,
+    ),
+}
+
+
+def build(name):
+    """Build a causal language model whose last block is trained."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    blocks = model.transformer.h if name == "gpt2" else model.model.layers
+    model.requires_grad_(False)
+    blocks[-1].requires_grad_(True)
+    return model
+
+
+def batch_of(prompts=(3, 1, 4, 2), lengths=(7, 6, 9, 4), first_target=True):
+    """Build rows of a prompt without targets, a text with targets, and padding on the right."""
+    torch.manual_seed(1)
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    labels = torch.full_like(ids, IGNORE)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        ids[row, :length] = torch.randint(3, VOCAB, (length,))
+        labels[row, prompt:length] = ids[row, prompt:length]
+    if first_target:
+        labels[1, 0] = ids[1, 0]  # label of the first token, which no position predicts
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_logits_are_those_of_the_whole_model(name):
+    model, batch = build(name), batch_of()
+    whole = model(**batch)
+    found = run_at_targets(model, separate_head(model), batch)
+    targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    assert torch.equal(found.targets, targets)
+    torch.testing.assert_close(found.logits, whole.logits[targets != IGNORE])
+    torch.testing.assert_close(found.loss, whole.loss)
+    losses, counts = losses_at_targets(found.logits, found.targets)
+    expected, expected_counts = LOSSES["next_token"](whole.logits, batch["labels"])
+    torch.testing.assert_close(losses, expected)
+    assert counts.tolist() == expected_counts.tolist() == [4, 5, 5, 2]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_clipped_sums_equal_the_loop(name):
+    model, batch = build(name), batch_of()
+    found, norms = clipped_sum(model, batch, 0.5)
+    expected, expected_norms = clip_one_by_one(model, batch, 0.5)
+    torch.testing.assert_close(norms, expected_norms.to(norms), rtol=1e-5, atol=0)
+    for key, total in found.items():
+        torch.testing.assert_close(total, expected[key].to(total), rtol=1e-4, atol=1e-6)
+
+
+def sizes_of_head(model, batch):
+    """Return the shapes of the logits that the head gives during a clipped sum of the batch."""
+    seen = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda m, args, output: seen.append(tuple(output.shape)))
+    try:
+        clipped_sum(model, batch, 1.0, check_rows=False)
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_a_frozen_head_sees_the_targets_and_one_token_more():
+    batch = batch_of()
+    alone, together = sizes_of_head(build("llama"), batch)
+    assert alone == (1, 9, VOCAB)  # the first row by itself
+    assert together == (1, 4 + 5 + 5 + 2 + 1, VOCAB)
+
+
+def test_a_trained_head_and_a_tied_embedding_see_every_token():
+    for trained in ("lm_head", "model.embed_tokens"):
+        model, batch = build("llama"), batch_of()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        model.get_submodule(trained).requires_grad_(True)
+        assert sizes_of_head(model, batch)[-1] == (4, 9, VOCAB)
+
+
+def test_models_without_a_separate_head():
+    adapted = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["lm_head"]))
+    assert separate_head(adapted) is None
+    inner = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert separate_head(inner) is inner.get_base_model().lm_head
+    assert separate_head(nn.Linear(2, 2)) is None
+    # the loss of this class is that of the same token, not of the next one
+    shared = dict(vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2)
+    bart = BartForCausalLM(BartConfig(**shared, decoder_ffn_dim=24, is_decoder=True))
+    bart.requires_grad_(False)
+    bart.model.decoder.layers.requires_grad_(True)
+    assert "is none of" in refusal_of(clipped_sum, bart.eval(), batch_of(), 1.0, check_rows=False)
+
+
+def test_the_head_is_left_as_it_was():
+    model = build("llama")
+    head = separate_head(model)
+    run_at_targets(model, head, batch_of())
+    assert not head._forward_pre_hooks
+    with pytest.raises(ValueError, match="the head's input has shape"):
+        run_at_targets(model, head, {**batch_of(), "logits_to_keep": 2})
+    assert not head._forward_pre_hooks
+
+
+def test_a_row_without_target_and_another_loss_are_refused():
+    batch = batch_of()
+    batch["labels"][2] = IGNORE
+    assert "batch row 2 has no target" in refusal_of(clipped_sum, build("gpt2"), batch, 1.0)
+    model = build("llama")
+    plain = model.loss_function
+    model.loss_function = lambda **given: plain(**given) * 1.01
+    assert "is none of" in refusal_of(clipped_sum, model, batch_of(), 1.0, check_rows=False)
+
+
+def test_targets_of_the_next_token():
+    labels = torch.tensor([[5, IGNORE, 6], [IGNORE, 7, IGNORE]])
+    assert next_token_targets(labels).tolist() == [[IGNORE, 6, IGNORE], [7, IGNORE, IGNORE]]
