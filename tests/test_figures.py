@@ -24,7 +24,6 @@ PENDING = {
     "gap_large_batch",
     "gap_all_layers",
     "steps_sst2_all",
-    "steps_smollm2",
 }
 
 
@@ -112,15 +111,15 @@ def test_committed_results_load_draw_and_save_again_to_the_digit(tmp_path):
 def test_recomputing_keeps_the_task_of_a_lengthy_experiment(monkeypatch):
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
     for name, scale, task in (
-        ("efficiency_e2e", "full", "e2e"),
-        ("efficiency_e2e", "small", "generated-table"),
+        ("membership_e2e", "full", "e2e"),
+        ("membership_e2e", "small", "generated-table"),
         ("spectra", "small", "generated"),
     ):
         seen = []
         replaced(monkeypatch, name, takes_source=False, run=seen.append, plot=lambda result: None)
         figures.show(name, recompute=True, scale=scale)
         config = seen[0]
-        config = config.base if name == "efficiency_e2e" else config.gradients
+        config = config.base if name == "membership_e2e" else config.gradients
         assert config.task == task, (name, scale)
     assert figures.config_of("spectra", "full", task="own").gradients.task == "own"
     with pytest.raises(ValueError, match="scale must be one of small, full"):

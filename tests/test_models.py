@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lowrank_dp import models
 from lowrank_dp.data import Example, collate, encode, load_task
+from lowrank_dp.evaluation import generate_texts
 from lowrank_dp.models import (
     backbones,
     describe,
@@ -25,6 +26,7 @@ from lowrank_dp.models import (
     tiny,
 )
 from lowrank_dp.models.tiny import loading, pretrain
+from tests.oracles import greedy
 from tests.tasks import case
 
 SHAPE = dict(
@@ -465,7 +467,7 @@ def test_minilm_is_the_real_one():
 
 @needs("smollm2")
 @pytest.mark.slow
-def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
+def test_smollm2_is_the_real_one_writes_texts_and_can_be_saved(tmp_path):
     pytest.importorskip("gguf", reason="pip install gguf")
     model, tokenizer = load_model("smollm2")
     assert "Q4_1 quantised weights, dequantised" in describe(model)
@@ -476,6 +478,12 @@ def test_smollm2_is_the_real_one_and_can_be_saved(tmp_path):
     text = "name[Café £30],\n  near[The  Mint]"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert "lm_head.weight" not in trained(model) and len(matrix_parameters(model)) == 210
+    sources = ["The capital of France is Paris. The capital of Italy is", "One two three"]
+    examples = [Example("x", source) for source in sources]
+    rows = encode(examples, tokenizer, kind="generation", with_target=False)
+    want = [greedy(model, tokenizer, row["input_ids"], 3)[0] for row in rows]
+    assert generate_texts(model, tokenizer, sources, max_new_tokens=3) == want
+    assert want[0] != want[1] and all(want)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, tokenizer = load_model(tmp_path, method="lora")

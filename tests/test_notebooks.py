@@ -118,7 +118,7 @@ def test_a_trial_says_that_it_is_one_once(kernel):
 def test_notebook_without_its_artifact_says_so(tmp_path, kernel):
     notebook = nbformat.read(FOLDER / "03_sample_efficiency.ipynb", as_version=4)
     tagged(notebook, "parameters")[0].source += f"\nARTIFACTS = {str(tmp_path)!r}"
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="no result efficiency"):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="no result steps_sst2"):
         execute(notebook, kernel)
 
 
@@ -146,7 +146,7 @@ def test_a_notice_says_what_is_shown():
 
 
 def test_cells_are_those_of_the_saved_table():
-    for name, keys in (("efficiency", 1), ("tasks", 4), ("membership", 1), ("spectra", 1)):
+    for name, keys in (("steps_sst2", 1), ("tasks", 4), ("membership", 1), ("spectra", 1)):
         result = artifacts.load_result(ROOT / "paper_artifacts", name, figures.find(name).result)
         found = figures.cells(name, result, keys=keys)
         lines = (ROOT / f"paper_artifacts/{name}.md").read_text().split("\n\n", 1)[1].splitlines()

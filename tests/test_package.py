@@ -105,9 +105,9 @@ def test_the_wheel_of_the_sdist_works_in_an_empty_folder(tmp_path):
     assert {path.name for path in empty.iterdir()} == {"asked", "paper_artifacts"}
     assert {path.suffix for path in (empty / "asked").iterdir()} == {".png", ".pdf"}
     # the wheel holds no saved results; for a figure of hours, the message says where they are
-    code, said = run(*words, "--only", "efficiency", cwd=empty)
+    code, said = run(*words, "--only", "steps_sst2", cwd=empty)
     assert code == 2 and said.count("\n") == 1, said
-    assert "no result efficiency.json in paper_artifacts" in said and "--artifacts" in said
+    assert "no result steps_sst2.json in paper_artifacts" in said and "--artifacts" in said
     words += ("--artifacts", ROOT / "paper_artifacts", "--output", "asked")
-    code, said = run(*words, "--redraw", "--only", "efficiency", cwd=empty)
-    assert code == 0 and (empty / "asked" / "efficiency.png").exists(), said
+    code, said = run(*words, "--redraw", "--only", "steps_sst2", cwd=empty)
+    assert code == 0 and (empty / "asked" / "steps_sst2.png").exists(), said

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lowrank_dp import artifacts, figures, plots
-from lowrank_dp.experiments import alignment, arms, dynamics, efficiency, noisy_release
+from lowrank_dp.experiments import alignment, arms, dynamics, noisy_release
 from lowrank_dp.experiments.implicit_noise_configs import FAMILIES
 from lowrank_dp.plots import style
 from lowrank_dp.plots.arms import NAMES, look
@@ -60,7 +60,7 @@ def test_every_figure_states_its_privacy_and_its_intervals():
         seeds = getattr(result.config, "num_seeds", None)
         assert seeds is None or f"{seeds} seeds" in line, (name, line)
     assert {"spectra", "alignment", "membership", "gap", "steps_sst2_gap"} <= marked
-    assert not marked & {"total_variation", "efficiency"}
+    assert not marked & {"total_variation", "tasks"}
 
 
 def test_saved_figures_hold_the_privacy_statement_of_their_results():
@@ -123,22 +123,19 @@ def test_bands_are_inside_their_panels():
 
 
 @pytest.mark.slow
-def test_targets_are_in_the_legend_and_no_line_joins_rates_that_never_reach_them():
-    for name in ("efficiency", "efficiency_e2e", "steps_sst2_gap"):
+def test_targets_are_in_the_legend():
+    for name in ("steps_sst2", "steps_e2e", "steps_sst2_gap"):
         _, figure = drawn(name)
         said = [text.get_text() for text in figure.legends[0].get_texts()]
         assert any(text.startswith("target: 90%") for text in said), name
-    rates = drawn("efficiency")[1].axes[-1]
-    assert {line.get_linestyle() for line in rates.lines} == {"None"}
 
 
 def test_an_arm_looks_the_same_in_all_figures_and_like_no_other():
-    every = {*arms.ARMS, *efficiency.ARMS, *alignment.SCHEMES, *dynamics.ARMS, *FAMILIES}
+    every = {*arms.ARMS, *alignment.SCHEMES, *dynamics.ARMS, *FAMILIES}
     assert every <= set(NAMES)
     projected = [look(name) for name in noisy_release.MECHANISMS if name != noisy_release.PLAIN]
     assert len({*projected, look("noisy"), look("LoRA, A frozen")}) == 5
     for one, same in (
-        ("momentum + optimal, zeroed", "mean, optimal, zeroed"),
         ("partial, 0.5", "partial(0.5)"),
         ("lora", "LoRA"),
         ("full, DP", "DP-Adam"),

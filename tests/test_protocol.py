@@ -185,7 +185,9 @@ def test_a_grid_by_hand():
     found = tune({"a": 1.0}, measure)["a"]
     assert [rate for _, rate in asked] == [0.316, 1.0, 3.16, 10.0, 31.6, 5.62, 17.8]
     assert found.rates == (0.316, 1.0, 3.16, 5.62, 10.0, 17.8, 31.6) and found.chosen == 10
-    assert found.means[4] == pytest.approx(-0.1)
+    assert found.means[4] == found.mean_at(found.rates[4]) == pytest.approx(-0.1)
+    with pytest.raises(ValueError, match="rate must be in the grid"):
+        found.mean_at(2 * found.rates[-1])
 
 
 def test_a_rate_at_which_one_seed_stops_is_not_chosen():

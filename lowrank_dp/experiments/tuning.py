@@ -53,6 +53,15 @@ class Tuned:
         """Mean of the criterion over the tuning seeds, (rates,); NaN if a run stopped."""
         return np.array(self.scores, dtype=float).mean(axis=1)  # None becomes NaN
 
+    def mean_at(self, rate: float) -> float:
+        """Return the mean of the criterion over the tuning seeds at a rate of the grid.
+
+        The number is NaN if a run stopped. Raises ValueError if the rate is not in the grid.
+        """
+        if rate not in self.rates:
+            raise ValueError(f"rate must be in the grid {self.rates}, got {rate}")
+        return float(self.means[self.rates.index(rate)])
+
     @property
     def is_inside(self) -> bool:
         """Whether the chosen rate has a neighbour within ``MAX_RATIO`` on both sides."""

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 from lowrank_dp.experiments import (
-    efficiency,
     gap,
     gap_configs,
     implicit_noise,
@@ -17,7 +16,6 @@ from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.implicit_noise import plot_implicit_noise
 from lowrank_dp.plots.membership import plot_membership
 from lowrank_dp.plots.steps import plot_steps
-from lowrank_dp.plots.training import plot_efficiency
 
 
 def _training(module: Any, plot: Any, small: Any, full: Any) -> FigureSpec:
@@ -36,16 +34,11 @@ def _training(module: Any, plot: Any, small: Any, full: Any) -> FigureSpec:
     )
 
 
-_efficiency = partial(_training, efficiency, plot_efficiency)
 _gap = partial(_training, gap, plot_gap)
 _steps = partial(_training, steps, plot_steps)
 _membership = partial(_training, membership, plot_membership)
 
 FIGURES = {
-    "efficiency": _efficiency(efficiency.SMALL, efficiency.SST2),
-    "efficiency_mnli": _efficiency(efficiency.SMALL, efficiency.MNLI),
-    "efficiency_e2e": _efficiency(efficiency.SMALL_TABLES, efficiency.E2E),
-    "efficiency_smollm2": _efficiency(efficiency.SMALL_TABLES, efficiency.SMOLLM2),
     "gap": _gap(gap_configs.SMALL, gap_configs.SST2),
     "gap_large_batch": _gap(gap_configs.SMALL, gap_configs.SST2_LARGE_BATCH),
     "gap_all_layers": _gap(gap_configs.SMALL, gap_configs.SST2_ALL_LAYERS),

@@ -80,7 +80,6 @@ _LOOKS: dict[str, Look] = {
     "DP-SGD, vectors frozen": Look(BROWN, "D", ":"),
     "partial, power law, 0.5": Look(GREEN, "d", "-"),
     "partial, power law, 0.9": Look(GREEN, "d", "--"),
-    "low-pass filter": Look(PINK, "s", "--"),
     "DOPPLER": Look(PINK, "s", "-."),
     "DiSK": Look(PINK, "d", ":"),
     "mean, denoise": Look(BLUE, "X", "-"),
@@ -109,9 +108,6 @@ _LOOKS: dict[str, Look] = {
 _SAME = {
     "partial, 0.5": "partial(0.5)",
     "partial, 0.9": "partial(0.9)",
-    "momentum + optimal": "mean, optimal",
-    "momentum + optimal, zeroed": "mean, optimal, zeroed",
-    "DP-LoRA, momentum + optimal, zeroed": "DP-LoRA, mean, optimal, zeroed",
     "full, DP": "DP-Adam",
     "lora": "LoRA",
     "lora-frozen-a": "frozen A",
@@ -127,7 +123,7 @@ NAMES = (*_LOOKS, *_SAME)
 def look(arm: str) -> Look:
     """Return the look of an arm, scheme or method; ValueError with the nearest name if unknown.
 
-    >>> look("momentum + optimal").colour == look("optimal").colour
+    >>> look("partial, 0.5") == look("partial(0.5)")
     True
     """
     name = _SAME.get(arm, arm)
