@@ -18,7 +18,7 @@ from lowrank_dp.experiments import (
     spectra,
     tasks,
 )
-from lowrank_dp.figures import restoration, training
+from lowrank_dp.figures import restoration
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.restore import restore
 
@@ -365,7 +365,6 @@ TRIALS = {
     "tasks": {},
     "momentum": {"steps": 3, "batch_size": 128},
     "plan_check": {"batch_size": 64, "noise_seeds": 1},
-    "membership_e2e": {"max_examples": 150, "eval_examples": 30, "num_workers": 1},
 }
 # test_experiments_implicit_noise, test_experiments_lora, test_experiments_membership,
 # test_experiments_noise_cost, test_experiments_steps, test_experiments_tasks_large and test_plan
@@ -374,6 +373,7 @@ ELSEWHERE = {
     "dynamics",
     "implicit_noise",
     "membership",
+    "membership_e2e",
     "noise_cost",
     "noisy_projection",
     "plan_gap",
@@ -400,22 +400,16 @@ def test_every_lengthy_figure_has_a_trial():
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch, in_this_process):
-    monkeypatch.chdir(tmp_path)  # which holds the folder of the runs
+def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # so that no folder of saved results is found
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
     spec = figures.find(name)
     short = figures.configure(spec.small, **TRIALS[name])
-    if name == "membership_e2e":  # its numbers of steps are not those of its base
-        short = dataclasses.replace(short, steps=(4,))
-    room = training if name in training.FIGURES else restoration
-    monkeypatch.setitem(room.FIGURES, name, dataclasses.replace(spec, small=short))
+    monkeypatch.setitem(restoration.FIGURES, name, dataclasses.replace(spec, small=short))
     result, figure = figures.show(name, recompute=True)
     assert re.search(r"; generated(-table)? from ", result.description)
-    assert not getattr(result, "failures", ())
     for values in (
-        getattr(result, key)
-        for key in ("score", "auc", "restored", "predicted")
-        if hasattr(result, key)
+        getattr(result, key) for key in ("restored", "predicted") if hasattr(result, key)
     ):
         assert np.isfinite(values).all() and np.ptp(values) > 1e-3
     figure.canvas.draw()

@@ -13,8 +13,8 @@ from lowrank_dp.theory import noise_variance
 from lowrank_dp.train import TrainConfig
 
 BASE = TrainConfig(
-    model="tiny",
-    task="generated",
+    model="tiny-llama",
+    task="generated-table",
     non_private=True,
     delta=1e-3,
     batch_size=20,
