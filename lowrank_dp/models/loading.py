@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lowrank_dp.data.task import Task
 from lowrank_dp.models.adapters import load_adapter
 from lowrank_dp.models.backbones import Backbone, adapter_file, find_backbone, find_base
 from lowrank_dp.models.base import fit_tokenizer, load_base
+from lowrank_dp.models.gguf_files import read_once
 from lowrank_dp.models.heads import final_layer, is_missing, mark_new
 from lowrank_dp.models.labels import name_labels, order_labels
 from lowrank_dp.models.names import METHODS
@@ -96,7 +98,8 @@ def load_model(
     if task is not None:
         kind, num_labels, labels = task.kind, task.num_labels or None, tuple(task.label_names)
     backbone = find_backbone(name, revision)
-    with torch.random.fork_rng(devices=[]):
+    reading = read_once() if "gguf_file" in backbone.load else nullcontext()
+    with torch.random.fork_rng(devices=[]), reading:
         torch.manual_seed(seed)
         if adapter_file(backbone):
             own = has_tokenizer(Path(backbone.path))
