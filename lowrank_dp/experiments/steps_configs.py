@@ -98,7 +98,7 @@ SMOLLM2 = Config(
         precision="bf16",
         prefix_dtype="bf16",
     ),
-    arms=(*PLAIN, "denoise", "mean, optimal, zeroed", "DP-LoRA"),
+    arms=(*PLAIN, "denoise", "mean, optimal, zeroed"),
     score="loss",
     tuning_holdout=64,
 )
