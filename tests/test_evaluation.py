@@ -553,6 +553,13 @@ def test_logits_that_are_not_finite():
             assert "infinity for the next token" in message, (value, num_beams)
 
 
+def test_scores_from_the_logits_at_the_targets_are_those_from_all_logits(monkeypatch):
+    model, tokenizer = load_model("tiny-llama", task=TABLES)
+    found = evaluate(model, tokenizer, TABLES, batch_size=7)
+    monkeypatch.setattr(evaluation.models, "separate_head", lambda model: None)
+    assert evaluate(model, tokenizer, TABLES, batch_size=7) == pytest.approx(found, rel=1e-6)
+
+
 def test_logits_that_are_not_finite_are_those_of_the_named_example():
     writer, tokenizer = load_model("tiny-llama", task=TABLES)
     rows = [{*row["input_ids"]} for row in encode(TABLES.validation, tokenizer, kind=TABLES.kind)]

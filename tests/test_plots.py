@@ -60,7 +60,7 @@ def test_every_figure_states_its_privacy_and_its_intervals():
         seeds = getattr(result.config, "num_seeds", None)
         assert seeds is None or f"{seeds} seeds" in line, (name, line)
     assert {"spectra", "alignment", "membership", "gap", "steps_sst2_gap"} <= marked
-    assert not marked & {"total_variation", "tasks"}
+    assert "total_variation" not in marked
 
 
 def test_saved_figures_hold_the_privacy_statement_of_their_results():

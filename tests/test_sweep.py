@@ -373,14 +373,17 @@ def test_an_engine_gives_what_this_process_gives_though_workers_die(
         assert os.getpid() != here
         return 10 * number
 
-    # Ray's workers take seconds to start, so Ray does not get the job that fails
-    jobs = [2, 4] if cluster == "ray" else [0, 1, 2, 3, 4]
-    found = {jobs[i]: result for i, result in engines.run(job, jobs, cluster, 2)}
-    assert found == {number: None if number == 3 else 10 * number for number in jobs}
+    batches = [[0, 1, 2, 3, 4]]
+    if cluster == "ray":  # Ray's workers take seconds to start, so it gets fewer attempts
+        monkeypatch.setattr(engines, "ATTEMPTS", 2)
+        batches = [[2], [3, 4]]  # otherwise job 3 could use up an attempt of job 2
+    for jobs in batches:
+        found = {jobs[i]: result for i, result in engines.run(job, jobs, cluster, 2)}
+        assert found == {number: None if number == 3 else 10 * number for number in jobs}
     deaths = {number: len(list(folder.glob(f"{number} *"))) for number in (2, 3)}
     # Workers share a pool in all attempts but the last. So the one death of job 2 may use up one
     # attempt of job 3 before job 3 begins, and on loky the death of either job ends the pool.
-    assert deaths[2] == 1 and deaths[3] >= {"loky": 1, "ray": 0, "dask": 2}[cluster]
+    assert deaths[2] == 1 and deaths[3] >= {"loky": 1, "ray": 1, "dask": 2}[cluster]
     if cluster == "loky":  # the only worker may die too
         assert dict(engines.run(job, [3, 4], cluster, 1)) == {0: None, 1: 40}
 

@@ -5,9 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BartConfig, GemmaConfig, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BartConfig, Gemma2Config, GPT2Config, LlamaConfig
 from transformers.models.bart.modeling_bart import BartForCausalLM
 
+from lowrank_dp.grads import losses
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.losses import IGNORE, LOSSES, losses_at_targets, next_token_targets
 from lowrank_dp.models.targets import run_at_targets, separate_head
@@ -26,7 +27,7 @@ CONFIGS = {
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=PAD
     ),
-    "gemma": GemmaConfig(
+    "gemma2": Gemma2Config(  # whose logits pass through tanh
         vocab_size=VOCAB,
         hidden_size=16,
         num_hidden_layers=2,
@@ -35,6 +36,7 @@ CONFIGS = {
         head_dim=8,
         intermediate_size=24,
         pad_token_id=PAD,
+        final_logit_softcapping=0.2,
     ),
 }
 
@@ -66,14 +68,14 @@ def batch_of(prompts=(3, 1, 4, 2), lengths=(7, 6, 9, 4), first_target=True):
 def test_loss_and_logits_are_those_of_the_whole_model(name):
     model, batch = build(name), batch_of()
     whole = model(**batch)
-    found = run_at_targets(model, separate_head(model), batch)
+    found = run_at_targets(model, separate_head(model), batch, own_loss=True)
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     assert torch.equal(found.targets, targets)
     torch.testing.assert_close(found.logits, whole.logits[targets != IGNORE])
     torch.testing.assert_close(found.loss, whole.loss)
-    losses, counts = losses_at_targets(found.logits, found.targets)
+    each, counts = losses_at_targets(found.logits, found.targets)
     expected, expected_counts = LOSSES["next_token"](whole.logits, batch["labels"])
-    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(each, expected)
     assert counts.tolist() == expected_counts.tolist() == [4, 5, 5, 2]
 
 
@@ -85,6 +87,22 @@ def test_clipped_sums_equal_the_loop(name):
     torch.testing.assert_close(norms, expected_norms.to(norms), rtol=1e-5, atol=0)
     for key, total in found.items():
         torch.testing.assert_close(total, expected[key].to(total), rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_and_lora_equal_all_logits(monkeypatch):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model, batch = get_peft_model(build("llama"), lora).eval(), batch_of()
+    torch.manual_seed(2)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    options = {"autocast_dtype": torch.bfloat16, "check_rows": False}
+    found, norms = clipped_sum(model, batch, 0.5, **options)
+    monkeypatch.setattr(losses, "separate_head", lambda *given: None)
+    expected, expected_norms = clipped_sum(model, batch, 0.5, **options)
+    torch.testing.assert_close(norms, expected_norms, rtol=2e-2, atol=0)
+    for key, total in found.items():
+        torch.testing.assert_close(total, expected[key], rtol=5e-2, atol=2e-3)
 
 
 def sizes_of_head(model, batch):
@@ -114,12 +132,25 @@ def test_a_trained_head_and_a_tied_embedding_see_every_token():
         assert sizes_of_head(model, batch)[-1] == (4, 9, VOCAB)
 
 
+def test_a_trained_bias_of_a_frozen_head_sees_every_token():
+    model, batch = build("llama"), batch_of()
+    model.lm_head.bias = nn.Parameter(torch.zeros(VOCAB))
+    assert sizes_of_head(model, batch)[-1] == (4, 9, VOCAB)
+    found, _ = clipped_sum(model, batch, 0.5)
+    expected, _ = clip_one_by_one(model, batch, 0.5)
+    torch.testing.assert_close(
+        found["lm_head.bias"], expected["lm_head.bias"].float(), rtol=1e-4, atol=1e-6
+    )
+
+
 def test_models_without_a_separate_head():
     adapted = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["lm_head"]))
     assert separate_head(adapted) is None
     inner = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     assert separate_head(inner) is inner.get_base_model().lm_head
     assert separate_head(nn.Linear(2, 2)) is None
+    assert separate_head(torch.compile(build("llama"))) is None
+    assert separate_head(build("llama"), {"logits_to_keep": 2}) is None
     # the loss of this class is that of the same token, not of the next one
     shared = dict(vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2)
     bart = BartForCausalLM(BartConfig(**shared, decoder_ffn_dim=24, is_decoder=True))
@@ -133,9 +164,13 @@ def test_the_head_is_left_as_it_was():
     head = separate_head(model)
     run_at_targets(model, head, batch_of())
     assert not head._forward_pre_hooks
-    with pytest.raises(ValueError, match="the head's input has shape"):
+    with pytest.raises(ValueError, match="model must compute logits of all tokens"):
         run_at_targets(model, head, {**batch_of(), "logits_to_keep": 2})
     assert not head._forward_pre_hooks
+    with pytest.raises(ValueError, match="model must return .logits"):
+        run_at_targets(model, nn.Linear(2, 2), batch_of())  # a layer that the model does not call
+    with pytest.raises(ValueError, match="model must return .logits"):
+        run_at_targets(model, head, {**batch_of(), "return_dict": False})
 
 
 def test_a_row_without_target_and_another_loss_are_refused():

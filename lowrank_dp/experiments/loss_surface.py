@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank_dp.losses import IGNORE, LOSSES
+from lowrank_dp.models.targets import run_at_targets
 from lowrank_dp.models.trainable import blocks
 
 Direction = Mapping[str, Tensor]  # parameter name -> tensor; other parameters do not move
@@ -169,21 +170,15 @@ def _replaced(modules: list[nn.Module], output: Any) -> Iterator[None]:
 def _row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Compute the loss of each row (B,), float64; a language model's head runs on targets only."""
     labels = batch["labels"]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if labels.ndim == 1:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         kind = "regression" if labels.is_floating_point() else "single_label_classification"
         return LOSSES[kind](model(**inputs).logits.double(), labels)[0]
-    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    wanted = targets.ne(IGNORE)
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, args: (args[0][wanted],)
-    )
-    try:
-        logits = model(**inputs).logits
-    finally:
-        handle.remove()
+    output = run_at_targets(model, model.get_output_embeddings(), batch)
+    wanted = output.targets.ne(IGNORE)
     # float32, since float64 over a whole vocabulary would take most of the time
-    losses = functional.cross_entropy(logits, targets[wanted], reduction="none").double()
+    losses = functional.cross_entropy(output.logits, output.targets[wanted], reduction="none")
+    losses = losses.double()
     row = wanted.nonzero()[:, 0]
     return losses.new_zeros(len(labels)).index_add(0, row, losses) / wanted.sum(1)
 

@@ -83,8 +83,8 @@ E2E = Config(
     score=gap_configs.E2E.score,
     tuning_holdout=gap_configs.E2E.tuning_holdout,
 )
-# micro-batches of 8, and few validation examples, since each target has 49,152 logits; bfloat16,
-# under which the products of a step take a third of the time on a processor with such instructions
+# micro-batches of 8, and few validation examples, since each target has 49,152 logits. The matrix
+# products of a step take a third of the time in bfloat16 on a processor with bfloat16 instructions
 SMOLLM2 = Config(
     base_config(
         model="smollm2",

@@ -45,8 +45,8 @@ def forward_losses(micro_batch: MicroBatch) -> Tensor:
         ValueError: if the mean of the losses is not the model's own loss, or the loss of the first
             row is not its loss alone.
     """
-    labels, head = _labels(micro_batch), separate_head(micro_batch.model)
-    if head is not None and not head.weight.requires_grad and _is_next_token(micro_batch, labels):
+    labels, head = _labels(micro_batch), separate_head(micro_batch.model, micro_batch.batch)
+    if head is not None and _is_frozen(head) and _is_next_token(micro_batch, labels):
         losses = _losses_at_targets(micro_batch, head)
     else:
         output = forward(micro_batch)
@@ -55,6 +55,10 @@ def forward_losses(micro_batch: MicroBatch) -> Tensor:
         )
     require_loss_alone(micro_batch, losses)
     return losses
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return not any(p.requires_grad for p in layer.parameters())
 
 
 def _is_next_token(micro_batch: MicroBatch, labels: Tensor) -> bool:
@@ -68,7 +72,7 @@ def _is_next_token(micro_batch: MicroBatch, labels: Tensor) -> bool:
 
 def _losses_at_targets(micro_batch: MicroBatch, head: nn.Linear) -> Tensor:
     """Loss of each row (B,), from the logits at the targets alone."""
-    output = forward(micro_batch, partial(run_at_targets, micro_batch.model, head))
+    output = forward(micro_batch, partial(run_at_targets, micro_batch.model, head, own_loss=True))
     if output.loss is None:
         fail_without_loss()
     losses, weights = losses_at_targets(

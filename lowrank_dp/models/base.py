@@ -19,6 +19,7 @@ from lowrank_dp._validate import listed
 from lowrank_dp.losses import LOSS_OF_KIND
 from lowrank_dp.models import tiny
 from lowrank_dp.models.backbones import Backbone, declared_kind, label_count, one_line, quiet
+from lowrank_dp.models.gguf_files import read_once
 
 KINDS = tuple(LOSS_OF_KIND)
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
@@ -55,7 +56,8 @@ def load_base(
         model, missing = tiny.model(backbone.name, auto, head)
         model = model.to(dtype)
     else:
-        model, missing = _from_files(backbone, auto, head, dtype)
+        with read_once(backbone.load):
+            model, missing = _from_files(backbone, auto, head, dtype)
     if "gguf_file" in backbone.load:  # the weights are dequantised now, so they can be saved
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = backbone.name  # PEFT records the name as an adapter's base

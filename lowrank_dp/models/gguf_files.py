@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import os
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -18,6 +19,7 @@ _MAGIC = b"GGUF"
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _FILE_TYPE = "general.file_type"
+_READING = threading.RLock()  # a context inside another one is allowed
 
 
 def require_gguf(what: str) -> None:
@@ -94,21 +96,29 @@ def _file_type(file: BinaryIO, size: int) -> int | None:
 
 
 @contextmanager
-def read_once() -> Iterator[None]:
+def read_once(load: Mapping[str, Any]) -> Iterator[None]:
     """Let transformers read the header of each GGUF file once within the context.
 
+    ``load`` holds the options of ``from_pretrained``. Without a GGUF file among them, the context
+    does nothing.
+
     transformers parses the header, with the vocabulary, for the configuration, for the tokenizer
-    and for the weights, and builds the table of tensor names once per tensor. What is read does
-    not change. SmolLM2 loads in half of the time.
+    and for the weights, and builds the table of tensor names once per tensor. The context keeps the
+    first result of both. SmolLM2 loads in 5 s instead of 14 s on one core. Contexts of several
+    threads follow each other.
     """
+    if "gguf_file" not in load:
+        yield
+        return
     import gguf
 
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = lru_cache(reader), lru_cache(names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
+    with _READING:
+        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = lru_cache(reader), lru_cache(names)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 @lru_cache(maxsize=8)

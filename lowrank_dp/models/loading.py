@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,7 @@ def load_model(
     if task is not None:
         kind, num_labels, labels = task.kind, task.num_labels or None, tuple(task.label_names)
     backbone = find_backbone(name, revision)
-    reading = read_once() if "gguf_file" in backbone.load else nullcontext()
-    with torch.random.fork_rng(devices=[]), reading:
+    with torch.random.fork_rng(devices=[]), read_once(backbone.load):
         torch.manual_seed(seed)
         if adapter_file(backbone):
             own = has_tokenizer(Path(backbone.path))

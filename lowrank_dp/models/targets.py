@@ -1,7 +1,7 @@
 """Logits of a language model at the tokens that predict a target, and at no other token.
 
-Of a prompt, of padding and of a row's last token, no logits enter the loss. Since a head treats
-each token separately, the head may leave these tokens out.
+The loss does not use the logits at a prompt's tokens (except its last), at padding, or at a row's
+last token. A linear head treats each token separately, so the head may leave these tokens out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from torch.nn import functional
 from lowrank_dp.losses import IGNORE, next_token_targets
 from lowrank_dp.models.heads import without_adapter
 
+_EXCLUDED = ("shift_labels", "logits_to_keep")  # entries of a batch that fit all tokens only
+
 
 @dataclass(frozen=True)
 class TargetOutput:
     """Output of a model on a batch, at the N tokens that predict a target, row after row.
 
     Attributes:
-        loss: the model's own loss, the mean over all targets; None if the model gives none.
+        loss: the model's own loss, the mean over all targets; None if no loss was asked for, or the
+            model gives none.
         logits: (N, V).
         targets: (B, T), the token that each position predicts, or -100.
     """
@@ -33,45 +36,72 @@ class TargetOutput:
     targets: Tensor
 
 
-def separate_head(model: Any) -> nn.Linear | None:
+def separate_head(model: Any, batch: Mapping[str, Any] | None = None) -> nn.Linear | None:
     """Return the linear layer that gives the logits of a causal language model, or None.
 
-    The model must declare ``logits_to_keep``, as transformers' causal language models do whose
-    logits may be computed at some tokens only. A head with an adapter is not returned.
+    The model must declare ``logits_to_keep``, as do the causal language models of transformers that
+    can compute logits at some tokens only. A head with an adapter is not returned, since its layers
+    may be trained, and neither is the head of a compiled model, which may ignore hooks. The result
+    is also None if ``batch`` is given and holds an entry that needs the logits of all tokens.
     """
     base = without_adapter(model)
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
         return None
-    head = base.get_output_embeddings()
+    compiled = hasattr(base, "_orig_mod") or getattr(base, "_compiled_call_impl", None) is not None
+    if compiled or any(name in (batch or ()) for name in _EXCLUDED):
+        return None
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     return head if type(head) is nn.Linear else None
 
 
-def run_at_targets(model: Any, head: nn.Linear, batch: Mapping[str, Any]) -> TargetOutput:
+def run_at_targets(
+    model: Any, head: nn.Module, batch: Mapping[str, Any], *, own_loss: bool = False
+) -> TargetOutput:
     """Run the model on a batch with ``labels`` (B, T); compute logits at the targets only.
 
     The head receives one row of N + 1 tokens: the N tokens that predict a target, and a token of
-    zeros. The model receives their targets as the labels of this row, one token later, and so
-    computes the mean loss that it computes on the whole batch.
+    zeros. With ``own_loss``, the model receives their targets as the labels of this row, one token
+    later, and so computes the mean loss that it computes on the whole batch. Layers after the head
+    must treat each token separately, too.
 
     Raises:
-        ValueError: if the head's input has no axes (B, T).
+        ValueError: if the model does not call the head once, on states (B, T, d), or does not
+            return the head's logits.
     """
     targets = next_token_targets(batch["labels"])
     chosen = targets != IGNORE
+    seen: list[tuple[int, ...]] = []
 
     def choose(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         (states,) = inputs
-        if states.shape[:2] != chosen.shape:
+        seen.append(tuple(states.shape[:2]))
+        if seen[-1] != tuple(chosen.shape):
             raise ValueError(
-                f"the head's input has shape {tuple(states.shape)} for labels {tuple(chosen.shape)}"
+                f"model must compute logits of all tokens {tuple(chosen.shape)}, got {seen[-1]}"
             )
         return functional.pad(states[chosen.to(states.device)], (0, 0, 0, 1)).unsqueeze(0)
 
-    labels = functional.pad(targets[chosen].unsqueeze(0), (1, 0), value=IGNORE)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if own_loss:
+        inputs["labels"] = functional.pad(targets[chosen].unsqueeze(0), (1, 0), value=IGNORE)
     hook = head.register_forward_pre_hook(choose)
     try:
-        output = model(**{**batch, "labels": labels})
+        output = model(**inputs)
     finally:
         hook.remove()
-    logits: Tensor = output.logits
-    return TargetOutput(getattr(output, "loss", None), logits[0, :-1], targets)
+    logits = getattr(output, "logits", None)
+    if (
+        not isinstance(logits, Tensor)
+        or len(seen) != 1
+        or logits.shape[:2]
+        != (
+            1,
+            int(chosen.sum()) + 1,
+        )
+    ):
+        raise ValueError(
+            "model must return .logits beside .loss, from which the loss of each example follows"
+        )
+    return TargetOutput(
+        getattr(output, "loss", None) if own_loss else None, logits[0, :-1], targets
+    )
