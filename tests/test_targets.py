@@ -167,9 +167,9 @@ def test_the_head_is_left_as_it_was():
     with pytest.raises(ValueError, match="model must compute logits of all tokens"):
         run_at_targets(model, head, {**batch_of(), "logits_to_keep": 2})
     assert not head._forward_pre_hooks
-    with pytest.raises(ValueError, match="model must return .logits"):
+    with pytest.raises(ValueError, match="model must return"):
         run_at_targets(model, nn.Linear(2, 2), batch_of())  # a layer that the model does not call
-    with pytest.raises(ValueError, match="model must return .logits"):
+    with pytest.raises(ValueError, match="model must return"):
         run_at_targets(model, head, {**batch_of(), "return_dict": False})
 
 

@@ -89,19 +89,10 @@ def run_at_targets(
         output = model(**inputs)
     finally:
         hook.remove()
-    logits = getattr(output, "logits", None)
-    if (
-        not isinstance(logits, Tensor)
-        or len(seen) != 1
-        or logits.shape[:2]
-        != (
-            1,
-            int(chosen.sum()) + 1,
-        )
-    ):
+    logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
+    expected = (1, int(chosen.sum()) + 1)
+    if not isinstance(logits, Tensor) or len(seen) != 1 or logits.shape[:2] != expected:
         raise ValueError(
             "model must return .logits beside .loss, from which the loss of each example follows"
         )
-    return TargetOutput(
-        getattr(output, "loss", None) if own_loss else None, logits[0, :-1], targets
-    )
+    return TargetOutput(loss, logits[0, :-1], targets)
