@@ -83,10 +83,11 @@ def _noise_costs(result):
     ]
 
 
-def _tuning(result, rate):
-    """Rate, and the mean score of each arm over its tuning runs at the rate."""
-    arms = [arm for arm in _json(result)["tuned"] if rate in arm["rates"]]
-    return [rate, *(np.mean(arm["scores"][arm["rates"].index(rate)]) for arm in arms)]
+def _tuning(result, rate=None):
+    """Mean score of each arm over its tuning runs at a rate (default: the chosen one); the rate."""
+    arms = [arm for arm in _json(result)["tuned"] if rate is None or rate in arm["rates"]]
+    means = [np.mean(arm["scores"][arm["rates"].index(rate or arm["chosen"])]) for arm in arms]
+    return means if rate is None else [rate, *means]
 
 
 def _comparisons(result):
@@ -158,7 +159,11 @@ def _estimates():
 COMPUTED = {
     "alignment": _alignment,
     "steps_sst2": lambda: [*_noise_costs("steps_sst2"), *_tuning("steps_sst2", 0.00316)],
-    "steps_smollm2": lambda: _noise_costs("steps_smollm2"),
+    "steps_smollm2": lambda: [
+        *_noise_costs("steps_smollm2"),
+        *_tuning("steps_smollm2", 0.001),
+        *_tuning("steps_smollm2"),
+    ],
     "steps_mnli": lambda: [*_noise_costs("steps_mnli"), *_tuning("steps_mnli", 0.00316)],
     "steps_e2e": lambda: [*_noise_costs("steps_e2e"), *_tuning("steps_e2e", 0.00316)],
     "tasks_mpnet": lambda: _comparisons("tasks_mpnet"),
