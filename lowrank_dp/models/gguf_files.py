@@ -110,8 +110,7 @@ def read_once(load: Mapping[str, Any]) -> Iterator[None]:
     if "gguf_file" not in load:
         yield
         return
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")  # Any: its names are replaced
     with _READING:
         reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
         gguf.GGUFReader, gguf.get_tensor_name_map = lru_cache(reader), lru_cache(names)
