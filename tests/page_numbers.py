@@ -84,7 +84,10 @@ def _noise_costs(result):
 
 
 def _tuning(result, rate=None):
-    """Mean score of each arm over its tuning runs at a rate (default: the chosen one); the rate."""
+    """List the rate, if one is given, and each arm's mean score over its tuning runs at that rate.
+
+    Without a rate, each arm's score is that at its chosen rate.
+    """
     arms = [arm for arm in _json(result)["tuned"] if rate is None or rate in arm["rates"]]
     means = [np.mean(arm["scores"][arm["rates"].index(rate or arm["chosen"])]) for arm in arms]
     return means if rate is None else [rate, *means]

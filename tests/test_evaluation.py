@@ -555,6 +555,7 @@ def test_logits_that_are_not_finite():
 
 def test_scores_from_the_logits_at_the_targets_are_those_from_all_logits(monkeypatch):
     model, tokenizer = load_model("tiny-llama", task=TABLES)
+    assert evaluation.models.separate_head(model) is model.lm_head
     found = evaluate(model, tokenizer, TABLES, batch_size=7)
     monkeypatch.setattr(evaluation.models, "separate_head", lambda model: None)
     assert evaluate(model, tokenizer, TABLES, batch_size=7) == pytest.approx(found, rel=1e-6)

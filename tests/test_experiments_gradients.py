@@ -400,8 +400,7 @@ def test_every_lengthy_figure_has_a_trial():
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_what_is_lengthy_can_be_tried_small(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # so that no folder of saved results is found
+def test_what_is_lengthy_can_be_tried_small(name, monkeypatch):
     monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
     spec = figures.find(name)
     short = figures.configure(spec.small, **TRIALS[name])

@@ -469,11 +469,12 @@ def test_minilm_is_the_real_one():
 @pytest.mark.slow
 def test_smollm2_is_the_real_one_writes_texts_and_can_be_saved(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf", reason="pip install gguf")
-    read, reader = [], gguf.GGUFReader
+    read, reader, table = [], gguf.GGUFReader, gguf.get_tensor_name_map
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or reader(path))
     model, tokenizer = load_model("smollm2")
     assert len(read) == 1  # transformers alone parses the vocabulary three times
     assert gguf.GGUFReader(read[0]) and len(read) == 2  # the package is left as it was
+    assert gguf.get_tensor_name_map is table
     assert "Q4_1 quantised weights, dequantised" in describe(model)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():

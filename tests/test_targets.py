@@ -51,16 +51,16 @@ def build(name):
     return model
 
 
-def batch_of(prompts=(3, 1, 4, 2), lengths=(7, 6, 9, 4), first_target=True):
+def batch_of():
     """Build rows of a prompt without targets, a text with targets, and padding on the right."""
+    prompts, lengths = (3, 1, 4, 2), (7, 6, 9, 4)
     torch.manual_seed(1)
     ids = torch.full((len(lengths), max(lengths)), PAD)
     labels = torch.full_like(ids, IGNORE)
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         ids[row, :length] = torch.randint(3, VOCAB, (length,))
         labels[row, prompt:length] = ids[row, prompt:length]
-    if first_target:
-        labels[1, 0] = ids[1, 0]  # label of the first token, which no position predicts
+    labels[1, 0] = ids[1, 0]  # label of the first token, which no position predicts
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
 
 
@@ -102,7 +102,9 @@ def test_half_precision_and_lora_equal_all_logits(monkeypatch):
     expected, expected_norms = clipped_sum(model, batch, 0.5, **options)
     torch.testing.assert_close(norms, expected_norms, rtol=2e-2, atol=0)
     for key, total in found.items():
-        torch.testing.assert_close(total, expected[key], rtol=5e-2, atol=2e-3)
+        if expected[key].norm() > 0:
+            assert (total - expected[key]).norm() < 0.05 * expected[key].norm(), key
+    assert sum(bool(total.norm() > 0.01) for total in found.values()) > 4
 
 
 def sizes_of_head(model, batch):
@@ -164,10 +166,10 @@ def test_the_head_is_left_as_it_was():
     head = separate_head(model)
     run_at_targets(model, head, batch_of())
     assert not head._forward_pre_hooks
-    with pytest.raises(ValueError, match="model must compute logits of all tokens"):
+    with pytest.raises(ValueError, match="model must run its output layer on all tokens"):
         run_at_targets(model, head, {**batch_of(), "logits_to_keep": 2})
     assert not head._forward_pre_hooks
-    with pytest.raises(ValueError, match="model must return"):
+    with pytest.raises(ValueError, match="it ran the layer 0 times"):
         run_at_targets(model, nn.Linear(2, 2), batch_of())  # a layer that the model does not call
     with pytest.raises(ValueError, match="model must return"):
         run_at_targets(model, head, {**batch_of(), "return_dict": False})

@@ -83,8 +83,8 @@ E2E = Config(
     score=gap_configs.E2E.score,
     tuning_holdout=gap_configs.E2E.tuning_holdout,
 )
-# micro-batches of 8, and few validation examples, since each target has 49,152 logits. The matrix
-# products of a step take a third of the time in bfloat16 on a processor with bfloat16 instructions
+# micro-batches of 8, and few validation examples, since each target has 49,152 logits; bfloat16,
+# to shorten the matrix products, which take most of a step
 SMOLLM2 = Config(
     base_config(
         model="smollm2",

@@ -56,7 +56,7 @@ def load_base(
         model, missing = tiny.model(backbone.name, auto, head)
         model = model.to(dtype)
     else:
-        with read_once(backbone.load):
+        with read_once(backbone.load):  # for an adapter's base, which load_model reads here alone
             model, missing = _from_files(backbone, auto, head, dtype)
     if "gguf_file" in backbone.load:  # the weights are dequantised now, so they can be saved
         model.hf_quantizer.remove_quantization_config(model)

@@ -77,7 +77,8 @@ def run_at_targets(
         seen.append(tuple(states.shape[:2]))
         if seen[-1] != tuple(chosen.shape):
             raise ValueError(
-                f"model must compute logits of all tokens {tuple(chosen.shape)}, got {seen[-1]}"
+                f"model must run its output layer on all tokens {tuple(chosen.shape)}, got "
+                f"{seen[-1]}: remove what selects tokens from the batch"
             )
         return functional.pad(states[chosen.to(states.device)], (0, 0, 0, 1)).unsqueeze(0)
 
@@ -91,8 +92,13 @@ def run_at_targets(
         hook.remove()
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     expected = (1, int(chosen.sum()) + 1)
-    if not isinstance(logits, Tensor) or len(seen) != 1 or logits.shape[:2] != expected:
+    if not isinstance(logits, Tensor):
         raise ValueError(
             "model must return .logits beside .loss, from which the loss of each example follows"
+        )
+    if len(seen) != 1 or logits.shape[:2] != expected:
+        raise ValueError(
+            f"model must run its output layer once, on all tokens, and return the layer's logits; "
+            f"it ran the layer {len(seen)} times and returned logits {tuple(logits.shape)}"
         )
     return TargetOutput(loss, logits[0, :-1], targets)
