@@ -385,6 +385,7 @@ ELSEWHERE = {
     "steps_sst2_gap",
     "steps_sst2_eps8",
     "steps_sst2_all",
+    "steps_sst2_mpnet",
     "steps_mnli",
     "steps_e2e",
     "steps_smollm2",

@@ -24,6 +24,7 @@ PENDING = {
     "gap_large_batch",
     "gap_all_layers",
     "steps_sst2_all",
+    "steps_sst2_mpnet",
 }
 
 

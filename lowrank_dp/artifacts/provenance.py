@@ -24,7 +24,8 @@ def provenance(*, seed: int | None = None, device: str = "cpu") -> dict[str, Any
         device: device of the experiment.
 
     Returns:
-        A dict in JSON's own types. The dict names no folder of this machine.
+        A dict in JSON's own types, with the name of the GPU if ``device`` is one. The dict names no
+        folder of this machine.
     """
     versions = {name: metadata.version(name) for name in _VERSIONS if _installed(name)}
     return {
@@ -35,10 +36,20 @@ def provenance(*, seed: int | None = None, device: str = "cpu") -> dict[str, Any
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "device": device,
+        **_gpu(device),
         "seed": seed,
         "command": _command(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _gpu(device: str) -> dict[str, str]:
+    """Return the name of the device, if the device is a GPU of this machine."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch  # here, since a result without models needs no torch
+
+    return {"gpu": torch.cuda.get_device_name(device)} if torch.cuda.is_available() else {}
 
 
 def _installed(name: str) -> bool:

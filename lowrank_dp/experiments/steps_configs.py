@@ -57,7 +57,22 @@ SST2_GAP = Config(
 SST2_EPS8 = replace(
     SST2_GAP, base=replace(SST2_GAP.base, epsilon=8.0), arms=(*PLAIN, *PRECONDITIONED[:3])
 )
-SST2_ALL = Config(replace(_SST2, batch_size=1024), arms=(*PLAIN, *RESTORED))
+# all 38 matrices of MiniLM, as in gap_configs.SST2_ALL_LAYERS
+SST2_ALL = Config(
+    replace(gap_configs.SST2_ALL_LAYERS.base, batch_size=1024), arms=(*PLAIN, *RESTORED)
+)
+# the same setting with a model of RoBERTa-base's sizes, which is fully fine-tuned; bfloat16, and
+# one snapshot per run, since a snapshot of a model of this size takes as long as some steps
+SST2_MPNET = Config(
+    replace(
+        SST2_ALL.base,
+        model="mpnet-base",
+        micro_batch_size=256,
+        precision="bf16",
+        snapshot_every=30,
+    ),
+    arms=(*PLAIN, "denoise", "mean, optimal, zeroed"),
+)
 MNLI = Config(
     base_config(
         model="minilm",

@@ -37,6 +37,7 @@ ROOMS = {
     "steps_sst2_gap": "training",
     "steps_sst2_eps8": "training",
     "steps_sst2_all": "training",
+    "steps_sst2_mpnet": "training",
     "steps_mnli": "training",
     "steps_e2e": "training",
     "steps_smollm2": "training",
