@@ -374,6 +374,7 @@ ELSEWHERE = {
     "implicit_noise",
     "membership",
     "membership_e2e",
+    "membership_gemma",
     "noise_cost",
     "noisy_projection",
     "plan_gap",

@@ -25,6 +25,7 @@ PENDING = {
     "gap_all_layers",
     "steps_sst2_all",
     "steps_sst2_mpnet",
+    "membership_gemma",
 }
 
 

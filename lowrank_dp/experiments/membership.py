@@ -8,14 +8,17 @@ variance of the projection noise, on which the claim rests, is shown beside the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from lowrank_dp import _validate
+from lowrank_dp import _validate, engines
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.mia.attack import Options, attack, open_target
@@ -39,13 +42,16 @@ DP = {"non_private": False, "epsilon": 8.0}
 RESTORED = {"scheme": "optimal", "below": "zero", "momentum_beta": 0.9}
 
 
-def arms(ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+def arms(
+    ranks: tuple[int, ...], frozen_ranks: tuple[int, ...], with_dp: bool = True
+) -> dict[str, dict[str, Any]]:
     """Return the fields of each arm that differ from the base configuration, by name."""
     lora = {f"LoRA r={rank}": {"method": "lora", "rank": rank} for rank in ranks}
     frozen = {
         f"frozen A r={rank}": {"method": "lora-frozen-a", "rank": rank} for rank in frozen_ranks
     }
-    return {"full": {}, **lora, **frozen, "full, DP": DP, "full, DP restored": {**DP, **RESTORED}}
+    private = {"full, DP": DP, "full, DP restored": {**DP, **RESTORED}} if with_dp else {}
+    return {"full": {}, **lora, **frozen, **private}
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Config:
         num_seeds: number of seeds, counted from 0, each with its own membership bits; 2 or more.
         attack: name of the primary attack.
         num_workers: number of concurrent runs; None means one per CPU core.
+        with_dp: whether full fine-tuning with DP, plain and restored, is among the arms.
     """
 
     base: TrainConfig
@@ -79,6 +86,7 @@ class Config:
     num_seeds: int = 3
     attack: str = "base"
     num_workers: int | None = None
+    with_dp: bool = True
 
 
 SST2 = Config(
@@ -114,6 +122,25 @@ E2E = Config(
     full_learning_rate=1e-3,
     lora_learning_rate=1e-2,
     frozen_learning_rate=5e-2,
+)
+
+# a language model of 270 M parameters, for a GPU
+GEMMA = Config(
+    base=replace(
+        E2E.base,
+        model="gemma3-270m",
+        batch_size=32,
+        max_examples=1200,
+        precision="bf16",
+        micro_batch_size=32,
+        eval_examples=200,
+    ),
+    ranks=(8,),
+    frozen_ranks=(),
+    steps=(20, 60),
+    full_learning_rate=1e-4,
+    lora_learning_rate=1e-3,
+    with_dp=False,
 )
 
 # trials of one minute on generated text, with models that need no download
@@ -173,7 +200,7 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
 
     Raises ValueError for fewer than 2 seeds, or if a run failed.
     """
-    table = arms(config.ranks, config.frozen_ranks)
+    table = arms(config.ranks, config.frozen_ranks, config.with_dp)
     _validate.integer("num_seeds", config.num_seeds, low=2)
     configs = [
         _arm_config(config, changes, steps, seed)
@@ -184,8 +211,13 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
     outcomes = sweep(configs, folder, num_workers=config.num_workers, keep_model=True)
     if failed := [outcome.error for outcome in outcomes if outcome.result is None]:
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed: {failed[0]}")
-    options = Options(primary=config.attack, seed=config.base.data_seed, device=config.base.device)
-    attacked = [_attack_run(one, folder, options) for one in progress(configs, "attacks")]
+    options = Options(
+        primary=config.attack,
+        seed=config.base.data_seed,
+        device=config.base.device,
+        batch_size=config.base.micro_batch_size,
+    )
+    attacked = _attack_runs(configs, folder, options, config.num_workers or os.cpu_count() or 1)
     shape = len(table), config.num_seeds, len(config.steps)
 
     def column(name: str) -> np.ndarray:
@@ -223,6 +255,28 @@ class _AttackedRun:
     shift: str  # a verdict other than "ok", with its run; else ""
 
 
+def _attack_runs(
+    configs: list[TrainConfig], folder: str | Path, options: Options, workers: int
+) -> list[_AttackedRun]:
+    """Attack all runs, ``workers`` at a time, each with its share of the CPU's cores."""
+    job = partial(_attack_alone, folder=folder, options=options, workers=workers)
+    engine = "loky" if workers > 1 else "sequential"
+    results = engines.run(job, configs, engine, workers)
+    done = dict(progress(results, "attacks", total=len(configs)))
+    attacked = [done[i] for i in range(len(configs))]
+    if None in attacked:
+        raise ValueError("an attack's process died (out of memory?): repeat it with fewer workers")
+    return [run for run in attacked if run is not None]
+
+
+def _attack_alone(
+    config: TrainConfig, folder: str | Path, options: Options, workers: int
+) -> _AttackedRun:
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    return _attack_run(config, folder, options)
+
+
 def _attack_run(config: TrainConfig, folder: str | Path, options: Options) -> _AttackedRun:
     target = open_target(run_folder(config, folder), options)
     found = attack(target, options, Path(folder) / "cache")
@@ -245,7 +299,7 @@ def _attack_run(config: TrainConfig, folder: str | Path, options: Options) -> _A
 
 def plan(config: Config) -> str:
     """Describe what :func:`run` will do: numbers of runs and steps, and the attack."""
-    names = arms(config.ranks, config.frozen_ranks)
+    names = arms(config.ranks, config.frozen_ranks, config.with_dp)
     runs = len(names) * config.num_seeds * len(config.steps)
     return (
         f"{len(names)} methods x {config.num_seeds} seeds x steps {config.steps}: {runs} runs, "

@@ -43,6 +43,7 @@ ROOMS = {
     "steps_smollm2": "training",
     "membership": "training",
     "membership_e2e": "training",
+    "membership_gemma": "training",
     "implicit_noise": "training",
 }
 NAMES = tuple(ROOMS)

@@ -52,6 +52,7 @@ FIGURES = {
     "steps_smollm2": _steps(steps_configs.SMALL_TABLES, steps_configs.SMOLLM2),
     "membership": _membership(membership.SMALL, membership.SST2),
     "membership_e2e": _membership(membership.SMALL_TABLES, membership.E2E),
+    "membership_gemma": _membership(membership.SMALL_TABLES, membership.GEMMA),
     "implicit_noise": _training(
         implicit_noise, plot_implicit_noise, implicit_noise.SMALL, implicit_noise.SST2
     ),

@@ -99,7 +99,7 @@ def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> 
             [half[-1] for _, half in bands],
             **look(family).curve(label=family, elinewidth=0.8, capsize=2),
         )
-    for arm in ("full", "full, DP", "full, DP restored"):
+    for arm in (name for name in result.arms if name.startswith("full")):
         mean, half = result.band(values, result.arms.index(arm))
         colour = look(arm).colour
         axis.axhline(mean[-1], linewidth=1, label=arm, **look(arm).curve(marker=""))
