@@ -67,7 +67,7 @@ def detect(noisy):
     aspect, scale = aspect_and_scale(noisy.shape, 1.0)
     edge = sum(map(math.sqrt, noisy.shape))
     return krylov.leading_triplets(
-        noisy, lambda s: shrink_frobenius(s / scale, aspect) ** 2, level=edge
+        noisy.unsqueeze(0), lambda s: shrink_frobenius(s / scale, aspect) ** 2, level=edge
     )
 
 

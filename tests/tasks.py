@@ -16,7 +16,9 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(Path(lowrank_dp.__file__).parents[1]),
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(lowrank_dp.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
 }
 
 needs_data = pytest.mark.skipif(

@@ -139,7 +139,10 @@ def test_a_run_is_that_of_the_cpu(base, changes, tmp_path, monkeypatch):
     found = train(config, tmp_path / "gpu", show_progress=False)
     plain = {"device": "cpu", "prefix_cache": ""}
     wanted = train(replace(config, **plain), tmp_path / "cpu", show_progress=False)
-    moved = abs(found.curve[0]["loss"] - found.curve[-1]["loss"])
+    losses = [entry["loss"] for entry in wanted.curve]
+    moved = max(losses) - min(losses)
+    assert moved > 1e-3
+    # bf16 with another size of micro-batch moves by 0.07 of it on the CPU
     assert curves_differ(found, wanted) < moved * (0.2 if asked.get("precision") else 0.01)
 
 
@@ -150,7 +153,9 @@ def test_a_private_run_says_where_its_noise_comes_from(tmp_path):
     )
     result = train(config, tmp_path / "philox", show_progress=False)
     assert "Philox" in result.privacy and "not cryptographic" in result.privacy
-    assert result.epsilon == GaussianMechanism(0.7, 1.0, 20 / 120).epsilon(6, result.delta)
+    assert result.epsilon == GaussianMechanism(0.7, 1.0, result.sample_rate).epsilon(
+        6, result.delta
+    )
     result = train(replace(config, secure_rng=True), tmp_path / "aes", show_progress=False)
     assert "AES-128-CTR" in result.privacy and "Philox" not in result.privacy
 

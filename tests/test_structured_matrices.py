@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dp.restore import SCHEMES, oracle_values, restoration, restore, restore_with_report
+from lowrank_dp.restore import (
+    SCHEMES,
+    krylov,
+    oracle_values,
+    restoration,
+    restore,
+    restore_with_report,
+)
 from lowrank_dp.restore.plan import make_plan
 from lowrank_dp.spectrum import alignment, decompose
 from tests.oracles import optimal_values
@@ -143,6 +150,30 @@ def test_a_batch_with_such_matrices_among_ordinary_ones():
     for got in (restore(batch, 1.0), restoration._apply(plan, batch, norms)[0]):
         for index, limit in enumerate((0.05, 1e-3, 1e-3, 1e-3, 0.05)):
             assert distance(got[index], want[index]) < limit, index
+
+
+def test_a_batch_costs_what_its_matrices_cost_singly(monkeypatch):
+    """A matrix leaves the batch once it has settled: a slow one does not delay the others."""
+    noise = torch.randn(12, 256, 320, generator=torch.Generator().manual_seed(0))
+    noise[:3] += torch.stack([low_rank((256, 320), [70.0, 45.0, 36.0], seed) for seed in range(3)])
+    decomposed, original = [], krylov._eigenvalues
+
+    def counted(gram):
+        decomposed.extend(gram.shape[-1] for _ in gram)
+        return original(gram)
+
+    monkeypatch.setattr(krylov, "_eigenvalues", counted)
+    for scheme, options in (("optimal", {}), ("denoise", {}), ("partial", {"alpha": 0.5})):
+        plan = make_plan(noise.shape, 1.0, scheme, **options)
+        batch, values = restoration._apply(plan, noise, torch.linalg.matrix_norm(noise))
+        together = sorted(decomposed)
+        decomposed.clear()
+        singly = restore(noise, 1.0, scheme, **options)  # on the CPU, one matrix at a time
+        assert together == sorted(decomposed) and len(set(together)) > 2, scheme
+        decomposed.clear()
+        assert max(distance(a, b) for a, b in zip(batch, singly, strict=True)) < 1e-5, scheme
+        above = (torch.linalg.svdvals(noise)[:, 0] > plan.edge).tolist()
+        assert (values[:, 0] > plan.edge).tolist() == above and 3 <= sum(above) < 12, scheme
 
 
 def test_any_unit_gives_the_same_result():

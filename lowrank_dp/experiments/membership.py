@@ -50,8 +50,11 @@ def arms(
     frozen = {
         f"frozen A r={rank}": {"method": "lora-frozen-a", "rank": rank} for rank in frozen_ranks
     }
-    private = {"full, DP": DP, "full, DP restored": {**DP, **RESTORED}} if with_dp else {}
-    return {"full": {}, **lora, **frozen, **private}
+    private: dict[str, dict[str, Any]] = {
+        "full, DP": DP,
+        "full, DP restored": {**DP, **RESTORED},
+    }
+    return {"full": {}, **lora, **frozen, **(private if with_dp else {})}
 
 
 @dataclass(frozen=True)

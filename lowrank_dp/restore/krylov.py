@@ -25,17 +25,19 @@ _DEPENDENT = 1e-4  # norm outside a subspace below which a unit column counts as
 
 @dataclass(frozen=True)
 class Leading:
-    """Ritz approximation of the leading singular triplets of matrices (..., m, n), m <= n.
+    """Ritz approximation of leading singular triplets, of some matrices (m, n) of a batch; m <= n.
 
     ``u_i = basis @ rotation[:, i]`` and ``s_i * v_i^T = rotation[:, i]^T @ image``.
 
     Attributes:
-        basis: (..., m, k), orthonormal columns.
-        image: (..., k, n), ``basis^T matrix``.
-        rotation: (..., k, k), orthogonal.
-        s: (..., k), descending Ritz values.
+        index: (l,), positions of the matrices in the batch.
+        basis: (l, m, k), orthonormal columns.
+        image: (l, k, n), ``basis^T matrix``.
+        rotation: (l, k, k), orthogonal.
+        s: (l, k), descending Ritz values.
     """
 
+    index: Tensor
     basis: Tensor
     image: Tensor
     rotation: Tensor
@@ -44,75 +46,90 @@ class Leading:
     def combine(self, gains: Tensor, *, transpose: bool = False) -> Tensor:
         """Return ``sum_i gains_i * s_i * u_i v_i^T`` over the first triplets, one per gain."""
         rotation = self.rotation[..., : gains.shape[-1]]
-        left = self.basis @ (rotation * gains.unsqueeze(-2))  # (..., m, count)
-        right = rotation.mT @ self.image  # (..., count, n)
+        left = self.basis @ (rotation * gains.unsqueeze(-2))  # (l, m, count)
+        right = rotation.mT @ self.image  # (l, count, n)
         return right.mT @ left.mT if transpose else left @ right
 
 
 def leading_triplets(
-    matrix: Tensor,
+    matrices: Tensor,
     weight: Callable[[Tensor], Tensor],
     *,
     level: float | None,
     tolerance: float = 0.02,
-) -> Leading | None:
-    """Find triplets of ``matrix`` (..., m, n), m <= n, until the sum of ``weight(s)`` has settled.
+) -> list[Leading]:
+    """Find triplets of every matrix (m, n), m <= n, until the sum of ``weight(s)`` has settled.
+
+    A matrix leaves the batch as soon as its sum has settled, so that a few slow matrices do not
+    delay all.
 
     Args:
-        matrix: float32 or float64.
+        matrices: (L, m, n), float32 or float64.
         weight: contribution of singular values to the result, >= 0, vectorised.
         level: values at or below this level contribute nothing; None if every value contributes.
         tolerance: largest relative change of the total weight in the last step.
 
     Returns:
-        The triplets. If no value is above ``level``, only ``s`` has a meaning: the rotation is the
-        identity. None if the subspace is too small for the values above ``level``, or was exhausted
-        before all of them were found. The matrix is then not "few spikes and a bulk", and an exact
-        SVD should be taken.
+        The triplets, in groups of matrices. Where no value is above ``level``, only ``s`` has a
+        meaning: the rotation is the identity. No group holds a matrix whose subspace is too small
+        for the values above ``level``, or was exhausted before all of them were found. The matrix
+        is then not "few spikes and a bulk", and an exact SVD should be taken.
     """
-    subspace = _Subspace(matrix)
-    total, top = torch.zeros(()), torch.zeros(())
-    found = torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
-    earliest = _MIN_BLOCKS  # number of blocks from which on the total weight can have settled
+    subspace = _Subspace(matrices)
+    total = top = matrices.new_zeros(len(matrices))
+    found = torch.zeros_like(top, dtype=torch.bool)
+    # number of blocks from which on the total weight can have settled
+    earliest = torch.full_like(top, _MIN_BLOCKS, dtype=torch.int64)
+    groups = []
     for blocks in range(2, _MAX_BLOCKS + 1):
         block, exhausted = subspace.next_block()
         if exhausted is not None:
             found = found | (exhausted & subspace.leaves_nothing(level))
-            if bool((exhausted & ~found).any()):
-                earliest = blocks + 2  # the new directions find what is left one block later
+            # the new directions find what is left one block later
+            earliest = torch.where(exhausted & ~found, blocks + 2, earliest)
         subspace.append(block)
         s = subspace.singular_values()
-        last_total, last_top, top = total, top, s[..., 0]
-        empty = level is not None and bool((top <= level).all())
-        total = torch.zeros_like(top) if empty else weight(s).sum(-1)
+        last_total, last_top, top = total, top, s[:, 0]
+        above = top > (0.0 if level is None else level)
+        total = weight(s).sum(-1) if bool(above.any()) else torch.zeros_like(top)
         settled = (total - last_total).abs() <= tolerance * total
         if level is not None:
             # Ritz values rise towards the singular values in shrinking steps: if one more step of
             # the same size would not reach the level, no singular value stands above the level
-            settled = torch.where(top > level, settled, 2 * top - last_top <= level)
-        done = bool(found.all()) or (blocks >= earliest and bool((settled | found).all()))
+            settled = torch.where(above, settled, 2 * top - last_top <= level)
+        done = found | (settled & (blocks >= earliest))
         full = blocks == _MAX_BLOCKS or subspace.is_full
-        if done or full:
+        if full:
+            done = done | (earliest == _MIN_BLOCKS)
+        usable = done & _has_room(s, level, full)
+        if bool((spiked := usable & above).any()):
+            groups.append(subspace.triplets(spiked))
+        if bool((nothing := usable & ~above).any()):
+            groups.append(subspace.without_rotation(nothing, s))
+        if full or bool(done.all()):
             break
-    if (earliest > _MIN_BLOCKS and not done) or not _has_room(s, level, full):
-        return None
-    return subspace.without_rotation(s) if empty else subspace.triplets()
+        if bool(done.any()):
+            subspace.keep(~done)
+            total, top, found, earliest = (x[~done] for x in (total, top, found, earliest))
+    return groups
 
 
-def _has_room(s: Tensor, level: float | None, full: bool) -> bool:
-    """Return whether the subspace was large enough for the values above ``level``.
+def _has_room(s: Tensor, level: float | None, full: bool) -> Tensor:
+    """Return (l,), whether the subspace was large enough for the values above ``level``.
 
     A full subspace of which half lies above the level may have missed other values.
     """
-    most = s.shape[-1] // 2 if full else s.shape[-1] - 1
-    return level is None or not bool(((s > level).sum(-1) > most).any())
+    if level is None:
+        return torch.ones_like(s[:, 0], dtype=torch.bool)
+    return (s > level).sum(-1) <= (s.shape[-1] // 2 if full else s.shape[-1] - 1)
 
 
 class _Subspace:
-    """Block Krylov subspace of matrices (..., m, n): orthonormal basis, image and Gram matrix."""
+    """Block Krylov subspace of matrices (l, m, n): orthonormal basis, image and Gram matrix."""
 
     def __init__(self, matrix: Tensor) -> None:
         m, n = matrix.shape[-2:]
+        self._index = torch.arange(len(matrix), device=matrix.device)
         self._matrix, self._width = matrix, min(_BLOCK, m // 16)
         self._generator = torch.Generator().manual_seed(0)
         start = torch.randn(self._width, n, generator=self._generator, dtype=matrix.dtype)
@@ -129,6 +146,12 @@ class _Subspace:
         """Next block, ``matrix matrix^T`` times the last one: see :func:`_orthonormal_outside`."""
         block = (self._image[..., -self._width :, :] @ self._matrix.mT).mT
         return _orthonormal_outside(block, self._basis, self._generator)
+
+    def keep(self, chosen: Tensor) -> None:
+        """Go on with some of the matrices, given as a mask (l,)."""
+        self._index, self._matrix = self._index[chosen], self._matrix[chosen]
+        self._basis, self._image = self._basis[chosen], self._image[chosen]
+        self._gram = self._gram[chosen]
 
     def append(self, block: Tensor) -> None:
         """Extend the subspace by orthonormal columns (..., m, w) orthogonal to the subspace."""
@@ -149,21 +172,28 @@ class _Subspace:
         least = rounding if level is None else rounding.clamp(min=level)
         return torch.linalg.matrix_norm(self._matrix - self._basis @ self._image) <= least
 
-    def triplets(self) -> Leading:
-        """Ritz triplets, from a decomposition in float64.
+    def triplets(self, chosen: Tensor) -> Leading:
+        """Ritz triplets of the matrices in a mask (l,), from a decomposition in float64.
 
         A Gram matrix in float32 loses the values below 1e-4 times the largest one.
         """
-        exact = self._image.double()
+        basis, image = (_chosen(x, chosen) for x in (self._basis, self._image))
+        exact = image.double()
         squares, rotation = torch.linalg.eigh(exact @ exact.mT)
         s = squares.flip(-1).clamp(min=0).sqrt()
         dtype = self._matrix.dtype
-        return Leading(self._basis, self._image, rotation.flip(-1).to(dtype), s.to(dtype))
+        return Leading(self._index[chosen], basis, image, rotation.flip(-1).to(dtype), s.to(dtype))
 
-    def without_rotation(self, s: Tensor) -> Leading:
+    def without_rotation(self, chosen: Tensor, s: Tensor) -> Leading:
         """Ritz values alone, for matrices of which nothing will be combined."""
-        identity = torch.eye(s.shape[-1]).to(self._gram).expand_as(self._gram)
-        return Leading(self._basis, self._image, identity, s)
+        basis, image = (_chosen(x, chosen) for x in (self._basis, self._image))
+        identity = torch.eye(s.shape[-1]).to(self._gram).expand(len(basis), -1, -1)
+        return Leading(self._index[chosen], basis, image, identity, s[chosen])
+
+
+def _chosen(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return the entries in a mask; all of them are not copied."""
+    return tensor if bool(mask.all()) else tensor[mask]
 
 
 def _eigenvalues(gram: Tensor) -> Tensor:

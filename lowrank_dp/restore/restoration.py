@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
-from lowrank_dp.restore.krylov import MIN_SIDE, leading_triplets
+from lowrank_dp.restore.krylov import MIN_SIDE, Leading, leading_triplets
 from lowrank_dp.restore.plan import ORDINARY, Plan, check_arguments, make_plan
 from lowrank_dp.restore.schemes import SCHEMES
 from lowrank_dp.spectrum.decomposition import to_unit
@@ -348,7 +348,7 @@ def _apply(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | No
         restored = plan.scheme.by_products(noisy, norm, plan.options)
         if restored is not None:
             return restored, None
-    restored, s = _fast(plan, noisy, norm) or _exact(plan, noisy, norm)
+    restored, s = _by_triplets(plan, noisy, norm) or _exact(plan, noisy, norm)
     untouched = plan.leaves_alone(s[:, 0])
     if bool(untouched.any()):
         other = noisy if plan.below == "keep" else torch.zeros_like(noisy)
@@ -356,26 +356,44 @@ def _apply(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | No
     return restored, s
 
 
-def _fast(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Restore as :func:`_exact`, from leading triplets; None if an SVD is needed or cheaper."""
+def _by_triplets(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Restore as :func:`_exact`, from leading triplets; None if an SVD is needed or cheaper.
+
+    Matrices whose triplets were not found take an SVD. Values that were not computed are 0.
+    """
     if plan.method == "exact" or min(plan.shape) < MIN_SIDE or plan.needs_all_values:
         return None
     tall = plan.shape[0] > plan.shape[1]
-    lead = leading_triplets(
+    groups = leading_triplets(
         noisy.mT if tall else noisy,
         lambda s: _weight(plan, s),
         level=plan.edge if plan.scheme.reads_noise_level else None,
     )
-    if lead is None:
+    if not groups:
         return None
-    # the result is bulk_factor * noisy, plus the change of each leading value to the new value
+    if len(groups[0].index) == len(noisy):  # on a CPU, the one matrix, which is not copied
+        return _combined(plan, noisy, norm, groups[0], tall), groups[0].s
+    restored, s = torch.empty_like(noisy), noisy.new_zeros(len(noisy), min(plan.shape))
+    left = torch.ones_like(norm, dtype=torch.bool)
+    for lead in groups:
+        at = lead.index
+        restored[at] = _combined(plan, noisy[at], norm[at], lead, tall)
+        s[at, : lead.s.shape[-1]] = lead.s
+        left[at] = False
+    if bool(left.any()):
+        restored[left], s[left] = _exact(plan, noisy[left], norm[left])
+    return restored, s
+
+
+def _combined(plan: Plan, noisy: Tensor, norm: Tensor, lead: Leading, tall: bool) -> Tensor:
+    """Return ``bulk_factor * noisy``, plus the change of each leading value to the new value."""
     change = plan.new_values(lead.s, norm) - plan.bulk_factor * lead.s
     count = int((change != 0).sum(-1).max())
     if count == 0:
-        return noisy * plan.bulk_factor, lead.s
+        return noisy * plan.bulk_factor
     gains = change / torch.where(lead.s > 0, lead.s, 1.0)
     restored = lead.combine(gains[:, :count], transpose=tall)
-    return (restored.add_(noisy, alpha=plan.bulk_factor) if plan.bulk_factor else restored), lead.s
+    return restored.add_(noisy, alpha=plan.bulk_factor) if plan.bulk_factor else restored
 
 
 def _weight(plan: Plan, s: Tensor) -> Tensor:
