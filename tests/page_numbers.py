@@ -226,6 +226,7 @@ DEFINITIONS = {
         "words of the model tiny": "768",
     },
     "docs/how-to/clusters.md": {"size of an assumed model, in billions": "3.6"},
+    "docs/how-to/gpu.md": {"version of torch": "2.11", "rows, and tokens of a row": "256 64"},
     "docs/how-to/opacus.md": {"momentum of SGD": "0.9"},
     "docs/how-to/own-checkpoint.md": {
         "least size of --population": "100",
