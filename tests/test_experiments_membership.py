@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lowrank_dp import artifacts
-from lowrank_dp.experiments import membership
+from lowrank_dp.experiments import membership, membership_configs
 from lowrank_dp.plots.membership import plot_membership
 from lowrank_dp.theory import noise_variance
 from lowrank_dp.train import TrainConfig
@@ -24,7 +24,7 @@ BASE = TrainConfig(
     snapshot_every=100,
     eval_examples=30,
 )
-CONFIG = membership.Config(
+CONFIG = membership_configs.Config(
     base=BASE, ranks=(2,), frozen_ranks=(1,), steps=(2,), num_seeds=2, num_workers=1
 )
 

@@ -1,5 +1,8 @@
 """Logits at the targets alone, compared with the logits of the whole model."""
 
+from dataclasses import fields
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,9 +11,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, BartConfig, Gemma2Config, GPT2Config, LlamaConfig
 from transformers.models.bart.modeling_bart import BartForCausalLM
 
+from lowrank_dp.data import load_task
 from lowrank_dp.grads import losses
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.losses import IGNORE, LOSSES, losses_at_targets, next_token_targets
+from lowrank_dp.mia import signals
+from lowrank_dp.models import load_model, targets
 from lowrank_dp.models.targets import run_at_targets, separate_head
 from tests.oracles import clip_one_by_one, refusal_of
 
@@ -169,10 +175,35 @@ def test_the_head_is_left_as_it_was():
     with pytest.raises(ValueError, match="model must run its output layer on all tokens"):
         run_at_targets(model, head, {**batch_of(), "logits_to_keep": 2})
     assert not head._forward_pre_hooks
+    other = nn.Linear(2, 2)  # a layer that the model does not call
     with pytest.raises(ValueError, match="it ran the layer 0 times"):
-        run_at_targets(model, nn.Linear(2, 2), batch_of())  # a layer that the model does not call
+        run_at_targets(model, other, batch_of(), own_loss=True)
+    found = run_at_targets(model, other, batch_of())
+    torch.testing.assert_close(found.logits, run_at_targets(model, head, batch_of()).logits)
+    assert found.loss is None
     with pytest.raises(ValueError, match="model must return"):
         run_at_targets(model, head, {**batch_of(), "return_dict": False})
+
+
+def test_membership_signals_need_the_targets_logits_only(monkeypatch):
+    """All signals equal those from the logits of all tokens; the adapter's base counts too."""
+    task = load_task("generated-table", max_examples=40)
+    adapted, tokenizer = load_model("tiny-llama", task=task, method="lora", rank=2)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    tokens: list[int] = []
+    head = separate_head(adapted)
+    head.register_forward_hook(lambda module, inputs, output: tokens.append(output[..., 0].numel()))
+    few = signals.measure(adapted, tokenizer, task, task.train[:20], reference=adapted)
+    assert len(tokens) == 2 and tokens[0] == tokens[1]  # with the adapter, and without
+    monkeypatch.setattr(targets, "separate_head", lambda model, batch=None: None)
+    whole = signals.measure(adapted, tokenizer, task, task.train[:20], reference=adapted)
+    for field in fields(signals.Signals):
+        found, wanted = getattr(few, field.name), getattr(whole, field.name)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6, err_msg=field.name)
+    assert tokens[0] < tokens[2] == tokens[3]
+    assert np.abs(few.loss - few.reference_loss).max() > 0.01
 
 
 def test_a_row_without_target_and_another_loss_are_refused():

@@ -8,6 +8,7 @@ from lowrank_dp.experiments import (
     gap_configs,
     implicit_noise,
     membership,
+    membership_configs,
     steps,
     steps_configs,
 )
@@ -50,9 +51,9 @@ FIGURES = {
     "steps_mnli": _steps(steps_configs.SMALL, steps_configs.MNLI),
     "steps_e2e": _steps(steps_configs.SMALL_TABLES, steps_configs.E2E),
     "steps_smollm2": _steps(steps_configs.SMALL_TABLES, steps_configs.SMOLLM2),
-    "membership": _membership(membership.SMALL, membership.SST2),
-    "membership_e2e": _membership(membership.SMALL_TABLES, membership.E2E),
-    "membership_gemma": _membership(membership.SMALL_TABLES, membership.GEMMA),
+    "membership": _membership(membership_configs.SMALL, membership_configs.SST2),
+    "membership_e2e": _membership(membership_configs.SMALL_TABLES, membership_configs.E2E),
+    "membership_gemma": _membership(membership_configs.SMALL_TABLES, membership_configs.GEMMA),
     "implicit_noise": _training(
         implicit_noise, plot_implicit_noise, implicit_noise.SMALL, implicit_noise.SST2
     ),

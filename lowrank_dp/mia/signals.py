@@ -24,6 +24,7 @@ from lowrank_dp.losses import LOSSES
 from lowrank_dp.mia import scores, token_scores
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.models.memory import rows_that_fit
+from lowrank_dp.models.targets import logits_at_targets
 
 LOGITS_AT_A_TIME = 2**24  # 128 MiB in float64; intermediate results take several times as much
 
@@ -92,18 +93,32 @@ def measure(
             labels = batch.pop("labels")
             if add_inputs is not None:
                 batch = dict(add_inputs([rows[i] for i in indices], batch))
-            logits = model(**batch).logits.float()
+            logits, targets = _logits(model, task, batch, labels)
             other = None
             if reference is not None:
                 with switched_off(reference, model) as base:
-                    other = base(**batch).logits.float()
-            for name, values in _SIGNALS[task.kind](logits, labels, other).items():
+                    other, _ = _logits(base, task, batch, labels)
+            for name, values in _SIGNALS[task.kind](logits, targets, other).items():
                 found[name][indices] = values
     _require_finite(examples, found, with_reference=reference is not None)
     empty = np.zeros(0)
     return Signals(
         **{name: empty if np.isnan(values).any() else values for name, values in found.items()}
     )
+
+
+def _logits(
+    model: Any, task: Task, batch: Mapping[str, Any], labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return logits in float32 and what they are scored by.
+
+    For a generation task, these are the logits (N, V) at the N tokens that predict a target, and
+    the targets (B, T); for other tasks the logits (B, C) and the labels (B,).
+    """
+    if task.kind == "generation":
+        logits, targets = logits_at_targets(model, {**batch, "labels": labels})
+        return logits.float(), targets
+    return model(**batch).logits.float(), labels
 
 
 def _require_finite(
@@ -180,19 +195,15 @@ def _losses(kind: str, logits: Tensor, labels: Tensor, other: Tensor | None) -> 
     }
 
 
-def _generation(logits: Tensor, labels: Tensor, other: Tensor | None) -> dict[str, Any]:
-    """Score the targets' tokens of all rows, in parts that fit the memory, and reduce per row.
-
-    Position t is scored by the logits at t - 1.
-    """
-    rows, places = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+def _generation(logits: Tensor, targets: Tensor, other: Tensor | None) -> dict[str, Any]:
+    """Score the targets' tokens of all rows, in parts that fit the memory, and reduce per row."""
+    chosen = targets != IGNORE
     size = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
-    parts = [
-        _tokens(logits[r, t], labels[r, t + 1], None if other is None else other[r, t])
-        for r, t in zip(rows.split(size), places.split(size), strict=True)
-    ]
+    pairs = [*zip(logits.split(size), targets[chosen].split(size), strict=True)]
+    others = [None] * len(pairs) if other is None else other.split(size)
+    parts = [_tokens(*pair, of) for pair, of in zip(pairs, others, strict=True)]
     tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-    ends = np.cumsum(np.bincount(rows.cpu().numpy(), minlength=len(logits)))[:-1]
+    ends = np.cumsum(chosen.sum(1).cpu().numpy())[:-1]
     found: dict[str, list[float]] = {}
     for row in zip(*(np.split(values, ends) for values in tokens.values()), strict=True):
         one = dict(zip(tokens, row, strict=True))

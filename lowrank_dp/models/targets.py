@@ -17,6 +17,7 @@ from torch.nn import functional
 from lowrank_dp.losses import IGNORE, next_token_targets
 from lowrank_dp.models.heads import without_adapter
 
+_ONCE = "model must run its output layer once, on all tokens, and return the layer's logits; "
 _EXCLUDED = ("shift_labels", "logits_to_keep")  # entries of a batch that fit all tokens only
 
 
@@ -64,9 +65,12 @@ def run_at_targets(
     later, and so computes the mean loss that it computes on the whole batch. Layers after the head
     must treat each token separately, too.
 
+    A model that applies its head by other means than a call (a fused kernel) returns the logits of
+    all tokens, of which those at the targets are taken; it can't be asked for its own loss.
+
     Raises:
-        ValueError: if the model does not call the head once, on states (B, T, d), or does not
-            return the head's logits.
+        ValueError: if the model calls the head more than once, or not on states (B, T, d); or does
+            not return the head's logits.
     """
     targets = next_token_targets(batch["labels"])
     chosen = targets != IGNORE
@@ -88,6 +92,10 @@ def run_at_targets(
     hook = head.register_forward_pre_hook(choose)
     try:
         output = model(**inputs)
+    except ValueError as error:
+        if seen:
+            raise
+        raise ValueError(_ONCE + f"it ran the layer 0 times ({error})") from error
     finally:
         hook.remove()
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
@@ -96,9 +104,25 @@ def run_at_targets(
         raise ValueError(
             "model must return .logits beside .loss, from which the loss of each example follows"
         )
+    if not seen and not own_loss and logits.shape[:2] == chosen.shape:
+        return TargetOutput(None, logits[chosen.to(logits.device)], targets)
     if len(seen) != 1 or logits.shape[:2] != expected:
         raise ValueError(
-            f"model must run its output layer once, on all tokens, and return the layer's logits; "
-            f"it ran the layer {len(seen)} times and returned logits {tuple(logits.shape)}"
+            _ONCE + f"it ran the layer {len(seen)} times and returned logits {tuple(logits.shape)}"
         )
     return TargetOutput(loss, logits[0, :-1], targets)
+
+
+def logits_at_targets(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the logits (N, V) at the N tokens that predict a target, and the targets (B, T).
+
+    ``batch`` holds ``labels`` (B, T). Without a :func:`separate_head`, these logits are taken from
+    those of all tokens. Raises ValueError as :func:`run_at_targets` does.
+    """
+    head = separate_head(model, batch)
+    if head is not None:
+        output = run_at_targets(model, head, batch)
+        return output.logits, output.targets
+    targets = next_token_targets(batch["labels"])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**inputs).logits[targets != IGNORE], targets

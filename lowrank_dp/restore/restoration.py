@@ -25,16 +25,6 @@ _MOST_AXES = 3  # number of axes of a batch of matrices; convolutions have gradi
 Matrices = TypeVar("Matrices", Tensor, np.ndarray)
 
 
-def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Restore matrices (L, m, n) by a full SVD; also return their singular values (L, k)."""
-    u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
-    new_values = plan.new_values(s, norm).unsqueeze(-2)
-    return (u * new_values) @ vh, s
-
-
-# --- public functions -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Report:
     """Report on one restored matrix, computed from the noisy matrix and public values alone.
@@ -354,6 +344,12 @@ def _apply(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | No
         other = noisy if plan.below == "keep" else torch.zeros_like(noisy)
         restored = torch.where(untouched[:, None, None], other, restored)
     return restored, s
+
+
+def _exact(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Restore matrices (L, m, n) by a full SVD; also return their singular values (L, k)."""
+    u, s, vh = torch.linalg.svd(noisy, full_matrices=False)
+    return (u * plan.new_values(s, norm).unsqueeze(-2)) @ vh, s
 
 
 def _by_triplets(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tensor] | None:
