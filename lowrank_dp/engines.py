@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from lowrank_dp import _validate
 
 ENGINES = ("loky", "ray", "dask", "sequential")
+RUNS_PER_GPU = 4  # jobs at a time on one GPU, where they take turns and each has its own model
 ATTEMPTS = 3  # attempts at a job whose worker dies, the last with no other job beside it
 # Environment variables that decide which data and models a worker finds, and whether it may use the
 # network.
@@ -36,6 +37,12 @@ SETTINGS = (
 )
 J = TypeVar("J")
 R = TypeVar("R")
+
+
+def default_workers(device: str) -> int:
+    """Return the number of concurrent jobs on a device: one per CPU core, and 4 on a GPU."""
+    cores = os.cpu_count() or 1
+    return min(cores, RUNS_PER_GPU) if device.startswith("cuda") else cores
 
 
 def check_engine(engine: str) -> None:

@@ -79,7 +79,7 @@ def sweep(
     Args:
         configs: configurations, each with a seed.
         folder: folder of the runs. Finished runs in the folder are read, and not repeated.
-        num_workers: number of concurrent runs; default: one per CPU core.
+        num_workers: number of concurrent runs; default: that of :func:`engines.default_workers`.
         engine: "loky" (processes of this machine, which share its cores evenly), "ray" or "dask"
             (a cluster, see :func:`lowrank_dp.engines.run`, whose machines share ``folder``, data
             and models under the same paths), or "sequential" (this process).
@@ -93,7 +93,9 @@ def sweep(
     """
     engines.check_engine(engine)
     cores = os.cpu_count() or 1
-    workers = _validate.integer("num_workers", cores if num_workers is None else num_workers)
+    if num_workers is None:
+        num_workers = min((engines.default_workers(c.device) for c in configs), default=1)
+    workers = _validate.integer("num_workers", num_workers)
     folder = Path(folder).absolute()  # a worker may have another working folder
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
     job = functools.partial(

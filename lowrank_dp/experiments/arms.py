@@ -132,7 +132,7 @@ class Protocol:
         tuning_holdout: expected number of held-out training units, on which learning rates are
             chosen.
         score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
-        num_workers: number of concurrent runs; None means one per CPU core.
+        num_workers: number of concurrent runs; None means one per CPU core, and 4 on a GPU.
     """
 
     num_seeds: int = 5

@@ -128,12 +128,13 @@ def plan(config: Config) -> str:
     number = len(config.epsilons) * len(BASELINES) + len(CEILINGS)
     runs = tuning.TYPICAL_RATES * len(config.tuning_seeds) + config.num_seeds
     hours, words = 0.0, []
+    workers = workers_of(config.num_workers, config.base.device)
     places = [(part, size) for part in config.parts for size in config.batch_sizes]
     for part, size in progress(places, "measuring a step of each setting"):
         setting = Setting(part, size, BASELINES[0], config.epsilons[0])
         one = setting_config(config, setting, 1e-6, 0)
         cost = measure_cost(one, FOLDER, config.num_workers)
-        needed = cost.hours(number * runs, config.base.steps) / workers_of(config.num_workers)
+        needed = cost.hours(number * runs, config.base.steps) / workers
         hours += needed
         words.append(
             f"{part}, B = {size}: {cost.step:.2f} s a step, {cost.evaluation:.2f} s an evaluation, "
@@ -141,7 +142,7 @@ def plan(config: Config) -> str:
         )
     return (
         f"{len(settings(config))} settings of about {runs} runs of {config.base.steps} steps each, "
-        f"about {hours:.1f} hours here with {workers_of(config.num_workers)} runs at a time "
+        f"about {hours:.1f} hours here with {workers} runs at a time "
         f"({'; '.join(words)}); finished runs are not repeated"
     )
 

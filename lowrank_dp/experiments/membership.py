@@ -96,7 +96,8 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
         device=config.base.device,
         batch_size=config.base.micro_batch_size,
     )
-    attacked = _attack_runs(configs, folder, options, config.num_workers or os.cpu_count() or 1)
+    workers = config.num_workers or engines.default_workers(config.base.device)
+    attacked = _attack_runs(configs, folder, options, workers)
     shape = len(table), config.num_seeds, len(config.steps)
 
     def column(name: str) -> np.ndarray:

@@ -44,7 +44,7 @@ class Config:
         frozen_learning_rate: learning rate of LoRA with a frozen A.
         num_seeds: number of seeds, counted from 0, each with its own membership bits; 2 or more.
         attack: name of the primary attack.
-        num_workers: number of concurrent runs; None means one per CPU core.
+        num_workers: number of concurrent runs; None means one per CPU core, and 4 on a GPU.
         with_dp: whether full fine-tuning with DP, plain and restored, is among the arms.
     """
 

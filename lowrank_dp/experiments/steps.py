@@ -115,12 +115,13 @@ def plan(config: Config) -> str:
     cost = measure_cost(arm_config(config.base, BASELINES[0], 1e-6, 0), FOLDER, config.num_workers)
     tuning_runs = len(config.arms) * tuning.TYPICAL_RATES * len(config.tuning_seeds)
     runs = tuning_runs + len(config.arms) * config.num_seeds
-    hours = cost.hours(runs, config.base.steps) / workers_of(config.num_workers)
+    workers = workers_of(config.num_workers, config.base.device)
+    hours = cost.hours(runs, config.base.steps) / workers
     return (
         f"{len(config.arms)} arms, about {tuning_runs} tuning runs and "
         f"{runs - tuning_runs} reported runs of {config.base.steps} steps; here a DP-Adam step is "
         f"{cost.step:.2f} s and an evaluation {cost.evaluation:.2f} s: about {hours:.1f} hours "
-        f"with {workers_of(config.num_workers)} runs at a time; finished runs are not repeated"
+        f"with {workers} runs at a time; finished runs are not repeated"
     )
 
 

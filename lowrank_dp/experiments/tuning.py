@@ -193,7 +193,7 @@ def tune_by_sweep(
         seeds: tuning seeds.
         metric: name in ``evaluation.HIGHER_IS_BETTER``.
         folder: folder of the sweep. Finished runs in the folder are not repeated.
-        num_workers: number of concurrent runs; None means one per CPU core.
+        num_workers: number of concurrent runs; None means one per CPU core, and 4 on a GPU.
         engine: engine of the sweep.
     """
     stopped: list[str] = []

@@ -118,7 +118,8 @@ class Options:
     seed: int = option(0, "Random seed of shadow models, splits and subsets.")
     device: str = option("cpu", "Device of the models: cpu or cuda.")
     num_workers: int | None = option(
-        None, "Number of shadow models trained at a time. Default: one per CPU core."
+        None,
+        "Number of shadow models trained at a time. Default: one per CPU core, and 4 on a GPU.",
     )
     engine: str = option("loky", "Engine that trains the shadow models.", choices=ENGINES)
     columns: Columns = field(default_factory=Columns)
