@@ -113,7 +113,7 @@ SMOLLM2 = Config(
         precision="bf16",
         prefix_dtype="bf16",
     ),
-    arms=(*PLAIN, "denoise", "mean, optimal, zeroed"),
+    arms=(*PLAIN, "partial, 0.5", "denoise", "mean, optimal, zeroed"),
     score="loss",
     tuning_holdout=64,
 )
