@@ -114,7 +114,7 @@ def text(device: str) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def step(name: str, device: str, rounds: int) -> dict[str, float]:
+def step(name: str, device: str, rounds: int) -> dict[str, float | None]:
     """Seconds of a clipped sum by each method, of restoring the sum, and GB of peak memory."""
     model, batch = loaded(name, device), text(device)
     ways: dict[str, dict[str, Any]] = {"float32": {}, "bf16": {"autocast_dtype": torch.bfloat16}}
@@ -138,17 +138,22 @@ def step(name: str, device: str, rounds: int) -> dict[str, float]:
     return {way: statistics.median(turn[way] for turn in times) for way in works} | memory
 
 
-def peak(function: Callable[[], Any], device: str) -> float:
-    """GB that ``function`` takes at its peak on the GPU, weights included; NaN on a CPU."""
+def peak(function: Callable[[], Any], device: str) -> float | None:
+    """GB that ``function`` takes at its peak on the GPU, weights included; None on a CPU."""
     function()  # what the first call keeps, such as a compiled graph, counts as weights
     if device == "cpu":
-        return math.nan
+        return None
     torch.cuda.reset_peak_memory_stats()
     function()
     return torch.cuda.max_memory_allocated() / 1e9
 
 
-def sharded(name: str, device: str, rounds: int) -> dict[str, float]:
+def gigabytes(value: float | None) -> str:
+    """A number of GB in words."""
+    return "memory not measured" if value is None else f"{value:.2f} GB"
+
+
+def sharded(name: str, device: str, rounds: int) -> dict[str, float | None]:
     """Seconds and GB of the clipped sum of a model that FSDP2 shards over this one process."""
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -181,6 +186,8 @@ def main() -> int:
     if device.startswith("cuda") and not torch.cuda.is_available():
         print("not run: benchmarks/gpu.py needs CUDA")
         return 0
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device))  # whose name, memory and clock are read
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
     print(f"torch {torch.__version__}, {name}")
     rows = []
@@ -224,16 +231,17 @@ def main() -> int:
     taken = {model: step(model, device, rounds) for model in models}
     for model, times in taken.items():
         for way in (w for w in ("float32", "bf16", "bf16, compiled") if w in times):
+            memory = gigabytes(times[f"{way}, GB"])
             share = times["restore"] / (times["restore"] + times[way])
             print(
                 f"{model}, clipped sum, {way}: {times[way]:.4f} s "
-                f"({times['float32'] / times[way]:.2f}x), {times[f'{way}, GB']:.2f} GB; restoring "
+                f"({times['float32'] / times[way]:.2f}x), {memory}; restoring "
                 f"{times['restore']:.4f} s, {share:.1%} of the two"
             )
     taken["sharded"] = sharded(models[-1], device, rounds)
     print(
         f"{models[-1]}, sharded by FSDP2 over one process: {taken['sharded']['float32']:.4f} s, "
-        f"{taken['sharded']['float32, GB']:.2f} GB"
+        f"{gigabytes(taken['sharded']['float32, GB'])}"
     )
     if arguments.json:
         arguments.json.write_text(

@@ -83,14 +83,10 @@ def _noise_costs(result):
     ]
 
 
-def _tuning(result, rate=None):
-    """List the rate, if one is given, and each arm's mean score over its tuning runs at that rate.
-
-    Without a rate, each arm's score is that at its chosen rate.
-    """
-    arms = [arm for arm in _json(result)["tuned"] if rate is None or rate in arm["rates"]]
-    means = [np.mean(arm["scores"][arm["rates"].index(rate or arm["chosen"])]) for arm in arms]
-    return means if rate is None else [rate, *means]
+def _tuning(result, rate):
+    """List a rate, and each arm's mean score over its tuning runs at that rate."""
+    arms = [arm for arm in _json(result)["tuned"] if rate in arm["rates"]]
+    return [rate, *(np.mean(arm["scores"][arm["rates"].index(rate)]) for arm in arms)]
 
 
 def _comparisons(result):
@@ -165,7 +161,6 @@ COMPUTED = {
     "steps_smollm2": lambda: [
         *_noise_costs("steps_smollm2"),
         *_tuning("steps_smollm2", 0.001),
-        *_tuning("steps_smollm2"),
     ],
     "steps_mnli": lambda: [*_noise_costs("steps_mnli"), *_tuning("steps_mnli", 0.00316)],
     "steps_e2e": lambda: [*_noise_costs("steps_e2e"), *_tuning("steps_e2e", 0.00316)],

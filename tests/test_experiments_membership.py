@@ -25,7 +25,7 @@ BASE = TrainConfig(
     eval_examples=30,
 )
 CONFIG = membership_configs.Config(
-    base=BASE, ranks=(2,), frozen_ranks=(1,), steps=(2,), num_seeds=2, num_workers=1
+    base=BASE, ranks=(2,), frozen_ranks=(1,), steps=(2,), num_seeds=2, num_workers=2
 )
 
 
@@ -50,8 +50,14 @@ def test_epsilon_is_that_of_the_largest_number_of_steps(monkeypatch):
     monkeypatch.setattr(membership, "sweep", swept)
     monkeypatch.setattr(membership, "_attack_run", attacked)
     monkeypatch.setattr(membership, "_width", lambda config: 64)
-    result = membership.run(replace(CONFIG, steps=(2, 5)))
+    result = membership.run(replace(CONFIG, steps=(2, 5), num_workers=1))
     assert result.epsilon.tolist() == [np.inf, np.inf, np.inf, 5, 5]
+
+
+def test_an_attack_whose_process_dies_is_an_error(monkeypatch):
+    monkeypatch.setattr(membership.engines, "run", lambda job, jobs, engine, workers: [(0, None)])
+    with pytest.raises(ValueError, match="an attack's process died"):
+        membership._attack_runs([BASE], "folder", None, 2)
 
 
 @pytest.mark.slow

@@ -32,10 +32,10 @@ from lowrank_dp.train import TrainConfig
 CAPTION = (
     "Membership inference on one task and pool of records, mean over seeds (each with its own "
     "coins) with 95% t-intervals. (a) AUC of the primary attack at the largest number of steps "
-    "against rank, beside full fine-tuning and DP, and the projection noise's variance per "
-    "coordinate (dashed, right axis). (b) Its TPR at 1% FPR; dotted, chance. (c) AUC against the "
-    "training loss, a point for each number of steps: at one loss, methods can be compared. (d) "
-    "Against held-out utility. "
+    "against rank, beside full fine-tuning (where it was run, with DP too), and the projection "
+    "noise's variance per coordinate (dashed, right axis). (b) Its TPR at 1% FPR; dotted, chance. "
+    "(c) AUC against the training loss, a point for each number of steps: at one loss, methods can "
+    "be compared. (d) Against held-out utility. "
     "NON-PRIVATE: computed from membership bits."
 )
 

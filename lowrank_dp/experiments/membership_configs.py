@@ -30,8 +30,8 @@ def arms(
 class Config:
     """Runs and attack of the experiment.
 
-    The learning rates were chosen with another seed, so that the methods' ranges of training loss
-    overlap.
+    The learning rates of SST2 and E2E were chosen with another seed, so that the methods' ranges of
+    training loss overlap.
 
     Attributes:
         base: configuration that all arms share; its method, rank, steps, learning rate and seed

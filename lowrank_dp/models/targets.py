@@ -69,8 +69,8 @@ def run_at_targets(
     all tokens, of which those at the targets are taken; it can't be asked for its own loss.
 
     Raises:
-        ValueError: if the model calls the head more than once, or not on states (B, T, d); or does
-            not return the head's logits.
+        ValueError: if the model calls the head more than once, or not on states (B, T, d), or with
+            ``own_loss`` not at all; or does not return the head's logits.
     """
     targets = next_token_targets(batch["labels"])
     chosen = targets != IGNORE
@@ -93,7 +93,7 @@ def run_at_targets(
     try:
         output = model(**inputs)
     except ValueError as error:
-        if seen:
+        if seen or not own_loss:
             raise
         raise ValueError(_ONCE + f"it ran the layer 0 times ({error})") from error
     finally:
@@ -125,4 +125,5 @@ def logits_at_targets(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Ten
         return output.logits, output.targets
     targets = next_token_targets(batch["labels"])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**inputs).logits[targets != IGNORE], targets
+    logits: Tensor = model(**inputs).logits
+    return logits[(targets != IGNORE).to(logits.device)], targets

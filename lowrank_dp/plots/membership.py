@@ -47,7 +47,10 @@ def plot_membership(result: membership.Result, *, axes: Sequence[Axes] | None = 
     grid[0, 0].set_ylabel(f"AUC, {result.config.attack}")
     letter(grid[0, 0], f"a  AUC after {steps} steps")
     variance = grid[0, 0].twinx()
-    variance.plot(result.config.ranks, result.noise_variance, "--", color=GREEN, linewidth=1)
+    one = "o" if len(result.config.ranks) == 1 else ""  # a line through one point is invisible
+    variance.plot(
+        result.config.ranks, result.noise_variance, "--", marker=one, color=GREEN, linewidth=1
+    )
     variance.set(yscale="log")
     variance.set_ylabel("variance of the projection noise", color=GREEN)
     variance.grid(False)
@@ -105,5 +108,7 @@ def _against_rank(axis: Axes, result: membership.Result, values: np.ndarray) -> 
         axis.axhline(mean[-1], linewidth=1, label=arm, **look(arm).curve(marker=""))
         axis.axhspan(mean[-1] - half[-1], mean[-1] + half[-1], color=colour, alpha=0.08)
     axis.set(xscale="log", xlabel="rank")
+    if len(result.config.ranks) == 1:
+        axis.set_xlim(result.config.ranks[0] / 2, result.config.ranks[0] * 2)
     axis.set_xticks(result.config.ranks, [str(rank) for rank in result.config.ranks])
     axis.xaxis.set_minor_formatter(NullFormatter())

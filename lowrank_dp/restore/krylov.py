@@ -25,7 +25,7 @@ _DEPENDENT = 1e-4  # norm outside a subspace below which a unit column counts as
 
 @dataclass(frozen=True)
 class Leading:
-    """Ritz approximation of leading singular triplets, of some matrices (m, n) of a batch; m <= n.
+    """Ritz approximation of the leading singular triplets of l matrices (m, n) of a batch; m <= n.
 
     ``u_i = basis @ rotation[:, i]`` and ``s_i * v_i^T = rotation[:, i]^T @ image``.
 
@@ -91,7 +91,9 @@ def leading_triplets(
         s = subspace.singular_values()
         last_total, last_top, top = total, top, s[:, 0]
         above = top > (0.0 if level is None else level)
-        total = weight(s).sum(-1) if bool(above.any()) else torch.zeros_like(top)
+        total = torch.zeros_like(top)
+        if bool(above.any()):
+            total = torch.where(above, weight(s).sum(-1), total)
         settled = (total - last_total).abs() <= tolerance * total
         if level is not None:
             # Ritz values rise towards the singular values in shrinking steps: if one more step of
@@ -232,5 +234,6 @@ def _orthonormal_outside(
     random = torch.randn(block.shape[-2:], generator=generator, dtype=block.dtype)
     random = random.to(block.device) / math.sqrt(block.shape[-2])
     # small relative to a column that is left, large relative to rounding in a dependent column
-    columns = torch.linalg.qr(outside(block + 0.1 * _DEPENDENT * random))[0]
-    return torch.linalg.qr(outside(columns))[0], ~left.any(-1)
+    replaced = torch.linalg.qr(outside(block + 0.1 * _DEPENDENT * random))[0]
+    replaced = torch.linalg.qr(outside(replaced))[0]
+    return torch.where(left.all(-1)[:, None, None], columns, replaced), ~left.any(-1)
