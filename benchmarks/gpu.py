@@ -30,6 +30,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from lowrank_dp.artifacts import provenance
 from lowrank_dp.grads.clipping import clipped_sum, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import load_model
@@ -246,8 +247,10 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(
             json.dumps(
-                {"torch": torch.__version__, "device": name, "rows": rows, "step": taken}, indent=1
+                {"rows": rows, "step": taken, "provenance": provenance(seed=0, device=device)},
+                indent=1,
             )
+            + "\n"
         )
     return 0
 

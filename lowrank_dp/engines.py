@@ -39,10 +39,18 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 
-def default_workers(device: str) -> int:
-    """Return the number of concurrent jobs on a device: one per CPU core, and 4 on a GPU."""
+def workers_of(num_workers: int | None, device: str) -> int:
+    """Return the number of concurrent jobs on a device of this machine.
+
+    The default, None, is one job per CPU core on a CPU, and at most ``RUNS_PER_GPU`` on a GPU.
+    """
     cores = os.cpu_count() or 1
-    return min(cores, RUNS_PER_GPU) if device.startswith("cuda") else cores
+    return num_workers or (min(cores, RUNS_PER_GPU) if device.startswith("cuda") else cores)
+
+
+def threads_of(workers: int) -> int:
+    """Return the number of threads of each of ``workers`` concurrent jobs on this machine."""
+    return max(1, (os.cpu_count() or 1) // workers)
 
 
 def check_engine(engine: str) -> None:

@@ -8,7 +8,6 @@ resumes from its last snapshot.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +78,8 @@ def sweep(
     Args:
         configs: configurations, each with a seed.
         folder: folder of the runs. Finished runs in the folder are read, and not repeated.
-        num_workers: number of concurrent runs; default: that of :func:`engines.default_workers`.
+        num_workers: number of concurrent runs; default: that of :func:`engines.workers_of`, and on
+            a cluster one per CPU core of this machine.
         engine: "loky" (processes of this machine, which share its cores evenly), "ray" or "dask"
             (a cluster, see :func:`lowrank_dp.engines.run`, whose machines share ``folder``, data
             and models under the same paths), or "sequential" (this process).
@@ -92,16 +92,16 @@ def sweep(
         ValueError: if a configuration has no seed, or an argument is bad.
     """
     engines.check_engine(engine)
-    cores = os.cpu_count() or 1
-    if num_workers is None:
-        num_workers = min((engines.default_workers(c.device) for c in configs), default=1)
+    if num_workers is None:  # a cluster has other GPUs than this machine
+        devices = {config.device for config in configs} if engine == "loky" else {"cpu"}
+        num_workers = min((engines.workers_of(None, device) for device in devices), default=1)
     workers = _validate.integer("num_workers", num_workers)
     folder = Path(folder).absolute()  # a worker may have another working folder
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
     job = functools.partial(
         _run,
         keep_model=keep_model,
-        threads=max(1, cores // workers) if engine == "loky" else None,
+        threads=engines.threads_of(workers) if engine == "loky" else None,
         prefix_cache=str(folder / PREFIX_FOLDER),
         shared_by=len(jobs),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lowrank_dp
@@ -223,6 +224,10 @@ def test_provenance_without_folders(tmp_path, monkeypatch):
     assert str(tmp_path) not in text and os.getcwd() not in text
     assert os.path.expanduser("~") not in text
     assert found["seed"] == 3 and found["device"] == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
+    assert provenance(device="cuda:1")["gpu"] == "the name of cuda:1"
+    assert "gpu" not in provenance()
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys, "argv", [f"{os.getcwd()}/benchmarks/audit_bugs.py", "--output", "a"])
     assert provenance()["command"] == "python benchmarks/audit_bugs.py --output a"

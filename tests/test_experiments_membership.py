@@ -83,6 +83,15 @@ def test_a_small_sweep(tmp_path, in_this_process):
     figure = plot_membership(again)
     figure.canvas.draw()
     assert "too few non-members" in [text.get_text() for text in figure.axes[1].texts]
+    (point,) = figure.axes[-1].lines  # variance of the projection noise, at one rank
+    assert point.get_marker() == "o" and point.get_xdata().tolist() == [2]
+    left, right = figure.axes[0].get_xlim()
+    assert left < 2 < right
+    without = [arm for arm in again.arms if "DP" not in arm]
+    assert without == list(membership_configs.arms((2,), (1,), with_dp=False))
+    arrays = ("epsilon", "auc", "tpr", "train_loss", "utility", "untuned")
+    fewer = {name: getattr(again, name)[: len(without)] for name in arrays}
+    plot_membership(replace(again, arms=tuple(without), **fewer)).canvas.draw()
 
 
 def test_matched_loss_is_read_within_seeds_and_never_beyond():

@@ -25,8 +25,8 @@ from lowrank_dp.train.loop import train
 from tests.oracles import clip_one_by_one
 from tests.tasks import ENVIRONMENT, Stop, case, run_main
 
-# cuBLAS reads it once, at its first call; only then can steps be deterministic
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if torch.cuda.is_available():  # steps can be deterministic only if cuBLAS's first call finds this
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +79,7 @@ def curves_differ(first, second):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_clipped_sums_are_those_of_the_loop_on_the_cpu(name, method):
-    """Both backends, and bf16, against one backward pass per row on the CPU."""
+    """Each backend, and bf16, against one backward pass per row on the CPU."""
     model, batch = loaded(name, "cpu", method=method)
     wanted, norms = clip_one_by_one(model.eval(), batch, None)
     bound = float(norms.median())
@@ -207,7 +207,7 @@ def test_the_commands_run_on_a_gpu(tmp_path, capsys):
     code, _, err = run_main(capsys, *words, "--seed", "1", "--output", run, *device)
     assert code == 0, err
     code, out, err = run_main(capsys, "mia", "--model", run, "--json", *device)
-    assert code == 0 and "auc" in out.lower(), err
+    assert code == 0 and json.loads(out), err
     code, out, err = run_main(
         capsys, *"spectrum --model tiny --task generated --batch-size 64 --json".split(), *device
     )

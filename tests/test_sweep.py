@@ -267,14 +267,15 @@ def test_concurrent_runs_share_the_cores(base, tmp_path, monkeypatch):
         given.append((workers, job.keywords["threads"]))
         yield 0, None
 
-    monkeypatch.setattr(sweep_module.os, "cpu_count", lambda: 17)
+    monkeypatch.setattr(engines.os, "cpu_count", lambda: 17)
     monkeypatch.setattr(engines, "run", run)
     for workers in (1, 3, 17, 20, None):
         sweep([base], tmp_path, num_workers=workers)
     sweep([replace(base, device="cuda")], tmp_path)
     sweep([base], tmp_path, num_workers=3, engine="sequential")
+    sweep([replace(base, device="cuda")], tmp_path, engine="dask")  # GPUs of other machines
     # 3 runs of 5 threads leave two of 17 cores idle; runs on one GPU share its memory
-    assert given == [(1, 17), (3, 5), (17, 1), (20, 1), (17, 1), (4, 4), (3, None)]
+    assert given == [(1, 17), (3, 5), (17, 1), (20, 1), (17, 1), (4, 4), (3, None), (17, None)]
 
 
 def test_the_last_attempt_at_a_job_has_no_other_beside_it(monkeypatch):

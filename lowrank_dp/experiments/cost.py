@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_dp.engines import default_workers
+from lowrank_dp.engines import threads_of, workers_of
 from lowrank_dp.sweep import PREFIX_FOLDER
 from lowrank_dp.train import Setup, TrainConfig
 from lowrank_dp.train.loop import train
@@ -44,7 +43,8 @@ def measure_cost(config: TrainConfig, folder: Path, num_workers: int | None) -> 
     """
     cache = config.prefix_cache or str(folder.absolute() / PREFIX_FOLDER)
     one = replace(config, steps=1, seed=0, holdout=0, generate=False, prefix_cache=cache)
-    with tempfile.TemporaryDirectory() as aside, _threads(threads_of(num_workers, config.device)):
+    threads = threads_of(workers_of(num_workers, config.device))
+    with tempfile.TemporaryDirectory() as aside, _threads(threads):
         for name in ("first", "measured"):
             began, seen = time.perf_counter(), list[int | float]()
             result = train(
@@ -66,16 +66,6 @@ def measure_cost(config: TrainConfig, folder: Path, num_workers: int | None) -> 
 def _note(seen: list[int | float], setup: Setup, _: int) -> None:
     """Append the time at which a run begins, and the sizes of its splits, to ``seen``."""
     seen.extend([time.perf_counter(), len(setup.task.validation), len(setup.rows)])
-
-
-def workers_of(num_workers: int | None, device: str) -> int:
-    """Return the number of concurrent runs of a sweep on this machine."""
-    return num_workers or default_workers(device)
-
-
-def threads_of(num_workers: int | None, device: str) -> int:
-    """Return the number of threads of each run of a sweep on this machine."""
-    return max(1, (os.cpu_count() or 1) // workers_of(num_workers, device))
 
 
 @contextlib.contextmanager

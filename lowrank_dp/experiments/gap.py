@@ -19,6 +19,7 @@ import numpy as np
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
+from lowrank_dp.engines import workers_of
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.experiments import protocol, tuning
 from lowrank_dp.experiments.arms import (
@@ -31,7 +32,7 @@ from lowrank_dp.experiments.arms import (
     check_runs,
     wanted_runs,
 )
-from lowrank_dp.experiments.cost import measure_cost, workers_of
+from lowrank_dp.experiments.cost import measure_cost
 from lowrank_dp.experiments.gap_configs import PARTS, Config
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.sweep import Outcome, sweep

@@ -8,7 +8,6 @@ variance of the projection noise, on which the claim rests, is shown beside the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,7 +95,7 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
         device=config.base.device,
         batch_size=config.base.micro_batch_size,
     )
-    workers = config.num_workers or engines.default_workers(config.base.device)
+    workers = engines.workers_of(config.num_workers, config.base.device)
     attacked = _attack_runs(configs, folder, options, workers)
     shape = len(table), config.num_seeds, len(config.steps)
 
@@ -153,7 +152,7 @@ def _attack_alone(
     config: TrainConfig, folder: str | Path, options: Options, workers: int
 ) -> _AttackedRun:
     if workers > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        torch.set_num_threads(engines.threads_of(workers))
     return _attack_run(config, folder, options)
 
 

@@ -31,7 +31,7 @@ class Config:
     """Runs and attack of the experiment.
 
     The learning rates of SST2 and E2E were chosen with another seed, so that the methods' ranges of
-    training loss overlap.
+    training loss overlap. Those of GEMMA are not tuned.
 
     Attributes:
         base: configuration that all arms share; its method, rank, steps, learning rate and seed
@@ -102,7 +102,6 @@ GEMMA = Config(
         E2E.base,
         model="gemma3-270m",
         batch_size=32,
-        max_examples=1200,
         precision="bf16",
         micro_batch_size=32,
         eval_examples=200,

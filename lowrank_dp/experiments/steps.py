@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import _validate
+from lowrank_dp.engines import workers_of
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.experiments import protocol, tuning
 from lowrank_dp.experiments.arms import (
@@ -28,7 +29,7 @@ from lowrank_dp.experiments.arms import (
     check_runs,
     wanted_runs,
 )
-from lowrank_dp.experiments.cost import measure_cost, workers_of
+from lowrank_dp.experiments.cost import measure_cost
 from lowrank_dp.experiments.gap import ratio
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.experiments.steps_configs import Config

@@ -117,8 +117,9 @@ def trial_folder(name: str, request: Request) -> Path:
     from lowrank_dp.models import default_model
 
     changes = request.changes
-    task = changes.get("task") or ("" if find(name).lengthy else default_task())
-    parts = [request.scale, task, changes.get("model") or default_model()]
+    own = find(name).lengthy  # the figure has a task and a model of its own
+    task = changes.get("task") or ("" if own else default_task())
+    parts = [request.scale, task, changes.get("model") or ("" if own else default_model())]
     parts.append(f"seed{changes.get('seed', 0)}")
     if changes.get("device", "cpu") != "cpu":
         parts.append(changes["device"])

@@ -196,12 +196,14 @@ def _losses(kind: str, logits: Tensor, labels: Tensor, other: Tensor | None) -> 
 
 
 def _generation(logits: Tensor, targets: Tensor, other: Tensor | None) -> dict[str, Any]:
-    """Score the targets' tokens of all rows, in parts that fit the memory, and reduce per row."""
+    """Score the targets' tokens of all rows, in parts that fit the memory, and reduce per row.
+
+    ``logits`` and ``other``, those of the reference, are (N, V); ``targets`` (B, T) holds N tokens.
+    """
     chosen = targets != IGNORE
     size = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
-    pairs = [*zip(logits.split(size), targets[chosen].split(size), strict=True)]
-    others = [None] * len(pairs) if other is None else other.split(size)
-    parts = [_tokens(*pair, of) for pair, of in zip(pairs, others, strict=True)]
+    columns = [logits, targets[chosen], *([] if other is None else [other])]
+    parts = [_tokens(*part) for part in zip(*(c.split(size) for c in columns), strict=True)]
     tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
     ends = np.cumsum(chosen.sum(1).cpu().numpy())[:-1]
     found: dict[str, list[float]] = {}
@@ -226,7 +228,7 @@ def _generation(logits: Tensor, targets: Tensor, other: Tensor | None) -> dict[s
     return found
 
 
-def _tokens(logits: Tensor, ids: Tensor, other: Tensor | None) -> dict[str, Tensor]:
+def _tokens(logits: Tensor, ids: Tensor, other: Tensor | None = None) -> dict[str, Tensor]:
     """Compute the values that the scores need of tokens ``ids`` (T,), each (T,).
 
     ``logits`` and ``other``, those of the reference, are (T, V).

@@ -150,13 +150,13 @@ class _Subspace:
         return _orthonormal_outside(block, self._basis, self._generator)
 
     def keep(self, chosen: Tensor) -> None:
-        """Go on with some of the matrices, given as a mask (l,)."""
+        """Drop the matrices outside of a mask (l,)."""
         self._index, self._matrix = self._index[chosen], self._matrix[chosen]
         self._basis, self._image = self._basis[chosen], self._image[chosen]
         self._gram = self._gram[chosen]
 
     def append(self, block: Tensor) -> None:
-        """Extend the subspace by orthonormal columns (..., m, w) orthogonal to the subspace."""
+        """Extend the subspace by orthonormal columns (l, m, w) orthogonal to the subspace."""
         self._basis = torch.cat([self._basis, block], -1)
         self._image = torch.cat([self._image, block.mT @ self._matrix], -2)
         new = self._image @ self._image[..., -self._width :, :].mT
@@ -164,7 +164,7 @@ class _Subspace:
         self._gram = torch.cat([upper, new.mT], -2)
 
     def singular_values(self) -> Tensor:
-        """Ritz values (..., k), descending."""
+        """Ritz values (l, k), descending."""
         return _eigenvalues(self._gram).flip(-1).clamp(min=0).sqrt()
 
     def leaves_nothing(self, level: float | None) -> Tensor:
@@ -194,7 +194,7 @@ class _Subspace:
 
 
 def _chosen(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Return the entries in a mask; all of them are not copied."""
+    """Return the entries in a mask; the tensor itself, without a copy, if the mask is all true."""
     return tensor if bool(mask.all()) else tensor[mask]
 
 
@@ -212,7 +212,7 @@ def _eigenvalues(gram: Tensor) -> Tensor:
 def _orthonormal_outside(
     block: Tensor, basis: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Orthonormal columns (..., m, w) that span the part of ``block`` outside ``basis``.
+    """Orthonormal columns (l, m, w) that span the part of ``block`` outside ``basis``.
 
     If ``basis`` holds a column of ``block`` up to rounding, or the columns depend on each other, QR
     would return arbitrary directions, which may lie in ``basis``. Random directions replace them.
