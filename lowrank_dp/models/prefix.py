@@ -145,9 +145,10 @@ class FrozenPrefix:
     def _first_position(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._states is None:
             return output
+        # contiguous: torch copies a frozen weight once per row of an input that is a strided slice
         if isinstance(output, tuple):
-            return (output[0][:, :1], *output[1:])
-        return output[:, :1]
+            return (output[0][:, :1].contiguous(), *output[1:])
+        return output[:, :1].contiguous()
 
     def remove(self) -> None:
         """Undo :meth:`install`."""
