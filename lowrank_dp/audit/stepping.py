@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_dp.audit.canaries import Audited, Clip, Observer, Sums, released
 from lowrank_dp.audit.scales import ExpectedScales
-from lowrank_dp.grads.clipping import row_gradients
+from lowrank_dp.grads.clipping import autocast_dtype_of, row_gradients
 from lowrank_dp.grads.undisturbed import undisturbed
 from lowrank_dp.restore import SCHEMES, GradientRestorer
 from lowrank_dp.restore.gradients import is_matrix
@@ -175,7 +175,7 @@ class SumsObserver(Observer):
         The whole model runs, without cached outputs of frozen blocks.
         """
         setup = self._audited.setup
-        dtype = torch.bfloat16 if setup.config.precision == "bf16" else None
+        dtype = autocast_dtype_of(setup.config.precision)
         (batch,) = self._audited.batches([row])
         torch.manual_seed(masks)
         (gradient,) = row_gradients(setup.model, without_states(batch), autocast_dtype=dtype)

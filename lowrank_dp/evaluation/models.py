@@ -41,6 +41,7 @@ def evaluate(
     seed: int = 0,
     encoded: tuple[Sequence[Example], Sequence[Row]] | None = None,
     add_inputs: Callable[[Sequence[Row], Batch], Batch] | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Compute the loss and the metrics of ``model`` on one split of ``task``, by name.
 
@@ -69,6 +70,8 @@ def evaluate(
         add_inputs: function from the encoded rows of a batch and the batch to the batch that the
             model receives; None passes the batch unchanged. Text generation does not use this
             function.
+        autocast_dtype: dtype of mixed precision for the logits, such as ``torch.bfloat16``, or None
+            for the dtype of the model. Text generation always has the dtype of the model.
 
     Returns:
         ``loss``, always: the mean over examples of each example's own loss. The loss of an example
@@ -113,7 +116,8 @@ def evaluate(
     )
     if add_inputs is not None:
         batches = _added(batches, rows, add_inputs)
-    with evaluating(model):
+    mixed = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    with evaluating(model), mixed:
         losses, counts, logits = _forward(model, task, examples, batches)
     scores = {"loss": float(losses.mean())}
     if task.kind == "generation":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches, subset
-from lowrank_dp.grads.clipping import clipped_sum_over
+from lowrank_dp.grads.clipping import autocast_dtype_of, clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 from lowrank_dp.models.memory import warn_of_logits
 
@@ -71,7 +71,7 @@ class GradientConfig:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """Type of mixed precision, or None."""
-        return torch.bfloat16 if self.precision == "bf16" else None
+        return autocast_dtype_of(self.precision)
 
 
 @dataclass(eq=False)

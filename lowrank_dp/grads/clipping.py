@@ -254,6 +254,11 @@ def row_gradients(
         return [gradient_alone(micro_batch, copy_rows(batch, [row]))[1] for row in range(rows)]
 
 
+def autocast_dtype_of(precision: str) -> torch.dtype | None:
+    """Return the dtype of mixed precision: bfloat16 for "bf16", None for "float32"."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 def _autocast(parameter: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
     """Return autocast on the parameter's device, or a context that does nothing.
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lowrank_dp.grads.clipping import autocast_dtype_of
 from lowrank_dp.restore import SCHEMES, restore_gradients
 from lowrank_dp.restore.gradients import is_matrix
 from lowrank_dp.rng import Generator
@@ -136,7 +136,7 @@ class StepChecks:
             batch,
             self._setup.mechanism.max_grad_norm,
             clip,
-            torch.bfloat16 if config.precision == "bf16" else None,
+            autocast_dtype_of(config.precision),
             half=half,
         )
         model.train(training)

@@ -266,8 +266,8 @@ class TrainConfig:
     )
     precision: str = option(
         "float32",
-        "Precision of the forward and backward passes; clipped sums, noise and restoration stay in "
-        "float32.",
+        "Precision of the forward and backward passes of steps, and of the losses and scores of "
+        "evaluations; clipped sums, noise, restoration and text generation stay in float32.",
         choices=PRECISIONS,
     )
     eval_every: int = option(10, "Number of steps between evaluations on the validation split.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_dp import artifacts, evaluation
 from lowrank_dp._terminal import Interrupted, deferred_signals, progress
 from lowrank_dp.artifacts import runs
+from lowrank_dp.grads.clipping import autocast_dtype_of
 from lowrank_dp.models.scaled import full_weights
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train import guards, processes
@@ -241,6 +242,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) 
         max_new_tokens=config.max_new_tokens,
         encoded=setup.evaluated if split == "validation" else None,
         add_inputs=setup.prefix.for_evaluation,
+        autocast_dtype=autocast_dtype_of(config.precision),
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from lowrank_dp._terminal import first_line, progress
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
 from lowrank_dp.data.batches import collate
 from lowrank_dp.grads import Batch
-from lowrank_dp.grads.clipping import clipped_sum
+from lowrank_dp.grads.clipping import autocast_dtype_of, clipped_sum
 from lowrank_dp.models.heads import without_adapter
 from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.train import processes
@@ -157,14 +157,11 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached ({first_line(error)})")
     fill = partial(_filled, model, prefix, config, request, pad_token_id, pad_to)
     stores, reasons = dict[str, RowStore | None](), list[str]()
-    bf16 = config.precision == "bf16"
-    for use, rows, half, pays in (
-        ("training", training, bf16, _pays(config, request, len(training))),
-        ("evaluation", evaluation, False, _evaluations(config, request) > 1),
+    for use, rows, pays in (
+        ("training", training, _pays(config, request, len(training))),
+        ("evaluation", evaluation, _evaluations(config, request) > 1),
     ):
-        stores[use], reason = (
-            (None, "as the run began") if pays is None else fill(rows, half, use, pays)
-        )
+        stores[use], reason = (None, "as the run began") if pays is None else fill(rows, use, pays)
         reasons += [f"{use} ({reason})"] if reason else []
     used = stores["training"]
     digest = _over_ranks(used.digest([_key(row) for row in training]) if used else "")
@@ -173,7 +170,7 @@ def open_cache(
         return PrefixCache(f"frozen blocks not cached in {' and '.join(reasons)}")
     note = f"frozen blocks 1 to {prefix.length} of {prefix.num_blocks} cached in "
     note += config.prefix_dtype + (f", but not in {reasons[0]}" if reasons else "")
-    further = partial(fill, half=bf16, use="further", pays=True) if used else None
+    further = partial(fill, use="further", pays=True) if used else None
     return PrefixCache(note, digest, pad_to, used, stores["evaluation"], further)
 
 
@@ -295,18 +292,16 @@ def _filled(
     pad_token_id: int,
     pad_to: int | None,
     rows: Sequence[Row],
-    half: bool,
     use: str,
     pays: bool,
 ) -> tuple[RowStore | None, str]:
     """Return the store with the outputs of all ``rows``, or None with the reason in words.
 
-    If ``half`` is set, the outputs are computed under bf16 autocast. Missing outputs are computed
-    only if ``pays`` is set and the outputs fit.
+    Missing outputs are computed, in ``config.precision``, only if ``pays`` is set and they fit.
     """
     root = Path(config.prefix_cache).expanduser()
     try:
-        store = RowStore(root / _name(model, prefix, config, half, pad_to))
+        store = RowStore(root / _name(model, prefix, config, pad_to))
     except OSError as error:
         _validate.fail("prefix_cache", "a folder that can be written", f"{root} ({error.strerror})")
     distinct = {_key(row): row for row in rows}
@@ -316,7 +311,7 @@ def _filled(
         return None, "too few steps: filling the cache would take longer than it saves"
     with store.lock(), _evaluating(model):
         missing = [row for key, row in distinct.items() if key not in store]
-        run = partial(_run, prefix, config, half, pad_token_id, pad_to)
+        run = partial(_run, prefix, config, pad_token_id, pad_to)
         tokens = sum(pad_to or len(row["input_ids"]) for row in missing)
         if missing and (reason := _no_room(root, config, tokens, run(missing[:1])[0])):
             return None, reason
@@ -328,9 +323,7 @@ def _filled(
     return store, ""
 
 
-def _name(
-    model: Any, prefix: FrozenPrefix, config: TrainConfig, half: bool, pad_to: int | None
-) -> str:
+def _name(model: Any, prefix: FrozenPrefix, config: TrainConfig, pad_to: int | None) -> str:
     """Return the name of a store: a digest of all inputs of its outputs except the rows."""
     base = without_adapter(model)
     versions = versions_and_machine(config.device)
@@ -341,7 +334,7 @@ def _name(
         "attention": str(getattr(getattr(base, "config", None), "_attn_implementation", None)),
         "blocks": prefix.length,
         "pad_to": pad_to,
-        "autocast": half,
+        "autocast": config.precision == "bf16",
         "stored": config.prefix_dtype,
         "device": torch.device(config.device).type,
         "torch": torch.__version__,
@@ -384,7 +377,6 @@ def _write(
 def _run(
     prefix: FrozenPrefix,
     config: TrainConfig,
-    half: bool,
     pad_token_id: int,
     pad_to: int | None,
     rows: Sequence[Row],
@@ -394,7 +386,8 @@ def _run(
     batch = collate(bare, pad_token_id, length=pad_to)
     device = torch.device(config.device)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+    dtype = autocast_dtype_of(config.precision)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
         states = prefix.run(batch)
     stored = states.to("cpu", DTYPES[config.prefix_dtype])
     return [part[: pad_to or len(row["input_ids"])] for part, row in zip(stored, rows, strict=True)]

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp.grads import Batch
-from lowrank_dp.grads.clipping import PaddingBatch, Reduce, clipped_sum_over
+from lowrank_dp.grads.clipping import (
+    PaddingBatch,
+    Reduce,
+    autocast_dtype_of,
+    clipped_sum_over,
+)
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.rng import Generator, derive_seed, uniform
@@ -149,7 +154,7 @@ def _clipped_sum(
         model,
         batches,
         max_norm,
-        autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        autocast_dtype=autocast_dtype_of(config.precision),
         backend="compiled" if config.compile else "bookkeeping",
         padding=config.padding,
         check_rows=False,  # the model was examined on public rows before the first step
