@@ -227,6 +227,33 @@ def test_half_precision_is_measured_in_single(llama):
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("task", [TABLES, F1], ids=["texts", "labels"])
+def test_mixed_precision_against_one_example_at_a_time(task):
+    """Logits are computed in bfloat16, losses in float32; texts are generated in float32."""
+    model, tokenizer = load_model("tiny-llama" if task is TABLES else "tiny", task=task)
+    losses = []
+    with torch.no_grad():
+        for _, row in rows_of(task, tokenizer):
+            inputs = {k: torch.tensor([v]) for k, v in row.items() if k != "labels"}
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(**inputs).logits
+            assert logits.dtype == torch.bfloat16
+            labels = torch.tensor(row["labels"]).flatten()
+            if task is TABLES:
+                logits, labels = logits[0, :-1], labels[1:]
+            losses.append(float(torch.nn.functional.cross_entropy(logits.double(), labels)))
+    found = evaluate(model, tokenizer, task, batch_size=1, autocast_dtype=torch.bfloat16)
+    single = evaluate(model, tokenizer, task, batch_size=1)
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert single["loss"] != pytest.approx(np.mean(losses), rel=1e-5)
+    if task is TABLES:
+        texts = [
+            evaluate(model, tokenizer, task, generate=True, max_new_tokens=8, autocast_dtype=dtype)
+            for dtype in (None, torch.bfloat16)
+        ]
+        assert texts[0]["bleu"] == texts[1]["bleu"]
+
+
 # --- generating --------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
 from lowrank_dp.data import collate, load_task
+from lowrank_dp.evaluation import evaluate
 from lowrank_dp.models import load_model
 from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.sweep import run_folder, sweep
@@ -268,12 +269,20 @@ def test_steps_and_evaluations_run_no_frozen_block(places, tmp_path):
 def test_after_its_attention_the_last_block_runs_on_the_first_position(places, tmp_path):
     setup = prepare(make_config(places, prefix_cache=str(tmp_path / "cache")), 5)
     shapes = []
-    setup.model.bert.encoder.layer[2].output.dense.register_forward_hook(
+    strided = []
+    last = setup.model.bert.encoder.layer[2]
+    last.output.dense.register_forward_hook(
         lambda module, args, output: shapes.append(tuple(output.shape))
     )
+    for layer in (last.intermediate.dense, last.output.dense):
+        # torch copies a frozen weight once per row of a batch that is not contiguous
+        layer.register_forward_pre_hook(
+            lambda module, args: strided.append(not args[0].is_contiguous())
+        )
     for batch in setup.batches(range(6)):
         setup.model(**batch)
     assert shapes == [(5, 1, 32), (1, 1, 32)]
+    assert len(strided) == 4 and not any(strided)
 
 
 def test_a_second_run_reads_what_the_first_has_computed(places, tmp_path, monkeypatch):
@@ -302,12 +311,37 @@ def test_half_the_size_in_bf16(places, tmp_path):
     assert sizes["bf16"][1] == pytest.approx(sizes["float32"][1], rel=0.02)
 
 
-def test_autocast_steps_read_their_own_states(places, tmp_path):
+def test_autocast_runs_have_a_store_of_their_own(places, tmp_path):
     config = make_config(places, precision="bf16")
     plain = train(config, tmp_path / "plain")
-    cached = train(replace(config, prefix_cache=str(tmp_path / "cache")), tmp_path / "cached")
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # for steps, and for evaluations
-    assert cached.curve[-1]["loss"] == pytest.approx(plain.curve[-1]["loss"], rel=0.01)
+    cached = replace(config, prefix_cache=str(tmp_path / "cache"))
+    found = train(cached, tmp_path / "cached")
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # for steps and for evaluations
+    assert found.curve[-1]["loss"] == pytest.approx(plain.curve[-1]["loss"], rel=0.01)
+    train(replace(cached, precision="float32"), tmp_path / "single")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_evaluations_have_the_precision_of_the_steps(places, tmp_path):
+    """Evaluations before the first step, with and without the cache, as ``evaluate`` computes."""
+    for cache in ("", str(tmp_path / "cache")):
+        losses = {}
+        for precision in ("float32", "bf16"):
+            setup = prepare(make_config(places, precision=precision, prefix_cache=cache), 5)
+            losses[precision] = loop_module._scores(setup)["loss"]
+            want = evaluate(
+                setup.model,
+                setup.tokenizer,
+                setup.task,
+                batch_size=setup.config.micro_batch_size,
+                max_examples=setup.config.eval_examples,
+                autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
+            )["loss"]
+            # the cache stores float32 outputs of bf16 blocks; products differ in bf16's rounding
+            assert losses[precision] == pytest.approx(
+                want, rel=1e-6 if precision != "bf16" else 2e-3
+            )
+        assert losses["bf16"] != losses["float32"]
 
 
 # Models without a cache, and the reasons.
