@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from lowrank_dp import membership
 from lowrank_dp.commands.mia import app
-from lowrank_dp.data import Example, load_task
+from lowrank_dp.data import Example, encode, load_task
 from lowrank_dp.membership.manifest import read_manifest
 from lowrank_dp.mia import compare, metrics, projection, quantile, records, rendering, signals
 from lowrank_dp.mia import plan as planning
@@ -110,6 +110,40 @@ def test_signals_against_one_record_at_a_time(checkpoints):
                 assert loss[i] == pytest.approx(-float(p.log()), rel=1e-4)
             p = model(**batch).logits.double().softmax(-1)[0, example.label]
             assert found.phi[i] == pytest.approx(float((p / (1 - p)).log()), rel=1e-3, abs=1e-4)
+
+
+def test_signals_in_half_precision_against_one_record_at_a_time(checkpoints):
+    """Under bf16, logits are rounded and scores are not."""
+    losses = {}
+    for precision in ("float32", "bf16"):
+        options = Options(precision=precision)
+        target = open_target(checkpoints / "tables", options)
+        task, examples = target.records.task, target.records.examples[:5]
+        model, tokenizer = load_model(str(target.folder), task=task)
+        found = signals.measure(
+            model, tokenizer, task, examples, batch_size=1, precision=precision, reference=model
+        )
+        losses[precision] = found.loss
+    rows = encode(examples, tokenizer, kind=task.kind)
+    for row, loss in zip(rows, losses["bf16"], strict=True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        assert logits.dtype == torch.bfloat16
+        labels = torch.tensor(row["labels"][1:])
+        want = torch.nn.functional.cross_entropy(logits.double(), labels)
+        assert loss == pytest.approx(float(want), rel=1e-9)
+    assert (losses["bf16"] != losses["float32"]).all()
+
+
+def test_signals_of_one_precision_are_not_read_as_those_of_another(checkpoints, tmp_path):
+    found = {}
+    for precision in ("float32", "bf16", "bf16"):
+        options = Options(precision=precision, attacks=("loss",))
+        attack(open_target(checkpoints / "tables", options), options, tmp_path)
+        found[precision] = len(list(tmp_path.glob("*.npz")))
+    assert found == {"float32": 1, "bf16": 2}
+    with pytest.raises(ValueError, match="precision must be .*did you mean 'bf16'"):
+        Options(precision="bf17")
 
 
 def test_signals_of_texts_token_by_token(checkpoints):

@@ -116,6 +116,7 @@ def _observe(wanted: Sequence[int], folder: Path, setup: Setup, entry: Mapping[s
         [example for unit in setup.units for example in unit],
         max_length=setup.max_length,
         batch_size=setup.config.micro_batch_size,
+        precision=setup.config.precision,
         add_inputs=setup.prefix.for_evaluation,
     )
     members = [

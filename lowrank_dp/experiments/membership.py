@@ -94,6 +94,7 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
         seed=config.base.data_seed,
         device=config.base.device,
         batch_size=config.base.micro_batch_size,
+        precision=config.base.precision,
     )
     workers = engines.workers_of(config.num_workers, config.base.device)
     attacked = _attack_runs(configs, folder, options, workers)

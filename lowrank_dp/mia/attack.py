@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lowrank_dp.mia import learning, shadows, signals
 from lowrank_dp.mia.loading import Loaded, load
@@ -61,18 +60,17 @@ def _default_primary(scores: Scores) -> str:
 def _signals(target: Target, options: Options, loaded: Loaded, cache: Path) -> Signals:
     """Measure the signals of the attacked records, followed by those of the population."""
     together = (*target.records.examples, *target.population)
-    arguments: dict[str, Any] = {"batch_size": options.batch_size, **target.encoding}
+    arguments = {"precision": options.precision, **target.encoding}
     return signals.cached(
         cache,
-        signals.cache_key(
-            target.folder, together, target.encoding, *_identity(target, options, loaded)
-        ),
+        signals.cache_key(target.folder, together, arguments, *_identity(target, options, loaded)),
         lambda: signals.measure(
             loaded.model,
             loaded.tokenizer,
             target.records.task,
             together,
             reference=loaded.reference,
+            batch_size=options.batch_size,
             **arguments,
         ),
     )
@@ -111,7 +109,7 @@ def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows |
         target.records.task,
         target.records.examples,
         target.population,
-        encoding=target.encoding,
+        encoding={"precision": options.precision, **target.encoding},
         batch_size=options.batch_size,
         device=options.device,
         cache=cache,

@@ -10,6 +10,7 @@ from lowrank_dp._options import option
 from lowrank_dp.data import Columns
 from lowrank_dp.data.template import Template
 from lowrank_dp.engines import ENGINES, check_engine
+from lowrank_dp.train.config_checks import PRECISIONS
 
 # name -> the score, in words
 ATTACKS = {
@@ -115,6 +116,12 @@ class Options:
         64,
         "Number of records in memory at a time. For a large vocabulary, fewer records are taken.",
     )
+    precision: str = option(
+        "float32",
+        "Precision of the passes through the models; scores are computed from the logits in "
+        "float64. bf16 is faster, and rounds the scores.",
+        choices=PRECISIONS,
+    )
     seed: int = option(0, "Random seed of shadow models, splits and subsets.")
     device: str = option("cpu", "Device of the models: cpu or cuda.")
     num_workers: int | None = option(
@@ -135,6 +142,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_engine(self.engine)
+        _validate.choice("precision", self.precision, PRECISIONS)
         for name in self.named:
             _validate.choice("attack", name, ATTACKS)
         for rate in self.fpr:

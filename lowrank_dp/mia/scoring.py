@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -113,9 +112,14 @@ def _add_white_box(result: Scores, target: Target, options: Options, loaded: Loa
     records = target.records
     asked = {name for name in WHITE_BOX if options.white_box or name in options.named}
     if "gradient" in asked:
-        arguments: dict[str, Any] = {"batch_size": options.batch_size, **target.encoding}
         result.made["gradient"] = -signals.gradient_norms(
-            loaded.model, loaded.tokenizer, records.task, records.examples, **arguments
+            loaded.model,
+            loaded.tokenizer,
+            records.task,
+            records.examples,
+            batch_size=options.batch_size,
+            precision=options.precision,
+            **target.encoding,
         )
     if "projection" in asked:
         if reason := projection_unavailable(target, options):

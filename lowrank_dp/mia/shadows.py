@@ -157,9 +157,9 @@ def measure_shadows(
 ) -> Shadows:
     """Measure every shadow's signals on the attacked records and on the population.
 
-    ``encoding`` has the arguments of ``signals.measure`` that say how a record becomes tokens;
-    signals are kept in ``cache``; ``base`` is as in ``checkpoint.load_checkpoint``. Raises
-    ValueError if an attacked record is not in a shadow's pool with the same text.
+    ``encoding`` has the arguments of ``signals.measure`` that determine the tokens of a record and
+    the precision; signals are kept in ``cache``; ``base`` is as in ``checkpoint.load_checkpoint``.
+    Raises ValueError if an attacked record is not in a shadow's pool with the same text.
     """
     together = [*examples, *population]
     losses, phis, members = [], [], []

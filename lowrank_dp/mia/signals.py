@@ -1,4 +1,4 @@
-"""Measure a checkpoint's signals of each record: one forward pass, in eval mode and float32.
+"""Measure a checkpoint's signals of each record: one forward pass, in eval mode.
 
 A checkpoint is a Hugging Face folder, full or PEFT. The reference is the model before fine-tuning.
 Signals are cached under a hash of the weights and of the records.
@@ -19,14 +19,16 @@ from torch import Tensor
 
 from lowrank_dp import artifacts
 from lowrank_dp.data import IGNORE, Example, Task, encode, micro_batches
-from lowrank_dp.grads.clipping import clipped_sum_over
+from lowrank_dp.grads.clipping import autocast_dtype_of, clipped_sum_over
 from lowrank_dp.losses import LOSSES
 from lowrank_dp.mia import scores, token_scores
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.models.memory import rows_that_fit
 from lowrank_dp.models.targets import logits_at_targets
 
-LOGITS_AT_A_TIME = 2**24  # 128 MiB in float64; intermediate results take several times as much
+# Number of logits that are scored at a time, in float64, on a CPU and on a GPU. On a CPU, all
+# intermediate results stay in a core's cache; from main memory, scoring takes five times as long.
+LOGITS_IN_CACHE, LOGITS_IN_MEMORY = 2**19, 2**24
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def measure(
     max_length: int | None = None,
     pad_to: int | None = None,
     batch_size: int = 64,
+    precision: str = "float32",
     reference: Any = None,
     template: str | None = None,
     add_inputs: Callable[[Sequence[Mapping[str, Any]], Mapping[str, Tensor]], Any] | None = None,
@@ -75,6 +78,8 @@ def measure(
             the batch.
         batch_size: number of records per forward pass. If their logits would take more than 4 GiB,
             fewer records are taken.
+        precision: precision of the forward pass: "float32", or "bf16" for bf16 autocast. Scores are
+            computed from the logits in float64.
         reference: the model before fine-tuning, which runs on the same batches; or ``model`` itself
             if it is a PEFT model whose head was not trained; its adapter is then switched off.
         add_inputs: as in ``evaluation.evaluate``.
@@ -85,8 +90,10 @@ def measure(
     device = next(model.parameters()).device
     batch_size = rows_that_fit(model, task.kind, batch_size)
     found = {field.name: np.full(len(rows), np.nan) for field in fields(Signals)}
+    dtype = autocast_dtype_of(precision)
+    mixed = torch.autocast(device.type, dtype, enabled=dtype is not None)
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), mixed:
         for indices, batch in micro_batches(
             rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device
         ):
@@ -145,6 +152,7 @@ def gradient_norms(
     max_length: int | None = None,
     pad_to: int | None = None,
     batch_size: int = 64,
+    precision: str = "float32",
     template: str | None = None,
 ) -> Array:
     """Compute the norm (N,) of each record's loss gradient over the trainable parameters.
@@ -164,6 +172,7 @@ def gradient_norms(
         (batch for _, batch in batches),
         1.0,
         padding="max-length" if pad_to else "longest",
+        autocast_dtype=autocast_dtype_of(precision),
     )
     found = np.zeros(len(rows))
     found[[i for indices, _ in batches for i in indices]] = norms.double().cpu().numpy()
@@ -201,7 +210,8 @@ def _generation(logits: Tensor, targets: Tensor, other: Tensor | None) -> dict[s
     ``logits`` and ``other``, those of the reference, are (N, V); ``targets`` (B, T) holds N tokens.
     """
     chosen = targets != IGNORE
-    size = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+    at_a_time = LOGITS_IN_CACHE if logits.device.type == "cpu" else LOGITS_IN_MEMORY
+    size = max(1, at_a_time // logits.shape[-1])
     columns = [logits, targets[chosen], *([] if other is None else [other])]
     parts = [_tokens(*part) for part in zip(*(c.split(size) for c in columns), strict=True)]
     tokens = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
@@ -295,8 +305,8 @@ def cache_key(
 ) -> str:
     """Compose the key of a checkpoint's signals: its weights, the records and their encoding.
 
-    ``encoding`` has the arguments of `measure` that determine the tokens of a record; ``context``
-    is appended unchanged.
+    ``encoding`` has the arguments of `measure` that determine the tokens of a record and the
+    precision; ``context`` is appended unchanged.
     """
     digest = hashlib.sha256()
     for example in examples:
