@@ -246,12 +246,20 @@ def test_mixed_precision_against_one_example_at_a_time(task):
     single = evaluate(model, tokenizer, task, batch_size=1)
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert single["loss"] != pytest.approx(np.mean(losses), rel=1e-5)
-    if task is TABLES:
-        texts = [
-            evaluate(model, tokenizer, task, generate=True, max_new_tokens=8, autocast_dtype=dtype)
-            for dtype in (None, torch.bfloat16)
-        ]
-        assert texts[0]["bleu"] == texts[1]["bleu"]
+
+
+def test_texts_are_generated_without_mixed_precision(llama):
+    model, _, tokenizer = llama
+    dtypes = []
+    handle = model.lm_head.register_forward_hook(
+        lambda module, args, output: dtypes.append(output.dtype)
+    )
+    evaluate(
+        *(model, tokenizer, TABLES), generate=True, max_new_tokens=3, autocast_dtype=torch.bfloat16
+    )
+    handle.remove()
+    texts, losses = dtypes[:-1], dtypes[-1]  # all losses are those of one batch
+    assert texts and {*texts} == {torch.float32} and losses == torch.bfloat16
 
 
 # --- generating --------------------------------------------------------------------------------

@@ -337,10 +337,10 @@ def test_evaluations_have_the_precision_of_the_steps(places, tmp_path):
                 max_examples=setup.config.eval_examples,
                 autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
             )["loss"]
-            # under bf16, the products over other shapes round differently
-            rounding = 2e-3 if precision == "bf16" else 1e-6
+            # the cached first position is one row of a product of another shape, which rounds anew
+            rounding = 2e-3 if cache and precision == "bf16" else 1e-6
             assert losses[precision] == pytest.approx(want, rel=rounding)
-        assert losses["bf16"] != losses["float32"]
+        assert losses["bf16"] != pytest.approx(losses["float32"], rel=1e-6)
 
 
 # Models without a cache, and the reasons.

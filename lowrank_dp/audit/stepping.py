@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lowrank_dp.audit.canaries import Audited, Clip, Observer, Sums, released
 from lowrank_dp.audit.scales import ExpectedScales
-from lowrank_dp.grads.clipping import autocast_dtype_of, row_gradients
+from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.grads.undisturbed import undisturbed
+from lowrank_dp.models.precision import autocast_dtype_of
 from lowrank_dp.restore import SCHEMES, GradientRestorer
 from lowrank_dp.restore.gradients import is_matrix
 from lowrank_dp.rng import derive_seed

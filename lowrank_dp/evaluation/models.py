@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp.data import Example, Task, encode, micro_batches, subset
@@ -19,7 +19,8 @@ from lowrank_dp.evaluation.generation import generate_texts
 from lowrank_dp.evaluation.inference import evaluating, fail_not_finite
 from lowrank_dp.evaluation.metrics import label_metrics, text_metrics
 from lowrank_dp.losses import IGNORE, LOSS_OF_KIND, LOSSES, losses_at_targets
-from lowrank_dp.models.targets import run_at_targets, separate_head
+from lowrank_dp.models.precision import autocast
+from lowrank_dp.models.targets import TargetOutput, run_at_targets, separate_head
 
 Row = Mapping[str, Any]
 Batch = Mapping[str, Any]
@@ -46,7 +47,7 @@ def evaluate(
     """Compute the loss and the metrics of ``model`` on one split of ``task``, by name.
 
     The model runs in eval mode, without gradients, on its own device; its mode is restored. Losses
-    are computed from float32 logits. Only the choice of a subset is random, by ``seed``.
+    are computed in float32. Only the choice of a subset is random, by ``seed``.
 
     Args:
         model: a transformers or PEFT model with the head of the task's kind.
@@ -116,9 +117,8 @@ def evaluate(
     )
     if add_inputs is not None:
         batches = _added(batches, rows, add_inputs)
-    mixed = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
-    with evaluating(model), mixed:
-        losses, counts, logits = _forward(model, task, examples, batches)
+    with evaluating(model):
+        losses, counts, logits = _forward(model, task, examples, batches, autocast_dtype)
     scores = {"loss": float(losses.mean())}
     if task.kind == "generation":
         scores["perplexity"] = float(((losses * counts).sum() / counts.sum()).exp())
@@ -166,6 +166,7 @@ def _forward(
     task: Task,
     examples: Sequence[Example],
     batches: Iterable[tuple[list[int], dict[str, Tensor]]],
+    autocast_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute loss (N,) and number of targets (N,) of each example, and logits (N, C).
 
@@ -176,11 +177,15 @@ def _forward(
     head = separate_head(model) if task.kind == "generation" else None
     for indices, batch in batches:
         ids = [examples[i].id for i in indices]
+        mixed = autocast(batch["input_ids"].device, autocast_dtype)
         if head is not None:
-            loss, count = _losses_at_targets(model, head, batch, ids)
+            with mixed:
+                output = run_at_targets(model, head, batch)
+            loss, count = _losses_at_targets(output, ids)
         else:
             labels = batch.pop("labels")
-            logits = _finite_logits(model, task, batch, labels, ids)
+            with mixed:
+                logits = _finite_logits(model, task, batch, labels, ids)
             loss, count = LOSSES[LOSS_OF_KIND[task.kind]](logits, labels)
             if task.num_labels:
                 kept[indices] = logits.cpu()
@@ -188,11 +193,8 @@ def _forward(
     return losses, counts, kept
 
 
-def _losses_at_targets(
-    model: Any, head: nn.Linear, batch: Batch, ids: Sequence[str]
-) -> tuple[Tensor, Tensor]:
+def _losses_at_targets(output: TargetOutput, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Compute loss (B,) and number of targets (B,), from the logits at the targets alone."""
-    output = run_at_targets(model, head, batch)
     rows = (output.targets != IGNORE).nonzero()[:, 0]
     _require_finite(output.logits, [ids[row] for row in rows.tolist()])
     return losses_at_targets(output.logits.float(), output.targets)

@@ -10,7 +10,6 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches, subset
-from lowrank_dp.grads.clipping import autocast_dtype_of, clipped_sum_over
+from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 from lowrank_dp.models.memory import warn_of_logits
+from lowrank_dp.models.precision import autocast, autocast_dtype_of
 
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
 
@@ -213,7 +213,7 @@ def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
     trainable matrix.
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
-    _validate.choice("precision", config.precision, ["float32", "bf16"])
+    autocast_dtype_of(config.precision)
     task = load_task(config.task, seed=config.seed)
     examples = task.split(config.split)
     if config.max_rows is not None:
@@ -276,7 +276,7 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
         torch.manual_seed(config.seed)  # seeds dropout
         began, batches = time.monotonic(), itertools.islice(_bucketed(source, generator), most)
         for step, batch in enumerate(progress(batches, "warm-up", total=most), 1):
-            with _autocast(config):
+            with autocast(config.device, config.autocast_dtype):
                 value = model(**batch).loss
             value.backward()
             optimizer.step()
@@ -306,18 +306,13 @@ def _bucketed(source: GradientSource, generator: torch.Generator) -> Iterator[di
             yield batches[i][1]
 
 
-def _autocast(config: GradientConfig) -> AbstractContextManager:
-    dtype = config.autocast_dtype
-    return torch.autocast(config.device.split(":")[0], dtype) if dtype else nullcontext()
-
-
 @torch.no_grad()
 def mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
     """Return the mean loss in nats over the rows ``indices``, in the model's present mode."""
     total, size = 0.0, source.config.micro_batch_size
     batches = source.batches(indices, size)
     for part, batch in progress(batches, "loss", total=math.ceil(len(indices) / size)):
-        with _autocast(source.config):
+        with autocast(source.config.device, source.config.autocast_dtype):
             total += source.model(**batch).loss.item() * len(part)
     return total / len(indices)
 

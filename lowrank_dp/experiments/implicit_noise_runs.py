@@ -170,6 +170,7 @@ def attack_with_shadows(config: TrainConfig, num_shadows: int, folder: Path) -> 
         num_shadows=num_shadows,
         seed=config.data_seed,
         device=config.device,
+        precision=config.precision,
         engine="sequential",
     )
     target = open_target(run_folder(config, targets), options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from lowrank_dp.grads.microbatch import (
 )
 from lowrank_dp.grads.precheck import Precheck, trained_parameters
 from lowrank_dp.grads.undisturbed import gradients_set_aside
+from lowrank_dp.models.precision import autocast
 
 Sums = dict[str, Tensor]
 Reduce = Callable[[str, Tensor], Tensor]
@@ -184,7 +184,7 @@ def clipped_sum_over(
             "model is sharded over processes: it needs backend 'bookkeeping', got "
             f"{backend!r}, and reduce to add up the processes' sums"
         )
-    autocast = _autocast(first, autocast_dtype)
+    mixed = autocast(first.device, autocast_dtype)
     precheck = Precheck(
         backend, padding, check_rows, sharded, reduce is not None, _fingerprint(model)
     )
@@ -196,7 +196,7 @@ def clipped_sum_over(
         batch = batch.batch if isinstance(batch, PaddingBatch) else batch
         clip = max_grad_norm if counts else 0.0
         rows = num_rows_of(batch)
-        micro_batch = MicroBatch(model, trained, batch, rows, rows_before, clip, autocast)
+        micro_batch = MicroBatch(model, trained, batch, rows, rows_before, clip, mixed)
         with torch.enable_grad(), gradients_set_aside(trained):
             part_norms, sum_of = run(precheck(micro_batch))
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
@@ -247,25 +247,8 @@ def row_gradients(
         depend on has no entry.
     """
     trained = trained_parameters(model)
-    autocast = _autocast(next(iter(trained.values())), autocast_dtype)
+    mixed = autocast(next(iter(trained.values())).device, autocast_dtype)
     rows = num_rows_of(batch)
-    micro_batch = MicroBatch(model, trained, batch, rows, 0, math.inf, autocast)
+    micro_batch = MicroBatch(model, trained, batch, rows, 0, math.inf, mixed)
     with torch.enable_grad(), gradients_set_aside(trained):
         return [gradient_alone(micro_batch, copy_rows(batch, [row]))[1] for row in range(rows)]
-
-
-def autocast_dtype_of(precision: str) -> torch.dtype | None:
-    """Return the dtype of mixed precision: bfloat16 for "bf16", None for "float32"."""
-    return torch.bfloat16 if precision == "bf16" else None
-
-
-def _autocast(parameter: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Return autocast on the parameter's device, or a context that does nothing.
-
-    Raises ``ValueError`` if ``dtype`` is neither None nor bfloat16.
-    """
-    if dtype not in (None, torch.bfloat16):
-        _validate.fail(
-            "autocast_dtype", "None or torch.bfloat16 (float16 would need loss scaling)", dtype
-        )
-    return torch.autocast(parameter.device.type, dtype) if dtype else nullcontext()

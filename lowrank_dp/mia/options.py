@@ -118,8 +118,8 @@ class Options:
     )
     precision: str = option(
         "float32",
-        "Precision of the passes through the models; scores are computed from the logits in "
-        "float64. bf16 is faster, and rounds the scores.",
+        "Precision of the passes through the models; logits are scored in float64. bf16 is faster, "
+        "and rounds logits and gradients. The attack 'projection' is always in float32.",
         choices=PRECISIONS,
     )
     seed: int = option(0, "Random seed of shadow models, splits and subsets.")

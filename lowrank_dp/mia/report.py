@@ -159,7 +159,8 @@ def make_report(target: Target, options: Options, measured: Measured) -> Report:
     )
     return Report(
         model=str(target.folder),
-        description=result.description if result else f"{records.task.name}, given records",
+        description=(result.description if result else f"{records.task.name}, given records")
+        + ("" if options.precision == "float32" else f"; attacked in {options.precision}"),
         privacy=result.privacy if result else "not known: no training.json",
         format=target.format,
         ids=tuple(example.id for example in examples),

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from lowrank_dp import artifacts
 from lowrank_dp.data import IGNORE, Example, Task, encode, micro_batches
-from lowrank_dp.grads.clipping import autocast_dtype_of, clipped_sum_over
+from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.losses import LOSSES
 from lowrank_dp.mia import scores, token_scores
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.models.memory import rows_that_fit
+from lowrank_dp.models.precision import autocast, autocast_dtype_of
 from lowrank_dp.models.targets import logits_at_targets
 
-# Number of logits that are scored at a time, in float64, on a CPU and on a GPU. On a CPU, all
-# intermediate results stay in a core's cache; from main memory, scoring takes five times as long.
+# Number of logits that are scored at a time, in float64, on a CPU and on a GPU. On a CPU, the
+# intermediate results then fit the processor's cache, in memory that is used again.
 LOGITS_IN_CACHE, LOGITS_IN_MEMORY = 2**19, 2**24
 
 
@@ -91,20 +92,19 @@ def measure(
     batch_size = rows_that_fit(model, task.kind, batch_size)
     found = {field.name: np.full(len(rows), np.nan) for field in fields(Signals)}
     dtype = autocast_dtype_of(precision)
-    mixed = torch.autocast(device.type, dtype, enabled=dtype is not None)
     model.eval()
-    with torch.no_grad(), mixed:
+    with torch.no_grad():
         for indices, batch in micro_batches(
             rows, batch_size, tokenizer.pad_token_id, length=pad_to, device=device
         ):
             labels = batch.pop("labels")
             if add_inputs is not None:
                 batch = dict(add_inputs([rows[i] for i in indices], batch))
-            logits, targets = _logits(model, task, batch, labels)
+            logits, targets = _logits(model, task, batch, labels, dtype)
             other = None
             if reference is not None:
                 with switched_off(reference, model) as base:
-                    other, _ = _logits(base, task, batch, labels)
+                    other, _ = _logits(base, task, batch, labels, dtype)
             for name, values in _SIGNALS[task.kind](logits, targets, other).items():
                 found[name][indices] = values
     _require_finite(examples, found, with_reference=reference is not None)
@@ -115,17 +115,23 @@ def measure(
 
 
 def _logits(
-    model: Any, task: Task, batch: Mapping[str, Any], labels: Tensor
+    model: Any,
+    task: Task,
+    batch: Mapping[str, Any],
+    labels: Tensor,
+    autocast_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Return logits in float32 and what they are scored by.
 
     For a generation task, these are the logits (N, V) at the N tokens that predict a target, and
     the targets (B, T); for other tasks the logits (B, C) and the labels (B,).
     """
-    if task.kind == "generation":
-        logits, targets = logits_at_targets(model, {**batch, "labels": labels})
-        return logits.float(), targets
-    return model(**batch).logits.float(), labels
+    with autocast(labels.device, autocast_dtype):
+        if task.kind == "generation":
+            logits, targets = logits_at_targets(model, {**batch, "labels": labels})
+        else:
+            logits, targets = model(**batch).logits, labels
+    return logits.float(), targets
 
 
 def _require_finite(

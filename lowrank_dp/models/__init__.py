@@ -9,7 +9,7 @@ The package never executes code from a model repository, and it refuses pickled 
     heads  layers of a head     labels  their order         trainable  what trains
     tokenizers  read one        checkpoints  write a model  tiny  the embedded backbones
     gguf_files  GGUF headers    scaled  layers with a preconditioner   memory  size of logits
-    prefix  frozen blocks      targets  logits at the targets only
+    prefix  frozen blocks   targets  logits at the targets only   precision  autocast
     loading  the public functions
 """
 

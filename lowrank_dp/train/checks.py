@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_dp.grads.clipping import autocast_dtype_of
+from lowrank_dp.models.precision import autocast_dtype_of
 from lowrank_dp.restore import SCHEMES, restore_gradients
 from lowrank_dp.restore.gradients import is_matrix
 from lowrank_dp.rng import Generator

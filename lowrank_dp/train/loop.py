@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_dp import artifacts, evaluation
 from lowrank_dp._terminal import Interrupted, deferred_signals, progress
 from lowrank_dp.artifacts import runs
-from lowrank_dp.grads.clipping import autocast_dtype_of
+from lowrank_dp.models.precision import autocast_dtype_of
 from lowrank_dp.models.scaled import full_weights
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train import guards, processes

@@ -26,8 +26,9 @@ from lowrank_dp._terminal import first_line, progress
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
 from lowrank_dp.data.batches import collate
 from lowrank_dp.grads import Batch
-from lowrank_dp.grads.clipping import autocast_dtype_of, clipped_sum
+from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.models.heads import without_adapter
+from lowrank_dp.models.precision import autocast, autocast_dtype_of
 from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.train import processes
 from lowrank_dp.train.config import TrainConfig
@@ -334,7 +335,7 @@ def _name(model: Any, prefix: FrozenPrefix, config: TrainConfig, pad_to: int | N
         "attention": str(getattr(getattr(base, "config", None), "_attn_implementation", None)),
         "blocks": prefix.length,
         "pad_to": pad_to,
-        "autocast": config.precision == "bf16",
+        "autocast": autocast_dtype_of(config.precision) is not None,
         "stored": config.prefix_dtype,
         "device": torch.device(config.device).type,
         "torch": torch.__version__,
@@ -386,8 +387,7 @@ def _run(
     batch = collate(bare, pad_token_id, length=pad_to)
     device = torch.device(config.device)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    dtype = autocast_dtype_of(config.precision)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with autocast(device, autocast_dtype_of(config.precision)):
         states = prefix.run(batch)
     stored = states.to("cpu", DTYPES[config.prefix_dtype])
     return [part[: pad_to or len(row["input_ids"])] for part, row in zip(stored, rows, strict=True)]

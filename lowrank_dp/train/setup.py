@@ -102,13 +102,14 @@ class Setup:
     def description(self) -> str:
         """The model, the data and the processes, in words."""
         how = ", which share the model" if self.config.shard else ""
+        half = ", steps and evaluations in bf16" if self.config.precision == "bf16" else ""
         several = f", by {world_size()} processes{how}" if world_size() > 1 else ""
         cached = f"; {self.prefix.note}" if self.prefix.note else ""
         padded = f", each padded to {self.pad_to} tokens" if self.pad_to else ""
         return (
             f"{describe(self.model)}; {self.task.name} from {self.task.source}, "
             f"{sum(self.members):,} of {len(self.units):,} {self.config.unit}s trained on"
-            f"{padded}{several}{cached}"
+            f"{padded}{half}{several}{cached}"
         )
 
     def statement(self, releases: int) -> str:

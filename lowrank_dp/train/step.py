@@ -11,13 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp.grads import Batch
-from lowrank_dp.grads.clipping import (
-    PaddingBatch,
-    Reduce,
-    autocast_dtype_of,
-    clipped_sum_over,
-)
+from lowrank_dp.grads.clipping import PaddingBatch, Reduce, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
+from lowrank_dp.models.precision import autocast_dtype_of
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.rng import Generator, derive_seed, uniform
 from lowrank_dp.train import guards, preconditioning, processes
