@@ -27,8 +27,10 @@ from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
 from lowrank_dp.models import load_model
+from lowrank_dp.models.precision import AUTOCAST_DTYPES
 from lowrank_dp.models.targets import logits_at_targets
 from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.config_checks import PRECISIONS
 from lowrank_dp.train.loop import train
 from tests.tasks import case, run_command, write_jsonl
 
@@ -220,6 +222,7 @@ def test_gradient_norms_against_autograd(checkpoints, precision):
         assert (abs(found / single - 1) > 1e-5).any()
     with pytest.raises(ValueError, match=r"precision must be .*did you mean 'bf16'"):
         signals.gradient_norms(model, tokenizer, task, examples, precision="bf17")
+    assert tuple(AUTOCAST_DTYPES) == PRECISIONS  # the options' names are kept where torch is not
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from lowrank_dp.data import encode, load_task, micro_batches, subset
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 from lowrank_dp.models.memory import warn_of_logits
-from lowrank_dp.models.precision import autocast, autocast_dtype_of
+from lowrank_dp.models.precision import AUTOCAST_DTYPES, autocast, autocast_dtype_of
 
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
 
@@ -213,7 +213,7 @@ def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
     trainable matrix.
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
-    autocast_dtype_of(config.precision)
+    _validate.choice("precision", config.precision, AUTOCAST_DTYPES)
     task = load_task(config.task, seed=config.seed)
     examples = task.split(config.split)
     if config.max_rows is not None:
