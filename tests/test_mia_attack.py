@@ -482,6 +482,12 @@ def test_the_population_holds_no_text_of_the_run():
     known = [Example("t/1", "C").content_hash]
     assert targets._population(some, Options(), known) == validation[2:]
     assert targets._population(some, Options(), ()) == validation[1:]
+    for names, needed in ((("base", "zlib"), False), (("base", "rmia-offline"), True)):
+        found = targets._population(some, Options(attacks=names), known)
+        assert found == (validation[2:] if needed else ())
+    # the primary attack is one of the named attacks
+    wanted = Options(attacks=("loss",), primary="quantile")
+    assert targets._population(some, wanted, known) == validation[2:]
 
 
 def test_signals_are_cached_by_everything_that_they_depend_on(tmp_path):

@@ -90,6 +90,7 @@ def run(config: Config, folder: str | Path = Path("runs") / "membership") -> Res
     if failed := [outcome.error for outcome in outcomes if outcome.result is None]:
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed: {failed[0]}")
     options = Options(
+        attacks=(config.attack,),
         primary=config.attack,
         seed=config.base.data_seed,
         device=config.base.device,

@@ -33,6 +33,7 @@ ATTACKS = {
 WHITE_BOX = ("gradient", "projection")
 SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
 NEEDS_BASE = ("base", "ez", "projection")
+NEEDS_POPULATION = ("quantile", "rmia", "rmia-offline")
 POPULATION = 1000  # largest number of validation records, which are in no model
 
 

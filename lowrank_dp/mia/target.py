@@ -12,7 +12,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example
 from lowrank_dp.membership import Manifest, read_manifest
 from lowrank_dp.mia.checkpoint import Checkpoint, read_checkpoint
-from lowrank_dp.mia.options import POPULATION, Options
+from lowrank_dp.mia.options import NEEDS_POPULATION, POPULATION, Options
 from lowrank_dp.mia.record_format import Format, given_format, own_format
 from lowrank_dp.mia.records import Records, load_records, read_population
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
@@ -155,9 +155,15 @@ def _read_result(folder: Path) -> TrainResult | None:
 
 
 def _population(records: Records, options: Options, known: Iterable[str]) -> tuple[Example, ...]:
-    """Return records in no model: not under attack, and with no content hash in ``known``."""
+    """Return records in no model: not under attack, and with no content hash in ``known``.
+
+    There are none if no file is given and no named attack needs them: each record takes a pass
+    through the models.
+    """
     attacked = {*known, *(example.content_hash for example in records.examples)}
     if options.population is None:
+        if options.attacks and not {*options.named} & {*NEEDS_POPULATION}:
+            return ()
         validation = records.task.splits.get("validation", ())
         return tuple(e for e in validation if e.content_hash not in attacked)[:POPULATION]
     given = read_population(options.population, records, columns=options.columns)
