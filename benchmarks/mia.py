@@ -53,7 +53,9 @@ def scoring(model_name: str, task_name: str, count: int, rounds: int) -> tuple[f
                 reference(**batch)
 
     def score() -> None:
-        signals.measure(model, tokenizer, task, task.train, max_length=length, reference=reference)
+        records = (tokenizer, task, task.train)
+        before = signals.measure_reference(reference, *records, max_length=length)
+        signals.measure(model, *records, max_length=length, reference=before)
 
     plain(), score()
     times = [(cpu_seconds(plain), cpu_seconds(score)) for _ in range(rounds)]

@@ -6,12 +6,12 @@ import json
 import random
 import shutil
 from dataclasses import fields, replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -19,7 +19,16 @@ from lowrank_dp import membership
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import IGNORE, Example, encode, load_task
 from lowrank_dp.membership.manifest import read_manifest
-from lowrank_dp.mia import compare, metrics, projection, quantile, records, rendering, signals
+from lowrank_dp.mia import (
+    caching,
+    compare,
+    metrics,
+    projection,
+    quantile,
+    records,
+    rendering,
+    signals,
+)
 from lowrank_dp.mia import plan as planning
 from lowrank_dp.mia import target as targets
 from lowrank_dp.mia.attack import Options, attack, load, open_target
@@ -103,9 +112,10 @@ def test_signals_against_one_record_at_a_time(checkpoints):
     task, examples = target.records.task, target.records.examples[:7]
     model, tokenizer = load_model(str(target.folder), task=task)
     reference = load_reference(target.folder, target.base, task)
-    found = signals.measure(
-        model, tokenizer, task, examples, max_length=128, batch_size=3, reference=reference
-    )
+    records = (tokenizer, task, examples)
+    before = signals.measure_reference(reference, *records, max_length=128, batch_size=4)
+    found = signals.measure(model, *records, max_length=128, batch_size=3, reference=before)
+    assert len(before.log_p) == len(before.num_tokens) == 0
     for i, example in enumerate(examples):
         batch = tokenizer([example.text], return_tensors="pt")
         with torch.no_grad():
@@ -124,9 +134,7 @@ def test_signals_in_half_precision_against_one_record_at_a_time(checkpoints):
         target = open_target(checkpoints / "tables", options)
         task, examples = target.records.task, target.records.examples[:5]
         model, tokenizer = load_model(str(target.folder), task=task)
-        found = signals.measure(
-            model, tokenizer, task, examples, batch_size=1, precision=precision, reference=model
-        )
+        found = signals.measure(model, tokenizer, task, examples, batch_size=1, precision=precision)
         losses[precision] = found.loss
     rows = encode(examples, tokenizer, kind=task.kind)
     for row, loss in zip(rows, losses["bf16"], strict=True):
@@ -143,12 +151,17 @@ def test_tokens_are_scored_in_parts(checkpoints, monkeypatch):
     target = open_target(checkpoints / "tables", Options())
     task, examples = target.records.task, target.records.examples[:5]
     model, tokenizer = load_model(str(target.folder), task=task)
-    measure = partial(signals.measure, model, tokenizer, task, examples, reference=model)
+
+    def measure():
+        before = signals.measure_reference(model, tokenizer, task, examples)
+        return before, signals.measure(model, tokenizer, task, examples, reference=before)
+
     whole = measure()
     monkeypatch.setattr(signals, "LOGITS_IN_CACHE", 3 * model.config.vocab_size)
-    for field in fields(signals.Signals):
-        want = getattr(whole, field.name)
-        np.testing.assert_allclose(getattr(measure(), field.name), want, rtol=1e-12)
+    for found, wanted in zip(measure(), whole, strict=True):
+        for field in fields(wanted):
+            values = getattr(found, field.name)
+            np.testing.assert_allclose(values, getattr(wanted, field.name), rtol=1e-12)
 
 
 def test_signals_of_one_precision_are_not_read_as_those_of_another(checkpoints, tmp_path):
@@ -157,7 +170,8 @@ def test_signals_of_one_precision_are_not_read_as_those_of_another(checkpoints, 
         options = Options(precision=precision, attacks=("loss",))
         attack(open_target(checkpoints / "tables", options), options, tmp_path)
         found[precision] = len(list(tmp_path.glob("*.npz")))
-    assert found == {"float32": 1, "bf16": 2}
+    # one file of the checkpoint, and one of the model before fine-tuning
+    assert found == {"float32": 2, "bf16": 4}
     with pytest.raises(ValueError, match=r"precision must be .*did you mean 'bf16'"):
         Options(precision="bf17")
     report = attack(open_target(checkpoints / "tables", options), options, tmp_path)
@@ -168,7 +182,9 @@ def test_signals_of_texts_token_by_token(checkpoints):
     target = open_target(checkpoints / "tables", Options())
     task, examples = target.records.task, target.records.examples[:5]
     model, tokenizer = load_model(str(target.folder), task=task)
-    found = signals.measure(model, tokenizer, task, examples, batch_size=2, reference=model)
+    with model.disable_adapter():
+        before = signals.measure_reference(model, tokenizer, task, examples, batch_size=3)
+    found = signals.measure(model, tokenizer, task, examples, batch_size=2, reference=before)
     for i, example in enumerate(examples):
         prompt = (
             tokenizer(example.text, add_special_tokens=False)["input_ids"]
@@ -190,6 +206,70 @@ def test_signals_of_texts_token_by_token(checkpoints):
         base = signals.measure(model, tokenizer, task, examples, batch_size=5)
     np.testing.assert_allclose(found.reference_loss, base.loss, rtol=1e-4)
     assert len(base.error_zone) == 0 and len(found.error_zone) == len(examples)
+    # the log-probabilities of one record, and the error zone made of them, token by token
+    lengths = [
+        len(tokenizer(e.target, add_special_tokens=False)["input_ids"]) + 1 for e in examples
+    ]
+    assert before.num_tokens.tolist() == lengths and before.log_p.shape == (sum(lengths),)
+    changes = []
+    row = encode(examples[:1], tokenizer, kind=task.kind)[0]
+    batch = {name: torch.tensor([ids]) for name, ids in row.items()}
+    with torch.no_grad():
+        logits, targets = logits_at_targets(model, batch)
+        with model.disable_adapter():
+            old, _ = logits_at_targets(model, batch)
+    ids = targets[targets != IGNORE].tolist()
+    for new_token, old_token, token in zip(logits.double(), old.double(), ids, strict=True):
+        if int(new_token.argmax()) != token:
+            changes.append(float((new_token.log_softmax(-1) - old_token.log_softmax(-1))[token]))
+    rises = sum(max(change, 0.0) for change in changes)
+    share = rises / sum(map(abs, changes)) if any(changes) else 0.5
+    assert found.error_zone[0] == pytest.approx(share, rel=1e-3)
+
+
+def test_checkpoints_of_one_base_share_its_signals(checkpoints, tmp_path, monkeypatch):
+    """The base is measured once for two adapters; with other records or weights, once more."""
+    first = checkpoints / "tables"
+    second = tmp_path / "second"
+    shutil.copytree(first, second)
+    weights = load_file(second / "adapter_model.safetensors")
+    save_file({k: 2 * v for k, v in weights.items()}, second / "adapter_model.safetensors")
+    passes = []
+    measure = signals.measure_reference
+    monkeypatch.setattr(
+        signals, "measure_reference", lambda *a, **k: passes.append(1) or measure(*a, **k)
+    )
+
+    def base_scores(folder, **fields):
+        options = Options(attacks=("base",), **fields)
+        found = attack(open_target(folder, options), options, tmp_path / "cache")
+        return found.base.value, found.attacks[0].auc.value
+
+    before, auc = base_scores(first)
+    again, other = base_scores(second)
+    assert len(passes) == 1 and before == again and auc != other
+    assert base_scores(second) == (again, other) and len(passes) == 1  # all signals are kept
+    base_scores(first, max_records=60)
+    assert len(passes) == 2
+
+
+def test_the_key_of_a_base_is_that_of_its_weights_and_rows():
+    task = load_task("generated-table", max_examples=40)
+    plain, tokenizer = load_model("tiny-llama", task=task)
+    rows = encode(task.train[:4], tokenizer, kind=task.kind)
+    key = caching.reference_key(plain, rows, {"precision": "float32"})
+    adapted, _ = load_model("tiny-llama", task=task, method="lora", rank=2)
+    assert caching.reference_key(adapted, rows, {"precision": "float32"}) == key
+    others = [
+        caching.reference_key(plain, rows, {"precision": "bf16"}),
+        caching.reference_key(plain, rows[::-1], {"precision": "float32"}),
+    ]
+    with torch.no_grad():
+        next(plain.parameters())[0, 0] += 1
+    others.append(caching.reference_key(plain, rows, {"precision": "float32"}))
+    assert len({key, *others}) == 4
+    # weights in half precision have no digest, so that nothing is shared
+    assert caching.reference_key(plain.bfloat16(), rows, {"precision": "float32"}) is None
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -493,19 +573,19 @@ def test_the_population_holds_no_text_of_the_run():
 def test_signals_are_cached_by_everything_that_they_depend_on(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     example, encoding = Example("t/0", "text", label=0), {"max_length": 8}
-    keys = [signals.cache_key(tmp_path, [example], encoding)]
+    keys = [caching.cache_key(tmp_path, [example], encoding)]
     for other in (
         replace(example, label=1),
         replace(example, text="b"),
         replace(example, id="t/1"),
     ):
-        keys.append(signals.cache_key(tmp_path, [other], encoding))
-    keys.append(signals.cache_key(tmp_path, [example, example], encoding))
-    keys.append(signals.cache_key(tmp_path, [example], {"max_length": 9}))
+        keys.append(caching.cache_key(tmp_path, [other], encoding))
+    keys.append(caching.cache_key(tmp_path, [example, example], encoding))
+    keys.append(caching.cache_key(tmp_path, [example], {"max_length": 9}))
     (tmp_path / "config.json").write_text("{} ")
-    keys.append(signals.cache_key(tmp_path, [example], encoding))
+    keys.append(caching.cache_key(tmp_path, [example], encoding))
     (tmp_path / "vocab.txt").write_text("{} ")
-    keys.append(signals.cache_key(tmp_path, [example], encoding))
+    keys.append(caching.cache_key(tmp_path, [example], encoding))
     assert len(set(keys)) == len(keys)
 
 
@@ -597,18 +677,16 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
 
 def test_the_plan_estimates_seconds_from_the_training():
     """240 s for 2 steps of 40 records are 3 s per record; a forward pass takes a third of that."""
-    config = SimpleNamespace(steps=2, batch_size=40)
-    rows = [SimpleNamespace(group=name) for name in "aabbbbbccc"]
-    records = SimpleNamespace(unit="group", examples=rows)
+    config = SimpleNamespace(steps=2, batch_size=40, train_layers=None)
     target = SimpleNamespace(
-        result=SimpleNamespace(seconds=240.0, config=config), base=None, records=records
+        result=SimpleNamespace(seconds=240.0, config=config), base=None, recipe=config
     )
-    # 40 groups of 10 / 3 records on average
-    assert planning._scoring_seconds(target, 100) == pytest.approx(30.0)
-    records.unit = "example"
     assert planning._scoring_seconds(target, 100) == pytest.approx(100.0)
     target.base = {"model": "tiny"}
     assert planning._scoring_seconds(target, 100) == pytest.approx(200.0)
+    assert planning._accuracy(target) == "about"
+    config.train_layers = 2
+    assert planning._accuracy(target) == "at least"
     target.result = None
     assert planning._scoring_seconds(target, 100) == 0.0
     shown = [planning._duration(seconds) for seconds in (89, 300, 5399, 9000)]

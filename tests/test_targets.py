@@ -195,10 +195,17 @@ def test_membership_signals_need_the_targets_logits_only(monkeypatch):
     tokens: list[int] = []
     head = separate_head(adapted)
     head.register_forward_hook(lambda module, inputs, output: tokens.append(output[..., 0].numel()))
-    few = signals.measure(adapted, tokenizer, task, task.train[:20], reference=adapted)
+
+    def measure():
+        records = (adapted, tokenizer, task, task.train[:20])
+        with adapted.disable_adapter():
+            before = signals.measure_reference(*records)
+        return signals.measure(*records, reference=before)
+
+    few = measure()
     assert len(tokens) == 2 and tokens[0] == tokens[1]  # with the adapter, and without
     monkeypatch.setattr(targets, "separate_head", lambda model, batch=None: None)
-    whole = signals.measure(adapted, tokenizer, task, task.train[:20], reference=adapted)
+    whole = measure()
     for field in fields(signals.Signals):
         found, wanted = getattr(few, field.name), getattr(whole, field.name)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6, err_msg=field.name)

@@ -125,7 +125,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
 def _asked(targets: Sequence[Target], options: Options) -> dict[str, Any]:
     """Return the inputs that decide a report: the weights, and all options but ``COMPUTING``."""
     from lowrank_dp.artifacts.jsonable import to_jsonable
-    from lowrank_dp.mia.signals import weight_hash
+    from lowrank_dp.mia.caching import weight_hash
 
     asked = {name: value for name, value in to_jsonable(options).items() if name not in COMPUTING}
     return asked | {"checkpoints": [weight_hash(target.folder) for target in targets]}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_dp.mia import learning, shadows, signals
+from lowrank_dp.mia import caching, learning, shadows, signals
 from lowrank_dp.mia.loading import Loaded, load
 from lowrank_dp.mia.options import ATTACKS, Options
 from lowrank_dp.mia.report import Attack, Measured, Report, make_report
 from lowrank_dp.mia.scoring import Scores, score_records
-from lowrank_dp.mia.signals import Signals
+from lowrank_dp.mia.signals import Reference, Signals
 from lowrank_dp.mia.target import Target, open_target
 from lowrank_dp.models.backbones import find_backbone
 
@@ -45,7 +45,7 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
     measured = Measured(
         scores={name: values for name, values in scores.made.items() if name in wanted},
         primary=primary,
-        unavailable=scores.unavailable,
+        unavailable={} if options.attacks else scores.unavailable,  # a named one was refused
         reference_loss=found.reference_loss[:count] if len(found.reference_loss) else None,
         learning=_learning(target, loaded, found),
         num_shadows=0 if shadow is None else len(shadow.loss),
@@ -60,20 +60,23 @@ def _default_primary(scores: Scores) -> str:
 def _signals(target: Target, options: Options, loaded: Loaded, cache: Path) -> Signals:
     """Measure the signals of the attacked records, followed by those of the population."""
     together = (*target.records.examples, *target.population)
-    arguments = {"precision": options.precision, **target.encoding}
-    return signals.cached(
-        cache,
-        signals.cache_key(target.folder, together, arguments, *_identity(target, options, loaded)),
-        lambda: signals.measure(
-            loaded.model,
-            loaded.tokenizer,
-            target.records.task,
-            together,
-            reference=loaded.reference,
-            batch_size=options.batch_size,
-            **arguments,
-        ),
-    )
+    encoding = {"precision": options.precision, **target.encoding}
+    records = (loaded.tokenizer, target.records.task, together)
+    arguments = {"batch_size": options.batch_size, **encoding}
+
+    def measure_reference() -> Reference:
+        with signals.switched_off(loaded.reference, loaded.model) as base:
+            return signals.measure_reference(base, *records, **arguments)
+
+    def measure() -> Signals:
+        reference = None
+        if loaded.reference is not None:
+            key = caching.reference_key(loaded.reference, loaded.rows, encoding)
+            reference = caching.cached(cache, key, Reference, measure_reference)
+        return signals.measure(loaded.model, *records, reference=reference, **arguments)
+
+    key = caching.cache_key(target.folder, together, encoding, *_identity(target, options, loaded))
+    return caching.cached(cache, key, Signals, measure)
 
 
 def _identity(target: Target, options: Options, loaded: Loaded) -> list[str]:
@@ -85,7 +88,7 @@ def _identity(target: Target, options: Options, loaded: Loaded) -> list[str]:
         str(target.base),
         str(loaded.reference is None),
         str(loaded.reference is loaded.model),
-        *(signals.weight_hash(folder) for folder in folders if folder.is_dir()),
+        *(caching.weight_hash(folder) for folder in folders if folder.is_dir()),
     ]
 
 
@@ -122,7 +125,11 @@ def _learning(target: Target, loaded: Loaded, found: Signals) -> learning.Learni
     records = target.records
     classes = records.task.num_labels or len(loaded.tokenizer)
     chance = learning.chance_losses(
-        records.kind, records.examples, records.is_member, loaded.rows, classes
+        records.kind,
+        records.examples,
+        records.is_member,
+        loaded.rows[: len(records.examples)],
+        classes,
     )
     return learning.judge_learning(
         records.kind, records.examples, records.is_member, found, chance, max(classes, 2)

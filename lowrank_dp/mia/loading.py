@@ -29,7 +29,7 @@ class Loaded:
         reference: the model before fine-tuning, which may be ``model`` itself (an adapter that can
             be switched off); None if the model before is not known.
         why_no_reference: the reason why ``reference`` is None, else "".
-        rows: the attacked records as token rows of ``data.encode``.
+        rows: the attacked records, then the population, as token rows of ``data.encode``.
     """
 
     model: Any
@@ -59,9 +59,7 @@ def load(target: Target, options: Options) -> Loaded:
     rows = encode(
         (*target.records.examples, *target.population), tokenizer, kind=target.records.kind, **form
     )
-    return Loaded(
-        model, tokenizer, reference, why_no_reference, rows[: len(target.records.examples)]
-    )
+    return Loaded(model, tokenizer, reference, why_no_reference, rows)
 
 
 def _trained_part(target: Target) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
         if target.base is not None:
             passes += " and the model before fine-tuning"
         scoring = _scoring_seconds(target, count)
-        passes += f", about {_duration(scoring)}" if target.result else ""
+        passes += f", {_accuracy(target)} {_duration(scoring)}" if target.result else ""
         lines.append(f"plan     {target.folder.name}: {passes}")
         lines.append(f"format   {target.format.description}")
         if options.shadow_dir is not None or options.num_shadows:
@@ -50,11 +50,18 @@ def _scoring_seconds(target: Target, count: int) -> float:
     """Estimate the seconds of ``count`` records through the models; 0 if not known."""
     if target.result is None:
         return 0.0
-    result, records = target.result, target.records
-    units = {example.group for example in records.examples} if records.unit == "group" else ()
-    per_unit = len(records.examples) / len(units) if units else 1.0
-    per_record = result.seconds / (result.config.steps * result.config.batch_size * per_unit)
+    result = target.result
+    # a step takes one record of each sampled unit, also of a unit that has many
+    per_record = result.seconds / (result.config.steps * result.config.batch_size)
     return FORWARD_SHARE * per_record * count * (2 if target.base is not None else 1)
+
+
+def _accuracy(target: Target) -> str:
+    """Return "at least" if the run's steps left out work of a forward pass, else "about".
+
+    Frozen blocks take no part in a backward pass, and none in a step if their outputs are cached.
+    """
+    return "at least" if target.recipe.train_layers is not None else "about"
 
 
 def _duration(seconds: float) -> str:

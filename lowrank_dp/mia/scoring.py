@@ -68,7 +68,8 @@ def _scored_texts(target: Target, loaded: Loaded) -> list[str]:
     """Return the part of each text that was scored, without a tail that was cut off."""
     if target.format.template is None:
         return [example.target or " " for example in target.records.examples]
-    scored = [[token for token in row["labels"] if token != IGNORE] for row in loaded.rows]
+    rows = loaded.rows[: len(target.records.examples)]
+    scored = [[token for token in row["labels"] if token != IGNORE] for row in rows]
     return [text or " " for text in loaded.tokenizer.batch_decode(scored, skip_special_tokens=True)]
 
 

@@ -21,7 +21,7 @@ from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example, Task
 from lowrank_dp.membership import read_manifest
-from lowrank_dp.mia import signals
+from lowrank_dp.mia import caching, signals
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.checkpoint import load_checkpoint
 from lowrank_dp.sweep import run_folder, sweep
@@ -184,7 +184,8 @@ def measure_shadows(
                 model, tokenizer, task, together, batch_size=batch_size, **encoding
             )
 
-        found = signals.cached(cache, signals.cache_key(path, together, encoding), measure)
+        key = caching.cache_key(path, together, encoding)
+        found = caching.cached(cache, key, signals.Signals, measure)
         losses.append(found.loss)
         phis.append(found.phi)
     loss, phi = np.stack(losses), np.stack(phis)
