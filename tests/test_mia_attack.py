@@ -228,48 +228,92 @@ def test_signals_of_texts_token_by_token(checkpoints):
 
 
 def test_checkpoints_of_one_base_share_its_signals(checkpoints, tmp_path, monkeypatch):
-    """The base is measured once for two adapters; with other records or weights, once more."""
-    first = checkpoints / "tables"
-    second = tmp_path / "second"
-    shutil.copytree(first, second)
-    weights = load_file(second / "adapter_model.safetensors")
-    save_file({k: 2 * v for k, v in weights.items()}, second / "adapter_model.safetensors")
+    """The base is measured once for two adapters, and once more for other records."""
+    first, second = checkpoints / "tables", tmp_path / "second"
+    scaled_adapter(first, second, 2.0)
     passes = []
     measure = signals.measure_reference
     monkeypatch.setattr(
         signals, "measure_reference", lambda *a, **k: passes.append(1) or measure(*a, **k)
     )
 
-    def base_scores(folder, **fields):
+    def aucs(folder, **fields):
         options = Options(attacks=("base",), **fields)
         found = attack(open_target(folder, options), options, tmp_path / "cache")
+        assert not found.unavailable  # of attacks that were not named
         return found.base.value, found.attacks[0].auc.value
 
-    before, auc = base_scores(first)
-    again, other = base_scores(second)
+    before, auc = aucs(first)
+    again, other = aucs(second)
     assert len(passes) == 1 and before == again and auc != other
-    assert base_scores(second) == (again, other) and len(passes) == 1  # all signals are kept
-    base_scores(first, max_records=60)
+    assert aucs(second) == (again, other) and len(passes) == 1  # all signals are kept
+    aucs(first, max_records=60)
     assert len(passes) == 2
+    scaled_adapter(first, second, 3.0)
+    aucs(second, batch_size=7)  # the last bits depend on the batch, and show an unchanged model
+    assert len(passes) == 3
+
+
+def test_an_adapter_as_base_is_measured_for_each_checkpoint(checkpoints, tmp_path):
+    """Two adapters on one model are two models before fine-tuning."""
+    task = open_target(checkpoints / "tables", Options()).records.task
+    model, tokenizer = load_model("tiny-llama", task=task)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    for name, examples in (("in", task.train[:30]), ("out", task.train[30:60])):
+        rows = [{"prompt": e.text, "target": e.target} for e in examples]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    found = []
+    for number, cache in ((0.0, "one"), (9.0, "one"), (9.0, "two")):
+        scaled_adapter(checkpoints / "tables", tmp_path / f"base{number}", number)
+        options = Options(
+            attacks=("base",),
+            members=tmp_path / "in.jsonl",
+            nonmembers=tmp_path / "out.jsonl",
+            base=str(tmp_path / f"base{number}"),
+        )
+        report = attack(open_target(tmp_path / "tuned", options), options, tmp_path / cache)
+        found.append(report.scores["base"])
+    np.testing.assert_array_equal(found[1], found[2])
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def scaled_adapter(source, folder, factor):
+    """Copy an adapter's checkpoint, with all its weights times ``factor``."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "adapter_model.safetensors")
+    scaled = {name: factor * weight for name, weight in weights.items()}
+    save_file(scaled, folder / "adapter_model.safetensors")
 
 
 def test_the_key_of_a_base_is_that_of_its_weights_and_rows():
     task = load_task("generated-table", max_examples=40)
     plain, tokenizer = load_model("tiny-llama", task=task)
     rows = encode(task.train[:4], tokenizer, kind=task.kind)
-    key = caching.reference_key(plain, rows, {"precision": "float32"})
+    arguments = {"precision": "float32", "batch_size": 64}
+
+    def key(model=plain, rows=rows, **others):
+        return caching.reference_key(model, rows, {**arguments, **others})
+
     adapted, _ = load_model("tiny-llama", task=task, method="lora", rank=2)
-    assert caching.reference_key(adapted, rows, {"precision": "float32"}) == key
-    others = [
-        caching.reference_key(plain, rows, {"precision": "bf16"}),
-        caching.reference_key(plain, rows[::-1], {"precision": "float32"}),
-    ]
+    wanted = key()
+    assert key(adapted) == wanted
+    keys = [key(rows=rows[::-1]), key(precision="bf16"), key(batch_size=1), key(pad_to=9)]
+    plain.config.rms_norm_eps *= 2
+    keys.append(key())
+    plain.config.rms_norm_eps /= 2
+    layers = plain.model.layers
+    layers[0], layers[1] = layers[1], layers[0]  # the same tensors in other places
+    keys.append(key())
+    layers[0], layers[1] = layers[1], layers[0]
+    assert key() == wanted
     with torch.no_grad():
-        next(plain.parameters())[0, 0] += 1
-    others.append(caching.reference_key(plain, rows, {"precision": "float32"}))
-    assert len({key, *others}) == 4
-    # weights in half precision have no digest, so that nothing is shared
-    assert caching.reference_key(plain.bfloat16(), rows, {"precision": "float32"}) is None
+        plain.model.norm.weight[0] += 1
+    keys.append(key())
+    keys.append(key(plain.bfloat16()))
+    assert len({wanted, *keys}) == len(keys) + 1
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -678,17 +722,13 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
 def test_the_plan_estimates_seconds_from_the_training():
     """240 s for 2 steps of 40 records are 3 s per record; a forward pass takes a third of that."""
     config = SimpleNamespace(steps=2, batch_size=40, train_layers=None)
-    target = SimpleNamespace(
-        result=SimpleNamespace(seconds=240.0, config=config), base=None, recipe=config
-    )
-    assert planning._scoring_seconds(target, 100) == pytest.approx(100.0)
-    target.base = {"model": "tiny"}
-    assert planning._scoring_seconds(target, 100) == pytest.approx(200.0)
+    target = SimpleNamespace(result=SimpleNamespace(seconds=240.0, config=config), recipe=config)
+    assert planning._pass_seconds(target, 100) == pytest.approx(100.0)
     assert planning._accuracy(target) == "about"
     config.train_layers = 2
     assert planning._accuracy(target) == "at least"
     target.result = None
-    assert planning._scoring_seconds(target, 100) == 0.0
+    assert planning._pass_seconds(target, 100) == 0.0
     shown = [planning._duration(seconds) for seconds in (89, 300, 5399, 9000)]
     assert shown == ["89 s", "5 min", "90 min", "2.5 h"]
 

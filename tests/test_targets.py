@@ -203,7 +203,7 @@ def test_membership_signals_need_the_targets_logits_only(monkeypatch):
         return signals.measure(*records, reference=before)
 
     few = measure()
-    assert len(tokens) == 2 and tokens[0] == tokens[1]  # with the adapter, and without
+    assert len(tokens) == 2 and tokens[0] == tokens[1]  # without the adapter, and with
     monkeypatch.setattr(targets, "separate_head", lambda model, batch=None: None)
     whole = measure()
     for field in fields(signals.Signals):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lowrank_dp.mia import caching, learning, shadows, signals
 from lowrank_dp.mia.loading import Loaded, load
@@ -45,7 +47,8 @@ def attack(target: Target, options: Options, cache: Path) -> Report:
     measured = Measured(
         scores={name: values for name, values in scores.made.items() if name in wanted},
         primary=primary,
-        unavailable={} if options.attacks else scores.unavailable,  # a named one was refused
+        # a named attack that is unavailable is an error above
+        unavailable={} if options.attacks else scores.unavailable,
         reference_loss=found.reference_loss[:count] if len(found.reference_loss) else None,
         learning=_learning(target, loaded, found),
         num_shadows=0 if shadow is None else len(shadow.loss),
@@ -71,12 +74,20 @@ def _signals(target: Target, options: Options, loaded: Loaded, cache: Path) -> S
     def measure() -> Signals:
         reference = None
         if loaded.reference is not None:
-            key = caching.reference_key(loaded.reference, loaded.rows, encoding)
+            key = _reference_key(loaded, arguments)
             reference = caching.cached(cache, key, Reference, measure_reference)
         return signals.measure(loaded.model, *records, reference=reference, **arguments)
 
     key = caching.cache_key(target.folder, together, encoding, *_identity(target, options, loaded))
     return caching.cached(cache, key, Signals, measure)
+
+
+def _reference_key(loaded: Loaded, arguments: Mapping[str, Any]) -> str | None:
+    """Compose the key of the model before fine-tuning; None if its own adapter takes part."""
+    if loaded.reference is not loaded.model and hasattr(loaded.reference, "peft_config"):
+        return None
+    padding = loaded.tokenizer.pad_token_id
+    return caching.reference_key(loaded.reference, loaded.rows, {"padding": padding, **arguments})
 
 
 def _identity(target: Target, options: Options, loaded: Loaded) -> list[str]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from lowrank_dp import artifacts
 from lowrank_dp.data import Example
-from lowrank_dp.models.base import weights_digest
 
 S = TypeVar("S")
 
@@ -56,25 +57,26 @@ def cache_key(
 
 
 def reference_key(
-    model: Any, rows: Sequence[Mapping[str, Any]], encoding: Mapping[str, Any]
-) -> str | None:
+    model: Any, rows: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+) -> str:
     """Compose the key of the model before fine-tuning, which all its checkpoints share.
 
-    ``model`` may have an adapter, which does not enter the key; ``rows`` are the token rows of
-    ``data.encode``, and ``encoding`` is that of :func:`cache_key`. None if the weights have no
-    digest (``models.base.weights_digest``).
+    Args:
+        model: the model. An adapter does not enter the key, so it must be switched off.
+        rows: the records as token rows of ``data.encode``.
+        arguments: all else that decides the signals to the last bit, such as the batch size.
     """
     adapters = {*getattr(model, "peft_config", {})}
-    added = [name for name in model.state_dict() if adapters & {*name.split(".")}]
-    if not (weights := weights_digest(model, added)):
-        return None
-    parts = [
-        weights,
-        model.config.to_json_string(),
-        *map(repr, rows),
-        repr(sorted(encoding.items())),
-    ]
-    return f"reference {hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
+    digest = hashlib.sha256(f"{model.config.to_json_string()} {torch.get_num_threads()}".encode())
+    digest.update(repr(sorted(arguments.items())).encode())
+    for row in rows:
+        digest.update(repr(row).encode())
+    # the names differ between a model and the same model with an adapter, the order does not
+    for name, weight in model.state_dict().items():
+        if not adapters & {*name.split(".")}:
+            digest.update(f"{weight.device.type} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"reference {digest.hexdigest()}"
 
 
 def cached(folder: Path, key: str | None, kind: type[S], compute: Callable[[], S]) -> S:

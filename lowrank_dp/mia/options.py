@@ -33,6 +33,7 @@ ATTACKS = {
 WHITE_BOX = ("gradient", "projection")
 SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
 NEEDS_BASE = ("base", "ez", "projection")
+# every attack that reads the population: if others are named, no population is measured
 NEEDS_POPULATION = ("quantile", "rmia", "rmia-offline")
 POPULATION = 1000  # largest number of validation records, which are in no model
 
@@ -83,7 +84,7 @@ class Options:
     population: Path | None = option(
         None,
         "File of records that no model was trained on, for RMIA and the quantile attack. Default: "
-        f"up to {POPULATION:,} records of the validation split.",
+        f"up to {POPULATION:,} records of the validation split, if one of these attacks is run.",
     )
     base: str = option(
         "",

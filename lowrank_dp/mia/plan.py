@@ -13,53 +13,57 @@ FORWARD_SHARE = 1 / 3  # share of a training step's operations; the backward pas
 def plan(targets: Sequence[Target], options: Options) -> list[str]:
     """Describe each piece of work in one line.
 
-    Durations are estimated from the duration of the checkpoint's own training. Raises ValueError if
+    Durations are estimated from the duration of the checkpoint's own training. Signals that are
+    saved are counted as if they were measured again. Raises ValueError if
     shadows are unavailable: for a recipe that trains on every record, or shadows of another recipe.
     """
     lines = []
     for target in targets:
         count = len(target.records.examples) + len(target.population)
         passes = f"{count:,} records through the model"
+        seconds = _pass_seconds(target, count)
         if target.base is not None:
             passes += " and the model before fine-tuning"
-        scoring = _scoring_seconds(target, count)
-        passes += f", {_accuracy(target)} {_duration(scoring)}" if target.result else ""
+            seconds *= 2
+        passes += f", {_accuracy(target)} {_duration(seconds)}" if target.result else ""
         lines.append(f"plan     {target.folder.name}: {passes}")
         lines.append(f"format   {target.format.description}")
         if options.shadow_dir is not None or options.num_shadows:
-            lines.append(_shadow_line(target, options, scoring))
+            lines.append(_shadow_line(target, options, count))
     return lines
 
 
-def _shadow_line(target: Target, options: Options, scoring: float) -> str:
+def _shadow_line(target: Target, options: Options, records: int) -> str:
     from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # they import training
 
     if options.shadow_dir is not None:
         found = find_shadows(target.recipe, options.shadow_dir)
         return f"plan     {len(found)} shadows found in {options.shadow_dir.name}"
     count = len(shadow_configs(target.recipe, options.num_shadows, options.seed))
-    seconds = target.result.seconds + scoring if target.result else 0.0
+    seconds = target.result.seconds if target.result else 0.0
+    seconds += _pass_seconds(target, records)
     return (
         f"plan     {count} shadows of {target.recipe.steps} steps each, "
-        f"about {_duration(seconds * count)} at the speed of the checkpoint's own training; "
-        "finished shadows are not trained again"
+        f"{_accuracy(target)} {_duration(seconds * count)} at the speed of the checkpoint's own "
+        "training; finished shadows are not trained again"
     )
 
 
-def _scoring_seconds(target: Target, count: int) -> float:
-    """Estimate the seconds of ``count`` records through the models; 0 if not known."""
+def _pass_seconds(target: Target, count: int) -> float:
+    """Estimate the seconds of ``count`` records through one model; 0 if not known."""
     if target.result is None:
         return 0.0
     result = target.result
     # a step takes one record of each sampled unit, also of a unit that has many
     per_record = result.seconds / (result.config.steps * result.config.batch_size)
-    return FORWARD_SHARE * per_record * count * (2 if target.base is not None else 1)
+    return FORWARD_SHARE * per_record * count
 
 
 def _accuracy(target: Target) -> str:
-    """Return "at least" if the run's steps left out work of a forward pass, else "about".
+    """Return "at least" for a run with frozen blocks, else "about".
 
-    Frozen blocks take no part in a backward pass, and none in a step if their outputs are cached.
+    A step takes no backward pass through frozen blocks, and no forward pass if their outputs are
+    cached, so that a forward pass through all blocks takes more than a third of a step.
     """
     return "at least" if target.recipe.train_layers is not None else "about"
 

@@ -42,7 +42,7 @@ class Measured:
     Attributes:
         scores: scores (N,) of each attack that was made.
         primary: the attack that the verdict rests on.
-        unavailable: the other attacks, with the reason for each.
+        unavailable: the other attacks, with the reason for each; empty if attacks were named.
         reference_loss: losses (N,) of the model before fine-tuning, or None.
         learning: the members' losses beside chance.
         num_shadows: number of shadow models.
@@ -67,7 +67,8 @@ class Report:
         scores: scores (N,) of each attack.
         attacks: the numbers of each attack.
         primary: the attack that the verdict rests on.
-        unavailable: attacks that were not made, with the reason for each.
+        unavailable: attacks that were not made, with the reason for each; empty if attacks were
+            named.
         num_shadows: number of shadow models.
         sampling: the scheme by which members were drawn, or "given files".
         control: AUC of the primary attack against randomly permuted membership, with a 99%

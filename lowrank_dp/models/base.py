@@ -78,7 +78,7 @@ def weights_digest(model: Any, left_out: Iterable[str] = ()) -> str:
         return ""
     parts = {
         hashlib.sha256(
-            p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            p.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         ).hexdigest()
         for name, p in state.items()
         if name not in skipped
