@@ -173,6 +173,7 @@ COMPUTED = {
     "tasks_qwen": lambda: _comparisons("tasks_qwen"),
     "membership": lambda: _membership("membership"),
     "membership_e2e": lambda: _membership("membership_e2e"),
+    "membership_gemma": lambda: _membership("membership_gemma"),
     "vector_privacy": _vector_privacy,
     "plan_check": _plan_check,
     "audit_bugs": _audit_bugs,

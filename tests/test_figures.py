@@ -24,7 +24,6 @@ PENDING = {
     "gap_large_batch",
     "gap_all_layers",
     "steps_sst2_all",
-    "membership_gemma",
 }
 
 
