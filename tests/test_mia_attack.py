@@ -211,20 +211,21 @@ def test_signals_of_texts_token_by_token(checkpoints):
         len(tokenizer(e.target, add_special_tokens=False)["input_ids"]) + 1 for e in examples
     ]
     assert before.num_tokens.tolist() == lengths and before.log_p.shape == (sum(lengths),)
-    changes = []
-    row = encode(examples[:1], tokenizer, kind=task.kind)[0]
-    batch = {name: torch.tensor([ids]) for name, ids in row.items()}
-    with torch.no_grad():
-        logits, targets = logits_at_targets(model, batch)
-        with model.disable_adapter():
-            old, _ = logits_at_targets(model, batch)
-    ids = targets[targets != IGNORE].tolist()
-    for new_token, old_token, token in zip(logits.double(), old.double(), ids, strict=True):
-        if int(new_token.argmax()) != token:
-            changes.append(float((new_token.log_softmax(-1) - old_token.log_softmax(-1))[token]))
-    rises = sum(max(change, 0.0) for change in changes)
-    share = rises / sum(map(abs, changes)) if any(changes) else 0.5
-    assert found.error_zone[0] == pytest.approx(share, rel=1e-3)
+    for i, row in enumerate(encode(examples, tokenizer, kind=task.kind)):
+        batch = {name: torch.tensor([ids]) for name, ids in row.items()}
+        with torch.no_grad():
+            logits, targets = logits_at_targets(model, batch)
+            with model.disable_adapter():
+                old, _ = logits_at_targets(model, batch)
+        ids = targets[targets != IGNORE].tolist()
+        changes = [
+            float((new_token.log_softmax(-1) - old_token.log_softmax(-1))[token])
+            for new_token, old_token, token in zip(logits.double(), old.double(), ids, strict=True)
+            if int(new_token.argmax()) != token
+        ]
+        rises = sum(max(change, 0.0) for change in changes)
+        assert found.error_zone[i] == pytest.approx(rises / sum(map(abs, changes)), rel=1e-3)
+    assert len({*found.error_zone}) > 1
 
 
 def test_checkpoints_of_one_base_share_its_signals(checkpoints, tmp_path, monkeypatch):
@@ -717,6 +718,15 @@ def test_missing_and_pickled_checkpoints(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     code, _, err = run(capsys, "--model", tmp_path / "empty")
     assert code == 2 and "membership.json" in err and "--nonmembers" in err
+
+
+def test_the_plan_counts_the_model_before_fine_tuning(checkpoints, monkeypatch):
+    monkeypatch.setattr(planning, "_pass_seconds", lambda target, count: 20.0)
+    target = open_target(checkpoints / "tables", Options())
+    first = plan([target], Options())[0]
+    assert first.endswith("through the model and the model before fine-tuning, about 40 s")
+    first = plan([replace(target, base=None)], Options())[0]
+    assert first.endswith("records through the model, about 20 s")
 
 
 def test_the_plan_estimates_seconds_from_the_training():

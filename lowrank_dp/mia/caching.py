@@ -1,4 +1,4 @@
-"""Save signals under a hash of what they were computed from, and read them instead of a repeat."""
+"""Save signals under a hash of their inputs, so that no signal is computed twice."""
 
 from __future__ import annotations
 
