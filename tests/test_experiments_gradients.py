@@ -384,6 +384,7 @@ ELSEWHERE = {
     "gap_all_layers",
     "steps_sst2",
     "steps_sst2_gap",
+    "steps_sst2_arms",
     "steps_sst2_eps8",
     "steps_sst2_all",
     "steps_sst2_mpnet",

@@ -35,6 +35,7 @@ ROOMS = {
     "gap_all_layers": "training",
     "steps_sst2": "training",
     "steps_sst2_gap": "training",
+    "steps_sst2_arms": "training",
     "steps_sst2_eps8": "training",
     "steps_sst2_all": "training",
     "steps_sst2_mpnet": "training",

@@ -45,6 +45,7 @@ FIGURES = {
     "gap_all_layers": _gap(gap_configs.SMALL, gap_configs.SST2_ALL_LAYERS),
     "steps_sst2": _steps(steps_configs.SMALL, steps_configs.SST2),
     "steps_sst2_gap": _steps(steps_configs.SMALL, steps_configs.SST2_GAP),
+    "steps_sst2_arms": _steps(steps_configs.SMALL, steps_configs.SST2_ARMS),
     "steps_sst2_eps8": _steps(steps_configs.SMALL, steps_configs.SST2_EPS8),
     "steps_sst2_all": _steps(steps_configs.SMALL, steps_configs.SST2_ALL),
     "steps_sst2_mpnet": _steps(steps_configs.SMALL, steps_configs.SST2_MPNET),
