@@ -212,8 +212,11 @@ def test_arms_are_faster_beyond_chance_against_both_baselines(swept):
     difference = np.array([1.0, 2, 2])
     assert stats.ttest_1samp(difference, 0).pvalue > 0.05 / compared
     assert stats.ttest_1samp(difference, 0).pvalue < 0.05 and steps.faster_arms(close) == []
-    # the same number of steps less for every seed has no spread
-    clear = made_up(DP_Adam=(4, 4, 5), DP_SGD=(4, 4, 5), arm=(2, 2, 3))
+    # the same number of steps less for each of three seeds has a probability of 1/8 by chance
+    same = made_up(DP_Adam=(4, 4, 5), DP_SGD=(4, 4, 5), arm=(2, 2, 3))
+    assert 1 / 8 > 0.025 / compared and steps.faster_arms(same) == []
+    clear = made_up(DP_Adam=(7, 7, 8), DP_SGD=(7, 7, 8), arm=(2, 2, 2))  # differences 5, 5, 6
+    assert stats.ttest_1samp([5, 5, 6], 0).pvalue < 0.05 / compared
     assert steps.faster_arms(clear) == [arm]
     assert (
         arm
@@ -333,6 +336,43 @@ def test_the_gap_of_a_made_up_sweep(swept, tmp_path):
         maps[0].images[0].get_array(), np.log2([[3, 3], [3.5 / 1.5, 3.5 / 1.5]])
     )
     assert "NON-PRIVATE" in figure.get_suptitle()
+
+
+def test_a_share_of_the_gap_is_marked_as_a_bound(swept):
+    result = steps.run(CONFIG)
+    column = "share of the gap closed of DP-Adam"
+
+    def cell(*flat):
+        score = result.score.copy()
+        for name in flat:
+            score[CONFIG.arms.index(name), 0] = 0.5  # one seed misses the target
+        made_up = replace(result, score=score)
+        columns, rows = steps.table(made_up)
+        return rows[CONFIG.arms.index("DP-LoRA")][columns.index(column)]
+
+    assert cell().startswith("-2.50 ±")
+    assert cell("DP-LoRA").startswith("≤ -")
+    assert cell("DP-Adam").startswith("? ")
+    assert cell("noise-free SGD (NON-PRIVATE)") == cell()  # the slower ceiling does not matter
+    assert cell(*arms.CEILINGS)[:2] in ("? ", "no")
+
+
+def test_a_setting_without_runs_has_no_ratio(swept):
+    """An optimizer without a learning rate does not count as one that misses the target."""
+    result = gap.run(GAP)
+    ceiling = result.ceiling.copy()
+    adam = arms.BASELINES.index("DP-Adam")
+    ceiling[0, 0, adam] = np.nan
+    private = result.private.copy()
+    private[1, 1, 0, adam, 1] = np.nan  # one run that stopped
+    missing = replace(result, ceiling=ceiling, private=private)
+    noise = missing.ratios["noise, DP-Adam"]
+    assert noise.text((0, 0, 0)) == noise.text((1, 1, 0)) == "?"
+    assert noise.text((0, 1, 0)) == result.ratios["noise, DP-Adam"].text((0, 1, 0)) != "?"
+    assert missing.ratios["gap"].text((0, 0, 0)) == "?"
+    columns, rows = gap.table(missing)
+    assert rows[0][columns.index(f"steps to 90%, {arms.CEILINGS[0]}")] == "no run, no run"
+    assert "last block, B = 32, epsilon 0.5" in gap.headline(missing)["gap not known"]
 
 
 def test_a_ratio_with_a_run_out_of_reach_is_a_bound():

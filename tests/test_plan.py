@@ -482,6 +482,21 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
     assert within == [False, True, True, False]  # too high, and too low
     assert lines[f"predictions within 30%, {plan_gap.OWN}"].startswith(f"{sum(within)} of 4;")
     assert "1 without a ratio" in lines["predictions within 30%, public generated text"]
+    # a measured bound is no measurement, and has no error
+    censored = replace(
+        check,
+        is_lower_bound=np.array([False, True, False, False]),
+        is_upper_bound=np.array([False, False, False, True]),
+    )
+    assert np.isnan(censored.errors[:, [1, 3]]).all()
+    np.testing.assert_array_equal(censored.errors[:, [0, 2]], check.errors[:, [0, 2]])
+    lines = plan_gap.headline(censored)
+    assert lines[f"predictions within 30%, {plan_gap.OWN}"].startswith("1 of 2;")
+    assert "without a ratio" not in lines["predictions within 30%, public generated text"]
+    left_out = lines["settings left out, since the measured ratio is only a bound"]
+    assert left_out == f"{check.settings[1]}; {check.settings[3]}"
+    every = replace(censored, is_lower_bound=np.full(4, True))
+    assert "; mean relative error none" in "".join(plan_gap.headline(every).values())
     artifacts.save_result(check, tmp_path, "plan_gap")
     again = artifacts.load_result(tmp_path, "plan_gap", plan_gap.Result)
     assert plan_gap.table(again) == plan_gap.table(check) and plot_plan_gap(again).axes

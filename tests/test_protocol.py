@@ -38,8 +38,27 @@ def test_steps_to_a_target_against_a_loop(curves, target, higher):
 def test_a_spike_does_not_reach_a_target():
     scores = np.array([[0.5, 0.9, 0.6, 0.7, 0.9, 0.9, 0.7], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.9]])
     assert protocol.steps_to(scores, 0.85, higher_is_better=True).tolist() == [4, math.inf]
-    scores[0, 3] = np.nan  # a median with a missing score reaches no target
-    assert protocol.steps_to(scores, 0.85, higher_is_better=True)[0] == 5
+    scores[0, 3] = np.nan  # a run that stopped neither reached nor missed the target
+    found = protocol.steps_to(scores, 0.85, higher_is_better=True)
+    assert math.isnan(found[0]) and found[1] == math.inf
+    assert np.isnan(protocol.censored(found, 6)[0]) and protocol.censored(found, 6)[1] == 7
+    assert protocol.by_seed(np.array([math.nan, math.inf, 4.0])) == "no run, not reached, 4"
+
+
+@given(st.lists(st.integers(-4, 9), min_size=2, max_size=9), st.floats(0.5, 0.999))
+@settings(max_examples=200, deadline=None)
+def test_a_larger_number_is_decided_by_a_t_test_or_by_a_sign_test(differences, level):
+    """Oracles: scipy's two-sided t-test, and its one-sided sign test if nothing varies."""
+    first = np.array(differences, dtype=float) + 7
+    found = protocol.is_larger(first, np.full(len(first), 7.0), level)
+    if len(set(differences)) == 1:
+        count = len(differences)
+        test = stats.binomtest(count, count, alternative="greater")
+        assert found == (differences[0] > 0 and test.pvalue <= (1 - level) / 2)
+    else:
+        test = stats.ttest_1samp(differences, 0)
+        assert found == (test.pvalue < 1 - level and np.mean(differences) > 0)
+    assert not protocol.is_larger(first + math.nan, first, level)
 
 
 def test_the_target_is_of_the_weaker_baseline():

@@ -219,7 +219,7 @@ def steps_to(result: Result, share: float = SHARE) -> tuple[np.ndarray, np.ndarr
     """Return the steps to a share of the weaker DP optimizer's gain, with and without noise.
 
     Both arrays are (parts, batch sizes, epsilons, optimizers, seeds). Infinity stands for a run
-    that does not reach the target. The target depends on epsilon, also for the noise-free runs.
+    that does not reach the target, and NaN for a run that stopped or does not exist. The target depends on epsilon, also for the noise-free runs.
     """
     higher = HIGHER_IS_BETTER[result.config.score]
     private, ceiling = (np.full(result.private.shape[:-1], np.inf) for _ in range(2))
@@ -238,7 +238,7 @@ class Ratio:
     """Ratios of mean numbers of steps over seeds; a censored run makes a ratio a bound.
 
     A run is censored if the run does not reach the target. ``value`` is NaN if numerator and
-    denominator are censored, or if a baseline gained nothing. ``is_lower_bound`` marks values with
+    denominator are censored, if a baseline gained nothing, or if a run stopped or does not exist. ``is_lower_bound`` marks values with
     a censored numerator, and ``is_upper_bound`` values with a censored denominator.
     """
 
@@ -255,7 +255,7 @@ class Ratio:
 
 
 def ratio(above: np.ndarray, below: np.ndarray, budget: int) -> Ratio:
-    """Return the ratio of mean steps (...); the arguments are (..., seeds), inf if not reached."""
+    """Return the ratio of mean steps (...); the arguments are numbers of :func:`steps_to`."""
     lower, upper = np.isinf(above).any(axis=-1), np.isinf(below).any(axis=-1)
     means = [protocol.censored(steps, budget).mean(axis=-1) for steps in (above, below)]
     return Ratio(np.where(lower & upper, np.nan, means[0] / means[1]), lower, upper)
@@ -313,7 +313,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
             [
                 words,
                 f"{result.noise_multiplier[place[1:]]:.3g}",
-                *map(_each, steps, scores),
+                *map(protocol.by_seed, steps),
                 *(_mean(curves[:, -1]) for curves in scores),
                 *(cost.text(place) for cost in found.values()),
             ]
@@ -344,11 +344,3 @@ def headline(result: Result) -> Mapping[str, str]:
 
 def _mean(values: np.ndarray) -> str:
     return "no run" if np.isnan(values).any() else f"{values.mean():.3f}"
-
-
-def _each(steps: np.ndarray, curves: np.ndarray) -> str:
-    """Format the steps of each seed; a seed whose run is missing or stopped has no curve."""
-    return ", ".join(
-        "no run" if np.isnan(curve).any() else "not reached" if np.isinf(value) else f"{value:.0f}"
-        for value, curve in zip(steps, curves, strict=True)
-    )

@@ -82,8 +82,12 @@ class Result:
 
     @property
     def errors(self) -> np.ndarray:
-        """Relative errors (texts, settings, seeds): predicted / measured - 1."""
-        return self.predicted / self.measured[:, None] - 1
+        """Relative errors (texts, settings, seeds): predicted / measured - 1.
+
+        NaN stands for a plan without a ratio, and for a measured ratio that is only a bound.
+        """
+        measured = np.where(self.is_lower_bound | self.is_upper_bound, np.nan, self.measured)
+        return self.predicted / measured[:, None] - 1
 
     @property
     def tolerance(self) -> float:
@@ -171,14 +175,20 @@ def gap_settings(result: gap.Result) -> list[Measured]:
 
 def headline(result: Result) -> Mapping[str, str]:
     """Summarise the number of settings that are predicted within the tolerance, by text."""
-    close = np.abs(result.errors) <= TOLERANCE  # a comparison with NaN is false
+    is_bound = result.is_lower_bound | result.is_upper_bound
     lines = {}
     for i, text in enumerate(result.texts):
-        missing = int(np.isnan(result.predicted[i]).sum())
+        errors = result.errors[i, ~is_bound]
+        missing = int(np.isnan(errors).sum())
+        mean = "none" if missing == errors.size else f"{np.nanmean(errors):+.0%}"
         lines[f"predictions within {TOLERANCE:.0%}, {text}"] = (
-            f"{int(close[i].sum())} of {close[i].size}"
+            f"{int((np.abs(errors) <= TOLERANCE).sum())} of {errors.size}"
             + (f", {missing} without a ratio" if missing else "")
-            + f"; mean relative error {np.nanmean(result.errors[i]):+.0%}"
+            + f"; mean relative error {mean}"
+        )
+    if is_bound.any():
+        lines["settings left out, since the measured ratio is only a bound"] = "; ".join(
+            name for name, left_out in zip(result.settings, is_bound, strict=True) if left_out
         )
     return lines
 

@@ -50,17 +50,29 @@ def target_score(baselines: np.ndarray, share: float, *, higher_is_better: bool)
 def steps_to(scores: np.ndarray, target: float, *, higher_is_better: bool) -> np.ndarray:
     """Return the first step (...,) at which the running median reaches ``target``, or infinity.
 
-    The running median is over 3 steps. The last step has only one neighbour, and is never returned.
+    The number is NaN for a run that stopped or does not exist, whose scores hold NaN: such a run
+    did not miss the target. The running median is over 3 steps. The last step has only one
+    neighbour, and is never returned.
     """
     sign = 1.0 if higher_is_better else -1.0
     reached = sign * running_median(scores) >= sign * target  # a comparison with NaN is false
-    return np.where(reached.any(axis=-1), reached.argmax(axis=-1), np.inf)
+    steps = np.where(reached.any(axis=-1), reached.argmax(axis=-1), np.inf)
+    return np.where(np.isnan(scores).any(axis=-1), np.nan, steps)
+
+
+def by_seed(steps: np.ndarray) -> str:
+    """Format one number per seed; a mean would hide runs that did not reach the target."""
+    return ", ".join(
+        "no run" if np.isnan(value) else "not reached" if np.isinf(value) else f"{value:.0f}"
+        for value in steps
+    )
 
 
 def censored(steps: np.ndarray, budget: int) -> np.ndarray:
     """Return ``steps``, with ``budget + 1`` for runs that did not reach the target.
 
-    A difference or a ratio of censored numbers is a bound, not a measurement.
+    A difference or a ratio of censored numbers is a bound, not a measurement. NaN, which stands for
+    a run that stopped, stays NaN.
     """
     return np.where(np.isinf(steps), budget + 1.0, steps)
 
@@ -107,3 +119,15 @@ def paired(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> tuple[
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     mean, half = mean_and_interval(differences, level=level)
     return float(mean), float(half)
+
+
+def is_larger(first: np.ndarray, second: np.ndarray, level: float) -> bool:
+    """Return whether the paired interval of ``first - second`` at a level lies above 0.
+
+    If all differences are equal, Student's interval has no width and says nothing. The exact sign
+    test then decides, at the same one-sided level ``(1 - level) / 2``. NaN gives False.
+    """
+    mean, half = paired(first, second, level)
+    if half == 0 and mean > 0:
+        return 0.5 ** len(first) <= (1 - level) / 2
+    return mean > half

@@ -45,9 +45,11 @@ CAPTION = (
     "Differences are paired by seed, with 95% t-intervals; a run that does not reach the target "
     "counts as one step more than it has, which makes a difference a bound, with an open marker: ≥ "
     "if only runs of the baseline miss the target, ≤ if only runs of the arm do, and ? if both. "
-    "Each interval is for one comparison, and is not widened for the number of arms. Share of the "
+    "Each interval is for one comparison, and is not widened for the number of arms; ± 0.0 means "
+    "that the difference is the same in every seed. Share of the "
     "gap closed: (steps of DP - steps of the arm) / (steps of DP - steps of the faster noise-free "
-    "optimizer), with a 95% interval by the jackknife. Curves and grids are those of plain "
+    "optimizer), with a 95% interval by the jackknife; ≤ if only runs of the arm miss the target, "
+    "and ? if runs of the other two do. Curves and grids are those of plain "
     "training and of the arms that save most. NON-PRIVATE: the noise-free arms are computed from "
     "clean gradients."
 )
@@ -193,19 +195,21 @@ def _collect(
 
 
 def steps_to(result: Result, share: float) -> np.ndarray:
-    """Return the steps to a share of the weaker baseline's gain, or infinity: (arms, seeds)."""
+    """Return :func:`protocol.steps_to` for a share of the weaker baseline's gain: (arms, seeds)."""
     return protocol.steps_to(
         result.score, result.target(share), higher_is_better=result.higher_is_better
     )
 
 
 def seconds_to(result: Result, share: float) -> np.ndarray:
-    """Return the seconds of training (arms, seeds) that the steps of :func:`steps_to` took."""
+    """Return the seconds of training (arms, seeds) that the steps of :func:`steps_to` took.
+
+    The number is infinity or NaN where that of :func:`steps_to` is.
+    """
     steps = steps_to(result, share)
-    index = np.where(np.isinf(steps), 0, steps).astype(int)[..., None]
-    return np.where(
-        np.isinf(steps), np.inf, np.take_along_axis(result.seconds, index, axis=-1)[..., 0]
-    )
+    reached = np.isfinite(steps)
+    index = np.where(reached, steps, 0).astype(int)[..., None]
+    return np.where(reached, np.take_along_axis(result.seconds, index, axis=-1)[..., 0], steps)
 
 
 def steps_saved(result: Result, arm: str, baseline: str, share: float) -> tuple[float, float]:
@@ -233,8 +237,9 @@ def faster_arms(result: Result, share: float = SHARES[0]) -> list[str]:
     """List the arms with noise that take significantly fewer steps than both baselines.
 
     Each paired t-interval has the level ``1 - 0.05 / n`` for the n compared arms (Bonferroni). The
-    probability that any listed arm saves no steps is therefore at most 5%. An arm whose difference
-    is an upper bound is not listed.
+    probability that any listed arm saves no steps is therefore at most 5%. If the difference is
+    the same in every seed, the t-interval has no width, and the exact sign test decides instead. An
+    arm whose difference is an upper bound is not listed.
     """
     steps = protocol.censored(steps_to(result, share), result.budget)
     compared = [
@@ -242,10 +247,11 @@ def faster_arms(result: Result, share: float = SHARES[0]) -> list[str]:
     ]
 
     def is_faster(arm: str, baseline: str) -> bool:
-        mean, half = protocol.paired(
-            result.of(baseline, steps), result.of(arm, steps), level=1 - 0.05 / len(compared)
+        level = 1 - 0.05 / len(compared)
+        first, second = result.of(baseline, steps), result.of(arm, steps)
+        return protocol.is_larger(first, second, level) and (
+            bound(result, arm, baseline, share) in ("", "≥")
         )
-        return mean > half and bound(result, arm, baseline, share) in ("", "≥")
 
     if np.isnan(result.target(share)):
         return []
@@ -263,8 +269,28 @@ def gap_share(result: Result, arm: str, baseline: str, share: float) -> tuple[fl
     The second number is the half-width of the 95% interval of :func:`protocol.gap_share`.
     """
     steps = protocol.censored(steps_to(result, share), result.budget)
-    ceiling = min((result.of(name, steps) for name in CEILINGS), key=np.mean)
-    return protocol.gap_share(result.of(baseline, steps), result.of(arm, steps), ceiling)
+    ceiling = _faster_ceiling(result, share)
+    return protocol.gap_share(
+        result.of(baseline, steps), result.of(arm, steps), result.of(ceiling, steps)
+    )
+
+
+def bound_of_share(result: Result, arm: str, baseline: str, share: float) -> str:
+    """Return the sign of :func:`gap_share`, if runs that miss the target make it a bound.
+
+    The sign is "≤" if only runs of the arm miss the target, "?" if runs of the baseline or of the
+    faster ceiling do, and "" if no run does.
+    """
+    missed = np.isinf(steps_to(result, share)).any(axis=-1)
+    if result.of(baseline, missed) or result.of(_faster_ceiling(result, share), missed):
+        return "?"
+    return "≤" if result.of(arm, missed) else ""
+
+
+def _faster_ceiling(result: Result, share: float) -> str:
+    """Return the noise-free arm with the lower mean number of censored steps."""
+    steps = protocol.censored(steps_to(result, share), result.budget)
+    return min(CEILINGS, key=lambda name: result.of(name, steps).mean())
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -297,7 +323,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
             rows.append(cells + [""] * (len(columns) - len(cells)))
             continue
         cells += [_unless_stopped(of(result.score[i])) for of in (_last, _mean_over_steps)]
-        cells += [_each(reached[s][i]) for s in SHARES]
+        cells += [protocol.by_seed(reached[s][i]) for s in SHARES]
         for name in BASELINES:
             cells += (
                 [""] * 4
@@ -311,7 +337,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
                     ),
                 ]
             )
-        cells += [_each(seconds[i]), f"{np.nanmean(result.restore_share[i]):.1%}"]
+        cells += [protocol.by_seed(seconds[i]), f"{np.nanmean(result.restore_share[i]):.1%}"]
         rows.append(cells)
     return columns, rows
 
@@ -326,7 +352,7 @@ def headline(result: Result) -> Mapping[str, str]:
         f"{metric} at {share:.0%} of the weaker baseline's gain": f"{result.target(share):.4g}",
     }
     for arm in PLAIN:
-        lines[f"{arm}: steps to {share:.0%}"] = _each(result.of(arm, steps))
+        lines[f"{arm}: steps to {share:.0%}"] = protocol.by_seed(result.of(arm, steps))
     for baseline, ceiling in CEILING_OF.items():
         cost = ratio(result.of(baseline, steps), result.of(ceiling, steps), result.budget)
         lines[f"steps of {baseline} over those without noise (NON-PRIVATE)"] = cost.text(())
@@ -377,15 +403,13 @@ def _share(result: Result, arm: str, baseline: str, share: float) -> str:
     if np.isnan(result.target(share)):
         return "no target"
     closed, half = gap_share(result, arm, baseline, share)
-    return "no gap" if np.isnan(closed) else f"{closed:.2f} ± {half:.2f}"
+    if np.isnan(closed):
+        return "no gap"
+    sign = bound_of_share(result, arm, baseline, share)
+    return f"{sign} {closed:.2f} ± {half:.2f}".lstrip()
 
 
 def _unless_stopped(values: np.ndarray) -> str:
     if np.isnan(values).any():
         return f"{int(np.isnan(values).sum())} of {len(values)} runs stopped"
     return with_interval(values)
-
-
-def _each(values: np.ndarray) -> str:
-    """Format one value per seed; a mean would hide runs that did not reach the target."""
-    return ", ".join("not reached" if np.isinf(v) else f"{v:.0f}" for v in values)
