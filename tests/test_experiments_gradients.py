@@ -55,6 +55,17 @@ def test_a_warm_up_says_what_it_will_do_and_where_it_ended():
         assert done == (2 if last else 1) and re.search(last, said[-1])
 
 
+def test_the_mean_loss_does_not_depend_on_the_micro_batches():
+    config = gradients.GradientConfig(
+        model="tiny-llama", task="generated-table", warm_loss=None, micro_batch_size=7
+    )
+    found = gradients.load_source(config)
+    one = dataclasses.replace(found, config=dataclasses.replace(config, micro_batch_size=1))
+    assert gradients.mean_loss(found, range(20)) == pytest.approx(
+        gradients.mean_loss(one, range(20)), rel=1e-6
+    )
+
+
 def test_clean_sum_does_not_depend_on_the_micro_batches(source):
     indices = list(range(40))
     total = source.clean_sum(indices)
@@ -378,6 +389,7 @@ ELSEWHERE = {
     "noise_cost",
     "noisy_projection",
     "plan_gap",
+    "plan_gap_large_batch",
     "vector_privacy",
     "gap",
     "gap_large_batch",

@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.commands import figures as figure_command
-from lowrank_dp.experiments import gradients
+from lowrank_dp.experiments import (
+    arms,
+    gap,
+    gradients,
+    implicit_noise,
+    membership,
+    membership_configs,
+)
 from lowrank_dp.figures import catalog, lora, places, restoration, training
 from tests.tasks import run_command
 
@@ -21,7 +28,6 @@ PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments that take many hours and have no saved result yet; `make figures` omits their figures
 PENDING = {
-    "gap_large_batch",
     "gap_all_layers",
     "steps_sst2_arms",
     "steps_sst2_all",
@@ -62,21 +68,61 @@ def leaves(config):
 
 def test_every_figure_has_both_scales_a_caption_and_takes_the_options():
     options = {"model": "m", "task": "t", "seed": 7, "device": "cuda"}
-    some = {"total_variation": (), "tasks": ("seed", "device")}  # no model; many models
-    some["plan_gap"] = some["total_variation"]
-    for name in ("noise_cost", "tasks_mpnet", "tasks_gemma", "tasks_qwen"):
-        some[name] = some["tasks"]
+    own_models, own_seeds = ("device", "seed"), ("model", "task", "device")
+    some = {"total_variation": (), "plan_gap": (), "plan_gap_large_batch": ()}
+    some |= dict.fromkeys(("noise_cost", "tasks"), own_models)
+    some |= {name: own_models for name in figures.NAMES if name.startswith("tasks_")}
+    some |= {name: own_seeds for name in training.FIGURES}
     for name in figures.NAMES:
         spec = figures.find(name)
         assert spec.caption and callable(spec.headline) and callable(spec.plot), name
-        for config in (spec.small, spec.full):
-            changed = figures.configure(config, **options)
+        assert {*spec.options} == {*some.get(name, options)}, name
+        for scale, config in (("small", spec.small), ("full", spec.full)):
+            changed = figures.config_of(name, scale, **options)
             assert type(changed) is type(config), name
-            want = {option: options[option] for option in some.get(name, options)}
-            assert options.keys() & leaves(config).keys() == want.keys(), name
+            want = {option: options[option] for option in spec.options}
+            assert want.keys() <= leaves(config).keys(), name
             assert leaves(config) | want == leaves(changed), name
             assert config == figures.configure(config), name
         assert spec.takes_source == ("source" in spec.run.__annotations__), name
+
+
+def test_experiments_that_list_no_seed_replace_it():
+    """Their options leave the seed out, since their runs do not depend on the seed of the base."""
+    changes = membership_configs.arms((1,), ())["LoRA r=1"]
+    runs = {
+        "gap": lambda c: gap.setting_config(c, gap.settings(c)[0], 0.1, 3),
+        "steps_sst2": lambda c: arms.arm_config(c.base, "DP-SGD", 0.1, 3),
+        "membership": lambda c: membership._arm_config(c, changes, 20, 3),
+        "implicit_noise": lambda c: implicit_noise.arm_config(c, {}, 0.1, 3, 20),
+    }
+    for name, run in runs.items():
+        config = figures.find(name).full
+        assert run(figures.configure(config, seed=5)) == run(config) != run, name
+        assert run(config).seed == 3, name
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("gap", "seed"),
+        ("steps_sst2", "seed"),
+        ("tasks", "model"),
+        ("noise_cost", "task"),
+        ("plan_gap", "device"),
+        ("total_variation", "seed"),
+    ],
+)
+def test_an_option_without_effect_is_refused(tmp_path, capsys, name, option):
+    """The option would be written into the provenance of a result that it did not change."""
+    value = {"seed": 5, "model": "tiny", "task": "cola", "device": "cuda"}[option]
+    places = "--output", tmp_path / "f", "--artifacts", tmp_path / "a"
+    words = "--only", name, "--scale", "full", f"--{option}", value, *places
+    status, _, error = run_command(capsys, figure_command.app, *words)
+    assert status == 2 and "Traceback" not in error
+    expected = f"--{option} must not be given with --only {name}"
+    assert expected in " ".join(error.split()) and f"leave --{option} out" in error
+    assert not [*(tmp_path / "a").iterdir()]
 
 
 def holds(saved, kept):
@@ -297,7 +343,7 @@ def test_where_no_result_is_saved_only_the_published_config_goes_beside_the_othe
         ("spectra", {"task": "generated", "own_folder": True}, False),
         ("total_variation", {}, False),
         ("steps_sst2", {"scale": "full"}, False),
-        ("steps_sst2", {"scale": "full", "seed": 4}, True),
+        ("steps_sst2", {"scale": "full", "task": "cola"}, True),
         ("steps_sst2", {"task": "generated"}, True),
     ):
         found = place(name, **options)
@@ -342,7 +388,7 @@ def test_a_computed_result_says_how_it_was_made(monkeypatch, tmp_path, capsys):
         dataclasses.replace(computed, ranks=(1, 4), widths=(2, 64), joint_ranks=(4,)),
     )
     assert computed.provenance == {}
-    replaced(monkeypatch, "total_variation", run=lambda config: computed)
+    replaced(monkeypatch, "total_variation", run=lambda config: computed, options=("seed",))
     places = "--output", tmp_path, "--artifacts", tmp_path
     words = "--only", "total_variation", "--seed", 3, *places
     assert run_command(capsys, figure_command.app, *words)[0] == 0

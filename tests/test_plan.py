@@ -245,10 +245,11 @@ class Bowl:
         self.target, self.trained, self.asked = torch.linspace(1, 2, 5), {"w": self.w}, []
 
     def model(self, **batch):
-        return SimpleNamespace(loss=(self.w - self.target).square().mean())
+        return SimpleNamespace(logits=self.w.expand(len(batch["input_ids"]), -1))
 
     def batches(self, chosen):
-        return [{"input_ids": list(chosen)}]
+        labels = self.target.expand(len(chosen), -1)
+        return [{"input_ids": list(chosen), "labels": labels}]
 
     def clipped_sum(self, chosen, max_grad_norm):
         self.asked.append(chosen)

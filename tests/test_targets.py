@@ -17,7 +17,7 @@ from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.losses import IGNORE, LOSSES, losses_at_targets, next_token_targets
 from lowrank_dp.mia import signals
 from lowrank_dp.models import load_model, targets
-from lowrank_dp.models.targets import run_at_targets, separate_head
+from lowrank_dp.models.targets import row_losses, run_at_targets, separate_head
 from tests.oracles import clip_one_by_one, refusal_of
 
 VOCAB, PAD = 53, 1
@@ -123,6 +123,20 @@ def sizes_of_head(model, batch):
     finally:
         hook.remove()
     return seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_row_losses_are_the_models_own_loss_of_each_row_alone(name):
+    model, batch = build(name), batch_of()
+    with torch.no_grad():
+        found = row_losses(model, batch, "generation")
+        alone = [
+            model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.item()
+            for i in range(len(batch["labels"]))
+        ]
+        whole = model(**batch).loss.item()
+    assert found.dtype == torch.float64 and found.tolist() == pytest.approx(alone, rel=1e-5)
+    assert abs(float(found.mean()) - whole) > 1e-4  # the rows have 3, 6, 5 and 2 targets
 
 
 def test_a_frozen_head_sees_the_targets_and_one_token_more():

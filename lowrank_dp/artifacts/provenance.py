@@ -20,7 +20,8 @@ def provenance(*, seed: int | None = None, device: str = "cpu") -> dict[str, Any
     """Describe this process: versions, machine, commit, command and time (UTC).
 
     Args:
-        seed: random seed of the experiment; None if it uses no random numbers or no fixed seed.
+        seed: random seed of the experiment; None if it uses no random numbers or no fixed seed, or
+            several seeds, which its config states.
         device: device of the experiment.
 
     Returns:

@@ -175,8 +175,8 @@ def _make(
         computed = compute(name, place.config, sources)
         place = _checked(name, place, computed, request, console)
         place.folder.mkdir(parents=True, exist_ok=True)
-        made = {"seed": request.changes["seed"], "device": request.changes["device"]}
-        artifacts.save_result(computed, place.folder, name, **made)
+        followed = {key: request.changes[key] for key in ("seed", "device") if key in spec.options}
+        artifacts.save_result(computed, place.folder, name, **followed)
     result, figure = show(name, artifact_folder=place.folder)  # drawn from the saved files alone
     drawn = output or (place.folder if place.is_trial else Path("figures"))
     artifacts.save_figure(figure, drawn, name, privacy=result.privacy)

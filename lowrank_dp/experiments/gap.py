@@ -219,7 +219,8 @@ def steps_to(result: Result, share: float = SHARE) -> tuple[np.ndarray, np.ndarr
     """Return the steps to a share of the weaker DP optimizer's gain, with and without noise.
 
     Both arrays are (parts, batch sizes, epsilons, optimizers, seeds). Infinity stands for a run
-    that does not reach the target, and NaN for a run that stopped or does not exist. The target depends on epsilon, also for the noise-free runs.
+    that does not reach the target, and NaN for a run that stopped or does not exist. The target
+    depends on epsilon, also for the noise-free runs.
     """
     higher = HIGHER_IS_BETTER[result.config.score]
     private, ceiling = (np.full(result.private.shape[:-1], np.inf) for _ in range(2))
@@ -238,8 +239,9 @@ class Ratio:
     """Ratios of mean numbers of steps over seeds; a censored run makes a ratio a bound.
 
     A run is censored if the run does not reach the target. ``value`` is NaN if numerator and
-    denominator are censored, if a baseline gained nothing, or if a run stopped or does not exist. ``is_lower_bound`` marks values with
-    a censored numerator, and ``is_upper_bound`` values with a censored denominator.
+    denominator are censored, if a baseline gained nothing, or if a run stopped or does not exist.
+    ``is_lower_bound`` marks values with a censored numerator, and ``is_upper_bound`` values with a
+    censored denominator.
     """
 
     value: np.ndarray

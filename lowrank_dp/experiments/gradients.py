@@ -23,6 +23,7 @@ from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
 from lowrank_dp.models.memory import warn_of_logits
 from lowrank_dp.models.precision import AUTOCAST_DTYPES, autocast, autocast_dtype_of
+from lowrank_dp.models.targets import row_losses
 
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
 
@@ -308,12 +309,15 @@ def _bucketed(source: GradientSource, generator: torch.Generator) -> Iterator[di
 
 @torch.no_grad()
 def mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
-    """Return the mean loss in nats over the rows ``indices``, in the model's present mode."""
+    """Return the mean of the losses of the rows ``indices``, in the model's present mode.
+
+    The unit is that of :func:`lowrank_dp.models.targets.row_losses`.
+    """
     total, size = 0.0, source.config.micro_batch_size
     batches = source.batches(indices, size)
-    for part, batch in progress(batches, "loss", total=math.ceil(len(indices) / size)):
+    for _, batch in progress(batches, "loss", total=math.ceil(len(indices) / size)):
         with autocast(source.config.device, source.config.autocast_dtype):
-            total += source.model(**batch).loss.item() * len(part)
+            total += float(row_losses(source.model, batch, source.kind).sum())
     return total / len(indices)
 
 

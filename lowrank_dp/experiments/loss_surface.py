@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowrank_dp.losses import IGNORE, LOSSES
-from lowrank_dp.models.targets import run_at_targets
+from lowrank_dp.models.targets import row_losses
 from lowrank_dp.models.trainable import blocks
 
 Direction = Mapping[str, Tensor]  # parameter name -> tensor; other parameters do not move
@@ -121,7 +119,7 @@ class LossSurface:
         for i, batch in enumerate(self.batches):
             output = self.outputs[i] if self.outputs else None
             with _replaced(self.frozen if self.outputs else [], output):
-                losses = _row_losses(self.model, batch)
+                losses = row_losses(self.model, batch, _kind(batch["labels"]))
             if self.row_weights is not None:
                 losses = losses * self.row_weights[first : first + len(losses)]
                 first += len(losses)
@@ -167,20 +165,11 @@ def _replaced(modules: list[nn.Module], output: Any) -> Iterator[None]:
             del module.forward
 
 
-def _row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Compute the loss of each row (B,), float64; a language model's head runs on targets only."""
-    labels = batch["labels"]
-    if labels.ndim == 1:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        kind = "regression" if labels.is_floating_point() else "single_label_classification"
-        return LOSSES[kind](model(**inputs).logits.double(), labels)[0]
-    output = run_at_targets(model, model.get_output_embeddings(), batch)
-    wanted = output.targets.ne(IGNORE)
-    # float32, since float64 over a whole vocabulary would take most of the time
-    losses = functional.cross_entropy(output.logits, output.targets[wanted], reduction="none")
-    losses = losses.double()
-    row = wanted.nonzero()[:, 0]
-    return losses.new_zeros(len(labels)).index_add(0, row, losses) / wanted.sum(1)
+def _kind(labels: Tensor) -> str:
+    """Return the kind of task that has such labels: (B, T) tokens, or one label per row."""
+    if labels.ndim == 2:
+        return "generation"
+    return "regression" if labels.is_floating_point() else "classification"
 
 
 def unit(direction: Direction) -> tuple[dict[str, Tensor], float]:

@@ -22,6 +22,7 @@ ROOMS = {
     "momentum": "restoration",
     "plan_check": "restoration",
     "plan_gap": "restoration",
+    "plan_gap_large_batch": "restoration",
     "noise_cost": "restoration",
     "lora_noise": "lora",
     "total_variation": "lora",

@@ -35,6 +35,7 @@ FIGURES = {
         plot=plot_total_variation,
         headline=total_variation.headline,
         caption=total_variation.CAPTION,
+        options=(),  # formulas only
     ),
     "projection_privacy": FigureSpec(
         run=projection_privacy.run,

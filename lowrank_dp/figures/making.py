@@ -32,13 +32,15 @@ def default_task() -> str:
 def config_of(name: str, scale: str, **changes: Any) -> Any:
     """Return a figure's config at a scale, with ``changes`` applied as by :func:`configure`.
 
-    A lengthy figure (``FigureSpec.lengthy``) keeps the task of its config; the others take
+    Only the changes that the experiment follows (``FigureSpec.options``) are applied. A lengthy
+    figure (``FigureSpec.lengthy``) keeps the task of its config; the others take
     :func:`default_task`, unless ``changes`` names a task. Raises ValueError for an unknown name or
     scale.
     """
     spec = find(name)
     config = spec.small if _validate.choice("scale", scale, SCALES) == "small" else spec.full
-    return configure(config, **({} if spec.lengthy else {"task": default_task()}) | changes)
+    changes = ({} if spec.lengthy else {"task": default_task()}) | changes
+    return configure(config, **{key: changes[key] for key in spec.options if key in changes})
 
 
 def configure(config: Any, **changes: Any) -> Any:

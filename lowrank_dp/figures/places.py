@@ -14,7 +14,8 @@ from typing import Any
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts.jsonable import to_jsonable
 from lowrank_dp.figures.catalog import find
-from lowrank_dp.figures.making import config_of, configure, default_task
+from lowrank_dp.figures.making import config_of, default_task
+from lowrank_dp.figures.spec import OPTIONS
 
 TRIALS = "trials"  # folder beside the folder of the results
 
@@ -72,10 +73,13 @@ def place_of(name: str, request: Request) -> Place:
     computed and written to ``folder``.
 
     Raises:
-        ValueError: for an unknown name or scale.
+        ValueError: for an unknown name or scale, and for an option that the experiment of a
+            requested figure does not follow.
         FileNotFoundError: if the saved result should be drawn, and no result is saved.
     """
     spec, folder = find(name), request.folder
+    if name in request.only:
+        _require_followed(name, spec.options, request.given)
     asked_trial = name in request.only and request.given - {"only", "scale"}
     if spec.lengthy and request.scale == "small" and not (asked_trial and not request.update):
         if not (folder / f"{name}.json").exists():
@@ -105,6 +109,16 @@ def place_of(name: str, request: Request) -> Place:
     return Place(None, folder, note=note)
 
 
+def _require_followed(name: str, followed: Sequence[str], given: frozenset[str]) -> None:
+    """Raise ValueError for a given option that the experiment of a figure does not follow."""
+    ignored = [option for option in OPTIONS if option in given and option not in followed]
+    if ignored:
+        raise ValueError(
+            f"--{ignored[0]} must not be given with --only {name}, whose experiment sets "
+            f"{ignored[0]} itself: leave --{ignored[0]} out"
+        )
+
+
 def trial_of(name: str, config: Any, request: Request, why: str) -> Place:
     """Return the place of a result that must not replace the saved result."""
     folder = trial_folder(name, request)
@@ -130,9 +144,9 @@ def trial_folder(name: str, request: Request) -> Path:
 def published_config(name: str) -> Any:
     """Return the configuration of the result that the repository ships."""
     spec, defaults = find(name), {"seed": 0, "device": "cpu"}
-    if spec.lengthy:
-        return configure(spec.full, **defaults)
-    return configure(spec.small, task="sst2", **defaults)
+    if not spec.lengthy:
+        return config_of(name, "small", task="sst2", **defaults)
+    return config_of(name, "full", **defaults)
 
 
 def replaces_other_data(name: str, result: Any, folder: Path) -> str:

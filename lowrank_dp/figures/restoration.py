@@ -21,6 +21,8 @@ from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.plots.spectra import plot_spectra
 from lowrank_dp.plots.tasks_large import plot_tasks_large
 
+_OWN_MODELS = ("device", "seed")  # options of an experiment with several models and tasks
+
 
 def _tasks_large(small: tasks_large.Config, full: tasks_large.Config) -> FigureSpec:
     return FigureSpec(
@@ -33,6 +35,23 @@ def _tasks_large(small: tasks_large.Config, full: tasks_large.Config) -> FigureS
         caption=tasks_large.CAPTION,
         table=tasks_large.table,
         plan=tasks_large.plan,
+        options=_OWN_MODELS,
+        lengthy=True,
+    )
+
+
+def _plan_gap(full: plan_gap.Config) -> FigureSpec:
+    return FigureSpec(
+        run=plan_gap.run,
+        result=plan_gap.Result,
+        small=plan_gap.SMALL,
+        full=full,
+        plot=plot_plan_gap,
+        headline=plan_gap.headline,
+        caption=plan_gap.CAPTION,
+        table=plan_gap.table,
+        plan=plan_gap.plan,
+        options=(),  # the runs of several experiments, each with its own configuration
         lengthy=True,
     )
 
@@ -68,6 +87,7 @@ FIGURES = {
         headline=tasks.headline,
         caption=tasks.CAPTION,
         table=tasks.table,
+        options=_OWN_MODELS,
         lengthy=True,
     ),
     "tasks_mpnet": _tasks_large(tasks_large_configs.SMALL, tasks_large_configs.MPNET),
@@ -107,18 +127,8 @@ FIGURES = {
         table=plan_check.table,
         lengthy=True,
     ),
-    "plan_gap": FigureSpec(
-        run=plan_gap.run,
-        result=plan_gap.Result,
-        small=plan_gap.SMALL,
-        full=plan_gap.FULL,
-        plot=plot_plan_gap,
-        headline=plan_gap.headline,
-        caption=plan_gap.CAPTION,
-        table=plan_gap.table,
-        plan=plan_gap.plan,
-        lengthy=True,
-    ),
+    "plan_gap": _plan_gap(plan_gap.FULL),
+    "plan_gap_large_batch": _plan_gap(plan_gap.LARGE_BATCH),
     "noise_cost": FigureSpec(
         run=noise_cost.run,
         result=noise_cost.Result,
@@ -129,6 +139,7 @@ FIGURES = {
         caption=noise_cost.CAPTION,
         table=verdicts.table,
         plan=noise_cost.plan,
+        options=_OWN_MODELS,
         lengthy=True,
     ),
 }

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Table = tuple[list[str], list[list[str]]]  # columns and rows
+OPTIONS = ("model", "task", "device", "seed")  # options that change a config
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class FigureSpec:
             experiment; None prints none.
         takes_source: whether ``run`` accepts a prepared ``experiments.gradients.GradientSource``
             of ``config.gradients``.
+        options: the options of the command that the experiment follows, among :data:`OPTIONS`.
+            An experiment with models, tasks or seeds of its own lists fewer.
         lengthy: whether ``full`` takes from minutes to hours. The saved result of a lengthy figure
             is that of the full scale. The small scale is then a trial on generated text, which
             :func:`lowrank_dp.figures.show` computes, and never replaces the saved result.
@@ -45,6 +48,7 @@ class FigureSpec:
     table: Callable[[Any], Table] | None = None
     plan: Callable[[Any], str] | None = None
     takes_source: bool = False
+    options: tuple[str, ...] = OPTIONS
     lengthy: bool = False
 
     def rows(self, result: Any) -> Table:

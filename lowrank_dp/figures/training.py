@@ -31,6 +31,7 @@ def _training(module: Any, plot: Any, small: Any, full: Any) -> FigureSpec:
         caption=module.CAPTION,
         table=module.table,
         plan=getattr(module, "plan", None),
+        options=("model", "task", "device"),  # the seeds are 0 to num_seeds - 1
         lengthy=True,
     )
 

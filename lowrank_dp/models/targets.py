@@ -11,10 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowrank_dp.losses import IGNORE, next_token_targets
+from lowrank_dp.losses import (
+    IGNORE,
+    LOSS_OF_KIND,
+    LOSSES,
+    losses_at_targets,
+    next_token_targets,
+)
 from lowrank_dp.models.heads import without_adapter
 
 _ONCE = "model must run its output layer once, on all tokens, and return the layer's logits; "
@@ -127,3 +134,28 @@ def logits_at_targets(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Ten
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits: Tensor = model(**inputs).logits
     return logits[(targets != IGNORE).to(logits.device)], targets
+
+
+def row_losses(model: Any, batch: Mapping[str, Any], kind: str) -> Tensor:
+    """Compute the loss of each row (B,), in float64 and in nats, or in squared units of a label.
+
+    The model's own loss of a batch weights the rows of a language model by their numbers of
+    targets, so its mean over a split depends on the micro-batches. The mean of these losses does
+    not.
+
+    Args:
+        model: model with the head of the kind.
+        batch: the model's inputs, with ``labels``.
+        kind: kind of task, a key of ``losses.LOSS_OF_KIND``.
+
+    Raises:
+        ValueError: as :func:`run_at_targets` does.
+    """
+    name = LOSS_OF_KIND[kind]
+    if name == "next_token":
+        # float64 over a whole vocabulary would take most of the time
+        logits, targets = logits_at_targets(model, batch)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return losses_at_targets(logits.to(dtype), targets)[0].double()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return LOSSES[name](model(**inputs).logits.double(), batch["labels"])[0]

@@ -18,6 +18,7 @@ from lowrank_dp.grads import Batch
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import describe, load_model, matrix_parameters
 from lowrank_dp.models.prefix import STATES, FrozenPrefix
+from lowrank_dp.models.targets import row_losses
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.config_checks import is_same_task
 from lowrank_dp.train.records import token_limit
@@ -87,7 +88,7 @@ class PublicText:
         """Return the mean loss of the rows ``chosen``, in nats."""
         total = 0.0
         for batch in self.batches(chosen):
-            total += float(self.model(**batch).loss) * len(batch["input_ids"])
+            total += float(row_losses(self.model, batch, self.kind).sum())
         return total / len(chosen)
 
     def keep_states(self) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.grads import Batch
+from lowrank_dp.models.targets import row_losses
 from lowrank_dp.plan.public_text import PublicText
 
 FACTOR = 10**0.5  # ratio of neighbouring learning rates in the grid
@@ -292,11 +293,10 @@ def _held_out_score(text: PublicText, batches: Sequence[Batch]) -> float:
     """Return the mean score of the rows: ``1 - p(label)`` for classes, else the loss."""
     total, rows = 0.0, 0
     for batch in batches:
-        output, size = text.model(**batch), len(batch["input_ids"])
         if text.kind == "classification":
-            p = output.logits.softmax(-1).gather(1, batch["labels"][:, None])
+            p = text.model(**batch).logits.softmax(-1).gather(1, batch["labels"][:, None])
             total += float((1 - p).sum())
         else:
-            total += float(output.loss) * size
-        rows += size
+            total += float(row_losses(text.model, batch, text.kind).sum())
+        rows += len(batch["input_ids"])
     return total / rows
