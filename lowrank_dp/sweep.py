@@ -38,11 +38,14 @@ class Outcome:
         config: configuration of the run.
         result: result of the run; None if the run failed.
         error: the reason in one line; empty if the run did not fail.
+        is_external: whether the reason lies outside of the run: a full disk, a folder in use, a
+            worker that died. The same sweep may then succeed when it is repeated.
     """
 
     config: TrainConfig
     result: TrainResult | None
     error: str = ""
+    is_external: bool = False
 
 
 def run_folder(config: TrainConfig, folder: str | Path) -> Path:
@@ -109,7 +112,7 @@ def sweep(
     done = {}
     for i, outcome in progress(results, f"sweep of {len(jobs)} runs", total=len(jobs)):
         path, config = jobs[i]
-        done[path] = outcome or Outcome(config, None, DIED)
+        done[path] = outcome or Outcome(config, None, DIED, is_external=True)
     return [done[str(run_folder(config, folder))] for config in configs]
 
 
@@ -138,6 +141,8 @@ def _run(
             )
             return Outcome(config, result)
         except (ValueError, OSError) as error:
-            if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
-                return Outcome(config, None, " ".join(str(error).split()))
+            in_use = isinstance(error, runs.InUse)
+            if not in_use or time.monotonic() > given_up:
+                is_external = in_use or isinstance(error, OSError)
+                return Outcome(config, None, " ".join(str(error).split()), is_external)
         time.sleep(1)  # afterwards, read the other process's result or resume its snapshot

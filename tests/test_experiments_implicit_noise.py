@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from lowrank_dp import artifacts
+from lowrank_dp.artifacts.runs import InUse
 from lowrank_dp.experiments import implicit_noise
 from lowrank_dp.experiments import implicit_noise_runs as runs
 from lowrank_dp.experiments.implicit_noise_configs import arm_config, arms
 from lowrank_dp.experiments.matched import at_level, common_level
+from lowrank_dp.experiments.tuning import Tuned
 from lowrank_dp.mia.attack import Options, attack, open_target
 from lowrank_dp.plots import style
 from lowrank_dp.plots.implicit_noise import plot_implicit_noise
@@ -74,7 +76,9 @@ def test_refusals():
 @pytest.mark.slow
 def test_a_run_attacked_on_its_way_is_a_shorter_run_attacked_at_its_end(tmp_path):
     changes = arms(SMALL)["Gaussian noise r=8"]
-    measured = runs.observed(arm_config(SMALL, changes, 0.02, 0, 4), SMALL.steps, tmp_path)
+    one = arm_config(SMALL, changes, 0.02, 0, 4)
+    runs.train_observed(one, SMALL.steps, tmp_path)
+    measured = runs.observed(one, SMALL.steps, tmp_path)
     found = runs.curves(measured)
     short = arm_config(SMALL, changes, 0.02, 0, 2)
     result = train(short, tmp_path / "short", show_progress=False)
@@ -87,8 +91,24 @@ def test_a_run_attacked_on_its_way_is_a_shorter_run_attacked_at_its_end(tmp_path
         or len(measured[0].loss) > SMALL.base.eval_examples
     )
     assert found.held_out_loss[1] == result.curve[-1]["loss"]
-    with pytest.raises(ValueError, match="no result step-000003"):
-        runs.observed(arm_config(SMALL, changes, 0.02, 0, 4), (3,), tmp_path)
+    with pytest.raises(ValueError, match=r"no result step-000003.*: delete .*, and repeat"):
+        runs.observed(one, (3,), tmp_path)
+
+
+def test_losses_that_are_missing_are_no_divergence(monkeypatch, tmp_path):
+    """The instruction to delete a run must not end as one more run that stopped."""
+    rates = {arm: Tuned(arm, (0.01, 0.02, 0.03), ((0.0,),) * 3, 0.02) for arm in arms(SMALL)}
+    monkeypatch.setattr(implicit_noise, "_tune", lambda *_: (rates, []))
+    monkeypatch.setattr(runs, "train_observed", lambda *_: None)
+    with pytest.raises(ValueError, match=r"delete .*, and repeat the command"):
+        implicit_noise.run(SMALL, tmp_path)
+
+    def in_use(*_):
+        raise InUse("in use by another run")
+
+    monkeypatch.setattr(runs, "train_observed", in_use)
+    with pytest.raises(InUse):
+        implicit_noise.run(SMALL, tmp_path)
 
 
 @pytest.mark.slow

@@ -85,9 +85,26 @@ def swept(monkeypatch):
             for config in configs
         ]
 
-    for module in (tuning, steps, gap):
-        monkeypatch.setattr(module, "sweep", made_up)
+    monkeypatch.setattr(tuning, "sweep", made_up)
     return asked
+
+
+def test_a_run_that_could_not_be_made_is_no_run_that_diverged(monkeypatch):
+    """A full disk says nothing about a learning rate: the experiment stops, and keeps its runs."""
+
+    def full(configs, folder, **options):
+        return [
+            Outcome(one, None, "No space left on device", is_external=one.learning_rate > 2)
+            for one in configs
+        ]
+
+    monkeypatch.setattr(tuning, "sweep", full)
+    for experiment, config in ((steps, CONFIG), (gap, GAP)):
+        with pytest.raises(ValueError, match=r"could not be made: No space .*; repeat the comm"):
+            experiment.run(config)
+    config = arms.arm_config(BASE, "DP-SGD", 3.0, 0)
+    with pytest.raises(ValueError, match="could not be made"):
+        tuning.train_all({("DP-SGD", 0): config}, "runs", 1)
 
 
 def test_every_arm_is_a_configuration():

@@ -249,12 +249,14 @@ def test_a_run_that_another_process_holds_is_waited_for(base, tmp_path, monkeypa
     with runs.open_run(run_folder(base, tmp_path), resume=True):
         (outcome,) = sweep([base], tmp_path, engine="sequential")
     assert outcome.result is None and "in use by another run" in outcome.error
+    assert outcome.is_external
 
 
 def test_a_worker_that_dies_each_time_is_an_outcome(base, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "run", lambda job, jobs, engine, workers: [(0, None)])
     (outcome,) = sweep([base], tmp_path, num_workers=2)
     assert outcome.result is None and "its worker died 3 times" in outcome.error
+    assert outcome.is_external
     monkeypatch.undo()  # the worker no longer dies
     (outcome,) = sweep([base], tmp_path, engine="sequential")
     assert outcome.result.releases == 2

@@ -35,7 +35,7 @@ from lowrank_dp.experiments.arms import (
 from lowrank_dp.experiments.cost import measure_cost
 from lowrank_dp.experiments.gap_configs import PARTS, Config
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.sweep import Outcome, sweep
+from lowrank_dp.sweep import Outcome
 from lowrank_dp.train import TrainConfig
 
 SHARE = 0.9
@@ -171,8 +171,8 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
     )
     failures += [found.failure for found in tuned.values() if found.failure]
     wanted = wanted_runs(tuned, config.num_seeds, config_of)
-    outcomes = sweep([*wanted.values()], folder, num_workers=config.num_workers)
-    return _collect(config, tuned, failures, dict(zip(wanted, outcomes, strict=True)))
+    outcomes = tuning.train_all(wanted, folder, config.num_workers)
+    return _collect(config, tuned, failures, outcomes)
 
 
 def _collect(

@@ -20,6 +20,7 @@ import numpy as np
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
+from lowrank_dp.artifacts.runs import InUse
 from lowrank_dp.experiments import implicit_noise_runs as runs
 from lowrank_dp.experiments import tuning
 from lowrank_dp.experiments.implicit_noise_configs import (
@@ -164,10 +165,13 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
             continue
         one = arm_config(config, table[arm], rate, seed, config.steps[-1])
         try:
-            found = runs.observed(one, config.steps, folder)
+            runs.train_observed(one, config.steps, folder)
+        except InUse:
+            raise
         except ValueError as error:  # the run diverged
             failures.append(f"{arm}, learning rate {rate:g}, seed {seed}: {error}")
             continue
+        found = runs.observed(one, config.steps, folder)
         measured[arm, seed] = runs.curves(found)
         description = description or found[0].description
 

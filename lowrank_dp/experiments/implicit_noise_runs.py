@@ -78,25 +78,32 @@ class ShadowAttack:
     shift: str
 
 
-def observed(config: TrainConfig, steps: Sequence[int], folder: Path) -> list[Losses]:
-    """Return the losses of a run after 0 and after ``steps`` steps; train if not finished.
+def train_observed(config: TrainConfig, steps: Sequence[int], folder: Path) -> None:
+    """Train a run if it is not finished, and save its losses after 0 and after ``steps`` steps.
 
-    Raises ValueError if the run stops, or if the losses of a finished run are missing.
+    Raises ValueError if the run stops.
     """
     run = run_folder(config, folder)
-    wanted = (0, *steps)
     train(
         _with_cache(config, folder),
         run,
         resume=True,
         keep_model=False,
         show_progress=False,
-        on_evaluation=partial(_observe, wanted, folder / LOSSES / run.name),
+        on_evaluation=partial(_observe, (0, *steps), folder / LOSSES / run.name),
     )
+
+
+def observed(config: TrainConfig, steps: Sequence[int], folder: Path) -> list[Losses]:
+    """Return the losses that :func:`train_observed` saved.
+
+    Raises ValueError if losses are missing, since the finished run had other ``steps``.
+    """
+    run = run_folder(config, folder)
     try:
         return [
             artifacts.load_result(folder / LOSSES / run.name, _name(step), Losses)
-            for step in wanted
+            for step in (0, *steps)
         ]
     except FileNotFoundError as error:
         raise ValueError(f"{error}: delete {run}, and repeat the command") from None

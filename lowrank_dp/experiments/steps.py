@@ -34,7 +34,7 @@ from lowrank_dp.experiments.gap import ratio
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.experiments.steps_configs import Config
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.sweep import Outcome, sweep
+from lowrank_dp.sweep import Outcome
 
 SHARES = (0.9, 0.95)
 CAPTION = (
@@ -153,8 +153,8 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
         if tuned[arm].failure:
             raise ValueError(tuned[arm].failure)
     wanted = wanted_runs(tuned, config.num_seeds, config_of)
-    outcomes = sweep([*wanted.values()], folder, num_workers=config.num_workers)
-    return _collect(config, tuned, failures, dict(zip(wanted, outcomes, strict=True)))
+    outcomes = tuning.train_all(wanted, folder, config.num_workers)
+    return _collect(config, tuned, failures, outcomes)
 
 
 def _collect(

@@ -195,12 +195,16 @@ def tune_by_sweep(
         folder: folder of the sweep. Finished runs in the folder are not repeated.
         num_workers: number of concurrent runs; None means one per CPU core, and 4 on a GPU.
         engine: engine of the sweep.
+
+    Raises:
+        ValueError: as :func:`require_made` does.
     """
     stopped: list[str] = []
 
     def measure(asked: list[tuple[str, float]]) -> list[Sequence[float]]:
         configs = [config_of(arm, rate, seed) for arm, rate in asked for seed in seeds]
         outcomes = sweep(configs, folder, num_workers=num_workers, engine=engine)
+        require_made(outcomes)
         stopped.extend(
             describe_failure(asked[i // len(seeds)][0], outcome)
             for i, outcome in enumerate(outcomes)
@@ -211,6 +215,31 @@ def tune_by_sweep(
 
     tuned = tune(starts, measure, higher_is_better=HIGHER_IS_BETTER[metric])
     return tuned, stopped
+
+
+def train_all(
+    configs: Mapping[tuple[str, int], TrainConfig], folder: str | Path, num_workers: int | None
+) -> dict[tuple[str, int], Outcome]:
+    """Train the reported runs, by arm and seed; finished runs in ``folder`` are not repeated.
+
+    Raises ValueError as :func:`require_made` does.
+    """
+    outcomes = sweep([*configs.values()], folder, num_workers=num_workers)
+    require_made(outcomes)
+    return dict(zip(configs, outcomes, strict=True))
+
+
+def require_made(outcomes: Sequence[Outcome]) -> None:
+    """Raise ValueError if a run failed for a reason outside of the run, such as a full disk.
+
+    A run that diverges says something about its learning rate; such a run says nothing.
+    """
+    for outcome in outcomes:
+        if outcome.is_external:
+            raise ValueError(
+                f"a run of the experiment could not be made: {outcome.error}; repeat the command, "
+                "which keeps the finished runs"
+            )
 
 
 def curve(outcome: Outcome, metric: str) -> np.ndarray:
