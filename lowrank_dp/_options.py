@@ -37,13 +37,15 @@ def option(
 def name_value_pairs(pairs: Iterable[str]) -> dict[str, Any]:
     """Read ``NAME=VALUE`` pairs; a value that is JSON (a number, true) is read as JSON.
 
-    Raises ValueError for a text without ``=``.
+    Raises ValueError for a text without ``=``, and for a name that is given twice.
     """
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--option must be NAME=VALUE, got {pair!r}")
+        if name in found:
+            raise ValueError(f"--option must give {name} once, got it twice")
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -81,6 +81,20 @@ def integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> i
     return number
 
 
+def boolean(name: str, value: Any) -> bool:
+    """Return a value that is True or False; raise ``ValueError`` for any other value.
+
+    A text such as "False", which Python counts as true, is refused.
+
+    >>> boolean("norm_correction", "False")
+    Traceback (most recent call last):
+    ValueError: norm_correction must be true or false, got 'False'
+    """
+    if not isinstance(value, bool):
+        fail(name, "true or false", value)
+    return value
+
+
 def choice(name: str, value: Any, options: Iterable[str]) -> str:
     """Return a value that is among ``options``; raise ``ValueError`` for any other value.
 

@@ -21,6 +21,7 @@ from scipy import optimize
 from torch import Tensor
 
 from lowrank_dp import _validate, accounting
+from lowrank_dp._rounding import rounded_down, rounded_up
 from lowrank_dp.rng import Generator, SecureRandom, os_seeded_generator, uniform
 
 __all__ = [
@@ -238,7 +239,10 @@ class GaussianMechanism:
     def statement(self, steps: int, delta: float) -> str:
         """State the complete privacy claim in words; print the statement with every epsilon.
 
-        The statement does not name the source of the noise, which only the caller knows.
+        The statement does not name the source of the noise, which only the caller knows. Epsilon,
+        delta and the sampling rate are rounded up, and the noise multiplier is rounded down. The
+        printed claim is therefore true, and the printed mechanism is at most as private as this
+        mechanism.
         """
         if self.noise_multiplier == 0:
             return "NOT private: noise_multiplier = 0"
@@ -249,9 +253,10 @@ class GaussianMechanism:
             "PLD": f"PLD, interval {found.interval or 0:.3g}",
         }[found.accountant]
         return (
-            f"({found.epsilon:.4g}, {delta:g})-DP after {steps} steps; neighbours: "
-            f"{NEIGHBOURS} {self.unit}; Poisson sampling at rate {self.sample_rate:.4g}; "
-            f"Gaussian noise, noise_multiplier {self.noise_multiplier:.4g} relative to "
-            f"max_grad_norm {self.max_grad_norm:g}; accountant: {how} "
-            f"(RDP cross-check: epsilon {found.rdp:.4g})"
+            f"({rounded_up(found.epsilon)}, {rounded_up(delta, 6)})-DP after {steps} steps; "
+            f"neighbours: {NEIGHBOURS} {self.unit}; Poisson sampling at rate "
+            f"{rounded_up(self.sample_rate)}; Gaussian noise, noise_multiplier "
+            f"{rounded_down(self.noise_multiplier)} relative to max_grad_norm "
+            f"{self.max_grad_norm:g}; accountant: {how} "
+            f"(RDP cross-check: epsilon {rounded_up(found.rdp)})"
         )

@@ -234,7 +234,7 @@ DEFINITIONS = {
         "level of the guards": "99%",
         "AUC of chance": "0.5",
         "rate of false positives in the report": "0.01 1%",
-        "confidence of the bound in the report": "95%",
+        "confidence of the bound in the report, and of each of two bounds": "95% 97.5%",
         "power of the verdict": "80%",
     },
     "docs/how-to/own-data.md": {

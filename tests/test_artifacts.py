@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 import lowrank_dp
 from lowrank_dp import artifacts
+from lowrank_dp.artifacts import results
 from lowrank_dp.artifacts.files import atomic_write
 from lowrank_dp.artifacts.provenance import provenance
 from lowrank_dp.artifacts.results import load_result, save_result
@@ -129,6 +131,35 @@ def test_disk_trouble(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         save_result(result(), tmp_path / "file", "r")
+
+
+def test_a_disk_that_fills_up_leaves_both_old_files(monkeypatch, tmp_path):
+    """The arrays of one result and the fields of another would be a wrong result."""
+    save_result(result(), tmp_path, "r")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    written = results.atomic_write
+
+    class Full:
+        """A file whose buffered bytes do not fit on the disk."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def flush(self):
+            raise OSError("No space left on device")
+
+    @contextmanager
+    def full(path, **options):
+        with written(path, **options) as file:
+            yield Full(file) if path.suffix == ".npz" else file
+
+    monkeypatch.setattr(results, "atomic_write", full)
+    with pytest.raises(OSError, match="No space"):
+        save_result(result(score=0.125), tmp_path, "r")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 class Attack:

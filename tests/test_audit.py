@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 
 from lowrank_dp.audit import Design, audit, canaries, laws, power, runs, sums, weights
 from lowrank_dp.audit.bounds import (
+    LowerBound,
     law_bound,
     rate_bound,
     run_epsilon,
@@ -21,6 +23,7 @@ from lowrank_dp.audit.bounds import (
 )
 from lowrank_dp.audit.scales import ExpectedScales
 from lowrank_dp.audit.stepping import Record
+from lowrank_dp.commands import audit as command
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia.epsilon import one_run_epsilon
@@ -697,6 +700,11 @@ def test_the_command_prints_saves_and_exits_with_3_on_a_contradiction(
     assert "NON-PRIVATE" in out and "verdict: CONSISTENT" in out and "power 0.8" in out
     document = json.loads((tmp_path / "new" / "report.json").read_text())
     assert document["verdict"] == "CONSISTENT" and document["provenance"]["git_commit"]
+    assert document["statement"].endswith(
+        f"; the number of examples (42) is public; noise drawn from seed {config.seed}, as the "
+        "samples are: reproducible, and not secret"
+    )
+    assert f"claim: {document['statement']} epsilon:" in " ".join(out.split())
     assert "NON-PRIVATE" in document["privacy"]
     assert_refused(run_main(capsys, *words, "--output", tmp_path / "new"), "new or empty folder")
     BUGS["no noise"][0](monkeypatch)
@@ -704,6 +712,33 @@ def test_the_command_prints_saves_and_exits_with_3_on_a_contradiction(
     document = json.loads(out)
     assert code == 3 and document["bounds"][0]["epsilon"] == "infinite"
     assert "CONTRADICTION" in err
+
+
+def test_printed_bounds_are_rounded_towards_the_weaker_claim(capsys):
+    report = SimpleNamespace(
+        statement="",
+        epsilon=3.34140947,
+        delta=1.2345672e-6,
+        bounds=(LowerBound("a test", 2.99996), LowerBound("another", math.inf)),
+        lower_bound=1.99996,
+        confidence=0.99996,
+        lines=(),
+        objection=None,
+        power=(),
+        verdict="CONSISTENT",
+        contradictions=(),
+    )
+    command._print(Console(width=200), report)
+    out = capsys.readouterr().out
+    for line in (
+        "epsilon: 3.342 at delta 1.23457e-06 by the accountant",
+        "  >= 2.999 by a test",
+        "  >= inf by another",
+        "epsilon >= 1.999 (99.99%, one-sided, the largest of these bounds)",
+    ):
+        assert line in out.splitlines(), out
+    command._print(Console(width=200), SimpleNamespace(**vars(report) | {"confidence": 0.29}))
+    assert "(29%, one-sided" in capsys.readouterr().out
 
 
 def test_the_command_plans_and_refuses_bad_input(config, tmp_path, capsys):

@@ -82,6 +82,12 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
         ({"--noise-std": "-1"}, ["noise_std", "-1"]),
         ({"--option": "kapa=1", "--scheme": "denoise"}, ["kappa"]),
         ({"--option": "kappa"}, ["NAME=VALUE"]),
+        (
+            {"--option": "norm_correction=False", "--scheme": "denoise"},
+            ["norm_correction must be true or false, got 'False'"],
+        ),
+        ({"--option": "method=svd"}, ["--option must name an option of the scheme, got 'method'"]),
+        ({"--option": "noise_std=2"}, ["got 'noise_std'"]),
         ({"--input": "missing.safetensors"}, ["missing.safetensors"]),
         ({"--input": __file__}, ["safetensors file"]),
         ({"--nonsense": "1"}, ["--nonsense"]),
@@ -89,6 +95,9 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
     ):
         assert_refused(call(*restore_words(path, out, changes)), *words)
         assert not out.exists(), changes
+    twice = ["--option", "k=2", "--option", "k=3"]
+    found = call(*restore_words(path, out, {"--scheme": "truncate"}), *twice)
+    assert_refused(found, "--option must give k once")
     path = tmp_path / "narrow.safetensors"  # torch has no norm of this type
     save_file({"weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, path)
     assert_refused(call(*restore_words(path, out, {})), "weight", "float32 or float64")
@@ -174,6 +183,11 @@ def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
         (["spectrum", "--noise-multiplier", "nan"], ["--noise-multiplier"]),
         (["spectrum", "--model", "nobody/nothing"], ["minilm (packaged)"]),
         (["spectrum", "--device", "toaster"], ["device"]),
+        (["spectrum", "--seed", "20000000000000"], ["seed must be", "<= 4294967295"]),
+        (["spectrum", "--seed", "-1"], ["seed must be"]),
+        (["lora", "--seed", "20000000000000"], ["seed must be"]),
+        (["spectrum", "--output", __file__], ["--output must be a folder, got"]),
+        (["lora", "--output", __file__], ["--output must be a folder, got"]),
         (["lora", "--rank", "0"], ["rank must be"]),
         (["figures", "--only", "spectrums"], ["did you mean 'spectra'"]),
         (["figures", "--scale", "huge"], ["small, full"]),

@@ -1,6 +1,7 @@
 """Experiments on LoRA's noise: tiny configs run, reload and plot, and their numbers are right."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,15 @@ def test_measured_noise_agrees_with_the_formula(results):
 def test_a_model_that_is_missing_is_left_out_and_named(results):
     assert len(results["lora_noise"].skipped) == 1
     assert "no-such-model" in results["lora_noise"].skipped[0]
+    assert "no-such-model" in lora_noise.headline(results["lora_noise"])["models left out"]
+
+
+def test_the_first_noise_level_of_the_projection_attack_is_zero():
+    """The results without noise are read at the first level."""
+    for levels in ((0.1, 1.0), ()):
+        config = replace(projection_privacy.SMALL, noise_levels=levels)
+        with pytest.raises(ValueError, match="noise_levels must be levels of which the first is"):
+            projection_privacy.run(config, SimpleNamespace())
 
 
 def test_total_variation_lies_between_its_bounds_and_does_not_vanish_with_width(results):

@@ -284,6 +284,16 @@ def test_an_arm_whose_runs_all_stop_is_not_said_to_have_a_best_rate():
     assert "best" not in found.failure
 
 
+def test_every_arm_has_a_result_with_five_seeds():
+    """An arm without a result would be an option of which no page can say anything."""
+    ran = set()
+    for path in PAPER.glob("steps_*.json"):
+        result = artifacts.load_result(PAPER, path.stem, steps.Result)
+        finished = (~np.isnan(result.score).any(axis=-1)).sum(axis=-1)
+        ran |= {arm for arm, count in zip(result.arms, finished, strict=True) if count >= 5}
+    assert ran == {*ARMS}
+
+
 def test_frozen_vectors_are_the_only_difference_of_their_control():
     """At power 0 all scales of a preconditioner are 1."""
     moments = {"w": Moment(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0, 9.0]))}

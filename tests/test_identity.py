@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from lowrank_dp.artifacts.runs import InUse, RunFolder, open_run
-from lowrank_dp.train import TrainConfig
-from lowrank_dp.train.identity import changed, not_repeatable, versions_and_machine
+from lowrank_dp.train import TrainConfig, identity
+from lowrank_dp.train.identity import (
+    changed,
+    describe_processor,
+    not_repeatable,
+    versions_and_machine,
+)
 
 
 def test_settings_that_choose_kernels_are_part_of_a_runs_identity(monkeypatch):
@@ -48,6 +53,53 @@ def test_settings_that_choose_kernels_are_part_of_a_runs_identity(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert changed(before, versions_and_machine("cpu")) == []
+
+
+CPUINFO = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Gold
+cpu MHz\t\t: 2596.120
+cache size\t: 1024 KB
+flags\t\t: fpu avx2 avx512f
+
+processor\t: 1
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Gold
+cpu MHz\t\t: 1200.000
+cache size\t: 1024 KB
+flags\t\t: fpu avx2 avx512f
+"""
+
+
+def test_the_processor_is_part_of_a_runs_identity(tmp_path, monkeypatch):
+    """Two processors with AVX512 may run other kernels of MKL and oneDNN."""
+    before = describe_processor(CPUINFO)
+    assert before.startswith("Intel(R) Xeon(R) Gold (")
+    for old, new in (
+        ("GenuineIntel", "AuthenticAMD"),
+        ("avx512f", "avx512f amx_bf16"),
+        ("avx512f", "avx512f avx_vnni"),
+        ("1024 KB", "2048 KB"),
+        ("Gold", "Platinum"),
+        ("model name", "model\t\t: 85\nmodel name"),
+    ):
+        assert describe_processor(CPUINFO.replace(old, new)) != before, new
+    for old, new in (("2596.120", "3100.000"), ("processor\t: 1", "processor\t: 3")):
+        assert describe_processor(CPUINFO.replace(old, new)) == before, new
+    arm = "processor : 0\nFeatures : fp asimd sve\nCPU part : 0xd40\n"
+    assert describe_processor(arm) != describe_processor(arm.replace("sve", "sve2"))
+    assert describe_processor("") == ""
+    # without /proc/cpuinfo, the system's own words
+    now = versions_and_machine("cpu")
+    monkeypatch.setattr(identity, "_CPUINFO", tmp_path / "missing")
+    monkeypatch.setattr(identity.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(identity.platform, "processor", lambda: "arm")
+    identity._processor.cache_clear()
+    try:
+        (difference,) = changed(now, versions_and_machine("cpu"))
+    finally:
+        identity._processor.cache_clear()
+    assert difference == f"processor: {now['processor']} / arm64 arm"
 
 
 def test_a_stream_of_another_library_is_not_read_as_this_ones():

@@ -15,6 +15,7 @@ ROOT = Path(lowrank_dp.__file__).parent
 # a module imports only from those before it, and from its own package's inner modules
 ORDER = (
     "_validate",
+    "_rounding",
     "_terminal",
     "_lazy",
     "_options",

@@ -121,11 +121,45 @@ def test_statement():
         "noise_multiplier 0.8",
         "max_grad_norm 1.5",
         "PLD, interval 0.001",
-        "RDP cross-check: epsilon 8.034",
+        "RDP cross-check: epsilon 8.035",
     ):
         assert words in text
     none = GaussianMechanism(0.0, 1.0, 0.5).statement(10, 1e-5)
     assert "NOT private" in none and "-DP" not in none
+
+
+def test_a_statement_claims_no_more_than_the_bound():
+    """Without sampling epsilon is known exactly: the claim is compared with the exact delta."""
+    for sigma, steps, delta in ((4.0, 10, 1e-5), (4.00009, 10, 1e-5), (1.5, 7, 1.2345678e-6)):
+        text = GaussianMechanism(sigma, 1.0, 1.0).statement(steps, delta)
+        claimed, at, stated = (
+            float(number)
+            for number in re.search(
+                r"^\((.+), (.+)\)-DP.*noise_multiplier (\S+) relative", text
+            ).groups()
+        )
+        mu = math.sqrt(steps) / sigma
+        exact = stats.norm.cdf(mu / 2 - claimed / mu) - math.exp(claimed) * stats.norm.cdf(
+            -mu / 2 - claimed / mu
+        )
+        assert exact <= delta <= at and stated <= sigma, text
+        assert (
+            epsilon(1.0, sigma, steps, delta) <= claimed < 1.001 * epsilon(1.0, sigma, steps, delta)
+        )
+    assert GaussianMechanism(4.0, 1.0, 1.0).statement(10, 1e-5).startswith("(3.342, 1e-05)-DP")
+    sampled = GaussianMechanism(0.76329, 1.0, 0.0304049).statement(500, 1e-5)
+    assert "at rate 0.03041;" in sampled and "noise_multiplier 0.7632 " in sampled
+
+
+def test_a_calibrated_mechanism_claims_no_more_than_its_target():
+    """The claim is the target, or below it by the tolerance of the calibration."""
+    for target, steps, rate in ((8, 500, 0.0304), (1.0, 100, 0.01), (0.1, 20, 0.05), (3, 20, 1.0)):
+        mechanism = GaussianMechanism.calibrate(target, 1e-5, steps, rate, tolerance=1e-6)
+        text = mechanism.statement(steps, 1e-5)
+        claimed = float(text.split(",")[0].removeprefix("("))
+        assert 0.999 * target < claimed <= target, text
+        if target == 8:
+            assert text.startswith("(8, 1e-05)-DP")
 
 
 def test_noise():

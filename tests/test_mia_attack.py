@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import math
 import random
 import shutil
 from dataclasses import fields, replace
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy import stats
+from scipy import optimize, stats
 from sklearn.metrics import roc_auc_score
 
 from lowrank_dp import membership
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import IGNORE, Example, encode, load_task
 from lowrank_dp.membership.manifest import read_manifest
@@ -27,13 +29,16 @@ from lowrank_dp.mia import (
     quantile,
     records,
     rendering,
+    shift,
     signals,
 )
 from lowrank_dp.mia import plan as planning
+from lowrank_dp.mia import report as reports
 from lowrank_dp.mia import target as targets
 from lowrank_dp.mia.attack import Options, attack, load, open_target
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
+from lowrank_dp.mia.report import bound_confidence, claimed_epsilon
 from lowrank_dp.mia.shadows import find_shadows, shadow_configs
 from lowrank_dp.models import load_model
 from lowrank_dp.models.precision import AUTOCAST_DTYPES
@@ -644,7 +649,7 @@ def test_the_one_run_audit_needs_every_record_and_independent_members(checkpoint
         report.scores["loss"], report.is_member, 40, np.random.default_rng(0)
     )
     assert report.one_run_epsilon == metrics.one_run_epsilon(
-        len(report.ids), 40, correct, delta=report.delta
+        len(report.ids), 40, correct, delta=report.delta, confidence=report.bound_confidence
     )
 
 
@@ -667,13 +672,134 @@ def test_a_checkpoint_from_before_a_field_was_there(checkpoints, tmp_path):
     assert open_target(tmp_path / "old", Options()).trained.config.shard is False
 
 
+def claiming(source, folder, **claim):
+    """Copy a checkpoint, whose training.json then makes another claim."""
+    shutil.copytree(source, folder)
+    document = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(document | claim))
+    return folder
+
+
 def test_a_bound_above_the_accountant_is_a_contradiction(checkpoints, tmp_path, capsys):
-    shutil.copytree(checkpoints / "short", tmp_path / "lying")
-    document = json.loads((tmp_path / "lying" / "training.json").read_text())
-    document["epsilon"] = -1.0  # below every bound, since a bound is never negative
-    (tmp_path / "lying" / "training.json").write_text(json.dumps(document))
-    code, out, _ = run(capsys, "--model", tmp_path / "lying")
-    assert code == 3 and "CONTRADICTION" in out
+    # the epsilon is below every bound, since a bound is never negative
+    lying = claiming(checkpoints / "short", tmp_path / "lying", epsilon=-1.0, privacy="a claim")
+    code, out, _ = run(capsys, "--model", lying, "--output", tmp_path / "out")
+    assert code == 3 and "CONTRADICTION: the lower bound" in out and "no proof" not in out
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "privacy  a claim\n" in summary and "privacy  a claim\n" in out
+
+    options = Options(attacks=("loss",))
+    report = attack(open_target(lying, options), options, tmp_path / "cache")
+    assert report.contradiction and report.sampling == "bernoulli" and report.shift == shift.OK
+    shifted = replace(report, shift=shift.INVALID)
+    assert not shifted.contradiction and shifted.exceeds_claim
+    *_, remark = rendering.footer(shifted)
+    assert remark.startswith("no contradiction, although the lower bound"), remark
+    assert "differ without the model" in remark
+    assert "The bound is no proof: members and non-members differ" in rendering.footer(shifted)[0]
+    assert not replace(report, accountant_epsilon=None).contradiction
+
+
+def test_given_files_cannot_contradict_the_accountant(checkpoints, tmp_path, capsys):
+    """Without coins, nobody knows that members and non-members are of one distribution."""
+    lying = claiming(checkpoints / "short", tmp_path / "lying", epsilon=-1.0)
+    found = open_target(lying, Options()).records
+    for name, wanted in (("in", True), ("out", False)):
+        rows = [
+            {"text": e.text, "label": e.label}
+            for e, member in zip(found.examples, found.is_member, strict=True)
+            if member == wanted
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    given = ["--members", tmp_path / "in.jsonl", "--nonmembers", tmp_path / "out.jsonl"]
+    code, out, _ = run(capsys, "--model", lying, *given)
+    assert code == 0 and "CONTRADICTION" not in out
+    assert "given in a file, not drawn at random" in " ".join(out.split())
+
+
+def test_the_accountants_epsilon_is_that_of_the_asked_delta(checkpoints, tmp_path, capsys):
+    """The oracle is the profile of the Gaussian mechanism without sampling (Balle & Wang 2018)."""
+    mu = math.sqrt(10) / 4
+
+    def exact(delta):
+        def excess(e):
+            second = math.exp(e) * stats.norm.cdf(-mu / 2 - e / mu)
+            return stats.norm.cdf(mu / 2 - e / mu) - second - delta
+
+        return optimize.brentq(excess, 0, 50)
+
+    claim = {"noise_multiplier": 4.0, "sample_rate": 1.0, "releases": 10, "delta": 1e-5}
+    folder = claiming(checkpoints / "short", tmp_path / "run", epsilon=exact(1e-5), **claim)
+    result = open_target(folder, Options()).result
+    assert claimed_epsilon(result, 1e-5) == result.epsilon
+    for delta in (1e-3, 1e-8):
+        assert claimed_epsilon(result, delta) == pytest.approx(exact(delta), rel=1e-6)
+    assert claimed_epsilon(result, 0.0) == math.inf
+    assert claimed_epsilon(replace(result, epsilon=None), 1e-3) is None
+    assert claimed_epsilon(None, 1e-3) is None
+
+    _, out, _ = run(capsys, "--model", folder, "--delta", "1e-3")
+    assert f"accountant: epsilon <= {rounded_up(exact(1e-3))} at delta 0.001." in " ".join(
+        out.split()
+    )
+    # the claim of the file is below every bound; at delta 0 the accountant claims nothing
+    lying = claiming(folder, tmp_path / "lying", epsilon=-1.0)
+    code, out, _ = run(capsys, "--model", lying, "--delta", "0", "--json")
+    document = json.loads(out)
+    assert code == 0 and document["accountant_epsilon"] == "infinite" and document["delta"] == 0
+    assert run(capsys, "--model", lying)[0] == 3
+
+    for field, value in (("noise_multiplier", -1.0), ("sample_rate", 0.0), ("releases", -1)):
+        wrong = claiming(folder, tmp_path / field, **{field: value})
+        code, _, err = run(capsys, "--model", wrong)
+        assert code == 2 and f"training.json: {field} must be" in err and err.count("\n") == 1
+
+
+def test_two_bounds_on_epsilon_share_the_tail():
+    """The two bounds hold together at 95%: each has a tail of 2.5% (Bonferroni)."""
+    truth = np.arange(400) % 2 == 0
+    scores = np.where(truth, 0.9, -0.9) + np.random.default_rng(0).standard_normal(400)
+    for guesses, confidence in ((0, 0.95), (40, 0.975)):
+        options = Options(guesses=guesses)
+        assert bound_confidence(options) == pytest.approx(confidence, abs=1e-12)
+        measured = reports._measure("loss", scores, truth, options, 0.0, bound_confidence(options))
+        split = measured.epsilon
+        tail = (1 - confidence) / 2
+        low = stats.beta.ppf(tail, split.tp, split.num_members - split.tp + 1)
+        high = stats.beta.isf(tail, split.fp + 1, split.num_nonmembers - split.fp)
+        both = [math.log(low / high), math.log((1 - high) / (1 - low))]
+        assert split.epsilon == pytest.approx(max(both)) and split.epsilon > 0.5
+        one_run = reports._one_run(options, scores, truth, 0.0, bound_confidence(options))
+        if not guesses:
+            assert one_run is None
+            continue
+        order = np.argsort(scores)
+        correct = int((~truth[order[:20]]).sum() + truth[order[-20:]].sum())
+        least = stats.beta.ppf(0.025, correct, 40 - correct + 1)
+        assert 20 < correct < 40 and one_run == pytest.approx(math.log(least / (1 - least)))
+
+
+def test_a_report_of_two_bounds_says_their_confidence(checkpoints, tmp_path):
+    options = Options(attacks=("loss",), primary="loss", guesses=40)
+    report = attack(open_target(checkpoints / "short", options), options, tmp_path)
+    primary = replace(report.attacks[0].epsilon, epsilon=1.2999)
+    report = replace(
+        report,
+        one_run_epsilon=1.7999,
+        accountant_epsilon=3.34140947,
+        attacks=(replace(report.attacks[0], epsilon=primary),),
+    )
+    columns, rows = rendering.table(report)
+    assert (columns[-1], rows[0][-1]) == ("epsilon >= [97.5%]", "1.29")
+    assert rendering.footer(report)[0].startswith(
+        "epsilon >= 1.79 (95%, the larger of two bounds at 97.5% each: loss, split threshold, and "
+        "one-run audit 1.79, delta 0.001); accountant: epsilon <= 3.342 at delta 0.001. "
+    )
+    alone = replace(report, one_run_epsilon=None, bound_confidence=0.95)
+    assert rendering.table(alone)[0][-1] == "epsilon >= [95%]"
+    assert rendering.footer(alone)[0].startswith(
+        "epsilon >= 1.29 (95%, loss, split threshold, delta 0.001)"
+    )
 
 
 def test_matched_reads_off_where_all_methods_have_been():

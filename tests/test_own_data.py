@@ -89,6 +89,26 @@ def test_one_table_in_every_format(tmp_path):
     assert load(tmp_path / "mine.csv").train == found
 
 
+def test_a_zipped_file_is_unpacked_whatever_the_case_of_its_ending(tmp_path):
+    """JSON Lines, and JSON that may be JSON Lines, once tested for ``.gz`` in small letters."""
+    lines = frame().to_json(orient="records", lines=True).encode()
+    array = frame().to_json(orient="records").encode()
+    for ending, content in (
+        ("jsonl", lines),
+        ("ndjson", lines),
+        ("json", lines),
+        ("json", array),
+        ("csv", frame().to_csv(index=False).encode()),
+        ("tsv", frame().to_csv(index=False, sep="\t").encode()),
+    ):
+        found = []
+        for name in (f"t.{ending}.gz", f"T.{ending}.GZ".upper(), f"t.{ending.title()}.Gz"):
+            path = tmp_path / name
+            path.write_bytes(gzip.compress(content))
+            found.append([row for _, row in read_table(path).rows])
+        assert found[0] == ROWS and found[1] == found[2] == ROWS, ending
+
+
 def test_folders_of_splits(tmp_path):
     """Splits have other names, other formats or several parts, or have no labels."""
     frame().to_csv(tmp_path / "train.csv", index=False)

@@ -25,6 +25,7 @@ from lowrank_dp.plan.trials import best_rate, measure_gap, steps_ratio
 from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.setup import prepare
 from tests.oracles import assert_refused, refusal_of
 from tests.tasks import case, run_main, seeded, write_reviews
 
@@ -288,6 +289,10 @@ def test_a_plan_states_the_noise_of_the_run(plan):
     assert plan.noise_multiplier == mechanism.noise_multiplier == plan.noise_std
     assert plan.noise_std_of_mean == pytest.approx(plan.noise_std / 128)
     assert "accountant: PLD" in plan.statement and plan.privacy == NO_RECORDS
+    assert plan.statement.endswith(
+        f"the number of examples ({plan.num_units:,}) is public; noise drawn from seed 0, as the "
+        "samples are: reproducible, and not secret"
+    )
     peer = get_noise_multiplier(
         target_epsilon=2.0,
         target_delta=plan.delta,
@@ -380,6 +385,15 @@ def test_plan_command_prints_within_80_columns_and_refuses_bad_input(capsys, mon
     assert_refused(call(*words, *short, "--disk-kappa", "0.7"), "disk_kappa")
 
 
+def test_a_plan_states_what_weakens_the_claim_of_the_run():
+    """The statement of a plan is that of the run, with the same remarks."""
+    config = TrainConfig(**RUN | {"membership": "half", "holdout": 20, "seed": None, "steps": 2})
+    plan = make_plan(config, Measurement(public_rows=16, trial_steps=0))
+    assert plan.statement == prepare(config, 0).statement(2)
+    for words in ("neighbours are sets of members", "holdout are evaluated on", "AES-128-CTR"):
+        assert words in plan.statement, words
+
+
 def test_plan_command_says_when_there_is_no_ratio(capsys):
     words = ["plan", "--model", "tiny", "--task", "generated", "--batch-size", "8"]
     words += ["--noise-multiplier", "50", "--train-layers", "1", "--public-rows", "16"]
@@ -398,6 +412,32 @@ def test_a_plan_reads_no_private_record_by_another_spelling(tmp_path, monkeypatc
     for spelling in ("mine", "./mine", "mine/../mine", str(tmp_path / "mine")):
         with case(spelling), pytest.raises(ValueError, match="other text than the task's own"):
             make_plan(run, Measurement(public=spelling, trial_steps=0))
+
+
+def other_texts(rows):
+    return [row | {"sentence": f"they say: {row['sentence']}"} for row in rows]
+
+
+def test_records_enter_a_plan_by_their_number_alone(tmp_path):
+    """Other records of the same number give the same plan; fewer records give another one."""
+    plans = []
+    for name, change in (
+        ("one", lambda rows: rows),
+        ("other", lambda rows: [row | {"sentence": row["sentence"][::-1]} for row in rows]),
+        ("fewer", lambda rows: rows[:-1]),
+    ):
+        task = write_reviews(tmp_path / name / "reviews", change)
+        run = TrainConfig(**RUN | {"task": str(task), "batch_size": 8})
+        plans.append(make_plan(run, Measurement(public="generated", public_rows=8, trial_steps=0)))
+    one, other, fewer = (artifacts.to_jsonable(plan) for plan in plans)
+    assert one == other and fewer["noise_std"] != one["noise_std"]
+    words = "the records of reviews are read to choose and count the units"
+    assert f"{words}; the plan's numbers" in one["description"]
+    own = make_plan(run, Measurement(own_records=True, public_rows=8, trial_steps=0))
+    assert words not in own.description
+    public = str(write_reviews(tmp_path / "public", other_texts))
+    compared = make_plan(run, Measurement(public=public, public_rows=8, trial_steps=0))
+    assert f"{words}, and to refuse public text that is a copy" in compared.description
 
 
 def test_a_copy_of_the_records_is_not_public_text(tmp_path):

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lowrank_dp.data import load_task
 from lowrank_dp.data.generated import public_sentiment, public_tables, sentiment, tables
 from lowrank_dp.evaluation import evaluate
-from lowrank_dp.grads import clipped_sum
+from lowrank_dp.grads import clipped_sum, layers
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models import load_model
 from lowrank_dp.models.scaled import (
     Scale,
+    ScaledLinear,
     change_scale,
     full_weights,
     remove_scales,
@@ -442,6 +443,15 @@ def test_a_resumed_run_equals_the_unbroken_one_and_is_saved_with_full_weights(
     assert not scaled_layers(model)
     scores = evaluate(model, tokenizer, task, "validation", max_length=64, batch_size=8)
     assert scores["loss"] == pytest.approx(result.curve[-1]["loss"], rel=1e-4)
+
+
+def test_the_scaled_model_is_examined_too(places, monkeypatch):
+    """A rule that leaves out the scales is found on public rows, before a private row is read."""
+    config = make_config(places)
+    prepare(config, 3)
+    monkeypatch.setitem(layers.RULES[ScaledLinear], "weight", layers.RULES[nn.Linear]["weight"])
+    with pytest.raises(ValueError, match="get another gradient by backend 'bookkeeping'"):
+        prepare(config, 3)
 
 
 def test_vectors_are_frozen_on_request(places):

@@ -16,7 +16,6 @@ from lowrank_dp.restore import (
     GradientRestorer,
     exponential_average,
     oracle_values,
-    project,
     restore,
     restore_gradients,
     restore_with_report,
@@ -622,16 +621,6 @@ def test_restorer_keeps_running_means():
     refused("^k must be given", GradientRestorer, "truncate")
 
 
-def test_projection():
-    noisy = torch.randn(2, 20, 30, generator=generator(0), dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(20, 4, generator=generator(1), dtype=torch.float64))[0]
-    got = project(noisy, basis)
-    np.testing.assert_allclose(got, basis.numpy() @ (basis.numpy().T @ noisy.numpy()), atol=1e-12)
-    torch.testing.assert_close(project(got, basis), got)
-    with pytest.raises(ValueError, match=r"^basis must be"):
-        project(noisy, basis[:10])
-
-
 def test_all_zero_without_noise():
     zero = torch.zeros(150, 200)
     for name, options in (("truncate", {"k": 2}), ("power", {}), ("power", {"p": 2}), ("none", {})):
@@ -764,6 +753,10 @@ def test_bad_arguments():
         ({"scheme": "truncate", "k": 1.5}, "^k must"),
         ({"scheme": "denoise", "kappa": -1}, "^kappa must"),
         ({"scheme": "denoise", "kappa": None}, "^kappa must"),
+        ({"scheme": "denoise", "norm_correction": "False"}, "^norm_correction must be true or f"),
+        ({"scheme": "denoise", "norm_correction": "off"}, "^norm_correction must .*got 'off'"),
+        ({"scheme": "denoise", "norm_correction": 0}, "^norm_correction must"),
+        ({"scheme": "denoise", "norm_correction": None}, "^norm_correction must"),
         ({"scheme": "partial", "alpha": 1.1}, "^alpha must"),
         ({"scheme": "partial", "alpha": "x"}, "^alpha must"),
         ({"scheme": "partial", "target": "powerlaw"}, "^target must .*'power-law'"),
@@ -791,7 +784,6 @@ def test_bad_input_of_the_rest():
         (lambda: oracle_values(GOOD, np.eye(4)), "^clean must be a torch tensor"),
         (lambda: oracle_values(None, GOOD), "^noisy must be a torch tensor"),
         (lambda: oracle_values(GOOD, GOOD, kind="weight"), "^kind must .*'weights'"),
-        (lambda: project(GOOD, np.eye(4)), "^basis must be a torch tensor"),
         (lambda: restored_values(torch.ones(4), (3, 4), 1.0), r"^singular_values must .*\(3, 4\)"),
         (lambda: restored_values(torch.ones(3), (2, 3, 4), 1.0), "^singular_values must be"),
         (lambda: restored_values(torch.ones(2), (2, math.inf), 1.0), "^shape must be an integer"),

@@ -19,7 +19,7 @@ from scipy import special, stats
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.rng import SecureRandom, os_seeded_generator, uniform
 from lowrank_dp.train import TrainConfig
-from lowrank_dp.train.setup import Setup
+from lowrank_dp.train.claims import source_of_noise
 
 # --- the generator ------------------------------------------------------------------------------
 
@@ -270,10 +270,7 @@ def test_a_release_is_the_sum_and_the_noise_in_float64_rounded_to_the_grid_and_t
 
 def test_statements_say_where_noise_comes_from():
     def said(**changes):
-        base = TrainConfig(noise_multiplier=1.0)
-        setup = object.__new__(Setup)
-        object.__setattr__(setup, "config", replace(base, **changes))
-        return setup.randomness
+        return source_of_noise(replace(TrainConfig(noise_multiplier=1.0), **changes))
 
     assert said() == said(secure_rng=True) and "AES-128-CTR" in said()
     assert "not secret" in said(seed=3) and "AES" not in said(seed=3)

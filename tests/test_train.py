@@ -15,17 +15,19 @@ from dp_accounting import pld
 from scipy import stats
 from torch import nn
 
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp.data import collate, encode, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import draw_members, fingerprint, group_units
 from lowrank_dp.models import load_model
-from lowrank_dp.train import TrainConfig, guards, load_result
+from lowrank_dp.train import TrainConfig, TrainResult, guards, load_result
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as step_module
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.noise_checks import NoiseCheck
 from lowrank_dp.train.records import check_room
+from lowrank_dp.train.result import sensitive_fields
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import first_state, fresh_generators, new_stream, pack, unpack
 from tests.oracles import optimal_values
@@ -483,9 +485,9 @@ def test_epsilon_is_that_of_dp_accounting(tmp_path):
     exact = by_dp_accounting(SIGMA, BATCH / COUNT, STEPS, document["delta"])
     assert exact - 1e-9 <= document["epsilon"] <= exact * 1.001 + 1e-3
     for words in (
-        f"({result.epsilon:.4g}, {result.delta:g})-DP after 4 steps",
+        f"({rounded_up(result.epsilon)}, {rounded_up(result.delta, 6)})-DP after 4 steps",
         "PLD",
-        f"Poisson sampling at rate {BATCH / COUNT:.4g}",
+        f"Poisson sampling at rate {rounded_up(BATCH / COUNT)}",
         "add or remove one example",
         f"the number of examples ({COUNT}) is public",
         "RDP cross-check",
@@ -1108,7 +1110,25 @@ def test_a_full_checkpoint_loads_with_plain_transformers(tmp_path):
     assert saved["sensitive"].startswith("train_loss: NON-PRIVATE")
     del saved["sensitive"]  # earlier versions did not write it
     (tmp_path / "training.json").write_text(json.dumps(saved))
-    assert load_result(tmp_path) == result
+    assert load_result(tmp_path) == replace(result, sensitive=TrainResult.sensitive)
+
+
+def test_the_result_names_the_fields_that_no_mechanism_protects(tmp_path):
+    private = sensitive_fields(small())
+    assert private.startswith("train_loss: NON-PRIVATE") and "curve, majority" not in private
+    assert "seconds, restore_seconds" in private
+    held_out = sensitive_fields(small(holdout=8))
+    assert "curve, majority: NON-PRIVATE" in held_out and "holdout" in held_out
+    for changes in (
+        {"noise_multiplier": None, "non_private": True},
+        {"noise_multiplier": None, "noise_free": True},
+        {"scheme": "oracle", "diagnostic": True},
+    ):
+        found = sensitive_fields(small(**changes))
+        assert found.startswith("train_loss, curve, majority, and every other field"), changes
+    config = small(holdout=8, steps=1, batch_size=8)
+    result = train(config, tmp_path, keep_model=False)
+    assert result.sensitive == held_out == load_result(tmp_path).sensitive
 
 
 def check_files(folder, expected):

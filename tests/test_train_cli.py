@@ -374,6 +374,10 @@ BAD = {
     "no groups": ({"--unit": "group"}, ["unit 'group' must come with groups of rows"]),
     "oracle": ({"--scheme": "oracle"}, ["clean gradients", "diagnostic"]),
     "scheme option": ({"--scheme": "denoise", "--option": "kapa=1"}, ["did you mean 'kappa'"]),
+    "a scheme's truth value": (
+        {"--scheme": "denoise", "--option": "norm_correction=no"},
+        ["norm_correction must be true or false"],
+    ),
     "scheme option's form": ({"--scheme": "truncate", "--option": "k"}, ["NAME=VALUE"]),
     "the run's own": ({"--scheme": "optimal", "--option": "noise_std=3"}, ["noise_std"]),
     "two averages": ({"--momentum-beta": "0.9", "--beta1": "0.9"}, ["beta1 must be 0"]),
@@ -410,6 +414,9 @@ def test_a_run_that_diverges_ends_in_one_line(steps, call, tmp_path):
 def test_cuda_is_refused_where_there_is_none(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(call({"--device": "cuda"}), "device must be cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert_refused(call({"--device": "cuda:2"}), "device must be one of cpu, cuda:0, cuda:1, got")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp.artifacts.runs import RunFolder
 from lowrank_dp.data import load_task
 from lowrank_dp.mechanism import GaussianMechanism
@@ -275,7 +276,7 @@ def test_epsilon_is_that_of_one_process(together):
         mechanism = GaussianMechanism(SIGMA, BOUND, configs[name].batch_size / TRAIN)
         epsilon, releases, privacy = reports[1][name]
         assert releases == STEPS and epsilon == mechanism.epsilon(STEPS, TRAIN**-1.1)
-        assert f"Poisson sampling at rate {mechanism.sample_rate:.4g};" in privacy
+        assert f"Poisson sampling at rate {rounded_up(mechanism.sample_rate)};" in privacy
     assert reports[0]["oracle"][0] is reports[0]["non-private"][0] is None
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,13 @@ from lowrank_dp.artifacts.runs import RunFolder, open_run
 from lowrank_dp.mechanism import GaussianMechanism, SecureRandom
 from lowrank_dp.restore import GradientRestorer
 from lowrank_dp.train import TrainConfig, load_result
+from lowrank_dp.train import identity as identity_module
 from lowrank_dp.train import loop as train_module
 from lowrank_dp.train import state as state_module
+from lowrank_dp.train import step as step_module
+from lowrank_dp.train.identity import versions_and_machine
 from lowrank_dp.train.loop import train
+from lowrank_dp.train.setup import prepare
 from tests.tasks import Stop, save_bert, train_words, write_reviews
 
 STEPS = 7
@@ -371,6 +376,72 @@ def test_what_changes_the_sums_begins_new_noise_that_counts(places, tmp_path, mo
         for other in made[:i]
         for a, b in zip(one, other, strict=True)
     )
+
+
+def without_the_processor(device):
+    """Return the versions and the machine as earlier versions of the package saved them."""
+    found = versions_and_machine(device)
+    del found["processor"]
+    return found
+
+
+def test_a_folder_without_the_processor_is_resumed_with_new_noise(places, tmp_path, monkeypatch):
+    """Runs of earlier versions did not name the processor, which may be another one now."""
+    config = make_config(places, **FULL)
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "versions_and_machine", without_the_processor)
+        interrupt(monkeypatch, config, tmp_path, GradientRestorer, "restore", 7)
+    with pytest.warns(UserWarning, match="new noise from step 6 .*: processor: not set / "):
+        result = train(config, tmp_path, resume=True)
+    assert result.releases == STEPS + 1 and result.epsilon == GaussianMechanism(
+        0.6, 1.0, 0.25
+    ).epsilon(STEPS + 1, result.delta)
+    # a finished run is found again, whatever processor it is read on
+    monkeypatch.setattr(identity_module, "_processor", lambda: "another processor")
+    break_off(monkeypatch, train_module, "prepare", 1)
+    assert train(config, tmp_path, resume=True) == result
+
+
+def test_dropout_is_that_of_the_runs_own_gpu(places, monkeypatch):
+    """The current GPU of a process may be another one, whose generator draws no dropout."""
+    setup = prepare(make_config(places, dropout=True), 5)
+    config = replace(setup.config, device="cuda:1")
+    setup = replace(setup, config=config)
+    generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    monkeypatch.setattr(state_module, "fresh_generators", lambda *_: generators)
+    states = {torch.device("cuda", i): torch.full((2,), i) for i in range(2)}
+
+    def set_state(state, device="cuda:0"):
+        states[torch.device(device)] = state
+
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device="cuda:0": states[torch.device(device)]
+    )
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    torch.use_deterministic_algorithms(True)  # otherwise new dropout is drawn
+    try:
+        with train_module._preserved_generators(config):
+            first = state_module.first_state(config, "stream")
+            document, tensors = state_module.pack(setup, first)
+            assert tensors["generator.dropout_cuda"].tolist() == [1, 1]
+            states |= {device: torch.full((2,), 7) for device in states}  # a killed run's dropout
+            assert not state_module.unpack(setup, document, tensors).restarted
+            assert [state.tolist() for state in states.values()] == [[7, 7], [1, 1]]
+            states |= {device: torch.full((2,), 8) for device in states}
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [state.tolist() for state in states.values()] == [[8, 8], [1, 1]]
+    missing = replace(config, device="cuda:5")  # is refused by the loader of the model
+    with train_module._preserved_generators(missing):
+        pass
+    waited_for = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
+    step_module._seconds(config.device)
+    assert waited_for == ["cuda:1"]
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def verdict_table(text: str) -> str:
                 raise ValueError(f"{cell!r} has more than {MAX_WORDS} words")
         links = ", ".join(f"[{name}](paper_artifacts/{name}.md)" for name in names)
         lines.append(f"| {short.claim} | {short.verdict} | {links} |")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("](../", "](")  # README is one folder above the index
 
 
 def _verdict(cell: str) -> str:

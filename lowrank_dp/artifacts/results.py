@@ -67,8 +67,9 @@ def save_result(
     content = encode_json(document)  # raises before either file is touched
     with atomic_write(path.with_suffix(".npz")) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    with atomic_write(path) as file:
-        file.write(content)
+        file.flush()  # on a full disk, this line fails before either file is replaced
+        with atomic_write(path) as other:
+            other.write(content)
     return path
 
 

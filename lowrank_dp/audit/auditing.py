@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_dp import accounting
+from lowrank_dp._rounding import rounded_down
 from lowrank_dp.audit.bounds import LowerBound
 from lowrank_dp.audit.canaries import Audited, open_audit
 from lowrank_dp.audit.laws import Line
@@ -41,7 +42,7 @@ class Report:
         config: configuration of the audited run, as JSON types.
         design: the design and its sizes.
         description: the model, the data and the canaries, in words.
-        statement: privacy statement of the mechanism for the run with its canaries, in words.
+        statement: privacy statement of the run with its canaries, in words.
         epsilon, delta: the audited claim. Epsilon is ``config.epsilon`` if given. Otherwise the
             accountant computes epsilon from the noise multiplier and the sampling rate that the
             configuration states.
@@ -125,7 +126,7 @@ def audit_opened(audited: Audited, design: Design, *, power: bool = True) -> Rep
         outcome = _DESIGNS[design.design](audited, design)
     seconds = time.perf_counter() - started
     contradictions = [
-        f"epsilon is at least {bound.epsilon:.4g} by {bound.method}"
+        f"epsilon is at least {rounded_down(bound.epsilon)} by {bound.method}"
         for bound in outcome.bounds
         if bound.judged and bound.epsilon > claimed
     ]
@@ -135,7 +136,7 @@ def audit_opened(audited: Audited, design: Design, *, power: bool = True) -> Rep
         config=config.as_json(),
         design=design,
         description=describe_audit(audited, design),
-        statement=setup.mechanism.statement(config.steps, audited.delta),
+        statement=setup.statement(config.steps),
         epsilon=claimed,
         delta=audited.delta,
         confidence=design.confidence,

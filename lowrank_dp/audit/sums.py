@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from lowrank_dp import accounting
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp.audit import laws
 from lowrank_dp.audit.bounds import LowerBound, law_bound, rate_bound, run_epsilon, threshold_bound
 from lowrank_dp.audit.canaries import DEVIATION, Audited, take_steps
@@ -324,8 +325,8 @@ def _accounting(audited: Audited) -> tuple[Line, ...]:
         ),
         Line(
             "accounting: epsilon",
-            f"{asked:.4g}" if config.epsilon is None else f"at most {asked:.4g}",
-            f"{spent:.4g}",
+            f"{'' if config.epsilon is None else 'at most '}{rounded_up(asked)}",
+            rounded_up(spent),
             None,
             spent <= asked * (1 + 1e-6),
         ),

@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lowrank_dp import _terminal
+from lowrank_dp import _terminal, _validate
 
 STOPPED = 130  # exit code after SIGINT
 
@@ -48,6 +49,18 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
             raise
         code = _terminal.report(error.format_message())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def make_output(folder: Path | None, option_name: str = "--output") -> None:
+    """Create the folder of a command's files before its work, so that a bad path fails at once.
+
+    Raises ValueError if the path is a file, and OSError if the folder cannot be created.
+    """
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        _validate.fail(option_name, "a folder", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def options_of(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank_dp._rounding import rounded_down, rounded_up
 from lowrank_dp.audit.request import Request
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import print_table, say
@@ -118,13 +119,18 @@ def _print_plan(console: Console, audited: Audited, request: Request) -> None:
 
 def _print(console: Console, report: Report) -> None:
     say(console, f"claim: {report.statement}")
-    say(console, f"epsilon: {report.epsilon:.4g} at delta {report.delta:g} by the accountant")
-    for bound in report.bounds:
-        say(console, f"  >= {_number(bound.epsilon)} by {bound.method}")
     say(
         console,
-        f"epsilon >= {_number(report.lower_bound)} ({report.confidence:.0%}, one-sided, the "
-        "largest of these bounds)",
+        f"epsilon: {rounded_up(report.epsilon)} at delta {rounded_up(report.delta, 6)} by the "
+        "accountant",
+    )
+    for bound in report.bounds:
+        say(console, f"  >= {rounded_down(bound.epsilon)} by {bound.method}")
+    say(
+        console,
+        f"epsilon >= {rounded_down(report.lower_bound)} "
+        f"({rounded_down(round(100 * report.confidence, 9))}%, one-sided, the largest of these "
+        "bounds)",
     )
     if report.lines:
         print_table(
@@ -155,7 +161,3 @@ def _reasons(report: Report) -> str:
     if not report.contradictions:
         return " with the accountant; a lower bound is no proof of privacy"
     return ": " + "; ".join(report.contradictions)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"

@@ -96,16 +96,13 @@ def main(
     from lowrank_dp.figures.places import Place, Request, place_of
 
     folder = artifacts or Path("paper_artifacts")
-    for option_name, needed in (("--artifacts", folder), ("--output", output or Path("figures"))):
-        if needed.exists() and not needed.is_dir():
-            _validate.fail(option_name, "a folder", str(needed))
     if redraw and not folder.is_dir():
         raise ValueError(
             f"--artifacts must be a folder of saved results for --redraw, got {str(folder)!r}: the "
             "folder paper_artifacts of a clone of the repository, or one that this command wrote"
         )
-    for needed in (folder, output or Path("figures")):
-        needed.mkdir(parents=True, exist_ok=True)  # fail at once if the folder can't be written
+    _console.make_output(folder, "--artifacts")
+    _console.make_output(output or Path("figures"))
     console = Console(stderr=True)
     request = Request(
         scale=asked.scale,

@@ -61,6 +61,7 @@ def main(
 ) -> None:
     """Compare LoRA's projection noise, measured on real layers' gradients, with the theory."""
     asked = Options(**given)
+    _console.make_output(output)
     from rich.console import Console
 
     from lowrank_dp import artifacts

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank_dp._rounding import rounded_down, rounded_up
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
 from lowrank_dp.plan.request import Request
@@ -71,9 +72,10 @@ def _print(console: Console, plan: Plan) -> None:
     for line in (
         f"plan: {plan.description}",
         f"privacy of the run: {plan.statement}",
-        f"noise: multiplier sigma {plan.noise_multiplier:.4g} for {plan.num_units:,} units at rate "
-        f"{plan.sample_rate:.4g}; standard deviation {plan.noise_std:.4g} on an entry of the "
-        f"gradient sum, {plan.noise_std_of_mean:.3g} on an entry of the mean gradient",
+        f"noise: multiplier sigma {rounded_down(plan.noise_multiplier)} for {plan.num_units:,} "
+        f"units at rate {rounded_up(plan.sample_rate)}; standard deviation "
+        f"{rounded_down(plan.noise_std)} on an entry of the gradient sum, "
+        f"{rounded_down(plan.noise_std_of_mean, 3)} on an entry of the mean gradient",
         "",
     ):
         say(console, line)

@@ -14,6 +14,9 @@ from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
 from lowrank_dp.restore.names import SCHEME_NAMES
 
+# arguments of `restore_gradients` that are no options of a scheme
+OWN = ("noisy", "noise_std", "scheme", "clean", "method", "below")
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -67,6 +70,13 @@ def main(
     from lowrank_dp.restore import restore_gradients
 
     _check_output(input, output, force)
+    options = name_value_pairs(option or [])
+    for name in OWN:
+        if name in options:
+            raise ValueError(
+                f"--option must name an option of the scheme, got {name!r}, which is an input or "
+                "an option of the command"
+            )
     noisy = _read(input, noise_std)
     restored, reports = restore_gradients(
         noisy,
@@ -74,7 +84,7 @@ def main(
         scheme,
         method=method,
         below=below,
-        **name_value_pairs(option or []),
+        **options,
     )
     with artifacts.atomic_write(output) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in restored.items()}))

@@ -69,6 +69,7 @@ def main(
 ) -> None:
     """Measure the singular values of one batch's clipped gradient sum, by layer. NON-PRIVATE."""
     asked = Options(**given)
+    _console.make_output(output)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra
     from lowrank_dp.experiments.gradients import GradientConfig, load_source, warm_up

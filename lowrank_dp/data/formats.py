@@ -93,10 +93,15 @@ def _check_size(where: object, size: int, num_rows: int) -> None:
         )
 
 
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """Open the unpacked bytes of a file, whose ending names gzip in any case of letters."""
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
 def _content(path: Path) -> bytes:
     """Read the unpacked bytes of a file."""
     try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        with _open(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: unreadable ({error})") from None
@@ -114,7 +119,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
     """
     number, size, where = 0, 0, str(path)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        with _open(path) as lines:
             while line := lines.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 where = f"{path} line {number}"

@@ -20,18 +20,11 @@ from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, add
 from lowrank_dp.experiments.intervals import with_interval
 from lowrank_dp.experiments.scheme_scores import Scheme, cosine, distance, measure_schemes
 from lowrank_dp.mechanism import NON_PRIVATE
+from lowrank_dp.plan import making
 
 # label -> scheme and options; the two oracles are NON-PRIVATE upper limits
 SCHEMES: dict[str, Scheme] = {
-    "noisy": ("none", {}),
-    "truncate(8)": ("truncate", {"k": 8}),
-    "power(3)": ("power", {}),
-    "hard": ("hard", {}),
-    "soft": ("soft", {}),
-    "partial(0.5)": ("partial", {}),
-    "denoise": ("denoise", {}),
-    "optimal": ("optimal", {}),
-    "optimal, zeroed": ("optimal", {"below": "zero"}),
+    **making.SCHEMES,
     "oracle profile": ("oracle", {"values": "profile"}),
     "oracle weights": ("oracle", {"values": "weights"}),
 }

@@ -25,6 +25,7 @@ from lowrank_dp.models.memory import warn_of_logits
 from lowrank_dp.models.precision import AUTOCAST_DTYPES, autocast, autocast_dtype_of
 from lowrank_dp.models.targets import row_losses
 
+MAX_SEED = 2**32 - 1  # seeds of draws are multiples of the seed, and must fit 63 bits
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
 
 
@@ -45,11 +46,11 @@ class GradientConfig:
         max_length: tokens to which a text is cut.
         micro_batch_size: examples in memory at a time.
         train_layers: number of trained blocks, counted from the last block; None trains all blocks.
-        max_rows: expected number of rows of a random subset of the split, in whole groups, chosen
+        max_rows: largest number of rows of a random subset of the split, in whole groups, chosen
             by the seed; None reads all rows.
         precision: "float32", or "bf16" for forward and backward passes under bf16 autocast. Sums
             stay in float32.
-        seed: random seed of the head, the warm-up and the sampling.
+        seed: random seed of the head, the warm-up and the sampling, from 0 to 2^32 - 1.
         device: "cpu" or "cuda".
     """
 
@@ -215,6 +216,7 @@ def load_source(config: GradientConfig, batch_size: int = 1) -> GradientSource:
     """
     _validate.positive("max_grad_norm", config.max_grad_norm)
     _validate.choice("precision", config.precision, AUTOCAST_DTYPES)
+    _validate.integer("seed", config.seed, low=0, high=MAX_SEED)
     task = load_task(config.task, seed=config.seed)
     examples = task.split(config.split)
     if config.max_rows is not None:

@@ -32,7 +32,7 @@ from lowrank_dp.experiments.implicit_noise_configs import (
     arm_config,
     arms,
 )
-from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
+from lowrank_dp.experiments.intervals import mean_and_interval, reached_with_interval
 from lowrank_dp.experiments.matched import at_level, common_level
 from lowrank_dp.mia.rendering import LABEL
 from lowrank_dp.train import TrainConfig
@@ -277,12 +277,6 @@ def _shadow_column(
     return np.array(rows, dtype=float).reshape(len(rows), config.num_seeds)
 
 
-def _pm(values: np.ndarray) -> str:
-    if np.isnan(values).any():
-        return f"not reached by {int(np.isnan(values).sum())} of {len(values)}"
-    return with_interval(values)
-
-
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Tabulate each arm: losses after the last step, AUC at equal steps and at equal losses.
 
@@ -298,10 +292,15 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         rate = result.rate(arm)
         row = [arm, "none" if rate is None else f"{rate:g}"]
         for values in (result.train_loss, result.held_out_loss, result.accuracy):
-            row.append(_pm(values[i, :, -1]))
-        row.append("" if np.isnan(result.tpr[i]).any() else _pm(result.tpr[i, :, -1]))
+            row.append(reached_with_interval(values[i, :, -1]))
+        row.append(
+            "" if np.isnan(result.tpr[i]).any() else reached_with_interval(result.tpr[i, :, -1])
+        )
         for values in result.readings.values():
-            row += [_pm(values[i]), _pm(values[i] - values[0]) if i else ""]
+            row += [
+                reached_with_interval(values[i]),
+                reached_with_interval(values[i] - values[0]) if i else "",
+            ]
         rows.append(row + _shadow_cells(result, arm))
     return columns, rows
 
@@ -311,10 +310,12 @@ def _shadow_cells(result: Result, arm: str) -> list[str]:
         return [""] * 4
     i = result.shadow_arms.index(arm)
     return [
-        _pm(result.lira[i]),
-        _pm(result.lira[i] - result.lira[0]) if i and result.shadow_arms[0] == "full" else "",
+        reached_with_interval(result.lira[i]),
+        reached_with_interval(result.lira[i] - result.lira[0])
+        if i and result.shadow_arms[0] == "full"
+        else "",
         str(result.shadow_steps[i]),
-        _pm(result.lira_train_loss[i]),
+        reached_with_interval(result.lira_train_loss[i]),
     ]
 
 
@@ -323,13 +324,15 @@ def headline(result: Result) -> Mapping[str, str]:
     lines = {}
     for name, values in result.readings.items():
         for i, arm in enumerate(result.arms[1:], start=1):
-            lines[f"AUC at {name}, {arm} less full"] = _pm(values[i] - values[0])
+            lines[f"AUC at {name}, {arm} less full"] = reached_with_interval(values[i] - values[0])
         for rank in result.config.ranks:
             frozen, *controls = (
                 values[result.arms.index(f"{family} r={rank}")] for family in FAMILIES[1:]
             )
             for family, control in zip(FAMILIES[2:], controls, strict=True):
-                lines[f"AUC at {name}, rank {rank}: frozen A less {family}"] = _pm(frozen - control)
+                lines[f"AUC at {name}, rank {rank}: frozen A less {family}"] = (
+                    reached_with_interval(frozen - control)
+                )
     for arm in result.shadow_arms:
         cells = _shadow_cells(result, arm)
         lines[f"LiRA with {result.config.num_shadows} shadows, {arm}, {cells[2]} steps"] = (

@@ -29,6 +29,12 @@ def with_interval(values: np.ndarray) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
+def reached_with_interval(values: np.ndarray) -> str:
+    """Format :func:`with_interval`; NaN stands for a seed whose run did not reach a level."""
+    missed = int(np.isnan(values).sum())
+    return f"not reached by {missed} of {len(values)}" if missed else with_interval(values)
+
+
 def auc_with_interval(scores: ArrayLike, is_member: ArrayLike) -> tuple[float, float, float]:
     """Return an attack's AUC, and both ends of its 95% interval."""
     measured = auc(scores, is_member)

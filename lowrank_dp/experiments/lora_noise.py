@@ -182,7 +182,8 @@ def headline(result: Result) -> dict[str, str]:
     ratio = result.variance / result.variance_exact
     inside = np.abs(result.variance - result.variance_exact) <= result.variance_ci
     excess = result.kurtosis[0] - 3
-    return {
+    left_out = {"models left out": "; ".join(result.skipped)} if result.skipped else {}
+    return left_out | {
         "measured variance / formula": f"{ratio.min():.3f} to {ratio.max():.3f}",
         "95% intervals that hold the formula": f"{inside.sum()} of {inside.size}",
         "excess kurtosis, fixed vector": ", ".join(

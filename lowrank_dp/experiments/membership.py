@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from lowrank_dp import _validate, engines
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
+from lowrank_dp.experiments.intervals import mean_and_interval, reached_with_interval
 from lowrank_dp.experiments.membership_configs import Config, arms
 from lowrank_dp.mia.attack import Options, attack, open_target
 from lowrank_dp.mia.compare import utility_metric
@@ -269,16 +270,16 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 arm,
-                "none" if np.isinf(result.epsilon[i]) else f"{result.epsilon[i]:.3g}",
-                _pm(last[i]),
-                _pm(last[i] - last[0]) if i else "",
+                "none" if np.isinf(result.epsilon[i]) else rounded_up(result.epsilon[i], 3),
+                reached_with_interval(last[i]),
+                reached_with_interval(last[i] - last[0]) if i else "",
                 *(
-                    _pm(values[i, :, -1])
+                    reached_with_interval(values[i, :, -1])
                     for values in (result.tpr, result.train_loss, result.utility)
                 ),
-                _pm(by_loss[i]),
-                _pm(by_loss[i] - by_loss[0]) if i else "",
-                _pm(by_utility[i]),
+                reached_with_interval(by_loss[i]),
+                reached_with_interval(by_loss[i] - by_loss[0]) if i else "",
+                reached_with_interval(by_utility[i]),
             ]
         )
     return columns, rows
@@ -289,13 +290,7 @@ def headline(result: Result) -> Mapping[str, str]:
     by_loss = result.at("train_loss")
     return {
         f"AUC, {arm}: at {result.config.steps[-1]} steps; at matched train loss": (
-            f"{_pm(result.auc[i, :, -1])}; {_pm(by_loss[i])}"
+            f"{reached_with_interval(result.auc[i, :, -1])}; {reached_with_interval(by_loss[i])}"
         )
         for i, arm in enumerate(result.arms)
     }
-
-
-def _pm(values: np.ndarray) -> str:
-    if np.isnan(values).any():
-        return f"not reached by {int(np.isnan(values).sum())} of {len(values)}"
-    return with_interval(values)

@@ -42,6 +42,7 @@ from lowrank_dp.experiments.noise_cost_directions import (
     LAYER_DIRECTIONS,
     ONCE,
     PER_DRAW,
+    SCHEMES,
     once,
     per_draw,
 )
@@ -160,8 +161,7 @@ def plan(config: Config) -> str:
     return (
         f"{len(config.cases)} settings x {config.num_warm_ups} warm-ups x {len(STAGES)} stages; "
         f"per stage {'; '.join(parts)}; a direction takes about 10 forward passes of the trained "
-        "blocks over the held-out rows. The published scale takes 0.6 hours of one quiet core; "
-        "finished stages are not repeated"
+        "blocks over the held-out rows; finished stages are not repeated"
     )
 
 
@@ -244,9 +244,13 @@ def _warm_up_stages(config: Config, case: Case, warm: int, folder: str | Path) -
 
 
 def _stage_name(config: Config, case: Case, warm: int, stage: str) -> str:
-    """Return the file name of a stage: a hash of all inputs of the measurement."""
+    """Return the file name of a stage: a hash of the configuration and of the directions.
+
+    The configuration names the model and the data, whose contents do not enter the hash.
+    """
     same = replace(config, cases=(case,), num_warm_ups=2)
-    return json_digest([to_jsonable(same), DIRECTIONS, LAYER_DIRECTIONS, warm, stage])[:16]
+    directions = [SCHEMES, DIRECTIONS, LAYER_DIRECTIONS, MAX_DOUBLINGS]
+    return json_digest([to_jsonable(same), *directions, warm, stage])[:16]
 
 
 def _load(

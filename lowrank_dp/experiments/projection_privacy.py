@@ -17,7 +17,7 @@ from scipy import special
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from lowrank_dp import lora, theory
+from lowrank_dp import _validate, lora, theory
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
 from lowrank_dp.experiments.intervals import auc_with_interval
@@ -55,8 +55,8 @@ class Config:
         relative_size: |candidate| / |rest| of the synthetic attack.
         rows: numbers of released rows. One row is attacked by the likelihood ratio, several rows
             by the symmetry score.
-        noise_levels: standard deviation of added Gaussian noise, relative to the release's
-            root-mean-square entry.
+        noise_levels: standard deviations of added Gaussian noise, relative to the release's
+            root-mean-square entry. The first is 0.
         num_trials: trials with the candidate, and as many without.
         real_rank: rank of the attack on real gradients.
         batch_size: batch size of the attack on real gradients.
@@ -137,7 +137,12 @@ class Result:
 
 
 def run(config: Config, source: GradientSource | None = None) -> Result:
-    """Compute the profiles and run the attacks; a missing ``source`` is prepared."""
+    """Compute the profiles and run the attacks; a missing ``source`` is prepared.
+
+    Raises ValueError if ``noise_levels`` does not begin with 0.
+    """
+    if not config.noise_levels or config.noise_levels[0] != 0:
+        _validate.fail("noise_levels", "levels of which the first is 0", config.noise_levels)
     source = source or prepare(config.gradients)
     ranks, grid = np.array(config.profile_ranks)[:, None], np.array(config.rank_grid)
     epsilons, widths = np.array(config.epsilons), np.array(config.widths)[:, None]

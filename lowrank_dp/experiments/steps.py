@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import _validate
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp.engines import workers_of
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.experiments import protocol, tuning
@@ -33,10 +34,21 @@ from lowrank_dp.experiments.cost import measure_cost
 from lowrank_dp.experiments.gap import ratio
 from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 from lowrank_dp.experiments.steps_configs import Config
+from lowrank_dp.experiments.steps_measures import (
+    SHARES,
+    bound,
+    bound_of_share,
+    faster_arms,
+    gap_share,
+    mean_above,
+    mean_over_steps,
+    seconds_to,
+    steps_saved,
+    steps_to,
+)
 from lowrank_dp.mechanism import NON_PRIVATE
 from lowrank_dp.sweep import Outcome
 
-SHARES = (0.9, 0.95)
 CAPTION = (
     "DP training by arm, each at its own learning rate, which lies inside its grid (tuning seeds "
     "and held-out training examples that are not reported). A score is that of the validation "
@@ -194,105 +206,6 @@ def _collect(
     )
 
 
-def steps_to(result: Result, share: float) -> np.ndarray:
-    """Return :func:`protocol.steps_to` for a share of the weaker baseline's gain: (arms, seeds)."""
-    return protocol.steps_to(
-        result.score, result.target(share), higher_is_better=result.higher_is_better
-    )
-
-
-def seconds_to(result: Result, share: float) -> np.ndarray:
-    """Return the seconds of training (arms, seeds) that the steps of :func:`steps_to` took.
-
-    The number is infinity or NaN where that of :func:`steps_to` is.
-    """
-    steps = steps_to(result, share)
-    reached = np.isfinite(steps)
-    index = np.where(reached, steps, 0).astype(int)[..., None]
-    return np.where(reached, np.take_along_axis(result.seconds, index, axis=-1)[..., 0], steps)
-
-
-def steps_saved(result: Result, arm: str, baseline: str, share: float) -> tuple[float, float]:
-    """Return the mean number of steps that an arm saves against a baseline, and its half-width.
-
-    Differences are paired by seed, and steps are censored. The half-width is that of the 95%
-    t-interval.
-    """
-    steps = protocol.censored(steps_to(result, share), result.budget)
-    return protocol.paired(result.of(baseline, steps), result.of(arm, steps))
-
-
-def bound(result: Result, arm: str, baseline: str, share: float) -> str:
-    """Return the sign of :func:`steps_saved`, if runs that miss the target make it a bound.
-
-    The sign is "≥" if only runs of the baseline miss the target, "≤" if only runs of the arm miss
-    the target, "?" if runs of both do, and "" if no run does.
-    """
-    missed = np.isinf(steps_to(result, share)).any(axis=-1)
-    pair = bool(result.of(baseline, missed)), bool(result.of(arm, missed))
-    return {(True, False): "≥", (False, True): "≤", (True, True): "?"}.get(pair, "")
-
-
-def faster_arms(result: Result, share: float = SHARES[0]) -> list[str]:
-    """List the arms with noise that take significantly fewer steps than both baselines.
-
-    Each paired t-interval has the level ``1 - 0.05 / n`` for the n compared arms (Bonferroni). The
-    probability that any listed arm saves no steps is therefore at most 5%. If the difference is
-    the same in every seed, the t-interval has no width, and the exact sign test decides instead. An
-    arm whose difference is an upper bound is not listed.
-    """
-    steps = protocol.censored(steps_to(result, share), result.budget)
-    compared = [
-        found.arm for found in result.tuned if found.chosen is not None and found.arm not in PLAIN
-    ]
-
-    def is_faster(arm: str, baseline: str) -> bool:
-        level = 1 - 0.05 / len(compared)
-        first, second = result.of(baseline, steps), result.of(arm, steps)
-        return protocol.is_larger(first, second, level) and (
-            bound(result, arm, baseline, share) in ("", "≥")
-        )
-
-    if np.isnan(result.target(share)):
-        return []
-    return [arm for arm in compared if all(is_faster(arm, baseline) for baseline in BASELINES)]
-
-
-def mean_above(result: Result, arm: str, baseline: str) -> tuple[float, float]:
-    """Return the paired difference of the mean score over the run, and its 95% half-width."""
-    return protocol.paired(_mean_over_steps(result.of(arm)), _mean_over_steps(result.of(baseline)))
-
-
-def gap_share(result: Result, arm: str, baseline: str, share: float) -> tuple[float, float]:
-    """Return the share of a baseline's gap to the faster ceiling that an arm closes.
-
-    The second number is the half-width of the 95% interval of :func:`protocol.gap_share`.
-    """
-    steps = protocol.censored(steps_to(result, share), result.budget)
-    ceiling = _faster_ceiling(result, share)
-    return protocol.gap_share(
-        result.of(baseline, steps), result.of(arm, steps), result.of(ceiling, steps)
-    )
-
-
-def bound_of_share(result: Result, arm: str, baseline: str, share: float) -> str:
-    """Return the sign of :func:`gap_share`, if runs that miss the target make it a bound.
-
-    The sign is "≤" if only runs of the arm miss the target, "?" if runs of the baseline or of the
-    faster ceiling do, and "" if no run does.
-    """
-    missed = np.isinf(steps_to(result, share)).any(axis=-1)
-    if result.of(baseline, missed) or result.of(_faster_ceiling(result, share), missed):
-        return "?"
-    return "≤" if result.of(arm, missed) else ""
-
-
-def _faster_ceiling(result: Result, share: float) -> str:
-    """Return the noise-free arm with the lower mean number of censored steps."""
-    steps = protocol.censored(steps_to(result, share), result.budget)
-    return min(CEILINGS, key=lambda name: result.of(name, steps).mean())
-
-
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Tabulate each arm: score, steps, differences from both baselines, and time."""
     metric, share = result.config.score, SHARES[0]
@@ -322,7 +235,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         if found.chosen is None:
             rows.append(cells + [""] * (len(columns) - len(cells)))
             continue
-        cells += [_unless_stopped(of(result.score[i])) for of in (_last, _mean_over_steps)]
+        cells += [_unless_stopped(of(result.score[i])) for of in (_last, mean_over_steps)]
         cells += [protocol.by_seed(reached[s][i]) for s in SHARES]
         for name in BASELINES:
             cells += (
@@ -347,7 +260,8 @@ def headline(result: Result) -> Mapping[str, str]:
     share, metric = SHARES[0], result.config.score
     steps = steps_to(result, share)
     lines = {
-        "epsilon of every arm with noise": f"{result.epsilon:.3g} at delta {result.delta:.3g}",
+        "epsilon of every arm with noise": f"{rounded_up(result.epsilon, 3)} at delta "
+        f"{rounded_up(result.delta, 3)}",
         "learning rates chosen by": result.criterion,
         f"{metric} at {share:.0%} of the weaker baseline's gain": f"{result.target(share):.4g}",
     }
@@ -375,11 +289,6 @@ def headline(result: Result) -> Mapping[str, str]:
 def _last(scores: np.ndarray) -> np.ndarray:
     """Return the score after the last step: (seeds,) of (seeds, steps + 1)."""
     return scores[:, -1]
-
-
-def _mean_over_steps(scores: np.ndarray) -> np.ndarray:
-    """Return the mean score over all steps (seeds,), the criterion of the tuning."""
-    return scores[:, 1:].mean(axis=-1)
 
 
 def _rate(found: tuning.Tuned) -> str:

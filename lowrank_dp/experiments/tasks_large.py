@@ -180,7 +180,10 @@ def _stages(config: Config, case: Case, start: int, folder: str | Path) -> list[
 
 
 def _stage_name(config: Config, case: Case, start: int, stage: str) -> str:
-    """Return the file name of a stage: a hash of all inputs of the measurement."""
+    """Return the file name of a stage: a hash of the configuration.
+
+    The configuration names the model and the data, whose contents do not enter the hash.
+    """
     same = replace(config, cases=(case,), num_starts=2)
     return json_digest([to_jsonable(same), SCHEMES, AVERAGES, STRIDE, start, stage])[:16]
 

@@ -46,7 +46,7 @@ class Config:
             warm-up order and noise.
         warm_learning_rate: learning rate of the warm-up's AdamW.
         max_length: number of tokens that a text is cut to.
-        max_rows: expected number of rows of the split that are read; a random subset per start.
+        max_rows: largest number of rows of the split that are read; a random subset per start.
         precision: "float32", or "bf16" for forward and backward passes under bf16 autocast.
         device: "cpu" or "cuda".
         seed: random seed of the first start; the next start has the next seed.

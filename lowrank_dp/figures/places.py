@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts.jsonable import to_jsonable
 from lowrank_dp.figures.catalog import find
-from lowrank_dp.figures.making import config_of, default_task
+from lowrank_dp.figures.making import config_of, configure, default_task
 from lowrank_dp.figures.spec import OPTIONS
 
 TRIALS = "trials"  # folder beside the folder of the results
@@ -100,7 +100,7 @@ def place_of(name: str, request: Request) -> Place:
         if request.own_folder or config == published_config(name):
             return Place(config, folder)
         return trial_of(name, config, request, "its configuration is not the published one")
-    other = _other_result(folder, name, spec.result, config)
+    other = _other_result(folder, name, config)
     if not other:
         return Place(config, folder)
     if request.given - {"only"}:
@@ -172,13 +172,18 @@ def _clauses(description: str | Sequence[str]) -> set[str]:
     return {clause for part in parts for clause in part.split("; ")}
 
 
-def _other_result(folder: Path, name: str, kind: type, config: Any) -> str:
-    """Describe a saved result whose configuration is not ``config``; "" if none differs."""
+def _other_result(folder: Path, name: str, config: Any) -> str:
+    """Describe a saved result whose configuration is not ``config``; "" if none differs.
+
+    A seed that the experiment does not follow may differ.
+    """
+    spec = find(name)
     try:
-        saved: Any = artifacts.load_result(folder, name, kind)
+        saved: Any = artifacts.load_result(folder, name, spec.result)
     except (ValueError, OSError):
         return "a result of another command or version"
-    if saved.config == config:
+    seed = {} if "seed" in spec.options else {"seed": 0}
+    if configure(saved.config, **seed) == configure(config, **seed):
         return ""
     return f"a result of another configuration ({_first_difference(saved.config, config)})"
 

@@ -222,10 +222,14 @@ def _accumulate(
 
 
 def _fingerprint(model: nn.Module) -> int:
-    """Return a number that identifies the model's layers and their modes."""
+    """Return a number that identifies the model's layers, their classes and their modes.
+
+    A layer that gets a preconditioner's scales stays the same object, in another class.
+    """
     return hash(
         tuple(
-            (id(m), m.training, m.__dict__.get("gradient_checkpointing")) for m in model.modules()
+            (id(m), type(m), m.training, m.__dict__.get("gradient_checkpointing"))
+            for m in model.modules()
         )
     )
 

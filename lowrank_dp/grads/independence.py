@@ -57,7 +57,7 @@ def verified(
     """Examine a model that is new in this situation; return whether its forward is repeatable.
 
     The situation is the model, its trained parameters, its mode, the backend and the layout of the
-    batch. ``fingerprint`` identifies the model's layers and their modes.
+    batch. ``fingerprint`` identifies the model's layers, their classes and their modes.
 
     Raises:
         ValueError: as :func:`examine` does.

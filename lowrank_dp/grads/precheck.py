@@ -53,7 +53,7 @@ class Precheck:
         sharded: whether the model is sharded over processes.
         in_step: whether other processes run the same checks, so that the decision to run a model
             must not depend on this process's rows.
-        fingerprint: a number that identifies the model's layers and their modes.
+        fingerprint: a number that identifies the model's layers, their classes and their modes.
     """
 
     backend: str

@@ -99,12 +99,15 @@ class Options:
         parse=_rates,
     )
     delta: float | None = option(
-        None, "Delta of the lower bound on epsilon. Default: the delta of the accountant."
+        None,
+        "Delta of the lower bound on epsilon and of the accountant's epsilon, which is computed "
+        "for this delta. Default: the delta of the run.",
     )
     guesses: int = option(
         0,
         "Number of guesses of the one-run audit, chosen before the attacks run; 0 omits the audit. "
-        "The audit needs a checkpoint trained with --membership bernoulli.",
+        "The audit needs a checkpoint trained with --membership bernoulli. With the audit there "
+        "are two lower bounds on epsilon, each at a confidence of 97.5%.",
     )
     white_box: bool = option(
         False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import artifacts
+from lowrank_dp._rounding import rounded_down, rounded_up
 from lowrank_dp.artifacts import files
 from lowrank_dp.mia.options import ATTACKS, SHADOW_ATTACKS
-from lowrank_dp.mia.report import Attack, Report
+from lowrank_dp.mia.report import CONFIDENCE, Attack, Report
 
 LABEL = "NON-PRIVATE: computed from membership bits"
 _KEYS = {"sampling": "coins", "base": "untuned", "origin": "source"}  # field -> key in the JSON
@@ -53,7 +55,7 @@ def save(report: Report, folder: Path, asked: Mapping[str, Any]) -> None:
 
 
 def header(report: Report) -> list[str]:
-    """Return the lines above the table: model, records, format, and the checks."""
+    """Return the lines above the table: model, privacy statement, records, format, and checks."""
     members = int(report.is_member.sum())
     losses = (
         f"; train loss {report.train_loss:.3g} / eval {report.eval_loss:.3g}"
@@ -67,6 +69,7 @@ def header(report: Report) -> list[str]:
     )
     return [
         f"model    {Path(report.model).name}: {report.description}{losses}",
+        f"privacy  {report.privacy}",
         f"records  {members:,} in / {len(report.is_member) - members:,} out, sampling "
         f"{report.sampling}, overlap 0, copies left out {len(report.left_out):,}, near-duplicates "
         f"across sides {len(report.near_duplicates):,}",
@@ -85,7 +88,7 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
     columns = ["attack", "AUC [95%]"]
     for rate in rates:
         columns += [f"TPR@{float(rate):.3g} [95%]", "realised FPR"]
-    columns.append("epsilon >=")
+    columns.append(f"epsilon >= [{_percent(report.bound_confidence)}]")
     rows = []
     for attack in report.attacks:
         shadows = f" ({report.num_shadows})" if attack.name in SHADOW_ATTACKS else ""
@@ -93,7 +96,7 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
         cells = [f"{attack.name}{star}{shadows}", _interval(attack.auc)]
         for rate in rates:
             cells += _tpr(attack, rate)
-        rows.append([*cells, f"{attack.epsilon.epsilon:.3g}"])
+        rows.append([*cells, rounded_down(attack.epsilon.epsilon, 3)])
     return columns, rows
 
 
@@ -102,22 +105,30 @@ def footer(report: Report) -> list[str]:
     claimed = (
         "none"
         if report.accountant_epsilon is None
-        else f"{report.accountant_epsilon:.4g} at delta {report.delta:.3g}"
+        else f"epsilon <= {rounded_up(report.accountant_epsilon)} at delta "
+        f"{rounded_up(report.delta, 6)}"
     )
-    one_run = (
-        "" if report.one_run_epsilon is None else f"; one-run audit {report.one_run_epsilon:.3g}"
+    worth = (
+        f"The bound is no proof: {report.objection}."
+        if report.objection
+        else "The bound is evidence of a leak; a low bound is no guarantee."
     )
     lines = [
-        f"epsilon >= {report.lower_bound:.3g} (95%, {report.primary}, split threshold, delta "
-        f"{report.delta:.3g}{one_run}); accountant: {claimed}. The bound is "
-        "evidence of a leak; a low bound is no guarantee.",
+        f"epsilon >= {rounded_down(report.lower_bound, 3)} ({_percent(CONFIDENCE)}, "
+        f"{_methods(report)}, delta {rounded_down(report.delta, 6)}); accountant: {claimed}. "
+        f"{worth}",
         "This is a single run and no ranking: compare methods over at least 3 seeds.",
         f"verdict  {report.verdict}",
     ]
-    if report.contradiction:
+    if report.exceeds_claim:  # in all digits: rounded, the two numbers may look equal
+        comparison = (
+            f"the lower bound {report.lower_bound!r} exceeds the accountant's epsilon "
+            f"{report.accountant_epsilon!r}"
+        )
         lines.append(
-            f"CONTRADICTION: the lower bound {report.lower_bound:.3g} exceeds the "
-            f"accountant's epsilon {report.accountant_epsilon:.4g}"
+            f"no contradiction, although {comparison}: {report.objection}"
+            if report.objection
+            else f"CONTRADICTION: {comparison}"
         )
     if report.unavailable:
         lines.insert(
@@ -138,8 +149,24 @@ def as_json(report: Report) -> dict[str, Any]:
     document["is_member"] = report.is_member.astype(int).tolist()
     document["label"] = LABEL
     document["contradiction"], document["lower_bound"] = report.contradiction, report.lower_bound
+    if report.accountant_epsilon is not None and math.isinf(report.accountant_epsilon):
+        document["accountant_epsilon"] = "infinite"  # JSON has no infinity
     document["meaning"] = {attack.name: ATTACKS[attack.name] for attack in report.attacks}
     return document
+
+
+def _methods(report: Report) -> str:
+    """Name the method of the lower bound; of two bounds, give both and their confidence."""
+    if report.one_run_epsilon is None:
+        return f"{report.primary}, split threshold"
+    return (
+        f"the larger of two bounds at {_percent(report.bound_confidence)} each: {report.primary}, "
+        f"split threshold, and one-run audit {rounded_down(report.one_run_epsilon, 3)}"
+    )
+
+
+def _percent(confidence: float) -> str:
+    return f"{100 * confidence:.4g}%"
 
 
 def _interval(auc: Any) -> str:

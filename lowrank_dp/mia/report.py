@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import artifacts
+from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia import duplicates, metrics, shift, units
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.learning import Learning
@@ -16,6 +18,10 @@ from lowrank_dp.mia.options import Options
 from lowrank_dp.mia.record_format import ASSUMED, Format
 from lowrank_dp.mia.target import Target
 from lowrank_dp.mia.verdict import Evidence, detectable_auc, verdict
+from lowrank_dp.train import TrainResult
+
+CONFIDENCE = 0.95  # of the lower bound on epsilon
+GIVEN_FILES = "given files"  # in place of a sampling scheme
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Attack:
         name: a key of ``options.ATTACKS``.
         auc: AUC with a 95% interval.
         tpr: true-positive rates by false-positive rate; None if the non-members are too few.
-        epsilon: the lower bound on epsilon at a confidence of 95%.
+        epsilon: the lower bound on epsilon, at the confidence ``Report.bound_confidence``.
     """
 
     name: str
@@ -70,7 +76,7 @@ class Report:
         unavailable: attacks that were not made, with the reason for each; empty if attacks were
             named.
         num_shadows: number of shadow models.
-        sampling: the scheme by which members were drawn, or "given files".
+        sampling: the scheme by which members were drawn, or ``GIVEN_FILES``.
         control: AUC of the primary attack against randomly permuted membership, with a 99%
             interval; its expectation is 1/2.
         blind: AUC of a classifier of membership by the texts alone, with a 99% interval.
@@ -82,8 +88,11 @@ class Report:
         detectable_auc: AUC that the primary attack finds in ``verdict.POWER`` of audits of this
             size.
         train_loss, eval_loss: losses in training.json, or None.
-        accountant_epsilon: epsilon that training.json claims; None for no claim.
-        delta: delta of the lower bounds on epsilon.
+        accountant_epsilon: upper bound on epsilon at ``delta``, by `claimed_epsilon`; None for no
+            claim.
+        delta: delta of the lower bounds on epsilon, and of ``accountant_epsilon``.
+        bound_confidence: confidence of each lower bound on epsilon. Without a one-run audit it is
+            ``CONFIDENCE``; with one, it is such that both bounds hold together at ``CONFIDENCE``.
         one_run_epsilon: bound of the one-run audit; None if not asked for.
         verdict: conclusion that the numbers support, in words.
         provenance: versions, machine, commit and command of the computation.
@@ -113,22 +122,36 @@ class Report:
     eval_loss: float | None
     accountant_epsilon: float | None
     delta: float
+    bound_confidence: float
     one_run_epsilon: float | None
     verdict: str
     provenance: Mapping[str, Any]
 
     @property
     def contradiction(self) -> bool:
+        """Whether the lower bound shows that the accountant's epsilon is false."""
+        return self.exceeds_claim and not self.objection
+
+    @property
+    def exceeds_claim(self) -> bool:
         """Whether the lower bound on epsilon exceeds the epsilon that the accountant claims."""
-        if self.accountant_epsilon is None:
-            return False
-        return self.lower_bound > self.accountant_epsilon
+        return self.accountant_epsilon is not None and self.lower_bound > self.accountant_epsilon
+
+    @property
+    def objection(self) -> str:
+        """Reason why the lower bound on epsilon is no proof; "" if it is valid."""
+        if self.sampling == GIVEN_FILES:
+            return "members or non-members were given in a file, not drawn at random"
+        if self.shift != shift.OK:
+            return "members and non-members differ without the model"
+        return ""
 
     @property
     def lower_bound(self) -> float:
         """The larger of the primary attack's and the one-run audit's lower bound on epsilon.
 
-        Other attacks do not count: the best of many attacks would need a correction.
+        The confidence is ``CONFIDENCE``. Other attacks do not count: the best of many attacks would
+        need a correction.
         """
         primary = next(attack for attack in self.attacks if attack.name == self.primary)
         return max(primary.epsilon.epsilon, self.one_run_epsilon or 0.0)
@@ -140,7 +163,10 @@ def make_report(target: Target, options: Options, measured: Measured) -> Report:
     truth, examples = records.is_member, records.examples
     delta = options.delta if options.delta is not None else result.delta if result else 0.0
     counted = {name: independent_scores(target, values) for name, values in measured.scores.items()}
-    attacks = tuple(_measure(name, *one, options, delta) for name, one in counted.items())
+    confidence = bound_confidence(options)
+    attacks = tuple(
+        _measure(name, *one, options, delta, confidence) for name, one in counted.items()
+    )
     blind = shift.blind_baseline(examples, truth, seed=options.seed)
     base = (
         None
@@ -171,7 +197,7 @@ def make_report(target: Target, options: Options, measured: Measured) -> Report:
         primary=measured.primary,
         unavailable=measured.unavailable,
         num_shadows=measured.num_shadows,
-        sampling=records.sampling or "given files",
+        sampling=records.sampling or GIVEN_FILES,
         control=_control(*counted[measured.primary], options.seed),
         blind=blind,
         base=base,
@@ -182,12 +208,39 @@ def make_report(target: Target, options: Options, measured: Measured) -> Report:
         detectable_auc=evidence.detectable_auc,
         train_loss=result.train_loss if result else None,
         eval_loss=result.curve[-1]["loss"] if result else None,
-        accountant_epsilon=result.epsilon if result else None,
+        accountant_epsilon=claimed_epsilon(result, delta),
         delta=delta,
-        one_run_epsilon=_one_run(options, *counted[measured.primary], delta),
+        bound_confidence=confidence,
+        one_run_epsilon=_one_run(options, *counted[measured.primary], delta, confidence),
         verdict=verdict(evidence),
         provenance=artifacts.provenance(seed=options.seed, device=options.device),
     )
+
+
+def claimed_epsilon(result: TrainResult | None, delta: float) -> float | None:
+    """Return the accountant's upper bound on epsilon at ``delta``; None if there is no claim.
+
+    At the delta of training.json, the bound is the epsilon of that file. At any other delta, the
+    accountant computes the bound from the file's noise multiplier, sampling rate and number of
+    releases. At delta 0 the bound is infinite, as for every Gaussian mechanism.
+    """
+    if result is None or result.epsilon is None:
+        return None
+    if delta == result.delta:
+        return result.epsilon
+    if delta == 0:
+        return math.inf
+    mechanism = GaussianMechanism(result.noise_multiplier, 1.0, result.sample_rate)
+    return mechanism.epsilon(result.releases, delta)
+
+
+def bound_confidence(options: Options) -> float:
+    """Return the confidence of each lower bound on epsilon.
+
+    With a one-run audit there are two bounds, of which the larger is reported. Each bound then gets
+    half of 1 - ``CONFIDENCE`` (Bonferroni).
+    """
+    return 1 - (1 - CONFIDENCE) / 2 if options.guesses else CONFIDENCE
 
 
 def independent_scores(target: Target, scores: Array) -> tuple[Array, np.ndarray]:
@@ -202,7 +255,14 @@ def independent_scores(target: Target, scores: Array) -> tuple[Array, np.ndarray
     return units.unit_scores(scores, records.examples, records.is_member)
 
 
-def _measure(name: str, values: Array, truth: np.ndarray, options: Options, delta: float) -> Attack:
+def _measure(
+    name: str,
+    values: Array,
+    truth: np.ndarray,
+    options: Options,
+    delta: float,
+    confidence: float,
+) -> Attack:
     others = int((~truth).sum())
     enough = {rate: metrics.allowed_false_positives(rate, others) >= 1 for rate in options.fpr}
     return Attack(
@@ -212,7 +272,9 @@ def _measure(name: str, values: Array, truth: np.ndarray, options: Options, delt
             f"{rate:g}": metrics.tpr_at_fpr(values, truth, rate) if enough[rate] else None
             for rate in options.fpr
         },
-        metrics.split_epsilon(values, truth, np.random.default_rng(options.seed), delta=delta),
+        metrics.split_epsilon(
+            values, truth, np.random.default_rng(options.seed), delta=delta, confidence=confidence
+        ),
     )
 
 
@@ -222,14 +284,18 @@ def _control(values: Array, truth: np.ndarray, seed: int) -> metrics.Auc:
     return metrics.auc(values, permuted, confidence=shift.CONFIDENCE)
 
 
-def _one_run(options: Options, values: Array, truth: np.ndarray, delta: float) -> float | None:
+def _one_run(
+    options: Options, values: Array, truth: np.ndarray, delta: float, confidence: float
+) -> float | None:
     """Compute the bound of the one-run audit, whose requirements ``check_named`` has checked."""
     if not options.guesses:
         return None
     correct = metrics.one_run_correct(
         values, truth, options.guesses, np.random.default_rng(options.seed)
     )
-    return metrics.one_run_epsilon(len(truth), options.guesses, correct, delta=delta)
+    return metrics.one_run_epsilon(
+        len(truth), options.guesses, correct, delta=delta, confidence=confidence
+    )
 
 
 def _caveat(target: Target, learning: Learning) -> str:

@@ -140,17 +140,19 @@ def _read_result(folder: Path) -> TrainResult | None:
         return None
     result = load_result(folder)
     last = result.curve[-1] if result.curve else {}
+    file = folder / runs.TRAINING
     numbers = {
-        "delta": result.delta,
         "train_loss": result.train_loss,
         "seconds": result.seconds,
-        "sample_rate": result.sample_rate,
         "curve: loss": last.get("loss"),
         "epsilon": 0.0 if result.epsilon is None else result.epsilon,
     }
     for name, value in numbers.items():
-        _validate.real(f"{folder / runs.TRAINING}: {name}", value)
-    _validate.real(f"{folder / runs.TRAINING}: delta", result.delta, low=0, high=1, high_open=True)
+        _validate.real(f"{file}: {name}", value)
+    _validate.real(f"{file}: delta", result.delta, low=0, high=1, high_open=True)
+    _validate.real(f"{file}: noise_multiplier", result.noise_multiplier, low=0)
+    _validate.real(f"{file}: sample_rate", result.sample_rate, low=0, low_open=True, high=1)
+    _validate.integer(f"{file}: releases", result.releases, low=0)
     return result
 
 

@@ -173,4 +173,7 @@ def _device(device: str | torch.device) -> torch.device:
         _validate.fail("device", "a torch device such as cpu or cuda", str(device))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         _validate.fail("device", "cpu: this torch finds no CUDA device", str(device))
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        _validate.fail("device", f"one of cpu, {', '.join(devices)}", str(device))
     return chosen

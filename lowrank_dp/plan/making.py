@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp._terminal import progress
+from lowrank_dp.data import Task
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE, GaussianMechanism
 from lowrank_dp.plan.alignment import (
     NoisySpectrum,
@@ -18,11 +19,12 @@ from lowrank_dp.plan.alignment import (
     predict_spectrum,
 )
 from lowrank_dp.plan.curvature import StepGain, step_gain
-from lowrank_dp.plan.public_text import PublicText, load_public_text
+from lowrank_dp.plan.public_text import PublicText, is_compared, load_public_text
 from lowrank_dp.plan.request import Measurement
 from lowrank_dp.plan.trials import Gap, measure_gap
 from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES
 from lowrank_dp.spectrum.random_matrix import bulk_edge
+from lowrank_dp.train.claims import statement_of
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.records import select_units
 from lowrank_dp.train.setup import make_mechanism
@@ -94,7 +96,8 @@ class Plan:
     Attributes:
         privacy: sentence that says which data the measurements are computed from.
         statement: privacy statement of the planned run after its last step.
-        description: the model and the measured text, in words.
+        description: the model and the measured text, in words; for a plan from public text, also
+            which of its steps read the task's records.
         num_units: number of units of privacy that the run trains on.
         delta: delta of the guarantee.
         sample_rate: probability, in (0, 1], that a unit takes part in a step.
@@ -123,8 +126,11 @@ class Plan:
 def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Plan:
     """Plan the run of ``config`` without spending privacy.
 
-    The plan reads the number of the task's records, which ``train`` treats as public too, and no
-    record. With ``own_records``, the plan reads gradients of the records and is NON-PRIVATE.
+    The numbers of a plan from public text depend on the task's records through the number of units
+    alone, which ``train`` treats as public too. The records are read all the same: their contents
+    and labels choose the units as in ``train`` (``max_examples``, ``holdout``, ``membership``), and
+    public text that is not generated is compared with the training texts, to refuse a copy. With
+    ``own_records``, the plan reads gradients of the records and is NON-PRIVATE.
 
     Args:
         config: configuration of the run.
@@ -171,8 +177,10 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
         points.append(_point(when, text, size, mechanism, measurement, schemes))
     return Plan(
         privacy=NON_PRIVATE if measurement.own_records else NO_RECORDS,
-        statement=mechanism.statement(config.steps, delta),
-        description=text.description,
+        statement=statement_of(
+            config, mechanism, delta, config.steps, sum(members), task_name=task.name
+        ),
+        description=text.description + _records_read(task, measurement),
         num_units=sum(members),
         delta=delta,
         sample_rate=mechanism.sample_rate,
@@ -181,6 +189,18 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
         noise_std_of_mean=mechanism.noise_std / size,
         points=tuple(points),
         gap=gap,
+    )
+
+
+def _records_read(task: Task, measurement: Measurement) -> str:
+    """Return what the plan reads the task's records for, in words; empty for own records."""
+    if measurement.own_records:
+        return ""
+    compared = is_compared(measurement.public)
+    copies = ", and to refuse public text that is a copy of them" if compared else ""
+    return (
+        f"; the records of {task.name} are read to choose and count the units{copies}; the plan's "
+        "numbers depend on them through this count alone"
     )
 
 

@@ -129,6 +129,14 @@ class PublicText:
         )
 
 
+def is_compared(public: str) -> bool:
+    """Return whether public text of this name or path is compared with the task's training texts.
+
+    Generated text is not compared. The name "" stands for generated text.
+    """
+    return bool(public) and known_name(public) not in GENERATED_TASKS
+
+
 def load_public_text(
     config: TrainConfig, task: Task, public: str, own_records: bool, seed: int
 ) -> PublicText:
@@ -150,14 +158,14 @@ def load_public_text(
     if own_records:
         text = task
     else:
-        if is_same_task(name, config.task) and known_name(name) not in GENERATED_TASKS:
+        if is_same_task(name, config.task) and is_compared(name):
             raise ValueError(
                 f"public must be other text than the task's own, got {name!r}: give a public task, "
                 "or own_records for a NON-PRIVATE plan"
             )
         columns = None if known_name(name) else Columns.of(config)
         text = load_task(name, columns=columns, seed=config.data_seed + 1, warn=False)
-        if known_name(name) not in GENERATED_TASKS and is_copy(
+        if is_compared(name) and is_copy(
             [example for split in text.splits.values() for example in split], task.train
         ):
             raise ValueError(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lowrank_dp.restore.gradients import GradientRestorer, restore_gradients
     from lowrank_dp.restore.low_pass import LowPassFilter, exponential_average, kalman_filter
     from lowrank_dp.restore.noise_floor import require_noise
-    from lowrank_dp.restore.oracle import oracle_values, project
+    from lowrank_dp.restore.oracle import oracle_values
     from lowrank_dp.restore.plan import check_arguments
     from lowrank_dp.restore.restoration import Report, restore, restore_with_report, restored_values
     from lowrank_dp.restore.schemes import EDGE_SCHEMES, NON_PRIVATE_SCHEMES, SCHEMES, Scheme
@@ -31,7 +31,6 @@ __all__ = [
     "exponential_average",
     "kalman_filter",
     "oracle_values",
-    "project",
     "require_noise",
     "restore",
     "restore_gradients",

@@ -90,9 +90,10 @@ def restore(
         false_spike_rate: None for the asymptotic edge, or the probability, in (0, 1), with which
             pure noise may count as a spike. Values up to the corresponding higher level are then
             treated as noise.
-        options: options of the scheme: hard and soft ``threshold``; truncate ``k``; optimal
-            ``loss``; denoise ``kappa``, ``norm_correction``; partial ``alpha``, ``target``; power
-            ``p``; oracle ``values``.
+        options: options of the scheme: hard and soft ``threshold`` ("optimal", "edge"); truncate
+            ``k`` (integer >= 1); optimal ``loss`` ("frobenius", "operator", "nuclear"); denoise
+            ``kappa`` (>= 0), ``norm_correction`` (bool); partial ``alpha`` (in [0, 1]), ``target``
+            ("rmt", "power-law", "exponential", tensor); power ``p`` (> 0); oracle ``values``.
 
     Returns:
         The restored matrices, in the shape, type and device of ``noisy``; a numpy array for a numpy

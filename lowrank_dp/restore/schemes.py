@@ -58,7 +58,7 @@ def soft(s: Tensor, noise: NoiseModel, *, threshold: str = "edge") -> Tensor:
 
 
 def truncate(s: Tensor, noise: NoiseModel, *, k: int) -> Tensor:
-    """Keep the k largest values at any noise level: the rank-k limit that DP-LoRA imposes.
+    """Keep the k >= 1 largest values at any noise level: the rank-k limit that DP-LoRA imposes.
 
     A matrix with a side of at most k keeps all its values.
     """
@@ -83,9 +83,10 @@ def denoise(
 ) -> Tensor:
     """Shrink, then rescale to the norm of the noisy matrix (first version of arXiv 2510.01137).
 
-    A matrix whose top value is not above ``kappa`` times the bulk edge is returned unchanged. A
-    kappa below 1 acts as 1, because shrinkage leaves nothing below the edge. ``norm`` (...,) is the
-    Frobenius norm of the noisy matrix, and must be given if ``s`` is not the complete spectrum.
+    A matrix whose top value is not above ``kappa`` >= 0 times the bulk edge is returned unchanged.
+    A kappa below 1 acts as 1, because shrinkage leaves nothing below the edge. ``norm_correction``
+    is True or False; False leaves out the rescaling. ``norm`` (...,) is the Frobenius norm of the
+    noisy matrix, and must be given if ``s`` is not the complete spectrum.
     """
     shrunk = optimal(s, noise)
     if norm_correction:
@@ -100,6 +101,7 @@ def partial(
 ) -> Tensor:
     """Move the values a share ``alpha`` of the way to a target t: ``(1 - alpha) s + alpha t``.
 
+    ``alpha`` is in [0, 1]: 0 leaves the values unchanged, and 1 replaces them by the target.
     ``target`` is one of:
 
     - "rmt": the clean values that the noise model implies, 0 below the bulk edge;
@@ -280,7 +282,7 @@ SCHEMES: dict[str, Scheme] = {
         denoise,
         {
             "kappa": lambda kappa, shape: _validate.real("kappa", kappa, low=0),
-            "norm_correction": lambda correct, shape: correct,
+            "norm_correction": lambda correct, shape: _validate.boolean("norm_correction", correct),
         },
         reads_noise_level=True,
         reads_norm=True,

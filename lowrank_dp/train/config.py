@@ -58,7 +58,7 @@ class TrainConfig:
     epsilon: float | None = option(
         None, "Privacy budget epsilon, above 0. The noise is calibrated to this budget."
     )
-    delta: float | None = option(None, "Delta of the guarantee. Default: N^-1.1 for N units.")
+    delta: float | None = option(None, "Delta, in (0, 1). Default: N^-1.1 for N units of privacy.")
     noise_multiplier: float | None = option(
         None,
         "Standard deviation of the noise on the gradient sum, relative to --max-grad-norm, above "
@@ -68,11 +68,12 @@ class TrainConfig:
     noise_free: bool = option(
         False,
         "Sample and clip as a private run does, and add no noise. The score of such a run is the "
-        "upper limit of every method that removes noise. The run has no privacy guarantee, and is "
-        "marked NON-PRIVATE.",
+        "upper limit of every method that removes noise. The run is marked NON-PRIVATE.",
     )
     max_grad_norm: float = option(
-        1.0, "Clipping norm: the largest contribution of one unit of privacy to a step."
+        1.0,
+        "Clipping norm C, absolute, in [1e-20, 1e20]: the largest norm that one unit of privacy "
+        "contributes to the gradient sum of a step.",
     )
     unit: str = option(
         "example",
@@ -87,7 +88,7 @@ class TrainConfig:
     target_column: str | None = own_column("target")
     group_column: str | None = own_column("group")
     steps: int = option(50, "Number of optimizer steps.")
-    batch_size: int = option(512, "Expected number of units per step (Poisson sampling).")
+    batch_size: int = option(512, "Expected number of units per step (Poisson sample), at least 1.")
     optimizer: str = option(
         "adam",
         "Optimizer. sgd, adam and adamw are those of torch.optim. adam-bc is Adam with the noise "
@@ -99,7 +100,7 @@ class TrainConfig:
     noise_floor: float = option(
         0.3,
         "Lower limit of adam-bc's second moment after the subtraction of the noise variance, "
-        "relative to the noise variance.",
+        "relative to the noise variance, above 0.",
     )
     skip_zeros: bool = option(
         False,
@@ -108,13 +109,13 @@ class TrainConfig:
         "moment counts these steps; the first nonzero gradient, at step t, then moves weights by "
         "up to sqrt(t) times the learning rate.",
     )
-    learning_rate: float = option(1e-4, "Learning rate of the optimizer.")
+    learning_rate: float = option(1e-4, "Learning rate of the optimizer, above 0.")
     beta1: float | None = option(
         None,
         "Coefficient beta1 of Adam, or momentum of SGD or Muon. Default: 0.9 for Adam and Muon; 0 "
         "for SGD, and with --momentum-beta or --filter-b.",
     )
-    weight_decay: float = option(0.0, "Weight decay of the optimizer.")
+    weight_decay: float = option(0.0, "Weight decay of the optimizer, in [0, 1e20].")
     schedule: str = option(
         "constant",
         "Schedule of the learning rate, by transformers.get_scheduler.",

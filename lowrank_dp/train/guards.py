@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import SCHEMES
@@ -209,7 +210,7 @@ def check_mechanism(
         spent = mechanism.epsilon(config.steps, delta)
         if not spent <= config.epsilon * (1 + 1e-6):
             raise ValueError(
-                f"noise_multiplier of the mechanism gives epsilon {spent:.6g} after "
+                f"noise_multiplier of the mechanism gives epsilon {rounded_up(spent, 6)} after "
                 f"{config.steps} steps, more than {config.epsilon:g}"
             )
 

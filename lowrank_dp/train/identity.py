@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -25,6 +26,12 @@ from lowrank_dp.train.processes import world_size
 
 _LIBRARIES = ("transformers", "peft", "numpy", "scipy", "cryptography")
 _SWITCHES = ("MKL_", "ONEDNN_", "DNNL_", "ATEN_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32")
+# entries of /proc/cpuinfo by which numerical libraries choose kernels, on x86 and on Arm
+_PROCESSOR = (
+    *("vendor_id", "cpu family", "model", "model name", "stepping", "cache size", "flags"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features"),
+)
+_CPUINFO = Path("/proc/cpuinfo")
 _PATHS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
 
 
@@ -54,8 +61,8 @@ def digests(
 def versions_and_machine(device: str) -> dict[str, str]:
     """Return the versions, settings and machine properties that decide how a sum is rounded.
 
-    The number of threads, the processor's instructions, torch's settings and environment variables
-    of the numerical libraries choose kernels, and so the order and the precision of additions.
+    The number of threads, the processor, torch's settings and environment variables of the
+    numerical libraries choose kernels, and so the order and the precision of additions.
     """
     kind = torch.device(device).type
     found = {name: metadata.version(name) for name in _LIBRARIES} | _torch_settings()
@@ -68,11 +75,42 @@ def versions_and_machine(device: str) -> dict[str, str]:
         "lowrank_dp": f"{lowrank_dp.__version__} ({_source()[:12]})",
         "threads": str(torch.get_num_threads()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(),
         "processes": str(world_size()),
     }
     if kind == "cuda" and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(torch.device(device))
     return found
+
+
+def describe_processor(cpuinfo: str) -> str:
+    """Return the model name of the processor, and a digest of what libraries choose kernels by.
+
+    The digest covers the vendor, family, model, stepping, cache size and instructions of all cores.
+    Other entries, such as the clock rate, may change while a machine runs.
+
+    Args:
+        cpuinfo: text of ``/proc/cpuinfo``.
+
+    Returns:
+        The description; empty if the text has none of these entries.
+    """
+    found: dict[str, set[str]] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in _PROCESSOR:
+            found.setdefault(name.strip(), set()).add(value.strip())
+    if not found:
+        return ""
+    name = " and ".join(sorted(found.get("model name", {"processor without a name"})))
+    return f"{name} ({json_digest({key: sorted(found[key]) for key in sorted(found)})[:12]})"
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """Describe this machine's processor, by ``platform`` where the system has no /proc/cpuinfo."""
+    cpuinfo = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.exists() else ""
+    return describe_processor(cpuinfo) or f"{platform.machine()} {platform.processor()}".strip()
 
 
 def not_repeatable(config: TrainConfig) -> str:

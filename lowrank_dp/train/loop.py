@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import artifacts, evaluation
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp._terminal import Interrupted, deferred_signals, progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.models.precision import autocast_dtype_of
@@ -271,7 +272,7 @@ def _begin_or_resume(
     spent = setup.epsilon(releases)
     if found and config.epsilon is not None and spent is not None and spent > config.epsilon:
         raise ValueError(
-            f"resuming would spend epsilon {spent:.4g}, more than {config.epsilon:g}: "
+            f"resuming would spend epsilon {rounded_up(spent)}, more than {config.epsilon:g}: "
             f"{releases - config.steps} steps would be drawn anew, and counted again, since the "
             "steps after the snapshot can't be repeated exactly (then / now: "
             f"{state.restarted or 'nothing now, but steps were drawn anew before'}); "
@@ -333,6 +334,7 @@ def _weights(setup: Setup) -> dict[str, Tensor]:
 @contextmanager
 def _preserved_generators(config: TrainConfig) -> Iterator[None]:
     """Restore torch's global generators, which dropout draws from, after the block."""
-    cuda = config.device.startswith("cuda") and torch.cuda.is_available()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
+    device = torch.device(config.device)  # one that does not exist is refused with the model
+    cuda = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    with torch.random.fork_rng(devices=[device] if cuda else []):
         yield

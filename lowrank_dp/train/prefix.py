@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from lowrank_dp._json import json_digest
 from lowrank_dp._terminal import first_line, progress
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
 from lowrank_dp.data.batches import collate
+from lowrank_dp.evaluation.inference import evaluating
 from lowrank_dp.grads import Batch
 from lowrank_dp.grads.clipping import clipped_sum
 from lowrank_dp.models.heads import without_adapter
@@ -150,7 +151,7 @@ def open_cache(
         asked = request.shared_by is None
         return PrefixCache(f"frozen blocks not cached ({first_line(error)})" if asked else "")
     try:
-        with _evaluating(model):
+        with evaluating(model):
             _install(model, prefix, public, config)
     except torch.OutOfMemoryError:
         raise
@@ -196,17 +197,6 @@ def _evaluations(config: TrainConfig, request: CacheRequest) -> float:
     """Return the number of evaluations of the runs that share the folder."""
     shared_by = math.inf if request.shared_by is None else request.shared_by
     return shared_by * (1 + config.steps // config.eval_every)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Put the model into evaluation mode, and restore its mode afterwards."""
-    mode = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(mode)
 
 
 def _over_ranks(digest: str) -> str:
@@ -310,7 +300,7 @@ def _filled(
         return store, ""
     if not pays:
         return None, "too few steps: filling the cache would take longer than it saves"
-    with store.lock(), _evaluating(model):
+    with store.lock(), evaluating(model):
         missing = [row for key, row in distinct.items() if key not in store]
         run = partial(_run, prefix, config, pad_token_id, pad_to)
         tokens = sum(pad_to or len(row["input_ids"]) for row in missing)

@@ -42,7 +42,7 @@ class TrainResult:
         majority: accuracy of always answering the most frequent validation label, or None.
         description: model, data and processes, in words.
         provenance: versions, command and machine.
-        sensitive: the fields of the file that no mechanism protects.
+        sensitive: the fields of the file that no mechanism protects, in words.
         schema_version: version of the file's schema.
     """
 
@@ -62,6 +62,23 @@ class TrainResult:
     provenance: Mapping[str, Any]
     sensitive: str = "train_loss: NON-PRIVATE, computed from the members without noise"
     schema_version: int = artifacts.SCHEMA_VERSION
+
+
+def sensitive_fields(config: TrainConfig) -> str:
+    """Return which fields of ``training.json`` no mechanism protects, in words, and why."""
+    if config.diagnostic or not config.adds_noise:
+        return (
+            "train_loss, curve, majority, and every other field that depends on records: "
+            "NON-PRIVATE, since the run has no privacy guarantee"
+        )
+    fields = ["train_loss: NON-PRIVATE, computed from the members without noise"]
+    if config.holdout:
+        fields.append(
+            "curve, majority: NON-PRIVATE, computed without noise from the private records that "
+            "holdout set aside"
+        )
+    fields.append("seconds, restore_seconds, also in curve: grow with the sizes of the samples")
+    return "; ".join(fields)
 
 
 def load_result(folder: str | Path) -> TrainResult:
@@ -97,6 +114,7 @@ def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> T
         majority=majority(setup.task),
         description=setup.description,
         provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device),
+        sensitive=sensitive_fields(setup.config),
     )
 
 

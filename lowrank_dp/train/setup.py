@@ -20,7 +20,7 @@ from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
 from lowrank_dp.models.heads import head_state
 from lowrank_dp.models.memory import warn_of_logits
-from lowrank_dp.restore import SCHEMES
+from lowrank_dp.train.claims import statement_of
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digests
 from lowrank_dp.train.implicit_noise import noisy_matrices
@@ -128,46 +128,14 @@ class Setup:
                 "NON-PRIVATE: sampled and clipped to max_grad_norm "
                 f"{self.mechanism.max_grad_norm:g} without noise, for diagnosis only"
             )
-        claim = self.mechanism.statement(releases, self.delta)
-        if self.config.diagnostic:
-            return f"NON-PRIVATE: {self._diagnosis}, for diagnosis only"
-        if self.preconditioner:
-            claim += f"; preconditioner from {self.preconditioner}"
-        claim += f"; the number of {self.config.unit}s ({sum(self.members):,}) is public"
-        if self.config.membership == "half":
-            claim += (
-                f"; membership 'half': neighbours are sets of members, for one more "
-                f"{self.config.unit} in the data may change the whole half"
-            )
-        if self.config.holdout:
-            claim += f"; {self.config.unit}s set aside by holdout are evaluated on, not protected"
-        if self.delta * len(self.unit_rows) >= 1:
-            claim += (
-                f"; delta is not below 1/N = {1 / len(self.unit_rows):.3g}: it allows "
-                "publishing a whole record"
-            )
-        return f"{claim}; {self.randomness}"
-
-    @property
-    def _diagnosis(self) -> str:
-        if not SCHEMES[self.config.scheme].private:
-            return f"scheme {self.config.scheme!r} reads clean gradients"
-        return f"the preconditioner reads clean gradients of {self.task.name}, the private task"
-
-    @property
-    def randomness(self) -> str:
-        """The source of the noise and of the samples, in words."""
-        secure = "the cryptographic generator AES-128-CTR, keyed by the operating system"
-        if self.config.seed is not None:
-            return (
-                f"noise drawn from seed {self.config.seed}, as the samples are: reproducible, "
-                "and not secret"
-            )
-        if torch.device(self.config.device).type == "cpu" or self.config.secure_rng:
-            return f"noise and samples from {secure}"
-        return (
-            f"samples from {secure}; noise from torch's Philox generator on the GPU, seeded "
-            "with 63 random bits of the operating system: not cryptographic"
+        return statement_of(
+            self.config,
+            self.mechanism,
+            self.delta,
+            releases,
+            len(self.unit_rows),
+            task_name=self.task.name,
+            preconditioner=self.preconditioner,
         )
 
     def epsilon(self, releases: int) -> float | None:

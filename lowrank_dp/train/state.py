@@ -139,7 +139,7 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
         tensors[f"generator.{name}"] = state_of(generator)
     if setup.config.device.startswith("cuda"):
-        tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state()
+        tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state(setup.config.device)
     return summary(setup, state), tensors
 
 
@@ -214,7 +214,7 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         state.noise = generator_at(state.noise, tensors["generator.noise"])
         torch.set_rng_state(tensors["generator.dropout"])
     if "generator.dropout_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["generator.dropout_cuda"])
+        torch.cuda.set_rng_state(tensors["generator.dropout_cuda"], setup.config.device)
     return state
 
 

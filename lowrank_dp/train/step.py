@@ -176,5 +176,5 @@ def _batches_of_rank(setup: Setup, rows: Sequence[int]) -> Iterator[Batch | Padd
 def _seconds(device: str) -> float:
     """Return wall-clock seconds, once the device has finished its work."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
