@@ -1,8 +1,8 @@
 """Sweeps: many training configurations, trained in parallel, resumable, each only once.
 
 Every configuration has a folder that is named after a hash of the configuration. A sweep that is
-repeated or extended therefore trains only the configurations without a finished run. A killed run
-resumes from its last snapshot.
+repeated or extended therefore trains only the configurations whose run neither finished nor
+diverged. A killed run resumes from its last snapshot.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pathlib import Path
 
 import torch
 
-from lowrank_dp import _validate, engines
+from lowrank_dp import __version__, _validate, engines
 from lowrank_dp._json import json_digest
 from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
+from lowrank_dp.artifacts.files import read_json, write_json
 from lowrank_dp.train import TrainConfig, TrainResult
+from lowrank_dp.train.guards import Diverged
 from lowrank_dp.train.loop import train
 
 PREFIX_FOLDER = "prefix_cache"  # folder of the frozen blocks' outputs, shared by all runs
+DIVERGED = "diverged.json"  # file in the folder of a run that diverged
 PATIENCE = 600.0  # seconds to wait for a run that another process holds, which may be dying
 DIED = (
     f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it (out "
@@ -38,14 +41,15 @@ class Outcome:
         config: configuration of the run.
         result: result of the run; None if the run failed.
         error: the reason in one line; empty if the run did not fail.
-        is_external: whether the reason lies outside of the run: a full disk, a folder in use, a
-            worker that died. The same sweep may then succeed when it is repeated.
+        diverged: whether the run failed since its loss or gradient is not finite, or its loss is
+            far above the first loss. Any other reason (a bad configuration, a full disk, a worker
+            that died) says nothing about the learning rate.
     """
 
     config: TrainConfig
     result: TrainResult | None
     error: str = ""
-    is_external: bool = False
+    diverged: bool = False
 
 
 def run_folder(config: TrainConfig, folder: str | Path) -> Path:
@@ -80,7 +84,8 @@ def sweep(
 
     Args:
         configs: configurations, each with a seed.
-        folder: folder of the runs. Finished runs in the folder are read, and not repeated.
+        folder: folder of the runs. Runs that finished or diverged there are read, and not repeated;
+            delete the folder of a run to repeat it.
         num_workers: number of concurrent runs; default: that of :func:`engines.workers_of`, and on
             a cluster one per CPU core of this machine.
         engine: "loky" (processes of this machine, which share its cores evenly), "ray" or "dask"
@@ -112,7 +117,7 @@ def sweep(
     done = {}
     for i, outcome in progress(results, f"sweep of {len(jobs)} runs", total=len(jobs)):
         path, config = jobs[i]
-        done[path] = outcome or Outcome(config, None, DIED, is_external=True)
+        done[path] = outcome or Outcome(config, None, DIED)
     return [done[str(run_folder(config, folder))] for config in configs]
 
 
@@ -126,6 +131,9 @@ def _run(
 ) -> Outcome:
     """Train one configuration in its folder; wait for another process that holds the folder."""
     path, config = job
+    if (Path(path) / DIVERGED).exists():
+        reason = read_json(Path(path) / DIVERGED)["error"]
+        return Outcome(config, None, str(reason), diverged=True)
     if threads is not None:
         torch.set_num_threads(threads)
     given_up = time.monotonic() + PATIENCE
@@ -141,8 +149,10 @@ def _run(
             )
             return Outcome(config, result)
         except (ValueError, OSError) as error:
-            in_use = isinstance(error, runs.InUse)
-            if not in_use or time.monotonic() > given_up:
-                is_external = in_use or isinstance(error, OSError)
-                return Outcome(config, None, " ".join(str(error).split()), is_external)
+            reason = " ".join(str(error).split())
+            if isinstance(error, Diverged):
+                write_json(Path(path) / DIVERGED, {"error": reason, "version": __version__})
+                return Outcome(config, None, reason, diverged=True)
+            if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
+                return Outcome(config, None, reason)
         time.sleep(1)  # afterwards, read the other process's result or resume its snapshot

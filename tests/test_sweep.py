@@ -104,6 +104,15 @@ def test_a_failure_does_not_stop_the_others(base, tmp_path, monkeypatch):
     assert "did you mean 'sst2'" in outcomes[0].error and not outcomes[1].error
     assert "learning rate" in outcomes[2].error and "at most the 40" in outcomes[3].error
     assert all("\n" not in outcome.error for outcome in outcomes)
+    assert [outcome.diverged for outcome in outcomes] == [False, False, True, False, False]
+    kept = run_folder(configs[2], tmp_path) / "diverged.json"
+    with monkeypatch.context() as patch:  # a run that diverged is not made again
+        calls = counting(patch)
+        assert sweep(configs[2:3], tmp_path, engine="sequential") == outcomes[2:3]
+        assert not calls
+        kept.unlink()
+        assert sweep(configs[2:3], tmp_path, engine="sequential") == outcomes[2:3]
+        assert len(calls) == 1 and kept.exists()
     trained = counting(monkeypatch)  # a failed run is tried again
     assert sweep(configs[:2], tmp_path, engine="sequential") == outcomes[:2]
     assert trained == configs[:2]
@@ -249,14 +258,14 @@ def test_a_run_that_another_process_holds_is_waited_for(base, tmp_path, monkeypa
     with runs.open_run(run_folder(base, tmp_path), resume=True):
         (outcome,) = sweep([base], tmp_path, engine="sequential")
     assert outcome.result is None and "in use by another run" in outcome.error
-    assert outcome.is_external
+    assert not outcome.diverged
 
 
 def test_a_worker_that_dies_each_time_is_an_outcome(base, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "run", lambda job, jobs, engine, workers: [(0, None)])
     (outcome,) = sweep([base], tmp_path, num_workers=2)
     assert outcome.result is None and "its worker died 3 times" in outcome.error
-    assert outcome.is_external
+    assert not outcome.diverged
     monkeypatch.undo()  # the worker no longer dies
     (outcome,) = sweep([base], tmp_path, engine="sequential")
     assert outcome.result.releases == 2

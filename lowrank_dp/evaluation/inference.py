@@ -23,9 +23,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class NotFinite(ValueError):
+    """Logits that are not finite."""
+
+
 def fail_not_finite(where: str) -> NoReturn:
-    """Raise ``ValueError`` for logits that are not finite; ``where`` names the example."""
-    raise ValueError(
+    """Raise :class:`NotFinite`; ``where`` names the example."""
+    raise NotFinite(
         f"model must give finite logits, got NaN or infinity for {where}: train it "
         "with a lower learning rate, or load it in float32"
     )

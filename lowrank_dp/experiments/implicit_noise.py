@@ -20,7 +20,6 @@ import numpy as np
 
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
-from lowrank_dp.artifacts.runs import InUse
 from lowrank_dp.experiments import implicit_noise_runs as runs
 from lowrank_dp.experiments import tuning
 from lowrank_dp.experiments.implicit_noise_configs import (
@@ -36,6 +35,7 @@ from lowrank_dp.experiments.intervals import mean_and_interval, reached_with_int
 from lowrank_dp.experiments.matched import at_level, common_level
 from lowrank_dp.mia.rendering import LABEL
 from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.guards import Diverged
 
 __all__ = [
     "CAPTION", "FAMILIES", "SMALL", "SST2", "Config", "Result", "headline", "plan", "run", "table",
@@ -166,9 +166,7 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
         one = arm_config(config, table[arm], rate, seed, config.steps[-1])
         try:
             runs.train_observed(one, config.steps, folder)
-        except InUse:
-            raise
-        except ValueError as error:  # the run diverged
+        except Diverged as error:
             failures.append(f"{arm}, learning rate {rate:g}, seed {seed}: {error}")
             continue
         found = runs.observed(one, config.steps, folder)

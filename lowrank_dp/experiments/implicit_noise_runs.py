@@ -81,7 +81,8 @@ class ShadowAttack:
 def train_observed(config: TrainConfig, steps: Sequence[int], folder: Path) -> None:
     """Train a run if it is not finished, and save its losses after 0 and after ``steps`` steps.
 
-    Raises ValueError if the run stops.
+    Raises :class:`lowrank_dp.train.guards.Diverged` if the run diverges, and ValueError if it stops
+    for another reason.
     """
     run = run_folder(config, folder)
     train(

@@ -230,12 +230,12 @@ def train_all(
 
 
 def require_made(outcomes: Sequence[Outcome]) -> None:
-    """Raise ValueError if a run failed for a reason outside of the run, such as a full disk.
+    """Raise ValueError if a run failed and did not diverge, for example on a full disk.
 
-    A run that diverges says something about its learning rate; such a run says nothing.
+    A run that diverges says something about its learning rate; any other failure says nothing.
     """
     for outcome in outcomes:
-        if outcome.is_external:
+        if outcome.error and not outcome.diverged:
             raise ValueError(
                 f"a run of the experiment could not be made: {outcome.error}; repeat the command, "
                 "which keeps the finished runs"

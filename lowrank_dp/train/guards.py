@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp._rounding import rounded_up
+from lowrank_dp.evaluation.inference import NotFinite
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.restore import SCHEMES
@@ -23,6 +24,13 @@ from lowrank_dp.train.config import TrainConfig
 MAX_LOSS_RATIO = 20.0  # largest loss, relative to the loss before the first step
 ROUNDING = 1.01  # tolerance of a sum's norm; clip factors in bfloat16 are off by less
 COMPARED_ENTRIES = 128  # number of entries of each gradient that are compared
+
+
+class Diverged(ValueError):
+    """A run whose loss or gradient is not finite, or whose loss is far above the first loss.
+
+    The same configuration would diverge again.
+    """
 
 
 def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Iterable[str]) -> None:
@@ -46,7 +54,7 @@ def check_covered(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Iter
 
 
 def check_loss(loss: float, first: float, step: int) -> None:
-    """Refuse an evaluation loss that is not finite, or far above the loss before the first step.
+    """Raise :class:`Diverged` for a loss that is not finite, or far above the first loss.
 
     Args:
         loss: loss on the validation split.
@@ -54,7 +62,7 @@ def check_loss(loss: float, first: float, step: int) -> None:
         step: number of steps taken.
     """
     if not math.isfinite(loss) or loss > MAX_LOSS_RATIO * max(first, 0.1):
-        raise ValueError(
+        raise Diverged(
             f"loss on the validation split is {loss:.4g} after {step} steps ("
             f"{first:.4g} before the first): lower the learning rate or the noise"
         )
@@ -62,13 +70,18 @@ def check_loss(loss: float, first: float, step: int) -> None:
 
 @contextmanager
 def diverging(step: int) -> Iterator[None]:
-    """Add the step and a remedy to the error of a gradient that is not finite."""
+    """Turn the error of a gradient or of logits that are not finite into :class:`Diverged`.
+
+    The message gets the step and a remedy, unless it has a remedy.
+    """
     try:
         yield
+    except NotFinite as error:
+        raise Diverged(str(error)) from error
     except ValueError as error:
         if "not finite" not in str(error):
             raise
-        raise ValueError(
+        raise Diverged(
             f"{error}, in step {step + 1}: lower the learning rate or the noise"
         ) from error
 

@@ -213,10 +213,12 @@ def _evaluate(
     *,
     generate: bool = False,
 ) -> None:
-    """Add an entry to the curve, and report the entry; raise ValueError if the run has diverged."""
+    """Add an entry to the curve, and report the entry; raise Diverged if the run has diverged."""
+    with guards.diverging(state.step - 1):
+        scores = _scores(setup, generate=generate)
     entry = {
         "step": state.step,
-        **_scores(setup, generate=generate),
+        **scores,
         "seconds": state.seconds,
         "restore_seconds": state.restore_seconds,
     }
