@@ -343,3 +343,24 @@ def test_factors_and_gradients_of_the_engine_are_not_the_judge_of_themselves():
             patch.setattr(MicroBatch, "clip", wrong)
             with pytest.raises(ValueError, match=CLIPPED):
                 guards.check_clipping(model, batch, 0.01, clip_by(backend))
+
+
+def test_a_row_whose_gradient_is_rounding_error_is_no_fault_in_half_precision(monkeypatch):
+    """A row that the model fits almost exactly has a gradient of 1e-6, turned by the rounding."""
+    exact, turned = torch.tensor([3.0, 4.0]) * 1e-6, torch.tensor([4.0, 3.0]) * 1e-6
+    unit = torch.tensor([1.0, 0.0])
+    given = {torch.bfloat16: [{"w": turned}], None: [{"w": exact}]}
+    monkeypatch.setattr(
+        guards, "row_gradients", lambda model, batch, autocast_dtype=None: given[autocast_dtype]
+    )
+
+    def check(**precision):
+        guards.check_clipping(None, {}, 1.0, lambda batch, norm: {"w": unit * norm}, **precision)
+
+    half = {"autocast_dtype": torch.bfloat16}
+    check(**half)  # differs from autograd by 0.63, and autograd from itself by 0.28
+    with pytest.raises(ValueError, match="not those that autograd gives"):
+        check()  # in full precision nothing is allowed
+    given[None] = given[torch.bfloat16]  # nor where rounding turns nothing
+    with pytest.raises(ValueError, match="not those that autograd gives"):
+        check(**half)
