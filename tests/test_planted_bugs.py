@@ -361,6 +361,9 @@ def test_a_row_whose_gradient_is_rounding_error_is_no_fault_in_half_precision(mo
     check(**half)  # differs from autograd by 0.63, and autograd from itself by 0.28
     with pytest.raises(ValueError, match="not those that autograd gives"):
         check()  # in full precision nothing is allowed
+    given[None] = [{"w": torch.tensor([0.736, 0.677])}]  # turned by 0.1, too little for 0.63
+    with pytest.raises(guards.Diverged, match="lower the learning rate, or train in float32"):
+        check(**half)
     given[None] = given[torch.bfloat16]  # nor where rounding turns nothing
     with pytest.raises(ValueError, match="not those that autograd gives"):
         check(**half)

@@ -127,7 +127,8 @@ def check_clipping(
     The largest allowed difference per row is 0.01 times the norm, and 0.2 times the norm in half
     precision. In half precision, the gradient of a row that the model fits almost exactly can be
     mostly rounding error. The difference that rounding makes to the gradients of autograd is
-    therefore allowed too, three times.
+    therefore allowed too, three times. If this is not enough, the weights are so large that
+    rounding decides the gradients, and the error is :class:`Diverged`.
 
     Args:
         model: the model in evaluation mode.
@@ -155,9 +156,13 @@ def check_clipping(
         error += float((total.double() - want).square().sum())
     found, is_half = math.sqrt(error) / max_norm, half or autocast_dtype is not None
     allowed = (0.2 if is_half else 0.01) * len(gradients)
-    if is_half and found > allowed:
-        allowed += 3 * _rounding(model, batch)
-    if not found <= allowed:
+    rounding = _rounding(model, batch) if is_half and found > allowed else 0.0
+    if found > allowed + 3 * rounding and rounding > 0.05 * len(gradients):
+        raise Diverged(
+            "rounding to half precision turns the gradients of single rows so far that their "
+            "clipping cannot be checked: lower the learning rate, or train in float32"
+        )
+    if not found <= allowed + 3 * rounding:
         raise ValueError(
             "clipped gradients of single rows are not those that autograd gives, each "
             "clipped over all parameters together to max_grad_norm: the privacy "
