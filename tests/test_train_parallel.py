@@ -294,7 +294,7 @@ def test_one_that_fails_stops_all_in_one_voice(together):
     _, folder, reports = together
     for case, rank, kind, text in (
         ("disk", 0, "OSError", "ledger could not be written"),
-        ("gradient", 1, "ValueError", "row 3 is not finite"),
+        ("gradient", 1, "Diverged", "row 3 is not finite"),
         ("evaluation", 0, "KeyError", "a bug"),
         ("memory", 1, "ValueError", "ran out of memory with micro_batch_size 4: lower it"),
         ("other", 1, "ValueError", "differ in learning_rate: 0.5 / 0.01"),
