@@ -41,9 +41,9 @@ class Outcome:
         config: configuration of the run.
         result: result of the run; None if the run failed.
         error: the reason in one line; empty if the run did not fail.
-        diverged: whether the run failed since its loss or gradient is not finite, or its loss is
-            far above the first loss. Any other reason (a bad configuration, a full disk, a worker
-            that died) says nothing about the learning rate.
+        diverged: whether the run failed by :class:`lowrank_dp.train.guards.Diverged`. Any other
+            reason (a bad configuration, a full disk, a worker that died) says nothing about the
+            learning rate.
     """
 
     config: TrainConfig

@@ -115,7 +115,7 @@ def test_the_first_noise_level_of_the_projection_attack_is_zero():
     """The results without noise are read at the first level."""
     for levels in ((0.1, 1.0), ()):
         config = replace(projection_privacy.SMALL, noise_levels=levels)
-        with pytest.raises(ValueError, match="noise_levels must be levels of which the first is"):
+        with pytest.raises(ValueError, match="noise_levels must be a sequence that begins with 0"):
             projection_privacy.run(config, SimpleNamespace())
 
 

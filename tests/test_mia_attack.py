@@ -883,6 +883,17 @@ def test_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
     assert code == 0 and "8 shadows of 2 steps each" in out and not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_a_file_is_refused_before_the_attacks(
+    checkpoints, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("lowrank_dp.mia.attack.attack", None)  # an attack would be a TypeError
+    (tmp_path / "notes.txt").write_text("kept")
+    words = "--model", checkpoints / "short", "--output", tmp_path / "notes.txt"
+    code, _, error = run(capsys, *words)
+    assert code == 2 and "--output must be a folder, got" in error
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
 # --- damaged files -----------------------------------------------------------------------------
 
 ODD = (

@@ -92,6 +92,7 @@ def main(
         for target in targets:
             load(target, options)  # raises the errors that an attack would raise
         return
+    _console.make_output(output)
     with _folder(output) as folder:
         reports = [attack(target, options, folder / "cache") for target in targets]
     if output is not None:

@@ -142,7 +142,7 @@ def run(config: Config, source: GradientSource | None = None) -> Result:
     Raises ValueError if ``noise_levels`` does not begin with 0.
     """
     if not config.noise_levels or config.noise_levels[0] != 0:
-        _validate.fail("noise_levels", "levels of which the first is 0", config.noise_levels)
+        _validate.fail("noise_levels", "a sequence that begins with 0", config.noise_levels)
     source = source or prepare(config.gradients)
     ranks, grid = np.array(config.profile_ranks)[:, None], np.array(config.rank_grid)
     epsilons, widths = np.array(config.epsilons), np.array(config.widths)[:, None]

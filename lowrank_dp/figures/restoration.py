@@ -1,5 +1,7 @@
 """Figures on arXiv 2510.01137: gradient spectra, and gradients before and after restoration."""
 
+from functools import partial
+
 from lowrank_dp.experiments import (
     ablation,
     alignment,
@@ -13,7 +15,7 @@ from lowrank_dp.experiments import (
     tasks_large_configs,
 )
 from lowrank_dp.experiments import noise_cost_verdicts as verdicts
-from lowrank_dp.figures.spec import FigureSpec
+from lowrank_dp.figures.spec import OPTIONS, FigureSpec, lengthy
 from lowrank_dp.plots import restoration as plots
 from lowrank_dp.plots.noise_cost import plot_noise_cost
 from lowrank_dp.plots.plan_check import plot_plan_check
@@ -24,37 +26,9 @@ from lowrank_dp.plots.tasks_large import plot_tasks_large
 _OWN_MODELS = ("device", "seed")  # options of an experiment with several models and tasks
 
 
-def _tasks_large(small: tasks_large.Config, full: tasks_large.Config) -> FigureSpec:
-    return FigureSpec(
-        run=tasks_large.run,
-        result=tasks_large.Result,
-        small=small,
-        full=full,
-        plot=plot_tasks_large,
-        headline=tasks_large.headline,
-        caption=tasks_large.CAPTION,
-        table=tasks_large.table,
-        plan=tasks_large.plan,
-        options=_OWN_MODELS,
-        lengthy=True,
-    )
-
-
-def _plan_gap(full: plan_gap.Config) -> FigureSpec:
-    return FigureSpec(
-        run=plan_gap.run,
-        result=plan_gap.Result,
-        small=plan_gap.SMALL,
-        full=full,
-        plot=plot_plan_gap,
-        headline=plan_gap.headline,
-        caption=plan_gap.CAPTION,
-        table=plan_gap.table,
-        plan=plan_gap.plan,
-        options=(),  # the runs of several experiments, each with its own configuration
-        lengthy=True,
-    )
-
+_tasks_large = partial(lengthy, tasks_large, plot_tasks_large, options=_OWN_MODELS)
+# the runs of several experiments, each with its own configuration
+_plan_gap = partial(lengthy, plan_gap, plot_plan_gap, plan_gap.SMALL, options=())
 
 FIGURES = {
     "spectra": FigureSpec(
@@ -78,18 +52,7 @@ FIGURES = {
         table=alignment.table,
         takes_source=True,
     ),
-    "tasks": FigureSpec(
-        run=tasks.run,
-        result=tasks.Result,
-        small=tasks.SMALL,
-        full=tasks.Config(),
-        plot=plots.plot_tasks,
-        headline=tasks.headline,
-        caption=tasks.CAPTION,
-        table=tasks.table,
-        options=_OWN_MODELS,
-        lengthy=True,
-    ),
+    "tasks": lengthy(tasks, plots.plot_tasks, tasks.SMALL, tasks.Config(), _OWN_MODELS),
     "tasks_mpnet": _tasks_large(tasks_large_configs.SMALL, tasks_large_configs.MPNET),
     "tasks_gemma": _tasks_large(tasks_large_configs.SMALL_TABLES, tasks_large_configs.GEMMA),
     "tasks_qwen": _tasks_large(tasks_large_configs.SMALL_TABLES, tasks_large_configs.QWEN),
@@ -116,16 +79,8 @@ FIGURES = {
         takes_source=True,
         lengthy=True,
     ),
-    "plan_check": FigureSpec(
-        run=plan_check.run,
-        result=plan_check.Result,
-        small=plan_check.SMALL,
-        full=plan_check.Config(),
-        plot=plot_plan_check,
-        headline=plan_check.headline,
-        caption=plan_check.CAPTION,
-        table=plan_check.table,
-        lengthy=True,
+    "plan_check": lengthy(
+        plan_check, plot_plan_check, plan_check.SMALL, plan_check.Config(), OPTIONS
     ),
     "plan_gap": _plan_gap(plan_gap.FULL),
     "plan_gap_large_batch": _plan_gap(plan_gap.LARGE_BATCH),

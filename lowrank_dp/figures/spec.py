@@ -56,3 +56,26 @@ class FigureSpec:
         if self.table is not None:
             return self.table(result)
         return ["quantity", "value"], [list(item) for item in self.headline(result).items()]
+
+
+def lengthy(
+    module: Any, plot: Callable[[Any], Figure], small: Any, full: Any, options: tuple[str, ...]
+) -> FigureSpec:
+    """Return the specification of a lengthy figure whose experiment is a module.
+
+    The module has ``run``, ``Result``, ``headline``, ``CAPTION`` and ``table``, and may have
+    ``plan``.
+    """
+    return FigureSpec(
+        run=module.run,
+        result=module.Result,
+        small=small,
+        full=full,
+        plot=plot,
+        headline=module.headline,
+        caption=module.CAPTION,
+        table=module.table,
+        plan=getattr(module, "plan", None),
+        options=options,
+        lengthy=True,
+    )

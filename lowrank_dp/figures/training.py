@@ -1,7 +1,6 @@
 """Figures of whole training runs: sample efficiency, and membership inference."""
 
 from functools import partial
-from typing import Any
 
 from lowrank_dp.experiments import (
     gap,
@@ -12,33 +11,16 @@ from lowrank_dp.experiments import (
     steps,
     steps_configs,
 )
-from lowrank_dp.figures.spec import FigureSpec
+from lowrank_dp.figures.spec import lengthy
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.implicit_noise import plot_implicit_noise
 from lowrank_dp.plots.membership import plot_membership
 from lowrank_dp.plots.steps import plot_steps
 
-
-def _training(module: Any, plot: Any, small: Any, full: Any) -> FigureSpec:
-    """Return the specification of a figure whose experiment trains models."""
-    return FigureSpec(
-        run=module.run,
-        result=module.Result,
-        small=small,
-        full=full,
-        plot=plot,
-        headline=module.headline,
-        caption=module.CAPTION,
-        table=module.table,
-        plan=getattr(module, "plan", None),
-        options=("model", "task", "device"),  # the seeds are 0 to num_seeds - 1
-        lengthy=True,
-    )
-
-
-_gap = partial(_training, gap, plot_gap)
-_steps = partial(_training, steps, plot_steps)
-_membership = partial(_training, membership, plot_membership)
+_OPTIONS = ("model", "task", "device")  # the seeds are 0 to num_seeds - 1
+_gap = partial(lengthy, gap, plot_gap, options=_OPTIONS)
+_steps = partial(lengthy, steps, plot_steps, options=_OPTIONS)
+_membership = partial(lengthy, membership, plot_membership, options=_OPTIONS)
 
 FIGURES = {
     "gap": _gap(gap_configs.SMALL, gap_configs.SST2),
@@ -56,7 +38,11 @@ FIGURES = {
     "membership": _membership(membership_configs.SMALL, membership_configs.SST2),
     "membership_e2e": _membership(membership_configs.SMALL_TABLES, membership_configs.E2E),
     "membership_gemma": _membership(membership_configs.SMALL_TABLES, membership_configs.GEMMA),
-    "implicit_noise": _training(
-        implicit_noise, plot_implicit_noise, implicit_noise.SMALL, implicit_noise.SST2
+    "implicit_noise": lengthy(
+        implicit_noise,
+        plot_implicit_noise,
+        implicit_noise.SMALL,
+        implicit_noise.SST2,
+        options=_OPTIONS,
     ),
 }

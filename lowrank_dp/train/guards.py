@@ -29,7 +29,8 @@ COMPARED_ENTRIES = 128  # number of entries of each gradient that are compared
 class Diverged(ValueError):
     """A run whose loss or gradient is not finite, or whose loss is far above the first loss.
 
-    The same configuration would diverge again.
+    In half precision, also a run whose gradients are mostly rounding errors. The same configuration
+    would diverge again.
     """
 
 
@@ -139,10 +140,7 @@ def check_clipping(
         half: whether ``clip`` rounds to half precision where autograd does not.
     """
     gradients = row_gradients(model, batch, autocast_dtype=autocast_dtype)
-    norms = [
-        math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
-        for gradient in gradients
-    ]
+    norms = [_norm(gradient) for gradient in gradients]
     if not all(0 < norm < math.inf for norm in norms):
         return  # nothing to clip, or a gradient that the step itself refuses
     max_norm = min(max_grad_norm, min(norms) / 2)
@@ -170,6 +168,11 @@ def check_clipping(
         )
 
 
+def _norm(gradient: Mapping[str, Tensor]) -> float:
+    """Return the norm of a row's gradient over all parameters."""
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+
+
 def _rounding(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
     """Return how far bfloat16 turns the gradients of the rows, each scaled to norm 1.
 
@@ -180,10 +183,7 @@ def _rounding(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
     )
     total = 0.0
     for one, other in zip(rounded, exact, strict=True):
-        norms = [
-            math.sqrt(sum(float(g.double().square().sum()) for g in row.values()))
-            for row in (one, other)
-        ]
+        norms = [_norm(row) for row in (one, other)]
         if not all(0 < norm < math.inf for norm in norms):
             return math.inf
         apart = sum(
