@@ -195,9 +195,11 @@ def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
             ["figures", "--redraw", "--artifacts", tmp_path / "no", "--output", tmp_path / "f"],
             ["--artifacts must be a folder of saved results"],
         ),
+        (["spectrum", "--task", "sst3", "--output", tmp_path / "new"], ["did you mean 'sst2'"]),
         (["spectrums"], ["did you mean 'spectrum'"]),
     ):
         assert_refused(call(*words), *expected)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_exact_laws_are_at_the_width_of_the_rows_that_are_projected():

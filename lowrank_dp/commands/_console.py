@@ -51,16 +51,20 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def check_output(folder: Path | None, option_name: str = "--output") -> None:
+    """Raise ValueError if the folder of a command's files is a file; create nothing."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        _validate.fail(option_name, "a folder", str(folder))
+
+
 def make_output(folder: Path | None, option_name: str = "--output") -> None:
     """Create the folder of a command's files before its work, so that a bad path fails at once.
 
-    Raises ValueError if the path is a file, and OSError if the folder cannot be created.
+    Raises ValueError as :func:`check_output` does, and OSError if the folder cannot be created.
     """
-    if folder is None:
-        return
-    if folder.exists() and not folder.is_dir():
-        _validate.fail(option_name, "a folder", str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder, option_name)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def options_of(

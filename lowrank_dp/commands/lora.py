@@ -61,7 +61,7 @@ def main(
 ) -> None:
     """Compare LoRA's projection noise, measured on real layers' gradients, with the theory."""
     asked = Options(**given)
-    _console.make_output(output)
+    _console.check_output(output)
     from rich.console import Console
 
     from lowrank_dp import artifacts
@@ -85,6 +85,7 @@ def main(
         vector_draws=asked.draws,
     )
     source = load_source(config.gradients, asked.batch_size)
+    _console.make_output(output)
     tell = functools.partial(say, Console(stderr=True))
     tell(f"measures: {source.description}")
     source.loss, source.warm_steps = warm_up(source, tell)

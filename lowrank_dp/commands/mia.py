@@ -77,6 +77,7 @@ def main(
     from lowrank_dp.mia.target import open_target
 
     options = Options(**given)
+    _console.check_output(output)
     targets = [open_target(path, options) for path in (model, *(compare_with or []))]
     asked = _asked(targets, options) if output is not None else {}
     if output is not None and not force:
@@ -92,7 +93,6 @@ def main(
         for target in targets:
             load(target, options)  # raises the errors that an attack would raise
         return
-    _console.make_output(output)
     with _folder(output) as folder:
         reports = [attack(target, options, folder / "cache") for target in targets]
     if output is not None:

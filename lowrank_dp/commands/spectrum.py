@@ -69,7 +69,7 @@ def main(
 ) -> None:
     """Measure the singular values of one batch's clipped gradient sum, by layer. NON-PRIVATE."""
     asked = Options(**given)
-    _console.make_output(output)
+    _console.check_output(output)
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra
     from lowrank_dp.experiments.gradients import GradientConfig, load_source, warm_up
@@ -85,6 +85,7 @@ def main(
         device=asked.device,
     )
     source = load_source(gradients, asked.batch_size)
+    _console.make_output(output)
     if asked.warm_loss is None and source.kind == "classification":
         source.config = replace(gradients, warm_loss=GradientConfig.warm_loss)
     _say(f"measures: {source.description}")
