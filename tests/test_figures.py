@@ -30,6 +30,8 @@ LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 PENDING = {
     "gap_all_layers",
     "steps_sst2_all",
+    "steps_sst2_arms_eps8",
+    "steps_e2e_arms",
 }
 
 

@@ -78,6 +78,12 @@ SST2_ARMS = Config(
 SST2_EPS8 = replace(
     SST2_GAP, base=replace(SST2_GAP.base, epsilon=8.0), arms=(*PLAIN, *PRECONDITIONED[:3])
 )
+# the second setting of the arms that no other configuration has
+SST2_ARMS_EPS8 = replace(
+    SST2_ARMS,
+    base=replace(SST2_ARMS.base, epsilon=8.0),
+    arms=(*PLAIN, *REMAINING, "partial, 0.9", "DP-AdamBC", "DP-Muon", *PRECONDITIONED[3:]),
+)
 # all 38 matrices of MiniLM, as in gap_configs.SST2_ALL_LAYERS
 SST2_ALL = Config(
     replace(gap_configs.SST2_ALL_LAYERS.base, batch_size=1024), arms=(*PLAIN, *RESTORED)
@@ -120,6 +126,8 @@ E2E = Config(
     score=gap_configs.E2E.score,
     tuning_holdout=gap_configs.E2E.tuning_holdout,
 )
+# arms that E2E lacks: the optimal shrinker, and the part of preconditioning that freezes vectors
+E2E_ARMS = replace(E2E, arms=(*PLAIN, "optimal, zeroed", "DP-SGD, vectors frozen"))
 # micro-batches of 8, and few validation examples, since each target has 49,152 logits; bfloat16,
 # to shorten the matrix products, which take most of a step
 SMOLLM2 = Config(
