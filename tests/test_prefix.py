@@ -15,6 +15,7 @@ from lowrank_dp.artifacts.row_store import RowStore, bytes_used
 from lowrank_dp.data import collate, load_task
 from lowrank_dp.evaluation import evaluate
 from lowrank_dp.models import load_model
+from lowrank_dp.models.heads import head_state
 from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig
@@ -22,6 +23,7 @@ from lowrank_dp.train import loop as loop_module
 from lowrank_dp.train import prefix as prefix_module
 from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as steps
+from lowrank_dp.train.identity import digest_of_tensors
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.prefix import CacheRequest, PrefixCache
 from lowrank_dp.train.setup import prepare
@@ -186,6 +188,21 @@ def test_frozen_weights_and_no_others_name_the_store(places):
     every = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     above = {name for name in every if ".layer.2." in name or not name.startswith("bert.")}
     assert names == {name for name in every - above if "pooler" not in name}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora-frozen-a"])
+def test_seeds_share_a_store_though_each_draws_its_own_head(method):
+    """PEFT keeps a frozen copy of the head as it was drawn, which no frozen block reads."""
+    task = load_task("generated", max_examples=20)
+    found = []
+    for seed in (0, 1):
+        model, _ = load_model("tiny", task=task, train_layers=1, method=method, rank=2, seed=seed)
+        tensors = FrozenPrefix(model).tensors()
+        found.append((digest_of_tensors(tensors.items()), model))
+    (one, first), (other, second) = found
+    assert one == other
+    heads = [head_state(model)["classifier.weight"] for model in (first, second)]
+    assert not torch.equal(*heads)
 
 
 # Whole runs.

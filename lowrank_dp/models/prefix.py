@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_dp.models.heads import without_adapter
+from lowrank_dp.models.heads import head_modules, without_adapter
 from lowrank_dp.models.trainable import blocks
 
 STATES = "prefix_states"  # key of a batch's entry with the output of the frozen prefix
@@ -44,9 +45,9 @@ class FrozenPrefix:
             raise ValueError(f"a block of {type(base).__name__} consists of several modules")
         self._model = model
         self._blocks = [block[0] for block in modules[: self.length]]
-        above = [
-            m for block in modules[self.length :] for module in block for m in module.modules()
-        ]
+        # the head with PEFT's frozen copy of it, which is drawn anew by each seed
+        upper = (*itertools.chain(*modules[self.length :]), *head_modules(base).values())
+        above = [m for module in upper for m in module.modules()]
         self._trained = {
             name: module
             for name, module in base.named_modules()
@@ -62,7 +63,7 @@ class FrozenPrefix:
     def tensors(self) -> dict[str, Tensor]:
         """Return the frozen parameters and the buffers that the prefix may use, by name.
 
-        Parameters and buffers of the blocks above, and of trained layers, are left out.
+        Parameters and buffers of the blocks above, of the head and of trained layers are left out.
         """
         base = without_adapter(self._model)
         named = {**dict(base.named_parameters()), **dict(base.named_buffers())}
