@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
+
+from lowrank_dp._json import parse_json
 
 
 def option(
@@ -47,7 +48,7 @@ def name_value_pairs(pairs: Iterable[str]) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"--option must give {name} once, got it twice")
         try:
-            found[name] = json.loads(value)
+            found[name] = parse_json(value)
         except ValueError:
             found[name] = value
     return found

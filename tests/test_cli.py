@@ -82,6 +82,7 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
         ({"--noise-std": "-1"}, ["noise_std", "-1"]),
         ({"--option": "kapa=1", "--scheme": "denoise"}, ["kappa"]),
         ({"--option": "kappa"}, ["NAME=VALUE"]),
+        ({"--option": f"kappa={'[' * 10**5}", "--scheme": "denoise"}, ["kappa must be"]),
         (
             {"--option": "norm_correction=False", "--scheme": "denoise"},
             ["norm_correction must be true or false, got 'False'"],

@@ -128,6 +128,8 @@ def test_unknown_task_names_the_nearest():
         load_task("mrpcc")
     with pytest.raises(ValueError, match="existing folder"):
         load_task("no/such/folder")
+    with pytest.raises(ValueError, match="task must be a known name, or an existing folder"):
+        load_task("")  # as a path, the current folder
 
 
 def test_offline_hub_task_fails_at_once_and_says_what_to_use(no_local_data, no_waiting):

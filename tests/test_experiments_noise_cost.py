@@ -308,3 +308,8 @@ def test_matrices_count_in_a_factor_where_both_gains_are_usable():
                 over, under = over + gain[(*at, d)], under + gain[(*at, noisy)]
         np.testing.assert_allclose(found[k, s, w, d], np.log(over / under), err_msg=f"{k, s, w, d}")
     np.testing.assert_allclose(found[..., noisy], 0.0, atol=1e-12)
+    # a cell without a number says why
+    bend[0, 0, 0] = -1.0
+    rows = verdicts.table(dataclasses.replace(result, layer_curvature=bend))[1]
+    cells = [cell for row in rows if row[0].startswith("one matrix") for cell in row[1:]]
+    assert "no quadratic model in some warm-up" in cells and not any("nan" in c for c in cells)

@@ -107,6 +107,16 @@ def test_a_run_that_could_not_be_made_is_no_run_that_diverged(monkeypatch):
         tuning.train_all({("DP-SGD", 0): config}, "runs", 1)
 
 
+def test_an_arm_whose_claim_needs_more_has_its_own_statement():
+    """What must be public weakens the claim of a preconditioned arm, and of no other arm."""
+    same, weaker = "(1, 1e-05)-DP", "(1, 1e-05)-DP; preconditioner from text that must be public"
+    said = dict.fromkeys((*PLAIN, "denoise"), same) | {"preconditioned, CoLA": weaker}
+    clean, own, others = steps.privacy_of_arms(said).split(": (1")
+    assert clean.startswith("NON-PRIVATE: ") and clean.endswith("; preconditioned, CoLA")
+    assert ": (1" + own == f"{weaker}; every other arm".replace("(1", ": (1", 1)
+    assert "(1" + others == same
+
+
 def test_every_arm_is_a_configuration():
     for name, arm in ARMS.items():
         config = arms.arm_config(BASE, name, arm.start, 7, 20)
@@ -196,7 +206,12 @@ def test_differences_are_paired_by_seed(swept):
     assert steps.steps_saved(result, "DP-LoRA", "DP-Adam", 0.9)[0] == pytest.approx((1 - 7) / 3)
     columns, rows = steps.table(result)
     assert "2, not reached, 3" in rows[i]
-    # the difference is then a bound, whose direction depends on who misses the target
+    # a run that stopped says nothing about a gap, and a gap below one step has no interval
+    stopped = score.copy()
+    stopped[i, 0] = np.nan
+    cells = steps.table(replace(result, score=stopped))[1][i]
+    assert cells[columns.index("share of the gap closed of DP-Adam")] == "a run stopped"
+    # with a run that misses the target, the difference is a bound, whose direction depends on who misses the target
     saved = columns.index("steps to 90% fewer than DP-Adam")
     assert rows[i][saved].startswith("≤ -2.0 ±")
     adam = CONFIG.arms.index("DP-Adam")

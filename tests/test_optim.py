@@ -488,6 +488,10 @@ def test_bad_arguments_are_refused_before_training():
         ({"scheme": "truncate"}, "k must be given"),
         ({"scheme": "truncate", "k": 0}, "k must be an integer >= 1"),
         ({"kappa": 2.0}, "kappa"),
+        (
+            {"low_pass": exponential_average(0.5).update(torch.ones(2), 1.0)},
+            "without inputs so far",
+        ),
         ({"below": "drop"}, "below must be one of"),
         ({"scheme": "partial", "target": torch.ones(5)}, r"target must .* shape \(12,\)"),
     ):

@@ -346,6 +346,8 @@ def test_filters_are_those_of_the_papers():
     assert small(disk_kappa=0.7, optimizer="adam").averaging == 0.9
     assert small(momentum_beta=0.7, optimizer="muon").averaging == 0.0
     assert small(optimizer="muon").averaging == 0.9
+    assert small(optimizer="muon-bc", momentum_beta=0.7).averaging == 0.0
+    assert small(optimizer="muon-bc", disk_kappa=0.7, beta1=0.0).averaging == 0.0
 
 
 def test_what_cannot_be_is_refused():
@@ -360,6 +362,7 @@ def test_what_cannot_be_is_refused():
         ),
         ({"optimizer": "adam-bc", "scheme": "optimal"}, "'adam-bc' must go with scheme 'none'"),
         ({"optimizer": "muon-bc", "scheme": "optimal"}, "'muon-bc' must go with scheme 'none'"),
+        ({"optimizer": "muon-bc", "disk_kappa": 0.7}, "must go with beta1 0, got 0.9"),
         ({"noise_floor": 0.0}, "noise_floor must be"),
         ({"disk_kappa": 0.0}, "disk_kappa must be"),
         ({"disk_kappa": 1e-300}, "disk_kappa must be"),

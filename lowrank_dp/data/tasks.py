@@ -139,6 +139,8 @@ def load_task(
     """
     if max_examples is not None:
         max_examples = _validate.integer("max_examples", max_examples)
+    if not str(name):  # as a path, an empty name would be the current folder
+        _validate.fail("task", "a known name, or an existing folder or file", str(name))
     known = known_name(name)
     if known and columns:
         raise ValueError(

@@ -58,7 +58,8 @@ CAPTION = (
     "relative to the curvature along the clean sum. (c) Fall of the loss that the quadratic model "
     "predicts, (g'd)^2 / (2 d'Hd), against the fall that the line search finds; a point for each "
     "direction, stage, warm-up and draw. (d) As (a), with the direction restricted to one matrix, "
-    "added up over the measured matrices. NON-PRIVATE: computed from clean gradients and losses "
+    "added up over the measured matrices. The last column leaves out the settings that have no "
+    "quadratic model in some warm-up. NON-PRIVATE: computed from clean gradients and losses "
     "without noise."
 )
 MAX_DOUBLINGS = 3  # a line search covers 1/8 to 8 times the predicted step

@@ -304,5 +304,7 @@ def _interval_row(name: str, logs: Array) -> list[str]:
 
 def _with_ends(logs: Array) -> str:
     mean, half = mean_and_interval(logs)
+    if np.isnan(mean):
+        return "no quadratic model in some warm-up"
     middle, low, high = np.exp([mean, mean - half, mean + half])
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"

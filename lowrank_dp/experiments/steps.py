@@ -60,7 +60,8 @@ CAPTION = (
     "Each interval is for one comparison, and is not widened for the number of arms; ± 0.0 means "
     "that the difference is the same in every seed. Share of the "
     "gap closed: (steps of DP - steps of the arm) / (steps of DP - steps of the faster noise-free "
-    "optimizer), with a 95% interval by the jackknife; ≤ if only runs of the arm miss the target, "
+    "optimizer), with a 95% interval by the jackknife, which does not exist if the gap is below one "
+    "step without some seed; ≤ if only runs of the arm miss the target, "
     "and ? if runs of the other two do. Curves and grids are those of plain "
     "training and of the arms that save most. NON-PRIVATE: the noise-free arms are computed from "
     "clean gradients."
@@ -180,6 +181,10 @@ def _collect(
     if not done:
         raise ValueError(f"every run of {BASELINES[0]} stopped: {private[0].error}")
     failures += [tuning.describe_failure(arm, o) for (arm, _), o in outcomes.items() if o.error]
+    statements: dict[str, str] = {}
+    for (arm, _), outcome in outcomes.items():
+        if outcome.result is not None:
+            statements.setdefault(arm, outcome.result.privacy)
     final: dict[str, dict[str, list[float]]] = {}
     for arm in config.arms:
         results = [o.result for (name, _), o in outcomes.items() if name == arm]
@@ -190,7 +195,7 @@ def _collect(
     seconds = stack("seconds")
     return Result(
         config=config,
-        privacy=f"{NON_PRIVATE}: {', '.join(CEILINGS)}; every other arm: {done[0].privacy}",
+        privacy=privacy_of_arms(statements),
         epsilon=float(done[0].epsilon or np.inf),
         delta=done[0].delta,
         description=done[0].description,
@@ -204,6 +209,21 @@ def _collect(
         seconds=seconds,
         restore_share=stack("restore_seconds")[..., -1] / seconds[..., -1],
     )
+
+
+def privacy_of_arms(statements: Mapping[str, str]) -> str:
+    """State the privacy of all arms, from the statement of one run of each arm.
+
+    An arm whose statement differs from DP-Adam's, for example by what must be public, is named with
+    its own statement.
+    """
+    common, others = statements[BASELINES[0]], dict[str, list[str]]()
+    for arm, statement in statements.items():
+        if arm not in CEILINGS and statement != common:
+            others.setdefault(statement, []).append(arm)
+    parts = [f"{NON_PRIVATE}: {', '.join(CEILINGS)}"]
+    parts += [f"{' and '.join(arms)}: {statement}" for statement, arms in others.items()]
+    return "; ".join([*parts, f"every other arm: {common}"])
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -311,11 +331,14 @@ def _saved(result: Result, arm: str, baseline: str, share: float) -> str:
 def _share(result: Result, arm: str, baseline: str, share: float) -> str:
     if np.isnan(result.target(share)):
         return "no target"
+    if any(np.isnan(result.of(name)).any() for name in (arm, baseline, *CEILINGS)):
+        return "a run stopped"
     closed, half = gap_share(result, arm, baseline, share)
     if np.isnan(closed):
         return "no gap"
     sign = bound_of_share(result, arm, baseline, share)
-    return f"{sign} {closed:.2f} ± {half:.2f}".lstrip()
+    interval = f"± {half:.2f}" if np.isfinite(half) else "(no interval)"
+    return f"{sign} {closed:.2f} {interval}".lstrip()
 
 
 def _unless_stopped(values: np.ndarray) -> str:

@@ -155,6 +155,12 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
             "momentum_beta, filter_b and disk_kappa must be left out for a plan: the alignment of "
             "a running mean is not predicted"
         )
+    if measurement.trial_steps and config.optimizer not in ("sgd", "adam", "adamw"):
+        raise ValueError(
+            "optimizer must be sgd, adam or adamw for a plan with short trainings, got "
+            f"{config.optimizer!r}: the steps of another optimizer are not predicted; set "
+            "trial_steps to 0"
+        )
     seed = config.seed or 0
     task, _, members = select_units(config, seed)
     mechanism, delta = make_mechanism(config, sum(members))

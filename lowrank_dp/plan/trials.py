@@ -7,8 +7,9 @@ which stays bounded even if the model is overconfident; for other tasks, the sco
 ratio is the number of steps of the noisy arm divided by the number of steps in which the noise-free
 arm reaches the same score.
 
-No quantity is fitted. The model, the trained part, the optimizer, the clipping norm and the noise
-are those of the run. Only the text, the labels and the number of rows per step differ.
+No quantity is fitted. The model, the trained part, the clipping norm and the noise are those of the
+run. The text, the labels and the number of rows per step differ. The optimizers are SGD with momentum
+0.9, and Adam with torch's defaults, whatever beta1 and weight decay the run has.
 """
 
 from __future__ import annotations
@@ -127,8 +128,7 @@ def measure_gap(
 
     Args:
         text: public text and model.
-        optimizer: a name in ``train.config_checks.OPTIMIZERS``. The trainings use Adam for every
-            name except "sgd".
+        optimizer: "sgd", "adam" or "adamw"; the trainings use Adam for the latter two.
         noise_std: standard deviation of the noise on an entry of the *mean* gradient, absolute:
             ``noise_multiplier * max_grad_norm / batch_size``.
         max_grad_norm: clipping norm C of one row, absolute.

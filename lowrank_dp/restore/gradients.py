@@ -121,6 +121,8 @@ class GradientRestorer:
         self._scheme = SCHEMES[_validate.choice("scheme", scheme, SCHEMES)]
         if self._scheme.private:
             check_arguments(scheme, **arguments)
+        if low_pass is not None and low_pass.outputs:
+            raise ValueError("low_pass must be a filter without inputs so far: make a new filter")
         self._scheme_name, self._arguments, self._low_pass = scheme, arguments, low_pass
         self.filters: dict[str, LowPassFilter] = {}
         self.reports: dict[str, Report] = {}

@@ -211,6 +211,8 @@ def _check_preconditioner(config: TrainConfig) -> None:
     elif config.precondition not in PRECONDITIONERS:
         from lowrank_dp.data.tasks import TASKS, known_name
 
+        if not config.precondition:
+            raise ValueError("precondition must be a name or a path, got an empty text")
         path = Path(config.precondition).expanduser()
         if not known_name(config.precondition) and not path.exists():
             _validate.choice(
@@ -249,6 +251,11 @@ def _check_optimizer(config: TrainConfig) -> None:
         raise ValueError(
             f"optimizer {config.optimizer!r} must go with scheme 'none', got {config.scheme!r}: "
             "the noise that is left in a restored matrix is not known"
+        )
+    if config.optimizer == "muon-bc" and config.low_pass is not None and config.averaging > 0:
+        raise ValueError(
+            "optimizer 'muon-bc' on a running mean of gradients must go with beta1 0, got "
+            f"{config.averaging:g}: the noise of a second average of correlated noise is not known"
         )
     if not config.shard:
         return
