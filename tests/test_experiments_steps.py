@@ -206,12 +206,12 @@ def test_differences_are_paired_by_seed(swept):
     assert steps.steps_saved(result, "DP-LoRA", "DP-Adam", 0.9)[0] == pytest.approx((1 - 7) / 3)
     columns, rows = steps.table(result)
     assert "2, not reached, 3" in rows[i]
-    # a run that stopped says nothing about a gap, and a gap below one step has no interval
+    # a run that stopped says nothing about a gap
     stopped = score.copy()
     stopped[i, 0] = np.nan
     cells = steps.table(replace(result, score=stopped))[1][i]
     assert cells[columns.index("share of the gap closed of DP-Adam")] == "a run stopped"
-    # with a run that misses the target, the difference is a bound, whose direction depends on who misses the target
+    # a difference with a run that misses the target is a bound; who misses it sets the direction
     saved = columns.index("steps to 90% fewer than DP-Adam")
     assert rows[i][saved].startswith("≤ -2.0 ±")
     adam = CONFIG.arms.index("DP-Adam")

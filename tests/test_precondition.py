@@ -530,6 +530,7 @@ def test_options_out_of_range_or_in_conflict_are_refused(places, monkeypatch):
         ({"precondition": "noisy", "shard": True}, ("noisy", "shard")),
         ({"precondition": "noisy", "momentum_beta": 0.9, "beta1": None}, ("noisy", "mean")),
         ({"diagnostic": True}, ("diagnostic",)),
+        ({"precondition": ""}, ("precondition must be a name or a path",)),
         ({"precondition": "no/such.csv"}, ("precondition must be one of", "an existing path")),
         ({"precondition": "~/data"}, ("public task", "diagnostic")),
         ({"precondition": "none", "precondition_freeze_vectors": True}, ("precondition too",)),

@@ -7,9 +7,9 @@ which stays bounded even if the model is overconfident; for other tasks, the sco
 ratio is the number of steps of the noisy arm divided by the number of steps in which the noise-free
 arm reaches the same score.
 
-No quantity is fitted. The model, the trained part, the clipping norm and the noise are those of the
-run. The text, the labels and the number of rows per step differ. The optimizers are SGD with momentum
-0.9, and Adam with torch's defaults, whatever beta1 and weight decay the run has.
+No quantity is fitted. The model, the trained part, the clipping norm and the noise are those of
+the run. The text, the labels and the number of rows per step differ. The optimizers are SGD with
+momentum 0.9, and Adam with torch's defaults, whatever beta1 and weight decay the run has.
 """
 
 from __future__ import annotations
