@@ -309,6 +309,14 @@ def test_every_arm_has_a_result_with_five_seeds():
     assert ran == {*ARMS}
 
 
+def test_saved_results_say_what_must_be_public():
+    for path in PAPER.glob("steps_*.json"):
+        result = artifacts.load_result(PAPER, path.stem, steps.Result)
+        sources = {ARMS[arm].fields.get("precondition", "none") for arm in result.arms}
+        public = bool(sources - {"none", "noisy"})
+        assert ("text that must be public" in result.privacy) == public, path.stem
+
+
 def test_frozen_vectors_are_the_only_difference_of_their_control():
     """At power 0 all scales of a preconditioner are 1."""
     moments = {"w": Moment(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0, 9.0]))}
