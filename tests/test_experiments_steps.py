@@ -538,7 +538,7 @@ def test_the_gap_and_the_arms_share_their_plain_runs():
     for found, part, size, epsilon, config in (
         (of_sst2, "last block", 1024, 8.0, steps_configs.SST2),
         (of_sst2, "last block", 256, 1.0, steps_configs.SST2_GAP),
-        (gap_configs.SST2_ALL_LAYERS, "all", 1024, 8.0, steps_configs.SST2_ALL),
+        (gap_configs.SST2_ALL_LAYERS, "all", 256, 8.0, steps_configs.SST2_ALL),
         (gap_configs.E2E, "all", 512, 8.0, steps_configs.E2E),
     ):
         assert (config.tuning_seeds, config.tuning_holdout, config.score) == (

@@ -84,10 +84,9 @@ SST2_ARMS_EPS8 = replace(
     base=replace(SST2_ARMS.base, epsilon=8.0),
     arms=(*PLAIN, *REMAINING, "partial, 0.9", "DP-AdamBC", "DP-Muon", *PRECONDITIONED[3:]),
 )
-# all 38 matrices of MiniLM; bfloat16 and small micro-batches, to shorten a step on a CPU
+# all 38 matrices of MiniLM, as in gap_configs.SST2_ALL_LAYERS
 SST2_ALL = Config(
-    replace(_SST2, batch_size=256, steps=24, micro_batch_size=64, precision="bf16"),
-    arms=(*PLAIN, *RESTORED),
+    replace(gap_configs.SST2_ALL_LAYERS.base, batch_size=256), arms=(*PLAIN, *RESTORED)
 )
 # the last two blocks of a model of RoBERTa-base's sizes; bfloat16, to shorten the matrix products
 SST2_MPNET = Config(
