@@ -7,6 +7,7 @@ diverged. A killed run resumes from its last snapshot.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ PATIENCE = 600.0  # seconds to wait for a run that another process holds, which 
 DIED = (
     f"its worker died {engines.ATTEMPTS} times, the last time with no other run beside it (out "
     "of memory, or killed?); the run's snapshots are kept: repeat the sweep"
+)
+NO_CHECKPOINT = (
+    "holds a finished run without its checkpoint: delete this folder, and repeat the sweep, which "
+    "trains the run again and keeps the checkpoint"
 )
 
 
@@ -91,7 +96,8 @@ def sweep(
         engine: "loky" (processes of this machine, which share its cores evenly), "ray" or "dask"
             (a cluster, see :func:`lowrank_dp.engines.run`, whose machines share ``folder``, data
             and models under the same paths), or "sequential" (this process).
-        keep_model: whether to keep each run's checkpoint.
+        keep_model: whether to keep each run's checkpoint. A run that finished in ``folder`` without
+            its checkpoint is then not repeated: its outcome has an error that names its folder.
 
     Returns:
         An outcome per configuration, in the order of ``configs``.
@@ -131,14 +137,13 @@ def _run(
 ) -> Outcome:
     """Train one configuration in its folder; wait for another process that holds the folder."""
     path, config = job
-    if (Path(path) / DIVERGED).exists():
-        reason = read_json(Path(path) / DIVERGED)["error"]
-        return Outcome(config, None, str(reason), diverged=True)
     if threads is not None:
         torch.set_num_threads(threads)
     given_up = time.monotonic() + PATIENCE
     while True:
         try:
+            if known := _known_divergence(Path(path) / DIVERGED):
+                return Outcome(config, None, known, diverged=True)
             result = train(
                 replace(config, prefix_cache=config.prefix_cache or prefix_cache),
                 path,
@@ -147,12 +152,29 @@ def _run(
                 show_progress=False,
                 prefix_shared_by=shared_by,
             )
+            if keep_model and not (Path(path) / runs.MEMBERSHIP).is_file():
+                return Outcome(config, None, f"{path} {NO_CHECKPOINT}")
             return Outcome(config, result)
         except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             if isinstance(error, Diverged):
-                write_json(Path(path) / DIVERGED, {"error": reason, "version": __version__})
+                with contextlib.suppress(OSError):  # without the file, the run is made again
+                    write_json(Path(path) / DIVERGED, {"error": reason, "version": __version__})
                 return Outcome(config, None, reason, diverged=True)
             if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
                 return Outcome(config, None, reason)
         time.sleep(1)  # afterwards, read the other process's result or resume its snapshot
+
+
+def _known_divergence(file: Path) -> str:
+    """Return the reason in ``diverged.json``; "" if there is no such file, or if it is damaged.
+
+    A damaged file is removed, because a run cannot begin in a folder that holds this file alone.
+    """
+    try:
+        return str(read_json(file)["error"])
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError):
+        file.unlink(missing_ok=True)
+        return ""

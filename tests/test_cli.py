@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lowrank_dp import artifacts
 from lowrank_dp.__main__ import COMMANDS, main
-from lowrank_dp.commands import _tables
+from lowrank_dp.commands import _console, _tables
 from lowrank_dp.restore import restore
 from tests.oracles import assert_refused
 from tests.tasks import run_main
@@ -189,6 +189,9 @@ def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
         (["lora", "--seed", "20000000000000"], ["seed must be"]),
         (["spectrum", "--output", __file__], ["--output must be a folder, got"]),
         (["lora", "--output", __file__], ["--output must be a folder, got"]),
+        (["lora", "--output", f"{__file__}/below"], ["--output", "below can't be written to"]),
+        (["spectrum", "--output", "/proc/below"], ["--output /proc/below can't be written to"]),
+        (["figures", "--output", "/proc/below"], ["--output /proc/below can't be written to"]),
         (["lora", "--rank", "0"], ["rank must be"]),
         (["figures", "--only", "spectrums"], ["did you mean 'spectra'"]),
         (["figures", "--scale", "huge"], ["small, full"]),
@@ -201,6 +204,24 @@ def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
     ):
         assert_refused(call(*words), *expected)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_check_of_an_output_leaves_no_folder(tmp_path, monkeypatch):
+    """Folders that were there stay, and a folder that can't be written to is refused."""
+    (tmp_path / "kept").mkdir()
+    for folder in (tmp_path / "kept" / "a" / "b", tmp_path / "kept", tmp_path / "c"):
+        _console.check_output(folder)
+        assert [path.name for path in tmp_path.rglob("*")] == ["kept"], folder
+    _console.make_output(tmp_path / "c" / "d")
+    assert (tmp_path / "c" / "d").is_dir()
+
+    def read_only(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    expected = f"--output {tmp_path / 'kept'} can't be written to (Permission denied): choose"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        _console.check_output(tmp_path / "kept")
 
 
 def test_the_exact_laws_are_at_the_width_of_the_rows_that_are_projected():

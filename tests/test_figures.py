@@ -37,14 +37,14 @@ PENDING = {
 
 def replaced(monkeypatch, name, **fields):
     """Replace some fields of a figure for one test."""
-    module = {"restoration": restoration, "lora": lora, "training": training}[catalog.ROOMS[name]]
+    module = {"restoration": restoration, "lora": lora, "training": training}[catalog.MODULES[name]]
     spec = dataclasses.replace(figures.find(name), **fields)
     monkeypatch.setitem(module.FIGURES, name, spec)
 
 
 def test_every_figure_is_found_and_listed_once():
     listed = [*restoration.FIGURES, *lora.FIGURES, *training.FIGURES]
-    assert listed == list(figures.NAMES) == list(catalog.ROOMS)
+    assert listed == list(figures.NAMES) == list(catalog.MODULES)
     with pytest.raises(ValueError, match=r"^figure must be one of .*did you mean 'spectra'"):
         figures.find("spectr")
 

@@ -242,6 +242,7 @@ CONFIG = {
     "scheme": "optimal",
     "scheme_options": {"k": 2},
     "filter_b": [0.5],
+    "method": "lora",
     "target_modules": ["query"],
     "text_column": "text",
     "beta1": None,

@@ -191,6 +191,7 @@ def test_refusals(tmp_path, capsys):
         ("shard must go without implicit_noise", {"shard": True}),
     ):
         refused(words, small, **{"implicit_noise": "gaussian", **changes})
+    small(implicit_noise="gaussian", target_modules=("query",))
     status, _, error = run_command(
         capsys, app, "--model", "tiny", "--task", "generated", "--epsilon", 3,
         "--implicit-noise", "fresh-a", "--output", tmp_path / "run",

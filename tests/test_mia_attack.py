@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from scipy import optimize, stats
 from sklearn.metrics import roc_auc_score
@@ -29,6 +30,7 @@ from lowrank_dp.mia import (
     quantile,
     records,
     rendering,
+    requirements,
     shift,
     signals,
 )
@@ -36,13 +38,15 @@ from lowrank_dp.mia import plan as planning
 from lowrank_dp.mia import report as reports
 from lowrank_dp.mia import target as targets
 from lowrank_dp.mia.attack import Options, attack, load, open_target
+from lowrank_dp.mia.checkpoint import load_checkpoint
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.report import bound_confidence, claimed_epsilon
-from lowrank_dp.mia.shadows import find_shadows, shadow_configs
-from lowrank_dp.models import load_model
+from lowrank_dp.mia.shadows import find_shadows, measure_shadows, shadow_configs
+from lowrank_dp.models import load_model, load_tokenizer
 from lowrank_dp.models.precision import AUTOCAST_DTYPES
 from lowrank_dp.models.targets import logits_at_targets
+from lowrank_dp.theory import symmetry_score
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.config_checks import PRECISIONS
 from lowrank_dp.train.loop import train
@@ -368,7 +372,7 @@ def test_an_overfitted_checkpoint_leaks_and_a_private_one_does_not(overfit, tmp_
     )
     document = json.loads(out)
     assert code == 0 and document["verdict"] == "LEAKS" and "NON-PRIVATE" in document["label"]
-    assert document["coins"] == "bernoulli" and document["untuned"]["ci"][0] < 0.5
+    assert document["sampling"] == "bernoulli" and document["base"]["ci"][0] < 0.5
     by_name = {one["name"]: one for one in document["attacks"]}
     assert document["primary"] == "base" and by_name["base"]["auc"]["ci"][0] > 0.55
     assert by_name["gradient"]["auc"]["value"] > 0.5 and "single run" in err
@@ -448,20 +452,78 @@ def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys
         "report.json",
     }
 
-    train(replace(OVERFIT, steps=1, seed=4), tmp_path / "other")
+    shutil.copytree(tmp_path / "shorter", tmp_path / "headless")
+    (tmp_path / "headless" / "initial_head.safetensors").unlink()
     code, out, err = run(
         capsys,
         "--model",
         checkpoints / "short",
         "--compare",
-        tmp_path / "other",
+        tmp_path / "headless",
         "--output",
         tmp_path / "no",
     )
-    assert code == 2 and "train both with one --seed" in err and err.count("\n") == 1
+    assert code == 2 and "name one with --primary" in err and err.count("\n") == 1
     # the attack may have taken hours, so its report is kept
     assert (tmp_path / "no" / "report.json").exists() and "verdict" in out
     assert not (tmp_path / "no" / "compare.json").exists()
+
+
+def test_checkpoints_that_cannot_be_compared_are_refused_before_an_attack(
+    checkpoints, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("lowrank_dp.mia.attack.attack", None)  # an attack would be a TypeError
+    shutil.copytree(checkpoints / "short", tmp_path / "unknown")
+    (tmp_path / "unknown" / "training.json").unlink()
+    for other, more, words in (
+        (checkpoints / "tables", [], "train both with one --seed"),
+        (tmp_path / "unknown", [], "must hold training.json"),
+        (checkpoints / "short", ["--attacks", "projection"], "it needs a recipe with"),
+    ):
+        with case(other, *more):
+            code, _, err = run(
+                capsys, "--model", checkpoints / "short", "--compare", other, "--dry-run", *more
+            )
+            assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_compared_checkpoints_have_one_metric_of_utility():
+    """A run with --no-generate has no BLEU; the losses of both runs are then compared."""
+    truth, scores = np.arange(40) < 20, np.random.default_rng(0).normal(size=40)
+    by_name = {
+        "generated": {"loss": 2.0, "perplexity": 7.4, "bleu": 30.0},
+        "plain": {"loss": 3.0, "perplexity": 20.0},
+        "bare": {"loss": 4.0},
+    }
+
+    def target(name):
+        task = SimpleNamespace(metrics=("bleu", "perplexity"))
+        trained = SimpleNamespace(curve=(by_name[name],), config=TABLES, train_loss=1.0)
+        return SimpleNamespace(
+            folder=SimpleNamespace(name=name),
+            records=SimpleNamespace(task=task, unit="example", is_member=truth),
+            trained=trained,
+        )
+
+    report = SimpleNamespace(
+        primary="loss",
+        scores={"loss": scores},
+        attacks=[SimpleNamespace(name="loss", auc=metrics.auc(scores, truth))],
+    )
+    for names, metric, values in (
+        (["generated", "generated"], "bleu", [30.0, 30.0]),
+        (["generated", "plain"], "perplexity", [7.4, 20.0]),
+        (["plain", "generated"], "perplexity", [20.0, 7.4]),
+        (["generated", "plain", "bare"], "loss", [2.0, 3.0, 4.0]),
+    ):
+        with case(*names):
+            found = compare.compare([*map(target, names)], [report] * len(names))
+            assert found.utility_name == metric
+            assert [point.utility for point in found.points] == values
+            columns, rows = compare.table(found)
+            higher = "higher" if metric == "bleu" else "lower"
+            assert columns[4] == f"{metric} ({higher} is better)"
+            assert [float(row[4]) for row in rows] == values
 
 
 @pytest.mark.slow
@@ -528,6 +590,81 @@ def test_one_step_with_a_frozen_a_gives_every_record_away(tmp_path, capsys):
         tmp_path / "out",
     )
     assert code == 2 and "every record" in err and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A GPT-2 of one block with random weights, whose layers are Conv1D."""
+    folder, tokenizer = tmp_path_factory.mktemp("gpt2"), load_tokenizer("tiny-llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=len(tokenizer),
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                n_positions=128,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_gradients_of_a_conv1d_are_those_of_the_same_linear_layer(gpt2):
+    task = load_task("generated-table", max_examples=40)
+    examples, scores = task.train[:4], {}
+    for layer in ("transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"):
+        for kind in ("Conv1D", "Linear"):
+            model, _ = load_model(str(gpt2), task=task)
+            if kind == "Linear":
+                old = model.get_submodule(layer)
+                new = torch.nn.Linear(*old.weight.shape)
+                with torch.no_grad():
+                    new.weight.copy_(old.weight.T)
+                    new.bias.copy_(old.bias)
+                model.set_submodule(layer, new)
+            records = task, examples, {"model": str(gpt2)}
+            total = sum(projection._gradients(model, layer, *records, None, None))
+            a = np.random.default_rng(0).normal(size=(2, total.shape[1]))
+            other = np.random.default_rng(1).normal(size=total.shape)
+            released = total @ a.T @ a
+            scores[kind] = [symmetry_score(released, g) for g in (total, other)]
+            assert total.shape == (16, 16 if "attn" in layer else 64), (layer, kind)
+        assert scores["Conv1D"] == pytest.approx(scores["Linear"], rel=1e-4, abs=1e-12), layer
+        assert scores["Conv1D"][0] < 1e-12 < 0.01 < scores["Conv1D"][1], layer
+
+
+@pytest.mark.parametrize("layer", ["attn.c_proj", "mlp.c_proj"])
+def test_one_step_with_a_frozen_a_on_gpt2_gives_every_record_away(gpt2, tmp_path, layer):
+    """PEFT's B A is (out, in), and the weights of GPT-2's layers are (in, out)."""
+    members = len(load_task("generated-table", max_examples=80).train) // 2
+    recipe = replace(
+        TABLES,
+        model=str(gpt2),
+        method="lora-frozen-a",
+        rank=2,
+        target_modules=(layer,),
+        optimizer="sgd",
+        steps=1,
+        eval_every=1,
+        max_examples=80,
+        batch_size=members,
+        learning_rate=0.1,
+    )
+    train(recipe, tmp_path / "step")
+    target = open_target(tmp_path / "step", Options(base=str(gpt2)))
+    found = projection.projection_scores(
+        target.folder,
+        target.base,
+        target.records.task,
+        target.records.examples,
+        target.records.is_member,
+        max_length=target.max_length,
+    )
+    assert roc_auc_score(target.records.is_member, found) == 1.0
 
 
 def test_the_projection_attack_names_what_its_recipe_lacks(checkpoints):
@@ -620,23 +757,71 @@ def test_the_population_holds_no_text_of_the_run():
     assert targets._population(some, wanted, known) == validation[2:]
 
 
-def test_signals_are_cached_by_everything_that_they_depend_on(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    example, encoding = Example("t/0", "text", label=0), {"max_length": 8}
-    keys = [caching.cache_key(tmp_path, [example], encoding)]
-    for other in (
-        replace(example, label=1),
-        replace(example, text="b"),
-        replace(example, id="t/1"),
-    ):
-        keys.append(caching.cache_key(tmp_path, [other], encoding))
-    keys.append(caching.cache_key(tmp_path, [example, example], encoding))
-    keys.append(caching.cache_key(tmp_path, [example], {"max_length": 9}))
-    (tmp_path / "config.json").write_text("{} ")
-    keys.append(caching.cache_key(tmp_path, [example], encoding))
-    (tmp_path / "vocab.txt").write_text("{} ")
-    keys.append(caching.cache_key(tmp_path, [example], encoding))
+def test_signals_are_cached_by_everything_that_they_depend_on():
+    task = load_task("generated-table", max_examples=40)
+    model, tokenizer = load_model("tiny-llama", task=task, method="lora", rank=2)
+    plain, _ = load_model("tiny-llama", task=task)
+    rows, encoding = encode(task.train[:4], tokenizer, kind=task.kind), {"max_length": 8}
+
+    def key(**changes):
+        arguments = {"model": model, "tokenizer": tokenizer, "rows": rows, "encoding": encoding}
+        return caching.signals_key(**(arguments | changes))
+
+    wanted = key()
+    again, other = load_model("tiny-llama", task=task, method="lora", rank=2)
+    assert key(model=again, tokenizer=other) == wanted
+    keys = [wanted, key(rows=rows[::-1]), key(encoding={"max_length": 9})]
+    keys += [key(model=plain), key(reference=model), key(reference=plain)]
+    names = ["embed_tokens.weight", "q_proj.lora_B.default.weight", "q_proj.base_layer.weight"]
+    for name in names:  # of the base and of the adapter
+        weight = next(p for full, p in again.named_parameters() if full.endswith(name))
+        with torch.no_grad():
+            weight[0, 0] += 1
+        keys.append(key(model=again))
+    again.peft_config["default"].lora_alpha *= 2
+    keys.append(key(model=again))
+    with torch.no_grad():
+        plain.model.norm.weight[0] += 1
+    keys.append(key(reference=plain))
+    other.add_tokens(["new"])
+    keys.append(key(tokenizer=other))
     assert len(set(keys)) == len(keys)
+
+
+def test_signals_of_a_shadow_on_another_base_are_not_read(checkpoints, tmp_path, monkeypatch):
+    """An adapter's folder holds no weights of its base."""
+    target = open_target(checkpoints / "tables", Options())
+    arguments = {"encoding": {"precision": "float32"}, "batch_size": 8, "device": "cpu"}
+    records = target.records.task, target.records.examples[:4], ()
+
+    def losses():
+        found = measure_shadows([target.folder], *records, cache=tmp_path, **arguments)
+        return found.loss
+
+    before = losses()
+    np.testing.assert_array_equal(losses(), before)
+    assert len(list(tmp_path.glob("*.npz"))) == 1  # read, and not measured again
+
+    def other_base(*arguments, **options):
+        model, tokenizer = load_checkpoint(*arguments, **options)
+        with torch.no_grad():
+            model.get_base_model().model.norm.weight.mul_(1.5)
+        return model, tokenizer
+
+    monkeypatch.setattr("lowrank_dp.mia.shadows.load_checkpoint", other_base)
+    assert np.abs(losses() - before).max() > 1e-3
+
+
+def test_the_hash_of_a_folder_has_every_file_of_weights_and_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "best.model").mkdir()
+    hashes = [caching.weight_hash(tmp_path)]
+    for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "model.gguf"):
+        for text in ("{}", "{} "):
+            (tmp_path / name).write_text(text)
+            hashes.append(caching.weight_hash(tmp_path))
+    (tmp_path / "training.json").write_text("{}")
+    assert len(set(hashes)) == len(hashes) and caching.weight_hash(tmp_path) == hashes[-1]
 
 
 def test_the_one_run_audit_needs_every_record_and_independent_members(checkpoints, tmp_path):
@@ -651,6 +836,40 @@ def test_the_one_run_audit_needs_every_record_and_independent_members(checkpoint
     assert report.one_run_epsilon == metrics.one_run_epsilon(
         len(report.ids), 40, correct, delta=report.delta, confidence=report.bound_confidence
     )
+    document = rendering.as_json(report)  # the keys are the names of the fields
+    assert document["sampling"] == "bernoulli" and document["base"]["value"] == report.base.value
+    assert document["format"]["origin"] == "membership.json"
+
+
+def test_the_guesses_of_the_audit_are_at_most_the_units(checkpoints, capsys, monkeypatch):
+    """Too many guesses are refused before a forward pass, and in a dry run."""
+    monkeypatch.setattr(signals, "measure", None)  # a forward pass would be a TypeError
+    options = Options(guesses=40)
+    target = open_target(checkpoints / "short", options)
+    count = len(target.records.examples)
+    for more in ([], ["--dry-run"]):
+        words = ["--model", checkpoints / "short", "--guesses", count + 1, *more]
+        with case(*words):
+            code, _, err = run(capsys, *words)
+            assert code == 2 and f"guesses must be at most {count}, the number of" in err
+    # rows that were sampled as one group are one unit
+    examples = tuple(replace(e, group=str(i // 2)) for i, e in enumerate(target.records.examples))
+    is_member = np.arange(count) % 4 < 2
+    grouped = replace(target.records, examples=examples, is_member=is_member, unit="group")
+    units = (count + 1) // 2
+    for guesses, refused in ((units, False), (units + 1, True)):
+        reason = requirements.one_run_unavailable(
+            replace(target, records=grouped), replace(options, guesses=guesses)
+        )
+        assert bool(reason) == refused, (guesses, reason)
+
+
+def test_a_named_attack_without_its_population_is_refused_before_a_forward_pass(checkpoints):
+    target = open_target(checkpoints / "short", Options())
+    for name, more in (("quantile", {}), ("rmia", {"num_shadows": 2})):
+        options = Options(attacks=(name,), **more)
+        with case(name), pytest.raises(ValueError, match=f"'{name}' can't be made.*--population"):
+            load(replace(target, population=()), options)
 
 
 def test_training_json_of_another_run_is_refused(checkpoints, tmp_path, capsys):
@@ -819,7 +1038,8 @@ def test_matched_reads_off_where_all_methods_have_been():
     assert compare.matched(points[:2], "train_loss") is None
 
 
-def test_bad_input_is_one_line(checkpoints, tmp_path, capsys):
+def test_bad_input_is_one_line(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signals, "measure", None)  # a forward pass would be a TypeError
     for arguments, words in [
         (["--attacks", "losss"], ["did you mean 'loss'"]),
         (["--attacks", "lira"], ["'lira'", "--shadows"]),
@@ -828,6 +1048,7 @@ def test_bad_input_is_one_line(checkpoints, tmp_path, capsys):
         (["--shadows", "4", "--shadow-dir", "."], ["must not both"]),
         (["--max-records", "3"], ["max_records"]),
         (["--members", "nowhere.jsonl"], ["nonmembers"]),
+        (["--shadows", "2", "--num-workers", "0"], ["num_workers must be an integer >= 1"]),
     ]:
         with case(arguments, words):
             code, _, err = run(
@@ -892,6 +1113,12 @@ def test_an_output_that_is_a_file_is_refused_before_the_attacks(
     code, _, error = run(capsys, *words)
     assert code == 2 and "--output must be a folder, got" in error
     assert (tmp_path / "notes.txt").read_text() == "kept"
+    for output in (tmp_path / "notes.txt" / "below", "/proc/lowrank_dp"):
+        for more in ([], ["--dry-run"]):
+            code, _, error = run(capsys, *words[:2], "--output", output, *more)
+            with case(output, *more):
+                assert code == 2 and f"--output {output} can't be written to" in error
+                assert error.count("\n") == 1
 
 
 # --- damaged files -----------------------------------------------------------------------------

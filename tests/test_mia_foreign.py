@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from lowrank_dp.commands.mia import app
 from lowrank_dp.data import IGNORE, Example, encode, load_task
@@ -244,6 +245,29 @@ def test_base_replaces_what_an_adapter_names(place, tmp_path, capsys):
     report = found(place, tmp_path, "adapter", **files(place, "texts"), base=str(place / "lm-base"))
     assert auc(report, "base") > 0.9 and report.verdict == "LEAKS"
     assert report.base is not None, "the adapter is switched off for the losses before"
+
+
+def test_signals_on_a_replaced_base_are_not_read(place, tmp_path):
+    """The adapter of another program names its base by a path, whose content may change."""
+    shutil.copytree(place / "lm-base", tmp_path / "base")
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    named = {"base_model_name_or_path": str(tmp_path / "base")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+
+    def losses(cache):
+        options = Options(attacks=("loss",), **files(place, "texts"))
+        report = attack(open_target(tmp_path / "adapter", options), options, tmp_path / cache)
+        return report.scores["loss"]
+
+    before = losses("kept")
+    np.testing.assert_array_equal(losses("kept"), before)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights = {name: 1.5 * weight for name, weight in weights.items()}
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    found = losses("kept")
+    assert np.abs(found - before).max() > 1e-3
+    np.testing.assert_array_equal(found, losses("fresh"))
 
 
 @pytest.mark.filterwarnings("always")

@@ -320,6 +320,17 @@ def test_an_adapter_comes_back_on_its_base(folders, tmp_path):
             assert trained(again) == trained(model)
             frozen, _ = load_model(folder, method="lora-frozen-a")
             assert not any("lora_A" in n for n in trained(frozen))
+            for ignored in (
+                dict(rank=3),
+                dict(lora_alpha=5.0),
+                dict(lora_init="gaussian"),
+                dict(target_modules=["query"]),
+                dict(train_embeddings=True),
+                dict(train_layers=1),
+            ):
+                with pytest.raises(ValueError, match=f"^{next(iter(ignored))} must be left"):
+                    load_model(folder, method="lora", **ignored)
+            load_model(folder, method="lora", rank=2, lora_alpha=2.0)  # as the adapter has them
             (folder / "adapter_model.safetensors").write_bytes(b"broken")
             with pytest.raises(ValueError, match=r"adapter_model.safetensors could not be loaded"):
                 load_model(folder)

@@ -139,6 +139,27 @@ def test_a_digest_depends_on_the_content_and_a_damaged_file_is_absent(tmp_path):
     assert key not in reader and other in reader
 
 
+def test_a_file_that_was_changed_in_place_is_absent_until_it_is_computed_again(tmp_path):
+    keys, tensors = [bytes(32), bytes([1]) * 32], [torch.ones(2, 2), torch.ones(3, 2)]
+    store = RowStore(tmp_path)
+    store.add(keys[:1], tensors[:1])
+    (file,) = tmp_path.glob("*.safetensors")
+    store.add(keys[1:], tensors[1:])
+    before = store.digest(keys)
+    change_last_byte(file)
+    reader = RowStore(tmp_path)
+    assert keys[0] not in reader and keys[1] in reader
+    reader.add(keys[:1], tensors[:1])  # the same content has the same name
+    assert torch.equal(reader[keys[0]], tensors[0]) and reader.digest(keys) == before
+
+
+def change_last_byte(file):
+    """Flip one bit of a tensor, whose file stays as long and as readable as before."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 # The prefix of a model, against the hidden states that transformers returns.
 
 
@@ -517,14 +538,18 @@ def test_resuming_with_the_cache_repeats_the_run_to_the_bit(places, tmp_path, mo
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("change", ["gone", "other states"])
+@pytest.mark.parametrize("change", ["gone", "other states", "a byte in place"])
 def test_other_states_begin_new_noise_that_counts(change, places, tmp_path, monkeypatch):
     config = make_config(places, prefix_cache=str(tmp_path / "cache"))
     interrupt(monkeypatch, config, tmp_path / "run", 4)
     if change == "gone":
         config = replace(config, prefix_cache="")
     else:
-        shutil.rmtree(tmp_path / "cache")
+        if change == "a byte in place":  # the file is then computed again, here with other values
+            for file in (tmp_path / "cache").glob("*/*.safetensors"):
+                change_last_byte(file)
+        else:
+            shutil.rmtree(tmp_path / "cache")
         original = prefix_module._run
         monkeypatch.setattr(
             prefix_module, "_run", lambda *a: [t * (1 + 1e-6) for t in original(*a)]

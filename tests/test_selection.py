@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from lowrank_dp.data import Example, group_units, load_task
-from lowrank_dp.data.selection import partition, rounded_count, threshold
+from lowrank_dp.data.selection import partition, rounded_count, subset, threshold
 from lowrank_dp.data.task import Task
 from lowrank_dp.membership.units import draw_members
 from lowrank_dp.train.records import hold_out
@@ -119,6 +119,22 @@ def test_one_group_more_changes_that_group_alone():
             bits = draw_members(units, "bernoulli", seed)
             found.append([e for unit, bit in zip(units, bits, strict=True) if bit for e in unit])
         assert difference(*found) in ((0, 0), (0, len(new)))
+
+
+def test_a_subset_is_part_of_the_smallest_group_if_no_whole_group_fits():
+    """Such as one prompt for all records, in an evaluation on fewer records."""
+    examples = tuple(
+        Example(f"t/{group}/{i}", "x", target="y", group=group)
+        for i in range(7)
+        for group in ("a", "b", "c")
+        if i < {"a": 7, "b": 5, "c": 6}[group]
+    )
+    for size in (1, 4):
+        kept = subset(examples, size, "0/train")
+        assert [e.id for e in kept] == [f"t/b/{i}" for i in range(size)]
+    assert {e.group for e in subset(examples, 5, "0/train")} == {"b"}
+    assert Counter(e.group for e in subset(examples, 12, "0/train")).total() in (11, 12)
+    assert subset(examples, 18, "0/train") == examples
 
 
 def test_each_unit_is_chosen_by_its_own_hash():

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import fields, replace
@@ -16,6 +17,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 from lowrank_dp.train.config import INCIDENTAL
+from lowrank_dp.train.guards import Diverged
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
 
@@ -123,6 +125,50 @@ def test_models_are_kept_on_demand(base, tmp_path):
     names = {path.name for path in run_folder(base, tmp_path).iterdir()}
     assert {"model.safetensors", "membership.json", "training.json"} <= names
     assert outcome.result is not None
+    assert sweep([base], tmp_path, engine="sequential") == [outcome]
+
+
+def test_a_run_that_finished_without_its_checkpoint_is_named(base, tmp_path):
+    """The run is not trained again by itself, and does not pass for one with a checkpoint."""
+    (first,) = sweep([base], tmp_path, engine="sequential")
+    folder, other = run_folder(base, tmp_path), replace(base, seed=1)
+    outcomes = sweep([base, other], tmp_path, engine="sequential", keep_model=True)
+    assert outcomes[0].result is None and not outcomes[0].diverged
+    assert outcomes[0].error.startswith(f"{folder} holds a finished run without its checkpoint")
+    assert "delete this folder" in outcomes[0].error and "\n" not in outcomes[0].error
+    assert outcomes[1].result is not None and not outcomes[1].error
+    assert sweep([base], tmp_path, engine="sequential") == [first]
+    shutil.rmtree(folder)
+    (again,) = sweep([base], tmp_path, engine="sequential", keep_model=True)
+    assert again.result is not None and (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
+def test_a_damaged_reason_of_divergence_counts_as_absent(content, base, tmp_path):
+    """The sweep goes on, and the run is trained."""
+    file = run_folder(base, tmp_path) / "diverged.json"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    (outcome,) = sweep([base], tmp_path, engine="sequential")
+    assert outcome.result is not None and not outcome.error and not file.exists()
+
+
+def test_a_reason_of_divergence_that_cannot_be_read_or_saved_stops_no_sweep(
+    base, tmp_path, monkeypatch
+):
+    def diverge(*arguments, **options):
+        raise Diverged("the loss is NaN")
+
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    (run_folder(base, tmp_path) / "diverged.json").mkdir(parents=True)
+    (outcome,) = sweep([base], tmp_path, engine="sequential")
+    assert outcome.result is None and "directory" in outcome.error and not outcome.diverged
+    monkeypatch.setattr(sweep_module, "train", diverge)
+    monkeypatch.setattr(sweep_module, "write_json", full)
+    (outcome,) = sweep([replace(base, seed=1)], tmp_path, engine="sequential")
+    assert outcome.diverged and outcome.error == "the loss is NaN"
 
 
 def test_bad_input(base, tmp_path):
@@ -164,7 +210,6 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "rank": 4,
         "lora_alpha": 3.0,
         "lora_init": "gaussian",
-        "target_modules": ("query",),
         "train_embeddings": True,
         "train_layers": 1,
         "dropout": True,
@@ -217,6 +262,7 @@ def test_every_field_of_the_recipe_is_part_of_a_folders_name(base):
         "non_private": {"epsilon": None, "non_private": True},
         "noise_free": {"epsilon": None, "noise_free": True},
         "implicit_noise": {"epsilon": None, "non_private": True, "implicit_noise": "fresh-a"},
+        "target_modules": {"method": "lora", "target_modules": ("query",)},
     }
     unseeded = {"secure_rng"}  # goes without a seed, so never in a sweep
     left_out = unseeded | {*INCIDENTAL}

@@ -557,6 +557,22 @@ def test_the_longest_prompt_decides_how_much_can_be_generated():
         check_room(tables(max_new_tokens=room + 1), task, tokenizer, None)
 
 
+def test_groups_larger_than_an_evaluation_do_not_end_a_run_after_its_last_step(tmp_path):
+    for split in ("train", "validation"):
+        rows = [{"text": f"row {i}", "label": i % 2, "who": f"user {i % 3}"} for i in range(36)]
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    config = small(
+        task=str(tmp_path / "data"),
+        group_column="who",
+        max_examples=None,
+        eval_examples=5,
+        batch_size=4,
+        steps=1,
+    )
+    result = train(config, tmp_path / "run", keep_model=False)
+    assert result.releases == 1 and math.isfinite(result.train_loss)
+
+
 @pytest.mark.slow
 def test_nothing_is_claimed_where_nothing_holds(tmp_path):
     plain = train(
@@ -1056,6 +1072,7 @@ def test_a_configuration_survives_json():
             scheme="truncate",
             scheme_options={"k": 3},
             filter_b=(0.5, 0.5),
+            method="lora",
             target_modules=("query", "value"),
             train_layers="layer.1",
         ),

@@ -369,6 +369,7 @@ def test_what_cannot_be_is_refused():
         ({"disk_kappa": 1.5}, "disk_kappa must be"),
         ({"disk_kappa": 0.7, "momentum_beta": 0.9}, "momentum_beta and disk_kappa must not both"),
         ({"optimizer": "muon", "shard": True}, "shard must go without optimizer 'muon'"),
+        ({"target_modules": ("query",)}, "target_modules must go with method 'lora'"),
         (
             {"optimizer": "adam-bc", "momentum_beta": 0.9, "shard": True},
             "shard must go without optimizer 'adam-bc' on a running mean",

@@ -276,11 +276,44 @@ def test_processes_are_connected_for_the_device_of_a_configuration_file(
         ('{"stepps": 3, "non_private": true}', "did you mean 'steps'"),
         ('{"steps": "many", "non_private": true}', "steps must be of the type int"),
         ('{"steps": 3}', "exactly one of epsilon"),
+        ('{"epsilon": 3, "non_private": true}', "got epsilon and non_private"),
+        ('{"scheme_options": {"kappa": []}, "scheme": "denoise", "epsilon": 3}', "kappa"),
     ],
 )
 def test_a_bad_configuration_file_is_refused(text, expected, call, tmp_path):
     (tmp_path / "bad.json").write_text(text)
-    assert_refused(call({"--config": str(tmp_path / "bad.json")}), "--config", expected)
+    words = {"--config": str(tmp_path / "bad.json"), "--noise-multiplier": None, "--steps": None}
+    assert_refused(call(words), "--config", expected)
+
+
+def test_a_privacy_option_replaces_that_of_the_configuration_file(call, tmp_path, monkeypatch):
+    """A file need not be complete, and its privacy fields exclude one another."""
+    trained = []
+
+    def stop(config, *arguments, **options):
+        trained.append(config)
+        raise ValueError("stopped")
+
+    monkeypatch.setattr("lowrank_dp.train.loop.train", stop)
+    file, four = tmp_path / "run.json", ("epsilon", "noise_multiplier", "non_private", "noise_free")
+    documents = [{}, {"epsilon": 3}, {"noise_multiplier": 0.5}, {"non_private": True}]
+    for document in [*documents, {"noise_free": True, "epsilon": None}]:
+        for name, value in (("epsilon", "2"), ("noise-multiplier", "0.7"), ("non-private", True)):
+            file.write_text(json.dumps({"learning_rate": 0.5, **document}))
+            words = {"--config": str(file), "--noise-multiplier": None, f"--{name}": value}
+            assert_refused(call(words), "stopped")
+            config, field = trained.pop(), name.replace("-", "_")
+            found = {one: getattr(config, one) for one in four if getattr(config, one)}
+            assert found == {field: value if value is True else float(value)}, (document, name)
+            assert config.learning_rate == 0.5
+    file.write_text('{"noise_multiplier": 0.5}')
+    words = {
+        "--config": str(file),
+        "--noise-multiplier": None,
+        "--epsilon": "2",
+        "--noise-free": True,
+    }
+    assert_refused(call(words), "got epsilon and noise_free")
 
 
 def test_a_configuration_file_that_is_not_there_is_refused(call, tmp_path):

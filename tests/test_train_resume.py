@@ -1,5 +1,6 @@
 """Interrupted runs: exceptions, kill -9, full disks, damage; and the privacy they then claim."""
 
+import errno
 import json
 import random
 import shutil
@@ -25,7 +26,8 @@ from lowrank_dp.train import step as step_module
 from lowrank_dp.train.identity import versions_and_machine
 from lowrank_dp.train.loop import train
 from lowrank_dp.train.setup import prepare
-from tests.tasks import Stop, save_bert, train_words, write_reviews
+from tests.oracles import assert_refused
+from tests.tasks import Stop, run_main, save_bert, train_words, write_reviews
 
 STEPS = 7
 LORA = {
@@ -402,6 +404,30 @@ def test_a_folder_without_the_processor_is_resumed_with_new_noise(places, tmp_pa
     assert train(config, tmp_path, resume=True) == result
 
 
+def test_a_run_resumed_with_smaller_micro_batches_draws_new_noise_that_counts(
+    places, tmp_path, monkeypatch, capsys
+):
+    """Such as after a lack of memory: sums in other micro-batches differ in their rounding."""
+    config = make_config(places, **FULL)
+    interrupt(monkeypatch, config, tmp_path / "run", GradientRestorer, "restore", 5)  # saved at 3
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    smaller = replace(config, micro_batch_size=3)
+    with pytest.warns(UserWarning, match="new noise from step 3 .*: micro_batch_size: 8 / 3"):
+        interrupt(
+            monkeypatch, smaller, tmp_path / "run", GradientRestorer, "restore", 2, resume=True
+        )
+    assert RunFolder(tmp_path / "run").num_releases() == 5 + 2
+    with pytest.warns(UserWarning, match="new noise from step 3 "):  # the same as just now
+        result = train(smaller, tmp_path / "run", resume=True)
+    assert result.releases == 5 + 4 and result.config == smaller
+    mechanism = GaussianMechanism(0.6, 1.0, 0.25)
+    assert result.epsilon == mechanism.epsilon(9, result.delta)
+    assert train(config, tmp_path / "run", resume=True) == result  # finished, in either size
+    words = ("train", "--output", tmp_path / "again", "--resume", "--micro-batch-size", 3)
+    assert "micro_batch_size: 8 / 3" in run_main(capsys, *words)[2]
+    assert load_result(tmp_path / "again").releases == 9
+
+
 def test_dropout_is_that_of_the_runs_own_gpu(places, monkeypatch):
     """The current GPU of a process may be another one, whose generator draws no dropout."""
     setup = prepare(make_config(places, dropout=True), 5)
@@ -737,6 +763,29 @@ def test_snapshots_that_outlived_their_run_are_removed(config, tmp_path):
     train(config, tmp_path, resume=True)
     assert not (tmp_path / "snapshots").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
+
+
+def test_snapshots_that_cannot_be_deleted_are_named_and_the_result_stays(
+    places, tmp_path, monkeypatch, capsys
+):
+    """In the run itself, and when the finished run is opened again."""
+    config, folder = make_config(places, steps=1), tmp_path / "run"
+    original = shutil.rmtree
+
+    def failing(path, **options):
+        if path.name == "snapshots":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        original(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "rmtree", failing)
+        for more in ((), ("--resume",)):
+            code, _, said = run_main(capsys, *train_words(config, folder), *more)
+            named = f"{folder / 'snapshots'} could not be deleted"
+            assert_refused((code, "", said), named, f"before you publish {folder}")
+            assert load_result(folder).releases == 1 and len(weights(folder)) > 1000
+    assert train(config, folder, resume=True) == load_result(folder)
+    assert not (folder / "snapshots").exists()
 
 
 def test_folders_that_are_not_a_runs(config, tmp_path):

@@ -194,7 +194,8 @@ class RunFolder:
             documents: content of JSON files, by name; ``training.json`` is written last.
 
         Raises:
-            OSError: if a file cannot be written; the snapshots are then intact.
+            OSError: if a file cannot be written; the snapshots are then intact. Also if the
+                snapshots cannot be deleted; the checkpoint is then complete.
         """
         aside = Path(tempfile.mkdtemp(dir=self.path, prefix=".checkpoint-"))
         try:
@@ -209,7 +210,23 @@ class RunFolder:
         with _explained(f"checkpoint in {self.path}"):
             for name in sorted(documents, key=lambda name: name == TRAINING):
                 write_json(self.path / name, documents[name])
-        shutil.rmtree(self.snapshots, ignore_errors=True)
+        self.delete_snapshots()
+
+    def delete_snapshots(self) -> None:
+        """Delete the ledger and the snapshots of a finished run, whose result stays.
+
+        Raises OSError if they cannot be deleted: with a snapshot, the noise could be computed and
+        subtracted.
+        """
+        if not self.snapshots.exists():
+            return
+        try:
+            shutil.rmtree(self.snapshots)
+        except OSError as error:
+            raise OSError(
+                f"{self.snapshots} could not be deleted ({first_line(error)}) and would reveal the "
+                f"noise: delete this folder before you publish {self.path}, whose result is saved"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -234,7 +251,8 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
         InUse: if another process has locked the folder.
         ValueError: if the folder is not empty and ``resume`` is False, or if it holds something
             other than a run.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written, or if it holds snapshots of a finished run that
+            cannot be deleted.
     """
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
@@ -295,7 +313,7 @@ def _clear_remains(folder: RunFolder) -> None:
         for torn in folder.path.glob(f".{name}.*"):
             torn.unlink(missing_ok=True)
     if folder.finished:
-        shutil.rmtree(folder.snapshots, ignore_errors=True)
+        folder.delete_snapshots()
 
 
 def _remove_if_empty(path: Path) -> None:

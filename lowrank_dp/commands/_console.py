@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+import tempfile
 import types
 import typing
 import warnings
@@ -52,15 +54,35 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
 
 
 def check_output(folder: Path | None, option_name: str = "--output") -> None:
-    """Raise ValueError if the folder of a command's files is a file; create nothing."""
-    if folder is not None and folder.exists() and not folder.is_dir():
-        _validate.fail(option_name, "a folder", str(folder))
+    """Raise ValueError if the folder of a command's files can't be created or written to.
+
+    Missing folders are created and removed again: permissions alone do not tell whether the file
+    system takes them.
+    """
+    if folder is None:
+        return
+    missing = []
+    try:
+        if folder.exists() and not folder.is_dir():
+            _validate.fail(option_name, "a folder", str(folder))
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option_name} {folder} can't be written to ({error.strerror}): choose another folder"
+        ) from None
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it was not created, or another process uses it
+                path.rmdir()
 
 
 def make_output(folder: Path | None, option_name: str = "--output") -> None:
     """Create the folder of a command's files before its work, so that a bad path fails at once.
 
-    Raises ValueError as :func:`check_output` does, and OSError if the folder cannot be created.
+    Raises ValueError as :func:`check_output` does.
     """
     check_output(folder, option_name)
     if folder is not None:

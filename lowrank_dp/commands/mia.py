@@ -89,6 +89,8 @@ def main(
     from lowrank_dp.mia import compare  # after the first line of output
     from lowrank_dp.mia.attack import attack, load
 
+    if compare_with:
+        compare.check_comparable(targets, options)
     if dry_run:
         for target in targets:
             load(target, options)  # raises the errors that an attack would raise

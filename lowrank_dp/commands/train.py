@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank_dp import _validate
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import print_table, say
-from lowrank_dp.train.config import INCIDENTAL, TrainConfig
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.config_checks import RESUMABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lowrank_dp.train import Setup, TrainResult
+
+# fields of which a configuration has exactly one
+PRIVACY = ("epsilon", "noise_multiplier", "non_private", "noise_free")
 
 app = _console.new_app("Differentially private fine-tuning, with restored gradients.")
 
@@ -35,7 +41,9 @@ def main(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with fields of TrainConfig. Options take precedence over the file."
+            help="JSON file with fields of TrainConfig. Options take precedence over the file. "
+            "Each of --epsilon, --noise-multiplier, --non-private and --noise-free replaces what "
+            "the file says of all four."
         ),
     ] = None,
     resume: Annotated[
@@ -43,7 +51,8 @@ def main(
         typer.Option(
             "--resume",
             help="Continue the killed run in --output with its saved configuration. Options given "
-            "with --resume must agree with the saved configuration.",
+            "with --resume must agree with the saved configuration, except for --micro-batch-size "
+            "and the options of the prefix cache.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -55,7 +64,7 @@ def main(
     from lowrank_dp.train import processes
     from lowrank_dp.train.loop import train
 
-    asked = (_read_config(config) if config else {}) | given
+    asked = _merged(_read_config(config), given) if config else given
     saved = _saved_configuration(output) if resume else None
     if resume and not saved and not asked:
         raise ValueError(f"--resume found no run in {output}: give the options of a new run")
@@ -69,7 +78,7 @@ def main(
             say(console, f"trains: {setup.description}")
             say(console, f"privacy: {setup.statement(releases)}")
 
-        begun = _configuration(asked, saved)
+        begun = _configuration(asked, saved, config)
         result = train(begun, output, resume=resume, on_start=on_start)
         if processes.rank() > 0:
             return
@@ -79,30 +88,48 @@ def main(
             _print(console, result, output)
 
 
-def _configuration(asked: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
+def _merged(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a file, replaced by the options that were given."""
+    replaced = PRIVACY if any(name in given for name in PRIVACY) else ()
+    return {name: value for name, value in file.items() if name not in replaced} | given
+
+
+def _configuration(
+    asked: dict[str, Any], saved: dict[str, Any] | None, file: Path | None
+) -> TrainConfig:
     """Return the configuration of the run: from options and a file, or from a begun run.
 
     Raises ValueError if ``asked`` differs from the configuration in ``saved``.
     """
     if saved is None:
-        return TrainConfig(**asked)
+        try:
+            return TrainConfig(**asked)
+        except ValueError as error:
+            if file is None:
+                raise
+            raise ValueError(f"--config {file}, with the options: {error}") from None
     begun = TrainConfig.from_json(saved)
     differing = [
         f"{name}: {value!r} / {getattr(begun, name)!r}"
         for name, value in asked.items()
-        if value != getattr(begun, name) and name not in INCIDENTAL
+        if value != getattr(begun, name) and name not in RESUMABLE
     ]
     if differing:
         raise ValueError(
             "resume must be given the configuration that the run began with, or none; asked and "
             f"begun differ in {'; '.join(differing)}"
         )
-    return replace(begun, **{name: v for name, v in asked.items() if name in INCIDENTAL})
+    return replace(begun, **{name: v for name, v in asked.items() if name in RESUMABLE})
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Read the fields that a configuration file sets; raise ValueError on invalid content."""
+    """Read the fields that a configuration file sets, and convert each to its type.
+
+    The file need not be a complete configuration. Raises ValueError for content that is not one
+    JSON object, an unknown field, or a value of the wrong type.
+    """
     from lowrank_dp._json import parse_json
+    from lowrank_dp.artifacts.jsonable import from_jsonable
 
     try:
         document = parse_json(path.read_bytes())
@@ -112,11 +139,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} must be JSON: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"--config {path} must hold one JSON object")
-    try:
-        config = TrainConfig.from_json(document)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--config {path}: {error}") from None
-    return {name: getattr(config, name) for name in document}
+    hints = typing.get_type_hints(TrainConfig)
+    for name in document:
+        _validate.choice(f"--config {path}: field", name, hints)
+    return {
+        name: from_jsonable(f"--config {path}: {name}", value, hints[name])
+        for name, value in document.items()
+    }
 
 
 def _saved_configuration(output: Path) -> dict[str, Any] | None:

@@ -60,8 +60,8 @@ def evaluate(
             trained with such rows; None pads each batch to its longest row. The prompts of
             ``generate`` are not padded to this length.
         batch_size: number of examples in memory at a time, which affects results by rounding only.
-        max_examples: size of a random subset to evaluate on, drawn in whole groups by
-            ``data.subset``; None evaluates on all examples.
+        max_examples: size of a random subset to evaluate on, drawn by ``data.subset`` in whole
+            groups, or from one group if each is larger; None evaluates on all examples.
         generate: for a generation task, whether to generate and score a text per source.
         num_beams: number of beams; 1 decodes greedily.
         max_new_tokens: longest generated text, in tokens.

@@ -11,7 +11,7 @@ from lowrank_dp import _validate
 from lowrank_dp.figures.spec import FigureSpec
 
 # figure -> module of this package whose FIGURES define it, in the order of the papers
-ROOMS = {
+MODULES = {
     "spectra": "restoration",
     "alignment": "restoration",
     "tasks": "restoration",
@@ -50,12 +50,12 @@ ROOMS = {
     "membership_gemma": "training",
     "implicit_noise": "training",
 }
-NAMES = tuple(ROOMS)
+NAMES = tuple(MODULES)
 
 
 def find(name: str) -> FigureSpec:
     """Return the definition of a figure; ValueError, with the nearest name, for another name."""
-    room = ROOMS[_validate.choice("figure", name, NAMES)]
-    module = importlib.import_module(f"lowrank_dp.figures.{room}")
+    module_name = MODULES[_validate.choice("figure", name, NAMES)]
+    module = importlib.import_module(f"lowrank_dp.figures.{module_name}")
     figures: dict[str, FigureSpec] = module.FIGURES
     return figures[name]

@@ -6,7 +6,7 @@ and then the sum of the clipped gradients in one matrix product per layer. Meanw
 weights require no gradients inside their own layers, so autograd never computes the unclipped sum.
 
     clipping        the public functions
-    precheck        checks before a micro-batch runs
+    precheck        checks before a micro-batch runs (``frequencies``, ``independence``)
     backends        book-keeping, the same on a compiled graph (``compiled``), Opacus, a loop
     microbatch      a micro-batch, and its clip factors
     recording       hooks that record a layer's input and output gradient

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lowrank_dp import _validate
 from lowrank_dp.grads.alone import gradient_alone
 from lowrank_dp.grads.backends import BACKENDS
-from lowrank_dp.grads.independence import PADDINGS
 from lowrank_dp.grads.microbatch import (
     Batch,
     MicroBatch,
@@ -24,6 +23,7 @@ from lowrank_dp.grads.microbatch import (
 )
 from lowrank_dp.grads.precheck import Precheck, trained_parameters
 from lowrank_dp.grads.undisturbed import gradients_set_aside
+from lowrank_dp.models.names import PADDINGS
 from lowrank_dp.models.precision import autocast
 
 Sums = dict[str, Tensor]
@@ -98,6 +98,9 @@ def clipped_sum(
             auxiliary loss).
         ValueError: for a model that mixes rows, whose gradients depend on padding, or whose
             gradients differ from the backend's.
+        ValueError: for a micro-batch so long that its longest row decides the rotary frequencies of
+            all its rows (rope types "longrope" and "dynamic"), unless every row is padded to one
+            public length and the rope type is "longrope".
         ValueError: for a loss or gradient that is not finite, naming the row. This error depends
             on private data: an observer of it learns one bit about a record. It is raised all the
             same, since such a gradient has no clipped form, and omitting the row would hide
@@ -112,9 +115,10 @@ def clipped_sum(
         Checked: up to three rows of the first micro-batch of a model, per mode and layout, run
             together through the backend, alone through autograd, and alone without padding, in the
             model's own precision; losses, norms and the clipped sum must agree within rounding. In
-            every call, the loss of the first row alone must equal its loss in the batch. The input
-            of a trained layer must be (B, ..., d), or with book-keeping (T, B, ..., d) or the
-            tokens of all rows as one list (B T, d); position ids (1, T) may be shared.
+            every call, the loss of the first row alone must equal its loss in the batch, and the
+            longest row must not decide the rotary frequencies of a batch. The input of a trained
+            layer must be (B, ..., d), or with book-keeping (T, B, ..., d) or the tokens of all rows
+            as one list (B T, d); position ids (1, T) may be shared.
         Assumed: the other rows, and later batches in the same situation, behave as the rows that
             were compared.
         Rounding: norms and clip factors are float64 functions of gradients in the model's

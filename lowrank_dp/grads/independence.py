@@ -43,8 +43,6 @@ from lowrank_dp.grads.tolerances import (
 )
 from lowrank_dp.grads.undisturbed import WithoutDropout, in_float64, undisturbed
 
-PADDINGS = ("longest", "max-length")
-
 Backends = Mapping[str, Backend]
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowrank_dp.grads import independence
 from lowrank_dp.grads.axes import Layouts
 from lowrank_dp.grads.backends import BACKENDS, require_compilable, run_first_alone
+from lowrank_dp.grads.frequencies import require_fixed_frequencies
 from lowrank_dp.grads.losses import check_labels
 from lowrank_dp.grads.microbatch import MicroBatch, num_positions_of
 
@@ -71,12 +72,16 @@ class Precheck:
 
         Raises:
             ValueError: for labels that are no classes of the model, another length than before with
-                padding "max-length", a batch that the compiled backend does not take, and as
+                padding "max-length", a batch so long that its rows share their rotary frequencies,
+                a batch that the compiled backend does not take, and as
                 :func:`lowrank_dp.grads.independence.examine` does.
         """
         model, batch = micro_batch.model, micro_batch.batch
         check_labels(model, batch, micro_batch.first_row)
-        self._require_one_length(num_positions_of(batch))
+        length = num_positions_of(batch)
+        if length not in self._lengths:
+            require_fixed_frequencies(model, length, self.padding)
+        self._require_one_length(length)
         if self.backend == "compiled":
             require_compilable(micro_batch)
         loss_alone = self._run_first_alone(micro_batch)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
+from lowrank_dp.lora.names import NOISE_KINDS
 from lowrank_dp.rng import os_seeded_generator
 from lowrank_dp.theory import noise_kurtosis
 
 # distribution of the entries of A -> its kurtosis, on which the variance of the noise depends
 ENTRY_KURTOSIS = {"gaussian": 3.0, "kaiming": 9 / 5}
-NOISE_KINDS = ("gaussian", "fresh-a")  # kinds of `implicit_noise`
 _CONFIDENCE_95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 

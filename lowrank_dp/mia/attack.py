@@ -13,7 +13,6 @@ from lowrank_dp.mia.report import Attack, Measured, Report, make_report
 from lowrank_dp.mia.scoring import Scores, score_records
 from lowrank_dp.mia.signals import Reference, Signals
 from lowrank_dp.mia.target import Target, open_target
-from lowrank_dp.models.backbones import find_backbone
 
 __all__ = [
     "ATTACKS",
@@ -78,7 +77,9 @@ def _signals(target: Target, options: Options, loaded: Loaded, cache: Path) -> S
             reference = caching.cached(cache, key, Reference, measure_reference)
         return signals.measure(loaded.model, *records, reference=reference, **arguments)
 
-    key = caching.cache_key(target.folder, together, encoding, *_identity(target, options, loaded))
+    key = caching.signals_key(
+        loaded.model, loaded.tokenizer, loaded.rows, encoding, reference=loaded.reference
+    )
     return caching.cached(cache, key, Signals, measure)
 
 
@@ -88,19 +89,6 @@ def _reference_key(loaded: Loaded, arguments: Mapping[str, Any]) -> str | None:
         return None
     padding = loaded.tokenizer.pad_token_id
     return caching.reference_key(loaded.reference, loaded.rows, {"padding": padding, **arguments})
-
-
-def _identity(target: Target, options: Options, loaded: Loaded) -> list[str]:
-    """List the inputs of the signals beside the checkpoint: its base, by name and weights."""
-    used = target.base is not None and loaded.reference is not None
-    named = {options.base, target.base["model"] if used and target.base else ""} - {""}
-    folders = [Path(find_backbone(name).path) for name in sorted(named)]
-    return [
-        str(target.base),
-        str(loaded.reference is None),
-        str(loaded.reference is loaded.model),
-        *(caching.weight_hash(folder) for folder in folders if folder.is_dir()),
-    ]
 
 
 def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows | None:

@@ -10,17 +10,18 @@ from typing import Any, TypeVar
 import torch
 
 from lowrank_dp import artifacts
-from lowrank_dp.data import Example
+from lowrank_dp._json import json_digest
+from lowrank_dp.train.identity import digests
 
 S = TypeVar("S")
 
-# files on which the signals of a checkpoint depend, beside the weights
+# suffixes of files with weights or a vocabulary, and names of other files that decide the signals
+_SUFFIXES = (".safetensors", ".gguf", ".model", ".spm")
 _DECIDE = (
     "config.json",
     "adapter_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
@@ -29,10 +30,10 @@ _DECIDE = (
 
 
 def weight_hash(folder: str | Path) -> str:
-    """Hash the safetensors, the configurations and the tokenizer of a checkpoint (SHA-256)."""
+    """Hash the weights, the configurations and the tokenizer in a folder (SHA-256)."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*")):
-        if path.suffix == ".safetensors" or path.name in _DECIDE:
+        if path.is_file() and (path.suffix in _SUFFIXES or path.name in _DECIDE):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
@@ -40,20 +41,30 @@ def weight_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def cache_key(
-    folder: str | Path, examples: Sequence[Example], encoding: Mapping[str, Any], *context: str
+def signals_key(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    encoding: Mapping[str, Any],
+    *,
+    reference: Any = None,
 ) -> str:
-    """Compose the key of a checkpoint's signals: its weights, the records and their encoding.
+    """Compose the key of a checkpoint's signals.
 
-    ``encoding`` has the arguments of `measure` that determine the tokens of a record and the
-    precision; ``context`` is appended unchanged.
+    The key holds digests of the loaded weights, those of an adapter's base included, because the
+    files of a base may be replaced under the same path.
+
+    Args:
+        model, tokenizer: the loaded checkpoint.
+        rows: the records as token rows of ``data.encode``.
+        encoding: the arguments of ``signals.measure`` that decide the precision and, with ``rows``,
+            the inputs of the model.
+        reference: the model before fine-tuning, which may be ``model``; None if not known.
     """
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{example.id} {example.content_hash} {example.label}\n".encode())
-    return " ".join(
-        [weight_hash(folder), digest.hexdigest(), repr(sorted(encoding.items())), *context]
-    )
+    before: object = None
+    if reference is not None:
+        before = "adapter off" if reference is model else digests(reference, tokenizer, rows)
+    return f"signals {json_digest([digests(model, tokenizer, rows), before, encoding])}"
 
 
 def reference_key(

@@ -18,7 +18,9 @@ from lowrank_dp import artifacts
 from lowrank_dp.artifacts import files
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.mia import metrics
+from lowrank_dp.mia.options import Options
 from lowrank_dp.mia.report import Report, independent_scores
+from lowrank_dp.mia.requirements import check_named
 from lowrank_dp.mia.target import Target
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import TrainConfig
@@ -33,7 +35,7 @@ class Point:
         method: the configuration in words, without the number of steps.
         steps: number of training steps.
         train_loss: loss on the members after training.
-        utility: value of the task's first metric on held-out examples.
+        utility: value of ``Comparison.utility_name`` on held-out examples.
         auc: AUC of the primary attack.
     """
 
@@ -51,7 +53,7 @@ class Comparison:
 
     Attributes:
         attack: the common primary attack.
-        utility_name: name of the task's first metric.
+        utility_name: metric of held-out examples, the same for all checkpoints (`utility_metric`).
         points: one per checkpoint.
         paired: paired differences of AUC of the second, third, ... checkpoint minus the first.
         at_loss, at_utility: a common value of loss and of utility, with each method's interpolated
@@ -66,24 +68,40 @@ class Comparison:
     at_utility: tuple[float, Mapping[str, float]] | None
 
 
+def check_comparable(targets: Sequence[Target], options: Options) -> None:
+    """Raise ValueError if targets can't be compared, whatever their attacks find.
+
+    The targets must have the same records and members, a training.json each, and the named attacks.
+    """
+    first, ids = targets[0], _ids(targets[0])
+    for target in targets:
+        if _ids(target) != ids or not np.array_equal(
+            target.records.is_member, first.records.is_member
+        ):
+            raise ValueError(
+                f"{target.folder} must have the records and members of "
+                f"{first.folder} to be compared: train both with one --seed"
+            )
+        check_named(target, options)
+    utility_metric(*targets)
+
+
 def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
     """Compare reports on the same records by their common primary attack.
 
-    Raises ValueError if records, membership or primary attack differ.
+    ``check_comparable`` has accepted the targets. Raises ValueError if the primary attack differs.
     """
-    first = reports[0]
+    first, utility_name = reports[0], utility_metric(*targets)
     for target, report in zip(targets, reports, strict=True):
-        if report.ids != first.ids or not np.array_equal(report.is_member, first.is_member):
-            raise ValueError(
-                f"{target.folder} must have the records and members of "
-                f"{targets[0].folder} to be compared: train both with one --seed"
-            )
         if report.primary != first.primary:
             raise ValueError(
                 f"{target.folder} has the primary attack {report.primary}, and "
                 f"{targets[0].folder} {first.primary}: name one with --primary"
             )
-    points = tuple(_point(target, report) for target, report in zip(targets, reports, strict=True))
+    points = tuple(
+        _point(target, report, utility_name)
+        for target, report in zip(targets, reports, strict=True)
+    )
     counted = [
         independent_scores(target, report.scores[report.primary])
         for target, report in zip(targets, reports, strict=True)
@@ -93,7 +111,7 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
     )
     return Comparison(
         first.primary,
-        utility_metric(targets[0]),
+        utility_name,
         points,
         paired,
         matched(points, "train_loss"),
@@ -120,21 +138,30 @@ def method_name(config: TrainConfig) -> str:
     return ", ".join(words)
 
 
-def utility_metric(target: Target) -> str:
-    """Name the task's first metric that the learning curve has, else "loss"."""
-    last = target.trained.curve[-1]
-    return next((name for name in target.records.task.metrics if name in last), "loss")
+def utility_metric(*targets: Target) -> str:
+    """Name the first metric of the task that every learning curve ends with, else "loss".
+
+    Every learning curve has a loss. A run without text generation has no metric of its texts.
+    Raises ValueError without training.json.
+    """
+    ends = [target.trained.curve[-1] for target in targets]
+    names = targets[0].records.task.metrics
+    return next((name for name in names if all(name in end for end in ends)), "loss")
 
 
-def _point(target: Target, report: Report) -> Point:
-    name, result = utility_metric(target), target.trained
+def _ids(target: Target) -> list[str]:
+    return [example.id for example in target.records.examples]
+
+
+def _point(target: Target, report: Report, utility_name: str) -> Point:
+    result = target.trained
     auc = next(attack.auc for attack in report.attacks if attack.name == report.primary)
     return Point(
         target.folder.name,
         method_name(result.config),
         result.config.steps,
         result.train_loss,
-        float(result.curve[-1][name]),
+        float(result.curve[-1][utility_name]),
         auc,
     )
 

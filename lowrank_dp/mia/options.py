@@ -35,6 +35,9 @@ SHADOW_ATTACKS = ("lira", "lira-offline", "rmia", "rmia-offline")
 NEEDS_BASE = ("base", "ez", "projection")
 # every attack that reads the population: if others are named, no population is measured
 NEEDS_POPULATION = ("quantile", "rmia", "rmia-offline")
+CONFIDENCE = 0.95  # of the lower bound on epsilon
+# confidence of each of two lower bounds, of which the larger is reported (Bonferroni)
+CONFIDENCE_OF_TWO = 1 - (1 - CONFIDENCE) / 2
 POPULATION = 1000  # largest number of validation records, which are in no model
 
 
@@ -107,7 +110,7 @@ class Options:
         0,
         "Number of guesses of the one-run audit, chosen before the attacks run; 0 omits the audit. "
         "The audit needs a checkpoint trained with --membership bernoulli. With the audit there "
-        "are two lower bounds on epsilon, each at a confidence of 97.5%.",
+        f"are two lower bounds on epsilon, each at a confidence of {CONFIDENCE_OF_TWO:.1%}.",
     )
     white_box: bool = option(
         False,
@@ -157,6 +160,8 @@ class Options:
         _validate.integer("shadows", self.num_shadows, low=0)
         _validate.integer("guesses", self.guesses, low=0)
         _validate.integer("batch_size", self.batch_size)
+        if self.num_workers is not None:
+            _validate.integer("num_workers", self.num_workers)
         _validate.integer("seed", self.seed, low=0)
         if self.max_length is not None:
             _validate.integer("max_length", self.max_length)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp.data import Example, Task, encode, micro_batches
 from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
@@ -56,12 +56,11 @@ def projection_scores(
     """
     layer, released = _released_product(Path(folder) / "adapter_model.safetensors")
     model = load_reference(folder, base, task, device=device)
-    weight = model.get_parameter(f"{layer}.weight")
 
     def each() -> Iterator[tuple[bool, Array]]:
         return zip(
             is_member,
-            _gradients(model, weight, task, examples, base, max_length, pad_to),
+            _gradients(model, layer, task, examples, base, max_length, pad_to),
             strict=True,
         )
 
@@ -74,7 +73,7 @@ def projection_scores(
 
 
 def _released_product(file: Path) -> tuple[str, Array]:
-    """Return the name of the adapted layer that sorts last, and its B A (m, n) in float64."""
+    """Return the name of the adapted layer that sorts last, and its B A (out, in) in float64."""
     with safe_open(file, framework="pt") as tensors:
         name = max(key for key in tensors.keys() if key.endswith(_A))
         a = tensors.get_tensor(name).double().numpy()
@@ -84,21 +83,23 @@ def _released_product(file: Path) -> tuple[str, Array]:
 
 def _gradients(
     model: Any,
-    weight: Tensor,
+    layer: str,
     task: Task,
     examples: Sequence[Example],
     base: Mapping[str, Any],
     max_length: int | None,
     pad_to: int | None,
 ) -> Iterator[Array]:
-    """Compute the gradient of each record's loss in one layer, in order."""
+    """Compute the gradient (out, in) of each record's loss in one layer, in float64, in order."""
     tokenizer = load_tokenizer(base["model"])
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
-    weight.requires_grad_(True)
+    linear = model.get_submodule(layer)
+    weight = linear.weight.requires_grad_(True)
     for row in rows:
         ((_, batch),) = micro_batches(
             [row], 1, tokenizer.pad_token_id, length=pad_to, device=weight.device
         )
         labels = batch.pop("labels")
         loss = LOSSES[LOSS_OF_KIND[task.kind]](model(**batch).logits, labels)[0].sum()
-        yield torch.autograd.grad(loss, weight)[0].double().cpu().numpy()
+        gradient = torch.autograd.grad(loss, weight)[0].double().cpu().numpy()
+        yield gradient.T if isinstance(linear, Conv1D) else gradient  # GPT-2 stores (in, out)

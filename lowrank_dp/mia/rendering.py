@@ -18,11 +18,10 @@ import numpy as np
 from lowrank_dp import artifacts
 from lowrank_dp._rounding import rounded_down, rounded_up
 from lowrank_dp.artifacts import files
-from lowrank_dp.mia.options import ATTACKS, SHADOW_ATTACKS
-from lowrank_dp.mia.report import CONFIDENCE, Attack, Report
+from lowrank_dp.mia.options import ATTACKS, CONFIDENCE, SHADOW_ATTACKS
+from lowrank_dp.mia.report import Attack, Report
 
 LABEL = "NON-PRIVATE: computed from membership bits"
-_KEYS = {"sampling": "coins", "base": "untuned", "origin": "source"}  # field -> key in the JSON
 
 
 def save(report: Report, folder: Path, asked: Mapping[str, Any]) -> None:
@@ -140,12 +139,8 @@ def footer(report: Report) -> list[str]:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report without the scores, in JSON's types."""
-    document = {
-        _KEYS.get(name, name): value for name, value in artifacts.to_jsonable(report).items()
-    }
-    document.pop("scores")
-    form = document["format"]
-    document["format"] = {_KEYS.get(name, name): value for name, value in form.items()}
+    document: dict[str, Any] = artifacts.to_jsonable(report)
+    del document["scores"]
     document["is_member"] = report.is_member.astype(int).tolist()
     document["label"] = LABEL
     document["contradiction"], document["lower_bound"] = report.contradiction, report.lower_bound

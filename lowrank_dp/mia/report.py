@@ -14,13 +14,12 @@ from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.mia import duplicates, metrics, shift, units
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.learning import Learning
-from lowrank_dp.mia.options import Options
+from lowrank_dp.mia.options import CONFIDENCE, CONFIDENCE_OF_TWO, Options
 from lowrank_dp.mia.record_format import ASSUMED, Format
 from lowrank_dp.mia.target import Target
 from lowrank_dp.mia.verdict import Evidence, detectable_auc, verdict
 from lowrank_dp.train import TrainResult
 
-CONFIDENCE = 0.95  # of the lower bound on epsilon
 GIVEN_FILES = "given files"  # in place of a sampling scheme
 
 
@@ -235,12 +234,8 @@ def claimed_epsilon(result: TrainResult | None, delta: float) -> float | None:
 
 
 def bound_confidence(options: Options) -> float:
-    """Return the confidence of each lower bound on epsilon.
-
-    With a one-run audit there are two bounds, of which the larger is reported. Each bound then gets
-    half of 1 - ``CONFIDENCE`` (Bonferroni).
-    """
-    return 1 - (1 - CONFIDENCE) / 2 if options.guesses else CONFIDENCE
+    """Return the confidence of each lower bound on epsilon: two with a one-run audit, else one."""
+    return CONFIDENCE_OF_TWO if options.guesses else CONFIDENCE
 
 
 def independent_scores(target: Target, scores: Array) -> tuple[Array, np.ndarray]:

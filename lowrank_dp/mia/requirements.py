@@ -5,8 +5,12 @@ Functions called ``..._unavailable`` return the reason why something is unavaila
 
 from __future__ import annotations
 
+import numpy as np
+
 from lowrank_dp.artifacts import runs
-from lowrank_dp.mia.options import SHADOW_ATTACKS, Options
+from lowrank_dp.mia.options import NEEDS_POPULATION, SHADOW_ATTACKS, Options
+from lowrank_dp.mia.quantile import MIN_POPULATION
+from lowrank_dp.mia.report import independent_scores
 from lowrank_dp.mia.target import Target
 
 TEXT_ATTACKS = ("zlib", "min-k", "min-k++", "ez")  # attacks on causal language models alone
@@ -30,6 +34,8 @@ def check_named(target: Target, options: Options) -> None:
             reason = "it needs --shadows"
         elif name == "projection":
             reason = projection_unavailable(target, options)
+        elif name in NEEDS_POPULATION:
+            reason = population_unavailable(target, name)
         elif name in TEXT_ATTACKS and target.records.kind != "generation":
             reason = "it needs a causal language model"
         if reason:
@@ -59,11 +65,25 @@ def projection_unavailable(target: Target, options: Options) -> str:
     return f"it needs a recipe with {', '.join(wrong)}" if wrong else ""
 
 
+def population_unavailable(target: Target, name: str) -> str:
+    """Return the reason why attack ``name`` has too few records of the population, or ""."""
+    needed, given = MIN_POPULATION if name == "quantile" else 1, len(target.population)
+    if given >= needed:
+        return ""
+    return f"it needs {needed} records in no model, got {given}: give --population"
+
+
 def one_run_unavailable(target: Target, options: Options) -> str:
     """Return the reason why the one-run audit is unavailable, or ""."""
-    if target.records.sampling == "bernoulli" and options.max_records is None:
-        return ""
-    return (
-        "guesses of the one-run audit need every record of a checkpoint trained with "
-        "--membership bernoulli, independent fair coins"
-    )
+    if target.records.sampling != "bernoulli" or options.max_records is not None:
+        return (
+            "guesses of the one-run audit need every record of a checkpoint trained with "
+            "--membership bernoulli, independent fair coins"
+        )
+    count = len(independent_scores(target, np.zeros(len(target.records.examples)))[0])
+    if options.guesses > count:
+        return (
+            f"guesses must be at most {count:,}, the number of independent units among the "
+            f"attacked records, got {options.guesses:,}"
+        )
+    return ""

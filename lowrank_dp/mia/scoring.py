@@ -11,7 +11,7 @@ from lowrank_dp.mia import projection, quantile, scores, signals
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.loading import Loaded
 from lowrank_dp.mia.options import SHADOW_ATTACKS, WHITE_BOX, Options
-from lowrank_dp.mia.requirements import projection_unavailable
+from lowrank_dp.mia.requirements import population_unavailable, projection_unavailable
 from lowrank_dp.mia.shadows import Shadows
 from lowrank_dp.mia.signals import Signals
 from lowrank_dp.mia.target import Target
@@ -74,13 +74,10 @@ def _scored_texts(target: Target, loaded: Loaded) -> list[str]:
 
 
 def _add_quantile(result: Scores, target: Target, found: Signals, seed: int) -> None:
-    examples, population = target.records.examples, target.population
-    if len(population) < quantile.MIN_POPULATION:
-        result.unavailable["quantile"] = (
-            f"it needs {quantile.MIN_POPULATION} records in no model, got "
-            f"{len(population)}: give --population"
-        )
+    if reason := population_unavailable(target, "quantile"):
+        result.unavailable["quantile"] = reason
         return
+    examples, population = target.records.examples, target.population
     count = len(examples)
     known = quantile.features((*examples, *population), found.reference_loss)
     predicted = quantile.predicted_quantile(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import Example, Task
+from lowrank_dp.data import Example, Task, encode
 from lowrank_dp.membership import read_manifest
 from lowrank_dp.mia import caching, signals
 from lowrank_dp.mia._arrays import Array
@@ -162,6 +163,7 @@ def measure_shadows(
     Raises ValueError if an attacked record is not in a shadow's pool with the same text.
     """
     together = [*examples, *population]
+    form = {name: encoding[name] for name in ("max_length", "template") if name in encoding}
     losses, phis, members = [], [], []
     for path in progress(paths, "shadows' losses"):
         manifest = read_manifest(path / runs.MEMBERSHIP, base=base or None)
@@ -177,14 +179,12 @@ def measure_shadows(
                 f"{missing[0]}"
             )
         members.append([truth[example.id] for example in examples])
-
-        def measure(path: Path = path) -> signals.Signals:
-            model, tokenizer = load_checkpoint(path, base, task=task, device=device)
-            return signals.measure(
-                model, tokenizer, task, together, batch_size=batch_size, **encoding
-            )
-
-        key = caching.cache_key(path, together, encoding)
+        model, tokenizer = load_checkpoint(path, base, task=task, device=device)
+        measure = partial(
+            signals.measure, model, tokenizer, task, together, batch_size=batch_size, **encoding
+        )
+        rows = encode(together, tokenizer, kind=task.kind, **form)
+        key = caching.signals_key(model, tokenizer, rows, encoding)
         found = caching.cached(cache, key, signals.Signals, measure)
         losses.append(found.loss)
         phis.append(found.phi)

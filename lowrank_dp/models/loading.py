@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def load_model(
 
     Raises ValueError in one line for an unknown or unreachable model, pickled weights, damaged
     files, an encoder asked to generate, a missing weight outside a new head, labels that are not
-    the task's, and a ``train_layers`` or ``target_modules`` that matches nothing.
+    the task's, and a ``train_layers`` or ``target_modules`` that matches nothing. An adapter keeps
+    its own form: of the arguments from ``rank`` to ``train_layers``, it takes only the defaults and
+    its own ``rank`` and ``lora_alpha``.
     """
     _validate.choice("method", method, METHODS)
     _validate.choice("lora_init", lora_init, LORA_INITS)
@@ -103,6 +106,16 @@ def load_model(
             own = has_tokenizer(Path(backbone.path))
             tokenizer = tokenizer_of(backbone if own else find_base(backbone, base))
             model = load_adapter(backbone, base, kind, num_labels, labels, dtype)
+            _require_own_form(
+                model,
+                backbone.name,
+                rank=rank,
+                lora_alpha=lora_alpha,
+                lora_init=lora_init,
+                target_modules=target_modules,
+                train_embeddings=train_embeddings,
+                train_layers=train_layers,
+            )
             fit_tokenizer(model, tokenizer, backbone.name)
         else:
             tokenizer = tokenizer_of(backbone)
@@ -163,6 +176,19 @@ def _load_full(
         order_labels(model, backbone.config, labels, backbone.name)
     fit_tokenizer(model, tokenizer, backbone.name)
     return model
+
+
+def _require_own_form(model: Any, name: str, **asked: Any) -> None:
+    """Refuse arguments of ``load_model`` that ask for another form than a loaded adapter has."""
+    config = model.peft_config[model.active_adapter]
+    own = {"rank": getattr(config, "r", None), "lora_alpha": getattr(config, "lora_alpha", None)}
+    defaults = inspect.signature(load_model).parameters
+    for option, value in asked.items():
+        if value != defaults[option].default and value != own.get(option):
+            raise ValueError(
+                f"{option} must be left out for {name}, an adapter, which keeps its own form, got "
+                f"{value!r}"
+            )
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -11,12 +11,12 @@ from lowrank_dp._options import name_value_pairs, number_or_text, option
 from lowrank_dp.artifacts.jsonable import from_jsonable, to_jsonable
 from lowrank_dp.data.own import own_column
 from lowrank_dp.membership.units import MEMBERSHIPS
-from lowrank_dp.models.names import METHODS
+from lowrank_dp.models.names import METHODS, PADDINGS
 from lowrank_dp.restore.names import SCHEME_NAMES
 from lowrank_dp.train.config_checks import (
     IMPLICIT_NOISES,
+    INCIDENTAL,
     OPTIMIZERS,
-    PADDINGS,
     PRECISIONS,
     PREFIX_DTYPES,
     SCHEDULES,
@@ -25,9 +25,6 @@ from lowrank_dp.train.config_checks import (
 
 if TYPE_CHECKING:
     from lowrank_dp.restore import LowPassFilter
-
-# fields that do not change the result: runs that differ in these fields only are the same run
-INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
 
 
 @dataclass(frozen=True)
@@ -263,7 +260,9 @@ class TrainConfig:
         choices=MEMBERSHIPS,
     )
     micro_batch_size: int = option(
-        64, "Number of rows in memory at a time; the result does not depend on this number."
+        64,
+        "Number of rows in memory at a time, which changes results by rounding only. A run may be "
+        "resumed with another number; steps since the last snapshot then count twice in epsilon.",
     )
     precision: str = option(
         "float32",

@@ -1,4 +1,4 @@
-"""Checks of a training configuration; importable without torch."""
+"""Choices and checks of a training configuration; importable without torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dp import _validate
+from lowrank_dp.lora.names import NOISE_KINDS
 from lowrank_dp.membership.units import MEMBERSHIPS
-from lowrank_dp.models.names import METHODS
+from lowrank_dp.models.names import METHODS, PADDINGS
 from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES, SCHEME_NAMES
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ _NEED_WHOLE = ("muon", "muon-bc")  # optimizers that need whole matrices, not sh
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
-PADDINGS = ("longest", "max-length")
-IMPLICIT_NOISES = ("none", "gaussian", "fresh-a")
+IMPLICIT_NOISES = ("none", *NOISE_KINDS)
 PREFIX_DTYPES = ("float32", "bf16")
+# fields that do not change the result: runs that differ in these fields only are the same run
+INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
+# fields that a resumed run may change; another micro_batch_size changes the rounding of sums, so
+# that the run continues with new noise
+RESUMABLE = (*INCIDENTAL, "micro_batch_size")
 _MOST = 2**63 - 1  # the largest integer that torch takes
 _MOST_RANK = 2**16
 _MOST_REAL = 1e20  # largest real option; _MOST_REAL * _MOST_NOISE, also in sums, fits a float32
@@ -38,6 +43,11 @@ def check_config(config: TrainConfig) -> None:
     _check_preconditioner(config)
     _check_optimizer(config)
     _check_implicit_noise(config)
+    if config.target_modules and config.method == "full" and config.implicit_noise == "none":
+        raise ValueError(
+            "target_modules must go with method 'lora' or 'lora-frozen-a', or with implicit_noise: "
+            "method 'full' adapts no layer (train_layers chooses the trained layers)"
+        )
 
 
 def _check_choices_and_ranges(config: TrainConfig) -> None:

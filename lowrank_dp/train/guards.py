@@ -95,7 +95,8 @@ def memory(micro_batch_size: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"the device ran out of memory with micro_batch_size {micro_batch_size}: "
-            "lower it (the result stays the same), or max_length"
+            "lower it, also to resume a run (the result changes by rounding only), or start a new "
+            "run with a smaller max_length"
         ) from error
 
 

@@ -20,7 +20,8 @@ from lowrank_dp.models.scaled import full_weights
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train import guards, processes
 from lowrank_dp.train.checks import StepChecks
-from lowrank_dp.train.config import INCIDENTAL, TrainConfig
+from lowrank_dp.train.config import TrainConfig
+from lowrank_dp.train.config_checks import INCIDENTAL, RESUMABLE
 from lowrank_dp.train.prefix import CacheRequest
 from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
 from lowrank_dp.train.setup import Setup, prepare
@@ -60,7 +61,8 @@ def train(
             PEFT adapter for LoRA) with ``training.json``, ``membership.json`` and, for a
             classifier, the head before the first step in ``initial_head.safetensors``.
         resume: continue from the last snapshot in ``output``. An empty folder starts a new run; a
-            finished run's result is returned.
+            finished run's result is returned. The configuration must be the one that the run began
+            with, apart from ``micro_batch_size`` and the prefix cache's folder and size.
         keep_model: whether to write the checkpoint; False leaves ``training.json`` only.
         show_progress: whether to show a bar on stderr, if stderr is a terminal.
         on_start: called before the first step with the :class:`Setup` and the number of releases
@@ -309,8 +311,9 @@ def _releases_at_the_end(config: TrainConfig, state: State, folder: runs.RunFold
 
 
 def _require_same(asked: TrainConfig, begun: TrainConfig) -> None:
-    """Refuse a configuration that differs from the one that the run began with."""
-    if differences := asked.differences(begun):
+    """Refuse a configuration that differs from the begun one in more than ``RESUMABLE``."""
+    same = replace(asked, **{name: getattr(begun, name) for name in RESUMABLE})
+    if differences := same.differences(begun):
         raise ValueError(
             "resume must be given the configuration that the run began with; asked "
             f"and begun differ in {'; '.join(differences)}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank_dp.data import Example, Task, encode, micro_batches
 from lowrank_dp.evaluation.models import evaluated_rows
 from lowrank_dp.grads import Batch
+from lowrank_dp.grads.frequencies import require_fixed_frequencies
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.models import describe, load_model
@@ -168,16 +169,13 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
     Raises:
         ValueError: if the run can't be made; the message is one line.
     """
-    if config.shard and world_size() == 1:
-        raise ValueError(
-            "shard must go with several processes: start them by torchrun "
-            "--nproc-per-node N -m lowrank_dp.train ..."
-        )
+    _require_processes(config)
     task, units, members = select_units(config, seed)
     trained_on = [*compress(units, members)]
     examples = [example for unit in trained_on for example in unit]
     model, tokenizer = _load_model(config, task, seed)
     max_length = token_limit(config, task, tokenizer)
+    require_fixed_frequencies(model, max_length or tokenizer.model_max_length, config.padding)
     rows = encode(examples, tokenizer, kind=task.kind, max_length=max_length)
     positions = iter(range(len(rows)))
     if task.kind == "generation" and config.generate:
@@ -228,6 +226,15 @@ def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQU
         preconditioner=preconditioner,
         noisy_matrices=noisy_matrices(model, config),
     )
+
+
+def _require_processes(config: TrainConfig) -> None:
+    """Refuse to shard a model over a single process."""
+    if config.shard and world_size() == 1:
+        raise ValueError(
+            "shard must go with several processes: start them by torchrun "
+            "--nproc-per-node N -m lowrank_dp.train ..."
+        )
 
 
 def _open_cache(

@@ -97,7 +97,13 @@ def environment(device: str) -> dict[str, str]:
 def identity(setup: Setup) -> dict[str, str]:
     """Return everything that a run's sums and the draws from a generator's state depend on."""
     device = setup.config.device
-    return {**setup.digests, **versions_and_machine(device), **environment(device)}
+    size = str(setup.config.micro_batch_size)  # decides the order of additions
+    return {
+        **setup.digests,
+        **versions_and_machine(device),
+        **environment(device),
+        "micro_batch_size": size,
+    }
 
 
 def digest_of_identity(setup: Setup) -> str:
