@@ -522,7 +522,7 @@ def test_the_full_scale_obeys_the_protocol():
 
 
 # language models, whose evaluation would take longer than a step: a part of the validation split
-FEWER = ("steps_e2e", "steps_smollm2")
+FEWER = ("steps_e2e", "steps_e2e_arms", "steps_smollm2")
 
 
 @needs_data

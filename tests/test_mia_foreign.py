@@ -438,7 +438,7 @@ def test_a_checkpoint_without_a_template_says_what_it_assumes(place, tmp_path, c
         "template": None,
         "max_length": None,
         "scored": "the label",
-        "source": "assumed",
+        "origin": "assumed",
     }
     assert document["learning"]["better"] is True and document["left_out"] == []
 
