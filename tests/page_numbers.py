@@ -158,6 +158,7 @@ def _estimates():
 COMPUTED = {
     "alignment": _alignment,
     "steps_sst2": lambda: [*_noise_costs("steps_sst2"), *_tuning("steps_sst2", 0.00316)],
+    "steps_sst2_all": lambda: _noise_costs("steps_sst2_all"),
     "steps_sst2_mpnet": lambda: [
         *_noise_costs("steps_sst2_mpnet"),
         *_tuning("steps_sst2_mpnet", 0.001),
