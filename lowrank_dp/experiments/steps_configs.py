@@ -86,7 +86,8 @@ SST2_ARMS_EPS8 = replace(
 )
 # all 38 matrices of MiniLM, as in gap_configs.SST2_ALL_LAYERS
 SST2_ALL = Config(
-    replace(gap_configs.SST2_ALL_LAYERS.base, batch_size=256), arms=(*PLAIN, "partial, 0.5")
+    replace(gap_configs.SST2_ALL_LAYERS.base, batch_size=256),
+    arms=(*PLAIN, "partial, 0.5", "denoise"),
 )
 # the last two blocks of a model of RoBERTa-base's sizes; bfloat16, to shorten the matrix products
 SST2_MPNET = Config(
