@@ -309,6 +309,15 @@ def test_every_arm_has_a_result_with_five_seeds():
     assert ran == {*ARMS}
 
 
+def test_a_share_without_an_interval_says_so():
+    """MPNet's gap is one step on average, and less than one step without the third seed."""
+    result = artifacts.load_result(PAPER, "steps_sst2_mpnet", steps.Result)
+    columns, rows = steps.table(result)
+    cells = [row[columns.index("share of the gap closed of DP-Adam")] for row in rows]
+    assert cells[PLAIN.index("noise-free Adam (NON-PRIVATE)")] == "1.00 (no interval)"
+    assert not any("inf" in cell for cell in cells)
+
+
 def test_saved_results_say_what_must_be_public():
     for path in PAPER.glob("steps_*.json"):
         result = artifacts.load_result(PAPER, path.stem, steps.Result)

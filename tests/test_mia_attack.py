@@ -50,6 +50,7 @@ from lowrank_dp.theory import symmetry_score
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.config_checks import PRECISIONS
 from lowrank_dp.train.loop import train
+from tests.refusals import refused
 from tests.tasks import case, run_command, write_jsonl
 
 # A small pool and many steps, so that the checkpoint remembers its members. With this seed members
@@ -496,12 +497,15 @@ def test_compared_checkpoints_have_one_metric_of_utility():
         "bare": {"loss": 4.0},
     }
 
-    def target(name):
+    examples = [SimpleNamespace(id=str(i)) for i in range(40)]
+
+    def target(name, is_member=truth, examples=examples):
         task = SimpleNamespace(metrics=("bleu", "perplexity"))
+        records = SimpleNamespace(task=task, unit="example", is_member=is_member, examples=examples)
         trained = SimpleNamespace(curve=(by_name[name],), config=TABLES, train_loss=1.0)
         return SimpleNamespace(
             folder=SimpleNamespace(name=name),
-            records=SimpleNamespace(task=task, unit="example", is_member=truth),
+            records=records,
             trained=trained,
         )
 
@@ -524,6 +528,11 @@ def test_compared_checkpoints_have_one_metric_of_utility():
             higher = "higher" if metric == "bleu" else "lower"
             assert columns[4] == f"{metric} ({higher} is better)"
             assert [float(row[4]) for row in rows] == values
+    # the function itself refuses a pairing of other records or members
+    for other in (target("plain", is_member=~truth), target("plain", examples=examples[::-1])):
+        refused(
+            "train both with one --seed", compare.compare, [target("plain"), other], [report] * 2
+        )
 
 
 @pytest.mark.slow
@@ -857,11 +866,11 @@ def test_the_guesses_of_the_audit_are_at_most_the_units(checkpoints, capsys, mon
     is_member = np.arange(count) % 4 < 2
     grouped = replace(target.records, examples=examples, is_member=is_member, unit="group")
     units = (count + 1) // 2
-    for guesses, refused in ((units, False), (units + 1, True)):
+    for guesses, unwanted in ((units, False), (units + 1, True)):
         reason = requirements.one_run_unavailable(
             replace(target, records=grouped), replace(options, guesses=guesses)
         )
-        assert bool(reason) == refused, (guesses, reason)
+        assert bool(reason) == unwanted, (guesses, reason)
 
 
 def test_a_named_attack_without_its_population_is_refused_before_a_forward_pass(checkpoints):

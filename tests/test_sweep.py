@@ -145,7 +145,7 @@ def test_a_run_that_finished_without_its_checkpoint_is_named(base, tmp_path):
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
 def test_a_damaged_reason_of_divergence_counts_as_absent(content, base, tmp_path):
-    """The sweep goes on, and the run is trained."""
+    """The sweep deletes the damaged file, and trains the run."""
     file = run_folder(base, tmp_path) / "diverged.json"
     file.parent.mkdir(parents=True)
     file.write_bytes(content)

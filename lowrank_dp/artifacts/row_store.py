@@ -31,7 +31,7 @@ class RowStore:
     of its content. Only the owner can read the folder and its files. A killed writer leaves no
     partial file. A file that cannot be read counts as absent, and so does a file whose content has
     another SHA-256 than its name, because it was changed in place. Each process compares a file
-    with its name once, when it opens the file, at about 1 GB per second.
+    with its name once, when the process opens the file.
 
     Args:
         folder: folder of the files. The folder and its parent are made if they are missing; only

@@ -15,15 +15,12 @@ from lowrank_dp import _validate
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import print_table, say
 from lowrank_dp.train.config import TrainConfig
-from lowrank_dp.train.config_checks import RESUMABLE
+from lowrank_dp.train.config_checks import PRIVACY, RESUMABLE, given_privacy
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lowrank_dp.train import Setup, TrainResult
-
-# fields of which a configuration has exactly one
-PRIVACY = ("epsilon", "noise_multiplier", "non_private", "noise_free")
 
 app = _console.new_app("Differentially private fine-tuning, with restored gradients.")
 
@@ -90,7 +87,7 @@ def main(
 
 def _merged(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a file, replaced by the options that were given."""
-    replaced = PRIVACY if any(name in given for name in PRIVACY) else ()
+    replaced = PRIVACY if given_privacy(given) else ()
     return {name: value for name, value in file.items() if name not in replaced} | given
 
 

@@ -26,7 +26,7 @@ OTHERS = (
     "DP-AdamBC",
     "DP-Muon",
 )
-# arms that no other configuration has, except for DP-LoRA
+# arms of the literature that SST2_GAP does not train
 REMAINING = (
     "DP-SGD, torch's momentum",
     "partial, power law, 0.5",
@@ -78,7 +78,7 @@ SST2_ARMS = Config(
 SST2_EPS8 = replace(
     SST2_GAP, base=replace(SST2_GAP.base, epsilon=8.0), arms=(*PLAIN, *PRECONDITIONED[:3])
 )
-# the second setting of the arms that no other configuration has
+# the setting SST2_ARMS with less noise, for every arm with a result in one setting only
 SST2_ARMS_EPS8 = replace(
     SST2_ARMS,
     base=replace(SST2_ARMS.base, epsilon=8.0),
@@ -127,7 +127,7 @@ E2E = Config(
     score=gap_configs.E2E.score,
     tuning_holdout=gap_configs.E2E.tuning_holdout,
 )
-# arms that E2E lacks: the optimal shrinker, and the part of preconditioning that freezes vectors
+# the optimal shrinker, and the control of preconditioning, in the setting E2E
 E2E_ARMS = replace(E2E, arms=(*PLAIN, "optimal, zeroed", "DP-SGD, vectors frozen"))
 # micro-batches of 8, and few validation examples, since each target has 49,152 logits; bfloat16,
 # to shorten the matrix products, which take most of a step

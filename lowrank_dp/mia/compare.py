@@ -73,15 +73,8 @@ def check_comparable(targets: Sequence[Target], options: Options) -> None:
 
     The targets must have the same records and members, a training.json each, and the named attacks.
     """
-    first, ids = targets[0], _ids(targets[0])
+    _require_same_records(targets)
     for target in targets:
-        if _ids(target) != ids or not np.array_equal(
-            target.records.is_member, first.records.is_member
-        ):
-            raise ValueError(
-                f"{target.folder} must have the records and members of "
-                f"{first.folder} to be compared: train both with one --seed"
-            )
         check_named(target, options)
     utility_metric(*targets)
 
@@ -89,8 +82,9 @@ def check_comparable(targets: Sequence[Target], options: Options) -> None:
 def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
     """Compare reports on the same records by their common primary attack.
 
-    ``check_comparable`` has accepted the targets. Raises ValueError if the primary attack differs.
+    Raises ValueError if records, membership or primary attack differ, or without training.json.
     """
+    _require_same_records(targets)
     first, utility_name = reports[0], utility_metric(*targets)
     for target, report in zip(targets, reports, strict=True):
         if report.primary != first.primary:
@@ -149,8 +143,15 @@ def utility_metric(*targets: Target) -> str:
     return next((name for name in names if all(name in end for end in ends)), "loss")
 
 
-def _ids(target: Target) -> list[str]:
-    return [example.id for example in target.records.examples]
+def _require_same_records(targets: Sequence[Target]) -> None:
+    first, ids = targets[0], [example.id for example in targets[0].records.examples]
+    for target in targets[1:]:
+        same = [example.id for example in target.records.examples] == ids
+        if not same or not np.array_equal(target.records.is_member, first.records.is_member):
+            raise ValueError(
+                f"{target.folder} must have the records and members of {first.folder} to be "
+                "compared: train both with one --seed"
+            )
 
 
 def _point(target: Target, report: Report, utility_name: str) -> Point:

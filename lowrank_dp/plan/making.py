@@ -137,8 +137,8 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
         measurement: measurements of the plan; default: ``Measurement()``.
 
     Raises:
-        ValueError: if the run can't be made or has no noise, or if the public text is missing or
-            is the task's own text.
+        ValueError: if the run can't be made or has no noise, if the run's method is not predicted,
+            or if the public text is missing or is the task's own text.
     """
     measurement = measurement or Measurement()
     if not config.adds_noise:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowrank_dp import _validate
 from lowrank_dp.lora.names import NOISE_KINDS
@@ -23,6 +24,8 @@ PRECISIONS = ("float32", "bf16")
 PRECONDITIONERS = ("none", "generated", "noisy")  # or the name or path of a public task
 IMPLICIT_NOISES = ("none", *NOISE_KINDS)
 PREFIX_DTYPES = ("float32", "bf16")
+# fields of which a configuration sets exactly one
+PRIVACY = ("epsilon", "noise_multiplier", "non_private", "noise_free")
 # fields that do not change the result: runs that differ in these fields only are the same run
 INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
 # fields that a resumed run may change; another micro_batch_size changes the rounding of sums, so
@@ -108,17 +111,13 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
             raise ValueError(f"compile must go without {name}")
 
 
+def given_privacy(fields: Mapping[str, Any]) -> list[str]:
+    """Return the names in ``PRIVACY`` that ``fields`` sets: to a number, even 0, or to True."""
+    return [name for name in PRIVACY if not (fields.get(name) is None or fields[name] is False)]
+
+
 def _check_privacy(config: TrainConfig) -> None:
-    given = [
-        name
-        for name, value in (
-            ("epsilon", config.epsilon),
-            ("noise_multiplier", config.noise_multiplier),
-            ("non_private", config.non_private or None),
-            ("noise_free", config.noise_free or None),
-        )
-        if value is not None
-    ]
+    given = given_privacy(vars(config))
     if len(given) != 1:
         raise ValueError(
             "exactly one of epsilon, noise_multiplier, non_private and noise_free must be "
