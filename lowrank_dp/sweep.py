@@ -162,7 +162,7 @@ def _run(
                     write_json(Path(path) / DIVERGED, {"error": reason, "version": __version__})
                 return Outcome(config, None, reason, diverged=True)
             if not isinstance(error, runs.InUse) or time.monotonic() > given_up:
-                return Outcome(config, None, reason)
+                return Outcome(config, None, f"{reason} (folder of the run: {path})")
         time.sleep(1)  # afterwards, read the other process's result or resume its snapshot
 
 

@@ -237,8 +237,9 @@ def require_made(outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.error and not outcome.diverged:
             raise ValueError(
-                f"a run of the experiment could not be made: {outcome.error}; repeat the command, "
-                "which keeps the finished runs"
+                f"a run of the experiment could not be made: {outcome.error}; remove the cause, or "
+                "delete the folder to begin that run again; then repeat the command, which keeps "
+                "the finished runs"
             )
 
 
