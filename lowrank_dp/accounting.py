@@ -50,7 +50,9 @@ _BLOCK = 16  # number of orders that are computed together
 _POINTS = 200_000  # largest number of points of an integral
 _MOST = 1e9  # a larger epsilon is reported as infinite
 _MARGIN = 1 + 1e-9  # factor that covers the rounding error of an exact value
+_ROUNDING = 1e-10  # smallest sum of terms of both signs that is used, relative to the largest term
 _TRUNCATED = 1e-15  # mass of the tilted distribution that may be cut off
+LEAST_DELTA = 1e-200  # a sum of smaller weights would lose its tail in float64
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
         noise_multiplier: sigma, relative to the clip norm; >= 0.
         sample_rate: q in (0, 1].
         steps: number of steps, >= 0.
-        delta: in (0, 1).
+        delta: in [LEAST_DELTA, 1).
     """
     found = quick_bound(noise_multiplier, sample_rate, steps, delta)
     if sample_rate == 1 or not 0 < found.epsilon < math.inf:
@@ -166,14 +168,14 @@ def renyi_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta
         divergences = steps * _divergences(noise_multiplier, sample_rate, start)
         kept = np.isfinite(divergences)
         if not kept.any():
-            break
+            continue
         found, _ = rdp_privacy_accountant.compute_epsilon(orders[kept], divergences[kept], delta)
         best = min(best, float(found))
         order, divergence = orders[kept][-1], divergences[kept][-1]
         # lower bound on epsilon of all larger orders: the positive term in log(1 / delta) is left
         # out, and the factor covers the rounding error of the divergences
         least = divergence * (1 - 1e-6) + math.log1p(-1 / order) - math.log(order) / (order - 1)
-        if least > best or not kept.all():
+        if least > best or not kept[-1]:
             break
     return best * _MARGIN
 
@@ -185,7 +187,7 @@ def _divergences(noise_multiplier: float, sample_rate: float, start: int) -> np.
     log E (1 - q + q exp((2x - 1) / 2 sigma^2))^order / (order - 1) over x ~ N(0, sigma^2), by the
     trapezoid rule, which is exact to rounding for this smooth integrand. The bound is the same for
     adding and for removing a unit (Mironov, Talwar & Zhang 2019). The divergence is infinite for
-    orders that would need more than ``_POINTS`` points.
+    orders that would need more than ``_POINTS`` points, and where rounding error hides it.
     """
     orders = _ORDERS[start : start + _BLOCK]
     if sample_rate == 1:
@@ -212,8 +214,12 @@ def _divergences(noise_multiplier: float, sample_rate: float, start: int) -> np.
         points = slice(math.ceil(spans[i]))
         power = order * loss[points]
         growth = np.maximum(power, 0) + np.log(-np.expm1(-np.abs(power)) + 1e-300)
-        moment = _log_sum(log_density[points] + growth, np.sign(power))
-        found[i] = float(np.logaddexp(0, moment)) / (order - 1)
+        logs = log_density[points] + growth
+        moment = _log_sum(logs, np.sign(power))
+        # terms of both signs cancel; a sum that is too small beside the largest term is rounding
+        # error, and leaves the divergence infinite
+        if moment > logs.max() + math.log(_ROUNDING):
+            found[i] = float(np.logaddexp(0, moment)) / (order - 1)
     return found
 
 

@@ -41,7 +41,8 @@ NO_RECORDS = "no private records: computed from formulas, or from generated or p
 _ACCOUNTANTS = ("pld", "rdp")
 _CHUNK = 1 << 15  # entries drawn at once
 _GRID = 2.0**-24  # upper end of a release's rounding grid, in standard deviations of its noise
-_MOST_NOISE = 1e9  # largest noise multiplier that calibration considers
+_LEAST_NOISE, _MOST_NOISE = 1e-5, 1e9  # noise multipliers that calibration considers
+_LEAST_STD, _MOST_STD = 1e-30, 1e30  # standard deviations that float32 holds with a margin
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class GaussianMechanism:
             instance a meaning representation with all its references).
 
     Raises:
-        ValueError: if an attribute is out of range.
+        ValueError: if an attribute is out of range, or if ``noise_std`` is neither 0 nor in
+            [1e-30, 1e30], the range in which float32 holds the noise.
 
     >>> mechanism = GaussianMechanism(noise_multiplier=2.0, max_grad_norm=1.0, sample_rate=0.1)
     >>> round(mechanism.epsilon(steps=1000, delta=1e-6), 2)
@@ -73,6 +75,12 @@ class GaussianMechanism:
         _validate.positive("max_grad_norm", self.max_grad_norm)
         _validate.real("sample_rate", self.sample_rate, low=0, low_open=True, high=1)
         _validate.choice("unit", self.unit, ["example", "group"])
+        if self.noise_multiplier and not _LEAST_STD <= self.noise_std <= _MOST_STD:
+            _validate.fail(
+                "noise_multiplier * max_grad_norm",
+                f"0 or in [{_LEAST_STD:g}, {_MOST_STD:g}]",
+                self.noise_std,
+            )
 
     @property
     def noise_std(self) -> float:
@@ -84,7 +92,9 @@ class GaussianMechanism:
 
         Each unit is in the sample with probability ``sample_rate``, independently of the others.
         The sample may be empty. ``generator`` is a :class:`SecureRandom` or a CPU torch generator.
+        Raises ValueError unless ``num_units`` is an integer >= 0.
         """
+        num_units = _validate.integer("num_units", num_units, low=0)
         return (uniform(num_units, generator) < self.sample_rate).nonzero().flatten()
 
     def add_noise(
@@ -160,8 +170,8 @@ class GaussianMechanism:
 
         Args:
             steps: number of releases, >= 0; a step with an empty sample counts.
-            delta: in (0, 1). Delta should be below 1 / N for N units of privacy. This class does
-                not know N; ``train`` warns if delta is larger.
+            delta: in [1e-200, 1). Delta should be below 1 / N for N units of privacy. This class
+                does not know N; ``train`` warns if delta is larger.
             accountant: "pld" (default) is the smallest bound of :mod:`lowrank_dp.accounting`; the
                 tests require it to be at most 5% above reference values. "rdp" is the bound of
                 Renyi DP alone, which is looser for ``sample_rate`` < 1.
@@ -169,13 +179,13 @@ class GaussianMechanism:
         Raises:
             ValueError: if an argument is out of range.
         """
-        steps = _validate.integer("steps", steps, low=0)
-        delta = _validate.real("delta", delta, low=0, high=1, low_open=True, high_open=True)
         _validate.choice("accountant", accountant, _ACCOUNTANTS)
         found = self._bound(steps, delta)
         return found.rdp if accountant == "rdp" else found.epsilon
 
     def _bound(self, steps: int, delta: float) -> accounting.Bound:
+        steps = _validate.integer("steps", steps, low=0)
+        delta = _delta(delta)
         return accounting.bound(float(self.noise_multiplier), float(self.sample_rate), steps, delta)
 
     @classmethod
@@ -194,22 +204,22 @@ class GaussianMechanism:
 
         Args:
             epsilon: target, > 0. :meth:`epsilon` of the result never exceeds the target.
-            delta: target, in (0, 1); see :meth:`epsilon`.
+            delta: target, in [1e-200, 1); see :meth:`epsilon`.
             steps: number of releases, >= 1.
             sample_rate: q in (0, 1].
             max_grad_norm: C > 0.
             unit: unit of privacy, "example" or "group".
-            tolerance: > 0, largest excess of the noise multiplier over the smallest sufficient one;
-                absolute for a noise multiplier up to 100, and relative to a hundredth of the noise
-                multiplier above 100.
+            tolerance: in [1e-9, 1], largest excess of the noise multiplier over the smallest
+                sufficient one; absolute for a noise multiplier up to 100, and relative to a
+                hundredth of the noise multiplier above 100.
 
         Raises:
             ValueError: if a value is out of range, or no noise multiplier below 1e9 suffices.
         """
         epsilon = _validate.positive("epsilon", epsilon)
-        delta = _validate.real("delta", delta, low=0, high=1, low_open=True, high_open=True)
+        delta = _delta(delta)
         steps = _validate.integer("steps", steps)
-        tolerance = _validate.positive("tolerance", tolerance)
+        tolerance = _validate.real("tolerance", tolerance, low=1e-9, high=1)
         probe = cls(1.0, max_grad_norm, sample_rate, unit)  # checks the other arguments
         setting = (float(probe.sample_rate), steps, delta)
 
@@ -227,10 +237,10 @@ class GaussianMechanism:
                     f"{steps} steps by any noise multiplier below {_MOST_NOISE:g}"
                 )
         low = high / 2
-        while low > 0.01 and excess(math.log(low)) <= 0:
+        while low > _LEAST_NOISE and excess(math.log(low)) <= 0:
             high, low = low, low / 2
         found, width = math.log(high), tolerance / min(high, 100.0)
-        if low > 0.01:
+        if low > _LEAST_NOISE:
             found = optimize.brentq(excess, math.log(low), found, xtol=width / 4) + width / 2
             while excess(found) > 0:
                 found += width / 4
@@ -243,10 +253,13 @@ class GaussianMechanism:
         delta and the sampling rate are rounded up, and the noise multiplier is rounded down. The
         printed claim is therefore true, and the printed mechanism is at most as private as this
         mechanism.
+
+        Raises:
+            ValueError: if an argument is out of range; see :meth:`epsilon`.
         """
+        found = self._bound(steps, delta)
         if self.noise_multiplier == 0:
             return "NOT private: noise_multiplier = 0"
-        found = self._bound(steps, delta)
         how = {
             "exact": "exact, of the Gaussian mechanism",
             "RDP": "RDP",
@@ -260,3 +273,7 @@ class GaussianMechanism:
             f"{self.max_grad_norm:g}; accountant: {how} "
             f"(RDP cross-check: epsilon {rounded_up(found.rdp)})"
         )
+
+
+def _delta(delta: float) -> float:
+    return _validate.real("delta", delta, low=accounting.LEAST_DELTA, high=1, high_open=True)

@@ -78,6 +78,16 @@ def test_one_step_is_exact_in_both_directions():
             assert found <= exact * (1 + 1e-4) + 1e-9, (rate, sigma, delta)
 
 
+def test_rounding_never_puts_epsilon_below_the_truth():
+    """A divergence that rounding error hides gives no bound, and does not count as 0."""
+    for sigma, rate, delta in ((100.0, 1e-12, 1e-15), (100.0, 1e-12, 1e-30), (100.0, 1e-6, 1e-150)):
+        exact = max(exact_step(rate, sigma, delta, sign) for sign in (1, -1))
+        assert 0 < exact <= epsilon(sigma, rate, 1, delta), (sigma, rate, delta)
+    # at one order the divergence is hidden and at another it is not: the second one still counts
+    assert accounting._divergences(10.0, 1e-9, 0)[0] == math.inf
+    assert accounting.renyi_epsilon(10.0, 1e-9, 1000, 1e-12) < 0.01
+
+
 def test_composed_losses_are_exact_where_nothing_is_sampled_out():
     """At a rate of nearly 1 the PLD is never below the exact epsilon, and at most 3% above."""
     for sigma, steps in ((1.0, 1), (50.0, 10**4), (300.0, 10**6), (0.5, 3)):

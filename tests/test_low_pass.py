@@ -201,6 +201,11 @@ def test_bad_input():
         (lambda: LowPassFilter(b=()), "^b must be"),
         (lambda: LowPassFilter(b=(1.0, -1.0)), "^b must be"),
         (lambda: LowPassFilter(b=(math.inf,)), "^b must be"),
+        (lambda: LowPassFilter(b=0.5), "^b must be a tuple of numbers"),
+        (lambda: LowPassFilter(b=(0.1, 0.2, -0.3)), "^b must be"),  # the sum is 6e-17
+        (lambda: LowPassFilter(b=(0.0, 1.0)), "^b and a must .* at step 1 is 0$"),
+        (lambda: LowPassFilter(b=(0.5, -0.5, 1.0)), "^b and a must .* at step 2 is 0$"),
+        (lambda: LowPassFilter(b=(1.0,), a=(-0.7, -0.3), steady_start=True), "^a must be"),
         (lambda: LowPassFilter(b=(1.0,), a=("x",)), "^a must be"),
         (lambda: exponential_average(0.5).update(torch.ones(2), -1.0), "^noise_std must be"),
         (lambda: exponential_average(0.5).update(torch.ones(2), math.inf), "^noise_std must be"),

@@ -100,6 +100,7 @@ def test_calibrate():
         (1, 1e-6, 100, 0.01),
         (3, 1e-5, 20, 1.0),
         (100, 1e-5, 10, 0.2),
+        (20_000, 1e-5, 1, 1.0),
     ):
         found = GaussianMechanism.calibrate(
             target, delta, steps, q, max_grad_norm=2.0, unit="group"
@@ -286,7 +287,16 @@ def test_bad_input():
     calls += [
         (partial(mechanism().epsilon, v, 1e-5), "steps") for v in (-1, 1.5, "3", math.inf, True)
     ]
-    calls += [(partial(mechanism().epsilon, 5, v), "delta") for v in (0, 1, -1, math.nan, "x")]
+    calls += [(partial(mechanism().epsilon, 5, v), "delta") for v in (0, 1, 1e-201, math.nan, "x")]
+    for state in (mechanism().statement, mechanism(noise_multiplier=0).statement):
+        calls += [(partial(state, v, 1e-5), "steps") for v in (-3, 2.5, "a")]
+        calls += [(partial(state, 5, v), "delta") for v in (0, 1.5, math.nan)]
+    calls += [(partial(mechanism().sample, v, torch.Generator()), "num_units") for v in (-1, 2.5)]
+    for sigma, norm in ((1e-200, 1e-200), (1.0, 1e-31), (1.0, 1e301)):
+        changes = {"noise_multiplier": sigma, "max_grad_norm": norm}
+        calls.append(
+            (partial(mechanism, **changes), r"noise_multiplier \* max_grad_norm must be 0")
+        )
     calibrate, add_noise = GaussianMechanism.calibrate, mechanism().add_noise
     calls += [(partial(calibrate, v, 1e-5, 5, 0.1), "epsilon") for v in (0, -1, "8")]
     calls += [
@@ -300,7 +310,7 @@ def test_bad_input():
         (partial(calibrate, 1, 1e-5, 0, 0.1), "steps"),
         (partial(calibrate, 1, 1e-5, 5, 0), "sample_rate"),
         (partial(calibrate, 1, 1e-5, 5, 0.1, -1), "max_grad_norm"),
-        (partial(calibrate, 1, 1e-5, 5, 0.1, tolerance=0), "tolerance"),
+        *((partial(calibrate, 1, 1e-5, 5, 0.1, tolerance=v), "tolerance") for v in (0, 1e-15, 5e3)),
         (partial(calibrate, 1e-6, 1e-12, 10**6, 1.0), "epsilon = 1e-06"),
         (partial(add_noise, {"w": np.ones(3)}), r"clipped_sums\['w'\]"),
         (partial(add_noise, {"w": torch.ones(3).long()}), r"clipped_sums\['w'\]"),

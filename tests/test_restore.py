@@ -16,6 +16,7 @@ from lowrank_dp.restore import (
     GradientRestorer,
     exponential_average,
     oracle_values,
+    require_noise,
     restore,
     restore_gradients,
     restore_with_report,
@@ -209,6 +210,20 @@ def test_pure_functions_of_the_values():
         np.testing.assert_allclose(batch[0], got, rtol=1e-7, atol=1e-7, err_msg=case)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+def test_restored_values_are_those_of_the_restored_matrix(unit):
+    """Also where float32 cannot hold the squares of the values."""
+    s = torch.tensor([[9.0, 3.0, 1.0], [4.0, 3.5, 2.0]])
+    own = torch.tensor([[5.0, 1.0, 0.5], [3.0, 2.0, 1.0]])
+    for name, options in [*CASES, ("oracle", {"values": own * unit})]:
+        new = restored_values(s * unit, (3, 5), unit, name, **options) / unit
+        noisy = torch.zeros(2, 3, 5)
+        noisy[:, range(3), range(3)] = s * unit
+        restored = restore(noisy, unit, name, method="exact", **options)[:, range(3), range(3)]
+        torch.testing.assert_close(new, restored / unit, rtol=1e-5, atol=1e-5, msg=name)
+        assert (new != 0).any(), name
+
+
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
 def test_oracle(shape):
     noisy, clean = spiked(shape, [1.5, 1.2, 0.8])
@@ -217,6 +232,7 @@ def test_oracle(shape):
     np.testing.assert_allclose(oracle_values(noisy, clean), weights, atol=1e-9)
     profile = oracle_values(noisy, clean, kind="profile")
     np.testing.assert_allclose(profile, np.linalg.svd(clean.numpy(), compute_uv=False), atol=1e-9)
+    assert oracle_values(noisy.float(), clean).dtype == torch.float32
     best = restore(noisy, 0.7, "oracle", values=torch.from_numpy(weights))
     np.testing.assert_allclose(best, (u * weights) @ vh, atol=1e-9)
     # no scheme on the same singular vectors comes closer to the clean matrix
@@ -240,8 +256,9 @@ def test_public_profile_as_target():
     u, s, vh = np.linalg.svd(x, full_matrices=False)
     clean = naive_values(s, x.shape, 0.7, "optimal", loss="operator")
     goal = profile.numpy() / np.linalg.norm(profile.numpy()) * np.linalg.norm(clean)
-    for scale in (1.0, 1000.0):
-        got = restore(noisy, 0.7, "partial", target=scale * profile, alpha=0.4)
+    for scale in (1.0, 1000.0, 1e-40, 1e300):
+        target = scale * profile.double()
+        got = restore(noisy, 0.7, "partial", target=target, alpha=0.4)
         np.testing.assert_allclose(got, (u * (0.6 * s + 0.4 * goal)) @ vh, atol=1e-5)
 
 
@@ -336,6 +353,10 @@ def test_false_spike_rate(method):
     assert [int(torch.linalg.matrix_rank(x, rtol=1e-4)) for x in (one, two)] == [1, 2]
     whole = restore(noisy, 1.0, "denoise", false_spike_rate=0.01, method=method)
     assert float(whole.norm()) == pytest.approx(float(noisy.norm()), rel=1e-5)
+    # a level below the asymptotic edge would count values that no scheme restores
+    for rate in (0.2, 0.9):
+        _, (report,) = restore_with_report(noise, 1.0, false_spike_rate=rate, method=method)
+        assert report.edge == pytest.approx(NoiseModel(tuple(noise.shape), 1.0).edge)
 
 
 def test_pure_noise():
@@ -558,9 +579,9 @@ def test_only_matrices_alike_share_a_batch():
     }
     noise_stds = dict.fromkeys(grads, 1.0) | {"louder": 2.0}
     alone = [["louder"], ["turned"], ["finer"], ["row"], ["here"], ["here too"]]
-    assert _batches(grads, noise_stds, smallest_side=1) == [["a", "b"], *alone]
+    assert _batches(grads, noise_stds, clean=grads) == [["a", "b"], *alone]
     alone.remove(["row"])
-    assert _batches(grads, noise_stds, smallest_side=2) == [["a", "b"], *alone]
+    assert _batches(grads, noise_stds, clean=None) == [["a", "b"], *alone]
 
 
 def test_oracle_from_clean_gradients():
@@ -678,6 +699,7 @@ def test_fast_alignment(shape):
 
 def test_many_spikes_fall_back_to_the_exact_path():
     for shape, factors in (
+        ((128, 512), np.full(40, 1.6)),  # a full subspace, with rough values
         ((200, 300), np.linspace(5, 2, 120)),
         ((300, 700), np.full(140, 3.0)),
         ((700, 300), np.full(250, 3.0)),
@@ -783,6 +805,15 @@ def test_bad_input_of_the_rest():
         (lambda: oracle_values(GOOD, torch.eye(3)), "^clean must be"),
         (lambda: oracle_values(GOOD, np.eye(4)), "^clean must be a torch tensor"),
         (lambda: oracle_values(None, GOOD), "^noisy must be a torch tensor"),
+        (lambda: restore_gradients({"a": GOOD}, {"b": 1.0}), "^noise_std must hold .*'a'$"),
+        (
+            lambda: restore_gradients({"a": GOOD}, 1.0, "oracle", clean={}),
+            "^clean must hold .*'a'$",
+        ),
+        (lambda: GradientRestorer(low_pass=0.9), "^low_pass must be a LowPassFilter"),
+        (lambda: require_noise("it", GOOD, math.nan), "^noise_std must"),
+        (lambda: require_noise("it", GOOD.long(), 1.0), "^it must be a floating-point tensor"),
+        (lambda: restored_values(torch.ones(3), 3, 1.0), r"^shape must be \(\.\.\., m, n\)"),
         (lambda: oracle_values(GOOD, GOOD, kind="weight"), "^kind must .*'weights'"),
         (lambda: restored_values(torch.ones(4), (3, 4), 1.0), r"^singular_values must .*\(3, 4\)"),
         (lambda: restored_values(torch.ones(3), (2, 3, 4), 1.0), "^singular_values must be"),

@@ -95,7 +95,7 @@ def attach_restoration(
         low_pass: filter over the noisy gradients, in its initial state, in place of
             ``momentum_beta``, such as ``LowPassFilter(b=(0.15, -0.05), a=(-0.9,))`` (DOPPLER, arXiv
             2408.13460) or ``kalman_filter(0.7)`` (the filter of DiSK, arXiv 2410.03883, without
-            its look-ahead). Every filter except a Kalman filter gives the warning about momentum;
+            its look-ahead). A filter without a steady start gives the warning about momentum;
             DiSK combines the Kalman filter with Adam.
         options: keyword arguments of :func:`lowrank_dp.restore.restore`: ``method``, ``below``,
             ``false_spike_rate``, and the options of the scheme.
@@ -131,8 +131,6 @@ def attach_restoration(
             options,
             beta=float(momentum_beta),
         )
-    if low_pass is not None and not isinstance(low_pass, LowPassFilter):
-        _validate.fail("low_pass", "a LowPassFilter", type(low_pass).__name__)
     return Restoration(optimizer, scheme, mean_noise_std, low_pass, options)
 
 

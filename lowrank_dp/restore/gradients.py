@@ -44,14 +44,15 @@ def restore_gradients(
         The gradients under the same names in the same order, and a report per matrix.
 
     Raises:
-        ValueError: as :func:`restore`, naming the gradient; and on ``clean`` with a private scheme.
+        ValueError: as :func:`restore`, naming the gradient; on ``clean`` with a private scheme; and
+            on a gradient without a noise level or without a clean gradient.
     """
     if clean is not None and SCHEMES[_validate.choice("scheme", scheme, SCHEMES)].private:
         raise ValueError(f"clean must not be given for the private scheme {scheme!r}")
     noise_stds = noise_std if isinstance(noise_std, Mapping) else dict.fromkeys(noisy, noise_std)
     restored = dict(noisy)
     reports: dict[str, Report] = {}
-    for names in _batches(noisy, noise_stds, smallest_side=2 if clean is None else 1):
+    for names in _batches(noisy, noise_stds, clean):
         matrices = [noisy[name] for name in names]
         try:
             if clean is not None:
@@ -71,14 +72,18 @@ def restore_gradients(
 
 
 def _batches(
-    noisy: Tensors, noise_stds: Mapping[str, float], smallest_side: int
+    noisy: Tensors, noise_stds: Mapping[str, float], clean: Tensors | None
 ) -> list[list[str]]:
     """Names of the matrices that are restored in one batch; on a CPU, each matrix by itself."""
+    smallest_side = 2 if clean is None else 1
     batches: dict[tuple, list[str]] = {}
     for name, tensor in noisy.items():
         if not isinstance(tensor, Tensor):
             _validate.fail(f"gradient of {name}", "a torch tensor", type(tensor).__name__)
         if is_matrix(tensor, smallest_side):
+            for given, values in (("noise_std", noise_stds), ("clean", clean)):
+                if values is not None and name not in values:
+                    raise ValueError(f"{given} must hold every matrix of noisy, got no {name!r}")
             alike = (tensor.shape, tensor.dtype, tensor.device, noise_stds[name])
             batches.setdefault((name,) if tensor.device.type == "cpu" else alike, []).append(name)
     return list(batches.values())
@@ -121,6 +126,8 @@ class GradientRestorer:
         self._scheme = SCHEMES[_validate.choice("scheme", scheme, SCHEMES)]
         if self._scheme.private:
             check_arguments(scheme, **arguments)
+        if low_pass is not None and not isinstance(low_pass, LowPassFilter):
+            _validate.fail("low_pass", "a LowPassFilter", type(low_pass).__name__)
         if low_pass is not None and low_pass.outputs:
             raise ValueError("low_pass must be a filter without inputs so far: make a new filter")
         self._scheme_name, self._arguments, self._low_pass = scheme, arguments, low_pass

@@ -10,9 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from scipy.signal import lfilter
 from torch import Tensor
 
 from lowrank_dp import _validate
+
+_ROUNDING = 1e-9  # a sum of coefficients that is smaller, relative to its terms, counts as zero
+_CHECKED_STEPS = 1000  # number of steps at which the response of a filter is checked
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,10 @@ class LowPassFilter:
         noise_stds: (t,) standard deviation of the noise on an entry of each input, absolute.
 
     Raises:
-        ValueError: on a coefficient that is not a finite number, or if the sum of ``b`` is zero;
-            on a steady start of a filter without a steady state (``1 + sum(a)`` is zero).
+        ValueError: on coefficients that are not a tuple of finite numbers; if the filter's response
+            to a constant is zero, up to rounding, at a step at which the output would be divided by
+            the response; on a steady start of a filter without a steady state (``1 + sum(a)`` is
+            zero, up to rounding).
 
     >>> state = exponential_average(0.5).update(torch.ones(2, 2), 1.0).update(torch.ones(2, 2), 1.0)
     >>> state.mean[0, 0].item(), round(state.noise_std, 4)
@@ -52,12 +58,32 @@ class LowPassFilter:
 
     def __post_init__(self) -> None:
         for name, coefficients in (("b", self.b), ("a", self.a)):
+            if not isinstance(coefficients, tuple):
+                _validate.fail(name, "a tuple of numbers", coefficients)
             for value in coefficients:
                 _validate.real(name, value)
-        if not self.b or sum(self.b) == 0:
+        if not self.outputs:
+            self._require_response()
+
+    def _require_response(self) -> None:
+        """Raise ValueError if the response to a constant vanishes, so that no mean is defined."""
+        gain, feedback = sum(self.b), 1 + sum(self.a)
+        if abs(gain) <= _ROUNDING * sum(map(abs, self.b)):
             _validate.fail("b", "coefficients whose sum is not zero", self.b)
-        if self.steady_start and 1 + sum(self.a) == 0:
-            _validate.fail("a", "coefficients with 1 + sum(a) not zero for a steady start", self.a)
+        if self.steady_start:
+            if abs(feedback) <= _ROUNDING * (1 + sum(map(abs, self.a))):
+                wanted = "coefficients with 1 + sum(a) not zero for a steady start"
+                _validate.fail("a", wanted, self.a)
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            response = lfilter(self.b, (1.0, *self.a), np.ones(_CHECKED_STEPS))
+        vanishing = np.flatnonzero(~(np.abs(response) > _ROUNDING * sum(map(abs, self.b))))
+        if len(vanishing):
+            step = int(vanishing[0])
+            raise ValueError(
+                "b and a must give a response to a constant that is finite and not zero, got "
+                f"{self.b} and {self.a}, whose response at step {step + 1} is {response[step]:.3g}"
+            )
 
     def update(self, noisy: Tensor, noise_std: float) -> LowPassFilter:
         """Return the filter after one more noisy gradient.

@@ -9,6 +9,8 @@ import torch
 from scipy.special import gammaincinv
 from torch import Tensor
 
+from lowrank_dp import _validate
+
 
 def require_noise(
     name: str, noisy: Tensor, noise_std: float, *, remedy: str = "add the noise first"
@@ -20,11 +22,16 @@ def require_noise(
 
     Args:
         name: subject of the message, such as "gradient of parameter 0".
-        noisy: tensor of any shape.
+        noisy: floating-point tensor of any shape.
         noise_std: standard deviation of the noise on each entry, absolute, >= 0.
         remedy: last words of the message.
     """
-    norm, least = float(torch.linalg.vector_norm(noisy)), noise_std * least_norm(noisy.numel())
+    noise_std = _validate.real("noise_std", noise_std, low=0)
+    if not noisy.is_floating_point():
+        _validate.fail(name, "a floating-point tensor", noisy.dtype)
+    # float64 also holds the squares of the smallest and largest entries of float32
+    norm = float(torch.linalg.vector_norm(noisy, dtype=torch.float64))
+    least = noise_std * least_norm(noisy.numel())
     if not math.isfinite(norm) and not bool(noisy.isfinite().all()):
         raise ValueError(f"{name} must have finite entries, got NaN or infinity")
     if norm < least:

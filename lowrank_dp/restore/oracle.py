@@ -13,7 +13,7 @@ def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor
     """NON-PRIVATE: compute the option ``values`` of the scheme "oracle" from the clean gradient.
 
     Args:
-        noisy, clean: (..., m, n).
+        noisy, clean: (..., m, n); ``clean`` is converted to the type and device of ``noisy``.
         kind: "weights" for ``diag(u^T clean v)`` in the noisy singular vectors, the best values
             that any scheme can reach; "profile" for the clean singular values.
 
@@ -26,6 +26,7 @@ def oracle_values(noisy: Tensor, clean: Tensor, kind: str = "weights") -> Tensor
     _validate.matrix("noisy", noisy)
     if _validate.matrix("clean", clean).shape != noisy.shape:
         _validate.fail("clean", f"a tensor of shape {tuple(noisy.shape)}", tuple(clean.shape))
+    clean = clean.to(noisy)
     if _validate.choice("kind", kind, ["weights", "profile"]) == "profile":
         unit, scale = to_unit(clean)
         return torch.linalg.svdvals(unit) * scale

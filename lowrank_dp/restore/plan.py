@@ -154,7 +154,7 @@ def make_plan(
     noise = NoiseModel(check_sides(shape), noise_std)
     edge = noise.edge
     if false_spike_rate is not None:
-        edge = noise.false_spike_level(float(false_spike_rate))
+        edge = max(edge, noise.false_spike_level(float(false_spike_rate)))
     activation_level = max(edge, chosen.activation_factor(options) * noise.edge)
     bulk_factor = chosen.bulk_factor(options)
     return Plan(chosen, options, noise, method, below, edge, activation_level, bulk_factor)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp.restore.krylov import MIN_SIDE, Leading, leading_triplets
-from lowrank_dp.restore.plan import ORDINARY, Plan, check_arguments, make_plan
+from lowrank_dp.restore.norms import finite_norms, frobenius_norms, is_ordinary, refuse_zeros
+from lowrank_dp.restore.plan import Plan, check_arguments, make_plan
 from lowrank_dp.restore.schemes import SCHEMES
 from lowrank_dp.spectrum.decomposition import to_unit
+from lowrank_dp.spectrum.random_matrix import check_sides
 
 # half-precision types, and the type in which their restoration is computed
 _COMPUTED_IN = {"float16": torch.float32, "bfloat16": torch.float32}
@@ -38,8 +40,9 @@ class Report:
         num_above_edge: number of singular values above the edge; None if ``top`` is None. On the
             fast path, ``top`` and this number come from Ritz values, which approach the singular
             values from below.
-        action: "restored"; "kept" or "zeroed" if nothing stands above the edge; "passed" for the
-            scheme none.
+        action: "restored"; "kept" or "zeroed" if no value is above the level at which the scheme
+            acts, which is the edge (for ``denoise``, ``kappa`` times the edge if kappa > 1);
+            "passed" for the scheme none.
         norm_before, norm_after: Frobenius norms of the noisy and of the restored matrix.
     """
 
@@ -81,15 +84,18 @@ def restore(
             that read the noise level (``EDGE_SCHEMES``), and >= 0 for the others.
         scheme: a name in ``SCHEMES``.
         method: "fast" finds the leading singular triplets by block Krylov iteration (odd powers:
-            by matrix products); "exact" takes the full SVD. The alignments of their results with
-            the clean gradient agree to one per cent. Both take the SVD of small matrices, and for
-            schemes that need every singular value (oracle, partial with a target other than
-            "rmt", other powers).
-        below: treatment of a matrix that has nothing above the edge by the schemes in
-            ``EDGE_SCHEMES``: "keep" returns the matrix unchanged, "zero" returns zeros.
+            by matrix products); "exact" takes the full SVD. For the schemes in ``EDGE_SCHEMES``,
+            the alignments of their results with the clean gradient agree to one per cent.
+            "truncate" may keep other directions where the k-th value is close to the next value.
+            Both methods take the SVD of small matrices, and for schemes that need every singular
+            value (oracle, partial with a target other than "rmt", other powers).
+        below: treatment of a matrix without a value above the edge (for ``denoise``, above
+            ``kappa`` times the edge if kappa > 1) by the schemes in ``EDGE_SCHEMES``: "keep"
+            returns the matrix unchanged, "zero" returns zeros.
         false_spike_rate: None for the asymptotic edge, or the probability, in (0, 1), with which
-            pure noise may count as a spike. Values up to the corresponding higher level are then
-            treated as noise.
+            pure noise may count as a spike. Values up to the corresponding level are then treated
+            as noise, or values up to the asymptotic edge if that is higher (rates above about one
+            in seven).
         options: options of the scheme: hard and soft ``threshold`` ("optimal", "edge"); truncate
             ``k`` (integer >= 1); optimal ``loss`` ("frobenius", "operator", "nuclear"); denoise
             ``kappa`` (>= 0), ``norm_correction`` (bool); partial ``alpha`` (in [0, 1]), ``target``
@@ -180,7 +186,7 @@ def restore_with_report(
     if tensor.ndim > _MOST_AXES:
         return _in_kind(_unrestored(tensor, noise_std, scheme, arguments), noisy), []
     restored, plan, norms, values = _restore(tensor, noise_std, scheme, arguments)
-    before, after = norms.flatten().tolist(), _norms(restored).flatten().tolist()
+    before, after = norms.flatten().tolist(), frobenius_norms(restored).flatten().tolist()
     reports = []
     for s, norm_before, norm_after in zip(values, before, after, strict=True):
         top = None if s is None else float(s[0])
@@ -230,7 +236,8 @@ def restored_values(
         ValueError: as :func:`restore`; and on values that are not a spectrum of that shape.
     """
     s = _validate.floating("singular_values", singular_values)
-    if len(shape) != 2 or s.shape[-1:] != (min(shape),):
+    sides = check_sides(shape)
+    if len(shape) != 2 or s.shape[-1:] != (min(sides),):
         _validate.fail(
             "singular_values",
             f"(..., min(m, n)) for a matrix of shape {tuple(shape)}",
@@ -239,58 +246,31 @@ def restored_values(
     if not bool((s >= 0).all() and (s.diff(dim=-1) <= 0).all()):
         raise ValueError("singular_values must be nonnegative and descending")
     plan = make_plan(
-        (*s.shape[:-1], *shape),
+        (*s.shape[:-1], *sides),
         noise_std,
         scheme,
         below=below,
         false_spike_rate=false_spike_rate,
         **options,
     )
-    norm = torch.linalg.vector_norm(s, dim=-1)
-    _refuse_zeros(norm, plan.noise.noise_std)
-    other = s if below == "keep" else torch.zeros_like(s)
-    return torch.where(plan.leaves_alone(s[..., :1]), other, plan.new_values(s, norm))
+    rows = s.reshape(-1, 1, s.shape[-1])  # the norms of these matrices are those of the spectra
+    norms = frobenius_norms(rows)
+    refuse_zeros(norms, plan.noise.noise_std)
+    if is_ordinary(norms, plan.noise.noise_std):
+        return _of_spectra(plan, rows, norms).reshape(s.shape)
+    new = []
+    for i in range(len(rows)):
+        unit, scale = to_unit(rows[i : i + 1])
+        part = plan.of_matrices(i, i + 1).in_units_of(float(scale))
+        new.append(_of_spectra(part, unit, frobenius_norms(unit)) * scale)
+    return torch.cat(new).reshape(s.shape)
 
 
-# --- norms ----------------------------------------------------------------------------------------
-
-
-def _finite_norms(noisy: Tensor) -> Tensor:
-    """Check the matrices, and return their Frobenius norms (...,).
-
-    A norm is finite only if all entries are, so one pass over the entries suffices.
-    """
-    _validate.matrix("noisy", noisy, check_finite=False)
-    norms = _norms(noisy.detach())
-    if not bool(norms.isfinite().all()):
-        _validate.matrix("noisy", noisy)  # raises an error, unless only the norm overflowed
-        raise ValueError(
-            f"noisy must have a Frobenius norm that {noisy.dtype} can hold, got infinity"
-        )
-    return norms
-
-
-def _norms(matrices: Tensor) -> Tensor:
-    """Frobenius norms (...,), also where the square of an entry would vanish or overflow."""
-    norms = torch.linalg.matrix_norm(matrices)
-    if bool(((norms > 1 / ORDINARY) & (norms < ORDINARY)).all()):
-        return norms
-    unit, scale = to_unit(matrices)
-    return torch.linalg.matrix_norm(unit) * scale.squeeze(-1)
-
-
-def _refuse_zeros(norms: Tensor, noise_std: float) -> None:
-    if noise_std > 0 and bool((norms == 0).any()):
-        raise ValueError(
-            f"noisy must have a nonzero entry, got all zeros: noise of noise_std = "
-            f"{noise_std:g} was not added to it"
-        )
-
-
-def _ordinary(norms: Tensor, noise_std: float) -> bool:
-    """Return whether squared singular values, also relative to the noise, are ordinary."""
-    relative = norms.double() / (noise_std or 1.0)
-    return all(bool(((x > 1 / ORDINARY) & (x < ORDINARY)).all()) for x in (norms, relative))
+def _of_spectra(plan: Plan, rows: Tensor, norms: Tensor) -> Tensor:
+    """Return the new values (L, k) for spectra (L, 1, k), whose squares are ordinary numbers."""
+    s = rows[:, 0]
+    other = s if plan.below == "keep" else torch.zeros_like(s)
+    return torch.where(plan.leaves_alone(s[:, :1]), other, plan.new_values(s, norms))
 
 
 # --- one batch ------------------------------------------------------------------------------------
@@ -303,13 +283,13 @@ def _restore(
 
     The values are the singular values found for each matrix, None where none were needed.
     """
-    norms = _finite_norms(noisy)
+    norms = finite_norms(noisy)
     plan = make_plan(noisy.shape, noise_std, scheme, **arguments)
-    _refuse_zeros(norms, plan.noise.noise_std)
+    refuse_zeros(norms, plan.noise.noise_std)
     if plan.scheme.is_identity:
         return noisy.detach().clone(), plan, norms, [None] * norms.numel()
     stack, flat = noisy.detach().reshape(-1, *plan.shape), norms.reshape(-1)
-    ordinary = _ordinary(flat, plan.noise.noise_std)
+    ordinary = is_ordinary(flat, plan.noise.noise_std)
     # On a CPU, each matrix alone stops as soon as it has settled; elsewhere, one batch is faster.
     size = 1 if noisy.device.type == "cpu" or not ordinary else len(stack)
     parts = []

@@ -234,7 +234,7 @@ def _check_target(target: Any, shape: Shape | None) -> str | Tensor:
         raise ValueError("target must be nonnegative and not all zero")
     if shape is not None and target.shape != (min(shape[-2:]),):
         _validate.fail("target", f"a tensor of shape ({min(shape[-2:])},)", tuple(target.shape))
-    return target
+    return target.double() / target.max()  # a scale that every floating-point type can hold
 
 
 def _check_values(values: Any, shape: Shape | None) -> Tensor:
