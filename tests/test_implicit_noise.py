@@ -33,11 +33,11 @@ def small(**changes):
         "eval_every": 2,
         "snapshot_every": 2,
         "lora_init": "gaussian",
-        "rank": 3,
         "train_layers": MATRICES,
         "seed": 3,
     }
-    return TrainConfig(**base | changes)
+    rank = {"rank": 3} if {"method", "implicit_noise"} & changes.keys() else {}
+    return TrainConfig(**base | rank | changes)
 
 
 def ready(config):

@@ -165,6 +165,18 @@ def test_matched_noise_has_the_entrywise_variance_of_projection():
     torch.testing.assert_close(draws.var(0), exact, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e20), (F64, 1e200)])
+def test_matched_noise_of_any_scale(dtype, scale):
+    """A scaled row has the scaled noise: its squares neither overflow nor vanish."""
+    g = torch.stack([vector(4), vector(4), torch.zeros(4)]).to(dtype)
+    factor = torch.tensor([[scale], [1 / scale], [1.0]], dtype=dtype)
+    plain, scaled = (lora.matched_noise(x, 3, generator=seeded()) for x in (g, factor * g))
+    assert bool((plain[:2] != 0).all()) and not bool(plain[2].any())
+    torch.testing.assert_close(scaled / factor, plain)
+    moments = lora.measure_noise(factor * g, 3, 2, generator=seeded())
+    assert moments.variance_exact == pytest.approx((4 + 1) / 4 / 3)  # (n + 1) / (n rank)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 16])
 def test_measured_moments_agree_with_the_formula(rank):
     q = vector(64)[None]
@@ -266,6 +278,10 @@ def test_bad_input_is_one_error_that_names_the_argument():
         (lambda: lora.measure_noise(torch.zeros(2, 3), 2, 5), "gradient"),
         (lambda: lora.measure_noise(torch.ones(2, 3), 2, 1), "num_draws"),
         (lambda: lora.matched_noise(torch.ones(2, 3), -1), "rank"),
+        (lambda: lora.draw_a(2, 3, dtype=torch.int64), "dtype"),
+        (lambda: lora.draw_a(2, 3, dtype="float32"), "dtype"),
+        (lambda: lora.draw_a(2, 3, device="bogus"), "device"),
+        (lambda: lora.draw_a(2, 3, device=None), "device"),
     ):
         refused(f"^{name} must ", call)
 
@@ -278,7 +294,7 @@ def test_a_gradient_of_zeros_projects_to_zeros():
 
 
 @pytest.mark.slow
-def test_command_measures_prints_and_saves(tmp_path):
+def test_command_measures_prints_and_saves(tmp_path, capsys):
     words = (
         "--model tiny --task generated --rank 2 --rank 8 --batch-size 8 --draws 20 --seed 1 --json"
     )
@@ -294,6 +310,11 @@ def test_command_measures_prints_and_saves(tmp_path):
     assert saved["config"]["ranks"] == [2, 8]
     exact = [row["variance_exact"] for row in printed["rows"] if row["rank"] == 8]
     assert exact and all(0.125 < value < 0.13 for value in exact)
+    (tmp_path / "full" / "lora.npz").mkdir(parents=True)  # a file that can't be written
+    few = ("--model tiny --task generated --rank 2 --batch-size 2 --draws 2 --json").split()
+    code, out, err = run_command(capsys, app, *few, "--output", tmp_path / "full")
+    assert code == 2 and "lora.npz could not be written (Is a directory)" in err
+    assert json.loads(out)["rows"]  # the measurement is not lost
 
 
 def test_bad_command_is_one_line_and_exit_2(capsys, monkeypatch):

@@ -251,16 +251,53 @@ def test_in_opacus():
         assert weight.detach().any() and weight.detach().isfinite().all()
 
 
+def test_groups_of_adam_bc_have_their_own_options():
+    steps = gradients()
+    whole, apart = parameters(), parameters()
+    run(AdamBC(whole[:1], 0.2, mean_noise_std=0.7, floor=0.1), whole[:1], [s[:1] for s in steps])
+    run(AdamBC(whole[1:], 0.1, mean_noise_std=0.4), whole[1:], [s[1:] for s in steps])
+    own = {"params": apart[:1], "lr": 0.2, "mean_noise_std": 0.7, "floor": 0.1}
+    optimizer = AdamBC([own], 0.1, mean_noise_std=0.4)
+    optimizer.add_param_group({"params": apart[1:]})
+    run(optimizer, apart, steps)
+    torch.testing.assert_close(apart, whole, rtol=0, atol=0)
+
+
 def test_bad_arguments():
     weights = parameters()
     for words, make in (
         ("mean_noise_std must be", lambda: AdamBC(weights, mean_noise_std=-1.0)),
         ("floor must be", lambda: AdamBC(weights, mean_noise_std=1.0, floor=0.0)),
         ("betas must be", lambda: AdamBC(weights, betas=(1.0, 0.9), mean_noise_std=1.0)),
+        ("betas must be a pair", lambda: AdamBC(weights, betas=(0.9,), mean_noise_std=1.0)),
+        ("betas must be a pair", lambda: AdamBC(weights, betas=(0.9,) * 3, mean_noise_std=1.0)),
+        ("betas must be a pair", lambda: AdamBC(weights, betas=0.9, mean_noise_std=1.0)),
+        *(
+            (
+                f"{name} must be",
+                lambda name=name, bad=bad: AdamBC(
+                    [{"params": weights, name: bad}], mean_noise_std=1.0
+                ),
+            )
+            for name, bad in (
+                ("mean_noise_std", -1.0),
+                ("floor", -5.0),
+                ("lr", -1.0),
+                ("eps", 0.0),
+                ("weight_decay", -1.0),
+                ("betas", (0.9, 1.0)),
+            )
+        ),
         ("lr must be", lambda: Muon(weights[:2], lr=-1.0)),
         ("momentum must be", lambda: Muon(weights[:2], momentum=1.0)),
         ("mean_noise_std must be", lambda: Muon(weights[:2], bias_correction=True)),
+        ("mean_noise_std must be", lambda: Muon([], weights, bias_correction=True)),
+        ("mean_noise_std must be", lambda: Muon(weights[:2], mean_noise_std=-1.0)),
+        ("bias_correction must be", lambda: Muon(weights[:2], bias_correction="False")),
         ("matrices must be parameters with two axes", lambda: Muon(weights)),
+        ("matrices must be an iterable of param.*'dict'", lambda: Muon([{"params": weights[:2]}])),
+        ("matrices must be an iterable of param.*'Linear'", lambda: Muon(nn.Linear(2, 2))),
+        ("others must be an iterable of param.*'Linear'", lambda: Muon([], [nn.Linear(2, 2)])),
         ("without a closure", lambda: AdamBC(weights, mean_noise_std=1.0).step(lambda: 0.0)),
         ("without a closure", lambda: Muon(weights[:2]).step(lambda: 0.0)),
     ):

@@ -224,6 +224,8 @@ def test_bad_arguments_are_named(tmp_path):
         ("gradient", lambda: second_moment(torch.ones(2, 2, 2))),
         ("learning_rate", lambda: public_moments({}, [], learning_rate=0.0)),
         ("gradients", lambda: public_moments({"a": nn.Parameter(torch.ones(1))}, [])),
+        ("none of a", lambda: public_moments({"a": nn.Parameter(torch.ones(1))}, [dict])),
+        ("equal_rows must be", lambda: joint_scales(moment, equal_rows="a")),
         ("kind classification", lambda: public_rows("generated-table", load_task("generated"), 9)),
         ("known name", lambda: public_rows("no/such/file.csv", load_task("generated"), 9)),
         ("rename its columns", lambda: public_rows(str(odd), load_task("generated"), 9)),
@@ -281,15 +283,16 @@ def test_noisy_moments_are_those_of_the_clean_gradient_on_average():
     assert again.steps == steps and torch.equal(again.moments()["a"].col, found.col)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "amsgrad"])
 def test_new_scales_leave_function_and_momentum_of_the_full_weight(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     scale_layers(model, random_scales(model))
-    options = {"momentum": 0.9} if kind == "sgd" else {}
-    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[kind](
-        model.parameters(), lr=0.1, **options
-    )
+    optimizer = {
+        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+        "adam": torch.optim.Adam,
+        "amsgrad": functools.partial(torch.optim.AdamW, amsgrad=True),
+    }[kind](model.parameters(), lr=0.1)
     x = torch.randn(5, 4)
     model(x).square().sum().backward()
     optimizer.step()
@@ -310,6 +313,7 @@ def test_new_scales_leave_function_and_momentum_of_the_full_weight(kind):
     assert not torch.allclose(new.row, old.row)
     ratio = (outer(new) / outer(old)).float()
     exponents = {"momentum_buffer": 1} if kind == "sgd" else {"exp_avg": 1, "exp_avg_sq": 2}
+    exponents |= {"max_exp_avg_sq": 2} if kind == "amsgrad" else {}
     for key, exponent in exponents.items():
         torch.testing.assert_close(optimizer.state[layer.weight][key], state[key] * ratio**exponent)
 
@@ -611,11 +615,17 @@ def test_attaching_twice_or_to_no_layer_is_refused():
     def loss_of(model, batch):
         return cross_entropy(model(batch[0]), batch[1])
 
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    batch16 = torch.eye(3, dtype=torch.bfloat16), torch.tensor([0, 1, 1])
     for arguments, options, word in (
         ((nn.Tanh(), batch, loss_of), {}, "model must be"),
         ((model, [], loss_of), {}, "gradients must be"),
         ((model, batch, loss_of), {"power": 2}, "power"),
         ((model, batch, loss_of), {"learning_rate": -1}, "learning_rate"),
+        ((model, batch, lambda m, b: m(b[0])[0]), {}, "loss_of must be"),
+        ((model, batch, lambda m, b: loss_of(m, b).detach()), {}, "loss_of must be"),
+        ((model, batch, lambda m, b: loss_of(m, b).item()), {}, "loss_of must be"),
+        ((half, [batch16], loss_of), {}, "gradient must be a float32 or float64 tensor"),
     ):
         assert word in refusal_of(attach_preconditioner, *arguments, **options)
     from opacus import GradSampleModule

@@ -44,7 +44,15 @@ def test_density_integrates_to_one():
         low = noise_std * abs(math.sqrt(shape[0]) - math.sqrt(shape[1]))
         total, _ = integrate.quad(pdf, low, edge, limit=200)
         assert total == pytest.approx(1, abs=1e-6), (shape, noise_std)
-        assert (pdf(np.array([0, low * 0.999, edge * 1.001])) == 0).all(), (shape, noise_std)
+        outside = np.array([-edge, 0.999 * low - 1e-9 * edge, 1.001 * edge])
+        assert (pdf(outside) == 0).all(), (shape, noise_std)
+
+
+def test_density_of_a_square_matrix_at_zero_is_its_limit():
+    """The quarter circle of radius 2 has the height 1 / pi times its radius."""
+    at_zero, near, unknown = rmt.marchenko_pastur_pdf([0.0, 1e-9, math.nan], (4, 4), 0.5)
+    assert at_zero == pytest.approx(2 / math.pi, rel=1e-12) == near and math.isnan(unknown)
+    assert rmt.marchenko_pastur_pdf(0.0, (4, 5), 0.5) == 0
 
 
 @pytest.mark.parametrize("shape", [(300, 800), (800, 300), (400, 400)])

@@ -74,6 +74,8 @@ def test_overlap():
     assert not np.allclose(left, right)
     with pytest.raises(ValueError, match=r"clean\.shape must be"):
         noisy.overlap(decompose(random(8, 6), 0))
+    two, three = decompose(random(2, 4, 5), 0), decompose(random(3, 4, 5), 0)
+    refused(r"^clean\.shape must be \(2, 4, 5\), got \(3, 4, 5\)", two.overlap, three)
 
 
 def test_leaves_its_input_alone():
@@ -93,6 +95,9 @@ def test_alignment():
     assert alignment(a, b) == pytest.approx(float(want), rel=1e-12)
     assert alignment(a, -2 * a) == pytest.approx(-1)
     assert alignment(1e-30 * a.float(), 1e30 * a.float()) == pytest.approx(1)
+    for seed in range(50):  # the quotient of some of them is rounded to more than 1
+        c = random(3, 3, seed=seed)
+        assert -1 <= alignment(c, -3 * c) < alignment(c, 3 * c) <= 1
 
 
 def test_bad_input():

@@ -65,6 +65,40 @@ def test_composed_norms_are_exact_by_chi_squared():
             assert 0.97 * delta <= max(found) <= delta * (1 + 1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_composed_epsilons_up_to_the_limit_and_infinity_beyond():
+    """By the exact law of the norm, at angle 0: all steps together are a chi-squared number."""
+    for rank, n, ratio, steps, delta in ((16, 768, 5.0, 2, 1e-3), (1, 1, 1e5, 2, 0.95)):
+        epsilon = theory.projection_epsilon(
+            delta, rank, n, angle=0.0, norm_ratio=ratio, steps=steps
+        )
+        law, exact = stats.chi2(steps * (rank + n - 1)), []
+        for c in (ratio, 1 / ratio):  # as above; e^epsilon times the other probability is 0
+            value = law.ppf(delta) if c > 1 else law.isf(delta)
+            exact.append(law.args[0] / 2 * np.log(c) - value / 2 * (1 - 1 / c))
+        with case(rank, n, ratio, steps):
+            assert max(exact) <= epsilon <= 1.06 * max(exact)
+    for ratio in (20.0, 30.0, 1e60):
+        for angle in (0.0, 0.01):
+            epsilon = theory.projection_epsilon(
+                1e-3, 16, 768, angle=angle, norm_ratio=ratio, steps=2
+            )
+            assert epsilon == np.inf, (ratio, angle)
+    one = theory.projection_epsilon(1e-3, 16, 768, angle=0.0, norm_ratio=23.0)
+    assert theory.privacy_profile(one, 16, 768, angle=0.0, norm_ratio=1 / 23) == pytest.approx(1e-3)
+
+
+def test_many_steps_are_at_most_three_thirds_of_them():
+    """A sum over parts of the steps is a bound too, and is far above the composed one."""
+    whole, part = (
+        theory.projection_epsilon(delta, 16, 768, angle=1e-4, steps=steps)
+        for delta, steps in ((1e-3, 30_000), (3.3e-4, 10_000))
+    )
+    assert part < whole < 2 * part
+    # a heavy tail of losses, at rank 1: the floor alone takes a third of delta
+    assert 0 < theory.projection_epsilon(1e-3, 1, 768, angle=1e-5, steps=100) < 100
+
+
 def test_a_floor_of_a_third_per_step_is_composed():
     rank, n, angle, delta = 1, 2, 1.2, 0.65
     floor = theory.privacy_floor(rank, angle=angle)
@@ -178,11 +212,19 @@ def test_arrays_and_bad_input():
         ({"angle": -0.1}, "^angle must be"),
         ({"angle": 4.0}, "^angle must be"),
         ({"norm_ratio": 0.0}, "^norm_ratio must be"),
+        ({"norm_ratio": 1e-320}, "^norm_ratio must be .* got 1e-320"),
+        ({"rank": 10**20}, "^rank must be .* <= 1000000000000"),
         ({"delta": 1e-9, "steps": 2}, "^delta must be >= 2e-08 for 2 steps"),
     ):
         given = {"delta": 1e-3, "rank": 4, "n": 16, "angle": 0.1} | changes
         with pytest.raises(ValueError, match=words):
             theory.projection_epsilon(given.pop("delta"), **given)
-    for changes, words in (({"tail": 0.0}, "^tail must be"), ({"angle": 2.0}, "^angle must be")):
+    for changes, words in (
+        ({"tail": 0.0}, "^tail must be"),
+        ({"tail": 1 / 3}, "^tail must be .* < 0.333333"),
+        ({"angle": np.pi / 2}, "^angle must be .* < 1.5708"),
+        ({"angle": 2.0}, "^angle must be"),
+    ):
         with pytest.raises(ValueError, match=words):
             theory.hu_guarantee(4, 16, **{"angle": 0.1, "tail": 1e-3} | changes)
+    assert theory.hu_guarantee(16, 768, angle=1.57, tail=0.33) == (np.inf, 1.0)

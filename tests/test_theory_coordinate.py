@@ -344,6 +344,14 @@ def test_scalars_and_arrays():
         assert function(np.zeros((0,)), 3).shape == (0,), name
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_largest_arguments_have_their_known_limits():
+    assert theory.noise_logpdf([-1e100, 1e100], 2, beta2=0) == pytest.approx(-2e100)  # Laplace
+    # the distance falls as 1 / sqrt(rank)
+    ratio = theory.tv_exact(10**10, 5) / theory.tv_exact(10**12, 5)
+    assert ratio == pytest.approx(10, rel=1e-4)
+
+
 def test_bad_input():
     for arguments, words in (
         (dict(rank=0, n=5), "rank .* got 0"),
@@ -354,6 +362,9 @@ def test_bad_input():
         (dict(rank=[4, -3], n=5), "rank .* got -3"),
         (dict(rank=None, n=5), "rank .* got None"),
         (dict(rank=float("inf"), n=5), "rank .* got inf"),
+        (dict(rank=10**12 + 1, n=5), "rank .* <= 1000000000000, got 1000000000001"),
+        (dict(rank=10**30, n=5), "rank .* <= 1000000000000, got 1000000000000000"),
+        (dict(rank=8, n=1e300), "n must .* <= 1000000000000, got 1e.300"),
         (dict(rank=8, n=0), "n must .* got 0"),
         (dict(rank=8, n=[1.5]), "n must .* got 1.5"),
         (dict(rank=8, n=5, beta2=-1e-9), "beta2 .* got -1e-09"),
@@ -366,4 +377,5 @@ def test_bad_input():
         words = r"reference must be one of .* got 'match'.*matched"
         refused(words, function, 8, 5, reference="match")
     refused(r"x must .* got nan", theory.noise_logpdf, np.nan, 4, beta2=0.1)
+    refused(r"x must .* <= 1e.100, got 1e.160", theory.noise_logpdf, 1e160, 4, beta2=0.1)
     refused(r"beta2 must .* got 2", theory.noise_logpdf, 0.0, 4, beta2=2)

@@ -210,6 +210,21 @@ def test_density_shapes_and_support():
     assert theory.projection_logpdf([-2.0, 0.5], q, 3) == -np.inf
 
 
+@pytest.mark.filterwarnings("error")
+def test_density_of_any_scale():
+    """With c q for q, the density at c y is that of q at y, over c^n."""
+    y, q, rank = np.array([1.5, 0.3, -2.0]), np.array([0.8, 0.0, -0.6]), 4
+    base = theory.projection_logpdf(y, q, rank)
+    for scale in (1e-300, 1e-200, 1e200, 1e300):
+        found = theory.projection_logpdf(scale * y, scale * q, rank)
+        assert found == pytest.approx(base - 3 * np.log(scale), rel=1e-12), scale
+    # at n = 1 and rank 2, A^T A is exponential of mean 1
+    assert theory.projection_logpdf([1e200], [1e200], 2) == pytest.approx(-1 - np.log(1e200))
+    for far in ([1e308, 1e308, 0.0], [1e308, -1e308, 1.0]):
+        assert theory.projection_logpdf(far, 1e-300 * q, rank) == -np.inf
+    assert theory.projection_logpdf([1e-300, 0.0, 0.0], 1e300 * q, rank) == -np.inf
+
+
 def test_density_bad_input():
     for y, q, rank, words in (
         ([1.0, 1.0], [1.0, 2.0, 3.0], 3, "y must .* got 'shape"),

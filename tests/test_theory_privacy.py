@@ -293,6 +293,13 @@ def test_deep_chi2_tails(dof):
             )
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_extreme_ratios_of_norms_are_told_apart_without_a_warning():
+    ratios = [1e-100, 1e100]
+    found = theory.privacy_profile(0.5, 4, 10, angle=[[0.0], [0.1], [3.0]], norm_ratio=ratios)
+    np.testing.assert_allclose(found, 1.0, rtol=1e-12)
+
+
 def test_scalars_and_arrays():
     assert type(theory.privacy_profile(1, 8, 768, angle=0.1)) is float
     assert type(theory.gaussian_privacy_profile(1, 8, angle=0.1)) is float
@@ -313,7 +320,9 @@ def test_bad_input():
         (dict(n=0), "n must .* got 0"),
         (dict(angle=-0.1), "angle must .* got -0.1"),
         (dict(angle=3.2), "angle must .* got 3.2"),
-        (dict(norm_ratio=0), "norm_ratio must .* > 0, got 0"),
+        (dict(norm_ratio=0), "norm_ratio must .* >= 1e-100 and <= 1e.100, got 0"),
+        (dict(norm_ratio=1e-300), "norm_ratio must .* got 1e-300"),
+        (dict(norm_ratio=1e101), "norm_ratio must .* got 1e.101"),
         (dict(norm_ratio=np.nan), "norm_ratio .* got nan"),
         (dict(n=1, angle=0.5), "angle must be 0 or pi when n is 1, got 0.5"),
     ):

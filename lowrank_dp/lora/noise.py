@@ -15,6 +15,7 @@ from lowrank_dp.theory import noise_kurtosis
 
 # distribution of the entries of A -> its kurtosis, on which the variance of the noise depends
 ENTRY_KURTOSIS = {"gaussian": 3.0, "kaiming": 9 / 5}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CONFIDENCE_95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 
@@ -34,14 +35,19 @@ def draw_a(
         init: "gaussian", or "kaiming" for the uniform distribution that PEFT uses by default
             (there with variance 1/(3 n), here rescaled).
         generator: a generator on ``device``; None uses a new one seeded from the operating system.
-        dtype, device: type and device of the result.
+        dtype, device: type (float16, bfloat16, float32 or float64) and device of the result.
 
     Raises:
         ValueError: on a bad argument.
     """
     rank, n = _validate.integer("rank", rank), _validate.integer("n", n)
     _validate.choice("init", init, ENTRY_KURTOSIS)
-    device = torch.device(device)
+    if dtype not in _DTYPES:
+        _validate.fail("dtype", f"one of {', '.join(map(str, _DTYPES))}", dtype)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        _validate.fail("device", "a torch device such as cpu or cuda", device)
     generator = _generator(generator, device)
     if init == "gaussian":
         return torch.randn(rank, n, generator=generator, dtype=dtype, device=device).mul_(
@@ -171,7 +177,8 @@ def matched_noise(
         dtype=gradient.dtype,
         device=gradient.device,
     )
-    return noise * _variance(gradient, rank, "gaussian").sqrt()
+    rows, largest = _scaled_rows(gradient)
+    return noise * (largest * _variance(rows, rank, "gaussian").sqrt())
 
 
 @dataclass(frozen=True)
@@ -230,7 +237,7 @@ def measure_noise(
     )
     _validate.choice("init", init, ENTRY_KURTOSIS)
     generator = _generator(generator, gradient.device)
-    rows = gradient.detach().double()
+    rows, _ = _scaled_rows(gradient.detach().double())
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     rows = (rows / norms)[norms[:, 0] > 0]
     if not len(rows):
@@ -257,6 +264,13 @@ def measure_noise(
         kurtosis_ci=half_width * float(fourth.std()),
         kurtosis_exact=exact,
     )
+
+
+def _scaled_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each row of G (m, n) by its largest entry (m, 1), so that no square overflows."""
+    largest = gradient.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return gradient / largest, largest
 
 
 def _variance(gradient: Tensor, rank: int, init: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,17 +56,15 @@ class AdamBC(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        for beta in betas:
-            _validate.real("betas", beta, low=0, high=1, high_open=True)
-        defaults = {
-            "lr": _validate.positive("lr", lr),
-            "betas": betas,
-            NOISE_LEVEL: _validate.real(NOISE_LEVEL, mean_noise_std, low=0),
-            "floor": _validate.positive("floor", floor),
-            "eps": _validate.positive("eps", eps),
-            "weight_decay": _validate.real("weight_decay", weight_decay, low=0),
-        }
-        super().__init__(params, defaults)
+        given = {"lr": lr, "betas": betas, "floor": floor, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, _options(given | {NOISE_LEVEL: mean_noise_std}))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, whose entries replace the arguments of the constructor.
+
+        Raises ValueError on a bad entry.
+        """
+        super().add_param_group(param_group | _options(self.defaults | param_group))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -97,3 +95,17 @@ class AdamBC(torch.optim.Optimizer):
         p.addcdiv_(
             state["exp_avg"], corrected.sqrt_().add_(group["eps"]), value=-group["lr"] / seen1
         )
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked options of a group of parameters, as floats; ``betas`` as a pair."""
+    betas = given["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        _validate.fail("betas", "a pair of numbers", betas)
+    return {
+        "betas": tuple(_validate.real("betas", b, low=0, high=1, high_open=True) for b in betas),
+        **{name: _validate.positive(name, given[name]) for name in ("lr", "floor", "eps")},
+        **{
+            name: _validate.real(name, given[name], low=0) for name in (NOISE_LEVEL, "weight_decay")
+        },
+    }

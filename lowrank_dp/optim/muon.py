@@ -68,15 +68,18 @@ class Muon(torch.optim.Optimizer):
         _validate.real("weight_decay", weight_decay, low=0)
         for name, beta in (("momentum", momentum), ("beta2", beta2)):
             _validate.real(name, beta, low=0, high=1, high_open=True)
-        matrices, others = list(matrices), list(others)
+        if _validate.boolean("bias_correction", bias_correction) or mean_noise_std is not None:
+            mean_noise_std = _validate.real(NOISE_LEVEL, mean_noise_std, low=0)
+        matrices, others = _tensors("matrices", matrices), _tensors("others", others)
         for matrix in matrices:
             if matrix.ndim != 2:
                 _validate.fail("matrices", "parameters with two axes", tuple(matrix.shape))
         self._inner: list[torch.optim.Optimizer] = []
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         if matrices and bias_correction:
-            std = _validate.real(NOISE_LEVEL, mean_noise_std, low=0)
-            self._inner.append(_BiasCorrected(matrices, **shared, momentum=momentum, std=std))
+            self._inner.append(
+                _BiasCorrected(matrices, **shared, momentum=momentum, std=mean_noise_std or 0.0)
+            )
         elif matrices:
             self._inner.append(
                 torch.optim.Muon(
@@ -101,6 +104,15 @@ class Muon(torch.optim.Optimizer):
             # loading a state replaces param_groups and state
             inner.param_groups, inner.state = [group], self.state
             inner.step()
+
+
+def _tensors(name: str, values: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors as a list; raise ValueError for groups, modules or named parameters."""
+    found = list(values) if isinstance(values, Iterable) else [values]
+    for value in found:
+        if not isinstance(value, Tensor):
+            _validate.fail(name, "an iterable of parameters", type(value).__name__)
+    return found
 
 
 class _BiasCorrected(torch.optim.Optimizer):

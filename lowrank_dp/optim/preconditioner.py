@@ -56,7 +56,8 @@ def attach_preconditioner(
 
     Raises:
         ValueError: if the model has no layer to scale, already has scales, or is wrapped by Opacus;
-            if there is no batch; on a number out of range; or if a gradient is not finite.
+            if there is no batch; on a number out of range; if the loss is not a scalar tensor with
+            a gradient; or if the gradient of a matrix is not float32 or float64, or not finite.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 2))
@@ -78,7 +79,13 @@ def attach_preconditioner(
 
     def gradient(batch: Any) -> Mapping[str, Tensor]:
         model.zero_grad()
-        loss_of(model, batch).backward()
+        loss = loss_of(model, batch)
+        if not isinstance(loss, Tensor):
+            _validate.fail("loss_of", "a function that returns a tensor", type(loss).__name__)
+        if loss.numel() != 1 or not loss.requires_grad:
+            found = f"shape {tuple(loss.shape)}, requires_grad {loss.requires_grad}"
+            _validate.fail("loss_of", "a function that returns a scalar with a gradient", found)
+        loss.backward()
         return {n: p.new_zeros(p.shape) if p.grad is None else p.grad for n, p in trained.items()}
 
     moments = public_moments(

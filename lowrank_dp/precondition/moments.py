@@ -56,8 +56,8 @@ def public_moments(
         The mean over the steps of :func:`second_moment`, for each parameter that is a matrix.
 
     Raises:
-        ValueError: if ``learning_rate`` is not above 0, if there is no step, or if a gradient is
-            not finite.
+        ValueError: if ``learning_rate`` is not above 0, if there is no step, if a parameter has no
+            gradient, or if the gradient of a matrix is not float32 or float64, or not finite.
     """
     _validate.positive("learning_rate", learning_rate)
     before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -67,6 +67,10 @@ def public_moments(
     try:
         for gradient in gradients:
             found = gradient()
+            if missing := [name for name in parameters if name not in found]:
+                _validate.fail(
+                    "gradients", "of every parameter", f"none of {_validate.listed(missing)}"
+                )
             for name, p in parameters.items():
                 p.grad = found[name].to(p.dtype)
                 if p.ndim == 2:

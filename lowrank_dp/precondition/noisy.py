@@ -22,7 +22,7 @@ from lowrank_dp.precondition.moments import Moment
 from lowrank_dp.precondition.scaling import joint_scales
 
 # power of the factor by which each entry of the optimizer's state changes with the gradients
-_POWER_OF_FACTOR = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2}
+_POWER_OF_FACTOR = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 _KEYS = ("row", "col", "row_variance", "col_variance")
 
 
@@ -108,7 +108,7 @@ def refresh_scales(
 
     Args:
         model: a model with scaled layers.
-        optimizer: SGD, Adam or AdamW of the stored weights.
+        optimizer: SGD, Adam or AdamW of the stored weights, with or without amsgrad.
         moments: moments of full-weight gradients, by the layer's name.
         power: exponent of :func:`joint_scales`, in [0, 0.5].
         equal_rows: as in :func:`joint_scales`.

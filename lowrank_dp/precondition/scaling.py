@@ -32,16 +32,19 @@ def joint_scales(
         power: p, in [0, 0.5]. p = 0 gives scales of 1. With p = 1/4, the steps of SGD on the
             stored weights scale with the inverse root of the second moment, as Adam's steps do.
         equal_rows: names of matrices whose rows get one common scale, from the mean of their row
-            means. An example is a classifier's last layer: its rows are the classes of the private
-            task, and the public text has other classes.
+            means; a name without a moment is ignored. An example is a classifier's last layer: its
+            rows are the classes of the private task, and the public text has other classes.
 
     Returns:
         Name of each matrix -> scales r (m,) and c (n,).
 
     Raises:
-        ValueError: if ``power`` is out of range, or a moment is negative or not finite.
+        ValueError: if ``power`` is out of range, ``equal_rows`` is a string, or a moment is
+            negative or not finite.
     """
     _validate.real("power", power, low=0, high=0.5)
+    if isinstance(equal_rows, str):
+        _validate.fail("equal_rows", "a collection of names", equal_rows)
     found: dict[str, Scale] = {}
     squares, entries = 0.0, 0
     for name, (row, col) in moments.items():

@@ -78,10 +78,11 @@ class Spectrum:
             ``(left, right)``, each (..., k).
 
         Raises:
-            ValueError: if the shapes differ.
+            ValueError: if the shapes differ, those of the batches included.
         """
-        if clean.shape != self.shape:
-            _validate.fail("clean.shape", f"{self.shape}", clean.shape)
+        own, other = ((*x.u.shape[:-1], x.vh.shape[-1]) for x in (self, clean))
+        if own != other:
+            _validate.fail("clean.shape", f"{own}", other)
         left = (self.u * clean.u).sum(-2) ** 2
         right = (self.vh * clean.vh).sum(-1) ** 2
         return left, right
@@ -157,7 +158,7 @@ def alignment(a: Tensor, b: Tensor) -> float:
         dot += float(x @ y)
         a_squared += float(x @ x)
         b_squared += float(y @ y)
-    return dot / math.sqrt(a_squared * b_squared)
+    return max(-1.0, min(1.0, dot / math.sqrt(a_squared * b_squared)))
 
 
 def _power_of_two(x: Tensor) -> float:

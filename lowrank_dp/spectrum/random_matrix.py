@@ -124,7 +124,8 @@ def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float
         noise_std: standard deviation of the noise on one entry, absolute, > 0.
 
     Returns:
-        The density with respect to ``s``, which integrates to one and is zero outside the bulk.
+        The density with respect to ``s``, which integrates to one and is zero outside the bulk;
+        NaN where ``s`` is NaN.
 
     Raises:
         ValueError: on a bad shape or noise level.
@@ -133,7 +134,9 @@ def marchenko_pastur_pdf(s: np.ndarray, shape: tuple[int, ...], noise_std: float
     x = np.asarray(s, dtype=np.float64) / scale
     low, high = 1 - math.sqrt(aspect), 1 + math.sqrt(aspect)
     root = np.sqrt(np.clip((high**2 - x**2) * (x**2 - low**2), 0, None))
-    return np.divide(root, math.pi * aspect * x * scale, out=np.zeros_like(x), where=x > 0)
+    # the bulk of a square matrix begins at 0, where the density has this limit
+    at_zero = np.where((x == 0) & (low == 0), high / (math.pi * scale), 0.0)
+    return np.divide(root, math.pi * aspect * x * scale, out=at_zero, where=~(x <= 0))
 
 
 def marchenko_pastur_quantiles(count: int, shape: tuple[int, ...], noise_std: float) -> np.ndarray:

@@ -12,6 +12,7 @@ from lowrank_dp._validate import choice, fail
 Array = NDArray[np.float64]
 FloatOrArray = float | Array
 REFERENCES = ("matched", "paper")
+MOST = 10**12  # largest rank or length: the numerical results are inaccurate far above it
 
 
 def reals(
@@ -21,6 +22,7 @@ def reals(
     low: float = -np.inf,
     high: float = np.inf,
     low_open: bool = False,
+    high_open: bool = False,
 ) -> Array:
     """Convert ``value`` to a float64 array with every entry finite and in the interval.
 
@@ -29,23 +31,26 @@ def reals(
     ValueError: beta2 must be a finite number >= 0 and <= 1, got 1.5
     """
     bounds = [f"{'>' if low_open else '>='} {low:g}"] if low > -np.inf else []
-    bounds += [f"<= {high:.6g}"] if high < np.inf else []
+    bounds += [f"{'<' if high_open else '<='} {high:.6g}"] if high < np.inf else []
     requirement = " ".join(["a finite number", " and ".join(bounds)]).strip()
     array = _numbers(name, value, requirement)
-    inside = (array > low if low_open else array >= low) & (array <= high) & np.isfinite(array)
-    return _all_good(name, requirement, value, array, inside)
+    above = array > low if low_open else array >= low
+    below = array < high if high_open else array <= high
+    return _all_good(name, requirement, value, array, above & below & np.isfinite(array))
 
 
 def integers(name: str, value: ArrayLike) -> Array:
-    """Convert ``value`` to a float64 array of integers >= 1; raise ValueError for 8.5 or True.
+    """Convert ``value`` to a float64 array of integers in [1, 1e12].
+
+    Every other value, such as 8.5 or True, raises ValueError.
 
     >>> integers("rank", [4, 0])
     Traceback (most recent call last):
-    ValueError: rank must be an integer >= 1, got 0
+    ValueError: rank must be an integer >= 1 and <= 1000000000000, got 0
     """
-    requirement = "an integer >= 1"
+    requirement = f"an integer >= 1 and <= {MOST}"
     array = _numbers(name, value, requirement)
-    whole = np.isfinite(array) & (np.floor(array) == array) & (array >= 1)
+    whole = (np.floor(array) == array) & (array >= 1) & (array <= MOST)
     return _all_good(name, requirement, value, array, whole)
 
 

@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, special
 
-from lowrank_dp._validate import fail, integer, positive, real
-from lowrank_dp.theory._arrays import Array, FloatOrArray, integers, reals, unwrap
-from lowrank_dp.theory.privacy import privacy_floor, privacy_profile
+from lowrank_dp._validate import fail, integer, real
+from lowrank_dp.theory._arrays import MOST, Array, FloatOrArray, integers, reals, unwrap
+from lowrank_dp.theory.privacy import LEAST_RATIO, privacy_floor, privacy_profile
 
 _CELLS = 50  # equal intervals of the grid, up to the epsilon half-way to the profile's floor
 _GROWTH = 1.02  # ratio of successive grid points beyond these intervals
 _ERROR = 1e-9  # error of a computed delta, added so that a composed epsilon is an upper bound
-_POINTS = 10_000_000  # largest number of points of a composed distribution
+_MOST_CELLS = 100_000  # largest number of intervals; a longer grid gets wider intervals
 _MOST = 1e4  # a larger epsilon is reported as infinite
 _SMALLEST = 1e-8  # smallest delta per step that exceeds the numerical errors
 
@@ -40,7 +40,7 @@ def projection_epsilon(
     The pair of a step may depend on earlier releases, as long as its angle is ``angle`` and its
     ratio of norms is ``norm_ratio``. In all computed cases, a smaller angle has a smaller delta at
     every epsilon; this property is not proved. The function returns the larger epsilon of the two
-    directions, or infinity if this epsilon exceeds 1e4.
+    directions, or infinity if the computed epsilon exceeds 1e4.
 
     For one step, the result is the inverse of `privacy_profile`. For several steps, the result is
     an upper bound: the numerical error is added to the profile, the privacy loss is discretised by
@@ -49,10 +49,10 @@ def projection_epsilon(
 
     Args:
         delta: delta of the guarantee, in (0, 1).
-        rank: number of rows of A, >= 1.
-        n: length of q, >= 1.
+        rank: number of rows of A, in [1, 1e12].
+        n: length of q, in [1, 1e12].
         angle: angle between q and q', in radians, in [0, pi].
-        norm_ratio: |q'| / |q| > 0.
+        norm_ratio: |q'| / |q|, in [1e-100, 1e100].
         steps: number of releases, >= 1.
 
     Raises:
@@ -69,7 +69,8 @@ def projection_epsilon(
     steps = integer("steps", steps)
     if steps > 1 and delta < _SMALLEST * steps:
         fail("delta", f">= {_SMALLEST * steps:g} for {steps} steps", delta)
-    rank, n, ratio_ = integer("rank", rank), integer("n", n), positive("norm_ratio", norm_ratio)
+    rank, n = integer("rank", rank, high=MOST), integer("n", n, high=MOST)
+    ratio_ = real("norm_ratio", norm_ratio, low=LEAST_RATIO, high=1 / LEAST_RATIO)
     angle = real("angle", angle, low=0, high=np.pi)
     profiles = [
         lambda epsilon, ratio=ratio: float(
@@ -99,11 +100,12 @@ def hu_guarantee(
         epsilon = (n + rank - 1) / 2 ln(rho + K) + (1 - rho + K) kappa / (2 (rho - K)),
         delta = E Phi(-rho sqrt(x) / sin(angle)) + 3 tail,  x ~ chi^2_rank.
 
-    Epsilon is infinite where K >= rho. The arguments are broadcast against each other.
+    Epsilon is infinite where K >= rho, and delta is at most 1. The arguments are broadcast against
+    each other.
 
     Args:
-        rank: number of rows of A, >= 1.
-        n: length of q, >= 1.
+        rank: number of rows of A, in [1, 1e12].
+        n: length of q, in [1, 1e12].
         angle: largest angle between neighbouring vectors, in radians, in [0, pi/2).
         tail: delta' of the theorem, in (0, 1/3).
 
@@ -115,31 +117,27 @@ def hu_guarantee(
     (7.83, 0.003)
     """
     r, n_ = integers("rank", rank), integers("n", n)
-    theta = reals("angle", angle, low=0, high=np.pi / 2)
-    tail_ = reals("tail", tail, low=0, high=1 / 3, low_open=True)
+    theta = reals("angle", angle, low=0, high=np.pi / 2, high_open=True)
+    tail_ = reals("tail", tail, low=0, high=1 / 3, low_open=True, high_open=True)
     rho = np.cos(theta)
     k = np.sin(theta) * -special.stdtrit(r, tail_) / np.sqrt(r)
     kappa = special.chdtri(r + n_ - 1, tail_)
     with np.errstate(divide="ignore", invalid="ignore"):
         epsilon = (n_ + r - 1) / 2 * np.log(rho + k) + (1 - rho + k) * kappa / (2 * (rho - k))
-    delta = np.asarray(privacy_floor(r, angle=theta)) + 3 * tail_
+    delta = np.minimum(privacy_floor(r, angle=theta) + 3 * tail_, 1.0)
     return unwrap(np.where(k < rho, epsilon, np.inf)), unwrap(np.broadcast_to(delta, epsilon.shape))
 
 
 def _inverse(profile: Callable[[float], float], delta: float) -> float:
-    """Return the smallest epsilon >= 0 at which the profile is at most ``delta``."""
+    """Return the smallest epsilon in [0, 1e4] at which the profile is at most ``delta``, or inf."""
     if profile(0.0) <= delta:
         return 0.0
-    high = 1.0
+    low, high = 0.0, 1.0
     while profile(high) > delta:
-        high *= 2
-        if high > _MOST:
+        if high == _MOST:
             return float("inf")
-    return float(
-        optimize.brentq(
-            lambda epsilon: profile(epsilon) - delta, high / 2 if high > 1 else 0.0, high
-        )
-    )
+        low, high = high, min(2 * high, _MOST)
+    return float(optimize.brentq(lambda epsilon: profile(epsilon) - delta, low, high))
 
 
 def _places(last: float) -> Array:
@@ -159,15 +157,21 @@ def _composed(
     from dp_accounting.pld import pld_pmf
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-    if -np.expm1(steps * np.log1p(-floor)) >= delta:
+    def exceeds(mass: float) -> bool:
+        """Whether an infinite loss of probability ``mass`` per step alone exceeds ``delta``."""
+        return 1 - (1 - mass) ** steps >= delta
+
+    if exceeds(floor):
         return float("inf")
     half = max(_inverse(profile, (profile(0.0) + floor) / 2) for profile in (forward, backward))
-    interval, largest = half / _CELLS, half
+    half = largest = min(half, _MOST)
     # losses beyond the largest dot count as infinite
-    while max(forward(largest), backward(largest)) > floor + 1e-3 * delta / steps:
+    least = floor + 1e-3 * delta / steps
+    while largest < _MOST and max(forward(largest), backward(largest)) > least:
         largest *= 1.5
-        if largest > min(_MOST, _POINTS * interval / steps):
-            break
+    if exceeds(max(forward(largest), backward(largest))):
+        return float("inf")
+    interval = max(half / _CELLS, largest / _MOST_CELLS)
     places = _places(largest / interval)
     grid = interval * places
     deltas = [np.array([profile(one) for one in grid]) + _ERROR for profile in (forward, backward)]
@@ -185,4 +189,5 @@ def _composed(
     composed = PrivacyLossDistribution(
         distribution(*deltas), distribution(*deltas[::-1])
     ).self_compose(steps)
-    return float(composed.get_epsilon_for_delta(delta))
+    # dp-accounting's own inverse overflows above an epsilon of 700
+    return _inverse(lambda epsilon: float(composed.get_delta_for_epsilon(epsilon)), delta)

@@ -10,9 +10,9 @@ The law is compared with two Gaussians: "matched" has the same variance, |q|^2 (
 independent of |q| and even in beta, so beta >= 0 throughout.
 
 Unless a docstring says otherwise, arguments are numbers or arrays that broadcast together, and the
-result is a float or a float64 array. ``rank`` and ``n`` are integers >= 1. ``beta2`` lies in [0, 1]
-and defaults to 1/n, the value of a flat q; if ``beta2`` is given, ``n`` has no further influence.
-Every other argument raises ``ValueError`` with its name and value.
+result is a float or a float64 array. ``rank`` and ``n`` are integers in [1, 1e12]. ``beta2`` lies
+in [0, 1] and defaults to 1/n, the value of a flat q; if ``beta2`` is given, ``n`` has no further
+influence. Every other argument raises ``ValueError`` with its name and value.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def noise_kurtosis(
 def noise_logpdf(x: ArrayLike, rank: ArrayLike, *, beta2: ArrayLike) -> FloatOrArray:
     """Log-density of u_j / |q| at ``x``.
 
-    ``x`` is any finite number, in units of |q|, for a coordinate with q_j >= 0; for q_j < 0 take
+    ``x`` lies in [-1e100, 1e100], in units of |q|, for a coordinate with q_j >= 0; for q_j < 0 take
     ``-x``. The density is a Bessel function. At rank 1 the density has a pole at x = -beta, where
     the result is ``inf``. At beta2 = 1 the density is a shifted gamma density, and the result is
     ``-inf`` for x < -1.
@@ -103,7 +103,9 @@ def noise_logpdf(x: ArrayLike, rank: ArrayLike, *, beta2: ArrayLike) -> FloatOrA
     -1.0
     """
     x_, r, b2 = np.broadcast_arrays(
-        reals("x", x), integers("rank", rank), reals("beta2", beta2, low=0, high=1)
+        reals("x", x, low=-1e100, high=1e100),
+        integers("rank", rank),
+        reals("beta2", beta2, low=0, high=1),
     )
     return unwrap(log_density(x_ + np.sqrt(b2), r, b2))
 

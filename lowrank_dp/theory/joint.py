@@ -96,7 +96,8 @@ def projection_logpdf(y: ArrayLike, q: ArrayLike, rank: ArrayLike) -> FloatOrArr
 
     ``y`` and ``q`` have shape (..., n), and ``rank`` is one integer or an array. The arguments
     broadcast over the leading axes, which are the shape of the result. The result is -inf off the
-    support q . y > 0. Unequal lengths and a zero ``q`` raise ``ValueError``.
+    support q . y > 0; a q . y below 1e-300 |q|^2 counts as zero. Unequal lengths and a zero ``q``
+    raise ``ValueError``.
 
     >>> round(projection_logpdf([1.0], [1.0], 2), 12)       # n = 1: A^T A is exponential of mean 1
     -1.0
@@ -109,20 +110,24 @@ def projection_logpdf(y: ArrayLike, q: ArrayLike, rank: ArrayLike) -> FloatOrArr
     n = q_.shape[-1]
     if y_.ndim == 0 or y_.shape[-1] != n:
         fail("y", f"an array whose last axis has the length of q, {n}", f"shape {y_.shape}")
-    norm = np.linalg.norm(q_, axis=-1)
-    if not np.all(norm > 0):
+    largest = np.abs(q_).max(axis=-1)
+    if not np.all(largest > 0):
         fail("q", "a vector with a positive norm", q)
+    q_ = q_ / largest[..., None]  # squares neither overflow nor vanish
+    norm = np.linalg.norm(q_, axis=-1)
     unit = q_ / norm[..., None]
-    along = np.sum(y_ * unit, axis=-1)
-    across = y_ - along[..., None] * unit
-    s = along / norm  # chi^2_rank / rank
-    safe = np.where(s > 0, s, 1.0)
-    variance = safe * norm**2 / r  # of a coordinate across q, given s
-    log_along = log_mean_square_density(safe, r) - np.log(norm)
-    log_across = (
-        -(np.sum(across**2, axis=-1) / variance + (n - 1) * (LOG_2PI + np.log(variance))) / 2
-    )
-    return unwrap(np.where(s > 0, log_along + log_across, -np.inf))
+    # where y overflows, the log-density is -inf
+    with np.errstate(over="ignore", invalid="ignore"):
+        y_ = y_ / largest[..., None]
+        along = np.sum(y_ * unit, axis=-1)
+        s = along / norm  # chi^2_rank / rank
+        inside = (s > 1e-300) & (s < np.inf)
+        safe = np.where(inside, s, 1.0)
+        across = np.sum((y_ - along[..., None] * unit) ** 2, axis=-1)
+        variance = safe * norm**2 / r  # of a coordinate across q, given s
+        log_along = log_mean_square_density(safe, r) - np.log(norm)
+        log_across = -(across / variance + (n - 1) * (LOG_2PI + np.log(variance))) / 2
+    return unwrap(np.where(inside, log_along + log_across - n * np.log(largest), -np.inf))
 
 
 def _joint_tv(r: float, n: float, variance: float) -> float:

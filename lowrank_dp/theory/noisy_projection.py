@@ -49,7 +49,8 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     """Bound delta, in [0, 1], of releasing A and (G + noise) A^T A once, for a random public A.
 
     The bound holds for every record that was fixed before A was drawn and whose gradient has norm
-    at most C. It is exact for a gradient of rank one and norm C if ``noise_multiplier`` is at least
+    at most C. For a gradient of rank one and norm C, the bound exceeds the exact delta by at most
+    2e-18, apart from rounding, if ``noise_multiplier`` is at least
     1 / sqrt(2 (sqrt(1 + epsilon^2) - 1)).
 
     Args:
@@ -64,8 +65,8 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
 
     Source: the module's docstring.
 
-    >>> f"{noise_projection_delta(1.0, 3.73, 8, 384):.1e}"  # 1e-5 without a projection
-    '2.0e-18'
+    >>> f"{noise_projection_delta(1.0, 1.1, 8, 384):.1e}"  # 0.096 without a projection
+    '4.7e-09'
     """
     epsilon = real("epsilon", epsilon, low=1e-100, high=1e100)
     sigma = real("noise_multiplier", noise_multiplier, low=1e-100, high=1e100)
@@ -104,7 +105,7 @@ def noise_projection_multiplier(epsilon: float, delta: float, rank: int, n: int)
 
     Raises:
         ValueError: for an argument out of its range, or if no multiplier in [1e-3, 1e6] meets
-            delta.
+            ``delta`` exactly; a large ``delta`` may need a multiplier below 1e-3.
 
     >>> round(noise_projection_multiplier(1.0, 1e-5, 8, 384), 3)  # 3.73 without a projection
     0.682

@@ -12,8 +12,9 @@ over all neighbours and both directions, which is larger.
 
 The Gaussian reading (arXiv 2409.17538) assumes noise N(0, |q|^2 I / rank) for the pair.
 
-``epsilon`` >= 0, ``angle`` in [0, pi] radians (0 or pi if n is 1) and ``norm_ratio`` = |q'| / |q|
-> 0 are finite. Arguments, results and errors are otherwise as in `lowrank_dp.theory.coordinate`.
+``epsilon`` is finite and >= 0, ``angle`` lies in [0, pi] radians (0 or pi if n is 1), and
+``norm_ratio`` = |q'| / |q| lies in [1e-100, 1e100]. Arguments, results and errors are otherwise as
+in `lowrank_dp.theory.coordinate`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lowrank_dp.theory._arrays import Array, FloatOrArray, integers, reals, unwr
 from lowrank_dp.theory._quadrature import integrate
 from lowrank_dp.theory._special import log_chi2_cdf, log_chi2_survival, log_half_step
 
+LEAST_RATIO = 1e-100  # smallest ratio of norms; the largest is its inverse
 _TAIL = 1e-17
 # tolerance per panel; at rank 1e6 the integrand itself is rounded at nearly this level
 _TOLERANCE = 1e-12
@@ -101,7 +103,7 @@ def gaussian_delta(epsilon: Array, mu: Array) -> Array:
 def _pair(angle: ArrayLike, norm_ratio: ArrayLike) -> tuple[Array, Array]:
     return (
         reals("angle", angle, low=0, high=np.pi),
-        reals("norm_ratio", norm_ratio, low=0, low_open=True),
+        reals("norm_ratio", norm_ratio, low=LEAST_RATIO, high=1 / LEAST_RATIO),
     )
 
 
