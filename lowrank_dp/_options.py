@@ -56,4 +56,4 @@ def name_value_pairs(pairs: Iterable[str]) -> dict[str, Any]:
 
 def number_or_text(text: str) -> int | str:
     """Read a text of digits as an integer, and leave any other text as it is."""
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() and text.isascii() else text

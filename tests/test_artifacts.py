@@ -129,7 +129,7 @@ def test_what_cannot_be_saved_leaves_the_old_files(tmp_path):
 
 def test_disk_trouble(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"file/r\.npz could not be written \(.*(exists|directory)\)"):
         save_result(result(), tmp_path / "file", "r")
 
 
@@ -247,10 +247,13 @@ def test_provenance_without_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys,
         "argv",
-        [str(tmp_path / "run.py"), "--output", secret, f"--model={secret}", "--seed=3", secret],
+        [
+            *(str(tmp_path / "run.py"), "--output", secret),
+            *(f"--model={secret}", "--seed=3", secret, "a b"),
+        ],
     )
     found = provenance(seed=3, device="cuda")
-    assert found["command"].endswith("--output out --model=out --seed=3 out")
+    assert found["command"].endswith("--output out --model=out --seed=3 out 'a b'")
     text = json.dumps(found)
     assert str(tmp_path) not in text and os.getcwd() not in text
     assert os.path.expanduser("~") not in text
@@ -319,6 +322,12 @@ def test_changes_since_the_commit_are_stated(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-m", "first")
     monkeypatch.setattr(lowrank_dp, "__file__", str(module))
+    installed = tmp_path / "venv" / "__init__.py"  # inside the checkout, and not tracked
+    installed.parent.mkdir()
+    installed.write_text("")
+    with monkeypatch.context() as other:
+        other.setattr(lowrank_dp, "__file__", str(installed))
+        assert provenance()["git_commit"] == "unknown"
     assert provenance()["git_commit"] == git("rev-parse", "HEAD")
     module.write_text("changed = True")
     assert provenance()["git_commit"] == git("rev-parse", "HEAD") + "+changes"

@@ -707,6 +707,14 @@ def test_the_command_prints_saves_and_exits_with_3_on_a_contradiction(
     assert f"claim: {document['statement']} epsilon:" in " ".join(out.split())
     assert "NON-PRIVATE" in document["privacy"]
     assert_refused(run_main(capsys, *words, "--output", tmp_path / "new"), "new or empty folder")
+    with monkeypatch.context() as full:  # the result is printed before it is saved
+
+        def fail(path, document):
+            raise OSError(f"{path} could not be written")
+
+        full.setattr("lowrank_dp.artifacts.write_json", fail)
+        code, out, err = run_main(capsys, *words, "--output", tmp_path / "full")
+        assert code == 2 and "report.json could not be" in err and "verdict: CONSISTENT" in out
     BUGS["no noise"][0](monkeypatch)
     code, out, err = run_main(capsys, *words, "--json")
     document = json.loads(out)
@@ -741,7 +749,7 @@ def test_printed_bounds_are_rounded_towards_the_weaker_claim(capsys):
     assert "(29%, one-sided" in capsys.readouterr().out
 
 
-def test_the_command_plans_and_refuses_bad_input(config, tmp_path, capsys):
+def test_the_command_plans_and_refuses_bad_input(config, tmp_path, capsys, monkeypatch):
     words = ["audit", *train_words(config, tmp_path)[3:]]
     code, out, err = run_main(capsys, *words, "--dry-run")
     assert code == 0 and "12 steps, about" in out and "verdict" not in out, err
@@ -756,3 +764,10 @@ def test_the_command_plans_and_refuses_bad_input(config, tmp_path, capsys):
         (["--output", "/proc/none"], ["/proc/none"]),
     ):
         assert_refused(run_main(capsys, *words, *more), *expected)
+
+    def read_only(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)  # a folder that exists, and is empty
+    monkeypatch.setattr("lowrank_dp.audit.auditing.audit_opened", pytest.fail)
+    assert_refused(run_main(capsys, *words, "--output", tmp_path), "can't be written to")

@@ -1,5 +1,6 @@
 """Command lines as a user runs them: results, exit codes, one line on bad input, no file lost."""
 
+import io
 import json
 import os
 import re
@@ -79,6 +80,7 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
     out = tmp_path / "out.safetensors"
     for changes, words in (
         ({"--scheme": "optmal"}, ["did you mean 'optimal'"]),
+        ({"--scheme": "oracle"}, ["--scheme must be one of none, hard"]),
         ({"--noise-std": "-1"}, ["noise_std", "-1"]),
         ({"--option": "kapa=1", "--scheme": "denoise"}, ["kappa"]),
         ({"--option": "kappa"}, ["NAME=VALUE"]),
@@ -90,6 +92,9 @@ def test_restore_refuses_bad_input_in_one_line(noisy_file, tmp_path, call):
         ({"--option": "method=svd"}, ["--option must name an option of the scheme, got 'method'"]),
         ({"--option": "noise_std=2"}, ["got 'noise_std'"]),
         ({"--input": "missing.safetensors"}, ["missing.safetensors"]),
+        ({"--input": "."}, ["--input must be an existing safetensors file, got '.'"]),
+        ({"--output": tmp_path}, ["--output must be a file, and not a folder"]),
+        ({"--output": "/proc/none/out"}, ["the folder of --output /proc/none can't be written to"]),
         ({"--input": __file__}, ["safetensors file"]),
         ({"--nonsense": "1"}, ["--nonsense"]),
         ({"--noise-std": "1.5"}, ["matrix noise (30, 30) must hold noise", "--noise-std"]),
@@ -178,7 +183,18 @@ def test_spectrum_of_a_language_model_is_cold_by_default(call):
 
 
 def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
+    for name in ("spectra.json", "lora.json"):
+        (tmp_path / name).write_text("{}")
     for words, expected in (
+        (["spectrum", "--output", tmp_path], ["holds spectra.json of an earlier command"]),
+        (["lora", "--output", tmp_path], ["holds lora.json of an earlier command"]),
+        (["spectrum", "--device", "meta", "--model", "tiny"], ["device must be a torch device"]),
+        (["spectrum", "--noise-multiplier", "1e308"], ["--noise-multiplier must be", "<= 1e+09"]),
+        (["spectrum", "--max-grad-norm", "1e308"], ["--max-grad-norm must be", "<= 1e+20"]),
+        (["lora", "--rank", "100000000000"], ["rank must be", "<= 65536"]),
+        (["lora", "--draws", "99999999999999999999"], ["draws must be"]),
+        (["mia", "--model", tmp_path, "--seed", "9" * 26], ["seed must be"]),
+        (["plan", "--public", ""], ["--public must be a text that is not empty"]),
         (["spectrum", "--task", "sst3"], ["did you mean 'sst2'"]),
         (["spectrum", "--batch-size", "0"], ["--batch-size", "0"]),
         (["spectrum", "--noise-multiplier", "nan"], ["--noise-multiplier"]),
@@ -222,6 +238,23 @@ def test_the_check_of_an_output_leaves_no_folder(tmp_path, monkeypatch):
     expected = f"--output {tmp_path / 'kept'} can't be written to (Permission denied): choose"
     with pytest.raises(ValueError, match=re.escape(expected)):
         _console.check_output(tmp_path / "kept")
+
+
+def test_a_refused_figure_leaves_no_folder(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call("figures", "--only", "gap"), "no result gap.json in paper_artifacts")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_terminal_without_unicode_gets_escapes(monkeypatch):
+    """The work of the command would otherwise be lost at its first non-ASCII character."""
+    app, out = _console.new_app("a test"), io.TextIOWrapper(io.BytesIO(), "ascii")
+    app.command()(lambda: print("≥ 1"))
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as stop:
+        _console.run(app, [])
+    out.flush()
+    assert stop.value.code == 0 and out.buffer.getvalue() == b"\\u2265 1\n"
 
 
 def test_the_exact_laws_are_at_the_width_of_the_rows_that_are_projected():

@@ -100,7 +100,7 @@ def test_a_run_that_could_not_be_made_is_no_run_that_diverged(monkeypatch):
 
     monkeypatch.setattr(tuning, "sweep", full)
     for experiment, config in ((steps, CONFIG), (gap, GAP)):
-        with pytest.raises(ValueError, match=r"could not be made: No space .*; repeat the comm"):
+        with pytest.raises(ValueError, match=r"could not be made: No space .* repeat the comm"):
             experiment.run(config)
     config = arms.arm_config(BASE, "DP-SGD", 3.0, 0)
     with pytest.raises(ValueError, match="could not be made"):
@@ -211,6 +211,9 @@ def test_differences_are_paired_by_seed(swept):
     stopped[i, 0] = np.nan
     cells = steps.table(replace(result, score=stopped))[1][i]
     assert cells[columns.index("share of the gap closed of DP-Adam")] == "a run stopped"
+    share = result.restore_share.copy()
+    share[i] = np.nan
+    assert steps.table(replace(result, restore_share=share))[1][i][-1] == "no run"
     # a difference with a run that misses the target is a bound; who misses it sets the direction
     saved = columns.index("steps to 90% fewer than DP-Adam")
     assert rows[i][saved].startswith("≤ -2.0 ±")
@@ -271,6 +274,8 @@ def test_baselines_that_learn_nothing_leave_no_target(swept):
     row = rows[CONFIG.arms.index("DP-LoRA")]
     assert row[columns.index("steps to 90% fewer than DP-Adam")] == "no target"
     assert row[columns.index("share of the gap closed of DP-Adam")] == "no target"
+    for column in ("steps to 95%, by seed", "seconds to 90%, by seed"):
+        assert row[columns.index(column)] == "no target"
     assert "no target" in steps.headline(flat)["DP-LoRA: steps fewer than DP-Adam and than DP-SGD"]
 
 
@@ -467,6 +472,10 @@ def test_a_bound_does_not_settle_whether_a_gap_is_worth_closing(swept):
     private[0, 0, 0, 0, 0] = np.nan
     columns, rows = gap.table(replace(result, private=private))
     assert rows[0][columns.index(f"steps to 90%, {gap.BASELINES[0]}")].startswith("no run, ")
+    assert rows[0][columns.index(f"final accuracy, {gap.BASELINES[0]}")] == "1 of 2 runs stopped"
+    private[0, 0, 0, 1] = 0.5  # a baseline without a gain leaves no target
+    columns, rows = gap.table(replace(result, private=private))
+    assert rows[0][2:6] == ["no target"] * 4
 
 
 def test_bad_configurations_of_both(tmp_path, monkeypatch):
@@ -524,9 +533,12 @@ def test_the_full_scale_obeys_the_protocol():
             arms.check_runs(config.base, config)
             assert config.num_seeds >= 5 and len(config.tuning_seeds) >= 2, name
     maps = [figures.find(name).full for name in figures.NAMES if name.startswith("gap")]
-    assert {one.epsilons for one in maps} == {(0.5, 1.0, 3.0, 8.0)}
-    assert {(part, size) for one in maps for part in one.parts for size in one.batch_sizes} == {
-        (part, size) for part in ("last block", "all") for size in (256, 1024)
+    assert {
+        (part, size, one.epsilons) for one in maps for part in one.parts for size in one.batch_sizes
+    } == {
+        ("last block", 256, (0.5, 1.0, 3.0, 8.0)),
+        ("last block", 1024, (0.5, 1.0, 3.0, 8.0)),
+        ("all", 256, (1.0, 8.0)),
     }
 
 

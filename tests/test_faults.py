@@ -296,6 +296,9 @@ def test_a_report_is_replaced_only_by_the_same_attack(target, tmp_path, capsys):
     assert code in (0, 3)
     found = json.loads((tmp_path / "report" / "report.json").read_bytes())
     assert found["primary"] == "base"
+    (tmp_path / "full" / "scores.csv").mkdir(parents=True)  # a file that can't be written
+    code, out, err = attack("--base", config.model, "--output", tmp_path / "full")
+    assert code == 2 and "scores.csv could not be written" in err and "verdict" in out
 
 
 @pytest.mark.slow

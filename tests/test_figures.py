@@ -122,7 +122,7 @@ def test_an_option_without_effect_is_refused(tmp_path, capsys, name, option):
     assert status == 2 and "Traceback" not in error
     expected = f"--{option} must not be given with --only {name}"
     assert expected in " ".join(error.split()) and f"leave --{option} out" in error
-    assert not [*(tmp_path / "a").iterdir()]
+    assert not [*tmp_path.iterdir()]
 
 
 def holds(saved, kept):

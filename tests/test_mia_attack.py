@@ -528,6 +528,7 @@ def test_compared_checkpoints_have_one_metric_of_utility():
             higher = "higher" if metric == "bleu" else "lower"
             assert columns[4] == f"{metric} ({higher} is better)"
             assert [float(row[4]) for row in rows] == values
+            assert rows[0][-1] == "one method" and "of two methods" in compare.notes(found)[-1]
     # the function itself refuses a pairing of other records or members
     for other in (target("plain", is_member=~truth), target("plain", examples=examples[::-1])):
         refused(
@@ -1243,7 +1244,11 @@ def test_damaged_weights_and_configurations(checkpoints, tmp_path, capsys):
 
 
 def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
-    for option, value in (("--max-length", "7"), ("--template", "{source} {target}")):
+    for option, value in (
+        ("--max-length", "7"),
+        ("--template", "{source} {target}"),
+        ("--text-column", "nonsense"),
+    ):
         code, _, err = run(capsys, "--model", checkpoints / "tables", option, value)
         assert code == 2 and "must be left out: membership.json says" in err, option
     target = open_target(checkpoints / "short", Options(max_length=128))

@@ -394,6 +394,8 @@ def test_a_hub_id_offline_fails_at_once_and_says_what_to_use(monkeypatch, no_wai
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="an existing folder or GGUF file, or a hub id"):
         load_model("./nowhere/at/all")
+    with pytest.raises(ValueError, match=r"model must be a name, .* got ''"):
+        load_model("")  # not the current folder
 
 
 def test_a_folder_of_models_gives_them_names(folders, tmp_path, monkeypatch):

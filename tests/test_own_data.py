@@ -229,11 +229,24 @@ def test_classes_are_those_of_all_splits_and_of_class_labels(tmp_path):
         load(tmp_path / "missing", None)
 
 
+def test_numbers_in_one_split_and_strings_in_another_are_one_label(tmp_path):
+    """CSV has strings alone. A word among the strings is another type than a number, as before."""
+    lines = "".join(json.dumps({"text": f"c {i}", "label": i % 2 + 1}) + "\n" for i in range(4))
+    (tmp_path / "validation.jsonl").write_text(lines)
+    (tmp_path / "train.csv").write_text("text,label\na,1\nb,2\n")
+    task = load(tmp_path, None)
+    assert task.label_names == ("1", "2")
+    assert [e.label for e in (*task.train, *task.validation)] == [0, 1, 0, 1, 0, 1]
+    (tmp_path / "train.csv").write_text("text,label\na,1\nb,two\n")
+    with pytest.raises(ValueError, match=r"validation.jsonl line 1: .* of one type in all rows"):
+        load(tmp_path, None)
+
+
 def test_records_to_generate_and_pairs(tmp_path):
     rows = [{"question": f"q {i // 2}", "answer": f"a {i}", "who": 7.0 + i // 3} for i in range(6)]
     path = tmp_path / "qa.parquet"
     frame(rows).to_parquet(path)
-    with pytest.warns(UserWarning, match="not read: column 'who'; name a column by") as said:
+    with pytest.warns(UserWarning, match="not read: column 'who'; a command that has") as said:
         task = load_task(str(path), columns=Columns(prompt="question", target="answer"))
     assert len(said) == 1 and task.unused == ("who",)
     assert task.kind == "generation" and len({e.group for e in task.train}) == 3
@@ -304,7 +317,7 @@ BAD = (  # file, content, columns, words of the line
     ("a.csv", b"", REVIEW, "a.csv: not a table"),
     ("a.csv", b"review,stars,user\n", REVIEW, "a.csv must hold records"),
     ("a.csv", GOOD, Columns(text="reveiw", label="stars"), "text_column .*did you mean 'review'"),
-    ("a.csv", GOOD, Columns(text="review"), "label_column must name .*'review', 'stars', 'user'"),
+    ("a.csv", GOOD, Columns(text="review"), "be called 'label', .*'review', 'stars', 'user'"),
     ("a.csv", GOOD, None, "a.csv row 1: columns must be like .*text_column"),
     ("a.csv", GOOD, Columns(pair="review"), "pair_column must come with text_column"),
     ("a.csv", GOOD, Columns(prompt="review"), "prompt_column must come with target_column"),

@@ -42,7 +42,16 @@ def test_a_spike_does_not_reach_a_target():
     found = protocol.steps_to(scores, 0.85, higher_is_better=True)
     assert math.isnan(found[0]) and found[1] == math.inf
     assert np.isnan(protocol.censored(found, 6)[0]) and protocol.censored(found, 6)[1] == 7
-    assert protocol.by_seed(np.array([math.nan, math.inf, 4.0])) == "no run, not reached, 4"
+    assert protocol.by_seed(np.array([math.nan, math.inf, 4.0]), 0.5) == "no run, not reached, 4"
+
+
+def test_stopped_runs_are_counted():
+    for values, words in (
+        ([0.25, 0.75], "0.500"),
+        ([0.25, math.nan], "1 of 2 runs stopped"),
+        ([math.nan, math.nan], "no run"),
+    ):
+        assert protocol.unless_stopped(np.array(values), lambda v: f"{v.mean():.3f}") == words
 
 
 @given(st.lists(st.integers(-4, 9), min_size=2, max_size=9), st.floats(0.5, 0.999))
@@ -78,7 +87,8 @@ def test_the_target_is_of_the_weaker_baseline():
     flat = np.full((2, 2, 5), 0.5)
     target = protocol.target_score(flat, 0.9, higher_is_better=True)
     assert math.isnan(target)
-    assert np.isinf(protocol.steps_to(flat, target, higher_is_better=True)).all()
+    found = protocol.steps_to(flat, target, higher_is_better=True)
+    assert np.isnan(found).all() and protocol.by_seed(found[0], target) == "no target"
 
 
 def test_share_of_the_gap():

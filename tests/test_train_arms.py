@@ -370,6 +370,15 @@ def test_what_cannot_be_is_refused():
         ({"disk_kappa": 0.7, "momentum_beta": 0.9}, "momentum_beta and disk_kappa must not both"),
         ({"optimizer": "muon", "shard": True}, "shard must go without optimizer 'muon'"),
         ({"target_modules": ("query",)}, "target_modules must go with method 'lora'"),
+        # fields that nothing would read
+        ({"below": "zero"}, "below must go with a scheme"),
+        ({"restore_method": "exact"}, "restore_method must go with a scheme"),
+        ({"optimizer": "muon-bc", "noise_floor": 0.9}, "noise_floor must go with optimizer 'adam"),
+        ({"rank": 4}, "rank must go with method 'lora'"),
+        ({"lora_alpha": 32.0}, "lora_alpha must go with method 'lora'"),
+        ({"precondition_power": 0.1}, "precondition_power must go with a preconditioner"),
+        ({"precondition": "generated", "precondition_every": 3}, "with precondition 'noisy'"),
+        ({"precondition": "noisy", "precondition_rows": 9}, "with a preconditioner from public"),
         (
             {"optimizer": "adam-bc", "momentum_beta": 0.9, "shard": True},
             "shard must go without optimizer 'adam-bc' on a running mean",

@@ -417,6 +417,7 @@ BAD = {
     "device": ({"--device": "toaster"}, ["device must be", "toaster"]),
     "layers": ({"--train-layers": "["}, ["train_layers must be a regular expression"]),
     "no such layer": ({"--train-layers": "nothing_like_it"}, ["matches no trainable parameter"]),
+    "no ASCII digit": ({"--train-layers": "²"}, ["matches no trainable parameter"]),
     "too many layers": ({"--train-layers": "3"}, ["train_layers", "3"]),
     "no such module": (
         {"--method": "lora", "--target-modules": "nonsense"},

@@ -788,6 +788,20 @@ def test_snapshots_that_cannot_be_deleted_are_named_and_the_result_stays(
     assert not (folder / "snapshots").exists()
 
 
+def test_a_failed_write_says_how_to_go_on(tmp_path, monkeypatch):
+    def full(path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_run(tmp_path / "run") as folder:
+        for snapshot, words in ((False, "begin the run again"), (True, "the last snapshot is int")):
+            if snapshot:
+                folder.save_snapshot(0, {}, {})
+            with monkeypatch.context() as patch:
+                patch.setattr(runs, "atomic_write", full)
+                with pytest.raises(OSError, match=rf"No space .*: free some space, then .*{words}"):
+                    folder.save_snapshot(1, {}, {})
+
+
 def test_folders_that_are_not_a_runs(config, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")

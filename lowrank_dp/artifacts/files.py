@@ -24,10 +24,21 @@ def atomic_write(path: str | Path, *, mode: int | None = None) -> Iterator[Binar
 
     If the block raises, the new file is removed, and an old file at ``path`` stays. Missing folders
     are created. Only the owner can read the file before it is renamed; ``mode`` sets the
-    permissions of the final file, and None takes the process's default. Raises OSError if the file
-    cannot be written.
+    permissions of the final file, and None takes the process's default. Raises OSError, whose
+    message names ``path``, if the file cannot be written.
     """
     path = Path(path)
+    try:
+        with _replacement(path, mode) as file:
+            yield file
+    except OSError as error:
+        if error.errno is None:  # not from the system: the message names another file already
+            raise
+        raise OSError(f"{path} could not be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _replacement(path: Path, mode: int | None) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -62,11 +63,13 @@ def _installed(name: str) -> bool:
 
 
 def _git_commit() -> str:
-    """Return the commit of the package's checkout, or "unknown" without git.
+    """Return the commit of the package's checkout, or "unknown" without one.
 
-    "+changes" follows if the working tree differs from the commit.
+    "+changes" follows if the working tree differs from the commit. An installed package can lie
+    inside another project's checkout, whose commit says nothing about the package.
     """
     try:
+        _git("ls-files", "--error-unmatch", "--", "__init__.py")  # fails for an untracked package
         commit = _git("rev-parse", "HEAD").strip()
         return commit + ("+changes" if _git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
@@ -86,7 +89,7 @@ def _command() -> str:
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = module.name.removesuffix(".__main__") if module and module.name else None
     program = f"python -m {name}" if name else _script(sys.argv[0])
-    return " ".join([program, *map(_without_folders, sys.argv[1:])])
+    return " ".join([program, shlex.join(map(_without_folders, sys.argv[1:]))]).rstrip()
 
 
 def _script(path: str) -> str:

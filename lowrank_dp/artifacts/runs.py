@@ -76,7 +76,7 @@ class RunFolder:
             ValueError: if the ledger is damaged.
             OSError: if the ledger cannot be written; the release must not be made then.
         """
-        with _explained(f"ledger in {self.snapshots}"):
+        with self._explained(f"ledger in {self.snapshots}"):
             self._ledger.append(stream, step, noise, sums)
 
     def num_releases(self, stream: str = "", steps: Iterable[int] = ()) -> int:
@@ -116,7 +116,7 @@ class RunFolder:
             "ledger": self._ledger.state(),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        with _explained(f"snapshot of step {step} in {self.path}"):
+        with self._explained(f"snapshot of step {step} in {self.path}"):
             with atomic_write(self.snapshots / f"{name}.safetensors", mode=0o600) as file:
                 file.write(data)
             write_json(
@@ -199,7 +199,7 @@ class RunFolder:
         """
         aside = Path(tempfile.mkdtemp(dir=self.path, prefix=".checkpoint-"))
         try:
-            with _explained(f"checkpoint in {self.path}"):
+            with self._explained(f"checkpoint in {self.path}"):
                 write(aside)
             for item in sorted(aside.iterdir()):
                 if item.is_file():
@@ -207,7 +207,7 @@ class RunFolder:
                 os.replace(item, self.path / item.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        with _explained(f"checkpoint in {self.path}"):
+        with self._explained(f"checkpoint in {self.path}"):
             for name in sorted(documents, key=lambda name: name == TRAINING):
                 write_json(self.path / name, documents[name])
         self.delete_snapshots()
@@ -228,17 +228,20 @@ class RunFolder:
                 f"noise: delete this folder before you publish {self.path}, whose result is saved"
             ) from error
 
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn a failed write into an OSError that names the file ``what`` and how to continue."""
-    try:
-        yield
-    except Exception as error:  # on a full disk, model libraries raise errors of many types
-        raise OSError(
-            f"{what} could not be written ({first_line(error)}): free some space, then resume "
-            "the run with --resume; the last snapshot is intact"
-        ) from error
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turn a failed write into an OSError that names the file ``what`` and how to continue."""
+        try:
+            yield
+        except Exception as error:  # on a full disk, model libraries raise errors of many types
+            go_on = (
+                "resume the run with --resume; the last snapshot is intact"
+                if self._steps()
+                else "begin the run again in an empty folder; it has no snapshot yet"
+            )
+            raise OSError(
+                f"{what} could not be written ({first_line(error)}): free some space, then {go_on}"
+            ) from error
 
 
 @contextlib.contextmanager

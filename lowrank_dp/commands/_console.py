@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import sys
 import tempfile
 import types
@@ -36,6 +37,9 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
     on stderr says how to continue. Raises KeyboardInterrupt if nothing is saved.
     """
     warnings.showwarning = _terminal.warn_in_one_line
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that it cannot encode are escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == STOPPED:  # typer returns this code after a KeyboardInterrupt
@@ -87,6 +91,15 @@ def make_output(folder: Path | None, option_name: str = "--output") -> None:
     check_output(folder, option_name)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_new(folder: Path | None, name: str, option_name: str = "--output") -> None:
+    """Raise ValueError if the folder of a command's files holds an earlier result ``name``."""
+    if folder is not None and (folder / name).exists():
+        raise ValueError(
+            f"{option_name} {folder} holds {name} of an earlier command: choose another folder, or "
+            "delete the file"
+        )
 
 
 def options_of(
@@ -158,6 +171,8 @@ def _parsed(field: Field[Any], value: Any) -> Any:
     parse = field.metadata.get("parse")
     if value is None or value == []:
         return None
+    if value == "":  # for instance an unset variable of a shell script
+        _validate.fail(f"--{_name(field).replace('_', '-')}", "a text that is not empty", value)
     if parse is not None:
         return parse(value)
     return tuple(value) if isinstance(value, list) else value

@@ -52,6 +52,7 @@ def main(
     request = Request(**given)
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}")
+    _console.check_output(output)
     from rich.console import Console
 
     from lowrank_dp.audit.auditing import audit_opened
@@ -59,18 +60,17 @@ def main(
 
     console = Console(stderr=as_json)
     audited = open_audit(request.run, request.design.num_canaries)
-    if output is not None and not dry_run:
-        output.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails before the runs
     _print_plan(console, audited, request)
     if dry_run:
         return
+    _console.make_output(output)
     report = audit_opened(audited, request.design)
-    if output is not None:
-        _save(output, report)
     _print(console, report)
-    say(console, f"files: {output or 'none written; --output FOLDER keeps the report'}")
     if as_json:
         print(json.dumps(as_document(report), indent=1, allow_nan=False))
+    if output is not None:
+        _save(output, report)  # after the printing, so that a failed write loses no result
+    say(console, f"files: {output or 'none written; --output FOLDER keeps the report'}")
     if report.contradictions:
         sys.exit(CONTRADICTION)
 

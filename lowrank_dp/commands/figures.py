@@ -101,8 +101,8 @@ def main(
             f"--artifacts must be a folder of saved results for --redraw, got {str(folder)!r}: the "
             "folder paper_artifacts of a clone of the repository, or one that this command wrote"
         )
-    _console.make_output(folder, "--artifacts")
-    _console.make_output(output or Path("figures"))
+    _console.check_output(folder, "--artifacts")
+    _console.check_output(output or Path("figures"))
     console = Console(stderr=True)
     request = Request(
         scale=asked.scale,
@@ -117,6 +117,8 @@ def main(
     left_out = _without_result(folder) if redraw or asked.scale == "small" else []
     names = asked.only or [name for name in NAMES if name not in left_out]
     places = {name: Place(None, folder) if redraw else place_of(name, request) for name in names}
+    _console.make_output(folder, "--artifacts")
+    _console.make_output(output or Path("figures"))
     for place in places.values():
         if place.note:
             say(console, place.note)

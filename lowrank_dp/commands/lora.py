@@ -14,10 +14,12 @@ from lowrank_dp import _validate
 from lowrank_dp._options import option
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import print_table, say
+from lowrank_dp.train.config_checks import MOST_RANK
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import lora_noise
 
+MOST_DRAWS = 10**7  # the moments of every draw are kept
 ANGLE, EPSILON = 0.1, 1.0  # angle (radians) and epsilon of the query whose delta is printed
 app = _console.new_app(
     "Compare LoRA's projection noise, measured on real layers' gradients, with the theory."
@@ -33,7 +35,11 @@ class Options:
         "Model: hub id, folder, GGUF file or packaged name. Default: minilm if installed, else "
         "tiny.",
     )
-    task: str = option("sst2", "Task whose gradients are projected.")
+    task: str = option(
+        "sst2",
+        "Task whose gradients are projected: a task name, or own data as train reads them, whose "
+        "columns have the names that train finds without an option.",
+    )
     rank: tuple[int, ...] = option(
         (1, 4, 16, 64), "Rank of LoRA's A; may be repeated. Default: 1, 4, 16 and 64."
     )
@@ -46,9 +52,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for value in self.rank:
-            _validate.integer("rank", value)
+            _validate.integer("rank", value, high=MOST_RANK)
         _validate.integer("batch_size", self.batch_size)
-        _validate.integer("draws", self.draws, low=2)
+        _validate.integer("draws", self.draws, low=2, high=MOST_DRAWS)
         _validate.integer("seed", self.seed, low=0)
 
 
@@ -62,6 +68,7 @@ def main(
     """Compare LoRA's projection noise, measured on real layers' gradients, with the theory."""
     asked = Options(**given)
     _console.check_output(output)
+    _console.check_new(output, "lora.json")
     from rich.console import Console
 
     from lowrank_dp import artifacts
@@ -90,8 +97,6 @@ def main(
     tell(f"measures: {source.description}")
     source.loss, source.warm_steps = warm_up(source, tell)
     result = lora_noise.run(config, source)
-    if output is not None:
-        artifacts.save_result(result, output, "lora", seed=asked.seed, device=asked.device)
     if as_json:
         document = {
             "privacy": result.privacy,
@@ -103,6 +108,8 @@ def main(
         print(json.dumps(document, allow_nan=False))
     else:
         _print(result)
+    if output is not None:  # after the printing, so that a failed write loses no result
+        artifacts.save_result(result, output, "lora", seed=asked.seed, device=asked.device)
 
 
 def _print(result: lora_noise.Result) -> None:

@@ -97,9 +97,9 @@ def main(
         return
     with _folder(output) as folder:
         reports = [attack(target, options, folder / "cache") for target in targets]
+    _print(console, reports)
     if output is not None:
         _save(output, reports[0], asked)
-    _print(console, reports)
     comparison = None
     if len(reports) > 1:
         comparison = compare.compare(targets, reports)  # if refused, the reports are kept

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowrank_dp import _validate
 from lowrank_dp._options import name_value_pairs
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
-from lowrank_dp.restore.names import SCHEME_NAMES
+from lowrank_dp.restore.names import NON_PRIVATE_SCHEMES, SCHEME_NAMES
 
 # arguments of `restore_gradients` that are no options of a scheme
 OWN = ("noisy", "noise_std", "scheme", "clean", "method", "below")
+# a file of noisy gradients has no clean gradients for the other schemes
+SCHEMES = tuple(name for name in SCHEME_NAMES if name not in NON_PRIVATE_SCHEMES)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +39,7 @@ def main(
     ],
     output: Annotated[Path, typer.Option(help="safetensors file for the restored gradients.")],
     scheme: Annotated[
-        str, typer.Option(help=f"Restoration scheme. One of {', '.join(SCHEME_NAMES)}.")
+        str, typer.Option(help=f"Restoration scheme. One of {', '.join(SCHEMES)}.")
     ] = "optimal",
     method: Annotated[
         str,
@@ -69,7 +72,8 @@ def main(
     from lowrank_dp import artifacts
     from lowrank_dp.restore import restore_gradients
 
-    _check_output(input, output, force)
+    _validate.choice("--scheme", scheme, SCHEMES)
+    _check_files(input, output, force)
     options = name_value_pairs(option or [])
     for name in OWN:
         if name in options:
@@ -95,11 +99,19 @@ def main(
         _print(reports)
 
 
-def _check_output(input: Path, output: Path, force: bool) -> None:
-    """Raise ValueError if ``output`` is the input under any name, or exists without ``force``."""
+def _check_files(input: Path, output: Path, force: bool) -> None:
+    """Raise ValueError if ``input`` is no file, or if ``output`` cannot or must not be written.
+
+    ``output`` must not be the input under any name, and must not exist without ``force``.
+    """
+    if not input.is_file():
+        _validate.fail("--input", "an existing safetensors file", str(input))
+    if output.is_dir():
+        _validate.fail("--output", "a file, and not a folder", str(output))
+    _console.check_output(output.parent, "the folder of --output")
     if not output.exists():
         return
-    if input.exists() and output.samefile(input):
+    if output.samefile(input):
         raise ValueError(f"--output must be another file than --input, got {output} for both")
     if not force:
         raise ValueError(
@@ -113,7 +125,6 @@ def _read(path: Path, noise_std: float) -> dict[str, Tensor]:
     import torch
     from safetensors.torch import load_file
 
-    from lowrank_dp import _validate
     from lowrank_dp.restore import require_noise
 
     _validate.real("noise_std", noise_std, low=0)

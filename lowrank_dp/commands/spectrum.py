@@ -14,6 +14,7 @@ from lowrank_dp._options import option
 from lowrank_dp.commands import _console
 from lowrank_dp.commands._tables import in_sections, print_table, say, without_common_parts
 from lowrank_dp.restore.names import EDGE_SCHEMES
+from lowrank_dp.train.config_checks import MOST_NOISE, MOST_REAL
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments.spectra import Result
@@ -30,7 +31,11 @@ class Options:
         "Model: hub id, folder, GGUF file or packaged name. Default: minilm if installed, else "
         "tiny.",
     )
-    task: str = option("generated", "Task name, or a folder with train.jsonl.gz.")
+    task: str = option(
+        "generated",
+        "Task name, or own data as train reads them, whose columns have the names that train finds "
+        "without an option.",
+    )
     batch_size: int = option(2048, "Number of examples in the gradient sum.")
     noise_multiplier: float = option(
         0.6, "Standard deviation of the noise, relative to --max-grad-norm."
@@ -51,7 +56,10 @@ class Options:
 
     def __post_init__(self) -> None:
         _validate.choice("--scheme", self.scheme, ["none", *EDGE_SCHEMES])
-        _validate.positive("--noise-multiplier", self.noise_multiplier)
+        _validate.real(
+            "--noise-multiplier", self.noise_multiplier, low=1 / MOST_NOISE, high=MOST_NOISE
+        )
+        _validate.real("--max-grad-norm", self.max_grad_norm, low=1 / MOST_REAL, high=MOST_REAL)
         _validate.integer("--batch-size", self.batch_size)
         _validate.integer("--micro-batch-size", self.micro_batch_size)
         if self.warm_loss is not None:
@@ -70,6 +78,7 @@ def main(
     """Measure the singular values of one batch's clipped gradient sum, by layer. NON-PRIVATE."""
     asked = Options(**given)
     _console.check_output(output)
+    _console.check_new(output, "spectra.json")
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra
     from lowrank_dp.experiments.gradients import GradientConfig, load_source, warm_up
@@ -92,16 +101,16 @@ def main(
     source.loss, source.warm_steps = warm_up(source, _say)
     config = spectra.Config(source.config, asked.batch_size, asked.noise_multiplier, asked.scheme)
     result = spectra.run(config, source, _say)
-    if output is not None:
+    if as_json:
+        print(json.dumps(_document(result, spectra.headline(result)), indent=1))
+    else:
+        _print(result, spectra.headline(result))
+    if output is not None:  # after the printing, so that a failed write loses no result
         from lowrank_dp.plots.spectra import plot_spectra
 
         artifacts.save_result(result, output, "spectra", seed=asked.seed, device=asked.device)
         figure = plot_spectra(result)
         artifacts.save_figure(figure, output, "spectra", privacy=result.privacy)
-    if as_json:
-        print(json.dumps(_document(result, spectra.headline(result)), indent=1))
-    else:
-        _print(result, spectra.headline(result))
 
 
 def _say(line: str) -> None:

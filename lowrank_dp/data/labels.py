@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,27 @@ MAX_CLASSES = 1000
 MAX_SHOWN = 10  # largest number of classes that a message lists
 _LABEL_LIMIT = 2**63
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def labels_alike(column: str, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+    """Return the tables with labels of one type, if only some of them write numbers as strings.
+
+    CSV has strings alone: "1" in a CSV file and 1 in a JSON Lines file of another split are one
+    label.
+    """
+    cells = {split: [row.get(column) for _, row in table.rows] for split, table in tables.items()}
+    if all(isinstance(value, str) for values in cells.values() for value in values):
+        return tables
+    alike = dict(tables)
+    for split, values in cells.items():
+        numbers = [_number(value) if isinstance(value, str) else None for value in values]
+        if all(isinstance(number, int | float) for number in numbers):
+            rows = [
+                (where, row | {column: number})
+                for (where, row), number in zip(tables[split].rows, numbers, strict=True)
+            ]
+            alike[split] = replace(tables[split], rows=rows)
+    return alike
 
 
 def read_labels(
@@ -47,7 +69,7 @@ def read_labels(
     numbers = [number for number in read.values() if not isinstance(number, str)]
     if isinstance(found[0][1], str) and len(numbers) < len(read):
         for where, value in found if numbers else ():
-            if isinstance(read[value], str) and not value.isdigit():
+            if isinstance(read[value], str) and not (value.isdecimal() and value.isascii()):
                 bad_cell(
                     where,
                     column,

@@ -12,7 +12,7 @@ from lowrank_dp import _validate
 from lowrank_dp._options import option
 from lowrank_dp.data.examples import bad_cell, cell
 from lowrank_dp.data.formats import Table
-from lowrank_dp.data.labels import MAX_SHOWN, in_words, is_empty, read_labels
+from lowrank_dp.data.labels import MAX_SHOWN, in_words, is_empty, labels_alike, read_labels
 from lowrank_dp.data.readers import read_tables, stem_of, unread_splits
 from lowrank_dp.data.rows import Row, to_examples
 from lowrank_dp.data.task import Task, TaskSpec, build_task
@@ -116,8 +116,8 @@ def own_task(path: Path, columns: Columns) -> Task:
     if unread:
         remarks.insert(
             0,
-            f"not read: {', '.join(unread[:20])}; name a column by an option such as "
-            "--text-column or --group-column to read it",
+            f"not read: {', '.join(unread[:20])}; a command that has options such as --text-column "
+            "and --group-column reads the columns that they name",
         )
     warning = f"{path}: {'; '.join(remarks)}" if remarks else ""
     return replace(task, unused=ignored, warning=warning)
@@ -147,6 +147,8 @@ def _build(path: Path, roles: Columns, tables: Mapping[str, Table]) -> Task:
         for name in (roles.text, roles.pair, roles.prompt, roles.target)
         if name and name not in ("tripleset", "annotations")
     ]
+    if roles.label:
+        tables = labels_alike(roles.label, tables)
     rows = {split: [_checked(row, texts) for row in table.rows] for split, table in tables.items()}
     classes: tuple[str, ...] = ()
     if roles.label:
@@ -210,8 +212,9 @@ def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -
         if known is None:
             raise ValueError(
                 f"{first}: columns must be like GLUE's (sentence or text, sentence1 "
-                "and sentence2, ..., with label) or source and target, or be named "
-                f"by text_column, label_column and the like, got {shown}"
+                "and sentence2, ..., with label) or source and target, or be named by "
+                "text_column, label_column and the like where the command has these options, got "
+                f"{shown}: rename or name the columns"
             )
         text, pair, target = known
         found = (
@@ -222,8 +225,8 @@ def _roles(given: Columns, available: tuple[str, ...], path: Path, first: str) -
     if found.text and not found.label:
         if "label" not in available:
             raise ValueError(
-                f"{path}: label_column must name the column with the labels, there is "
-                f"none called 'label' among {shown}"
+                f"{path}: the column with the labels must be called 'label', or be named by "
+                f"label_column where the command has this option, got {shown}"
             )
         found = replace(found, label="label")
     used = [name for name in asdict(found).values() if name]

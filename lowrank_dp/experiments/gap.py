@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_dp import _validate
+from lowrank_dp._rounding import rounded_up
 from lowrank_dp._terminal import progress
 from lowrank_dp.engines import workers_of
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
@@ -191,7 +192,7 @@ def _collect(
     return Result(
         config=config,
         privacy=f"{NON_PRIVATE}: the noise-free runs; the others are (epsilon, "
-        f"{done[0].delta:g})-DP at the epsilon of their setting, with seeded noise",
+        f"{rounded_up(done[0].delta, 6)})-DP at the epsilon of their setting, with seeded noise",
         description=done[0].description,
         criterion=tuning.criterion(config.score),
         failures=tuple(failures),
@@ -219,19 +220,25 @@ def steps_to(result: Result, share: float = SHARE) -> tuple[np.ndarray, np.ndarr
     """Return the steps to a share of the weaker DP optimizer's gain, with and without noise.
 
     Both arrays are (parts, batch sizes, epsilons, optimizers, seeds). Infinity stands for a run
-    that does not reach the target, and NaN for a run that stopped or does not exist. The target
-    depends on epsilon, also for the noise-free runs.
+    that does not reach the target, and NaN for a run that stopped or does not exist, and for every
+    run if there is no target. The target depends on epsilon, also for the noise-free runs.
     """
     higher = HIGHER_IS_BETTER[result.config.score]
     private, ceiling = (np.full(result.private.shape[:-1], np.inf) for _ in range(2))
     for place in np.ndindex(*result.private.shape[:3]):
-        curves = result.private[place]
-        target = protocol.target_score(curves, share, higher_is_better=higher)
-        private[place] = protocol.steps_to(curves, target, higher_is_better=higher)
+        score = target(result, place, share)
+        private[place] = protocol.steps_to(result.private[place], score, higher_is_better=higher)
         ceiling[place] = protocol.steps_to(
-            result.ceiling[place[:2]], target, higher_is_better=higher
+            result.ceiling[place[:2]], score, higher_is_better=higher
         )
     return private, ceiling
+
+
+def target(result: Result, place: tuple[int, ...], share: float = SHARE) -> float:
+    """Return the score at a share of the weaker DP optimizer's gain; NaN if there is no gain."""
+    return protocol.target_score(
+        result.private[place], share, higher_is_better=HIGHER_IS_BETTER[result.config.score]
+    )
 
 
 @dataclass(frozen=True)
@@ -315,8 +322,8 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
             [
                 words,
                 f"{result.noise_multiplier[place[1:]]:.3g}",
-                *map(protocol.by_seed, steps),
-                *(_mean(curves[:, -1]) for curves in scores),
+                *(protocol.by_seed(seeds, target(result, place)) for seeds in steps),
+                *(protocol.unless_stopped(curves[:, -1], _mean) for curves in scores),
                 *(cost.text(place) for cost in found.values()),
             ]
         )
@@ -345,4 +352,4 @@ def headline(result: Result) -> Mapping[str, str]:
 
 
 def _mean(values: np.ndarray) -> str:
-    return "no run" if np.isnan(values).any() else f"{values.mean():.3f}"
+    return f"{values.mean():.3f}"

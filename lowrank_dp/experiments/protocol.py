@@ -6,9 +6,11 @@ after each step, so the index is the number of steps. NaN stands for a run that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 
 MIN_GAP = 1.0  # smallest gap, in steps, of which a closed share is computed
 
@@ -51,21 +53,34 @@ def steps_to(scores: np.ndarray, target: float, *, higher_is_better: bool) -> np
     """Return the first step (...,) at which the running median reaches ``target``, or infinity.
 
     The number is NaN for a run that stopped or does not exist, whose scores hold NaN: such a run
-    did not miss the target. The running median is over 3 steps. The last step has only one
-    neighbour, and is never returned.
+    did not miss the target. All numbers are NaN for a target that is NaN, which no run can miss.
+    The running median is over 3 steps. The last step has only one neighbour, and is never returned.
     """
     sign = 1.0 if higher_is_better else -1.0
     reached = sign * running_median(scores) >= sign * target  # a comparison with NaN is false
     steps = np.where(reached.any(axis=-1), reached.argmax(axis=-1), np.inf)
-    return np.where(np.isnan(scores).any(axis=-1), np.nan, steps)
+    return np.where(np.isnan(scores).any(axis=-1) | np.isnan(target), np.nan, steps)
 
 
-def by_seed(steps: np.ndarray) -> str:
-    """Format one number per seed; a mean would hide runs that did not reach the target."""
+def by_seed(steps: np.ndarray, target: float) -> str:
+    """Format one number per seed; a mean would hide runs that did not reach the target.
+
+    ``steps`` (seeds,) are numbers of :func:`steps_to` for ``target``, or times of these steps.
+    """
+    if np.isnan(target):
+        return "no target"
     return ", ".join(
         "no run" if np.isnan(value) else "not reached" if np.isinf(value) else f"{value:.0f}"
         for value in steps
     )
+
+
+def unless_stopped(values: np.ndarray, text: Callable[[np.ndarray], str] = with_interval) -> str:
+    """Format ``values`` (seeds,) by ``text``, or state how many are NaN: those of stopped runs."""
+    stopped = int(np.isnan(values).sum())
+    if stopped == len(values):
+        return "no run"
+    return f"{stopped} of {len(values)} runs stopped" if stopped else text(values)
 
 
 def censored(steps: np.ndarray, budget: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from lowrank_dp.experiments.arms import (
 )
 from lowrank_dp.experiments.cost import measure_cost
 from lowrank_dp.experiments.gap import ratio
-from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
+from lowrank_dp.experiments.intervals import mean_and_interval
 from lowrank_dp.experiments.steps_configs import Config
 from lowrank_dp.experiments.steps_measures import (
     SHARES,
@@ -254,8 +254,8 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         if found.chosen is None:
             rows.append(cells + [""] * (len(columns) - len(cells)))
             continue
-        cells += [_unless_stopped(of(result.score[i])) for of in (_last, mean_over_steps)]
-        cells += [protocol.by_seed(reached[s][i]) for s in SHARES]
+        cells += [protocol.unless_stopped(of(result.score[i])) for of in (_last, mean_over_steps)]
+        cells += [protocol.by_seed(reached[s][i], result.target(s)) for s in SHARES]
         for name in BASELINES:
             cells += (
                 [""] * 4
@@ -269,7 +269,10 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
                     ),
                 ]
             )
-        cells += [protocol.by_seed(seconds[i]), f"{np.nanmean(result.restore_share[i]):.1%}"]
+        cells += [
+            protocol.by_seed(seconds[i], result.target(share)),
+            protocol.unless_stopped(result.restore_share[i], lambda shares: f"{shares.mean():.1%}"),
+        ]
         rows.append(cells)
     return columns, rows
 
@@ -285,7 +288,9 @@ def headline(result: Result) -> Mapping[str, str]:
         f"{metric} at {share:.0%} of the weaker baseline's gain": f"{result.target(share):.4g}",
     }
     for arm in PLAIN:
-        lines[f"{arm}: steps to {share:.0%}"] = protocol.by_seed(result.of(arm, steps))
+        lines[f"{arm}: steps to {share:.0%}"] = protocol.by_seed(
+            result.of(arm, steps), result.target(share)
+        )
     for baseline, ceiling in CEILING_OF.items():
         cost = ratio(result.of(baseline, steps), result.of(ceiling, steps), result.budget)
         lines[f"steps of {baseline} over those without noise (NON-PRIVATE)"] = cost.text(())
@@ -338,9 +343,3 @@ def _share(result: Result, arm: str, baseline: str, share: float) -> str:
     sign = bound_of_share(result, arm, baseline, share)
     interval = f"± {half:.2f}" if np.isfinite(half) else "(no interval)"
     return f"{sign} {closed:.2f} {interval}".lstrip()
-
-
-def _unless_stopped(values: np.ndarray) -> str:
-    if np.isnan(values).any():
-        return f"{int(np.isnan(values).sum())} of {len(values)} runs stopped"
-    return with_interval(values)

@@ -213,6 +213,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         "AUC at matched train loss",
         f"AUC at matched {name}",
     ]
+    missing = "no overlap" if _has_two_methods(comparison) else "one method"
     rows = []
     for i, point in enumerate(comparison.points):
         paired = comparison.paired[i - 1] if i else None
@@ -226,7 +227,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
                 f"{point.auc.value:.3f} [{point.auc.ci[0]:.3f}, {point.auc.ci[1]:.3f}]",
                 "" if paired is None else f"{paired.difference:+.3f} ({paired.p_value:.2g})",
                 *(
-                    f"{found[1][point.method]:.3f} at {found[0]:.3g}" if found else "no overlap"
+                    f"{found[1][point.method]:.3f} at {found[0]:.3g}" if found else missing
                     for found in (comparison.at_loss, comparison.at_utility)
                 ),
             ]
@@ -237,12 +238,20 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def notes(comparison: Comparison) -> list[str]:
     """Return the remarks below the table: the attack, its limits, and missing overlaps."""
     lines = [f"Attack {comparison.attack}; one run per checkpoint, not a ranking. NON-PRIVATE."]
-    if comparison.at_loss is None or comparison.at_utility is None:
+    if not _has_two_methods(comparison):
+        lines.append(
+            "One method: AUCs at matched loss or metric need checkpoints of two methods or more."
+        )
+    elif comparison.at_loss is None or comparison.at_utility is None:
         lines.append(
             "No overlap: give each method at several --steps, so that their ranges of "
             "training loss and of the metric meet."
         )
     return lines
+
+
+def _has_two_methods(comparison: Comparison) -> bool:
+    return len({point.method for point in comparison.points}) > 1
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lowrank_dp._options import option
 from lowrank_dp.data import Columns
 from lowrank_dp.data.template import Template
 from lowrank_dp.engines import ENGINES, check_engine
-from lowrank_dp.train.config_checks import PRECISIONS
+from lowrank_dp.train.config_checks import MOST, PRECISIONS
 
 # name -> the score, in words
 ATTACKS = {
@@ -63,8 +63,9 @@ class Options:
 
     attacks: tuple[str, ...] = option(
         (),
-        f"Attacks to run: auto, or names separated by commas: {', '.join(ATTACKS)}. Default: "
-        "auto, which runs every attack that the checkpoint and the shadow models allow.",
+        f"Attacks to run: auto, or names separated by commas: {', '.join(ATTACKS)}. The primary "
+        "attack is run too. Default: auto, which runs every attack that the checkpoint and the "
+        "shadow models allow.",
         parse=_names,
     )
     primary: str = option(
@@ -162,7 +163,7 @@ class Options:
         _validate.integer("batch_size", self.batch_size)
         if self.num_workers is not None:
             _validate.integer("num_workers", self.num_workers)
-        _validate.integer("seed", self.seed, low=0)
+        _validate.integer("seed", self.seed, low=0, high=MOST)
         if self.max_length is not None:
             _validate.integer("max_length", self.max_length)
         if self.template is not None:

@@ -55,6 +55,11 @@ def own_format(manifest: Manifest, records: Records, options: Options) -> Format
                 f"{name} must be left out: {runs.MEMBERSHIP} says how this checkpoint "
                 f"was trained, with {shown}, got {asked!r}"
             )
+    if options.columns and options.nonmembers is None and options.population is None:
+        raise ValueError(
+            f"text_column, label_column and the like must be left out: {runs.MEMBERSHIP} says "
+            "which columns this checkpoint was trained on, and no other file of records is given"
+        )
     if records.plain:
         raise ValueError(
             "records must have prompts and targets, as the records that this checkpoint was "

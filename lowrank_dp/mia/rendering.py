@@ -1,7 +1,8 @@
 """Render a report as lines and a table, and as files: report.json, scores.csv and summary.md.
 
-Lines, table and files are NON-PRIVATE, because they are computed from membership bits; each file
-states this.
+Lines, table and files are NON-PRIVATE, because they are computed from membership bits. report.json
+and summary.md state this. scores.csv is a plain table, for programs that read tables, and holds the
+membership bits themselves.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
     and the hub. Raises ValueError if the backbone is missing or its weights are pickled.
     """
     name = str(name)
+    if not name:  # as a path, an empty name would be the current folder
+        _validate.fail("model", "a name, or an existing folder or GGUF file", name)
     if name in tiny.NAMES:
         return Backbone(name, name, {}, {}, f"{name} (pretrained here on generated public text)")
     if own := _in_models_folder(name):

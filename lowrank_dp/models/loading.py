@@ -196,6 +196,8 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda", "mps"):
         _validate.fail("device", "a torch device such as cpu or cuda", str(device))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         _validate.fail("device", "cpu: this torch finds no CUDA device", str(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,11 @@ INCIDENTAL = ("prefix_cache", "prefix_gigabytes")
 # fields that a resumed run may change; another micro_batch_size changes the rounding of sums, so
 # that the run continues with new noise
 RESUMABLE = (*INCIDENTAL, "micro_batch_size")
-_MOST = 2**63 - 1  # the largest integer that torch takes
-_MOST_RANK = 2**16
-_MOST_REAL = 1e20  # largest real option; _MOST_REAL * _MOST_NOISE, also in sums, fits a float32
+MOST = 2**63 - 1  # the largest integer that torch takes
+MOST_RANK = 2**16
+MOST_REAL = 1e20  # largest real option; MOST_REAL * MOST_NOISE, also in sums, fits a float32
 _LEAST_GAIN = 1e-6  # smallest gain of DiSK, whose look-ahead is about 1 / gain movements long
-_MOST_NOISE = 1e9  # largest noise multiplier, as in GaussianMechanism.calibrate
+MOST_NOISE = 1e9  # largest noise multiplier, as in GaussianMechanism.calibrate
 
 
 def check_config(config: TrainConfig) -> None:
@@ -46,11 +47,7 @@ def check_config(config: TrainConfig) -> None:
     _check_preconditioner(config)
     _check_optimizer(config)
     _check_implicit_noise(config)
-    if config.target_modules and config.method == "full" and config.implicit_noise == "none":
-        raise ValueError(
-            "target_modules must go with method 'lora' or 'lora-frozen-a', or with implicit_noise: "
-            "method 'full' adapts no layer (train_layers chooses the trained layers)"
-        )
+    _check_that_fields_are_read(config)
 
 
 def _check_choices_and_ranges(config: TrainConfig) -> None:
@@ -86,13 +83,13 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         _validate.integer(
             name,
             getattr(config, name),
-            high={"rank": _MOST_RANK, "num_beams": 1000}.get(name, _MOST),
+            high={"rank": MOST_RANK, "num_beams": 1000}.get(name, MOST),
         )
     for name, low in (("max_examples", 2), ("max_length", 1), ("seed", 0)):
         if getattr(config, name) is not None:
-            _validate.integer(name, getattr(config, name), low=low, high=_MOST)
-    _validate.integer("data_seed", config.data_seed, low=0, high=_MOST)
-    _validate.integer("holdout", config.holdout, low=0, high=_MOST)
+            _validate.integer(name, getattr(config, name), low=low, high=MOST)
+    _validate.integer("data_seed", config.data_seed, low=0, high=MOST)
+    _validate.integer("holdout", config.holdout, low=0, high=MOST)
     _validate.integer("warmup_steps", config.warmup_steps, low=0, high=config.steps)
     if config.warmup_steps and config.schedule == "constant":
         raise ValueError(
@@ -103,7 +100,7 @@ def _check_choices_and_ranges(config: TrainConfig) -> None:
         _validate.fail("device", "cpu, cuda or cuda:N", config.device)
     _validate.positive("learning_rate", config.learning_rate)
     _validate.positive("prefix_gigabytes", config.prefix_gigabytes)
-    _validate.real("weight_decay", config.weight_decay, low=0, high=_MOST_REAL)
+    _validate.real("weight_decay", config.weight_decay, low=0, high=MOST_REAL)
     if config.beta1 is not None:
         _validate.real("beta1", config.beta1, low=0, high=1, high_open=True)
     for name in ("dropout", "shard"):
@@ -127,11 +124,11 @@ def _check_privacy(config: TrainConfig) -> None:
         _validate.positive("epsilon", config.epsilon)
     if config.noise_multiplier is not None:
         _validate.real(
-            "noise_multiplier", config.noise_multiplier, low=0, low_open=True, high=_MOST_NOISE
+            "noise_multiplier", config.noise_multiplier, low=0, low_open=True, high=MOST_NOISE
         )
     if config.delta is not None:
         _validate.real("delta", config.delta, low=0, high=1, low_open=True, high_open=True)
-    _validate.real("max_grad_norm", config.max_grad_norm, low=1 / _MOST_REAL, high=_MOST_REAL)
+    _validate.real("max_grad_norm", config.max_grad_norm, low=1 / MOST_REAL, high=MOST_REAL)
     if config.secure_rng and (config.seed is not None or not config.adds_noise):
         raise ValueError(
             "secure_rng must go without a seed, which would make the noise "
@@ -189,8 +186,8 @@ def _check_restoration(config: TrainConfig) -> None:
             _validate.real(
                 "the size of a filter's coefficient",
                 abs(coefficient),
-                low=1 / _MOST_REAL,
-                high=_MOST_REAL,
+                low=1 / MOST_REAL,
+                high=MOST_REAL,
             )
     if averaged and config.disk_kappa is None and config.beta1:
         raise ValueError(
@@ -201,10 +198,6 @@ def _check_restoration(config: TrainConfig) -> None:
 def _check_preconditioner(config: TrainConfig) -> None:
     _validate.real("precondition_power", config.precondition_power, low=0, high=0.5)
     _validate.positive("precondition_rate", config.precondition_rate)
-    if config.precondition_freeze_vectors and config.precondition == "none":
-        raise ValueError(
-            "precondition_freeze_vectors must go with a preconditioner: give precondition too"
-        )
     if config.precondition == "noisy":
         if config.shard or config.low_pass is not None:
             raise ValueError(
@@ -298,3 +291,41 @@ def _check_implicit_noise(config: TrainConfig) -> None:
         raise ValueError(f"shard must go without {asked}, which needs whole matrices")
     if config.precondition != "none":
         raise ValueError(f"{asked} must go without a preconditioner, which scales the matrices")
+
+
+def _check_that_fields_are_read(config: TrainConfig) -> None:
+    """Raise ValueError for a field that differs from its default and that the run does not read.
+
+    Shadow models and timed steps turn ``generate`` off in the configuration of another run, and
+    full fine-tuning and LoRA share a base configuration with ``lora_init``, so that these fields
+    and the options of the text generation are not checked.
+    """
+    lora, implicit = config.method != "full", config.implicit_noise != "none"
+    noisy, public = config.precondition == "noisy", config.precondition not in ("none", "noisy")
+    defaults = {field.name: field.default for field in fields(config)}
+    for names, is_read, reader in (
+        (("below", "restore_method"), config.scheme != "none", "a scheme"),
+        (("noise_floor",), config.optimizer == "adam-bc", "optimizer 'adam-bc'"),
+        (("rank",), lora or implicit, "method 'lora' or 'lora-frozen-a', or with implicit_noise"),
+        (
+            ("target_modules",),
+            lora or implicit,
+            "method 'lora' or 'lora-frozen-a', or with implicit_noise: method 'full' adapts no "
+            "layer (train_layers chooses the trained layers)",
+        ),
+        (("lora_alpha",), lora, "method 'lora' or 'lora-frozen-a'"),
+        (
+            ("precondition_power", "precondition_freeze_vectors"),
+            noisy or public,
+            "a preconditioner: give precondition too",
+        ),
+        (
+            ("precondition_rows", "precondition_steps", "precondition_rate"),
+            public,
+            "a preconditioner from public text",
+        ),
+        (("precondition_every",), noisy, "precondition 'noisy'"),
+    ):
+        for name in names:
+            if not is_read and getattr(config, name) != defaults[name]:
+                raise ValueError(f"{name} must go with {reader}")

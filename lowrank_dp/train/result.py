@@ -39,7 +39,8 @@ class TrainResult:
             and restore_seconds spent in steps until then, without evaluations.
         seconds, restore_seconds: wall-clock time spent in steps, and the part spent restoring.
         train_loss: loss on at most ``eval_examples`` of the members. NON-PRIVATE.
-        majority: accuracy of always answering the most frequent validation label, or None.
+        majority: accuracy, on the evaluated validation examples, of always answering their most
+            frequent label, or None.
         description: model, data and processes, in words.
         provenance: versions, command and machine.
         sensitive: the fields of the file that no mechanism protects, in words.
@@ -111,7 +112,7 @@ def result_of(setup: Setup, state: State, releases: int, train_loss: float) -> T
         seconds=state.seconds,
         restore_seconds=state.restore_seconds,
         train_loss=train_loss,
-        majority=majority(setup.task),
+        majority=majority(setup.task.select({e.id for e in setup.evaluated[0]}, "validation")),
         description=setup.description,
         provenance=artifacts.provenance(seed=setup.config.seed, device=setup.config.device),
         sensitive=sensitive_fields(setup.config),
