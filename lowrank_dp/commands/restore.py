@@ -66,7 +66,7 @@ def main(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Restore every matrix in a file of noisy gradients; other tensors stay unchanged."""
+    """Restore the matrices, of sides above 1, in a file of noisy gradients; the rest stays."""
     from safetensors.torch import save
 
     from lowrank_dp import artifacts
