@@ -11,10 +11,10 @@ There are three sources; a run's privacy statement names the source that the run
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
-import sys
 from threading import Lock
 from typing import NoReturn
 
@@ -177,15 +177,30 @@ def os_seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """Create a torch generator whose start comes from the operating system's random bits.
 
     The generator is not cryptographic. On the CPU the generator is a Mersenne Twister, whose whole
-    state is drawn (``manual_seed`` would keep only 32 bits of a seed); some thousands of outputs
-    reveal the state. On a GPU the generator is Philox 4x32-10 with a key of 63 random bits.
+    state is drawn; some thousands of outputs reveal the state. On a GPU the generator is Philox
+    4x32-10 with a key of 63 random bits.
     """
-    generator = torch.Generator(device)
+    return _keyed_generator(os.urandom(32), device)
+
+
+def seed_globally(key: bytes, device: torch.device | str = "cpu") -> None:
+    """Start torch's global generators of the CPU and of ``device`` from all bits of ``key``."""
+    torch.set_rng_state(_keyed_generator(key).get_state())
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(_keyed_generator(key, device).get_state(), device)
+
+
+def _keyed_generator(key: bytes, device: torch.device | str = "cpu") -> torch.Generator:
+    """Create a torch generator from a hash of ``key``.
+
+    On the CPU the hash gives the whole state, because ``manual_seed`` would keep only 32 bits.
+    """
+    generator, bits = torch.Generator(device), hashlib.shake_256(key)
     if generator.device.type != "cpu":
-        return generator.manual_seed(int.from_bytes(os.urandom(8), sys.byteorder) >> 1)
+        return generator.manual_seed(int.from_bytes(bits.digest(8), "little") >> 1)
     state = generator.manual_seed(0).get_state()
     words = state[24 : 24 + 8 * _TWISTER_WORDS].view(torch.int64)  # after the counters
-    drawn = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), dtype=np.uint32)
+    drawn = np.frombuffer(bits.digest(4 * _TWISTER_WORDS), dtype="<u4")
     words.copy_(torch.from_numpy(drawn.astype(np.int64)))
     return generator.set_state(state)
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MPNetConfig,
+    OPTConfig,
     Qwen3Config,
     RobertaConfig,
 )
@@ -332,6 +334,30 @@ def test_dropout_is_known_though_two_losses_agree_by_chance():
         model, batch = build("bert", hidden_dropout_prob=2e-3).train(), make_batch()
         torch.manual_seed(seed)
         clipped_sum(model, batch, 1.0)
+
+
+@pytest.mark.parametrize("layerdrop", [0.0, 0.1])
+def test_random_numbers_that_rows_share_are_refused(layerdrop):
+    """One coin of layerdrop decides for all rows of a micro-batch; a coin that decides nothing may.
+
+    Losses without dropout may agree by chance, in eight of ten draws here.
+    """
+    config = OPTConfig(
+        **{name: value for name, value in SHARED.items() if name != "intermediate_size"},
+        num_labels=3,
+        ffn_dim=24,
+        word_embed_proj_dim=WIDTH,
+        layerdrop=layerdrop,
+    )
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    model.model.decoder.embed_positions.requires_grad_(False)  # has no book-keeping rule
+    for seed in range(5):
+        torch.manual_seed(seed)
+        call = partial(clipped_sum, model, make_batch(), 1.0)
+        if layerdrop:
+            assert "draw no other random numbers" in refusal_of(call)
+        else:
+            call()
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")

@@ -419,7 +419,10 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
         again.scores["lira-offline"], report.scores["lira-offline"], rtol=1e-5
     )
     with pytest.raises(ValueError, match=r"differ in learning_rate: 0.5 / 0.003"):
-        find_shadows(replace(target.recipe, learning_rate=0.5), tmp_path / "shadows")
+        find_shadows(replace(target.recipe, learning_rate=0.5), 0, tmp_path / "shadows")
+    shutil.copytree(tmp_path / "target", tmp_path / "shadows" / "target")
+    with pytest.raises(ValueError, match=r"shadow target must .* of the target, so it is the same"):
+        attack(target, found, tmp_path / "other")
     with pytest.raises(ValueError, match=r"'lira-offline' can't be made.*train more shadows"):
         attack(target, replace(options, num_shadows=1), tmp_path)
 
@@ -1199,7 +1202,7 @@ def test_mutated_documents_are_refused_in_one_line_or_harmless(checkpoints, tmp_
                 plan([target], options)
                 assert target.trained.curve[-1]["loss"] is not None
             else:
-                find_shadows(replace(recipe, seed=3), tmp_path / "shadows")
+                find_shadows(replace(recipe, seed=3), 1, tmp_path / "shadows")
                 read_manifest(folder / "membership.json")
         except ValueError as error:
             refused += 1

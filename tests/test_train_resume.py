@@ -428,13 +428,38 @@ def test_a_run_resumed_with_smaller_micro_batches_draws_new_noise_that_counts(
     assert load_result(tmp_path / "again").releases == 9
 
 
-def test_dropout_is_that_of_the_runs_own_gpu(places, monkeypatch):
-    """The current GPU of a process may be another one, whose generator draws no dropout."""
-    setup = prepare(make_config(places, dropout=True), 5)
-    config = replace(setup.config, device="cuda:1")
-    setup = replace(setup, config=config)
-    generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
-    monkeypatch.setattr(state_module, "fresh_generators", lambda *_: generators)
+def test_dropout_masks_are_those_of_the_runs_own_key(places, monkeypatch):
+    """Without a seed, the masks come from a key that only the snapshots hold.
+
+    One record more shifts the masks of the other records, so that a known mask would reveal it.
+    """
+    setup = prepare(make_config(places, dropout=True, seed=None), 5)
+    first, other = (state_module.first_state(setup.config, "stream") for _ in range(2))
+    assert len(first.mask_key) == 32 and first.mask_key != other.mask_key
+    seeded = replace(setup.config, seed=3)
+    keys = [state_module.first_state(seeded, stream).mask_key for stream in ("a", "a", "b")]
+    assert keys[0] == keys[1] != keys[2]
+
+    document, tensors = state_module.pack(setup, first)
+    assert first.mask_key.hex() not in str(document)
+    restored = state_module.unpack(setup, document, tensors)
+    assert restored.mask_key == first.mask_key and not restored.restarted
+    changed = {**document, "identity": {**document["identity"], "torch": "another"}}
+    assert state_module.unpack(setup, changed, tensors).mask_key not in (first.mask_key, b"")
+
+    drawn = []
+    monkeypatch.setattr(
+        step_module, "seed_globally", lambda key, device: drawn.append((key, device))
+    )
+    for state, step in ((first, 0), (restored, 0), (restored, 1)):
+        state.step = step
+        step_module.take_step(setup, state)
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0][0].startswith(first.mask_key)
+
+
+def test_the_runs_own_gpu_is_used(places, monkeypatch):
+    """The current GPU of a process may be another one."""
+    config = replace(make_config(places, dropout=True), device="cuda:1")
     states = {torch.device("cuda", i): torch.full((2,), i) for i in range(2)}
 
     def set_state(state, device="cuda:0"):
@@ -446,20 +471,8 @@ def test_dropout_is_that_of_the_runs_own_gpu(places, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    torch.use_deterministic_algorithms(True)  # otherwise new dropout is drawn
-    try:
-        with train_module._preserved_generators(config):
-            first = state_module.first_state(config, "stream")
-            document, tensors = state_module.pack(setup, first)
-            assert tensors["generator.dropout_cuda"].tolist() == [1, 1]
-            states |= {device: torch.full((2,), 7) for device in states}  # a killed run's dropout
-            assert not state_module.unpack(setup, document, tensors).restarted
-            assert [state.tolist() for state in states.values()] == [[7, 7], [1, 1]]
-            states |= {device: torch.full((2,), 8) for device in states}
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with train_module._preserved_generators(config):
+        states |= {device: torch.full((2,), 8) for device in states}
     assert [state.tolist() for state in states.values()] == [[8, 8], [1, 1]]
     missing = replace(config, device="cuda:5")  # is refused by the loader of the model
     with train_module._preserved_generators(missing):

@@ -7,8 +7,7 @@ nothing in the records predicts them, and the gradient of a canary is large.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -170,14 +169,6 @@ class Observer:
         """Receive the noisy sums, when the optimizer's gradients are in ``.grad``."""
 
 
-@contextmanager
-def dropout_from(seed: int, device: str) -> Iterator[None]:
-    """Context that draws dropout masks from a seed, and then restores torch's generators."""
-    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def take_steps(
     audited: Audited,
     observer_of: Callable[[Setup, State], Observer],
@@ -208,7 +199,7 @@ def take_steps(
         unit_rows=setup.unit_rows if units is None else [list(rows) for rows in units],
     )
     state = first_state(config, new_stream(config, 0))
-    with dropout_from(derive_seed(config.seed, "dropout"), config.device):
+    with torch.random.fork_rng([config.device] if config.device.startswith("cuda") else []):
         state.checks = cast(Any, observer_of(setup, state))
         for _ in range(config.steps):
             training.take_step(setup, state)

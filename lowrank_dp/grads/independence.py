@@ -14,12 +14,14 @@ The examination restores the model's mode, its buffers and the random generators
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ from lowrank_dp.grads.tolerances import (
     gradient_tolerance,
     loss_allowance,
 )
-from lowrank_dp.grads.undisturbed import WithoutDropout, in_float64, undisturbed
+from lowrank_dp.grads.undisturbed import FixedDraws, WithoutDropout, in_float64, undisturbed
 
 Backends = Mapping[str, Backend]
 
@@ -125,8 +127,9 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
             return False
         if deterministic is None:
             raise ValueError(
-                "model must give a row the same loss twice in eval mode, so that rows "
-                'can be compared: use backend="loop", which runs them apart'
+                "model must give a row the same loss twice without dropout, and draw no other "
+                "random numbers, which rows may share: put the model in eval mode (train: leave "
+                'dropout out), or use backend="loop", which runs rows apart'
             )
         with deterministic:
             try:
@@ -144,35 +147,51 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
 def _repeatable(micro_batch: MicroBatch) -> tuple[bool, AbstractContextManager | None]:
     """Return whether the model gives a row the same loss twice, and a context in which it does so.
 
-    The context is None if the loss varies in every context. Where the loss varies even without
-    dropout, the model is left in eval mode, which the caller undoes.
+    The context is None if the loss varies in every context, or depends on random numbers other than
+    those of dropout, which the rows of a micro-batch may share: one coin of layerdrop decides for
+    all rows. Where the loss varies even without random numbers, the model is left in eval mode,
+    which the caller undoes.
     """
 
-    def same() -> bool:
+    def loss() -> Tensor:
         with torch.no_grad():
-            one, two = (
-                getattr(micro_batch.model(**copy_rows(micro_batch.batch, [0])), "loss", None)
-                for _ in range(2)
-            )
-        if one is None or two is None:
+            found = micro_batch.model(**copy_rows(micro_batch.batch, [0]))
+        if getattr(found, "loss", None) is None:
             fail_without_loss()
-        return bool(torch.isclose(one, two, rtol=1e-5, atol=1e-7, equal_nan=True))
+        return found.loss
+
+    def same(*contexts: AbstractContextManager, rtol: float = 1e-5) -> tuple[bool, bool]:
+        """Whether a row has the same loss in all contexts, and whether numbers were drawn."""
+        before, losses = _generator_states(micro_batch.device), []
+        for context in contexts:
+            with context:
+                losses.append(loss())
+        alike = all(
+            torch.isclose(losses[0], other, rtol=rtol, atol=rtol / 100, equal_nan=True)
+            for other in losses[1:]
+        )
+        return alike, before != _generator_states(micro_batch.device)
 
     # losses under dropout may agree by chance; the generators show whether numbers were drawn
-    before = _generator_states(micro_batch.device)
-    if same() and all(map(torch.equal, before, _generator_states(micro_batch.device))):
+    if same(nullcontext(), nullcontext()) == (True, False):
         return True, nullcontext()
-    with WithoutDropout():
-        if same():
-            return False, WithoutDropout()
+    alike, drawn = same(WithoutDropout(), WithoutDropout())
+    if drawn:  # the numbers may have no effect, as those of a layerdrop of 0
+        limits = FixedDraws(0.0), FixedDraws(1 - 2.0**-24)
+        harmless = same(*limits, rtol=0.0) == (True, False)
+        return False, WithoutDropout() if harmless else None
+    if alike:
+        return False, WithoutDropout()
     micro_batch.model.eval()
-    return False, nullcontext() if same() else None
+    return False, nullcontext() if same(nullcontext(), nullcontext())[0] else None
 
 
-def _generator_states(device: torch.device) -> list[Tensor]:
-    """Return the states of torch's default generators that a model on ``device`` may use."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+def _generator_states(device: torch.device) -> list[Any]:
+    """Return the states of the global generators that a model on ``device`` may use."""
+    of_numpy = np.random.get_state(legacy=False)["state"]
+    states = [random.getstate(), of_numpy["pos"], of_numpy["key"].tolist()]
+    states.append(torch.get_rng_state().tolist())
+    return [*states, torch.cuda.get_rng_state(device).tolist()] if device.type == "cuda" else states
 
 
 def _agree_in_float64(

@@ -26,6 +26,29 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class FixedDraws(WithoutDropout):
+    """Context without dropout in which every uniform number is ``share`` of the way to its limit.
+
+    Other random numbers are drawn as usual.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self._share = share
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.rand, torch.rand_like):
+            kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
+            made = torch.zeros if func is torch.rand else torch.zeros_like
+            return made(*args, **kwargs).fill_(self._share)
+        if func is torch.Tensor.uniform_:
+            low = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
+            high = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
+            return args[0].fill_(low + self._share * (high - low))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 _DROPOUTS = {
     nn.functional.dropout,
     nn.functional.dropout1d,

@@ -94,7 +94,7 @@ def _reference_key(loaded: Loaded, arguments: Mapping[str, Any]) -> str | None:
 def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows | None:
     """Find or train the shadows that were asked for, and measure them."""
     if options.shadow_dir is not None:
-        paths = shadows.find_shadows(target.recipe, options.shadow_dir)
+        paths = shadows.find_shadows(target.recipe, target.seed, options.shadow_dir)
     elif options.num_shadows:
         paths = shadows.train_shadows(
             target.recipe,

@@ -37,7 +37,7 @@ def _shadow_line(target: Target, options: Options, records: int) -> str:
     from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # they import training
 
     if options.shadow_dir is not None:
-        found = find_shadows(target.recipe, options.shadow_dir)
+        found = find_shadows(target.recipe, target.seed, options.shadow_dir)
         return f"plan     {len(found)} shadows found in {options.shadow_dir.name}"
     count = len(shadow_configs(target.recipe, options.num_shadows, options.seed))
     seconds = target.result.seconds if target.result else 0.0

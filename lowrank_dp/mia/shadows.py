@@ -120,15 +120,18 @@ def train_shadows(
     return [run_folder(config, folder) for config in configs]
 
 
-def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
+def find_shadows(recipe: TrainConfig, seed: int | None, folder: Path) -> list[Path]:
     """Find the checkpoints in the subfolders of ``folder``.
 
-    Raises ValueError if there is no checkpoint, or if a checkpoint was trained by another recipe
-    than the target or with the target's seed.
+    ``seed`` is the seed of the target's head and of its sampling, which every run's manifest has,
+    also that of a run without a seed of the user's. Raises ValueError if there is no checkpoint, or
+    if a checkpoint was trained by another recipe than the target, or is the target or a copy of
+    another checkpoint.
     """
     found = sorted(path.parent for path in folder.glob(f"*/{runs.MEMBERSHIP}"))
     if not found:
         raise ValueError(f"--shadow-dir {folder} must hold checkpoints in subfolders, found none")
+    runs_by_seed: dict[int | None, str] = {seed: "the target"}
     for path in found:
         other = load_result(path).config
         same = replace(other, **{name: getattr(recipe, name) for name in SHADOW_MAY_DIFFER})
@@ -137,10 +140,13 @@ def find_shadows(recipe: TrainConfig, folder: Path) -> list[Path]:
                 f"shadow {path.name} must be trained as the target was; target and "
                 f"shadow differ in {'; '.join(differences)}"
             )
-        if other.seed == recipe.seed and other.seed is not None:
+        own = int(read_manifest(path / runs.MEMBERSHIP).base["seed"])
+        if own in runs_by_seed:
             raise ValueError(
-                f"shadow {path.name} has the target's seed {other.seed}: it is the target"
+                f"shadow {path.name} must be a run of its own: it has the seed {own} of "
+                f"{runs_by_seed[own]}, so it is the same run"
             )
+        runs_by_seed[own] = f"shadow {path.name}"
     return found
 
 

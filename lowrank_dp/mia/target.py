@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,11 @@ class Target:
     def recipe(self) -> TrainConfig:
         """Configuration of training; ValueError without training.json."""
         return self.trained.config
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the target's head and of its sampling, or None if no manifest names it."""
+        return None if self.base is None else int(self.base["seed"])
 
 
 def open_target(folder: str | Path, options: Options) -> Target:
@@ -148,7 +154,8 @@ def _read_result(folder: Path) -> TrainResult | None:
         "epsilon": 0.0 if result.epsilon is None else result.epsilon,
     }
     for name, value in numbers.items():
-        _validate.real(f"{file}: {name}", value)
+        least = 0.0 if name in ("seconds", "epsilon") else -math.inf
+        _validate.real(f"{file}: {name}", value, low=least)
     _validate.real(f"{file}: delta", result.delta, low=0, high=1, high_open=True)
     _validate.real(f"{file}: noise_multiplier", result.noise_multiplier, low=0)
     _validate.real(f"{file}: sample_rate", result.sample_rate, low=0, low_open=True, high=1)

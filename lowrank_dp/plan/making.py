@@ -150,6 +150,8 @@ def make_plan(config: TrainConfig, measurement: Measurement | None = None) -> Pl
             f"precondition must be 'none' for a plan, got {config.precondition!r}: gradients of a "
             "preconditioned model are not predicted"
         )
+    if config.dropout:
+        raise ValueError("dropout must be False for a plan: effects of dropout are not predicted")
     if config.low_pass is not None:
         raise ValueError(
             "momentum_beta, filter_b and disk_kappa must be left out for a plan: the alignment of "

@@ -46,6 +46,7 @@ class PublicText:
         micro_batch_size: number of rows in memory at a time.
         device: device of the model.
         description: the model and the text, in words.
+        pad_to: number of tokens that every row is padded to; None pads to the longest row.
         prefix: frozen blocks whose outputs are kept; None if every pass runs the whole model.
         states: position of a row -> output of the frozen blocks, (tokens, d).
     """
@@ -58,6 +59,7 @@ class PublicText:
     micro_batch_size: int
     device: str
     description: str
+    pad_to: int | None = None
     prefix: FrozenPrefix | None = None
     states: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
@@ -70,7 +72,11 @@ class PublicText:
         """Yield micro-batches of the rows at the positions ``chosen``."""
         rows = [self.rows[i] for i in chosen]
         for places, batch in micro_batches(
-            rows, self.micro_batch_size, self.pad_token_id, device=self.device
+            rows,
+            self.micro_batch_size,
+            self.pad_token_id,
+            length=self.pad_to,
+            device=self.device,
         ):
             if self.prefix is not None:
                 batch[STATES] = self._states(self.prefix, [chosen[i] for i in places], batch)
@@ -79,7 +85,11 @@ class PublicText:
     def clipped_sum(self, chosen: Sequence[int], max_grad_norm: float) -> dict[str, Tensor]:
         """Sum the clipped gradients of the rows ``chosen``, by parameter name."""
         sums, _ = clipped_sum_over(
-            self.model, self.batches(chosen), max_grad_norm, check_rows=False
+            self.model,
+            self.batches(chosen),
+            max_grad_norm,
+            padding="longest" if self.pad_to is None else "max-length",
+            check_rows=False,
         )
         return sums
 
@@ -93,7 +103,7 @@ class PublicText:
 
     def keep_states(self) -> None:
         """Keep the outputs of the frozen blocks from now on, if the model has such blocks."""
-        tokens = sum(len(row["input_ids"]) for row in self.rows)
+        tokens = sum(self.pad_to or len(row["input_ids"]) for row in self.rows)
         width = getattr(self.model.config, "hidden_size", 0)
         if not width or tokens * width * 4 > MAX_STATES:
             return
@@ -119,7 +129,7 @@ class PublicText:
         """Return the outputs of the frozen blocks for the rows of a batch, padded with zeros."""
         if any(i not in self.states for i in chosen):
             for i, output in zip(chosen, prefix.run(batch), strict=True):
-                self.states[i] = output[: len(self.rows[i]["input_ids"])].clone()
+                self.states[i] = output[: self.pad_to or len(self.rows[i]["input_ids"])].clone()
         length = batch["input_ids"].shape[1]
         return torch.stack(
             [
@@ -192,9 +202,8 @@ def load_public_text(
     )
     order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed))
     examples = [text.train[i] for i in order[:MAX_ROWS].tolist()]
-    rows = encode(
-        examples, tokenizer, kind=text.kind, max_length=token_limit(config, text, tokenizer)
-    )
+    max_length = token_limit(config, text, tokenizer)
+    rows = encode(examples, tokenizer, kind=text.kind, max_length=max_length)
     matrices = matrix_parameters(model)
     if not matrices:
         raise ValueError(f"model {config.model!r} must have a trained matrix, got none")
@@ -207,6 +216,7 @@ def load_public_text(
         config.micro_batch_size,
         config.device,
         f"{describe(model)}; gradients of {text.name} from {text.source}",
+        max_length if config.padding == "max-length" else None,
     )
     found.keep_states()
     return found

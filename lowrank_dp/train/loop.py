@@ -126,7 +126,8 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
         setup = prepare(config, found["seed"], CacheRequest(**found["request"]))
         document, tensors = processes.broadcast_from_rank0()
         state = unpack(setup, document, tensors)
-        state.stream = document["stream"]  # the stream of rank 0, which draws
+        # the stream of rank 0, which draws, and its key of the dropout masks
+        state.stream, state.mask_key = document["stream"], bytes.fromhex(document["mask_key"])
         _evaluate_before_training(setup, state, None)
         with deferred_signals():  # rank 0, which has the folder, stops all ranks
             _steps(setup, state, None, False, [])
@@ -259,7 +260,6 @@ def _begin_or_resume(
     if found is None:
         seed = config.seed if config.seed is not None else derive_seed(None, "run")
         setup, stream = _prepare(config, seed, request), new_stream(config, 0)
-        torch.manual_seed(seed)
         state = first_state(config, stream)
         document = summary(setup, state)
     else:
@@ -269,7 +269,7 @@ def _begin_or_resume(
         setup = _prepare(config, document["seed"], request)
         state = unpack(setup, document, tensors)
     processes.broadcast_from_rank0(
-        {**document, "stream": state.stream},
+        {**document, "stream": state.stream, "mask_key": state.mask_key.hex()},
         {name: tensor for name, tensor in tensors.items() if not name.startswith("generator.")},
     )
     releases = _releases_at_the_end(config, state, folder)

@@ -10,6 +10,7 @@ finished.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,9 @@ class State:
         stream: name of the unbroken sequence of random draws that sampler and noise belong to.
         sampler: generator of the Poisson samples, on the CPU.
         noise: generator of the DP noise, on the model's device.
+        mask_key: key of the dropout masks, which a run without a seed keeps as secret as its noise:
+            one record more shifts the masks of the other records, and only an attacker who does not
+            know the masks cannot tell.
         restorer: restorer of the noisy gradients, with their running means if the run has a filter.
         look_ahead: look-ahead of DiSK, with the last movement of the weights.
         curve: evaluations so far.
@@ -66,6 +70,7 @@ class State:
     stream: str
     sampler: Generator
     noise: Generator
+    mask_key: bytes
     restorer: GradientRestorer
     look_ahead: LookAhead
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -81,8 +86,8 @@ def first_state(config: TrainConfig, stream: str) -> State:
     restorer = GradientRestorer(config.scheme, low_pass=config.low_pass, **config.restoration)
     look_ahead = LookAhead(config.look_ahead)
     moments = NoisyMoments() if config.precondition == "noisy" else None
-    generators = fresh_generators(config, stream)
-    return State(0, stream, *generators, restorer, look_ahead, noisy_moments=moments)
+    drawn = *fresh_generators(config, stream), _fresh_mask_key(config, stream)
+    return State(0, stream, *drawn, restorer, look_ahead, noisy_moments=moments)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -127,6 +132,11 @@ def fresh_generators(config: TrainConfig, stream: str) -> tuple[Generator, Gener
     )
 
 
+def _fresh_mask_key(config: TrainConfig, stream: str) -> bytes:
+    """Return the key of the dropout masks of a new stream."""
+    return os.urandom(32) if config.seed is None else f"{config.seed} {stream}".encode()
+
+
 def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the JSON and the tensors of a snapshot; all ranks of a sharded model must call."""
     tensors = {f"parameter.{name}": p.detach() for name, p in setup.trained.items()}
@@ -141,11 +151,9 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]
     tensors = setup.layout.full_tensors(tensors) | setup.layout.gather(
         {f"{_RUNNING_MEANS}{name}": value for name, value in state.restorer.tensors().items()}
     )
-    tensors["generator.dropout"] = torch.get_rng_state()
+    tensors["generator.mask_key"] = torch.frombuffer(bytearray(state.mask_key), dtype=torch.uint8)
     for name, generator in (("sampler", state.sampler), ("noise", state.noise)):
         tensors[f"generator.{name}"] = state_of(generator)
-    if setup.config.device.startswith("cuda"):
-        tensors["generator.dropout_cuda"] = torch.cuda.get_rng_state(setup.config.device)
     return summary(setup, state), tensors
 
 
@@ -213,14 +221,12 @@ def unpack(setup: Setup, document: Mapping[str, Any], tensors: Mapping[str, Tens
         state.restarted = "; ".join(differences)
         state.stream = new_stream(setup.config, state.step, f"{document} {here} {attempt}")
         state.sampler, state.noise = fresh_generators(setup.config, state.stream)
-        torch.manual_seed(derive_seed(setup.config.seed, f"dropout {state.stream}"))
+        state.mask_key = _fresh_mask_key(setup.config, state.stream)
         return state
     if "generator.noise" in tensors:  # on rank 0 only, which draws
         state.sampler = generator_at(state.sampler, tensors["generator.sampler"])
         state.noise = generator_at(state.noise, tensors["generator.noise"])
-        torch.set_rng_state(tensors["generator.dropout"])
-    if "generator.dropout_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["generator.dropout_cuda"], setup.config.device)
+        state.mask_key = tensors["generator.mask_key"].numpy().tobytes()
     return state
 
 

@@ -15,7 +15,7 @@ from lowrank_dp.grads.clipping import PaddingBatch, Reduce, clipped_sum_over
 from lowrank_dp.mechanism import GaussianMechanism
 from lowrank_dp.models.precision import autocast_dtype_of
 from lowrank_dp.restore import SCHEMES
-from lowrank_dp.rng import Generator, derive_seed, uniform
+from lowrank_dp.rng import Generator, seed_globally, uniform
 from lowrank_dp.train import guards, preconditioning, processes
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.implicit_noise import add_implicit_noise
@@ -51,10 +51,9 @@ def take_step(setup: Setup, state: State) -> tuple[Tensors, Tensors]:
     config, mechanism, layout, checks = setup.config, setup.mechanism, setup.layout, state.checks
     started = _seconds(config.device)
     setup.model.train(config.dropout)
-    if config.dropout and processes.rank() > 0:  # snapshots hold the generator of rank 0 only
-        torch.manual_seed(
-            derive_seed(setup.seed, f"dropout {state.stream} {state.step} {processes.rank()}")
-        )
+    if config.dropout:
+        words = f" step {state.step} process {processes.rank()}"
+        seed_globally(state.mask_key + words.encode(), config.device)
 
     # 1. sample
     rows = _sample(setup.unit_rows, mechanism, state.sampler, one_each=config.unit == "group")
