@@ -981,7 +981,10 @@ def test_the_accountants_epsilon_is_that_of_the_asked_delta(checkpoints, tmp_pat
     assert code == 0 and document["accountant_epsilon"] == "infinite" and document["delta"] == 0
     assert run(capsys, "--model", lying)[0] == 3
 
-    for field, value in (("noise_multiplier", -1.0), ("sample_rate", 0.0), ("releases", -1)):
+    for field, value in (
+        *(("noise_multiplier", -1.0), ("sample_rate", 0.0), ("releases", -1)),
+        ("seconds", -1.0),
+    ):
         wrong = claiming(folder, tmp_path / field, **{field: value})
         code, _, err = run(capsys, "--model", wrong)
         assert code == 2 and f"training.json: {field} must be" in err and err.count("\n") == 1

@@ -383,6 +383,7 @@ def test_plan_command_prints_within_80_columns_and_refuses_bad_input(capsys, mon
     assert_refused(call(*words, *short, "--precondition", "generated"), "precondition")
     assert_refused(call(*words, *short, "--momentum-beta", "0.9"), "momentum_beta", "not predicted")
     assert_refused(call(*words, *short, "--disk-kappa", "0.7"), "disk_kappa")
+    assert_refused(call(*words, *short, "--dropout"), "dropout", "not predicted")
     other = ["--optimizer", "muon", "--trial-steps", "2"]
     assert_refused(call(*words, *short, *other), "sgd, adam or adamw", "trial_steps")
 

@@ -154,8 +154,7 @@ def _read_result(folder: Path) -> TrainResult | None:
         "epsilon": 0.0 if result.epsilon is None else result.epsilon,
     }
     for name, value in numbers.items():
-        least = 0.0 if name in ("seconds", "epsilon") else -math.inf
-        _validate.real(f"{file}: {name}", value, low=least)
+        _validate.real(f"{file}: {name}", value, low=0 if name == "seconds" else -math.inf)
     _validate.real(f"{file}: delta", result.delta, low=0, high=1, high_open=True)
     _validate.real(f"{file}: noise_multiplier", result.noise_multiplier, low=0)
     _validate.real(f"{file}: sample_rate", result.sample_rate, low=0, low_open=True, high=1)
