@@ -28,7 +28,6 @@ PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments that take many hours and have no saved result yet; `make figures` omits their figures
 PENDING = {
-    "steps_sst2_arms_eps8",
     "steps_e2e_arms",
 }
 
