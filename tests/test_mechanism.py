@@ -1,5 +1,6 @@
 """Noise and accounting of the Gaussian mechanism, compared with dp-accounting and Opacus."""
 
+import hashlib
 import math
 import re
 from functools import partial
@@ -204,14 +205,15 @@ def test_noise_from_the_operating_system():
 
 
 def test_a_generator_from_the_operating_system_is_not_one_of_2_to_the_32(monkeypatch):
-    """torch's CPU generator uses only 32 bits of a seed; this generator has a random whole state.
+    """torch's CPU generator uses only 32 bits of a seed; this generator has a whole state.
 
-    numpy's Mersenne Twister, with the same words as its state, must give the same numbers.
+    The state is a hash of 256 random bits. numpy's Mersenne Twister, with the same words as its
+    state, must give the same numbers.
     """
     short, long = (torch.Generator().manual_seed(seed) for seed in (7, 7 + 2**32))
     assert torch.equal(torch.randn(9, generator=short), torch.randn(9, generator=long))
-    words = np.random.default_rng(0).integers(0, 2**32, 624, dtype=np.uint32)
-    monkeypatch.setattr("os.urandom", lambda size: words.tobytes()[:size])
+    monkeypatch.setattr("os.urandom", lambda size: bytes(range(size)))
+    words = np.frombuffer(hashlib.shake_256(bytes(range(32))).digest(4 * 624), dtype="<u4")
     ours = torch.randint(2**16, (2000,), generator=os_seeded_generator())
     numpys = np.random.RandomState()
     numpys.set_state(("MT19937", words, 624))

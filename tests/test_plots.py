@@ -32,6 +32,7 @@ INTERVALS = {  # figure -> what its caption line says about bars, bands or point
     "plan_gap_large_batch": "relative error of 30%",
     "gap": "Ratios of means over 5 seeds",
     "gap_large_batch": "Ratios of means over 5 seeds",
+    "gap_all_layers": "Ratios of means over 5 seeds",
     "projection_privacy": "95% intervals, 300 trials",
     "matrix_attack": "95% intervals, 100 trials",
     "noisy_projection": "95% intervals, 100 trials",

@@ -377,12 +377,13 @@ def make_config(places, **changes):
         "micro_batch_size": 8,
         "seed": 5,
         "precondition": "generated",
-        "precondition_rows": 20,
-        "precondition_steps": 3,
-        "precondition_every": 2,
-        "precondition_power": 0.25,
     }
-    return TrainConfig(**base | changes)
+    power, of_text = (
+        {"precondition_power": 0.25},
+        {"precondition_rows": 20, "precondition_steps": 3},
+    )
+    read = {"none": {}, "noisy": power | {"precondition_every": 2}}
+    return TrainConfig(**base | read.get(changes.get("precondition"), power | of_text) | changes)
 
 
 def test_a_step_moves_the_full_weight_by_the_scaled_noisy_sum(places):
