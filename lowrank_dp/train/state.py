@@ -53,9 +53,9 @@ class State:
         stream: name of the unbroken sequence of random draws that sampler and noise belong to.
         sampler: generator of the Poisson samples, on the CPU.
         noise: generator of the DP noise, on the model's device.
-        mask_key: key of the dropout masks, which a run without a seed keeps as secret as its noise:
-            one record more shifts the masks of the other records, and only an attacker who does not
-            know the masks cannot tell.
+        mask_key: key of the dropout masks. A run without a seed keeps the key as secret as its
+            noise: one record more shifts the masks of the other records, so that known masks would
+            reveal the record.
         restorer: restorer of the noisy gradients, with their running means if the run has a filter.
         look_ahead: look-ahead of DiSK, with the last movement of the weights.
         curve: evaluations so far.
