@@ -77,7 +77,7 @@ def swept(monkeypatch):
                     curve=made(config),
                     privacy="(8, 1e-05)-DP",
                     epsilon=None if config.noise_free else config.epsilon,
-                    delta=1e-5,
+                    delta=1.234561e-5,
                     description="made up",
                     noise_multiplier=0.0 if config.noise_free else 1 / config.epsilon,
                 ),
@@ -354,6 +354,7 @@ GAP = gap_configs.Config(
 
 def test_the_gap_of_a_made_up_sweep(swept, tmp_path):
     result = gap.run(GAP)
+    assert "(epsilon, 1.23457e-05)-DP" in result.privacy  # never below the delta of the runs
     assert result.private.shape == (2, 2, 2, 2, 2, STEPS + 1)
     assert result.ceiling.shape == (2, 2, 2, 2, STEPS + 1)
     assert all(found.is_inside for found in result.tuned) and len(result.tuned) == 24

@@ -423,6 +423,12 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "target", tmp_path / "shadows" / "target")
     with pytest.raises(ValueError, match=r"shadow target must .* of the target, so it is the same"):
         attack(target, found, tmp_path / "other")
+    shutil.rmtree(tmp_path / "shadows" / "target")
+    one = next(path.parent for path in (tmp_path / "shadows").glob("*/membership.json"))
+    shutil.copytree(one, tmp_path / "shadows" / "zz")
+    with pytest.raises(ValueError, match=rf"shadow zz must .* of shadow {one.name}, so it is the"):
+        attack(target, found, tmp_path / "other")
+    shutil.rmtree(tmp_path / "shadows" / "zz")
     with pytest.raises(ValueError, match=r"'lira-offline' can't be made.*train more shadows"):
         attack(target, replace(options, num_shadows=1), tmp_path)
 

@@ -452,6 +452,19 @@ def test_a_copy_of_the_records_is_not_public_text(tmp_path):
         assert "own_records" in message and "\n" not in message, public
 
 
+def test_rows_of_a_plan_are_padded_as_in_training():
+    """Padding is a part of a row in a run with ``padding="max-length"``, kept outputs included."""
+    config = TrainConfig(**RUN | {"padding": "max-length", "max_length": 24, "train_layers": 1})
+    text = load_public_text(config, load_task(config.task), "", False, 0)
+    assert text.prefix is not None
+    rows = [i for i in range(8) if len(text.rows[i]["input_ids"]) < 24]
+    assert rows and all(batch["input_ids"].shape[1] == 24 for batch in text.batches(rows))
+    assert all(text.states[i].shape[0] == 24 for i in rows)
+    longest = replace(config, padding="longest")
+    other = load_public_text(longest, load_task(config.task), "", False, 0)
+    assert all(batch["input_ids"].shape[1] < 24 for batch in other.batches(rows[:1]))
+
+
 @pytest.mark.slow
 def test_plans_of_own_spectra_agree_with_measured_alignment():
     """Random-matrix theory predicts from the task's own singular values; the noise is drawn."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from lowrank_dp.mechanism import GaussianMechanism
-from lowrank_dp.rng import SecureRandom, os_seeded_generator, uniform
+from lowrank_dp.rng import SecureRandom, os_seeded_generator, seed_globally, uniform
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.claims import source_of_noise
 
@@ -234,6 +234,18 @@ def test_no_two_generators_share_a_sequence():
     for state in (torch.zeros(31, dtype=torch.uint8), torch.zeros(32), torch.zeros(5056).byte()):
         with pytest.raises(ValueError, match=r"^state must be 32 bytes"):
             SecureRandom.from_state(state)
+
+
+def test_every_bit_of_a_key_counts_for_the_global_generator():
+    """``torch.manual_seed`` keeps 32 bits of a seed, and all of them could be tried."""
+    keys = [bytes(32), bytes(31) + b"\x01", b"\x01" + bytes(31), bytes(32)]
+    with torch.random.fork_rng(devices=[]):
+        draws = []
+        for key in keys:
+            seed_globally(key)
+            draws.append(torch.nn.functional.dropout(torch.ones(100)))
+    assert torch.equal(draws[0], draws[3])
+    assert len({tuple(drawn.tolist()) for drawn in draws}) == 3
 
 
 def test_noise_in_parts_is_the_noise_of_the_whole_law_and_on_a_fixed_grid():

@@ -88,8 +88,8 @@ def test_composed_epsilons_up_to_the_limit_and_infinity_beyond():
     assert theory.privacy_profile(one, 16, 768, angle=0.0, norm_ratio=1 / 23) == pytest.approx(1e-3)
 
 
-def test_many_steps_are_at_most_three_thirds_of_them():
-    """A sum over parts of the steps is a bound too, and is far above the composed one."""
+def test_many_steps_spend_less_than_their_parts_together():
+    """The sum over three parts of the steps is a bound too, and is above the composed bound."""
     whole, part = (
         theory.projection_epsilon(delta, 16, 768, angle=1e-4, steps=steps)
         for delta, steps in ((1e-3, 30_000), (3.3e-4, 10_000))

@@ -447,14 +447,22 @@ def test_dropout_masks_are_those_of_the_runs_own_key(places, monkeypatch):
     changed = {**document, "identity": {**document["identity"], "torch": "another"}}
     assert state_module.unpack(setup, changed, tensors).mask_key not in (first.mask_key, b"")
 
-    drawn = []
-    monkeypatch.setattr(
-        step_module, "seed_globally", lambda key, device: drawn.append((key, device))
-    )
-    for state, step in ((first, 0), (restored, 0), (restored, 1)):
-        state.step = step
-        step_module.take_step(setup, state)
-    assert drawn[0] == drawn[1] != drawn[2] and drawn[0][0].startswith(first.mask_key)
+    clip, masks_from = step_module._clipped_sum, []
+
+    def look(*arguments):
+        masks_from.append(torch.get_rng_state())
+        return clip(*arguments)
+
+    monkeypatch.setattr(step_module, "_clipped_sum", look)
+    with train_module._preserved_generators(setup.config):
+        for state, step in ((first, 0), (restored, 0), (restored, 1), (other, 0)):
+            state.step = step
+            step_module.take_step(setup, state)
+        torch.manual_seed(setup.seed)  # which the manifest publishes
+        published = torch.get_rng_state()
+    one, again, *others = masks_from
+    assert torch.equal(one, again)
+    assert not any(torch.equal(one, state) for state in (*others, published))
 
 
 def test_the_runs_own_gpu_is_used(places, monkeypatch):

@@ -66,7 +66,10 @@ def main(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Restore the matrices, of sides above 1, in a file of noisy gradients; the rest stays."""
+    """Restore the matrices in a file of noisy gradients.
+
+    Vectors, matrices with a side of 1 and tensors of other axes are written unchanged.
+    """
     from safetensors.torch import save
 
     from lowrank_dp import artifacts

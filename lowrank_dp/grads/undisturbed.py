@@ -27,9 +27,10 @@ class WithoutDropout(TorchFunctionMode):
 
 
 class FixedDraws(WithoutDropout):
-    """Context without dropout in which every uniform number is ``share`` of the way to its limit.
+    """Context without dropout in which all uniform random numbers have one place in their ranges.
 
-    Other random numbers are drawn as usual.
+    A ``share`` of 0 gives the lower end of each range, and 1 the upper end. Other random numbers
+    are drawn as usual.
     """
 
     def __init__(self, share: float) -> None:

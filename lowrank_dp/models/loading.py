@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -193,11 +194,10 @@ def _require_own_form(model: Any, name: str, **asked: Any) -> None:
 
 def _device(device: str | torch.device) -> torch.device:
     """Parse a device; raise ValueError if torch does not find the device."""
-    try:
+    chosen = None
+    with contextlib.suppress(RuntimeError):
         chosen = torch.device(device)
-    except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in ("cpu", "cuda", "mps"):
+    if chosen is None or chosen.type == "meta":  # a meta tensor has no values
         _validate.fail("device", "a torch device such as cpu or cuda", str(device))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         _validate.fail("device", "cpu: this torch finds no CUDA device", str(device))
