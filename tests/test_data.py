@@ -1,5 +1,6 @@
 """Tasks, readers, generated text, tokenisation and batching."""
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -105,6 +106,9 @@ def test_dart_trains_on_validation_without_what_test_has():
     assert len({e.group for e in swapped.train}) == 2_721 - 3
     assert "without 3 groups" in swapped.source
     assert sum(not e.target for e in dart.test) == 1  # empty as released
+    by_name = released("dart-validation")
+    assert by_name == dataclasses.replace(swapped, name="dart-validation")
+    assert by_name.train[0].id == "dart/validation/0-0"
 
 
 # --- finding a task ----------------------------------------------------------------------------

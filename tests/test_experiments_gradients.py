@@ -405,6 +405,8 @@ ELSEWHERE = {
     "steps_e2e",
     "steps_e2e_arms",
     "steps_smollm2",
+    "steps_dart",
+    "steps_gemma",
     "tasks_mpnet",
     "tasks_gemma",
     "tasks_qwen",

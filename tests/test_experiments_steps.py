@@ -123,6 +123,9 @@ def test_every_arm_is_a_configuration():
         assert isinstance(config, TrainConfig) and (config.seed, config.holdout) == (7, 20)
         assert config.noise_free == ("NON-PRIVATE" in name) and not config.non_private, name
         assert config.noise_free or config.epsilon == 8.0, name
+        texts = replace(BASE, generate=True)
+        assert not config.generate and not arms.arm_config(texts, name, 1.0, 7, 20).generate
+        assert arms.arm_config(texts, name, 1.0, 7).generate, "a reported run"
     assert [ARMS[name].fields.get("optimizer", "adam") for name in PLAIN] == ["adam", "sgd"] * 2
     plain = arms.arm_config(BASE, "DP-SGD", 1.0, 0)
     assert plain.momentum_beta == 0.9 and plain.averaging == 0.0 and plain.scheme == "none"
@@ -296,6 +299,48 @@ def test_an_arm_without_a_rate_is_named_and_left_out(swept, monkeypatch):
     columns, rows = steps.table(result)
     assert rows[i][1].startswith("none inside") and {len(row) for row in rows} == {len(columns)}
     assert plot_steps(result).axes and steps.headline(result)
+
+
+def test_a_grid_starts_where_the_experiment_says(swept):
+    steps.run(CONFIG)
+    first = {c.learning_rate for c in swept[: 6 * len(CONFIG.arms)] if arm_of(c) == "DP-Adam"}
+    assert first == {0.00316, 0.01, 0.0316}
+    swept.clear()
+    steps.run(replace(CONFIG, starts={"DP-Adam": 0.1}))
+    moved = {c.learning_rate for c in swept[: 6 * len(CONFIG.arms)] if arm_of(c) == "DP-Adam"}
+    assert moved == {0.0316, 0.1, 0.316}
+    with pytest.raises(ValueError, match="starts must name arms of the experiment, got 'DP-Adan'"):
+        steps.run(replace(CONFIG, starts={"DP-Adan": 0.1}))
+
+
+def arm_of(config):
+    """Name of the plain arm or of the arm with the same fields in CONFIG."""
+    for name in CONFIG.arms:
+        if arms.arm_config(BASE, name, config.learning_rate, config.seed, config.holdout) == config:
+            return name
+    raise AssertionError(config)
+
+
+def test_metrics_of_generated_texts_are_shown_where_they_exist(swept, monkeypatch):
+    """BLEU exists after the last step only; a run that stopped is counted, and not left out."""
+    assert not any("bleu" in name for name in steps.table(steps.run(CONFIG))[0])
+
+    def with_texts(config):
+        *others, last = plain(config)
+        return [*others, {**last, "bleu": 20.0 + config.seed} if not config.holdout else last]
+
+    plain = made
+    monkeypatch.setitem(globals(), "made", with_texts)
+    result = steps.run(CONFIG)
+    columns, rows = steps.table(result)
+    where = columns.index("final bleu")
+    assert columns[where - 1] == "final accuracy" and "final rouge_l" not in columns
+    mean, half = 21.0, stats.t.ppf(0.975, 2) / math.sqrt(3)
+    assert {row[where] for row in rows} == {f"{mean:.3f} ± {half:.3f}"}
+    assert steps.headline(result)["DP-SGD: bleu after the last step"] == f"{mean:.3f} ± {half:.3f}"
+    stopped = replace(result, final={**result.final, "DP-LoRA": {"bleu": [20.0, 22.0]}})
+    row = steps.table(stopped)[1][CONFIG.arms.index("DP-LoRA")]
+    assert row[where] == "1 of 3 runs stopped"
 
 
 def test_an_arm_whose_runs_all_stop_is_not_said_to_have_a_best_rate():
@@ -544,7 +589,7 @@ def test_the_full_scale_obeys_the_protocol():
 
 
 # language models, whose evaluation would take longer than a step: a part of the validation split
-FEWER = ("steps_e2e", "steps_e2e_arms", "steps_smollm2")
+FEWER = ("steps_e2e", "steps_e2e_arms", "steps_smollm2", "steps_dart", "steps_gemma")
 
 
 @needs_data

@@ -29,6 +29,8 @@ LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments that take many hours and have no saved result yet; `make figures` omits their figures
 PENDING = {
     "steps_e2e_arms",
+    "steps_dart",
+    "steps_gemma",
 }
 
 

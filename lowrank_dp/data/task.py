@@ -77,7 +77,7 @@ class Task:
             if name == "train" and "test" in self.splits:
                 hint = (
                     "; lowrank_dp.data.train_on_validation(task) trains on validation and "
-                    "evaluates on test"
+                    "evaluates on test (for DART, so does --task dart-validation)"
                 )
             elif name == "validation" and "train" in self.splits:
                 hint = (

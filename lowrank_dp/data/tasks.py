@@ -24,7 +24,7 @@ from lowrank_dp.data.formats import SUFFIXES, read_jsonl
 from lowrank_dp.data.own import Columns, own_task
 from lowrank_dp.data.rows import to_examples
 from lowrank_dp.data.selection import partition, require_alone, threshold
-from lowrank_dp.data.task import Task, TaskSpec, build_task
+from lowrank_dp.data.task import Task, TaskSpec, build_task, train_on_validation
 
 
 def _glue(config: str, text: str, pair: str | None = None, **others: Any) -> TaskSpec:
@@ -36,6 +36,16 @@ _WITH_TEST = (("train", "train"), ("validation", "validation"), ("test", "test")
 # the hub's own conversion to Parquet lies under this revision.
 _PARQUET = "refs/convert/parquet"
 _ENTAILS = ("entailment", "not_entailment")
+_DART = TaskSpec(
+    "dart",
+    "Yale-LILY/dart",
+    None,
+    "tripleset",
+    target="annotations",
+    metrics=("bleu", "rouge_l"),
+    splits=_WITH_TEST,
+    revision=_PARQUET,
+)
 
 # Names, label order and metrics are those of nyu-mll/glue on the hub. GLUE's test splits are left
 # out, because their labels are not public.
@@ -83,16 +93,8 @@ TASKS: dict[str, TaskSpec | None] = {
         splits=_WITH_TEST,
         revision=_PARQUET,
     ),
-    "dart": TaskSpec(
-        "dart",
-        "Yale-LILY/dart",
-        None,
-        "tripleset",
-        target="annotations",
-        metrics=("bleu", "rouge_l"),
-        splits=_WITH_TEST,
-        revision=_PARQUET,
-    ),
+    "dart": _DART,
+    "dart-validation": _DART,  # train_on_validation of "dart": copies of DART may lack train
     "generated": None,  # sentiment, generated in memory
     "generated-table": None,  # table to text, generated in memory
 }
@@ -198,6 +200,11 @@ def _named_task(
     spec = TASKS[name]
     if spec is None:
         return _generated_task(name, seed)
+    if name == "dart-validation":
+        return replace(
+            train_on_validation(_named_task("dart", data_dir, revision, offline, seed, hub_id)),
+            name=name,
+        )
     if data_dir is not None:
         root = _existing_folder("data_dir", data_dir)
         folder = next((f for f in (root / spec.folder, root) if _files(f, spec)), None)

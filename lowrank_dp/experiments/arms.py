@@ -117,9 +117,13 @@ def base_config(**fields: Any) -> TrainConfig:
 def arm_config(
     base: TrainConfig, arm: str, learning_rate: float, seed: int, holdout: int = 0
 ) -> TrainConfig:
-    """Return the configuration of one run of an arm; ``holdout`` > 0 is for tuning."""
+    """Return the configuration of one run of an arm; ``holdout`` > 0 is for tuning.
+
+    A tuning run generates no texts, since learning rates are not chosen by them.
+    """
     fields = {**ARMS[arm].fields, "learning_rate": learning_rate}
-    return replace(base, **fields, seed=seed, holdout=holdout)
+    generate = base.generate and not holdout
+    return replace(base, **fields, seed=seed, holdout=holdout, generate=generate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,7 @@ CAPTION = (
     "are those of plain training and of the arms that save most. NON-PRIVATE: the noise-free arms "
     "are computed from clean gradients."
 )
+TEXT_METRICS = ("bleu", "rouge_l")  # metrics of generated texts; they do not exist at every step
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,12 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
         _validate.choice("arm", arm, ARMS)
     if missing := [arm for arm in PLAIN if arm not in config.arms]:
         raise ValueError(f"arms must include the baselines and the ceilings, got no {missing[0]!r}")
+    if unknown := [arm for arm in config.starts if arm not in config.arms]:
+        raise ValueError(f"starts must name arms of the experiment, got {unknown[0]!r}")
     check_runs(config.base, config)
     config_of = partial(arm_config, config.base)
     tuned, stopped = tuning.tune_by_sweep(
-        {arm: ARMS[arm].start for arm in config.arms},
+        {arm: config.start(arm) for arm in config.arms},
         partial(config_of, holdout=config.tuning_holdout),
         config.tuning_seeds,
         config.score,
@@ -227,11 +230,12 @@ def privacy_of_arms(statements: Mapping[str, str]) -> str:
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Tabulate each arm: score, steps, differences from both baselines, and time."""
-    metric, share = result.config.score, SHARES[0]
+    metric, share, texts = result.config.score, SHARES[0], _text_metrics(result)
     columns = [
         "arm",
         "learning rate (grid)",
         f"final {metric}",
+        *(f"final {name}" for name in texts),
         f"mean {metric} over the run",
         *(f"steps to {s:.0%}, by seed" for s in SHARES),
         *(
@@ -254,7 +258,9 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         if found.chosen is None:
             rows.append(cells + [""] * (len(columns) - len(cells)))
             continue
-        cells += [protocol.unless_stopped(of(result.score[i])) for of in (_last, mean_over_steps)]
+        cells += [protocol.unless_stopped(_last(result.score[i]))]
+        cells += [_final(result, arm, name) for name in texts]
+        cells += [protocol.unless_stopped(mean_over_steps(result.score[i]))]
         cells += [protocol.by_seed(reached[s][i], result.target(s)) for s in SHARES]
         for name in BASELINES:
             cells += (
@@ -291,6 +297,9 @@ def headline(result: Result) -> Mapping[str, str]:
         lines[f"{arm}: steps to {share:.0%}"] = protocol.by_seed(
             result.of(arm, steps), result.target(share)
         )
+    for name in _text_metrics(result):
+        for arm in PLAIN:
+            lines[f"{arm}: {name} after the last step"] = _final(result, arm, name)
     for baseline, ceiling in CEILING_OF.items():
         cost = ratio(result.of(baseline, steps), result.of(ceiling, steps), result.budget)
         lines[f"steps of {baseline} over those without noise (NON-PRIVATE)"] = cost.text(())
@@ -308,6 +317,20 @@ def headline(result: Result) -> Mapping[str, str]:
         "; ".join(faster_arms(result)) or "none"
     )
     return lines
+
+
+def _text_metrics(result: Result) -> list[str]:
+    """Return the metrics of generated texts, which exist after the last step only."""
+    return [
+        name for name in TEXT_METRICS if any(name in values for values in result.final.values())
+    ]
+
+
+def _final(result: Result, arm: str, name: str) -> str:
+    """Format a metric after the last step, with the number of runs that stopped."""
+    values = result.final[arm].get(name, [])
+    missing = [float("nan")] * (result.config.num_seeds - len(values))
+    return protocol.unless_stopped(np.array([*values, *missing]))
 
 
 def _last(scores: np.ndarray) -> np.ndarray:

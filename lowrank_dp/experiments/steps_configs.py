@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from lowrank_dp.experiments import gap_configs
-from lowrank_dp.experiments.arms import PLAIN, Protocol, base_config
+from lowrank_dp.experiments.arms import ARMS, PLAIN, Protocol, base_config
 from lowrank_dp.train import TrainConfig
 
 # versions 3 and 1 of arXiv 2510.01137, the optimal shrinker, and the shrinker on a running mean
@@ -51,10 +52,17 @@ class Config(Protocol):
     Attributes:
         base: configuration that all arms share. Seed, learning rate and holdout are replaced.
         arms: names in ``arms.ARMS``. The names must include both baselines and both ceilings.
+        starts: middle of the first grid of learning rates by arm, > 0, in place of the arm's own;
+            for example the rate chosen on another task, which shortens the tuning.
     """
 
     base: TrainConfig
     arms: tuple[str, ...] = (*PLAIN, *RESTORED)
+    starts: Mapping[str, float] = field(default_factory=dict)
+
+    def start(self, arm: str) -> float:
+        """Return the middle of an arm's first grid of learning rates."""
+        return self.starts.get(arm, ARMS[arm].start)
 
 
 _SST2 = gap_configs.SST2.base
@@ -145,6 +153,39 @@ SMOLLM2 = Config(
         prefix_dtype="bf16",
     ),
     arms=(*PLAIN, "partial, 0.5", "denoise", "mean, optimal, zeroed"),
+    score="loss",
+    tuning_holdout=64,
+)
+# DART's own validation split serves as the train split, and its test split is evaluated; smaller
+# batches and fewer steps than SMOLLM2, in float32, for a CPU without bfloat16 instructions
+SMOLLM2_DART = Config(
+    replace(
+        SMOLLM2.base,
+        task="dart-validation",
+        batch_size=64,
+        steps=10,
+        eval_examples=32,
+        micro_batch_size=16,
+        precision="float32",
+        prefix_dtype="float32",
+        generate=True,
+    ),
+    arms=(*PLAIN, "partial, 0.5"),
+    # the learning rates that SMOLLM2 chose on E2E
+    starts={
+        "DP-Adam": 0.0031623,
+        "DP-SGD": 0.16870,
+        "noise-free SGD (NON-PRIVATE)": 0.16870,
+        "partial, 0.5": 0.0017783,
+    },
+    score="loss",
+    tuning_holdout=32,
+)
+# the last two of 18 blocks of Gemma 3 270M; small batches, since each target has 262,144 logits,
+# which take most of a run's time
+GEMMA = Config(
+    replace(SMOLLM2.base, model="gemma3-270m", batch_size=64, steps=15, generate=True),
+    arms=(*PLAIN, "partial, 0.5"),
     score="loss",
     tuning_holdout=64,
 )

@@ -45,6 +45,8 @@ MODULES = {
     "steps_e2e": "training",
     "steps_e2e_arms": "training",
     "steps_smollm2": "training",
+    "steps_dart": "training",
+    "steps_gemma": "training",
     "membership": "training",
     "membership_e2e": "training",
     "membership_gemma": "training",

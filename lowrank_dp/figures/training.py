@@ -37,6 +37,8 @@ FIGURES = {
     "steps_e2e": _steps(steps_configs.SMALL_TABLES, steps_configs.E2E),
     "steps_e2e_arms": _steps(steps_configs.SMALL_TABLES, steps_configs.E2E_ARMS),
     "steps_smollm2": _steps(steps_configs.SMALL_TABLES, steps_configs.SMOLLM2),
+    "steps_dart": _steps(steps_configs.SMALL_TABLES, steps_configs.SMOLLM2_DART),
+    "steps_gemma": _steps(steps_configs.SMALL_TABLES, steps_configs.GEMMA),
     "membership": _membership(membership_configs.SMALL, membership_configs.SST2),
     "membership_e2e": _membership(membership_configs.SMALL_TABLES, membership_configs.E2E),
     "membership_gemma": _membership(membership_configs.SMALL_TABLES, membership_configs.GEMMA),
