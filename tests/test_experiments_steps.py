@@ -308,7 +308,7 @@ def test_a_grid_starts_where_the_experiment_says(swept):
     swept.clear()
     steps.run(replace(CONFIG, starts={"DP-Adam": 0.1}))
     moved = {c.learning_rate for c in swept[: 6 * len(CONFIG.arms)] if arm_of(c) == "DP-Adam"}
-    assert moved == {0.0316, 0.1, 0.316}
+    assert moved == {0.0562, 0.1, 0.178}
     with pytest.raises(ValueError, match="starts must name arms of the experiment, got 'DP-Adan'"):
         steps.run(replace(CONFIG, starts={"DP-Adan": 0.1}))
 

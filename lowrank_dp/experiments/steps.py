@@ -162,6 +162,7 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
         config.score,
         folder,
         config.num_workers,
+        known=config.starts,
     )
     failures = [*stopped, *(found.failure for found in tuned.values() if found.failure)]
     for arm in PLAIN:

@@ -52,8 +52,8 @@ class Config(Protocol):
     Attributes:
         base: configuration that all arms share. Seed, learning rate and holdout are replaced.
         arms: names in ``arms.ARMS``. The names must include both baselines and both ceilings.
-        starts: middle of the first grid of learning rates by arm, > 0, in place of the arm's own;
-            for example the rate chosen on another task, which shortens the tuning.
+        starts: good learning rates of another task by arm, > 0. Each begins a finer grid, which
+            shortens the tuning, in place of the arm's own start.
     """
 
     base: TrainConfig
@@ -162,19 +162,19 @@ SMOLLM2_DART = Config(
     replace(
         SMOLLM2.base,
         task="dart-validation",
-        batch_size=64,
-        steps=10,
+        batch_size=48,
+        steps=8,
         eval_examples=32,
         micro_batch_size=16,
         precision="float32",
         prefix_dtype="float32",
-        generate=True,
     ),
     arms=(*PLAIN, "partial, 0.5"),
     # the learning rates that SMOLLM2 chose on E2E
     starts={
         "DP-Adam": 0.0031623,
         "DP-SGD": 0.16870,
+        "noise-free Adam (NON-PRIVATE)": 0.001,
         "noise-free SGD (NON-PRIVATE)": 0.16870,
         "partial, 0.5": 0.0017783,
     },

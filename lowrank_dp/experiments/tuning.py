@@ -1,15 +1,16 @@
 """Tuning of learning rates for many arms, by grids that grow until the best rate lies inside.
 
 The rates of a grid are ``start * 10^(k / 4)`` with integers k, the *places* of the grid. A grid
-begins with the places -2, 0 and 2. While the best rate is at an end of the grid, the grid is
-extended at this end by two places, a factor of 3.16. Then the places beside the best rate are
-added, so that both neighbours of the best rate differ from it by a factor of 1.78.
+begins with the places -2, 0 and 2, or with -1, 0 and 1 if the start is a good rate of another task.
+While the best rate is at an end of the grid, the grid is extended at this end by two places, a
+factor of 3.16. Then the places beside the best rate are added, so that both neighbours of the best
+rate differ from it by a factor of 1.78.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def tune(
     starts: Mapping[str, float],
     measure: Measure,
     *,
+    known: Collection[str] = (),
     higher_is_better: bool = True,
     max_extensions: int = MAX_EXTENSIONS,
 ) -> dict[str, Tuned]:
@@ -130,13 +132,14 @@ def tune(
     Args:
         starts: middle of the first grid, > 0, by arm.
         measure: function that trains and returns scores. Each (arm, rate) is requested once.
+        known: arms whose start is a good rate of another task. Their first grid is finer.
         higher_is_better: whether a higher score is better than a lower score.
         max_extensions: largest number of extensions of a grid.
     """
     sign = 1.0 if higher_is_better else -1.0
     grids: dict[str, dict[int, Sequence[float]]] = {arm: {} for arm in starts}
     extensions, failed = dict.fromkeys(starts, 0), set[str]()
-    wanted = {arm: [-COARSE, 0, COARSE] for arm in starts}
+    wanted = {arm: [-1, 0, 1] if arm in known else [-COARSE, 0, COARSE] for arm in starts}
     while asked := [(arm, place) for arm, places in wanted.items() for place in places]:
         scores = measure([(arm, rate_at(starts[arm], place)) for arm, place in asked])
         for (arm, place), by_seed in zip(asked, scores, strict=True):
@@ -184,6 +187,7 @@ def tune_by_sweep(
     folder: str | Path,
     num_workers: int | None,
     engine: str = "loky",
+    known: Collection[str] = (),
 ) -> tuple[dict[str, Tuned], list[str]]:
     """Choose a learning rate for each arm by :func:`criterion`, and list the runs that stopped.
 
@@ -195,6 +199,7 @@ def tune_by_sweep(
         folder: folder of the sweep. Finished runs in the folder are not repeated.
         num_workers: number of concurrent runs; None means one per CPU core, and 4 on a GPU.
         engine: engine of the sweep.
+        known: arms whose start is a good rate of another task, as in :func:`tune`.
 
     Raises:
         ValueError: as :func:`require_made` does.
@@ -213,7 +218,7 @@ def tune_by_sweep(
         means = [float(curve(outcome, metric)[1:].mean()) for outcome in outcomes]
         return [means[i : i + len(seeds)] for i in range(0, len(means), len(seeds))]
 
-    tuned = tune(starts, measure, higher_is_better=HIGHER_IS_BETTER[metric])
+    tuned = tune(starts, measure, known=known, higher_is_better=HIGHER_IS_BETTER[metric])
     return tuned, stopped
 
 
