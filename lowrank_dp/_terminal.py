@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 BAD_INPUT = 2  # exit code after bad input
+LONGEST = 300  # number of characters of a word in an error, as of a value in `_validate`
 
 
 class Interrupted(SystemExit):
@@ -74,9 +75,11 @@ def first_line(error: BaseException) -> str:
 def report(message: str) -> int:
     """Print ``message`` as one line on stderr and return the exit code of bad input.
 
-    Characters that UTF-8 cannot encode, such as half of a surrogate pair, are escaped.
+    Characters that UTF-8 cannot encode, such as half of a surrogate pair, are escaped. Words of
+    over 300 characters, such as a name that the system calls too long, are cut.
     """
-    line = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    words = (word if len(word) <= LONGEST else f"{word[:LONGEST]}..." for word in message.split())
+    line = " ".join(words).encode(errors="backslashreplace").decode()
     print(f"error: {line}", file=sys.stderr)
     return BAD_INPUT
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -111,6 +113,17 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
         f"{name} must be one of {', '.join(options)}, got {value!r:.300}"
         f"{did_you_mean(value, options)}"
     )
+
+
+def expanded(name: str, path: str | PathLike[str]) -> Path:
+    """Return a path in which the user's home folder replaces a leading ``~`` or ``~user``.
+
+    Raises ``ValueError`` for a user who has no home folder on this machine.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # what pathlib raises
+        fail(name, "a path without ~, or with ~ of a user of this machine", str(path))
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

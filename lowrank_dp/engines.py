@@ -64,7 +64,8 @@ def check_engine(engine: str) -> None:
     module = {"ray": "ray", "dask": "distributed"}.get(engine)
     if module and importlib.util.find_spec(module) is None:
         raise ValueError(
-            f"engine {engine!r} is not installed: pip install 'lowrank_dp[distributed]'"
+            f"engine {engine!r} is not installed: pip install '.[distributed]' in a clone of this "
+            "package"
         )
 
 

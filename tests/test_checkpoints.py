@@ -1,5 +1,6 @@
 """Checkpoints hold all trained weights, for this package and for others; others are refused."""
 
+import itertools
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from lowrank_dp.models import describe, load_model, load_tokenizer, save_model, 
 from lowrank_dp.models.heads import final_layer, head_state
 from lowrank_dp.models.labels import label_rows, own_label_names
 from lowrank_dp.train.loop import train
+from tests.refusals import refused
 
 SEQUENCE = transformers.AutoModelForSequenceClassification
 SHAPE = dict(
@@ -451,6 +453,17 @@ def test_names_of_labels(tmp_path):
     assert load_model(folder, task=numbers)[0].config.id2label[2] == "glad"
 
 
+def test_classes_that_fold_alike_are_matched_by_their_exact_names():
+    for names in (("US", "us"), ("pos", "positive"), ("a_b", "a-b", "A b")):
+        for task in itertools.permutations(names):
+            assert [names[row] for row in label_rows(names, task, "m")] == [*task]
+    with pytest.raises(ValueError, match="the task's US, us in any order, got US, Us"):
+        label_rows(["US", "Us"], ["US", "us"], "m")
+    orders = {"id2label": {"0": "US", "1": "us"}, "label2id": {"US": 1, "us": 0}}
+    with pytest.raises(ValueError, match="must have one order"):
+        own_label_names(orders, "f")
+
+
 def test_the_problem_must_be_the_head_s(tmp_path):
     folder = save_classifier(tmp_path / "bert", "bert", LABELS)
     for problem, options in (
@@ -499,6 +512,36 @@ def test_labels_of_adapters_are_mapped_too(tmp_path):
     assert torch.equal(logits(plain), logits(trained))
 
 
+# --- code in a folder ------------------------------------------------------------------------
+
+
+def test_python_code_of_a_folder_is_never_run(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    marker = tmp_path / "was-run"
+    own, known, tokenizer = (save_base(tmp_path / f, "bert") for f in ("own", "known", "words"))
+    for folder in (own, known, tokenizer):
+        (folder / "custom.py").write_text(
+            f"open({str(marker)!r}, 'w')\nclass C: pass\nclass M: pass"
+        )
+    code = {"AutoConfig": "custom.C", "AutoModelForSequenceClassification": "custom.M"}
+    edit_json(own / "config.json", auto_map=code, model_type="of-its-own")
+    edit_json(known / "config.json", auto_map=code)
+    edit_json(
+        tokenizer / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["custom.C", "custom.C"]},
+        tokenizer_class="OfItsOwn",
+    )
+    edit_json(tokenizer / "config.json", model_type="vit")  # which has no tokenizer
+    kind = dict(kind="classification", num_labels=2)
+    refused(r"config.json: model_type 'of-its-own' needs Python code .* never run", load_model, own)
+    refused("of-its-own", load_model, own, **kind)
+    refused("of-its-own", load_tokenizer, own)
+    refused("custom code", load_tokenizer, tokenizer)
+    load_model(known, **kind)  # by transformers' own code
+    assert not asked and not marker.exists() and "custom" not in capsys.readouterr().out
+
+
 # --- adapters --------------------------------------------------------------------------------
 
 
@@ -511,6 +554,19 @@ def test_an_adapter_on_part_of_the_head(tmp_path):
     headless = save_base(tmp_path / "headless", "roberta")
     with pytest.raises(ValueError, match=r"have no weights for classifier.dense.bias, .*at random"):
         load_model(tmp_path / "adapter", kind="classification", num_labels=3, base=str(headless))
+
+
+def test_an_adapter_in_half_precision(tmp_path):
+    """PEFT keeps the head in the type of the base, and a saved value is rounded to it."""
+    base = save_classifier(tmp_path / "bert", "bert")
+    adapt(base, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    head = next(value for key, value in saved.items() if "classifier.weight" in key)
+    for dtype in (torch.bfloat16, torch.float16):
+        model, _ = load_model(tmp_path / "adapter", dtype=dtype)
+        loaded = head_state(model)["classifier.weight"]
+        assert loaded.dtype == dtype and torch.equal(loaded, head.to(dtype))
+        assert not torch.equal(loaded.float(), head)
 
 
 def test_an_adapter_whose_base_lacks_layers_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Command lines as a user runs them: results, exit codes, one line on bad input, no file lost."""
 
+import errno
 import io
 import json
 import os
@@ -419,6 +420,16 @@ def test_tables_lose_nothing_at_any_width():
             for word in cell.replace(".", ". ").split():
                 assert word in text, (width, word)
     assert "[0.400, 0.600]" in "\n".join(_tables.table_lines(columns, rows, 60))
+
+
+def test_a_name_of_any_length_is_one_short_line(capsys):
+    from lowrank_dp._terminal import report
+
+    too_long = OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000)
+    assert report(str(too_long)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: [Errno ") and "File name too long: 'xxx" in line
+    assert line.endswith("xxx...") and len(line) < 400
 
 
 def test_progress_is_silent_without_a_terminal_whatever_the_environment_says(capsys, monkeypatch):

@@ -122,9 +122,9 @@ def test_aliases(tmp_path):
         ("sts-b", "stsb"),
         ("STS_B", "stsb"),
         ("glue/CoLA", "cola"),
-        ("Generated-Table", "generated-table"),
     ):
         assert load_task(alias, data_dir=tmp_path).name == name, alias
+    assert load_task("Generated-Table").name == "generated-table"
 
 
 def test_unknown_task_names_the_nearest():
@@ -186,6 +186,37 @@ def test_hub_rows_are_read_like_local_ones(monkeypatch, no_local_data):
     )
     load_task("dart", hub_id="me/dart", revision="v1")
     assert (asked["hub_id"], asked["revision"]) == ("me/dart", "v1")
+
+
+def test_a_given_repository_precedes_the_environments_folder(monkeypatch, tmp_path):
+    write(tmp_path / "glue/sst2/train.jsonl", [{"sentence": "local", "label": 1, "idx": 0}])
+    row = {"sentence": "hub", "label": 0, "idx": 0}
+    asked = []
+
+    def fake(*place, revision):
+        asked.append((place[0], revision))
+        return {"train": [row]}
+
+    monkeypatch.setenv("LOWRANK_DP_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.load_dataset", fake)
+    assert load_task("sst2").train[0].text == "local" and not asked
+    for options in ({"hub_id": "me/sst2", "revision": "v9"}, {"revision": "v9"}):
+        assert load_task("sst2", **options).train[0].text == "hub"
+    assert asked == [("me/sst2", "v9"), ("nyu-mll/glue", "v9")]
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    mine = write(tmp_path / "mine.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    places = {"data_dir": str(tmp_path), "hub_id": "me/data", "revision": "v9"}
+    for name, what in ((str(mine), "own data"), ("generated-table", "the task generated-table")):
+        for option, value in places.items():
+            message = f"^{option} must be left out for {what}.*, got '{re.escape(value)}'$"
+            with case(name, option), pytest.raises(ValueError, match=message):
+                load_task(name, **{option: value})
+    for option in ("hub_id", "revision"):
+        with pytest.raises(ValueError, match=f"^{option} must be left out for .* data_dir, got"):
+            load_task("sst2", data_dir=tmp_path, **{option: places[option]})
 
 
 def test_environment_folder_must_exist(monkeypatch, tmp_path):
@@ -391,6 +422,33 @@ def test_classification_rows(tokenizers):
     long = Example("b", "the film " * 40, "it is bland", 0)
     cut = encode([long], tokenizer, kind="classification", max_length=20)[0]["input_ids"]
     assert len(cut) == 20 and tokenizer.decode(cut).endswith("[SEP]it is bland[SEP]")
+
+
+def test_a_max_length_without_a_token_of_each_text_is_refused(tokenizers):
+    """The empty text has the special tokens alone, and the smallest length has one token more."""
+    long = "the film is dull " * 5
+    for name, tokenizer in tokenizers.items():
+        for pair in ([], [long]):
+            example = Example("a", long, *pair, label=1)
+            (special,) = tokenizer(*[[""]] * (1 + len(pair)))["input_ids"]
+            low = len(special) + 1 + len(pair)
+            with case(name, pair):
+                (row,) = encode([example], tokenizer, kind="classification", max_length=low)
+                assert len(row["input_ids"]) == low
+                for short in range(1, low):
+                    with pytest.raises(ValueError, match=f"max_length must be an integer >= {low}"):
+                        encode([example], tokenizer, kind="classification", max_length=short)
+    options = {"kind": "generation", "template": "{text}"}  # BERT's rows end in a special token
+    with pytest.raises(ValueError, match="max_length must be an integer >= 3"):
+        encode([Example("a", long)], tokenizers["tiny"], max_length=1, **options)
+    options = {"kind": "generation", "with_target": False}
+    with pytest.raises(
+        ValueError, match=r"a has (\d) other tokens.*: give at least (\d)$"
+    ) as caught:
+        encode([Example("a", long)], tokenizers["tiny-llama"], max_length=1, **options)
+    low = int(str(caught.value)[-1])
+    (row,) = encode([Example("a", long)], tokenizers["tiny-llama"], max_length=low, **options)
+    assert len(row["input_ids"]) == low
 
 
 def test_generation_rows_put_the_loss_on_the_target(tokenizers):

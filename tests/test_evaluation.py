@@ -1,10 +1,12 @@
 """Losses, scores and generated texts of models against loops of one example."""
 
+import copy
 import math
 import random
 import re
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from lowrank_dp.evaluation.models import _groups
 from lowrank_dp.models import load_model, tiny
 from tests.oracles import greedy as greedy_after
 from tests.oracles import naive_bleu, naive_rouge, refusal_of
-from tests.tasks import needs_data
+from tests.tasks import case, needs_data
 
 
 def few(name, size):
@@ -343,6 +345,51 @@ def test_the_checkpoints_own_decoding_is_not_used(llama):
         assert torch.equal(torch.get_rng_state(), state)
     finally:
         model.generation_config = before
+
+
+def test_no_decoding_setting_of_the_checkpoint_is_used(llama, monkeypatch):
+    model, _, tokenizer = llama
+    sources = sources_of(TABLES.validation)[:2]
+    want = [greedy(model, tokenizer, source, 12)[0] for source in sources]
+    for changes in (
+        {"sequence_bias": {(300,): 50.0}},
+        {"guidance_scale": 3.0},
+        {"forced_eos_token_id": tokenizer.eos_token_id, "max_length": 8},
+        {"max_time": 1e-9},
+        {"num_return_sequences": 2},
+        {"stop_strings": [" "]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"min_new_tokens": 12},
+    ):
+        own = transformers.GenerationConfig()
+        for name, value in changes.items():  # its constructor refuses some of them
+            setattr(own, name, value)
+        monkeypatch.setattr(model, "generation_config", own)
+        with case(changes):
+            assert generate_texts(model, tokenizer, sources, max_new_tokens=12) == want
+            assert model.generation_config is own
+            assert all(getattr(own, name) == value for name, value in changes.items())
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(model, "forward", Mock(side_effect=RuntimeError("out of memory")))
+        generate_texts(model, tokenizer, sources)
+    assert model.generation_config is own
+
+
+def test_every_special_token_that_ends_a_text_ends_it(llama, monkeypatch):
+    """Llama and Gemma have several; here, a token of the text becomes one."""
+    model, _, tokenizer = llama
+    source = sources_of(TABLES.validation)[0]
+    _, tokens = greedy(model, tokenizer, source, 12)
+    last = tokens.index(tokens[5])
+    more = copy.deepcopy(tokenizer)
+    more.add_special_tokens({"additional_special_tokens": [more.convert_ids_to_tokens(tokens[5])]})
+    ends = [tokens[5], tokenizer.eos_token_id]
+    monkeypatch.setattr(
+        model, "generation_config", transformers.GenerationConfig(eos_token_id=ends)
+    )
+    (text,) = generate_texts(model, more, [source], max_new_tokens=12)
+    assert text == tokenizer.decode(tokens[:last])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.data import collate
@@ -20,7 +21,9 @@ from lowrank_dp.experiments import (
 )
 from lowrank_dp.figures import restoration
 from lowrank_dp.grads.clipping import clipped_sum
+from lowrank_dp.models import matrix_parameters
 from lowrank_dp.restore import restore
+from tests.refusals import refused
 
 pytestmark = pytest.mark.slow
 GRADIENTS = gradients.GradientConfig(
@@ -90,6 +93,33 @@ def test_noise_has_the_stated_deviation_and_seed(source):
     assert noise.std().item() == pytest.approx(0.5, rel=0.02)
     assert all(torch.equal(once[n], again[n]) for n in clean)
     assert not any(torch.equal(once[n], other[n]) for n in clean)
+
+
+def test_measured_layers_are_never_of_a_head():
+    shape = dict(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=20,  # a classifier that is as large as a layer
+    )
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**shape))
+    roberta = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**shape))
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    for model, head in (
+        (bert, {"classifier.weight"}),
+        (roberta, {"classifier.dense.weight", "classifier.out_proj.weight"}),
+        (llama, {"lm_head.weight"}),
+    ):
+        matrices = {name: model.get_parameter(name) for name in matrix_parameters(model)}
+        assert head <= matrices.keys()
+        found = gradients.spread_layers(model, matrices, 99)
+        assert all(".layer" in name or "pooler" in name for name in found), found
+        inner = {matrices[name].shape for name in matrices.keys() - head}
+        assert {matrices[name].shape for name in found} == inner and len(found) == len(inner)
+        heads = {name: matrices[name] for name in head}
+        refused("beside its head", gradients.spread_layers, model, heads, 1)
 
 
 def test_spectra(source, tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from matplotlib.figure import Figure
 
 from lowrank_dp import artifacts, figures, theory
@@ -19,6 +20,7 @@ from lowrank_dp.experiments import (
 )
 from lowrank_dp.experiments.gradients import GradientConfig
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE
+from lowrank_dp.models import tiny
 
 TINY = GradientConfig(model="tiny", task="generated", warm_loss=None, max_length=32)
 CONFIGS = {
@@ -103,6 +105,34 @@ def test_measured_noise_agrees_with_the_formula(results):
     np.testing.assert_allclose(result.one_hot_variance_exact, [[2, 2 / 8], [0.8, 0.8 / 8]])
     step = np.diff(result.density_x)[0]
     np.testing.assert_allclose(result.density[1:].sum(axis=1) * step, 1, atol=5e-3)
+
+
+def test_rows_of_gpt2_are_as_long_as_the_inputs_of_their_layer(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=1024, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer = tiny.tokenizer("tiny-llama")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    config = replace(
+        CONFIGS["lora_noise"][1],
+        gradients=replace(TINY, model=str(tmp_path / "gpt2")),
+        ranks=(4,),
+        num_layers=4,
+        num_draws=2,
+        vector_draws=2,
+        more_models=(),
+    )
+    found = {
+        source.split()[-2]: source.split()[-1] for source in lora_noise.run(config).sources[1:]
+    }
+    assert found == {  # (out, in) in the names of GPT-2
+        "0.attn.c_attn": "96x32",
+        "0.attn.c_proj": "32x32",
+        "0.c_fc": "128x32",
+        "0.c_proj": "32x128",
+    }
 
 
 def test_a_model_that_is_missing_is_left_out_and_named(results):

@@ -278,6 +278,7 @@ def test_the_size_of_a_real_candidate_is_relative_to_the_rest_of_the_batch():
     own[3, 0], own[5, 0], own[9, 0] = 1.0, 3.0, 4.0
     source = SimpleNamespace(
         sample=lambda count, generator: list(range(count)),
+        model=torch.nn.Identity(),
         clean_sum=lambda rows: {"layer": own if rows == [0] else rest},
     )
     config = replace(

@@ -99,6 +99,12 @@ def test_no_circle_of_imports():
         raise AssertionError(f"imports in a circle: {circle}") from None
 
 
+def test_home_folders_are_found_in_one_place():
+    """pathlib raises RuntimeError for an unknown user, which no command line turns into a line."""
+    found = [where(path) for path in TREES if "expanduser" in path.read_text(encoding="utf-8")]
+    assert found == ["lowrank_dp/_validate.py"]
+
+
 def test_nothing_is_left_to_do():
     marks = ("TO" + "DO", "FIX" + "ME", "XX" + "X ")
     found = [

@@ -18,6 +18,7 @@ from lowrank_dp import membership
 from lowrank_dp.data import Example, load_task
 from lowrank_dp.membership import manifest as reading
 from lowrank_dp.membership.manifest import Manifest, read_manifest
+from lowrank_dp.mia.checkpoint import Checkpoint
 from lowrank_dp.mia.records import load_records
 from lowrank_dp.train import TrainConfig
 from tests.tasks import case, needs_data
@@ -198,7 +199,8 @@ BROKEN = [
     (rename_model("C:\\x"), r"base\.model must be a hub id"),
     (rename_model("https://x/y"), r"base\.model must be a hub id"),
     (rename_model("\\\\host\\x"), r"base\.model must be a hub id"),
-    (inside("recipe", "task", "/etc/passwd"), r"recipe\.task must be a hub id or a name"),
+    (inside("recipe", "task", "mnli"), r"recipe\.task must be 'sst2', as the rest"),
+    (inside("recipe", "task", 3), r"recipe\.task must be the name of a task or a path"),
     (inside("recipe", "model", "other"), r"recipe\.model must be 'tiny', as the rest"),
     (inside("recipe", "data_seed", "x"), r"recipe\.data_seed must be an integer >= 0"),
     (inside("recipe", "unit", "group"), r"recipe\.unit must be 'example'"),
@@ -520,6 +522,20 @@ def test_a_task_of_the_users_own_is_taken_from_the_user(tmp_path, sst2):
         load_records(tmp_path / "run", data_dir=other)
 
 
+def test_own_data_may_be_called_like_a_known_task(tmp_path):
+    for name in ("sst2", "generated"):
+        with case(name):
+            mine = tmp_path / f"{name}.csv"
+            mine.write_text("text,label\n" + "".join(f"t {i},{i % 2}\n" for i in range(100)))
+            examples = load_task(str(mine)).train
+            run = tmp_path / name
+            save(run, document(examples, task=str(mine)) | {"task": name})
+            assert read_manifest(run / "membership.json").is_own_data
+            assert load_records(run, data_dir=mine).examples == examples
+            with pytest.raises(ValueError, match=f"data_dir must be the folder or file '{name}'"):
+                load_records(run)
+
+
 def test_too_few_of_a_side(tmp_path, data, sst2):
     for members, message in [
         (
@@ -542,6 +558,15 @@ def test_no_manifest(tmp_path):
 
 
 # --- files in place of a manifest ------------------------------------------------------------
+
+
+def test_classes_that_fold_alike_keep_their_numbers(tmp_path):
+    rows = [{"text": f"t {i}", "label": ("us", "US", "Rest of world")[i % 3]} for i in range(60)]
+    files = [write(tmp_path / name, rows[i::2]) for i, name in enumerate(("a.jsonl", "b.jsonl"))]
+    head = Checkpoint("classification", 3, ("US", "us", "rest-of-world"))
+    records = load_records(tmp_path, members=files[0], nonmembers=files[1], checkpoint=head)
+    labels = {e.text: e.label for e in records.examples}
+    assert labels == {f"t {i}": (1, 0, 2)[i % 3] for i in range(60)}
 
 
 def test_two_files(tmp_path):

@@ -1,5 +1,6 @@
 """Backbones, heads, and the parameters that train."""
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -7,11 +8,13 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp import models
 from lowrank_dp.data import Example, collate, encode, load_task
@@ -26,7 +29,9 @@ from lowrank_dp.models import (
     tiny,
 )
 from lowrank_dp.models.tiny import loading, pretrain
+from lowrank_dp.models.trainable import as_out_in
 from tests.oracles import greedy
+from tests.refusals import refused
 from tests.tasks import case
 
 SHAPE = dict(
@@ -520,6 +525,28 @@ def test_gemma_is_the_real_one():
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
 
 
+def test_a_weight_that_is_stored_transposed_is_turned(folders):
+    """The gradients of GPT-2's layers are those of Linear layers with the same weights."""
+    model, _ = load_model(folders / "gpt2", kind="generation")
+    plain = copy.deepcopy(model)
+    turned = [name for name, module in model.named_modules() if type(module) is Conv1D]
+    for name in turned:
+        layer = plain.get_submodule(name)
+        linear = torch.nn.Linear(*layer.weight.shape)
+        with torch.no_grad():
+            linear.weight.copy_(layer.weight.T)
+            linear.bias.copy_(layer.bias)
+        plain.set_submodule(name, linear)
+    ids = torch.randint(5, 700, (2, 9), generator=torch.Generator().manual_seed(0))
+    for one in (model, plain):
+        one(input_ids=ids, labels=ids).loss.backward()
+    assert len(turned) == 8
+    for name in turned:
+        layer, linear = model.get_submodule(name), plain.get_submodule(name)
+        torch.testing.assert_close(as_out_in(layer, layer.weight.grad), linear.weight.grad)
+        assert as_out_in(linear, linear.weight) is linear.weight
+
+
 # --- GGUF files --------------------------------------------------------------------------------
 
 
@@ -591,6 +618,63 @@ def test_a_damaged_gguf_file_is_named(tmp_path):
         ValueError, match=r"holds 5 GGUF files: give the path of one, such as .*cut"
     ):
         load_model(str(tmp_path))
+
+
+def test_a_gguf_file_with_scaled_positions_is_refused(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    kinds = gguf.GGUFValueType
+
+    def path_of(number, tensor="", arch="llama", **fields):
+        path = tmp_path / f"{number}.gguf"
+        writer = gguf.GGUFWriter(path, arch)
+        writer.add_file_type(0)
+        writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+        for name, value in fields.items():
+            kind = kinds.STRING if isinstance(value, str) else kinds.FLOAT32
+            writer.add_key_value(f"{arch}.rope.{name.replace('__', '.')}", value, kind)
+        writer.add_tensor("token_embd.weight", np.zeros((3, 4), np.float32))
+        if tensor:
+            writer.add_tensor(tensor, np.ones(4, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        reader, header = gguf.GGUFReader(path), gguf_files._header(path)
+        assert header.tensors == tuple(one.name for one in reader.tensors)
+        assert all(reader.fields[key].contents() == value for key, value in header.fields.items())
+        return str(path)
+
+    for number, (words, options) in enumerate(
+        (
+            ("yarn", dict(scaling__type="yarn", scaling__factor=4.0)),
+            ("yarn", dict(arch="gpt-oss", scaling__type="yarn", scaling__factor=32.0)),
+            ("linear", dict(scaling__type="linear", scaling__factor=8.0)),
+            ("linear", dict(scaling__factor=2.0)),
+            ("linear", dict(scale_linear=4.0)),
+            ("longrope", dict(scaling__type="longrope")),
+            ("linear", dict(scaling__attn_factor=1.19)),
+            ("rope_freqs.weight", dict(tensor="rope_freqs.weight")),
+            ("rope_factors_long.weight", dict(tensor="rope_factors_long.weight")),
+            ("rope_factors_short.weight", dict(tensor="rope_factors_short.weight")),
+        )
+    ):
+        refused(
+            rf"^model file .*{number}.gguf uses RoPE scaling \({words}\) that transformers does "
+            "not read from GGUF: give the Hugging Face folder of the model$",
+            load_model,
+            path_of(number, **options),
+        )
+    for number, options in enumerate(
+        (
+            {},
+            dict(freq_base=10000.0),
+            dict(scaling__type="none", scaling__factor=4.0),
+            dict(scaling__type="linear", scaling__factor=1.0, scaling__attn_factor=1.0),
+            dict(arch="gemma4", tensor="rope_freqs.weight"),  # of its proportional positions
+        ),
+        100,
+    ):
+        assert backbones.find_backbone(path_of(number, **options)).load
 
 
 def test_a_file_in_parts_is_joined_once(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from lowrank_dp.data import Columns, formats, load_task
 from lowrank_dp.data.formats import Table, _has_bare_quotes, read_table
+from tests.tasks import case, write_jsonl
 
 REVIEW = Columns(text="review", label="stars", group="user")
 ROWS = [
@@ -115,7 +116,9 @@ def test_folders_of_splits(tmp_path):
     frame().to_parquet(tmp_path / "dev.parquet")
     frame()[["review"]].to_json(tmp_path / "test.jsonl", orient="records", lines=True)
     (tmp_path / "README.md").write_text("hello")
-    with pytest.warns(UserWarning, match="the test split, which has no column 'stars'") as said:
+    with pytest.warns(
+        UserWarning, match="the test split, which has no labels in .*'stars'"
+    ) as said:
         task = load_task(str(tmp_path), columns=REVIEW)
     assert len(said) == 1 and [*task.splits] == ["train", "validation"]
     assert [e.text for e in task.train] == [e.text for e in task.validation]
@@ -133,6 +136,41 @@ def test_folders_of_splits(tmp_path):
     frame().to_csv(parts / "train.csv", index=False)
     with pytest.raises(ValueError, match="must hold one file of the train split"):
         load(parts)
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path):
+    """GLUE writes -1 in place of a label that is not public, others leave the cell blank."""
+    import datasets
+
+    for name, label in (("number", "-1"), ("float", "-1.0"), ("blank", ""), ("spaces", "  ")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train.csv").write_text("text,label\na,0\nb,1\n")
+        (folder / "test.csv").write_text(f"text,label\nc,{label}\nd,{label}\n")
+    for name, label in (("null", None), ("integer", -1)):
+        write_jsonl(tmp_path / name / "train.jsonl", [{"text": t, "label": t} for t in "ab"])
+        write_jsonl(tmp_path / name / "test.jsonl", [{"text": t, "label": label} for t in "cd"])
+    columns = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    splits = {
+        split: datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=columns)
+        for split, labels in (("train", [0, 1]), ("test", [-1, -1]))
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    for name in ("number", "float", "blank", "spaces", "null", "integer", "saved"):
+        with (
+            case(name),
+            pytest.warns(UserWarning, match="test split, which has no labels in column 'label'"),
+        ):
+            task = load_task(str(tmp_path / name))
+            assert [*task.splits] == ["train"] and task.num_labels == 2
+    (tmp_path / "number" / "test.csv").write_text("text,label\nc,-1\nd,1\n")
+    with pytest.raises(ValueError, match=r"test.csv row 1: column 'label' must be a class"):
+        load_task(str(tmp_path / "number"))
+    (tmp_path / "null" / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"test.jsonl line 1: column 'label' must be a label"):
+        load_task(str(tmp_path / "null"))
 
 
 def test_splits_and_classes_that_look_wrong_are_named(tmp_path):

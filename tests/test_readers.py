@@ -19,7 +19,10 @@ import lowrank_dp
 from lowrank_dp import artifacts
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Task, formats, load_task
+from lowrank_dp.mia import given_files
+from lowrank_dp.models.backbones import find_backbone
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
+from tests.refusals import refused
 
 thousand = settings(
     max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -208,6 +211,19 @@ def test_files_of_any_size_take_bounded_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
 
 
+def test_the_home_folder_of_an_unknown_user_is_one_line():
+    path = "~no-such-user/x"
+    for name, read in (
+        ("task", lambda: load_task(path)),
+        ("data_dir", lambda: load_task("sst2", data_dir=path)),
+        ("model", lambda: find_backbone(path)),
+        ("output", lambda: runs.open_run(path).__enter__()),
+        ("members", lambda: given_files.read_file(Path(path), "members", None)),
+        ("precondition", lambda: TrainConfig(non_private=True, precondition=path)),
+    ):
+        refused(f"^{name} must be a path without ~, or with ~ of a user .*no-such-user", read)
+
+
 # --- what would run code ------------------------------------------------------------------------
 
 MODULES = ("pickle", "cPickle", "dill", "marshal", "shelve", "joblib.load", "cloudpickle")
@@ -247,6 +263,9 @@ def dangers(source):
                     isinstance(found, ast.Constant) and found.value is not value
                 ):
                     yield f"line {node.lineno}: {flag}={ast.unparse(found)}"
+            loads = name.endswith((".from_pretrained", ".from_config"))
+            if loads and not name.startswith("peft.") and "trust_remote_code" not in given_:
+                yield f"line {node.lineno}: {name} without trust_remote_code=False"
             if name.endswith(("np.load", "numpy.load")) and "allow_pickle" not in given_:
                 yield f"line {node.lineno}: np.load without allow_pickle=False"
 
@@ -274,8 +293,15 @@ def test_the_check_itself():
         "subprocess.run(c, shell=True)",
         "eval(x)",
         "AutoModel.from_pretrained(m, trust_remote_code=flag)",
+        "AutoModel.from_pretrained(m)",  # transformers would ask on stdout, and then run it
+        "auto.from_config(c, **options)",
         "def f():\n  exec(x)",
         "os.system('ls')",
         "load(f, weights_only=False)",
     ):
         assert list(dangers(source)), source
+    for source in (
+        "AutoModel.from_pretrained(m, trust_remote_code=False, **options)",
+        "peft.PeftModel.from_pretrained(m, f)",
+    ):
+        assert not list(dangers(source)), source

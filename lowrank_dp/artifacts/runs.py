@@ -257,7 +257,7 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
         OSError: if the folder cannot be written, or if it holds snapshots of a finished run that
             cannot be deleted.
     """
-    path = Path(path).expanduser()
+    path = _validate.expanded("output", path)
     if path.exists() and not path.is_dir():
         _validate.fail("output", "a folder", str(path))
     path.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,7 @@ def _saved_configuration(output: Path) -> dict[str, Any] | None:
     """Read the configuration that the run in ``output`` began with, as JSON; None without a run."""
     from lowrank_dp.artifacts.runs import RunFolder
 
-    saved = RunFolder(output.expanduser()).configuration()
+    saved = RunFolder(_validate.expanded("output", output)).configuration()
     return saved if isinstance(saved, dict) else None
 
 

@@ -40,9 +40,9 @@ def encode(
     is added. With ``{text}``, all tokens except the first are labelled, no end of sequence is
     added, and tokens beyond ``max_length`` are cut from the end.
 
-    ``max_length`` is in tokens; with None, nothing is cut. Raises ValueError, with the example's
-    id, for a text longer than the model's context and for a target that leaves no room for its
-    source.
+    ``max_length`` is in tokens; with None, nothing is cut. Raises ValueError for a ``max_length``
+    that leaves no token of a text beside the special tokens and, with the example's id, for a text
+    longer than the model's context and for a target that leaves no room for its source.
     """
     _validate.choice("kind", kind, LOSS_OF_KIND)
     if not examples:
@@ -80,6 +80,7 @@ def _encode_classification(
     pairs = [e.text_pair for e in examples if e.text_pair is not None]
     if pairs and len(pairs) < len(examples):
         raise ValueError("examples must all have a text_pair, or none")
+    _require_cuttable(tokenizer, max_length, 2 if pairs else 1)
     encoded = tokenizer(
         [e.text for e in examples],
         pairs or None,
@@ -140,8 +141,9 @@ def _cut(
     room = max_length - others - target
     if room < min(1, len(source)):
         raise ValueError(
-            f"{example.id} has a target of {target} tokens, which leaves no room for "
-            f"its source in a max_length of {max_length}"
+            f"{example.id} has {f'a target of {target}' if target else f'{others} other'} tokens, "
+            f"which leaves no room for its source in a max_length of {max_length}: give at least "
+            f"{others + target + min(1, len(source))}"
         )
     return source[:room]
 
@@ -186,6 +188,7 @@ def _encode_plain(
     examples: Sequence[Example], tokenizer: Any, max_length: int | None, template: Template
 ) -> list[dict[str, Any]]:
     """Encode whole texts; the first token is not labelled, because no token precedes it."""
+    _require_cuttable(tokenizer, max_length, 1)
     encoded = tokenizer(
         [template.parts(example)[3] for example in examples],
         verbose=False,
@@ -201,6 +204,21 @@ def _encode_plain(
             )
         rows.append({"input_ids": ids, "labels": [IGNORE, *ids[1:]]})
     return rows
+
+
+def _require_cuttable(tokenizer: Any, max_length: int | None, texts: int) -> None:
+    """Raise ValueError if ``max_length`` leaves less than one token for each of the texts.
+
+    Below the number of special tokens, the tokenizer cuts nothing.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    if max_length is not None and max_length < special + texts:
+        _validate.fail(
+            "max_length",
+            f"an integer >= {special + texts}, for {special} special tokens and at least one "
+            f"token of {'each text of a pair' if texts == 2 else 'the text'}",
+            max_length,
+        )
 
 
 def _require_eos(tokenizer: Any) -> None:

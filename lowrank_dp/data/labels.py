@@ -122,6 +122,11 @@ def is_empty(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
+def is_missing(value: Any) -> bool:
+    """Tell whether a label's cell is empty or holds -1, which GLUE writes for a secret label."""
+    return is_empty(value) or value in (-1, "-1", "-1.0")
+
+
 def _check_label(where: str, column: str, value: Any, first: Any) -> None:
     """Raise ValueError for an empty or non-finite label, or one unlike ``first`` in its type."""
     if is_empty(value):

@@ -12,7 +12,14 @@ from lowrank_dp import _validate
 from lowrank_dp._options import option
 from lowrank_dp.data.examples import bad_cell, cell
 from lowrank_dp.data.formats import Table
-from lowrank_dp.data.labels import MAX_SHOWN, in_words, is_empty, labels_alike, read_labels
+from lowrank_dp.data.labels import (
+    MAX_SHOWN,
+    in_words,
+    is_empty,
+    is_missing,
+    labels_alike,
+    read_labels,
+)
 from lowrank_dp.data.readers import read_tables, stem_of, unread_splits
 from lowrank_dp.data.rows import Row, to_examples
 from lowrank_dp.data.task import Task, TaskSpec, build_task
@@ -104,9 +111,11 @@ def own_task(path: Path, columns: Columns) -> Task:
     roles = _roles(columns, available, path, first[0])
     ignored = tuple(name for name in available if name not in {*asdict(roles).values(), "idx"})
     unread = [f"column {name!r:.60}" for name in ignored]
-    if roles.label and "test" in tables and roles.label not in tables["test"].columns:
-        del tables["test"]  # competitions publish the test split without its labels
-        unread.append(f"the test split, which has no column {roles.label!r}")
+    if roles.label and len(tables) > 1 and "test" in tables:
+        cells = [row.get(roles.label) for _, row in tables["test"].rows]
+        if all(map(is_missing, cells)):  # competitions publish the test split without its labels
+            del tables["test"]
+            unread.append(f"the test split, which has no labels in column {roles.label!r}")
     unread += [
         f"the split {name!r:.60}, which is called neither train, validation nor test"
         for name in unread_splits(path)

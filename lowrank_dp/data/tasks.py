@@ -121,7 +121,8 @@ def load_task(
             ``datasets.save_to_disk`` wrote.
         data_dir: folder with a named task's files (``glue/sst2/train.jsonl.gz``, ``e2e/...``).
             None takes the folder that ``LOWRANK_DP_DATA`` names, and else the hub.
-        hub_id, revision: repository and revision on the hub, in place of the task's defaults.
+        hub_id, revision: repository and revision on the hub, in place of the task's defaults. With
+            either of them, ``LOWRANK_DP_DATA`` is not read.
         offline: whether to read the hub's local cache only; None does so if the environment asks
             for offline mode or the hub is unreachable.
         max_examples: the expected number of rows to keep of each split, in whole groups. Each group
@@ -136,8 +137,9 @@ def load_task(
     empty cell of own data is an error.
 
     Raises ValueError in one line for an unknown name (the message has the nearest known name), a
-    damaged file (its name and line), a hub out of reach (the alternatives) and a subset without
-    records.
+    damaged file (its name and line), a hub out of reach (the alternatives), a subset without
+    records, and ``data_dir``, ``hub_id`` or ``revision`` where it has no effect: for own data and
+    generated tasks, and beside ``data_dir``.
     """
     if max_examples is not None:
         max_examples = _validate.integer("max_examples", max_examples)
@@ -151,8 +153,9 @@ def load_task(
         )
     if known:
         task = _named_task(known, data_dir, revision, offline, seed, hub_id)
-    elif Path(name).expanduser().exists():
-        task = own_task(Path(name).expanduser(), columns or Columns())
+    elif (path := _validate.expanded("task", name)).exists():
+        _leave_out("own data", data_dir=data_dir, hub_id=hub_id, revision=revision)
+        task = own_task(path, columns or Columns())
         if warn and task.warning:
             warnings.warn(task.warning, stacklevel=2)
     elif os.sep in str(name) or str(name).lower().endswith((*SUFFIXES, ".xlsx")):
@@ -169,6 +172,13 @@ def known_name(name: str | os.PathLike[str]) -> str | None:
     """Return the task that ``name`` denotes, whatever its case and hyphens: "SST-2" is "sst2"."""
     key = re.sub(r"[-_ ]", "", str(name).lower().removeprefix("glue/"))
     return ({task.replace("-", ""): task for task in TASKS} | _ALIASES).get(key)
+
+
+def _leave_out(what: str, **options: Any) -> None:
+    """Raise ValueError if one of the options, which ``what`` does not read, is given."""
+    for name, value in options.items():
+        if value is not None:
+            _validate.fail(name, f"left out for {what}", str(value))
 
 
 def _about(examples: tuple[Example, ...], size: int, split: str, seed: int) -> tuple[Example, ...]:
@@ -196,9 +206,18 @@ def _named_task(
     seed: int,
     hub_id: str | None,
 ) -> Task:
-    """Load a named task from ``data_dir``, ``LOWRANK_DP_DATA`` or the hub, in this order."""
+    """Load a named task from ``data_dir``, ``LOWRANK_DP_DATA`` or the hub, in this order.
+
+    A given ``hub_id`` or ``revision`` precedes the environment.
+    """
     spec = TASKS[name]
     if spec is None:
+        _leave_out(
+            f"the task {name}, which is made in memory",
+            data_dir=data_dir,
+            hub_id=hub_id,
+            revision=revision,
+        )
         return _generated_task(name, seed)
     if name == "dart-validation":
         return replace(
@@ -206,6 +225,7 @@ def _named_task(
             name=name,
         )
     if data_dir is not None:
+        _leave_out("a task that is read from data_dir", hub_id=hub_id, revision=revision)
         root = _existing_folder("data_dir", data_dir)
         folder = next((f for f in (root / spec.folder, root) if _files(f, spec)), None)
         if folder is None:
@@ -214,7 +234,7 @@ def _named_task(
                 f"or another split of {name}, got {str(root)!r}"
             )
         return _local_task(name, spec, folder)
-    if os.environ.get("LOWRANK_DP_DATA"):
+    if hub_id is None and revision is None and os.environ.get("LOWRANK_DP_DATA"):
         folder = _existing_folder("LOWRANK_DP_DATA", os.environ["LOWRANK_DP_DATA"]) / spec.folder
         if _files(folder, spec):
             return _local_task(name, spec, folder)
@@ -222,7 +242,7 @@ def _named_task(
 
 
 def _existing_folder(name: str, value: str | os.PathLike[str]) -> Path:
-    folder = Path(value).expanduser()
+    folder = _validate.expanded(name, value)
     if not folder.is_dir():
         _validate.fail(name, "an existing folder", str(value))
     return folder

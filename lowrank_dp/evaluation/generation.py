@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,17 +13,8 @@ from lowrank_dp import _validate
 from lowrank_dp.data import Example, encode, micro_batches
 from lowrank_dp.evaluation.inference import evaluating, fail_not_finite
 
-# These settings replace a checkpoint's own decoding settings (chat models sample at random).
-_PLAIN_DECODING = {
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
-    "use_cache": True,
-}
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 def generate_texts(
@@ -38,8 +30,9 @@ def generate_texts(
     """Generate one text per source, in the order of ``sources``.
 
     Decoding is greedy, or a beam search if ``num_beams`` > 1; the checkpoint's own decoding
-    settings are ignored. A text ends before the end token and holds no special tokens. The model
-    runs in eval mode, and its mode is restored.
+    settings are ignored, except that its special tokens that end a text end one here. A text ends
+    before the tokenizer's end token, or before such a token, and holds no special tokens. The model
+    runs in eval mode. Its mode and its settings are restored, also after an error.
 
     Args:
         model: a causal language model.
@@ -72,30 +65,62 @@ def generate_texts(
         with_target=False,
     )
     _require_room(model, tokenizer, prompts, max_new_tokens)
+    settings = _plain_decoding(model, tokenizer, num_beams, max_new_tokens)
     texts = [""] * len(prompts)
-    with evaluating(model):
+    with evaluating(model), _decoding_by(model, settings):
         device = next(model.parameters()).device
         for indices, batch in micro_batches(
             prompts, batch_size, tokenizer.pad_token_id, side="left", device=device
         ):
-            written = _generate(model, tokenizer, batch, num_beams, max_new_tokens)
+            written = _generate(model, tokenizer, batch, settings)
             for i, text in zip(indices, written, strict=True):
                 texts[i] = text
     return texts
 
 
+def _plain_decoding(
+    model: Any, tokenizer: Any, num_beams: int, max_new_tokens: int
+) -> GenerationConfig:
+    """Make settings without any of the checkpoint's, except for the special tokens that end a text.
+
+    Chat models have several such tokens, and most checkpoints of them sample at random.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config.eos_token_id
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    own_ends = special.intersection(own if isinstance(own, list) else [own])
+    return GenerationConfig(
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted({tokenizer.eos_token_id, *own_ends}),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@contextmanager
+def _decoding_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Replace the settings of the model, which would fill the fields that ``settings`` leaves open.
+
+    An adapter and its base may each have settings.
+    """
+    owners = [m for m in model.modules() if vars(m).get("generation_config") is not None]
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.generation_config = own
+
+
 def _generate(
-    model: Any, tokenizer: Any, batch: dict[str, Tensor], num_beams: int, max_new_tokens: int
+    model: Any, tokenizer: Any, batch: dict[str, Tensor], settings: GenerationConfig
 ) -> list[str]:
     """Generate one text per row of a batch of prompts, which are padded on the left."""
     written = model.generate(
-        **batch,
-        **_PLAIN_DECODING,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=[_require_finite],
+        **batch, generation_config=settings, logits_processor=[_require_finite]
     )
     new_tokens = written[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(

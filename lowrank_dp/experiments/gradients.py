@@ -21,6 +21,7 @@ from lowrank_dp._terminal import progress
 from lowrank_dp.data import encode, load_task, micro_batches, subset
 from lowrank_dp.grads.clipping import clipped_sum_over
 from lowrank_dp.models import default_model, describe, load_model, matrix_parameters
+from lowrank_dp.models.heads import head_weights
 from lowrank_dp.models.memory import warn_of_logits
 from lowrank_dp.models.precision import AUTOCAST_DTYPES, autocast, autocast_dtype_of
 from lowrank_dp.models.targets import row_losses
@@ -343,17 +344,21 @@ def noisy_matrices(
         yield name, noise.mul_(noise_std).add_(matrix)
 
 
-def spread_layers(gradients: dict[str, Tensor], count: int) -> list[str]:
+def spread_layers(model: nn.Module, gradients: dict[str, Tensor], count: int) -> list[str]:
     """Choose up to ``count`` layers from the middle of the model, one per shape; never a head.
 
-    Raises ValueError if no layer of at least 16 x 16 has a nonzero gradient.
+    Neither a classifier's head nor the output layer of a language model is chosen. Raises
+    ValueError if no other layer of at least 16 x 16 has a nonzero gradient.
     """
+    head = head_weights(model)
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, matrix in gradients.items():
-        if min(matrix.shape) >= 16 and bool(matrix.any()):
+        if name not in head and min(matrix.shape) >= 16 and bool(matrix.any()):
             by_shape.setdefault(tuple(matrix.shape), []).append(name)
     if not by_shape:
-        raise ValueError("model must have a layer of 16 x 16 or more with a nonzero gradient")
+        raise ValueError(
+            "model must have a layer of 16 x 16 or more, beside its head, with a nonzero gradient"
+        )
     return [names[len(names) // 2] for names in by_shape.values()][:count]
 
 

@@ -25,6 +25,7 @@ from lowrank_dp.experiments.gradients import (
     spread_layers,
 )
 from lowrank_dp.mechanism import NON_PRIVATE
+from lowrank_dp.models.trainable import as_out_in
 from lowrank_dp.theory import noise_logpdf
 
 CAPTION = (
@@ -116,9 +117,11 @@ def run(config: Config, source: GradientSource | None = None) -> Result:
     for each in sources:
         clean = each.clean_sum(each.sample(config.batch_size, generator))
         model = each.description.split()[0]
-        for name in spread_layers(clean, config.num_layers):
-            rows = largest_rows(clean[name], config.num_rows).cpu()
-            measured[_label(model, name, clean[name])] = rows, config.num_draws
+        for name in spread_layers(each.model, clean, config.num_layers):
+            layer = each.model.get_submodule(name.removesuffix(".weight"))
+            matrix = as_out_in(layer, clean[name])  # LoRA's A projects the inputs
+            rows = largest_rows(matrix, config.num_rows).cpu()
+            measured[_label(model, name, matrix)] = rows, config.num_draws
 
     moments = [
         [lora.measure_noise(matrix, rank, draws, generator=generator) for rank in config.ranks]

@@ -190,7 +190,7 @@ def real_rows(
         )
     chosen = source.sample(needed, generator)
     rest = source.clean_sum(chosen[: config.batch_size])
-    name = spread_layers(rest, 1)[0]
+    name = spread_layers(source.model, rest, 1)[0]
     matrix = rest[name]
     m = _validate.integer("rows", max(config.rows), high=len(matrix))
     top = torch.linalg.vector_norm(matrix, dim=1).topk(m).indices

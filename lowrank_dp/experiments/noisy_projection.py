@@ -190,7 +190,7 @@ def clipped_layer(
     """
     chosen = source.sample(config.batch_size + 2 * config.num_trials, generator)
     first = source.clean_sum(chosen[:1])
-    name = spread_layers(first, 1)[0]
+    name = spread_layers(source.model, first, 1)[0]
     for rank in config.ranks:
         _validate.integer("ranks", rank, high=min(first[name].shape))
     gradients = torch.stack(

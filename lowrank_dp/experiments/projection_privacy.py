@@ -270,6 +270,6 @@ def _real_pair(
     """
     indices = source.sample(config.batch_size, generator)
     rest, own = source.clean_sum(indices[1:]), source.clean_sum(indices[:1])
-    name = spread_layers(rest, 1)[0]
+    name = spread_layers(source.model, rest, 1)[0]
     top = torch.linalg.vector_norm(own[name], dim=1).topk(max(config.rows)).indices
     return name, rest[name][top].double().cpu(), own[name][top].double().cpu()

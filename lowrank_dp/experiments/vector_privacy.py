@@ -148,7 +148,7 @@ def _measured(
     """Measure the change of each row of each sum when one example is removed."""
     sums = source.nested_sums(sizes)
     chosen = source.sample(sizes[-1], torch.Generator().manual_seed(source.config.seed + 1))
-    layers = tuple(spread_layers(sums[sizes[-1]], config.num_layers))
+    layers = tuple(spread_layers(source.model, sums[sizes[-1]], config.num_layers))
     angles, ratios = ([[list[np.ndarray]() for _ in sizes] for _ in layers] for _ in range(2))
     for k in progress(range(config.num_examples), "angles"):
         own = source.clean_sum(chosen[k : k + 1])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lowrank_dp.artifacts.files import read_json
 from lowrank_dp.data.examples import Example
 from lowrank_dp.data.own import Columns
-from lowrank_dp.data.tasks import TASKS
+from lowrank_dp.data.tasks import known_name
 from lowrank_dp.membership.checked_json import CheckedObject, is_hash, is_text, shown
 
 SCHEMA_VERSION = 1
@@ -77,6 +77,14 @@ class Manifest:
     groups: tuple[str, ...]
     is_member: NDArray[np.bool_]
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def is_own_data(self) -> bool:
+        """Whether the run read the user's own data, whose name may be that of a known task.
+
+        The recipe's ``task`` decides, as it did when ``load_task`` read it.
+        """
+        return known_name(self.recipe["task"]) is None
 
     @classmethod
     def of(
@@ -281,8 +289,10 @@ def _recipe(
             recipe.fail(f"{field.name}_column", "the name of a column, or null", column)
     if "data_seed" in recipe.values:
         recipe.integer("data_seed")
-    if top.get("task") in TASKS:
-        recipe.name("task", folders=True)
+    if not isinstance(task := recipe.get("task"), str):
+        recipe.fail("task", "the name of a task or a path", task)
+    if (known := known_name(task)) and known != top.get("task"):
+        recipe.fail("task", f"{shown(top.get('task'))}, as the rest of the file has it", task)
     return recipe.values
 
 

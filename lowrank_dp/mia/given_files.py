@@ -49,7 +49,7 @@ def read_file(path: Path, side: str, reading: Reading, name: str = "") -> Given:
     read as plain texts, each an example without a target. Raises ValueError for a missing file, for
     several splits, and as ``data.load_task`` does.
     """
-    path = path.expanduser()
+    path = _validate.expanded(side, path)
     if not path.exists():
         _validate.fail(side, "an existing file of records (JSON Lines or another table)", str(path))
     task = _task(path, reading)
@@ -144,8 +144,9 @@ def _numbered(
 ) -> tuple[Example, ...]:
     names = given.task.label_names
     if known and _all_in(names, known):
+        exact = {name: i for i, name in enumerate(known)}  # classes may fold alike, as US and us
         place = {_folded(name): i for i, name in enumerate(known)}
-        numbers = [place[_folded(name)] for name in names]
+        numbers = [exact.get(name, place[_folded(name)]) for name in names]
     elif all(map(_is_number, names)):
         numbers = [int(name) for name in names]
         used = {numbers[int(e.label or 0)] for e in given.examples}

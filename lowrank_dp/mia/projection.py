@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp.data import Example, Task, encode, micro_batches
 from lowrank_dp.losses import LOSS_OF_KIND, LOSSES
@@ -23,6 +22,7 @@ from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.models import load_tokenizer
 from lowrank_dp.models.adapters import PREFIX
+from lowrank_dp.models.trainable import as_out_in
 from lowrank_dp.theory import symmetry_score
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -101,5 +101,5 @@ def _gradients(
         )
         labels = batch.pop("labels")
         loss = LOSSES[LOSS_OF_KIND[task.kind]](model(**batch).logits, labels)[0].sum()
-        gradient = torch.autograd.grad(loss, weight)[0].double().cpu().numpy()
-        yield gradient.T if isinstance(linear, Conv1D) else gradient  # GPT-2 stores (in, out)
+        gradient = as_out_in(linear, torch.autograd.grad(loss, weight)[0])
+        yield gradient.double().cpu().numpy()

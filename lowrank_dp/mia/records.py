@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lowrank_dp import _validate
 from lowrank_dp.artifacts import runs
-from lowrank_dp.data import TASKS, Columns, Example, Task, load_task, subset
+from lowrank_dp.data import Columns, Example, Task, load_task, subset
 from lowrank_dp.membership import Manifest, read_manifest
 from lowrank_dp.mia import duplicates, given_files
 from lowrank_dp.mia.checkpoint import Checkpoint
@@ -188,16 +188,15 @@ def _from_manifest(manifest: Manifest, data_dir: str | os.PathLike[str] | None) 
 
 def _load_pool(manifest: Manifest, data_dir: str | os.PathLike[str] | None) -> Task:
     """Load the task of a manifest; generated data come from the recipe's seed."""
-    if manifest.task in TASKS:
+    if not manifest.is_own_data:
         return load_task(manifest.task, data_dir=data_dir, seed=manifest.recipe.get("data_seed", 0))
-    if data_dir is None or not Path(data_dir).expanduser().exists():
+    path = None if data_dir is None else _validate.expanded("data_dir", data_dir)
+    if path is None or not path.exists():
         raise ValueError(
             f"data_dir must be the folder or file {manifest.task!r} that the model "
             f"was trained on: paths are not taken from {runs.MEMBERSHIP}"
         )
-    task = load_task(
-        str(Path(data_dir).expanduser().absolute()), columns=Columns.of(manifest.recipe)
-    )
+    task = load_task(str(path.absolute()), columns=Columns.of(manifest.recipe))
     if task.name != manifest.task:
         _validate.fail(
             "data_dir",

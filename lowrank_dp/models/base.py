@@ -178,12 +178,19 @@ def _from_files(
     folder = Path(backbone.path)
     if folder.is_dir() and "gguf_file" not in backbone.load:
         with quiet(), one_line(str(folder / "config.json")):
-            transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **head)
+            transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **head
+            )
     before = torch.get_rng_state()
     with quiet(), one_line(f"model {backbone.name}"):
         try:
             model, report = auto.from_pretrained(
-                backbone.path, dtype=dtype, **head, **backbone.load, output_loading_info=True
+                backbone.path,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **head,
+                **backbone.load,
             )
         except RuntimeError as error:
             if "mismatch" in str(error) and (wrong := _other_shapes(folder, auto, head)):
@@ -219,9 +226,11 @@ def _left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
 
 def _other_shapes(folder: Path, auto: Any, head: dict[str, Any]) -> list[str]:
     """List weights whose shape on disk differs from the shape in the architecture."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **head)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **head
+    )
     with torch.device("meta"):
-        state = auto.from_config(config).state_dict()
+        state = auto.from_config(config, trust_remote_code=False).state_dict()
     wrong = []
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as tensors:

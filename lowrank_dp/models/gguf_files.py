@@ -1,17 +1,18 @@
-"""GGUF files: quantisation of the weights, and assembly of a file that a package holds in parts."""
+"""GGUF files: their headers, and assembly of a file that a package holds in parts."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
+import re
 import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -19,7 +20,21 @@ _MAGIC = b"GGUF"
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _FILE_TYPE = "general.file_type"
+# architectures whose files hold frequencies that transformers' configuration has of its own
+_FIXED_ROPE = ("gemma4",)
 _READING = threading.RLock()  # a context inside another one is allowed
+
+
+class _Header(NamedTuple):
+    """Header of a GGUF file.
+
+    Attributes:
+        fields: the fields that hold one number or one text, by name.
+        tensors: names of all tensors.
+    """
+
+    fields: dict[str, Any]
+    tensors: tuple[str, ...]
 
 
 def require_gguf(what: str) -> None:
@@ -33,25 +48,20 @@ def gguf_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix == SUFFIX and path.is_file())
 
 
-@lru_cache(maxsize=32)
 def weights_in_words(path: Path) -> str:
     """Describe the weights of a GGUF file, such as "Q4_K_M quantised weights, dequantised".
-
-    The function reads the file up to the type of the weights, which precedes the vocabulary.
-    ``gguf.GGUFReader`` parses the whole file, which takes seconds for a large vocabulary.
 
     Raises ValueError if the file is no GGUF file, or damaged.
     """
     import gguf
 
+    number = _header(path).fields.get(_FILE_TYPE)
+    if number is None:
+        return "weights of unnamed type"
     try:
-        with path.open("rb") as file:
-            number = _file_type(file, path.stat().st_size)
-        if number is None:
-            return "weights of unnamed type"
         name = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except (struct.error, ValueError, KeyError, OverflowError):
-        raise ValueError(f"model file {path} must be a GGUF file, got no valid header") from None
+    except ValueError:
+        _refuse(path)
     return (
         f"{name} weights"
         if name in ("F32", "F16", "BF16")
@@ -59,40 +69,90 @@ def weights_in_words(path: Path) -> str:
     )
 
 
-def _file_type(file: BinaryIO, size: int) -> int | None:
-    """Return the value of the header field ``general.file_type``, or None without this field."""
+def require_plain_rope(path: Path) -> None:
+    """Raise ValueError if the file's rotary position embeddings (RoPE) are scaled.
 
-    def number(code: str) -> int:
+    transformers 5.23 skips the fields ``rope.scaling`` and the tensors of frequencies, and so reads
+    another model. Of gpt-oss it reads the fields, but it takes the length of a field's name for the
+    field's value. Also raises ValueError if the file is no GGUF file, or damaged.
+    """
+    header = _header(path)
+    rope = {
+        key.partition(".rope.")[2]: value for key, value in header.fields.items() if ".rope." in key
+    }
+    # the defaults are llama.cpp's; scale_linear is an older name of the factor
+    kind = rope.get("scaling.type", "linear")
+    factor = rope.get("scaling.factor", rope.get("scale_linear", 0))
+    scaled = kind not in ("none", "linear") or (kind == "linear" and factor not in (0, 1))
+    tensors = [name for name in header.tensors if re.search(r"(^|\.)rope_(freqs|factors_)", name)]
+    if header.fields.get("general.architecture") in _FIXED_ROPE:
+        tensors = []
+    if scaled or rope.get("scaling.attn_factor", 1) != 1 or tensors:
+        raise ValueError(
+            f"model file {path} uses RoPE scaling ({tensors[0] if tensors else kind}) that "
+            "transformers does not read from GGUF: give the Hugging Face folder of the model"
+        )
+
+
+@lru_cache(maxsize=32)
+def _header(path: Path) -> _Header:
+    """Read the header of a GGUF file; raise ValueError if there is none, or it is damaged."""
+    try:
+        with path.open("rb") as file:
+            return _read_header(file, path.stat().st_size)
+    except (struct.error, ValueError, KeyError, OverflowError, RecursionError):
+        _refuse(path)
+
+
+def _refuse(path: Path) -> NoReturn:
+    raise ValueError(f"model file {path} must be a GGUF file, got no valid header") from None
+
+
+def _read_header(file: BinaryIO, size: int) -> _Header:
+    """Return the fields without the arrays, and the names of the tensors.
+
+    ``gguf.GGUFReader`` decodes every word of the vocabulary, which takes many times as long.
+    """
+
+    def number(code: str) -> Any:
         return struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
 
-    def take() -> bytes:
-        length = number("Q")
-        if length > size:
+    def length() -> int:
+        found = number("Q")
+        if found > size:
             raise ValueError("a string in the header is longer than the file")
-        return file.read(length)
+        return found
 
-    def skip(kind: int) -> None:
-        if kind == _STRING:
-            take()
-        elif kind == _ARRAY:
-            inner, count = number("I"), number("Q")
-            if inner in _NUMBERS:
-                file.seek(count * struct.calcsize(_NUMBERS[inner]), os.SEEK_CUR)
-            else:
-                for _ in range(count):
-                    skip(inner)
+    def text() -> str:
+        return file.read(length()).decode()
+
+    def skip_array() -> None:
+        inner, count = number("I"), number("Q")
+        if inner in _NUMBERS:
+            file.seek(count * struct.calcsize(_NUMBERS[inner]), os.SEEK_CUR)
+        elif inner == _ARRAY:
+            for _ in range(count):
+                skip_array()
+        elif inner == _STRING:
+            for _ in range(count):
+                file.seek(length(), os.SEEK_CUR)
         else:
-            number(_NUMBERS[kind])
+            raise ValueError("an array in the header has an unknown type")
 
     if file.read(4) != _MAGIC:
         raise ValueError("the file does not begin with GGUF's magic number")
-    _version, _tensors, fields = number("I"), number("Q"), number("Q")
-    for _ in range(fields):
-        name, kind = take().decode(), number("I")
-        if name == _FILE_TYPE:
-            return number(_NUMBERS[kind])
-        skip(kind)
-    return None
+    _version, num_tensors, num_fields = number("I"), number("Q"), number("Q")
+    fields, tensors = {}, []
+    for _ in range(num_fields):
+        name, kind = text(), number("I")
+        if kind == _ARRAY:
+            skip_array()
+        else:
+            fields[name] = text() if kind == _STRING else number(_NUMBERS[kind])
+    for _ in range(num_tensors):
+        tensors.append(text())
+        file.seek(8 * number("I") + 12, os.SEEK_CUR)  # the sizes; type and place of the values
+    return _Header(fields, tuple(tensors))
 
 
 @contextmanager

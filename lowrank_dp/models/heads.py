@@ -46,6 +46,18 @@ def final_layer(model: Any) -> str:
     return found
 
 
+def head_weights(model: Any) -> set[str]:
+    """Return the names of the parameters of a classifier's head, or of an output layer.
+
+    ``model`` is a model without an adapter.
+    """
+    modules = list(head_modules(model).values())
+    if hasattr(model, "get_output_embeddings") and (output := model.get_output_embeddings()):
+        modules.append(output)
+    head = {id(p) for module in modules for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in head}
+
+
 def without_adapter(model: Any) -> Any:
     """Return the base model of a PEFT model; return any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

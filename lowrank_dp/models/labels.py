@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def own_label_names(config: Mapping[str, Any], where: str) -> list[str] | None:
         _check_map(by_name, f"{where}: label2id")
         others = _in_order({str(i): name for name, i in by_name.items()}, f"{where}: label2id")
     found = [one for one in (names, others) if one is not None and not _is_default(one)]
-    if len(found) == 2 and list(map(_fold, found[0])) != list(map(_fold, found[1])):
+    if len(found) == 2 and operator.ne(*_keys(*found)):
         raise ValueError(
             f"{where}: id2label ({', '.join(found[0])}) and label2id "
             f"({', '.join(found[1])}) must have one order"
@@ -51,14 +52,15 @@ def own_label_names(config: Mapping[str, Any], where: str) -> list[str] | None:
 def label_rows(own: Sequence[str] | None, task: Sequence[str], name: str) -> list[int] | None:
     """Find, for each of the task's labels, its row in the head; None if the order is unknown.
 
-    The comparison ignores case, hyphens, underscores and spaces, and knows the usual synonyms of
-    GLUE's labels. The order is unknown if the task's labels are numbers or ``own`` is None.
+    Labels that are spelt alike on both sides are compared as they are. Otherwise, the comparison
+    ignores case, hyphens, underscores and spaces, and knows the usual synonyms of GLUE's labels.
+    The order is unknown if the task's labels are numbers or ``own`` is None.
 
     Raises ValueError, which lists both, if ``own`` and ``task`` are not the same labels.
     """
     if own is None or not task or _is_default(task):
         return None
-    mine, wanted = [_fold(one) for one in own], [_fold(one) for one in task]
+    mine, wanted = _keys(own, task)
     if set(mine) != set(wanted) and set(map(_number, own)) == set(range(len(task))):
         mine, wanted = [str(_number(one)) for one in own], [str(i) for i in range(len(task))]
     if sorted(mine) != sorted(wanted) or len(set(mine)) != len(mine):
@@ -122,6 +124,16 @@ def _in_order(names: Any, what: str) -> list[str]:
 def _check_map(names: Any, what: str) -> None:
     if not isinstance(names, Mapping):
         raise ValueError(f"{what} must be a JSON object, got {type(names).__name__}")
+
+
+def _keys(first: Sequence[str], second: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names as they are if both lists hold the same names, and else folded.
+
+    Own data may have classes that fold alike, such as US and us.
+    """
+    if sorted(first) == sorted(second):
+        return [*first], [*second]
+    return [_fold(name) for name in first], [_fold(name) for name in second]
 
 
 def _fold(name: str) -> str:

@@ -41,7 +41,9 @@ def tokenizer_of(backbone: Backbone) -> Any:
         _refuse(folder, "holds no tokenizer")
     load = {k: v for k, v in backbone.load.items() if k != "use_safetensors"}
     with quiet(), one_line(f"tokenizer of {backbone.name}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.path, **load)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            backbone.path, trust_remote_code=False, **load
+        )
         names = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
         words = (
             tokenizer.get_vocab().keys()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp import _validate
@@ -90,7 +90,7 @@ def add_lora(
 
     head = list(head_modules(model))
     targets = lora_targets(model, target_modules, train_layers)
-    transposed = {isinstance(model.get_submodule(name), Conv1D) for name in targets}
+    transposed = {is_transposed(model.get_submodule(name)) for name in targets}
     if len(transposed) > 1:
         _validate.fail("target_modules", "all Linear or all Conv1D layers", targets)
     kind: Any = "SEQ_CLS" if head else "CAUSAL_LM"
@@ -208,6 +208,16 @@ def embeddings(model: nn.Module) -> list[nn.Parameter]:
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer, GPT-2's Conv1D included."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Tell whether a linear layer stores its weight as (in, out), as GPT-2's Conv1D does."""
+    return isinstance(layer, Conv1D)
+
+
+def as_out_in(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """Return a linear layer's weight, or the gradient of its weight, as (out, in)."""
+    return matrix.T if is_transposed(layer) else matrix
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dp import _validate
@@ -215,7 +214,7 @@ def _check_preconditioner(config: TrainConfig) -> None:
 
         if not config.precondition:
             raise ValueError("precondition must be a name or a path, got an empty text")
-        path = Path(config.precondition).expanduser()
+        path = _validate.expanded("precondition", config.precondition)
         if not known_name(config.precondition) and not path.exists():
             _validate.choice(
                 "precondition",
@@ -243,7 +242,7 @@ def is_same_task(one: str, other: str) -> bool:
     known = known_name(one)
     if known or known_name(other):
         return known == known_name(other)
-    first, second = (Path(name).expanduser() for name in (one, other))
+    first, second = (_validate.expanded("task or public task", name) for name in (one, other))
     return first.resolve() == second.resolve()
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from lowrank_dp import lora
-from lowrank_dp.models.trainable import lora_targets
+from lowrank_dp.models.trainable import is_transposed, lora_targets
 from lowrank_dp.rng import derive_seed
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.processes import world_size
@@ -43,7 +42,7 @@ def noisy_matrices(model: Any, config: TrainConfig) -> dict[str, bool]:
             f"implicit_noise must have trained matrices, but {frozen[0]}.weight is frozen or an "
             "embedding's: choose other target_modules or train_layers"
         )
-    return {f"{name}.weight": isinstance(model.get_submodule(name), Conv1D) for name in targets}
+    return {f"{name}.weight": is_transposed(model.get_submodule(name)) for name in targets}
 
 
 def add_implicit_noise(

@@ -290,7 +290,7 @@ def _filled(
 
     Missing outputs are computed, in ``config.precision``, only if ``pays`` is set and they fit.
     """
-    root = Path(config.prefix_cache).expanduser()
+    root = _validate.expanded("prefix_cache", config.prefix_cache)
     try:
         store = RowStore(root / _name(model, prefix, config, pad_to))
     except OSError as error:

@@ -59,7 +59,7 @@ def model(name: str, auto: Any, head: dict[str, Any]) -> tuple[Any, list[str]]:
     """
     from safetensors.torch import load_file
 
-    built = auto.from_config(config(name, **head))
+    built = auto.from_config(config(name, **head), trust_remote_code=False)
     weights = load_file(FOLDER / weights_file(name))
     built.load_state_dict(weights, strict=False)
     state = built.state_dict()

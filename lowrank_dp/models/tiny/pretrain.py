@@ -80,7 +80,7 @@ def pretrain(name: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:
             if name == "tiny"
             else transformers.AutoModelForCausalLM
         )
-        learner = auto.from_config(config(name)).train()
+        learner = auto.from_config(config(name), trust_remote_code=False).train()
         optimizer = torch.optim.AdamW(learner.parameters(), lr=_PEAK_RATE)
         steps = _STEPS[name]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps)
