@@ -277,10 +277,37 @@ def test_an_interval_is_students_over_warm_ups_of_means_over_draws():
         assert found.mean == pytest.approx(np.exp(values.mean()))
 
 
+def test_a_stage_without_a_model_in_one_warm_up_is_left_out_of_every_warm_up():
+    """The warm-ups of a case would otherwise be means over different stages."""
+    result = planted({}, spread=0.3)
+    name = "clean, noisy norms"
+    curvature = result.curvature.copy()
+    curvature[0, 1, 2, :, NAMES.index(name)] = -1.0  # one case, stage and warm-up
+    result = dataclasses.replace(result, curvature=curvature)
+    gain, noisy = (result.gain[..., NAMES.index(n)].mean(-1) for n in (name, "noisy"))
+    logs = np.log(gain / noisy)
+    values = [(logs[0, 0, w] + logs[0, 2, w]) / 2 for w in range(3)]
+    values += [logs[1, :, w].mean() for w in range(3)]
+    low, high = stats.t.interval(0.95, 5, loc=np.mean(values), scale=stats.sem(values))
+    middle = np.exp(np.mean(values))
+    row = next(r for r in verdicts.table(result)[1] if r[0] == f"gain / noisy sum's: {name}")
+    assert row[-1] == f"{middle:.3g} ({np.exp(low):.3g} to {np.exp(high):.3g})"
+    assert row[2] == "no quadratic model in some warm-up"
+    at = NAMES.index(name)
+    ratio = verdicts.Prediction("", lambda r: verdicts.gain_factors(r)[..., at], 0.0, 1.0)
+    together = verdicts.verdicts(result, ratio)[1]
+    assert (together.mean, together.low) == pytest.approx((middle, np.exp(low)))
+
+
 def test_a_direction_of_zeros_counts_as_the_least_factor():
     result = planted({"optimal, zeroed": 0.0})
     logs = verdicts.gain_factors(result)[..., NAMES.index("optimal, zeroed")]
     np.testing.assert_allclose(np.exp(logs), 1 / verdicts.LIMIT)
+    rows = {row[0]: row[1:] for row in verdicts.table(result)[1]}  # a limit is no measured value
+    assert set(rows["gain / noisy sum's: optimal, zeroed"]) == {"≤ 0.01"}
+    assert set(rows[verdicts.PREDICTIONS[0].text]) == {"≤ 0.01: supported"}
+    row = next(r for r in verdicts.table(planted({"loud": 1e4}))[1] if "sum's: loud" in r[0])
+    assert set(row[1:]) == {"≥ 100"}
     nothing = planted({"noisy": 0.0})  # without predicted falls there is nothing to compare
     assert judged(nothing)[0] == "undecided"
 

@@ -13,8 +13,20 @@ from scipy import stats
 
 from lowrank_dp import artifacts, figures
 from lowrank_dp.data import load_task
-from lowrank_dp.experiments import arms, cost, gap, gap_configs, steps, steps_configs, tuning
+from lowrank_dp.evaluation import evaluate
+from lowrank_dp.evaluation.models import evaluated_rows
+from lowrank_dp.experiments import (
+    arms,
+    cost,
+    gap,
+    gap_configs,
+    plan_gap,
+    steps,
+    steps_configs,
+    tuning,
+)
 from lowrank_dp.experiments.arms import ARMS, PLAIN
+from lowrank_dp.models import load_model, load_tokenizer
 from lowrank_dp.plots.gap import plot_gap
 from lowrank_dp.plots.steps import plot_steps
 from lowrank_dp.precondition import Moment, joint_scales
@@ -534,14 +546,16 @@ def test_bad_configurations_of_both(tmp_path, monkeypatch):
         ({"num_seeds": 1}, "num_seeds"),
         ({"tuning_holdout": 0}, "tuning_holdout"),
         ({"score": "acuracy"}, "did you mean 'accuracy'"),
+        ({"score": "perplexity"}, r"of generated at every step \(loss, accuracy\), got 'perp"),
         ({"base": replace(BASE, eval_every=2)}, "eval_every must be 1"),
     ):
-        for run, config in (
-            (steps.run, CONFIG),
-            (gap.run, replace(GAP, num_seeds=3)),
-        ):
-            with case(change, run.__module__), pytest.raises(ValueError, match=words):
-                run(replace(config, **change), tmp_path)
+        for module, config in ((steps, CONFIG), (gap, replace(GAP, num_seeds=3))):
+            bad = replace(config, **change)
+            with case(change, module.__name__):
+                with pytest.raises(ValueError, match=words):
+                    module.run(bad, tmp_path)
+                with pytest.raises(ValueError, match=words):  # before it measures a step
+                    module.plan(bad)
     for change, words in (
         ({"arms": (*PLAIN, "denois")}, "did you mean 'denoise'"),
         ({"arms": PLAIN[:3]}, "got no 'noise-free SGD"),
@@ -550,7 +564,73 @@ def test_bad_configurations_of_both(tmp_path, monkeypatch):
             steps.run(replace(CONFIG, **change), tmp_path)
     with pytest.raises(ValueError, match="did you mean 'last block'"):
         gap.run(replace(GAP, parts=("last blok",)), tmp_path)
+    # the first gap is not measured if the second can't be
+    for run in (plan_gap.run, plan_gap.plan):
+        with pytest.raises(ValueError, match="score must be a metric"):
+            run(plan_gap.Config((GAP, replace(GAP, score="matthews"))))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_score_is_a_metric_that_the_task_has_at_every_step(tmp_path):
+    """The wanted metrics are those of ``evaluate`` on the task, or of GLUE's table."""
+    own = tmp_path / "own.csv"
+    own.write_text("text,label\nfine,0.5\nbad,1.5\n")
+    for task, metrics in (
+        ("cola", ("loss", "matthews")),  # a named task is not loaded
+        ("STS-B", ("loss", "pearson", "spearman")),
+        ("mrpc", ("loss", "accuracy", "f1")),
+        ("dart-validation", ("loss", "perplexity")),
+        (str(own), ("loss", "pearson", "spearman")),
+    ):
+        base = replace(BASE, task=task, max_examples=None)
+        with case(task):
+            assert arms.metrics_of_every_step(base) == metrics
+            for score in ("accuracy", "bleu", "rouge_l"):
+                if score not in metrics:
+                    with pytest.raises(ValueError, match=f"every step .*, got '{score}'"):
+                        arms.check_runs(base, replace(CONFIG, score=score))
+            arms.check_runs(base, replace(CONFIG, score=metrics[-1]))
+    for task, model in (("generated", "tiny"), ("generated-table", "tiny-llama")):
+        loaded = load_task(task, max_examples=40)
+        scores = evaluate(*load_model(model, task=loaded), loaded, max_examples=2)
+        assert (*scores,) == arms.metrics_of_every_step(replace(BASE, task=task)), task
+
+
+def test_a_result_says_how_many_examples_are_scored(swept):
+    """The runs score the examples of ``evaluated_rows``, which the count must agree with."""
+    assert steps.run(CONFIG).description.startswith("made up; scored on all ")
+    assert gap.run(GAP).description == steps.run(CONFIG).description
+    tokenizer = load_tokenizer("tiny-llama")
+    for most in (7, 10_000):
+        base = replace(
+            BASE, task="generated-table", eval_examples=most, max_examples=200, data_seed=3
+        )
+        task = load_task("generated-table", max_examples=200, seed=3)
+        scored, _ = evaluated_rows(tokenizer, task, max_examples=most)
+        count, everything = len(scored), len(task.validation)
+        assert (count < everything) == (most == 7)
+        part = "all" if count == everything else f"{count} of"
+        sources = len({example.group for example in scored})
+        want = f"scored on {part} {everything} evaluation examples from {sources} sources"
+        assert arms.scored_on(base) == want and 1 < sources < count
+
+
+def test_texts_that_have_no_room_are_refused_before_the_tuning(tmp_path, monkeypatch):
+    """Tuning runs generate no texts: without the check, the reported runs alone would fail."""
+    monkeypatch.setattr(tuning, "tune_by_sweep", lambda *given, **_: pytest.fail("was accepted"))
+    for module in (steps, gap):
+        monkeypatch.setattr(module, "measure_cost", lambda *given: pytest.fail("was accepted"))
+    texts = replace(
+        BASE, model="tiny-llama", task="generated-table", generate=True, max_new_tokens=10_000
+    )
+    for module, config in ((steps, CONFIG), (gap, GAP)):
+        bad = replace(config, base=texts, score="loss")
+        for call in (module.plan, module.run):
+            with case(call), pytest.raises(ValueError, match="max_new_tokens must be <= "):
+                call(bad)
+    arms.check_texts(replace(texts, max_new_tokens=4))
+    arms.check_texts(replace(texts, generate=False))
+    arms.check_texts(replace(BASE, generate=True, max_new_tokens=10_000))  # no texts to generate
 
 
 def test_the_plan_counts_runs_and_hours(monkeypatch):
@@ -565,11 +645,26 @@ def test_the_plan_counts_runs_and_hours(monkeypatch):
     # 6 arms x (6 rates x 2 seeds + 3) runs x 10 steps x 3.6 s, two at a time
     assert "about 0.5 hours" in steps.plan(replace(CONFIG, num_workers=2))
     assert "about 0.9 hours" in steps.plan(replace(CONFIG, num_workers=1))
+    # an arm whose start is known: 4 rates, not 6
+    assert len(CONFIG.arms) == 6 and "about 72 tuning runs" in steps.plan(CONFIG)
+    known = replace(CONFIG, starts={"DP-Adam": 0.1, "DP-LoRA": 0.1})
+    assert "about 64 tuning runs and 18 reported runs" in steps.plan(known)
     seen.clear()
     said = gap.plan(replace(GAP, num_workers=1))
     # 24 settings of 6 x 2 + 2 runs x 10 steps x 3.6 s
     assert "24 settings of about 14 runs" in said and "about 3.4 hours" in said
     assert seen == [(32, 1), (64, 1), (32, None), (64, None)]
+
+
+def test_the_plan_counts_the_texts_of_the_reported_runs_alone(monkeypatch):
+    for module in (steps, gap):
+        monkeypatch.setattr(
+            module, "measure_cost", lambda *_: cost.Cost(0, step=0, evaluation=0, generation=600)
+        )
+    said = steps.plan(replace(CONFIG, num_workers=1))
+    assert "the texts of a reported run 600 s: about 3.0 hours" in said  # 18 reported runs
+    # 24 settings of 2 reported runs
+    assert "about 8.0 hours" in gap.plan(replace(GAP, num_workers=1))
 
 
 def test_the_full_scale_obeys_the_protocol():
@@ -681,28 +776,37 @@ def test_real_small_sweeps(tmp_path, monkeypatch, in_this_process):
     assert result.privacy.count("NON-PRIVATE") == 3 and "-DP after 2 steps" in result.privacy
 
 
-def test_the_cost_is_that_of_the_second_run(monkeypatch, tmp_path):
+@pytest.mark.parametrize("texts", [False, True])
+def test_the_cost_is_that_of_the_second_run(monkeypatch, tmp_path, texts):
     """The test moves the clock: 5 s of loading, 2 s per evaluation, 3 s per step, 8 s for members.
 
-    The first run takes ten times as long, and is not counted.
+    The first run takes ten times as long, and is not counted. Texts take 40 s, and are generated
+    by the second run, if at all.
     """
     clock, caches = [0.0], []
 
-    def train(config, folder, *, on_start, **options):
+    def train(config, folder, *, on_start, on_evaluation, **options):
         slow = 1 if caches else 10
         caches.append((config.prefix_cache, options["prefix_shared_by"] > 1))
         clock[0] += 5 * slow
         rows = SimpleNamespace(task=SimpleNamespace(validation=range(20)), rows=range(900))
         on_start(rows, 1)
         assert (config.steps, config.seed, config.eval_every) == (1, 0, 1)
-        clock[0] += (2 * 2 + 3 + 8) * slow
+        assert config.generate == (texts and slow == 1)
+        clock[0] += 2 * slow
+        on_evaluation(rows, {})
+        clock[0] += (3 + 2 + 40 * config.generate) * slow
+        on_evaluation(rows, {})
+        clock[0] += 8 * slow
         return SimpleNamespace(seconds=3.0 * slow)
 
     monkeypatch.setattr(cost, "train", train)
     monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
-    found = cost.measure_cost(replace(BASE, eval_examples=80), tmp_path, 1)
+    config = replace(BASE, eval_examples=80, generate=texts)
+    found = cost.measure_cost(config, tmp_path, 1)
     # once per run: loading, the evaluation before the first step, and the members
     assert (found.once, found.step, found.evaluation) == pytest.approx((5 + 2 + 8, 3, 2))
+    assert found.generation == pytest.approx(40 * texts)
     assert caches == [(str(tmp_path / PREFIX_FOLDER), True)] * 2
 
 

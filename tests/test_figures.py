@@ -29,7 +29,6 @@ LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments that take many hours and have no saved result yet; `make figures` omits their figures
 PENDING = {
     "steps_e2e_arms",
-    "steps_dart",
     "steps_gemma",
 }
 
@@ -354,6 +353,33 @@ def test_where_no_result_is_saved_only_the_published_config_goes_beside_the_othe
         assert found.folder.parent == (tmp_path / "trials" if trial else tmp_path), name
     with pytest.raises(FileNotFoundError, match=r"^no result tasks.json in .* --artifacts"):
         place("tasks")
+
+
+def test_update_is_refused_for_a_trial_of_a_lengthy_figure(monkeypatch, tmp_path, capsys):
+    """The options were dropped, and the saved result of another task was drawn."""
+    made = {}
+
+    def make(name, place, *_):
+        made[name] = place.config
+        return {"figure": name, "headline": {}, "privacy": "", "ran on": "", "files": []}
+
+    monkeypatch.setattr(figure_command, "_make", make)
+    places = "--output", tmp_path / "f", "--artifacts", PAPER
+    lengthy = "--only", "steps_sst2"
+    for words in (("--task", "cola"), ("--scale", "small"), ("--task", "cola", "--device", "cuda")):
+        words = *lengthy, *words, "--update", *places
+        status, _, error = run_command(capsys, figure_command.app, *words)
+        said = " ".join(error.split())
+        assert status == 2 and "the small scale of steps_sst2" in said and "--scale full" in said
+        assert "leave --update out" in said and not made
+    run_command(capsys, figure_command.app, *lengthy, *places)
+    assert made.pop("steps_sst2") is None  # the saved result is drawn
+    words = *lengthy, "--scale", "full", "--update", *places
+    assert run_command(capsys, figure_command.app, *words)[0] == 0
+    assert made.pop("steps_sst2") == figures.config_of("steps_sst2", "full")
+    # without names, --update replaces the results of the small scale, and draws the others
+    assert run_command(capsys, figure_command.app, "--update", *places)[0] == 0
+    assert made["steps_sst2"] is None and made["spectra"] is not None
 
 
 def test_only_takes_commas_and_may_be_repeated(monkeypatch, tmp_path, capsys):

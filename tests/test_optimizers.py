@@ -110,7 +110,11 @@ def test_a_rate_that_is_assigned_reaches_both_kinds():
     for correct in (False, True):
         weights = parameters()
         optimizer = Muon(
-            weights[:2], weights[2:], lr=0.1, bias_correction=correct, mean_noise_std=0.1
+            weights[:2],
+            weights[2:],
+            lr=0.1,
+            bias_correction=correct,
+            mean_noise_std=0.1 if correct else None,
         )
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -292,7 +296,14 @@ def test_bad_arguments():
         ("momentum must be", lambda: Muon(weights[:2], momentum=1.0)),
         ("mean_noise_std must be", lambda: Muon(weights[:2], bias_correction=True)),
         ("mean_noise_std must be", lambda: Muon([], weights, bias_correction=True)),
-        ("mean_noise_std must be", lambda: Muon(weights[:2], mean_noise_std=-1.0)),
+        (
+            "mean_noise_std must be left out without bias_correction",
+            lambda: Muon(weights[:2], mean_noise_std=0.1),
+        ),
+        (
+            "mean_noise_std must be a finite number >= 0",
+            lambda: Muon(weights[:2], bias_correction=True, mean_noise_std=-1.0),
+        ),
         ("bias_correction must be", lambda: Muon(weights[:2], bias_correction="False")),
         ("matrices must be parameters with two axes", lambda: Muon(weights)),
         ("matrices must be an iterable of param.*'dict'", lambda: Muon([{"params": weights[:2]}])),

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from lowrank_dp import artifacts
+from lowrank_dp.commands import plan as command
 from lowrank_dp.data import encode, load_task, micro_batches
 from lowrank_dp.experiments import gap, gap_configs, plan_check, plan_gap
 from lowrank_dp.mechanism import NO_RECORDS, NON_PRIVATE, GaussianMechanism
@@ -21,7 +23,7 @@ from lowrank_dp.plan.curvature import StepGain, slope_and_curvatures
 from lowrank_dp.plan.making import SCHEMES
 from lowrank_dp.plan.public_text import load_public_text
 from lowrank_dp.plan.request import Measurement
-from lowrank_dp.plan.trials import best_rate, measure_gap, steps_ratio
+from lowrank_dp.plan.trials import Gap, Trial, best_rate, measure_gap, steps_ratio
 from lowrank_dp.plots.plan_gap import plot_plan_gap
 from lowrank_dp.restore import restore
 from lowrank_dp.train import TrainConfig
@@ -386,6 +388,25 @@ def test_plan_command_prints_within_80_columns_and_refuses_bad_input(capsys, mon
     assert_refused(call(*words, *short, "--dropout"), "dropout", "not predicted")
     other = ["--optimizer", "muon", "--trial-steps", "2"]
     assert_refused(call(*words, *short, *other), "sgd, adam or adamw", "trial_steps")
+
+
+def test_a_best_rate_at_the_end_of_its_grid_is_said(capsys, plan):
+    """A better rate may lie beyond the end, so the ratio does not compare tuned trainings."""
+    scores = (1.0, 0.5, 0.1)
+    grids = (("noise", 0.03, (0.003, 0.01, 0.03)), ("low", 1.0, (1.0, 3.0)), ("in", 3.0, (1, 3, 9)))
+    trials = tuple(Trial(name, rate, rates, scores) for name, rate, rates in grids)
+    command._print_gap(Console(width=200), Gap(trials, 1.0, None), "public text")
+    said = [line for line in capsys.readouterr().out.splitlines() if "end of its grid" in line]
+    assert said == [
+        f"{name}: best rate at the end of its grid {ends}: the ratio may be off"
+        for name, ends in (("noise", "0.003 to 0.03"), ("low", "1 to 3"))
+    ]
+    document = json.loads(json.dumps(command._derived(plan)))
+    assert document["rate_is_inside"] == {
+        trial.name: sorted(trial.rates).index(trial.rate) not in (0, len(trial.rates) - 1)
+        for trial in plan.gap.trials
+    }
+    assert command._derived(replace(plan, gap=None))["rate_is_inside"] is None
 
 
 def test_a_plan_states_what_weakens_the_claim_of_the_run():

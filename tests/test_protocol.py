@@ -161,10 +161,11 @@ def scored(function, seeds=2):
     st.floats(0.1, 5),
     st.one_of(st.none(), st.floats(-3, 3)),
     st.booleans(),
+    st.sets(st.just("arm")),
 )
 @settings(max_examples=300, deadline=None)
 def test_the_best_rate_is_inside_its_grid_or_the_failure_says_so(
-    start, peak, width, diverges, higher
+    start, peak, width, diverges, higher, known
 ):
     """Scores have one maximum over the logarithm of the rate; some rates may diverge."""
     limit = math.inf if diverges is None else peak + diverges
@@ -177,8 +178,9 @@ def test_the_best_rate_is_inside_its_grid_or_the_failure_says_so(
         return sign * (math.exp(-(((place - peak) / width) ** 2)) + 0.01 * seed)
 
     measure, asked = scored(score)
-    found = tune({"arm": 10**start}, measure, higher_is_better=higher)["arm"]
+    found = tune({"arm": 10**start}, measure, known=known, higher_is_better=higher)["arm"]
     assert len(asked) == len({*asked}) == len(found.rates), "a rate is asked for once"
+    assert (3 if known else 5) <= len(found.rates) <= 11
     assert list(found.rates) == sorted(found.rates)
     means = [
         -math.inf if math.isnan(mean) else sign * mean
@@ -203,9 +205,11 @@ def test_the_best_rate_is_inside_its_grid_or_the_failure_says_so(
 @settings(max_examples=200, deadline=None)
 def test_any_scores_end_in_a_rate_or_a_failure(values):
     """Scores follow no function of the rate, only the order in which rates are asked for."""
-    queue = iter([*values * 20])
-    found = tune({"arm": 1.0}, lambda asked: [[next(queue)] for _ in asked])["arm"]
-    assert found.is_inside == (found.chosen is not None) == (not found.failure)
+    for known in ((), ("arm",)):
+        queue = iter([*values * 20])
+        measured = tune({"arm": 1.0}, lambda asked: [[next(queue)] for _ in asked], known=known)  # noqa: B023
+        found = measured["arm"]
+        assert found.is_inside == (found.chosen is not None) == (not found.failure)
 
 
 def test_a_grid_by_hand():
@@ -217,6 +221,22 @@ def test_a_grid_by_hand():
     assert found.means[4] == found.mean_at(found.rates[4]) == pytest.approx(-0.1)
     with pytest.raises(ValueError, match="rate must be in the grid"):
         found.mean_at(2 * found.rates[-1])
+
+
+def test_a_grid_that_begins_at_a_known_rate():
+    """Three rates are enough where the known rate is the best; else the grid grows as any other."""
+    for peak, asked_for, best in (
+        (0.05, [0.562, 1.0, 1.78], 1.0),
+        (0.3, [0.562, 1.0, 1.78, 5.62, 3.16], 1.78),
+        (-0.6, [0.562, 1.0, 1.78, 0.178, 0.0562, 0.1, 0.316], 0.316),
+    ):
+        measure, asked = scored(lambda arm, rate, seed, p=peak: -abs(math.log10(rate) - p))
+        found = tune({"a": 1.0}, measure, known=["a"])["a"]
+        with case(peak):
+            assert found.is_inside and (found.chosen, [rate for _, rate in asked]) == (
+                best,
+                asked_for,
+            )
 
 
 def test_a_rate_at_which_one_seed_stops_is_not_chosen():

@@ -359,6 +359,35 @@ def test_false_spike_rate(method):
         assert report.edge == pytest.approx(NoiseModel(tuple(noise.shape), 1.0).edge)
 
 
+def test_false_spike_rate_reaches_targets_that_extend_below_the_edge():
+    """A value between the edge 28.28 and the level of 1e-6, 29.82, has no part in the target."""
+    s = np.concatenate([[80.0, 50.0, 29.05], np.linspace(28.0, 0.1, 197)])
+    index, public = np.arange(1, 201), np.linspace(1.0, 0.1, 200)
+    u, v = (torch.linalg.qr(torch.randn(200, 200, generator=generator(i)))[0] for i in (0, 1))
+    noisy = (u * torch.from_numpy(s).float()) @ v.T
+    for rate, visible in ((None, s[:3]), (1e-6, s[:2])):
+        y = visible / math.sqrt(200)
+        theta = math.sqrt(200) * (y + np.sqrt(y**2 - 4)) / 2  # y = theta + 1 / theta if m = n
+        count = len(theta)
+        power_law = np.polyfit(np.log(index[:count]), np.log(theta), 1)
+        exponential = np.polyfit(index[:count], np.log(theta), 1)
+        for target, goal in (
+            ("rmt", np.pad(theta, (0, 200 - count))),
+            ("power-law", np.exp(np.polyval(power_law, np.log(index)))),
+            ("exponential", np.exp(np.polyval(exponential, index))),
+            (torch.from_numpy(public), public * np.linalg.norm(theta) / np.linalg.norm(public)),
+        ):
+            options = {"alpha": 0.8, "target": target, "false_spike_rate": rate}
+            found = restored_values(torch.from_numpy(s), (200, 200), 1.0, "partial", **options)
+            np.testing.assert_allclose(found, 0.2 * s + 0.8 * goal, rtol=1e-6)
+            restored = u.T @ restore(noisy, 1.0, "partial", method="exact", **options) @ v
+            np.testing.assert_allclose(restored.diagonal(), found, rtol=2e-3)
+            large = restored_values(
+                torch.from_numpy(s) * 1e15, (200, 200), 1e15, "partial", **options
+            )
+            np.testing.assert_allclose(large / 1e15, found, rtol=1e-6)
+
+
 def test_pure_noise():
     for shape in ((40, 60), (200, 500), (500, 200)):
         noise = torch.randn(shape, generator=generator(1))
@@ -763,6 +792,18 @@ def test_bad_arguments():
         ({"below": "kep"}, "^below must .*'keep'"),
         ({"false_spike_rate": 0}, "^false_spike_rate must"),
         ({"false_spike_rate": 2}, "^false_spike_rate must"),
+        *(
+            (
+                {"scheme": scheme, "false_spike_rate": 0.01, **options},
+                f"^false_spike_rate must be left out for scheme '{scheme}'",
+            )
+            for scheme, options in (
+                ("none", {}),
+                ("truncate", {"k": 1}),
+                ("power", {}),
+                ("oracle", {"values": torch.ones(4)}),
+            )
+        ),
         ({"los": "frobenius"}, "^option of scheme 'optimal' must .*did you mean 'loss'"),
         ({"scheme": "denoise", "norm": torch.ones(1)}, "^option of scheme 'denoise' must"),
         ({"loss": "frobenious"}, "^loss must .*'frobenius'"),

@@ -63,6 +63,9 @@ def _derived(plan: Plan) -> dict[str, Any]:
             for point in plan.points
         ],
         "saved": plan.gap.saved if plan.gap else None,
+        "rate_is_inside": {trial.name: trial.is_inside for trial in plan.gap.trials}
+        if plan.gap
+        else None,
     }
 
 
@@ -189,6 +192,13 @@ def _print_gap(console: Console, gap: Gap, text: str) -> None:
             for trial in gap.trials
         ],
     )
+    for trial in gap.trials:
+        if not trial.is_inside:
+            say(
+                console,
+                f"{trial.name}: best rate at the end of its grid {min(trial.rates):.3g} to "
+                f"{max(trial.rates):.3g}: the ratio may be off",
+            )
     if gap.adaptivity is not None:
         say(
             console,

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
-from lowrank_dp.evaluation import HIGHER_IS_BETTER
+from lowrank_dp.data import TASKS, Columns, Task, load_task, subset
+from lowrank_dp.data.tasks import known_name
 from lowrank_dp.experiments.tuning import Tuned
+from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig
+from lowrank_dp.train.records import check_room, token_limit
 
 FOLDER = Path("runs") / "steps"  # folder of all sweeps; `gap` and `steps_*` share plain runs
 
@@ -109,7 +112,8 @@ def base_config(**fields: Any) -> TrainConfig:
     """Return the configuration that the arms of an experiment share: DP-Adam, scored every step.
 
     ``eval_examples`` should be at least the size of the validation split, and not much larger: at
-    the end of a run, the loss is also computed on this number of training examples.
+    the end of a run, the loss is also computed on this number of training examples. A smaller
+    number scores a part of the split, which is the same for every seed.
     """
     return TrainConfig(**{"delta": 1e-5, "eval_every": 1, "generate": False, **fields})
 
@@ -135,7 +139,7 @@ class Protocol:
         tuning_seeds: seeds of the tuning runs; two or more, none of them reported.
         tuning_holdout: expected number of held-out training units, on which learning rates are
             chosen.
-        score: metric of the curves, a name in ``evaluation.HIGHER_IS_BETTER``.
+        score: metric of the curves, one of :func:`metrics_of_every_step`.
         num_workers: number of concurrent runs; None means one per CPU core, and 4 on a GPU.
     """
 
@@ -146,10 +150,56 @@ class Protocol:
     num_workers: int | None = None
 
 
+def metrics_of_every_step(base: TrainConfig) -> tuple[str, ...]:
+    """Return the metrics that a run on the task of ``base`` has after every step.
+
+    BLEU and ROUGE-L are left out, since they exist after the last step only. The data of a named
+    benchmark are not loaded. Raises ValueError as ``data.load_task`` does.
+    """
+    task = TASKS.get(known_name(base.task) or "") or _task(base)
+    return ("loss", "perplexity") if task.kind == "generation" else ("loss", *task.metrics)
+
+
+def scored_on(base: TrainConfig) -> str:
+    """Describe the examples that every reported run is scored on; they are the same in all runs.
+
+    Raises ValueError as ``data.load_task`` does.
+    """
+    task = _task(base)
+    everything = task.validation
+    scored = subset(everything, base.eval_examples, "0/validation")  # as evaluation.evaluate does
+    part = f"{len(scored):,} of" if len(scored) < len(everything) else "all"
+    words = f"scored on {part} {len(everything):,} evaluation examples"
+    if task.kind != "generation":
+        return words
+    return f"{words} from {len({example.text for example in scored}):,} sources"
+
+
+def check_texts(base: TrainConfig) -> None:
+    """Raise ValueError if a reported run can't generate texts, which no tuning run would notice.
+
+    The model is loaded, since the model alone states its context, if ``base`` generates texts.
+    """
+    task = _task(base) if base.generate else None
+    if task is not None and task.kind == "generation":
+        _, tokenizer = load_model(base.model, task=task)
+        check_room(base, task, tokenizer, token_limit(base, task, tokenizer))
+
+
+def _task(base: TrainConfig) -> Task:
+    """Load the task of the reported runs."""
+    return load_task(
+        base.task,
+        max_examples=base.max_examples,
+        seed=base.data_seed,
+        columns=Columns.of(base),
+        warn=False,
+    )
+
+
 def check_runs(base: TrainConfig, protocol: Protocol) -> None:
     """Raise ValueError for runs that the protocol does not allow."""
     num_seeds, tuning_seeds = protocol.num_seeds, protocol.tuning_seeds
-    _validate.choice("score", protocol.score, HIGHER_IS_BETTER)
     _validate.integer("num_seeds", num_seeds, low=2)
     _validate.integer("tuning_holdout", protocol.tuning_holdout)
     if len({*tuning_seeds}) < 2 or len({*tuning_seeds}) < len(tuning_seeds):
@@ -161,6 +211,12 @@ def check_runs(base: TrainConfig, protocol: Protocol) -> None:
     if base.eval_every != 1:
         raise ValueError(f"eval_every must be 1: every step is scored, got {base.eval_every}")
     _validate.integer("steps", base.steps, low=2)
+    metrics = metrics_of_every_step(base)
+    if protocol.score not in metrics:
+        raise ValueError(
+            f"score must be a metric of {base.task} at every step ({', '.join(metrics)}), got "
+            f"{protocol.score!r}{_validate.did_you_mean(protocol.score, metrics)}"
+        )
 
 
 def wanted_runs(

@@ -31,6 +31,8 @@ from lowrank_dp.experiments.arms import (
     FOLDER,
     arm_config,
     check_runs,
+    check_texts,
+    scored_on,
     wanted_runs,
 )
 from lowrank_dp.experiments.cost import measure_cost
@@ -126,7 +128,11 @@ def setting_config(
 
 
 def plan(config: Config) -> str:
-    """Describe the work of :func:`run`, with the hours on this machine, from measured steps."""
+    """Describe the work of :func:`run`, with the hours on this machine, from measured steps.
+
+    Raises ValueError for a config that cannot be run.
+    """
+    check(config)
     number = len(config.epsilons) * len(BASELINES) + len(CEILINGS)
     runs = tuning.TYPICAL_RATES * len(config.tuning_seeds) + config.num_seeds
     hours, words = 0.0, []
@@ -136,7 +142,8 @@ def plan(config: Config) -> str:
         setting = Setting(part, size, BASELINES[0], config.epsilons[0])
         one = setting_config(config, setting, 1e-6, 0)
         cost = measure_cost(one, FOLDER, config.num_workers)
-        needed = cost.hours(number * runs, config.base.steps) / workers
+        reported = number * config.num_seeds
+        needed = cost.hours(number * runs, config.base.steps, reported) / workers
         hours += needed
         words.append(
             f"{part}, B = {size}: {cost.step:.2f} s a step, {cost.evaluation:.2f} s an evaluation, "
@@ -149,14 +156,20 @@ def plan(config: Config) -> str:
     )
 
 
+def check(config: Config) -> None:
+    """Raise ValueError for a config that cannot be run."""
+    for part in config.parts:
+        _validate.choice("part", part, PARTS)
+    check_runs(config.base, config)
+    check_texts(config.base)
+
+
 def run(config: Config, folder: str | Path = FOLDER) -> Result:
     """Tune and train every setting; a run that is finished in ``folder`` is not repeated.
 
     Raises ValueError for a config that cannot be run, or if every run failed.
     """
-    for part in config.parts:
-        _validate.choice("part", part, PARTS)
-    check_runs(config.base, config)
+    check(config)
     by_name = {setting.name: setting for setting in settings(config)}
 
     def config_of(name: str, learning_rate: float, seed: int, holdout: int = 0) -> TrainConfig:
@@ -193,7 +206,7 @@ def _collect(
         config=config,
         privacy=f"{NON_PRIVATE}: the noise-free runs; the others are (epsilon, "
         f"{rounded_up(done[0].delta, 6)})-DP at the epsilon of their setting, with seeded noise",
-        description=done[0].description,
+        description=f"{done[0].description}; {scored_on(config.base)}",
         criterion=tuning.criterion(config.score),
         failures=tuple(failures),
         tuned=tuple(tuned.values()),

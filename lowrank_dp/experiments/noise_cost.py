@@ -58,7 +58,8 @@ CAPTION = (
     "relative to the curvature along the clean sum. (c) Fall of the loss that the quadratic model "
     "predicts, (g'd)^2 / (2 d'Hd), against the fall that the line search finds; a point for each "
     "direction, stage, warm-up and draw. (d) As (a), with the direction restricted to one matrix, "
-    "added up over the measured matrices. The last column leaves out the settings that have no "
+    "added up over the measured matrices. Factors below 0.01 count as 0.01; in the cells ≤ 0.01, "
+    "every warm-up is below. The last column leaves out the settings and stages that have no "
     "quadratic model in some warm-up. NON-PRIVATE: computed from clean gradients and losses "
     "without noise."
 )
@@ -287,7 +288,7 @@ def _measure(
     clean = source.clean_sum(source.sample(case.batch_size, generator))
     std = config.noise_multiplier * source.config.max_grad_norm
     loud_std = config.loud_multiplier * source.config.max_grad_norm
-    layers = spread_layers(clean, case.num_layers)
+    layers = spread_layers(source.model, clean, case.num_layers)
     clip = source.config.max_grad_norm
     sums, _ = clipped_sum_over(source.model, large.batches, clip)
     gradient = {name: sums[name] / large.num_rows for name in source.matrices}

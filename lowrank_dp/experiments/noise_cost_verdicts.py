@@ -41,6 +41,16 @@ def _mean(values: Array) -> Array:
     return np.nansum(values, axis=-1) / np.where(count > 0, count, np.nan)
 
 
+def _over_settings(values: Array) -> Array:
+    """Return the means over stages of each case and warm-up (K * W,), from values (K, 3, W).
+
+    A stage of a case with NaN in some warm-up is left out in every warm-up, so that the means of a
+    case cover the same stages. If no stage of a case is left, its means are NaN.
+    """
+    whole = np.where(np.isnan(values).any(-1, keepdims=True), np.nan, values)
+    return _mean(whole.swapaxes(1, 2)).ravel()
+
+
 def usable_gain(gain: Array, slope: Array, curvature: Array) -> Array:
     """Return the gains (...), with NaN where the quadratic model does not hold.
 
@@ -113,7 +123,7 @@ class Judgement:
     verdict: str
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g}): {self.verdict}"
+        return f"{_with_ends(self.mean, self.low, self.high)}: {self.verdict}"
 
 
 def _factor(one: str, other: str) -> Callable[[Result], Array]:
@@ -236,11 +246,12 @@ def verdicts(result: Result, prediction: Prediction) -> tuple[list[list[Judgemen
     """Judge a prediction for each case and stage (K, 3), and for all cases and stages together.
 
     The joint judgement takes the mean over stages of each case and warm-up as one value, because
-    the stages of a warm-up are not independent.
+    the stages of a warm-up are not independent. A stage of a case with NaN in some warm-up is left
+    out.
     """
     values = prediction.quantity(result)
     each = [[judge(stage, prediction) for stage in case] for case in values]
-    return each, judge(_mean(values.swapaxes(1, 2)).ravel(), prediction)
+    return each, judge(_over_settings(values), prediction)
 
 
 def headline(result: Result) -> Mapping[str, str]:
@@ -298,13 +309,20 @@ def _row(name: str, values: Array, form: str) -> list[str]:
 
 def _interval_row(name: str, logs: Array) -> list[str]:
     """Format factors with intervals, from logs (K, 3, W)."""
-    cells = [_with_ends(stage) for case in logs for stage in case]
-    return [name, *cells, _with_ends(_mean(logs.swapaxes(1, 2)).ravel())]
+    cells = [_interval_cell(stage) for case in logs for stage in case]
+    return [name, *cells, _interval_cell(_over_settings(logs))]
 
 
-def _with_ends(logs: Array) -> str:
+def _interval_cell(logs: Array) -> str:
     mean, half = mean_and_interval(logs)
     if np.isnan(mean):
         return "no quadratic model in some warm-up"
-    middle, low, high = np.exp([mean, mean - half, mean + half])
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    return _with_ends(*np.exp([mean, mean - half, mean + half]))
+
+
+def _with_ends(mean: float, low: float, high: float) -> str:
+    """Format a mean and its interval; a factor that every warm-up clips is a bound."""
+    for sign, bound in (("≤", 1 / LIMIT), ("≥", LIMIT)):
+        if np.allclose([low, high], bound, rtol=1e-9, atol=0):
+            return f"{sign} {bound:g}"
+    return f"{mean:.3g} ({low:.3g} to {high:.3g})"

@@ -98,19 +98,27 @@ class Result:
 
 
 def plan(config: Config) -> str:
-    """Describe the work of :func:`run`."""
+    """Describe the work of :func:`run`; raise ValueError for a config that cannot be run."""
+    check(config)
     plans = (len(config.public) + config.own_records) * len(config.seeds)
     gaps = "; ".join(map(gap.plan, config.gaps))
     return f"{gaps}; then {plans} plans of each setting for DP-Adam"
 
 
+def check(config: Config) -> None:
+    """Raise ValueError if ``trial_steps`` is 0, or for a gap that cannot be measured."""
+    _validate.integer("trial_steps", config.trial_steps)
+    for one in config.gaps:
+        gap.check(one)
+
+
 def run(config: Config) -> Result:
     """Measure the gaps, or read them from finished runs, and predict each gap by plans.
 
-    Raises ValueError if ``trial_steps`` is 0, if no setting has a measured ratio, and as
+    Raises ValueError as :func:`check` does, if no setting has a measured ratio, and as
     :func:`lowrank_dp.experiments.gap.run` and :func:`lowrank_dp.plan.make_plan` do.
     """
-    _validate.integer("trial_steps", config.trial_steps)
+    check(config)
     return compare(config, [gap.run(one) for one in config.gaps])
 
 

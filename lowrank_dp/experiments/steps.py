@@ -28,6 +28,8 @@ from lowrank_dp.experiments.arms import (
     PLAIN,
     arm_config,
     check_runs,
+    check_texts,
+    scored_on,
     wanted_runs,
 )
 from lowrank_dp.experiments.cost import measure_cost
@@ -51,8 +53,9 @@ from lowrank_dp.sweep import Outcome
 
 CAPTION = (
     "DP training by arm, each at its own learning rate, which lies inside its grid (tuning seeds "
-    "and held-out training examples that are not reported). A score is that of the validation "
-    "split after every step. A target is a share of the gain of the weaker of tuned DP-Adam and "
+    "and held-out training examples that are not reported). A score is that of held-out "
+    "evaluation examples, the same for every seed, after every step; intervals do not cover the "
+    "choice of these examples. A target is a share of the gain of the weaker of tuned DP-Adam and "
     "tuned DP-SGD, and is reached at the first step whose running median of 3 reaches it. "
     "Differences are paired by seed, with 95% t-intervals; a run that does not reach the target "
     "counts as one step more than it has, which makes a difference a bound, with an open marker: "
@@ -127,18 +130,39 @@ class Result:
 
 
 def plan(config: Config) -> str:
-    """Describe the work of :func:`run`, with the hours on this machine, from one measured step."""
+    """Describe the work of :func:`run`, with the hours on this machine, from one measured step.
+
+    Raises ValueError for a config that cannot be run.
+    """
+    check(config)
     cost = measure_cost(arm_config(config.base, BASELINES[0], 1e-6, 0), FOLDER, config.num_workers)
-    tuning_runs = len(config.arms) * tuning.TYPICAL_RATES * len(config.tuning_seeds)
-    runs = tuning_runs + len(config.arms) * config.num_seeds
+    rates = sum(
+        tuning.TYPICAL_RATES_IF_KNOWN if arm in config.starts else tuning.TYPICAL_RATES
+        for arm in config.arms
+    )
+    tuning_runs = rates * len(config.tuning_seeds)
+    reported = len(config.arms) * config.num_seeds
     workers = workers_of(config.num_workers, config.base.device)
-    hours = cost.hours(runs, config.base.steps) / workers
+    hours = cost.hours(tuning_runs + reported, config.base.steps, reported) / workers
+    texts = f", and the texts of a reported run {cost.generation:.0f} s" if cost.generation else ""
     return (
         f"{len(config.arms)} arms, about {tuning_runs} tuning runs and "
-        f"{runs - tuning_runs} reported runs of {config.base.steps} steps; here a DP-Adam step is "
-        f"{cost.step:.2f} s and an evaluation {cost.evaluation:.2f} s: about {hours:.1f} hours "
-        f"with {workers} runs at a time; finished runs are not repeated"
+        f"{reported} reported runs of {config.base.steps} steps; here a DP-Adam step is "
+        f"{cost.step:.2f} s and an evaluation {cost.evaluation:.2f} s{texts}: about {hours:.1f} "
+        f"hours with {workers} runs at a time; finished runs are not repeated"
     )
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for a config that cannot be run."""
+    for arm in config.arms:
+        _validate.choice("arm", arm, ARMS)
+    if missing := [arm for arm in PLAIN if arm not in config.arms]:
+        raise ValueError(f"arms must include the baselines and the ceilings, got no {missing[0]!r}")
+    if unknown := [arm for arm in config.starts if arm not in config.arms]:
+        raise ValueError(f"starts must name arms of the experiment, got {unknown[0]!r}")
+    check_runs(config.base, config)
+    check_texts(config.base)
 
 
 def run(config: Config, folder: str | Path = FOLDER) -> Result:
@@ -147,13 +171,7 @@ def run(config: Config, folder: str | Path = FOLDER) -> Result:
     Raises ValueError for a config that cannot be run, or if a baseline or a ceiling has no learning
     rate.
     """
-    for arm in config.arms:
-        _validate.choice("arm", arm, ARMS)
-    if missing := [arm for arm in PLAIN if arm not in config.arms]:
-        raise ValueError(f"arms must include the baselines and the ceilings, got no {missing[0]!r}")
-    if unknown := [arm for arm in config.starts if arm not in config.arms]:
-        raise ValueError(f"starts must name arms of the experiment, got {unknown[0]!r}")
-    check_runs(config.base, config)
+    check(config)
     config_of = partial(arm_config, config.base)
     tuned, stopped = tuning.tune_by_sweep(
         {arm: config.start(arm) for arm in config.arms},
@@ -201,7 +219,7 @@ def _collect(
         privacy=privacy_of_arms(statements),
         epsilon=float(done[0].epsilon or np.inf),
         delta=done[0].delta,
-        description=done[0].description,
+        description=f"{done[0].description}; {scored_on(config.base)}",
         criterion=tuning.criterion(config.score),
         arms=config.arms,
         failures=tuple(failures),

@@ -24,8 +24,10 @@ PER_DECADE = 4  # number of places of a grid per decade
 COARSE = 2  # distance, in places, of the rates of the first grid
 MAX_RATIO = 2.0  # largest ratio of the chosen rate and a neighbour in the grid
 MAX_EXTENSIONS = 6  # largest number of extensions of a grid, which span three decades
-# assumed number of rates in an estimate of a sweep's cost; a grid has 5 to 11 rates
+# assumed numbers of rates of a grid in an estimate of a sweep's cost: a grid has 5 to 11 rates, and
+# 3 to 11 if it begins at a good rate of another task
 TYPICAL_RATES = 6
+TYPICAL_RATES_IF_KNOWN = 4
 
 # list of (arm, learning rate) -> scores of each, one per tuning seed; NaN for a run that stopped
 Measure = Callable[[list[tuple[str, float]]], list[Sequence[float]]]

@@ -73,15 +73,22 @@ def place_of(name: str, request: Request) -> Place:
     computed and written to ``folder``.
 
     Raises:
-        ValueError: for an unknown name or scale, and for an option that the experiment of a
-            requested figure does not follow.
+        ValueError: for an unknown name or scale, for an option that the experiment of a requested
+            figure does not follow, and for ``update`` with the small scale of a requested figure
+            whose computation is lengthy.
         FileNotFoundError: if the saved result should be drawn, and no result is saved.
     """
     spec, folder = find(name), request.folder
+    only_drawn = spec.lengthy and request.scale == "small"
     if name in request.only:
         _require_followed(name, spec.options, request.given)
-    asked_trial = name in request.only and request.given - {"only", "scale"}
-    if spec.lengthy and request.scale == "small" and not (asked_trial and not request.update):
+        if only_drawn and request.update:
+            raise ValueError(
+                f"--update must not be given with the small scale of {name}, whose saved result is "
+                "that of the full scale: leave --update out for a trial, or give --scale full"
+            )
+        only_drawn = only_drawn and not request.given - {"only", "scale"}  # else it is a trial
+    if only_drawn:
         if not (folder / f"{name}.json").exists():
             raise FileNotFoundError(
                 f"no result {name}.json in {folder}: name the folder of a checkout's saved results "

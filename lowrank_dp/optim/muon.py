@@ -45,8 +45,9 @@ class Muon(torch.optim.Optimizer):
         bias_correction: whether to correct the orthogonalised matrix for the noise.
         mean_noise_std: standard deviation of the noise on each entry of ``p.grad``, absolute, in
             the units of ``p.grad``, >= 0. For a mean over a batch, this is ``noise_multiplier *
-            max_grad_norm / batch_size``. Required with ``bias_correction``. The matrices' parameter
-            group has an entry ``mean_noise_std``; assign a new value if the noise level changes.
+            max_grad_norm / batch_size``. Required with ``bias_correction``, and refused without.
+            With it, the matrices' parameter group has an entry ``mean_noise_std``; assign a new
+            value if the noise level changes.
 
     Raises:
         ValueError: on a bad argument.
@@ -68,8 +69,10 @@ class Muon(torch.optim.Optimizer):
         _validate.real("weight_decay", weight_decay, low=0)
         for name, beta in (("momentum", momentum), ("beta2", beta2)):
             _validate.real(name, beta, low=0, high=1, high_open=True)
-        if _validate.boolean("bias_correction", bias_correction) or mean_noise_std is not None:
+        if _validate.boolean("bias_correction", bias_correction):
             mean_noise_std = _validate.real(NOISE_LEVEL, mean_noise_std, low=0)
+        elif mean_noise_std is not None:
+            raise ValueError(f"{NOISE_LEVEL} must be left out without bias_correction")
         matrices, others = _tensors("matrices", matrices), _tensors("others", others)
         for matrix in matrices:
             if matrix.ndim != 2:

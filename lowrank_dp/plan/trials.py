@@ -62,6 +62,11 @@ class Trial:
     scores: tuple[float, ...]
 
     @property
+    def is_inside(self) -> bool:
+        """Whether the best rate is not at an end of the grid: a better rate may lie beyond."""
+        return min(self.rates) < self.rate < max(self.rates)
+
+    @property
     def gain(self) -> float:
         """Decrease of the smoothed score over the training, >= 0."""
         return self.scores[0] - _smooth(self.scores)[-1]

@@ -66,7 +66,7 @@ def plot_steps(result: steps.Result, *, axes: Sequence[Axes] | None = None) -> F
         linestyle="--",
         label="target: 90% of the weaker baseline's gain",
     )
-    grid[0, 0].set(xlabel="step", ylabel=f"validation {result.config.score}")
+    grid[0, 0].set(xlabel="step", ylabel=f"{result.config.score}, evaluation examples")
     show_all(grid[0, 0], *limits)
     letter(grid[0, 0], f"a  {result.config.score}, tuned rates")
     _plot_saved(result, grid[0, 1])
@@ -132,6 +132,6 @@ def _plot_grids(result: steps.Result, shown: Sequence[str], axis: Axes) -> None:
     axis.set(
         xscale="log",
         xlabel="learning rate",
-        ylabel=f"mean {result.config.score}, held-out examples",
+        ylabel=f"mean {result.config.score}, held-out training examples",
     )
     letter(axis, "c  grids (tuning seeds)")

@@ -54,7 +54,10 @@ class Plan:
 
         ``norm`` (L,) holds the Frobenius norms of the matrices.
         """
-        extra = {"norm": norm} if self.scheme.reads_norm else {}
+        extra: dict[str, Any] = {"norm": norm} if self.scheme.reads_norm else {}
+        # the scheme itself leaves out values up to the bulk edge
+        if self.scheme.reads_level and self.edge > self.noise.edge:
+            extra["level"] = self.edge
         if self.needs_all_values or not self.scheme.reads_noise_level:
             return self.scheme.new_values(s, self.noise, **self.options, **extra)
         above = s > self.edge
@@ -126,6 +129,11 @@ def check_arguments(
     _validate.choice("below", below, ["keep", "zero"])
     if false_spike_rate is not None:
         check_rate(false_spike_rate)
+        if not SCHEMES[scheme].reads_noise_level:
+            raise ValueError(
+                f"false_spike_rate must be left out for scheme {scheme!r}, which treats no value "
+                "as noise"
+            )
     return SCHEMES[scheme].complete(options, shape)
 
 

@@ -95,7 +95,7 @@ def restore(
         false_spike_rate: None for the asymptotic edge, or the probability, in (0, 1), with which
             pure noise may count as a spike. Values up to the corresponding level are then treated
             as noise, or values up to the asymptotic edge if that is higher (rates above about one
-            in seven).
+            in seven). Only for the schemes in ``EDGE_SCHEMES``.
         options: options of the scheme: hard and soft ``threshold`` ("optimal", "edge"); truncate
             ``k`` (integer >= 1); optimal ``loss`` ("frobenius", "operator", "nuclear"); denoise
             ``kappa`` (>= 0), ``norm_correction`` (bool); partial ``alpha`` (in [0, 1]), ``target``

@@ -97,7 +97,12 @@ def denoise(
 
 
 def partial(
-    s: Tensor, noise: NoiseModel, *, alpha: float = 0.5, target: str | Tensor = "rmt"
+    s: Tensor,
+    noise: NoiseModel,
+    *,
+    alpha: float = 0.5,
+    target: str | Tensor = "rmt",
+    level: float = 0.0,
 ) -> Tensor:
     """Move the values a share ``alpha`` of the way to a target t: ``(1 - alpha) s + alpha t``.
 
@@ -109,8 +114,11 @@ def partial(
       above the edge (at least two values) and extended below the edge;
     - a tensor (min(m, n),): the singular values of a *public* gradient. Only their profile
       matters: they are scaled to the norm of the rmt values.
+
+    ``level`` >= 0, absolute, takes the place of the edge if it is higher: the rmt values are 0 up
+    to it.
     """
-    clean = optimal(s, noise, loss="operator")
+    clean = torch.where(s > level, optimal(s, noise, loss="operator"), 0.0)
     if isinstance(target, Tensor):
         profile = target.to(s) / torch.linalg.vector_norm(target.to(s))
         goal = profile * torch.linalg.vector_norm(clean, dim=-1, keepdim=True)
@@ -168,6 +176,8 @@ class Scheme:
         private: False if the scheme reads clean gradients.
         is_identity: whether the scheme returns every matrix unchanged.
         reads_norm: whether ``new_values`` takes the norm of the noisy matrix as ``norm``.
+        reads_level: whether ``new_values`` takes the level up to which values are noise as
+            ``level``, where this level is above the bulk edge.
         per_matrix: options that hold one row for each matrix, in the units of the matrix.
         bulk_factor: options -> factor that multiplies the values up to the edge.
         activation_factor: options -> multiple of the bulk edge that ``activation_level`` is.
@@ -184,6 +194,7 @@ class Scheme:
     private: bool = True
     is_identity: bool = False
     reads_norm: bool = False
+    reads_level: bool = False
     per_matrix: tuple[str, ...] = ()
     bulk_factor: Callable[[Options], float] = lambda options: 0.0
     activation_factor: Callable[[Options], float] = lambda options: 1.0
@@ -295,6 +306,7 @@ SCHEMES: dict[str, Scheme] = {
             "target": _check_target,
         },
         reads_noise_level=True,
+        reads_level=True,
         bulk_factor=lambda options: 1.0 - options["alpha"],
         needs_all_values=lambda shape, options: _target_reaches_below_edge(options),
     ),

@@ -40,6 +40,7 @@ def make_optimizer(
         )
     if config.optimizer in ("muon", "muon-bc"):
         names = {name for name in matrix_parameters(model) if is_matrix(trained[name])}
+        corrects = config.optimizer == "muon-bc"
         return Muon(
             [p for name, p in trained.items() if name in names],
             [p for name, p in trained.items() if name not in names],
@@ -47,8 +48,8 @@ def make_optimizer(
             momentum=beta1,
             beta2=_BETA2,
             weight_decay=decay,
-            bias_correction=config.optimizer == "muon-bc",
-            mean_noise_std=0.0,
+            bias_correction=corrects,
+            mean_noise_std=0.0 if corrects else None,
         )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(parameters, lr=rate, betas=betas, weight_decay=decay)
