@@ -8,7 +8,8 @@ of three upper bounds:
   sigma / sqrt(T), whose privacy profile is known (Balle & Wang 2018, theorem 8). The value also
   bounds epsilon for every q < 1.
 - *PLD*: the privacy-loss distribution of one step is discretised so that the bound holds at every
-  interval (connect the dots, Doroshenko et al. 2022), and is composed by a Fourier transform.
+  interval (connect the dots, Doroshenko et al. 2022), and is composed by a Fourier transform. It is
+  left out where the transform needs over 2^24 points, as for some runs of 1e8 steps or more.
 - *RDP*: Renyi DP (Mironov, Talwar & Zhang 2019), converted as in Canonne, Kamath & Steinke 2020.
 
 The Fourier transform of the distribution itself has an absolute error near 1e-13, which exceeds a
@@ -37,10 +38,7 @@ INTERVAL = 1e-3  # largest interval of the discretised privacy loss, for an epsi
 _CELLS = 200_000  # number of intervals up to epsilon; the interval grows past epsilon 200
 _ORDERS = np.array(
     [
-        1.02,
-        1.035,
-        1.05,
-        1.075,
+        *(1.02, 1.035, 1.05, 1.075),
         *(1 + x / 10 for x in range(1, 110)),
         *range(12, 64),
         *(64 * 1.18**k for k in range(60)),
@@ -51,6 +49,7 @@ _POINTS = 200_000  # largest number of points of an integral
 _MOST = 1e9  # a larger epsilon is reported as infinite
 _MARGIN = 1 + 1e-9  # factor that covers the rounding error of an exact value
 _ROUNDING = 1e-10  # smallest sum of terms of both signs that is used, relative to the largest term
+_MOST_COMPOSED = 1 << 24  # largest number of composed losses, which take about 2 GB
 _TRUNCATED = 1e-15  # mass of the tilted distribution that may be cut off
 LEAST_DELTA = 1e-200  # a sum of smaller weights would lose its tail in float64
 
@@ -79,7 +78,7 @@ def bound(noise_multiplier: float, sample_rate: float, steps: int, delta: float)
     Args:
         noise_multiplier: sigma, relative to the clip norm; >= 0.
         sample_rate: q in (0, 1].
-        steps: number of steps, >= 0.
+        steps: number of steps, in [0, 2^63 - 1].
         delta: in [LEAST_DELTA, 1).
     """
     found = quick_bound(noise_multiplier, sample_rate, steps, delta)
@@ -325,7 +324,8 @@ def _composed_epsilon(
 ) -> float:
     """Epsilon at ``delta`` of the sum of ``steps`` independent losses of one distribution.
 
-    The first four arguments are a result of :func:`_one_step` and its interval.
+    The first four arguments are a result of :func:`_one_step` and its interval. The result is
+    infinite if the sum takes over ``_MOST_COMPOSED`` values: their number grows with ``steps``.
     """
     lost = -math.expm1(steps * math.log1p(-infinite))
     if lost >= delta:
@@ -338,6 +338,8 @@ def _composed_epsilon(
     tilted = np.exp(log_tilted - log_mass)
     with np.errstate(over="ignore"):  # orders that overflow are never the best
         lower, upper = common.compute_self_convolve_bounds(tilted, steps, _TRUNCATED)
+    if upper - lower >= _MOST_COMPOSED:
+        return math.inf
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
     composed = np.roll(fft.irfft(fft.rfft(tilted, size) ** steps, size), -lower)[
         : upper - lower + 1
@@ -363,14 +365,9 @@ def _tilt(log_one: np.ndarray, interval: float, lowest: int, steps: int, delta: 
         theta = math.exp(log_theta)
         return (steps * _log_sum(log_one + theta * losses) - math.log(delta)) / theta
 
-    return math.exp(
-        optimize.minimize_scalar(
-            chernoff,
-            bounds=(math.log(1e-3), math.log(1e9)),
-            method="bounded",
-            options={"xatol": 0.02},
-        ).x
-    )
+    ends, options = (math.log(1e-3), math.log(1e9)), {"xatol": 0.02}
+    found = optimize.minimize_scalar(chernoff, bounds=ends, method="bounded", options=options)
+    return math.exp(found.x)
 
 
 def _crossing(losses: np.ndarray, weights: np.ndarray, goal: float, interval: float) -> float:

@@ -42,6 +42,7 @@ _ACCOUNTANTS = ("pld", "rdp")
 _CHUNK = 1 << 15  # entries drawn at once
 _GRID = 2.0**-24  # upper end of a release's rounding grid, in standard deviations of its noise
 _LEAST_NOISE, _MOST_NOISE = 1e-5, 1e9  # noise multipliers that calibration considers
+_MOST_STEPS = 2**63 - 1  # the largest integer that numpy and torch take
 _LEAST_STD, _MOST_STD = 1e-30, 1e30  # standard deviations that float32 holds with a margin
 
 
@@ -169,7 +170,7 @@ class GaussianMechanism:
         """Upper bound on epsilon after ``steps`` adaptive steps; infinite without noise.
 
         Args:
-            steps: number of releases, >= 0; a step with an empty sample counts.
+            steps: number of releases, in [0, 2^63 - 1]; a step with an empty sample counts.
             delta: in [1e-200, 1). Delta should be below 1 / N for N units of privacy. This class
                 does not know N; ``train`` warns if delta is larger.
             accountant: "pld" (default) is the smallest bound of :mod:`lowrank_dp.accounting`; the
@@ -184,7 +185,7 @@ class GaussianMechanism:
         return found.rdp if accountant == "rdp" else found.epsilon
 
     def _bound(self, steps: int, delta: float) -> accounting.Bound:
-        steps = _validate.integer("steps", steps, low=0)
+        steps = _validate.integer("steps", steps, low=0, high=_MOST_STEPS)
         delta = _delta(delta)
         return accounting.bound(float(self.noise_multiplier), float(self.sample_rate), steps, delta)
 
@@ -205,7 +206,7 @@ class GaussianMechanism:
         Args:
             epsilon: target, > 0. :meth:`epsilon` of the result never exceeds the target.
             delta: target, in [1e-200, 1); see :meth:`epsilon`.
-            steps: number of releases, >= 1.
+            steps: number of releases, in [1, 2^63 - 1].
             sample_rate: q in (0, 1].
             max_grad_norm: C > 0.
             unit: unit of privacy, "example" or "group".
@@ -218,7 +219,7 @@ class GaussianMechanism:
         """
         epsilon = _validate.positive("epsilon", epsilon)
         delta = _delta(delta)
-        steps = _validate.integer("steps", steps)
+        steps = _validate.integer("steps", steps, high=_MOST_STEPS)
         tolerance = _validate.real("tolerance", tolerance, low=1e-9, high=1)
         probe = cls(1.0, max_grad_norm, sample_rate, unit)  # checks the other arguments
         setting = (float(probe.sample_rate), steps, delta)

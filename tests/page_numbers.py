@@ -199,7 +199,10 @@ DEFINITIONS = {
     },
     "docs/cite.md": {"years": "2012 2014 2017"},
     "docs/concepts/glossary.md": {"AUC of chance": "0.5", "year": "2007"},
-    "docs/concepts/privacy.md": {"exponent of the default delta": "1.1"},
+    "docs/concepts/privacy.md": {
+        "exponent of the default delta": "1.1",
+        "points, 2^24, and steps beyond which PLD is left out": "24 1e8",
+    },
     "docs/concepts/threat-model.md": {
         "FALSE_ALARMS of train's checks": "5e-7",
         "bits of a seed": "63",
@@ -230,6 +233,7 @@ DEFINITIONS = {
     "docs/how-to/gpu.md": {"version of torch": "2.11", "rows, and tokens of a row": "256 64"},
     "docs/how-to/opacus.md": {"momentum of SGD": "0.9"},
     "docs/how-to/own-checkpoint.md": {
+        "version of Llama": "3.1",
         "least size of --population": "100",
         "an example of --shadows": "16",
         "level of the guards": "99%",

@@ -287,7 +287,8 @@ def test_bad_input():
     }
     calls = [(partial(mechanism, **{f: v}), f) for f, values in fields.items() for v in values]
     calls += [
-        (partial(mechanism().epsilon, v, 1e-5), "steps") for v in (-1, 1.5, "3", math.inf, True)
+        (partial(mechanism().epsilon, v, 1e-5), "steps")
+        for v in (-1, 1.5, "3", math.inf, True, 2**63, 10**400)
     ]
     calls += [(partial(mechanism().epsilon, 5, v), "delta") for v in (0, 1, 1e-201, math.nan, "x")]
     for state in (mechanism().statement, mechanism(noise_multiplier=0).statement):
@@ -309,7 +310,7 @@ def test_bad_input():
         ),
         (partial(mechanism().epsilon, 5, 1e-5, accountant="PLD"), "accountant"),
         (partial(calibrate, 1, 2, 5, 0.1), "delta"),
-        (partial(calibrate, 1, 1e-5, 0, 0.1), "steps"),
+        *((partial(calibrate, 1, 1e-5, v, 0.1), "steps") for v in (0, 2**63, 10**400)),
         (partial(calibrate, 1, 1e-5, 5, 0), "sample_rate"),
         (partial(calibrate, 1, 1e-5, 5, 0.1, -1), "max_grad_norm"),
         *((partial(calibrate, 1, 1e-5, 5, 0.1, tolerance=v), "tolerance") for v in (0, 1e-15, 5e3)),

@@ -1043,6 +1043,35 @@ def test_a_report_of_two_bounds_says_their_confidence(checkpoints, tmp_path):
     )
 
 
+def test_methods_are_configurations_without_what_leaves_the_weights_alone():
+    first = TrainConfig(task="sst2", epsilon=3.0, membership="bernoulli")
+    same = {"steps": 7, "seed": 3, "eval_every": 5, "device": "cuda", "micro_batch_size": 8}
+    others = (
+        {"optimizer": "sgd", "learning_rate": 0.5},
+        {"precondition": "generated"},
+        {"max_grad_norm": 0.01},
+        {"train_layers": 1},
+        {"model": "tiny"},
+        {"batch_size": 16},
+        {"epsilon": 3.0000001},
+        {"epsilon": 8.0},
+        {"method": "lora"},
+    )
+    for changes in others:
+        with case(*changes):
+            configs = [first, replace(first, **same), replace(first, **changes)]
+            one, again, other = compare.method_names(configs)
+            assert one == again != other
+            differing = [name for name in changes if f"{name}={changes[name]!r}" in other]
+            in_words = changes in ({"epsilon": 8.0}, {"method": "lora"})
+            assert differing == ([] if in_words else [*changes]), other
+    every = compare.method_names([replace(first, **changes) for changes in ({}, *others)])
+    assert len({*every}) == 1 + len(others)
+    assert compare.method_names([first]) == ["full, DP, epsilon 3"]
+    sgd = compare.method_names([first, replace(first, optimizer="sgd")])
+    assert sgd == ["full, DP, epsilon 3, optimizer='adam'", "full, DP, epsilon 3, optimizer='sgd'"]
+
+
 def test_matched_reads_off_where_all_methods_have_been():
     def point(method, loss, auc):
         return compare.Point("", method, 1, loss, 1 - loss, metrics.Auc(auc, 0.0, (auc, auc)))
@@ -1269,6 +1298,29 @@ def test_the_manifests_own_encoding_wins(checkpoints, tmp_path, capsys):
     path.write_text(path.read_text().replace('"separator": "\\n"', '"separator": " = "'))
     code, _, err = run(capsys, "--model", tmp_path / "other")
     assert code == 2 and "template must be {'separator'" in err
+
+
+def test_a_run_without_its_manifest_keeps_its_length(checkpoints, tmp_path):
+    """The manifest, which training wrote, says what the length of the published run was."""
+    own = open_target(checkpoints / "short", Options())
+    for name, bit in (("in", True), ("out", False)):
+        pairs = zip(own.records.examples, own.records.is_member, strict=True)
+        rows = [{"text": e.text, "label": e.label} for e, inside in pairs if inside == bit]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    folder = tmp_path / "published"
+    shutil.copytree(checkpoints / "short", folder)
+    (folder / "membership.json").unlink()
+    given = Options(members=str(tmp_path / "in.jsonl"), nonmembers=str(tmp_path / "out.jsonl"))
+
+    found = open_target(folder, given)
+    assert found.max_length == own.max_length == 128 and found.pad_to is None
+    assert open_target(folder, replace(given, max_length=7)).max_length == 7
+    path = folder / "training.json"
+    path.write_text(path.read_text().replace('"padding": "longest"', '"padding": "max-length"'))
+    assert open_target(folder, given).pad_to == 128
+    path = folder / "tokenizer_config.json"  # the context of the model that was saved
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 100}))
+    assert open_target(folder, given).pad_to == 100
 
 
 def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys):

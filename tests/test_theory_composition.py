@@ -1,10 +1,12 @@
 """Composed epsilon of vector queries, and theorem 1 of Hu et al., against the exact law."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
 from lowrank_dp import theory
 from lowrank_dp.theory import composition
@@ -123,6 +125,24 @@ def test_one_step_is_the_inverse_of_the_profile():
             assert max(deltas) == pytest.approx(1e-4, rel=1e-6)
 
 
+def test_the_smallest_accepted_delta_of_one_step_is_met():
+    """By scipy's quadrature over q . y, whose law is Student's, with |y|^2 chi-squared given it."""
+    rank, n, angle = 16, 768, 0.01
+    epsilon = theory.projection_epsilon(1e-8, rank, n, angle=angle)
+    law, student = stats.chi2(rank + n - 1), stats.t(rank)
+
+    def excess(t):
+        phi = np.arctan(t / np.sqrt(rank))
+        c = np.cos(phi - angle) / np.cos(phi)
+        cut = 2 * ((n + 1 - rank) / 2 * np.log(c) - epsilon) / (1 - 1 / c)
+        p, other = (law.cdf(x) if c > 1 else law.sf(x) for x in (cut, cut / c))
+        return student.pdf(t) * max(p - np.exp(epsilon) * c ** (rank - 1) * other, 0.0)
+
+    ends = [-60, -20, -10, -5, 5, 10, 20, 60]
+    found = sum(integrate.quad(excess, *pair, epsabs=1e-13)[0] for pair in itertools.pairwise(ends))
+    assert 0.9e-8 < found < 1.1e-8  # the profile is exact to 1e-9
+
+
 def test_dots_bound_the_exact_epsilon_from_above():
     for delta, angle in ((1e-4, 0.01), (1e-2, 0.03)):
         exact = theory.projection_epsilon(delta, 16, 768, angle=angle)
@@ -215,6 +235,8 @@ def test_arrays_and_bad_input():
         ({"norm_ratio": 1e-320}, "^norm_ratio must be .* got 1e-320"),
         ({"rank": 10**20}, "^rank must be .* <= 1000000000000"),
         ({"delta": 1e-9, "steps": 2}, "^delta must be >= 2e-08 for 2 steps"),
+        # the profile's error, and not the law, would decide such an epsilon
+        ({"delta": 1e-24}, "^delta must be >= 1e-08 for 1 step, got 1e-24"),
     ):
         given = {"delta": 1e-3, "rank": 4, "n": 16, "angle": 0.1} | changes
         with pytest.raises(ValueError, match=words):

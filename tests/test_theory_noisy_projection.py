@@ -4,10 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from mpmath import mp, mpf
 from scipy import stats
 
 from lowrank_dp import theory
 from lowrank_dp.mechanism import GaussianMechanism
+from tests.tasks import case
 
 
 def gaussian(epsilon, mu):
@@ -99,6 +101,31 @@ def test_extreme_arguments_give_a_delta_without_a_warning():
         assert not np.signbit(deltas).any()
 
 
+def test_large_sizes_are_the_mean_by_mpmath():
+    """Against Beta's density with 60 digits: the terms of its logarithm are of size n."""
+    many = 10**12
+    sizes = ((8, 384), (10**8, 10**9), (many // 10, many), (many // 2, many), (many - 10**6, many))
+    with mp.workdps(60):
+        for rank, n in sizes:
+            a, b = mpf(rank) / 2, mpf(n - rank) / 2
+            mean = a / (a + b)
+            width = mp.sqrt(mean * (1 - mean) / (a + b))
+            constant = mp.loggamma(a + b) - mp.loggamma(a) - mp.loggamma(b)
+
+            def weighted(x, a=a, b=b, constant=constant):
+                density = mp.exp(constant + (a - 1) * mp.log(x) + (b - 1) * mp.log(1 - x))
+                mu = mp.sqrt(x) * 5 / 6
+                low = mp.e * mp.ncdf(-mu / 2 - 1 / mu)
+                return density * (mp.ncdf(mu / 2 - 1 / mu) - low)
+
+            edges = [mean + k * width for k in (-9, -5, -2, 0, 2, 5, 9, 20)]
+            inside = [x for x in edges if 0 < x < 1]
+            exact = float(mp.quad(weighted, [0, *inside, 1] if rank == 8 else inside))
+            with case(rank, n):
+                found = theory.noise_projection_delta(1.0, 1.2, rank, n)
+                assert found == pytest.approx(exact, rel=1e-8)
+
+
 def test_bad_input_is_one_error():
     good = {"epsilon": 1.0, "noise_multiplier": 1.0, "rank": 2, "n": 8}
     for name, bad in (
@@ -108,6 +135,9 @@ def test_bad_input_is_one_error():
         ("epsilon", 0.0),
         ("rank", 1.5),
         ("n", 0),
+        ("n", 10**13),
+        ("n", 10**400),
+        ("rank", 10**400),
     ):
         with pytest.raises(ValueError, match=f"^{name} must be"):
             theory.noise_projection_delta(**good | {name: bad})

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import dp_accounting
@@ -662,6 +663,26 @@ def test_movement_is_asked_only_of_weights_with_gradients():
     parameters["moved"].data[0] = 2.0
     with pytest.raises(ValueError, match=r"^stuck \(one of 1\) has not moved in 5 steps"):
         check.check(5)
+
+
+def test_a_resumed_run_may_stand_still_at_the_end_of_a_schedule():
+    """Steps of 1e-9 from a weight of 1 are lost to rounding, as they are for a norm's weight."""
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in ("held", "stuck")}
+    for resumed, names, words in (
+        (False, ["held"], r"^held \(one of 1\) has not moved in 3 steps"),
+        (True, ["held"], None),
+        (True, ["held", "stuck"], r"^stuck \(one of 1\) has not moved in 3 steps"),
+    ):
+        optimizer = torch.optim.SGD([parameters["held"]], lr=1e-9)
+        some = {name: parameters[name] for name in names}
+        check = guards.MovementCheck(some, optimizer, resumed=resumed)
+        for _ in range(3):
+            for p in some.values():
+                p.grad = torch.ones(2)
+            optimizer.step()
+            check.note()
+        with pytest.raises(ValueError, match=words) if words else nullcontext():
+            check.check(3)
 
 
 def test_weights_may_stand_still_while_others_move(tmp_path):

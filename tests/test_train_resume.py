@@ -121,6 +121,19 @@ def interrupt(monkeypatch, config, folder, owner, name, count, *, after=False, r
     assert not (folder / "training.json").exists()
 
 
+def test_a_run_finishes_where_its_schedule_has_lowered_the_rate(places, tmp_path, monkeypatch):
+    """The first three steps move matrices, and the last three are too small for float32."""
+    model = shutil.copytree(places / "model", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    ones = {name: torch.ones_like(p) for name, p in tensors.items() if p.ndim == 1}
+    save_file(tensors | ones, model / "model.safetensors", metadata={"format": "pt"})
+    changes = {"optimizer": "adam", "schedule": "cosine", "learning_rate": 2e-9}
+    config = make_config(places, model=str(model), **changes, steps=8, snapshot_every=5)
+    folder = tmp_path / "run"
+    interrupt(monkeypatch, config, folder, train_module, "take_step", 6)
+    assert train(config, folder, resume=True).releases == 8
+
+
 def assert_finished(config, folder, result, reference):
     """Check for the state of an undisturbed run: equal weights, and one release per step."""
     assert weights(folder) == reference

@@ -21,6 +21,7 @@ from lowrank_dp.mia import metrics
 from lowrank_dp.mia.options import Options
 from lowrank_dp.mia.report import Report, independent_scores
 from lowrank_dp.mia.requirements import check_named
+from lowrank_dp.mia.shadows import SHADOW_MAY_DIFFER
 from lowrank_dp.mia.target import Target
 from lowrank_dp.restore import SCHEMES
 from lowrank_dp.train import TrainConfig
@@ -32,7 +33,7 @@ class Point:
 
     Attributes:
         name: name of the checkpoint's folder.
-        method: the configuration in words, without the number of steps.
+        method: the method's name, as in `method_names`.
         steps: number of training steps.
         train_loss: loss on the members after training.
         utility: value of ``Comparison.utility_name`` on held-out examples.
@@ -92,9 +93,10 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
                 f"{target.folder} has the primary attack {report.primary}, and "
                 f"{targets[0].folder} {first.primary}: name one with --primary"
             )
+    names = method_names([target.trained.config for target in targets])
     points = tuple(
-        _point(target, report, utility_name)
-        for target, report in zip(targets, reports, strict=True)
+        _point(target, report, name, utility_name)
+        for target, report, name in zip(targets, reports, names, strict=True)
     )
     counted = [
         independent_scores(target, report.scores[report.primary])
@@ -113,8 +115,27 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
     )
 
 
-def method_name(config: TrainConfig) -> str:
-    """Describe a configuration without its number of steps: "lora r=8, DP, sigma 0.6, optimal"."""
+def method_names(configs: Sequence[TrainConfig]) -> list[str]:
+    """Name the method of each configuration, such as "lora r=8, DP, sigma 0.6, optimal".
+
+    Two runs are of one method if their configurations are equal, apart from the number of steps and
+    from fields that do not affect the distribution of the weights. Where the short names of two
+    methods are equal, the fields in which their configurations differ are added: "full, DP,
+    epsilon 3, optimizer='sgd'".
+    """
+    free = ("steps", *SHADOW_MAY_DIFFER)
+    keys = [{k: v for k, v in config.recipe().items() if k not in free} for config in configs]
+    short = [_short_name(config) for config in configs]
+    names = []
+    for key, name in zip(keys, short, strict=True):
+        alike = [other for other, its in zip(keys, short, strict=True) if its == name]
+        differing = [k for k, v in key.items() if any(other[k] != v for other in alike)]
+        names.append(", ".join([name, *(f"{k}={key[k]!r}" for k in differing)]))
+    return names
+
+
+def _short_name(config: TrainConfig) -> str:
+    """Describe the main fields of a configuration in words."""
     words = [config.method if config.method == "full" else f"{config.method} r={config.rank}"]
     if config.implicit_noise != "none":
         words.append(f"implicit noise {config.implicit_noise} r={config.rank}")
@@ -154,12 +175,12 @@ def _require_same_records(targets: Sequence[Target]) -> None:
             )
 
 
-def _point(target: Target, report: Report, utility_name: str) -> Point:
+def _point(target: Target, report: Report, method: str, utility_name: str) -> Point:
     result = target.trained
     auc = next(attack.auc for attack in report.attacks if attack.name == report.primary)
     return Point(
         target.folder.name,
-        method_name(result.config),
+        method,
         result.config.steps,
         result.train_loss,
         float(result.curve[-1][utility_name]),

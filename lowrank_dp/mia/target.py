@@ -17,6 +17,7 @@ from lowrank_dp.mia.options import NEEDS_POPULATION, POPULATION, Options
 from lowrank_dp.mia.record_format import Format, given_format, own_format
 from lowrank_dp.mia.records import Records, load_records, read_population
 from lowrank_dp.train import TrainConfig, TrainResult, load_result
+from lowrank_dp.train.records import length_of_texts
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,29 @@ def open_target(folder: str | Path, options: Options) -> Target:
     result = _read_result(folder)
     if not (folder / runs.MEMBERSHIP).is_file():
         base = {"model": options.base, "seed": 0} if options.base else None
-        form = given_format(records, options, result.config.max_length if result else None, head)
+        length = _own_length(folder, records, options, result)
+        form = given_format(records, options, length, head)
         return Target(folder, records, result, base, form, _population(records, options, ()))
     manifest = read_manifest(folder / runs.MEMBERSHIP, base=options.base or None)
     _check_one_run(folder, manifest, result)
     form = own_format(manifest, records, options)
     population = _population(records, options, manifest.content_hashes)
     return Target(folder, records, result, manifest.base, form, population)
+
+
+def _own_length(
+    folder: Path, records: Records, options: Options, result: TrainResult | None
+) -> int | None:
+    """Return the length that a run without a manifest cut texts to; None if it is not asked for."""
+    if result is None or options.max_length is not None:
+        return None
+    from lowrank_dp.models import load_tokenizer  # imported when used: it imports transformers
+
+    return length_of_texts(
+        result.config,
+        records.kind,
+        lambda: load_tokenizer(str(folder), base=options.base or None),
+    )
 
 
 def _check_kind(folder: Path, head: Checkpoint, records: Records) -> None:

@@ -29,7 +29,9 @@ _GROWTH = 1.02  # ratio of successive grid points beyond these intervals
 _ERROR = 1e-9  # error of a computed delta, added so that a composed epsilon is an upper bound
 _MOST_CELLS = 100_000  # largest number of intervals; a longer grid gets wider intervals
 _MOST = 1e4  # a larger epsilon is reported as infinite
-_SMALLEST = 1e-8  # smallest delta per step that exceeds the numerical errors
+# smallest delta per step: ten times the error of a computed delta, so that an inverse means little
+# more than the profile does
+_SMALLEST = 1e-8
 
 
 def projection_epsilon(
@@ -44,11 +46,11 @@ def projection_epsilon(
 
     For one step, the result is the inverse of `privacy_profile`. For several steps, the result is
     an upper bound: the numerical error is added to the profile, the privacy loss is discretised by
-    connecting the dots of the profile, and dp-accounting composes the losses. Several steps require
-    a ``delta`` of at least ``1e-8 * steps``.
+    connecting the dots of the profile, and dp-accounting composes the losses. A smaller ``delta``
+    than ``1e-8 * steps`` is refused: `privacy_profile` is exact to 1e-9 only.
 
     Args:
-        delta: delta of the guarantee, in (0, 1).
+        delta: delta of the guarantee, in [1e-8 * steps, 1).
         rank: number of rows of A, in [1, 1e12].
         n: length of q, in [1, 1e12].
         angle: angle between q and q', in radians, in [0, pi].
@@ -67,8 +69,8 @@ def projection_epsilon(
     """
     delta = real("delta", delta, low=0, high=1, low_open=True, high_open=True)
     steps = integer("steps", steps)
-    if steps > 1 and delta < _SMALLEST * steps:
-        fail("delta", f">= {_SMALLEST * steps:g} for {steps} steps", delta)
+    if delta < _SMALLEST * steps:
+        fail("delta", f">= {_SMALLEST * steps:g} for {steps} step{'s' * (steps > 1)}", delta)
     rank, n = integer("rank", rank, high=MOST), integer("n", n, high=MOST)
     ratio_ = real("norm_ratio", norm_ratio, low=LEAST_RATIO, high=1 / LEAST_RATIO)
     angle = real("angle", angle, low=0, high=np.pi)

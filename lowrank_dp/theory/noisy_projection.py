@@ -37,8 +37,9 @@ import numpy as np
 from scipy import optimize, special
 
 from lowrank_dp._validate import fail, integer, real
-from lowrank_dp.theory._arrays import Array
+from lowrank_dp.theory._arrays import MOST, Array
 from lowrank_dp.theory._quadrature import panel_integrals
+from lowrank_dp.theory._special import stirling_defect
 from lowrank_dp.theory.privacy import gaussian_delta
 
 _TAIL = 1e-18  # mass of the Beta distribution cut off at each end; the mass is added to delta
@@ -56,9 +57,9 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     Args:
         epsilon: epsilon of the guarantee, in [1e-100, 1e100].
         noise_multiplier: sigma in [1e-100, 1e100], relative to the clipping norm C.
-        rank: number of rows of A, >= 1. With a rank of n or more, the projection is invertible,
-            and delta is that of the Gaussian mechanism.
-        n: number of columns of A, >= 1.
+        rank: number of rows of A, in [1, 1e12]. With a rank of n or more, the projection is
+            invertible, and delta is that of the Gaussian mechanism.
+        n: number of columns of A, in [1, 1e12].
 
     Raises:
         ValueError: for an argument out of its range.
@@ -70,7 +71,7 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     """
     epsilon = real("epsilon", epsilon, low=1e-100, high=1e100)
     sigma = real("noise_multiplier", noise_multiplier, low=1e-100, high=1e100)
-    rank, n = integer("rank", rank), integer("n", n)
+    rank, n = integer("rank", rank, high=MOST), integer("n", n, high=MOST)
     worst = max(0.0, float(gaussian_delta(np.array(epsilon), np.array(1 / sigma))))
     if rank >= n:
         return worst
@@ -82,12 +83,10 @@ def noise_projection_delta(epsilon: float, noise_multiplier: float, rank: int, n
     kink = np.arcsin(np.sqrt(min(1.0, bend * sigma**2)))
     if low < kink < high:
         edges = np.sort(np.append(edges, kink))
-    constant = np.log(2) - special.betaln(a, b)
 
     def integrand(angle: Array) -> Array:  # b = sin^2 angle
-        sine, cosine = np.sin(angle), np.cos(angle)
-        log_density = constant + (2 * a - 1) * np.log(sine) + (2 * b - 1) * np.log(cosine)
-        return np.exp(log_density) * _convex_delta(epsilon, (sine / sigma) ** 2, bend)
+        delta = _convex_delta(epsilon, (np.sin(angle) / sigma) ** 2, bend)
+        return np.exp(_log_angle_density(angle, a, b)) * delta
 
     inside = float(panel_integrals(integrand, edges[:-1], edges[1:]).sum())
     # D, which can exceed 1, is largest at b = 1
@@ -120,6 +119,33 @@ def noise_projection_multiplier(epsilon: float, delta: float, rank: int, n: int)
         fail("delta", "such that a noise multiplier in [1e-3, 1e6] meets delta exactly", delta)
     found = float(np.exp(optimize.brentq(excess, *ends, xtol=1e-10)))
     return found * (1 + 1e-9)
+
+
+def _log_angle_density(angle: Array, a: float, b: float) -> Array:
+    """Log-density of arcsin(sqrt(x)) for x ~ Beta(a, b).
+
+    The terms of log(2 sin^(2a-1) cos^(2b-1) / B(a, b)) are of size a + b and nearly cancel around
+    the mean of x. They are therefore expressed by their difference from the mean.
+    """
+    sine, cosine = np.sin(angle), np.cos(angle)
+    mean, rest = a / (a + b), b / (a + b)
+    # x - mean, from the smaller of x and 1 - x, which is the more exact
+    off = sine**2 - mean if mean < rest else rest - cosine**2
+
+    def log_ratio(square: Array, middle: float, off: Array) -> Array:
+        near = np.abs(off) < middle / 2
+        return np.where(near, np.log1p(np.where(near, off / middle, 0.0)), np.log(square / middle))
+
+    return np.asarray(
+        np.log(2)
+        + stirling_defect(a)
+        + stirling_defect(b)
+        - stirling_defect(a + b)
+        + a * log_ratio(sine**2, mean, off)
+        + b * log_ratio(cosine**2, rest, -off)
+        - np.log(sine)
+        - np.log(cosine)
+    )
 
 
 def _convex_delta(epsilon: float, x: Array, bend: float) -> Array:

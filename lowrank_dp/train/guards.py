@@ -276,20 +276,28 @@ class MovementCheck:
     """Refuse parameters that do not move although they have gradients.
 
     A parameter that the optimizer holds may stay unchanged in the first steps while others move:
-    its steps may be smaller than the float32 spacing. LoRA's A is an example while B is near 0.
+    its steps may be smaller than the float32 spacing. LoRA's A is an example while B is near 0. In
+    a resumed run, all of them may, where a schedule has lowered the learning rate.
 
-    The object is made before the first step; :meth:`note` is called in every step, and
-    :meth:`check` after some steps.
+    The object is made before the first step of the run or of the resumed part; :meth:`note` is
+    called in every step, and :meth:`check` after some steps.
 
     Args:
         parameters: trained parameters by name.
         optimizer: optimizer of the parameters.
+        resumed: whether the run has made steps before.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        resumed: bool = False,
+    ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._not_held = {name for name, p in parameters.items() if id(p) not in held}
-        self._parameters = parameters
+        self._parameters, self._resumed = parameters, resumed
         self._start = {name: _local(p.detach()).clone() for name, p in parameters.items()}
         self._with_gradient: set[str] = set()
 
@@ -304,9 +312,10 @@ class MovementCheck:
     def check(self, steps: int) -> None:
         """Raise ``ValueError`` for parameters with gradients that have not moved since the start.
 
-        A parameter has not moved if no entry has changed. If any parameter has clearly moved, only
-        parameters that the optimizer does not hold are reported. A parameter has clearly moved if
-        an entry has changed by more than the float32 spacing at the mean size of its entries. A
+        A parameter has not moved if no entry has changed. If any parameter has clearly moved, or
+        the run was resumed, only parameters that the optimizer does not hold are reported. A
+        parameter has clearly moved if an entry has changed by more than the float32 spacing at the
+        mean size of its entries. A
         smaller change of an entry near 0 proves nothing, since any step changes such an entry. A
         parameter that starts at 0 is compared with the largest mean size of all parameters.
 
@@ -322,7 +331,8 @@ class MovementCheck:
         }
         self._start.clear()
         still = [name for name, most in moved.items() if most == 0]
-        if any(most > eps * (sizes[name] or largest) for name, most in moved.items()):
+        clear = any(most > eps * (sizes[name] or largest) for name, most in moved.items())
+        if clear or self._resumed:
             still = [name for name in still if name in self._not_held]
         if still:
             raise ValueError(

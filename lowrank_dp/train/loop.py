@@ -165,7 +165,7 @@ def _steps(
     evaluates only if the model is sharded. A signal in ``signals`` ends the run after the step.
     """
     config, layout, first_step = setup.config, setup.layout, state.step
-    movement = guards.MovementCheck(setup.trained, setup.optimizer)
+    movement = guards.MovementCheck(setup.trained, setup.optimizer, resumed=first_step > 0)
     if config.adds_noise and (folder is not None or layout.collective):
         state.checks = StepChecks(setup, state.sampler, state.noise)
     sums_depend_on = digest_of_identity(setup)

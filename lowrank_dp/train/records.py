@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Any
@@ -77,17 +77,28 @@ def hold_out(task: Task, count: int, unit: str) -> Task:
 
 
 def token_limit(config: TrainConfig, task: Task, tokenizer: Any) -> int | None:
-    """Return the number of tokens that texts are cut to, or None if texts are not cut."""
-    if config.max_length is not None:
-        return config.max_length
-    if task.kind != "generation":
-        return min(LABELLED_LENGTH, tokenizer.model_max_length)
-    if config.padding == "max-length":
+    """Return the number of tokens that texts are cut to, or None if texts are not cut.
+
+    Raises ValueError for rows that are padded to a length that is not given.
+    """
+    found = length_of_texts(config, task.kind, lambda: tokenizer)
+    if found is None and config.padding == "max-length":
         raise ValueError(
             "max_length must be given to pad every row to it (padding 'max-length') "
             f"for {task.name}, a generation task: give --max-length"
         )
-    return None
+    return found
+
+
+def length_of_texts(config: TrainConfig, kind: str, tokenizer: Callable[[], Any]) -> int | None:
+    """Return the number of tokens that a run of a task of a kind cuts texts to, or None.
+
+    ``tokenizer`` returns the run's tokenizer, and is called only if the default length of texts
+    with labels, which the model's context limits, is needed.
+    """
+    if config.max_length is not None:
+        return config.max_length
+    return None if kind == "generation" else min(LABELLED_LENGTH, tokenizer().model_max_length)
 
 
 def check_room(config: TrainConfig, task: Task, tokenizer: Any, max_length: int | None) -> None:
