@@ -16,7 +16,7 @@ help:
 	@echo "make coverage    all tests, and the share of lines that they run (at least 90%)"
 	@echo "make faults      a hundred kill -9 over every command that writes"
 	@echo "make lint        ruff's rules, ruff's format and mypy"
-	@echo "make map         write the made tables of README.md anew: packages and verdicts"
+	@echo "make map         write the made tables of README.md and of the claim index again"
 	@echo "make docs        build the site in build/site, strictly and without a network"
 	@echo "make package     sdist and wheel in dist/, and their test outside of the repository"
 	@echo "make benchmarks  speeds and memory, beside what is asked of them"
@@ -69,7 +69,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 map: $(STAMP)
-	@echo "== writing the made tables of README.md"
+	@echo "== writing the made tables of README.md and of the claim index"
 	$(BIN)/python -m tests.readme_map
 
 # The test is one of the tests of `make test` and CI, too.
@@ -82,10 +82,11 @@ docs: $(STAMP)
 	@echo "== building the site"
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# without the scripts that write a reference of a test or a result
 benchmarks: $(STAMP)
 	@echo "== running the benchmarks, one after the other"
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "-- $$file"; \
-	  HF_HUB_OFFLINE=1 $(BIN)/python $$file $(ARGS); done
+	@set -e; for file in $(filter-out %_reference.py %_bugs.py,$(wildcard benchmarks/[a-z]*.py)); \
+	  do echo "-- $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file $(ARGS); done
 
 notebooks: $(STAMP)
 	@echo "== executing the notebooks"
