@@ -163,6 +163,7 @@ COMPUTED = {
         *_noise_costs("steps_sst2_mpnet"),
         *_tuning("steps_sst2_mpnet", 0.001),
     ],
+    "steps_dart": lambda: _noise_costs("steps_dart"),
     "steps_smollm2": lambda: [
         *_noise_costs("steps_smollm2"),
         *_tuning("steps_smollm2", 0.001),
@@ -217,7 +218,7 @@ DEFINITIONS = {
         "a false-positive rate, and the records that it needs": "0.1% 1,000",
     },
     "docs/findings/lora-noise.md": {"kurtosis 3 + 6/r at a beta of 0, a formula": "3 6 0"},
-    "docs/guide.md": {"parameters of MiniLM and of a Llama, in millions": "22.7 0.1"},
+    "docs/guide.md": {"parameters of MiniLM, in millions": "22.7"},
     "docs/how-to/audit.md": {
         "default sizes of the designs": "200",
         "number of a theorem": "5.2",
