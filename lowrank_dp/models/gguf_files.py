@@ -94,12 +94,18 @@ def require_plain_rope(path: Path) -> None:
         )
 
 
-@lru_cache(maxsize=32)
 def _header(path: Path) -> _Header:
     """Read the header of a GGUF file; raise ValueError if there is none, or it is damaged."""
+    stat = path.stat()
+    return _kept_header(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _kept_header(path: Path, size: int, changed: int) -> _Header:
+    """Read a header once per version of the file, which its size and time of change identify."""
     try:
         with path.open("rb") as file:
-            return _read_header(file, path.stat().st_size)
+            return _read_header(file, size)
     except (struct.error, ValueError, KeyError, OverflowError, RecursionError):
         _refuse(path)
 
