@@ -287,7 +287,7 @@ def test_an_engine_that_is_not_installed_is_named(base, tmp_path, monkeypatch):
         with pytest.raises(
             ValueError,
             match=rf"^engine '{engine}' is not installed: "
-            r"pip install 'lowrank_dp\[distributed\]'$",
+            r"pip install '\.\[distributed\]' in a clone of this package$",
         ):
             sweep([base], tmp_path / "runs", engine=engine)
     assert not (tmp_path / "runs").exists()
