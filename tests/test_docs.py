@@ -267,7 +267,8 @@ def test_a_short_verdict_must_be_that_of_its_claim():
          "different verdicts"),
         ("| `total_variation` |\n| LoRA with", "| `gap` |\n| LoRA with", "names artifacts that"),
         ("a small effect in one setting of three | `membership`, `membership_e2e` |\n\n",
-         "a small effect in one setting of three in all | `membership` |\n\n", "more than 12 words"),
+         "a small effect in one setting of three in all | `membership` |\n\n",
+         "more than 12 words"),
     ):  # fmt: skip
         assert old in text, old
         with pytest.raises(ValueError, match=fault):
