@@ -204,7 +204,8 @@ def test_a_base_with_its_own_head_is_the_reference(place, tmp_path, capsys):
     report = found(
         place, tmp_path, "classifier", **files(place, "labels"), base=str(place / "classifier-base")
     )
-    assert report.primary == "base" and auc(report, "base") > 0.75 and report.verdict == "LEAKS"
+    # 0.68 to 0.82 over some seeds and processors; chance has a standard deviation of 0.06
+    assert report.primary == "base" and auc(report, "base") > 0.64 and report.verdict == "LEAKS"
     before, after = (
         transformers.BertForSequenceClassification.from_pretrained(place / name)
         for name in ("classifier-base", "classifier")

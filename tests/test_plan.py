@@ -537,7 +537,7 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
     ]
     assert all(run.optimizer == "adam" for run in runs)
     assert found[0].name == "generated, last block, B = 64, epsilon 1"
-    fresh = replace(config, base=replace(config.base, task="table"), batch_sizes=(64,))
+    fresh = replace(config, base=replace(config.base, task="mrpc"), batch_sizes=(64,))
     fresh = replace(fresh, epsilons=(8.0,))
     second = replace(result, config=fresh, private=private[:, :1, 1:], ceiling=ceiling[:, :1] * 1.0)
     made = iter([2.0, None, 1.0, 1.6, 3.0, 2.1, 1.9, 1.0])
@@ -551,7 +551,7 @@ def test_measured_gaps_come_with_the_configurations_of_their_runs(monkeypatch, t
     monkeypatch.setattr(gap, "run", lambda one: result if one == config else second)
     check = plan_gap.run(plan_gap.Config((config, fresh), seeds=(5,)))
     assert asked == [(5, "", False)] * 4 + [(5, "", True)] * 4
-    assert check.settings[3] == "table, last block, B = 64, epsilon 8"
+    assert check.settings[3] == "mrpc, last block, B = 64, epsilon 8"
     measured = float(gap.ratios(result)["noise, DP-Adam"].value[0, 0, 0])
     assert measured > 1.5 and check.measured == pytest.approx([measured] * 4)
     np.testing.assert_allclose(check.errors[1, :, 0], np.array([3.0, 2.1, 1.9, 1.0]) / measured - 1)
