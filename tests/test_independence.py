@@ -528,3 +528,51 @@ def test_norms_whose_squares_leave_float32_are_exact():
             assert float(tape.squares["w"].squared.sqrt()) == pytest.approx(
                 float(formed[0].double().norm()), rel=1e-6
             )
+
+
+class Rounding(nn.Module):
+    """Model whose loss of a row depends on the row's padding, by rounding and by ``real``.
+
+    As in the models of transformers, a part computes in float32, whatever the dtype of the rest.
+    """
+
+    def __init__(self, real):
+        super().__init__()
+        self.words, self.head, self.real = nn.Embedding(32, 8), nn.Linear(8, 3), real
+
+    def forward(self, input_ids, attention_mask, labels):
+        length = input_ids.shape[1]
+        states = self.words(input_ids)
+        states = states * (1 + 400 * torch.finfo(states.dtype).eps * length + self.real * length)
+        single = states.float() * (1 + 8 * torch.finfo(torch.float32).eps * length)
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        pooled = (single.to(states.dtype) * mask).sum(1) / mask.sum(1)
+        loss = functional.cross_entropy(self.head(pooled), labels)
+        return SimpleNamespace(loss=loss, logits=self.head(pooled))
+
+
+def test_rounding_is_told_from_dependence_in_float64():
+    """Parts in float32 do not make the repetition in float64 doubtful."""
+    batch = {
+        "input_ids": torch.arange(1, 25).view(2, 12),
+        "attention_mask": torch.tensor([[1] * 4 + [0] * 8, [1] * 12]),
+        "labels": torch.tensor([0, 2]),
+    }
+    model = Rounding(0.0)
+    losses = [
+        functional.cross_entropy(
+            model(**{k: v[:1, :n] if v.ndim > 1 else v[:1] for k, v in batch.items()}).logits,
+            batch["labels"][:1],
+        )
+        for n in (4, 12)
+    ]
+    gradients = [torch.autograd.grad(loss, model.head.weight)[0] for loss in losses]
+    assert (gradients[0] - gradients[1]).norm() > 2e-4 * gradients[0].norm(), "more than allowed"
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    sums, _ = clipped_sum(model, batch, 1.0)
+    expected = clip_one_by_one(model, batch, 1.0)[0]
+    for name, total in sums.items():
+        torch.testing.assert_close(total.double(), expected[name], rtol=1e-3, atol=1e-6)
+        assert torch.equal(model.get_parameter(name), before[name])
+    with pytest.raises(ValueError, match="model must take no notice of padding"):
+        clipped_sum(Rounding(1e-4), batch, 1.0)

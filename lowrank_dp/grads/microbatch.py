@@ -29,6 +29,8 @@ class MicroBatch:
         autocast: context in which the forward runs.
         loss_alone: the loss of the first row by itself, which the loss in the batch must equal;
             None where the two are not compared.
+        rounding: dtype whose rounding the comparisons of gradients allow; None for that of the
+            trained parameters.
         layouts: the layouts that each layer may see (``lowrank_dp.grads.axes``); a batch can rule
             out some of them, so the dict is updated.
     """
@@ -41,6 +43,7 @@ class MicroBatch:
     max_grad_norm: float
     autocast: AbstractContextManager
     loss_alone: Tensor | None = None
+    rounding: torch.dtype | None = None
     layouts: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
 
     @property

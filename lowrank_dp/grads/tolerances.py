@@ -35,7 +35,7 @@ def gradient_tolerance(micro_batch: MicroBatch) -> tuple[float, float]:
     """Rounding errors of a gradient, relative to itself and to the gradient of all parameters."""
     if is_half(micro_batch.model):
         return _GRADIENT_HALF
-    return _GRADIENT[next(iter(micro_batch.trained.values())).dtype]
+    return _GRADIENT[micro_batch.rounding or next(iter(micro_batch.trained.values())).dtype]
 
 
 def gradient_allowance(micro_batch: MicroBatch, loss: float) -> float:
