@@ -202,7 +202,7 @@ DEFINITIONS = {
     "docs/concepts/glossary.md": {"AUC of chance": "0.5", "year": "2007"},
     "docs/concepts/privacy.md": {
         "exponent of the default delta": "1.1",
-        "points, 2^24, and steps beyond which PLD is left out": "24 1e8",
+        "number of points beyond which PLD is left out, and an example of it": "24 20 0.001 4e7",
     },
     "docs/concepts/threat-model.md": {
         "FALSE_ALARMS of train's checks": "5e-7",

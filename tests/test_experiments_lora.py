@@ -14,6 +14,9 @@ from lowrank_dp.experiments import (
     dynamics,
     gradients,
     lora_noise,
+    matrix_attack,
+    noisy_projection,
+    noisy_sgd,
     projection_privacy,
     total_variation,
     vector_privacy,
@@ -107,7 +110,9 @@ def test_measured_noise_agrees_with_the_formula(results):
     np.testing.assert_allclose(result.density[1:].sum(axis=1) * step, 1, atol=5e-3)
 
 
-def test_rows_of_gpt2_are_as_long_as_the_inputs_of_their_layer(tmp_path):
+@pytest.fixture
+def gpt2(tmp_path):
+    """Folder of a small GPT-2, whose layers store their weights as (in, out)."""
     config = transformers.GPT2Config(
         vocab_size=1024, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=2
     )
@@ -115,9 +120,13 @@ def test_rows_of_gpt2_are_as_long_as_the_inputs_of_their_layer(tmp_path):
     tokenizer = tiny.tokenizer("tiny-llama")
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+def test_rows_of_gpt2_are_as_long_as_the_inputs_of_their_layer(gpt2):
     config = replace(
         CONFIGS["lora_noise"][1],
-        gradients=replace(TINY, model=str(tmp_path / "gpt2")),
+        gradients=replace(TINY, model=gpt2),
         ranks=(4,),
         num_layers=4,
         num_draws=2,
@@ -133,6 +142,57 @@ def test_rows_of_gpt2_are_as_long_as_the_inputs_of_their_layer(tmp_path):
         "0.c_fc": "128x32",
         "0.c_proj": "32x128",
     }
+
+
+def test_every_experiment_reads_rows_of_gpt2_along_the_inputs(gpt2, monkeypatch):
+    source = gradients.prepare(replace(TINY, model=gpt2))
+    name = "transformer.h.0.attn.c_attn.weight"  # 32 inputs, 96 outputs
+    shapes = []
+    for module in (projection_privacy, matrix_attack, noisy_projection, vector_privacy):
+        monkeypatch.setattr(module, "spread_layers", lambda *_: [name])
+    generator = torch.Generator().manual_seed(0)
+    _, rest, own = projection_privacy._real_pair(
+        source, replace(projection_privacy.SMALL, batch_size=4, rows=(2,)), generator
+    )
+    assert rest.shape == own.shape == (2, 32)
+    _, shape, matrix, records = matrix_attack.real_rows(
+        source, replace(matrix_attack.SMALL, batch_size=4, num_trials=1, rows=(2,)), generator
+    )
+    assert shape == (96, 32) and matrix.shape == (2, 32) and records.shape == (2, 2, 32)
+    config = replace(noisy_projection.SMALL, batch_size=2, num_trials=1, ranks=(4,))
+    _, total, records, _ = noisy_projection.clipped_layer(source, config, generator)
+    assert total.shape == (96, 32) and records.shape == (2, 96, 32)
+    monkeypatch.setattr(
+        vector_privacy,
+        "_row_changes",
+        lambda a, b: (shapes.append((a.shape, b.shape)), np.ones((2, 3)))[1],
+    )
+    vector_privacy._measured(replace(vector_privacy.SMALL, num_examples=1), source, [2, 4])
+    assert {*shapes} == {((96, 32), (96, 32))}
+
+
+def test_the_noise_of_gpt2s_gradients_is_that_of_their_inputs(gpt2, monkeypatch):
+    model = transformers.GPT2LMHeadModel.from_pretrained(gpt2)
+    layers = ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj"]  # 32 and 128 inputs
+    ids = torch.arange(12).view(2, 6)
+    seen = []
+
+    def noise(gradient, rank, arm, *, generator):
+        seen.append(tuple(gradient.shape))
+        return torch.zeros_like(gradient)
+
+    monkeypatch.setattr(noisy_sgd.lora, "implicit_noise", noise)
+    before = [model.get_submodule(name).weight.clone() for name in layers]
+    arm = noisy_sgd.NOISE_KINDS[0]
+    list(noisy_sgd.sgd(model, [{"input_ids": ids, "labels": ids}], 0.1, layers, arm))
+    assert seen == [(96, 32), (32, 128)]
+    for name, weight in zip(layers, before, strict=True):
+        assert torch.equal(model.get_submodule(name).weight, weight), "the gradient is now 0"
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    norms = [float(model.get_submodule(name).weight.grad.square().sum()) for name in layers]
+    expected = (33 * norms[0] + 129 * norms[1]) / sum(norms)
+    assert noisy_sgd.noise_to_gradient(model, layers) == pytest.approx(expected)
 
 
 def test_a_model_that_is_missing_is_left_out_and_named(results):

@@ -278,8 +278,8 @@ def test_the_size_of_a_real_candidate_is_relative_to_the_rest_of_the_batch():
     own[3, 0], own[5, 0], own[9, 0] = 1.0, 3.0, 4.0
     source = SimpleNamespace(
         sample=lambda count, generator: list(range(count)),
-        model=torch.nn.Identity(),
-        clean_sum=lambda rows: {"layer": own if rows == [0] else rest},
+        model=torch.nn.ModuleDict({"layer": torch.nn.Linear(16, 16)}),
+        clean_sum=lambda rows: {"layer.weight": own if rows == [0] else rest},
     )
     config = replace(
         projection_privacy.SMALL, rows=(2,), noise_levels=(0.0,), num_trials=2, batch_size=3

@@ -36,16 +36,22 @@ _WITH_TEST = (("train", "train"), ("validation", "validation"), ("test", "test")
 # the hub's own conversion to Parquet lies under this revision.
 _PARQUET = "refs/convert/parquet"
 _ENTAILS = ("entailment", "not_entailment")
-_DART = TaskSpec(
-    "dart",
-    "Yale-LILY/dart",
-    None,
-    "tripleset",
-    target="annotations",
-    metrics=("bleu", "rouge_l"),
-    splits=_WITH_TEST,
-    revision=_PARQUET,
-)
+
+
+def _table_to_text(folder: str, hub_id: str, text: str, target: str) -> TaskSpec:
+    return TaskSpec(
+        folder,
+        hub_id,
+        None,
+        text,
+        target=target,
+        metrics=("bleu", "rouge_l"),
+        splits=_WITH_TEST,
+        revision=_PARQUET,
+    )
+
+
+_DART = _table_to_text("dart", "Yale-LILY/dart", "tripleset", "annotations")
 
 # Names, label order and metrics are those of nyu-mll/glue on the hub. GLUE's test splits are left
 # out, because their labels are not public.
@@ -83,16 +89,7 @@ TASKS: dict[str, TaskSpec | None] = {
     "qnli": _glue("qnli", "question", "sentence", labels=_ENTAILS),
     "rte": _glue("rte", "sentence1", "sentence2", labels=_ENTAILS),
     "wnli": _glue("wnli", "sentence1", "sentence2", labels=("not_entailment", "entailment")),
-    "e2e": TaskSpec(
-        "e2e",
-        "tuetschek/e2e_nlg",
-        None,
-        "meaning_representation",
-        target="human_reference",
-        metrics=("bleu", "rouge_l"),
-        splits=_WITH_TEST,
-        revision=_PARQUET,
-    ),
+    "e2e": _table_to_text("e2e", "tuetschek/e2e_nlg", "meaning_representation", "human_reference"),
     "dart": _DART,
     "dart-validation": _DART,  # train_on_validation of "dart": copies of DART may lack train
     "generated": None,  # sentiment, generated in memory

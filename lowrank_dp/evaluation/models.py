@@ -139,6 +139,17 @@ def evaluated_rows(
 
     Raises ValueError for an empty split, and as ``data.encode`` does.
     """
+    examples = evaluated_examples(task, split, max_examples=max_examples, seed=seed)
+    return examples, encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+
+
+def evaluated_examples(
+    task: Task, split: str = "validation", *, max_examples: int | None = None, seed: int = 0
+) -> Sequence[Example]:
+    """Return the examples that :func:`evaluate` reads with these arguments.
+
+    Raises ValueError for an empty split.
+    """
     examples = task.split(split)
     if not examples:
         raise ValueError(
@@ -148,7 +159,7 @@ def evaluated_rows(
     if max_examples is not None:
         count = _validate.integer("max_examples", max_examples)
         examples = subset(examples, count, f"{seed}/{split}")
-    return examples, encode(examples, tokenizer, kind=task.kind, max_length=max_length)
+    return examples
 
 
 def _added(

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dp import _validate
-from lowrank_dp.data import TASKS, Columns, Task, load_task, subset
+from lowrank_dp.data import TASKS, Columns, Task, load_task
 from lowrank_dp.data.tasks import known_name
+from lowrank_dp.evaluation.models import evaluated_examples
 from lowrank_dp.experiments.tuning import Tuned
 from lowrank_dp.models import load_model
 from lowrank_dp.train import TrainConfig
@@ -166,10 +167,9 @@ def scored_on(base: TrainConfig) -> str:
     Raises ValueError as ``data.load_task`` does.
     """
     task = _task(base)
-    everything = task.validation
-    scored = subset(everything, base.eval_examples, "0/validation")  # as evaluation.evaluate does
-    part = f"{len(scored):,} of" if len(scored) < len(everything) else "all"
-    words = f"scored on {part} {len(everything):,} evaluation examples"
+    scored = evaluated_examples(task, max_examples=base.eval_examples)
+    part = f"{len(scored):,} of" if len(scored) < len(task.validation) else "all"
+    words = f"scored on {part} {len(task.validation):,} evaluation examples"
     if task.kind != "generation":
         return words
     return f"{words} from {len({example.text for example in scored}):,} sources"

@@ -25,6 +25,7 @@ from lowrank_dp.models.heads import head_weights
 from lowrank_dp.models.memory import warn_of_logits
 from lowrank_dp.models.precision import AUTOCAST_DTYPES, autocast, autocast_dtype_of
 from lowrank_dp.models.targets import row_losses
+from lowrank_dp.models.trainable import as_out_in
 
 MAX_SEED = 2**32 - 1  # seeds of draws are multiples of the seed, and must fit 63 bits
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
@@ -342,6 +343,14 @@ def noisy_matrices(
             matrix.shape, generator=generator, dtype=matrix.dtype, device=matrix.device
         )
         yield name, noise.mul_(noise_std).add_(matrix)
+
+
+def rows_of(model: nn.Module, gradients: dict[str, Tensor], name: str) -> Tensor:
+    """Return the gradient of a layer's weight as (out, in).
+
+    Its rows have the width of the layer's inputs, which LoRA's A projects; GPT-2 stores (in, out).
+    """
+    return as_out_in(model.get_submodule(name.removesuffix(".weight")), gradients[name])
 
 
 def spread_layers(model: nn.Module, gradients: dict[str, Tensor], count: int) -> list[str]:

@@ -22,10 +22,10 @@ from lowrank_dp.experiments.gradients import (
     GradientSource,
     largest_rows,
     prepare,
+    rows_of,
     spread_layers,
 )
 from lowrank_dp.mechanism import NON_PRIVATE
-from lowrank_dp.models.trainable import as_out_in
 from lowrank_dp.theory import noise_logpdf
 
 CAPTION = (
@@ -118,8 +118,7 @@ def run(config: Config, source: GradientSource | None = None) -> Result:
         clean = each.clean_sum(each.sample(config.batch_size, generator))
         model = each.description.split()[0]
         for name in spread_layers(each.model, clean, config.num_layers):
-            layer = each.model.get_submodule(name.removesuffix(".weight"))
-            matrix = as_out_in(layer, clean[name])  # LoRA's A projects the inputs
+            matrix = rows_of(each.model, clean, name)
             rows = largest_rows(matrix, config.num_rows).cpu()
             measured[_label(model, name, matrix)] = rows, config.num_draws
 

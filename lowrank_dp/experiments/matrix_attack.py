@@ -25,7 +25,13 @@ from torch import Tensor
 
 from lowrank_dp import _validate, lora, theory
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.experiments.gradients import (
+    GradientConfig,
+    GradientSource,
+    prepare,
+    rows_of,
+    spread_layers,
+)
 from lowrank_dp.experiments.intervals import auc_with_interval
 from lowrank_dp.mechanism import NON_PRIVATE
 
@@ -191,11 +197,12 @@ def real_rows(
     chosen = source.sample(needed, generator)
     rest = source.clean_sum(chosen[: config.batch_size])
     name = spread_layers(source.model, rest, 1)[0]
-    matrix = rest[name]
+    matrix = rows_of(source.model, rest, name)
     m = _validate.integer("rows", max(config.rows), high=len(matrix))
     top = torch.linalg.vector_norm(matrix, dim=1).topk(m).indices
     records = [
-        source.clean_sum([i])[name][top] for i in progress(chosen[config.batch_size :], "records")
+        rows_of(source.model, source.clean_sum([i]), name)[top]
+        for i in progress(chosen[config.batch_size :], "records")
     ]
     return (
         name,

@@ -21,7 +21,13 @@ from torch import Tensor
 from lowrank_dp import _validate, lora, theory
 from lowrank_dp._terminal import progress
 from lowrank_dp.experiments import noisy_pooler, noisy_release
-from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.experiments.gradients import (
+    GradientConfig,
+    GradientSource,
+    prepare,
+    rows_of,
+    spread_layers,
+)
 from lowrank_dp.experiments.intervals import auc_with_interval
 from lowrank_dp.experiments.noisy_pooler import TrainedConfig
 from lowrank_dp.experiments.noisy_release import MECHANISMS, PLAIN, Projection
@@ -194,7 +200,10 @@ def clipped_layer(
     for rank in config.ranks:
         _validate.integer("ranks", rank, high=min(first[name].shape))
     gradients = torch.stack(
-        [source.clean_sum([i])[name].double().cpu() for i in progress(chosen, "records")]
+        [
+            rows_of(source.model, source.clean_sum([i]), name).double().cpu()
+            for i in progress(chosen, "records")
+        ]
     )
     norms = gradients.norm(dim=(1, 2))
     clip = float(norms[config.batch_size :].median())
@@ -268,7 +277,8 @@ def _utility(
     sigma C times the largest eigenvalue of the layer's A^T A. For the random A, sigma_A is computed
     for the smallest width of all layers.
     """
-    clean = source.nested_sums([config.utility_batch])[config.utility_batch]
+    sums = source.nested_sums([config.utility_batch])[config.utility_batch]
+    clean = {name: rows_of(source.model, sums, name) for name in sums}
     clip = config.gradients.max_grad_norm
     random_a = _random_a(config, min(g.shape[1] for g in clean.values()))
     shape = len(MECHANISMS), len(config.ranks), len(sigmas)

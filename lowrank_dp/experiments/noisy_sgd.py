@@ -13,6 +13,7 @@ from lowrank_dp import lora
 from lowrank_dp.lora.noise import NOISE_KINDS
 from lowrank_dp.models import matrix_parameters
 from lowrank_dp.models.heads import head_modules, without_adapter
+from lowrank_dp.models.trainable import as_out_in
 
 
 def sgd(
@@ -30,19 +31,17 @@ def sgd(
     gradients of ``layers``. For any other arm, no noise is added.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    noisy = (
-        [model.get_parameter(f"{name}.weight") for name in layers or ()]
-        if arm in NOISE_KINDS
-        else []
-    )
+    noisy = [model.get_submodule(name) for name in layers or ()] if arm in NOISE_KINDS else []
     for batch in batches:
         model.zero_grad(set_to_none=True)
         loss = model(**batch).loss
         loss.backward()
         with torch.no_grad():
-            for p in noisy:
-                gradient: Any = p.grad
-                p.grad = lora.implicit_noise(gradient, rank, arm, generator=generator)
+            for layer in noisy:
+                weight: Any = layer.weight
+                gradient = as_out_in(layer, weight.grad)  # LoRA's A projects the inputs
+                gradient = lora.implicit_noise(gradient, rank, arm, generator=generator)
+                weight.grad = as_out_in(layer, gradient)
             for p in trained:
                 p.sub_(p.grad, alpha=learning_rate)  # type: ignore[arg-type]
         if not bool(loss.isfinite()):
@@ -79,7 +78,8 @@ def distance_between(a: Tensor, b: Tensor) -> float:
 
 def noise_to_gradient(model: nn.Module, layers: list[str]) -> float:
     """Return E|G A^T A - G|^2 / |G|^2 over all layers at rank 1 (n + 1 if all have width n)."""
-    gradients: list[Any] = [model.get_parameter(f"{name}.weight").grad for name in layers]
+    modules: list[Any] = [model.get_submodule(name) for name in layers]
+    gradients = [as_out_in(module, module.weight.grad) for module in modules]
     squares = [float(g.square().sum()) for g in gradients]
     return sum(g.shape[1] * s + s for g, s in zip(gradients, squares, strict=True)) / sum(squares)
 

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from lowrank_dp import _validate, lora, theory
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.experiments.gradients import (
+    GradientConfig,
+    GradientSource,
+    prepare,
+    rows_of,
+    spread_layers,
+)
 from lowrank_dp.experiments.intervals import auc_with_interval
 from lowrank_dp.mechanism import NON_PRIVATE
 
@@ -271,5 +277,6 @@ def _real_pair(
     indices = source.sample(config.batch_size, generator)
     rest, own = source.clean_sum(indices[1:]), source.clean_sum(indices[:1])
     name = spread_layers(source.model, rest, 1)[0]
-    top = torch.linalg.vector_norm(own[name], dim=1).topk(max(config.rows)).indices
-    return name, rest[name][top].double().cpu(), own[name][top].double().cpu()
+    without, record = (rows_of(source.model, one, name) for one in (rest, own))
+    top = torch.linalg.vector_norm(record, dim=1).topk(max(config.rows)).indices
+    return name, without[top].double().cpu(), record[top].double().cpu()

@@ -157,8 +157,8 @@ SMOLLM2 = Config(
     tuning_holdout=64,
 )
 # DART's own validation split serves as the train split, and its test split is evaluated; smaller
-# batches and fewer steps than SMOLLM2, in float32, for a CPU without bfloat16 instructions; what
-# noise costs, and no restored arm
+# batches and fewer steps than SMOLLM2, in float32, for a CPU without bfloat16 instructions; the
+# plain arms only, which show what noise costs
 SMOLLM2_DART = Config(
     replace(
         SMOLLM2.base,

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from lowrank_dp import _validate, theory
 from lowrank_dp._terminal import progress
-from lowrank_dp.experiments.gradients import GradientConfig, GradientSource, prepare, spread_layers
+from lowrank_dp.experiments.gradients import (
+    GradientConfig,
+    GradientSource,
+    prepare,
+    rows_of,
+    spread_layers,
+)
 from lowrank_dp.mechanism import NON_PRIVATE
 
 QUANTILES = {"median": 0.5, "95%": 0.95, "largest": 1.0}
@@ -154,8 +160,9 @@ def _measured(
         own = source.clean_sum(chosen[k : k + 1])
         for i, name in enumerate(layers):
             for j, size in enumerate(sizes):
-                whole = sums[size][name]
-                angle_of_rows, ratio_of_rows = _row_changes(whole, whole - own[name])
+                whole = rows_of(source.model, sums[size], name)
+                record = rows_of(source.model, own, name)
+                angle_of_rows, ratio_of_rows = _row_changes(whole, whole - record)
                 angles[i][j].append(angle_of_rows)
                 ratios[i][j].append(ratio_of_rows)
     quantiles = list(QUANTILES.values())

@@ -216,7 +216,10 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def as_out_in(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """Return a linear layer's weight, or the gradient of its weight, as (out, in)."""
+    """Return a linear layer's weight, or the gradient of its weight, as (out, in).
+
+    The function is its own inverse.
+    """
     return matrix.T if is_transposed(layer) else matrix
 
 

@@ -63,7 +63,7 @@ class Trial:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the best rate is not at an end of the grid: a better rate may lie beyond."""
+        """Whether the best rate lies between two others; a rate at an end may not be the best."""
         return min(self.rates) < self.rate < max(self.rates)
 
     @property

@@ -29,7 +29,7 @@ _GROWTH = 1.02  # ratio of successive grid points beyond these intervals
 _ERROR = 1e-9  # error of a computed delta, added so that a composed epsilon is an upper bound
 _MOST_CELLS = 100_000  # largest number of intervals; a longer grid gets wider intervals
 _MOST = 1e4  # a larger epsilon is reported as infinite
-# smallest delta per step: ten times the error of a computed delta, which so stays small beside it
+# smallest delta per step; the error of a computed delta is at most a tenth of it
 _SMALLEST = 1e-8
 
 

@@ -315,9 +315,9 @@ class MovementCheck:
         A parameter has not moved if no entry has changed. If any parameter has clearly moved, or
         the run was resumed, only parameters that the optimizer does not hold are reported. A
         parameter has clearly moved if an entry has changed by more than the float32 spacing at the
-        mean size of its entries. A
-        smaller change of an entry near 0 proves nothing, since any step changes such an entry. A
-        parameter that starts at 0 is compared with the largest mean size of all parameters.
+        mean size of its entries. A smaller change of an entry near 0 proves nothing, since any step
+        changes such an entry. A parameter that starts at 0 is compared with the largest mean size
+        of all parameters.
 
         Args:
             steps: number of steps since the start.
