@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from scipy import stats
+from torch import nn
 
 from lowrank_dp import artifacts, figures, lora, theory
 from lowrank_dp.experiments import noisy_pooler, noisy_projection, noisy_release, noisy_trained
@@ -222,7 +223,8 @@ def test_utility_is_that_of_whole_vectors_and_its_noise_suffices_for_every_width
     clean = {"wide": drawn(3, 40, seed=1).float(), "narrow": 5 * drawn(2, 6, seed=2).float()}
     config = replace(TINY, ranks=(2,), epsilons=(1.0,), utility_batch=4)
     sigma = GaussianMechanism.calibrate(1.0, config.delta, 1, 1.0).noise_multiplier
-    source = SimpleNamespace(nested_sums=lambda sizes: {4: clean})
+    model = nn.ModuleDict({name: nn.Linear(*g.shape[::-1]) for name, g in clean.items()})
+    source = SimpleNamespace(nested_sums=lambda sizes: {4: clean}, model=model)
     cosine, error = noisy_projection._utility(config, source, np.array([sigma]), seeded(3))
     sigma_a = theory.noise_projection_multiplier(1.0, config.delta, 2, 6)
     for g in clean.values():  # the projection of a record keeps more of it where rows are short

@@ -157,8 +157,7 @@ SMOLLM2 = Config(
     tuning_holdout=64,
 )
 # DART's own validation split serves as the train split, and its test split is evaluated; smaller
-# batches and fewer steps than SMOLLM2, in float32, for a CPU without bfloat16 instructions; the
-# plain arms only, which show what noise costs
+# batches and fewer steps than SMOLLM2, in float32, for a CPU without bfloat16 instructions
 SMOLLM2_DART = Config(
     replace(
         SMOLLM2.base,
@@ -170,10 +169,11 @@ SMOLLM2_DART = Config(
         precision="float32",
         prefix_dtype="float32",
     ),
-    arms=PLAIN,
+    arms=(*PLAIN, "partial, 0.5"),
     # the learning rates that SMOLLM2 chose on E2E
     starts={
         "DP-Adam": 0.0031623,
+        "partial, 0.5": 0.0031623,
         "DP-SGD": 0.16870,
         "noise-free Adam (NON-PRIVATE)": 0.001,
         "noise-free SGD (NON-PRIVATE)": 0.16870,
