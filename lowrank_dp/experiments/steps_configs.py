@@ -169,11 +169,13 @@ SMOLLM2_DART = Config(
         precision="float32",
         prefix_dtype="float32",
     ),
-    arms=(*PLAIN, "partial, 0.5"),
-    # the learning rates that SMOLLM2 chose on E2E
+    arms=(*PLAIN, "partial, 0.5", "denoise", "mean, optimal, zeroed"),
+    # the learning rates that SMOLLM2 chose on E2E; for two arms, that of DP-Adam on DART
     starts={
         "DP-Adam": 0.0031623,
         "partial, 0.5": 0.0031623,
+        "denoise": 0.0056234,
+        "mean, optimal, zeroed": 0.0056234,
         "DP-SGD": 0.16870,
         "noise-free Adam (NON-PRIVATE)": 0.001,
         "noise-free SGD (NON-PRIVATE)": 0.16870,

@@ -46,6 +46,7 @@ from lowrank_dp.grads.tolerances import (
 from lowrank_dp.grads.undisturbed import FixedDraws, WithoutDropout, in_float64, undisturbed
 
 Backends = Mapping[str, Backend]
+OTHERS = ("bookkeeping", "opacus")  # backends that an error may recommend beside the loop
 
 
 # Results of examinations, by model and by situation.
@@ -135,11 +136,11 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
             try:
                 finite = _agree(micro_batch, backend, backends, padding)
             except ValueError as error:  # rounding may be the cause, where a gradient cancels
-                with in_float64(micro_batch.model):
-                    if backend == "compiled" or not _agree_in_float64(
-                        micro_batch, backend, backends, padding
-                    ):
-                        raise error from error.__cause__
+                if backend == "compiled" or not _agree_in_float64(
+                    micro_batch, backend, backends, padding
+                ):
+                    _agree(micro_batch, backend, backends, padding, others=OTHERS)
+                    raise error from error.__cause__
                 finite = True
     return repeatable if finite else None
 
@@ -206,18 +207,26 @@ def _agree_in_float64(
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in micro_batch.batch.items()
     }
+    precise = replace(micro_batch, batch=batch, rounding=torch.float32)
     try:
-        precise = replace(micro_batch, batch=batch, rounding=torch.float32)
-        return _agree(precise, backend, backends, padding)
+        with in_float64(micro_batch.model):
+            return _agree(precise, backend, backends, padding)
     except (RuntimeError, ValueError):
         return False
 
 
-def _agree(micro_batch: MicroBatch, backend: str, backends: Backends, padding: str) -> bool:
+def _agree(
+    micro_batch: MicroBatch,
+    backend: str,
+    backends: Backends,
+    padding: str,
+    others: Sequence[str] = (),
+) -> bool:
     """Require that the three runs agree; return False if a row has no finite loss or gradient.
 
     Raises:
-        ValueError: if they disagree, as :func:`examine` says.
+        ValueError: if they disagree, as :func:`examine` says. The error names those of the backends
+            ``others`` that agree with autograd.
     """
     lengths = own_lengths(micro_batch.model, micro_batch.batch)
     chosen = rows_to_compare(lengths)
@@ -244,7 +253,7 @@ def _agree(micro_batch: MicroBatch, backend: str, backends: Backends, padding: s
         return False
     _require_no_memory(micro_batch, order[0], alone.losses[order[0]])
     if backend != "loop":
-        _compare(micro_batch, alone, order, backend, backends)
+        _compare(micro_batch, alone, order, backend, backends, others)
     return True
 
 
@@ -269,6 +278,7 @@ def _compare(
     order: Sequence[int],
     backend: str,
     backends: Backends,
+    others: Sequence[str],
 ) -> None:
     """Refuse a model that mixes rows, and a backend with other gradients than autograd."""
     with torch.no_grad():
@@ -280,16 +290,17 @@ def _compare(
                 f"{micro_batch.first_row + row} is {alone.losses[row]:.6g} alone and "
                 f"{loss:.6g} beside other rows: {APART}"
             )
-    wrong = _differing(micro_batch, alone, order, backends[backend])
-    if wrong:
+    wrong, able = _differing(micro_batch, alone, order, backends[backend]), list[str]()
+    if wrong and others:
         # a wrong norm scales the sums of all parameters; the plain sum shows which ones are wrong
         plain = rows_alone(micro_batch, order, None, math.inf)
         wrong = (_differing(micro_batch, plain, order, backends[backend]) if plain else []) or wrong
         able = [
             name
-            for name in ("bookkeeping", "opacus")
+            for name in others
             if name != backend and _is_right(micro_batch, alone, order, backends[name])
         ]
+    if wrong:
         refuse(
             wrong,
             f"get another gradient by backend {backend!r} than from autograd on each row",
