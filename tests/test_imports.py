@@ -28,6 +28,7 @@ ORDER = (
     "data",
     "models",
     "grads",
+    "privacy_loss",
     "accounting",
     "mechanism",
     "lora",
