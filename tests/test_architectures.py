@@ -98,10 +98,11 @@ SIZES = {
         "attention_dropout_prob",
     ),
 }
-OWN = {  # sizes that depend on other sizes
+OWN = {  # sizes that depend on other sizes, and what depends on the length of rows
     "gptj": dict(rotary_dim=4),
     "codegen": dict(rotary_dim=4),
     "funnel": dict(block_sizes=[1, 1], num_decoder_layers=1),
+    "big_bird": dict(attention_type="original_full"),  # that of short rows
 }
 
 

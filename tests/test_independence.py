@@ -392,7 +392,7 @@ def test_the_model_is_as_it_was_after_the_examination():
     class Counting(Small):
         def __init__(self):
             super().__init__("")
-            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
         def forward(self, input_ids, labels):
             self.calls += 1
@@ -402,7 +402,7 @@ def test_the_model_is_as_it_was_after_the_examination():
     model = Counting().train()
     model.head.weight.grad = torch.ones_like(model.head.weight)
     clipped_sum(model, batch_of(), 1.0)
-    assert model.calls == 2  # the first row alone, and the step itself
+    assert model.calls == 0
     torch.manual_seed(1)
     first = clipped_sum(model, batch_of(), 1.0)[1]  # examined before
     torch.manual_seed(1)

@@ -9,6 +9,7 @@ weights require no gradients inside their own layers, so autograd never computes
     precheck        checks before a micro-batch runs (``frequencies``, ``independence``)
     backends        book-keeping, the same on a compiled graph (``compiled``), Opacus, a loop
     microbatch      a micro-batch, and its clip factors
+    model_state     what a forward changes on a model, and its restoration
     recording       hooks that record a layer's input and output gradient
     layers          the rule of each kind of layer
     factors         norms and weighted sums of gradients that are not formed

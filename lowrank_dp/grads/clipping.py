@@ -21,6 +21,7 @@ from lowrank_dp.grads.microbatch import (
     slice_rows,
     upcast_dtype,
 )
+from lowrank_dp.grads.model_state import state_kept
 from lowrank_dp.grads.precheck import Precheck, trained_parameters
 from lowrank_dp.grads.undisturbed import gradients_set_aside
 from lowrank_dp.models.names import PADDINGS
@@ -54,9 +55,11 @@ def clipped_sum(
     """Sum of the per-example gradients, each clipped to Euclidean norm ``max_grad_norm``.
 
     With the gradient g_i of example i over all trained parameters together, the sum is
-    ``sum_i min(1, C / |g_i|) g_i``. The model keeps its mode, ``.grad``, ``requires_grad``, buffers
-    and hooks. Gradient checkpointing works, but saves less memory than usual, since layer inputs
-    are kept.
+    ``sum_i min(1, C / |g_i|) g_i``. The model keeps its mode, ``.grad``, ``requires_grad`` and
+    hooks. After each micro-batch, its attributes and submodules are the same objects as before, and
+    its buffers have the same values; the contents of other objects (a list that is an attribute)
+    are not restored. Gradient checkpointing works, but saves less memory than usual, since layer
+    inputs are kept.
 
     Args:
         model: called as ``model(**batch)``. Its output has ``.loss``, and ``.logits`` unless the
@@ -98,6 +101,9 @@ def clipped_sum(
             auxiliary loss).
         ValueError: for a model that mixes rows, whose gradients depend on padding, or whose
             gradients differ from the backend's.
+        ValueError: unless ``check_rows`` is False, for a model whose forward or backward writes to
+            a parameter, changes a floating-point buffer or a float attribute (statistics of rows),
+            or changes a bool or str attribute (another way to run), naming it.
         ValueError: for a micro-batch so long that its longest row decides the rotary frequencies of
             all its rows (rope types "longrope" and "dynamic"), unless every row is padded to one
             public length and the rope type is "longrope".
@@ -201,7 +207,7 @@ def clipped_sum_over(
         clip = max_grad_norm if counts else 0.0
         rows = num_rows_of(batch)
         micro_batch = MicroBatch(model, trained, batch, rows, rows_before, clip, mixed)
-        with torch.enable_grad(), gradients_set_aside(trained):
+        with torch.enable_grad(), gradients_set_aside(trained), state_kept(model):
             part_norms, sum_of = run(precheck(micro_batch))
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
             _accumulate(totals, trained, sum_of, reduce)
@@ -258,5 +264,8 @@ def row_gradients(
     mixed = autocast(next(iter(trained.values())).device, autocast_dtype)
     rows = num_rows_of(batch)
     micro_batch = MicroBatch(model, trained, batch, rows, 0, math.inf, mixed)
-    with torch.enable_grad(), gradients_set_aside(trained):
-        return [gradient_alone(micro_batch, copy_rows(batch, [row]))[1] for row in range(rows)]
+    gradients = []
+    for row in range(rows):
+        with torch.enable_grad(), gradients_set_aside(trained), state_kept(model):
+            gradients.append(gradient_alone(micro_batch, copy_rows(batch, [row]))[1])
+    return gradients

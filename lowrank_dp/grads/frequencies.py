@@ -41,6 +41,11 @@ def require_fixed_frequencies(model: nn.Module, length: float, padding: str) -> 
         )
 
 
+def chooses_frequencies(module: nn.Module) -> bool:
+    """Return whether the module has rotary frequencies that may depend on the length of a batch."""
+    return "rope_type" in vars(module)
+
+
 def _limits(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield rope types, and the number of tokens up to which their frequencies are fixed."""
     modules: Iterator[Any] = model.modules()

@@ -8,7 +8,8 @@ model in its own precision:
 - each row alone, through autograd;
 - each row alone without the padding that longer rows in the batch require.
 
-The examination restores the model's mode, its buffers and the random generators.
+A model that a forward or a backward changes is refused (:mod:`lowrank_dp.grads.model_state`). The
+examination restores its mode, attributes, submodules and buffers, and the random generators.
 """
 
 from __future__ import annotations
@@ -118,12 +119,14 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
 
     Raises:
         ValueError: for a model that mixes the rows of a batch; for a backend whose gradient differs
-            from autograd's, naming the parameters and the backends that agree; and for a model
-            whose gradient depends on padding, with the remedy.
+            from autograd's, naming the parameters and the backends that agree; for a model whose
+            gradient depends on padding, with the remedy; and for a model that a forward changes,
+            as ``ModelState.require_same`` says.
     """
     micro_batch = replace(micro_batch, autocast=nullcontext(), loss_alone=None)
-    with undisturbed(micro_batch.model, micro_batch.device):
+    with undisturbed(micro_batch.model, micro_batch.device) as state:
         repeatable, deterministic = _repeatable(micro_batch)
+        state.require_same()
         if deterministic is None and backend == "loop":
             return False
         if deterministic is None:
@@ -142,6 +145,7 @@ def examine(micro_batch: MicroBatch, backend: str, backends: Backends, padding: 
                     _agree(micro_batch, backend, backends, padding, others=OTHERS)
                     raise error from error.__cause__
                 finite = True
+        state.require_same()  # after rows of other lengths, and after a backward
     return repeatable if finite else None
 
 

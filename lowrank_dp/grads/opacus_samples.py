@@ -25,7 +25,7 @@ def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
     Raises:
         UnsupportedParameters: for a parameter whose gradients do not add up to autograd's.
     """
-    attributes = {id(module): set(vars(module)) for module in micro_batch.model.modules()}
+    attributes = [(module, set(vars(module))) for module in micro_batch.model.modules()]
     register_scaled_layers(ScaledLinear, ScaledConv1D)
     try:
         _hooks_class()(micro_batch.model, loss_reduction="sum", strict=False)
@@ -39,8 +39,8 @@ def per_example_gradients(micro_batch: MicroBatch) -> dict[str, Tensor]:
         for p in micro_batch.model.parameters():
             for attribute in ("grad_sample", "_forward_counter", "_current_grad_sample"):
                 vars(p).pop(attribute, None)
-        for module in micro_batch.model.modules():
-            for attribute in set(vars(module)) - attributes[id(module)]:
+        for module, before in attributes:
+            for attribute in set(vars(module)) - before:
                 delattr(module, attribute)
 
 

@@ -13,6 +13,7 @@ from lowrank_dp.grads.backends import BACKENDS, require_compilable, run_first_al
 from lowrank_dp.grads.frequencies import require_fixed_frequencies
 from lowrank_dp.grads.losses import check_labels
 from lowrank_dp.grads.microbatch import MicroBatch, num_positions_of
+from lowrank_dp.grads.model_state import state_kept
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -111,7 +112,10 @@ class Precheck:
         first = self._layouts is None
         if not (first if self.in_step else micro_batch.num_rows > 1 and (first or self._ambiguous)):
             return None
-        loss_alone, self._layouts = run_first_alone(micro_batch, self.backend)
+        with state_kept(micro_batch.model) as state:
+            loss_alone, self._layouts = run_first_alone(micro_batch, self.backend)
+            if self.check_rows:
+                state.require_same()
         # a row of one position fits several layouts, so the next micro-batch is examined too
         self._ambiguous = num_positions_of(micro_batch.batch) == 1
         return loss_alone

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lowrank_dp.grads.model_state import ModelState, state_kept
+
 
 class WithoutDropout(TorchFunctionMode):
     """Context in which dropout does nothing, whatever the model's mode."""
@@ -81,34 +83,14 @@ def in_float64(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore mode, buffers and torch's generators afterwards; autocast is off inside."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (
-            module,
-            dict(module._buffers),
-            {name: b.clone() for name, b in module._buffers.items() if b is not None},
-        )
-        for module in model.modules()
-        if module._buffers
-    ]
-    try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(device.type, enabled=False),
-        ):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for module, tensors, values in buffers:
-                module._buffers.update(tensors)
-                for name, value in values.items():
-                    here = tensors[name]
-                    if here is not None and not torch.equal(here, value):
-                        here.copy_(value)
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[ModelState]:
+    """Restore torch's generators and what ``state_kept`` restores; autocast is off inside."""
+    with (
+        state_kept(model) as state,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield state
 
 
 @contextmanager
