@@ -340,14 +340,14 @@ def test_commit_unknown_without_git(monkeypatch):
 
 def test_tables(tmp_path):
     columns = ["name", "50% & more|less"]
-    rows = [["a|b, c", 0.5], ['say "x"_1 {y}', r"\alpha^2 ~ #3 $5"]]
+    rows = [["a|b, c", 0.5], ['say "x"_1 {y}', r"\alpha^2 ~ #3 $5"], ["< 2", "> 1"]]
     paths = save_table(columns, rows, tmp_path, "t", caption="Score_1 in %")
     assert [p.name for p in paths] == ["t.csv", "t.md", "t.tex"]
     with paths[0].open(newline="") as file:
         assert list(csv.reader(file)) == [columns, *[[str(c) for c in row] for row in rows]]
     lines = paths[1].read_text().splitlines()
     assert lines[0] == "Score_1 in %" and lines[2] == r"| name | 50% & more\|less |"
-    assert lines[3] == "|---|---|" and lines[4] == r"| a\|b, c | 0.5 |" and len(lines) == 6
+    assert lines[3] == "|---|---|" and lines[4] == r"| a\|b, c | 0.5 |" and len(lines) == 7
     tex = paths[2].read_text()
     assert r"\caption{Score\_1 in \%}" in tex and r"\begin{tabular}{ll}" in tex
     assert r"name & 50\% \& more|less \\" in tex and r"a|b, c & 0.5 \\" in tex
@@ -355,6 +355,7 @@ def test_tables(tmp_path):
         r'say "x"\_1 \{y\} & \textbackslash{}alpha\textasciicircum{}2 \textasciitilde{} '
         r"\#3 \$5 \\"
     ) in tex
+    assert r"\textless{} 2 & \textgreater{} 1 \\" in tex  # "<" is an exclamation mark in OT1
     with pytest.raises(ValueError, match=r"^rows must each have 2 cells"):
         save_table(columns, [["a"]], tmp_path, "t", caption="")
     assert paths[2].read_text() == tex

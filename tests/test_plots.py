@@ -17,6 +17,7 @@ from lowrank_dp.experiments import alignment, arms, dynamics, noisy_release
 from lowrank_dp.experiments.implicit_noise_configs import FAMILIES
 from lowrank_dp.plots import style
 from lowrank_dp.plots.arms import NAMES, look
+from lowrank_dp.theory.privacy import PROFILE_ERROR
 
 ROOT = Path(__file__).parent.parent
 PAPER, DRAWN = ROOT / "paper_artifacts", ROOT / "figures"
@@ -64,6 +65,13 @@ def test_every_figure_states_its_privacy_and_its_intervals():
         assert seeds is None or f"{seeds} seeds" in line, (name, line)
     assert {"spectra", "alignment", "membership", "gap", "steps_sst2_gap"} <= marked
     assert "total_variation" not in marked
+
+
+def test_no_exact_delta_is_drawn_below_its_error():
+    for name, panel in (("vector_privacy", 1), ("projection_privacy", 0)):
+        axis = drawn(name)[1].axes[panel]
+        assert "δ" in axis.get_ylabel() and axis.get_yscale() == "log", name
+        assert axis.get_ylim()[0] >= PROFILE_ERROR, name
 
 
 def test_saved_figures_hold_the_privacy_statement_of_their_results():

@@ -195,6 +195,20 @@ def test_moments_and_scales_are_those_of_numpy():
     assert float(equal.row.max()) == float(equal.row.min()) and float(equal.col.std()) > 0
 
 
+def test_scales_do_not_depend_on_the_unit_of_the_moments():
+    row, col = torch.tensor([1.0, 2, 6]).double(), torch.tensor([3.0, 3, 1, 5]).double()
+    for power in (0.0, 0.125, 0.5):
+        raw = np.outer(row.numpy() ** -power, col.numpy() ** -power)
+        want = raw / np.sqrt((raw**2).mean())
+        for unit in (1e-300, 1e-160, 1e-100, 1.0, 1e160, 1e300):
+            (scale,) = joint_scales({"a": Moment(unit * row, unit * col)}, power).values()
+            np.testing.assert_allclose(outer(scale).numpy(), want, rtol=1e-12, err_msg=f"{unit}")
+    far = {"a": Moment(row, col), "b": Moment(1e-300 * row, 1e-300 * col)}
+    assert all((outer(scale) > 0).all() for scale in joint_scales(far, 0.125).values())
+    with pytest.raises(ValueError, match="moments must differ less between matrices"):
+        joint_scales(far, 0.5)
+
+
 def test_the_power_has_one_default_wherever_it_is_given():
     doors = (joint_scales, attach_preconditioner)
     found = {inspect.signature(door).parameters["power"].default for door in doors}
@@ -222,6 +236,8 @@ def test_bad_arguments_are_named(tmp_path):
         ("moment of a", lambda: joint_scales({"a": Moment(-moment["a"].row, moment["a"].col)})),
         ("gradient", lambda: second_moment(torch.full((2, 2), math.nan))),
         ("gradient", lambda: second_moment(torch.ones(2, 2, 2))),
+        ("1e+150], got 1e+200", lambda: second_moment(1e200 * torch.ones(2, 2).double())),
+        ("1e+150], got 1e-200", lambda: second_moment(1e-200 * torch.ones(2, 2).double())),
         ("learning_rate", lambda: public_moments({}, [], learning_rate=0.0)),
         ("gradients", lambda: public_moments({"a": nn.Parameter(torch.ones(1))}, [])),
         ("none of a", lambda: public_moments({"a": nn.Parameter(torch.ones(1))}, [dict])),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import integrate, optimize, stats
+from scipy import integrate, optimize, special, stats
 
+from lowrank_dp.restore import restore_with_report
 from lowrank_dp.spectrum import random_matrix as rmt
 from tests.refusals import refused
 
@@ -102,6 +103,28 @@ def test_asymptotic_edge_is_exceeded_one_time_in_eight():
     levels = [rmt.bulk_edge((64, 96), 2.0, false_spike_rate=r) for r in (0.3, 0.1, 0.01, 1e-4)]
     assert levels == sorted(levels)
     assert levels[0] == pytest.approx(rmt.bulk_edge((96, 64), 2.0, false_spike_rate=0.3), rel=1e-12)
+
+
+def test_false_spike_level_of_a_vector_is_exact():
+    """The norm of a vector of 1 is half-normal, of 2 Rayleigh, of n chi: P(n/2, level^2/2)."""
+    for rate in (0.9, 0.5, 0.05, 1e-3, 1e-12):
+        level = {n: rmt.bulk_edge((1, n), 2.0, false_spike_rate=rate) / 2 for n in (1, 2, 768)}
+        assert math.erfc(level[1] / math.sqrt(2)) == pytest.approx(rate, rel=1e-9)
+        assert math.exp(-(level[2] ** 2) / 2) == pytest.approx(rate, rel=1e-9)
+        assert special.gammaincc(384, level[768] ** 2 / 2) == pytest.approx(rate, rel=1e-9)
+        assert rmt.bulk_edge((768, 1), 2.0, false_spike_rate=rate) == 2 * level[768]
+    _, (report,) = restore_with_report(torch.tensor([[9.0, 1.0]]), 1.0, false_spike_rate=0.01)
+    assert report.edge == pytest.approx(math.sqrt(2 * math.log(100)), rel=1e-9)
+
+
+def test_false_spike_rate_of_short_sides_is_as_near_as_documented():
+    rng = np.random.default_rng(3)
+    for shape, count in (((2, 2), 100_000), ((3, 40), 50_000), ((8, 8), 50_000)):
+        matrices = rng.standard_normal((count, *shape))
+        squares = np.linalg.eigvalsh(matrices @ matrices.transpose(0, 2, 1))[:, -1]
+        for rate in (0.5, 0.2, 0.05):
+            above = (squares > rmt.bulk_edge(shape, 1.0, false_spike_rate=rate) ** 2).mean()
+            assert 0.85 * rate < above < 1.25 * rate, (shape, rate)
 
 
 def test_tracy_widom_quantiles():

@@ -726,6 +726,14 @@ def test_fast_alignment(shape):
     assert compared >= 5 * len(cases)  # all but the weakest spikes stand above the edge
 
 
+@pytest.mark.parametrize("name", ["optimal", "denoise", "soft"])
+def test_fast_alignment_of_spikes_next_to_the_edge(name):
+    for seed in range(12):
+        noisy, clean = spiked((128, 300), [1.3] * 6, dtype=torch.float32, seed=seed)
+        fast, exact = (restore(noisy, 0.7, name, method=method) for method in ("fast", "exact"))
+        assert cosine(fast, clean) >= 0.9 * cosine(exact, clean), seed
+
+
 def test_many_spikes_fall_back_to_the_exact_path():
     for shape, factors in (
         ((128, 512), np.full(40, 1.6)),  # a full subspace, with rough values

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lowrank_dp import theory
+from lowrank_dp.artifacts import load_result
+from lowrank_dp.experiments import vector_privacy
 from lowrank_dp.theory._special import log_chi2_cdf, log_chi2_survival
+from lowrank_dp.theory.privacy import PROFILE_ERROR
 from tests.refusals import refused
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "theory_ref.json").read_text())
+ARTIFACTS = Path(__file__).parent.parent / "paper_artifacts"
 ROWS = {
     key: np.array([row[key] for row in REFERENCE["hockey_stick"]])
     for key in REFERENCE["hockey_stick"][0]
@@ -119,6 +123,56 @@ def test_profile_against_mpmath(epsilon, rank, n, theta, kappa):
     assert theory.privacy_profile(epsilon, rank, n, angle=theta, norm_ratio=kappa) == pytest.approx(
         want, abs=1e-9
     )
+
+
+def unbounded_profile(epsilon, rank, n, angles):
+    """Delta of vectors of one norm, by the trapezoid rule over all of tan(phi), with its tails."""
+    t = np.sinh(np.linspace(-60, 60, 60_001))[None]  # sqrt(rank) tan(phi) is Student t
+    weight = stats.t.pdf(t, rank) * np.gradient(t[0])
+    angle = np.asarray(angles)[:, None]
+    c = np.cos(angle) + np.sin(angle) * t / np.sqrt(rank)  # (q' . y) / (q . y)
+    floor = np.where(c <= 0, weight, 0).sum(axis=1)
+    c = np.where((c > 0) & (c != 1), c, np.e)
+    with np.errstate(over="ignore", invalid="ignore"):
+        v = np.maximum(2 * (-(rank - n - 1) / 2 * np.log(c) - epsilon) / (1 - 1 / c), 0)
+        p, other = (
+            np.where(c > 1, stats.chi2.cdf(x, rank + n - 1), stats.chi2.sf(x, rank + n - 1))
+            for x in (v, v / c)
+        )
+        gain = np.maximum(p - np.exp(epsilon) * c ** (rank - 1) * np.where(p > 0, other, 0), 0)
+    inside = np.where(np.isfinite(gain) & (c != np.e), gain, 0)
+    return floor + (weight * inside).sum(axis=1)
+
+
+def test_a_small_delta_is_not_below_the_truth():
+    for rank, angles in ((16, [1e-3, 3e-3]), (64, [1e-3, 1.6e-3, 2.6e-3, 0.01])):
+        truth = unbounded_profile(1.0, rank, 768, angles)
+        found = theory.privacy_profile(1.0, rank, 768, angle=angles)
+        assert (found >= truth * (1 - 1e-4)).all() and (found <= truth + PROFILE_ERROR).all(), rank
+
+
+def test_the_saved_table_shows_no_delta_that_is_not_computed():
+    result = load_result(ARTIFACTS, "vector_privacy", vector_privacy.Result)
+    config = result.config
+    columns, rows = vector_privacy.table(result)
+    saved = (ARTIFACTS / "vector_privacy.csv").read_text(encoding="utf-8").splitlines()
+    assert saved == [",".join(cells) for cells in (columns, *rows)]
+    bound, bounds = f"< {PROFILE_ERROR:g}", 0
+    assert bound in vector_privacy.CAPTION
+    column, at = columns.index("exact delta at epsilon 1"), iter(rows)
+    for rank in config.ranks:
+        for angle, truth in zip(
+            config.angles, unbounded_profile(1.0, rank, config.width, config.angles), strict=True
+        ):
+            row = next(at)
+            assert (row[0], float(row[1])) == (str(rank), angle)
+            if row[column] == bound:
+                assert truth < PROFILE_ERROR, row
+                bounds += 1
+            else:
+                assert float(row[column]) == pytest.approx(truth, rel=6e-3), row
+                assert float(row[column]) >= PROFILE_ERROR, row
+    assert 0 < bounds < len(rows)
 
 
 @pytest.mark.parametrize(

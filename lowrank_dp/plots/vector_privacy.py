@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_dp.plots.style import COLOURS, MARKERS, labelled, letter, new_figure, shade
+from lowrank_dp.theory.privacy import PROFILE_ERROR
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import vector_privacy
@@ -36,13 +37,13 @@ def plot_vector_privacy(
     grid[0, 0].set(
         xscale="log", yscale="log", xlabel="angle (radians)", ylabel="ε at the theorem's δ"
     )
-    for axis in grid[0]:
-        axis.legend(title=f"n = {config.width}", title_fontsize=7, loc="lower right")
+    for axis, corner in zip(grid[0], ("lower right", "upper left"), strict=True):
+        axis.legend(title=f"n = {config.width}", title_fontsize=7, loc=corner)
     letter(grid[0, 0], "a  computed: exact —, theorem 1 – –")
     grid[0, 1].set(
         xscale="log",
         yscale="log",
-        ylim=(1e-15, 1.5),
+        ylim=(PROFILE_ERROR, 1.5),  # below, the exact delta is not resolved
         xlabel="angle (radians)",
         ylabel="δ at ε = 1",
     )

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lowrank_dp import _validate
 
+_LEAST_ENTRY = 1e-150  # float64 holds the square of this number, and the inverse of the square
+
 
 class Moment(NamedTuple):
     """Row and column means of the squared entries of a gradient (m, n), or their mean over steps.
@@ -26,11 +28,19 @@ class Moment(NamedTuple):
 def second_moment(gradient: Tensor) -> Moment:
     """Return the row and column means of a matrix's squared entries (Adafactor, arXiv 1804.04235).
 
-    Raises ValueError if ``gradient`` is not a matrix of finite entries.
+    Raises ValueError if ``gradient`` is not a matrix of finite entries, or if its largest entry is
+    so large or so small that float64 does not hold its square (below 1e-150 or above 1e150).
     """
     _validate.matrix("gradient", gradient)
     if gradient.ndim != 2:
         _validate.fail("gradient", "a matrix (m, n)", tuple(gradient.shape))
+    largest = float(gradient.abs().max())
+    if largest and not _LEAST_ENTRY <= largest <= 1 / _LEAST_ENTRY:
+        _validate.fail(
+            "gradient",
+            f"a matrix whose largest entry is in [{_LEAST_ENTRY:g}, {1 / _LEAST_ENTRY:g}]",
+            largest,
+        )
     squares = gradient.double().square()
     return Moment(squares.mean(1), squares.mean(0))
 
@@ -57,7 +67,7 @@ def public_moments(
 
     Raises:
         ValueError: if ``learning_rate`` is not above 0, if there is no step, if a parameter has no
-            gradient, or if the gradient of a matrix is not float32 or float64, or not finite.
+            gradient, or if the gradient of a matrix is refused by :func:`second_moment`.
     """
     _validate.positive("learning_rate", learning_rate)
     before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -39,30 +39,39 @@ def joint_scales(
         Name of each matrix -> scales r (m,) and c (n,).
 
     Raises:
-        ValueError: if ``power`` is out of range, ``equal_rows`` is a string, or a moment is
-            negative or not finite.
+        ValueError: if ``power`` is out of range, ``equal_rows`` is a string, a moment is negative
+            or not finite, or the moments of two matrices differ by so large a factor that the
+            square of a scale overflows.
     """
     _validate.real("power", power, low=0, high=0.5)
     if isinstance(equal_rows, str):
         _validate.fail("equal_rows", "a collection of names", equal_rows)
-    found: dict[str, Scale] = {}
-    squares, entries = 0.0, 0
-    for name, (row, col) in moments.items():
-        for part in (row, col):
+    largest = 0.0
+    for name, moment in moments.items():
+        for part in moment:
             if not bool((part >= 0).all() and part.isfinite().all()):
                 raise ValueError(f"moment of {name} must be finite and >= 0")
-        level = float(row.mean())
-        if not level > 0:
+            largest = max(largest, float(part.max()))
+    found: dict[str, Scale] = {}
+    squares, entries = 0.0, 0
+    for name, moment in moments.items():
+        if not bool(moment.row.any()):
             continue
+        # the unit drops out; in this one, squares of scales overflow only if matrices differ widely
+        row, col = (part.double() / largest for part in moment)
+        level = float(row.mean())
         if name in equal_rows:
             row = torch.full_like(row, level)
         scale = Scale(*(part.clamp(min=LEAST * level).pow(-power) for part in (row, col)))
         found[name] = scale
         squares += float(scale.row.square().sum() * scale.col.square().sum())
         entries += len(row) * len(col)
-    factor = (entries / squares) ** 0.25 if squares else 1.0
-    if not math.isfinite(factor):
-        raise ValueError("moments must not differ by a factor beyond the range of float64")
+    factor = (entries / squares) ** 0.25 if found else 1.0
+    if not 0 < factor < math.inf:
+        raise ValueError(
+            f"moments must differ less between matrices for power {power:g}: squares of their "
+            "scales overflow in float64"
+        )
     return {
         name: Scale(found[name].row * factor, found[name].col * factor)
         if name in found

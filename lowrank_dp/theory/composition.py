@@ -22,11 +22,10 @@ from scipy import optimize, special
 
 from lowrank_dp._validate import fail, integer, real
 from lowrank_dp.theory._arrays import MOST, Array, FloatOrArray, integers, reals, unwrap
-from lowrank_dp.theory.privacy import LEAST_RATIO, privacy_floor, privacy_profile
+from lowrank_dp.theory.privacy import LEAST_RATIO, PROFILE_ERROR, privacy_floor, privacy_profile
 
 _CELLS = 50  # equal intervals of the grid, up to the epsilon half-way to the profile's floor
 _GROWTH = 1.02  # ratio of successive grid points beyond these intervals
-_ERROR = 1e-9  # error of a computed delta, added so that a composed epsilon is an upper bound
 _MOST_CELLS = 100_000  # largest number of intervals; a longer grid gets wider intervals
 _MOST = 1e4  # a larger epsilon is reported as infinite
 # smallest delta per step; the error of a computed delta is at most a tenth of it
@@ -175,7 +174,10 @@ def _composed(
     interval = max(half / _CELLS, largest / _MOST_CELLS)
     places = _places(largest / interval)
     grid = interval * places
-    deltas = [np.array([profile(one) for one in grid]) + _ERROR for profile in (forward, backward)]
+    # the error of the computed profiles is added, so that the composed epsilon is an upper bound
+    deltas = [
+        np.array([profile(one) for one in grid]) + PROFILE_ERROR for profile in (forward, backward)
+    ]
 
     def distribution(ahead: Array, reverse: Array) -> pld_pmf.PLDPmf:
         # H_(e^-x)(P | Q) = 1 - e^-x + e^-x H_(e^x)(Q | P)
