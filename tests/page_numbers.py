@@ -22,7 +22,16 @@ from scipy import stats
 
 from lowrank_dp import theory
 from lowrank_dp.artifacts import load_result
-from lowrank_dp.experiments import membership, plan_check
+from lowrank_dp.experiments import (
+    membership,
+    noise_cost,
+    noise_cost_verdicts,
+    plan_check,
+    protocol,
+    steps,
+)
+from lowrank_dp.experiments.intervals import mean_and_interval
+from lowrank_dp.experiments.noise_cost_directions import DIRECTIONS, SCHEMES
 from lowrank_dp.train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +98,43 @@ def _tuning(result, rate):
     return [rate, *(np.mean(arm["scores"][arm["rates"].index(rate)]) for arm in arms)]
 
 
+def _final_score_ratio(name):
+    """Steps of DP-Adam over noise-free Adam if a gain were that of the score of the last step."""
+    result = load_result(ARTIFACTS, name, steps.Result)
+    sign = 1 if result.higher_is_better else -1
+    curves = sign * np.stack([result.of(arm).mean(axis=0) for arm in ("DP-Adam", "DP-SGD")])
+    start = curves[:, 0].mean()
+    target = sign * (start + 0.9 * (curves[:, -1].min() - start))
+    private, clean = (
+        protocol.steps_to(result.of(arm), target, higher_is_better=result.higher_is_better).mean()
+        for arm in ("DP-Adam", "noise-free Adam (NON-PRIVATE)")
+    )
+    return private / clean
+
+
+def _noise_cost():
+    """Schemes times settings and stages, and those with a gain above or below the noisy sum's."""
+    result = load_result(ARTIFACTS, "noise_cost", noise_cost.Result)
+    factors = noise_cost_verdicts.gain_factors(result)  # (cases, stages, warm-ups, directions)
+    logs = np.moveaxis(factors[..., [DIRECTIONS.index(name) for name in SCHEMES]], 2, 0)
+    ends = [mean_and_interval(values) for values in logs.reshape(len(logs), -1).T]
+    above, below = (sum(sign * mean > half for mean, half in ends) for sign in (1, -1))
+    return [len(SCHEMES), len(ends), above, below]
+
+
+def _projection_privacy():
+    """Deltas of one vector, and the least exact delta and its rank, by width, at a small angle."""
+    config, angle = _json("projection_privacy")["config"], 0.016
+    ranks, widths = (np.array(config[name]) for name in ("rank_grid", "widths"))
+    delta = np.asarray(theory.privacy_profile(1.0, ranks, widths[:, None], angle=angle))
+    return [
+        theory.privacy_profile(1.0, 4, 4096, angle=0.1),
+        theory.gaussian_privacy_profile(1.0, 4, angle=0.1),
+        *ranks[delta.argmin(axis=1)],
+        *delta.min(axis=1),
+    ]
+
+
 def _comparisons(result):
     """Number of comparisons of larger models in which a restored gradient is nearer, and of all."""
     starts = _arrays(result)["cosine"].mean(axis=3)  # (cases, stages, starts, schemes, averages)
@@ -116,6 +162,7 @@ def _vector_privacy():
     composed = arrays["composed"][config["composed_angles"].index(0.01)]
     return [
         arrays["angle"][:, -1].max(),
+        *arrays["angle"][:, -1, 0],  # medians of the layers
         ratios.min(),
         np.rint(ratios.max()),
         composed[config["steps"].index(100)],
@@ -147,6 +194,12 @@ def _scale():
     return [*shares, clip["measured"] / clip["model"]]
 
 
+def _gpu():
+    """Time of restoring over that of the clipped sum, on the GPU that was measured."""
+    step = _json("benchmarks/gpu.json")["step"]["RoBERTa-base"]
+    return [step["restore"] / step["float32"]]
+
+
 def _estimates():
     """Parameters, minutes and GiB of the configurations for larger models."""
     estimate = runpy.run_path(str(ROOT / "benchmarks" / "estimate.py"))["estimate"]
@@ -166,6 +219,7 @@ COMPUTED = {
     "steps_dart": lambda: _noise_costs("steps_dart"),
     "steps_smollm2": lambda: [
         *_noise_costs("steps_smollm2"),
+        _final_score_ratio("steps_smollm2"),
         *_tuning("steps_smollm2", 0.001),
     ],
     "steps_mnli": lambda: [*_noise_costs("steps_mnli"), *_tuning("steps_mnli", 0.00316)],
@@ -179,6 +233,8 @@ COMPUTED = {
     "vector_privacy": _vector_privacy,
     "plan_check": _plan_check,
     "audit_bugs": _audit_bugs,
+    "noise_cost": _noise_cost,
+    "benchmarks/gpu.json": _gpu,
     "benchmarks/scale.json": _scale,
     "benchmarks/estimate.py": _estimates,
     "total_variation": lambda: [
@@ -186,10 +242,7 @@ COMPUTED = {
         theory.joint_tv(8, 768),
         theory.joint_tv(10**6, 2, reference="paper"),
     ],
-    "projection_privacy": lambda: [
-        theory.privacy_profile(1.0, 4, 4096, angle=0.1),
-        theory.gaussian_privacy_profile(1.0, 4, angle=0.1),
-    ],
+    "projection_privacy": _projection_privacy,
 }
 
 # numbers that are not measured, by page: what they are, and the numbers
@@ -199,7 +252,11 @@ DEFINITIONS = {
         "arguments of the code below": "768",
     },
     "docs/cite.md": {"years": "2012 2014 2017"},
-    "docs/concepts/glossary.md": {"AUC of chance": "0.5", "year": "2007"},
+    "docs/concepts/glossary.md": {
+        "AUC of chance": "0.5",
+        "year": "2007",
+        "share of the gain at the target": "90%",
+    },
     "docs/concepts/privacy.md": {
         "exponent of the default delta": "1.1",
         "number of points beyond which PLD is left out, and an example of it": "24 20 0.001 4e7",
@@ -218,6 +275,11 @@ DEFINITIONS = {
         "a false-positive rate, and the records that it needs": "0.1% 1,000",
     },
     "docs/findings/lora-noise.md": {"kurtosis 3 + 6/r at a beta of 0, a formula": "3 6 0"},
+    "docs/findings/restoration.md": {
+        "evaluated examples of SST-2 and E2E, the examples of E2E, and their tables": (
+            "872 998 62 4,672 113 7"
+        ),
+    },
     "docs/guide.md": {"parameters of MiniLM, in millions": "22.7"},
     "docs/how-to/audit.md": {
         "default sizes of the designs": "200",
@@ -238,6 +300,7 @@ DEFINITIONS = {
         "least size of --population": "100",
         "an example of --shadows": "16",
         "level of the guards": "99%",
+        "least share of records with one score in the verdict NO EVIDENCE": "90%",
         "AUC of chance": "0.5",
         "rate of false positives in the report": "0.01 1%",
         "confidence of the bound in the report, and of each of two bounds": "95% 97.5%",

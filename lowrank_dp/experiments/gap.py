@@ -45,12 +45,15 @@ SHARE = 0.9
 WORTH = 1.5  # smallest gap at which other experiments compare arms
 CAPTION = (
     "Steps to 90% of the gain of the weaker of tuned DP-SGD and tuned DP-Adam, as ratios of means "
-    "over seeds, by epsilon, expected batch B and trained part. What noise costs: DP-X over X with "
-    "the same clipping and sampling and no noise. What lost adaptivity costs: noise-free SGD over "
-    "noise-free Adam. Gap: the faster DP optimizer over the faster noise-free optimizer, the most "
-    "that a perfect denoiser could save. A run that does not reach the target counts as one step "
-    "more than it has, which makes the ratio a bound. NON-PRIVATE: the noise-free runs are "
-    "computed from clean gradients."
+    "over seeds, by epsilon, expected batch B and trained part. What noise costs: DP-X over X "
+    "with the same clipping and sampling and no noise. What lost adaptivity costs: noise-free SGD "
+    "over noise-free Adam. Gap: the faster DP optimizer over the faster noise-free optimizer, the "
+    "most that a perfect denoiser could save. A gain is the difference between the score before "
+    "training and the best running median of the mean curve over seeds; a running median is the "
+    "median of a step's score and the scores of its two neighbours, and the last step has none. A "
+    "step reaches the target if its running median does. A run that does not reach the target "
+    "counts as one step more than it has, which makes the ratio a bound. NON-PRIVATE: the "
+    "noise-free runs are computed from clean gradients."
 )
 
 

@@ -30,16 +30,17 @@ from lowrank_dp.experiments.intervals import auc_with_interval
 from lowrank_dp.mechanism import NON_PRIVATE
 
 CAPTION = (
-    "Privacy of LoRA's projection alone. (a) Exact privacy profile of one vector query (solid) and "
-    "its Gaussian reading (dashed). (b) The exact delta at epsilon = 1 against rank is not "
-    "monotone: the claim that a smaller rank is more private (2409.17538) fails; triangles mark "
-    "rank sqrt(n/2). (c) Measured ROC of the attack on synthetic gradients (n=64, rank 4, rank-one "
-    "candidate of relative size 0.1 unless the config says otherwise): likelihood ratio for one "
-    "row, symmetry score for 2 and 8 rows that share A, without access to A; dashed is what the "
-    "Gaussian reading allows for one row. (d) Measured AUC with 95% intervals when Gaussian noise "
-    "is added to the release, synthetic and for one real example in a real layer's clipped "
-    "gradient sum. The candidate and the rest of the batch are known to the attacker. "
-    "NON-PRIVATE: real gradients are clean."
+    "Privacy of LoRA's projection alone. (a) Exact privacy profile of one vector query (solid) "
+    "and its Gaussian reading (dashed). (b) The exact delta at epsilon = 1 against rank, at an "
+    "angle of 0.1 rad unless the config says otherwise, is not monotone: the reading that a "
+    "smaller rank is more private, which a variance that falls with the rank (2409.17538) "
+    "suggests, fails. The rank of the least delta depends on the angle. (c) Measured ROC of the "
+    "attack on synthetic gradients (n=64, rank 4, rank-one candidate of relative size 0.1 unless "
+    "the config says otherwise): likelihood ratio for one row, symmetry score for 2 and 8 rows "
+    "that share A, without access to A; dashed is what the Gaussian reading allows for one row. "
+    "(d) Measured AUC with 95% intervals when Gaussian noise is added to the release, synthetic "
+    "and for one real example in a real layer's clipped gradient sum. The candidate and the rest "
+    "of the batch are known to the attacker. NON-PRIVATE: real gradients are clean."
 )
 FPR_GRID = np.concatenate([[0.0], np.geomspace(1e-3, 1, 121)])
 

@@ -22,6 +22,7 @@ from lowrank_dp.plots.style import (
     new_figure,
     shade,
 )
+from lowrank_dp.theory.privacy import PROFILE_ERROR
 
 if TYPE_CHECKING:
     from lowrank_dp.experiments import matrix_attack, projection_privacy
@@ -62,7 +63,7 @@ def _plot_profiles(result: projection_privacy.Result, profile: Axes) -> None:
         profile.plot(config.epsilons, result.profile_gaussian[i], "--", color=colour)
     profile.set(
         yscale="log",
-        ylim=(1e-10, 1),
+        ylim=(PROFILE_ERROR, 1),
         xlim=(0, config.epsilons[-1]),
         xlabel="ε",
         ylabel="δ(ε) of one vector query",
@@ -80,13 +81,11 @@ def _plot_delta(result: projection_privacy.Result, by_rank: Axes) -> None:
     for i, n in enumerate(config.widths):
         colour = shade("width", n)
         by_rank.plot(config.rank_grid, result.by_rank[i], color=colour, label=f"exact, n = {n}")
-        by_rank.plot(np.sqrt(n / 2), 1.15e-3, marker="^", color=colour, markersize=5, clip_on=False)
     by_rank.plot(
         config.rank_grid, result.by_rank_gaussian, "--", color=BLUE, label="Gaussian reading"
     )
-    by_rank.plot([], [], "^", color=GREY, label="rank $\\sqrt{n/2}$")
     log_ranks(by_rank, np.array(config.rank_grid))
-    by_rank.set(yscale="log", ylim=(1e-3, 1), ylabel="δ at ε = 1")
+    by_rank.set(yscale="log", ylim=(1e-3, 1), ylabel=f"δ at ε = 1, {config.angle:g} rad")
     by_rank.legend(loc="lower right", bbox_to_anchor=(1.02, 0.05), handlelength=1.4)
     letter(by_rank, "b  computed: not monotone in rank")
 
