@@ -78,6 +78,7 @@ def sweep(
     num_workers: int | None = None,
     engine: str = "loky",
     keep_model: bool = False,
+    data_dir: str | Path | None = None,
 ) -> list[Outcome]:
     """Train every configuration; equal configurations are trained once.
 
@@ -98,6 +99,7 @@ def sweep(
             and models under the same paths), or "sequential" (this process).
         keep_model: whether to keep each run's checkpoint. A run that finished in ``folder`` without
             its checkpoint is then not repeated: its outcome has an error that names its folder.
+        data_dir: as in :func:`lowrank_dp.train.loop.train`; a cluster's machines share the folder.
 
     Returns:
         An outcome per configuration, in the order of ``configs``.
@@ -111,10 +113,13 @@ def sweep(
         num_workers = min((engines.workers_of(None, device) for device in devices), default=1)
     workers = _validate.integer("num_workers", num_workers)
     folder = Path(folder).absolute()  # a worker may have another working folder
+    if data_dir is not None:
+        data_dir = str(_validate.expanded("data_dir", data_dir).absolute())
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
     job = functools.partial(
         _run,
         keep_model=keep_model,
+        data_dir=data_dir,
         threads=engines.threads_of(workers) if engine == "loky" else None,
         prefix_cache=str(folder / PREFIX_FOLDER),
         shared_by=len(jobs),
@@ -131,6 +136,7 @@ def _run(
     job: tuple[str, TrainConfig],
     *,
     keep_model: bool,
+    data_dir: str | None,
     threads: int | None,
     prefix_cache: str,
     shared_by: int,
@@ -151,6 +157,7 @@ def _run(
                 keep_model=keep_model,
                 show_progress=False,
                 prefix_shared_by=shared_by,
+                data_dir=data_dir,
             )
             if keep_model and not (Path(path) / runs.MEMBERSHIP).is_file():
                 return Outcome(config, None, f"{path} {NO_CHECKPOINT}")

@@ -229,8 +229,12 @@ def test_the_check_of_an_output_leaves_no_folder(tmp_path, monkeypatch):
     for folder in (tmp_path / "kept" / "a" / "b", tmp_path / "kept", tmp_path / "c"):
         _console.check_output(folder)
         assert [path.name for path in tmp_path.rglob("*")] == ["kept"], folder
-    _console.make_output(tmp_path / "c" / "d")
-    assert (tmp_path / "c" / "d").is_dir()
+    with _console.hold_output(tmp_path / "c" / "d"):
+        assert [path.name for path in (tmp_path / "c" / "d").iterdir()] == [".lock"]
+    assert not (tmp_path / "c").exists()
+    with _console.hold_output(tmp_path / "c" / "d"):
+        (tmp_path / "c" / "d" / "report").write_text("kept")
+    assert [path.name for path in (tmp_path / "c" / "d").iterdir()] == ["report"]
 
     def read_only(**options):
         raise PermissionError(13, "Permission denied")
@@ -239,6 +243,40 @@ def test_the_check_of_an_output_leaves_no_folder(tmp_path, monkeypatch):
     expected = f"--output {tmp_path / 'kept'} can't be written to (Permission denied): choose"
     with pytest.raises(ValueError, match=re.escape(expected)):
         _console.check_output(tmp_path / "kept")
+
+
+def test_an_output_belongs_to_one_command_at_a_time(tmp_path, call, noisy_file):
+    """The second command of two says so in one line, before its work; so does one of a figure."""
+    out, (path, *_) = tmp_path / "out", noisy_file
+    (out / "results").mkdir(parents=True)
+    words = {
+        "spectrum": ("--output", out),
+        "lora": ("--output", out),
+        "audit": ("--output", out),
+        "mia": ("--model", tmp_path, "--output", out),
+        "figures": ("--only", "total_variation", "--artifacts", out / "results", "--output", out),
+    }
+    restore = [str(word) for word in restore_words(path, out / "restored.safetensors", {})]
+    with (
+        _console.hold_output(out),
+        _console.hold_output(out, name="restored.safetensors"),
+        _console.hold_output(out / "results", name="total_variation.json"),
+    ):
+        held = sorted(item.name for item in out.rglob("*"))
+        for command, options in words.items():
+            assert_refused(call(command, *map(str, options)), "is in use by another command: wait")
+        assert_refused(call(*restore), "restored.safetensors is in use by another")
+        assert sorted(item.name for item in out.rglob("*")) == held
+    assert sorted(item.name for item in out.rglob("*")) == ["results"]
+    assert call(*restore)[0] == 0
+    assert [item.name for item in out.iterdir() if item.is_file()] == ["restored.safetensors"]
+
+
+def test_the_lock_of_a_killed_command_does_not_hold(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"")
+    with _console.hold_output(tmp_path):
+        pass
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_refused_figure_leaves_no_folder(tmp_path, call, monkeypatch):

@@ -28,6 +28,8 @@ SMALL = replace(
 
 
 def naive_at_level(loss, values, level):
+    if loss[0] <= level:
+        return np.nan
     for i in range(len(loss) - 1):
         if loss[i] > level >= loss[i + 1]:
             share = (loss[i] - level) / (loss[i] - loss[i + 1])
@@ -46,6 +48,9 @@ def test_values_are_read_where_a_loss_first_falls_to_a_level():
     assert at_level(rises_again, np.array([0, 1, 2, 3, 4.0]), 0.55) == pytest.approx(1.5)
     assert np.isnan(at_level(rises_again, rises_again, 0.4))  # never extrapolated
     assert np.isnan(at_level(rises_again[1:], rises_again[1:], 0.65))
+    for first in (0.5, 0.4):  # the level was passed before the first point
+        falls_twice = np.array([first, 0.7, 0.3])
+        assert np.isnan(at_level(falls_twice, falls_twice, 0.5)), first
     assert common_level(np.array([[0.7, 0.2], [0.7, 0.4]]), (0.5, 0.3)) == 0.5
     assert common_level(np.array([[0.7, 0.2], [0.7, 0.2]]), (0.5, 0.3)) == 0.3
 

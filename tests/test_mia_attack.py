@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from scipy import optimize, stats
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from lowrank_dp import membership
 from lowrank_dp._rounding import rounded_up
@@ -33,6 +33,7 @@ from lowrank_dp.mia import (
     requirements,
     shift,
     signals,
+    units,
 )
 from lowrank_dp.mia import plan as planning
 from lowrank_dp.mia import report as reports
@@ -42,16 +43,24 @@ from lowrank_dp.mia.checkpoint import load_checkpoint
 from lowrank_dp.mia.loading import load_reference
 from lowrank_dp.mia.plan import plan
 from lowrank_dp.mia.report import bound_confidence, claimed_epsilon
-from lowrank_dp.mia.shadows import find_shadows, measure_shadows, shadow_configs
+from lowrank_dp.mia.shadows import (
+    find_shadows,
+    measure_shadows,
+    shadow_configs,
+    shadow_recipe,
+    train_shadows,
+)
 from lowrank_dp.models import load_model, load_tokenizer
 from lowrank_dp.models.precision import AUTOCAST_DTYPES
 from lowrank_dp.models.targets import logits_at_targets
+from lowrank_dp.plots.roc import plot_roc
+from lowrank_dp.sweep import sweep
 from lowrank_dp.theory import symmetry_score
 from lowrank_dp.train import TrainConfig
 from lowrank_dp.train.config_checks import PRECISIONS
 from lowrank_dp.train.loop import train
 from tests.refusals import refused
-from tests.tasks import case, run_command, write_jsonl
+from tests.tasks import case, film_reviews, run_command, write_jsonl
 
 # A small pool and many steps, so that the checkpoint remembers its members. With this seed members
 # have both labels equally often; otherwise a private model's preference for one label would leak.
@@ -434,6 +443,81 @@ def test_shadows_follow_the_recipe_and_are_trained_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_shadows_train_on_the_data_and_the_base_that_the_attack_reads(tmp_path, capsys):
+    """The path that training.json names is gone."""
+    write_jsonl(tmp_path / "own.jsonl", film_reviews(160))
+    config = replace(SHORT, task=str(tmp_path / "own.jsonl"), max_examples=None, holdout=20)
+    train(config, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    data = (tmp_path / "own.jsonl").rename(tmp_path / "elsewhere" / "own.jsonl")
+    words = "--model", tmp_path / "run", "--data-dir", data, "--shadows", "2", "--engine"
+    words = *words, "sequential", "--attacks", "loss", "--output", tmp_path / "out"
+    code, out, err = run(capsys, *words)
+    assert code == 0 and "2 shadows" in out, err
+    shadows = tmp_path / "out" / "cache" / "shadows"
+    for path in shadows.glob("*/training.json"):
+        assert json.loads(path.read_text())["config"]["task"] == str(data)
+    # found shadows that name the data's new place, and a copy of one that names the old place
+    words = "--model", tmp_path / "run", "--data-dir", data, "--shadow-dir", shadows
+    assert run(capsys, *words, "--dry-run")[0] == 0
+    for path in shadows.glob("*/*.json"):
+        path.write_text(path.read_text().replace(str(data), str(tmp_path / "own.jsonl")))
+    assert run(capsys, *words, "--dry-run")[0] == 0
+
+
+def test_the_recipe_of_a_shadow_follows_no_path_of_the_checkpoint(
+    checkpoints, tmp_path, capsys, monkeypatch
+):
+    """What is missing is refused before the first forward pass, and in a dry run."""
+    monkeypatch.setattr("lowrank_dp.mia.attack.load", None)  # a forward pass would be a TypeError
+    target = open_target(checkpoints / "short", Options())
+    asked = Options(num_shadows=2, base="tiny", data_dir=tmp_path)
+    gone = replace(target.recipe, task="/gone/own.csv", model="/gone/m", prefix_cache="/gone/c")
+    moved_target = replace(target, result=replace(target.result, config=gone))
+    found = shadow_recipe(moved_target, asked)
+    assert (found.task, found.model, found.prefix_cache) == (str(tmp_path), "tiny", "")
+    off = replace(target.recipe, prefix_cache="off")
+    off_target = replace(target, result=replace(target.result, config=off))
+    assert shadow_recipe(off_target, Options(num_shadows=2)).prefix_cache == "off"
+    assert shadow_recipe(target, Options(num_shadows=2)) == target.recipe
+
+    (public := tmp_path / "public.csv").write_text("no records\n")
+    for changes, words in (
+        ({"model": "/gone/model"}, "shadows can't be trained here: model must"),
+        ({"device": "cuda:77"}, "shadows can't be trained here: device must"),
+        ({"precondition": str(public)}, "can't be trained here: precondition '.*can't be read"),
+    ):
+        config = replace(target.recipe, **changes)
+        other = replace(target, result=replace(target.result, config=config))
+        options = Options(num_shadows=2)
+        refused(words, plan, [other], options)
+        refused(words, attack, other, options, tmp_path)
+    write_jsonl(tmp_path / "out.jsonl", film_reviews(30))
+    words = "--model", checkpoints / "short", "--nonmembers", tmp_path / "out.jsonl"
+    code, _, err = run(capsys, *words, "--shadows", "2")
+    assert code == 2 and "shadows need the records of membership.json" in err
+
+
+def test_a_run_reads_a_named_task_from_the_folder_that_it_is_given(tmp_path, monkeypatch):
+    """The folder precedes LOWRANK_DP_DATA, for the runs of a sweep too."""
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    for name, count in (("train", 80), ("validation", 20)):
+        rows = [{"sentence": f"text {i} {name}", "label": i % 2, "idx": i} for i in range(count)]
+        write_jsonl(tmp_path / "glue" / "sst2" / f"{name}.jsonl", rows)
+    monkeypatch.delenv("LOWRANK_DP_DATA", raising=False)
+    config = replace(SHORT, task="sst2", max_examples=None)
+    (outcome,) = sweep([config], tmp_path / "runs", engine="sequential", data_dir=tmp_path)
+    assert outcome.result is not None, outcome.error
+    assert "of 80 examples" in outcome.result.description
+    options = Options(num_shadows=2, data_dir=tmp_path)
+    seen = []
+    monkeypatch.setattr("lowrank_dp.mia.shadows.sweep", lambda *a, **k: seen.append(k) or [])
+    train_shadows(config, 2, tmp_path, data_dir=options.data_dir)
+    train_shadows(replace(config, task=str(tmp_path)), 2, tmp_path, data_dir=options.data_dir)
+    assert [one["data_dir"] for one in seen] == [tmp_path, None]
+
+
+@pytest.mark.slow
 def test_comparing_checkpoints_on_the_same_records(checkpoints, tmp_path, capsys):
     train(replace(OVERFIT, steps=5), tmp_path / "shorter")
     train(replace(OVERFIT, method="lora", steps=5), tmp_path / "lora")
@@ -521,6 +605,7 @@ def test_compared_checkpoints_have_one_metric_of_utility():
     report = SimpleNamespace(
         primary="loss",
         scores={"loss": scores},
+        counted={"loss": (scores, truth)},
         attacks=[SimpleNamespace(name="loss", auc=metrics.auc(scores, truth))],
     )
     for names, metric, values in (
@@ -556,6 +641,16 @@ def test_rows_that_were_sampled_together_count_once(tmp_path):
         for e, m in zip(target.records.examples, target.records.is_member, strict=True)
     }
     assert len(groups) < len(report.is_member)
+    # the curve is that of the groups' mean scores, from which the AUC is computed
+    drawn = plot_roc(report).axes[0].lines
+    lines = {line.get_label().split()[0].rstrip("*"): line for line in drawn}
+    for one in report.attacks:
+        means, inside = units.unit_scores(
+            report.scores[one.name], target.records.examples, report.is_member
+        )
+        fpr, _, _ = roc_curve(inside, means, drop_intermediate=False)
+        assert one.auc.value == pytest.approx(roc_auc_score(inside, means))
+        assert {*lines[one.name].get_xdata()} <= {*fpr}, one.name
     counts = report.attacks[0].epsilon
     assert counts.num_members + counts.num_nonmembers == sum(
         (n + 1) // 2 for n in np.bincount([m for _, m in groups])
@@ -1324,22 +1419,45 @@ def test_a_run_without_its_manifest_keeps_its_length(checkpoints, tmp_path):
 
 
 def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys):
-    """Members are given as non-members, from two files that do not overlap."""
+    """Members are given as non-members, and records that were not trained on as members."""
     found = open_target(checkpoints / "short", Options()).records
-    inside = [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit]
-    for name, part in (("a", inside[:30]), ("b", inside[30:60])):
+    inside, outside = (
+        [e for e, bit in zip(found.examples, found.is_member, strict=True) if bit == side]
+        for side in (True, False)
+    )
+    new = [Example(f"new/{i}", f"a text {i} of no pool", label=i % 2) for i in range(60)]
+    lost = [replace(e, text=f"review: {e.text}") for e in inside]  # as of another column
+    for name, part in {
+        "a": inside[:30],
+        "b": inside[30:60],
+        "outside": outside[:30],
+        "new": new[:30],
+        "mixed": [*inside[:25], *new[30:33], *lost[25:27]],
+        "lost": lost[:30],
+    }.items():
         rows = [{"text": e.text, "label": e.label} for e in part]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    code, _, err = run(
-        capsys,
-        "--model",
-        checkpoints / "short",
-        "--members",
-        tmp_path / "a.jsonl",
-        "--nonmembers",
-        tmp_path / "b.jsonl",
-    )
-    assert code == 2 and "30 given records are on the other side in membership.json" in err
+    model = "--model", checkpoints / "short"
+
+    def given(members, nonmembers):
+        files = (tmp_path / f"{name}.jsonl" for name in (members, nonmembers))
+        return run(capsys, *model, "--members", next(files), "--nonmembers", next(files))
+
+    code, _, err = given("a", "b")
+    assert code == 2 and "30 of 30 given non-members were trained on by membership.json" in err
+    for members, nonmembers, count in (
+        ("outside", "new", "30 of 30"),
+        ("new", "outside", "30 of 30"),
+        ("lost", "new", "30 of 30"),
+        ("mixed", "new", "5 of 30"),
+    ):
+        code, out, err = given(members, nonmembers)
+        with case(members, nonmembers):
+            assert code == 2 and err.count("\n") == 1 and "verdict" not in out
+            assert f"{count} given members are not among the records trained on" in err
+            assert "other columns or targets" in err
+    options = Options(members=tmp_path / "a.jsonl", nonmembers=tmp_path / "new.jsonl")
+    assert open_target(checkpoints / "short", options).records.is_member.sum() == 30
     code, _, err = run(
         capsys, "--model", checkpoints / "short", "--nonmembers", tmp_path / "b.jsonl"
     )

@@ -123,13 +123,14 @@ def test_texts_must_beat_the_model_before():
     assert alone.better and alone.uniform_loss == pytest.approx(np.log(100))
 
 
-def verdict(auc, *, better=True, found="ok", sampling="bernoulli", near=0, name="base", other=0.5):
+def verdict(
+    auc, *, better=True, found="ok", sampling="bernoulli", near=0, name="base", other=0.5, tied=0
+):
     learned = learning.Learning(0.7, 0.69, 0.693, 0.5, 0.51, None, better)
     attack = report.Attack(name, metrics.Auc(sum(auc) / 2, 0.1, auc), {}, None)
-    more = report.Attack("zlib", metrics.Auc(other, 0.1, (other - 0.2, other + 0.2)), {}, None)
-    return verdicts.verdict(
-        verdicts.Evidence((more, attack), name, found, learned, 0.6, sampling, near, 100)
-    )
+    second = report.Attack("zlib", metrics.Auc(other, 0.1, (other - 0.2, other + 0.2)), {}, None)
+    facts = (learned, 0.6, sampling, near, 100, tied)
+    return verdicts.verdict(verdicts.Evidence((second, attack), name, found, *facts))
 
 
 def test_verdicts():
@@ -155,6 +156,18 @@ def test_verdicts():
         assert verdict((0.4, 0.6), sampling=None, near=near).startswith(
             f"INVALID (near-duplicates): {near} of 100"
         )
+
+
+def test_an_attack_with_equal_scores_is_no_evidence():
+    """A finding stands, whatever the share of equal scores."""
+    for share, ends in ((1.0, True), (0.9, True), (0.89, False)):
+        found = verdict((0.4, 0.6), tied=share)
+        assert found.startswith("NO EVIDENCE (equal scores): base") == ends, share
+        assert ("excluded" in found) != ends, share
+    assert verdict((0.51, 0.6), tied=0.95) == "LEAKS"
+    assert verdict((0.4, 0.49), tied=0.95).startswith("BELOW CHANCE")
+    assert verdict((0.4, 0.6), tied=1.0, better=False).startswith("NOTHING LEARNED")
+    assert verdict((0.4, 0.6), tied=1.0, other=0.73).startswith("LEAKS by zlib")
 
 
 def test_a_leak_that_only_another_attack_finds_is_not_called_safe():

@@ -25,7 +25,7 @@ from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as steps
 from lowrank_dp.train.identity import digest_of_tensors
 from lowrank_dp.train.loop import train
-from lowrank_dp.train.prefix import CacheRequest, PrefixCache
+from lowrank_dp.train.prefix import PrefixCache, RunRequest
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step
@@ -499,13 +499,13 @@ def test_a_tenth_too_much_of_a_row_stops_the_run(dtype, places, tmp_path, monkey
 
 def test_a_first_pass_must_pay(places, tmp_path):
     config = make_config(places, prefix_cache=str(tmp_path / "cache"), steps=1, eval_every=1)
-    few = prepare(config, 5, CacheRequest(shared_by=1))
+    few = prepare(config, 5, RunRequest(shared_by=1))
     assert "not in training (too few steps" in few.description
     assert few.prefix.training is None and few.prefix.evaluation is not None
-    many = prepare(config, 5, CacheRequest(shared_by=50))
+    many = prepare(config, 5, RunRequest(shared_by=50))
     assert many.digests["prefix"] and "but not" not in many.description
     # an existing cache is read, whether or not building it would save time
-    assert prepare(config, 5, CacheRequest(shared_by=1)).digests["prefix"]
+    assert prepare(config, 5, RunRequest(shared_by=1)).digests["prefix"]
 
 
 # Resuming.

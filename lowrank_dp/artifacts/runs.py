@@ -16,7 +16,6 @@ damaged, the snapshot before it is loaded. Only the owner can read snapshots. No
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -24,22 +23,20 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lowrank_dp import _validate
 from lowrank_dp._json import json_digest
 from lowrank_dp._terminal import first_line
 from lowrank_dp.artifacts.files import atomic_write, read_json, umask, write_json
 from lowrank_dp.artifacts.ledger import EarlierVersion, Ledger
+from lowrank_dp.artifacts.locks import InUse as InUse
+from lowrank_dp.artifacts.locks import take
 
 KEPT_SNAPSHOTS = 2
 FORMAT = 2  # format of snapshots and ledger; format 1 had no hashes
 TRAINING, MEMBERSHIP = "training.json", "membership.json"
 INITIAL_HEAD = "initial_head.safetensors"  # a classifier's head before the first step
-
-
-class InUse(ValueError):
-    """Error for a folder that another process has locked."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +260,7 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
     with (path / ".lock").open("ab") as lock:
-        _take(lock, path)
+        take(lock, path / ".lock", f"output {path}", "run")
         _require_room(folder, resume)
         _clear_remains(folder)
         if not folder.finished:
@@ -272,22 +269,6 @@ def open_run(path: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
             yield folder
         finally:
             _remove_if_empty(path)
-
-
-def _take(lock: BinaryIO, path: Path) -> None:
-    """Lock the open file ``lock``, or raise :class:`InUse`."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InUse(
-            f"output {path} is in use by another run: wait for it, or choose another folder"
-        ) from None
-    try:
-        in_place = os.path.samestat(os.fstat(lock.fileno()), (path / ".lock").stat())
-    except FileNotFoundError:  # a run that ends removes its lock file
-        in_place = False
-    if not in_place:
-        raise InUse(f"output {path} was in use by a run that was just ending: try again")
 
 
 def _require_room(folder: RunFolder, resume: bool) -> None:

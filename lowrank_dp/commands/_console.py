@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from lowrank_dp import _terminal, _validate
+from lowrank_dp.artifacts import locks
 
 STOPPED = 130  # exit code after SIGINT
 
@@ -83,14 +84,43 @@ def check_output(folder: Path | None, option_name: str = "--output") -> None:
                 path.rmdir()
 
 
-def make_output(folder: Path | None, option_name: str = "--output") -> None:
-    """Create the folder of a command's files before its work, so that a bad path fails at once.
+@contextlib.contextmanager
+def hold_output(
+    folder: Path | None, option_name: str = "--output", name: str = ""
+) -> Iterator[None]:
+    """Hold the folder of a command's files, or its file ``name``, during the block.
 
-    Raises ValueError as :func:`check_output` does.
+    A command that checks what the folder holds, and writes later, does both in one block, so that
+    no other command writes in between. The folder is created if it is missing, so that a bad path
+    fails at once, and removed again if the command leaves it empty. Does nothing for None.
+
+    Raises ValueError as :func:`check_output` does, and if another command holds the folder or file.
     """
+    if folder is None:
+        yield
+        return
     check_output(folder, option_name)
-    if folder is not None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+        file = folder / (f".{name}.lock" if name else ".lock")
+        with locks.held(file, f"{option_name} {folder / name}"):
+            yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it holds the command's files
+                path.rmdir()
+
+
+def holding_output(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command to run in a block of :func:`hold_output` with its option ``output``."""
+
+    @wraps(function)
+    def command(*given: Any, **arguments: Any) -> Any:
+        with hold_output(arguments["output"]):
+            return function(*given, **arguments)
+
+    return command
 
 
 def check_new(folder: Path | None, name: str, option_name: str = "--output") -> None:

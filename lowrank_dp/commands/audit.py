@@ -30,6 +30,7 @@ REPORT = "report.json"
 
 @app.command()
 @_console.options_of(Request)
+@_console.holding_output
 def main(
     given: dict[str, Any],
     output: Annotated[
@@ -50,9 +51,8 @@ def main(
     is 3 if the audit contradicts the accountant.
     """
     request = Request(**given)
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output is not None and any(item.name != ".lock" for item in output.iterdir()):
         raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}")
-    _console.check_output(output)
     from rich.console import Console
 
     from lowrank_dp.audit.auditing import audit_opened
@@ -63,7 +63,6 @@ def main(
     _print_plan(console, audited, request)
     if dry_run:
         return
-    _console.make_output(output)
     report = audit_opened(audited, request.design)
     _print(console, report)
     if as_json:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +95,7 @@ def main(
         _require_only_drawing(given, update)
     from rich.console import Console
 
-    from lowrank_dp.figures.places import Place, Request, place_of
+    from lowrank_dp.figures.places import Place, Request
 
     folder = artifacts or Path("paper_artifacts")
     if redraw and not folder.is_dir():
@@ -116,9 +118,43 @@ def main(
     )
     left_out = _without_result(folder) if redraw or asked.scale == "small" else []
     names = asked.only or [name for name in NAMES if name not in left_out]
-    places = {name: Place(None, folder) if redraw else place_of(name, request) for name in names}
-    _console.make_output(folder, "--artifacts")
-    _console.make_output(output or Path("figures"))
+    with contextlib.ExitStack() as stack:
+        if redraw:
+            places = {name: Place(None, folder) for name in names}
+        else:
+            places = _held_places(names, request, stack)
+        summary = _make_all(places, request, output, console)
+    for name in left_out if not asked.only else ():
+        say(console, f"{name}: left out, since no result is saved; --scale full computes it")
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        _print(summary)
+
+
+def _held_places(
+    names: Sequence[str], request: Request, stack: contextlib.ExitStack
+) -> dict[str, Place]:
+    """Return the place of each figure; hold the results that will be computed until ``stack`` ends.
+
+    Results are held one by one, so that other figures can be made in the same folder meanwhile.
+    """
+    from lowrank_dp.figures.places import place_of
+
+    for name in names:
+        place = place_of(name, request)
+        if place.config is not None:
+            held = _console.hold_output(place.folder, "--artifacts", f"{name}.json")
+            stack.enter_context(held)
+    return {name: place_of(name, request) for name in names}  # what another command may have saved
+
+
+def _make_all(
+    places: Mapping[str, Place], request: Request, output: Path | None, console: Console
+) -> list[dict[str, Any]]:
+    """Make the figures, and return their summary."""
+    request.folder.mkdir(parents=True, exist_ok=True)
+    (output or Path("figures")).mkdir(parents=True, exist_ok=True)
     for place in places.values():
         if place.note:
             say(console, place.note)
@@ -130,12 +166,7 @@ def main(
         started = time.perf_counter()
         entry = _make(name, place, request, output, sources, console)
         summary.append(entry | {"seconds": round(time.perf_counter() - started, 1)})
-    for name in left_out if not asked.only else ():
-        say(console, f"{name}: left out, since no result is saved; --scale full computes it")
-    if as_json:
-        print(json.dumps(summary, indent=1))
-    else:
-        _print(summary)
+    return summary
 
 
 def _require_only_drawing(given: dict[str, Any], update: bool) -> None:

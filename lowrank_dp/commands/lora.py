@@ -60,6 +60,7 @@ class Options:
 
 @app.command()
 @_console.options_of(Options)
+@_console.holding_output
 def main(
     given: dict[str, Any],
     output: Annotated[Path | None, typer.Option(help="Folder for lora.json and lora.npz.")] = None,
@@ -67,7 +68,6 @@ def main(
 ) -> None:
     """Compare LoRA's projection noise, measured on real layers' gradients, with the theory."""
     asked = Options(**given)
-    _console.check_output(output)
     _console.check_new(output, "lora.json")
     from rich.console import Console
 
@@ -92,7 +92,6 @@ def main(
         vector_draws=asked.draws,
     )
     source = load_source(config.gradients, asked.batch_size)
-    _console.make_output(output)
     tell = functools.partial(say, Console(stderr=True))
     tell(f"measures: {source.description}")
     source.loss, source.warm_steps = warm_up(source, tell)

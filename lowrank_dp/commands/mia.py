@@ -34,6 +34,7 @@ COMPUTING = ("batch_size", "device", "num_workers", "engine")
 
 @app.command()
 @_console.options_of(Options, without=("group_column",))
+@_console.holding_output
 def main(
     given: dict[str, Any],
     model: Annotated[
@@ -77,7 +78,6 @@ def main(
     from lowrank_dp.mia.target import open_target
 
     options = Options(**given)
-    _console.check_output(output)
     targets = [open_target(path, options) for path in (model, *(compare_with or []))]
     asked = _asked(targets, options) if output is not None else {}
     if output is not None and not force:

@@ -70,13 +70,10 @@ def main(
 
     Vectors, matrices with a side of 1 and tensors of other axes are written unchanged.
     """
-    from safetensors.torch import save
-
     from lowrank_dp import artifacts
     from lowrank_dp.restore import restore_gradients
 
     _validate.choice("--scheme", scheme, SCHEMES)
-    _check_files(input, output, force)
     options = name_value_pairs(option or [])
     for name in OWN:
         if name in options:
@@ -84,17 +81,13 @@ def main(
                 f"--option must name an option of the scheme, got {name!r}, which is an input or "
                 "an option of the command"
             )
-    noisy = _read(input, noise_std)
-    restored, reports = restore_gradients(
-        noisy,
-        noise_std,
-        scheme,
-        method=method,
-        below=below,
-        **options,
-    )
-    with artifacts.atomic_write(output) as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in restored.items()}))
+    _check_input(input, output)
+    with _console.hold_output(output.parent, "the folder of --output", output.name):
+        _check_replaceable(input, output, force)
+        restored, reports = restore_gradients(
+            _read(input, noise_std), noise_std, scheme, method=method, below=below, **options
+        )
+        _write(restored, output)
     if as_json:
         document = {name: artifacts.to_jsonable(report) for name, report in reports.items()}
         print(json.dumps(document, indent=1))
@@ -102,16 +95,16 @@ def main(
         _print(reports)
 
 
-def _check_files(input: Path, output: Path, force: bool) -> None:
-    """Raise ValueError if ``input`` is no file, or if ``output`` cannot or must not be written.
-
-    ``output`` must not be the input under any name, and must not exist without ``force``.
-    """
+def _check_input(input: Path, output: Path) -> None:
+    """Raise ValueError if ``input`` is no file, or if ``output`` is a folder."""
     if not input.is_file():
         _validate.fail("--input", "an existing safetensors file", str(input))
     if output.is_dir():
         _validate.fail("--output", "a file, and not a folder", str(output))
-    _console.check_output(output.parent, "the folder of --output")
+
+
+def _check_replaceable(input: Path, output: Path, force: bool) -> None:
+    """Raise ValueError if ``output`` is the input under any name, or exists without ``force``."""
     if not output.exists():
         return
     if output.samefile(input):
@@ -120,6 +113,15 @@ def _check_files(input: Path, output: Path, force: bool) -> None:
         raise ValueError(
             f"--output {output} exists: choose another file, or replace it with --force"
         )
+
+
+def _write(restored: Mapping[str, Tensor], output: Path) -> None:
+    from safetensors.torch import save
+
+    from lowrank_dp import artifacts
+
+    with artifacts.atomic_write(output) as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in restored.items()}))
 
 
 def _read(path: Path, noise_std: float) -> dict[str, Tensor]:

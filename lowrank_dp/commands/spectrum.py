@@ -68,6 +68,7 @@ class Options:
 
 @app.command()
 @_console.options_of(Options)
+@_console.holding_output
 def main(
     given: dict[str, Any],
     output: Annotated[
@@ -77,7 +78,6 @@ def main(
 ) -> None:
     """Measure the singular values of one batch's clipped gradient sum, by layer. NON-PRIVATE."""
     asked = Options(**given)
-    _console.check_output(output)
     _console.check_new(output, "spectra.json")
     from lowrank_dp import artifacts
     from lowrank_dp.experiments import spectra
@@ -94,7 +94,6 @@ def main(
         device=asked.device,
     )
     source = load_source(gradients, asked.batch_size)
-    _console.make_output(output)
     if asked.warm_loss is None and source.kind == "classification":
         source.config = replace(gradients, warm_loss=GradientConfig.warm_loss)
     _say(f"measures: {source.description}")

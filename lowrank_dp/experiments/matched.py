@@ -20,7 +20,8 @@ def at_level(loss: np.ndarray, values: np.ndarray, level: float) -> np.ndarray:
     Returns:
         (...,) values, interpolated linearly in the loss between the last point above ``level`` and
         the first point at or below ``level``; NaN if the loss does not fall to ``level``. The
-        values are never extrapolated.
+        values are never extrapolated: a run whose first loss is at or below ``level`` passed the
+        level before the first point, so its value is NaN, even if the loss rises and falls again.
     """
     before, after = loss[..., :-1], loss[..., 1:]
     falls = (before > level) & (after <= level)  # a comparison with NaN is false
@@ -32,7 +33,7 @@ def at_level(loss: np.ndarray, values: np.ndarray, level: float) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         share = (pick(before) - level) / (pick(before) - pick(after))
     read = pick(values[..., :-1]) + share * (pick(values[..., 1:]) - pick(values[..., :-1]))
-    return np.where(falls.any(axis=-1), read, np.nan)
+    return np.where(falls.any(axis=-1) & ~(loss[..., 0] <= level), read, np.nan)
 
 
 def common_level(loss: np.ndarray, levels: tuple[float, ...]) -> float:

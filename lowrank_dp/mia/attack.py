@@ -30,8 +30,11 @@ __all__ = [
 def attack(target: Target, options: Options, cache: Path) -> Report:
     """Attack one checkpoint; keep shadow models and signals in the folder ``cache``.
 
-    Raises ValueError as ``loading.load`` does, and for a named attack that is unavailable.
+    Raises ValueError as ``loading.load`` and ``shadows.check_shadows`` do, and for a named attack
+    that is unavailable.
     """
+    if options.num_shadows or options.shadow_dir is not None:
+        shadows.check_shadows(target, options)
     loaded = load(target, options)
     found = _signals(target, options, loaded, cache)
     shadow = _shadows(target, options, cache)
@@ -93,19 +96,21 @@ def _reference_key(loaded: Loaded, arguments: Mapping[str, Any]) -> str | None:
 
 def _shadows(target: Target, options: Options, cache: Path) -> shadows.Shadows | None:
     """Find or train the shadows that were asked for, and measure them."""
+    if not options.num_shadows and options.shadow_dir is None:
+        return None
+    recipe = shadows.shadow_recipe(target, options)
     if options.shadow_dir is not None:
-        paths = shadows.find_shadows(target.recipe, target.seed, options.shadow_dir)
-    elif options.num_shadows:
+        paths = shadows.find_shadows(target.recipe, target.seed, options.shadow_dir, recipe)
+    else:
         paths = shadows.train_shadows(
-            target.recipe,
+            recipe,
             options.num_shadows,
             cache / "shadows",
             seed=options.seed,
             num_workers=options.num_workers,
             engine=options.engine,
+            data_dir=options.data_dir,
         )
-    else:
-        return None
     return shadows.measure_shadows(
         paths,
         target.records.task,

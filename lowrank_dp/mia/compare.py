@@ -19,7 +19,7 @@ from lowrank_dp.artifacts import files
 from lowrank_dp.evaluation import HIGHER_IS_BETTER
 from lowrank_dp.mia import metrics
 from lowrank_dp.mia.options import Options
-from lowrank_dp.mia.report import Report, independent_scores
+from lowrank_dp.mia.report import Report
 from lowrank_dp.mia.requirements import check_named
 from lowrank_dp.mia.shadows import SHADOW_MAY_DIFFER
 from lowrank_dp.mia.target import Target
@@ -98,10 +98,7 @@ def compare(targets: Sequence[Target], reports: Sequence[Report]) -> Comparison:
         _point(target, report, name, utility_name)
         for target, report, name in zip(targets, reports, names, strict=True)
     )
-    counted = [
-        independent_scores(target, report.scores[report.primary])
-        for target, report in zip(targets, reports, strict=True)
-    ]
+    counted = [report.counted[report.primary] for report in reports]
     paired = tuple(
         metrics.paired_auc_difference(values, counted[0][0], truth) for values, truth in counted[1:]
     )

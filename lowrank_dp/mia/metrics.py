@@ -42,6 +42,7 @@ __all__ = [
     "chance_variance",
     "clopper_pearson",
     "epsilon_lower_bound",
+    "largest_tie",
     "one_run_correct",
     "one_run_epsilon",
     "paired_auc_difference",
@@ -60,7 +61,7 @@ class Auc:
 
     Attributes:
         value: the AUC, in [0, 1].
-        se: DeLong's standard error.
+        se: DeLong's standard error, enlarged under ties.
         ci: confidence interval (low, high), computed on the logit scale.
     """
 
@@ -82,16 +83,30 @@ def auc(scores: ArrayLike, is_member: ArrayLike, *, confidence: float = 0.95) ->
     """Compute P(member's score > non-member's) + P(equal) / 2, with DeLong's standard error.
 
     The variance is that of DeLong, DeLong & Clarke-Pearson (Biometrics 44, 1988), computed from
-    midranks (Sun & Xu 2014) in O(N log N). At an AUC of 0 or 1 this variance is 0, and the interval
-    is the Clopper-Pearson interval of min(n0, n1) trials with no success, or with successes only.
-    If all scores are equal the variance is 0 as well. n0 and n1 must be at least 2.
+    midranks (Sun & Xu 2014) in O(N log N). At an AUC of 0 or 1 the interval is the Clopper-Pearson
+    interval of min(n0, n1) trials with no success, or with successes only. n0 and n1 must be at
+    least 2.
+
+    If most scores are equal, DeLong's variance is estimated from the few other records, and is 0 if
+    all scores are equal. With the share T of `tie_share`, the variance V is therefore enlarged to
+    V + T max(0, C - V) + T / min(n0, n1)^2. C is the exact variance under the given ties if
+    all orders of the records are equally likely. The last term is that of four more records, as
+    in the interval of Agresti & Coull (1998): a record without an equal adds up to
+    1 / (4 min(n0, n1)^2). Without ties nothing is added. If membership is random, the lower end of
+    a 95% interval is above 1/2 in at most 3.2% of samples, for scores of two values, any number of
+    records at either value, and 30 to 300 records on both sides; DeLong's own variance gives up to
+    6%. For 1000 members and 100 non-members the shares are up to 3% and 68%.
 
     >>> auc([3.0, 2.0, 2.0, 1.0], [True, True, False, False]).value
     0.875
     """
     members, others = both_sides(scores, is_member, at_least=2)
     value, v_members, v_others = _placements(members, others)
-    se = _standard_error(v_members, v_others)
+    ties = tie_share(np.concatenate([members, others]))
+    variance = _variance(v_members, v_others)
+    by_chance = (1 - ties) * chance_variance(len(members), len(others))
+    unseen = _unseen(ties, v_members, v_others)
+    se = math.sqrt(variance + ties * max(0.0, by_chance - variance) + unseen**2)
     confidence = confidence_level(confidence)
     if value in (0.0, 1.0):
         fewest = min(len(members), len(others))
@@ -109,15 +124,19 @@ def paired_auc_difference(
     """Compare the AUCs of two scores of the same records by DeLong's paired test.
 
     The variance is that of the differences of placement values, which equals DeLong's covariance
-    form. Where the variance is 0 (each AUC is 0, 1, or of equal scores), the p-value is its limit:
-    1 for equal AUCs and 0 otherwise. A small sample does not support a p-value of 0.
+    form. Under ties the variance is enlarged by (sqrt(T_a) + sqrt(T_b))^2 / min(n0, n1)^2, with the
+    shares of `tie_share`, for the reason that `auc` gives. Where the variance is 0 (scores without
+    ties, and each AUC is 0 or 1), the p-value is its limit: 1 for equal AUCs and 0 otherwise. A
+    small sample does not support a p-value of 0.
     """
-    a, b = (
-        _placements(*both_sides(scores, is_member, at_least=2, name=name))
+    sides = [
+        both_sides(scores, is_member, at_least=2, name=name)
         for name, scores in (("scores_a", scores_a), ("scores_b", scores_b))
-    )
+    ]
+    a, b = (_placements(*pair) for pair in sides)
     difference = a[0] - b[0]
-    se = _standard_error(a[1] - b[1], a[2] - b[2])
+    unseen = sum(_unseen(tie_share(np.concatenate(pair)), *pair) for pair in sides)
+    se = math.sqrt(_variance(a[1] - b[1], a[2] - b[2]) + unseen**2)
     z = abs(difference) / se if se > 0 else (math.inf if difference else 0.0)
     return AucDifference(difference, se, float(2 * special.ndtr(-z)))
 
@@ -138,13 +157,42 @@ def _placements(members: Array, others: Array) -> tuple[float, Array, Array]:
 def chance_variance(num_members: int, num_nonmembers: int) -> float:
     """Return the variance of an AUC if all orders of the records are equally likely.
 
-    The variance is that of the Mann-Whitney statistic without ties; ties decrease the variance.
+    The variance is that of the Mann-Whitney statistic without ties. Ties decrease the variance by
+    the share that `tie_share` returns.
     """
     return (num_members + num_nonmembers + 1) / (12 * num_members * num_nonmembers)
 
 
-def _standard_error(v_members: Array, v_others: Array) -> float:
-    return math.sqrt(v_members.var(ddof=1) / len(v_members) + v_others.var(ddof=1) / len(v_others))
+def tie_share(scores: ArrayLike) -> float:
+    """Return the share, in [0, 1], of `chance_variance` that the ties of ``scores`` take away.
+
+    For t_i records at value i, the share is sum(t_i^3 - t_i) / (N^3 - N): 0 if no two scores are
+    equal, and 1 if all are.
+    """
+    counts = _numbers_of_equals(scores)
+    total = counts.sum()
+    return float((counts**3 - counts).sum() / (total**3 - total))
+
+
+def largest_tie(scores: ArrayLike) -> float:
+    """Return the share, in (0, 1], of the records that have the most frequent score."""
+    counts = _numbers_of_equals(scores)
+    return float(counts.max() / counts.sum())
+
+
+def _numbers_of_equals(scores: ArrayLike) -> Array:
+    """Count the records at each distinct score."""
+    return np.unique(np.asarray(scores), return_counts=True)[1].astype(np.float64)
+
+
+def _variance(v_members: Array, v_others: Array) -> float:
+    """Compute DeLong's variance from placement values."""
+    return float(v_members.var(ddof=1) / len(v_members) + v_others.var(ddof=1) / len(v_others))
+
+
+def _unseen(ties: float, members: Array, others: Array) -> float:
+    """Return the standard error of an AUC that a share of ``ties`` hides."""
+    return math.sqrt(ties) / min(len(members), len(others))
 
 
 # --- ROC -------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
     """Describe each piece of work in one line.
 
     Durations are estimated from the duration of the checkpoint's own training. Signals that are
-    saved are counted as if they were measured again. Raises ValueError if
-    shadows are unavailable: for a recipe that trains on every record, or shadows of another recipe.
+    saved are counted as if they were measured again. Raises ValueError if shadows are
+    unavailable, as `shadows.check_shadows` does.
     """
     lines = []
     for target in targets:
@@ -34,12 +34,11 @@ def plan(targets: Sequence[Target], options: Options) -> list[str]:
 
 
 def _shadow_line(target: Target, options: Options, records: int) -> str:
-    from lowrank_dp.mia.shadows import find_shadows, shadow_configs  # they import training
+    from lowrank_dp.mia.shadows import check_shadows  # it imports training
 
+    count = check_shadows(target, options)
     if options.shadow_dir is not None:
-        found = find_shadows(target.recipe, target.seed, options.shadow_dir)
-        return f"plan     {len(found)} shadows found in {options.shadow_dir.name}"
-    count = len(shadow_configs(target.recipe, options.num_shadows, options.seed))
+        return f"plan     {count} shadows found in {options.shadow_dir.name}"
     seconds = target.result.seconds if target.result else 0.0
     seconds += _pass_seconds(target, records)
     return (

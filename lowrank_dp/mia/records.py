@@ -96,8 +96,9 @@ def load_records(
             plain texts, and the names of its classes decide the number of each label.
 
     Raises ValueError in one line for a broken manifest or file, for records that the task does not
-    have or whose texts differ from those trained on, for a text that is given on both sides or on
-    the side that the manifest contradicts, and for fewer than 20 records on either side.
+    have or whose texts differ from those trained on, for a text that is given on both sides, for
+    given members that the checkpoint's manifest does not list as trained on, for given non-members
+    that it does, and for fewer than 20 records on either side.
     """
     reading = given_files.Reading(columns or Columns(), checkpoint or Checkpoint())
     if members is not None and nonmembers is None:
@@ -283,26 +284,30 @@ def _joined(inside: Records, outside: Sequence[Example], path: Path) -> Records:
 
 
 def _check_against_manifest(path: Path, records: Records, base: str | None) -> None:
-    """Raise ValueError if the checkpoint has a manifest that contradicts the given files."""
+    """Raise ValueError if the checkpoint has a manifest that contradicts the given files.
+
+    A manifest lists every record that was trained on, so each given member must be among them, and
+    no given non-member may be. Non-members that the manifest does not list are accepted.
+    """
     if not path.is_file():
         return
     manifest = read_manifest(path, base=base)
-    known = set(manifest.content_hashes)
-    trained = {
-        content
-        for content, bit in zip(manifest.content_hashes, manifest.is_member, strict=True)
-        if bit
-    }
-    wrong = [
-        example.id
-        for example, bit in zip(records.examples, records.is_member, strict=True)
-        if example.content_hash in known and bit != (example.content_hash in trained)
-    ]
-    if wrong:
+    trained = set(compress(manifest.content_hashes, manifest.is_member))
+    inside, outside = (
+        [e for e, bit in zip(records.examples, records.is_member, strict=True) if bit == side]
+        for side in (True, False)
+    )
+    remedy = "leave out --members and --nonmembers, or give files that agree with it"
+    if unknown := [e.id for e in inside if e.content_hash not in trained]:
         raise ValueError(
-            f"{len(wrong)} given records are on the other side in {path.name}, first "
-            f"{', '.join(wrong[:3])}: leave out --members and --nonmembers, or give "
-            "files that agree with it"
+            f"{len(unknown)} of {len(inside)} given members are not among the records trained on "
+            f"in {path.name}, first {', '.join(unknown[:3])}; the likely cause is other columns or "
+            f"targets than those of the training, or other records: {remedy}"
+        )
+    if wrong := [e.id for e in outside if e.content_hash in trained]:
+        raise ValueError(
+            f"{len(wrong)} of {len(outside)} given non-members were trained on by {path.name}, "
+            f"first {', '.join(wrong[:3])}: {remedy}"
         )
 
 

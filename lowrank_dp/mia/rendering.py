@@ -141,7 +141,7 @@ def footer(report: Report) -> list[str]:
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report without the scores, in JSON's types."""
     document: dict[str, Any] = artifacts.to_jsonable(report)
-    del document["scores"]
+    del document["scores"], document["counted"]
     document["is_member"] = report.is_member.astype(int).tolist()
     document["label"] = LABEL
     document["contradiction"], document["lower_bound"] = report.contradiction, report.lower_bound

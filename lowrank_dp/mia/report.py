@@ -70,6 +70,8 @@ class Report:
         format: conversion of a record to tokens.
         ids, is_member: ids and true membership of the attacked records, (N,) each.
         scores: scores (N,) of each attack.
+        counted: scores and true membership (U,) of independent units, by `independent_scores`, for
+            each attack. Its numbers and its ROC curve are computed from them.
         attacks: the numbers of each attack.
         primary: the attack that the verdict rests on.
         unavailable: attacks that were not made, with the reason for each; empty if attacks were
@@ -104,6 +106,7 @@ class Report:
     ids: tuple[str, ...]
     is_member: np.ndarray
     scores: Mapping[str, Array]
+    counted: Mapping[str, tuple[Array, np.ndarray]]
     attacks: tuple[Attack, ...]
     primary: str
     unavailable: Mapping[str, str]
@@ -181,6 +184,7 @@ def make_report(target: Target, options: Options, measured: Measured) -> Report:
         sampling=records.sampling,
         near_duplicates=len(near := duplicates.near_duplicates(examples, truth)),
         nonmembers=int((~truth).sum()),
+        largest_tie=metrics.largest_tie(counted[measured.primary][0]),
         caveat=_caveat(target, measured.learning),
     )
     return Report(
@@ -192,6 +196,7 @@ def make_report(target: Target, options: Options, measured: Measured) -> Report:
         ids=tuple(example.id for example in examples),
         is_member=truth,
         scores=measured.scores,
+        counted=counted,
         attacks=attacks,
         primary=measured.primary,
         unavailable=measured.unavailable,

@@ -21,10 +21,16 @@ from lowrank_dp import _validate
 from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.data import Example, Task, encode
+from lowrank_dp.data.tasks import known_name
 from lowrank_dp.membership import read_manifest
 from lowrank_dp.mia import caching, signals
 from lowrank_dp.mia._arrays import Array
 from lowrank_dp.mia.checkpoint import load_checkpoint
+from lowrank_dp.mia.options import Options
+from lowrank_dp.mia.target import Target
+from lowrank_dp.models.backbones import find_backbone
+from lowrank_dp.models.loading import parse_device
+from lowrank_dp.precondition.public import public_rows
 from lowrank_dp.sweep import run_folder, sweep
 from lowrank_dp.train import TrainConfig, load_result
 
@@ -45,6 +51,11 @@ SHADOW_MAY_DIFFER = (
     "prefix_cache",
     "prefix_gigabytes",
 )
+PLACES = ("task", "model")  # fields whose value may be a path, which changes if a file is moved
+NEEDS_POOL = (
+    "shadows need the records of membership.json, which are in their pools: leave --members and "
+    "--nonmembers out"
+)
 EVALUATED = 100  # evaluation examples of a shadow: enough to notice that the shadow diverged
 
 
@@ -62,6 +73,47 @@ class Shadows:
     phi: Array
     is_member: np.ndarray
     population_loss: Array
+
+
+def shadow_recipe(target: Target, options: Options) -> TrainConfig:
+    """Return the target's recipe with the data and the base model that the attack has loaded.
+
+    A run on own data gets the path ``options.data_dir``, whatever training.json names, and the
+    shadows share a cache of frozen blocks beside their own folders. A path of the base model is
+    that of training.json if ``options.base`` is empty, and so is a path of public text.
+    """
+    recipe = target.recipe
+    if known_name(recipe.task) is None:
+        if options.data_dir is None:  # records that were given in files
+            raise ValueError(NEEDS_POOL)
+        path = _validate.expanded("data_dir", options.data_dir).absolute()
+        recipe = replace(recipe, task=str(path))
+    cache = "off" if recipe.prefix_cache == "off" else ""
+    return replace(recipe, model=options.base or recipe.model, prefix_cache=cache)
+
+
+def check_shadows(target: Target, options: Options) -> int:
+    """Return the number of shadows that an attack will use.
+
+    Raises ValueError for everything about the shadows that can be refused before the first forward
+    pass: records that are not the run's own pool, a recipe that trains on every record, a base
+    model or public data that are not here, a device that is not, and found shadows of another
+    recipe.
+    """
+    count = len(shadow_configs(target.recipe, options.num_shadows or 1, options.seed))
+    if target.records.origin != runs.MEMBERSHIP:
+        raise ValueError(NEEDS_POOL)
+    recipe = shadow_recipe(target, options)
+    if options.shadow_dir is not None:
+        return len(find_shadows(target.recipe, target.seed, options.shadow_dir, recipe))
+    try:
+        parse_device(recipe.device)
+        find_backbone(recipe.model)
+        if recipe.precondition not in ("none", "noisy"):
+            public_rows(recipe.precondition, target.records.task, recipe.precondition_rows)
+    except ValueError as error:
+        raise ValueError(f"shadows can't be trained here: {error}") from None
+    return count
 
 
 def shadow_configs(recipe: TrainConfig, count: int, seed: int) -> list[TrainConfig]:
@@ -103,14 +155,22 @@ def train_shadows(
     seed: int = 0,
     num_workers: int | None = None,
     engine: str = "loky",
+    data_dir: Path | None = None,
 ) -> list[Path]:
     """Train those of ``count`` shadows that ``folder`` lacks; return all checkpoints' folders.
 
-    ``num_workers`` and ``engine`` are those of ``sweep``. Raises ValueError if a shadow fails; the
-    shadows that were trained are kept.
+    ``num_workers``, ``engine`` and ``data_dir`` are those of ``sweep``; own data do not read the
+    last. Raises ValueError if a shadow fails; the shadows that were trained are kept.
     """
     configs = shadow_configs(recipe, count, seed)
-    outcomes = sweep(configs, folder, num_workers=num_workers, engine=engine, keep_model=True)
+    outcomes = sweep(
+        configs,
+        folder,
+        num_workers=num_workers,
+        engine=engine,
+        keep_model=True,
+        data_dir=data_dir if known_name(recipe.task) else None,
+    )
     failed = [outcome.error for outcome in outcomes if outcome.result is None]
     if failed:
         raise ValueError(
@@ -120,8 +180,13 @@ def train_shadows(
     return [run_folder(config, folder) for config in configs]
 
 
-def find_shadows(recipe: TrainConfig, seed: int | None, folder: Path) -> list[Path]:
+def find_shadows(
+    recipe: TrainConfig, seed: int | None, folder: Path, here: TrainConfig | None = None
+) -> list[Path]:
     """Find the checkpoints in the subfolders of ``folder``.
+
+    ``recipe`` is the target's, and ``here`` the result of `shadow_recipe`: a shadow may name the
+    data and the base model as either of them does.
 
     ``seed`` is the seed of the target's head and of its sampling, which every run's manifest has,
     also that of a run without a seed of the user's. Raises ValueError if there is no checkpoint, or
@@ -134,7 +199,10 @@ def find_shadows(recipe: TrainConfig, seed: int | None, folder: Path) -> list[Pa
     runs_by_seed: dict[int | None, str] = {seed: "the target"}
     for path in found:
         other = load_result(path).config
-        same = replace(other, **{name: getattr(recipe, name) for name in SHADOW_MAY_DIFFER})
+        alike = [*SHADOW_MAY_DIFFER]
+        if here is not None:
+            alike += [name for name in PLACES if getattr(other, name) == getattr(here, name)]
+        same = replace(other, **{name: getattr(recipe, name) for name in alike})
         if differences := recipe.differences(same):
             raise ValueError(
                 f"shadow {path.name} must be trained as the target was; target and "

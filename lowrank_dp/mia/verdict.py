@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowrank_dp.mia.report import Attack
 
 POWER = 0.8  # probability with which the attack finds a true AUC of detectable_auc
+TIED_SHARE = 0.9  # least share of equal scores at which an attack that finds nothing is no evidence
 NEAR_SHARE = 0.2  # largest share of given non-members whose text may be nearly a member's
 
 
@@ -34,6 +35,7 @@ class Evidence:
         sampling: the scheme by which members were drawn; None for given files.
         near_duplicates: number of non-members that are nearly a member's text.
         nonmembers: number of non-members.
+        largest_tie: share of the units that have the most frequent score of the primary attack.
         caveat: unknown facts about the training, added to "no leak found"; or "".
     """
 
@@ -45,6 +47,7 @@ class Evidence:
     sampling: str | None
     near_duplicates: int
     nonmembers: int
+    largest_tie: float
     caveat: str = ""
 
 
@@ -70,6 +73,12 @@ def verdict(evidence: Evidence) -> str:
         )
     if not evidence.learning.better:
         return _nothing_learned(evidence)
+    if evidence.largest_tie >= TIED_SHARE:
+        return (
+            f"NO EVIDENCE (equal scores): {primary.name} gave one score to all or nearly all "
+            f"records, at least {TIED_SHARE:.0%}, so that it can hardly tell members from "
+            "non-members; name another attack by --primary"
+        )
     alike = (
         f"{evidence.near_duplicates:,} of {evidence.nonmembers:,} non-members are nearly a "
         "member's text"

@@ -96,7 +96,7 @@ def load_model(
     rank = _validate.integer("rank", rank)
     scale = _validate.positive("lora_alpha", rank if lora_alpha is None else lora_alpha)
     seed = _validate.integer("seed", seed, low=0)
-    device = _device(device)
+    device = parse_device(device)
     labels: tuple[str, ...] = ()
     if task is not None:
         kind, num_labels, labels = task.kind, task.num_labels or None, tuple(task.label_names)
@@ -192,7 +192,7 @@ def _require_own_form(model: Any, name: str, **asked: Any) -> None:
             )
 
 
-def _device(device: str | torch.device) -> torch.device:
+def parse_device(device: str | torch.device) -> torch.device:
     """Parse a device; raise ValueError if torch does not find the device."""
     chosen = None
     with contextlib.suppress(RuntimeError):

@@ -48,6 +48,9 @@ ATTACK_COLOUR = {
 def plot_roc(report: Report, *, ax: Axes | None = None) -> Figure:
     """Plot the ROC curve of every attack on log-log axes; the dotted line is chance.
 
+    A curve is that of the independent units from which the attack's AUC is computed: with a group
+    as the unit of sampling, of the groups' mean scores.
+
     ``ax`` are existing matplotlib axes to draw in; None makes a new figure.
     """
     from lowrank_dp.mia.metrics import roc_points
@@ -56,7 +59,7 @@ def plot_roc(report: Report, *, ax: Axes | None = None) -> Figure:
     axis = grid[0, 0]
     axis.set_title("ROC of the attacks", fontweight="bold", loc="left")
     for attack in report.attacks:
-        roc = roc_points(report.scores[attack.name], report.is_member)
+        roc = roc_points(*report.counted[attack.name])
         star = "*" if attack.name == report.primary else ""
         shadowed = attack.name in ("rmia", "rmia-offline", "lira", "lira-offline")
         axis.plot(
@@ -66,7 +69,8 @@ def plot_roc(report: Report, *, ax: Axes | None = None) -> Figure:
             color=ATTACK_COLOUR[attack.name],
             label=f"{attack.name}{star} {attack.auc.value:.3f}",
         )
-    least = 1 / max(1, int((~report.is_member).sum()))
+    _, truth = report.counted[report.primary]
+    least = 1 / max(1, int((~truth).sum()))
     line = np.array([least, 1.0])
     axis.plot(line, line, ":", color=GREY, linewidth=0.8)
     axis.set(

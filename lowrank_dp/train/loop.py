@@ -22,7 +22,7 @@ from lowrank_dp.train import guards, processes
 from lowrank_dp.train.checks import StepChecks
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.config_checks import INCIDENTAL, RESUMABLE
-from lowrank_dp.train.prefix import CacheRequest
+from lowrank_dp.train.prefix import RunRequest
 from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
 from lowrank_dp.train.setup import Setup, prepare
 from lowrank_dp.train.state import (
@@ -52,6 +52,7 @@ def train(
     on_start: Callable[[Setup, int], None] | None = None,
     on_evaluation: OnEvaluation | None = None,
     prefix_shared_by: int | None = None,
+    data_dir: str | None = None,
 ) -> TrainResult:
     """Fine-tune a model, and write a checkpoint to ``output``.
 
@@ -74,6 +75,8 @@ def train(
         prefix_shared_by: number of runs that share ``config.prefix_cache``. If these runs together
             read fewer rows than filling the cache does, no cache is made. None always makes the
             cache.
+        data_dir: folder of the named task ``config.task``, in place of ``LOWRANK_DP_DATA``, as in
+            ``data.load_task``. Own data and generated tasks must leave it out.
 
     Returns:
         The result, as ``training.json`` holds it.
@@ -89,7 +92,7 @@ def train(
         _preserved_generators(config),
         guards.memory(config.micro_batch_size),
     ):
-        request = CacheRequest(prefix_shared_by, show_progress=show_progress)
+        request = RunRequest(prefix_shared_by, None, show_progress, data_dir)
         if processes.rank() > 0:
             return _follow(config, keep_model)
         with runs.open_run(output, resume=resume) as folder:
@@ -123,7 +126,7 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
                 f"{processes.rank()} and the first differ in {'; '.join(differences)}"
             )
         config = replace(config, **{name: found["config"][name] for name in INCIDENTAL})
-        setup = prepare(config, found["seed"], CacheRequest(**found["request"]))
+        setup = prepare(config, found["seed"], RunRequest(**found["request"]))
         document, tensors = processes.broadcast_from_rank0()
         state = unpack(setup, document, tensors)
         # the stream of rank 0, which draws, and its key of the dropout masks
@@ -253,7 +256,7 @@ def _scores(setup: Setup, split: str = "validation", *, generate: bool = False) 
 
 
 def _begin_or_resume(
-    config: TrainConfig, folder: runs.RunFolder, request: CacheRequest
+    config: TrainConfig, folder: runs.RunFolder, request: RunRequest
 ) -> tuple[Setup, State]:
     """Return a run at its last snapshot or at its beginning; broadcast the state to all ranks."""
     found, tensors = folder.load_snapshot(), dict[str, Tensor]()
@@ -292,7 +295,7 @@ def _begin_or_resume(
     return setup, state
 
 
-def _prepare(config: TrainConfig, seed: int, request: CacheRequest) -> Setup:
+def _prepare(config: TrainConfig, seed: int, request: RunRequest) -> Setup:
     """Broadcast the arguments of the setup to every rank, and load the setup; rank 0 only."""
     processes.broadcast_from_rank0(
         {

@@ -46,24 +46,26 @@ Fill = Callable[[Sequence[Row]], tuple[RowStore | None, str]]
 
 
 @dataclass(frozen=True)
-class CacheRequest:
-    """Options of the cache that are not part of the run's configuration.
+class RunRequest:
+    """Options of a run that are not part of its configuration, since they do not change its result.
 
     Attributes:
-        shared_by: number of runs that share the folder. The cache is filled only if these runs
+        shared_by: number of runs that share the cache. The cache is filled only if these runs
             together read at least as many rows as filling does; None always fills the cache.
         training: whether training steps read the cache. A resumed run must continue as the run
             began, since sums with and without the cache differ in rounding. None decides by
             ``shared_by``.
         show_progress: whether to show a bar on stderr, if stderr is a terminal.
+        data_dir: as in ``train``.
     """
 
     shared_by: int | None = None
     training: bool | None = None
     show_progress: bool = True
+    data_dir: str | None = None
 
 
-DEFAULT_REQUEST = CacheRequest()
+DEFAULT_REQUEST = RunRequest()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def without_states(batch: Batch) -> Batch:
 def open_cache(
     model: Any,
     config: TrainConfig,
-    request: CacheRequest,
+    request: RunRequest,
     *,
     training: Sequence[Row],
     evaluation: Sequence[Row],
@@ -184,7 +186,7 @@ def _unavailable(config: TrainConfig) -> str:
     return ""
 
 
-def _pays(config: TrainConfig, request: CacheRequest, num_rows: int) -> bool | None:
+def _pays(config: TrainConfig, request: RunRequest, num_rows: int) -> bool | None:
     """Return whether filling the cache for training saves time; None if steps must not read it."""
     if request.training is not None:
         return request.training or None
@@ -193,7 +195,7 @@ def _pays(config: TrainConfig, request: CacheRequest, num_rows: int) -> bool | N
     return config.steps * config.batch_size * request.shared_by >= num_rows
 
 
-def _evaluations(config: TrainConfig, request: CacheRequest) -> float:
+def _evaluations(config: TrainConfig, request: RunRequest) -> float:
     """Return the number of evaluations of the runs that share the folder."""
     shared_by = math.inf if request.shared_by is None else request.shared_by
     return shared_by * (1 + config.steps // config.eval_every)
@@ -279,7 +281,7 @@ def _filled(
     model: Any,
     prefix: FrozenPrefix,
     config: TrainConfig,
-    request: CacheRequest,
+    request: RunRequest,
     pad_token_id: int,
     pad_to: int | None,
     rows: Sequence[Row],

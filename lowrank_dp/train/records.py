@@ -16,12 +16,15 @@ from lowrank_dp.train.config import TrainConfig
 LABELLED_LENGTH = 128  # default number of tokens that a text with a label is cut to
 
 
-def select_units(config: TrainConfig, seed: int) -> tuple[Task, list[list[Example]], list[bool]]:
+def select_units(
+    config: TrainConfig, seed: int, data_dir: str | None = None
+) -> tuple[Task, list[list[Example]], list[bool]]:
     """Load the task, and draw which of its units of privacy are trained on.
 
     Args:
         config: configuration of the run.
         seed: seed of the membership bits.
+        data_dir: folder of a named task, in place of ``LOWRANK_DP_DATA``.
 
     Returns:
         The task, with held-out units in place of its validation split if the run has a holdout;
@@ -33,6 +36,7 @@ def select_units(config: TrainConfig, seed: int) -> tuple[Task, list[list[Exampl
     """
     task = load_task(
         config.task,
+        data_dir=data_dir,
         max_examples=config.max_examples,
         seed=config.data_seed,
         columns=Columns.of(config),

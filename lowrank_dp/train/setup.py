@@ -30,8 +30,8 @@ from lowrank_dp.train.optimizers import make_optimizer
 from lowrank_dp.train.preconditioning import add_preconditioner
 from lowrank_dp.train.prefix import (
     DEFAULT_REQUEST,
-    CacheRequest,
     PrefixCache,
+    RunRequest,
     cache_wanted,
     open_cache,
 )
@@ -158,19 +158,19 @@ class Setup:
             yield self.prefix.for_training([rows[i] for i in indices], batch)
 
 
-def prepare(config: TrainConfig, seed: int, request: CacheRequest = DEFAULT_REQUEST) -> Setup:
+def prepare(config: TrainConfig, seed: int, request: RunRequest = DEFAULT_REQUEST) -> Setup:
     """Load the data and the model, and make the mechanism and the optimizer.
 
     Args:
         config: configuration of the run.
         seed: ``config.seed``, or the number that was drawn in its place.
-        request: options of the cache of the frozen blocks' outputs.
+        request: options of the cache of the frozen blocks' outputs, and the data's folder.
 
     Raises:
         ValueError: if the run can't be made; the message is one line.
     """
     _require_processes(config)
-    task, units, members = select_units(config, seed)
+    task, units, members = select_units(config, seed, request.data_dir)
     trained_on = [*compress(units, members)]
     examples = [example for unit in trained_on for example in unit]
     model, tokenizer = _load_model(config, task, seed)
@@ -245,7 +245,7 @@ def _open_cache(
     evaluated: Sequence[Mapping[str, Any]],
     max_length: int | None,
     config: TrainConfig,
-    request: CacheRequest,
+    request: RunRequest,
 ) -> PrefixCache:
     """Open the cache of the frozen blocks' outputs, if the configuration names one."""
     if not cache_wanted(config):
