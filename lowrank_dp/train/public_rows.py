@@ -1,4 +1,4 @@
-"""Check, on public rows, that a model keeps rows apart, before a private row is read.
+"""Check, on public rows, that a model keeps rows apart, before a private row reaches the model.
 
 A refusal that private rows cause would depend on private data. :func:`require_independent_rows`
 therefore makes rows of random tokens of the vocabulary, and examines the model as
