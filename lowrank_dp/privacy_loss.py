@@ -24,7 +24,7 @@ INTERVAL = 1e-3  # largest interval of the discretised privacy loss, for an epsi
 _CELLS = 200_000  # number of intervals up to epsilon; the interval grows past epsilon 200
 _MOST_COMPOSED = 1 << 24  # largest number of composed losses, which take about 1 GB
 _TRUNCATED = 1e-15  # mass of the tilted distribution that may be cut off
-_ERROR = 8  # error of a transform, relative to its most negative value where all are positive
+_ERROR = 8  # bound on the error of a transform, relative to the error that its values show
 
 
 def loss_epsilon(
@@ -169,7 +169,7 @@ def _self_convolve(tilted: np.ndarray, steps: int) -> tuple[int, np.ndarray]:
         return lower, np.empty(0)
     size = fft.next_fast_len(max(upper - lower + 1, len(tilted)), real=True)
     composed = np.roll(fft.irfft(fft.rfft(tilted, size) ** steps, size), -lower)
-    # a probability is not negative, so that the smallest value shows the error of the transform
+    # a probability is not negative, so that a negative value shows the error of the transform
     error = _ERROR * max(-float(composed.min()), np.finfo(float).eps * float(composed.max()))
     return lower, np.maximum(composed[: upper - lower + 1], 0.0) + error
 

@@ -1,6 +1,7 @@
 """The gradient experiments on the embedded default, their artifacts and figures."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -56,6 +57,20 @@ def test_a_warm_up_says_what_it_will_do_and_where_it_ended():
         assert said[0].startswith(f"warm-up without privacy: up to {steps} steps of 32 examples")
         assert "the first step took" in said[1] and len(said) == 2 + bool(last)
         assert done == (2 if last else 1) and re.search(last, said[-1])
+
+
+def test_a_long_mean_loss_states_its_time_after_the_first_batch(monkeypatch):
+    """A batch takes 90 s by the clock of the test; 3 batches take 4.5 minutes."""
+    found = gradients.load_source(dataclasses.replace(GRADIENTS, micro_batch_size=16))
+    for seconds, lines in (
+        (90, ["loss: the first of 3 batches shows that all take 4.5 minutes"]),
+        (9, []),
+    ):
+        clock = itertools.count(0, seconds)
+        monkeypatch.setattr(gradients.time, "monotonic", lambda clock=clock: next(clock))
+        said = []
+        gradients.mean_loss(found, range(40), said.append)
+        assert said == lines
 
 
 def test_the_mean_loss_does_not_depend_on_the_micro_batches():

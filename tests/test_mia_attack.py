@@ -1444,7 +1444,10 @@ def test_given_files_that_the_manifest_contradicts(checkpoints, tmp_path, capsys
         return run(capsys, *model, "--members", next(files), "--nonmembers", next(files))
 
     code, _, err = given("a", "b")
-    assert code == 2 and "30 of 30 given non-members were trained on by membership.json" in err
+    assert (
+        code == 2
+        and "30 of 30 given non-members are among the records trained on in membership.json" in err
+    )
     for members, nonmembers, count in (
         ("outside", "new", "30 of 30"),
         ("new", "outside", "30 of 30"),

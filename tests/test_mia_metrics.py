@@ -149,7 +149,9 @@ def test_few_distinct_scores_are_no_leak():
 
 
 def test_a_leak_of_few_records_is_found_under_ties():
-    """Of 2000 records 20 score higher, and all are members: by chance once in a million times."""
+    """20 of 2000 records score above the others. If membership is random, the probability that
+    all 20 are members is about 1e-6.
+    """
     truth = np.arange(2000) < 1000
     assert metrics.auc(few_distinct(20, 2000, 0), truth).ci[0] > 0.5
 

@@ -93,8 +93,6 @@ class Writing(Small):
 class Averaging(Small):
     """Keeps a mean of the rows in a number."""
 
-    mean = 0.0
-
     def __init__(self, value):
         super().__init__()
         self.mean = value

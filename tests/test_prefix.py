@@ -25,7 +25,8 @@ from lowrank_dp.train import setup as preparation
 from lowrank_dp.train import step as steps
 from lowrank_dp.train.identity import digest_of_tensors
 from lowrank_dp.train.loop import train
-from lowrank_dp.train.prefix import PrefixCache, RunRequest
+from lowrank_dp.train.prefix import PrefixCache
+from lowrank_dp.train.request import RunRequest
 from lowrank_dp.train.setup import prepare
 from lowrank_dp.train.state import first_state
 from lowrank_dp.train.step import take_step

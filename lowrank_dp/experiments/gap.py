@@ -48,12 +48,10 @@ CAPTION = (
     "over seeds, by epsilon, expected batch B and trained part. What noise costs: DP-X over X "
     "with the same clipping and sampling and no noise. What lost adaptivity costs: noise-free SGD "
     "over noise-free Adam. Gap: the faster DP optimizer over the faster noise-free optimizer, the "
-    "most that a perfect denoiser could save. A gain is the difference between the score before "
-    "training and the best running median of the mean curve over seeds; a running median is the "
-    "median of a step's score and the scores of its two neighbours, and the last step has none. A "
-    "step reaches the target if its running median does. A run that does not reach the target "
-    "counts as one step more than it has, which makes the ratio a bound. NON-PRIVATE: the "
-    "noise-free runs are computed from clean gradients."
+    f"most that a perfect denoiser could save. {protocol.GAIN} A step reaches the target if its "
+    "running median does. A run that does not reach the target counts as one step more than it "
+    "has, which makes the ratio a bound. NON-PRIVATE: the noise-free runs are computed from clean "
+    "gradients."
 )
 
 

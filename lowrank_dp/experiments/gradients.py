@@ -253,8 +253,9 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
     Args:
         source: the model and its rows.
         say: function that receives lines of text: the plan before the warm-up (or before the loss
-            is computed), the longest possible time after the first step, and a line if
-            ``warm_loss`` was not reached.
+            is computed), the longest possible time after the first step (or the time of the loss
+            after the first batch, if it exceeds a minute), and a line if ``warm_loss`` was not
+            reached.
 
     Returns:
         The running mean of the training loss in nats, and the number of steps. If ``warm_loss`` is
@@ -266,7 +267,7 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
     if config.warm_loss is None:
         indices = source.sample(min(len(source.rows), 512), generator)
         say(f"loss before any training: the mean over {len(indices)} examples")
-        return mean_loss(source, indices), 0
+        return mean_loss(source, indices, say), 0
     _validate.positive("warm_loss", config.warm_loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.warm_learning_rate)
@@ -312,16 +313,21 @@ def _bucketed(source: GradientSource, generator: torch.Generator) -> Iterator[di
 
 
 @torch.no_grad()
-def mean_loss(source: GradientSource, indices: Sequence[int]) -> float:
+def mean_loss(
+    source: GradientSource, indices: Sequence[int], say: Callable[[str], None] | None = None
+) -> float:
     """Return the mean of the losses of the rows ``indices``, in the model's present mode.
 
-    The unit is that of :func:`lowrank_dp.models.targets.row_losses`.
+    The unit is that of :func:`lowrank_dp.models.targets.row_losses`. ``say`` is as in
+    :func:`warm_up`.
     """
     total, size = 0.0, source.config.micro_batch_size
-    batches = source.batches(indices, size)
-    for _, batch in progress(batches, "loss", total=math.ceil(len(indices) / size)):
+    count, began = math.ceil(len(indices) / size), time.monotonic()
+    for i, (_, batch) in enumerate(progress(source.batches(indices, size), "loss", total=count)):
         with autocast(source.config.device, source.config.autocast_dtype):
             total += float(row_losses(source.model, batch, source.kind).sum())
+        if say and i == 0 and (minutes := count * (time.monotonic() - began) / 60) > 1:
+            say(f"loss: the first of {count} batches shows that all take {minutes:.1f} minutes")
     return total / len(indices)
 
 

@@ -14,6 +14,13 @@ from lowrank_dp.experiments.intervals import mean_and_interval, with_interval
 
 MIN_GAP = 1.0  # smallest gap, in steps, of which a closed share is computed
 
+# definition for captions
+GAIN = (
+    "A running median is the median of a step's score and the scores of its two neighbours; the "
+    "last step has none. A gain is the difference between the score before training and the best "
+    "running median of the mean curve over seeds."
+)
+
 
 def running_median(scores: np.ndarray) -> np.ndarray:
     """Return the median of each step and its two neighbours (..., steps + 1); NaN at both ends."""

@@ -48,6 +48,7 @@ __all__ = [
     "paired_auc_difference",
     "roc_points",
     "split_epsilon",
+    "tie_share",
     "tpr_at_fpr",
 ]
 

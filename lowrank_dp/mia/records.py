@@ -306,8 +306,8 @@ def _check_against_manifest(path: Path, records: Records, base: str | None) -> N
         )
     if wrong := [e.id for e in outside if e.content_hash in trained]:
         raise ValueError(
-            f"{len(wrong)} of {len(outside)} given non-members were trained on by {path.name}, "
-            f"first {', '.join(wrong[:3])}: {remedy}"
+            f"{len(wrong)} of {len(outside)} given non-members are among the records trained on in "
+            f"{path.name}, first {', '.join(wrong[:3])}: {remedy}"
         )
 
 

@@ -22,7 +22,7 @@ from lowrank_dp.train import guards, processes
 from lowrank_dp.train.checks import StepChecks
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.config_checks import INCIDENTAL, RESUMABLE
-from lowrank_dp.train.prefix import RunRequest
+from lowrank_dp.train.request import RunRequest
 from lowrank_dp.train.result import TrainResult, load_result, result_of, save_run
 from lowrank_dp.train.setup import Setup, prepare
 from lowrank_dp.train.state import (

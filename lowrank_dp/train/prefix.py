@@ -34,6 +34,7 @@ from lowrank_dp.models.prefix import STATES, FrozenPrefix
 from lowrank_dp.train import processes
 from lowrank_dp.train.config import TrainConfig
 from lowrank_dp.train.identity import digest_of_tensors, settings_of, versions_and_machine
+from lowrank_dp.train.request import RunRequest
 
 OFF = "off"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -43,29 +44,6 @@ AGREEMENT = 1e-3  # largest error of a clipped sum on public rows, relative to t
 
 Row = Mapping[str, Any]
 Fill = Callable[[Sequence[Row]], tuple[RowStore | None, str]]
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """Options of a run that are not part of its configuration, since they do not change its result.
-
-    Attributes:
-        shared_by: number of runs that share the cache. The cache is filled only if these runs
-            together read at least as many rows as filling does; None always fills the cache.
-        training: whether training steps read the cache. A resumed run must continue as the run
-            began, since sums with and without the cache differ in rounding. None decides by
-            ``shared_by``.
-        show_progress: whether to show a bar on stderr, if stderr is a terminal.
-        data_dir: as in ``train``.
-    """
-
-    shared_by: int | None = None
-    training: bool | None = None
-    show_progress: bool = True
-    data_dir: str | None = None
-
-
-DEFAULT_REQUEST = RunRequest()
 
 
 @dataclass(frozen=True)

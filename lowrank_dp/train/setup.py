@@ -29,15 +29,14 @@ from lowrank_dp.train.layout import Layout, Replicated, Sharded, equalise, shard
 from lowrank_dp.train.optimizers import make_optimizer
 from lowrank_dp.train.preconditioning import add_preconditioner
 from lowrank_dp.train.prefix import (
-    DEFAULT_REQUEST,
     PrefixCache,
-    RunRequest,
     cache_wanted,
     open_cache,
 )
 from lowrank_dp.train.processes import world_size
 from lowrank_dp.train.public_rows import public_batches, require_independent_rows
 from lowrank_dp.train.records import check_room, select_units, token_limit
+from lowrank_dp.train.request import DEFAULT_REQUEST, RunRequest
 
 
 @dataclass(frozen=True)
