@@ -183,13 +183,21 @@ SMOLLM2_DART = Config(
     score="loss",
     tuning_holdout=32,
 )
-# the last two of 18 blocks of Gemma 3 270M; small batches, since each target has 262,144 logits,
-# which take most of a run's time
+# the last two of 18 blocks of Gemma 3 270M, on a part of E2E; batches and steps as on DART, since
+# each target has 262,144 logits, which take most of a run's time
 GEMMA = Config(
-    replace(SMOLLM2.base, model="gemma3-270m", batch_size=64, steps=15, generate=True),
+    replace(SMOLLM2_DART.base, model="gemma3-270m", task="e2e", max_examples=4_000, generate=True),
     arms=(*PLAIN, "partial, 0.5"),
+    # near the learning rates that SMOLLM2_DART chose
+    starts={
+        "DP-Adam": 0.00178,
+        "partial, 0.5": 0.00178,
+        "DP-SGD": 0.0949,
+        "noise-free Adam (NON-PRIVATE)": 0.001,
+        "noise-free SGD (NON-PRIVATE)": 0.0949,
+    },
     score="loss",
-    tuning_holdout=64,
+    tuning_holdout=32,
 )
 
 # trials of a few minutes on generated text, with models that need no download
