@@ -59,6 +59,22 @@ def test_a_warm_up_says_what_it_will_do_and_where_it_ended():
         assert done == (2 if last else 1) and re.search(last, said[-1])
 
 
+@pytest.mark.parametrize(
+    ("model", "task", "examples"),
+    [("tiny", "generated", 512), ("tiny-llama", "generated-table", 64)],
+)
+def test_the_loss_before_training_is_over_fewer_examples_of_many_targets(model, task, examples):
+    found = gradients.load_source(
+        gradients.GradientConfig(model=model, task=task, warm_loss=None, max_length=64)
+    )
+    said = []
+    loss, steps = gradients.warm_up(found, said.append)
+    assert len(found.rows) > 512 and steps == 0
+    assert said == [f"loss before any training: the mean over {examples} examples"]
+    drawn = found.sample(examples, torch.Generator().manual_seed(0))
+    assert loss == pytest.approx(gradients.mean_loss(found, drawn), rel=1e-6)
+
+
 def test_a_long_mean_loss_states_its_time_after_the_first_batch(monkeypatch):
     """A batch takes 90 s by the clock of the test; 3 batches take 4.5 minutes."""
     found = gradients.load_source(dataclasses.replace(GRADIENTS, micro_batch_size=16))

@@ -29,6 +29,10 @@ from lowrank_dp.models.trainable import as_out_in
 
 MAX_SEED = 2**32 - 1  # seeds of draws are multiples of the seed, and must fit 63 bits
 PART = 512  # examples per partial sum; fixed, so that a sum's rounding depends on its size alone
+# examples of which the loss of an untrained model is the mean; fewer for a generation task, whose
+# examples have many targets each
+LOSS_EXAMPLES = {"generation": 64}
+USUAL_LOSS_EXAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -259,13 +263,15 @@ def warm_up(source: GradientSource, say: Callable[[str], None] | None = None) ->
 
     Returns:
         The running mean of the training loss in nats, and the number of steps. If ``warm_loss`` is
-        None, the model is not trained, and the loss is the mean over 512 rows.
+        None, the model is not trained, and the loss is the mean over a sample of
+        ``USUAL_LOSS_EXAMPLES`` rows, or fewer for a kind of task in ``LOSS_EXAMPLES``.
     """
     say = say or (lambda line: None)
     config, model = source.config, source.model
     generator = torch.Generator().manual_seed(config.seed)
     if config.warm_loss is None:
-        indices = source.sample(min(len(source.rows), 512), generator)
+        size = LOSS_EXAMPLES.get(source.kind, USUAL_LOSS_EXAMPLES)
+        indices = source.sample(min(len(source.rows), size), generator)
         say(f"loss before any training: the mean over {len(indices)} examples")
         return mean_loss(source, indices, say), 0
     _validate.positive("warm_loss", config.warm_loss)
