@@ -134,6 +134,14 @@ def test_restore_replaces_a_file_only_if_told_to_and_never_its_input(noisy_file,
     assert norms[0] > norms[1] and row.split()[-2:] == [f"{norm:.3g}" for norm in norms]
 
 
+def test_restore_says_that_a_file_holds_no_matrix(tmp_path, call):
+    path, out = tmp_path / "vectors.safetensors", tmp_path / "out.safetensors"
+    save_file({"bias": torch.ones(3), "batch": torch.ones(2, 3, 4)}, path)
+    code, printed, _ = call(*restore_words(path, out, {}))
+    assert code == 0 and load_file(out).keys() == {"bias", "batch"}
+    assert printed.startswith("no tensor of the file is a matrix with both sides above 1")
+
+
 @pytest.mark.slow
 def test_spectrum_measures_saves_and_prints(tmp_path, call):
     code, out, err = call(

@@ -502,6 +502,22 @@ def test_bad_arguments_are_refused_before_training():
     refused(words, attach_restoration, nn.Linear(2, 2), mean_noise_std=0.1)
 
 
+def test_an_optimizer_that_corrects_for_the_noise_is_refused():
+    """A restored matrix holds less noise than such an optimizer would subtract."""
+    for make in (
+        lambda w: optim.AdamBC([w], mean_noise_std=1.0),
+        lambda w: optim.Muon([w], bias_correction=True, mean_noise_std=1.0),
+    ):
+        weight = nn.Parameter(torch.zeros(4, 4))
+        words = "optimizer must not correct for the noise"
+        refused(words, attach_restoration, make(weight), mean_noise_std=1.0)
+        wrapped = DPOptimizer(
+            make(weight), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
+        )
+        refused(words, attach_restoration, wrapped)
+    attach_restoration(optim.Muon([weight]), mean_noise_std=1.0)
+
+
 def test_opacus_without_noise_or_with_a_stated_one_is_refused():
     _, optimizer, *_ = private()
     refused("read from the optimizer", attach_restoration, optimizer, mean_noise_std=0.1)

@@ -267,6 +267,30 @@ def test_groups_of_adam_bc_have_their_own_options():
     torch.testing.assert_close(apart, whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_correction_in_half_precision_is_refused(dtype):
+    weights = [nn.Parameter(torch.zeros(3, 4, dtype=dtype))]
+    refused("params must be float32 or float64", lambda: AdamBC(weights, mean_noise_std=0.1))
+    refused(
+        "params must be float32 or float64",
+        lambda: AdamBC(parameters(), mean_noise_std=0.1).add_param_group({"params": weights}),
+    )
+    refused(
+        "matrices must be float32 or float64",
+        lambda: Muon(weights, bias_correction=True, mean_noise_std=0.1),
+    )
+    Muon(weights)
+
+
+def test_muon_refuses_a_later_group_before_a_weight_moves():
+    for options in ({}, {"bias_correction": True, "mean_noise_std": 0.1}):
+        weights = parameters()
+        optimizer = Muon(weights[:2], lr=0.1, **options)
+        words = "Muon must be given all parameters when it is made"
+        refused(words, optimizer.add_param_group, {"params": weights[2:]})
+        assert len(deepcopy(optimizer).param_groups) == 1
+
+
 def test_bad_arguments():
     weights = parameters()
     for words, make in (

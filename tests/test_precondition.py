@@ -625,6 +625,42 @@ def test_opacus_clips_the_scaled_gradient(mode):
     torch.testing.assert_close(model[0].weight.double(), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_state_dict_loads_into_the_plain_model_and_resumes(mode):
+    model, plain, (x, _), _, _ = opacus_gradients(mode)
+    after = model.eval()(x)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    assert set(saved) == set(plain.state_dict())
+    unbroken = copy.deepcopy(model[0].weight)
+    plain.load_state_dict(saved)
+    torch.testing.assert_close(plain(x), after)
+    resumed, _, _, _, _ = opacus_gradients(mode)  # the same public batches give the same scales
+    with torch.no_grad():
+        resumed[0].weight.zero_()
+    resumed.load_state_dict(saved)
+    torch.testing.assert_close(resumed.eval()(x), after)
+    torch.testing.assert_close(resumed[0].weight, unbroken)
+    wrong = saved | {"0.weight": torch.zeros(2, 2)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        resumed.load_state_dict(wrong)
+
+
+def test_layers_whose_parent_reads_their_weights_get_no_scales():
+    """In eval mode without gradients, torch runs this layer as one function of its weights."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(24, 3))
+    x, y = torch.randn(5, 3, 8), torch.arange(5) % 3
+    with torch.no_grad():
+        before = model.eval()(x)
+    attach_preconditioner(
+        model.train(), [(x, y)], lambda m, batch: cross_entropy(m(batch[0]), batch[1])
+    )
+    assert list(scaled_layers(model)) == ["2"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), before)
+
+
 def test_attaching_twice_or_to_no_layer_is_refused():
     model = nn.Sequential(nn.Linear(3, 2))
     batch = [(torch.eye(3), torch.tensor([0, 1, 1]))]

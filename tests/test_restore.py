@@ -734,6 +734,57 @@ def test_fast_alignment_of_spikes_next_to_the_edge(name):
         assert cosine(fast, clean) >= 0.9 * cosine(exact, clean), seed
 
 
+@pytest.mark.parametrize(
+    ("power", "top"), [(1.0, 60), (1.0, 100), (0.7, 20), (1.0, 5)], ids=lambda value: f"{value:g}"
+)
+def test_a_value_far_above_the_others_hides_none_of_them(power, top):
+    """The clean singular values are ``top * i^-power`` times the edge.
+
+    Once the largest value decided that the iteration ends, and the errors were up to 1.67 times
+    those of the exact method, above the error of the noisy matrix.
+    """
+    size = 512
+    seed = generator(0)
+    u, v = (torch.linalg.qr(torch.randn(size, size, generator=seed))[0] for _ in range(2))
+    values = top * 2 * math.sqrt(size) * torch.arange(1, size + 1.0) ** -power
+    clean = (u * values) @ v.T
+    noisy = clean + torch.randn(size, size, generator=seed)
+    singular = torch.linalg.svdvals(noisy) / (2 * math.sqrt(size))
+    for scheme in ("optimal", "hard", "soft", "denoise", "partial"):
+        fast, (report,) = restore_with_report(noisy, 1.0, scheme)
+        exact = restore(noisy, 1.0, scheme, method="exact")
+        assert float((fast - clean).norm()) < 1.02 * float((exact - clean).norm())
+        assert float(singular[report.num_above_edge]) < 1.1  # the largest value that was missed
+
+
+@pytest.mark.parametrize("k", [32, 64, 96, 97])
+def test_truncate_keeps_k_values_of_any_size(k):
+    """On a spectrum 1/i, and on one value above k - 1 equal ones: no values go missing."""
+    size = 800
+    seed = generator(1)
+    u, v = (torch.linalg.qr(torch.randn(size, size, generator=seed))[0] for _ in range(2))
+    power_law = torch.arange(1, size + 1.0) ** -1
+    plateau = torch.full((size,), 1e-3)
+    plateau[:k], plateau[0] = 1.0, 10.0
+    for values in (power_law, plateau):
+        matrix = (u * values) @ v.T
+        got = restore(matrix, 0.0, "truncate", k=k)
+        assert int((torch.linalg.svdvals(got) > 1e-4).sum()) == k
+        assert float((got - matrix).norm()) <= 1.005 * float(values[k:].norm())
+
+
+def test_a_result_of_the_noises_size_needs_noise_of_an_ordinary_size():
+    matrix = torch.diag(torch.tensor([1.0, 0.5, 0.25, 0.125], dtype=torch.float64))
+    for noise_std in (1e-6, 1.01e-12):
+        polar = restore(matrix, noise_std, "polar")
+        assert float(polar[0, 0]) == pytest.approx(4 * noise_std, rel=1e-6)
+    refused("noise_std must be at least 1e-12 times", lambda: restore(matrix, 1e-15, "polar"))
+    refused(
+        "noise_std must be at least 1e-12 times",
+        lambda: restored_values(matrix.diagonal(), (4, 4), 1e-15, "polar"),
+    )
+
+
 def test_many_spikes_fall_back_to_the_exact_path():
     for shape, factors in (
         ((128, 512), np.full(40, 1.6)),  # a full subspace, with rough values

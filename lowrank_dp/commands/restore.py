@@ -164,6 +164,12 @@ def _print(reports: Mapping[str, Report]) -> None:
         for report in reports.values()
     ]
     console = Console()
+    if not rows:
+        say(
+            console,
+            "no tensor of the file is a matrix with both sides above 1: all are written unchanged",
+        )
+        return
     if pattern:
         say(console, f"matrices: {pattern}")
     columns = ["matrix", "shape", "edge", "top", "above", "action", "norm before", "norm after"]

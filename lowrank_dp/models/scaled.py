@@ -69,9 +69,16 @@ def full_weight(layer: Any) -> Tensor:
 def scalable_layers(model: nn.Module) -> dict[str, Any]:
     """Return the linear layers with a trained weight that no other layer shares, by name.
 
-    A layer is left out if its forward method is not that of ``nn.Linear`` or ``Conv1D``, or if
-    another layer shares its weight (such as an output layer that is tied to the embedding).
+    A layer is left out if its forward method is not that of ``nn.Linear`` or ``Conv1D``, if
+    another layer shares its weight (such as an output layer that is tied to the embedding), or if
+    it is part of an ``nn.TransformerEncoderLayer``, which may read the weight without the layer.
     """
+    read_by_parent = {
+        id(module)
+        for parent in model.modules()
+        if isinstance(parent, nn.TransformerEncoderLayer)
+        for module in parent.modules()
+    }
     uses = Counter(
         id(p) for module in model.modules() for p in module._parameters.values() if p is not None
     )
@@ -82,6 +89,7 @@ def scalable_layers(model: nn.Module) -> dict[str, Any]:
         and "forward" not in vars(module)
         and module.weight.requires_grad
         and uses[id(module.weight)] == 1
+        and id(module) not in read_by_parent
     }
 
 

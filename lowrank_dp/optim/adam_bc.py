@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowrank_dp import _validate
-from lowrank_dp.optim.noise_level import NOISE_LEVEL
+from lowrank_dp.optim.noise_level import NOISE_LEVEL, require_full_precision
 
 NOISE_FLOOR = 0.3  # default of `floor`
 
@@ -30,7 +30,7 @@ class AdamBC(torch.optim.Optimizer):
     zero.
 
     Args:
-        params: parameters or groups of parameters, as for any torch optimizer.
+        params: parameters or groups of parameters, as for any torch optimizer; float32 or float64.
         lr: learning rate, > 0.
         betas: decay of the first and of the second moment, each in [0, 1).
         mean_noise_std: standard deviation of the noise on each entry of ``p.grad``, absolute, in
@@ -65,6 +65,7 @@ class AdamBC(torch.optim.Optimizer):
         Raises ValueError on a bad entry.
         """
         super().add_param_group(param_group | _options(self.defaults | param_group))
+        require_full_precision("params", self.param_groups[-1]["params"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -34,6 +34,7 @@ from lowrank_dp.optim.inspection import (
     warn_of_other_momentum,
     watch_bound,
 )
+from lowrank_dp.optim.noise_level import NOISE_LEVEL
 from lowrank_dp.restore import (
     SCHEMES,
     GradientRestorer,
@@ -108,9 +109,9 @@ def attach_restoration(
         that loads the ``state_dict()`` of this optimizer needs its own attachment.
 
     Raises:
-        ValueError: on a bad argument, no noise, sharded parameters, a second attachment, or running
-            means of another filter in the optimizer's loaded state. A step raises ValueError if a
-            gradient is too small to contain the stated noise.
+        ValueError: on a bad argument, no noise, sharded parameters, a second attachment, AdamBC or
+            Muon with ``bias_correction``, or running means of another filter in the loaded state. A
+            step raises ValueError if a gradient is too small to contain the stated noise.
 
     >>> weight = torch.nn.Parameter(torch.zeros(4, 4))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -240,6 +241,11 @@ class Restoration:
             raise ValueError(
                 f"scheme must be a private one, got {scheme!r}, which reads clean "
                 "gradients: for diagnosis only, never for training"
+            )
+        if any(NOISE_LEVEL in group for group in self._inner.param_groups):
+            raise ValueError(
+                f"optimizer must not correct for the noise, got {type(self._inner).__name__}: the "
+                "noise that is left in a restored matrix is not known"
             )
         if self._opacus and mean_noise_std is not None:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
-from lowrank_dp.optim.noise_level import NOISE_LEVEL
+from lowrank_dp.optim.noise_level import NOISE_LEVEL, require_full_precision
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of torch.optim.Muon
 _ITERATIONS = 5
@@ -42,7 +42,8 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the running mean, and AdamW's beta1; in [0, 1).
         beta2: AdamW's beta2, in [0, 1).
         weight_decay: decoupled weight decay of Muon and AdamW, >= 0.
-        bias_correction: whether to correct the orthogonalised matrix for the noise.
+        bias_correction: whether to correct the orthogonalised matrix for the noise. The matrices
+            must then be float32 or float64.
         mean_noise_std: standard deviation of the noise on each entry of ``p.grad``, absolute, in
             the units of ``p.grad``, >= 0. For a mean over a batch, this is ``noise_multiplier *
             max_grad_norm / batch_size``. Required with ``bias_correction``, and refused without.
@@ -77,6 +78,8 @@ class Muon(torch.optim.Optimizer):
         for matrix in matrices:
             if matrix.ndim != 2:
                 _validate.fail("matrices", "parameters with two axes", tuple(matrix.shape))
+        if bias_correction:
+            require_full_precision("matrices", matrices)
         self._inner: list[torch.optim.Optimizer] = []
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         if matrices and bias_correction:
@@ -97,6 +100,15 @@ class Muon(torch.optim.Optimizer):
         if others or not matrices:
             self._inner.append(torch.optim.AdamW(others, **shared, betas=(momentum, beta2)))
         super().__init__([group for inner in self._inner for group in inner.param_groups], {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise ``ValueError`` after construction, since a group belongs to Muon or to AdamW."""
+        if len(self.param_groups) == len(self._inner):
+            raise ValueError(
+                "Muon must be given all parameters when it is made, got another group: make a new "
+                "Muon with the parameters among its matrices or others"
+            )
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

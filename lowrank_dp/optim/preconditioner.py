@@ -13,6 +13,7 @@ from lowrank_dp.grads.opacus_samples import register_scaled_layers
 from lowrank_dp.models.scaled import (
     ScaledConv1D,
     ScaledLinear,
+    full_weight,
     remove_scales,
     scalable_layers,
     scale_layers,
@@ -37,6 +38,11 @@ def attach_preconditioner(
     before. Opacus clips the gradient of the stored weight, which is ``r c^T`` times the gradient of
     the full weight, and adds noise. The sensitivity is ``max_grad_norm``, so epsilon does not
     change. Opacus's modes "hooks" and "ghost" work.
+
+    A state dict of the model holds the full weights, so a model without scales loads it. A model
+    with scales divides the weights that it loads by its own scales. To resume a run, attach the
+    preconditioner to the initial model, with the same public batches, and then load the states of
+    model and optimizer.
 
     Tune the learning rate anew: the best rate of a run without preconditioner does not apply. The
     method was measured with SGD with momentum 0.9 on the stored weights.
@@ -108,7 +114,7 @@ class Preconditioner:
         self._model = model
 
     def remove(self) -> None:
-        """Remove the scales: each layer stores its full weight again, for saving the model.
+        """Remove the scales: each layer stores its full weight again.
 
         The parameters stay the same objects. An optimizer with momentum must not step afterwards,
         because its momentum belongs to the stored weights.
@@ -127,11 +133,32 @@ class _WithoutBuffers(nn.Module):
         return iter(())
 
 
-class _OpacusLinear(_WithoutBuffers, ScaledLinear):
+class _FullWeightInState(nn.Module):
+    """Layer whose state dict holds the full weight, as that of the layer without scales does."""
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        full = full_weight(self)
+        destination[f"{prefix}weight"] = full if keep_vars else full.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *others: Any
+    ) -> None:
+        key = f"{prefix}weight"
+        full = state_dict.get(key)
+        if isinstance(full, Tensor) and full.shape == self.weight.shape:  # else torch complains
+            row, col = self.row_scale.to(full), self.col_scale.to(full)
+            state_dict = {**state_dict, key: full / row[:, None] / col}
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class _OpacusLinear(_WithoutBuffers, _FullWeightInState, ScaledLinear):
     pass
 
 
-class _OpacusConv1D(_WithoutBuffers, ScaledConv1D):
+class _OpacusConv1D(_WithoutBuffers, _FullWeightInState, ScaledConv1D):
     pass
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 MIN_SIDE = 128  # below this side an exact SVD costs no more
 _BLOCK, _MIN_BLOCKS, _MAX_BLOCKS = 16, 3, 12
+MAX_COUNT = _BLOCK * _MAX_BLOCKS // 2  # largest number of triplets that a caller can ask for
 _DEPENDENT = 1e-4  # norm outside a subspace below which a unit column counts as inside
 
 
@@ -56,6 +57,7 @@ def leading_triplets(
     weight: Callable[[Tensor], Tensor],
     *,
     level: float | None,
+    count: int = 1,
     tolerance: float = 0.02,
 ) -> list[Leading]:
     """Find triplets of every matrix (m, n), m <= n, until the sum of ``weight(s)`` has settled.
@@ -65,28 +67,33 @@ def leading_triplets(
 
     Args:
         matrices: (L, m, n), float32 or float64.
-        weight: contribution of singular values to the result, >= 0, vectorised.
-        level: values at or below this level contribute nothing; None if every value contributes.
+        weight: contribution of singular values (l, k), descending, to the sum, >= 0. No
+            contribution should be far above the others, which it would hide.
+        level: values at or below this level contribute nothing; None if the first ``count`` values
+            contribute, whatever their size.
+        count: number of triplets that are needed, at most ``MAX_COUNT`` and m / 8.
         tolerance: largest relative change of the total weight in the last step.
 
     Returns:
         The triplets, in groups of matrices. Where no value is above ``level``, only ``s`` has a
         meaning: the rotation is the identity. No group holds a matrix whose subspace is too small
-        for the values above ``level``, or was exhausted before all of them were found. The matrix
-        is then not "few spikes and a bulk", and an exact SVD should be taken.
+        for the values above ``level``, or was exhausted before all of them were found, or of which
+        the first ``count`` values did not settle. The matrix is then not "few spikes and a bulk",
+        and an exact SVD should be taken.
     """
     subspace = _Subspace(matrices)
+    least = max(_MIN_BLOCKS, math.ceil(count / subspace.width) + 1)
     total = top = matrices.new_zeros(len(matrices))
     found = torch.zeros_like(top, dtype=torch.bool)
     # number of blocks from which on the total weight can have settled
-    earliest = torch.full_like(top, _MIN_BLOCKS, dtype=torch.int64)
+    earliest = torch.full_like(top, least, dtype=torch.int64)
     groups = []
     for blocks in range(2, _MAX_BLOCKS + 1):
         block, exhausted = subspace.next_block()
         if exhausted is not None:
             found = found | (exhausted & subspace.leaves_nothing(level))
             # the new directions find what is left one block later
-            earliest = torch.where(exhausted & ~found, blocks + 2, earliest)
+            earliest = torch.where(exhausted & ~found, max(blocks + 2, least), earliest)
         subspace.append(block)
         s = subspace.singular_values()
         last_total, last_top, top = total, top, s[:, 0]
@@ -101,8 +108,8 @@ def leading_triplets(
             settled = torch.where(above, settled, 2 * top - last_top <= level)
         done = found | (settled & (blocks >= earliest))
         full = blocks == _MAX_BLOCKS or subspace.is_full
-        if full:
-            done = done | (earliest == _MIN_BLOCKS)
+        if full and level is not None:
+            done = done | (earliest == least)
         usable = done & _has_room(s, level, full)
         if bool((spiked := usable & above).any()):
             groups.append(subspace.triplets(spiked))
@@ -133,9 +140,9 @@ class _Subspace:
     def __init__(self, matrix: Tensor) -> None:
         m, n = matrix.shape[-2:]
         self._index = torch.arange(len(matrix), device=matrix.device)
-        self._matrix, self._width = matrix, min(_BLOCK, m // 16)
+        self._matrix, self.width = matrix, min(_BLOCK, m // 16)
         self._generator = torch.Generator().manual_seed(0)
-        start = torch.randn(self._width, n, generator=self._generator, dtype=matrix.dtype)
+        start = torch.randn(self.width, n, generator=self._generator, dtype=matrix.dtype)
         self._basis = torch.linalg.qr((start.to(matrix.device) @ matrix.mT).mT)[0]
         self._image = self._basis.mT @ matrix
         self._gram = self._image @ self._image.mT
@@ -143,11 +150,11 @@ class _Subspace:
     @property
     def is_full(self) -> bool:
         """Whether one more block would take more than half of the dimensions."""
-        return 2 * (self._basis.shape[-1] + self._width) > self._matrix.shape[-2]
+        return 2 * (self._basis.shape[-1] + self.width) > self._matrix.shape[-2]
 
     def next_block(self) -> tuple[Tensor, Tensor | None]:
         """Next block, ``matrix matrix^T`` times the last one: see :func:`_orthonormal_outside`."""
-        block = (self._image[..., -self._width :, :] @ self._matrix.mT).mT
+        block = (self._image[..., -self.width :, :] @ self._matrix.mT).mT
         return _orthonormal_outside(block, self._basis, self._generator)
 
     def keep(self, chosen: Tensor) -> None:
@@ -160,8 +167,8 @@ class _Subspace:
         """Extend the subspace by orthonormal columns (l, m, w) orthogonal to the subspace."""
         self._basis = torch.cat([self._basis, block], -1)
         self._image = torch.cat([self._image, block.mT @ self._matrix], -2)
-        new = self._image @ self._image[..., -self._width :, :].mT
-        upper = torch.cat([self._gram, new[..., : -self._width, :]], -1)
+        new = self._image @ self._image[..., -self.width :, :].mT
+        upper = torch.cat([self._gram, new[..., : -self.width, :]], -1)
         self._gram = torch.cat([upper, new.mT], -2)
 
     def singular_values(self) -> Tensor:

@@ -86,9 +86,18 @@ class Plan:
         return replace(self, options=self.options | own)
 
     def in_units_of(self, unit: float) -> Plan:
-        """Return the plan for the same matrices divided by ``unit``."""
+        """Return the plan for the same matrices divided by ``unit``.
+
+        Raises ``ValueError`` if the noise is below 1e-12 of ``unit`` and decides the new values.
+        """
         own = {name: self.options[name] / unit for name in self.scheme.per_matrix}
         noise_std = edge = activation_level = 0.0
+        if self.scheme.is_noise_sized and self.noise.noise_std < unit / ORDINARY:
+            raise ValueError(
+                f"noise_std must be at least {1 / ORDINARY:g} times the largest entry for scheme "
+                f"'{self.scheme.new_values.__name__}', whose result has the size of the noise, got "
+                f"{self.noise.noise_std:g}"
+            )
         if self.noise.noise_std > 0:  # beyond these bounds, the ratio makes no difference
             noise_std = min(max(self.noise.noise_std / unit, 1 / ORDINARY), ORDINARY)
             edge, activation_level = (

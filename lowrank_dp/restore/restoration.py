@@ -351,6 +351,7 @@ def _by_triplets(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tenso
         noisy.mT if tall else noisy,
         lambda s: _weight(plan, s),
         level=plan.edge if plan.scheme.reads_noise_level else None,
+        count=plan.options.get("k", 1),
     )
     if not groups:
         return None
@@ -380,7 +381,13 @@ def _combined(plan: Plan, noisy: Tensor, norm: Tensor, lead: Leading, tall: bool
 
 
 def _weight(plan: Plan, s: Tensor) -> Tensor:
-    """Return each singular value's contribution to the result, such as its new value squared."""
+    """Return each singular value's part in the sum that must settle, such as its new value squared.
+
+    A part is at most the square of the edge, or of the k-th value for the scheme truncate. Without
+    this limit, one value far above the others would settle the sum before the others are found.
+    """
     if plan.scheme.reads_noise_level:
-        return plan.scheme.contribution(s, plan.noise)
-    return plan.scheme.new_values(s, plan.noise, **plan.options) ** 2
+        return plan.scheme.contribution(s, plan.noise).clamp(max=plan.edge**2)
+    smallest = s[:, min(plan.options["k"], s.shape[-1]) - 1]
+    new = plan.scheme.new_values(s, plan.noise, **plan.options)
+    return new.minimum(smallest[:, None]) ** 2

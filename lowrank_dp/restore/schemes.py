@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dp import _validate
+from lowrank_dp.restore.krylov import MAX_COUNT
 from lowrank_dp.spectrum import random_matrix as rmt
 from lowrank_dp.spectrum.random_matrix import NoiseModel
 
@@ -173,6 +174,7 @@ class Scheme:
             ``ValueError``; ``shape`` is the shape of the noisy matrices, or None if unknown.
         reads_noise_level: whether the scheme needs a noise level above 0. Such a scheme acts only
             on a matrix whose top value exceeds ``activation_level``.
+        is_noise_sized: whether the new values are multiples of the noise level alone.
         private: False if the scheme reads clean gradients.
         is_identity: whether the scheme returns every matrix unchanged.
         reads_norm: whether ``new_values`` takes the norm of the noisy matrix as ``norm``.
@@ -185,12 +187,14 @@ class Scheme:
         by_products: (noisy, norm, options) -> the restored matrices (L, m, n) by matrix products
             alone, or None where a decomposition is needed.
         contribution: (s, noise) -> contribution of each value to the result, >= 0. The fast method
-            computes singular values until the sum of the contributions converges.
+            computes singular values until the sum of the contributions, each at most the square of
+            the edge, converges.
     """
 
     new_values: Callable[..., Tensor]
     checks: Mapping[str, Callable[[Any, Shape | None], Any]] = field(default_factory=dict)
     reads_noise_level: bool = False
+    is_noise_sized: bool = False
     private: bool = True
     is_identity: bool = False
     reads_norm: bool = False
@@ -286,7 +290,7 @@ SCHEMES: dict[str, Scheme] = {
     "truncate": Scheme(
         truncate,
         {"k": lambda k, shape: _validate.integer("k", k)},
-        needs_all_values=lambda shape, options: options["k"] > min(shape) // 8,
+        needs_all_values=lambda shape, options: options["k"] > min(min(shape) // 8, MAX_COUNT),
     ),
     "optimal": Scheme(optimal, {"loss": _one_of("loss", *_SHRINKERS)}, reads_noise_level=True),
     "denoise": Scheme(
@@ -317,7 +321,10 @@ SCHEMES: dict[str, Scheme] = {
         by_products=_odd_power,
     ),
     "polar": Scheme(
-        polar, reads_noise_level=True, contribution=lambda s, noise: polar(s, noise) ** 2
+        polar,
+        reads_noise_level=True,
+        is_noise_sized=True,
+        contribution=lambda s, noise: polar(s, noise) ** 2,
     ),
     "oracle": Scheme(
         oracle,
