@@ -136,6 +136,10 @@ class _WithoutBuffers(nn.Module):
 class _FullWeightInState(nn.Module):
     """Layer whose state dict holds the full weight, as that of the layer without scales does."""
 
+    weight: Tensor
+    row_scale: Tensor
+    col_scale: Tensor
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
