@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -136,10 +136,6 @@ class _WithoutBuffers(nn.Module):
 class _FullWeightInState(nn.Module):
     """Layer whose state dict holds the full weight, as that of the layer without scales does."""
 
-    weight: Tensor
-    row_scale: Tensor
-    col_scale: Tensor
-
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
@@ -150,10 +146,10 @@ class _FullWeightInState(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *others: Any
     ) -> None:
-        key = f"{prefix}weight"
+        key, layer = f"{prefix}weight", cast(ScaledLinear, self)
         full = state_dict.get(key)
-        if isinstance(full, Tensor) and full.shape == self.weight.shape:  # else torch complains
-            row, col = self.row_scale.to(full), self.col_scale.to(full)
+        if isinstance(full, Tensor) and full.shape == layer.weight.shape:  # else torch complains
+            row, col = layer.row_scale.to(full), layer.col_scale.to(full)
             state_dict = {**state_dict, key: full / row[:, None] / col}
         super()._load_from_state_dict(state_dict, prefix, *others)
 
