@@ -221,6 +221,20 @@ def test_damaged_files(tmp_path):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000, i
 
 
+def test_the_files_of_two_results_are_not_one_result(tmp_path):
+    """A process that is killed between its two files leaves the new fields and the old arrays."""
+    save_result(result(values=np.zeros(5)), tmp_path, "r")
+    old = (tmp_path / "r.npz").read_bytes()
+    save_result(result(values=np.ones(5)), tmp_path, "r")
+    (tmp_path / "r.npz").write_bytes(old)
+    with pytest.raises(ValueError, match=r"r\.json is half written: r\.npz is of another result"):
+        load_result(tmp_path, "r", Result)
+    document = json.loads((tmp_path / "r.json").read_text())
+    del document["arrays_sha256"]
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    assert not load_result(tmp_path, "r", Result).values.any()  # results of earlier versions
+
+
 def test_pickles_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTACK_FOLDER", str(tmp_path / "attacked"))
     save_result(result(), tmp_path, "r")

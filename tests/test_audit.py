@@ -560,8 +560,17 @@ def test_canaries_are_units_of_the_run_and_of_one_length(config, monkeypatch):
     assert len({len(row["input_ids"]) for row in rows}) == 1
     assert len({tuple(row["input_ids"]) for row in rows}) == 3
     assert audited.sample_rate == setup.mechanism.sample_rate == 10 / 43
-    random = np.random.default_rng(0)
-    assert {canaries._canary(setup, random)["labels"] for _ in range(20)} == {0, 1}
+    random, naive = (np.random.default_rng(0) for _ in range(2))
+    drawn = canaries._canaries(setup, 20, random)
+    assert {row["labels"] for row in drawn} == {0, 1}
+    form = max(setup.rows, key=lambda row: len(row["input_ids"]))
+    special = setup.tokenizer.all_special_ids
+    known = [i for i in range(len(setup.tokenizer)) if i not in special]
+    for row in drawn:
+        assert row["input_ids"] == [
+            i if i in special else naive.choice(known) for i in form["input_ids"]
+        ]
+        assert row["labels"] == naive.integers(2)
     for name, also in (
         ("non_private", {"noise_multiplier": None}),
         ("noise_free", {"noise_multiplier": None}),

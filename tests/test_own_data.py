@@ -182,6 +182,10 @@ def test_splits_and_classes_that_look_wrong_are_named(tmp_path):
     with pytest.warns(UserWarning, match="not read: the split 'extra', which is called") as said:
         task = load_task(str(saved), columns=REVIEW)
     assert len(said) == 1 and [*task.splits] == ["train", "validation"]
+    twice = datasets.DatasetDict({"train": table, "val": table, "dev": table})
+    twice.save_to_disk(tmp_path / "twice")
+    with pytest.raises(ValueError, match="must have one validation split, has val, dev"):
+        load_task(str(tmp_path / "twice"), columns=REVIEW)
     table.save_to_disk(tmp_path / "alone")
     with pytest.raises(ValueError, match=r"no validation split.*--holdout N"):
         load(tmp_path / "alone").split("validation")
@@ -190,6 +194,31 @@ def test_splits_and_classes_that_look_wrong_are_named(tmp_path):
     with pytest.warns(UserWarning, match="classes 'Yes ', 'yes' differ only in case or white"):
         task = load_task(str(path), columns=Columns(group="who"))
     assert len({e.group for e in task.train}) == 2  # a space does not make another person
+
+
+def test_a_quote_that_swallows_rows_is_refused(tmp_path):
+    rows = [f"a film number {i}\t{i % 2}\tu{i}" for i in range(100)]
+    rows[10], rows[60] = '"an opening without an end\t1\tu10', '"unfinished" and more\t0\tu60'
+    path = tmp_path / "film.tsv"
+    path.write_text("text\tlabel\tuser\n" + "\n".join(rows) + "\n")
+    assert len(load_task(str(path), columns=Columns(group="user")).train) == 100
+    rows[-1] = rows[-1].rsplit("\t", 1)[0]  # lines of different lengths may be parts of one cell
+    path.write_text("text\tlabel\tuser\n" + "\n".join(rows) + "\n")
+    with pytest.raises(ValueError, match=r"film\.tsv row 11: column 'text' contains whole rows"):
+        load_task(str(path), columns=Columns(group="user"))
+    rows = ['"two\nlines and a\ttab"\t1\tu0', "one line\t0\tu1"]
+    path.write_text("text\tlabel\tuser\n" + "\n".join(rows) + "\n")
+    task = load_task(str(path), columns=Columns(group="user"))
+    assert [example.text for example in task.train] == ["two\nlines and a\ttab", "one line"]
+
+
+def test_a_plus_sign_is_part_of_a_number(tmp_path):
+    path = tmp_path / "signed.csv"
+    path.write_text("text,label\na,+1\nb,0\nc,+1\n")
+    assert [example.label for example in load_task(str(path)).train] == [1, 0, 1]
+    path.write_text("text,label\na,+1\nb,-1\n")
+    with pytest.raises(ValueError, match="row 2: column 'label' must be a class: an integer >= 0"):
+        load_task(str(path))
 
 
 def labelled(tmp_path, labels, ending="jsonl"):

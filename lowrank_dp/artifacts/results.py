@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
+import os
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +21,8 @@ R = TypeVar("R")
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 30  # limit of the JSON and of the unpacked arrays: a small .npz can hold any size
-_OWN_KEYS = ("schema_version", "kind", "arrays")
+_DIGEST = "arrays_sha256"  # of NAME.npz; absent in results of earlier versions
+_OWN_KEYS = ("schema_version", "kind", "arrays", _DIGEST)
 
 
 def save_result(
@@ -57,17 +61,21 @@ def save_result(
             _validate.fail("result", f"without a field {key!r}, a key of the JSON file itself", key)
     if fields.get("provenance") == {}:
         fields["provenance"] = provenance(seed=seed, device=device)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
     document = {
         "schema_version": SCHEMA_VERSION,
         "kind": type(result).__name__,
         "arrays": sorted(arrays),
+        _DIGEST: hashlib.sha256(packed.getbuffer()).hexdigest(),
         **{key: to_jsonable(value) for key, value in fields.items() if key not in arrays},
     }
     path = Path(folder) / f"{name}.json"
     content = encode_json(document)  # raises before either file is touched
     with atomic_write(path.with_suffix(".npz")) as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-        file.flush()  # on a full disk, this line fails before either file is replaced
+        file.write(packed.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # on a full disk, this fails before either file is replaced
         with atomic_write(path) as other:
             other.write(content)
     return path
@@ -78,12 +86,14 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
 
     Raises:
         FileNotFoundError: if the folder has no result ``name``.
-        ValueError: if a file is damaged, of another kind or schema, or lacks a field.
+        ValueError: if a file is damaged, of another kind or schema, or lacks a field; or if the two
+            files are of different results, because the process that saved them was killed.
     """
     path = Path(folder) / f"{name}.json"
     try:
         document = read_json(path, max_bytes=MAX_BYTES)
-        arrays = _read_arrays(path.with_suffix(".npz"))
+        packed = path.with_suffix(".npz").read_bytes()
+        arrays = _read_arrays(packed)
     except FileNotFoundError as error:
         message = f"no result {path.name} in {path.parent}; compute it first"
         raise FileNotFoundError(message) from error
@@ -92,6 +102,10 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
         raise ValueError(f"result {path} cannot be read: {reason}") from error
     if document.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"result {path} must have schema_version {SCHEMA_VERSION}; recompute it")
+    if document.get(_DIGEST, digest := hashlib.sha256(packed).hexdigest()) != digest:
+        raise ValueError(
+            f"result {path} is half written: {path.stem}.npz is of another result; recompute it"
+        )
     if document.get("kind") != kind.__name__:
         raise ValueError(f"result {path} must be a {kind.__name__}, got {document.get('kind')!r}")
     fields = {**document, **arrays}
@@ -102,9 +116,9 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     return from_jsonable(f"result {path}", {field: fields[field] for field in names}, kind)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
+def _read_arrays(packed: bytes) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as file:
         return {key: file[key] for key in file.files}

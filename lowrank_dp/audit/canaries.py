@@ -7,7 +7,7 @@ nothing in the records predicts them, and the gradient of a canary is large.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -80,7 +80,7 @@ def open_audit(config: TrainConfig, num_canaries: int) -> Audited:
     setup = preparation.prepare(config, seed)
     rows, first = list(setup.rows), len(setup.rows)
     random = np.random.default_rng(derive_seed(seed, "canaries"))
-    rows += [_canary(setup, random) for _ in range(num_canaries)]
+    rows += _canaries(setup, num_canaries, random)
     unit_rows = [*setup.unit_rows, *([first + i] for i in range(num_canaries))]
     mechanism, delta = preparation.make_mechanism(config, len(unit_rows))
     scales = preconditioning.snapshot_tensors(setup.model, None)
@@ -123,14 +123,25 @@ def _require_auditable(config: TrainConfig) -> None:
         )
 
 
-def _canary(setup: Setup, random: np.random.Generator) -> dict[str, Any]:
-    """Return a row of random tokens and a random label, in the form of the longest record.
+def _canaries(setup: Setup, count: int, random: np.random.Generator) -> list[dict[str, Any]]:
+    """Return rows of random tokens and random labels, in the form of the longest record.
 
     All canaries of a run have the same number of tokens.
     """
     form = max(setup.rows, key=lambda row: len(row["input_ids"]))
     special = set(setup.tokenizer.all_special_ids)
-    known = [i for i in range(len(setup.tokenizer)) if i not in special]
+    known = np.array([i for i in range(len(setup.tokenizer)) if i not in special])
+    return [_canary(setup, form, known, special, random) for _ in range(count)]
+
+
+def _canary(
+    setup: Setup,
+    form: Mapping[str, Any],
+    known: np.ndarray,
+    special: Container[int],
+    random: np.random.Generator,
+) -> dict[str, Any]:
+    """Return one row with random tokens of ``known`` in place of those that are not special."""
     ids = [i if i in special else int(random.choice(known)) for i in form["input_ids"]]
     labels = form["labels"]
     if isinstance(labels, Sequence):

@@ -14,7 +14,7 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Table:
 
 class TooLarge(ValueError):
     """Error for a file that exceeds the limits of this module."""
+
+
+class _TwoSplits(ValueError):
+    """Error for a folder with two splits of one name in this package."""
 
 
 def read_table(path: Path) -> Table:
@@ -210,6 +214,8 @@ def _csv(path: Path, separator: str) -> Table:
             f"{path}: not a table ({reason}); every row must have as many cells as the header"
         ) from None
     header, *cells = frame.itertuples(index=False, name=None)
+    if separator == "\t":
+        _require_no_swallowed_row(path, header, cells)
     names = [str(name) for name in header]
     if len(names) == 1:
         _require_separator(path, names[0], separator)
@@ -264,6 +270,20 @@ def _has_bare_quotes(data: bytes) -> bool:
     return any(not re.fullmatch(rb'"(?:[^"]|"")*"', cell) for cell in cells)
 
 
+def _require_no_swallowed_row(
+    path: Path, header: Sequence[str], cells: Sequence[Sequence[str]]
+) -> None:
+    """Raise ValueError if a cell contains a line with as many tabs as the header."""
+    for number, row in enumerate(cells, 1):
+        for name, cell in zip(header, row, strict=True):
+            if any(line.count("\t") >= len(header) - 1 > 0 for line in cell.split("\n")[1:]):
+                raise ValueError(
+                    f"{path} row {number}: column {name!r} contains whole rows, because a quote "
+                    "opens the cell and no quote closes it: double the quotes within cells, or "
+                    "save the table as .jsonl"
+                )
+
+
 # --- Arrow: Parquet files and folders of `datasets` --------------------------------------------
 
 
@@ -291,22 +311,28 @@ def read_saved(path: Path, known: Mapping[str, str]) -> dict[str, Table]:
 
     ``known`` maps the names of splits in the folder to their names in this package; other splits
     are not read. Cells such as images are not decoded. Raises ValueError if the folder is damaged,
-    has no known split, or exceeds the limits.
+    has no known split or two for one name in this package, or exceeds the limits.
     """
     import datasets
 
     try:
         loaded: Any = datasets.load_from_disk(str(path))
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+        named = {name: known[name] for name in parts if name in known}
+        if twice := [split for split, times in Counter(named.values()).items() if times > 1]:
+            same = ", ".join(name for name, split in named.items() if split == twice[0])
+            raise _TwoSplits(
+                f"{path} must have one {twice[0]} split, has {same}: remove the others"
+            )
         tables: dict[str, Table] = {}
         for name, part in parts.items():
-            if name in known and known[name] not in tables:
+            if name in named:
                 where = path / name if isinstance(loaded, datasets.DatasetDict) else path
                 _check_size(where, 0, part.num_rows)
                 batches = part.with_format("arrow").iter(batch_size=_ARROW_BATCH)
                 rows = list(_arrow_rows(where, batches))
                 tables[known[name]] = _arrow_table(rows, part.features.arrow_schema)
-    except TooLarge:
+    except (TooLarge, _TwoSplits):
         raise
     except Exception as error:  # `datasets` raises errors of many types on a damaged folder
         raise _unreadable(path, error) from None

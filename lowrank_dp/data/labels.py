@@ -153,7 +153,7 @@ def _check_label(where: str, column: str, value: Any, first: Any) -> None:
 
 def _number(text: str) -> Any:
     """Return the number that a string spells, or the string if the spelling is unusual ("007")."""
-    if re.fullmatch(r"0|-?[1-9]\d{0,17}", text):
+    if re.fullmatch(r"0|[+-]?[1-9]\d{0,17}", text):
         return int(text)
     if (
         _NUMBER.fullmatch(text)
