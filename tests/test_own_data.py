@@ -204,12 +204,32 @@ def test_a_quote_that_swallows_rows_is_refused(tmp_path):
     assert len(load_task(str(path), columns=Columns(group="user")).train) == 100
     rows[-1] = rows[-1].rsplit("\t", 1)[0]  # lines of different lengths may be parts of one cell
     path.write_text("text\tlabel\tuser\n" + "\n".join(rows) + "\n")
-    with pytest.raises(ValueError, match=r"film\.tsv row 11: column 'text' contains whole rows"):
+    with pytest.raises(ValueError, match=r"film\.tsv row 11: column 'text' contains a line with"):
         load_task(str(path), columns=Columns(group="user"))
     rows = ['"two\nlines and a\ttab"\t1\tu0', "one line\t0\tu1"]
     path.write_text("text\tlabel\tuser\n" + "\n".join(rows) + "\n")
     task = load_task(str(path), columns=Columns(group="user"))
     assert [example.text for example in task.train] == ["two\nlines and a\ttab", "one line"]
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_a_cell_that_goes_on_after_its_closing_quote_is_refused(tmp_path, separator):
+    """In the first table, the cell of row 2 would take rows 3 and 4 as a part of its text."""
+    path = tmp_path / ("film.csv" if separator == "," else "film.tsv")
+    for lines, number in (
+        (['"an opening,1', "fine,0", '"bad" film,1', "last,0,"], 4),
+        (['"fine, ""very"" fine"-ish,1', "last,0,"], 2),
+    ):
+        text = "\n".join(["text,label,", *(f"{line},".rstrip(",") for line in lines)])
+        path.write_text(text.replace(",", separator) + "\n")
+        with pytest.raises(
+            ValueError, match=rf"film.... line {number}: a quote within a cell must"
+        ):
+            load_task(str(path))
+    rows = f'text{separator}label\n"an ""odd"" film"{separator}1\n{"x" * 200_000}{separator}0\n'
+    path.write_text(rows)
+    found = load_task(str(path)).train
+    assert found[0].text == 'an "odd" film' and len(found[1].text) == 200_000
 
 
 def test_a_plus_sign_is_part_of_a_number(tmp_path):

@@ -740,8 +740,7 @@ def test_fast_alignment_of_spikes_next_to_the_edge(name):
 def test_a_value_far_above_the_others_hides_none_of_them(power, top):
     """The clean singular values are ``top * i^-power`` times the edge.
 
-    Once the largest value decided that the iteration ends, and the errors were up to 1.67 times
-    those of the exact method, above the error of the noisy matrix.
+    If the largest value decided that the iteration ends, half of the values would be missed.
     """
     size = 512
     seed = generator(0)

@@ -92,8 +92,9 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     path = Path(folder) / f"{name}.json"
     try:
         document = read_json(path, max_bytes=MAX_BYTES)
-        packed = path.with_suffix(".npz").read_bytes()
-        arrays = _read_arrays(packed)
+        arrays = _read_arrays(path.with_suffix(".npz"))
+        with path.with_suffix(".npz").open("rb") as packed:
+            digest = hashlib.file_digest(packed, "sha256").hexdigest()
     except FileNotFoundError as error:
         message = f"no result {path.name} in {path.parent}; compute it first"
         raise FileNotFoundError(message) from error
@@ -102,7 +103,7 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
         raise ValueError(f"result {path} cannot be read: {reason}") from error
     if document.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"result {path} must have schema_version {SCHEMA_VERSION}; recompute it")
-    if document.get(_DIGEST, digest := hashlib.sha256(packed).hexdigest()) != digest:
+    if document.get(_DIGEST, digest) != digest:
         raise ValueError(
             f"result {path} is half written: {path.stem}.npz is of another result; recompute it"
         )
@@ -116,9 +117,9 @@ def load_result(folder: str | Path, name: str, kind: type[R]) -> R:
     return from_jsonable(f"result {path}", {field: fields[field] for field in names}, kind)
 
 
-def _read_arrays(packed: bytes) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    with np.load(io.BytesIO(packed), allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file:
         return {key: file[key] for key in file.files}

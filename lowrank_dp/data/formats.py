@@ -57,10 +57,6 @@ class TooLarge(ValueError):
     """Error for a file that exceeds the limits of this module."""
 
 
-class _TwoSplits(ValueError):
-    """Error for a folder with two splits of one name in this package."""
-
-
 def read_table(path: Path) -> Table:
     """Read one file in the format that its ending names.
 
@@ -214,8 +210,10 @@ def _csv(path: Path, separator: str) -> Table:
             f"{path}: not a table ({reason}); every row must have as many cells as the header"
         ) from None
     header, *cells = frame.itertuples(index=False, name=None)
-    if separator == "\t":
+    if separator == "\t" and len(header) > 1:
         _require_no_swallowed_row(path, header, cells)
+    if quoting == csv.QUOTE_MINIMAL and b'"' in data:
+        _require_whole_quoted_cells(path, data, separator)
     names = [str(name) for name in header]
     if len(names) == 1:
         _require_separator(path, names[0], separator)
@@ -273,15 +271,39 @@ def _has_bare_quotes(data: bytes) -> bool:
 def _require_no_swallowed_row(
     path: Path, header: Sequence[str], cells: Sequence[Sequence[str]]
 ) -> None:
-    """Raise ValueError if a cell contains a line with as many tabs as the header."""
+    """Raise ValueError if a line of a cell has as many tabs as the header.
+
+    Such a cell begins with a quote that is part of its text, and ends at a later row's quote.
+    """
+    tabs = len(header) - 1
     for number, row in enumerate(cells, 1):
         for name, cell in zip(header, row, strict=True):
-            if any(line.count("\t") >= len(header) - 1 > 0 for line in cell.split("\n")[1:]):
+            if "\n" in cell and any(line.count("\t") >= tabs for line in cell.split("\n")[1:]):
                 raise ValueError(
-                    f"{path} row {number}: column {name!r} contains whole rows, because a quote "
-                    "opens the cell and no quote closes it: double the quotes within cells, or "
-                    "save the table as .jsonl"
+                    f"{path} row {number}: column {name!r} contains a line with as many tabs as "
+                    "the header, as if its quotes joined several rows: double the quotes within "
+                    "cells, or save the table as .jsonl"
                 )
+
+
+def _require_whole_quoted_cells(path: Path, data: bytes, separator: str) -> None:
+    """Raise ValueError if a cell goes on after its closing quote, which pandas reads silently.
+
+    The quote is then part of a text, or closes a cell that an earlier row's text opened.
+    """
+    limit = csv.field_size_limit(max(len(data), csv.field_size_limit()))
+    text = io.StringIO(data.decode("utf-8-sig"), newline="")
+    reader = csv.reader(text, delimiter=separator, strict=True)
+    try:
+        for _ in reader:
+            pass
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} line {reader.line_num}: a quote within a cell must be doubled, and the cell "
+            f"quoted ({error}): write the table with a CSV library, or save it as .jsonl"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 # --- Arrow: Parquet files and folders of `datasets` --------------------------------------------
@@ -311,28 +333,22 @@ def read_saved(path: Path, known: Mapping[str, str]) -> dict[str, Table]:
 
     ``known`` maps the names of splits in the folder to their names in this package; other splits
     are not read. Cells such as images are not decoded. Raises ValueError if the folder is damaged,
-    has no known split or two for one name in this package, or exceeds the limits.
+    has no known split, or exceeds the limits.
     """
     import datasets
 
     try:
         loaded: Any = datasets.load_from_disk(str(path))
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-        named = {name: known[name] for name in parts if name in known}
-        if twice := [split for split, times in Counter(named.values()).items() if times > 1]:
-            same = ", ".join(name for name, split in named.items() if split == twice[0])
-            raise _TwoSplits(
-                f"{path} must have one {twice[0]} split, has {same}: remove the others"
-            )
         tables: dict[str, Table] = {}
         for name, part in parts.items():
-            if name in named:
+            if name in known:
                 where = path / name if isinstance(loaded, datasets.DatasetDict) else path
                 _check_size(where, 0, part.num_rows)
                 batches = part.with_format("arrow").iter(batch_size=_ARROW_BATCH)
                 rows = list(_arrow_rows(where, batches))
                 tables[known[name]] = _arrow_table(rows, part.features.arrow_schema)
-    except (TooLarge, _TwoSplits):
+    except TooLarge:
         raise
     except Exception as error:  # `datasets` raises errors of many types on a damaged folder
         raise _unreadable(path, error) from None

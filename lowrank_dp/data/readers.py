@@ -34,7 +34,9 @@ def read_tables(path: Path) -> dict[str, Table]:
     if path.is_file():
         return {"train": read_table(path)}
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return read_saved(path, _SPLITS)
+        tables = read_saved(path, _SPLITS)
+        _require_one_of_each(path)
+        return tables
     if not path.is_dir():
         raise ValueError(f"{path} must be a file or a folder")
     found: dict[str, list[Path]] = {}
@@ -56,10 +58,25 @@ def read_tables(path: Path) -> dict[str, Table]:
 
 def unread_splits(path: Path) -> list[str]:
     """List the splits with unknown names in a folder that ``datasets`` saved."""
+    return [name for name in _saved_splits(path) if name not in _SPLITS]
+
+
+def _saved_splits(path: Path) -> list[str]:
+    """List the splits of a DatasetDict in a folder; empty for a single Dataset."""
     file = path / "dataset_dict.json"
-    if not file.is_file():
-        return []
-    return [name for name in parse_json(file.read_bytes())["splits"] if name not in _SPLITS]
+    return list(parse_json(file.read_bytes())["splits"]) if file.is_file() else []
+
+
+def _require_one_of_each(path: Path) -> None:
+    """Raise ValueError if two splits of a saved DatasetDict have one name in this package."""
+    found: dict[str, list[str]] = {}
+    for name in _saved_splits(path):
+        found.setdefault(_SPLITS.get(name, name), []).append(name)
+    for split, names in found.items():
+        if len(names) > 1:
+            raise ValueError(
+                f"{path} must have one {split} split, has {', '.join(names)}: remove the others"
+            )
 
 
 def stem_of(path: Path) -> str:

@@ -49,6 +49,11 @@ class Plan:
         """Whether the scheme needs more singular values than the leading ones."""
         return self.scheme.needs_all_values(self.shape, self.options)
 
+    @property
+    def count(self) -> int:
+        """Number of leading singular values that the scheme keeps whatever their size, or 1."""
+        return self.options.get("k", 1)
+
     def new_values(self, s: Tensor, norm: Tensor) -> Tensor:
         """Values of the scheme in place of ``s`` (L, k), which may be the leading values only.
 

@@ -351,7 +351,7 @@ def _by_triplets(plan: Plan, noisy: Tensor, norm: Tensor) -> tuple[Tensor, Tenso
         noisy.mT if tall else noisy,
         lambda s: _weight(plan, s),
         level=plan.edge if plan.scheme.reads_noise_level else None,
-        count=plan.options.get("k", 1),
+        count=plan.count,
     )
     if not groups:
         return None
@@ -388,6 +388,6 @@ def _weight(plan: Plan, s: Tensor) -> Tensor:
     """
     if plan.scheme.reads_noise_level:
         return plan.scheme.contribution(s, plan.noise).clamp(max=plan.edge**2)
-    smallest = s[:, min(plan.options["k"], s.shape[-1]) - 1]
+    smallest = s[:, min(plan.count, s.shape[-1]) - 1]
     new = plan.scheme.new_values(s, plan.noise, **plan.options)
     return new.minimum(smallest[:, None]) ** 2
