@@ -11,7 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,12 @@ from lowrank_dp._json import json_digest
 from lowrank_dp._terminal import progress
 from lowrank_dp.artifacts import runs
 from lowrank_dp.artifacts.files import read_json, write_json
+from lowrank_dp.data import Columns
+from lowrank_dp.membership.units import fingerprint
 from lowrank_dp.train import TrainConfig, TrainResult
 from lowrank_dp.train.guards import Diverged
 from lowrank_dp.train.loop import train
+from lowrank_dp.train.records import load_records
 
 PREFIX_FOLDER = "prefix_cache"  # folder of the frozen blocks' outputs, shared by all runs
 DIVERGED = "diverged.json"  # file in the folder of a run that diverged
@@ -105,7 +108,8 @@ def sweep(
         An outcome per configuration, in the order of ``configs``.
 
     Raises:
-        ValueError: if a configuration has no seed, or an argument is bad.
+        ValueError: if a configuration has no seed, an argument is bad, or ``folder`` holds runs on
+            other records of a task of this name (an edited file, another ``data_dir``).
     """
     engines.check_engine(engine)
     if num_workers is None:  # a cluster has other GPUs than this machine
@@ -116,6 +120,7 @@ def sweep(
     if data_dir is not None:
         data_dir = str(_validate.expanded("data_dir", data_dir).absolute())
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
+    _require_same_records([config for _, config in jobs], folder, data_dir)
     job = functools.partial(
         _run,
         keep_model=keep_model,
@@ -130,6 +135,35 @@ def sweep(
         path, config = jobs[i]
         done[path] = outcome or Outcome(config, None, DIED)
     return [done[str(run_folder(config, folder))] for config in configs]
+
+
+def _require_same_records(
+    configs: Sequence[TrainConfig], folder: Path, data_dir: str | None
+) -> None:
+    """Raise ValueError if runs in ``folder`` are on other records; keep the digests of new tasks.
+
+    A run is found by its configuration, which names a task and not the records of the task. The
+    digest of all splits of a task is kept in a file of the sweep's folder. It identifies private
+    records, so only the owner can read it.
+    """
+    selections: dict[str, TrainConfig] = {}
+    for config in configs:
+        own = [config.task, asdict(Columns.of(config)), config.max_examples, config.data_seed]
+        selections.setdefault(json_digest(own)[:16], config)
+    for key, config in selections.items():
+        try:
+            task = load_records(config, data_dir)
+        except (ValueError, OSError):
+            continue  # the outcomes of the runs state the error
+        digest = fingerprint([example for split in task.splits.values() for example in split])
+        file = folder / f"records-{key}.json"
+        if not file.exists():
+            write_json(file, {"task": config.task, "sha256": digest}, mode=0o600)
+        elif read_json(file).get("sha256") != digest:
+            raise ValueError(
+                f"{folder} holds runs on other records of {config.task} than those given now: "
+                f"choose another folder, or delete the runs and {file.name}"
+            )
 
 
 def _run(

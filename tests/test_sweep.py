@@ -49,7 +49,7 @@ def test_outcomes_in_order_and_equal_runs_once(base, tmp_path, monkeypatch):
     assert [outcome.result.config.recipe() for outcome in outcomes] == recipes
     assert not any(outcome.error for outcome in outcomes)
     assert len(trained) == 3 and outcomes[0] == outcomes[3]
-    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert len([path for path in (tmp_path / "runs").iterdir() if path.is_dir()]) == 3
     for outcome in outcomes:  # the result of train alone
         folder = run_folder(outcome.config, tmp_path / "runs")
         assert load_result(folder) == outcome.result
@@ -73,6 +73,30 @@ def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
     again = sweep(grown, tmp_path, engine="sequential")
     assert again[1] == first[0] and prepared == [grown[0].recipe()]
     assert sweep(grown, tmp_path, engine="sequential") == again and prepared == [grown[0].recipe()]
+
+
+def test_runs_on_other_records_are_not_returned(base, tmp_path):
+    data = tmp_path / "reviews.jsonl"
+
+    def write(count):
+        rows = ({"text": f"film {i} was", "label": i % 2} for i in range(count))
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(80)
+    config = replace(base, task=str(data), holdout=10)
+    (first,) = sweep([config], tmp_path / "runs", engine="sequential")
+    assert first.error == ""
+    (digest,) = (tmp_path / "runs").glob("records-*.json")
+    assert digest.stat().st_mode & 0o777 == 0o600
+    (again,) = sweep([config], tmp_path / "runs", engine="sequential")
+    assert again.result == first.result
+    write(200)
+    more = [config, replace(config, learning_rate=2 * config.learning_rate)]
+    with pytest.raises(ValueError, match=r"runs holds runs on other records of .*reviews.jsonl"):
+        sweep(more, tmp_path / "runs", engine="sequential")
+    other = sweep(more, tmp_path / "others", engine="sequential")
+    assert [outcome.error for outcome in other] == ["", ""]
+    assert other[0].result.sample_rate < first.result.sample_rate
 
 
 def test_a_run_that_was_broken_off_goes_on(base, tmp_path, monkeypatch):

@@ -16,6 +16,18 @@ from lowrank_dp.train.config import TrainConfig
 LABELLED_LENGTH = 128  # default number of tokens that a text with a label is cut to
 
 
+def load_records(config: TrainConfig, data_dir: str | None = None) -> Task:
+    """Load the task of a run, or its subset of ``max_examples``; raise as ``load_task`` does."""
+    return load_task(
+        config.task,
+        data_dir=data_dir,
+        max_examples=config.max_examples,
+        seed=config.data_seed,
+        columns=Columns.of(config),
+        warn=False,
+    )
+
+
 def select_units(
     config: TrainConfig, seed: int, data_dir: str | None = None
 ) -> tuple[Task, list[list[Example]], list[bool]]:
@@ -34,14 +46,7 @@ def select_units(
     Raises:
         ValueError: if the units do not fit the configuration, or can't be trained on.
     """
-    task = load_task(
-        config.task,
-        data_dir=data_dir,
-        max_examples=config.max_examples,
-        seed=config.data_seed,
-        columns=Columns.of(config),
-        warn=False,
-    )
+    task = load_records(config, data_dir)
     _check_unit(config, task)
     task = hold_out(task, config.holdout, config.unit) if config.holdout else task
     units = group_units(task.train, config.unit)
