@@ -232,9 +232,11 @@ def test_kill_9_leaves_nothing_half_done(what, kills, base, target, tmp_path):
         assert curve(result) == curve(train(configs[0], tmp_path / "alone"))
         assert not (place / "snapshots").exists()
     elif what == "sweep":
-        assert {path.name for path in place.iterdir()} == {
-            run_folder(config, place).name for config in configs
-        }
+        runs = {path.name for path in place.iterdir() if path.is_dir()}
+        assert runs == {run_folder(config, place).name for config in configs}
+        assert [path for path in place.iterdir() if path.is_file()] == list(
+            place.glob("records-*.json")
+        )
         alone = sweep(configs, tmp_path / "alone", engine="sequential")
         for config, other in zip(configs, alone, strict=True):
             result = load_result(run_folder(config, place))
