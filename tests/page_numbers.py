@@ -85,10 +85,10 @@ def _alignment():
     return [len(_json("alignment")["layers"]), *np.rint(restored.mean(axis=1))]
 
 
-def _noise_costs(result):
+def _noise_costs(result, optimizers=("Adam", "SGD")):
     return [
         _steps(result, f"DP-{name}") / _steps(result, f"noise-free {name} (NON-PRIVATE)")
-        for name in ("Adam", "SGD")
+        for name in optimizers
     ]
 
 
@@ -217,6 +217,7 @@ COMPUTED = {
         *_tuning("steps_sst2_mpnet", 0.001),
     ],
     "steps_dart": lambda: _noise_costs("steps_dart"),
+    "steps_gemma": lambda: _noise_costs("steps_gemma", ("Adam",)),
     "steps_smollm2": lambda: [
         *_noise_costs("steps_smollm2"),
         _final_score_ratio("steps_smollm2"),
