@@ -23,6 +23,7 @@ from lowrank_dp.artifacts import runs
 from lowrank_dp.artifacts.files import read_json, write_json
 from lowrank_dp.data import Columns
 from lowrank_dp.membership.units import fingerprint
+from lowrank_dp.precondition import public_rows
 from lowrank_dp.train import TrainConfig, TrainResult
 from lowrank_dp.train.guards import Diverged
 from lowrank_dp.train.loop import train
@@ -108,8 +109,10 @@ def sweep(
         An outcome per configuration, in the order of ``configs``.
 
     Raises:
-        ValueError: if a configuration has no seed, an argument is bad, or ``folder`` holds runs on
-            other records of a task of this name (an edited file, another ``data_dir``).
+        ValueError: if a configuration has no seed, an argument is bad, or ``folder`` holds one of
+            these runs on other records (an edited file, another ``data_dir``, other public text of
+            a preconditioner), or on records that can't be read now. The weights of a model are not
+            compared.
     """
     engines.check_engine(engine)
     if num_workers is None:  # a cluster has other GPUs than this machine
@@ -120,7 +123,7 @@ def sweep(
     if data_dir is not None:
         data_dir = str(_validate.expanded("data_dir", data_dir).absolute())
     jobs = list({str(run_folder(config, folder)): config for config in configs}.items())
-    _require_same_records([config for _, config in jobs], folder, data_dir)
+    _require_same_records(jobs, folder, data_dir)
     job = functools.partial(
         _run,
         keep_model=keep_model,
@@ -138,32 +141,66 @@ def sweep(
 
 
 def _require_same_records(
-    configs: Sequence[TrainConfig], folder: Path, data_dir: str | None
+    jobs: Sequence[tuple[str, TrainConfig]], folder: Path, data_dir: str | None
 ) -> None:
-    """Raise ValueError if runs in ``folder`` are on other records; keep the digests of new tasks.
+    """Raise ValueError if a run in ``folder`` is on other records; keep the digests of new runs.
 
-    A run is found by its configuration, which names a task and not the records of the task. The
-    digest of all splits of a task is kept in a file of the sweep's folder. It identifies private
-    records, so only the owner can read it.
+    A run is found by its configuration, which names a task and not the records of the task. A
+    digest of the records that each run reads is therefore kept in a file of the sweep's folder.
+    The digest identifies private records, so only the owner can read it. A run that began under an
+    earlier version has no digest, and gets one.
     """
-    selections: dict[str, TrainConfig] = {}
-    for config in configs:
-        own = [config.task, asdict(Columns.of(config)), config.max_examples, config.data_seed]
-        selections.setdefault(json_digest(own)[:16], config)
-    for key, config in selections.items():
-        try:
-            task = load_records(config, data_dir)
-        except (ValueError, OSError):
-            continue  # the outcomes of the runs state the error
-        digest = fingerprint([example for split in task.splits.values() for example in split])
-        file = folder / f"records-{key}.json"
-        if not file.exists():
-            write_json(file, {"task": config.task, "sha256": digest}, mode=0o600)
-        elif read_json(file).get("sha256") != digest:
+    digests: dict[str, str | Exception] = {}
+    others: list[TrainConfig] = []
+    for path, config in jobs:
+        selection = json_digest(_selection(config))
+        if selection not in digests:
+            digests[selection] = _digest_of_records(config, data_dir)
+        digest = digests[selection]
+        file = folder / f"records-{Path(path).name}.json"
+        known = file.exists() and _has_begun(Path(path))
+        if isinstance(digest, str):
+            if not known:
+                write_json(file, {"task": config.task, "sha256": digest}, mode=0o600)
+            elif read_json(file).get("sha256") != digest:
+                others.append(config)
+        elif known:
             raise ValueError(
-                f"{folder} holds runs on other records of {config.task} than those given now: "
-                f"choose another folder, or delete the runs and {file.name}"
-            )
+                f"{folder} holds runs on {config.task}, whose records can't be compared with those "
+                f"of the runs: {' '.join(str(digest).split())}"
+            ) from None
+        # without a run to compare with, the outcome states the error
+    if others:
+        raise ValueError(
+            f"{folder} holds {len(others)} of these runs on other records of {others[0].task} than "
+            "those given now: choose another folder, or delete the folders of these runs, such as "
+            f"{run_folder(others[0], folder).name}"
+        )
+
+
+def _selection(config: TrainConfig) -> list[object]:
+    """Return what determines the records that a run reads, given the data."""
+    task = [config.task, asdict(Columns.of(config)), config.max_examples, config.data_seed]
+    return [*task, bool(config.holdout), config.precondition, config.precondition_rows]
+
+
+def _digest_of_records(config: TrainConfig, data_dir: str | None) -> str | Exception:
+    """Return a digest of the records that a run reads, or the error of reading them."""
+    try:
+        task = load_records(config, data_dir)
+        read = [task.train]
+        if not config.holdout:  # held-out units replace the validation split
+            read.append(task.splits.get("validation", ()))
+        if config.precondition not in ("none", "noisy"):
+            read.append(public_rows(config.precondition, task, config.precondition_rows).examples)
+    except (ValueError, OSError) as error:
+        return error
+    return json_digest([fingerprint(examples) for examples in read])
+
+
+def _has_begun(path: Path) -> bool:
+    """Return whether the folder of a run holds anything of the run."""
+    return path.is_dir() and any(item.name != ".lock" for item in path.iterdir())
 
 
 def _run(

@@ -512,6 +512,11 @@ def test_smollm2_is_the_real_one_writes_texts_and_can_be_saved(tmp_path, monkeyp
     again, tokenizer = load_model(tmp_path, method="lora")
     with torch.no_grad():
         assert torch.equal(again(**prompt).logits, logits)
+    assert "(local folder, made from Q4_1 quantised weights, dequantised)" in describe(again)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for words in (5, "two\nlines", "long" * 99, ""):  # a checkpoint may be anyone's
+        (tmp_path / "config.json").write_text(json.dumps({**config, "lowrank_dp_weights": words}))
+        assert backbones.find_backbone(str(tmp_path)).note.endswith("(local folder)")
 
 
 @needs("gemma3-270m")
@@ -583,10 +588,12 @@ def test_the_header_of_a_gguf_file_names_its_weights(tmp_path):
             (gguf.LlamaFileType.MOSTLY_Q8_0, "Q8_0 quantised weights, dequantised"),
             (gguf.LlamaFileType.MOSTLY_BF16, "BF16 weights"),
             (gguf.LlamaFileType.ALL_F32, "F32 weights"),
+            (gguf.LlamaFileType.GUESSED, "weights of unnamed type"),
+            (1039, "weights of type 1039, which the installed gguf does not name"),
             (None, "weights of unnamed type"),
         )
     ):
-        path = written(tmp_path / f"{i}.gguf", kind, before)
+        path = written(tmp_path / f"{i}.{'gguf' if i % 2 else 'GGUF'}", kind, before)
         fields = gguf.GGUFReader(path).fields
         assert ("general.file_type" in fields) == (kind is not None)
         assert gguf_files.weights_in_words(path) == words
@@ -596,6 +603,8 @@ def test_the_header_of_a_gguf_file_names_its_weights(tmp_path):
         found = backbones.find_backbone(str(one))
         assert found.load == {"gguf_file": path.name} and words in found.note
         assert backbones.find_backbone(str(one / path.name)).load == found.load
+        (one / "projector.safetensors").write_bytes(b"")  # no checkpoint without config.json
+        assert backbones.find_backbone(str(one)) == found
 
 
 def test_a_damaged_gguf_file_is_named(tmp_path):

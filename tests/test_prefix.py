@@ -107,7 +107,10 @@ def test_a_store_returns_what_was_added_to_any_later_reader(tmp_path):
             assert np.array_equal(reader[key].numpy(), tensor.numpy())
         assert bytes([9]) * 32 not in reader
         assert reader.digest(keys) == store.digest(keys)
-    assert bytes_used(tmp_path / "new") > 11 * 3 * 4
+    used = bytes_used(tmp_path / "new")
+    assert used > 11 * 3 * 4
+    (tmp_path / "new" / "store" / "model.safetensors").write_bytes(b"of another program")
+    assert bytes_used(tmp_path / "new") == used
 
 
 def test_only_the_owner_can_read_a_store(tmp_path, monkeypatch):
@@ -400,6 +403,28 @@ def test_without_a_cache_the_description_says_why(places, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     setup = prepare(make_config(places, prefix_cache="off"), 5)
     assert "cache" not in setup.description and setup.prefix == PrefixCache()
+
+
+def test_a_cache_that_another_model_fills_says_so(places, tmp_path):
+    cache = tmp_path / "cache"
+    prepare(make_config(places, prefix_cache=str(cache), train_layers=1), 5)
+    room = 1.5 * bytes_used(cache) / 1e9
+    other = make_config(places, prefix_cache=str(cache), train_layers=2, prefix_gigabytes=room)
+    assert "no room beside the outputs of other models or blocks" in prepare(other, 5).description
+    shutil.rmtree(cache)  # the fix that the description names
+    assert "frozen blocks 1 to 1 of 3 cached" in prepare(other, 5).description
+
+
+def test_outputs_of_another_precision_of_products_have_a_cache_of_their_own(places, tmp_path):
+    config = make_config(places, prefix_cache=str(tmp_path / "cache"))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            prepare(config, 5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 
 def read_first_block_in_last(model):

@@ -75,28 +75,82 @@ def test_what_is_finished_is_read(base, tmp_path, monkeypatch):
     assert sweep(grown, tmp_path, engine="sequential") == again and prepared == [grown[0].recipe()]
 
 
+def write_rows(file, count, word="film"):
+    rows = ({"text": f"{word} {i} was", "label": i % 2} for i in range(count))
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_runs_on_other_records_are_not_returned(base, tmp_path):
-    data = tmp_path / "reviews.jsonl"
-
-    def write(count):
-        rows = ({"text": f"film {i} was", "label": i % 2} for i in range(count))
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    write(80)
+    data, folder = tmp_path / "reviews.jsonl", tmp_path / "runs"
+    write_rows(data, 80)
     config = replace(base, task=str(data), holdout=10)
-    (first,) = sweep([config], tmp_path / "runs", engine="sequential")
+    (first,) = sweep([config], folder, engine="sequential")
     assert first.error == ""
-    (digest,) = (tmp_path / "runs").glob("records-*.json")
+    (digest,) = folder.glob("records-*.json")
+    assert digest.name == f"records-{run_folder(config, folder).name}.json"
     assert digest.stat().st_mode & 0o777 == 0o600
-    (again,) = sweep([config], tmp_path / "runs", engine="sequential")
+    (again,) = sweep([config], folder, engine="sequential")
     assert again.result == first.result
-    write(200)
+    write_rows(data, 200)
     more = [config, replace(config, learning_rate=2 * config.learning_rate)]
-    with pytest.raises(ValueError, match=r"runs holds runs on other records of .*reviews.jsonl"):
-        sweep(more, tmp_path / "runs", engine="sequential")
+    with pytest.raises(ValueError, match=r"runs holds 1 of these runs on other records of .*jsonl"):
+        sweep(more, folder, engine="sequential")
     other = sweep(more, tmp_path / "others", engine="sequential")
     assert [outcome.error for outcome in other] == ["", ""]
     assert other[0].result.sample_rate < first.result.sample_rate
+    shutil.rmtree(run_folder(config, folder))  # the fix that the error names
+    repeated = sweep(more, folder, engine="sequential")
+    assert [outcome.error for outcome in repeated] == ["", ""]
+    assert repeated[0].result.sample_rate == other[0].result.sample_rate
+
+
+def test_runs_on_records_that_cannot_be_read_are_not_returned(base, tmp_path):
+    data, folder = tmp_path / "reviews.jsonl", tmp_path / "runs"
+    config = replace(base, task=str(data), holdout=10)
+    (missing,) = sweep([config], folder, engine="sequential")
+    assert missing.result is None and "reviews.jsonl" in missing.error
+    write_rows(data, 80)
+    (first,) = sweep([config], folder, engine="sequential")
+    assert first.error == ""
+    data.write_text('{"text": "", "label": 0}\n')
+    with pytest.raises(ValueError, match="whose records can't be compared with those of the runs"):
+        sweep([config], folder, engine="sequential")
+
+
+def test_a_run_that_never_began_binds_no_records(base, tmp_path):
+    data, folder = tmp_path / "reviews.jsonl", tmp_path / "runs"
+    write_rows(data, 80)
+    config = replace(base, task=str(data), holdout=10)
+    wrong = replace(config, model="no-such-model")
+    (failed,) = sweep([wrong], folder, engine="sequential")
+    assert failed.result is None
+    write_rows(data, 90)
+    good, failed = sweep([config, wrong], folder, engine="sequential")
+    assert good.error == "" and "no-such-model" in failed.error
+
+
+def test_only_the_records_that_a_run_reads_are_compared(base, tmp_path):
+    data, public, folder = tmp_path / "data", tmp_path / "public.jsonl", tmp_path / "runs"
+    for name in ("train", "validation"):
+        write_rows(data / f"{name}.jsonl", 80, name)
+    write_rows(public, 60, "book")
+    whole = replace(base, task=str(data))
+    held_out = replace(whole, holdout=10)
+    conditioned = replace(held_out, precondition=str(public), precondition_steps=1)
+    configs = [whole, held_out, conditioned]
+    first = sweep(configs, folder, engine="sequential")
+    assert [outcome.error for outcome in first] == ["", "", ""]
+    write_rows(data / "test.jsonl", 20, "test")  # a split that no run reads
+    assert sweep(configs, folder, engine="sequential") == first
+    write_rows(data / "validation.jsonl", 70, "validation")
+    assert sweep(configs[1:], folder, engine="sequential") == first[1:]
+    with pytest.raises(ValueError, match="holds 1 of these runs on other records"):
+        sweep(configs, folder, engine="sequential")
+    write_rows(public, 60, "play")
+    assert sweep([held_out], folder, engine="sequential") == first[1:2]
+    with pytest.raises(ValueError, match="holds 1 of these runs on other records"):
+        sweep(configs[1:], folder, engine="sequential")
 
 
 def test_a_run_that_was_broken_off_goes_on(base, tmp_path, monkeypatch):
@@ -185,8 +239,10 @@ def test_a_reason_of_divergence_that_cannot_be_read_or_saved_stops_no_sweep(
     def diverge(*arguments, **options):
         raise Diverged("the loss is NaN")
 
-    def full(*arguments):
-        raise OSError("No space left on device")
+    def full(path, *arguments, write=sweep_module.write_json, **options):
+        if path.name == sweep_module.DIVERGED:
+            raise OSError("No space left on device")
+        write(path, *arguments, **options)
 
     (run_folder(base, tmp_path) / "diverged.json").mkdir(parents=True)
     (outcome,) = sweep([base], tmp_path, engine="sequential")

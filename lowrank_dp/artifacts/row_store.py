@@ -134,9 +134,9 @@ def _is_as_written(path: Path) -> bool:
 
 
 def bytes_used(folder: str | Path) -> int:
-    """Return the bytes of all stores in the subfolders of a folder."""
+    """Return the bytes of all stores in the subfolders of a folder; other files do not count."""
     total = 0
-    for path in Path(folder).glob(f"*/*{_SUFFIX}"):
+    for path in Path(folder).glob(f"*/{'[0-9a-f]' * _NAME_DIGITS}{_SUFFIX}"):
         with contextlib.suppress(OSError):
             total += path.stat().st_size
     return total

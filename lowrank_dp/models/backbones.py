@@ -24,6 +24,7 @@ from lowrank_dp.models.gguf_files import (
     SUFFIX,
     assembled,
     gguf_files,
+    is_gguf,
     require_gguf,
     require_plain_rope,
     weights_in_words,
@@ -47,6 +48,8 @@ PACKAGED = {
 NAMES = (*PACKAGED, *tiny.NAMES)
 # environment variable that names a folder of models; `--model` takes the name of a subfolder
 MODELS_VARIABLE = "LOWRANK_DP_MODELS"
+# key of config.json: type of the GGUF weights that a checkpoint was made from, in words
+WEIGHTS_IN_WORDS = "lowrank_dp_weights"
 # transformers builds a larger model for hours before it notices that its weights are missing
 _MOST_LAYERS, _MOST_LABELS = 10_000, 10_000_000
 _INSTEAD = (
@@ -65,6 +68,7 @@ class Backbone:
         load: keyword arguments for ``from_pretrained``.
         config: content of ``config.json``; {} if the model has no such file.
         note: name and source, for the description of a run.
+        weights: type of the weights of a GGUF file, in words; "" for other files.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Backbone:
     load: dict[str, Any]
     config: dict[str, Any]
     note: str
+    weights: str = ""
 
 
 def default_model() -> str:
@@ -97,7 +102,7 @@ def find_backbone(name: str, revision: str | None = None) -> Backbone:
     path = _validate.expanded("model", name)
     if path.is_dir():
         return _find_folder(name, path)
-    if path.suffix == SUFFIX and path.is_file():
+    if is_gguf(path):
         return _gguf(name, path, "local GGUF file")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         _validate.fail(
@@ -142,12 +147,14 @@ def _gguf(name: str, file: Path, source: str) -> Backbone:
     """
     require_gguf(f"model {name}")
     require_plain_rope(file)
+    weights = weights_in_words(file)
     return Backbone(
         name,
         str(file.parent),
         {"gguf_file": file.name},
         {},
-        f"{name} ({source}: {file.name}, {weights_in_words(file)})",
+        f"{name} ({source}: {file.name}, {weights})",
+        weights,
     )
 
 
@@ -155,7 +162,8 @@ def _find_folder(name: str, folder: Path, source: str = "local folder") -> Backb
     """Check a folder, which must hold a model or an adapter in safetensors, or one GGUF file."""
     adapter = (folder / "adapter_config.json").is_file()
     quantised = gguf_files(folder)
-    if quantised and not adapter and not any(folder.glob("*.safetensors")):
+    checkpoint = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    if quantised and not adapter and not checkpoint:
         if len(quantised) > 1:
             raise ValueError(
                 f"model folder {folder} holds {len(quantised)} GGUF files: give the path of one, "
@@ -186,8 +194,18 @@ def _find_folder(name: str, folder: Path, source: str = "local folder") -> Backb
         str(folder),
         {"use_safetensors": True, "local_files_only": True},
         config,
-        f"{name} ({source})",
+        f"{name} ({source}{_saved_weights(config)})",
     )
+
+
+def _saved_weights(config: dict[str, Any]) -> str:
+    """Return the words that a checkpoint keeps about the weights it was made from, after a comma.
+
+    The checkpoint may be anyone's, so that words which are no short line are left out.
+    """
+    words = config.get(WEIGHTS_IN_WORDS)
+    known = isinstance(words, str) and words.isprintable() and 0 < len(words) <= 100
+    return f", made from {words}" if known else ""
 
 
 def _find_on_hub(name: str, revision: str | None) -> Backbone:

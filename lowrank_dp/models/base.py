@@ -18,7 +18,14 @@ from lowrank_dp import _validate
 from lowrank_dp._validate import listed
 from lowrank_dp.losses import LOSS_OF_KIND
 from lowrank_dp.models import tiny
-from lowrank_dp.models.backbones import Backbone, declared_kind, label_count, one_line, quiet
+from lowrank_dp.models.backbones import (
+    WEIGHTS_IN_WORDS,
+    Backbone,
+    declared_kind,
+    label_count,
+    one_line,
+    quiet,
+)
 from lowrank_dp.models.gguf_files import read_once
 
 KINDS = tuple(LOSS_OF_KIND)
@@ -60,6 +67,7 @@ def load_base(
             model, missing = _from_files(backbone, auto, head, dtype)
     if "gguf_file" in backbone.load:  # the weights are dequantised now, so they can be saved
         model.hf_quantizer.remove_quantization_config(model)
+        setattr(model.config, WEIGHTS_IN_WORDS, backbone.weights)  # kept in every checkpoint
     model.name_or_path = backbone.name  # PEFT records the name as an adapter's base
     model.lowrank_dp_note = f"{backbone.note}, {type(model).__name__}"
     model.lowrank_dp_base_weights = weights_digest(model, missing)

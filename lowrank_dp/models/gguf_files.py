@@ -45,7 +45,12 @@ def require_gguf(what: str) -> None:
 
 def gguf_files(folder: Path) -> list[Path]:
     """List the GGUF files of a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix == SUFFIX and path.is_file())
+    return sorted(path for path in folder.iterdir() if is_gguf(path))
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is an existing file with the suffix of GGUF files, in any case."""
+    return path.suffix.lower() == SUFFIX and path.is_file()
 
 
 def weights_in_words(path: Path) -> str:
@@ -56,12 +61,12 @@ def weights_in_words(path: Path) -> str:
     import gguf
 
     number = _header(path).fields.get(_FILE_TYPE)
-    if number is None:
+    if number is None or number == gguf.LlamaFileType.GUESSED:
         return "weights of unnamed type"
     try:
         name = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except ValueError:
-        _refuse(path)
+    except ValueError:  # of a later version than the installed package
+        return f"weights of type {number!r:.20}, which the installed gguf does not name"
     return (
         f"{name} weights"
         if name in ("F32", "F16", "BF16")

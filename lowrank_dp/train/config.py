@@ -306,8 +306,8 @@ class TrainConfig:
         "Folder of a cache of the frozen blocks' outputs for each row, up to the first trained "
         "block. With the cache, steps and evaluations run the trained blocks only. Several runs "
         "may share the folder. The cache is as sensitive as the records, and only its owner can "
-        "read the files. Default: no cache. A sweep uses a folder beside its runs, unless the "
-        "value is off.",
+        "read the files. Not with compile, dropout, shard or train_embeddings. Default: no cache. "
+        "A sweep uses a folder beside its runs, unless the value is off.",
     )
     prefix_dtype: str = option(
         "float32",

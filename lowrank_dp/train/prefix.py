@@ -311,6 +311,8 @@ def _name(model: Any, prefix: FrozenPrefix, config: TrainConfig, pad_to: int | N
         "torch": torch.__version__,
         "transformers": versions["transformers"],
         "lowrank_dp": versions["lowrank_dp"].split()[0],
+        "float32 matrix products": versions["float32 matrix products"],
+        "TF32 override": versions.get("NVIDIA_TF32_OVERRIDE", ""),
     }
     return json_digest(document, default=str)[:32]
 
@@ -321,9 +323,14 @@ def _no_room(root: Path, config: TrainConfig, tokens: int, example: Tensor) -> s
     The reason states no size, because the number of tokens is private.
     """
     needed = tokens * example.shape[-1] * example.itemsize
-    left = config.prefix_gigabytes * 1e9 - bytes_used(root)
-    if needed > left:
+    allowed = config.prefix_gigabytes * 1e9
+    if needed > allowed:
         return f"outputs larger than --prefix-gigabytes {config.prefix_gigabytes:g} allows"
+    if needed > allowed - bytes_used(root):
+        return (
+            "no room beside the outputs of other models or blocks that the cache holds under "
+            f"--prefix-gigabytes {config.prefix_gigabytes:g}; delete the cache to begin a new one"
+        )
     if needed > shutil.disk_usage(root).free:
         return "outputs larger than the free space on the disk"
     return ""
