@@ -11,7 +11,7 @@ ARGS ?=
 help:
 	@echo "make install     virtual environment in $(VENV) with every tested version"
 	@echo "make figures     the papers' figures, in figures/ and paper_artifacts/ (no hub, no GPU)"
-	@echo "make check       the quick tests, style and types (under 3 minutes on 2 cores)"
+	@echo "make check       the quick tests, style and types (3 to 8 minutes on 2 cores, by processor)"
 	@echo "make test        all tests (8 to 32 minutes on 2 cores, by processor)"
 	@echo "make coverage    all tests, and the share of lines that they run (at least 90%)"
 	@echo "make faults      a hundred kill -9 over every command that writes"
