@@ -11,7 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -150,10 +150,10 @@ def _require_same_records(
     The digest identifies private records, so only the owner can read it. A run that began under an
     earlier version has no digest, and gets one.
     """
-    digests: dict[str, str | Exception] = {}
+    digests: dict[tuple[object, ...], str | Exception] = {}
     others: list[TrainConfig] = []
     for path, config in jobs:
-        selection = json_digest(_selection(config))
+        selection = _selection(config)
         if selection not in digests:
             digests[selection] = _digest_of_records(config, data_dir)
         digest = digests[selection]
@@ -164,12 +164,11 @@ def _require_same_records(
                 write_json(file, {"task": config.task, "sha256": digest}, mode=0o600)
             elif read_json(file).get("sha256") != digest:
                 others.append(config)
-        elif known:
+        elif known:  # without a run to compare with, the outcome states the error
             raise ValueError(
                 f"{folder} holds runs on {config.task}, whose records can't be compared with those "
                 f"of the runs: {' '.join(str(digest).split())}"
-            ) from None
-        # without a run to compare with, the outcome states the error
+            ) from digest
     if others:
         raise ValueError(
             f"{folder} holds {len(others)} of these runs on other records of {others[0].task} than "
@@ -178,10 +177,10 @@ def _require_same_records(
         )
 
 
-def _selection(config: TrainConfig) -> list[object]:
-    """Return what determines the records that a run reads, given the data."""
-    task = [config.task, asdict(Columns.of(config)), config.max_examples, config.data_seed]
-    return [*task, bool(config.holdout), config.precondition, config.precondition_rows]
+def _selection(config: TrainConfig) -> tuple[object, ...]:
+    """Return the options that choose the records that a run reads."""
+    task = (config.task, Columns.of(config), config.max_examples, config.data_seed)
+    return (*task, bool(config.holdout), config.precondition, config.precondition_rows)
 
 
 def _digest_of_records(config: TrainConfig, data_dir: str | None) -> str | Exception:
@@ -199,8 +198,8 @@ def _digest_of_records(config: TrainConfig, data_dir: str | None) -> str | Excep
 
 
 def _has_begun(path: Path) -> bool:
-    """Return whether the folder of a run holds anything of the run."""
-    return path.is_dir() and any(item.name != ".lock" for item in path.iterdir())
+    """Return whether a folder holds a run's result, snapshot or reason of divergence."""
+    return runs.RunFolder(path).configuration() is not None or (path / DIVERGED).is_file()
 
 
 def _run(

@@ -217,7 +217,10 @@ COMPUTED = {
         *_tuning("steps_sst2_mpnet", 0.001),
     ],
     "steps_dart": lambda: _noise_costs("steps_dart"),
-    "steps_gemma": lambda: _noise_costs("steps_gemma", ("Adam",)),
+    "steps_gemma": lambda: [
+        *_noise_costs("steps_gemma", ("Adam",)),
+        _final_score_ratio("steps_gemma"),
+    ],
     "steps_smollm2": lambda: [
         *_noise_costs("steps_smollm2"),
         _final_score_ratio("steps_smollm2"),

@@ -740,7 +740,8 @@ def test_fast_alignment_of_spikes_next_to_the_edge(name):
 def test_a_value_far_above_the_others_hides_none_of_them(power, top):
     """The clean singular values are ``top * i^-power`` times the edge.
 
-    If the largest value decided that the iteration ends, half of the values would be missed.
+    A rule that let the largest value decide when the iteration ends would miss values well above
+    the edge.
     """
     size = 512
     seed = generator(0)

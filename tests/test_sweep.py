@@ -125,6 +125,7 @@ def test_a_run_that_never_began_binds_no_records(base, tmp_path):
     wrong = replace(config, model="no-such-model")
     (failed,) = sweep([wrong], folder, engine="sequential")
     assert failed.result is None
+    (run_folder(config, folder) / "snapshots").mkdir(parents=True)  # killed before the first one
     write_rows(data, 90)
     good, failed = sweep([config, wrong], folder, engine="sequential")
     assert good.error == "" and "no-such-model" in failed.error

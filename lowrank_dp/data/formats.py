@@ -273,7 +273,7 @@ def _require_no_swallowed_row(
 ) -> None:
     """Raise ValueError if a line of a cell has as many tabs as the header.
 
-    Such a cell begins with a quote that is part of its text, and ends at a later row's quote.
+    Such a cell begins with a quote that is a part of its text, and ends at a quote in a later row.
     """
     tabs = len(header) - 1
     for number, row in enumerate(cells, 1):
@@ -287,9 +287,10 @@ def _require_no_swallowed_row(
 
 
 def _require_whole_quoted_cells(path: Path, data: bytes, separator: str) -> None:
-    """Raise ValueError if a cell goes on after its closing quote, which pandas reads silently.
+    """Raise ValueError if text follows the closing quote of a quoted cell.
 
-    The quote is then part of a text, or closes a cell that an earlier row's text opened.
+    pandas reads such text as a part of the cell, without an error. The quote is a part of the text,
+    or it closes a cell that a quote in an earlier row opened.
     """
     limit = csv.field_size_limit(max(len(data), csv.field_size_limit()))
     text = io.StringIO(data.decode("utf-8-sig"), newline="")

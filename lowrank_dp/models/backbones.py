@@ -201,7 +201,7 @@ def _find_folder(name: str, folder: Path, source: str = "local folder") -> Backb
 def _saved_weights(config: dict[str, Any]) -> str:
     """Return the words that a checkpoint keeps about the weights it was made from, after a comma.
 
-    The checkpoint may be anyone's, so that words which are no short line are left out.
+    The checkpoint may be anyone's: words that are not one short line are left out.
     """
     words = config.get(WEIGHTS_IN_WORDS)
     known = isinstance(words, str) and words.isprintable() and 0 < len(words) <= 100

@@ -253,7 +253,7 @@ def embedding_table(model: Any) -> Any | None:
     """Return the weight of a model's input embeddings, or None if the model has no such table."""
     try:
         return getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:  # how transformers says that there is no table
+    except NotImplementedError:  # transformers raises it for a model without such a table
         return None
 
 
