@@ -187,11 +187,12 @@ SMOLLM2_DART = Config(
 # each target has 262,144 logits, which take most of a run's time
 GEMMA = Config(
     replace(SMOLLM2_DART.base, model="gemma3-270m", task="e2e", max_examples=4_000, generate=True),
-    arms=PLAIN,
+    arms=(*PLAIN, "partial, 0.5"),
     # the learning rates that SMOLLM2_DART chose; lower for DP-Adam, whose loss rose at .003 in a
-    # trial
+    # trial, and for partial restoration
     starts={
         "DP-Adam": 0.00178,
+        "partial, 0.5": 0.00178,
         "DP-SGD": 0.0949,
         "noise-free Adam (NON-PRIVATE)": 0.001,
         "noise-free SGD (NON-PRIVATE)": 0.0949,
