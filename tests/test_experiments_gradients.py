@@ -462,6 +462,7 @@ ELSEWHERE = {
     "steps_sst2_eps8",
     "steps_sst2_all",
     "steps_sst2_mpnet",
+    "steps_cola_mpnet",
     "steps_mnli",
     "steps_e2e",
     "steps_e2e_arms",

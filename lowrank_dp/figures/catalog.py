@@ -41,6 +41,7 @@ MODULES = {
     "steps_sst2_eps8": "training",
     "steps_sst2_all": "training",
     "steps_sst2_mpnet": "training",
+    "steps_cola_mpnet": "training",
     "steps_mnli": "training",
     "steps_e2e": "training",
     "steps_e2e_arms": "training",

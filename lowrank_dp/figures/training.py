@@ -33,6 +33,7 @@ FIGURES = {
     "steps_sst2_eps8": _steps(steps_configs.SMALL, steps_configs.SST2_EPS8),
     "steps_sst2_all": _steps(steps_configs.SMALL, steps_configs.SST2_ALL),
     "steps_sst2_mpnet": _steps(steps_configs.SMALL, steps_configs.SST2_MPNET),
+    "steps_cola_mpnet": _steps(steps_configs.SMALL, steps_configs.COLA_MPNET),
     "steps_mnli": _steps(steps_configs.SMALL, steps_configs.MNLI),
     "steps_e2e": _steps(steps_configs.SMALL_TABLES, steps_configs.E2E),
     "steps_e2e_arms": _steps(steps_configs.SMALL_TABLES, steps_configs.E2E_ARMS),
