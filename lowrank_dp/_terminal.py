@@ -6,11 +6,14 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 BAD_INPUT = 2  # exit code after bad input
+FIRST_LINE = 60.0  # seconds before the first line of progress in a log
+MOST_SILENCE = 600.0  # seconds between two lines of progress in a log, at most
 LONGEST = 300  # number of characters of a word in an error, as of a value in `_validate`
 
 
@@ -95,13 +98,36 @@ def warn_in_one_line(
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def tell(message: str) -> None:
+    """Print a line on stderr at once."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar on stderr; print nothing if stderr is not a terminal."""
+    """Iterate with a progress bar on stderr.
+
+    If stderr is not a terminal, such as in a log file, a line is printed in place of the bar after
+    1, 2, 4 and 8 minutes, and then at most every 10 minutes. Shorter iterations print nothing.
+    """
     # rich takes FORCE_COLOR, which a notebook's workers inherit, as proof of a terminal
     if not sys.stderr.isatty():
-        yield from items
+        yield from _logged(items, description, total)
         return
     from rich.console import Console
     from rich.progress import track
 
     yield from track(items, description, total=total, console=Console(stderr=True), transient=True)
+
+
+def _logged(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    """Iterate, and print from time to time how many items are finished."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    of = "" if total is None else f" of {total:,}"
+    start, due = time.monotonic(), FIRST_LINE
+    for finished, item in enumerate(items, 1):
+        yield item
+        passed = time.monotonic() - start
+        if passed >= due:
+            tell(f"{description}: {finished:,}{of} after {passed / 60:.0f} min")
+            due = passed + min(passed, MOST_SILENCE)

@@ -201,6 +201,7 @@ def test_commands_refuse_bad_input_in_one_line(call, tmp_path):
         (["spectrum", "--noise-multiplier", "1e308"], ["--noise-multiplier must be", "<= 1e+09"]),
         (["spectrum", "--max-grad-norm", "1e308"], ["--max-grad-norm must be", "<= 1e+20"]),
         (["lora", "--rank", "100000000000"], ["rank must be", "<= 65536"]),
+        (["lora", "--micro-batch-size", "0"], ["micro_batch_size must be"]),
         (["lora", "--draws", "99999999999999999999"], ["draws must be"]),
         (["mia", "--model", tmp_path, "--seed", "9" * 26], ["seed must be"]),
         (["plan", "--public", ""], ["--public must be a text that is not empty"]),
@@ -485,3 +486,19 @@ def test_progress_is_silent_without_a_terminal_whatever_the_environment_says(cap
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert list(progress(range(3), "counting")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_has_lines_of_progress_in_place_of_a_bar(capsys, monkeypatch):
+    """Of 100 minutes, a line follows minutes 1, 2, 4, 8, 16, 26, 36 and so on."""
+    from lowrank_dp import _terminal
+
+    now = [0.0]
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: now[0])
+    for _ in _terminal.progress(range(100), "counting"):
+        now[0] += 60.0
+    lines = capsys.readouterr().err.splitlines()
+    minutes = [1, 2, 4, 8, 16, *range(26, 100, 10)]
+    assert lines == [f"counting: {m} of 100 after {m} min" for m in minutes]
+    for _ in _terminal.progress(iter("a"), "reading"):  # of unknown length
+        now[0] += 90.0
+    assert capsys.readouterr().err == "reading: 1 after 2 min\n"

@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -128,6 +129,24 @@ def test_only_the_owner_can_read_a_store(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(ValueError, match="must belong to the user"):
         RowStore(tmp_path / "new" / "store")
+
+
+def test_a_store_says_that_it_waits_for_another_holder(tmp_path):
+    calls = []
+    store = RowStore(tmp_path / "store")
+    with store.lock(lambda: calls.append("free")):
+        assert calls == []
+        entered = threading.Event()
+
+        def wait():
+            with RowStore(tmp_path / "store").lock(lambda: (calls.append("held"), entered.set())):
+                calls.append("entered")
+
+        other = threading.Thread(target=wait)
+        other.start()
+        assert entered.wait(30) and calls == ["held"]
+    other.join(30)
+    assert calls == ["held", "entered"]
 
 
 def test_a_digest_depends_on_the_content_and_a_damaged_file_is_absent(tmp_path):

@@ -46,6 +46,7 @@ class Options:
     batch_size: int = option(32, "Number of examples whose clipped gradients are summed.")
     max_grad_norm: float = option(1.0, "Clipping norm of one example's gradient, absolute.")
     max_length: int = option(64, "Number of tokens that a text is cut to.")
+    micro_batch_size: int = option(64, "Number of examples in memory at a time.")
     draws: int = option(200, "Number of random draws of A per layer and rank.")
     seed: int = option(0, "Random seed for the head, the batch and A.")
     device: str = option("cpu", "Device of the model: cpu or cuda.")
@@ -54,6 +55,7 @@ class Options:
         for value in self.rank:
             _validate.integer("rank", value, high=MOST_RANK)
         _validate.integer("batch_size", self.batch_size)
+        _validate.integer("micro_batch_size", self.micro_batch_size)
         _validate.integer("draws", self.draws, low=2, high=MOST_DRAWS)
         _validate.integer("seed", self.seed, low=0)
 
@@ -82,6 +84,7 @@ def main(
             max_grad_norm=asked.max_grad_norm,
             warm_loss=None,
             max_length=asked.max_length,
+            micro_batch_size=asked.micro_batch_size,
             seed=asked.seed,
             device=asked.device,
         ),

@@ -65,7 +65,7 @@ def train(
             finished run's result is returned. The configuration must be the one that the run began
             with, apart from ``micro_batch_size`` and the prefix cache's folder and size.
         keep_model: whether to write the checkpoint; False leaves ``training.json`` only.
-        show_progress: whether to show a bar on stderr, if stderr is a terminal.
+        show_progress: whether to show progress on stderr: a bar, or lines in a log.
         on_start: called before the first step with the :class:`Setup` and the number of releases
             that the run will have made at its end.
         on_evaluation: function that is called after each evaluation, also after the evaluation

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowrank_dp import _validate
 from lowrank_dp._json import json_digest
-from lowrank_dp._terminal import first_line, progress
+from lowrank_dp._terminal import first_line, progress, tell
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
 from lowrank_dp.data.batches import collate
 from lowrank_dp.evaluation.inference import evaluating
@@ -280,7 +280,8 @@ def _filled(
         return store, ""
     if not pays:
         return None, "too few steps: filling the cache would take longer than it saves"
-    with store.lock(), evaluating(model):
+    tell_of_wait = partial(tell, "another run fills the cache of the frozen blocks: waits for it")
+    with store.lock(tell_of_wait) if request.show_progress else store.lock(), evaluating(model):
         missing = [row for key, row in distinct.items() if key not in store]
         run = partial(_run, prefix, config, pad_token_id, pad_to)
         tokens = sum(pad_to or len(row["input_ids"]) for row in missing)

@@ -15,7 +15,7 @@ class RunRequest:
         training: whether training steps read the cache. A resumed run must continue as the run
             began, since sums with and without the cache differ in rounding. None decides by
             ``shared_by``.
-        show_progress: whether to show a bar on stderr, if stderr is a terminal.
+        show_progress: whether to show progress on stderr: a bar, or lines in a log.
         data_dir: folder of a named task, in place of ``LOWRANK_DP_DATA``.
     """
 
