@@ -355,6 +355,15 @@ def test_metrics_of_generated_texts_are_shown_where_they_exist(swept, monkeypatc
     assert row[where] == "1 of 3 runs stopped"
 
 
+def test_a_classifier_that_is_judged_by_its_loss_shows_its_other_metrics(swept):
+    result = steps.run(CONFIG)
+    assert "final loss" not in steps.table(result)[0]
+    by_loss = replace(result, config=replace(CONFIG, score="loss"))
+    columns, rows = steps.table(by_loss)
+    assert columns[2:4] == ["final loss", "final accuracy"]
+    assert {row[3] for row in rows} == {"0.900 ± 0.000"}  # as in `made`, in every seed
+
+
 def test_an_arm_whose_runs_all_stop_is_not_said_to_have_a_best_rate():
     found = tuning.tune({"arm": 1.0}, lambda asked: [(math.nan, math.nan) for _ in asked])["arm"]
     assert found.chosen is None and "every run stopped" in found.failure

@@ -69,7 +69,7 @@ CAPTION = (
     "are those of plain training and of the arms that save most. NON-PRIVATE: the noise-free arms "
     "are computed from clean gradients."
 )
-TEXT_METRICS = ("bleu", "rouge_l")  # metrics of generated texts; they do not exist at every step
+LOSSES = ("loss", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -250,12 +250,12 @@ def privacy_of_arms(statements: Mapping[str, str]) -> str:
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Tabulate each arm: score, steps, differences from both baselines, and time."""
-    metric, share, texts = result.config.score, SHARES[0], _text_metrics(result)
+    metric, share, others = result.config.score, SHARES[0], _other_metrics(result)
     columns = [
         "arm",
         "learning rate (grid)",
         f"final {metric}",
-        *(f"final {name}" for name in texts),
+        *(f"final {name}" for name in others),
         f"mean {metric} over the run",
         *(f"steps to {s:.0%}, by seed" for s in SHARES),
         *(
@@ -279,7 +279,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
             rows.append(cells + [""] * (len(columns) - len(cells)))
             continue
         cells += [protocol.unless_stopped(_last(result.score[i]))]
-        cells += [_final(result, arm, name) for name in texts]
+        cells += [_final(result, arm, name) for name in others]
         cells += [protocol.unless_stopped(mean_over_steps(result.score[i]))]
         cells += [protocol.by_seed(reached[s][i], result.target(s)) for s in SHARES]
         for name in BASELINES:
@@ -317,7 +317,7 @@ def headline(result: Result) -> Mapping[str, str]:
         lines[f"{arm}: steps to {share:.0%}"] = protocol.by_seed(
             result.of(arm, steps), result.target(share)
         )
-    for name in _text_metrics(result):
+    for name in _other_metrics(result):
         for arm in PLAIN:
             lines[f"{arm}: {name} after the last step"] = _final(result, arm, name)
     for baseline, ceiling in CEILING_OF.items():
@@ -339,11 +339,13 @@ def headline(result: Result) -> Mapping[str, str]:
     return lines
 
 
-def _text_metrics(result: Result) -> list[str]:
-    """Return the metrics of generated texts, which exist after the last step only."""
-    return [
-        name for name in TEXT_METRICS if any(name in values for values in result.final.values())
-    ]
+def _other_metrics(result: Result) -> list[str]:
+    """Return the metrics after the last step, apart from the losses and the metric of the curves.
+
+    These are BLEU and ROUGE-L of generated texts, and a classifier's metrics beside its loss.
+    """
+    known = {name for values in result.final.values() for name in values}
+    return [name for name in HIGHER_IS_BETTER if name in known - {result.config.score, *LOSSES}]
 
 
 def _final(result: Result, arm: str, name: str) -> str:
