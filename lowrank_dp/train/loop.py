@@ -126,7 +126,8 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
                 f"{processes.rank()} and the first differ in {'; '.join(differences)}"
             )
         config = replace(config, **{name: found["config"][name] for name in INCIDENTAL})
-        setup = prepare(config, found["seed"], RunRequest(**found["request"]))
+        request = replace(RunRequest(**found["request"]), show_progress=False)
+        setup = prepare(config, found["seed"], request)
         document, tensors = processes.broadcast_from_rank0()
         state = unpack(setup, document, tensors)
         # the stream of rank 0, which draws, and its key of the dropout masks
