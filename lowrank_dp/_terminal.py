@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 BAD_INPUT = 2  # exit code after bad input
 FIRST_LINE = 60.0  # seconds before the first line of progress in a log
-MOST_SILENCE = 600.0  # seconds between two lines of progress in a log, at most
+LONGEST_WAIT = 600.0  # most seconds between two lines of progress in a log
 LONGEST = 300  # number of characters of a word in an error, as of a value in `_validate`
 
 
@@ -106,8 +106,8 @@ def tell(message: str) -> None:
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on stderr.
 
-    If stderr is not a terminal, such as in a log file, a line is printed in place of the bar after
-    1, 2, 4 and 8 minutes, and then at most every 10 minutes. Shorter iterations print nothing.
+    If stderr is not a terminal but, for example, a log file, lines are printed in place of the bar:
+    after 1, 2, 4, 8 and 16 minutes, and then every 10 minutes, each when the next item is finished.
     """
     # rich takes FORCE_COLOR, which a notebook's workers inherit, as proof of a terminal
     if not sys.stderr.isatty():
@@ -130,4 +130,4 @@ def _logged(items: Iterable[T], description: str, total: int | None) -> Iterator
         passed = time.monotonic() - start
         if passed >= due:
             tell(f"{description}: {finished:,}{of} after {passed / 60:.0f} min")
-            due = passed + min(passed, MOST_SILENCE)
+            due = passed + min(passed, LONGEST_WAIT)

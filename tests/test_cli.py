@@ -489,7 +489,7 @@ def test_progress_is_silent_without_a_terminal_whatever_the_environment_says(cap
 
 
 def test_a_log_has_lines_of_progress_in_place_of_a_bar(capsys, monkeypatch):
-    """Of 100 minutes, a line follows minutes 1, 2, 4, 8, 16, 26, 36 and so on."""
+    """Each of 100 items takes a minute. Lines are due at 1, 2, 4, 8 and 16, 26, 36, ... minutes."""
     from lowrank_dp import _terminal
 
     now = [0.0]

@@ -346,6 +346,22 @@ def test_after_its_attention_the_last_block_runs_on_the_first_position(places, t
     assert len(strided) == 4 and not any(strided)
 
 
+def test_a_run_tells_that_it_waits_for_the_cache(places, tmp_path, monkeypatch, capsys):
+    lock = RowStore.lock
+
+    def held(store, on_wait=None):
+        if on_wait is not None:
+            on_wait()
+        return lock(store)
+
+    monkeypatch.setattr(RowStore, "lock", held)
+    for shown in (True, False):  # a sweep's workers show nothing
+        config = make_config(places, prefix_cache=str(tmp_path / f"cache {shown}"))
+        prepare(config, 5, RunRequest(show_progress=shown))
+        line = "waiting: another process fills the cache of the frozen blocks\n"
+        assert (line in capsys.readouterr().err) == shown
+
+
 def test_a_second_run_reads_what_the_first_has_computed(places, tmp_path, monkeypatch):
     config = make_config(places, prefix_cache=str(tmp_path / "cache"))
     before = prepare(config, 5)

@@ -108,18 +108,19 @@ class RowStore:
         return found.hexdigest()
 
     @contextlib.contextmanager
-    def lock(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def lock(self, on_wait: Callable[[], object] | None = None) -> Iterator[None]:
         """Lock the store for one process, so that two processes do not compute the same tensors.
 
-        If another process holds the lock, ``on_wait`` is called before the wait. On a file system
-        without locks, no process waits: tensors may be computed twice.
+        If another process holds the lock, ``on_wait()`` is called before this process waits. On a
+        file system without locks, no process waits: tensors may be computed twice.
         """
         with open(self._folder / "lock", "wb", opener=_private) as file:
             with contextlib.suppress(OSError):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    on_wait()
+                    if on_wait is not None:
+                        on_wait()
                     fcntl.flock(file, fcntl.LOCK_EX)
             self.refresh()
             yield

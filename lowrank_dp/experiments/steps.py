@@ -69,7 +69,6 @@ CAPTION = (
     "are those of plain training and of the arms that save most. NON-PRIVATE: the noise-free arms "
     "are computed from clean gradients."
 )
-LOSSES = ("loss", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -344,8 +343,8 @@ def _other_metrics(result: Result) -> list[str]:
 
     These are BLEU and ROUGE-L of generated texts, and a classifier's metrics beside its loss.
     """
-    known = {name for values in result.final.values() for name in values}
-    return [name for name in HIGHER_IS_BETTER if name in known - {result.config.score, *LOSSES}]
+    known = {name for values in result.final.values() for name in values} - {result.config.score}
+    return [name for name, is_score in HIGHER_IS_BETTER.items() if is_score and name in known]
 
 
 def _final(result: Result, arm: str, name: str) -> str:

@@ -280,8 +280,8 @@ def _filled(
         return store, ""
     if not pays:
         return None, "too few steps: filling the cache would take longer than it saves"
-    on_wait = partial(tell, "waiting: another process fills the cache of the frozen blocks")
-    with store.lock(on_wait) if request.show_progress else store.lock(), evaluating(model):
+    waits = partial(tell, "waiting: another process fills the cache of the frozen blocks")
+    with store.lock(waits if request.show_progress else None), evaluating(model):
         missing = [row for key, row in distinct.items() if key not in store]
         run = partial(_run, prefix, config, pad_token_id, pad_to)
         tokens = sum(pad_to or len(row["input_ids"]) for row in missing)
