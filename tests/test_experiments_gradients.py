@@ -1,7 +1,6 @@
 """The gradient experiments on the embedded default, their artifacts and figures."""
 
 import dataclasses
-import itertools
 import re
 
 import numpy as np
@@ -78,12 +77,18 @@ def test_the_loss_before_training_is_over_fewer_examples_of_many_targets(model, 
 def test_a_long_mean_loss_states_its_time_after_the_first_batch(monkeypatch):
     """A batch takes 90 s by the clock of the test; 3 batches take 4.5 minutes."""
     found = gradients.load_source(dataclasses.replace(GRADIENTS, micro_batch_size=16))
+    now, losses = [0.0], gradients.row_losses
+    monkeypatch.setattr(gradients.time, "monotonic", lambda: now[0])
     for seconds, lines in (
         (90, ["loss: the first of 3 batches shows that all take 4.5 minutes"]),
         (9, []),
     ):
-        clock = itertools.count(0, seconds)
-        monkeypatch.setattr(gradients.time, "monotonic", lambda clock=clock: next(clock))
+
+        def later(*args, seconds=seconds):
+            now[0] += seconds
+            return losses(*args)
+
+        monkeypatch.setattr(gradients, "row_losses", later)
         said = []
         gradients.mean_loss(found, range(40), said.append)
         assert said == lines
