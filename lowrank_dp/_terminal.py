@@ -75,6 +75,15 @@ def first_line(error: BaseException) -> str:
     return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the processor or the GPU has too little memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; torch may not be installed
+        or "DefaultCPUAllocator: " in str(error)
+    )
+
+
 def report(message: str) -> int:
     """Print ``message`` as one line on stderr and return the exit code of bad input.
 
@@ -99,19 +108,28 @@ def warn_in_one_line(
 
 
 def tell(message: str) -> None:
-    """Print a line on stderr at once."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line on stderr at once, unless stderr takes no more text, as on a full disk."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def progress(
+    items: Iterable[T], description: str, total: int | None = None, *, counts: bool = True
+) -> Iterator[T]:
     """Iterate with a progress bar on stderr.
 
     If stderr is not a terminal but, for example, a log file, lines are printed in place of the bar:
     after 1, 2, 4, 8 and 16 minutes, and then every 10 minutes, each when the next item is finished.
+
+    Args:
+        items: items of the iteration.
+        description: words before the bar, and at the start of each line.
+        total: number of items; None takes it from ``items``, if they have a length.
+        counts: whether the lines name numbers of items, and not their share of the total.
     """
     # rich takes FORCE_COLOR, which a notebook's workers inherit, as proof of a terminal
     if not sys.stderr.isatty():
-        yield from _logged(items, description, total)
+        yield from _logged(items, description, total, counts)
         return
     from rich.console import Console
     from rich.progress import track
@@ -119,8 +137,8 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     yield from track(items, description, total=total, console=Console(stderr=True), transient=True)
 
 
-def _logged(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-    """Iterate, and print from time to time how many items are finished."""
+def _logged(items: Iterable[T], description: str, total: int | None, counts: bool) -> Iterator[T]:
+    """Iterate, and print from time to time how many items, or which share, are finished."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     of = "" if total is None else f" of {total:,}"
@@ -129,5 +147,6 @@ def _logged(items: Iterable[T], description: str, total: int | None) -> Iterator
         yield item
         passed = time.monotonic() - start
         if passed >= due:
-            tell(f"{description}: {finished:,}{of} after {passed / 60:.0f} min")
+            done = f"{finished:,}{of}" if counts else f"{finished / (total or finished):.0%}"
+            tell(f"{description}: {done} after {passed / 60:.0f} min")
             due = passed + min(passed, LONGEST_WAIT)

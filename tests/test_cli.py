@@ -1,5 +1,6 @@
 """Command lines as a user runs them: results, exit codes, one line on bad input, no file lost."""
 
+import contextlib
 import errno
 import io
 import json
@@ -502,3 +503,39 @@ def test_a_log_has_lines_of_progress_in_place_of_a_bar(capsys, monkeypatch):
     for _ in _terminal.progress(iter("a"), "reading"):  # of unknown length
         now[0] += 90.0
     assert capsys.readouterr().err == "reading: 1 after 2 min\n"
+    for _ in _terminal.progress(range(3), "shares", counts=False):
+        now[0] += 30.0
+    assert capsys.readouterr().err == "shares: 67% after 1 min\n"
+
+
+def test_a_log_that_takes_no_more_lines_does_not_end_the_work(monkeypatch):
+    from lowrank_dp import _terminal
+
+    monkeypatch.setattr(_terminal, "FIRST_LINE", 0)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert list(_terminal.progress(range(3), "counting")) == [0, 1, 2]
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_too_little_memory_is_one_line_that_names_the_options(capsys):
+    """A real allocation of 4 PB, by torch and by numpy, and the error of a GPU."""
+    from lowrank_dp.train import guards
+
+    def refuse():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for allocate in (lambda: torch.ones(10**15), lambda: np.ones(10**15), refuse):
+        app = _console.new_app("allocates")
+        app.command()(allocate)
+        with pytest.raises(SystemExit) as exit:
+            _console.run(app, [])
+        assert exit.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: there is too little memory: lower --micro-batch-size")
+        with pytest.raises(ValueError, match="micro_batch_size 4"), guards.memory(4):
+            allocate()
+    with pytest.raises(RuntimeError, match="another"), guards.memory(4):
+        raise RuntimeError("another fault")

@@ -1,6 +1,7 @@
 """Cache of frozen blocks, compared with hidden states of transformers and uncached runs."""
 
 import os
+import re
 import shutil
 import stat
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowrank_dp import _terminal
 from lowrank_dp.artifacts.row_store import RowStore, bytes_used
 from lowrank_dp.data import collate, load_task
 from lowrank_dp.evaluation import evaluate
@@ -139,7 +141,8 @@ def test_a_store_says_that_it_waits_for_another_holder(tmp_path):
         entered = threading.Event()
 
         def wait():
-            with RowStore(tmp_path / "store").lock(lambda: (calls.append("held"), entered.set())):
+            # a store of other blocks, whose bytes count towards the same limit
+            with RowStore(tmp_path / "other").lock(lambda: (calls.append("held"), entered.set())):
                 calls.append("entered")
 
         other = threading.Thread(target=wait)
@@ -147,6 +150,15 @@ def test_a_store_says_that_it_waits_for_another_holder(tmp_path):
         assert entered.wait(30) and calls == ["held"]
     other.join(30)
     assert calls == ["held", "entered"]
+
+
+def test_a_failure_while_waiting_does_not_enter_a_held_store(tmp_path):
+    def fail():
+        raise BrokenPipeError
+
+    with RowStore(tmp_path / "store").lock(), pytest.raises(BrokenPipeError):
+        with RowStore(tmp_path / "store").lock(fail):
+            pytest.fail("entered")
 
 
 def test_a_digest_depends_on_the_content_and_a_damaged_file_is_absent(tmp_path):
@@ -362,6 +374,18 @@ def test_a_run_tells_that_it_waits_for_the_cache(places, tmp_path, monkeypatch, 
         assert (line in capsys.readouterr().err) == shown
 
 
+def test_progress_of_the_cache_tells_no_number_of_rows(places, tmp_path, monkeypatch, capsys):
+    """The number of distinct rows, and of rows of a group, is private; 3 rows at a time are run."""
+    monkeypatch.setattr(_terminal, "FIRST_LINE", 0)
+    monkeypatch.setattr(_terminal, "LONGEST_WAIT", 0)
+    config = make_config(places, prefix_cache=str(tmp_path / "cache"), micro_batch_size=3)
+    prepare(config, 5, RunRequest())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "frozen blocks" in line]
+    assert len(lines) > 4 and "frozen blocks, training rows: 100% after 0 min" in lines
+    for line in lines:
+        assert re.fullmatch(r"frozen blocks, \w+ rows: \d+% after 0 min", line)
+
+
 def test_a_second_run_reads_what_the_first_has_computed(places, tmp_path, monkeypatch):
     config = make_config(places, prefix_cache=str(tmp_path / "cache"))
     before = prepare(config, 5)
@@ -393,10 +417,10 @@ def test_autocast_runs_have_a_store_of_their_own(places, tmp_path):
     plain = train(config, tmp_path / "plain")
     cached = replace(config, prefix_cache=str(tmp_path / "cache"))
     found = train(cached, tmp_path / "cached")
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # for steps and for evaluations
+    assert len(list((tmp_path / "cache").glob("*/"))) == 1  # for steps and for evaluations
     assert found.curve[-1]["loss"] == pytest.approx(plain.curve[-1]["loss"], rel=0.01)
     train(replace(cached, precision="float32"), tmp_path / "single")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*/"))) == 2
 
 
 def test_evaluations_have_the_precision_of_the_steps(places, tmp_path):
@@ -459,7 +483,7 @@ def test_outputs_of_another_precision_of_products_have_a_cache_of_their_own(plac
             prepare(config, 5)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+    assert len([path for path in (tmp_path / "cache").glob("*/") if path.is_dir()]) == 2
 
 
 def read_first_block_in_last(model):
@@ -649,7 +673,7 @@ def test_a_sweep_shares_one_cache_and_names_its_runs_as_without(places, tmp_path
     configs = [make_config(places, seed=seed) for seed in (1, 2)]
     outcomes = sweep(configs, tmp_path / "sweep", engine="sequential")
     assert all("cached in float32" in outcome.result.description for outcome in outcomes)
-    assert len([*(tmp_path / "sweep" / "prefix_cache").iterdir()]) == 1
+    assert len([*(tmp_path / "sweep" / "prefix_cache").glob("*/")]) == 1
     named = replace(configs[0], prefix_cache="elsewhere", prefix_gigabytes=3.0)
     assert run_folder(named, tmp_path) == run_folder(configs[0], tmp_path)
     other = replace(configs[0], prefix_dtype="bf16")

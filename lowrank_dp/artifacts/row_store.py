@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,19 +110,18 @@ class RowStore:
 
     @contextlib.contextmanager
     def lock(self, on_wait: Callable[[], object] | None = None) -> Iterator[None]:
-        """Lock the store for one process, so that two processes do not compute the same tensors.
+        """Lock this store, and the user's others in its parent folder, for one process.
 
-        If another process holds the lock, ``on_wait()`` is called before this process waits. On a
-        file system without locks, no process waits: tensors may be computed twice.
+        Two processes then neither compute the same tensors nor together exceed a limit on the bytes
+        of the parent folder. If another process holds the lock, ``on_wait()`` is called before this
+        process waits. On a file system without locks, no process waits.
         """
-        with open(self._folder / "lock", "wb", opener=_private) as file:
-            with contextlib.suppress(OSError):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if on_wait is not None:
-                        on_wait()
-                    fcntl.flock(file, fcntl.LOCK_EX)
+        path = self._folder.parent / f"lock-{os.getuid()}"  # users may share the folder
+        with open(path, "wb", opener=_private) as file:
+            if not _locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if on_wait is not None:
+                    on_wait()
+                _locked(file, fcntl.LOCK_EX)
             self.refresh()
             yield
 
@@ -146,6 +146,17 @@ def bytes_used(folder: str | Path) -> int:
         with contextlib.suppress(OSError):
             total += path.stat().st_size
     return total
+
+
+def _locked(file: BinaryIO, operation: int) -> bool:
+    """Lock an open file; return False if another process holds the lock."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def _private(path: str, flags: int) -> int:

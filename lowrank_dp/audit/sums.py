@@ -15,6 +15,7 @@ from scipy import stats
 
 from lowrank_dp import accounting
 from lowrank_dp._rounding import rounded_up
+from lowrank_dp._terminal import progress
 from lowrank_dp.audit import laws
 from lowrank_dp.audit.bounds import LowerBound, law_bound, rate_bound, run_epsilon, threshold_bound
 from lowrank_dp.audit.canaries import DEVIATION, Audited, take_steps
@@ -59,7 +60,7 @@ def audit_sums(audited: Audited, design: Design) -> Outcome:
             record.objection = record.objection or str(error)
         return SumsObserver(audited, record, guards)
 
-    for run in range(design.num_runs):
+    for run in progress(range(design.num_runs), "audited runs"):
         take_steps(audited, observer_of, run)
     return Outcome(
         bounds=_bounds(audited, record, design),

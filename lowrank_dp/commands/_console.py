@@ -51,10 +51,16 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
         print(stopped, file=sys.stderr)
         code = stopped.code
     except Exception as error:
+        if _terminal.is_lack_of_memory(error):
+            code = _terminal.report(
+                "there is too little memory: lower --micro-batch-size, --batch-size or "
+                "--max-length, whichever the command has, or choose a smaller --model"
+            )
         # typer holds a copy of click: usage errors are recognised by the method that they offer
-        if not hasattr(error, "format_message"):
+        elif hasattr(error, "format_message"):
+            code = _terminal.report(error.format_message())
+        else:
             raise
-        code = _terminal.report(error.format_message())
     sys.exit(code if isinstance(code, int) else 0)
 
 

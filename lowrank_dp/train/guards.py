@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dp._rounding import rounded_up
+from lowrank_dp._terminal import is_lack_of_memory
 from lowrank_dp.evaluation.inference import NotFinite
 from lowrank_dp.grads.clipping import row_gradients
 from lowrank_dp.mechanism import GaussianMechanism
@@ -89,10 +90,12 @@ def diverging(step: int) -> Iterator[None]:
 
 @contextmanager
 def memory(micro_batch_size: int) -> Iterator[None]:
-    """Turn a lack of device memory into a ``ValueError`` that names the remedy."""
+    """Turn a lack of memory into a ``ValueError`` that names the remedy."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
         raise ValueError(
             f"the device ran out of memory with micro_batch_size {micro_batch_size}: "
             "lower it, also to resume a run (the result changes by rounding only), or start a new "

@@ -126,7 +126,7 @@ def _follow(config: TrainConfig, keep_model: bool) -> TrainResult:
                 f"{processes.rank()} and the first differ in {'; '.join(differences)}"
             )
         config = replace(config, **{name: found["config"][name] for name in INCIDENTAL})
-        request = replace(RunRequest(**found["request"]), show_progress=False)
+        request = RunRequest(**found["request"])
         setup = prepare(config, found["seed"], request)
         document, tensors = processes.broadcast_from_rank0()
         state = unpack(setup, document, tensors)
@@ -174,7 +174,8 @@ def _steps(
         state.checks = StepChecks(setup, state.sampler, state.noise)
     sums_depend_on = digest_of_identity(setup)
     left = range(state.step, config.steps)
-    for step in progress(left, f"training {config.task}") if show_progress else left:
+    words = f"training {config.task}" + (f" from step {first_step}" if first_step else "")
+    for step in progress(left, words) if show_progress else left:
         if folder is not None:
             folder.begin_release(
                 state.stream,

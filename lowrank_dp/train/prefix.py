@@ -281,7 +281,8 @@ def _filled(
     if not pays:
         return None, "too few steps: filling the cache would take longer than it saves"
     waits = partial(tell, "waiting: another process fills the cache of the frozen blocks")
-    with store.lock(waits if request.show_progress else None), evaluating(model):
+    tells = request.show_progress and processes.rank() == 0  # one line, not one per process
+    with store.lock(waits if tells else None), evaluating(model):
         missing = [row for key, row in distinct.items() if key not in store]
         run = partial(_run, prefix, config, pad_token_id, pad_to)
         tokens = sum(pad_to or len(row["input_ids"]) for row in missing)
@@ -290,8 +291,9 @@ def _filled(
         size = config.micro_batch_size
         missing.sort(key=lambda row: -len(row["input_ids"]))
         parts = [missing[start : start + size] for start in range(0, len(missing), size)]
-        words = f"frozen blocks on {len(missing):,} {use} rows"
-        _write(store, progress(parts, words) if request.show_progress else parts, run)
+        # without counts: the numbers of rows and tokens are private
+        shown = progress(parts, f"frozen blocks, {use} rows", counts=False)
+        _write(store, shown if request.show_progress else parts, run)
     return store, ""
 
 
