@@ -125,10 +125,9 @@ COLA_MPNET = Config(
         train_layers=2,
         eval_examples=400,
     ),
-    arms=(*PLAIN, "partial, 0.5"),
+    arms=PLAIN,
     starts={
         "DP-Adam": 0.00178,
-        "partial, 0.5": 0.00178,
         "DP-SGD": 0.0949,
         "noise-free Adam (NON-PRIVATE)": 0.000316,
         "noise-free SGD (NON-PRIVATE)": 0.3,
