@@ -216,6 +216,7 @@ COMPUTED = {
         *_noise_costs("steps_sst2_mpnet"),
         *_tuning("steps_sst2_mpnet", 0.001),
     ],
+    "steps_cola_mpnet": lambda: _noise_costs("steps_cola_mpnet"),
     "steps_dart": lambda: _noise_costs("steps_dart"),
     "steps_gemma": lambda: [
         *_noise_costs("steps_gemma", ("Adam",)),

@@ -27,7 +27,7 @@ from tests.tasks import run_command
 PAPER = Path(__file__).parent.parent / "paper_artifacts"
 LENGTHY = [name for name in figures.NAMES if figures.find(name).lengthy]
 # experiments that take many hours and have no saved result yet; `make figures` omits their figures
-PENDING = {"steps_cola_mpnet", "steps_e2e_arms"}
+PENDING = {"steps_e2e_arms"}
 
 
 def replaced(monkeypatch, name, **fields):
