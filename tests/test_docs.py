@@ -266,8 +266,8 @@ def test_a_short_verdict_must_be_that_of_its_claim():
         ("| refuted | `total_variation` |\n| LoRA w", "| holds | `total_variation` |\n| LoRA w",
          "different verdicts"),
         ("| `total_variation` |\n| LoRA with", "| `gap` |\n| LoRA with", "names artifacts that"),
-        ("a small effect in one setting of three | `membership`, `membership_e2e` |\n\n",
-         "a small effect in one setting of three in all | `membership` |\n\n",
+        ("a small effect in one setting of three | `membership`",
+         "a small effect in one setting of three in all | `membership`",
          "more than 12 words"),
     ):  # fmt: skip
         assert old in text, old
