@@ -125,7 +125,8 @@ def progress(
         items: items of the iteration.
         description: words before the bar, and at the start of each line.
         total: number of items; None takes it from ``items``, if they have a length.
-        counts: whether the lines name numbers of items, and not their share of the total.
+        counts: whether the lines state numbers of items. Without counts, the lines state the share
+            of the items that is finished, or only the time if the number of items is unknown.
     """
     # rich takes FORCE_COLOR, which a notebook's workers inherit, as proof of a terminal
     if not sys.stderr.isatty():
@@ -147,6 +148,9 @@ def _logged(items: Iterable[T], description: str, total: int | None, counts: boo
         yield item
         passed = time.monotonic() - start
         if passed >= due:
-            done = f"{finished:,}{of}" if counts else f"{finished / (total or finished):.0%}"
-            tell(f"{description}: {done} after {passed / 60:.0f} min")
+            if counts:
+                done = f"{finished:,}{of} "
+            else:
+                done = f"{finished / total:.0%} " if total else ""
+            tell(f"{description}: {done}after {passed / 60:.0f} min")
             due = passed + min(passed, LONGEST_WAIT)

@@ -506,6 +506,9 @@ def test_a_log_has_lines_of_progress_in_place_of_a_bar(capsys, monkeypatch):
     for _ in _terminal.progress(range(3), "shares", counts=False):
         now[0] += 30.0
     assert capsys.readouterr().err == "shares: 67% after 1 min\n"
+    for _ in _terminal.progress(iter("a"), "unknown", counts=False):
+        now[0] += 90.0
+    assert capsys.readouterr().err == "unknown: after 2 min\n"
 
 
 def test_a_log_that_takes_no_more_lines_does_not_end_the_work(monkeypatch):

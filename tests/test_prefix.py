@@ -372,6 +372,11 @@ def test_a_run_tells_that_it_waits_for_the_cache(places, tmp_path, monkeypatch, 
         prepare(config, 5, RunRequest(show_progress=shown))
         line = "waiting: another process fills the cache of the frozen blocks\n"
         assert (line in capsys.readouterr().err) == shown
+    monkeypatch.setattr(prefix_module.processes, "rank", lambda: 1)  # another process of the run
+    monkeypatch.setattr(_terminal, "FIRST_LINE", 0)
+    prepare(replace(config, prefix_cache=str(tmp_path / "other")), 5, RunRequest())
+    said = capsys.readouterr().err
+    assert line not in said and "frozen blocks, training rows: " in said
 
 
 def test_progress_of_the_cache_tells_no_number_of_rows(places, tmp_path, monkeypatch, capsys):
@@ -483,7 +488,7 @@ def test_outputs_of_another_precision_of_products_have_a_cache_of_their_own(plac
             prepare(config, 5)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert len([path for path in (tmp_path / "cache").glob("*/") if path.is_dir()]) == 2
+    assert len(list((tmp_path / "cache").glob("*/"))) == 2
 
 
 def read_first_block_in_last(model):

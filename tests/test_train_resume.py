@@ -134,6 +134,16 @@ def test_a_run_finishes_where_its_schedule_has_lowered_the_rate(places, tmp_path
     assert train(config, folder, resume=True).releases == 8
 
 
+def test_the_progress_of_a_resumed_run_names_its_first_step(places, tmp_path, monkeypatch):
+    """A snapshot is saved after step 3; the run breaks off in its fifth step."""
+    said = []
+    monkeypatch.setattr(train_module, "progress", lambda steps, words: said.append(words) or steps)
+    config = make_config(places, task="generated", max_examples=40)
+    interrupt(monkeypatch, config, tmp_path / "run", train_module, "take_step", 5)
+    train(config, tmp_path / "run", resume=True)
+    assert said == ["training generated", "training generated from step 3"]
+
+
 def assert_finished(config, folder, result, reference):
     """Check for the state of an undisturbed run: equal weights, and one release per step."""
     assert weights(folder) == reference
